@@ -1,0 +1,25 @@
+"""Arbitrary-precision (1 to 8 bit) quantized transformers for JAX."""
+
+from bipolar_jax import nn
+from bipolar_jax.checkpoint import load, save
+from bipolar_jax.format import TERNARY, BipolarFormat
+from bipolar_jax.nn import quantize_model
+from bipolar_jax.ops import lookup, matmul
+from bipolar_jax.packing import BipolarArray, from_codes, quantize
+from bipolar_jax.quantize import Precision, fake_quant
+
+__all__ = [
+    "TERNARY",
+    "BipolarArray",
+    "BipolarFormat",
+    "Precision",
+    "fake_quant",
+    "from_codes",
+    "load",
+    "lookup",
+    "matmul",
+    "nn",
+    "quantize",
+    "quantize_model",
+    "save",
+]

@@ -1,0 +1,5 @@
+"""Packed arrays on disk."""
+
+from bipolar_jax.checkpoint.packed_file import load, read_user, save
+
+__all__ = ["load", "read_user", "save"]

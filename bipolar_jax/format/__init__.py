@@ -1,0 +1,5 @@
+"""What a bipolar number is."""
+
+from bipolar_jax.format.bipolar_format import TERNARY, BipolarFormat, as_format
+
+__all__ = ["TERNARY", "BipolarFormat", "as_format"]

@@ -1,0 +1,79 @@
+"""The definition: pure jnp over bit planes, written to be read and compared with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8, UInt32
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels import epilogue
+from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing.bipolar_array import code_sums
+from bipolar_jax.packing.words import pack_codes
+from bipolar_jax.quantize.groups import group_lengths, num_groups
+
+
+def integer_matmul(
+    codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
+) -> Int[Array, "m n groups"]:
+    """Exact integer products by binary AND-popcount, the product binary tensor cores make.
+
+    With codes u_a = sum_i p_i a_i and u_w = sum_j q_j b_j over bits, values v = 2 u - W and
+    A, W the largest values, a group of true length L gives
+
+        sum v_a v_w = 4 sum u_a u_w - 2 W sum u_a - 2 A sum u_w + L A W,
+        sum u_a u_w = sum_ij p_i q_j popcount(a_i & b_j).
+
+    The partial terms may wrap around in int32; the sum is exact all the same, because it
+    fits (`BipolarFormat.max_contraction`) and wrap-around is arithmetic modulo 2^32.
+    """
+    a_planes = pack_codes(codes, a_format)
+    masks = _group_masks(w.contracted_size, w.group_size)
+    products = jnp.int32(0)
+    for i, p in enumerate(a_format.plane_weights):
+        for j, q in enumerate(w.format.plane_weights):
+            products = products + p * q * _and_popcount(a_planes[i], w.planes[j], masks)
+    a_sums = code_sums(codes, w.group_size)
+    a_max, w_max = a_format.max_value, w.format.max_value
+    lengths = group_lengths(w.contracted_size, w.group_size)
+    return 4 * products - 2 * w_max * a_sums[:, None] - 2 * a_max * w.row_sums[None] + lengths * (a_max * w_max)
+
+
+def quantized_matmul(
+    x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """See `Backend.quantized_matmul`."""
+    codes, token_scale = quantize_tokens(x, a_format)
+    integers = integer_matmul(codes, w, a_format)
+    lengths = group_lengths(w.contracted_size, w.group_size)
+    sums = epilogue.value_sums(code_sums(codes, w.group_size), a_format, lengths)
+    total = jnp.zeros(integers.shape[:2], jnp.float32)
+    for g in range(w.num_groups):
+        offset = None if w.offset is None else w.offset[:, g]
+        total = total + epilogue.scale_group(integers[:, :, g], w.scale[:, g], offset, sums[:, g])
+    return epilogue.finish(total, token_scale, bias, x.dtype)
+
+
+def weight_only_matmul(
+    x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """See `Backend.weight_only_matmul`."""
+    total = jnp.matmul(x.astype(jnp.float32), w.dequantize(), precision=jax.lax.Precision.HIGHEST)
+    return epilogue.finish(total, jnp.ones(x.shape[0], jnp.float32), bias, x.dtype)
+
+
+def _and_popcount(
+    a: UInt32[Array, "m words"], b: UInt32[Array, "n words"], masks: UInt32[np.ndarray, "groups words"]
+) -> Int[Array, "m n groups"]:
+    both = a[:, None, None, :] & b[None, :, None, :] & masks
+    return jnp.sum(jax.lax.population_count(both).astype(jnp.int32), axis=-1)
+
+
+def _group_masks(k: int, group_size: int | None) -> UInt32[np.ndarray, "groups words"]:
+    """Word masks of the bits that belong to each group; groups need not end on a word."""
+    groups = num_groups(k, group_size)
+    member = np.arange(k) // (group_size or k) == np.arange(groups)[:, None]
+    return np.asarray(pack_codes(jnp.asarray(member, jnp.uint8), BipolarFormat(1))[0])

@@ -1,0 +1,100 @@
+"""Portable and fast: planes unpacked to signed codes, multiplied by XLA's int8 dot.
+
+Codes of any precision fit int8, and an int8 dot with int32 accumulation is exact on CPU,
+GPU and TPU alike. Groups are scanned over, one dot each, so that no [m, n, groups]
+array of partial products is ever in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels import epilogue
+from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.groups import group_lengths, split_groups
+
+_NT = (((1,), (1,)), ((), ()))  # both operands have the contracted axis last
+
+
+def integer_matmul(
+    codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
+) -> Int[Array, "m n groups"]:
+    """See `Backend.integer_matmul`."""
+    _, products = jax.lax.scan(
+        lambda carry, group: (carry, _group_product(group, w.format, a_format)), None, _groups(codes, w, a_format)
+    )
+    return jnp.moveaxis(products, 0, -1)
+
+
+def quantized_matmul(
+    x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """See `Backend.quantized_matmul`."""
+    codes, token_scale = quantize_tokens(x, a_format)
+
+    def add_group(total, group_and_scales):
+        group, scale, offset = group_and_scales
+        sums = epilogue.value_sums(_x_code_sums(group, a_format), a_format, group[-1])
+        integers = _group_product(group, w.format, a_format)
+        return total + epilogue.scale_group(integers, scale, offset, sums), None
+
+    offsets = None if w.offset is None else w.offset.T
+    total = jnp.zeros((x.shape[0], w.planes.shape[-2]), jnp.float32)
+    total, _ = jax.lax.scan(add_group, total, (_groups(codes, w, a_format), w.scale.T, offsets))
+    return epilogue.finish(total, token_scale, bias, x.dtype)
+
+
+def weight_only_matmul(
+    x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """See `Backend.weight_only_matmul`.
+
+    With one scale a row the dot multiplies the integer values, which bfloat16 and float16
+    hold exactly (8 significant bits), and scales come after: no weight is rounded.
+    """
+    per_row = w.group_size is None
+    rows = dataclasses.replace(w, axis=-1)  # contracted axis last, as the planes have it
+    weights = w.format.values(rows.codes()) if per_row else rows.dequantize()
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    total = jax.lax.dot_general(
+        x, weights.astype(x.dtype), _NT, precision=precision, preferred_element_type=jnp.float32
+    )
+    if per_row:
+        total = total * w.scale[:, 0]
+        if w.offset is not None:
+            total = total + jnp.sum(x, axis=-1, keepdims=True, dtype=jnp.float32) * w.offset[:, 0]
+    return epilogue.finish(total, jnp.ones(x.shape[0], jnp.float32), bias, x.dtype)
+
+
+_Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], Int[Array, ""]]
+
+
+def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> _Group:
+    """Signed codes of both operands, w's code sums and the true length, with a leading group axis.
+
+    What fills a short last group is the signed code 0, which adds nothing.
+    """
+    x_signed = jnp.moveaxis(split_groups(a_format.signed_codes(codes), w.group_size), -2, 0)
+    w_signed = jnp.moveaxis(split_groups(w.format.signed_codes(w.codes()), w.group_size), -2, 0)
+    return x_signed, w_signed, w.row_sums.T, jnp.asarray(group_lengths(w.contracted_size, w.group_size))
+
+
+def _x_code_sums(group: _Group, a_format: BipolarFormat) -> Int[Array, " m"]:
+    x_signed, _, _, length = group
+    return jnp.sum(x_signed, axis=-1, dtype=jnp.int32) + a_format.code_offset * length
+
+
+def _group_product(group: _Group, w_format: BipolarFormat, a_format: BipolarFormat) -> Int[Array, "m n"]:
+    """sum v_a v_w = 4 sum c_a c_w + 2 r_w sum c_a + 2 r_a sum c_w + L r_a r_w, with v = 2 c + r."""
+    x_signed, w_signed, w_code_sums, length = group
+    product = jax.lax.dot_general(x_signed, w_signed, _NT, preferred_element_type=jnp.int32)
+    x_sums = jnp.sum(x_signed, axis=-1, dtype=jnp.int32)
+    w_sums = w_code_sums - w_format.code_offset * length
+    r_a, r_w = a_format.value_shift, w_format.value_shift
+    return 4 * product + 2 * r_w * x_sums[:, None] + 2 * r_a * w_sums + length * (r_a * r_w)

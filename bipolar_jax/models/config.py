@@ -1,0 +1,118 @@
+"""Shapes and constants of a decoder-only Transformer of the Llama family."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context a model was trained on.
+
+    Attributes:
+      kind: "linear" (Chen et al. 2023, arXiv 2306.15595), "llama3" (Llama 3.1's
+        smooth interpolation), "yarn" (Peng et al. 2023, arXiv 2309.00071) or
+        "factors" (one explicit divisor per frequency, as GGUF's `rope_freqs`).
+      factor: by how much the context is stretched; unused by "factors".
+      original_context_length: context length before stretching (llama3, yarn).
+      low_freq_factor, high_freq_factor: band limits of llama3.
+      beta_fast, beta_slow: band limits of yarn, in rotations.
+      attention_factor: multiplies cos and sin (yarn); None derives 0.1 ln(factor) + 1.
+      factors: divisors of the head_dim // 2 frequencies (kind "factors").
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_context_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    factors: tuple[float, ...] = ()
+
+    KINDS = ("linear", "llama3", "yarn", "factors")
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
+        if self.kind not in self.KINDS:
+            raise ValueError(f"RoPE scaling kind {self.kind!r} is unknown: use one of {', '.join(self.KINDS)}, or None")
+        if self.factor < 1 and self.kind != "factors":
+            raise ValueError(f"RoPE scaling factor must be at least 1, got {self.factor}")
+        if self.kind in ("llama3", "yarn") and not self.original_context_length:
+            raise ValueError(f"RoPE scaling {self.kind!r} needs original_context_length, the context before stretching")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that fixes the shapes and the mathematics of a `Transformer`.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      hidden_size: width of the residual stream.
+      num_layers: decoder layers, scanned.
+      num_heads, num_kv_heads: query heads, and key/value heads they share in equal groups.
+      head_dim: width of one head.
+      ffn_size: inner width of the SwiGLU block.
+      context_length: positions the model was made for; longer prompts are refused.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: stretching of those frequencies, or None.
+      norm_eps: epsilon of every RMSNorm.
+      tie_embeddings: the output projection is the transposed embedding.
+      qkv_bias: biases on the query, key and value projections (Qwen2).
+      bos_id: token that starts a text, or None.
+      eos_ids: tokens that end a text.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    context_length: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "eos_ids", tuple(int(i) for i in self.eos_ids))
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "context_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` restores it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TransformerConfig:
+        """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"model config has unknown fields {unknown}: it was written by another version")
+        scaling = fields.get("rope_scaling")
+        try:
+            return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        except TypeError as error:
+            raise ValueError(f"model config is incomplete: {error}") from error

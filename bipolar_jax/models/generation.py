@@ -1,0 +1,117 @@
+"""Writing text: prompts in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from bipolar_jax.models.cache import KVCache
+from bipolar_jax.models.sampling import Sampling, sample
+from bipolar_jax.models.transformer import Transformer
+
+# Prompt lengths and cache capacities are rounded up to this, so that prompts of about
+# the same length share one compilation.
+_LENGTH_STEP = 64
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    key: PRNGKeyArray | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields the next token of every prompt, until all have ended.
+
+    Args:
+      model: the model; its config says which tokens end a text.
+      prompts: token ids, of any lengths; each is continued as if it were alone.
+      max_new_tokens: tokens to write for each prompt at most.
+      sampling: how to choose.
+      key: PRNG key, needed where `sampling` draws at random.
+
+    Yields:
+      int32 [batch] ids; -1 for a prompt that has ended. The token that ends a text is yielded.
+
+    Raises:
+      ValueError: no prompts, an empty one, ids outside the vocabulary, or prompt and new
+        tokens together longer than the model's context.
+    """
+    ids, lengths = _padded(model, prompts, max_new_tokens)
+    capacity = min(_round_up(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
+    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
+    if key is None and sampling.temperature > 0:
+        sample(jnp.zeros((1, 1)), sampling)  # raises
+    eos = np.asarray(model.config.eos_ids, np.int32)
+    tokens, cache = _first_token(model, jnp.asarray(ids), jnp.asarray(lengths), capacity, sampling, keys[0])
+    running = np.ones(len(lengths), bool)
+    for step in range(max_new_tokens):
+        written = np.asarray(tokens)
+        yield np.where(running, written, -1)
+        running &= ~np.isin(written, eos)
+        if not running.any() or step + 1 == max_new_tokens:
+            return
+        tokens, cache = _next_token(model, tokens, cache, sampling, keys[step + 1])
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    key: PRNGKeyArray | None = None,
+) -> list[list[int]]:
+    """All that `stream` yields: the new tokens of every prompt, the one that ends the text included."""
+    steps = np.stack(list(stream(model, prompts, max_new_tokens, sampling, key)))
+    return [[int(token) for token in column if token >= 0] for column in steps.T]
+
+
+def _first(model, ids, lengths, capacity, sampling, key):
+    logits, cache = model.prefill(ids, lengths, capacity)
+    return sample(logits, sampling, key), cache
+
+
+def _next(model, tokens, cache, sampling, key):
+    logits, cache = model.decode(tokens, cache)
+    return sample(logits, sampling, key), cache
+
+
+_first_token = jax.jit(_first, static_argnums=(3, 4))
+# The cache is donated: every step writes one position of it in place.
+_next_token = jax.jit(_next, static_argnums=3, donate_argnums=2)
+
+
+def _padded(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[Int[np.ndarray, "batch length"], Int[np.ndarray, " batch"]]:
+    config = model.config
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts:
+        raise ValueError("no prompts: give at least one")
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.all():
+        raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: give at least one token, such as the BOS token")
+    longest = int(lengths.max())
+    if longest + max_new_tokens > config.context_length:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{config.context_length}: shorten the prompt or ask for fewer tokens"
+        )
+    ids = np.zeros((len(prompts), min(_round_up(longest), config.context_length)), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"prompt ids span {ids.min()}..{ids.max()}, outside the vocabulary 0..{config.vocab_size - 1}: "
+            "was it encoded by another model's tokenizer?"
+        )
+    return ids, lengths
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP

@@ -1,0 +1,33 @@
+"""Readers of pretrained checkpoints: GGUF files and Hugging Face directories."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from bipolar_jax.models.loaders.gguf import load_gguf
+from bipolar_jax.models.loaders.huggingface import load_huggingface
+from bipolar_jax.models.pretrained import PretrainedModel
+
+__all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"]
+
+
+def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
+    """Loads a checkpoint by what is at `path`: a .gguf file, or a Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: it is neither, or the loader it belongs to refuses it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: give a .gguf file or a Hugging Face directory")
+    if path.is_dir() and (path / "config.json").is_file():
+        return load_huggingface(path, param_dtype)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return load_gguf(path, param_dtype)
+    what = "a directory without config.json" if path.is_dir() else f"a file named *{path.suffix}"
+    raise ValueError(f"{path} is {what}: give a .gguf file, or a Hugging Face directory with config.json")

@@ -1,0 +1,172 @@
+"""What the metadata of a GGUF file says about the model's shapes and constants."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from bipolar_jax.models.config import RopeScaling, TransformerConfig
+from bipolar_jax.models.loaders.naming import naming
+
+ARCHITECTURES = ("llama", "qwen2")
+
+
+class Metadata:
+    """Typed look-ups: a damaged file must not put a float or a string where a size belongs."""
+
+    def __init__(self, values: dict[str, Any], source: str):
+        self._values, self.source = values, source
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def integer(self, key: str, default: int | None = None, least: int = 0) -> int | None:
+        return self._get(key, default, int, lambda value: value >= least, f"an integer of at least {least}")
+
+    def positive(self, key: str, default: float | None = None) -> float | None:
+        good = lambda value: math.isfinite(value) and value > 0  # noqa: E731
+        return self._get(key, default, (float, int), good, "a positive number")
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        return self._get(key, default, str, lambda value: True, "a string")
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._get(key, default, bool, lambda value: True, "a bool")
+
+    def array(self, key: str, kind: type) -> list | None:
+        good = lambda value: all(isinstance(item, kind) for item in value)  # noqa: E731
+        return self._get(key, None, list, good, f"an array of {kind.__name__}")
+
+    def require(self, value: Any, key: str) -> Any:
+        """Raises ValueError where a look-up found nothing."""
+        if value is None:
+            raise ValueError(f"{self.source} has no metadata key {key!r}: convert the model again")
+        return value
+
+    def _get(self, key, default, kinds, good, wanted):
+        if key not in self._values:
+            return default
+        value = self._values[key]
+        # bool is an int in Python; a size is never one.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or not good(value):
+            shown = f"{value!r:.60}"
+            raise ValueError(f"{self.source}: metadata key {key!r} is {shown}, expected {wanted}; download it again")
+        return value
+
+
+def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[float, ...]) -> TransformerConfig:
+    """Translates the metadata.
+
+    Args:
+      metadata: of the file.
+      tensor_names: say whether embeddings are tied and whether q, k and v have biases.
+      rope_factors: values of the tensor "rope_freqs.weight"; empty without one.
+
+    Raises:
+      ValueError: an architecture or feature we do not support, or a key that is missing or makes no sense.
+    """
+    arch = metadata.require(metadata.text("general.architecture"), "general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"{metadata.source} has architecture {arch!r}, supported are {', '.join(ARCHITECTURES)}: "
+            "choose a model of one of these"
+        )
+    if metadata.integer("split.count", 1) > 1:
+        raise ValueError(
+            f"{metadata.source} is one part of a split model: join the parts with llama-gguf-split --merge"
+        )
+
+    def size(key: str, default: int | None = None) -> int:
+        name = f"{arch}.{key}"
+        return metadata.require(metadata.integer(name, default, least=1), name)
+
+    hidden, heads = size("embedding_length"), size("attention.head_count")
+    rotary = metadata.integer(f"{arch}.rope.dimension_count", None, least=1)
+    head_dim = size("attention.key_length", rotary or max(hidden // heads, 1))
+    context = size("context_length")
+    _refuse_unsupported(metadata, arch, head_dim, rotary or head_dim, context)
+    tokens = metadata.array("tokenizer.ggml.tokens", str) or []
+    vocab_size = size("vocab_size", len(tokens) or None)
+    scaling = _rope_scaling(metadata, arch, context, rope_factors)
+    fields = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_layers=size("block_count"),
+        num_heads=heads,
+        num_kv_heads=size("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn_size=size("feed_forward_length"),
+        context_length=context,
+        rope_theta=float(metadata.positive(f"{arch}.rope.freq_base", 10000.0)),
+        norm_eps=_norm_eps(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
+        tie_embeddings="output.weight" not in tensor_names,
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        bos_id=metadata.integer("tokenizer.ggml.bos_token_id"),
+        eos_ids=_eos_ids(metadata),
+    )
+    with naming(metadata.source):
+        config = TransformerConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+    for name, token in [("bos", config.bos_id), *(("eos", token) for token in config.eos_ids)]:
+        if token is not None and token >= vocab_size:
+            raise ValueError(
+                f"{metadata.source} has {name} token {token}, but vocab_size={vocab_size}: download it again"
+            )
+    return config
+
+
+def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: int, context: int) -> None:
+    value_dim = metadata.integer(f"{arch}.attention.value_length", head_dim)
+    if value_dim != head_dim or rotary != head_dim:
+        raise ValueError(
+            f"{metadata.source} has {head_dim} key, {value_dim} value and {rotary} rotary dimensions a head: "
+            "only models where the three are equal are supported"
+        )
+    experts = metadata.integer(f"{arch}.expert_count", 0)
+    if experts:
+        raise ValueError(f"{metadata.source} has {experts} experts: only dense models are supported")
+    window = metadata.integer(f"{arch}.attention.sliding_window", 0)
+    if window and window < context:
+        raise ValueError(
+            f"{metadata.source} attends to a sliding window of {window} of {context} positions: "
+            "only full attention is supported"
+        )
+
+
+def _norm_eps(metadata: Metadata, key: str) -> float:
+    """The shortest decimal of the float32 in the file: 1e-05, not 9.999999747378752e-06."""
+    value = metadata.require(metadata.positive(key), key)
+    return float(str(np.float32(value)))
+
+
+def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
+    """End of text, and end of turn where the file names one."""
+    found = (metadata.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[float, ...]) -> dict[str, Any] | None:
+    """Fields of a RopeScaling."""
+    prefix = f"{arch}.rope.scaling"
+    factor = metadata.positive(f"{prefix}.factor", metadata.positive(f"{arch}.rope.scale_linear", 1.0))
+    # llama.cpp, too, takes a factor without a type for a linear one.
+    kind = metadata.text(f"{prefix}.type", "linear" if factor != 1 else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{metadata.source} has RoPE scaling {kind!r}, supported are none, linear, yarn")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return dict(kind="factors", factors=factors) if factors else None
+    if factors:
+        raise ValueError(f"{metadata.source} has both RoPE scaling {kind!r} and rope_freqs.weight: one is supported")
+    if kind == "linear":
+        return dict(kind="linear", factor=factor)
+    # llama.cpp multiplies its own 0.1 ln(factor) + 1 by this; 1 leaves that formula as it is.
+    extra = metadata.positive(f"{prefix}.yarn_attn_factor", metadata.positive(f"{prefix}.attn_factor", 1.0))
+    return dict(
+        kind="yarn",
+        factor=factor,
+        original_context_length=metadata.integer(f"{prefix}.original_context_length", context, least=1),
+        beta_fast=metadata.positive(f"{prefix}.yarn_beta_fast", 32.0),
+        beta_slow=metadata.positive(f"{prefix}.yarn_beta_slow", 1.0),
+        attention_factor=None if extra == 1 else extra * (0.1 * math.log(factor) + 1.0),
+    )

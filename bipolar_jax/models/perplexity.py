@@ -1,0 +1,99 @@
+"""Perplexity of a model on windows of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a token.
+
+    Attributes:
+      perplexity: over all tokens that were predicted.
+      standard_error: of the perplexity, from the spread of the windows' means; NaN for one window.
+      windows: how many.
+      scored_tokens: tokens predicted, all but the first of every window.
+    """
+
+    perplexity: float
+    standard_error: float
+    windows: int
+    scored_tokens: int
+
+
+def perplexity(
+    model: Transformer,
+    ids: Sequence[int],
+    *,
+    windows: int,
+    window_length: int = 512,
+    windows_per_step: int = 4,
+    on_window: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Perplexity on the first windows of a text.
+
+    Window i is ids[window_length * i : window_length * (i + 1)]; within it every token but
+    the first is predicted from those before it in the window.
+
+    Args:
+      model: the model.
+      ids: the whole text's token ids.
+      windows: how many windows to score.
+      window_length: tokens a window, at least 2.
+      windows_per_step: windows a forward pass; more is faster and takes more memory.
+      on_window: called with the number of windows scored so far.
+
+    Raises:
+      ValueError: the text is too short, a window longer than the model's context, ids
+        outside the vocabulary, or logits that are NaN.
+    """
+    if windows < 1 or window_length < 2:
+        raise ValueError(f"needs at least 1 window of 2 tokens, got {windows=} and {window_length=}")
+    if window_length > model.config.context_length:
+        raise ValueError(f"{window_length=} exceeds the model's context of {model.config.context_length}")
+    if len(ids) < windows * window_length:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, {windows} windows of {window_length} need {windows * window_length}: "
+            f"ask for at most {len(ids) // window_length}, or give a longer text"
+        )
+    used = np.asarray(ids[: windows * window_length], np.int32).reshape(windows, window_length)
+    if used.min() < 0 or used.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"token ids span {used.min()}..{used.max()}, outside the vocabulary 0..{model.config.vocab_size - 1}: "
+            "was the text encoded by another model's tokenizer?"
+        )
+    losses = []
+    for start in range(0, windows, windows_per_step):
+        batch = used[start : start + windows_per_step]
+        losses.extend(np.asarray(_window_losses(model, jnp.asarray(batch)), np.float64))
+        if on_window is not None:
+            on_window(len(losses))
+    means = np.asarray(losses)
+    if not np.isfinite(means).all():
+        raise ValueError(f"the loss of window {int(np.argmin(np.isfinite(means)))} is not finite: the model gives NaN")
+    value = math.exp(means.mean())
+    error = value * means.std(ddof=1) / math.sqrt(windows) if windows > 1 else math.nan
+    return Perplexity(value, float(error), windows, windows * (window_length - 1))
+
+
+@jax.jit
+def _window_losses(model: Transformer, ids: Int[Array, "windows length"]) -> Float[Array, " windows"]:
+    """Mean negative log-likelihood of every window, in nats."""
+    hidden = model.hidden_states(ids)
+
+    def one_window(window):  # logits of one window at a time: they are the largest array by far
+        hidden, ids = window
+        log_probabilities = jax.nn.log_softmax(model.logits(hidden[:-1]), axis=-1)
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, ids[1:, None], axis=-1))
+
+    return jax.lax.map(one_window, (hidden, ids))

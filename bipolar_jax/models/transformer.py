@@ -1,0 +1,192 @@
+"""A decoder-only Transformer of the Llama family, its layers stacked and scanned.
+
+Every parameter of `layers` carries a leading layer axis, so that the whole stack
+compiles as one layer. What attends to what is a function given to each layer:
+training and prefill attend causally within the sequence, decoding attends to a
+`KVCache`; the layer is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.models.cache import KVCache
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.rope import rope_tables, rotate
+
+Heads = Float[Array, "batch length heads head_dim"]
+Attend = Callable[[Heads, Heads, Heads], Heads]
+Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = linear(config.hidden_size, query_size, use_bias=config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
+        self.o_proj = linear(query_size, config.hidden_size, use_bias=False)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"], tables: Tables, attend: Attend
+    ) -> Float[Array, "batch length hidden"]:
+        def heads(projected):
+            return projected.reshape(*projected.shape[:2], -1, self.head_dim)
+
+        q = rotate(heads(self.q_proj(x)), tables)
+        k = rotate(heads(self.k_proj(x)), tables)
+        v = heads(self.v_proj(x))
+        context = attend(q, k, v)
+        return self.o_proj(context.reshape(*context.shape[:2], -1))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)); Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.ffn_size)
+        self.up_proj = linear(config.hidden_size, config.ffn_size)
+        self.down_proj = linear(config.ffn_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual block: attention, then SwiGLU."""
+
+    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        norm = functools.partial(
+            nnx.RMSNorm,
+            config.hidden_size,
+            epsilon=config.norm_eps,
+            param_dtype=param_dtype,
+            dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.ffn_norm = norm()
+        self.ffn = SwiGLU(config, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"], tables: Tables, attend: Attend
+    ) -> Float[Array, "batch length hidden"]:
+        x = x + self.attention(self.attention_norm(x), tables, attend)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nnx.Module):
+    """Token ids to next-token logits.
+
+    `model(ids)` is the full forward pass. Generation runs in two steps that share
+    a `KVCache`: `prefill` reads whole prompts, `decode` one token for each.
+    """
+
+    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs
+        )
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make_layers(layer_rngs):
+            return DecoderLayer(config, param_dtype=param_dtype, rngs=layer_rngs)
+
+        self.layers = make_layers(rngs.split(config.num_layers))
+        self.final_norm = nnx.RMSNorm(
+            config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs
+        )
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                param_dtype=param_dtype,
+                dtype=param_dtype,
+                rngs=rngs,
+            )
+
+    def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+        """Logits of every position, each attending to itself and all before it."""
+        return self.logits(self.hidden_states(ids))
+
+    def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
+        """Final normalized hidden states of every position: `__call__` without the logits."""
+        hidden, _, _ = self._causal_layers(ids)
+        return self.final_norm(hidden)
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Output projection in float32, of hidden states that are already normalized."""
+        project = self.embed.attend if self.config.tie_embeddings else self.lm_head
+        return project(hidden).astype(jnp.float32)
+
+    def prefill(
+        self, ids: Int[Array, "batch length"], lengths: Int[Array, " batch"], capacity: int
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """Reads prompts padded on the right.
+
+        Args:
+          ids: prompts; entries from `lengths` on are ignored.
+          lengths: true length of each prompt, at least 1.
+          capacity: positions the cache can hold, prompt and new tokens together.
+
+        Returns:
+          Logits after the last token of each prompt, and the cache to decode from.
+        """
+        hidden, keys, values = self._causal_layers(ids)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(self.final_norm(last)), KVCache.from_prefill(keys, values, lengths, capacity)
+
+    def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """Appends one token to every sequence; returns the next logits and the grown cache."""
+        tables = rope_tables(self.config, cache.lengths[:, None])
+
+        def step(carry, indexed_layer):
+            hidden, cache = carry
+            index, layer = indexed_layer
+            written = cache
+
+            def attend(q, k, v):
+                nonlocal written
+                written = cache.write(index, k, v)
+                keys, values = written.read(index)
+                return jax.nn.dot_product_attention(q, keys, values, mask=written.mask())
+
+            hidden = layer(hidden, tables, attend)
+            return (hidden, written), None
+
+        indices = jnp.arange(self.config.num_layers)
+        (hidden, cache), _ = jax.lax.scan(step, (self.embed(ids[:, None]), cache), (indices, self.layers))
+        return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
+
+    def _causal_layers(self, ids: Int[Array, "batch length"]):
+        """Hidden states before the final norm; keys and values, each [layers, batch, length, kv_heads, head_dim]."""
+        batch, length = ids.shape
+        tables = rope_tables(self.config, jnp.broadcast_to(jnp.arange(length), (batch, length)))
+
+        def step(hidden, layer):
+            seen = None
+
+            def attend(q, k, v):
+                nonlocal seen
+                seen = (k, v)
+                return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+            hidden = layer(hidden, tables, attend)
+            return hidden, seen
+
+        hidden, (keys, values) = jax.lax.scan(step, self.embed(ids), self.layers)
+        return hidden, keys, values

@@ -1,0 +1,108 @@
+"""Replaces the layers of any NNX model by packed ones, chosen by path."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flax import nnx
+
+from bipolar_jax.nn.embed import Embed
+from bipolar_jax.nn.linear import Linear
+from bipolar_jax.quantize import Precision
+
+Rules = Sequence[tuple[str, Precision | None]]
+
+_PACKED_LAYERS = {nnx.Linear: Linear, nnx.Embed: Embed}
+_NUM_NEAR_MISSES = 5
+
+
+def quantize_model[Model: nnx.Module](model: Model, rules: Rules, *, implementation: str = "auto") -> Model:
+    """A copy of a model with packed layers in place of float ones.
+
+    The layers that can be replaced are `nnx.Linear` and `nnx.Embed`, at any depth, also
+    stacked ones. A layer's path is its attribute names joined by "/", such as
+    "layers/ffn/down_proj". A layer that stands at several paths (tied) is replaced once,
+    by the rule for its first path, and stays tied.
+
+    Args:
+      model: any NNX module; it is left as it was. What is not replaced is shared with it.
+      rules: (pattern, precision) pairs. A pattern is a regular expression searched for
+        anywhere in the path; the first rule that matches a layer decides. Precision None
+        leaves the layer as it is, and so does no match.
+      implementation: backend of the new layers, see `bipolar_jax.matmul`.
+
+    Returns:
+      A module of the same class.
+
+    Raises:
+      ValueError: a rule that decides no layer (the message lists near misses), a pattern
+        that is not a regular expression, or weights that cannot be quantized.
+    """
+    compiled = [(_compile(pattern), precision) for pattern, precision in rules]
+    quantized = nnx.clone(model)
+    if type(quantized) in _PACKED_LAYERS:
+        raise ValueError(
+            f"the model is itself an {type(quantized).__name__}, with no path for a rule to match: "
+            f"use bipolar_jax.nn.{type(quantized).__name__}.from_float"
+        )
+    layers = list(_float_layers(quantized))
+    deciding, packed = set(), {}
+    for path, parent, key, layer in layers:
+        index = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(path)), None)
+        deciding.add(index)
+        precision = None if index is None else compiled[index][1]
+        if id(layer) not in packed:
+            packed[id(layer)] = layer if precision is None else _pack(path, layer, precision, implementation)
+        _replace(parent, key, packed[id(layer)])
+    _check_all_decide(compiled, deciding, [path for path, *_ in layers])
+    return quantized
+
+
+def _float_layers(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
+    """Path, parent, key in the parent, and layer of everything that can be replaced."""
+    for key, child in nnx.iter_children(module):
+        path = f"{prefix}{key}"
+        if type(child) in _PACKED_LAYERS:
+            yield path, module, key, child
+        elif isinstance(child, nnx.Module):
+            yield from _float_layers(child, f"{path}/")
+
+
+def _replace(parent: nnx.Module, key: Any, layer: nnx.Module) -> None:
+    if isinstance(parent, nnx.List):
+        parent[key] = layer
+    else:
+        setattr(parent, key, layer)
+
+
+def _pack(path: str, layer: nnx.Module, precision: Precision, implementation: str) -> nnx.Module:
+    try:
+        return _PACKED_LAYERS[type(layer)].from_float(layer, precision, implementation=implementation)
+    except ValueError as error:
+        raise ValueError(f"cannot quantize layer {path} to {precision}: {error}") from error
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_all_decide(compiled, deciding: set[int | None], paths: list[str]) -> None:
+    for index, (pattern, _) in enumerate(compiled):
+        if index in deciding:
+            continue
+        shadowed = [path for path in paths if pattern.search(path)]
+        if shadowed:
+            raise ValueError(
+                f"rule {pattern.pattern!r} decides no layer: earlier rules take all it matches "
+                f"({', '.join(shadowed[:_NUM_NEAR_MISSES])}); move it up or drop it"
+            )
+        if not paths:
+            raise ValueError(f"rule {pattern.pattern!r} matches nothing: the model has no nnx.Linear or nnx.Embed")
+        near = difflib.get_close_matches(pattern.pattern, paths, n=_NUM_NEAR_MISSES, cutoff=0.0)
+        raise ValueError(f"rule {pattern.pattern!r} matches no layer; the nearest paths are {', '.join(near)}")

@@ -1,0 +1,41 @@
+"""Rows of a packed table by index."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.packing import BipolarArray
+
+
+def lookup(table: BipolarArray, ids: Int[Array, "*batch"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*batch d"]:
+    """Decodes the rows `ids` of a table, and no others.
+
+    Args:
+      table: logical shape (rows, d), packed along its last axis.
+      ids: row numbers; those below 0 or past the end give rows of NaN.
+      dtype: of the result.
+
+    Raises:
+      ValueError: ids that are not integers, or a table that is not packed along its last of two axes.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids must be integers, got {ids.dtype}")
+    if table.ndim != 2 or table.axis != -1:
+        raise ValueError(
+            f"a table of shape {table.shape} packed along axis {table.axis} has no rows to look up: "
+            "it must have two axes and be quantized with axis=-1"
+        )
+    table.check()
+    flat = ids.reshape(-1)
+    in_range = (flat >= 0) & (flat < table.shape[0])
+    rows = dataclasses.replace(
+        table,
+        planes=jnp.take(table.planes, flat, axis=-2, mode="clip"),
+        scale=jnp.where(in_range[:, None], jnp.take(table.scale, flat, axis=0, mode="clip"), jnp.nan),
+        offset=None if table.offset is None else jnp.take(table.offset, flat, axis=0, mode="clip"),
+        row_sums=jnp.take(table.row_sums, flat, axis=0, mode="clip"),
+    )
+    return rows.dequantize().astype(dtype).reshape(*ids.shape, -1)

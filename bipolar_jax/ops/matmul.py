@@ -1,0 +1,152 @@
+"""Matrix product of float activations with packed weights, differentiable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.epilogue import value_sums
+from bipolar_jax.ops.dispatch import check_implementation, dispatch
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.groups import split_groups
+from bipolar_jax.quantize.rounding import check_float
+
+
+def matmul(
+    x: Float[Array, "*batch k"],
+    w: BipolarArray,
+    a_bits: int | None,
+    *,
+    bias: Float[Array, " n"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "*batch n"]:
+    """x @ w, with x quantized to `a_bits` per token on the way.
+
+    Every row of x (token) gets the scale that puts its largest magnitude on the largest
+    value of the a-bit grid; the integer product of the values is exact; scales, offsets
+    and bias follow in float32, and the result is cast to x's dtype. NaN or Inf in a row
+    of x makes that row of the result NaN or Inf.
+
+    The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset,
+    the function differentiated is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias:
+
+    - dx = g @ w^T, as if x had not been quantized;
+    - dscale and doffset are those of w^, multiplied with x^;
+    - the packed bits have no gradient (float0).
+
+    Args:
+      x: float32, bfloat16 or float16; its last axis is contracted. If w has batch axes,
+        x's leading axes must equal them.
+      w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T`
+        of an array quantized with axis=-1.
+      a_bits: activation bits 1..8; None leaves the activations float (weight-only).
+      bias: added to every row.
+      implementation: "auto", or a backend by name: "reference", "xla".
+
+    Returns:
+      The product in x's dtype, with w's last axis in place of x's.
+
+    Raises:
+      ValueError: x is not float, sizes do not fit, bits outside 1..8, or K so large that
+        an int32 sum could overflow.
+      NotImplementedError: the backend asked for cannot serve these operands.
+    """
+    x = jnp.asarray(x)
+    check_implementation(implementation)
+    a_format = None if a_bits is None else BipolarFormat(a_bits)
+    _check_operands(x, w, a_format, bias)
+    static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
+    product = functools.partial(_rows_matmul, static)
+    for _ in range(w.ndim - 2):
+        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, None))
+    return product(x, w.scale, w.offset, w.planes, w.row_sums, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of a product is known before tracing."""
+
+    w_format: BipolarFormat
+    contracted_size: int
+    group_size: int | None
+    a_format: BipolarFormat | None
+    implementation: str
+
+    def weights(self, scale, offset, planes, row_sums) -> BipolarArray:
+        return BipolarArray(
+            planes, scale, offset, row_sums, self.w_format, self.contracted_size, axis=-2, group_size=self.group_size
+        )
+
+
+def _rows_matmul(static, x, scale, offset, planes, row_sums, bias):
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul(static, rows, scale, offset, planes, row_sums, bias).reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(static: _Static, x, scale, offset, planes, row_sums, bias):
+    w = static.weights(scale, offset, planes, row_sums)
+    with jax.named_scope("bipolar_matmul"):
+        if static.a_format is None:
+            return dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
+        return dispatch(
+            static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias)
+        )
+
+
+def _forward(static, x, scale, offset, planes, row_sums, bias):
+    return _matmul(static, x, scale, offset, planes, row_sums, bias), (x, scale, offset, planes, row_sums, bias)
+
+
+def _backward(static, residuals, cotangent):
+    x, scale, offset, planes, row_sums, bias = residuals
+    w = static.weights(scale, offset, planes, row_sums)
+    cotangent = cotangent.astype(jnp.float32)
+    dx = jnp.dot(cotangent, w.dequantize().T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+    x_hat = x.astype(jnp.float32)
+    if static.a_format is not None:
+        codes, token_scale = quantize_tokens(x, static.a_format)
+        x_hat = static.a_format.values(codes) * token_scale[:, None]
+    dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), static.group_size)
+    values = split_groups(w.values().T, static.group_size)
+    dscale = jnp.sum(dw * values, axis=-1)
+    doffset = None if offset is None else jnp.sum(dw, axis=-1)
+    dbias = None if bias is None else jnp.sum(cotangent, axis=0).astype(bias.dtype)
+    return dx, dscale, doffset, None, None, dbias
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _check_operands(x, w, a_format, bias) -> None:
+    if not isinstance(w, BipolarArray):
+        raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize(w, bits, axis)")
+    check_float(x, "x")
+    w.check()
+    if w.axis != -2:
+        raise ValueError(
+            f"w of shape {w.shape} is packed along its last axis, which is not the one that x @ w contracts: "
+            "pass w.T, or quantize with axis=-2"
+        )
+    *w_batch, k, n = w.shape
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(f"x of shape {tuple(x.shape)} does not fit w of shape {w.shape}: x's last axis must be {k=}")
+    if x.ndim < w.ndim - 1 or list(x.shape[: len(w_batch)]) != w_batch:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit the batch axes {tuple(w_batch)} of w: they must lead x's shape"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, w of shape {w.shape} needs {(n,)}")
+    if a_format is not None:
+        terms = min(k, w.group_size or k)
+        if terms > w.format.max_contraction(a_format):
+            raise ValueError(
+                f"W{w.format.name}A{a_format.name} sums {terms} products, and int32 is exact only up to "
+                f"{w.format.max_contraction(a_format)}: use fewer bits, or quantize w with a group_size below that"
+            )

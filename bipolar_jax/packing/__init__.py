@@ -1,0 +1,6 @@
+"""Packed bit planes and the array made of them."""
+
+from bipolar_jax.packing.bipolar_array import BipolarArray
+from bipolar_jax.packing.pack import from_codes, quantize
+
+__all__ = ["BipolarArray", "from_codes", "quantize"]

@@ -1,0 +1,121 @@
+"""From arrays to `BipolarArray`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.packing.bipolar_array import BipolarArray, code_sums
+from bipolar_jax.packing.words import pack_codes
+from bipolar_jax.quantize.calibration import Calibration, check_calibration
+from bipolar_jax.quantize.groups import check_group_size, num_groups
+from bipolar_jax.quantize.rounding import check_finite, check_float, contracted_last, round_to_grid
+
+
+def quantize(
+    x: Float[Array, "*shape"],
+    bits: int | BipolarFormat,
+    axis: int,
+    group_size: int | None = None,
+    calibration: Calibration = "absmax",
+) -> BipolarArray:
+    """Rounds a float array to the nearest bipolar numbers and packs them.
+
+    Args:
+      x: float32, bfloat16 or float16 with at least two axes: (..., k, n) or (..., n, k).
+        Axes before the last two are batch axes.
+      bits: 1 to 8, or a `BipolarFormat` such as `TERNARY`.
+      axis: the axis that a matmul will contract; one of the last two.
+      group_size: elements along `axis` that share a scale, 1 to k; the last group is
+        shorter where k is no multiple. None shares one scale over the axis (per channel).
+      calibration: "absmax" puts the largest magnitude of a group on the largest value;
+        "mse" picks the scale of least squared error; "minmax" maps [min, max] onto the
+        grid, with an offset.
+
+    Returns:
+      A `BipolarArray` of x's shape. Groups of zeros get scale 0 and decode to zeros.
+
+    Raises:
+      ValueError: bits outside 1..8, a dtype that is not float, NaN or Inf in a concrete x
+        (under a trace their groups' scales become NaN or Inf), zero-size axes, a wrong
+        axis, group size or calibration.
+    """
+    x = jnp.asarray(x)
+    number_format = as_format(bits)
+    check_calibration(calibration)
+    check_float(x, "the array to quantize")
+    check_finite(x, "the array to quantize")
+    rows, from_end = contracted_last(x, axis)
+    check_group_size(rows.shape[-1], group_size)
+    return _round_and_pack(rows, number_format, from_end, group_size, calibration)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _round_and_pack(rows, number_format, axis, group_size, calibration) -> BipolarArray:
+    codes, scale, offset = round_to_grid(rows, number_format, group_size, calibration)
+    return _pack(codes, number_format, scale, offset, axis, group_size)
+
+
+def from_codes(
+    codes: Integer[Array, "*shape"],
+    bits: int | BipolarFormat,
+    axis: int,
+    scale: Float[Array, "*batch n groups"],
+    offset: Float[Array, "*batch n groups"] | None = None,
+    group_size: int | None = None,
+) -> BipolarArray:
+    """Packs codes that are already known, such as another format's integers.
+
+    Any affine integer format w = d q + m with q in 0 ... 2^bits - 1 fits without loss:
+    its q are the codes, `scale` is d / 2 and `offset` is m + d (2^bits - 1) / 2.
+
+    Args:
+      codes: integers in 0 ... format.max_value, of shape (..., k, n) or (..., n, k).
+      bits: 1 to 8, or a `BipolarFormat`.
+      axis: the contracted axis, one of the last two.
+      scale: size of one unit of value, for every row (the axis that is not contracted) and group.
+      offset: number that value 0 stands for, likewise, or None.
+      group_size: see `quantize`.
+
+    Raises:
+      ValueError: codes outside the format's range, or a shape that does not fit.
+    """
+    codes = jnp.asarray(codes)
+    number_format = as_format(bits)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes must be integers, got {codes.dtype}: to round floats use bipolar_jax.quantize")
+    if 0 in codes.shape:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}: every axis must have at least one element")
+    if not isinstance(codes, jax.core.Tracer):
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high > number_format.max_value:
+            raise ValueError(
+                f"codes span {low}..{high}, outside 0..{number_format.max_value} of {number_format.bits} bits: "
+                "shift them, or ask for more bits"
+            )
+    rows, from_end = contracted_last(codes, axis)
+    check_group_size(rows.shape[-1], group_size)
+    per_group = (*rows.shape[:-1], num_groups(rows.shape[-1], group_size))
+    for name, array in {"scale": scale, "offset": offset}.items():
+        if array is not None and jnp.shape(array) != per_group:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}: these codes and groups need {per_group}")
+    scale = jnp.asarray(scale, jnp.float32)
+    offset = None if offset is None else jnp.asarray(offset, jnp.float32)
+    return _pack(rows.astype(jnp.uint8), number_format, scale, offset, from_end, group_size)
+
+
+def _pack(codes, number_format, scale, offset, axis, group_size) -> BipolarArray:
+    return BipolarArray(
+        planes=pack_codes(codes, number_format),
+        scale=scale,
+        offset=offset,
+        row_sums=code_sums(codes, group_size),
+        format=number_format,
+        contracted_size=codes.shape[-1],
+        axis=axis,
+        group_size=group_size,
+    )

@@ -1,0 +1,102 @@
+"""How scales are chosen: from the numbers of one group to its scale and offset."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from bipolar_jax.format import BipolarFormat
+
+Calibration = Literal["absmax", "mse", "minmax"]
+
+# Below the smallest normal float32 a scale has no reciprocal; such a group counts as zero.
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+
+# The shrink factors that "mse" tries, coarse to fine: one bit wants the mean of |x|,
+# about 1/4 of the largest of a few hundred normal numbers; eight bits nearly all of it.
+_SHRINK_FACTORS = np.geomspace(1.0, 0.1, 32, dtype=np.float32)
+
+
+def check_calibration(calibration: str) -> None:
+    """Raises ValueError unless `calibration` is one of those below."""
+    if calibration not in get_args(Calibration):
+        raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {calibration!r}")
+
+
+def calibrate(
+    x: Float[Array, "*rows groups size"],
+    valid: Bool[np.ndarray, "groups size"],
+    number_format: BipolarFormat,
+    calibration: Calibration,
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"] | None]:
+    """Scale, and offset or None, of every group.
+
+    Args:
+      x: float32, zero wherever `valid` is False.
+      valid: which elements are numbers of the caller's.
+      number_format: the grid to fit.
+      calibration: "absmax" puts the largest magnitude on the largest value; "mse"
+        minimizes the squared error over a range of scales, so that outliers may be
+        clipped; "minmax" maps the range [min, max] onto the grid, which takes an offset.
+
+    Returns:
+      float32 scales (0 for groups of zeros; NaN if the group has NaN) and offsets.
+    """
+    if calibration == "minmax":
+        low = jnp.min(jnp.where(valid, x, jnp.inf), axis=-1)
+        high = jnp.max(jnp.where(valid, x, -jnp.inf), axis=-1)
+        # Halved before they are subtracted: high - low may exceed the largest float32.
+        return _flush((high / 2 - low / 2) / number_format.max_value), low / 2 + high / 2
+    scale = absmax_scale(x, number_format)
+    if calibration == "mse":
+        scale = _least_squares_scale(x, valid, number_format, scale)
+    return scale, None
+
+
+def absmax_scale(x: Float[Array, "*rows size"], number_format: BipolarFormat) -> Float[Array, "*rows"]:
+    """max |x| / max_value over the last axis, float32."""
+    return _flush(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / number_format.max_value)
+
+
+def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 / (2 scale), what `BipolarFormat.encode` multiplies by; 0 where the scale is 0."""
+    return jnp.where(scale == 0, 0.0, 0.5 / jnp.where(scale == 0, 1.0, scale))
+
+
+def _flush(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(scale < _SMALLEST_SCALE, 0.0, scale)  # NaN compares false and stays
+
+
+def _least_squares_scale(
+    x: Float[Array, "*rows groups size"],
+    valid: Bool[np.ndarray, "groups size"],
+    number_format: BipolarFormat,
+    largest: Float[Array, "*rows groups"],
+) -> Float[Array, "*rows groups"]:
+    """Best of the shrink factors; for its codes, the scale that least squares gives.
+
+    For fixed values v the squared error sum (x - s v)^2 is least at s = <x, v> / <v, v>;
+    it is then <x, x> + s (s <v, v> - 2 <x, v>), of which the first term is the same for
+    all and is left out. Rounding anew at the fitted scale can only lessen it.
+    """
+
+    # In units of `largest`, so that no product can overflow.
+    unit = 2 * x * half_steps_per_unit(largest)[..., None]
+
+    def attempt(best, shrink):
+        best_error, best_scale = best
+        codes = number_format.encode(unit, 0.5 / shrink)
+        values = jnp.where(valid, number_format.values(codes), 0).astype(jnp.float32)
+        xv, vv = jnp.sum(unit * values, axis=-1), jnp.sum(values * values, axis=-1)
+        fitted = jnp.where(vv == 0, shrink, xv / jnp.where(vv == 0, 1.0, vv))
+        error = fitted * (fitted * vv - 2 * xv)
+        better = error < best_error
+        return (jnp.where(better, error, best_error), jnp.where(better, fitted, best_scale)), None
+
+    start = (jnp.full_like(largest, jnp.inf), jnp.ones_like(largest))
+    (_, fitted), _ = jax.lax.scan(attempt, start, jnp.asarray(_SHRINK_FACTORS))
+    return _flush(fitted * largest)

@@ -1,0 +1,73 @@
+"""Quantization in floating point, for training and for looking at errors."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.quantize.calibration import Calibration, check_calibration
+from bipolar_jax.quantize.groups import check_group_size, spread_groups
+from bipolar_jax.quantize.rounding import check_finite, check_float, contracted_last, from_grid, round_to_grid
+
+
+def fake_quant(
+    x: Float[Array, "*shape"],
+    bits: int | BipolarFormat,
+    axis: int,
+    group_size: int | None = None,
+    calibration: Calibration = "absmax",
+) -> Float[Array, "*shape"]:
+    """Rounds to the bipolar grid and back; `quantize(...).dequantize()` without the packing.
+
+    The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 where the
+    number lies within the grid's range, to half a step beyond its ends, and 0 where it
+    was clipped, which happens only under `calibration="mse"`. Scales count as constants.
+
+    Args:
+      x: float32, bfloat16 or float16, at least two axes.
+      bits: 1 to 8, or a `BipolarFormat`.
+      axis: the contracted axis, along which scales are shared; one of the last two.
+      group_size: elements that share a scale; None for the whole axis.
+      calibration: see `quantize`.
+
+    Returns:
+      The same shape and dtype.
+
+    Raises:
+      ValueError: as `quantize`.
+    """
+    x = jnp.asarray(x)
+    number_format = as_format(bits)
+    check_calibration(calibration)
+    check_float(x, "the input of fake_quant")
+    check_finite(x, "the input of fake_quant")
+    rows, from_end = contracted_last(x, axis)
+    check_group_size(rows.shape[-1], group_size)
+    rounded = _straight_through(rows, number_format, group_size, calibration)
+    return rounded if from_end == -1 else jnp.swapaxes(rounded, -1, -2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _straight_through(x, number_format, group_size, calibration):
+    return _forward(x, number_format, group_size, calibration)[0]
+
+
+def _forward(x, number_format, group_size, calibration):
+    k = x.shape[-1]
+    codes, scale, offset = round_to_grid(x, number_format, group_size, calibration)
+    rounded = from_grid(codes, number_format, scale, offset, group_size)
+    reach = spread_groups(scale * (number_format.max_value + 1), k, group_size)
+    center = 0.0 if offset is None else spread_groups(offset, k, group_size)
+    inside = jnp.abs(x.astype(jnp.float32) - center) <= reach
+    return rounded.astype(x.dtype), inside
+
+
+def _backward(number_format, group_size, calibration, inside, cotangent):
+    return (jnp.where(inside, cotangent, 0),)
+
+
+_straight_through.defvjp(_forward, _backward)

@@ -1,0 +1,63 @@
+"""How to quantize, apart from what was quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from bipolar_jax.format import TERNARY, BipolarFormat, as_format
+from bipolar_jax.quantize.calibration import Calibration, check_calibration
+
+_PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Bits of weights and activations, and how the weights' scales are chosen.
+
+    Attributes:
+      w_bits: weight bits 1..8, or `TERNARY`.
+      a_bits: activation bits 1..8, quantized per token at run time; None leaves them float.
+      group_size: weights that share a scale along the contracted axis; None is one
+        scale per output channel.
+      calibration: how weight scales are chosen, see `quantize`.
+    """
+
+    w_bits: int | BipolarFormat
+    a_bits: int | None = None
+    group_size: int | None = None
+    calibration: Calibration = "absmax"
+
+    def __post_init__(self):
+        number_format = as_format(self.w_bits)
+        object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
+        if self.a_bits is not None:
+            BipolarFormat(self.a_bits)
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, or None, got {self.group_size}")
+        check_calibration(self.calibration)
+
+    @classmethod
+    def parse(cls, text: str, calibration: Calibration = "absmax") -> Precision:
+        """Reads the field's notation: "W4A8", "W4A8g64", "W4A16" (float activations), "W1.58A8".
+
+        Raises:
+          ValueError: other notation, or bits outside 1..8.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if not match:
+            raise ValueError(
+                f"precision {text!r} is not of the form W4A8 or W4A8g64: weight bits 1..8 or 1.58, "
+                "activation bits 1..8 or 16 for float, and the group size if any"
+            )
+        return cls(
+            w_bits=TERNARY if match["w"] == "1.58" else int(match["w"]),
+            a_bits=None if match["a"] == "16" else int(match["a"]),
+            group_size=int(match["group"]) if match["group"] else None,
+            calibration=calibration,
+        )
+
+    def __str__(self) -> str:
+        activations = 16 if self.a_bits is None else self.a_bits
+        group = "" if self.group_size is None else f"g{self.group_size}"
+        return f"W{as_format(self.w_bits).name}A{activations}{group}"
