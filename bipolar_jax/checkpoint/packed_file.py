@@ -168,7 +168,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
                 raise ValueError(f"{path} is not a packed checkpoint: no bipolar_jax entry in its metadata")
             text = metadata["bipolar_jax"]
             if metadata["crc32"] != str(zlib.crc32(text.encode())):
-                raise _Mismatch("its metadata")
+                raise _MismatchError("its metadata")
             body = json.loads(text)
             if body["format_version"] != FORMAT_VERSION:
                 raise ValueError(
@@ -176,22 +176,22 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
                     "write it again, or install the version that wrote it"
                 )
             if set(file.keys()) != set(body["checksums"]):
-                raise _Mismatch("its list of tensors")
+                raise _MismatchError("its list of tensors")
             yield file, body
-    except _Mismatch as mismatch:
+    except _MismatchError as mismatch:
         raise ValueError(f"{path} is corrupted: {mismatch} does not match its checksum; copy it again") from mismatch
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is truncated or corrupted ({error}): copy or write it again") from error
 
 
-class _Mismatch(Exception):
+class _MismatchError(Exception):
     """What did not match."""
 
 
 def _read(file: Any, body: dict[str, Any], name: str) -> np.ndarray:
     array = file.get_tensor(name)
     if checksum(array) != body["checksums"][name]:
-        raise _Mismatch(f"tensor {name}")
+        raise _MismatchError(f"tensor {name}")
     return array
 
 
@@ -200,7 +200,7 @@ def _read_planes(file: Any, body: dict[str, Any], name: str, dropped: int) -> np
     batch_axes = (slice(None),) * (len(stored.get_shape()) - 3)
     planes = stored[(*batch_axes, slice(dropped, None))] if dropped else file.get_tensor(name)
     if plane_checksums(planes) != body["checksums"][name][dropped:]:
-        raise _Mismatch(f"tensor {name}")
+        raise _MismatchError(f"tensor {name}")
     return planes
 
 

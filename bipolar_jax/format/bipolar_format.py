@@ -91,10 +91,22 @@ class BipolarFormat:
           x: real numbers, float32.
           half_steps_per_unit: 1 / (2 scale), broadcastable to x; 0 encodes the middle.
         """
-        halves = x * half_steps_per_unit
-        nearest = jnp.floor(halves + 0.5) if self.ternary else jnp.floor(halves)
-        # Clipped while still floating point: a cast of what an int32 cannot hold is undefined.
-        return jnp.clip(nearest + self.code_offset, 0, self.max_value).astype(jnp.uint8)
+        if self.ternary:
+            return self.encode_around(self.code_offset, x, half_steps_per_unit)
+        return self._clip(jnp.floor(x * half_steps_per_unit) + self.code_offset)
+
+    def encode_around(
+        self, zero_code: Integer[Array, "..."] | int, x: Float[Array, "..."], half_steps_per_unit: Float[Array, "..."]
+    ) -> UInt8[Array, "..."]:
+        """Codes on the grid shifted so that x = 0 has the code `zero_code` exactly.
+
+        The numbers are then scale * (v - v0) with v0 = 2 zero_code - W: an offset of -scale * v0.
+        """
+        return self._clip(jnp.floor(x * half_steps_per_unit + 0.5) + zero_code)
+
+    def _clip(self, codes: Float[Array, "..."]) -> UInt8[Array, "..."]:
+        # While still floating point: a cast of what an integer cannot hold is undefined.
+        return jnp.clip(codes, 0, self.max_value).astype(jnp.uint8)
 
     def values(self, codes: Integer[Array, "..."]) -> Integer[Array, "..."]:
         """v = 2 u - W as int32."""
@@ -123,7 +135,9 @@ class BipolarFormat:
         if self.ternary:
             raise ValueError("a ternary format cannot be truncated: its two planes weigh the same; quantize anew")
         if bits > self.bits:
-            raise ValueError(f"cannot truncate {self.bits} bits to {bits}: ask for at most {self.bits}, or quantize anew")
+            raise ValueError(
+                f"cannot truncate {self.bits} bits to {bits}: ask for at most {self.bits}, or quantize anew"
+            )
         return BipolarFormat(bits)
 
 

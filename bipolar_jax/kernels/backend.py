@@ -25,7 +25,7 @@ class Backend(Protocol):
         a_format: BipolarFormat,
         bias: Float[Array, " n"] | None,
     ) -> Float[Array, "m n"]:
-        """Quantizes x per token (absmax), multiplies integers, scales; output in x's dtype."""
+        """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype."""
 
     def weight_only_matmul(
         self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None

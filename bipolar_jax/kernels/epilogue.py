@@ -1,10 +1,12 @@
 """From integer products to the output: the arithmetic that follows every mainloop.
 
-With x ~ s_x v_x per token and w ~ s_w v_w + o_w per output row n and group g,
+With activations s_x (v_x - v0) per token and weights s_w v_w + o_w per output row n and
+group g of true length L,
 
-    y[m, n] = s_x[m] * sum_g (s_w[n, g] * I[m, n, g] + o_w[n, g] * V[m, g]) + bias[n],
+    y[m, n] = s_x[m] * sum_g (s_w[n, g] * (I[m, n, g] - v0[m] * V_w[n, g])
+                              + o_w[n, g] * (V_x[m, g] - v0[m] * L[g])) + bias[n],
 
-where I is the integer product of the values and V the sum of x's values in the group.
+where I is the integer product of the values, and V_w and V_x are their sums over the group.
 """
 
 from __future__ import annotations
@@ -15,25 +17,43 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.format import BipolarFormat
 
 
-def value_sums(code_sums: Int[Array, "*rows"], a_format: BipolarFormat, length: int | Array) -> Int[Array, "*rows"]:
-    """V from the sums of codes over groups of `length` elements: v = 2 u - W."""
-    return 2 * code_sums - a_format.max_value * length
+def value_sums(
+    code_sums: Int[Array, "*rows"], number_format: BipolarFormat, length: int | Int[Array, "..."]
+) -> Int[Array, "*rows"]:
+    """Sums of values from sums of codes over groups of `length` elements: v = 2 u - W."""
+    return 2 * code_sums - number_format.max_value * length
 
 
 def scale_group(
     integers: Int[Array, "m n"],
+    zero_value: Int[Array, " m"],
+    w_value_sums: Int[Array, " n"],
     scale: Float[Array, " n"],
-    offset: Float[Array, " n"] | None,
-    x_value_sums: Int[Array, " m"],
 ) -> Float[Array, "m n"]:
-    """One group's term of the sum over g, float32."""
-    term = integers.astype(jnp.float32) * scale
-    return term if offset is None else term + x_value_sums.astype(jnp.float32)[:, None] * offset
+    """s_w * (I - v0 V_w) of one group, float32.
+
+    Subtracted in float32: both terms fit int32 wherever I does, their difference need not.
+    """
+    shift = zero_value.astype(jnp.float32)[:, None] * w_value_sums.astype(jnp.float32)
+    return (integers.astype(jnp.float32) - shift) * scale
+
+
+def offset_group(
+    x_value_sums: Int[Array, " m"],
+    zero_value: Int[Array, " m"],
+    length: int | Int[Array, ""],
+    offset: Float[Array, " n"],
+) -> Float[Array, "m n"]:
+    """o_w * (V_x - v0 L) of one group, float32."""
+    return (x_value_sums - zero_value * length).astype(jnp.float32)[:, None] * offset
 
 
 def finish(
-    total: Float[Array, "m n"], token_scale: Float[Array, " m"], bias: Float[Array, " n"] | None, dtype: jnp.dtype
+    total: Float[Array, "m n"],
+    token_scale: Float[Array, " m"] | None,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
 ) -> Float[Array, "m n"]:
     """Token scale, bias and cast."""
-    y = total * token_scale[:, None]
+    y = total if token_scale is None else total * token_scale[:, None]
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)

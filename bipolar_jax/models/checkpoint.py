@@ -69,9 +69,9 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
     abstract = nnx.eval_shape(lambda: quantize_model(Transformer(config, rngs=nnx.Rngs(0)), rules))
     graph, state = nnx.split(abstract)
     flat = nnx.to_flat_state(state)
-    leaves = [_find(path, tree, keys, variable) for keys, variable in flat]
-    filled = nnx.from_flat_state((keys, variable.replace(leaf)) for (keys, variable), leaf in zip(flat, leaves, strict=True))
-    return PretrainedModel(nnx.merge(graph, filled), tokenizers.Tokenizer.from_str(user["tokenizer"]))
+    filled = [(keys, variable.replace(_find(path, tree, keys, variable))) for keys, variable in flat]
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]))
 
 
 def _describe(layer: Linear | Embed) -> dict[str, Any]:

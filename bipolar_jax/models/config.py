@@ -95,6 +95,12 @@ class TransformerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for token in self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"BOS or EOS id {token} is outside the vocabulary 0..{self.vocab_size - 1}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:

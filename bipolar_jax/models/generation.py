@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray
 
-from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.sampling import Sampling, sample
 from bipolar_jax.models.transformer import Transformer
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
-from bipolar_jax.kernels.epilogue import value_sums
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
@@ -28,10 +27,11 @@ def matmul(
 ) -> Float[Array, "*batch n"]:
     """x @ w, with x quantized to `a_bits` per token on the way.
 
-    Every row of x (token) gets the scale that puts its largest magnitude on the largest
-    value of the a-bit grid; the integer product of the values is exact; scales, offsets
-    and bias follow in float32, and the result is cast to x's dtype. NaN or Inf in a row
-    of x makes that row of the result NaN or Inf.
+    Every row of x (token) is rounded to the a-bit grid that spans from its smallest to its
+    largest number, zero included (one bit: to plus or minus its largest magnitude); see
+    `kernels.activations`. The integer product of the values is exact; scales, offsets and
+    bias follow in float32, and the result is cast to x's dtype. NaN or Inf in a row of x
+    makes that row of the result NaN or Inf.
 
     The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset,
     the function differentiated is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias:
@@ -95,9 +95,7 @@ def _matmul(static: _Static, x, scale, offset, planes, row_sums, bias):
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
             return dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
-        return dispatch(
-            static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias)
-        )
+        return dispatch(static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias))
 
 
 def _forward(static, x, scale, offset, planes, row_sums, bias):
@@ -111,8 +109,7 @@ def _backward(static, residuals, cotangent):
     dx = jnp.dot(cotangent, w.dequantize().T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
     x_hat = x.astype(jnp.float32)
     if static.a_format is not None:
-        codes, token_scale = quantize_tokens(x, static.a_format)
-        x_hat = static.a_format.values(codes) * token_scale[:, None]
+        x_hat = quantize_tokens(x, static.a_format).dequantize(static.a_format)
     dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), static.group_size)
     values = split_groups(w.values().T, static.group_size)
     dscale = jnp.sum(dw * values, axis=-1)
@@ -126,7 +123,7 @@ _matmul.defvjp(_forward, _backward)
 
 def _check_operands(x, w, a_format, bias) -> None:
     if not isinstance(w, BipolarArray):
-        raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize(w, bits, axis)")
+        raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")
     w.check()
     if w.axis != -2:

@@ -52,7 +52,7 @@ class BipolarArray:
     scale: Float[Array, "*batch n groups"]
     offset: Float[Array, "*batch n groups"] | None
     row_sums: Int[Array, "*batch n groups"]
-    format: BipolarFormat = _static()
+    format: BipolarFormat = _static()  # noqa: RUF009 - a field
     contracted_size: int = _static()
     axis: int = _static()
     group_size: int | None = _static()

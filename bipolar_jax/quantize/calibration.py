@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 
@@ -41,16 +41,15 @@ def calibrate(
       number_format: the grid to fit.
       calibration: "absmax" puts the largest magnitude on the largest value; "mse"
         minimizes the squared error over a range of scales, so that outliers may be
-        clipped; "minmax" maps the range [min, max] onto the grid, which takes an offset.
+        clipped; "minmax" spans from the smallest to the largest number with zero on the
+        grid, which takes an offset.
 
     Returns:
       float32 scales (0 for groups of zeros; NaN if the group has NaN) and offsets.
     """
     if calibration == "minmax":
-        low = jnp.min(jnp.where(valid, x, jnp.inf), axis=-1)
-        high = jnp.max(jnp.where(valid, x, -jnp.inf), axis=-1)
-        # Halved before they are subtracted: high - low may exceed the largest float32.
-        return _flush((high / 2 - low / 2) / number_format.max_value), low / 2 + high / 2
+        scale, zero_value = spanning_grid(x, number_format)
+        return scale, -scale * zero_value
     scale = absmax_scale(x, number_format)
     if calibration == "mse":
         scale = _least_squares_scale(x, valid, number_format, scale)
@@ -59,7 +58,30 @@ def calibrate(
 
 def absmax_scale(x: Float[Array, "*rows size"], number_format: BipolarFormat) -> Float[Array, "*rows"]:
     """max |x| / max_value over the last axis, float32."""
-    return _flush(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / number_format.max_value)
+    return flush_scale(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / number_format.max_value)
+
+
+def spanning_grid(
+    x: Float[Array, "*rows size"], number_format: BipolarFormat
+) -> tuple[Float[Array, "*rows"], Int[Array, "*rows"]]:
+    """The grid scale * (v - v0) that spans exactly from the smallest to the largest number, zero included.
+
+    The odd grid alone has no zero: where an outlier sets the scale it turns all the small
+    numbers beside it into +-scale. Language models have such weights and such tokens. One
+    bit has no room for a zero and stays symmetric.
+
+    Returns:
+      Scales, float32, as `absmax_scale`; and v0, the value that zero has, int32.
+    """
+    x = x.astype(jnp.float32)
+    if number_format.bits == 1:
+        return absmax_scale(x, number_format), jnp.zeros(x.shape[:-1], jnp.int32)
+    low = jnp.minimum(jnp.min(x, axis=-1), 0)
+    high = jnp.maximum(jnp.max(x, axis=-1), 0)
+    # Halved before they are subtracted: high - low may exceed the largest float32.
+    scale = flush_scale((high / 2 - low / 2) / number_format.max_value)
+    zero_code = jnp.clip(jnp.floor(0.5 - low * half_steps_per_unit(scale)), 0, number_format.max_value)
+    return scale, number_format.values(zero_code.astype(jnp.int32))
 
 
 def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -67,7 +89,8 @@ def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(scale == 0, 0.0, 0.5 / jnp.where(scale == 0, 1.0, scale))
 
 
-def _flush(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+def flush_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """0 in place of scales too small to have a float32 reciprocal."""
     return jnp.where(scale < _SMALLEST_SCALE, 0.0, scale)  # NaN compares false and stays
 
 
@@ -99,4 +122,4 @@ def _least_squares_scale(
 
     start = (jnp.full_like(largest, jnp.inf), jnp.ones_like(largest))
     (_, fitted), _ = jax.lax.scan(attempt, start, jnp.asarray(_SHRINK_FACTORS))
-    return _flush(fitted * largest)
+    return flush_scale(fitted * largest)

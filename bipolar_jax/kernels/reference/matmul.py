@@ -16,9 +16,7 @@ from bipolar_jax.packing.words import pack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups
 
 
-def integer_matmul(
-    codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
-) -> Int[Array, "m n groups"]:
+def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     """Exact integer products by binary AND-popcount, the product binary tensor cores make.
 
     With codes u_a = sum_i p_i a_i and u_w = sum_j q_j b_j over bits, values v = 2 u - W and
@@ -46,23 +44,23 @@ def quantized_matmul(
     x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
-    codes, token_scale = quantize_tokens(x, a_format)
-    integers = integer_matmul(codes, w, a_format)
+    tokens = quantize_tokens(x, a_format)
+    integers = integer_matmul(tokens.codes, w, a_format)
     lengths = group_lengths(w.contracted_size, w.group_size)
-    sums = epilogue.value_sums(code_sums(codes, w.group_size), a_format, lengths)
+    x_sums = epilogue.value_sums(code_sums(tokens.codes, w.group_size), a_format, lengths)
+    w_sums = epilogue.value_sums(w.row_sums, w.format, lengths)
     total = jnp.zeros(integers.shape[:2], jnp.float32)
     for g in range(w.num_groups):
-        offset = None if w.offset is None else w.offset[:, g]
-        total = total + epilogue.scale_group(integers[:, :, g], w.scale[:, g], offset, sums[:, g])
-    return epilogue.finish(total, token_scale, bias, x.dtype)
+        total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], w.scale[:, g])
+        if w.offset is not None:
+            total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), w.offset[:, g])
+    return epilogue.finish(total, tokens.scale, bias, x.dtype)
 
 
-def weight_only_matmul(
-    x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
-) -> Float[Array, "m n"]:
+def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`."""
     total = jnp.matmul(x.astype(jnp.float32), w.dequantize(), precision=jax.lax.Precision.HIGHEST)
-    return epilogue.finish(total, jnp.ones(x.shape[0], jnp.float32), bias, x.dtype)
+    return epilogue.finish(total, None, bias, x.dtype)
 
 
 def _and_popcount(

@@ -22,9 +22,7 @@ from bipolar_jax.quantize.groups import group_lengths, split_groups
 _NT = (((1,), (1,)), ((), ()))  # both operands have the contracted axis last
 
 
-def integer_matmul(
-    codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
-) -> Int[Array, "m n groups"]:
+def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     """See `Backend.integer_matmul`."""
     _, products = jax.lax.scan(
         lambda carry, group: (carry, _group_product(group, w.format, a_format)), None, _groups(codes, w, a_format)
@@ -36,23 +34,26 @@ def quantized_matmul(
     x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
-    codes, token_scale = quantize_tokens(x, a_format)
+    tokens = quantize_tokens(x, a_format)
 
     def add_group(total, group_and_scales):
         group, scale, offset = group_and_scales
-        sums = epilogue.value_sums(_x_code_sums(group, a_format), a_format, group[-1])
+        _, _, w_code_sums, length = group
         integers = _group_product(group, w.format, a_format)
-        return total + epilogue.scale_group(integers, scale, offset, sums), None
+        w_sums = epilogue.value_sums(w_code_sums, w.format, length)
+        total += epilogue.scale_group(integers, tokens.zero_value, w_sums, scale)
+        if offset is not None:
+            x_sums = epilogue.value_sums(_x_code_sums(group, a_format), a_format, length)
+            total += epilogue.offset_group(x_sums, tokens.zero_value, length, offset)
+        return total, None
 
     offsets = None if w.offset is None else w.offset.T
     total = jnp.zeros((x.shape[0], w.planes.shape[-2]), jnp.float32)
-    total, _ = jax.lax.scan(add_group, total, (_groups(codes, w, a_format), w.scale.T, offsets))
-    return epilogue.finish(total, token_scale, bias, x.dtype)
+    total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
+    return epilogue.finish(total, tokens.scale, bias, x.dtype)
 
 
-def weight_only_matmul(
-    x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
-) -> Float[Array, "m n"]:
+def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`.
 
     With one scale a row the dot multiplies the integer values, which bfloat16 and float16
@@ -69,7 +70,7 @@ def weight_only_matmul(
         total = total * w.scale[:, 0]
         if w.offset is not None:
             total = total + jnp.sum(x, axis=-1, keepdims=True, dtype=jnp.float32) * w.offset[:, 0]
-    return epilogue.finish(total, jnp.ones(x.shape[0], jnp.float32), bias, x.dtype)
+    return epilogue.finish(total, None, bias, x.dtype)
 
 
 _Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], Int[Array, ""]]

@@ -1,4 +1,4 @@
-"""Readers of pretrained checkpoints: GGUF files and Hugging Face directories."""
+"""Readers of pretrained checkpoints, whatever their form."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bipolar_jax.models.checkpoint import load_model
 from bipolar_jax.models.loaders.gguf import load_gguf
 from bipolar_jax.models.loaders.huggingface import load_huggingface
 from bipolar_jax.models.pretrained import PretrainedModel
 
 __all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"]
 
+_WHAT_TO_GIVE = "a .gguf file, a Hugging Face directory with config.json, or a packed .safetensors checkpoint"
+
 
 def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
-    """Loads a checkpoint by what is at `path`: a .gguf file, or a Hugging Face directory.
+    """Loads a checkpoint by what is at `path`.
+
+    That may be a .gguf file, a Hugging Face directory, or a .safetensors file that
+    `save_model` wrote, which keeps the dtypes it was saved with.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: it is neither, or the loader it belongs to refuses it.
+      ValueError: it is none of these, or the loader it belongs to refuses it.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: give a .gguf file or a Hugging Face directory")
+        raise FileNotFoundError(f"no checkpoint at {path}: give {_WHAT_TO_GIVE}")
     if path.is_dir() and (path / "config.json").is_file():
         return load_huggingface(path, param_dtype)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return load_gguf(path, param_dtype)
+    if path.is_file() and path.suffix.lower() == ".safetensors":
+        return load_model(path)
     what = "a directory without config.json" if path.is_dir() else f"a file named *{path.suffix}"
-    raise ValueError(f"{path} is {what}: give a .gguf file, or a Hugging Face directory with config.json")
+    raise ValueError(f"{path} is {what}: give {_WHAT_TO_GIVE}")

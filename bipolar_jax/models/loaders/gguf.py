@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.loaders.extra import import_extra
 from bipolar_jax.models.loaders.gguf_config import Metadata, read_config
 from bipolar_jax.models.loaders.gguf_header import GGUFTensor, check_gguf
 from bipolar_jax.models.loaders.gguf_tokenizer import build_tokenizer
@@ -55,10 +55,10 @@ def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> P
     Raises:
       FileNotFoundError: no file at `path`.
       ValueError: the file is damaged, cut short, contradicts itself, or is of a kind we do not support.
-      ImportError: the extra "models" is not installed.
+      ModuleNotFoundError: the extra "models" is not installed.
     """
     described = {tensor.name: tensor for tensor in check_gguf(path)}
-    reader = import_extra("gguf").GGUFReader(path)
+    reader = require("gguf", "models").GGUFReader(path)
     metadata = Metadata({key: field.contents() for key, field in reader.fields.items()}, str(path))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     factors = ()
@@ -109,7 +109,7 @@ def _read(
 
 def _dequantize(tensor: Any) -> np.ndarray:
     """float32 values, exact for every type we read; shape as stored."""
-    return import_extra("gguf.quants").dequantize(tensor.data, tensor.tensor_type)
+    return require("gguf.quants", "models").dequantize(tensor.data, tensor.tensor_type)
 
 
 def _unpermute(rows: Float[np.ndarray, "out ..."], heads: int) -> Float[np.ndarray, "out ..."]:

@@ -107,13 +107,7 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
         eos_ids=_eos_ids(metadata),
     )
     with naming(metadata.source):
-        config = TransformerConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
-    for name, token in [("bos", config.bos_id), *(("eos", token) for token in config.eos_ids)]:
-        if token is not None and token >= vocab_size:
-            raise ValueError(
-                f"{metadata.source} has {name} token {token}, but vocab_size={vocab_size}: download it again"
-            )
-    return config
+        return TransformerConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
 def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: int, context: int) -> None:

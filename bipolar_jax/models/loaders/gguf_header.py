@@ -209,9 +209,9 @@ class _Walk:
 
 def _type_name(number: int) -> str:
     """The type's name where the gguf library knows it, with its number."""
-    from bipolar_jax.models.loaders.extra import import_extra
+    from bipolar_jax.extras import require
 
     try:
-        return f"{import_extra('gguf').GGMLQuantizationType(number).name} ({number})"
+        return f"{require('gguf', 'models').GGMLQuantizationType(number).name} ({number})"
     except ValueError:
         return str(number)

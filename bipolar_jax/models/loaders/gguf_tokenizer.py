@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bipolar_jax.models.loaders.extra import import_extra
+from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.gguf_config import Metadata
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer
     Raises:
       ValueError: a tokenizer of another kind, one that contradicts itself, or none.
     """
-    library = import_extra("tokenizers")
+    library = require("tokenizers", "models")
     kind = metadata.text("tokenizer.ggml.model")
     if kind is None:
         raise ValueError(f"{metadata.source} has no tokenizer (key 'tokenizer.ggml.model'): {_REMEDY}")

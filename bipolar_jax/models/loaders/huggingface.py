@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
-from bipolar_jax.models.loaders.extra import import_extra
 from bipolar_jax.models.loaders.huggingface_config import read_config
 from bipolar_jax.models.loaders.naming import naming
 from bipolar_jax.models.loaders.safetensors_files import SafetensorsFiles
@@ -54,7 +54,7 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
       ValueError: a file is damaged, contradicts another, or is of a kind we do not support.
-      ImportError: the extra "models" is not installed.
+      ModuleNotFoundError: the extra "models" is not installed.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -73,7 +73,7 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:
-    library = import_extra("tokenizers")
+    library = require("tokenizers", "models")
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: download it, or convert the slow tokenizer to it")
     try:

@@ -119,7 +119,7 @@ def _refuse_unsupported(fields: _Fields, model_type: str, context: int) -> None:
     # Qwen2 states a window even where it does not use it.
     uses_window = fields.flag("use_sliding_window", False) if model_type == "qwen2" else model_type == "mistral"
     window = fields.get("sliding_window")
-    if uses_window and (model_type == "qwen2" or window is not None and window < context):
+    if uses_window and (model_type == "qwen2" or (window is not None and window < context)):
         raise ValueError(
             f"{path} attends to a sliding window of {window} of {context} positions: only full attention is supported"
         )

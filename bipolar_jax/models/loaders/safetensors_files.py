@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bipolar_jax.models.loaders.extra import import_extra
+from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.huggingface_config import read_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -62,12 +62,12 @@ class SafetensorsFiles:
         path, file = self._file_of[name]
         try:
             return file.get_tensor(name)
-        except import_extra("safetensors").SafetensorError as error:
+        except require("safetensors", "models").SafetensorError as error:
             raise _damaged(path, error) from error
 
     def _add(self, path: Path, names: list[str] | None) -> None:
         """Opens one file and takes `names` from it, or all of them."""
-        library = import_extra("safetensors")
+        library = require("safetensors", "models")
         if not path.is_file():
             raise FileNotFoundError(f"shard {path.name} of {path.parent / _INDEX} is missing: download it again")
         try:

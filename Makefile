@@ -1,0 +1,25 @@
+# Both targets are complete by themselves: a fresh clone, Python 3.12 and PyPI are enough.
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+VENV   := .venv
+WORKDIR ?= runs/smollm2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/experiments.stamp
+	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -n 2
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "Python 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

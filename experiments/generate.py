@@ -1,0 +1,72 @@
+"""Continues a prompt and streams the text to the terminal.
+
+    python -m experiments.generate --config=configs/generate.py --config.model=PATH --config.prompt=TEXT
+
+The model may be a packed checkpoint, a GGUF file or a Hugging Face directory. With
+--workdir the text and its speed are also written to result.json there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+import bipolar_jax as bj
+from bipolar_jax.models.generation import stream
+from bipolar_jax.models.sampling import Sampling
+from experiments import app
+from experiments.progress import console, progress_bar
+from experiments.sources import load_model_source
+from experiments.workdir import RESULT_NAME, environment, write_json
+
+
+def main(config: ConfigDict, workdir: Path | None) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
+    precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
+    pretrained = load_model_source(config.model)
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    if precision is not None:
+        with progress_bar(f"quantizing to {precision}"):
+            model = jax.block_until_ready(bj.quantize_model(model, [("^layers/", precision)]))
+    prompt = tokenizer.encode(config.prompt).ids
+    tokens, text, seconds = [], "", []
+    decoder = _text_stream(prompt)
+    console.print(config.prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    started = time.perf_counter()
+    for step in stream(model, [prompt], config.max_new_tokens, sampling, jax.random.key(config.seed)):
+        seconds.append(time.perf_counter() - started)
+        tokens.append(int(step[0]))
+        piece = decoder.step(tokenizer, tokens[-1]) or ""
+        text += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    console.print()
+    rate = (len(tokens) - 2) / (seconds[-1] - seconds[1]) if len(tokens) > 2 else None
+    if rate is not None:
+        console.print(f"{len(tokens)} tokens, {rate:.1f} a second once compiled", style="dim")
+    if workdir is not None:
+        result = {
+            "settings": config.to_dict(),
+            "environment": environment(),
+            "prompt_tokens": len(prompt),
+            "tokens": tokens,
+            "text": text,
+            "tokens_per_second": rate,
+        }
+        write_json(workdir / RESULT_NAME, result)
+
+
+def _text_stream(prompt: list[int]):
+    """Turns ids into text as they come, holding back what is not yet whole characters."""
+    from tokenizers.decoders import DecodeStream
+
+    return DecodeStream(ids=prompt, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    app.run(main, workdir_required=False)

@@ -1,0 +1,40 @@
+"""Perplexity against bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+
+from bipolar_jax import Precision
+
+
+def plot_perplexity(result: dict[str, Any], path: Path) -> None:
+    """Draws what `experiments.quantize` found; one line for each activation precision and grouping."""
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for name, row in result["precisions"].items():
+        precision = Precision.parse(name)
+        grouping = "per channel" if precision.group_size is None else f"groups of {precision.group_size}"
+        activations = "float" if precision.a_bits is None else f"{precision.a_bits}-bit"
+        point = (row["bytes"] / 1e6, row["perplexity"], name)
+        series.setdefault(f"{activations} activations, {grouping}", []).append(point)
+    for label, points in sorted(series.items()):
+        megabytes, perplexities, names = zip(*sorted(points), strict=True)
+        axes.plot(megabytes, perplexities, "o-", label=label)
+        for point in zip(names, megabytes, perplexities, strict=True):
+            axes.annotate(point[0].partition("g")[0], point[1:], textcoords="offset points", xytext=(4, 4), fontsize=8)
+    baseline = result["baseline"]
+    axes.plot(baseline["bytes"] / 1e6, baseline["perplexity"], "k*", markersize=12, label="float32")
+    axes.axhline(baseline["perplexity"], color="black", linewidth=0.5, linestyle="--")
+    axes.set(xscale="log", yscale="log", xlabel="size of all weights (MB)", ylabel="perplexity")
+    axes.set_title(f"{result['settings']['model']} on {result['settings']['text']}, {baseline['windows']} windows")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.legend(fontsize=8)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)

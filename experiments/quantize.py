@@ -1,0 +1,147 @@
+"""Quantizes a language model to several precisions and reports what each costs.
+
+    python -m experiments.quantize --config=configs/smollm2.py --workdir=DIR \\
+        --config.text=PATH --config.windows=20 --config.precisions=W8A8,W4A8g64
+
+Under --workdir come result.json, perplexity.png and, for every precision, a packed
+checkpoint that experiments/generate.py reads. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.table import Table
+
+import bipolar_jax as bj
+from bipolar_jax.models.checkpoint import save_model
+from bipolar_jax.models.generation import generate
+from bipolar_jax.models.perplexity import perplexity
+from bipolar_jax.models.pretrained import PretrainedModel
+from experiments import app
+from experiments.perplexity_plot import plot_perplexity
+from experiments.progress import console, progress_bar
+from experiments.sources import load_model_source, load_text_source
+from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+
+_EMBEDDING_RULES = "^(embed|lm_head)$"
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    precisions = [bj.Precision.parse(text, config.calibration) for text in config.precisions.split(",")]
+    embedding_precision = bj.Precision.parse(config.embedding_precision, config.calibration)
+    text = load_text_source(config.text)
+    pretrained = load_model_source(config.model)
+    ids = pretrained.tokenizer.encode(text, add_special_tokens=False).ids
+    settings = {name: config[name] for name in config if name not in ("precisions", "checkpoints")}
+    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+
+    result = read_result(workdir, settings) or {"settings": settings, "precisions": {}}
+    result["environment"] = environment()
+    if "baseline" not in result:
+        result["baseline"] = _measure("baseline", pretrained, ids, config) | _text_facts(ids, config)
+        write_json(workdir / RESULT_NAME, result)
+    with progress_bar("quantizing the embedding"):
+        model = jax.block_until_ready(bj.quantize_model(pretrained.model, [(_EMBEDDING_RULES, embedding_precision)]))
+    for precision in precisions:
+        checkpoint = workdir / f"{precision}.safetensors" if config.checkpoints else None
+        if str(precision) in result["precisions"] and (checkpoint is None or checkpoint.is_file()):
+            console.print(f"{precision}: taken from {workdir / RESULT_NAME}")
+            continue
+        started = time.perf_counter()
+        with progress_bar(f"{precision}: quantizing"):
+            quantized = jax.block_until_ready(bj.quantize_model(model, [("^layers/", precision)]))
+        seconds = time.perf_counter() - started
+        packed = PretrainedModel(quantized, pretrained.tokenizer)
+        row = _measure(str(precision), packed, ids, config)
+        row["seconds"]["quantize"] = round(seconds, 2)
+        row["relative_increase"] = row["perplexity"] / result["baseline"]["perplexity"] - 1
+        if checkpoint is not None:
+            with progress_bar(f"{precision}: writing {checkpoint.name}"):
+                save_model(checkpoint, packed, source=config.model)
+            row["checkpoint"] = checkpoint.name
+            row["checkpoint_bytes"] = checkpoint.stat().st_size
+        result["precisions"][str(precision)] = row
+        write_json(workdir / RESULT_NAME, result)
+    plot_perplexity(result, workdir / "perplexity.png")
+    _print_table(result)
+    console.print(f"results and checkpoints: {workdir}")
+
+
+def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
+    """Perplexity, size and a sample of text."""
+    started = time.perf_counter()
+    with progress_bar(f"{name}: windows scored", config.windows) as advance:
+        scored = perplexity(
+            pretrained.model,
+            ids,
+            windows=config.windows,
+            window_length=config.window_length,
+            on_window=advance,
+        )
+    evaluated = time.perf_counter()
+    sample = ""
+    if config.sample_tokens:
+        prompt = pretrained.tokenizer.encode(config.prompt).ids
+        with progress_bar(f"{name}: writing"):
+            (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
+        sample = pretrained.tokenizer.decode(tokens)
+    return {
+        "perplexity": scored.perplexity,
+        "standard_error": scored.standard_error if scored.windows > 1 else None,
+        "windows": scored.windows,
+        "bytes": _nbytes(pretrained.model),
+        "sample": sample,
+        "seconds": {
+            "evaluate": round(evaluated - started, 2),
+            "sample": round(time.perf_counter() - evaluated, 2),
+        },
+    }
+
+
+def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
+    """What was scored: `tokens` predicted, and the digest of the windows' ids (int32, little endian)."""
+    used = np.asarray(ids[: config.windows * config.window_length], "<i4")
+    return {
+        "tokens": config.windows * (config.window_length - 1),
+        "ids_sha256": hashlib.sha256(used.tobytes()).hexdigest(),
+        "text_tokens": len(ids),
+    }
+
+
+def _nbytes(model: nnx.Module) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    baseline = result["baseline"]
+    scored = f"{baseline['windows']} windows, {baseline['tokens']} tokens of {result['settings']['text']}"
+    table = Table(title=f"{result['settings']['model']}, perplexity on {scored}")
+    for heading in ("precision", "perplexity", "std. error", "increase", "MB", "size", "continues the prompt with"):
+        table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
+    for name, row in {"float32": baseline, **result["precisions"]}.items():
+        increase = row["perplexity"] / baseline["perplexity"] - 1
+        error = row["standard_error"]
+        table.add_row(
+            name,
+            f"{row['perplexity']:.5g}",
+            "-" if error is None else f"{error:.2g}",
+            f"{increase:+.1%}" if increase < 10 else f"x{increase + 1:.0f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['bytes'] / baseline['bytes']:.1%}",
+            row["sample"].replace("\n", " ").strip()[:60],
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)

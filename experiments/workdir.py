@@ -1,0 +1,52 @@
+"""Results on disk: written whole or not at all, and taken up again where a run stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+RESULT_NAME = "result.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by the JSON of `value`, atomically. NaN and Inf are not JSON and raise ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of an earlier run with the same settings, or None.
+
+    Raises:
+      ValueError: the workdir's result is not JSON.
+    """
+    path = workdir / RESULT_NAME
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it, or choose another --workdir") from error
+    return result if result.get("settings") == settings else None
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on besides the settings."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "cpu_cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "command": " ".join(sys.argv),
+    }

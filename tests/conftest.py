@@ -1,0 +1,13 @@
+"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs."""
+
+import os
+
+# Read by XLA when its first backend starts, so it must be set before jax is used.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+import hypothesis
+
+# The first example of a shape compiles, which no deadline allows for.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")

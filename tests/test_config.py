@@ -1,0 +1,128 @@
+"""`TransformerConfig` and `RopeScaling`: what they refuse, and the way through JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from bipolar_jax.models.config import RopeScaling, TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab_size=11, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=5, context_length=16
+)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "context_length",
+)
+
+
+def through_json(config: TransformerConfig) -> TransformerConfig:
+    return TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_theta": 5e5, "norm_eps": 1e-6, "tie_embeddings": True, "qkv_bias": True},
+        {"bos_id": 0, "eos_ids": (1, 10)},
+        {"rope_scaling": RopeScaling("linear", 2.0)},
+        {"rope_scaling": RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.5, high_freq_factor=3.5)},
+        {"rope_scaling": RopeScaling("yarn", 4.0, 32768, beta_fast=16, beta_slow=2, attention_factor=1.25)},
+        {"rope_scaling": RopeScaling("factors", factors=(1.0, 32.0))},
+    ],
+    ids=str,
+)
+def test_a_config_survives_json(fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    restored = through_json(config)
+    assert restored == config
+    assert hash(restored) == hash(config)  # lists have become tuples again
+
+
+def test_lists_are_taken_as_tuples_so_that_configs_stay_hashable():
+    assert dataclasses.replace(CONFIG, eos_ids=[1, 2]).eos_ids == (1, 2)
+    assert RopeScaling("factors", factors=[1, 2]).factors == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("value", [0, -4])
+def test_sizes_must_be_positive(size, value):
+    with pytest.raises(ValueError, match=f"{size} must be at least 1, got {value}"):
+        dataclasses.replace(CONFIG, **{size: value})
+
+
+def test_query_heads_must_share_key_heads_equally():
+    with pytest.raises(ValueError, match="num_heads=4 must be a multiple of num_kv_heads=3"):
+        dataclasses.replace(CONFIG, num_kv_heads=3)
+
+
+def test_heads_must_be_even_for_rotary_pairs():
+    with pytest.raises(ValueError, match="head_dim must be even for rotary embeddings, got 5"):
+        dataclasses.replace(CONFIG, head_dim=5)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "norm_eps"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_constants_must_be_positive_and_finite(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be positive and finite, got {value}"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize("fields", [{"bos_id": 11}, {"eos_ids": (1, 11)}, {"eos_ids": (11,), "bos_id": 0}], ids=str)
+def test_special_ids_must_be_in_the_vocabulary(fields):
+    with pytest.raises(ValueError, match=r"BOS or EOS id 11 is outside the vocabulary 0\.\.10"):
+        dataclasses.replace(CONFIG, **fields)
+
+
+def test_unknown_fields_are_named():
+    fields = CONFIG.to_dict() | {"window": 3, "bias": True}
+    with pytest.raises(ValueError, match=r"unknown fields \['bias', 'window'\]"):
+        TransformerConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_missing_fields_are_named(size):
+    fields = CONFIG.to_dict()
+    del fields[size]
+    with pytest.raises(ValueError, match=f"incomplete: .*'{size}'"):
+        TransformerConfig.from_dict(fields)
+
+
+def test_defaulted_fields_may_be_missing():
+    fields = {size: getattr(CONFIG, size) for size in SIZES}
+    assert TransformerConfig.from_dict(fields) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"kind": "linear", "stretch": 2.0}, {"factor": 2.0}, {"kind": "linear", "factor": 0.5}], ids=str
+)
+def test_a_damaged_rope_scaling_is_a_value_error(scaling):
+    with pytest.raises(ValueError, match=r"stretch|kind|factor"):
+        TransformerConfig.from_dict(CONFIG.to_dict() | {"rope_scaling": scaling})
+
+
+def test_unknown_rope_scaling_lists_the_known():
+    with pytest.raises(ValueError, match="'ntk' is unknown: use one of linear, llama3, yarn, factors, or None"):
+        RopeScaling("ntk")
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_rope_scaling_does_not_shrink(kind):
+    with pytest.raises(ValueError, match=r"factor must be at least 1, got 0\.5"):
+        RopeScaling(kind, 0.5, original_context_length=64)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+@pytest.mark.parametrize("length", [None, 0])
+def test_rope_scaling_by_bands_needs_the_original_context(kind, length):
+    with pytest.raises(ValueError, match=f"'{kind}' needs original_context_length"):
+        RopeScaling(kind, 2.0, original_context_length=length)

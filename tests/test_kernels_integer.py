@@ -1,0 +1,124 @@
+"""integer_matmul of every backend is the int32 product of decoded values, bit for bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
+from bipolar_jax.ops.dispatch import BACKENDS
+
+A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
+W_FORMATS = [*A_FORMATS, TERNARY]
+M, N = 3, 4
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+def codes_with_extremes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
+    """Random codes, but the first row is all zeros and the second all ones in every plane."""
+    codes = np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
+    codes[0] = 0
+    codes[min(1, rows - 1)] = fmt.max_value
+    return codes
+
+
+def packed(codes: np.ndarray, fmt: BipolarFormat, group_size: int | None) -> BipolarArray:
+    groups = 1 if group_size is None else -(-codes.shape[1] // group_size)
+    return from_codes(codes, fmt, -1, np.ones((codes.shape[0], groups), np.float32), group_size=group_size).T
+
+
+def expected_product(
+    x: np.ndarray, a_format: BipolarFormat, w: np.ndarray, w_format: BipolarFormat, group_size: int | None
+) -> np.ndarray:
+    """int64 sums over every group of products of values, [m, n, groups]; they must fit int32.
+
+    numpy has no BLAS for int64; float64 is exact here, every partial sum being below 2^53.
+    """
+    x_values, w_values = (2.0 * c - fmt.max_value for c, fmt in ((x, a_format), (w, w_format)))
+    k = x.shape[1]
+    size = group_size or k
+    parts = [x_values[:, s : s + size] @ w_values[:, s : s + size].T for s in range(0, k, size)]
+    product = np.stack(parts, axis=-1).astype(np.int64)
+    assert np.abs(product).max() <= np.iinfo(np.int32).max
+    return product
+
+
+def check_all_a_bits(backend, w_format: BipolarFormat, k: int, group_size: int | None):
+    """One compilation for the eight activation formats."""
+    xs = [codes_with_extremes(a_format, M, k, seed=a_format.bits) for a_format in A_FORMATS]
+    w = codes_with_extremes(w_format, N, k, seed=9)
+
+    @jax.jit
+    def products(xs, w):
+        return [backend.integer_matmul(x, w, a_format) for x, a_format in zip(xs, A_FORMATS, strict=True)]
+
+    got = products([jnp.asarray(x) for x in xs], packed(w, w_format, group_size))
+    for x, a_format, product in zip(xs, A_FORMATS, got, strict=True):
+        assert product.dtype == jnp.int32
+        expected = expected_product(x, a_format, w, w_format, group_size)
+        np.testing.assert_array_equal(product, expected, err_msg=f"W{w_format.name}A{a_format.name} {k=}")
+
+
+@every_backend
+@pytest.mark.parametrize("w_format", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 576, 1000, 4096])
+def test_product_is_exact(backend, w_format, k):
+    check_all_a_bits(backend, w_format, k, None)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "w_format", [BipolarFormat(1), BipolarFormat(3), BipolarFormat(8), TERNARY], ids=lambda fmt: f"W{fmt.name}"
+)
+@pytest.mark.parametrize(
+    ("k", "group_size"),
+    [(33, 1), (96, 32), (100, 7), (100, 64), (576, 48), (70, 33), (70, 69)],
+)
+def test_product_of_every_group_is_exact(backend, w_format, k, group_size):
+    """Groups that end on words and that do not, and short last ones (100 = 14 * 7 + 2 = 64 + 36)."""
+    check_all_a_bits(backend, w_format, k, group_size)
+
+
+@every_backend
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sum_that_fits_int32_is_exact(backend, sign):
+    """K = max_contraction at 8 x 8 bits, all values +-255: 33025 * 255^2 = 2147450625."""
+    fmt = BipolarFormat(8)
+    k = fmt.max_contraction(fmt)
+    x = jnp.full((1, k), 255 if sign == 1 else 0, jnp.uint8)
+    product = backend.integer_matmul(x, packed(np.full((1, k), 255), fmt, None), fmt)
+    assert product.item() == sign * 2_147_450_625
+
+
+@every_backend
+@settings(max_examples=15)
+@example(m=1, n=1, k=65, group_size=33, w_format=TERNARY, a_bits=8, seed=0)
+@given(
+    m=st.integers(1, 5),
+    n=st.integers(1, 5),
+    k=st.integers(1, 200),
+    group_size=st.none() | st.integers(1, 200),
+    w_format=st.sampled_from(W_FORMATS),
+    a_bits=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_product_is_exact_at_any_size(backend, m, n, k, group_size, w_format, a_bits, seed):
+    group_size = None if group_size is None else min(group_size, k)
+    a_format = BipolarFormat(a_bits)
+    x = codes_with_extremes(a_format, m, k, seed)
+    w = codes_with_extremes(w_format, n, k, seed + 1)
+    product = jax.jit(backend.integer_matmul, static_argnums=2)(x, packed(w, w_format, group_size), a_format)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, group_size))
+
+
+@every_backend
+def test_what_fills_the_last_word_is_not_read_as_values(backend):
+    """33 ones by 33 ones at one bit is 33, not 64 and not 33 - 31."""
+    fmt = BipolarFormat(1)
+    product = backend.integer_matmul(jnp.ones((1, 33), jnp.uint8), packed(np.ones((1, 33), int), fmt, None), fmt)
+    assert product.item() == 33

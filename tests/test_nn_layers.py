@@ -1,0 +1,174 @@
+"""nn.Linear and nn.Embed: made from floats or from scratch, stacked, scanned, differentiated."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from bipolar_jax import TERNARY, Precision, matmul, quantize
+from bipolar_jax.nn import Embed, Linear, Packed
+from bipolar_jax.ops import dispatch
+
+W4A8 = Precision(4, 8, group_size=8)
+# Layer and plain product differ in what is fused: a few float32 roundings of numbers of order 1.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("precision", [W4A8, Precision(TERNARY), Precision(2, 2, calibration="mse")], ids=str)
+def test_linear_from_scratch_is_the_quantized_linear_of_flax(precision, use_bias):
+    """The same rngs draw the same kernel."""
+    ours = Linear(24, 6, precision=precision, use_bias=use_bias, rngs=nnx.Rngs(0))
+    theirs = nnx.Linear(24, 6, use_bias=use_bias, rngs=nnx.Rngs(0))
+    kernel = quantize(theirs.kernel[...], precision.w_bits, -2, precision.group_size, precision.calibration)
+    np.testing.assert_array_equal(ours.kernel.get_value().planes, kernel.planes)
+    assert isinstance(ours.kernel, Packed)
+    assert (ours.bias is None) == (not use_bias)
+    x = normal(2, 3, 24)
+    np.testing.assert_allclose(ours(x), matmul(x, kernel, precision.a_bits), **CLOSE)
+
+
+def test_linear_draws_its_bias():
+    layer = Linear(8, 3, precision=W4A8, bias_init=nnx.initializers.constant(2.0), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(jnp.zeros((1, 8))), [[2.0] * 3])
+
+
+def test_linear_from_float_quantizes_the_kernel_and_shares_the_bias():
+    layer = nnx.Linear(24, 6, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
+    packed = Linear.from_float(layer, W4A8)
+    assert packed.bias is layer.bias
+    assert isinstance(layer.kernel, nnx.Param)
+    x = normal(5, 24)
+    expected = matmul(x, quantize(layer.kernel[...], 4, -2, 8), 8, bias=layer.bias[...])
+    np.testing.assert_allclose(packed(x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linear_answers_in_the_dtype_of_x(dtype):
+    layer = Linear(24, 6, precision=W4A8, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((2, 24), dtype)).dtype == dtype
+
+
+@nnx.vmap
+def three_layers(rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(16, 16, rngs=rngs)
+
+
+def test_a_stack_of_linears_can_be_scanned():
+    stack = three_layers(nnx.Rngs(0).fork(split=3))
+    packed = Linear.from_float(stack, W4A8)
+    assert packed.kernel.get_value().shape == (3, 16, 16)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, layer):
+        return layer(x)
+
+    x = expected = normal(5, 16)
+    for i in range(3):
+        expected = matmul(expected, quantize(stack.kernel[i], 4, -2, 8), 8, bias=stack.bias[i])
+    # A rounding of x may fall the other way between two steps of 8 bits: within one step.
+    np.testing.assert_allclose(forward(x, packed), expected, atol=0.05)
+
+
+def test_linear_is_honest_about_its_backend(monkeypatch):
+    called = []
+    for name, backend in list(dispatch.BACKENDS.items()):
+        stub = type(
+            name,
+            (),
+            {
+                "weight_only_matmul": staticmethod(
+                    lambda x, w, bias, name=name, backend=backend: (
+                        called.append(name) or backend.weight_only_matmul(x, w, bias)
+                    )
+                )
+            },
+        )
+        monkeypatch.setitem(dispatch.BACKENDS, name, stub)
+    for name in ("reference", "xla"):
+        Linear(8, 3, precision=Precision(4), implementation=name, rngs=nnx.Rngs(0))(jnp.ones((1, 8)))
+        Linear.from_float(nnx.Linear(8, 3, rngs=nnx.Rngs(0)), Precision(4), implementation=name)(jnp.ones((1, 8)))
+        Embed(5, 8, precision=Precision(4), implementation=name, rngs=nnx.Rngs(0)).attend(jnp.ones((1, 8)))
+    assert called == ["reference"] * 3 + ["xla"] * 3
+
+
+def test_an_unknown_backend_raises():
+    layer = Linear(8, 3, precision=W4A8, implementation="cuda", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        layer(jnp.ones((1, 8)))
+
+
+def test_embed_from_scratch_is_the_quantized_embed_of_flax():
+    ours = Embed(20, 16, precision=W4A8, rngs=nnx.Rngs(0))
+    theirs = nnx.Embed(20, 16, rngs=nnx.Rngs(0))
+    table = quantize(theirs.embedding[...], 4, -1, 8)
+    ids = jnp.array([[3, 0], [19, 3]])
+    np.testing.assert_array_equal(ours(ids), table.dequantize()[ids])
+
+
+def test_embed_serves_both_ends():
+    packed = Embed.from_float(nnx.Embed(20, 16, rngs=nnx.Rngs(0)), Precision(8, None))
+    rows, query = packed(jnp.arange(20)), normal(2, 3, 16)
+    logits = packed.attend(query)
+    assert logits.shape == (2, 3, 20)
+    np.testing.assert_allclose(logits, query @ np.asarray(rows).T, **CLOSE)
+
+
+def test_embed_quantizes_the_query_of_attend():
+    packed = Embed.from_float(nnx.Embed(20, 16, rngs=nnx.Rngs(0)), Precision(8, 2))
+    query = normal(3, 16)
+    np.testing.assert_allclose(packed.attend(query), matmul(query, packed.embedding.get_value().T, 2), **CLOSE)
+
+
+def test_embed_out_of_range_is_nan():
+    assert np.isnan(Embed(20, 16, precision=W4A8, rngs=nnx.Rngs(0))(jnp.array([20, -1]))).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "expected"),
+    [(None, jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32, jnp.bfloat16), (None, jnp.bfloat16, jnp.bfloat16)],
+)
+def test_embed_keeps_the_dtype_of_the_float_layer(dtype, param_dtype, expected):
+    layer = nnx.Embed(20, 16, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    rows = Embed.from_float(layer, W4A8)(jnp.arange(3))
+    assert rows.dtype == expected == layer(jnp.arange(3)).dtype
+
+
+def test_training_moves_parameters_and_passes_packed_weights_by():
+    layer = Linear(8, 3, precision=W4A8, rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, layer.kernel.get_value())
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.5), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer, x):
+        gradient = nnx.grad(lambda layer: layer(x).sum())(layer)
+        optimizer.update(layer, gradient)
+        return gradient
+
+    gradient = step(layer, optimizer, jnp.ones((2, 8)))
+    assert len(jax.tree.leaves(gradient)) == 1  # the bias
+    np.testing.assert_allclose(layer.bias[...], [-1.0] * 3)
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(layer.kernel.get_value()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_split_and_merge_keep_a_layer():
+    layer = Linear(8, 3, precision=W4A8, rngs=nnx.Rngs(0))
+    graph, parameters, packed = nnx.split(layer, nnx.Param, Packed)
+    assert (len(jax.tree.leaves(parameters)), len(jax.tree.leaves(packed))) == (1, 3)
+    x = normal(2, 8)
+    np.testing.assert_array_equal(nnx.merge(graph, parameters, packed)(x), layer(x))
+    np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, x), layer(x), **CLOSE)
+
+
+def test_weights_that_cannot_be_grouped_raise():
+    with pytest.raises(ValueError, match="contracted size 8, got 16"):
+        Linear(8, 3, precision=Precision(4, 8, 16), rngs=nnx.Rngs(0))

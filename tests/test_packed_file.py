@@ -1,0 +1,217 @@
+"""bipolar_jax.checkpoint: what is written comes back bit for bit, and a save is whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, load, quantize, save
+from bipolar_jax.checkpoint import packed_file, read_user
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def assert_same(one, other):
+    """Same structure, static fields, dtypes and bytes."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("fmt", [*(BipolarFormat(bits) for bits in range(1, 9)), TERNARY], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(
+    ("shape", "axis", "group_size", "calibration"),
+    [((40, 6), -2, None, "absmax"), ((6, 33), -1, 8, "minmax"), ((2, 3, 40, 6), -2, 16, "mse")],
+)
+def test_packed_arrays_come_back_bit_for_bit(tmp_path, fmt, shape, axis, group_size, calibration):
+    w = quantize(normal(*shape), fmt, axis, group_size, calibration)
+    save(tmp_path / "w", {"w": w})
+    assert_same(load(tmp_path / "w"), {"w": w})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint8", "int32", "uint32", "bool"])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 4)])
+def test_plain_arrays_come_back_bit_for_bit(tmp_path, dtype, shape):
+    array = jnp.asarray(normal(*shape) * 10).astype(dtype)
+    save(tmp_path / "a", {"a": array})
+    assert_same(load(tmp_path / "a"), {"a": array})
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_arrays_that_jax_would_narrow_are_kept_or_refused(tmp_path, dtype):
+    """jax has no 64 bits by default: 2^40 would come back as 0, 1 + 2^-40 as 1."""
+    array = np.array([2**40 + 1], "int64") if dtype == "int64" else np.array([1 + 2.0**-40])
+    try:
+        save(tmp_path / "a", {"a": array})
+        loaded = load(tmp_path / "a")["a"]
+    except ValueError:
+        return
+    assert np.asarray(loaded).tolist() == array.tolist()
+
+
+def test_numpy_arrays_of_any_layout_come_back(tmp_path):
+    tree = {"fortran": np.asfortranarray(normal(3, 5)), "strided": normal(6, 4)[::2, ::-1]}
+    save(tmp_path / "a", tree)
+    assert_same(load(tmp_path / "a"), jax.tree.map(jnp.array, tree))
+
+
+def test_nested_trees_come_back_as_nested_dicts(tmp_path):
+    w = quantize(normal(40, 6), 4, 0)
+    save(tmp_path / "t", {"a": {"b": [jnp.ones(2), {"c": w}]}, "d": jnp.zeros(())})
+    assert_same(load(tmp_path / "t"), {"a": {"b": {"0": jnp.ones(2), "1": {"c": w}}}, "d": jnp.zeros(())})
+
+
+def test_a_single_array_comes_back_as_itself(tmp_path):
+    for leaf in (quantize(normal(40, 6), 4, 0), jnp.arange(3)):
+        save(tmp_path / "leaf", leaf)
+        assert_same(load(tmp_path / "leaf"), leaf)
+
+
+def test_an_empty_tree_comes_back(tmp_path):
+    save(tmp_path / "e", {})
+    assert load(tmp_path / "e") == {}
+
+
+def test_user_object_comes_back(tmp_path):
+    user = {"model": "tiny", "layers": [1, 2], "π": None}
+    save(tmp_path / "u", {"a": jnp.ones(1)}, user=user)
+    assert read_user(tmp_path / "u") == user
+
+
+@pytest.mark.parametrize("fewer", [1, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(40, 6), (2, 40, 6)])
+def test_loading_fewer_bits_is_truncating(tmp_path, fewer, shape):
+    tree = {
+        "eight": quantize(normal(*shape), 8, -2, 16, "minmax"),
+        "two": quantize(normal(*shape), 2, -2),
+        "ternary": quantize(normal(*shape), TERNARY, -2),
+        "float": jnp.ones(3),
+    }
+    save(tmp_path / "w", tree)
+    expected = tree | {name: tree[name].truncate(min(fewer, tree[name].bits)) for name in ("eight", "two")}
+    assert_same(load(tmp_path / "w", bits=fewer), expected)
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True])
+def test_loading_impossible_bits_raises(tmp_path, bits):
+    save(tmp_path / "w", {})
+    with pytest.raises(ValueError, match=f"got {bits}"):
+        load(tmp_path / "w", bits=bits)
+
+
+def header_of(raw: bytes) -> tuple[dict, int]:
+    """The safetensors header, and where the data begins."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), 8 + length
+
+
+def test_loading_fewer_bits_reads_only_the_top_planes(tmp_path):
+    """The low planes are overwritten: the top ones load all the same, the whole does not."""
+    w = quantize(normal(64, 6), 4, 0)
+    save(tmp_path / "w", {"w": w})
+    raw = bytearray((tmp_path / "w").read_bytes())
+    header, data = header_of(raw)
+    begin, end = header["w.planes"]["data_offsets"]
+    middle = data + (begin + end) // 2
+    raw[data + begin : middle] = bytes(255 - b for b in raw[data + begin : middle])
+    (tmp_path / "w").write_bytes(raw)
+    assert_same(load(tmp_path / "w", bits=2), {"w": w.truncate(2)})
+    for bits in (3, 4, None):
+        with pytest.raises(ValueError, match=r"w\.planes does not match its checksum"):
+            load(tmp_path / "w", bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": 3.0}, "a is a float, not an array"),
+        ({"a": {"b": "text"}}, "a/b is a str"),
+        ("text", "the tree is a str"),
+        ({"a/b": jnp.ones(1)}, r"'a/b'.*'/'.*rename"),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, tree, message):
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "x", tree)
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_that_collide_are_refused_or_kept_apart(tmp_path):
+    """`a` is written as a.planes and so on; another array may have that very name."""
+    w = quantize(normal(40, 6), 4, 0)
+    tree = {"a": w, "a.planes": jnp.ones(3)}
+    try:
+        save(tmp_path / "x", tree)
+    except ValueError:
+        return
+    assert_same(load(tmp_path / "x"), tree)
+
+
+def test_empty_keys_are_refused_or_kept(tmp_path):
+    tree = {"": jnp.ones(2), "b": jnp.zeros(1)}
+    try:
+        save(tmp_path / "x", tree)
+    except ValueError:
+        return
+    assert_same(load(tmp_path / "x"), tree)
+
+
+def test_an_inconsistent_array_is_not_written(tmp_path):
+    w = quantize(normal(40, 6), 4, 0)
+    with pytest.raises(ValueError, match="inconsistent"):
+        save(tmp_path / "x", {"w": dataclasses.replace(w, scale=w.scale[:3])})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["os.replace", "os.fsync", "save_file"])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    save(tmp_path / "x", {"a": jnp.ones(3)})
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    target = safetensors.numpy if failing == "save_file" else packed_file.os
+    monkeypatch.setattr(target, failing.removeprefix("os."), fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "x", {"a": jnp.zeros(3)})
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["x"]
+    assert_same(load(tmp_path / "x"), {"a": jnp.ones(3)})
+
+
+def test_a_tree_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    save(tmp_path / "x", {"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match="b is a str"):
+        save(tmp_path / "x", {"a": jnp.zeros(3), "b": "text"})
+    assert os.listdir(tmp_path) == ["x"]
+    assert_same(load(tmp_path / "x"), {"a": jnp.ones(3)})
+
+
+def test_saving_replaces_and_makes_directories(tmp_path):
+    path = tmp_path / "new" / "deep" / "x"
+    for fill in (0.0, 1.0):
+        save(str(path), {"a": jnp.full(3, fill)})
+    assert_same(load(str(path)), {"a": jnp.ones(3)})
+    assert os.listdir(path.parent) == ["x"]
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
+    """1024 x 64 weights in groups of 128: planes, and 4 + 4 bytes a group for scale and code sum."""
+    w: BipolarArray = quantize(normal(1024, 64), bits, 0, 128)
+    save(tmp_path / "w", {"w": w})
+    raw = (tmp_path / "w").read_bytes()
+    _, data = header_of(raw)
+    assert len(raw) - data == 1024 * 64 * bits // 8 + 64 * 8 * (4 + 4) == w.nbytes
+    assert data < 2048

@@ -1,0 +1,150 @@
+"""`BipolarArray` as a pytree: transformations, sharding, and Flax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bipolar_jax import TERNARY, BipolarArray, matmul, quantize
+from bipolar_jax.nn import Packed
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def stack() -> BipolarArray:
+    """Three matrices [40, 6]."""
+    return quantize(normal(3, 40, 6), 4, -2, 16, "minmax")
+
+
+def assert_same(one: BipolarArray, other: BipolarArray):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_four_arrays_are_the_leaves(stack):
+    assert len(jax.tree.leaves(stack)) == 4
+    assert len(jax.tree.leaves(quantize(normal(8, 2), TERNARY, 0))) == 3  # no offset
+    assert_same(jax.tree.map(lambda leaf: leaf, stack), stack)
+
+
+def test_what_is_static_is_part_of_the_structure(stack):
+    for change in ({"axis": -1}, {"contracted_size": 39}, {"group_size": 15}, {"format": TERNARY}):
+        assert jax.tree.structure(dataclasses.replace(stack, **change)) != jax.tree.structure(stack)
+
+
+def test_passes_jit_unchanged(stack):
+    assert_same(jax.jit(lambda w: w)(stack), stack)
+
+
+def test_jitted_quantize_equals_quantize(stack):
+    # Fused arithmetic may round an offset once less; the codes must not differ.
+    jitted = jax.jit(lambda x: quantize(x, 4, -2, 16, "minmax"))(normal(3, 40, 6))
+    np.testing.assert_array_equal(jitted.planes, stack.planes)
+    np.testing.assert_allclose(jitted.scale, stack.scale, rtol=1e-6)
+    np.testing.assert_allclose(jitted.offset, stack.offset, rtol=1e-6, atol=1e-6)
+
+
+def test_vmap_over_a_stack_sees_matrices(stack):
+    def decode(w):
+        assert w.shape == (40, 6)
+        return w.dequantize()
+
+    np.testing.assert_array_equal(jax.vmap(decode)(stack), stack.dequantize())
+
+
+def test_vmapped_quantize_makes_a_stack(stack):
+    mapped = jax.vmap(lambda x: quantize(x, 4, -2, 16, "minmax"))(normal(3, 40, 6))
+    assert mapped.shape == (3, 40, 6)
+    np.testing.assert_array_equal(mapped.planes, stack.planes)
+
+
+def test_scan_over_a_stack_sees_matrices(stack):
+    _, decoded = jax.lax.scan(lambda carry, w: (carry, w.truncate(2).dequantize()), None, stack)
+    np.testing.assert_array_equal(decoded, stack.truncate(2).dequantize())
+
+
+def test_indexing_and_stacking_leaves_keep_it_whole(stack):
+    parts = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(3)]
+    for part in parts:
+        assert part.shape == (40, 6)
+        part.check()
+    assert_same(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), stack)
+
+
+def test_eval_shape_gives_the_shapes_without_the_numbers(stack):
+    abstract = jax.eval_shape(lambda: quantize(jnp.ones((3, 40, 6)), 4, -2, 16, "minmax"))
+    assert isinstance(abstract.planes, jax.ShapeDtypeStruct)
+    assert (abstract.shape, abstract.bits, abstract.ndim, abstract.nbytes) == ((3, 40, 6), 4, 3, stack.nbytes)
+    abstract.check()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stack) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract
+    )
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    assert jax.device_count() >= 2  # tests/conftest.py
+    return jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def test_rows_shard_over_devices(stack, mesh):
+    """Along n, three columns on each of two devices; every shard is a BipolarArray of its own."""
+
+    def local(x, w):
+        assert w.shape == (3, 40, 3)
+        w.check()
+        return matmul(x, w, 8)
+
+    spec = BipolarArray(P(None, None, "model"), *3 * [P(None, "model")], stack.format, 40, -2, 16)
+    x = normal(3, 5, 40)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), spec), out_specs=P(None, None, "model"))
+    np.testing.assert_allclose(jax.jit(sharded)(x, stack), matmul(x, stack, 8), rtol=1e-6, atol=1e-6)
+
+
+def test_a_sharded_array_multiplies_under_jit(stack, mesh):
+    first = jax.tree.map(lambda leaf: leaf[0], stack)
+    spec = dataclasses.replace(
+        first, planes=P(None, "model"), **dict.fromkeys(("scale", "offset", "row_sums"), P("model"))
+    )
+    placed = jax.tree.map(lambda leaf, p: jax.device_put(leaf, NamedSharding(mesh, p)), first, spec)
+    assert len(placed.planes.sharding.device_set) == 2
+    x = normal(5, 40)
+    np.testing.assert_allclose(
+        jax.jit(lambda x, w: matmul(x, w, 8))(x, placed), matmul(x, first, 8), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_sharding_the_contracted_axis_is_refused(mesh):
+    w = quantize(normal(64, 6), 4, 0)
+    spec = BipolarArray(P(None, None, "model"), P(), None, P(), w.format, 64, -2, None)
+    sharded = jax.shard_map(
+        lambda x, w: matmul(x, w, 8), mesh=mesh, in_specs=(P(), spec), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(ValueError, match="Shard it along n or a batch axis, not along the contracted one"):
+        sharded(normal(5, 64), w)
+
+
+def test_flax_splits_and_merges_it(stack):
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.w = Packed(stack)
+
+    graph, state = nnx.split(Holder())
+    assert len(jax.tree.leaves(state)) == 4
+    assert_same(nnx.merge(graph, state).w.get_value(), stack)
+    doubled = jax.tree.map(lambda leaf: leaf, state)
+    assert_same(nnx.merge(graph, doubled).w.get_value(), stack)
+    assert jax.tree.leaves(nnx.state(Holder(), nnx.Param)) == []
+    assert_same(nnx.jit(lambda module: module.w.get_value())(Holder()), stack)

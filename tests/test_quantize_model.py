@@ -1,0 +1,246 @@
+"""quantize_model replaces the layers that rules choose, and nothing else."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from bipolar_jax import Precision, quantize_model
+from bipolar_jax import nn as bnn
+
+W4A8, W2A8, W8 = Precision(4, 8), Precision(2, 8), Precision(8)
+EVERYTHING = [(".*", W4A8)]
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.norm = nnx.RMSNorm(16, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.norm(self.up(x))))
+
+
+class Model(nnx.Module):
+    """Every container that flax has."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(10, 8, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.named = nnx.Dict(one=nnx.Linear(8, 8, rngs=rngs))
+        self.chain = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 8, rngs=rngs))
+        self.head = nnx.Linear(8, 10, use_bias=False, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.chain(self.named["one"](x)))
+
+
+IDS = jnp.array([[1, 2, 3], [9, 0, 9]])
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(nnx.Rngs(0))
+
+
+def layers(model: Model) -> dict[str, nnx.Module]:
+    found = {"embed": model.embed, "named/one": model.named["one"], "head": model.head}
+    found |= {f"blocks/{i}/{name}": getattr(b, name) for i, b in enumerate(model.blocks) for name in ("up", "down")}
+    return found | {f"chain/layers/{i}": model.chain.layers[i] for i in (0, 2)}
+
+
+def test_layers_in_every_container_are_replaced(model):
+    quantized = quantize_model(model, EVERYTHING)
+    assert type(quantized) is Model
+    for path, layer in layers(quantized).items():
+        assert type(layer) is (bnn.Embed if path == "embed" else bnn.Linear), path
+    assert type(quantized.blocks[0].norm) is nnx.RMSNorm
+    logits = quantize_model(model, [(".*", W8)])(IDS)
+    # Eight bits a weight: 1/255 of the largest weight, a few percent of logits of order 1 after 8 layers.
+    np.testing.assert_allclose(logits, model(IDS), atol=0.1)
+    assert np.any(np.asarray(logits) != model(IDS))
+
+
+def test_layers_in_plain_python_containers_are_replaced():
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.data([nnx.Linear(8, 8, rngs=rngs)])
+
+    assert type(quantize_model(Plain(nnx.Rngs(0)), EVERYTHING).layers[0]) is bnn.Linear
+
+
+def test_the_first_rule_that_matches_decides(model):
+    rules = [("blocks/0/up", W2A8), ("^head$|embed", None), ("up", W8), ("", W4A8)]
+    quantized = layers(quantize_model(model, rules))
+    assert quantized["blocks/0/up"].precision == W2A8
+    assert quantized["blocks/1/up"].precision == W8
+    assert quantized["blocks/0/down"].precision == quantized["chain/layers/2"].precision == W4A8
+    assert type(quantized["head"]) is nnx.Linear
+    assert type(quantized["embed"]) is nnx.Embed
+
+
+def test_the_original_is_left_as_it_was(model):
+    before = [(type(layer), id(layer)) for layer in layers(model).values()]
+    logits = model(IDS)
+    quantize_model(model, EVERYTHING)
+    assert [(type(layer), id(layer)) for layer in layers(model).values()] == before
+    np.testing.assert_array_equal(model(IDS), logits)
+
+
+def test_what_is_not_replaced_shares_its_arrays(model):
+    quantized = quantize_model(model, [("down", W4A8)])
+    assert quantized.blocks[0].up.kernel[...] is model.blocks[0].up.kernel[...]
+    assert quantized.blocks[0].norm.scale[...] is model.blocks[0].norm.scale[...]
+    assert quantized.blocks[0].down.bias[...] is model.blocks[0].down.bias[...]
+
+
+def test_no_rules_change_nothing(model):
+    np.testing.assert_array_equal(quantize_model(model, [])(IDS), model(IDS))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(8, 8, rngs=rngs)
+        self.b = self.a
+        self.block = Block(rngs)
+        self.again = self.block
+
+
+@pytest.mark.parametrize("rules", [EVERYTHING, [("^a$", W4A8), ("b", W2A8)]])
+def test_tied_layers_are_replaced_once_and_stay_tied(rules):
+    quantized = quantize_model(Tied(nnx.Rngs(0)), rules)
+    assert quantized.a is quantized.b
+    assert quantized.a.precision == W4A8
+    assert quantized.block is quantized.again
+    assert type(quantized.block.up) is bnn.Linear
+
+
+def test_layers_tied_and_excluded_stay_tied():
+    quantized = quantize_model(Tied(nnx.Rngs(0)), [("^a$", None), ("up", W4A8)])
+    assert quantized.a is quantized.b
+    assert type(quantized.a) is nnx.Linear
+
+
+def test_modules_that_refer_to_each_other_are_walked_once():
+    class Child(nnx.Module):
+        def __init__(self, parent, rngs):
+            self.parent = parent
+            self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+    class Parent(nnx.Module):
+        def __init__(self, rngs):
+            self.child = Child(self, rngs)
+
+    quantized = quantize_model(Parent(nnx.Rngs(0)), EVERYTHING)
+    assert type(quantized.child.linear) is bnn.Linear
+    assert quantized.child.parent is quantized
+
+
+def test_layers_stacked_by_vmap_are_replaced_and_scanned():
+    @nnx.vmap
+    def make(rngs):
+        return Block(rngs)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, block):
+        return block(x)
+
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = make(rngs.fork(split=3))
+
+        def __call__(self, x):
+            return forward(x, self.blocks)
+
+    model = Stacked(nnx.Rngs(0))
+    quantized = quantize_model(model, [("up|down", W8)])
+    assert quantized.blocks.up.kernel.get_value().shape == (3, 8, 16)
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_allclose(quantized(x), model(x), atol=0.2)  # as above, numbers of order 3
+    unstacked = quantize_model(nnx.merge(*nnx.split(model)), [("up|down", W8)])
+    np.testing.assert_array_equal(
+        unstacked.blocks.up.kernel.get_value().planes, quantized.blocks.up.kernel.get_value().planes
+    )
+
+
+def test_a_quantized_model_trains_its_parameters(model):
+    quantized = quantize_model(model, EVERYTHING)
+    optimizer = nnx.Optimizer(quantized, optax.adam(0.05), wrt=nnx.Param)
+    packed = jax.tree.map(np.asarray, nnx.state(quantized, bnn.Packed))
+
+    def loss(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(IDS), IDS).mean()
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(step(quantized, optimizer)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    for one, other in zip(jax.tree.leaves(packed), jax.tree.leaves(nnx.state(quantized, bnn.Packed)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_quantized_model_splits_merges_and_jits(model):
+    quantized = quantize_model(model, EVERYTHING)
+    logits = nnx.jit(lambda model: model(IDS))(quantized)
+    merged = nnx.merge(*nnx.split(quantized))
+    np.testing.assert_array_equal(nnx.jit(lambda model: model(IDS))(merged), logits)
+    assert nnx.state(quantized, bnn.Packed).flat_state()
+
+
+def test_implementation_reaches_every_new_layer(model):
+    quantized = quantize_model(model, EVERYTHING, implementation="reference")
+    assert {layer.implementation for layer in layers(quantized).values()} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("blocks/0/uq", W4A8)], r"'blocks/0/uq' matches no layer; the nearest paths are blocks/0/up"),
+        ([("norm", W4A8)], r"'norm' matches no layer"),
+        (
+            [(".*", W4A8), ("head", W8)],
+            r"'head' decides no layer: earlier rules take all.*\(head\); move it up or drop",
+        ),
+        ([("head", W4A8), ("head", None)], r"'head' decides no layer"),
+        ([("(", W4A8)], r"'\(' is not a regular expression"),
+        (
+            [("head", Precision(4, 8, group_size=9))],
+            r"cannot quantize layer head to W4A8g9: .*contracted size 8, got 9",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_meant_raise(model, rules, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, rules)
+
+
+@pytest.mark.parametrize(
+    "layer", [nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Embed(8, 8, rngs=nnx.Rngs(0))], ids=["Linear", "Embed"]
+)
+def test_a_bare_layer_is_sent_to_from_float(layer):
+    with pytest.raises(ValueError, match=rf"itself an {type(layer).__name__}.*nn\.{type(layer).__name__}\.from_float"):
+        quantize_model(layer, EVERYTHING)
+
+
+def test_a_model_without_layers_says_so():
+    with pytest.raises(ValueError, match=r"the model has no nnx\.Linear or nnx\.Embed"):
+        quantize_model(nnx.RMSNorm(8, rngs=nnx.Rngs(0)), EVERYTHING)
+
+
+def test_a_layer_with_nan_is_named(model):
+    broken = nnx.clone(model)
+    broken.head.kernel[...] = broken.head.kernel[...].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"cannot quantize layer head to W4A8: .*1 NaN or Inf among its 80"):
+        quantize_model(broken, [("head", W4A8)])
