@@ -1,4 +1,4 @@
-"""Progress bars on the terminal."""
+"""Progress bars on the terminal; plain lines where the output is none."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int]
       what: shown before the bar.
       total: steps until it is done; None shows only that time passes.
     """
+    if not console.is_terminal:
+        console.print(what)
+        yield lambda done: None
+        return
     count = [BarColumn(), MofNCompleteColumn()] if total else []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), *count, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

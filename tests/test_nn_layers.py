@@ -63,7 +63,7 @@ def three_layers(rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def test_a_stack_of_linears_can_be_scanned():
-    stack = three_layers(nnx.Rngs(0).fork(split=3))
+    stack = three_layers(nnx.Rngs(0).split(3))
     packed = Linear.from_float(stack, W4A8)
     assert packed.kernel.get_value().shape == (3, 16, 16)
 

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+import bipolar_jax as bj
 from bipolar_jax.models.loaders import load_gguf
+from bipolar_jax.models.perplexity import perplexity
 from experiments.fetch import fetch_smollm2
+from experiments.sources import load_text_source
 
 PROMPT = "The quick brown fox jumps over the lazy dog. In 1984,"
 PROMPT_IDS = [504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30, 533, 216, 33, 41, 40, 36, 28]
@@ -84,6 +87,7 @@ LOGITS_TOLERANCE = 1e-3
 TOPICS_SHA256 = "3ae592730a57a4148564a54edefaf307b12237819089b0517c79c68c4cb9b123"
 TOPICS_TOKENS = 118466
 TOPICS_WINDOWS = 20 * 512  # the ids that the digest covers: 20 windows of 512
+TOPICS_PERPLEXITY = 14.0115122607806  # of those windows, each token but the first; llama.cpp agrees to 1e-4
 TOPICS_IDS_SHA256 = "69853918533eda82d660f368b2925668a087dea5bdb10cb5e5547ca1001ba775"
 
 
@@ -94,11 +98,7 @@ def table(text: str, dtype=float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        path = fetch_smollm2(progress=False)
-    except RuntimeError as error:
-        pytest.skip(f"the model cannot be fetched here: {error}")
-    return load_gguf(path)
+    return load_gguf(fetch_smollm2(progress=False))
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +142,33 @@ def test_logits(smollm2, hidden):
     np.testing.assert_array_equal(logits.argmax(axis=1), top[:, 0])
 
 
-def test_token_ids_of_the_help_topics(smollm2):
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+@pytest.fixture(scope="module")
+def topics_ids(smollm2):
+    text = load_text_source("pydoc_topics")
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest != TOPICS_SHA256:
         pytest.skip(f"this Python's help topics are not those of 3.12.1: sha256 {digest}")
-    ids = np.array(smollm2.tokenizer.encode(text).ids, "<i4")
-    assert len(ids) == TOPICS_TOKENS
-    assert hashlib.sha256(ids[:TOPICS_WINDOWS].tobytes()).hexdigest() == TOPICS_IDS_SHA256
+    return smollm2.tokenizer.encode(text).ids
+
+
+def test_token_ids_of_the_help_topics(topics_ids):
+    used = np.array(topics_ids[:TOPICS_WINDOWS], "<i4")
+    assert len(topics_ids) == TOPICS_TOKENS
+    assert hashlib.sha256(used.tobytes()).hexdigest() == TOPICS_IDS_SHA256
+
+
+@pytest.fixture(scope="module")
+def baseline(smollm2, topics_ids):
+    return perplexity(smollm2.model, topics_ids, windows=20).perplexity
+
+
+def test_perplexity(baseline):
+    assert baseline == pytest.approx(TOPICS_PERPLEXITY, rel=1e-3)
+
+
+def test_w8a8_costs_less_than_3_percent(smollm2, topics_ids, baseline):
+    precision = bj.Precision.parse("W8A8", "minmax")
+    quantized = bj.quantize_model(smollm2.model, [("^layers/", precision)])
+    found = perplexity(quantized, topics_ids, windows=20).perplexity
+    assert found == pytest.approx(baseline, rel=0.03)
+    assert found != baseline  # it was really quantized
