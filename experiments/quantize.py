@@ -10,6 +10,7 @@ checkpoint that experiments/generate.py reads. A run that was stopped goes on wh
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,8 +97,8 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
             (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
         sample = pretrained.tokenizer.decode(tokens)
     return {
-        "perplexity": scored.perplexity,
-        "standard_error": scored.standard_error if scored.windows > 1 else None,
+        "perplexity": min(scored.perplexity, sys.float_info.max),  # JSON has no inf
+        "standard_error": min(scored.standard_error, sys.float_info.max) if scored.windows > 1 else None,
         "windows": scored.windows,
         "bytes": _nbytes(pretrained.model),
         "sample": sample,

@@ -93,7 +93,7 @@ def test_unknown_fields_are_named():
 def test_missing_fields_are_named(size):
     fields = CONFIG.to_dict()
     del fields[size]
-    with pytest.raises(ValueError, match=f"incomplete: .*'{size}'"):
+    with pytest.raises(ValueError, match=f"missing or unknown fields: .*'{size}'"):
         TransformerConfig.from_dict(fields)
 
 

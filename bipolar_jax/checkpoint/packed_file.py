@@ -2,8 +2,8 @@
 
 A file holds one tensor for every array and up to four for every `BipolarArray`:
 `PATH.planes`, `.scale`, `.offset` (if there is one) and `.row_sums`, PATH being the keys
-that lead to it joined by "/". The safetensors metadata has "crc32", that of the other
-entry, "bipolar_jax", a JSON object:
+that lead to it joined by "/". The safetensors metadata has one entry, "bipolar_jax": eight
+hex digits, the crc32 of what follows, and a JSON object:
 
     format_version  1
     packed          {PATH: {bits, ternary, contracted_size, axis, group_size}}
@@ -71,7 +71,7 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
     body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user or {}}
     text = json.dumps(body)
     with _replacing(Path(path)) as temporary:
-        metadata = {"bipolar_jax": text, "crc32": str(zlib.crc32(text.encode()))}
+        metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
         safetensors_numpy.save_file(tensors, temporary, metadata=metadata)
 
 
@@ -166,8 +166,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
             metadata = file.metadata() or {}
             if "bipolar_jax" not in metadata:
                 raise ValueError(f"{path} is not a packed checkpoint: no bipolar_jax entry in its metadata")
-            text = metadata["bipolar_jax"]
-            if metadata["crc32"] != str(zlib.crc32(text.encode())):
+            digits, text = metadata["bipolar_jax"][:8], metadata["bipolar_jax"][8:]
+            if digits != f"{zlib.crc32(text.encode()):08x}":
                 raise _MismatchError("its metadata")
             body = json.loads(text)
             if body["format_version"] != FORMAT_VERSION:

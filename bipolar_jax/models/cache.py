@@ -55,7 +55,11 @@ class KVCache:
         keys: Float[Array, "batch 1 kv_heads head_dim"],
         values: Float[Array, "batch 1 kv_heads head_dim"],
     ) -> KVCache:
-        """Stores one token of each sequence at its next free position."""
+        """Stores one token of each sequence at its next free position.
+
+        A sequence that already fills the cache keeps what it has: sizes are fixed under jit,
+        so it is for the caller to stop at `capacity`, as `generation` does.
+        """
         rows = jnp.arange(self.lengths.shape[0])
         at = (layer, rows, self.lengths)
         return dataclasses.replace(

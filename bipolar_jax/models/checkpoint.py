@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bipolar_jax.checkpoint import load, read_user, save
@@ -41,6 +44,7 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
     user = {
         "source": source,
         "config": model.config.to_dict(),
+        "param_dtype": model.final_norm.scale.dtype.name,
         "precisions": precisions,
         "tokenizer": pretrained.tokenizer.to_str(),
     }
@@ -61,16 +65,20 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
     """
     tokenizers = require("tokenizers", "models")
     user = read_user(path)
-    if "config" not in user or "precisions" not in user or "tokenizer" not in user:
+    if not {"config", "param_dtype", "precisions", "tokenizer"} <= set(user):
         raise ValueError(f"{path} holds packed arrays but no model: read it with bipolar_jax.load")
     config = TransformerConfig.from_dict(user["config"])
-    tree = load(path, bits)
-    rules = [(f"^{path}$", _precision(described, bits)) for path, described in user["precisions"].items()]
-    abstract = nnx.eval_shape(lambda: quantize_model(Transformer(config, rngs=nnx.Rngs(0)), rules))
+    stored = _flatten(load(path, bits))
+    rules = [(f"^{re.escape(layer)}$", _precision(described, bits)) for layer, described in user["precisions"].items()]
+    param_dtype = jnp.dtype(user["param_dtype"])
+    abstract = nnx.eval_shape(
+        lambda: quantize_model(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), rules)
+    )
     graph, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
-    filled = [(keys, variable.replace(_find(path, tree, keys, variable))) for keys, variable in flat]
-    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    expected = {"/".join(map(str, keys)): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
+    _check_leaves(path, stored, expected)
+    flat = [(keys, variable.replace(stored["/".join(map(str, keys))])) for keys, variable in nnx.to_flat_state(state)]
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
     return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]))
 
 
@@ -93,17 +101,28 @@ def _precision(described: dict[str, Any], bits: int | None) -> Precision:
     return Precision(number_format, described["a_bits"], described["group_size"], described["calibration"])
 
 
-def _find(path, tree: dict[str, Any], keys: tuple[Any, ...], variable: nnx.Variable) -> Any:
-    node = tree
-    for key in keys:
-        if not isinstance(node, dict) or str(key) not in node:
-            raise ValueError(f"{path} lacks {'/'.join(map(str, keys))}, which its config calls for: write it again")
-        node = node[str(key)]
-    expected = variable.get_value()
-    same_kind = isinstance(node, BipolarArray) == isinstance(expected, BipolarArray)
-    if not same_kind or node.shape != expected.shape:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by their keys joined by "/"."""
+    flat = {}
+    for key, node in tree.items():
+        flat |= _flatten(node, f"{prefix}{key}/") if isinstance(node, dict) else {f"{prefix}{key}": node}
+    return flat
+
+
+def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    missing, surplus = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or surplus:
         raise ValueError(
-            f"{path} has {'/'.join(map(str, keys))} of shape {getattr(node, 'shape', None)}, "
-            f"its config calls for {expected.shape}: write it again"
+            f"{path} does not fit its own config: it lacks {missing or 'nothing'} and has besides "
+            f"{surplus or 'nothing'}; write it again"
         )
-    return node
+    for name, leaf in stored.items():
+        if _layout(leaf) != _layout(expected[name]):
+            raise ValueError(f"{path} has {name} of {_layout(leaf)}, its config calls for {_layout(expected[name])}")
+
+
+def _layout(leaf: Any) -> str:
+    arrays = ", ".join(f"{array.dtype.name}{list(array.shape)}" for array in jax.tree.leaves(leaf))
+    if not isinstance(leaf, BipolarArray):
+        return arrays
+    return f"{arrays} with {leaf.format}, axis={leaf.axis}, group_size={leaf.group_size}"

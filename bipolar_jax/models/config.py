@@ -38,7 +38,18 @@ class RopeScaling:
         object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
         if self.kind not in self.KINDS:
             raise ValueError(f"RoPE scaling kind {self.kind!r} is unknown: use one of {', '.join(self.KINDS)}, or None")
-        if self.factor < 1 and self.kind != "factors":
+        if self.kind == "factors" and not all(0 < factor < float("inf") for factor in self.factors):
+            raise ValueError(f"RoPE factors must be positive and finite, got {self.factors}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor} "
+                f"and {self.high_freq_factor}"
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"yarn RoPE scaling needs 0 < beta_slow < beta_fast, got {self.beta_slow} and {self.beta_fast}"
+            )
+        if self.kind != "factors" and not 1 <= self.factor < float("inf"):
             raise ValueError(f"RoPE scaling factor must be at least 1, got {self.factor}")
         if self.kind in ("llama3", "yarn") and not self.original_context_length:
             raise ValueError(f"RoPE scaling {self.kind!r} needs original_context_length, the context before stretching")
@@ -121,4 +132,4 @@ class TransformerConfig:
         try:
             return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
         except TypeError as error:
-            raise ValueError(f"model config is incomplete: {error}") from error
+            raise ValueError(f"model config has missing or unknown fields: {error}") from error

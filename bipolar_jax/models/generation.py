@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
 from bipolar_jax.models.sampling import Sampling, sample
-from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.models.transformer import Transformer, check_ids
 
 # Prompt lengths and cache capacities are rounded up to this, so that prompts of about
 # the same length share one compilation.
@@ -26,9 +26,11 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, until all have ended.
 
+    Arguments are checked at the call, before the first token is asked for.
+
     Args:
       model: the model; its config says which tokens end a text.
-      prompts: token ids, of any lengths; each is continued as if it were alone.
+      prompts: token ids, of any lengths; under greedy sampling each is continued as if it were alone.
       max_new_tokens: tokens to write for each prompt at most.
       sampling: how to choose.
       key: PRNG key, needed where `sampling` draws at random.
@@ -41,10 +43,15 @@ def stream(
         tokens together longer than the model's context.
     """
     ids, lengths = _padded(model, prompts, max_new_tokens)
+    if key is None:
+        sample(jnp.zeros((1, 1)), sampling)  # raises unless it is greedy
+        key = jax.random.key(0)
+    return _steps(model, ids, lengths, max_new_tokens, sampling, key)
+
+
+def _steps(model, ids, lengths, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
+    keys = jax.random.split(key, max_new_tokens)
     capacity = min(_round_up(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
-    if key is None and sampling.temperature > 0:
-        sample(jnp.zeros((1, 1)), sampling)  # raises
     eos = np.asarray(model.config.eos_ids, np.int32)
     tokens, cache = _first_token(model, jnp.asarray(ids), jnp.asarray(lengths), capacity, sampling, keys[0])
     running = np.ones(len(lengths), bool)
@@ -90,7 +97,7 @@ def _padded(
     config = model.config
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
@@ -101,14 +108,11 @@ def _padded(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
             f"{config.context_length}: shorten the prompt or ask for fewer tokens"
         )
+    for prompt in prompts:
+        check_ids(prompt, config.vocab_size)
     ids = np.zeros((len(prompts), min(_round_up(longest), config.context_length)), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(
-            f"prompt ids span {ids.min()}..{ids.max()}, outside the vocabulary 0..{config.vocab_size - 1}: "
-            "was it encoded by another model's tokenizer?"
-        )
     return ids, lengths
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.models.transformer import Transformer, check_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,11 @@ def perplexity(
       ValueError: the text is too short, a window longer than the model's context, ids
         outside the vocabulary, or logits that are NaN.
     """
-    if windows < 1 or window_length < 2:
-        raise ValueError(f"needs at least 1 window of 2 tokens, got {windows=} and {window_length=}")
+    if windows < 1 or window_length < 2 or windows_per_step < 1:
+        raise ValueError(
+            f"needs at least 1 window of 2 tokens and 1 window a step, got {windows=}, {window_length=}, "
+            f"{windows_per_step=}"
+        )
     if window_length > model.config.context_length:
         raise ValueError(f"{window_length=} exceeds the model's context of {model.config.context_length}")
     if len(ids) < windows * window_length:
@@ -66,12 +69,9 @@ def perplexity(
             f"the text has {len(ids)} tokens, {windows} windows of {window_length} need {windows * window_length}: "
             f"ask for at most {len(ids) // window_length}, or give a longer text"
         )
-    used = np.asarray(ids[: windows * window_length], np.int32).reshape(windows, window_length)
-    if used.min() < 0 or used.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"token ids span {used.min()}..{used.max()}, outside the vocabulary 0..{model.config.vocab_size - 1}: "
-            "was the text encoded by another model's tokenizer?"
-        )
+    used = ids[: windows * window_length]
+    check_ids(used, model.config.vocab_size)
+    used = np.asarray(used, np.int32).reshape(windows, window_length)
     losses = []
     for start in range(0, windows, windows_per_step):
         batch = used[start : start + windows_per_step]
@@ -81,7 +81,8 @@ def perplexity(
     means = np.asarray(losses)
     if not np.isfinite(means).all():
         raise ValueError(f"the loss of window {int(np.argmin(np.isfinite(means)))} is not finite: the model gives NaN")
-    value = math.exp(means.mean())
+    with np.errstate(over="ignore"):  # above 709 nats a token it is inf
+        value = float(np.exp(means.mean()))
     error = value * means.std(ddof=1) / math.sqrt(windows) if windows > 1 else math.nan
     return Perplexity(value, float(error), windows, windows * (window_length - 1))
 

@@ -49,7 +49,7 @@ def _llama3_frequencies(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn_frequencies(base: np.ndarray, scaling: RopeScaling, config: TransformerConfig) -> tuple[np.ndarray, float]:
-    """NTK-by-parts: a ramp over the frequency index (arXiv 2309.00071, section 3.2)."""
+    """NTK-by-parts (arXiv 2309.00071, section 3.2), the ramp over the frequency index as in the authors' code."""
     half = len(base)
 
     def index_of(rotations: float) -> float:

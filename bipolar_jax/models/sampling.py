@@ -15,7 +15,7 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; 0 takes the largest.
-      top_k: keep only the k most likely tokens; None keeps all.
+      top_k: keep only the k most likely tokens, and those as likely as the k-th; None keeps all.
       top_p: of these keep the fewest that reach this much probability (Holtzman et al.
         2019, arXiv 1904.09751); 1 keeps all.
     """

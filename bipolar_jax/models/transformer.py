@@ -9,7 +9,7 @@ training and prefill attend causally within the sequence, decoding attends to a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,16 @@ from bipolar_jax.models.rope import rope_tables, rotate
 Heads = Float[Array, "batch length heads head_dim"]
 Attend = Callable[[Heads, Heads, Heads], Heads]
 Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError if a token id is outside the vocabulary."""
+    low, high = int(min(ids)), int(max(ids))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token ids span {low}..{high}, outside the vocabulary 0..{vocab_size - 1}: "
+            "was the text encoded by another model's tokenizer?"
+        )
 
 
 class Attention(nnx.Module):

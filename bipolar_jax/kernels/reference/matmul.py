@@ -12,7 +12,7 @@ from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
-from bipolar_jax.packing.words import pack_codes
+from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups
 
 
@@ -73,5 +73,6 @@ def _and_popcount(
 def _group_masks(k: int, group_size: int | None) -> UInt32[np.ndarray, "groups words"]:
     """Word masks of the bits that belong to each group; groups need not end on a word."""
     groups = num_groups(k, group_size)
-    member = np.arange(k) // (group_size or k) == np.arange(groups)[:, None]
-    return np.asarray(pack_codes(jnp.asarray(member, jnp.uint8), BipolarFormat(1))[0])
+    bits = np.arange(num_words(k) * WORD_BITS)
+    member = (bits // (group_size or k) == np.arange(groups)[:, None]) & (bits < k)
+    return np.packbits(member, axis=-1, bitorder="little").view("<u4")
