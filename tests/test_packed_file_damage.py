@@ -82,10 +82,10 @@ def test_bytes_after_the_end_are_refused(intact):
 def with_body(raw: bytes, change) -> bytes:
     """The file with another body under a right checksum."""
     header, data = header_of(raw)
-    body = json.loads(header["__metadata__"]["bipolar_jax"])
+    body = json.loads(header["__metadata__"]["bipolar_jax"][8:])  # after its checksum
     change(body)
     text = json.dumps(body)
-    header["__metadata__"] = {"bipolar_jax": text, "crc32": str(zlib.crc32(text.encode()))}
+    header["__metadata__"] = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded + raw[data:]
@@ -111,7 +111,7 @@ def test_another_format_version_is_refused_by_number(intact):
 def test_a_body_that_does_not_fit_the_tensors_is_refused(intact, change):
     raw, path = intact
     path.write_bytes(with_body(raw, change))
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(ValueError, match=r"damaged is (truncated or )?corrupted|inconsistent BipolarArray|got 9"):
         load(path)
 
 

@@ -52,15 +52,26 @@ def test_every_number_is_within_half_a_step(fmt, calibration):
     assert np.all(error <= np.asarray(w.scale) + 4 * EPS * np.abs(x).max())
 
 
-@every_format
-def test_minmax_spans_exactly_from_the_smallest_to_the_largest(fmt):
-    x = normal(5, 50) + 3
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=lambda fmt: fmt.name)
+def test_minmax_spans_from_the_smallest_to_the_largest_with_zero_on_the_grid(fmt):
+    """The zero is rounded to the grid, which may cost the extremes half a step, no more. A step is 2 scale."""
+    x = normal(5, 50) + 1
+    x[:, ::5] = 0
+    x[0] = np.abs(x[0])  # one-sided: zero is the smallest
     w = quantize(x, fmt, -1, calibration="minmax")
-    decoded = np.asarray(w.dequantize())
-    np.testing.assert_allclose(decoded.max(-1), x.max(-1), rtol=4 * EPS)
-    np.testing.assert_allclose(decoded.min(-1), x.min(-1), rtol=4 * EPS, atol=4 * EPS * np.abs(x).max())
-    assert w.codes().min() == 0
-    assert w.codes().max() == fmt.max_value
+    decoded, scale, rounding = np.asarray(w.dequantize()), np.asarray(w.scale)[:, 0], 8 * EPS * np.abs(x).max()
+    np.testing.assert_allclose(scale, (x.max(-1) - x.min(-1)) / (2 * fmt.max_value), rtol=4 * EPS)
+    assert np.all(np.abs(decoded.max(-1) - x.max(-1)) <= scale + rounding)
+    assert np.all(np.abs(decoded.min(-1) - x.min(-1)) <= scale + rounding)
+    assert np.all(np.abs(decoded[:, ::5]) <= rounding)
+    assert w.codes()[0].min() == 0
+    assert w.codes()[0].max() == fmt.max_value
+
+
+def test_minmax_of_one_bit_is_absmax():
+    x = normal(5, 50) + 1
+    minmax, absmax = (quantize(x, 1, -1, calibration=calibration) for calibration in ("minmax", "absmax"))
+    np.testing.assert_array_equal(minmax.dequantize(), absmax.dequantize())
 
 
 def test_minmax_of_a_constant_row_is_that_constant():
@@ -205,7 +216,7 @@ def test_nan_and_inf_under_a_trace_stay_loud_and_in_their_group(calibration, bad
     decoded = np.array(jax.jit(lambda x: quantize(x, 4, -1, 4, calibration).dequantize())(x))
     assert not np.any(np.isfinite(decoded[1, 4:]))
     decoded[1, 4:] = clean[1, 4:]
-    np.testing.assert_allclose(decoded, clean, rtol=8 * EPS)
+    np.testing.assert_allclose(decoded, clean, rtol=8 * EPS, atol=32 * EPS)  # jitted or not: offsets cancel
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -37,6 +37,8 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
 
 FORMAT_VERSION = 1
+# What JAX holds by default and safetensors can name; 64-bit numbers would come back narrowed.
+_DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32", "uint16", "uint8", "bool")
 _PLANES, _PER_GROUP = "planes", ("scale", "offset", "row_sums")
 
 
@@ -48,26 +50,31 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
 
     Args:
       path: file to write; replaced if it exists.
-      tree: nested dicts, lists or dataclasses of arrays, or one array.
+      tree: nested dicts, lists or dataclasses of arrays, or one array. None and empty
+        containers leave no trace.
       user: anything JSON can hold, returned by `read_user`.
 
     Raises:
-      ValueError: a leaf that is no array, or a key with "/" in it, which would make names ambiguous.
+      ValueError: a leaf that is no array or of a dtype that JAX would narrow or safetensors
+        cannot name, or keys that would make names ambiguous, such as those with "/".
     """
     safetensors_numpy = require("safetensors.numpy", "models")
     tensors, packed, checksums = {}, {}, {}
     for name, leaf in _named_leaves(tree):
-        if not isinstance(leaf, BipolarArray):
-            tensors[name] = np.asarray(leaf, order="C")
-            checksums[name] = checksum(tensors[name])
-            continue
-        leaf.check()
-        packed[name] = _describe(leaf)
-        for field in (_PLANES, *_PER_GROUP):
-            if getattr(leaf, field) is not None:
-                array = np.asarray(getattr(leaf, field), order="C")
-                tensors[f"{name}.{field}"] = array
-                checksums[f"{name}.{field}"] = plane_checksums(array) if field == _PLANES else checksum(array)
+        arrays = {name: leaf}
+        if isinstance(leaf, BipolarArray):
+            leaf.check()
+            packed[name] = _describe(leaf)
+            fields = {field: getattr(leaf, field) for field in (_PLANES, *_PER_GROUP)}
+            arrays = {f"{name}.{field}": array for field, array in fields.items() if array is not None}
+        for tensor_name, device_array in arrays.items():
+            if tensor_name in tensors:
+                raise ValueError(f"two arrays would both be named {tensor_name} in the file: rename a key")
+            array = np.asarray(device_array, order="C")
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+            is_planes = name in packed and tensor_name == f"{name}.{_PLANES}"
+            tensors[tensor_name] = array
+            checksums[tensor_name] = plane_checksums(array) if is_planes else checksum(array)
     body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user or {}}
     text = json.dumps(body)
     with _replacing(Path(path)) as temporary:
@@ -123,8 +130,14 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         if any("/" in part for part in parts):
             raise ValueError(f"key {parts} has a '/' in it, which separates keys in the file: rename it")
         name = "/".join(parts)
+        if keys and ("" in parts or name == "__metadata__"):
+            raise ValueError(f"key {parts} has no name that a safetensors file could hold: rename it")
         if not isinstance(leaf, BipolarArray | jax.Array | np.ndarray):
             raise ValueError(f"{name or 'the tree'} is a {type(leaf).__name__}, not an array: convert or leave it out")
+        if not isinstance(leaf, BipolarArray) and leaf.dtype.name not in _DTYPES:
+            raise ValueError(
+                f"{name or 'the tree'} has dtype {leaf.dtype.name}, a packed file holds {', '.join(_DTYPES)}: cast it"
+            )
         yield name, leaf
 
 

@@ -45,7 +45,8 @@ def offset_group(
     offset: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """o_w * (V_x - v0 L) of one group, float32."""
-    return (x_value_sums - zero_value * length).astype(jnp.float32)[:, None] * offset
+    zeros = zero_value.astype(jnp.float32) * length
+    return (x_value_sums.astype(jnp.float32) - zeros)[:, None] * offset
 
 
 def finish(

@@ -48,31 +48,45 @@ def quantize_model[Model: nnx.Module](model: Model, rules: Rules, *, implementat
             f"the model is itself an {type(quantized).__name__}, with no path for a rule to match: "
             f"use bipolar_jax.nn.{type(quantized).__name__}.from_float"
         )
-    layers = list(_float_layers(quantized))
+    layers = list(_float_layers(quantized, "", set()))
     deciding, packed = set(), {}
     for path, parent, key, layer in layers:
-        index = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(path)), None)
-        deciding.add(index)
-        precision = None if index is None else compiled[index][1]
         if id(layer) not in packed:
+            index = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(path)), None)
+            deciding.add(index)
+            precision = None if index is None else compiled[index][1]
             packed[id(layer)] = layer if precision is None else _pack(path, layer, precision, implementation)
-        _replace(parent, key, packed[id(layer)])
+        if packed[id(layer)] is not layer:
+            _replace(path, parent, key, packed[id(layer)])
     _check_all_decide(compiled, deciding, [path for path, *_ in layers])
     return quantized
 
 
-def _float_layers(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
+def _float_layers(node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any, Any, nnx.Module]]:
     """Path, parent, key in the parent, and layer of everything that can be replaced."""
-    for key, child in nnx.iter_children(module):
+    if id(node) in seen:  # modules may refer to each other
+        return
+    seen.add(id(node))
+    for key, child in _children(node):
         path = f"{prefix}{key}"
         if type(child) in _PACKED_LAYERS:
-            yield path, module, key, child
-        elif isinstance(child, nnx.Module):
-            yield from _float_layers(child, f"{path}/")
+            yield path, node, key, child
+        else:
+            yield from _float_layers(child, f"{path}/", seen)
 
 
-def _replace(parent: nnx.Module, key: Any, layer: nnx.Module) -> None:
-    if isinstance(parent, nnx.List):
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, nnx.List | list | tuple):
+        return list(enumerate(node))
+    if isinstance(node, nnx.Module):
+        return [(name, child) for name, child in vars(node).items() if not name.startswith("_pytree__")]
+    return list(node.items()) if isinstance(node, dict) else []
+
+
+def _replace(path: str, parent: Any, key: Any, layer: nnx.Module) -> None:
+    if isinstance(parent, tuple):
+        raise ValueError(f"layer {path} is in a tuple, where it cannot be replaced: use an nnx.List instead")
+    if isinstance(parent, nnx.List | list | dict):
         parent[key] = layer
     else:
         setattr(parent, key, layer)

@@ -29,7 +29,7 @@ def lookup(table: BipolarArray, ids: Int[Array, "*batch"], dtype: jnp.dtype = jn
             "it must have two axes and be quantized with axis=-1"
         )
     table.check()
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type could not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
     rows = dataclasses.replace(
         table,
@@ -38,4 +38,4 @@ def lookup(table: BipolarArray, ids: Int[Array, "*batch"], dtype: jnp.dtype = jn
         offset=None if table.offset is None else jnp.take(table.offset, flat, axis=0, mode="clip"),
         row_sums=jnp.take(table.row_sums, flat, axis=0, mode="clip"),
     )
-    return rows.dequantize().astype(dtype).reshape(*ids.shape, -1)
+    return rows.dequantize().astype(dtype).reshape(*ids.shape, table.shape[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,9 @@ class _Static:
 
 
 def _rows_matmul(static, x, scale, offset, planes, row_sums, bias):
-    rows = x.reshape(-1, x.shape[-1])
-    return _matmul(static, rows, scale, offset, planes, row_sums, bias).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    product = _matmul(static, rows, scale, offset, planes, row_sums, bias)
+    return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

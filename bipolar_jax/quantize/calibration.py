@@ -13,12 +13,11 @@ from bipolar_jax.format import BipolarFormat
 
 Calibration = Literal["absmax", "mse", "minmax"]
 
-# Below the smallest normal float32 a scale has no reciprocal; such a group counts as zero.
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+# The scales whose half reciprocal is a normal float32. A group with a smaller one counts
+# as zero; a larger one becomes Inf, which shows in everything computed from it.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**125
 
-# The shrink factors that "mse" tries, coarse to fine: one bit wants the mean of |x|,
-# about 1/4 of the largest of a few hundred normal numbers; eight bits nearly all of it.
-_SHRINK_FACTORS = np.geomspace(1.0, 0.1, 32, dtype=np.float32)
+_NUM_SHRINK_FACTORS = 48
 
 
 def check_calibration(calibration: str) -> None:
@@ -90,8 +89,8 @@ def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def flush_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 in place of scales too small to have a float32 reciprocal."""
-    return jnp.where(scale < _SMALLEST_SCALE, 0.0, scale)  # NaN compares false and stays
+    """0 and Inf in place of scales outside SMALLEST_SCALE ... LARGEST_SCALE; NaN stays."""
+    return jnp.where(scale < SMALLEST_SCALE, 0.0, jnp.where(scale > LARGEST_SCALE, jnp.inf, scale))
 
 
 def _least_squares_scale(
@@ -121,5 +120,9 @@ def _least_squares_scale(
         return (jnp.where(better, error, best_error), jnp.where(better, fitted, best_scale)), None
 
     start = (jnp.full_like(largest, jnp.inf), jnp.ones_like(largest))
-    (_, fitted), _ = jax.lax.scan(attempt, start, jnp.asarray(_SHRINK_FACTORS))
+    # One bit wants the mean of |x|, about 1/4 of the largest of a few hundred normal numbers
+    # and less of long tails; eight bits want nearly all of it.
+    smallest = 0.1 ** (2 / (number_format.bits + 1))
+    shrink_factors = np.geomspace(1.0, smallest, _NUM_SHRINK_FACTORS, dtype=np.float32)
+    (_, fitted), _ = jax.lax.scan(attempt, start, jnp.asarray(shrink_factors))
     return flush_scale(fitted * largest)

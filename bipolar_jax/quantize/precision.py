@@ -33,8 +33,8 @@ class Precision:
         object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
         if self.a_bits is not None:
             BipolarFormat(self.a_bits)
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, or None, got {self.group_size}")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
         check_calibration(self.calibration)
 
     @classmethod

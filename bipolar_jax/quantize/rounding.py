@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.quantize.calibration import Calibration, calibrate, half_steps_per_unit
+from bipolar_jax.quantize.calibration import LARGEST_SCALE, Calibration, calibrate, half_steps_per_unit
 from bipolar_jax.quantize.groups import join_groups, split_groups, spread_groups, valid_mask
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
@@ -26,10 +26,10 @@ def check_float(x: Array, what: str) -> None:
 
 
 def check_finite(x: Array, what: str) -> None:
-    """Raises ValueError if x holds NaN or Inf; a traced x cannot be looked at and passes.
+    """Raises ValueError if x holds NaN, Inf or magnitudes above 2^125; a traced x passes unseen.
 
-    Under a trace NaN and Inf are still not silent: the scale of their group becomes NaN
-    or Inf, and with it everything that is computed from the group.
+    Under a trace they are still not silent: the scale of their group becomes NaN or Inf,
+    and with it everything that is computed from the group.
     """
     if isinstance(x, jax.core.Tracer):
         return
@@ -39,6 +39,9 @@ def check_finite(x: Array, what: str) -> None:
             f"{what} has {bad} NaN or Inf among its {x.size} elements: they have no place on the grid; "
             "find where they come from, or clear them with jnp.nan_to_num"
         )
+    largest = float(jnp.max(jnp.abs(x)))
+    if largest > LARGEST_SCALE:
+        raise ValueError(f"{what} reaches {largest:.3g}, scales reach {LARGEST_SCALE:.3g}: scale it down first")
 
 
 def round_to_grid(

@@ -48,7 +48,8 @@ def quantized_matmul(
         return total, None
 
     offsets = None if w.offset is None else w.offset.T
-    total = jnp.zeros((x.shape[0], w.planes.shape[-2]), jnp.float32)
+    # Zeros made of both operands, so that under shard_map they vary over the mesh as the sum will.
+    total = (0 * tokens.zero_value[:, None] * w.row_sums[:, 0]).astype(jnp.float32)
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
     return epilogue.finish(total, tokens.scale, bias, x.dtype)
 
