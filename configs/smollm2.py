@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.calibration = "minmax"
     # A sample of what every model writes; 0 tokens for none.
     config.prompt = "The capital of France is"
-    config.sample_tokens = 16
+    config.sample_tokens = 12
     # Write a packed checkpoint of every precision.
     config.checkpoints = True
     return config

@@ -26,7 +26,14 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
         megabytes, perplexities, names = zip(*sorted(points), strict=True)
         axes.plot(megabytes, perplexities, "o-", label=label)
         for point in zip(names, megabytes, perplexities, strict=True):
-            axes.annotate(point[0].partition("g")[0], point[1:], textcoords="offset points", xytext=(4, 4), fontsize=8)
+            axes.annotate(
+                point[0].partition("g")[0],
+                point[1:],
+                textcoords="offset points",
+                xytext=(2, 5),
+                fontsize=8,
+                rotation=35,
+            )
     baseline = result["baseline"]
     axes.plot(baseline["bytes"] / 1e6, baseline["perplexity"], "k*", markersize=12, label="float32")
     axes.axhline(baseline["perplexity"], color="black", linewidth=0.5, linestyle="--")

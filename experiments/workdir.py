@@ -48,5 +48,5 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
