@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Integer
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.packing.bipolar_array import BipolarArray, code_sums
 from bipolar_jax.packing.words import pack_codes
-from bipolar_jax.quantize.calibration import Calibration, check_calibration
+from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.groups import check_group_size, num_groups
-from bipolar_jax.quantize.rounding import check_finite, check_float, contracted_last, round_to_grid
+from bipolar_jax.quantize.rounding import contracted_last, round_to_grid, rows_to_round
 
 
 def quantize(
@@ -45,13 +45,7 @@ def quantize(
         (under a trace their groups' scales become NaN or Inf), zero-size axes, a wrong
         axis, group size or calibration.
     """
-    x = jnp.asarray(x)
-    number_format = as_format(bits)
-    check_calibration(calibration)
-    check_float(x, "the array to quantize")
-    check_finite(x, "the array to quantize")
-    rows, from_end = contracted_last(x, axis)
-    check_group_size(rows.shape[-1], group_size)
+    rows, number_format, from_end = rows_to_round(x, bits, axis, group_size, calibration, what="the array to quantize")
     return _round_and_pack(rows, number_format, from_end, group_size, calibration)
 
 

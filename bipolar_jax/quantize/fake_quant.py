@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bipolar_jax.format import BipolarFormat, as_format
-from bipolar_jax.quantize.calibration import Calibration, check_calibration
-from bipolar_jax.quantize.groups import check_group_size, spread_groups
-from bipolar_jax.quantize.rounding import check_finite, check_float, contracted_last, from_grid, round_to_grid
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.calibration import Calibration
+from bipolar_jax.quantize.groups import spread_groups
+from bipolar_jax.quantize.rounding import from_grid, round_to_grid, rows_to_round
 
 
 def fake_quant(
@@ -40,13 +40,9 @@ def fake_quant(
     Raises:
       ValueError: as `quantize`.
     """
-    x = jnp.asarray(x)
-    number_format = as_format(bits)
-    check_calibration(calibration)
-    check_float(x, "the input of fake_quant")
-    check_finite(x, "the input of fake_quant")
-    rows, from_end = contracted_last(x, axis)
-    check_group_size(rows.shape[-1], group_size)
+    rows, number_format, from_end = rows_to_round(
+        x, bits, axis, group_size, calibration, what="the input of fake_quant"
+    )
     rounded = _straight_through(rows, number_format, group_size, calibration)
     return rounded if from_end == -1 else jnp.swapaxes(rounded, -1, -2)
 

@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from bipolar_jax.format import BipolarFormat
-from bipolar_jax.quantize.calibration import LARGEST_SCALE, Calibration, calibrate, half_steps_per_unit
-from bipolar_jax.quantize.groups import join_groups, split_groups, spread_groups, valid_mask
+from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.quantize.calibration import (
+    LARGEST_SCALE,
+    Calibration,
+    calibrate,
+    check_calibration,
+    half_steps_per_unit,
+)
+from bipolar_jax.quantize.groups import check_group_size, join_groups, split_groups, spread_groups, valid_mask
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,6 +77,32 @@ def from_grid(
     k = codes.shape[-1]
     numbers = number_format.values(codes).astype(jnp.float32) * spread_groups(scale, k, group_size)
     return numbers if offset is None else numbers + spread_groups(offset, k, group_size)
+
+
+def rows_to_round(
+    x: Float[Array, "*shape"],
+    bits: int | BipolarFormat,
+    axis: int,
+    group_size: int | None,
+    calibration: str,
+    what: str,
+) -> tuple[Float[Array, "*batch n k"], BipolarFormat, int]:
+    """Checks everything that quantization is given.
+
+    Returns:
+      x with the contracted axis last; the format; that axis counted from the end, -1 or -2.
+
+    Raises:
+      ValueError: as `bipolar_jax.quantize`.
+    """
+    x = jnp.asarray(x)
+    number_format = as_format(bits)
+    check_calibration(calibration)
+    check_float(x, what)
+    check_finite(x, what)
+    rows, from_end = contracted_last(x, axis)
+    check_group_size(rows.shape[-1], group_size)
+    return rows, number_format, from_end
 
 
 def contracted_last(x: Array, axis: int) -> tuple[Array, int]:
