@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     # Quantize the decoder's linear layers first, for example "W8A8"; "" takes the model as it is.
     config.precision = ""
     config.calibration = "minmax"
+    # Read a packed checkpoint at no more than this many weight bits; 0 reads all.
+    config.bits = 0
     config.prompt = "The capital of France is"
     config.max_new_tokens = 64
     # Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.

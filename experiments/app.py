@@ -35,6 +35,6 @@ def run(main: Callable[[ConfigDict, Path | None], None], workdir_required: bool 
                 raise
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            sys.exit("interrupted: run the same command again to go on")
+            sys.exit("interrupted")
 
     app.run(checked)

@@ -28,7 +28,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     """Runs the whole experiment; see the module's docstring."""
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
     precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
-    pretrained = load_model_source(config.model)
+    pretrained = load_model_source(config.model, config.bits or None)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     if precision is not None:
         with progress_bar(f"quantizing to {precision}"):
@@ -36,7 +36,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     prompt = tokenizer.encode(config.prompt).ids
     tokens, text, seconds = [], "", []
     decoder = _text_stream(prompt)
-    console.print(config.prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    sys.stdout.write(config.prompt)
     started = time.perf_counter()
     for step in stream(model, [prompt], config.max_new_tokens, sampling, jax.random.key(config.seed)):
         seconds.append(time.perf_counter() - started)

@@ -17,6 +17,8 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     series: dict[str, list[tuple[float, float, str]]] = {}
     for name, row in result["precisions"].items():
+        if row["perplexity"] is None:  # infinite
+            continue
         precision = Precision.parse(name)
         grouping = "per channel" if precision.group_size is None else f"groups of {precision.group_size}"
         activations = "float" if precision.a_bits is None else f"{precision.a_bits}-bit"

@@ -10,7 +10,7 @@ checkpoint that experiments/generate.py reads. A run that was stopped goes on wh
 from __future__ import annotations
 
 import hashlib
-import sys
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +30,12 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from experiments import app
 from experiments.perplexity_plot import plot_perplexity
 from experiments.progress import console, progress_bar
-from experiments.sources import load_model_source, load_text_source
+from experiments.sources import load_model_source, load_text_source, model_fingerprint
 from experiments.workdir import RESULT_NAME, environment, read_result, write_json
 
-_EMBEDDING_RULES = "^(embed|lm_head)$"
+_EMBEDDING, _LAYERS = "^(embed|lm_head)$", "^layers/"
+# What a perplexity depends on; a workdir holds results of one choice of these.
+_SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision", "calibration")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -43,29 +45,36 @@ def main(config: ConfigDict, workdir: Path) -> None:
     text = load_text_source(config.text)
     pretrained = load_model_source(config.model)
     ids = pretrained.tokenizer.encode(text, add_special_tokens=False).ids
-    settings = {name: config[name] for name in config if name not in ("precisions", "checkpoints")}
+    settings = {name: config[name] for name in _SETTINGS}
+    settings["model_fingerprint"] = model_fingerprint(config.model)
     settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-
     result = read_result(workdir, settings) or {"settings": settings, "precisions": {}}
+    embedding_rules = [(_EMBEDDING, embedding_precision)]
+    for precision in precisions:  # what cannot be done is refused before anything is measured
+        jax.eval_shape(
+            lambda model, rules=[*embedding_rules, (_LAYERS, precision)]: bj.quantize_model(model, rules),
+            pretrained.model,
+        )
+
     result["environment"] = environment()
     if "baseline" not in result:
         result["baseline"] = _measure("baseline", pretrained, ids, config) | _text_facts(ids, config)
         write_json(workdir / RESULT_NAME, result)
     with progress_bar("quantizing the embedding"):
-        model = jax.block_until_ready(bj.quantize_model(pretrained.model, [(_EMBEDDING_RULES, embedding_precision)]))
+        model = jax.block_until_ready(bj.quantize_model(pretrained.model, embedding_rules))
     for precision in precisions:
         checkpoint = workdir / f"{precision}.safetensors" if config.checkpoints else None
-        if str(precision) in result["precisions"] and (checkpoint is None or checkpoint.is_file()):
+        if _is_done(result["precisions"].get(str(precision)), checkpoint):
             console.print(f"{precision}: taken from {workdir / RESULT_NAME}")
             continue
         started = time.perf_counter()
         with progress_bar(f"{precision}: quantizing"):
-            quantized = jax.block_until_ready(bj.quantize_model(model, [("^layers/", precision)]))
+            quantized = jax.block_until_ready(bj.quantize_model(model, [(_LAYERS, precision)]))
         seconds = time.perf_counter() - started
         packed = PretrainedModel(quantized, pretrained.tokenizer)
         row = _measure(str(precision), packed, ids, config)
         row["seconds"]["quantize"] = round(seconds, 2)
-        row["relative_increase"] = row["perplexity"] / result["baseline"]["perplexity"] - 1
+        row["relative_increase"] = _increase(row, result["baseline"])
         if checkpoint is not None:
             with progress_bar(f"{precision}: writing {checkpoint.name}"):
                 save_model(checkpoint, packed, source=config.model)
@@ -76,6 +85,12 @@ def main(config: ConfigDict, workdir: Path) -> None:
     plot_perplexity(result, workdir / "perplexity.png")
     _print_table(result)
     console.print(f"results and checkpoints: {workdir}")
+
+
+def _is_done(row: dict[str, Any] | None, checkpoint: Path | None) -> bool:
+    if row is None or checkpoint is None:
+        return row is not None
+    return checkpoint.is_file() and row.get("checkpoint_bytes") == checkpoint.stat().st_size
 
 
 def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
@@ -97,10 +112,11 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
             (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
         sample = pretrained.tokenizer.decode(tokens)
     return {
-        "perplexity": min(scored.perplexity, sys.float_info.max),  # JSON has no inf
-        "standard_error": min(scored.standard_error, sys.float_info.max) if scored.windows > 1 else None,
+        "perplexity": _json_number(scored.perplexity),
+        "standard_error": _json_number(scored.standard_error),
         "windows": scored.windows,
         "bytes": _nbytes(pretrained.model),
+        "prompt": config.prompt,
         "sample": sample,
         "seconds": {
             "evaluate": round(evaluated - started, 2),
@@ -119,6 +135,17 @@ def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _json_number(x: float) -> float | None:
+    """JSON has neither NaN (the standard error of one window) nor Inf (a loss above 709 nats)."""
+    return x if math.isfinite(x) else None
+
+
+def _increase(row: dict[str, Any], baseline: dict[str, Any]) -> float | None:
+    if row["perplexity"] is None or baseline["perplexity"] is None:
+        return None
+    return row["perplexity"] / baseline["perplexity"] - 1
+
+
 def _nbytes(model: nnx.Module) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
@@ -130,13 +157,12 @@ def _print_table(result: dict[str, Any]) -> None:
     for heading in ("precision", "perplexity", "std. error", "increase", "MB", "size", "continues the prompt with"):
         table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
     for name, row in {"float32": baseline, **result["precisions"]}.items():
-        increase = row["perplexity"] / baseline["perplexity"] - 1
-        error = row["standard_error"]
+        increase, error = _increase(row, baseline), row["standard_error"]
         table.add_row(
             name,
-            f"{row['perplexity']:.5g}",
+            "inf" if row["perplexity"] is None else f"{row['perplexity']:.5g}",
             "-" if error is None else f"{error:.2g}",
-            f"{increase:+.1%}" if increase < 10 else f"x{increase + 1:.0f}",
+            "-" if increase is None else f"{increase:+.1%}" if increase < 10 else f"x{increase + 1:.0f}",
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['bytes'] / baseline['bytes']:.1%}",
             row["sample"].replace("\n", " ").strip()[:60],

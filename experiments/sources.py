@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.pretrained import PretrainedModel
-from experiments.fetch import fetch_smollm2
+from experiments.fetch import SHA256, fetch_smollm2
 from experiments.progress import progress_bar
 
 
-def load_model_source(name: str) -> PretrainedModel:
-    """A model in float32.
+def load_model_source(name: str, bits: int | None = None) -> PretrainedModel:
+    """A model: in float32, or as it was packed.
 
     Args:
       name: "smollm2" for the one that the package index serves, or the path of a GGUF
         file, a Hugging Face directory or a packed checkpoint.
+      bits: weight bits to read of a packed checkpoint at most; None reads all.
 
     Raises:
       ValueError, FileNotFoundError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
     """
     path = fetch_smollm2() if name == "smollm2" else Path(name)
     with progress_bar(f"loading {path.name}"):
-        return load_pretrained(path)
+        return load_pretrained(path, bits=bits)
+
+
+def model_fingerprint(name: str) -> str:
+    """Changes when the files of a model do: their digest where it is known, else names, sizes and times."""
+    if name == "smollm2":
+        return SHA256
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def load_text_source(name: str) -> str:

@@ -24,10 +24,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings, or None.
+    """The result of an earlier run, or None if there was none.
 
     Raises:
-      ValueError: the workdir's result is not JSON.
+      ValueError: the workdir's result is of other settings, or not a result.
     """
     path = workdir / RESULT_NAME
     if not path.is_file():
@@ -36,7 +36,19 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         result = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): delete it, or choose another --workdir") from error
-    return result if result.get("settings") == settings else None
+    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+        raise ValueError(f"{path} is no result of this experiment: delete it, or choose another --workdir")
+    there = result["settings"]
+    other = [
+        f"{name}: {there.get(name)!r} there, {settings.get(name)!r} here"
+        for name in sorted(there | settings)
+        if there.get(name) != settings.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{path} was measured with other settings ({'; '.join(other)}): choose another --workdir, or delete it"
+        )
+    return result
 
 
 def environment() -> dict[str, str]:

@@ -104,13 +104,33 @@ def test_a_stopped_run_goes_on(model, text, tmp_path, monkeypatch):
     assert measured == ["W4A8"]
 
 
-def test_other_settings_start_anew(model, text, tmp_path):
-    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+def test_results_of_other_settings_are_kept_and_named(run, model, text):
+    before = read(run)
     config = tiny_config(model, text, "W8A8")
-    config.windows = WINDOWS - 1
+    config.windows, config.calibration = WINDOWS - 1, "mse"
+    with pytest.raises(ValueError, match="calibration: 'minmax' there, 'mse' here; windows: 3 there, 2 here"):
+        quantize.main(config, run)
+    assert read(run) == before
+
+
+def test_a_missing_checkpoint_is_written_again(model, text, tmp_path):
+    config = tiny_config(model, text, "W8A8")
+    config.checkpoints = False
     quantize.main(config, tmp_path)
-    result = read(tmp_path)
-    assert result["baseline"]["windows"] == result["precisions"]["W8A8"]["windows"] == WINDOWS - 1
+    assert not (tmp_path / "W8A8.safetensors").exists()
+    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+    assert read(tmp_path)["precisions"]["W8A8"]["checkpoint_bytes"] == (tmp_path / "W8A8.safetensors").stat().st_size
+
+
+def test_impossible_precisions_are_refused_before_anything_is_measured(model, text, tmp_path):
+    with pytest.raises(ValueError, match="cannot quantize layer .* to W4A8g4096: group_size must be"):
+        quantize.main(tiny_config(model, text, "W8A8,W4A8g4096"), tmp_path)
+    assert not (tmp_path / workdir.RESULT_NAME).exists()
+
+
+def test_a_packed_model_is_not_packed_again(run, text, tmp_path):
+    with pytest.raises(ValueError, match="packed already are not packed again"):
+        quantize.main(tiny_config(run / "W8A8.safetensors", text, "W4A8"), tmp_path)
 
 
 def test_generate_streams_what_it_writes_down(run, tmp_path, capsys):

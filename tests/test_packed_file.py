@@ -215,3 +215,9 @@ def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
     _, data = header_of(raw)
     assert len(raw) - data == 1024 * 64 * bits // 8 + 64 * 8 * (4 + 4) == w.nbytes
     assert data < 2048
+
+
+def test_an_array_that_takes_the_name_of_a_field_is_refused(tmp_path):
+    w = quantize(np.ones((4, 4), np.float32), 4, -2)
+    with pytest.raises(ValueError, match=r"\['w.offset'\] are names that the fields of packed arrays take"):
+        save(tmp_path / "x.safetensors", {"w": w, "w.offset": np.ones((4, 1), np.float32)})

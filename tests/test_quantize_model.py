@@ -216,7 +216,7 @@ def test_implementation_reaches_every_new_layer(model):
         ([("norm", W4A8)], r"'norm' matches no layer"),
         (
             [(".*", W4A8), ("head", W8)],
-            r"'head' decides no layer: earlier rules take all.*\(head\); move it up or drop",
+            r"'head' decides no layer: all it matches \(head\) is decided by earlier rules.*; move it up or drop",
         ),
         ([("head", W4A8), ("head", None)], r"'head' decides no layer"),
         ([("(", W4A8)], r"'\(' is not a regular expression"),

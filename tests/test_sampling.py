@@ -131,9 +131,9 @@ def test_low_precision_logits_are_divided_in_float32():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -0.5}, r"temperature must be finite and at least 0, got -0\.5"),
-        ({"temperature": float("inf")}, "temperature must be finite and at least 0, got inf"),
-        ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
+        ({"temperature": -0.5}, r"temperature must be 0 .greedy. or at least 1e-06 and finite, got -0\.5"),
+        ({"temperature": float("inf")}, "temperature must be 0 .greedy. or at least 1e-06 and finite, got inf"),
+        ({"temperature": float("nan")}, "temperature must be 0 .greedy. or at least 1e-06 and finite, got nan"),
         ({"top_k": 0}, "top_k must be at least 1, or None, got 0"),
         ({"top_k": -3}, "top_k must be at least 1, or None, got -3"),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, got 0\.0"),

@@ -59,7 +59,7 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
         cannot name, or keys that would make names ambiguous, such as those with "/".
     """
     safetensors_numpy = require("safetensors.numpy", "models")
-    tensors, packed, checksums = {}, {}, {}
+    tensors, packed, checksums, reserved = {}, {}, {}, set()
     for name, leaf in _named_leaves(tree):
         arrays = {name: leaf}
         if isinstance(leaf, BipolarArray):
@@ -67,14 +67,16 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
             packed[name] = _describe(leaf)
             fields = {field: getattr(leaf, field) for field in (_PLANES, *_PER_GROUP)}
             arrays = {f"{name}.{field}": array for field, array in fields.items() if array is not None}
+            reserved.update(f"{name}.{field}" for field in fields)
         for tensor_name, device_array in arrays.items():
-            if tensor_name in tensors:
-                raise ValueError(f"two arrays would both be named {tensor_name} in the file: rename a key")
             array = np.asarray(device_array, order="C")
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
             is_planes = name in packed and tensor_name == f"{name}.{_PLANES}"
             tensors[tensor_name] = array
             checksums[tensor_name] = plane_checksums(array) if is_planes else checksum(array)
+    clashes = sorted(reserved & {name for name, leaf in _named_leaves(tree) if not isinstance(leaf, BipolarArray)})
+    if clashes:
+        raise ValueError(f"{clashes} are names that the fields of packed arrays take in the file: rename these keys")
     body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user or {}}
     text = json.dumps(body)
     with _replacing(Path(path)) as temporary:
@@ -90,7 +92,8 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
     Args:
       path: file that `save` wrote.
       bits: read only this many top planes of every packed array that has more
-        (`BipolarArray.truncate`, without reading the rest); None reads all.
+        (`BipolarArray.truncate`, without reading the rest) except ternary ones, which do not
+        nest; None reads all.
 
     Raises:
       FileNotFoundError: no such file.

@@ -11,7 +11,7 @@ from bipolar_jax.packing import BipolarArray
 
 
 class Backend(Protocol):
-    """Matrix products with a packed right operand of logical shape [k, n]."""
+    """Matrix products with a packed right operand of logical shape [k, n]; what is summed is integers."""
 
     def integer_matmul(
         self, codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat

@@ -30,12 +30,8 @@ def scale_group(
     w_value_sums: Int[Array, " n"],
     scale: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
-    """s_w * (I - v0 V_w) of one group, float32.
-
-    Subtracted in float32: both terms fit int32 wherever I does, their difference need not.
-    """
-    shift = zero_value.astype(jnp.float32)[:, None] * w_value_sums.astype(jnp.float32)
-    return (integers.astype(jnp.float32) - shift) * scale
+    """s_w * (I - v0 V_w) of one group, float32."""
+    return _difference(integers, zero_value[:, None] * w_value_sums) * scale
 
 
 def offset_group(
@@ -45,8 +41,18 @@ def offset_group(
     offset: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """o_w * (V_x - v0 L) of one group, float32."""
-    zeros = zero_value.astype(jnp.float32) * length
-    return (x_value_sums.astype(jnp.float32) - zeros)[:, None] * offset
+    return _difference(x_value_sums, zero_value * length)[:, None] * offset
+
+
+def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """a - b, rounded once to float32.
+
+    Both fit int32, their difference need not, and rounding them first would lose all the
+    digits they share. Their halves differ by no more than int32 holds; the odd bits follow.
+    """
+    halves = (a >> 1) - (b >> 1)
+    odd = (a & 1) - (b & 1)
+    return 2.0 * halves.astype(jnp.float32) + odd.astype(jnp.float32)
 
 
 def finish(

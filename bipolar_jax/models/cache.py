@@ -45,10 +45,6 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.lengths.nbytes
-
     def write(
         self,
         layer: Int[Array, ""],

@@ -99,6 +99,8 @@ def _padded(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
+    if isinstance(prompts, str) or any(np.ndim(prompt) != 1 for prompt in prompts):
+        raise ValueError("prompts must be a list of lists of token ids: encode texts with the tokenizer")
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
         raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: give at least one token, such as the BOS token")

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+_SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits overflow when divided
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to choose; temperature 0 is greedy, and needs no key.
 
     Attributes:
-      temperature: divides the logits; 0 takes the largest.
+      temperature: divides the logits, at least 1e-6; 0 takes the largest.
       top_k: keep only the k most likely tokens, and those as likely as the k-th; None keeps all.
       top_p: of these keep the fewest that reach this much probability (Holtzman et al.
         2019, arXiv 1904.09751); 1 keeps all.
@@ -25,8 +27,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.temperature != 0 and not _SMALLEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {_SMALLEST_TEMPERATURE} and finite, got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None, got {self.top_k}")
         if not 0 < self.top_p <= 1:

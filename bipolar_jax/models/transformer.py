@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -26,8 +27,11 @@ Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length hal
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError if a token id is outside the vocabulary."""
-    low, high = int(min(ids)), int(max(ids))
+    """Raises ValueError if a token id is no integer, or outside the vocabulary."""
+    found = np.asarray(ids)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be a sequence of integers, got {ids!r}: encode the text with a tokenizer")
+    low, high = int(found.min()), int(found.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"token ids span {low}..{high}, outside the vocabulary 0..{vocab_size - 1}: "

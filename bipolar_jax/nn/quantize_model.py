@@ -41,7 +41,7 @@ def quantize_model[Model: nnx.Module](model: Model, rules: Rules, *, implementat
       ValueError: a rule that decides no layer (the message lists near misses), a pattern
         that is not a regular expression, or weights that cannot be quantized.
     """
-    compiled = [(_compile(pattern), precision) for pattern, precision in rules]
+    compiled = [_compile(pattern, precision) for pattern, precision in rules]
     quantized = nnx.clone(model)
     if type(quantized) in _PACKED_LAYERS:
         raise ValueError(
@@ -99,9 +99,13 @@ def _pack(path: str, layer: nnx.Module, precision: Precision, implementation: st
         raise ValueError(f"cannot quantize layer {path} to {precision}: {error}") from error
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, precision: Precision | None) -> tuple[re.Pattern[str], Precision | None]:
+    if precision is not None and not isinstance(precision, Precision):
+        raise ValueError(
+            f"rule {pattern!r} has the precision {precision!r}: give a Precision, as Precision.parse reads it, or None"
+        )
     try:
-        return re.compile(pattern)
+        return re.compile(pattern), precision
     except re.error as error:
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from error
 
@@ -113,10 +117,13 @@ def _check_all_decide(compiled, deciding: set[int | None], paths: list[str]) -> 
         shadowed = [path for path in paths if pattern.search(path)]
         if shadowed:
             raise ValueError(
-                f"rule {pattern.pattern!r} decides no layer: earlier rules take all it matches "
-                f"({', '.join(shadowed[:_NUM_NEAR_MISSES])}); move it up or drop it"
+                f"rule {pattern.pattern!r} decides no layer: all it matches ({', '.join(shadowed[:_NUM_NEAR_MISSES])}) "
+                "is decided by earlier rules, or by the first path of a tied layer; move it up or drop it"
             )
         if not paths:
-            raise ValueError(f"rule {pattern.pattern!r} matches nothing: the model has no nnx.Linear or nnx.Embed")
+            raise ValueError(
+                f"rule {pattern.pattern!r} matches nothing: the model has no nnx.Linear or nnx.Embed left in float; "
+                "layers that are packed already are not packed again"
+            )
         near = difflib.get_close_matches(pattern.pattern, paths, n=_NUM_NEAR_MISSES, cutoff=0.0)
         raise ValueError(f"rule {pattern.pattern!r} matches no layer; the nearest paths are {', '.join(near)}")

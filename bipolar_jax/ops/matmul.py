@@ -15,6 +15,7 @@ from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
+from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.rounding import check_float
 
 
@@ -23,7 +24,7 @@ def matmul(
     w: BipolarArray,
     a_bits: int | None,
     *,
-    bias: Float[Array, " n"] | None = None,
+    bias: Float[Array, "*w_batch n"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch n"]:
     """x @ w, with x quantized to `a_bits` per token on the way.
@@ -32,7 +33,8 @@ def matmul(
     largest number, zero included (one bit: to plus or minus its largest magnitude); see
     `kernels.activations`. The integer product of the values is exact; scales, offsets and
     bias follow in float32, and the result is cast to x's dtype. NaN or Inf in a row of x
-    makes that row of the result NaN or Inf.
+    makes that row of the result NaN or Inf; a row whose numbers are all below 2^-126 times
+    the largest value counts as zeros.
 
     The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset,
     the function differentiated is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias:
@@ -47,7 +49,7 @@ def matmul(
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T`
         of an array quantized with axis=-1.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
-      bias: added to every row.
+      bias: added to every row; with or without w's batch axes.
       implementation: "auto", or a backend by name: "reference", "xla".
 
     Returns:
@@ -59,13 +61,15 @@ def matmul(
       NotImplementedError: the backend asked for cannot serve these operands.
     """
     x = jnp.asarray(x)
+    bias = None if bias is None else jnp.asarray(bias)
     check_implementation(implementation)
-    a_format = None if a_bits is None else BipolarFormat(a_bits)
+    a_format = None if a_bits is None else activation_format(a_bits)
     _check_operands(x, w, a_format, bias)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
     product = functools.partial(_rows_matmul, static)
+    bias_axis = None if bias is None or bias.ndim == 1 else 0
     for _ in range(w.ndim - 2):
-        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, None))
+        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, bias_axis))
     return product(x, w.scale, w.offset, w.planes, w.row_sums, bias)
 
 
@@ -85,10 +89,31 @@ class _Static:
         )
 
 
-def _rows_matmul(static, x, scale, offset, planes, row_sums, bias):
+def _rows_matmul(static, *operands):
+    x, scale, offset, planes, row_sums, bias = _vary_alike(operands)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     product = _matmul(static, rows, scale, offset, planes, row_sums, bias)
     return product.reshape(*x.shape[:-1], product.shape[-1])
+
+
+def _vary_alike(operands):
+    """Under shard_map, makes all operands vary over the same mesh axes.
+
+    A custom_vjp must give each operand a cotangent that varies as the operand does. Where x
+    is sharded and w is not, the gradient of w is a sum over devices; cast outside the
+    custom_vjp, JAX's own transpose makes that sum.
+    """
+    varying = frozenset().union(*map(_varying_axes, jax.tree.leaves(operands)))
+
+    def cast(leaf):
+        missing = tuple(varying - _varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, operands)
+
+
+def _varying_axes(leaf) -> frozenset:
+    return jax.typeof(leaf).manual_axis_type.varying
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,8 +165,8 @@ def _check_operands(x, w, a_format, bias) -> None:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit the batch axes {tuple(w_batch)} of w: they must lead x's shape"
         )
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, w of shape {w.shape} needs {(n,)}")
+    if bias is not None and bias.shape not in ((n,), (*w_batch, n)):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, w of shape {w.shape} needs {(*w_batch, n)} or {(n,)}")
     if a_format is not None:
         terms = min(k, w.group_size or k)
         if terms > w.format.max_contraction(a_format):

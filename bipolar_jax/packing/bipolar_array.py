@@ -20,7 +20,7 @@ def _static() -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class BipolarArray:
     """An array of bipolar numbers, packed along the axis that a matmul contracts.
 

@@ -25,6 +25,8 @@ def quantize(
 ) -> BipolarArray:
     """Rounds a float array to the nearest bipolar numbers and packs them.
 
+    Not differentiable: gradients stop here. `fake_quant` has the straight-through one.
+
     Args:
       x: float32, bfloat16 or float16 with at least two axes: (..., k, n) or (..., n, k).
         Axes before the last two are batch axes.
@@ -51,7 +53,7 @@ def quantize(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _round_and_pack(rows, number_format, axis, group_size, calibration) -> BipolarArray:
-    codes, scale, offset = round_to_grid(rows, number_format, group_size, calibration)
+    codes, scale, offset = jax.lax.stop_gradient(round_to_grid(rows, number_format, group_size, calibration))
     return _pack(codes, number_format, scale, offset, axis, group_size)
 
 
@@ -77,7 +79,8 @@ def from_codes(
       group_size: see `quantize`.
 
     Raises:
-      ValueError: codes outside the format's range, or a shape that does not fit.
+      ValueError: codes outside the format's range (under a trace their rows' scales become
+        NaN instead), or a shape that does not fit.
     """
     codes = jnp.asarray(codes)
     number_format = as_format(bits)
@@ -98,8 +101,10 @@ def from_codes(
     for name, array in {"scale": scale, "offset": offset}.items():
         if array is not None and jnp.shape(array) != per_group:
             raise ValueError(f"{name} has shape {jnp.shape(array)}: these codes and groups need {per_group}")
-    scale = jnp.asarray(scale, jnp.float32)
+    in_range = jnp.all((rows >= 0) & (rows <= number_format.max_value), axis=-1, keepdims=True)
+    scale = jnp.where(in_range, jnp.asarray(scale, jnp.float32), jnp.nan)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
+    rows = jnp.clip(rows, 0, number_format.max_value)
     return _pack(rows.astype(jnp.uint8), number_format, scale, offset, from_end, group_size)
 
 

@@ -48,7 +48,7 @@ def calibrate(
     """
     if calibration == "minmax":
         scale, zero_value = spanning_grid(x, number_format)
-        return scale, -scale * zero_value
+        return scale, -scale * zero_value.astype(jnp.float32)
     scale = absmax_scale(x, number_format)
     if calibration == "mse":
         scale = _least_squares_scale(x, valid, number_format, scale)

@@ -8,6 +8,15 @@ import re
 from bipolar_jax.format import TERNARY, BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import Calibration, check_calibration
 
+
+def activation_format(a_bits: int) -> BipolarFormat:
+    """The format of activations. Raises ValueError unless a_bits is from 1 to 8."""
+    try:
+        return BipolarFormat(a_bits)
+    except ValueError as error:
+        raise ValueError(f"activation {error}; a_bits=None leaves activations float") from error
+
+
 _PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+))?")
 
 
@@ -29,10 +38,12 @@ class Precision:
     calibration: Calibration = "absmax"
 
     def __post_init__(self):
+        if isinstance(self.w_bits, str):
+            raise ValueError(f"w_bits is the text {self.w_bits!r}: read it with Precision.parse")
         number_format = as_format(self.w_bits)
         object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
         if self.a_bits is not None:
-            BipolarFormat(self.a_bits)
+            activation_format(self.a_bits)
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
         check_calibration(self.calibration)

@@ -48,8 +48,7 @@ def quantized_matmul(
         return total, None
 
     offsets = None if w.offset is None else w.offset.T
-    # Zeros made of both operands, so that under shard_map they vary over the mesh as the sum will.
-    total = (0 * tokens.zero_value[:, None] * w.row_sums[:, 0]).astype(jnp.float32)
+    total = _zeros(w.row_sums, x.shape[0])
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
     return epilogue.finish(total, tokens.scale, bias, x.dtype)
 
@@ -57,21 +56,32 @@ def quantized_matmul(
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`.
 
-    With one scale a row the dot multiplies the integer values, which bfloat16 and float16
-    hold exactly (8 significant bits), and scales come after: no weight is rounded.
+    The dot multiplies x by the integer values of the weights, which bfloat16 and float16
+    hold exactly (8 significant bits), brought below 1 by a power of two so that it
+    overflows no sooner than the result; scales come after. No weight is rounded.
     """
-    per_row = w.group_size is None
-    rows = dataclasses.replace(w, axis=-1)  # contracted axis last, as the planes have it
-    weights = w.format.values(rows.codes()) if per_row else rows.dequantize()
+    shrink = 2.0**-w.bits
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    total = jax.lax.dot_general(
-        x, weights.astype(x.dtype), _NT, precision=precision, preferred_element_type=jnp.float32
-    )
-    if per_row:
-        total = total * w.scale[:, 0]
-        if w.offset is not None:
-            total = total + jnp.sum(x, axis=-1, keepdims=True, dtype=jnp.float32) * w.offset[:, 0]
+    values = (w.format.values(dataclasses.replace(w, axis=-1).codes()) * jnp.float32(shrink)).astype(x.dtype)
+
+    def add_group(total, group):
+        x_group, w_group, scale, offset = group
+        product = jax.lax.dot_general(x_group, w_group, _NT, precision=precision, preferred_element_type=jnp.float32)
+        total += product * (scale / shrink)
+        if offset is not None:
+            total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset
+        return total, None
+
+    x_groups, w_groups = (jnp.moveaxis(split_groups(a, w.group_size), -2, 0) for a in (x, values))
+    offsets = None if w.offset is None else w.offset.T
+    total = _zeros(w.row_sums, x.shape[0])
+    total, _ = jax.lax.scan(add_group, total, (x_groups, w_groups, w.scale.T, offsets))
     return epilogue.finish(total, None, bias, x.dtype)
+
+
+def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:
+    """A sum to start from; made of an operand, so that under shard_map it varies over the mesh as they do."""
+    return jnp.broadcast_to((0 * row_sums[:, 0]).astype(jnp.float32), (m, row_sums.shape[0]))
 
 
 _Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], Int[Array, ""]]
