@@ -34,10 +34,10 @@ def text(tmp_path_factory):
     return path
 
 
-def tiny_config(model, text, precisions="W8A8,W2A8g32"):
+def tiny_config(model, text, precisions="W8A8,W2A8g32", sample_tokens=0):
     config = quantize_config.get_config()
     config.model, config.text, config.precisions = str(model), str(text), precisions
-    config.windows, config.window_length, config.sample_tokens = WINDOWS, LENGTH, 3
+    config.windows, config.window_length, config.sample_tokens = WINDOWS, LENGTH, sample_tokens
     return config
 
 
@@ -45,7 +45,7 @@ def tiny_config(model, text, precisions="W8A8,W2A8g32"):
 def run(model, text, tmp_path_factory):
     """Folder of one whole run."""
     folder = tmp_path_factory.mktemp("run")
-    quantize.main(tiny_config(model, text), folder)
+    quantize.main(tiny_config(model, text, sample_tokens=3), folder)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_command_line_overrides_the_config(model, text, tmp_path):
         f"--config.text={text}",
         "--config.windows=2",
         "--config.window_length=8",
-        "--config.sample_tokens=2",
+        "--config.sample_tokens=0",
         "--config.precisions=W3A4",
     )
     assert done.returncode == 0, done.stderr

@@ -88,9 +88,9 @@ def test_eval_shape_gives_the_shapes_without_the_numbers(stack):
     assert isinstance(abstract.planes, jax.ShapeDtypeStruct)
     assert (abstract.shape, abstract.bits, abstract.ndim, abstract.nbytes) == ((3, 40, 6), 4, 3, stack.nbytes)
     abstract.check()
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stack) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), abstract
-    )
+    assert jax.tree.structure(abstract) == jax.tree.structure(stack)
+    for ours, real in zip(jax.tree.leaves(abstract), jax.tree.leaves(stack), strict=True):
+        assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
 
 
 @pytest.fixture(scope="module")
