@@ -1,7 +1,7 @@
 """Portable and fast: planes unpacked to signed codes, multiplied by XLA's int8 dot.
 
-Codes of any precision fit int8, and an int8 dot with int32 accumulation is exact on CPU,
-GPU and TPU alike. Groups are scanned over, one dot each, so that no [m, n, groups]
+Codes of any precision fit int8, and an int8 dot with int32 accumulation is exact on every
+platform, once K is a multiple of 4. Groups are scanned over, one dot each, so that no [m, n, groups]
 array of partial products is ever in memory.
 """
 
@@ -20,6 +20,9 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
 _NT = (((1,), (1,)), ((), ()))  # both operands have the contracted axis last
+
+# On GPUs the int8 dot of jaxlib 0.11.2 is wrong for a K that is no multiple of 4 (seen on an H100).
+_K_ALIGNMENT = 4
 
 
 def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
@@ -92,9 +95,15 @@ def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
 
     What fills a short last group is the signed code 0, which adds nothing.
     """
-    x_signed = jnp.moveaxis(split_groups(a_format.signed_codes(codes), w.group_size), -2, 0)
-    w_signed = jnp.moveaxis(split_groups(w.format.signed_codes(w.codes()), w.group_size), -2, 0)
+    x_signed = _aligned_groups(a_format.signed_codes(codes), w.group_size)
+    w_signed = _aligned_groups(w.format.signed_codes(w.codes()), w.group_size)
     return x_signed, w_signed, w.row_sums.T, jnp.asarray(group_lengths(w.contracted_size, w.group_size))
+
+
+def _aligned_groups(signed: Int8[Array, "rows k"], group_size: int | None) -> Int8[Array, "groups rows size"]:
+    """Groups first, each filled up with zeros to a size that XLA multiplies exactly everywhere."""
+    groups = jnp.moveaxis(split_groups(signed, group_size), -2, 0)
+    return jnp.pad(groups, ((0, 0), (0, 0), (0, -groups.shape[-1] % _K_ALIGNMENT)))
 
 
 def _x_code_sums(group: _Group, a_format: BipolarFormat) -> Int[Array, " m"]:
