@@ -1,0 +1,89 @@
+"""What happens to a finished accumulator: correction, scales, bias, cast, store."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
+
+_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenTerms:
+    """What the epilogue needs of each token: sums of codes, zero codes, scales (None: the product stays integer)."""
+
+    code_sums: Int[Array, " m"]
+    zero_code: Int[Array, " m"]
+    scale: Float[Array, " m"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ColumnTerms:
+    """What the epilogue needs of each column of the output; None where there is nothing to apply."""
+
+    code_sums: Int[Array, " n"]
+    scale: Float[Array, " n"] | None
+    offset: Float[Array, " n"] | None
+    bias: Float[Array, " n"] | None
+
+
+def chunk_columns(dtype: jnp.dtype) -> int:
+    """Columns of the output that are staged at a time: rows of 128 bytes."""
+    return BYTES_PER_ROW // jnp.dtype(dtype).itemsize
+
+
+# Layout in shared memory of what the TMA store reads: rows as wide as the swizzle.
+STAGING_TRANSFORMS = (plgpu.SwizzleTransform(BYTES_PER_ROW),)
+
+
+def finish(
+    product: Int[Array, "64 chunk"],
+    recovery: Recovery,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    dtype: jnp.dtype,
+) -> Array:
+    """From a piece of the accumulator to the output's dtype; the terms are refs in shared memory.
+
+    y = s_x (s_w t + o_w X) + bias with t the exact (half) product of values and X the sum of
+    the token's values; see `recovery`.
+    """
+    shape = product.shape
+
+    def along_rows(ref):
+        return plgpu.load(ref, layout=_ALONG_ROWS, optimized=False)
+
+    def along_columns(ref):
+        return plgpu.load(ref, layout=_ALONG_COLUMNS, optimized=False)
+
+    def rows(vector):
+        return lax.broadcast_in_dim(vector, shape, (0,))
+
+    def cols(vector):
+        return lax.broadcast_in_dim(vector, shape, (1,))
+
+    code_sums, zero_code = along_rows(tokens.code_sums), along_rows(tokens.zero_code)
+    value_sums = recovery.value_sums(along_columns(columns.code_sums))
+    total = product * recovery.product_weight + rows(recovery.row_term(code_sums))
+    total = total + rows(recovery.column_weight(zero_code)) * cols(value_sums)
+    if tokens.scale is None:
+        return total
+    y = total.astype(jnp.float32) * cols(along_columns(columns.scale))
+    if columns.offset is not None:
+        x_sums = recovery.token_value_sums(code_sums, zero_code).astype(jnp.float32)
+        y = y + rows(x_sums) * cols(along_columns(columns.offset))
+    y = y * rows(along_rows(tokens.scale) * recovery.scale_factor)
+    if columns.bias is not None:
+        y = y + cols(along_columns(columns.bias))
+    return y.astype(dtype)

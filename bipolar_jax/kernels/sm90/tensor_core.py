@@ -1,0 +1,202 @@
+"""Hopper's warpgroup matrix instruction on packed words, binary or int8.
+
+`wgmma.mma_async` multiplies a 64-row tile with an n-row tile, both K-major in shared memory,
+32 bytes of K at a time, and adds to int32 registers:
+
+- "b1": popcount(x AND w) over 256 bits (`m64nNk256.s32.b1.b1.and.popc`);
+- "s8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`).
+
+To the hardware's address generators both are the same, so tiles are uint32 words in either
+case: [rows, WORDS_PER_ROW], 128 bytes of K a row, in the 128-byte swizzle that TMA writes.
+
+The instruction is emitted by `inline_mgpu` as inline PTX with its own descriptors. Interpret
+mode knows no inline PTX; there `emulate=True` computes the same integers with a dot.
+
+Source: PTX ISA 8.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxtyping import Array, Int
+
+OperandKind = Literal["b1", "s8"]
+
+BYTES_PER_ROW = 128
+WORDS_PER_ROW = BYTES_PER_ROW // 4
+ROWS_PER_INSTRUCTION = 64
+_BYTES_PER_INSTRUCTION = 32
+_SWIZZLE_ROWS = 8
+
+# How many elements of K stand in one row of a tile.
+ELEMENTS_PER_ROW: dict[OperandKind, int] = {"b1": 8 * BYTES_PER_ROW, "s8": BYTES_PER_ROW}
+
+# Rows are as wide as the swizzle, so that no further tiling is needed, and none of its constraints
+# on the operands' sizes.
+TILE_TRANSFORMS = (plgpu.SwizzleTransform(BYTES_PER_ROW),)
+
+# The layout of the accumulator registers (PTX ISA, figure of wgmma's D fragment). The innermost
+# tile of one keeps every register a scalar: LLVM packs pairs into 64-bit registers, and taking
+# them apart before each instruction makes ptxas wait for the one before.
+ACCUMULATOR = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
+)
+
+_MNEMONIC: dict[OperandKind, str] = {"b1": "k256.s32.b1.b1.and.popc", "s8": "k32.s32.s8.s8"}
+
+
+def zeros(m: int, n: int) -> Int[Array, "m n"]:
+    """An accumulator of zeros; `begin` with it before the first instruction."""
+    return plgpu.layout_cast(jnp.zeros((m, n), jnp.int32), ACCUMULATOR)
+
+
+def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
+    """Orders ordinary writes of the accumulator before the instructions that follow.
+
+    Arithmetic on registers is pure to LLVM, which would otherwise move it past their fence.
+    """
+    if emulate:
+        return acc
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc))
+    def barrier(_, acc):
+        return mgpu.fragmented_array.optimization_barrier(acc)
+
+    return barrier(acc)
+
+
+def accumulate(acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, emulate: bool) -> Int[Array, "m n"]:
+    """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
+
+    Asynchronous: until `settle` (or a `wgmma_wait` that covers this group) neither may the
+    result be read nor the tiles be overwritten.
+
+    Args:
+      acc: [m, n] in the layout ACCUMULATOR, m a multiple of 64, n of 8 and at most 256.
+      x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
+      w_tile: likewise [n, WORDS_PER_ROW].
+      kind: what the words hold.
+      emulate: compute it in interpret mode.
+    """
+    if emulate:
+        return acc + _emulated_product(x_tile, w_tile, kind)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ACCUMULATOR, plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
+        return_type=_accumulator_type(acc),
+    )
+    def instructions(_, acc, x_tile, w_tile):
+        # Leading axis of the registers: the 64-row blocks of the accumulator.
+        registers = acc.registers.copy()
+        nvvm.wgmma_fence_aligned()
+        n = acc.shape[1]
+        x_descriptor, w_descriptor = _descriptor(x_tile), _descriptor(w_tile)
+        block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
+        for step in range(BYTES_PER_ROW // _BYTES_PER_INSTRUCTION):
+            for block in range(registers.shape[0]):
+                registers[block] = _wgmma(
+                    registers[block],
+                    _advanced(x_descriptor, block * block_stride + step * _BYTES_PER_INSTRUCTION),
+                    _advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
+                    n,
+                    kind,
+                )
+        nvvm.wgmma_commit_group_sync_aligned()
+        return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
+
+    return instructions(acc, x_tile, w_tile)
+
+
+def settle(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
+    """Waits for all instructions in flight; what it returns may be read."""
+    if emulate:
+        return acc
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc))
+    def wait(_, acc):
+        nvvm.wgmma_wait_group_sync_aligned(0)
+        # Nothing else ties a read of the registers to the wait: LLVM would move it up.
+        return mgpu.fragmented_array.optimization_barrier(acc)
+
+    return wait(acc)
+
+
+def _accumulator_type(acc: Array) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct(acc.shape, jnp.int32, layout=ACCUMULATOR)
+
+
+def _emulated_product(x_tile, w_tile, kind: OperandKind) -> Int[Array, "m n"]:
+    x, w = x_tile[...], w_tile[...]
+    # The hardware reads through the async proxy; to the race detector this was an ordinary read,
+    # which the next TMA write would not be ordered after.
+    plgpu.commit_smem()
+    if kind == "b1":
+        index = jax.lax.broadcasted_iota(jnp.uint32, (1, 1, 32), 2)
+        # A row sums at most 1024 ones: exact in float32, whose dot is the fast one on CPUs.
+        x, w = (((t[..., None] >> index) & 1).astype(jnp.float32).reshape(t.shape[0], -1) for t in (x, w))
+        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
+    x, w = (jax.lax.bitcast_convert_type(t, jnp.int8).reshape(t.shape[0], -1) for t in (x, w))
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def _descriptor(tile: ir.Value) -> ir.Value:
+    """Matrix descriptor of a K-major tile in the 128-byte swizzle (PTX ISA, "Matrix descriptor").
+
+    Bits 0-13: address / 16. Bits 16-29, the leading offset, are not used in this mode. Bits
+    32-45: distance of 8-row groups / 16. Bits 62-63: 1 for the 128-byte swizzle.
+    """
+    i64 = ir.IntegerType.get_signless(64)
+    constant = lambda value: arith.constant(i64, value)  # noqa: E731
+    _, words = ir.MemRefType(tile.type).shape
+    strides, _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    if words != WORDS_PER_ROW or list(strides) != [WORDS_PER_ROW, 1]:
+        raise ValueError(f"a tile must be contiguous rows of {WORDS_PER_ROW} words, got {tile.type}")
+    address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(tile))
+    encoded_address = llvm.lshr(llvm.and_(address, constant(0x3FFFF)), constant(4))
+    high = (_SWIZZLE_ROWS * BYTES_PER_ROW >> 4) | (1 << 30)
+    return llvm.or_(encoded_address, arith.shli(constant(high), constant(32)))
+
+
+def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
+    """The descriptor of a tile `offset` bytes further on."""
+    if offset == 0:
+        return descriptor
+    increment = arith.constant(ir.IntegerType.get_signless(64), offset >> 4)
+    return llvm.add(descriptor, increment, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def _wgmma(registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind):
+    """One instruction; `registers` are the n / 2 accumulators that a thread has of 64 rows."""
+    i32 = ir.IntegerType.get_signless(32)
+    vector_type = registers.flat[0].type
+    count = n // 2
+    assert registers.size == count
+    outputs = ",".join(f"${i}" for i in range(count))
+    # Outputs come first, then the inputs tied to them, then the descriptors and the predicate.
+    x_operand, w_operand, accumulate_operand = (f"${2 * count + i}" for i in range(3))
+    ptx = (
+        f"{{ .reg .pred p; setp.ne.b32 p, {accumulate_operand}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}{_MNEMONIC[kind]} "
+        f"{{{outputs}}}, {x_operand}, {w_operand}, p; }}\n"
+    )
+    constraints = ",".join(["=r"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
+    one = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 1)).result
+    results = llvm.inline_asm(
+        llvm.StructType.get_literal([vector_type] * count),
+        [*registers.flat, x_descriptor, w_descriptor, one],
+        ptx,
+        constraints,
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    out = np.empty(registers.shape, dtype=object)
+    out.flat = [llvm.extractvalue(vector_type, results, [i]) for i in range(count)]
+    return out

@@ -1,0 +1,85 @@
+"""How one matmul is cut up: tiles, shared memory, order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
+
+CONSUMERS = 2
+# What Hopper lets one block have, less what barriers and reductions take.
+SHARED_MEMORY_BYTES = 227 * 1024 - 2048
+
+Schedule = Literal["split_m", "split_n", "alternate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Shape of the work of one block: a producer warpgroup and two consumers.
+
+    Attributes:
+      tile_m: rows of the accumulator of one consumer, 64 or 128.
+      tile_n: its columns, a multiple of 64 up to 256; tile_m * tile_n is at most 64 * 384,
+        the registers of a warpgroup.
+      schedule: "split_m" and "split_n" give both consumers halves of one output tile, stacked
+        along that axis; "alternate" gives each a tile of its own, so that one multiplies
+        while the other is in its epilogue.
+      slots: blocks of K that are in shared memory at a time.
+      cluster_m: blocks along m that share their loads of w, 1 or 2.
+      cluster_n: blocks along n that share their loads of x, 1 or 2.
+      band: output tiles are visited in bands this wide, so that a wave of blocks reads few
+        distinct rows and columns.
+      band_axis: the axis along which a band is narrow, "m" or "n".
+    """
+
+    tile_m: int = 128
+    tile_n: int = 128
+    schedule: Schedule = "split_m"
+    slots: int = 4
+    cluster_m: int = 1
+    cluster_n: int = 1
+    band: int = 8
+    band_axis: Literal["m", "n"] = "n"
+
+    @property
+    def block_m(self) -> int:
+        """Rows of x that a block loads at a time."""
+        return self.tile_m * (CONSUMERS if self.schedule == "split_m" else 1)
+
+    @property
+    def block_n(self) -> int:
+        """Rows of w that a block loads at a time."""
+        return self.tile_n * (CONSUMERS if self.schedule == "split_n" else 1)
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def staging_slots(self) -> int:
+        """Pieces of output that a consumer has on their way to memory at a time."""
+        return 2 if self._shared_memory_bytes(2) <= SHARED_MEMORY_BYTES else 1
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Bytes of shared memory of one block."""
+        return self._shared_memory_bytes(self.staging_slots)
+
+    def _shared_memory_bytes(self, staging_slots: int) -> int:
+        operands = self.slots * (self.block_m + self.block_n) * BYTES_PER_ROW
+        staging = CONSUMERS * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
+        terms = CONSUMERS * (3 * self.tile_m + 4 * self.tile_n) * 4
+        return operands + staging + terms
+
+    def check(self) -> None:
+        """Raises ValueError unless a block of this shape fits the hardware."""
+        if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
+            raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
+        if self.tile_m * self.tile_n > 64 * 384:
+            raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")
+        if self.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
+            raise ValueError(
+                f"{self} takes {self.shared_memory_bytes} bytes of shared memory of "
+                f"{SHARED_MEMORY_BYTES}: use fewer slots or smaller tiles, and at least 2 slots"
+            )
