@@ -9,6 +9,7 @@ go on. Products never leave registers before they are finished numbers.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,10 @@ def packed_matmul(
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types=_scratch(work, terms, terms_tree),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        # No thread reads what it or an async copy then overwrites without a barrier in between.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
         interpret=interpret,
     )(x_words, w_words, *terms)
     return out[:, :n]
@@ -99,6 +103,7 @@ class _Work:
         self.tiles = self.m_tiles * self.n_tiles
         self.clusters = min(clusters, self.tiles)
         self.alternate = tiling.schedule == "alternate"
+        self.tiles_at_a_time, self.consumers_of_tile = (CONSUMERS, 1) if self.alternate else (1, CONSUMERS)
         self.cluster_axes = tuple(
             name for name, size in (("cluster_m", tiling.cluster_m), ("cluster_n", tiling.cluster_n)) if size > 1
         )
@@ -124,20 +129,22 @@ class _Work:
     def next_slot(self, slot):
         return lax.select(slot + 1 == self.tiling.slots, 0, slot + 1)
 
-    def full_barrier(self, consumer, slot):
-        """Barriers count the phases that each waiter saw, so alternating consumers have their own."""
-        return consumer * self.tiling.slots + slot if self.alternate else slot
+    def full_barrier(self, index, slot):
+        """Barriers count the phases that each waiter saw, so consumers of alternate tiles have their own."""
+        return self.buffer(index) * self.tiling.slots + slot
+
+    def buffer(self, index):
+        """Which of the tiles in progress the index-th is."""
+        return lax.rem(index, self.tiles_at_a_time)
 
 
 def _scratch(work: _Work, terms: list, terms_tree) -> dict:
     tiling = work.tiling
     tokens, columns = jax.tree.unflatten(terms_tree, [term.dtype for term in terms])
-    empty = functools.partial(plgpu.Barrier, num_arrivals=1 if work.alternate else CONSUMERS)
+    empty = functools.partial(plgpu.Barrier, num_arrivals=work.consumers_of_tile)
     if work.cluster_axes:
         empty = functools.partial(
-            plgpu.ClusterBarrier,
-            collective_axes=work.cluster_axes,
-            num_arrivals=1 if work.alternate else CONSUMERS,
+            plgpu.ClusterBarrier, collective_axes=work.cluster_axes, num_arrivals=work.consumers_of_tile
         )
     return dict(
         x_tiles=plgpu.SMEM(
@@ -151,37 +158,39 @@ def _scratch(work: _Work, terms: list, terms_tree) -> dict:
             work.dtype,
             transforms=STAGING_TRANSFORMS,
         ),
-        token_terms=jax.tree.map(lambda dtype: plgpu.SMEM((CONSUMERS, tiling.tile_m), dtype), tokens),
-        column_terms=jax.tree.map(lambda dtype: plgpu.SMEM((CONSUMERS, tiling.tile_n), dtype), columns),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.slots * (CONSUMERS if work.alternate else 1)),
+        # One buffer for every tile in progress.
+        token_terms=jax.tree.map(lambda dtype: plgpu.SMEM((work.tiles_at_a_time, tiling.block_m), dtype), tokens),
+        column_terms=jax.tree.map(lambda dtype: plgpu.SMEM((work.tiles_at_a_time, tiling.block_n), dtype), columns),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.slots * work.tiles_at_a_time),
         empty=empty(num_barriers=tiling.slots),
-        terms_full=plgpu.Barrier(num_arrivals=len(terms), num_barriers=CONSUMERS),
+        terms_full=plgpu.Barrier(num_arrivals=len(terms), num_barriers=work.tiles_at_a_time),
+        terms_empty=plgpu.Barrier(num_arrivals=work.consumers_of_tile, num_barriers=work.tiles_at_a_time),
     )
 
 
-def _kernel(work: _Work, terms_tree, x, w, *terms_and_out, x_tiles, w_tiles, full, empty, **consumer_scratch):
+def _kernel(work: _Work, terms_tree, x, w, *terms_and_out, staging, **shared):
     *terms, out = terms_and_out
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(work, x, w, x_tiles, w_tiles, full, empty)
+        _produce(work, x, w, jax.tree.unflatten(terms_tree, terms), **shared)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-        terms_in_memory = jax.tree.unflatten(terms_tree, terms)
-        _consume(work, terms_in_memory, out, x_tiles, w_tiles, full, empty, **consumer_scratch)
+        _consume(work, out, staging, **shared)
 
 
-def _produce(work: _Work, x, w, x_tiles, w_tiles, full, empty):
+def _produce(
+    work: _Work, x, w, terms, *, x_tiles, w_tiles, token_terms, column_terms, full, empty, terms_full, terms_empty
+):
     """Loads, for every tile, plane pair and block of K, a block of x and one of w into the next slot."""
     tiling = work.tiling
 
     def tile(index, carry):
         m_start, n_start = work.origin(index)
-        consumer = lax.rem(index, CONSUMERS) if work.alternate else 0
 
         def load(x_plane, w_plane, k_block, carry):
             step, slot = carry
@@ -191,7 +200,7 @@ def _produce(work: _Work, x, w, x_tiles, w_tiles, full, empty):
                 plgpu.barrier_wait(empty.at[slot])
 
             words = pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)
-            barrier = full.at[work.full_barrier(consumer, slot)]
+            barrier = full.at[work.full_barrier(index, slot)]
             # x_tiles.at[slot]: [block_m, 32 words]; rows and words beyond the operand come as zeros.
             plgpu.copy_gmem_to_smem(
                 x.at[x_plane, pl.ds(m_start, tiling.block_m), words],
@@ -211,19 +220,33 @@ def _produce(work: _Work, x, w, x_tiles, w_tiles, full, empty):
         for _, pairs in work.groups:
             for x_plane, w_plane in pairs:
                 carry = lax.fori_loop(0, work.k_blocks, functools.partial(load, x_plane, w_plane), carry)
+
+        # Last, as the epilogue wants them last, and as their buffer is surely free by now.
+        buffer = work.buffer(index)
+
+        @pl.when(index >= work.tiles_at_a_time)
+        def _():
+            plgpu.barrier_wait(terms_empty.at[buffer])
+
+        for sources, buffers, start in ((terms[0], token_terms, m_start), (terms[1], column_terms, n_start)):
+            for source, target in zip(jax.tree.leaves(sources), jax.tree.leaves(buffers), strict=True):
+                plgpu.copy_gmem_to_smem(
+                    source.at[pl.ds(start, target.shape[1])], target.at[buffer], terms_full.at[buffer]
+                )
         return carry
 
     lax.fori_loop(0, work.my_tiles(), tile, (jnp.int32(0), jnp.int32(0)))
 
 
-def _consume(work: _Work, terms, out, x_tiles, w_tiles, full, empty, *, staging, token_terms, column_terms, terms_full):
+def _consume(
+    work: _Work, out, staging, *, x_tiles, w_tiles, token_terms, column_terms, full, empty, terms_full, terms_empty
+):
     """Multiplies and finishes this consumer's tiles."""
     tiling, emulate = work.tiling, work.emulate
     me = lax.axis_index("warpgroup")
-    # This consumer's part of a block's tile, in rows and columns.
-    row_part = me * tiling.tile_m if tiling.schedule == "split_m" else 0
-    column_part = me * tiling.tile_n if tiling.schedule == "split_n" else 0
-    stride = CONSUMERS if work.alternate else 1
+    # This consumer's part of a block's tile.
+    rows = pl.ds(me * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
+    columns = pl.ds(me * tiling.tile_n if tiling.schedule == "split_n" else 0, tiling.tile_n)
     first = me if work.alternate else 0
     total_steps = work.my_tiles() * work.steps_per_tile
 
@@ -235,11 +258,7 @@ def _consume(work: _Work, terms, out, x_tiles, w_tiles, full, empty, *, staging,
             plgpu.barrier_arrive(empty.at[slot])
 
     def tile(turn, carry):
-        index = first + turn * stride
-        m_start, n_start = work.origin(index)
-        m_start, n_start = m_start + row_part, n_start + column_part
-        _load_terms(terms, (token_terms, column_terms), m_start, n_start, tiling, me, terms_full)
-
+        index = first + turn * work.tiles_at_a_time
         # acc: [tile_m, tile_n]
         acc = tensor_core.zeros(tiling.tile_m, tiling.tile_n)
         step = index * work.steps_per_tile
@@ -249,13 +268,9 @@ def _consume(work: _Work, terms, out, x_tiles, w_tiles, full, empty, *, staging,
 
             def multiply(position, carry):
                 acc, step, slot, previous = carry
-                plgpu.barrier_wait(full.at[work.full_barrier(me, slot)])
+                plgpu.barrier_wait(full.at[work.full_barrier(index, slot)])
                 acc = tensor_core.accumulate(
-                    acc,
-                    x_tiles.at[slot, pl.ds(row_part, tiling.tile_m)],
-                    w_tiles.at[slot, pl.ds(column_part, tiling.tile_n)],
-                    work.recovery.kind,
-                    emulate=emulate,
+                    acc, x_tiles.at[slot, rows], w_tiles.at[slot, columns], work.recovery.kind, emulate=emulate
                 )
                 plgpu.wgmma_wait(1)
 
@@ -265,50 +280,68 @@ def _consume(work: _Work, terms, out, x_tiles, w_tiles, full, empty, *, staging,
 
                 return acc, step + 1, work.next_slot(slot), slot
 
-            acc, step, slot, last = lax.fori_loop(0, len(pairs) * work.k_blocks, multiply, (acc, step, slot, slot))
-            acc = tensor_core.settle(acc, emulate=emulate)
-            release(step - 1, last)
-        plgpu.barrier_wait(terms_full.at[me])
-        _store(work, acc, out, m_start, n_start, me, staging, token_terms, column_terms)
+            with jax.named_scope("mainloop"):
+                acc, step, slot, last = lax.fori_loop(0, len(pairs) * work.k_blocks, multiply, (acc, step, slot, slot))
+            with jax.named_scope("settle"):
+                acc = tensor_core.settle(acc, emulate=emulate)
+                release(step - 1, last)
+
+        with jax.named_scope("epilogue"):
+            m_start, n_start = work.origin(index)
+            buffer = work.buffer(index)
+            plgpu.barrier_wait(terms_full.at[buffer])
+            _store(
+                work,
+                acc,
+                jax.tree.map(lambda ref: ref.at[buffer, rows], token_terms),
+                jax.tree.map(lambda ref: ref.at[buffer, columns], column_terms),
+                staging.at[me],
+                out.at[pl.ds(m_start + rows.start, rows.size), pl.ds(n_start + columns.start, columns.size)],
+            )
+
+            @pl.when(index + work.tiles_at_a_time < work.my_tiles())
+            def _():
+                plgpu.barrier_arrive(terms_empty.at[buffer])
+
         return carry
 
-    my_turns = (work.my_tiles() - first + stride - 1) // stride
+    my_turns = (work.my_tiles() - first + work.tiles_at_a_time - 1) // work.tiles_at_a_time
     lax.fori_loop(0, my_turns, tile, ())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_terms(terms, buffers, m_start, n_start, tiling: Tiling, me, barrier):
-    """Brings the terms of this consumer's rows and columns on chip while it multiplies."""
-    for source, target, start, size in zip(
-        terms, buffers, (m_start, n_start), (tiling.tile_m, tiling.tile_n), strict=True
-    ):
-        for name, ref in vars(source).items():
-            if ref is not None:
-                plgpu.copy_gmem_to_smem(ref.at[pl.ds(start, size)], vars(target)[name].at[me], barrier.at[me])
+def _store(work: _Work, acc, token_terms, column_terms, staging, out):
+    """Finishes the accumulator piece by piece, 64 rows of 128 bytes each.
 
-
-def _store(work: _Work, acc, out, m_start, n_start, me, staging, token_terms, column_terms):
-    """Finishes the accumulator piece by piece: 64 rows of 128 bytes."""
-    tiling = work.tiling
-    width = chunk_columns(work.dtype)
-    pieces = [(i, j) for i in range(tiling.tile_m // ROWS_PER_INSTRUCTION) for j in range(tiling.tile_n // width)]
-    for number, (i, j) in enumerate(pieces):
-        row, column = i * ROWS_PER_INSTRUCTION, j * width
-        # product: [64, width]
-        product = lax.slice(acc, (row, column), (row + ROWS_PER_INSTRUCTION, column + width))
+    Args:
+      acc: [tile_m, tile_n].
+      token_terms: refs [tile_m] in shared memory.
+      column_terms: refs [tile_n] in shared memory.
+      staging: [slots, 64, width] in shared memory.
+      out: [tile_m, tile_n] in memory.
+    """
+    tile_m, tile_n = acc.shape
+    slots, height, width = staging.shape
+    pieces = [pl.ds(row, height) for row in range(0, tile_m, height)]
+    # Pieces of a column share barriers where that leaves room for as many on their way.
+    batch = len(pieces) if slots >= 2 * len(pieces) else 1
+    slot = 0
+    for column in range(0, tile_n, width):
+        chunk = pl.ds(column, width)
+        # finished: [tile_m, width]; all rows at once, so that column terms are read once.
         finished = finish(
-            plgpu.layout_cast(product, plgpu.Layout.WGMMA),
+            plgpu.layout_cast(lax.slice(acc, (0, column), (tile_m, column + width)), plgpu.Layout.WGMMA),
             work.recovery,
-            jax.tree.map(lambda ref, row=row: ref.at[me, pl.ds(row, ROWS_PER_INSTRUCTION)], token_terms),
-            jax.tree.map(lambda ref, column=column: ref.at[me, pl.ds(column, width)], column_terms),
+            token_terms,
+            jax.tree.map(lambda ref, chunk=chunk: ref.at[chunk], column_terms),
             work.dtype,
         )
-        slot = number % tiling.staging_slots
-        # The piece that used this slot before must have been read.
-        plgpu.wait_smem_to_gmem(tiling.staging_slots - 1, wait_read_only=True)
-        staging[me, slot] = finished
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            staging.at[me, slot],
-            out.at[pl.ds(m_start + row, ROWS_PER_INSTRUCTION), pl.ds(n_start + column, width)],
-        )
+        for some in itertools.batched(pieces, batch):
+            # What was in these slots must have been read.
+            plgpu.wait_smem_to_gmem(slots - batch, wait_read_only=True)
+            for i, piece in enumerate(some):
+                staging[(slot + i) % slots] = lax.slice(finished, (piece.start, 0), (piece.start + height, width))
+            plgpu.commit_smem()
+            for i, piece in enumerate(some):
+                plgpu.copy_smem_to_gmem(staging.at[(slot + i) % slots], out.at[piece, chunk])
+            slot += batch

@@ -108,6 +108,15 @@ class Recovery:
         return 2 * code_sums - self.a_format.max_value * self.k
 
     @property
+    def fits_float32(self) -> bool:
+        """Whether every partial sum of the correction is an integer that float32 holds exactly.
+
+        They are at most 4 P, 2 W U_a and (A + 1) V_w in magnitude, each of them below
+        4 (A + 1) W K, and so are their sums below twice that.
+        """
+        return self.kind == "b1" and 8 * (self.a_format.max_value + 1) * self.w_format.max_value * self.k < 1 << 24
+
+    @property
     def scale_factor(self) -> float:
         """Halves what `with_zero` halved: the factor of a token's scale."""
         return 2.0 if self.with_zero else 1.0

@@ -8,8 +8,8 @@ from typing import Literal
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 
 CONSUMERS = 2
-# What Hopper lets one block have, less what barriers and reductions take.
-SHARED_MEMORY_BYTES = 227 * 1024 - 2048
+# What Hopper lets one block have, less what Mosaic takes for barriers and alignment.
+SHARED_MEMORY_BYTES = 227 * 1024 - 4096
 
 Schedule = Literal["split_m", "split_n", "alternate"]
 
@@ -59,7 +59,9 @@ class Tiling:
     @property
     def staging_slots(self) -> int:
         """Pieces of output that a consumer has on their way to memory at a time."""
-        return 2 if self._shared_memory_bytes(2) <= SHARED_MEMORY_BYTES else 1
+        pieces = self.tile_m * self.tile_n * 2 // (ROWS_PER_INSTRUCTION * BYTES_PER_ROW)
+        fitting = [slots for slots in range(1, pieces + 1) if self._shared_memory_bytes(slots) <= SHARED_MEMORY_BYTES]
+        return max(fitting, default=1)
 
     @property
     def shared_memory_bytes(self) -> int:
@@ -69,7 +71,8 @@ class Tiling:
     def _shared_memory_bytes(self, staging_slots: int) -> int:
         operands = self.slots * (self.block_m + self.block_n) * BYTES_PER_ROW
         staging = CONSUMERS * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
-        terms = CONSUMERS * (3 * self.tile_m + 4 * self.tile_n) * 4
+        tiles_at_a_time = CONSUMERS if self.schedule == "alternate" else 1
+        terms = tiles_at_a_time * (3 * self.block_m + 4 * self.block_n) * 4
         return operands + staging + terms
 
     def check(self) -> None:
