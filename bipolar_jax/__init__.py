@@ -4,7 +4,7 @@ from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.nn import quantize_model
-from bipolar_jax.ops import lookup, matmul
+from bipolar_jax.ops import explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
 
@@ -13,6 +13,7 @@ __all__ = [
     "BipolarArray",
     "BipolarFormat",
     "Precision",
+    "explain",
     "fake_quant",
     "from_codes",
     "load",

@@ -10,18 +10,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
-from bipolar_jax.ops.dispatch import BACKENDS
+from tests.backends import PORTABLE
 
 A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
 W_FORMATS = [*A_FORMATS, TERNARY]
 M, N = 3, 4
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+every_backend = pytest.mark.parametrize("backend", PORTABLE.values(), ids=PORTABLE)
 
 # The reference runs operation by operation here: its operations are the same for every plane and
 # so compile once for each K, where under jit all the planes of all the pairs would compile anew.
 # It meets jit in test_product_is_exact_at_any_size.
-NOT_JITTED = {BACKENDS["reference"]}
+NOT_JITTED = {PORTABLE["reference"]}
 
 
 def codes_with_extremes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:

@@ -9,11 +9,11 @@ import pytest
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, quantize
 from bipolar_jax.kernels.activations import QuantizedTokens, quantize_tokens
-from bipolar_jax.ops.dispatch import BACKENDS
+from tests.backends import PORTABLE
 
 EPS = float(np.finfo(np.float32).eps)
 M, N = 5, 4
-every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+every_backend = pytest.mark.parametrize("backend", PORTABLE.values(), ids=PORTABLE)
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 every_a_bits = pytest.mark.parametrize("a_bits", range(1, 9))
 

@@ -20,7 +20,8 @@ BELOW = {
     "format": set(),
     "quantize": {"format"},
     "packing": {"format", "quantize"},
-    "kernels": {"format", "quantize", "packing"},
+    "tuning": set(),
+    "kernels": {"format", "quantize", "packing", "tuning"},
     "ops": {"format", "quantize", "packing", "kernels"},
     "nn": {"format", "quantize", "packing", "kernels", "ops"},
     "checkpoint": {"format", "quantize", "packing", "extras"},
@@ -58,7 +59,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
             top in OUTSIDE
             or (part == "extras" and top == "bipolar_jax")
             or (part and top == "bipolar_jax" and below != part and below not in BELOW[part])
-            or set(backends) == {"reference", "xla"}
+            or (backends[0] != backends[1] and set(backends) <= {"reference", "sm90", "xla"})
         ):
             wrong.append(name)
     return wrong

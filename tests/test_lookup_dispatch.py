@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax import BipolarArray, lookup, matmul, quantize
+from bipolar_jax import BipolarArray, explain, lookup, matmul, quantize
 from bipolar_jax.ops import dispatch
 
 
@@ -105,7 +105,27 @@ def test_a_backend_asked_for_by_name_has_no_stand_in():
 def test_dispatch_calls_the_backend_named():
     for name, backend in dispatch.BACKENDS.items():
         assert dispatch.dispatch(name, lambda chosen: chosen) is backend
-    assert dispatch.dispatch("auto", lambda chosen: chosen) is dispatch.BACKENDS["xla"]
+
+
+def test_auto_is_xla_where_there_is_no_hopper_gpu():
+    x, w = normal(3, 40), quantize(normal(40, 6), 4, 0)
+    explanation = explain(x, w, 8)
+    assert (explanation.implementation, set(explanation.passed_over)) == ("xla", {"sm90"})
+    assert "compute capability 9.0, not cpu" in explanation.passed_over["sm90"]
+    with pytest.raises(NotImplementedError, match="sm90: its kernels need an NVIDIA GPU"):
+        matmul(x, w, 8, implementation="sm90")
+    np.testing.assert_array_equal(matmul(x, w, 8), matmul(x, w, 8, implementation="xla"))
+
+
+def test_explain_checks_as_matmul_does():
+    w = quantize(normal(40, 6), 4, 0)
+    with pytest.raises(ValueError, match="k=40"):
+        explain(normal(3, 41), w, 8)
+    with pytest.raises(NotImplementedError, match="sm90: its kernels"):
+        explain(normal(3, 40), w, 8, implementation="sm90")
+    text = str(explain(jax.ShapeDtypeStruct((3, 40), jnp.bfloat16), w, None))
+    assert text.startswith("xla: XLA's float dot")
+    assert "not sm90" in text
 
 
 def test_errors_of_the_caller_are_not_passed_on():

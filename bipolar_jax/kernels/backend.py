@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a backend would do for one product.
+
+    Attributes:
+      kernel: in words.
+      reason: why this kernel and these tiles.
+      tiling: the kernel's tiles, if it has any to choose.
+    """
+
+    kernel: str
+    reason: str
+    tiling: Any = None
 
 
 class Backend(Protocol):
@@ -31,3 +47,10 @@ class Backend(Protocol):
         self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
     ) -> Float[Array, "m n"]:
         """x times the dequantized w, accumulated in float32; output in x's dtype."""
+
+    def plan(self, m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+        """What the product of m rows with w would run; a_format None means float activations.
+
+        Raises:
+          NotImplementedError: as the product itself would.
+        """

@@ -1,6 +1,7 @@
 """Validated, differentiable operations over whatever backend serves them."""
 
+from bipolar_jax.ops.explain import Explanation, explain
 from bipolar_jax.ops.lookup import lookup
 from bipolar_jax.ops.matmul import matmul
 
-__all__ = ["lookup", "matmul"]
+__all__ = ["Explanation", "explain", "lookup", "matmul"]

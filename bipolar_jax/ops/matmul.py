@@ -50,7 +50,7 @@ def matmul(
         of an array quantized with axis=-1.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
-      implementation: "auto", or a backend by name: "reference", "xla".
+      implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
       The product in x's dtype, with w's last axis in place of x's.
@@ -64,7 +64,7 @@ def matmul(
     bias = None if bias is None else jnp.asarray(bias)
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
-    _check_operands(x, w, a_format, bias)
+    check_operands(x, w, a_format, bias)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
     product = functools.partial(_rows_matmul, static)
     bias_axis = None if bias is None or bias.ndim == 1 else 0
@@ -148,7 +148,8 @@ def _backward(static, residuals, cotangent):
 _matmul.defvjp(_forward, _backward)
 
 
-def _check_operands(x, w, a_format, bias) -> None:
+def check_operands(x, w, a_format, bias) -> None:
+    """Raises ValueError unless x and bias are arrays that fit w, and the product fits int32."""
     if not isinstance(w, BipolarArray):
         raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")

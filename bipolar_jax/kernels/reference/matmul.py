@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
@@ -61,6 +62,13 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     """See `Backend.weight_only_matmul`."""
     total = jnp.matmul(x.astype(jnp.float32), w.dequantize(), precision=jax.lax.Precision.HIGHEST)
     return epilogue.finish(total, None, bias, x.dtype)
+
+
+def plan(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+    """See `Backend.plan`."""
+    if a_format is None:
+        return Plan("float32 matmul of dequantized weights", "the definition, for comparing with")
+    return Plan(f"AND-popcount of {a_format.bits} x {w.bits} planes in jnp", "the definition, for comparing with")
 
 
 def _and_popcount(

@@ -1,0 +1,40 @@
+"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA.
+
+Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
+second, and not every platform's jaxlib has it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from bipolar_jax.kernels.sm90.execution import check_runnable
+
+__all__ = ["integer_matmul", "plan", "quantized_matmul", "weight_only_matmul"]
+
+
+def integer_matmul(codes, w, a_format):
+    """See `operations.integer_matmul`."""
+    return _operations().integer_matmul(codes, w, a_format)
+
+
+def quantized_matmul(x, w, a_format, bias):
+    """See `operations.quantized_matmul`."""
+    return _operations().quantized_matmul(x, w, a_format, bias)
+
+
+def weight_only_matmul(x, w, bias):
+    """See `operations.weight_only_matmul`."""
+    return _operations().weight_only_matmul(x, w, bias)
+
+
+def plan(m, w, a_format):
+    """See `operations.plan`."""
+    return _operations().plan(m, w, a_format)
+
+
+def _operations() -> ModuleType:
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import operations
+
+    return operations

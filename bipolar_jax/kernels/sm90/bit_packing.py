@@ -1,13 +1,14 @@
 """From 32 rounded numbers in a thread's registers to words of codes or of bit planes.
 
 A number is rounded by adding it to a power of two so large that the sum's mantissa has the
-code at a chosen bit; the bits below it are the fraction, cut off. Numbers that meet in one byte
-are rounded to places beside each other, so that one LOP3 merges two of them, and the bytes of
-four are put together by three PRMT. No code is ever shifted.
+code at a chosen bit; the bits below are the fraction, cut off. Numbers that meet in one byte are
+rounded to places beside each other, so that one LOP3 merges two of them, and the bytes of four
+are put together by three PRMT. No code is ever shifted.
 
 Of the 32 numbers of a block, number e has a field of `width` bits (1, 2, 4 or 8) in word
 e mod width, at bit e - e mod width. Bit i of that field is then bit e of plane i, once each
-width x width square of bits is transposed: log2(width) exchanges between pairs of words.
+width x width square of bits is transposed: log2(width) exchanges between pairs of words. With
+fields of 8 bits the words are what the int8 operand has: byte t of word j is number 8 t + j.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bipolar_jax.kernels.sm90 import instructions as gpu
 
 _BYTE = 8
 _MANTISSA_BITS = 23
-_CODE_BYTE = 1  # of a rounded number: its code or its share of a byte of codes
+_CODE_BYTE = 1  # of a rounded number: its share of a byte of codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +46,23 @@ class CodeWords:
     def least_code(self) -> int:
         return -self.a_format.code_offset if self.signed else 0
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Bits of a byte at which fields begin."""
+        return tuple(range(0, _BYTE, self.width))
+
+    def place(self, number: int) -> int:
+        """That of number 0 ... 7 of the eight that share a byte of each word."""
+        return number - number % self.width
+
     def rounding_base(self, place: int) -> float:
-        """What to add so that the sum, rounded down, has its integer part's low bits at the given bit of the byte.
+        """What to add so that the sum, rounded down, has its integer part's low bits at the place.
 
         Half as much again where there are codes below zero, so that the sum stays between
         two powers of two.
         """
         power = 2.0 ** (_MANTISSA_BITS - _BYTE * _CODE_BYTE - place)
         return 1.5 * power if self.signed else power
-
-    def place(self, number: int) -> int:
-        """Bit within its byte of the code of number 0 ... 7 of a byte's."""
-        return number - number % self.width
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """All of them."""
-        return tuple(range(0, _BYTE, self.width))
-
-    def add_byte_codes(self, word: gpu.Value, total: gpu.Value) -> gpu.Value:
-        """total plus the four codes of a word, where each has a byte."""
-        return gpu.add_bytes(word, total, signed=self.signed)
 
     def valid_bits(self, word: int, count: int) -> int:
         """Mask of the fields of the block's first `count` numbers."""
@@ -80,9 +77,8 @@ def gather_words(
 
     Args:
       code_words: where the codes go.
-      rounded: for each of the four bytes, in the order in which this thread loaded them, its
-        8 rounded numbers.
-      byte_order: PRMT selector that puts bytes 0, 1, 4, 5 in the right order.
+      rounded: four times 8 rounded numbers, those of a byte together, as words.
+      byte_order: from `byte_order_of`.
     """
     words = []
     for word in range(code_words.width):
@@ -90,27 +86,27 @@ def gather_words(
         for eight in rounded:
             total = eight[word]
             for number in range(word + code_words.width, _BYTE, code_words.width):
-                above = -1 << (_BYTE * _CODE_BYTE + code_words.place(number))
-                total = gpu.choose_bits(above & 0xFFFFFFFF, eight[number], total)
+                from_place = (-1 << (_BYTE * _CODE_BYTE + code_words.place(number))) & 0xFFFFFFFF
+                total = gpu.choose_bits(from_place, eight[number], total)
             merged.append(total)
-        halves = [gpu.pick_bytes(a, b, 0x0010 * (4 + _CODE_BYTE) + _CODE_BYTE) for a, b in (merged[:2], merged[2:])]
+        selector = _CODE_BYTE | (4 + _CODE_BYTE) << 4
+        halves = [gpu.pick_bytes(a, b, selector) for a, b in (merged[:2], merged[2:])]
         words.append(gpu.pick_bytes(*halves, byte_order))
     return words
 
 
 def byte_order_of(swizzle: gpu.Value) -> gpu.Value:
-    """The selector for `gather_words` in a thread that loaded byte b ^ swizzle as its b-th."""
-    # Bytes 0, 1 are in the first operand (selected by 0, 1), bytes 2, 3 in the second (by 4, 5).
-    flips = gpu.flip(gpu.times(gpu.both(swizzle, 1), 0x1111), gpu.times(gpu.both(swizzle, 2), 0x2222))
-    return gpu.flip(flips, 0x5410)
+    """The selector for `gather_words` of a thread whose i-th eight numbers are those of byte i ^ swizzle."""
+    # Of the last PRMT's operands the first has bytes 0, 1 (selected by 0, 1), the second bytes 2, 3 (by 4, 5).
+    flips = gpu.flip_bits(gpu.times(gpu.bits_of(swizzle, 1), 0x1111), gpu.times(gpu.bits_of(swizzle, 2), 0x2222))
+    return gpu.flip_bits(flips, 0x5410)
 
 
 def transpose_to_planes(words: Sequence[gpu.Value]) -> list[gpu.Value]:
-    """Bit planes of a block from words of unsigned codes; plane i is result i."""
+    """Bit planes of a block from its words of unsigned codes, as many; plane i is result i."""
     planes = list(words)
     distance = 1
     while distance < len(planes):
-        # Bits whose index has no `distance` in it.
         low = sum(1 << bit for bit in range(32) if not bit & distance)
         for i in range(len(planes)):
             if not i & distance:

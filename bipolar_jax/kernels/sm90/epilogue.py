@@ -77,7 +77,7 @@ def finish(
         return lax.broadcast_in_dim(vector, shape, (1,))
 
     code_sums, zero_code = load_row_term(tokens.code_sums), load_row_term(tokens.zero_code)
-    value_sums = recovery.value_sums(load_column_term(columns.code_sums)).astype(number)
+    value_sums = recovery.column_value_sums(load_column_term(columns.code_sums)).astype(number)
     total = product.astype(number) * recovery.product_weight + rows(recovery.row_term(code_sums).astype(number))
     total = total + rows(recovery.column_weight(zero_code).astype(number)) * cols(value_sums)
     if tokens.scale is None:

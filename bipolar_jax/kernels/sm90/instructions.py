@@ -1,19 +1,23 @@
-"""Instructions that the row quantizer needs of a thread, as functions of registers.
+"""What a thread of the row quantizer can do: a thin layer over MLIR and PTX.
 
-Values are MLIR values of type i32 or f32 (booleans i1); a "word" is an i32 of which only the
-bits count. Whatever rounds says how: the compiler contracts or reorders none of these.
+Values are MLIR values of type i32 or f32; conditions are i1, and a "word" is an i32 of which
+only the bits count. Whatever rounds says how: the compiler contracts and reorders none of it.
+The quantizer is written in these functions alone, so that tests can run it with others in their
+place that compute the same for the 128 threads of a warpgroup in numpy.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, inline_ptx, memref_ptr
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 Value = ir.Value
+Pointer = ir.Value
 GLOBAL, SHARED = 1, 3  # address spaces
 
 
@@ -30,49 +34,85 @@ def int32(number: int) -> Value:
     return mgpu.c(number - (1 << 32) if number >= 1 << 31 else number, i32_type())
 
 
-def int64(number: int) -> Value:
-    return mgpu.c(number, ir.IntegerType.get_signless(64))
-
-
 def float32(number: float) -> Value:
     return mgpu.c(float(number), f32_type())
 
 
-def as_float(word: Value) -> Value:
-    return arith.bitcast(f32_type(), word)
+# Threads and control flow.
 
 
-def as_word(number: Value) -> Value:
-    return arith.bitcast(i32_type(), number)
+def thread_in_warpgroup() -> Value:
+    return bits_of(mgpu.thread_idx(), 127)
 
 
-def compare(kind: str, a: Value, b: Value) -> Value:
-    """Signed integers: eq, slt...; floats: oeq, olt, ogt..., false where either is NaN."""
-    if a.type == f32_type():
-        return arith.cmpf(getattr(arith.CmpFPredicate, kind.upper()), a, b)
-    return arith.cmpi(getattr(arith.CmpIPredicate, kind), a, b)
+def synchronize() -> None:
+    """Waits for the whole warpgroup."""
+    mgpu.warpgroup_barrier()
+
+
+when = mgpu.when
+
+
+def repeat(count: int, values: list[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
+    """Carries values through body(0, values), body(1, values), ..."""
+    return list(mgpu.fori(int32(count), values)(body).results)
+
+
+def update_if(condition: Value, values: list[Value], body: Callable[[], list[Value]]) -> list[Value]:
+    """body() where the condition holds, the values as they are elsewhere."""
+    branch = scf.IfOp(condition, [value.type for value in values], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.YieldOp(body())
+    with ir.InsertionPoint(branch.else_block):
+        scf.YieldOp(values)
+    return list(branch.results)
+
+
+def exchange(word: Value, distance: int) -> Value:
+    """The word of the lane whose index differs in the bit `distance`; all lanes of the warp take part."""
+    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
+def sum_over_warp(number: Value) -> Value:
+    """The sum of int32 over a warp, in every lane."""
+    ptx = "redux.sync.add.s32 $0, $1, -1;"
+    return inline_ptx(ptx, number, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
+# Integers and bits.
+
+
+def less(a: Value, b: Value | int) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, a, _value(b))
+
+
+def equal(a: Value, b: Value | int) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, a, _value(b))
+
+
+def choose(condition: Value, a: Value, b: Value) -> Value:
+    return arith.select(condition, a, b)
+
+
+def smaller(a: Value, b: int) -> Value:
+    return arith.minsi(a, int32(b))
 
 
 def plus(a: Value, b: Value | int) -> Value:
-    return arith.addi(a, int32(b) if isinstance(b, int) else b)
+    return arith.addi(a, _value(b))
 
 
 def times(a: Value, b: int) -> Value:
     return arith.muli(a, int32(b))
 
 
-def both(a: Value, b: Value | int) -> Value:
-    """Bits, or booleans, that a and b have in common."""
-    return arith.andi(a, int32(b) if isinstance(b, int) else b)
+def bits_of(word: Value, mask: Value | int) -> Value:
+    return arith.andi(word, _value(mask))
 
 
-def flip(a: Value, b: Value | int) -> Value:
-    """Exclusive or."""
-    return arith.xori(a, int32(b) if isinstance(b, int) else b)
-
-
-def choose(condition: Value, a: Value, b: Value) -> Value:
-    return arith.select(condition, a, b)
+def flip_bits(word: Value, mask: Value | int) -> Value:
+    return arith.xori(word, _value(mask))
 
 
 def shift_left(word: Value, count: int) -> Value:
@@ -89,74 +129,8 @@ def choose_bits(mask: int, ones: Value, zeros: Value) -> Value:
 
 
 def pick_bytes(a: Value, b: Value, selector: Value | int) -> Value:
-    """PRMT: nibble t of the selector names what byte t of the result is: 0-3 of a, 4-7 of b."""
-    selector = int32(selector) if isinstance(selector, int) else selector
-    return inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=i32_type())
-
-
-def fma_down(a: Value, b: Value, c: Value) -> Value:
-    """a * b + c rounded once, toward minus infinity."""
-    return inline_ptx("fma.rm.f32 $0, $1, $2, $3;", a, b, c, result_types=f32_type())
-
-
-def fma(a: Value, b: Value, c: Value) -> Value:
-    return inline_ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result_types=f32_type())
-
-
-def multiply(a: Value, b: Value) -> Value:
-    return inline_ptx("mul.rn.f32 $0, $1, $2;", a, b, result_types=f32_type())
-
-
-def add(a: Value, b: Value) -> Value:
-    return inline_ptx("add.rn.f32 $0, $1, $2;", a, b, result_types=f32_type())
-
-
-def divide(a: Value, b: Value) -> Value:
-    return inline_ptx("div.rn.f32 $0, $1, $2;", a, b, result_types=f32_type())
-
-
-def rsqrt(a: Value) -> Value:
-    return inline_ptx("rsqrt.approx.f32 $0, $1;", a, result_types=f32_type())
-
-
-def at_most(a: Value, limit: float) -> Value:
-    """min(a, limit); the limit where a is NaN."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", limit))
-    return inline_ptx(f"min.f32 $0, $1, 0f{bits:08X};", a, result_types=f32_type())
-
-
-def at_least(a: Value, limit: float) -> Value:
-    """max(a, limit); the limit where a is NaN."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", limit))
-    return inline_ptx(f"max.f32 $0, $1, 0f{bits:08X};", a, result_types=f32_type())
-
-
-def extreme(kind: str, number: str, a: Value, b: Value) -> Value:
-    """max or min that keeps NaN, of words that hold an "f32", or two of "bf16" or "f16"."""
-    suffix = number if number == "f32" else number + "x2"
-    constraint = f32_type() if number == "f32" else i32_type()
-    a, b = (as_float(v) if number == "f32" else v for v in (a, b))
-    result = inline_ptx(f"{kind}.NaN.{suffix} $0, $1, $2;", a, b, result_types=constraint)
-    return as_word(result) if number == "f32" else result
-
-
-def expand(number: str, word: Value) -> list[Value]:
-    """The float32 numbers that a word holds, low one first."""
-    if number == "f32":
-        return [as_float(word)]
-    if number == "bf16":
-        return [as_float(shift_left(word, 16)), as_float(arith.andi(word, int32(0xFFFF0000)))]
-    halves = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
-    return list(inline_ptx(halves, word, result_types=(f32_type(), f32_type())))
-
-
-def floor(a: Value) -> Value:
-    return inline_ptx("cvt.rmi.f32.f32 $0, $1;", a, result_types=f32_type())
-
-
-def float_to_int(a: Value) -> Value:
-    """Of a float that is an integer."""
-    return arith.fptosi(i32_type(), a)
+    """PRMT: nibble t of the selector names what byte t of the result is, 0-3 of a or 4-7 of b."""
+    return inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, _value(selector), result_types=i32_type())
 
 
 def count_ones(word: Value) -> Value:
@@ -165,42 +139,122 @@ def count_ones(word: Value) -> Value:
 
 def add_bytes(word: Value, total: Value, *, signed: bool) -> Value:
     """total plus the four bytes of the word."""
-    kind = "s32" if signed else "u32"
-    return inline_ptx(f"dp4a.{kind}.{kind} $0, $1, $2, $3;", word, int32(0x01010101), total, result_types=i32_type())
+    ptx = "dp4a.{0}.{0} $0, $1, $2, $3;".format("s32" if signed else "u32")
+    return inline_ptx(ptx, word, int32(0x01010101), total, result_types=i32_type())
 
 
-def exchange(word: Value, distance: int) -> Value:
-    """The word of the lane whose index differs in the bit `distance`; all lanes of the warp take part."""
-    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+# Floating point.
 
 
-def sum_over_warp(number: Value) -> Value:
-    """The sum of int32 over a warp, in every lane."""
-    ptx = "redux.sync.add.s32 $0, $1, -1;"
-    return inline_ptx(ptx, number, result_types=i32_type(), has_side_effects=True, convergent=True)
+def as_float(word: Value) -> Value:
+    return arith.bitcast(f32_type(), word)
 
 
-def pointer(memref: Value, space: int) -> Value:
-    """Where a memref begins, in GLOBAL or SHARED memory."""
-    ptr = memref_ptr(memref)
-    wanted = llvm.PointerType.get(space)
+def as_word(number: Value) -> Value:
+    return arith.bitcast(i32_type(), number)
+
+
+def expand(number: str, word: Value) -> list[Value]:
+    """The float32 numbers that a word holds, one "f32" or two "bf16" or "f16", low one first."""
+    if number == "f32":
+        return [as_float(word)]
+    if number == "bf16":
+        return [as_float(shift_left(word, 16)), as_float(bits_of(word, 0xFFFF0000))]
+    halves = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
+    return list(inline_ptx(halves, word, result_types=(f32_type(), f32_type())))
+
+
+def extreme(kind: str, number: str, a: Value, b: Value) -> Value:
+    """ "max" or "min", NaN if either is, of words that hold numbers as in `expand`."""
+    if number == "f32":
+        return as_word(_float_op(f"{kind}.NaN.f32", as_float(a), as_float(b)))
+    return inline_ptx(f"{kind}.NaN.{number}x2 $0, $1, $2;", a, b, result_types=i32_type())
+
+
+def fma(a: Value, b: Value, c: Value) -> Value:
+    return _float_op("fma.rn.f32", a, b, c)
+
+
+def multiply(a: Value, b: Value) -> Value:
+    return _float_op("mul.rn.f32", a, b)
+
+
+def add(a: Value, b: Value) -> Value:
+    return _float_op("add.rn.f32", a, b)
+
+
+def add_down(a: Value, b: Value) -> Value:
+    """a + b rounded toward minus infinity."""
+    return _float_op("add.rm.f32", a, b)
+
+
+def divide(a: Value, b: Value) -> Value:
+    return _float_op("div.rn.f32", a, b)
+
+
+def rsqrt(a: Value) -> Value:
+    """1 / sqrt(a), good to 2 in the last place."""
+    return _float_op("rsqrt.approx.f32", a)
+
+
+def at_most(a: Value, limit: float) -> Value:
+    """min(a, limit); the limit where a is NaN."""
+    return _float_op("min.f32", a, limit)
+
+
+def at_least(a: Value, limit: float) -> Value:
+    """max(a, limit); the limit where a is NaN."""
+    return _float_op("max.f32", a, limit)
+
+
+def is_less(a: Value, b: float) -> Value:
+    """False where a is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OLT, a, float32(b))
+
+
+def is_greater(a: Value, b: float) -> Value:
+    """False where a is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OGT, a, float32(b))
+
+
+def floor(a: Value) -> Value:
+    return _float_op("cvt.rmi.f32.f32", a)
+
+
+def to_int(a: Value) -> Value:
+    """int32 of a float that is an integer."""
+    return arith.fptosi(i32_type(), a)
+
+
+# Memory.
+
+
+def pointer(memref: Value, space: int) -> Pointer:
+    """Where an array in GLOBAL or SHARED memory begins."""
+    ptr, wanted = memref_ptr(memref), llvm.PointerType.get(space)
     return ptr if ptr.type == wanted else llvm.addrspacecast(wanted, ptr)
 
 
-def advance(ptr: Value, offset: Value | int) -> Value:
-    """The pointer moved by so many bytes."""
+def advance(ptr: Pointer, offset: Value | int) -> Pointer:
+    """The pointer moved by so many bytes, below 2^31."""
     return getelementptr(ptr, [offset], ir.IntegerType.get_signless(8))
 
 
-def load(ptr: Value, words: int) -> list[Value]:
+def advance_far(ptr: Pointer, count: Value | int, size: int) -> Pointer:
+    """The pointer moved by count * size bytes, however many they are; count is not negative."""
+    i64 = ir.IntegerType.get_signless(64)
+    if isinstance(count, int):
+        return advance(ptr, mgpu.c(count * size, i64))
+    return advance(ptr, arith.muli(arith.extui(i64, count), mgpu.c(size, i64)))
+
+
+def load(ptr: Pointer, words: int) -> list[Value]:
     """That many words in a row, aligned as a whole."""
-    vector = ir.VectorType.get((words,), i32_type())
-    loaded = llvm.load(vector, ptr, alignment=4 * words)
+    loaded = llvm.load(ir.VectorType.get((words,), i32_type()), ptr, alignment=4 * words)
     return [llvm.extractelement(loaded, int32(i)) for i in range(words)]
 
 
-def store(ptr: Value, words: list[Value]) -> None:
+def store(ptr: Pointer, words: list[Value]) -> None:
     """Writes words in a row, aligned as a whole."""
     if len(words) == 1:
         llvm.store(words[0], ptr, alignment=4)
@@ -209,3 +263,18 @@ def store(ptr: Value, words: list[Value]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word, int32(i))
     llvm.store(vector, ptr, alignment=4 * len(words))
+
+
+def _value(number: Value | int) -> Value:
+    return int32(number) if isinstance(number, int) else number
+
+
+def _float_op(mnemonic: str, *operands: Value | float) -> Value:
+    """A float32 instruction; Python floats become immediate operands."""
+    values = [v for v in operands if isinstance(v, ir.Value)]
+    names = iter(f"${i + 1}" for i in range(len(values)))
+    text = [
+        next(names) if isinstance(v, ir.Value) else "0f{:08X}".format(*struct.unpack("<I", struct.pack("<f", v)))
+        for v in operands
+    ]
+    return inline_ptx(f"{mnemonic} $0, {', '.join(text)};", *values, result_types=f32_type())

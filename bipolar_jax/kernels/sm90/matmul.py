@@ -44,9 +44,9 @@ def packed_matmul(
     """x . w^T of packed numbers, finished by the epilogue.
 
     Args:
-      x_words: bit planes (kind "b1": bit b of word w is element 32 w + b) or int8 codes (kind
-        "s8", one plane, the same order of elements as w's), zero where k is not below the true
-        K; the number of words a multiple of 4.
+      x_words: bit planes (kind "planes": bit b of word w is element 32 w + b) or signed bytes (kind
+        "int8", one plane, elements in the same order as w's), zero where k is not below the
+        true K; the number of words a multiple of 4.
       w_words: likewise.
       tokens: terms of rows; scale None makes the output the int32 product.
       columns: terms of columns.

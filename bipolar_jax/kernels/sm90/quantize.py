@@ -1,8 +1,8 @@
 """Activations to packed operands in one pass over memory: quantize, pack, and sum the codes.
 
 Persistent blocks, one a multiprocessor. Each of a block's warpgroups takes rows by itself: they
-arrive by TMA in a ring of slots of its own, so that the next rows are under way while it
-quantizes one, and leave as words from registers. `row_quantizer` has what a thread computes.
+arrive by TMA in a ring of slots of its own, so that the next rows are under way while it works
+on one, and leave as words from registers. `row_quantizer` has what the threads do.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords
 from bipolar_jax.kernels.sm90.row_quantizer import SCRATCH_WORDS, RowQuantizer
-from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP, WARPS
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
 MULTIPROCESSORS = 132
-_SLOT_BUDGET = 216 * 1024  # bytes of shared memory for slots and gain, of the 227 KiB that a block may have
-_COPY_BYTES = 128
-_MAX_WARPGROUPS, _MAX_BARRIERS = 4, 32
-_WARP_ROW_LIMIT = 2048  # up to so many numbers a warp takes a row by itself
+_MEMORY = 216 * 1024  # bytes of shared memory for slots and gain, of the 227 KiB that a block may have
+_WARPGROUPS, _BARRIERS = 4, 32  # at most
+_COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 Operand = Literal["planes", "int8"]
@@ -47,15 +46,16 @@ class RMSNorm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedTokens:
-    """Activations as the tensor cores take them; zeros in the words from k on.
+    """Activations as the tensor cores take them.
 
     Attributes:
       words: operand "planes": bit b of words[i, row, w] is bit i of the code of element
-        32 w + b; rows are filled up to 16 bytes. Operand "int8": one plane of signed codes,
-        four to a word: byte t of words[0, row, 8 B + j] is element 32 B + 8 t + j.
+        32 w + b; rows are whole multiples of 16 bytes. Operand "int8": one plane of signed
+        codes u - code_offset, four to a word: byte t of words[0, row, 8 B + j] is element
+        32 B + 8 t + j. Zero where the elements have ended.
       scale: float32, as `quantize_tokens`.
-      zero_code: the code that zero has; 0 for one bit, which has no zero.
-      code_sums: of the unsigned codes.
+      zero_code: the code that zero has; 0 for one bit, whose grid has no zero.
+      code_sums: of the unsigned codes u.
     """
 
     words: UInt32[Array, "planes m words"]
@@ -73,30 +73,38 @@ def quantize_and_pack(
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
-    """The numbers of `quantize_tokens`, packed.
+    """The numbers of `quantize_tokens`, as it is when jitted, in packed form.
 
     Args:
-      x: bfloat16, float16 or float32. A copy is made of it where k is no multiple of 32.
+      x: bfloat16, float16 or float32. A copy is made where k is no multiple of 32 (64, for
+        some shapes).
       a_format: 1 to 8 bits, not ternary.
       operand: what the words are, see `PackedTokens`.
-      norm: normalizes x first.
+      norm: normalizes x first; the sum of squares may round otherwise than XLA's.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Raises:
-      ValueError: a dtype, format or operand other than these, or a gain of another length.
+      ValueError: another dtype, format or operand, or a gain of another length.
       NotImplementedError: a row does not fit the shared memory.
     """
+    quantizer, inputs = plan(x, a_format, operand, norm)
+    return PackedTokens(*_launch(quantizer, inputs, blocks, interpret))
+
+
+def plan(
+    x: Float[Array, "m k"], a_format: BipolarFormat, operand: Operand, norm: RMSNorm | None
+) -> tuple[RowQuantizer, list[Array]]:
+    """What the warpgroups do, and the inputs as they take them: x, and the gain if there is one."""
     m, k = x.shape
-    if x.dtype.name not in _NUMBERS or (norm is not None and norm.gain.dtype.name not in _NUMBERS):
-        raise ValueError(f"x and the gain must be bfloat16, float16 or float32, got {x.dtype}, {norm}")
+    dtypes = [x.dtype.name] if norm is None else [x.dtype.name, norm.gain.dtype.name]
+    if not _NUMBERS.keys() >= set(dtypes):
+        raise ValueError(f"x and the gain must be bfloat16, float16 or float32, got {', '.join(dtypes)}")
     if a_format.ternary or operand not in ("planes", "int8"):
         raise ValueError(f'activations are packed as "planes" or "int8" of 1 to 8 bits, got {operand!r}, {a_format}')
     if norm is not None and norm.gain.shape != (k,):
         raise ValueError(f"the gain must have shape {(k,)} for x of shape {x.shape}, got {norm.gain.shape}")
-
-    threads = WARP if k <= _WARP_ROW_LIMIT else WARPGROUP
-    # Whole blocks; and what is copied at a time must be a multiple of 128 bytes.
+    threads = _threads_of_row(m, k, x.dtype.itemsize)
     inputs = [_fill_up(x, max(BLOCK, _COPY_BYTES * threads // WARPGROUP // x.dtype.itemsize))]
     if norm is not None:
         inputs.append(_fill_up(norm.gain, max(BLOCK, _COPY_BYTES // norm.gain.dtype.itemsize)))
@@ -110,70 +118,71 @@ def quantize_and_pack(
         row_words=-(-k // (4 * WORD_BITS)) * 4 if operand == "planes" else 8 * num_words(k),
         threads=threads,
     )
-    planes = a_format.bits if operand == "planes" else 1
-    return PackedTokens(*_launch(quantizer, planes, inputs, blocks, interpret))
+    return quantizer, inputs
+
+
+def _threads_of_row(m: int, k: int, itemsize: int) -> int:
+    """A warp for a row spends less on what is done once a row; a warpgroup finishes few or long rows sooner."""
+    if k <= WARP * BLOCK:  # one block a thread
+        return WARP
+    many = m >= WARPS * MULTIPROCESSORS
+    return WARP if many and k * itemsize <= 8192 else WARPGROUP
 
 
 def _fill_up(array: Array, multiple: int) -> Array:
-    """Zeros after the last axis, if need be."""
+    """Zeros after the last axis, where need be."""
     filler = -array.shape[-1] % multiple
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filler)]) if filler else array
 
 
-def _launch(quantizer: RowQuantizer, planes: int, inputs: list[Array], blocks: int, interpret) -> list[Array]:
+def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
     """Runs the kernel; returns the fields of `PackedTokens`."""
     m, rows, columns = quantizer.m, quantizer.rows, inputs[0].shape[1]
-    warpgroups, slots = _share_memory(
-        rows * columns * inputs[0].dtype.itemsize, sum(g.nbytes for g in inputs[1:]), columns
-    )
+    gain_bytes = sum(gain.size * gain.dtype.itemsize for gain in inputs[1:])
+    warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, gain_bytes)
     steps = pl.cdiv(m, rows)
     blocks = min(blocks, steps)
     workers = warpgroups * blocks
-    # Anything but zeros makes it one copy of bytes, without a descriptor and its limits.
-    oob_mode = plgpu.OOBFillMode.UNDEFINED if m % rows else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    # With any mode but zeros it is one copy of bytes, free of the limits of TMA's boxes.
+    in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    last_slot = plgpu.OOBFillMode.UNDEFINED if m % rows else in_bounds
 
     def kernel(*refs):
-        (x, *gain), (words, scale, zero_code, code_sums), (slot_refs, scratch, arrived, *gain_refs) = (
-            refs[: len(inputs)],
-            refs[len(inputs) : len(inputs) + 4],
-            refs[len(inputs) + 4 :],
-        )
+        x, *gain = refs[: len(inputs)]
+        outputs = refs[len(inputs) : len(inputs) + 4]
+        ring, scratch, arrived, *gain_slot = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        worker = warpgroup * blocks + block  # neighbours in memory are on different multiprocessors
+        worker = warpgroup * blocks + block  # few rows go to different multiprocessors
+
+        def first_row(turn):
+            return (worker + turn * workers) * rows
 
         def load(turn):
             slot = lax.rem(turn, slots)
-            first_row = (worker + turn * workers) * rows
             plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(first_row, rows)],
-                slot_refs.at[warpgroup, slot],
+                x.at[pl.ds(first_row(turn), rows)],
+                ring.at[warpgroup, slot],
                 arrived.at[warpgroup * slots + slot],
-                oob_mode=oob_mode,
+                oob_mode=last_slot,
             )
 
         turns = lax.div(steps - worker + workers - 1, workers)
         for turn in range(slots):
             pl.when(turn < turns)(functools.partial(load, turn))
         if gain:
-            gain_slot, gain_arrived = gain_refs
 
             @pl.when(warpgroup == 0)
             def _():
-                plgpu.copy_gmem_to_smem(gain[0], gain_slot, gain_arrived, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+                plgpu.copy_gmem_to_smem(*gain, *gain_slot, oob_mode=in_bounds)
 
-            plgpu.barrier_wait(gain_arrived)
+            plgpu.barrier_wait(gain_slot[1])
 
         @pl.loop(0, turns)
         def _(turn):
             slot = lax.rem(turn, slots)
             plgpu.barrier_wait(arrived.at[warpgroup * slots + slot])
-            first_row = (worker + turn * workers) * rows
-            operands = (slot_refs.at[warpgroup, slot], scratch.at[warpgroup], words, scale, zero_code, code_sums)
-            operands += tuple(gain_refs[:1])
-            if interpret is None:
-                _emit(quantizer, first_row, operands)
-            else:
-                _emulate(quantizer, first_row, *operands)
+            operands = (ring.at[warpgroup, slot], scratch.at[warpgroup], *outputs, *gain_slot[:1])
+            (_quantize if interpret is None else _emulate)(quantizer, first_row(turn), *operands)
             pl.when(turn + slots < turns)(functools.partial(load, turn + slots))
 
     scratch_types = [
@@ -186,7 +195,7 @@ def _launch(quantizer: RowQuantizer, planes: int, inputs: list[Array], blocks: i
     return plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((planes, m, quantizer.row_words), jnp.uint32),
+            jax.ShapeDtypeStruct((quantizer.planes, m, quantizer.row_words), jnp.uint32),
             jax.ShapeDtypeStruct((m,), jnp.float32),
             jax.ShapeDtypeStruct((m,), jnp.int32),
             jax.ShapeDtypeStruct((m,), jnp.int32),
@@ -204,39 +213,42 @@ def _launch(quantizer: RowQuantizer, planes: int, inputs: list[Array], blocks: i
     )(*inputs)
 
 
-def _share_memory(slot_bytes: int, gain_bytes: int, columns: int) -> tuple[int, int]:
+def _share_memory(slot_bytes: int, gain_bytes: int) -> tuple[int, int]:
     """Warpgroups of a block, and slots for each."""
-    fit = (_SLOT_BUDGET - gain_bytes) // slot_bytes
+    fit = (_MEMORY - gain_bytes) // slot_bytes
     if fit < 1:
-        raise NotImplementedError(
-            f"rows of {columns} numbers take {slot_bytes + gain_bytes} bytes, more than the {_SLOT_BUDGET} of shared memory"
-        )
-    # Two slots a warpgroup let it work while it loads; where rows are too long for that, one
-    # warpgroup loads while another works.
-    warpgroups = min(fit, _MAX_WARPGROUPS) if fit < 6 else min(fit // 2, _MAX_WARPGROUPS)
-    return warpgroups, 1 if fit < 6 else min(fit // warpgroups, _MAX_BARRIERS // warpgroups)
+        raise NotImplementedError(f"a row takes {slot_bytes + gain_bytes} bytes, more than {_MEMORY} of shared memory")
+    # With two slots a warpgroup works on one while the other fills; where rows are too long for
+    # that, others work while one waits.
+    if fit < 6:
+        return min(fit, _WARPGROUPS), 1
+    warpgroups = min(fit // 2, _WARPGROUPS)
+    return warpgroups, min(fit, _BARRIERS) // warpgroups
 
 
-def _emit(quantizer: RowQuantizer, first_row: Int[Array, ""], operands: tuple) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(operands)))
-    def emit(_, first_row, *refs):
-        quantizer.emit(first_row.registers.item(), *refs)
+def _quantize(quantizer: RowQuantizer, first_row: Int[Array, ""], *refs) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)))
+    def inline(_, first_row, *refs):
+        quantizer.quantize(first_row.registers.item(), *refs)
 
-    emit(first_row, *operands)
+    inline(first_row, *refs)
 
 
-def _emulate(quantizer: RowQuantizer, first_row, x, scratch, words, scale, zero_code, code_sums, gain=None) -> None:
-    """The same in jnp, for interpret mode."""
+def _emulate(
+    quantizer: RowQuantizer, first_row: Int[Array, ""], x, scratch, words, scale, zero_code, code_sums, gain=None
+) -> None:
+    """The same on refs in jnp, since interpret mode knows no inline code."""
     a_format, k = quantizer.code_words.a_format, quantizer.k
-    numbers = x[...].astype(jnp.float32)[:, :k]
+    numbers = x[...][:, :k]
     if gain is not None:
         numbers = normalize(numbers, RMSNorm(gain[...][:k], quantizer.eps))
     tokens = quantize_tokens(numbers, a_format)
-    packed = (
-        _pack_bytes(tokens.codes, a_format) if quantizer.code_words.signed else _pack_planes(tokens.codes, a_format)
-    )
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, quantizer.row_words - packed.shape[2])))
-    zero_codes = (tokens.zero_value + a_format.max_value) // 2 if a_format.bits > 1 else tokens.zero_value
+    if quantizer.code_words.signed:
+        packed = _pack_bytes(a_format.signed_codes(tokens.codes))
+    else:
+        packed = _pack_planes(tokens.codes, a_format)
+    packed = _fill_up(packed, quantizer.row_words)
+    zero_codes = tokens.zero_value if a_format.bits == 1 else (tokens.zero_value + a_format.max_value) // 2
     sums = jnp.sum(tokens.codes, axis=1, dtype=jnp.int32)
     for i in range(quantizer.rows):
 
@@ -258,18 +270,18 @@ def normalize(x: Float[Array, "m k"], norm: RMSNorm) -> Float[Array, "m k"]:
 
 
 def _pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:
-    # `pack_codes`, which a kernel cannot call since it holds a constant array.
-    bits = jnp.stack([a_format.bit(codes, plane) for plane in range(a_format.bits)])
-    return _join(_fill_up(bits, WORD_BITS).reshape(*bits.shape[:2], -1, WORD_BITS), 1)
+    # As `pack_codes`, which holds a constant array, as no kernel may.
+    bits = _fill_up(jnp.stack([a_format.bit(codes, plane) for plane in range(a_format.bits)]), WORD_BITS)
+    return _join(bits.reshape(*bits.shape[:2], -1, WORD_BITS), 1)
 
 
-def _pack_bytes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "1 m words"]:
-    signed = _fill_up(a_format.signed_codes(codes), BLOCK).astype(jnp.uint8)
-    by_word = jnp.swapaxes(signed.reshape(1, codes.shape[0], -1, 4, 8), 3, 4)
-    return _join(by_word, 8).reshape(1, codes.shape[0], -1)
+def _pack_bytes(signed_codes: Int[Array, "m k"]) -> UInt32[Array, "1 m words"]:
+    in_bytes = _fill_up(signed_codes.astype(jnp.uint8), BLOCK)
+    by_word = jnp.swapaxes(in_bytes.reshape(1, in_bytes.shape[0], -1, 4, 8), 3, 4)
+    return _join(by_word, 8).reshape(1, in_bytes.shape[0], -1)
 
 
 def _join(fields: UInt8[Array, "*shape fields"], width: int) -> UInt32[Array, "*shape"]:
-    """Words of fields of so many bits, the first field in the lowest."""
+    """Words of fields of so many bits, the first in the lowest."""
     shifts = jnp.arange(0, WORD_BITS, width, dtype=jnp.uint32)
     return jnp.sum(fields.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)

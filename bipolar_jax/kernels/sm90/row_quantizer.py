@@ -1,7 +1,7 @@
-"""What a thread does with its blocks of a row: extremes, rounding, packing.
+"""What the threads do with the blocks of their row: extremes, rounding, packing.
 
-The arithmetic is that of `kernels.activations.quantize_tokens`, where the reasons are; its twin
-in plain jnp, for interpret mode, is `emulate`.
+The arithmetic is that of `kernels.activations.quantize_tokens`, where the reasons are, as XLA
+compiles it: with a fused multiply-add wherever a product is added to.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from jax.experimental.mosaic import gpu as mgpu
-
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords, byte_order_of, gather_words, transpose_to_planes
-from bipolar_jax.kernels.sm90.instructions import Value
+from bipolar_jax.kernels.sm90.instructions import Pointer, Value
 from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP, WARPS, RowThreads, tree
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
 
@@ -32,7 +30,7 @@ class RowQuantizer:
       number, gain_number: "bf16", "f16" or "f32", of x and of the gain (None: no RMSNorm).
       eps: of the RMSNorm.
       code_words: the codes and where they go.
-      row_words: words of a row of one plane.
+      row_words: words of a row of one plane in the output.
       threads: how many share a row, WARP (four rows in a slot) or WARPGROUP (one).
     """
 
@@ -54,8 +52,13 @@ class RowQuantizer:
         """Rows in a slot."""
         return WARPGROUP // self.threads
 
-    def emit(self, first_row, x, scratch, words, scale, zero_code, code_sums, gain=None) -> None:
-        """Emits the code for a warpgroup, whose threads leave it together.
+    @property
+    def planes(self) -> int:
+        """Of the words in the output."""
+        return 1 if self.code_words.signed else self.code_words.a_format.bits
+
+    def quantize(self, first_row, x, scratch, words, scale, zero_code, code_sums, gain=None) -> None:
+        """What a warpgroup does with a slot; its threads leave together.
 
         Args:
           first_row: int32, of the slot.
@@ -69,21 +72,21 @@ class RowQuantizer:
             source = _Source(self, row, x, gain)
             row_scale, half_steps, zero = _grid(self.code_words, *source.extremes())
             row.write(scale, gpu.as_word(row_scale))
-            row.write(zero_code, gpu.int32(0) if zero is None else gpu.float_to_int(zero))
+            row.write(zero_code, gpu.int32(0) if zero is None else gpu.to_int(zero))
             total = gpu.sum_over_warp(self._pack(row, source, half_steps, zero, words))
             if self.threads == WARP:
                 row.write(code_sums, self._unsigned_sum(total))
             else:
                 row.share(_CODE_SUM, total)
-        mgpu.warpgroup_barrier()
+        gpu.synchronize()
         if self.threads == WARPGROUP:
             row.write(code_sums, self._unsigned_sum(tree(gpu.plus, row.shared(_CODE_SUM))))
 
     @contextlib.contextmanager
     def _if_within_m(self, row: RowThreads) -> Iterator[None]:
-        """The last slot may reach beyond the last row; a row of the whole warpgroup's own is never there."""
+        """The last slot of four rows may reach beyond the last row."""
         if self.threads == WARP and self.m % WARPS:
-            with mgpu.when(gpu.compare("slt", row.index, gpu.int32(self.m))):
+            with gpu.when(gpu.less(row.index, self.m)):
                 yield
         else:
             yield
@@ -94,46 +97,52 @@ class RowQuantizer:
     def _pack(self, row: RowThreads, source: _Source, half_steps: Value, zero: Value | None, words: Value) -> Value:
         """Rounds, packs and stores the row; returns the sum of the codes that this thread packed."""
         codes = self.code_words
-        # One bit: floor(x h) + 1. More: floor(x h + 1/2) + the code of zero.
-        least = codes.least_code + (1 if zero is None else 0.5)
-        added = {place: gpu.float32(codes.rounding_base(place) + least) for place in codes.places}
-        if zero is not None:
-            added = {place: gpu.add(base, zero) for place, base in added.items()}
+        bases = {place: gpu.float32(codes.rounding_base(place) + codes.least_code) for place in codes.places}
+        # The middle of the grid has the code 1 on the grid of one bit.
+        bases = {place: gpu.add(base, gpu.float32(1) if zero is None else zero) for place, base in bases.items()}
         order = byte_order_of(row.swizzle)
+        row_start = gpu.advance_far(gpu.pointer(words, gpu.GLOBAL), row.index, 4 * self.row_words)
 
         def encode(x: Value, place: int) -> Value:
-            rounded = gpu.fma_down(x, half_steps, added[place])
+            steps = gpu.multiply(x, half_steps) if zero is None else gpu.fma(x, half_steps, gpu.float32(0.5))
             # A tie at the upper end gives one code too many; and NaN becomes a code, too.
-            most = codes.least_code + codes.a_format.max_value
-            return gpu.as_word(gpu.at_most(rounded, codes.rounding_base(place) + most))
+            most = codes.rounding_base(place) + codes.least_code + codes.a_format.max_value
+            return gpu.as_word(gpu.at_most(gpu.add_down(steps, bases[place]), most))
 
         def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
             rounded = [[encode(x, codes.place(i)) for i, x in enumerate(q)] for q in source.numbers(block)]
             packed = gather_words(codes, rounded, order)
             if position is not None:
-                packed = [gpu.both(word, self._valid_bits(i, position)) for i, word in enumerate(packed)]
-            planes = packed if codes.signed else transpose_to_planes(packed)[: codes.a_format.bits]
-            where = block if position is None else position
+                packed = [gpu.bits_of(word, self._valid_bits(i, position)) for i, word in enumerate(packed)]
             if codes.signed:
-                row.write_eight(words, 4 * self.row_words, where, planes, careful=position is not None)
-            for i, plane in enumerate([] if codes.signed else planes):
-                row.write_word(words, i, 4 * self.row_words, 4 * self.row_words * self.m, where, plane)
+                limit = None if position is None else self.blocks
+                row.write_eight(row_start, block if position is None else position, packed, limit)
+            else:
+                planes = transpose_to_planes(packed)[: codes.a_format.bits]
+                self._write_planes(row_start, block, position, planes)
             if codes.width == 8:
-                return [functools.reduce(lambda total, word: codes.add_byte_codes(word, total), packed, values[0])]
+                return [functools.reduce(lambda a, word: gpu.add_bytes(word, a, signed=codes.signed), packed, *values)]
             counts = [gpu.shift_left(gpu.count_ones(plane), i) for i, plane in enumerate(planes)]
-            return [functools.reduce(gpu.plus, counts, values[0])]
+            return [functools.reduce(gpu.plus, counts, *values)]
 
         wanted = self.blocks if codes.signed else self.row_words
         (total,) = row.over_blocks(visit, [gpu.int32(0)], wanted=wanted, partial=self.k % BLOCK != 0)
         return total
 
+    def _write_planes(self, row_start: Pointer, block: Value, position: Value | None, planes: list[Value]) -> None:
+        inside = contextlib.nullcontext() if position is None else gpu.when(gpu.less(position, self.row_words))
+        with inside:
+            start = gpu.advance(row_start, gpu.times(block if position is None else position, 4))
+            for i, plane in enumerate(planes):
+                gpu.store(gpu.advance_far(start, i, 4 * self.row_words * self.m), [plane])
+
     def _valid_bits(self, word: int, position: Value) -> Value:
         """Mask of a word's fields that are below k, in the block at a position."""
-        mask, last = gpu.int32(0xFFFFFFFF), gpu.int32(self.blocks - 1)
+        mask, last = gpu.int32(0xFFFFFFFF), self.blocks - 1
         if self.k % BLOCK:
             part = gpu.int32(self.code_words.valid_bits(word, self.k % BLOCK))
-            mask = gpu.choose(gpu.compare("eq", position, last), part, mask)
-        return gpu.choose(gpu.compare("sgt", position, last), gpu.int32(0), mask)
+            mask = gpu.choose(gpu.equal(position, last), part, mask)
+        return gpu.choose(gpu.less(position, last + 1), mask, gpu.int32(0))
 
 
 class _Source:
@@ -177,25 +186,24 @@ class _Source:
         high, low = self._row.over_blocks(widen, zeros, wanted=self._row.blocks)
         larger = functools.partial(gpu.extreme, "max", number)
         if number == "f32":
-            words = self._row.combine(larger, {_HIGH: high, _LOW: gpu.flip(low, 0x80000000)})
-            return tuple(gpu.as_float(word) for word in words)
+            words = self._row.combine(larger, {_HIGH: high, _LOW: gpu.flip_bits(low, 0x80000000)})
+            return gpu.as_float(words[0]), gpu.as_float(words[1])
         # Two numbers a word so far; from here the high one and minus the low one.
-        minus_low = gpu.flip(low, 0x80008000)
+        minus_low = gpu.flip_bits(low, 0x80008000)
         both = larger(gpu.pick_bytes(high, minus_low, 0x5410), gpu.pick_bytes(high, minus_low, 0x7632))
         (both,) = self._row.combine(larger, {_HIGH: both})
-        return tuple(gpu.expand(number, both))
+        high, minus_low = gpu.expand(number, both)
+        return high, minus_low
 
     def _reciprocal_rms(self) -> Value:
         """1 / sqrt(mean(x^2) + eps) in float32."""
-        quantizer = self._quantizer
 
         def add_squares(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            quarters = self._row.load_numbers(self._x, quantizer.number, block)
+            quarters = self._row.load_numbers(self._x, self._quantizer.number, block)
             sums = [functools.reduce(lambda total, x: gpu.fma(x, x, total), q, gpu.float32(0)) for q in quarters]
             total = tree(gpu.add, sums)
             if position is not None:
-                inside = gpu.compare("slt", position, gpu.int32(self._row.blocks))
-                total = gpu.choose(inside, total, gpu.float32(0))
+                total = gpu.choose(gpu.less(position, self._row.blocks), total, gpu.float32(0))
             return [gpu.add(values[0], total)]
 
         def add_words(a: Value, b: Value) -> Value:
@@ -203,8 +211,8 @@ class _Source:
 
         (total,) = self._row.over_blocks(add_squares, [gpu.float32(0)], wanted=self._row.blocks)
         (total,) = self._row.combine(add_words, {_SQUARES: gpu.as_word(total)})
-        mean = gpu.divide(gpu.as_float(total), gpu.float32(quantizer.k))
-        return gpu.rsqrt(gpu.add(mean, gpu.float32(quantizer.eps)))
+        mean = gpu.divide(gpu.as_float(total), gpu.float32(self._quantizer.k))
+        return gpu.rsqrt(gpu.add(mean, gpu.float32(self._quantizer.eps)))
 
 
 def _grid(code_words: CodeWords, high: Value, minus_low: Value) -> tuple[Value, Value, Value | None]:
@@ -215,13 +223,12 @@ def _grid(code_words: CodeWords, high: Value, minus_low: Value) -> tuple[Value, 
     else:
         half = gpu.float32(0.5)
         scale = gpu.divide(gpu.add(gpu.multiply(high, half), gpu.multiply(minus_low, half)), gpu.float32(top))
-    too_large = gpu.compare("ogt", scale, gpu.float32(LARGEST_SCALE))
-    scale = gpu.choose(too_large, gpu.float32(float("inf")), scale)
-    scale = gpu.choose(gpu.compare("olt", scale, gpu.float32(SMALLEST_SCALE)), zero, scale)
-    is_zero = gpu.compare("oeq", scale, zero)
-    half_steps = gpu.divide(gpu.float32(0.5), gpu.choose(is_zero, gpu.float32(1), scale))
-    half_steps = gpu.choose(is_zero, zero, half_steps)
+    scale = gpu.choose(gpu.is_greater(scale, LARGEST_SCALE), gpu.float32(float("inf")), scale)
+    vanishes = gpu.is_less(scale, SMALLEST_SCALE)
+    scale = gpu.choose(vanishes, zero, scale)
+    half_steps = gpu.divide(gpu.float32(0.5), gpu.choose(vanishes, gpu.float32(1), scale))
+    half_steps = gpu.choose(vanishes, zero, half_steps)
     if top == 1:
         return scale, half_steps, None
-    zero_code = gpu.floor(gpu.add(gpu.float32(0.5), gpu.multiply(minus_low, half_steps)))
-    return scale, half_steps, gpu.at_most(gpu.at_least(zero_code, 0), top)
+    zero_code = gpu.floor(gpu.fma(minus_low, half_steps, gpu.float32(0.5)))
+    return scale, half_steps, gpu.at_most(gpu.at_least(zero_code, 0.0), float(top))

@@ -1,10 +1,10 @@
-"""Hopper's warpgroup matrix instruction on packed words, binary or int8.
+"""Hopper's warpgroup matrix instruction on packed words: bits or bytes.
 
 `wgmma.mma_async` multiplies a 64-row tile with an n-row tile, both K-major in shared memory,
 32 bytes of K at a time, and adds to int32 registers:
 
-- "b1": popcount(x AND w) over 256 bits (`m64nNk256.s32.b1.b1.and.popc`);
-- "s8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`).
+- "planes": popcount(x AND w) over 256 bits (`m64nNk256.s32.b1.b1.and.popc`);
+- "int8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`).
 
 To the hardware's address generators both are the same, so tiles are uint32 words in either
 case: [rows, WORDS_PER_ROW], 128 bytes of K a row, in the 128-byte swizzle that TMA writes.
@@ -28,7 +28,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Int
 
-OperandKind = Literal["b1", "s8"]
+OperandKind = Literal["planes", "int8"]
 
 BYTES_PER_ROW = 128
 WORDS_PER_ROW = BYTES_PER_ROW // 4
@@ -37,7 +37,7 @@ _BYTES_PER_INSTRUCTION = 32
 _SWIZZLE_ROWS = 8
 
 # How many elements of K stand in one row of a tile.
-ELEMENTS_PER_ROW: dict[OperandKind, int] = {"b1": 8 * BYTES_PER_ROW, "s8": BYTES_PER_ROW}
+ELEMENTS_PER_ROW: dict[OperandKind, int] = {"planes": 8 * BYTES_PER_ROW, "int8": BYTES_PER_ROW}
 
 # Rows are as wide as the swizzle, so that no further tiling is needed, and none of its constraints
 # on the operands' sizes.
@@ -50,7 +50,7 @@ ACCUMULATOR = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
 )
 
-_MNEMONIC: dict[OperandKind, str] = {"b1": "k256.s32.b1.b1.and.popc", "s8": "k32.s32.s8.s8"}
+_MNEMONIC: dict[OperandKind, str] = {"planes": "k256.s32.b1.b1.and.popc", "int8": "k32.s32.s8.s8"}
 
 
 def zeros(m: int, n: int) -> Int[Array, "m n"]:
@@ -138,13 +138,14 @@ def _emulated_product(x_tile, w_tile, kind: OperandKind) -> Int[Array, "m n"]:
     # The hardware reads through the async proxy; to the race detector this was an ordinary read,
     # which the next TMA write would not be ordered after.
     plgpu.commit_smem()
-    if kind == "b1":
+    if kind == "planes":
         index = jax.lax.broadcasted_iota(jnp.uint32, (1, 1, 32), 2)
-        # A row sums at most 1024 ones: exact in float32, whose dot is the fast one on CPUs.
-        x, w = (((t[..., None] >> index) & 1).astype(jnp.float32).reshape(t.shape[0], -1) for t in (x, w))
-        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
-    x, w = (jax.lax.bitcast_convert_type(t, jnp.int8).reshape(t.shape[0], -1) for t in (x, w))
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        x, w = ((tile[..., None] >> index) & 1 for tile in (x, w))
+    else:
+        x, w = (jax.lax.bitcast_convert_type(tile, jnp.int8) for tile in (x, w))
+    # A row sums at most 1024 ones or 128 * 128^2: exact in float32, whose dot is the fast one on CPUs.
+    x, w = (tile.reshape(tile.shape[0], -1).astype(jnp.float32) for tile in (x, w))
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
 
 
 def _descriptor(tile: ir.Value) -> ir.Value:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
@@ -80,6 +81,13 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     total = _zeros(w.row_sums, x.shape[0])
     total, _ = jax.lax.scan(add_group, total, (x_groups, w_groups, w.scale.T, offsets))
     return epilogue.finish(total, None, bias, x.dtype)
+
+
+def plan(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+    """See `Backend.plan`."""
+    dot = "float dot of integer values" if a_format is None else "int8 dot of signed codes"
+    groups = "" if w.num_groups == 1 else f", one of each of {w.num_groups} groups"
+    return Plan(f"XLA's {dot}{groups}", "it runs everywhere")
 
 
 def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:

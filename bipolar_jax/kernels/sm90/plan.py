@@ -1,0 +1,82 @@
+"""Which kernel and tiling a product gets: the device's table where it knows the problem, else an estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.execution import interpret_params
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
+from bipolar_jax.kernels.sm90.tiling import CONSUMERS, Tiling
+from bipolar_jax.tuning.table import nearest_entry
+
+MULTIPROCESSORS = 132
+
+# Up to here the binary tensor cores, 8 times as fast as the int8 ones and with no expansion of the
+# weights, take no longer.
+MOST_BINARY_PAIRS = 8
+
+CANDIDATES = (
+    Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
+    Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
+    Tiling(128, 128, "alternate", slots=5, band=8, band_axis="n"),
+    Tiling(64, 192, "alternate", slots=5, band=8, band_axis="n"),
+    Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
+    Tiling(128, 64, "alternate", slots=6, band=8, band_axis="n"),
+    Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs.
+
+    Attributes:
+      kind: planes on the binary tensor cores ("planes") or bytes on the int8 ones ("int8").
+      tiling: shape of the work of one block.
+      reason: where the tiling comes from.
+    """
+
+    kind: OperandKind
+    tiling: Tiling
+    reason: str
+
+
+def plan_product(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
+    """The plan of x [m, k] times w [k, n]."""
+    pairs = a_format.bits * w_format.bits
+    kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
+    steps = -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)
+    if interpret_params() is None:
+        entry = nearest_entry(jax.devices()[0].device_kind, kind, m, n, steps)
+        if entry is not None:
+            return Choice(kind, Tiling(**entry["tiling"]), f"measured at {entry['shape']}")
+    tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
+    return Choice(kind, tiling, "estimated from tile sizes")
+
+
+def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:
+    """Cycles of the busiest block.
+
+    A step multiplies one 128-byte row of K. It takes as long as the slowest of: the tensor
+    cores (128 cycles for 64 x 256 x 32 bytes), reads of operands and writes of loads in shared
+    memory (128 bytes a cycle), and loads from L2 (64 bytes a cycle). Finishing a tile takes about
+    20 cycles for each of a thread's numbers, under the other consumer's steps if the schedule
+    alternates.
+    """
+    blocks_of_rows = tiling.tile_m // ROWS_PER_INSTRUCTION
+    multiply = blocks_of_rows * 2 * tiling.tile_n
+    loaded = (tiling.block_m + tiling.block_n) * BYTES_PER_ROW
+    alternate = tiling.schedule == "alternate"
+    share = loaded if alternate else loaded / CONSUMERS
+    read = blocks_of_rows * (ROWS_PER_INSTRUCTION + tiling.tile_n) * BYTES_PER_ROW
+    mainloop = steps * max(multiply, (read + share) / 128, share / 64)
+    epilogue = 20 * tiling.tile_m * tiling.tile_n / 128
+    tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
+    turns = math.ceil(tiles / MULTIPROCESSORS)
+    if not alternate:
+        return turns * (CONSUMERS * mainloop + epilogue)
+    return max(turns * mainloop, math.ceil(turns / CONSUMERS) * (mainloop + epilogue)) + epilogue

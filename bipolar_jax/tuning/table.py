@@ -1,0 +1,48 @@
+"""Reads the tables."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+from typing import Any
+
+# How far, in octaves over all three sizes together, a measured problem may be from the one asked for.
+_FARTHEST = 1.5
+
+
+def table_name(device_kind: str) -> str:
+    """The file that holds a device's table, such as "nvidia_h200.json" for "NVIDIA H200"."""
+    return device_kind.lower().replace(" ", "_") + ".json"
+
+
+@functools.cache
+def load_table(device_kind: str) -> dict[str, Any] | None:
+    """A device's table, or None where none is shipped."""
+    file = importlib.resources.files(__package__) / table_name(device_kind)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+@functools.cache
+def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> dict[str, Any] | None:
+    """The entry measured for the most similar product, or None if none is similar.
+
+    Args:
+      device_kind: as JAX names it.
+      kind: of operands, "b1" or "s8".
+      m: rows of the output.
+      n: its columns.
+      steps: length of the mainloop, in 128-byte rows of K over all pairs of planes.
+    """
+    table = load_table(device_kind)
+    if table is None:
+        return None
+
+    def distance(entry):
+        sizes = zip((m, n, steps), (entry["m"], entry["n"], entry["steps"]), strict=True)
+        return sum(abs(math.log2(asked / measured)) for asked, measured in sizes)
+
+    entries = [entry for entry in table["entries"] if entry["kind"] == kind]
+    nearest = min(entries, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= _FARTHEST else None
