@@ -48,7 +48,7 @@ class Backend(Protocol):
     ) -> Float[Array, "m n"]:
         """x times the dequantized w, accumulated in float32; output in x's dtype."""
 
-    def plan(self, m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+    def plan_matmul(self, m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
         """What the product of m rows with w would run; a_format None means float activations.
 
         Raises:

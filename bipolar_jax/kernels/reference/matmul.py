@@ -64,8 +64,8 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     return epilogue.finish(total, None, bias, x.dtype)
 
 
-def plan(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
-    """See `Backend.plan`."""
+def plan_matmul(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+    """See `Backend.plan_matmul`."""
     if a_format is None:
         return Plan("float32 matmul of dequantized weights", "the definition, for comparing with")
     return Plan(f"AND-popcount of {a_format.bits} x {w.bits} planes in jnp", "the definition, for comparing with")

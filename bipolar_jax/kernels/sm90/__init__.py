@@ -10,7 +10,7 @@ from types import ModuleType
 
 from bipolar_jax.kernels.sm90.execution import check_runnable
 
-__all__ = ["integer_matmul", "plan", "quantized_matmul", "weight_only_matmul"]
+__all__ = ["integer_matmul", "plan_matmul", "quantized_matmul", "weight_only_matmul"]
 
 
 def integer_matmul(codes, w, a_format):
@@ -28,9 +28,9 @@ def weight_only_matmul(x, w, bias):
     return _operations().weight_only_matmul(x, w, bias)
 
 
-def plan(m, w, a_format):
-    """See `operations.plan`."""
-    return _operations().plan(m, w, a_format)
+def plan_matmul(m, w, a_format):
+    """See `operations.plan_matmul`."""
+    return _operations().plan_matmul(m, w, a_format)
 
 
 def _operations() -> ModuleType:

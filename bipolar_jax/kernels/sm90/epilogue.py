@@ -30,12 +30,21 @@ class TokenTerms:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ColumnTerms:
-    """What the epilogue needs of each column of the output; None where there is nothing to apply."""
+    """What the epilogue needs of each column of the output; None where there is nothing to apply.
 
-    code_sums: Int[Array, " n"]
-    scale: Float[Array, " n"] | None
-    offset: Float[Array, " n"] | None
-    bias: Float[Array, " n"] | None
+    Attributes:
+      code_sums: of the column's codes, if it has one scale.
+      scale: that scale.
+      offset: of the column's numbers.
+      scaled_value_sums: sum over groups of scale times sum of values, if it has one scale a group.
+      bias: added last.
+    """
+
+    code_sums: Int[Array, " n"] | None = None
+    scale: Float[Array, " n"] | None = None
+    offset: Float[Array, " n"] | None = None
+    scaled_value_sums: Float[Array, " n"] | None = None
+    bias: Float[Array, " n"] | None = None
 
 
 def chunk_columns(dtype: jnp.dtype) -> int:
@@ -64,29 +73,61 @@ def finish(
     # is twice as fast as integer arithmetic.
     number = jnp.float32 if tokens.scale is not None and recovery.fits_float32 else jnp.int32
 
-    def load_row_term(ref):
-        return plgpu.load(ref, layout=_ALONG_ROWS, optimized=False)
-
-    def load_column_term(ref):
-        return plgpu.load(ref, layout=_ALONG_COLUMNS, optimized=False)
-
     def rows(vector):
         return lax.broadcast_in_dim(vector, shape, (0,))
 
     def cols(vector):
         return lax.broadcast_in_dim(vector, shape, (1,))
 
-    code_sums, zero_code = load_row_term(tokens.code_sums), load_row_term(tokens.zero_code)
-    value_sums = recovery.column_value_sums(load_column_term(columns.code_sums)).astype(number)
+    code_sums, zero_code = _load_row_term(tokens.code_sums), _load_row_term(tokens.zero_code)
+    value_sums = recovery.column_value_sums(_load_column_term(columns.code_sums)).astype(number)
     total = product.astype(number) * recovery.product_weight + rows(recovery.row_term(code_sums).astype(number))
     total = total + rows(recovery.column_weight(zero_code).astype(number)) * cols(value_sums)
     if tokens.scale is None:
         return total
-    y = total.astype(jnp.float32) * cols(load_column_term(columns.scale))
+    y = total.astype(jnp.float32) * cols(_load_column_term(columns.scale))
     if columns.offset is not None:
         x_sums = recovery.token_value_sums(code_sums, zero_code).astype(jnp.float32)
-        y = y + rows(x_sums) * cols(load_column_term(columns.offset))
-    y = y * rows(load_row_term(tokens.scale) * recovery.scale_factor)
+        y = y + rows(x_sums) * cols(_load_column_term(columns.offset))
+    y = y * rows(_load_row_term(tokens.scale) * recovery.scale_factor)
     if columns.bias is not None:
-        y = y + cols(load_column_term(columns.bias))
+        y = y + cols(_load_column_term(columns.bias))
     return y.astype(dtype)
+
+
+def scale_group(
+    acc: Int[Array, "tile_m tile_n"], total: Float[Array, "tile_m tile_n"], scale
+) -> Float[Array, "tile_m tile_n"]:
+    """Adds one group's integer sums times its columns' scales (a ref [tile_n] in shared memory)."""
+    sums = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(jnp.float32)
+    return total + sums * lax.broadcast_in_dim(_load_column_term(scale), sums.shape, (1,))
+
+
+def finish_grouped(
+    total: Float[Array, "tile_m width"],
+    recovery: Recovery,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    dtype: jnp.dtype,
+) -> Float[Array, "tile_m width"]:
+    """From a piece of the scaled sums of groups to the output's dtype.
+
+    y = s_x (sum_g s_g T_g weight + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
+    """
+    shape = total.shape
+    zero = recovery.column_weight(_load_row_term(tokens.zero_code)).astype(jnp.float32)
+    y = total * float(recovery.product_weight) + lax.broadcast_in_dim(zero, shape, (0,)) * lax.broadcast_in_dim(
+        _load_column_term(columns.scaled_value_sums), shape, (1,)
+    )
+    y = y * lax.broadcast_in_dim(_load_row_term(tokens.scale) * recovery.scale_factor, shape, (0,))
+    if columns.bias is not None:
+        y = y + lax.broadcast_in_dim(_load_column_term(columns.bias), shape, (1,))
+    return y.astype(dtype)
+
+
+def _load_row_term(ref) -> Array:
+    return plgpu.load(ref, layout=_ALONG_ROWS, optimized=False)
+
+
+def _load_column_term(ref) -> Array:
+    return plgpu.load(ref, layout=_ALONG_COLUMNS, optimized=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, inline_ptx, memref_ptr
@@ -50,7 +51,9 @@ def synchronize() -> None:
     mgpu.warpgroup_barrier()
 
 
-when = mgpu.when
+def when(condition: Value) -> AbstractContextManager:
+    """What is emitted within happens where the condition holds."""
+    return mgpu.when(condition)
 
 
 def repeat(count: int, values: list[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:

@@ -6,15 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
-from bipolar_jax.kernels.sm90.matmul import packed_matmul
+from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
-from bipolar_jax.kernels.sm90.plan import plan_product
+from bipolar_jax.kernels.sm90.plan import Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import quantize_and_pack
-from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.groups import group_lengths
 
 _NO_FLOAT = "float activations have no integer product: XLA's float dot serves them"
 
@@ -23,18 +26,18 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     """See `Backend.integer_matmul`.
 
     Raises:
-      NotImplementedError: w has groups.
+      NotImplementedError: w has groups, whose sums do not leave the chip.
     """
-    _check_served(w)
-    (m, k), n = codes.shape, w.planes.shape[-2]
-    choice = plan_product(m, n, k, a_format, w.format)
-    recovery = Recovery(choice.kind, a_format, w.format, k, with_zero=False)
+    if w.num_groups > 1:
+        raise NotImplementedError("the integer sums of groups do not leave the chip")
+    choice = _choose(codes.shape[0], w, a_format)
+    recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=False)
     code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
     product = packed_matmul(
         code_words(codes, a_format, choice.kind),
         weight_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
-        ColumnTerms(w.row_sums[:, 0], None, None, None),
+        ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
         choice.tiling,
         jnp.int32,
@@ -49,26 +52,23 @@ def quantized_matmul(
     """See `Backend.quantized_matmul`.
 
     Raises:
-      NotImplementedError: w has groups.
+      NotImplementedError: groups of other sizes than 32, 64 and multiples of 128, or with
+        offsets or 8-bit weights; rows too long to quantize on chip.
     """
-    _check_served(w)
-    (m, k), n = x.shape, w.planes.shape[-2]
-    choice = plan_product(m, n, k, a_format, w.format)
-    recovery = Recovery(choice.kind, a_format, w.format, k, with_zero=a_format.bits > 1)
+    _check_groups(w)
+    choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, interpret=interpret_params())
+    grouped = w.num_groups > 1
     return packed_matmul(
         tokens.words,
         weight_words(w, choice.kind),
         TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
-        ColumnTerms(
-            w.row_sums[:, 0],
-            w.scale[:, 0],
-            None if w.offset is None else w.offset[:, 0],
-            None if bias is None else bias.astype(jnp.float32),
-        ),
-        recovery,
+        _grouped_columns(w, bias) if grouped else _columns(w, bias),
+        Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1),
         choice.tiling,
         x.dtype,
+        group_size=w.group_size if grouped else None,
+        group_scales=w.scale.T if grouped else None,
         interpret=interpret_params(),
     )
 
@@ -82,12 +82,12 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     raise NotImplementedError(_NO_FLOAT)
 
 
-def plan(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
-    """See `Backend.plan`."""
+def plan_matmul(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+    """See `Backend.plan_matmul`."""
     if a_format is None:
         raise NotImplementedError(_NO_FLOAT)
-    _check_served(w)
-    choice = plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format)
+    _check_groups(w)
+    choice = _choose(m, w, a_format)
     if choice.kind == "planes":
         kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
     else:
@@ -95,6 +95,35 @@ def plan(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     return Plan(kernel, choice.reason, choice.tiling)
 
 
-def _check_served(w: BipolarArray) -> None:
-    if w.num_groups > 1:
-        raise NotImplementedError(f"groups of {w.group_size} are not served yet: only one scale a column")
+def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
+    return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, grouped=w.num_groups > 1)
+
+
+def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
+    return ColumnTerms(
+        code_sums=w.row_sums[:, 0],
+        scale=w.scale[:, 0],
+        offset=None if w.offset is None else w.offset[:, 0],
+        bias=None if bias is None else bias.astype(jnp.float32),
+    )
+
+
+def _grouped_columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
+    lengths = group_lengths(w.contracted_size, w.group_size)
+    value_sums = epilogue.value_sums(w.row_sums, w.format, lengths)
+    return ColumnTerms(
+        scaled_value_sums=jnp.sum(w.scale * value_sums, axis=-1),
+        bias=None if bias is None else bias.astype(jnp.float32),
+    )
+
+
+def _check_groups(w: BipolarArray) -> None:
+    if w.num_groups == 1:
+        return
+    if w.group_size not in GROUP_SIZES and w.group_size % BYTES_PER_ROW:
+        raise NotImplementedError(f"groups must have 32, 64 or a multiple of 128 elements, not {w.group_size}")
+    if w.offset is not None or not holds_values(w.format):
+        raise NotImplementedError(
+            f"groups are served without offsets and up to 7 bits, not {w.bits} bits "
+            f"with{'out' if w.offset is None else ''} offsets"
+        )

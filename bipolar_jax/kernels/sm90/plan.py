@@ -29,6 +29,14 @@ CANDIDATES = (
     Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
 )
 
+# With a float sum beside the accumulator, which halves the tile; both consumers multiply at all times.
+GROUPED_CANDIDATES = (
+    Tiling(64, 192, "split_m", slots=4, band=8, band_axis="n"),
+    Tiling(64, 128, "split_m", slots=5, band=8, band_axis="n"),
+    Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
+    Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -45,8 +53,14 @@ class Choice:
     reason: str
 
 
-def plan_product(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
-    """The plan of x [m, k] times w [k, n]."""
+def plan_product(
+    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, *, grouped: bool = False
+) -> Choice:
+    """The plan of x [m, k] times w [k, n], with one scale a column or one a group."""
+    if grouped:
+        steps = -(-k // ELEMENTS_PER_ROW["int8"])
+        tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
+        return Choice("int8", tiling, "estimated from tile sizes")
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)

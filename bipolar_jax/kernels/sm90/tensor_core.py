@@ -73,7 +73,16 @@ def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
     return barrier(acc)
 
 
-def accumulate(acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, emulate: bool) -> Int[Array, "m n"]:
+def accumulate(
+    acc: Int[Array, "m n"],
+    x_tile,
+    w_tile,
+    kind: OperandKind,
+    *,
+    part: tuple[int, int] = (0, 1),
+    fresh: bool = False,
+    emulate: bool,
+) -> Int[Array, "m n"]:
     """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
 
     Asynchronous: until `settle` (or a `wgmma_wait` that covers this group) neither may the
@@ -84,10 +93,14 @@ def accumulate(acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, emu
       x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
       w_tile: likewise [n, WORDS_PER_ROW].
       kind: what the words hold.
+      part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row.
+      fresh: starts from zero, whatever acc holds.
       emulate: compute it in interpret mode.
     """
+    steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // part[1]
+    first_step = part[0] * steps
     if emulate:
-        return acc + _emulated_product(x_tile, w_tile, kind)
+        return (0 if fresh else acc) + _emulated_product(x_tile, w_tile, kind, part)
 
     @plgpu.inline_mgpu(
         arg_types=(ACCUMULATOR, plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
@@ -100,7 +113,7 @@ def accumulate(acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, emu
         n = acc.shape[1]
         x_descriptor, w_descriptor = _descriptor(x_tile), _descriptor(w_tile)
         block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
-        for step in range(BYTES_PER_ROW // _BYTES_PER_INSTRUCTION):
+        for step in range(first_step, first_step + steps):
             for block in range(registers.shape[0]):
                 registers[block] = _wgmma(
                     registers[block],
@@ -108,6 +121,7 @@ def accumulate(acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, emu
                     _advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
                     n,
                     kind,
+                    add=not (fresh and step == first_step),
                 )
         nvvm.wgmma_commit_group_sync_aligned()
         return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
@@ -133,8 +147,11 @@ def _accumulator_type(acc: Array) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct(acc.shape, jnp.int32, layout=ACCUMULATOR)
 
 
-def _emulated_product(x_tile, w_tile, kind: OperandKind) -> Int[Array, "m n"]:
-    x, w = x_tile[...], w_tile[...]
+def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
+    words = WORDS_PER_ROW // part[1]
+    x, w = (
+        jax.lax.slice_in_dim(tile[...], part[0] * words, (part[0] + 1) * words, axis=1) for tile in (x_tile, w_tile)
+    )
     # The hardware reads through the async proxy; to the race detector this was an ordinary read,
     # which the next TMA write would not be ordered after.
     plgpu.commit_smem()
@@ -174,7 +191,9 @@ def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
     return llvm.add(descriptor, increment, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
-def _wgmma(registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind):
+def _wgmma(
+    registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind, *, add: bool
+) -> np.ndarray:
     """One instruction; `registers` are the n / 2 accumulators that a thread has of 64 rows."""
     i32 = ir.IntegerType.get_signless(32)
     vector_type = registers.flat[0].type
@@ -189,10 +208,10 @@ def _wgmma(registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value
         f"{{{outputs}}}, {x_operand}, {w_operand}, p; }}\n"
     )
     constraints = ",".join(["=r"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
-    one = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 1)).result
+    add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(add))).result
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),
-        [*registers.flat, x_descriptor, w_descriptor, one],
+        [*registers.flat, x_descriptor, w_descriptor, add_flag],
         ptx,
         constraints,
         asm_dialect=0,

@@ -56,33 +56,34 @@ class Tiling:
     def cluster_size(self) -> int:
         return self.cluster_m * self.cluster_n
 
-    @property
-    def staging_slots(self) -> int:
-        """Pieces of output that a consumer has on their way to memory at a time."""
+    def staging_slots(self, scale_rows: int = 0) -> int:
+        """Pieces of output that a consumer has on their way to memory at a time: as many as fit."""
         pieces = self.tile_m * self.tile_n * 2 // (ROWS_PER_INSTRUCTION * BYTES_PER_ROW)
-        fitting = [slots for slots in range(1, pieces + 1) if self._shared_memory_bytes(slots) <= SHARED_MEMORY_BYTES]
-        return max(fitting, default=1)
+        fits = (self.shared_memory_bytes(scale_rows, n) <= SHARED_MEMORY_BYTES for n in range(1, pieces + 1))
+        return max(1, sum(fits))
 
-    @property
-    def shared_memory_bytes(self) -> int:
-        """Bytes of shared memory of one block."""
-        return self._shared_memory_bytes(self.staging_slots)
-
-    def _shared_memory_bytes(self, staging_slots: int) -> int:
-        operands = self.slots * (self.block_m + self.block_n) * BYTES_PER_ROW
+    def shared_memory_bytes(self, scale_rows: int = 0, staging_slots: int = 1) -> int:
+        """Bytes of shared memory of one block, with so many group scales a slot and column."""
+        slots = self.slots * ((self.block_m + self.block_n) * BYTES_PER_ROW + scale_rows * self.block_n * 4)
         staging = CONSUMERS * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
         tiles_at_a_time = CONSUMERS if self.schedule == "alternate" else 1
         terms = tiles_at_a_time * (3 * self.block_m + 4 * self.block_n) * 4
-        return operands + staging + terms
+        return slots + staging + terms
 
-    def check(self) -> None:
-        """Raises ValueError unless a block of this shape fits the hardware."""
+    def check(self, scale_rows: int = 0) -> None:
+        """Raises ValueError unless a block of this shape fits the hardware.
+
+        Args:
+          scale_rows: group scales in a slot, for each column; there is a float sum beside the
+            accumulator if there are any.
+        """
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
-        if self.tile_m * self.tile_n > 64 * 384:
+        if self.tile_m * self.tile_n * (2 if scale_rows else 1) > 64 * 384:
             raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")
-        if self.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
+        needed = self.shared_memory_bytes(scale_rows)
+        if self.slots < 2 or needed > SHARED_MEMORY_BYTES:
             raise ValueError(
-                f"{self} takes {self.shared_memory_bytes} bytes of shared memory of "
-                f"{SHARED_MEMORY_BYTES}: use fewer slots or smaller tiles, and at least 2 slots"
+                f"{self} takes {needed} bytes of shared memory of {SHARED_MEMORY_BYTES}: "
+                "use fewer slots or smaller tiles, and at least 2 slots"
             )

@@ -1,0 +1,178 @@
+"""The warpgroups that multiply and finish tiles."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90 import tensor_core
+from bipolar_jax.kernels.sm90.epilogue import finish, finish_grouped, scale_group
+from bipolar_jax.kernels.sm90.work import Work
+
+
+def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty, terms_full, terms_empty):
+    """Multiplies and finishes this consumer's tiles; see `producer.produce` for what it shares with it."""
+    tiling = work.tiling
+    me = lax.axis_index("warpgroup")
+    # This consumer's part of a block's tile.
+    rows = pl.ds(me * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
+    columns = pl.ds(me * tiling.tile_n if tiling.schedule == "split_n" else 0, tiling.tile_n)
+    first = me if work.tiles_at_a_time > 1 else 0
+    total_steps = work.my_tiles() * work.steps_per_tile
+
+    def release(step, slot):
+        """Lets the producer refill the slot, if it will: nobody must arrive on a block that is gone."""
+
+        @pl.when(step + tiling.slots < total_steps)
+        def _():
+            plgpu.barrier_arrive(empty.at[slot])
+
+    def operands(slot):
+        return tiles[0].at[slot, rows], tiles[1].at[slot, columns]
+
+    mainloop = _sum_pairs if group_scales is None else _sum_groups
+
+    def tile(turn, carry):
+        index = first + turn * work.tiles_at_a_time
+        step = index * work.steps_per_tile
+        total = mainloop(
+            work,
+            step,
+            lax.rem(step, tiling.slots),
+            wait=lambda slot: plgpu.barrier_wait(full.at[work.full_barrier(index, slot)]),
+            operands=operands,
+            scales=lambda slot: group_scales.at[slot, :, columns],
+            release=release,
+        )
+        with jax.named_scope("epilogue"):
+            m_start, n_start = work.origin(index)
+            buffer = work.buffer(index)
+            plgpu.barrier_wait(terms_full.at[buffer])
+            _store(
+                work,
+                total,
+                [
+                    jax.tree.map(lambda ref, part=part: ref.at[buffer, part], some)
+                    for some, part in zip(terms, (rows, columns), strict=True)
+                ],
+                staging.at[me],
+                out.at[pl.ds(m_start + rows.start, rows.size), pl.ds(n_start + columns.start, columns.size)],
+            )
+
+            @pl.when(index + work.tiles_at_a_time < work.my_tiles())
+            def _():
+                plgpu.barrier_arrive(terms_empty.at[buffer])
+
+        return carry
+
+    my_turns = (work.my_tiles() - first + work.tiles_at_a_time - 1) // work.tiles_at_a_time
+    lax.fori_loop(0, my_turns, tile, ())
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
+    """The sum over all plane pairs and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule."""
+    del scales
+    emulate = work.emulate
+    acc = tensor_core.zeros(work.tiling.tile_m, work.tiling.tile_n)
+    for shift, pairs in work.recovery.pair_groups():
+        acc = tensor_core.begin(acc << shift if shift else acc, emulate=emulate)
+
+        def multiply(position, carry):
+            acc, step, slot, previous = carry
+            wait(slot)
+            acc = tensor_core.accumulate(acc, *operands(slot), work.recovery.kind, emulate=emulate)
+            # All but the group just issued are done, and the slot they read is free.
+            plgpu.wgmma_wait(1)
+
+            @pl.when(position > 0)
+            def _():
+                release(step - 1, previous)
+
+            return acc, step + 1, work.next_slot(slot), slot
+
+        with jax.named_scope("mainloop"):
+            acc, step, slot, last = lax.fori_loop(0, len(pairs) * work.k_blocks, multiply, (acc, step, slot, slot))
+            acc = tensor_core.settle(acc, emulate=emulate)
+            release(step - 1, last)
+    return acc
+
+
+def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
+    """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n].
+
+    While this consumer scales, the other one's products keep the tensor cores busy.
+    """
+    emulate = work.emulate
+    shape = (work.tiling.tile_m, work.tiling.tile_n)
+    acc = tensor_core.begin(tensor_core.zeros(*shape), emulate=emulate)
+    total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+    def group(_, carry):
+        acc, total, step, slot = carry
+        for position in range(work.steps_per_group):
+            wait(slot)
+            for part in range(work.groups_per_step):
+                acc = tensor_core.accumulate(
+                    acc,
+                    *operands(slot),
+                    work.recovery.kind,
+                    part=(part, work.groups_per_step),
+                    fresh=position == 0,
+                    emulate=emulate,
+                )
+                acc = tensor_core.settle(acc, emulate=emulate)
+                if position == work.steps_per_group - 1:
+                    total = scale_group(acc, total, scales(slot).at[part])
+            # Scales were read by ordinary loads, which the next TMA write must come after.
+            plgpu.commit_smem()
+            release(step, slot)
+            step, slot = step + 1, work.next_slot(slot)
+        return acc, total, step, slot
+
+    with jax.named_scope("mainloop"):
+        _, total, _, _ = lax.fori_loop(0, work.k_blocks // work.steps_per_group, group, (acc, total, step, slot))
+    return total
+
+
+def _store(work: Work, total, terms, staging, out):
+    """Finishes a tile piece by piece, 64 rows of 128 bytes each.
+
+    Args:
+      work: the static side.
+      total: [tile_m, tile_n], what the mainloop summed.
+      terms: of tokens and columns, refs [tile_m] and [tile_n] in shared memory.
+      staging: [slots, 64, width] in shared memory.
+      out: [tile_m, tile_n] in memory.
+    """
+    tile_m, tile_n = total.shape
+    slots, height, width = staging.shape
+    tokens, columns = terms
+    pieces = [pl.ds(row, height) for row in range(0, tile_m, height)]
+    # Pieces of a column share barriers where that leaves room for as many on their way.
+    batch = len(pieces) if slots >= 2 * len(pieces) else 1
+    slot = 0
+    for column in range(0, tile_n, width):
+        chunk = pl.ds(column, width)
+        # finished: [tile_m, width]; all rows at once, so that column terms are read once.
+        finished = (finish if work.group_size is None else finish_grouped)(
+            plgpu.layout_cast(lax.slice(total, (0, column), (tile_m, column + width)), plgpu.Layout.WGMMA),
+            work.recovery,
+            tokens,
+            jax.tree.map(lambda ref, chunk=chunk: ref.at[chunk], columns),
+            work.dtype,
+        )
+        for some in itertools.batched(pieces, batch):
+            # What was in these slots must have been read.
+            plgpu.wait_smem_to_gmem(slots - batch, wait_read_only=True)
+            for i, piece in enumerate(some):
+                staging[(slot + i) % slots] = lax.slice(finished, (piece.start, 0), (piece.start + height, width))
+            plgpu.commit_smem()
+            for i, piece in enumerate(some):
+                plgpu.copy_smem_to_gmem(staging.at[(slot + i) % slots], out.at[piece, chunk])
+            slot += batch

@@ -1,0 +1,115 @@
+"""The static side of one product: sizes, order of tiles, who does which."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.tiling import CONSUMERS, Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the warpgroups of a kernel agree on.
+
+    Attributes:
+      m: rows of the output.
+      n: its columns.
+      recovery: how planes make products.
+      tiling: shape of the work of a block.
+      dtype: of the output.
+      max_clusters: clusters of blocks that the device holds at a time.
+      group_size: elements of K that share a scale, or None.
+      emulate: whether this is interpret mode.
+    """
+
+    m: int
+    n: int
+    recovery: Recovery
+    tiling: Tiling
+    dtype: jnp.dtype
+    max_clusters: int
+    group_size: int | None
+    emulate: bool
+
+    @property
+    def groups_per_step(self) -> int:
+        """Scales that belong to one 128-byte row of K."""
+        return 1 if self.group_size is None else max(1, BYTES_PER_ROW // self.group_size)
+
+    @property
+    def scale_rows(self) -> int:
+        """Group scales in a slot, for each column."""
+        return 0 if self.group_size is None else self.groups_per_step
+
+    @property
+    def steps_per_group(self) -> int:
+        """128-byte rows of K that share a scale; 1 where several groups share a row."""
+        return 1 if self.group_size is None else max(1, self.group_size // BYTES_PER_ROW)
+
+    @property
+    def k_blocks(self) -> int:
+        """Steps of one pass over K, in whole groups; the loads fill up with zeros."""
+        elements = ELEMENTS_PER_ROW[self.recovery.kind]
+        return -(-self.recovery.k // (elements * self.steps_per_group)) * self.steps_per_group
+
+    @property
+    def steps_per_tile(self) -> int:
+        return self.k_blocks * self.recovery.num_pairs
+
+    @property
+    def _tile_grid(self) -> tuple[int, int]:
+        """Output tiles along m and n, in units of what a cluster does together."""
+        tiling = self.tiling
+        return -(-self.m // (tiling.block_m * tiling.cluster_m)), -(-self.n // (tiling.block_n * tiling.cluster_n))
+
+    @property
+    def tiles(self) -> int:
+        return self._tile_grid[0] * self._tile_grid[1]
+
+    @property
+    def clusters(self) -> int:
+        return min(self.max_clusters, self.tiles)
+
+    @property
+    def tiles_at_a_time(self) -> int:
+        """Tiles of a block that are in progress."""
+        return CONSUMERS if self.tiling.schedule == "alternate" else 1
+
+    @property
+    def consumers_of_tile(self) -> int:
+        return CONSUMERS // self.tiles_at_a_time
+
+    def my_tiles(self):
+        """How many tiles this cluster has: number cluster, cluster + clusters, ..."""
+        return (self.tiles - lax.axis_index("cluster") + self.clusters - 1) // self.clusters
+
+    def origin(self, index):
+        """First row and column of this block's part of the cluster's index-th tile."""
+        tiling = self.tiling
+        m_tile, n_tile = plgpu.planar_snake(
+            lax.axis_index("cluster") + index * self.clusters,
+            self._tile_grid,
+            minor_dim=0 if tiling.band_axis == "m" else 1,
+            tile_width=tiling.band,
+        )
+        return (
+            (m_tile * tiling.cluster_m + lax.axis_index("cluster_m")) * tiling.block_m,
+            (n_tile * tiling.cluster_n + lax.axis_index("cluster_n")) * tiling.block_n,
+        )
+
+    def next_slot(self, slot):
+        return lax.select(slot + 1 == self.tiling.slots, 0, slot + 1)
+
+    def buffer(self, index):
+        """Which of the tiles in progress the index-th is."""
+        return lax.rem(index, self.tiles_at_a_time)
+
+    def full_barrier(self, index, slot):
+        """Barriers count the phases that each waiter saw, so consumers of alternate tiles have their own."""
+        return self.buffer(index) * self.tiling.slots + slot
