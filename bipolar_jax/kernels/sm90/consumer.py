@@ -14,6 +14,8 @@ from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.epilogue import finish, finish_grouped, scale_group
 from bipolar_jax.kernels.sm90.work import Work
 
+_ROOMY_TILE = 128 * 128  # up to here a consumer has as many registers for its epilogue as for the accumulator
+
 
 def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty, terms_full, terms_empty):
     """Multiplies and finishes this consumer's tiles; see `producer.produce` for what it shares with it."""
@@ -25,12 +27,13 @@ def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty
     first = me if work.tiles_at_a_time > 1 else 0
     total_steps = work.my_tiles() * work.steps_per_tile
 
-    def release(step, slot):
-        """Lets the producer refill the slot, if it will: nobody must arrive on a block that is gone."""
+    def release(step, slot, *, only_if=True):
+        """Lets the producer refill the slot, if it will: nobody must arrive on a block that is gone.
 
-        @pl.when(step + tiling.slots < total_steps)
-        def _():
-            plgpu.barrier_arrive(empty.at[slot])
+        Predicated, not branched over: LLVM would peel a loop whose first turn differs, and the copies
+        cost registers.
+        """
+        plgpu.barrier_arrive(empty.at[slot], predicate=(step + tiling.slots < total_steps) & only_if)
 
     def operands(slot):
         return tiles[0].at[slot, rows], tiles[1].at[slot, columns]
@@ -89,11 +92,7 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
             acc = tensor_core.accumulate(acc, *operands(slot), work.recovery.kind, emulate=emulate)
             # All but the group just issued are done, and the slot they read is free.
             plgpu.wgmma_wait(1)
-
-            @pl.when(position > 0)
-            def _():
-                release(step - 1, previous)
-
+            release(step - 1, previous, only_if=position > 0)
             return acc, step + 1, work.next_slot(slot), slot
 
         with jax.named_scope("mainloop"):
@@ -153,26 +152,29 @@ def _store(work: Work, total, terms, staging, out):
     tile_m, tile_n = total.shape
     slots, height, width = staging.shape
     tokens, columns = terms
-    pieces = [pl.ds(row, height) for row in range(0, tile_m, height)]
-    # Pieces of a column share barriers where that leaves room for as many on their way.
-    batch = len(pieces) if slots >= 2 * len(pieces) else 1
+    # All rows at once read the columns' terms once, but need registers for all their numbers.
+    rows_at_once = tile_m if tile_m * tile_n <= _ROOMY_TILE else height
+    # Pieces share barriers where that leaves room for as many on their way.
+    batch = rows_at_once // height if slots >= 2 * (rows_at_once // height) else 1
     slot = 0
-    for column in range(0, tile_n, width):
+    for column, row in itertools.product(range(0, tile_n, width), range(0, tile_m, rows_at_once)):
         chunk = pl.ds(column, width)
-        # finished: [tile_m, width]; all rows at once, so that column terms are read once.
+        # finished: [rows_at_once, width]
         finished = (finish if work.group_size is None else finish_grouped)(
-            plgpu.layout_cast(lax.slice(total, (0, column), (tile_m, column + width)), plgpu.Layout.WGMMA),
+            plgpu.layout_cast(
+                lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
+            ),
             work.recovery,
-            tokens,
+            jax.tree.map(lambda ref, row=row: ref.at[pl.ds(row, rows_at_once)], tokens),
             jax.tree.map(lambda ref, chunk=chunk: ref.at[chunk], columns),
             work.dtype,
         )
-        for some in itertools.batched(pieces, batch):
+        for pieces in itertools.batched(range(0, rows_at_once, height), batch):
             # What was in these slots must have been read.
             plgpu.wait_smem_to_gmem(slots - batch, wait_read_only=True)
-            for i, piece in enumerate(some):
-                staging[(slot + i) % slots] = lax.slice(finished, (piece.start, 0), (piece.start + height, width))
+            for i, piece in enumerate(pieces):
+                staging[(slot + i) % slots] = lax.slice(finished, (piece, 0), (piece + height, width))
             plgpu.commit_smem()
-            for i, piece in enumerate(some):
-                plgpu.copy_smem_to_gmem(staging.at[(slot + i) % slots], out.at[piece, chunk])
+            for i, piece in enumerate(pieces):
+                plgpu.copy_smem_to_gmem(staging.at[(slot + i) % slots], out.at[pl.ds(row + piece, height), chunk])
             slot += batch

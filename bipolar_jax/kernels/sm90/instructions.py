@@ -77,12 +77,6 @@ def exchange(word: Value, distance: int) -> Value:
     return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
 
 
-def sum_over_warp(number: Value) -> Value:
-    """The sum of int32 over a warp, in every lane."""
-    ptx = "redux.sync.add.s32 $0, $1, -1;"
-    return inline_ptx(ptx, number, result_types=i32_type(), has_side_effects=True, convergent=True)
-
-
 # Integers and bits.
 
 

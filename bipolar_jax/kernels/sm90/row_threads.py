@@ -1,8 +1,8 @@
 """How the threads of a warpgroup share a row of activations in shared memory.
 
-A row belongs to the 32 threads of a warp or to all 128. Each takes blocks of 32 numbers, which
-make one word of every bit plane; neighbours take neighbouring blocks, so that a warp writes 128
-bytes of a plane at once.
+A row belongs to all 128 threads, to the 32 of a warp, or to 8. Each takes blocks of 32 numbers,
+which make one word of every bit plane; neighbours take neighbouring blocks, so that they write
+neighbouring words.
 
 Blocks of 16-bit numbers are 64 bytes apart: were all threads to load the same 16 bytes of their
 blocks, they would meet in the same banks. So each loads the quarters of its block in an order
@@ -12,6 +12,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
@@ -19,7 +20,6 @@ from bipolar_jax.kernels.sm90.instructions import Pointer, Value
 
 BLOCK = 32
 WARP, WARPGROUP = 32, 128
-WARPS = WARPGROUP // WARP
 _UNROLLED = 2  # times around a loop over blocks
 
 # A visit to a block: its index, its position or None, and the values carried; returns the new values.
@@ -48,32 +48,33 @@ class RowThreads:
       swizzle: quarter i of a block, in the order of loading, is quarter i ^ swizzle.
     """
 
-    def __init__(self, blocks: int, threads: int, first_row: Value, scratch: Value):
+    def __init__(self, m: int, blocks: int, threads: int, first_row: Value, scratch: Value):
         """One of the slot's rows.
 
         Args:
+          m: rows of the whole array; what a slot has beyond them is never written.
           blocks: in a row.
-          threads: that share a row, WARP or WARPGROUP.
+          threads: that share a row, a power of two.
           first_row: of the slot, int32.
           scratch: int32 in shared memory, of the warpgroup's own.
         """
         in_group = gpu.thread_in_warpgroup()
         self.blocks, self._threads = blocks, threads
         self._lane = gpu.bits_of(in_group, WARP - 1)
-        self._warp = gpu.shift_right(in_group, 5)
+        self._warp = gpu.shift_right(in_group, WARP.bit_length() - 1)
         self._scratch = gpu.pointer(scratch, gpu.SHARED)
         self.swizzle = gpu.bits_of(gpu.shift_right(self._lane, 1), 3)
-        if threads == WARP:
-            self._thread, self.index = self._lane, gpu.plus(first_row, self._warp)
-        else:
-            self._thread, self.index = in_group, first_row
+        self._thread = gpu.bits_of(in_group, threads - 1)
+        self._row_in_slot = gpu.shift_right(in_group, threads.bit_length() - 1)
+        self.index = gpu.plus(first_row, self._row_in_slot)
+        self._exists = gpu.less(self.index, m) if m % (WARPGROUP // threads) else None
 
     def start_in_slot(self, slot: Value, number: str) -> Pointer:
         """Where in the slot the row begins."""
         start = gpu.pointer(slot, gpu.SHARED)
         if self._threads == WARPGROUP:
             return start
-        return gpu.advance(start, gpu.times(self._warp, self.blocks * block_bytes(number)))
+        return gpu.advance(start, gpu.times(self._row_in_slot, self.blocks * block_bytes(number)))
 
     def load(self, start: Pointer, number: str, block: Value) -> list[list[Value]]:
         """Words of a block, a quarter (8 numbers) at a time, in this thread's order."""
@@ -108,34 +109,50 @@ class RowThreads:
             return values
         position = gpu.plus(self._thread, full * self._threads)
         block = gpu.smaller(position, self.blocks - 1)
+        if self._threads <= WARP:
+            return visit(block, position, values)
         # Whole warps, since lanes exchange words.
         first_of_warp = gpu.flip_bits(position, self._lane)
         return gpu.update_if(gpu.less(first_of_warp, wanted), values, lambda: visit(block, position, values))
 
-    def share(self, place: int, word: Value) -> None:
-        """Writes a warp's word to the scratch, where the others find it after a barrier."""
-        with gpu.when(gpu.equal(self._lane, 0)):
-            gpu.store(gpu.advance(self._scratch, gpu.times(gpu.plus(self._warp, place), 4)), [word])
-
-    def shared(self, place: int) -> list[Value]:
-        """What the warps shared."""
-        return gpu.load(gpu.advance(self._scratch, 4 * place), WARPS)
-
     def combine(self, combine: Callable[[Value, Value], Value], words: dict[int, Value]) -> list[Value]:
-        """Each word combined over the threads of the row; the keys are places in the scratch."""
-        for distance in (16, 8, 4, 2, 1):
+        """Each word combined over the threads of the row; the keys are places in the scratch.
+
+        A warpgroup's threads wait for each other.
+        """
+        distance = min(self._threads, WARP) // 2
+        while distance:
             words = {place: combine(word, gpu.exchange(word, distance)) for place, word in words.items()}
+            distance //= 2
         if self._threads == WARPGROUP:
-            for place, word in words.items():
-                self.share(place, word)
+            with gpu.when(gpu.equal(self._lane, 0)):
+                for place, word in words.items():
+                    gpu.store(gpu.advance(self._scratch, gpu.times(gpu.plus(self._warp, place), 4)), [word])
             gpu.synchronize()
-            words = {place: tree(combine, self.shared(place)) for place in words}
+            words = {
+                place: tree(combine, gpu.load(gpu.advance(self._scratch, 4 * place), WARPGROUP // WARP))
+                for place in words
+            }
         return list(words.values())
+
+    def leave(self) -> None:
+        """After it the slot may be filled anew; a warpgroup with one row has waited in `combine`."""
+        if self._threads < WARPGROUP:
+            gpu.synchronize()
 
     def write(self, vector: Value, word: Value) -> None:
         """Writes the row's element of a vector in global memory, from one thread."""
+        start = gpu.advance_far(gpu.pointer(vector, gpu.GLOBAL), self.index, 4)
         with gpu.when(gpu.equal(self._thread, 0)):
-            gpu.store(gpu.advance_far(gpu.pointer(vector, gpu.GLOBAL), self.index, 4), [word])
+            self._store(start, [word], None)
+
+    def write_planes(self, row_start: Pointer, position: Value, planes: list[Value], stride: int, limit: int | None):
+        """Writes a word of every plane, `stride` bytes apart, at a position of the row that is below the limit."""
+        start = gpu.advance(row_start, gpu.times(position, 4))
+        for i, plane in enumerate(planes):
+            self._store(
+                gpu.advance_far(start, i, stride), [plane], None if limit is None else gpu.less(position, limit)
+            )
 
     def write_eight(self, row_start: Pointer, position: Value, eight: list[Value], limit: int | None) -> None:
         """Writes 8 words for each position of a row in global memory that is below the limit.
@@ -153,8 +170,13 @@ class RowThreads:
         )
         start = gpu.advance(row_start, gpu.plus(gpu.times(even_position, 32), gpu.times(odd_lane, 16)))
         for i, half in enumerate(halves):
-            if limit is None:
-                gpu.store(gpu.advance(start, 32 * i), half)
-            else:
-                with gpu.when(gpu.less(gpu.plus(even_position, i), limit)):
-                    gpu.store(gpu.advance(start, 32 * i), half)
+            inside = None if limit is None else gpu.less(gpu.plus(even_position, i), limit)
+            self._store(gpu.advance(start, 32 * i), half, inside)
+
+    def _store(self, at: Pointer, words: list[Value], inside: Value | None) -> None:
+        """Writes words of the row, if it exists, where it is inside."""
+        with contextlib.ExitStack() as conditions:
+            for condition in (self._exists, inside):
+                if condition is not None:
+                    conditions.enter_context(gpu.when(condition))
+            gpu.store(at, words)

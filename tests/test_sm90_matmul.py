@@ -1,0 +1,287 @@
+"""The Hopper products: exact in Pallas' interpret mode, with no races, and compiled for the chip without spills."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sm90_compile
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import bipolar_jax as bj
+from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.execution import interpreted
+from bipolar_jax.kernels.sm90.matmul import packed_matmul
+from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
+from bipolar_jax.kernels.sm90.plan import CANDIDATES, GROUPED_CANDIDATES, estimated_cycles, plan_product
+from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tiling import Tiling
+from bipolar_jax.packing.words import pack_codes
+from tests.test_kernels_integer import A_FORMATS, W_FORMATS, codes_with_extremes, expected_product, packed
+
+SMALL = Tiling(64, 64, slots=3)
+
+
+@pytest.fixture(autouse=True)
+def clean_interpreter():
+    yield
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def detecting_races() -> plgpu.InterpretGPUParams:
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def no_races() -> bool:
+    return not interpret_pallas_call.get_races().races_found
+
+
+def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
+
+
+def operand(codes: np.ndarray, fmt: BipolarFormat, kind: str, *, weights: bool = False):
+    if weights and kind == "int8":
+        return expand_planes(pack_codes(jnp.asarray(codes), fmt), fmt)
+    return code_words(jnp.asarray(codes), fmt, kind)
+
+
+def code_sums(codes: np.ndarray):
+    return jnp.asarray(codes.sum(axis=1, dtype=np.int32))
+
+
+def integer_product(x, a_format, w, w_format, kind, tiling, blocks):
+    zeros = jnp.zeros(x.shape[0], jnp.int32)
+    return packed_matmul(
+        operand(x, a_format, kind),
+        operand(w, w_format, kind, weights=True),
+        TokenTerms(code_sums(x), zeros, None),
+        ColumnTerms(code_sums=code_sums(w)),
+        Recovery(kind, a_format, w_format, x.shape[1], with_zero=False),
+        tiling,
+        jnp.int32,
+        blocks=blocks,
+        interpret=detecting_races(),
+    )
+
+
+@pytest.mark.parametrize("w_format", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
+@pytest.mark.parametrize("a_format", A_FORMATS, ids=lambda fmt: f"A{fmt.name}")
+def test_every_pair_is_exact(a_format, w_format):
+    """K crosses a word, a row of bytes and a row of bits of no whole length."""
+    k = 70
+    x, w = codes_with_extremes(a_format, 3, k, seed=1), codes_with_extremes(w_format, 5, k, seed=2)
+    with interpreted(detecting_races()):
+        product = sm90.integer_matmul(jnp.asarray(x), packed(w, w_format, None), a_format)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None))
+    assert no_races()
+
+
+@pytest.mark.parametrize("schedule", ["split_m", "split_n", "alternate"])
+@pytest.mark.parametrize(("cluster_m", "cluster_n"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_m, cluster_n):
+    """More tiles than blocks, more steps than slots, ragged in every direction, two pairs of one weight."""
+    tiling = Tiling(64, 64, schedule, slots=2, cluster_m=cluster_m, cluster_n=cluster_n, band=2, band_axis="m")
+    a_format, w_format = BipolarFormat(1), TERNARY
+    x, w = random_codes(a_format, 300, 1100, 0), random_codes(w_format, 210, 1100, 1)
+    product = integer_product(x, a_format, w, w_format, "planes", tiling, blocks=2 * tiling.cluster_size)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
+    assert no_races()
+
+
+@pytest.mark.parametrize("kind", ["planes", "int8"])
+@pytest.mark.parametrize(("tile_m", "tile_n"), [(128, 192), (64, 256), (128, 64)])
+def test_every_kind_of_operand_and_tile_is_exact(kind, tile_m, tile_n):
+    a_format, w_format = BipolarFormat(3), BipolarFormat(2)
+    x, w = random_codes(a_format, 150, 200, 0), random_codes(w_format, 270, 200, 1)
+    product = integer_product(x, a_format, w, w_format, kind, Tiling(tile_m, tile_n, "alternate", slots=3), blocks=2)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
+    assert no_races()
+
+
+def test_horners_rule_adds_every_pair_with_its_weight():
+    for a_format, w_format in itertools.product(A_FORMATS, W_FORMATS):
+        weights, total = {}, 0
+        for shift, pairs in Recovery("planes", a_format, w_format, 1, with_zero=False).pair_groups():
+            weights = {pair: weight << shift for pair, weight in weights.items()} | dict.fromkeys(pairs, 1)
+            total += len(pairs)
+        expected = {
+            (i, j): p * q
+            for (i, p), (j, q) in itertools.product(
+                enumerate(a_format.plane_weights), enumerate(w_format.plane_weights)
+            )
+        }
+        assert weights == expected
+        assert total == len(expected)
+
+
+@pytest.mark.parametrize("fmt", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
+def test_bytes_of_weights_are_values_or_signed_codes(fmt):
+    codes = random_codes(fmt, 4, 64, 0)
+    codes[0, : fmt.max_value + 1] = np.arange(min(64, fmt.max_value + 1))
+    expected = np.asarray(fmt.values(jnp.asarray(codes)) if fmt.max_value < 128 else fmt.signed_codes(codes))
+    words = np.asarray(expand_planes(pack_codes(jnp.asarray(codes), fmt), fmt))
+    # Byte t of word 8 B + j is element 32 B + 8 t + j.
+    in_order = words.view(np.int8).reshape(4, 2, 8, 4).swapaxes(2, 3).reshape(4, 64)
+    np.testing.assert_array_equal(in_order, expected)
+
+
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "group_size", "offset", "dtype"),
+    [
+        (1, 1, None, True, jnp.float32),
+        (2, 3, None, False, jnp.bfloat16),
+        (4, 8, None, True, jnp.float16),
+        (8, 8, None, False, jnp.bfloat16),
+        (4, 8, 128, False, jnp.float32),
+    ],
+)
+def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dtype):
+    rng = np.random.default_rng(w_bits)
+    calibration = "minmax" if offset else "absmax"
+    w = bj.quantize(rng.normal(size=(200, 30)).astype(np.float32), w_bits, 0, group_size, calibration)
+    x = jnp.asarray(rng.normal(size=(9, 200)), dtype).at[3].set(0)
+    bias = jnp.asarray(rng.normal(size=30), dtype)
+    with interpreted(detecting_races()):
+        y = bj.matmul(x, w, a_bits, bias=bias, implementation="sm90")
+    expected = np.asarray(bj.matmul(x.astype(jnp.float32), w, a_bits, bias=bias, implementation="xla"))
+    assert y.dtype == dtype
+    # XLA rounds an element of x that lies between two codes one way or the other; one step of one element.
+    tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}[dtype]
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_array_equal(y[3], bias)
+    assert no_races()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "group_size"), [("split_m", 32), ("split_n", 64), ("alternate", 128), ("split_m", 256)]
+)
+def test_group_scales(schedule, group_size):
+    a_format, w_format, k = BipolarFormat(8), BipolarFormat(7), 600
+    groups = -(-k // group_size)
+    rng = np.random.default_rng(0)
+    x, w = random_codes(a_format, 70, k, 0), random_codes(w_format, 140, k, 1)
+    scale = rng.random((140, groups), np.float32)
+    parts = expected_product(x, a_format, w, w_format, group_size)
+    value_sums = np.stack(
+        [(2 * w[:, i : i + group_size].astype(int) - w_format.max_value).sum(1) for i in range(0, k, group_size)], 1
+    )
+    product = packed_matmul(
+        operand(x, a_format, "int8"),
+        operand(w, w_format, "int8", weights=True),
+        TokenTerms(code_sums(x), jnp.zeros(70, jnp.int32), jnp.ones(70)),
+        ColumnTerms(scaled_value_sums=jnp.asarray((scale * value_sums).sum(1), jnp.float32)),
+        Recovery("int8", a_format, w_format, k, with_zero=False),
+        dataclasses.replace(SMALL, schedule=schedule),
+        jnp.float32,
+        group_size=group_size,
+        group_scales=jnp.asarray(scale.T),
+        blocks=2,
+        interpret=detecting_races(),
+    )
+    expected = (parts * scale).sum(-1)
+    np.testing.assert_allclose(product, expected, atol=1e-6 * np.abs(expected).max())
+    assert no_races()
+
+
+def test_what_is_not_served_goes_to_xla():
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
+    unserved = {
+        "groups must have 32, 64 or a multiple of 128 elements, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
+        "not 4 bits with offsets": (bj.quantize(kernel, 4, 0, 32, "minmax"), 8),
+        "not 8 bits without offsets": (bj.quantize(kernel, 8, 0, 32), 8),
+        "float activations": (bj.quantize(kernel, 4, 0), None),
+    }
+    with interpreted(plgpu.InterpretGPUParams()):
+        for reason, (w, a_bits) in unserved.items():
+            explanation = bj.explain(x, w, a_bits)
+            assert explanation.implementation == "xla"
+            assert reason in explanation.passed_over["sm90"]
+            with pytest.raises(NotImplementedError, match=reason):
+                bj.matmul(x, w, a_bits, implementation="sm90")
+            np.testing.assert_array_equal(bj.matmul(x, w, a_bits), bj.matmul(x, w, a_bits, implementation="xla"))
+        assert bj.explain(x, bj.quantize(kernel, 2, 0), 2).kernel == "binary tensor cores, 2 x 2 planes"
+        assert "expanded from 4 planes" in bj.explain(x, bj.quantize(kernel, 4, 0), 8).kernel
+
+
+def test_tilings_that_do_not_fit_are_refused():
+    for tiling, message in [
+        (Tiling(96, 128), "tile_m must be 64 or 128"),
+        (Tiling(128, 256), "does not fit a warpgroup's registers"),
+        (Tiling(128, 192, slots=9), "bytes of shared memory"),
+        (Tiling(64, 64, slots=1), "at least 2 slots"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiling.check()
+    with pytest.raises(ValueError, match="registers"):
+        Tiling(128, 192).check(scale_rows=1)
+
+
+def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
+    large = plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(1)).tiling
+    small = plan_product(512, 512, 8192, BipolarFormat(1), BipolarFormat(1)).tiling
+    assert (large.tile_m, large.tile_n) == (128, 192)
+    assert small.tile_m * small.tile_n < 128 * 128
+    assert estimated_cycles(large, 8192, 8192, 8) < estimated_cycles(large, 8192, 8192, 16)
+
+
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+
+
+def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None):
+    a_format, w_format = BipolarFormat(a_bits), BipolarFormat(w_bits)
+    recovery = Recovery(kind, a_format, w_format, k, with_zero=True)
+    words = -(-k // 128) * 4 if kind == "planes" else -(-k // 32) * 8
+    vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
+    if group_size is None:
+        columns = ColumnTerms(
+            *(vector(n, t) for t in (jnp.int32, jnp.float32, jnp.float32)), None, vector(n, "float32")
+        )
+        scales = None
+    else:
+        columns = ColumnTerms(scaled_value_sums=vector(n, jnp.float32), bias=vector(n, jnp.float32))
+        scales = jax.ShapeDtypeStruct((-(-k // group_size), n), jnp.float32)
+
+    def product(x, w, tokens, columns, scales):
+        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, group_size=group_size, group_scales=scales)
+
+    _, report = sm90_compile.compile_for_h200(
+        product,
+        jax.ShapeDtypeStruct((a_bits if kind == "planes" else 1, m, words), jnp.uint32),
+        jax.ShapeDtypeStruct((w_bits if kind == "planes" else 1, n, words), jnp.uint32),
+        TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
+        columns,
+        scales,
+    )
+    assert report.registers
+    assert report.spill_bytes == 0
+    assert not report.serialized_wgmma
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["planes", "int8"])
+@pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
+def test_candidates_compile_without_spills(tiling, kind):
+    compile_product(4096, 4096, 4096, 2, 2, kind, tiling)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiling", GROUPED_CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_grouped_candidates_compile_without_spills(tiling, group_size):
+    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, group_size=group_size)
+
+
+@needs_compiler
+@pytest.mark.parametrize("schedule", ["split_m", "alternate"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
+    compile_product(37, 1001, 333, 1, 2, "planes", Tiling(64, 128, schedule, slots=4, cluster_m=2, cluster_n=2), dtype)
