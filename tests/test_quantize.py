@@ -228,6 +228,16 @@ def test_nan_and_inf_under_a_trace_stay_loud_and_in_their_group(calibration, bad
     np.testing.assert_allclose(decoded, clean, rtol=8 * EPS, atol=32 * EPS)  # jitted or not: offsets cancel
 
 
+@every_calibration
+@pytest.mark.parametrize("position", [0, 5000, 8191])
+def test_nan_among_thousands_is_not_lost(calibration, position):
+    """XLA's maximum over so many numbers drops NaN on CPUs (jaxlib 0.11.2)."""
+    x = normal(3, 8192)
+    x[1, position] = np.nan
+    w = jax.jit(lambda x: quantize(x, 4, -1, calibration=calibration))(x)
+    np.testing.assert_array_equal(np.isnan(np.asarray(w.scale)[:, 0]), [False, True, False])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_narrow_floats_quantize_as_their_float32_selves(dtype):
     x = jnp.asarray(normal(4, 40), dtype)

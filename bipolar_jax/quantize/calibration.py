@@ -57,7 +57,8 @@ def calibrate(
 
 def absmax_scale(x: Float[Array, "*rows size"], number_format: BipolarFormat) -> Float[Array, "*rows"]:
     """max |x| / max_value over the last axis, float32."""
-    return flush_scale(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / number_format.max_value)
+    x = x.astype(jnp.float32)
+    return flush_scale(_keep_nan(x, jnp.max(jnp.abs(x), axis=-1)) / number_format.max_value)
 
 
 def spanning_grid(
@@ -78,9 +79,14 @@ def spanning_grid(
     low = jnp.minimum(jnp.min(x, axis=-1), 0)
     high = jnp.maximum(jnp.max(x, axis=-1), 0)
     # Halved before they are subtracted: high - low may exceed the largest float32.
-    scale = flush_scale((high / 2 - low / 2) / number_format.max_value)
+    scale = flush_scale(_keep_nan(x, high / 2 - low / 2) / number_format.max_value)
     zero_code = jnp.clip(jnp.floor(0.5 - low * half_steps_per_unit(scale)), 0, number_format.max_value)
     return scale, number_format.values(zero_code.astype(jnp.int32))
+
+
+def _keep_nan(x: Float[Array, "*rows size"], extreme: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """NaN for rows that hold any: XLA's maximum over some thousand numbers loses them on CPUs."""
+    return jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, extreme)
 
 
 def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -105,7 +105,7 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
 def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
     """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n].
 
-    While this consumer scales, the other one's products keep the tensor cores busy.
+    While this consumer scales, the products of the others keep the tensor cores busy.
     """
     emulate = work.emulate
     shape = (work.tiling.tile_m, work.tiling.tile_n)
@@ -153,28 +153,34 @@ def _store(work: Work, total, terms, staging, out):
     slots, height, width = staging.shape
     tokens, columns = terms
     # All rows at once read the columns' terms once, but need registers for all their numbers.
-    rows_at_once = tile_m if tile_m * tile_n <= _ROOMY_TILE else height
-    # Pieces share barriers where that leaves room for as many on their way.
-    batch = rows_at_once // height if slots >= 2 * (rows_at_once // height) else 1
-    slot = 0
-    for column, row in itertools.product(range(0, tile_n, width), range(0, tile_m, rows_at_once)):
-        chunk = pl.ds(column, width)
-        # finished: [rows_at_once, width]
-        finished = (finish if work.group_size is None else finish_grouped)(
-            plgpu.layout_cast(
-                lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
-            ),
-            work.recovery,
-            jax.tree.map(lambda ref, row=row: ref.at[pl.ds(row, rows_at_once)], tokens),
-            jax.tree.map(lambda ref, chunk=chunk: ref.at[chunk], columns),
-            work.dtype,
-        )
-        for pieces in itertools.batched(range(0, rows_at_once, height), batch):
-            # What was in these slots must have been read.
-            plgpu.wait_smem_to_gmem(slots - batch, wait_read_only=True)
-            for i, piece in enumerate(pieces):
-                staging[(slot + i) % slots] = lax.slice(finished, (piece, 0), (piece + height, width))
-            plgpu.commit_smem()
-            for i, piece in enumerate(pieces):
-                plgpu.copy_smem_to_gmem(staging.at[(slot + i) % slots], out.at[pl.ds(row + piece, height), chunk])
-            slot += batch
+    roomy = tile_m * tile_n <= _ROOMY_TILE
+    rows_at_once = tile_m if roomy and slots > 1 else height
+    corners = itertools.product(range(0, tile_m, rows_at_once), range(0, tile_n, width))
+    most = slots if roomy else 1 if columns.offset is not None and columns.bias is not None else 2
+    # Every batch costs a wait and two barriers, so it is as large as its place in shared memory.
+    batch_size = max(1, slots * height // rows_at_once)
+    for batch in itertools.batched(corners, min(batch_size, most)):
+        pieces = []
+        for row, column in batch:
+            part = (pl.ds(row, rows_at_once), pl.ds(column, width))
+            # finished: [rows_at_once, width]
+            finished = (finish if work.group_size is None else finish_grouped)(
+                plgpu.layout_cast(
+                    lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
+                ),
+                work.recovery,
+                jax.tree.map(lambda ref, part=part: ref.at[part[0]], tokens),
+                jax.tree.map(lambda ref, part=part: ref.at[part[1]], columns),
+                work.dtype,
+            )
+            pieces += [
+                (lax.slice(finished, (inner, 0), (inner + height, width)), out.at[pl.ds(row + inner, height), part[1]])
+                for inner in range(0, rows_at_once, height)
+            ]
+        # What the batch before left there must have been read.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for slot, (piece, _) in enumerate(pieces):
+            staging[slot] = piece
+        plgpu.commit_smem()
+        for slot, (_, target) in enumerate(pieces):
+            plgpu.copy_smem_to_gmem(staging.at[slot], target)

@@ -1,8 +1,8 @@
 """Matrix product of packed operands on Hopper's tensor cores.
 
 One persistent block a multiprocessor. A producer warpgroup loads blocks of both operands by
-TMA into a ring of slots and runs ahead across output tiles; two consumer warpgroups multiply
-and finish tiles independently, so that while one is in its epilogue the other, and the loads,
+TMA into a ring of slots and runs ahead across output tiles; two or three consumer warpgroups multiply
+and finish tiles independently, so that while one is in its epilogue the others, and the loads,
 go on. Products never leave registers before they are finished numbers.
 """
 
@@ -24,11 +24,10 @@ from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, T
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION, WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.tiling import CONSUMERS, Tiling
+from bipolar_jax.kernels.sm90.tiling import WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
 
 MULTIPROCESSORS = 132
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232
 _TMA_ALIGNMENT = 16  # bytes, of the stride of rows in memory
 GROUP_SIZES = (32, 64)  # and multiples of 128
 
@@ -100,7 +99,7 @@ def packed_matmul(
         grid_names=("cluster",),
         cluster=(tiling.cluster_m, tiling.cluster_n),
         cluster_names=("cluster_m", "cluster_n"),
-        num_threads=CONSUMERS + 1,
+        num_threads=tiling.consumers + 1,
         thread_name="warpgroup",
         scratch_types=_scratch(work, sources),
         # No thread reads what it or an async copy then overwrites without a barrier in between.
@@ -130,7 +129,7 @@ def _scratch(work: Work, sources: _Sources) -> dict:
     blocks = tiling.block_m, tiling.block_n
     return dict(
         staging=plgpu.SMEM(
-            (CONSUMERS, tiling.staging_slots(work.scale_rows), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
+            (tiling.consumers, tiling.staging_slots(work.scale_rows), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
             work.dtype,
             transforms=STAGING_TRANSFORMS,
         ),
@@ -156,13 +155,14 @@ def _scratch(work: Work, sources: _Sources) -> dict:
 def _kernel(work: Work, tree, *sources_and_out, staging, **shared):
     *sources, out = sources_and_out
     warpgroup = lax.axis_index("warpgroup")
+    producer_registers, consumer_registers = WARPGROUP_REGISTERS[work.tiling.consumers]
 
-    @pl.when(warpgroup == CONSUMERS)
+    @pl.when(warpgroup == work.tiling.consumers)
     def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(producer_registers, action="decrease")
         produce(work, jax.tree.unflatten(tree, sources), **shared)
 
-    @pl.when(warpgroup < CONSUMERS)
+    @pl.when(warpgroup < work.tiling.consumers)
     def _():
-        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        plgpu.set_max_registers(consumer_registers, action="increase")
         consume(work, out, staging, **shared)

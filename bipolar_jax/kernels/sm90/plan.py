@@ -10,7 +10,7 @@ import jax
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
-from bipolar_jax.kernels.sm90.tiling import CONSUMERS, Tiling
+from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.tuning.table import nearest_entry
 
 MULTIPROCESSORS = 132
@@ -29,8 +29,10 @@ CANDIDATES = (
     Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# With a float sum beside the accumulator, which halves the tile; both consumers multiply at all times.
+# With a float sum beside the accumulator, which halves the tile. Scaling a group takes a consumer
+# longer than multiplying it; with three, two scale while one multiplies.
 GROUPED_CANDIDATES = (
+    Tiling(64, 128, "split_m", slots=4, band=8, band_axis="n", consumers=3),
     Tiling(64, 192, "split_m", slots=4, band=8, band_axis="n"),
     Tiling(64, 128, "split_m", slots=5, band=8, band_axis="n"),
     Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
@@ -85,12 +87,12 @@ def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:
     multiply = blocks_of_rows * 2 * tiling.tile_n
     loaded = (tiling.block_m + tiling.block_n) * BYTES_PER_ROW
     alternate = tiling.schedule == "alternate"
-    share = loaded if alternate else loaded / CONSUMERS
+    share = loaded if alternate else loaded / tiling.consumers
     read = blocks_of_rows * (ROWS_PER_INSTRUCTION + tiling.tile_n) * BYTES_PER_ROW
     mainloop = steps * max(multiply, (read + share) / 128, share / 64)
     epilogue = 20 * tiling.tile_m * tiling.tile_n / 128
     tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
     turns = math.ceil(tiles / MULTIPROCESSORS)
     if not alternate:
-        return turns * (CONSUMERS * mainloop + epilogue)
-    return max(turns * mainloop, math.ceil(turns / CONSUMERS) * (mainloop + epilogue)) + epilogue
+        return turns * (tiling.consumers * mainloop + epilogue)
+    return max(turns * mainloop, math.ceil(turns / tiling.consumers) * (mainloop + epilogue)) + epilogue

@@ -7,22 +7,27 @@ from typing import Literal
 
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 
-CONSUMERS = 2
 # What Hopper lets one block have, less what Mosaic takes for barriers and alignment.
 SHARED_MEMORY_BYTES = 227 * 1024 - 4096
 
 Schedule = Literal["split_m", "split_n", "alternate"]
 
 
+WARPGROUP_THREADS = 128
+# Registers of a thread of the producer and of a consumer, by the number of consumers: a block has 512
+# for every thread of a warpgroup.
+WARPGROUP_REGISTERS = {2: (40, 232), 3: (24, 160)}
+_WORKING_REGISTERS = 32  # beside the accumulator
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Shape of the work of one block: a producer warpgroup and two consumers.
+    """Shape of the work of one block: a producer warpgroup and two or three consumers.
 
     Attributes:
       tile_m: rows of the accumulator of one consumer, 64 or 128.
-      tile_n: its columns, a multiple of 64 up to 256; tile_m * tile_n is at most 64 * 384,
-        the registers of a warpgroup.
-      schedule: "split_m" and "split_n" give both consumers halves of one output tile, stacked
+      tile_n: its columns, a multiple of 64 up to 256.
+      schedule: "split_m" and "split_n" give the consumers parts of one output tile, stacked
         along that axis; "alternate" gives each a tile of its own, so that one multiplies
         while the other is in its epilogue.
       slots: blocks of K that are in shared memory at a time.
@@ -31,6 +36,7 @@ class Tiling:
       band: output tiles are visited in bands this wide, so that a wave of blocks reads few
         distinct rows and columns.
       band_axis: the axis along which a band is narrow, "m" or "n".
+      consumers: warpgroups that multiply, 2 or 3; two have more registers each.
     """
 
     tile_m: int = 128
@@ -41,16 +47,17 @@ class Tiling:
     cluster_n: int = 1
     band: int = 8
     band_axis: Literal["m", "n"] = "n"
+    consumers: int = 2
 
     @property
     def block_m(self) -> int:
         """Rows of x that a block loads at a time."""
-        return self.tile_m * (CONSUMERS if self.schedule == "split_m" else 1)
+        return self.tile_m * (self.consumers if self.schedule == "split_m" else 1)
 
     @property
     def block_n(self) -> int:
         """Rows of w that a block loads at a time."""
-        return self.tile_n * (CONSUMERS if self.schedule == "split_n" else 1)
+        return self.tile_n * (self.consumers if self.schedule == "split_n" else 1)
 
     @property
     def cluster_size(self) -> int:
@@ -65,8 +72,8 @@ class Tiling:
     def shared_memory_bytes(self, scale_rows: int = 0, staging_slots: int = 1) -> int:
         """Bytes of shared memory of one block, with so many group scales a slot and column."""
         slots = self.slots * ((self.block_m + self.block_n) * BYTES_PER_ROW + scale_rows * self.block_n * 4)
-        staging = CONSUMERS * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
-        tiles_at_a_time = CONSUMERS if self.schedule == "alternate" else 1
+        staging = self.consumers * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
+        tiles_at_a_time = self.consumers if self.schedule == "alternate" else 1
         terms = tiles_at_a_time * (3 * self.block_m + 4 * self.block_n) * 4
         return slots + staging + terms
 
@@ -79,7 +86,10 @@ class Tiling:
         """
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
-        if self.tile_m * self.tile_n * (2 if scale_rows else 1) > 64 * 384:
+        if self.consumers not in WARPGROUP_REGISTERS:
+            raise ValueError(f"there are 2 or 3 consumers, got {self}")
+        numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (2 if scale_rows else 1)
+        if numbers > WARPGROUP_REGISTERS[self.consumers][1] - _WORKING_REGISTERS:
             raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")
         needed = self.shared_memory_bytes(scale_rows)
         if self.slots < 2 or needed > SHARED_MEMORY_BYTES:

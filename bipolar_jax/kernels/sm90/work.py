@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
-from bipolar_jax.kernels.sm90.tiling import CONSUMERS, Tiling
+from bipolar_jax.kernels.sm90.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Work:
     @property
     def tiles_at_a_time(self) -> int:
         """Tiles of a block that are in progress."""
-        return CONSUMERS if self.tiling.schedule == "alternate" else 1
+        return self.tiling.consumers if self.tiling.schedule == "alternate" else 1
 
     @property
     def consumers_of_tile(self) -> int:
-        return CONSUMERS // self.tiles_at_a_time
+        return self.tiling.consumers // self.tiles_at_a_time
 
     def my_tiles(self):
         """How many tiles this cluster has: number cluster, cluster + clusters, ..."""
