@@ -109,8 +109,8 @@ def test_every_kind_of_operand_and_tile_is_exact(kind, tile_m, tile_n):
 def test_horners_rule_adds_every_pair_with_its_weight():
     for a_format, w_format in itertools.product(A_FORMATS, W_FORMATS):
         weights, total = {}, 0
-        for shift, pairs in Recovery("planes", a_format, w_format, 1, with_zero=False).pair_groups():
-            weights = {pair: weight << shift for pair, weight in weights.items()} | dict.fromkeys(pairs, 1)
+        for factor, pairs in Recovery("planes", a_format, w_format, 1, with_zero=False).pair_groups():
+            weights = {pair: weight * factor for pair, weight in weights.items()} | dict.fromkeys(pairs, 1)
             total += len(pairs)
         expected = {
             (i, j): p * q

@@ -30,7 +30,7 @@ def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> di
 
     Args:
       device_kind: as JAX names it.
-      kind: of operands, "b1" or "s8".
+      kind: of operands, "planes" or "int8".
       m: rows of the output.
       n: its columns.
       steps: length of the mainloop, in 128-byte rows of K over all pairs of planes.

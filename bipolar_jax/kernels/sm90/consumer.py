@@ -83,8 +83,8 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
     del scales
     emulate = work.emulate
     acc = tensor_core.zeros(work.tiling.tile_m, work.tiling.tile_n)
-    for shift, pairs in work.recovery.pair_groups():
-        acc = tensor_core.begin(acc << shift if shift else acc, emulate=emulate)
+    for factor, pairs in work.recovery.pair_groups():
+        acc = tensor_core.begin(acc if factor == 1 else acc * factor, emulate=emulate)
 
         def multiply(position, carry):
             acc, step, slot, previous = carry

@@ -23,6 +23,8 @@ CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
     Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
     Tiling(128, 128, "alternate", slots=5, band=8, band_axis="n"),
+    Tiling(128, 128, "alternate", slots=6, band=8, band_axis="n"),
+    Tiling(64, 256, "split_m", slots=3, band=8, band_axis="n", consumers=3),
     Tiling(64, 192, "alternate", slots=5, band=8, band_axis="n"),
     Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(128, 64, "alternate", slots=6, band=8, band_axis="n"),

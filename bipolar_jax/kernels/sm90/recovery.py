@@ -62,10 +62,10 @@ class Recovery:
         """Pairs of planes (i of x, j of w) by weight, in the order of Horner's rule.
 
         Returns:
-          (shift, pairs): the accumulator is shifted left by `shift`, then the pairs are added.
+          (factor, pairs): the accumulator is multiplied by `factor`, then the pairs are added.
         """
         if self.kind == "int8":
-            return [(0, [(0, 0)])]
+            return [(1, [(0, 0)])]
         weighted = sorted(
             ((p * q).bit_length() - 1, (i, j))
             for (i, p), (j, q) in itertools.product(
@@ -74,7 +74,7 @@ class Recovery:
         )
         groups, previous = [], None
         for exponent, members in itertools.groupby(reversed(weighted), key=lambda item: item[0]):
-            groups.append((0 if previous is None else previous - exponent, [pair for _, pair in members]))
+            groups.append((1 if previous is None else 1 << (previous - exponent), [pair for _, pair in members]))
             previous = exponent
         assert previous == 0  # plane weights begin at 1
         return groups

@@ -1,0 +1,235 @@
+"""Times matrix products at many precisions against XLA's bf16 and int8 products in the same run.
+
+    python -m experiments.bench_matmul --config=configs/bench_matmul.py --workdir=DIR \\
+        --config.shapes=4096,llama2-7b@2048 --config.precisions=W1A1,W2A4
+
+For every shape and precision two things are timed: the kernel alone, from packed operands
+to bf16, and the whole operation, from bf16 activations (quantized on the way) and packed weights
+to bf16. Each is compared with the exact product first. Under --workdir come result.json,
+speedup.png and roofline.png. A run that was stopped goes on where it was, and tries again what failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from bipolar_jax.ops.dispatch import check_implementation
+from experiments import app
+from experiments.exactness import measure_exactness
+from experiments.matmul_operands import Operands, int8_product
+from experiments.matmul_plots import plot_roofline, plot_speedup
+from experiments.matmul_products import Ceilings, Product, check_device, parse_precisions, raise_if_error
+from experiments.matmul_shapes import Shape, parse_shapes
+from experiments.peers import check_peers, measure_peers
+from experiments.progress import console, progress_bar
+from experiments.quantize_bandwidth import measure_quantizers
+from experiments.timing import compile_all, measure, one_line
+from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+
+# What a figure depends on; a workdir holds results of one choice of these.
+_SETTINGS = ("implementation", "iterations", "seed")
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    shapes, precisions = parse_shapes(config.shapes), parse_precisions(config.precisions)
+    check_implementation(config.implementation)
+    check_device(config.implementation)
+    peers = check_peers(config.peers)
+    ceilings = Ceilings.of(config.ceilings)
+    settings = {name: config[name] for name in _SETTINGS}
+    settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}
+    result = read_result(workdir, settings) or {"settings": settings, "shapes": {}, "quantizers": {}}
+    result["environment"] = environment()
+
+    def save() -> None:
+        write_json(workdir / RESULT_NAME, result)
+
+    for shape in shapes:
+        products = {
+            name: Product(shape, a_format, w_format, config.implementation) for name, a_format, w_format in precisions
+        }
+        empty = {"m": shape.m, "n": shape.n, "k": shape.k, "bf16": {}, "int8": {}, "peers": {}, "precisions": {}}
+        row = result["shapes"].setdefault(shape.name, empty)
+        operands = Operands(shape, config.seed)
+        _measure_references(shape, row, operands, ceilings, config)
+        save()
+        _measure_precisions(products, row, operands, ceilings, config, save)
+        if shape.m * shape.k >= config.quantizer_elements and config.implementation == "sm90":
+            measure_quantizers(operands, products.values(), result["quantizers"], config)
+            save()
+    measure_exactness(config, result, save)
+    for shape in shapes:  # last, since other libraries may disturb the profiler
+        measure_peers(peers, shape, result["shapes"][shape.name], config)
+    save()
+    plot_speedup(result, workdir / "speedup.png")
+    plot_roofline(result, workdir / "roofline.png")
+    _print_tables(result)
+    console.print(f"results and plots: {workdir}")
+
+
+def _measure_references(
+    shape: Shape, row: dict[str, Any], operands: Operands, ceilings: Ceilings, config: ConfigDict
+) -> None:
+    """XLA's bf16 product, x [m, k] times w [k, n], and its int8 product with int32 output, k last in both."""
+    calls = {"bf16": (jnp.dot, (operands.x, operands.dense_w)), "int8": (int8_product, operands.int8)}
+    todo = {name: call for name, call in calls.items() if "microseconds" not in row[name]}
+    compiled = compile_all(todo, threads=1)  # XLA tries its variants on the device while it compiles
+    for name, (_, args) in todo.items():
+        try:
+            timing = measure(raise_if_error(compiled[name]), *args, iterations=config.iterations)
+        except Exception as error:
+            row[name] = {"error": one_line(error)}
+            console.print(f"{shape} XLA {name}: {row[name]['error']}")
+            continue
+        share = 1e6 * shape.operations / getattr(ceilings, name) / timing.median
+        row[name] = timing.to_json() | {"ceiling_share": round(share, 4)}
+        console.print(f"{shape} XLA {name}: {timing.median:.1f} us, {share:.0%} of the ceiling")
+
+
+def _measure_precisions(
+    products: dict[str, Product],
+    row: dict[str, Any],
+    operands: Operands,
+    ceilings: Ceilings,
+    config: ConfigDict,
+    save,
+) -> None:
+    """Every precision of one shape: compiled together, then checked and timed one by one."""
+    todo = {name: product for name, product in products.items() if "operation" not in row["precisions"].get(name, {})}
+    calls = {}
+    for name, product in todo.items():
+        calls[name, "operation"] = product.operation(operands)
+        calls[name, "integers"] = product.integers(operands)
+        if product.implementation == "sm90":
+            calls[name, "kernel"] = product.kernel(operands)
+    with progress_bar(f"compiling {len(calls)} functions"):
+        compiled = compile_all(calls, config.compile_threads)
+    for name, product in todo.items():
+        parts = {part: compiled[key, part] for key, part in calls if key == name}
+        try:
+            measured = _measure_product(product, parts, calls, name, operands, ceilings, row, config)
+        except Exception as error:
+            measured = {"error": one_line(error)}
+        row["precisions"][name] = measured
+        console.print(f"{product.shape} {name}: {_line(measured)}")
+        save()
+
+
+def _measure_product(product, parts, calls, name, operands, ceilings, row, config) -> dict[str, Any]:
+    """Checks, then timings, of one precision of one shape.
+
+    Raises:
+      Exception: whatever compiling, checking or running raises.
+    """
+    measured: dict[str, Any] = {
+        "compared": product.check_integers(operands, raise_if_error(parts["integers"])),
+        "kind": None,
+        "kernel": None,
+    }
+    bf16 = row["bf16"].get("microseconds")
+    for part in ("kernel", "operation"):
+        if part not in parts:
+            continue
+        function, args = raise_if_error(parts[part]), calls[name, part][1]
+        check = product.check_kernel if part == "kernel" else product.check_operation
+        error = check(operands, function(*args))
+        timing = measure(function, *args, iterations=config.iterations)
+        measured[part] = timing.to_json() | {
+            "error": float(f"{error:.3g}"),
+            "speedup": None if bf16 is None else round(bf16 / timing.median, 3),
+        }
+    if measured["kernel"] is not None:
+        choice, median = product.choice, measured["kernel"]["microseconds"]
+        measured |= {"kind": choice.kind, "tiling": dataclasses.asdict(choice.tiling), "reason": choice.reason}
+        measured["kernel"] |= {
+            "ceiling_share": round(ceilings.compute_microseconds(product) / median, 4),
+            "roofline_share": round(ceilings.roofline_microseconds(product) / median, 4),
+            "operations_per_second": product.shape.operations * _passes(product) / median * 1e6,
+            "operations_per_byte": product.shape.operations * _passes(product) / product.kernel_bytes,
+        }
+    return measured
+
+
+def _passes(product: Product) -> int:
+    """How often the tensor cores go over K."""
+    return product.pairs if product.kind == "planes" else 1
+
+
+def _line(measured: dict[str, Any]) -> str:
+    if "operation" not in measured:
+        return measured["error"]
+    words = []
+    for part in ("kernel", "operation"):
+        figures = measured[part]
+        if figures is not None:
+            speedup = "" if figures["speedup"] is None else f" ({figures['speedup']:.2f}x bf16)"
+            words.append(f"{part} {figures['microseconds']:.1f} us{speedup}")
+    if measured["kernel"] is not None:
+        words.append(f"{measured['kind']}, {measured['kernel']['ceiling_share']:.0%} of the ceiling")
+    return ", ".join(words)
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    table = Table(title=f"matrix products on {result['settings']['device']}, median microseconds")
+    for heading in ("shape", "precision", "kernel", "x bf16", "x int8", "ceiling", "roofline", "operation", "x bf16"):
+        table.add_column(heading, justify="left" if heading in ("shape", "precision") else "right")
+    for name, row in result["shapes"].items():
+        reference = {key: row[key].get("microseconds") for key in ("bf16", "int8")}
+        for key, microseconds in reference.items():
+            table.add_row(name, f"XLA {key}", "", "", "", "", "", _number(microseconds), "")
+        for peer, figures in row["peers"].items():
+            table.add_row(name, peer, "", "", "", "", "", _number(figures.get("microseconds")), "")
+        for precision, measured in row["precisions"].items():
+            if "operation" not in measured:
+                table.add_row(name, precision, measured["error"][:40])
+                continue
+            kernel, operation = measured["kernel"] or {}, measured["operation"]
+            versus_int8 = _ratio(reference["int8"], kernel.get("microseconds"))
+            table.add_row(
+                name,
+                precision,
+                _number(kernel.get("microseconds")),
+                _number(kernel.get("speedup"), 2),
+                _number(versus_int8, 2),
+                _percent(kernel.get("ceiling_share")),
+                _percent(kernel.get("roofline_share")),
+                _number(operation["microseconds"]),
+                _number(operation["speedup"], 2),
+            )
+    console.print(table)
+    if result["quantizers"]:
+        table = Table(title="quantize and pack, and a device copy of the same activations")
+        for heading in ("size", "operand", "microseconds", "TB/s", "of copy"):
+            table.add_column(heading, justify="left" if heading in ("size", "operand") else "right")
+        for size, rows in result["quantizers"].items():
+            for operand, figures in rows.items():
+                bandwidth = figures.get("terabytes_per_second")
+                share = _ratio(bandwidth, rows["copy"].get("terabytes_per_second"))
+                table.add_row(
+                    size, operand, _number(figures.get("microseconds")), _number(bandwidth, 2), _percent(share)
+                )
+        console.print(table)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,212 @@
+"""Measures tilings of the Hopper kernel and writes the table that the planner reads.
+
+    python -m experiments.tune_matmul --config=configs/tune_matmul.py --workdir=DIR --config.table=DIR/nvidia_h200.json
+
+Products that differ only in which planes meet (W1A4, W4A1, W2A2) are one problem. For each, the
+tile shapes that the planner's estimate likes best are timed, then variations of the fastest in one
+field at a time. What a tiling gives is compared with the exact product before it is timed. Under
+--workdir comes result.json with every measurement; the best of each problem goes into the table, whose
+other entries stay. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.table import Table
+
+import bipolar_jax.tuning
+from bipolar_jax.kernels.sm90.plan import CANDIDATES, estimated_cycles
+from bipolar_jax.kernels.sm90.tiling import Tiling
+from bipolar_jax.tuning.table import table_name
+from experiments import app
+from experiments.matmul_operands import Operands
+from experiments.matmul_products import Ceilings, Product, check_device, parse_precisions, raise_if_error
+from experiments.matmul_shapes import parse_shapes
+from experiments.progress import console
+from experiments.timing import compile_all, measure, one_line
+from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+
+_SETTINGS = ("iterations", "seed")
+_TILES = tuple((m, n) for m in (64, 128) for n in (64, 128, 192, 256))
+_SCHEDULES = ("alternate", "split_m", "split_n")
+_MOST_SLOTS = 8
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    check_device("sm90")
+    problems: dict[str, list[tuple[str, Product]]] = {}
+    for shape in parse_shapes(config.shapes):
+        for name, a_format, w_format in parse_precisions(config.precisions):
+            product = Product(shape, a_format, w_format, "sm90")
+            problems.setdefault(_problem_name(product), []).append((f"{shape} {name}", product))
+    device = jax.devices()[0].device_kind
+    settings = {name: config[name] for name in _SETTINGS} | {"device": device}
+    result = read_result(workdir, settings) or {"settings": settings, "problems": {}}
+    result["environment"] = environment()
+    table = Path(config.table or Path(bipolar_jax.tuning.__file__).parent / table_name(device))
+    operands: Operands | None = None
+    for number, (name, members) in enumerate(problems.items(), 1):
+        label, product = members[0]
+        if operands is None or operands.shape != product.shape:
+            operands = Operands(product.shape, config.seed)
+        row = result["problems"].setdefault(
+            name,
+            {
+                "kind": product.kind,
+                "m": product.shape.m,
+                "n": product.shape.n,
+                "steps": product.steps,
+                "shape": label,
+                "tilings": {},
+            },
+        )
+        console.print(f"problem {number} of {len(problems)}: {name}, measured as {label}")
+        _time_tilings_of(product, row, operands, config)
+        write_json(workdir / RESULT_NAME, result)
+        _write_table(table, result)
+    _print_table(result, Ceilings.of(config.ceilings), {name: members[0][1] for name, members in problems.items()})
+    console.print(f"measurements: {workdir / RESULT_NAME}; table: {table}")
+
+
+def first_tilings(product: Product, candidates: str, count: int) -> list[Tiling]:
+    """The legal tilings that the estimate likes best, the planner's own first choice among them.
+
+    Args:
+      product: the problem.
+      candidates: "planner" for the planner's list, "all" for every tile and schedule beside it.
+      count: how many.
+
+    Raises:
+      ValueError: other candidates.
+    """
+    if candidates not in ("planner", "all"):
+        raise ValueError(f'candidates must be "planner" or "all", got {candidates!r}')
+    tilings = list(CANDIDATES)
+    if candidates == "all":
+        tilings += [_with_most_slots(Tiling(m, n, schedule)) for m, n in _TILES for schedule in _SCHEDULES]
+    m, n = product.shape.m, product.shape.n
+    by_estimate = sorted(_legal(tilings), key=lambda tiling: estimated_cycles(tiling, m, n, product.steps))
+    return list(dict.fromkeys([product.choice.tiling, *by_estimate]))[:count]
+
+
+def variations(tiling: Tiling) -> list[Tiling]:
+    """Legal tilings that differ in one field: slots, order of tiles, or a cluster that shares its loads."""
+    others = [dataclasses.replace(tiling, slots=tiling.slots + change) for change in (-1, 1)]
+    others += [
+        dataclasses.replace(tiling, band=band, band_axis=axis)
+        for band in (4, 8, 16)
+        for axis in ("m", "n")
+        if (band, axis) != (tiling.band, tiling.band_axis)
+    ]
+    others += [dataclasses.replace(tiling, cluster_m=m, cluster_n=n) for m, n in ((1, 1), (2, 1), (1, 2))]
+    return [other for other in _legal(others) if other != tiling]
+
+
+def _legal(tilings: Iterable[Tiling]) -> list[Tiling]:
+    legal = []
+    for tiling in dict.fromkeys(tilings):
+        with contextlib.suppress(ValueError):
+            tiling.check()
+            legal.append(tiling)
+    return legal
+
+
+def _with_most_slots(tiling: Tiling) -> Tiling:
+    """The deepest ring that fits."""
+    deeper = [dataclasses.replace(tiling, slots=slots) for slots in range(2, _MOST_SLOTS + 1)]
+    return _legal(deeper)[-1] if _legal(deeper) else tiling
+
+
+def _time_tilings_of(product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict) -> None:
+    """Times the first tilings, then variations of the fastest."""
+    first = first_tilings(product, config.candidates, config.per_problem)
+    _time_tilings(first, product, row, operands, config)
+    best = _best({_name(tiling): row["tilings"][_name(tiling)] for tiling in first})
+    if best is not None:
+        _time_tilings(variations(Tiling(**best["tiling"]))[: config.variations], product, row, operands, config)
+
+
+def _time_tilings(
+    tilings: list[Tiling], product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict
+) -> None:
+    todo = [tiling for tiling in tilings if "microseconds" not in row["tilings"].get(_name(tiling), {})]
+    calls = {tiling: product.kernel(operands, tiling) for tiling in todo}
+    compiled = compile_all(calls, config.compile_threads)
+    for tiling, (_, args) in calls.items():
+        try:
+            function = raise_if_error(compiled[tiling])
+            product.check_kernel(operands, function(*args))
+            timing = measure(function, *args, iterations=config.iterations)
+            figures = timing.to_json()
+            line = f"{timing.median:.1f} us"
+        except Exception as error:
+            figures = {"error": one_line(error)}
+            line = figures["error"]
+        row["tilings"][_name(tiling)] = figures | {"tiling": dataclasses.asdict(tiling)}
+        console.print(f"  {_name(tiling)}: {line}")
+
+
+def _name(tiling: Tiling) -> str:
+    return (
+        f"{tiling.consumers} x {tiling.tile_m}x{tiling.tile_n} {tiling.schedule} slots {tiling.slots} "
+        f"band {tiling.band}{tiling.band_axis} cluster {tiling.cluster_m}x{tiling.cluster_n}"
+    )
+
+
+def _problem_name(product: Product) -> str:
+    return f"{product.kind} {product.shape.m}x{product.shape.n}, {product.steps} steps"
+
+
+def _best(tilings: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest of those that ran."""
+    measured = [figures for figures in tilings.values() if "microseconds" in figures]
+    return min(measured, key=lambda figures: figures["microseconds"], default=None)
+
+
+def _write_table(path: Path, result: dict[str, Any]) -> None:
+    """Replaces the entries of the problems measured, and leaves the others."""
+    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
+    by_problem = {tuple(entry[key] for key in ("kind", "m", "n", "steps")): entry for entry in entries}
+    for row in result["problems"].values():
+        best = _best(row["tilings"])
+        if best is not None:
+            entry = {key: row[key] for key in ("kind", "m", "n", "steps", "shape")}
+            entry |= {"microseconds": best["microseconds"], "tiling": best["tiling"]}
+            by_problem[tuple(entry[key] for key in ("kind", "m", "n", "steps"))] = entry
+    ordered = [by_problem[key] for key in sorted(by_problem)]
+    write_json(path, {"device": result["settings"]["device"], "entries": ordered})
+
+
+def _print_table(result: dict[str, Any], ceilings: Ceilings, products: dict[str, Product]) -> None:
+    table = Table(title=f"fastest tilings on {result['settings']['device']}")
+    for heading in ("problem", "measured as", "tiling", "us", "ceiling", "first choice, us"):
+        table.add_column(heading, justify="right" if heading in ("us", "ceiling", "first choice, us") else "left")
+    for name, product in products.items():
+        row = result["problems"][name]
+        best = _best(row["tilings"])
+        if best is None:
+            table.add_row(name, row["shape"], "none ran")
+            continue
+        first = next(iter(row["tilings"].values())).get("microseconds")
+        table.add_row(
+            name,
+            row["shape"],
+            _name(Tiling(**best["tiling"])),
+            f"{best['microseconds']:.1f}",
+            f"{ceilings.compute_microseconds(product) / best['microseconds']:.0%}",
+            "-" if first is None else f"{first:.1f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,434 @@
+"""The matmul experiments on tiny shapes: the Hopper kernels interpreted, or XLA in their place."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.mosaic.gpu import profiler
+from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels.sm90.execution import interpreted
+from bipolar_jax.kernels.sm90.plan import CANDIDATES
+from bipolar_jax.kernels.sm90.tiling import Tiling
+from configs import ablation as ablation_config
+from configs import bench_matmul as bench_config
+from configs import tune_matmul as tune_config
+from experiments import ablation, ablation_variants, bench_matmul, exactness, matmul_products, timing, tune_matmul
+from experiments.matmul_operands import Operands, check_integers, check_output
+from experiments.matmul_products import Ceilings, Product, parse_precisions
+from experiments.matmul_shapes import MODELS, SQUARES, Shape, parse_shapes
+from experiments.workdir import RESULT_NAME
+
+PNG = b"\x89PNG"
+
+
+def tiny(config, **fields):
+    """A config that takes seconds."""
+    config.iterations, config.compile_threads = 2, 2
+    for name, value in fields.items():
+        config[name] = value
+    return config
+
+
+def bench(**fields):
+    return tiny(bench_config.get_config(), **{"implementation": "xla", "shapes": "24x40x96"} | fields)
+
+
+def read(folder):
+    return json.loads((folder / RESULT_NAME).read_text())
+
+
+@pytest.fixture(scope="module")
+def kernels_run(tmp_path_factory):
+    """A run of the benchmark on the interpreted kernels."""
+    folder = tmp_path_factory.mktemp("bench")
+    config = bench(implementation="sm90", shapes="4x40x96", precisions="W2A1", quantizer_elements=1, iterations=1)
+    with interpreted(InterpretGPUParams()):
+        bench_matmul.main(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xla_run(tmp_path_factory):
+    """A run on XLA, with exactness and a peer that is not installed."""
+    folder = tmp_path_factory.mktemp("bench_xla")
+    bench_matmul.main(bench(precisions="W2A1,W1.58A3", shapes="24x40x96", peers="humming"), folder)
+    return folder
+
+
+# Shapes and precisions.
+
+
+def test_shapes_of_models_are_their_layers():
+    down = Shape("llama2-7b/down@2048", 2048, 4096, 11008)
+    assert parse_shapes("llama2-7b/down@2048") == [down]
+    assert down in parse_shapes("llama2-7b@2048")
+    assert [len(parse_shapes(f"{model}@7")) for model in MODELS] == [4, 4, 4]
+    assert {(s.n, s.k) for s in parse_shapes("opt-6.7b@1")} == {
+        (12288, 4096),
+        (4096, 4096),
+        (16384, 4096),
+        (4096, 16384),
+    }
+
+
+def test_lists_of_shapes_have_each_once():
+    assert parse_shapes("squares") == list(SQUARES)
+    assert [str(shape) for shape in SQUARES[-2:]] == ["8192x8192x8192", "8192x8192x16384"]
+    assert [shape.name for shape in parse_shapes("4096, 4096x4096x4096,1x2x3")] == ["4096x4096x4096", "1x2x3"]
+    assert len(parse_shapes("all")) == len(SQUARES) + 3 * 4 * 3
+    assert Shape("s", 2, 3, 5).operations == 60
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4096x2", "shape '4096x2' is not one of"),
+        ("0", "has a size of zero"),
+        ("gpt-9@16", "no model 'gpt-9': there are llama2-7b"),
+        ("llama2-7b/fc1@16", "llama2-7b has no layer 'fc1': it has qkv, o, gate_up, down"),
+    ],
+)
+def test_unknown_shapes_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_shapes(text)
+
+
+def test_precisions():
+    assert len(parse_precisions("all")) == 64
+    assert parse_precisions("W1.58A8, W1.58A8") == [("W1.58A8", BipolarFormat(8), TERNARY)]
+    for text in ("W4A16", "W4A8g64"):
+        with pytest.raises(ValueError, match="only quantized activations and one scale a column"):
+            parse_precisions(text)
+
+
+# Timing.
+
+
+def test_a_timing_has_the_median_and_the_quartiles():
+    assert timing.Timing.of([5.0, 1.0, 2.0, 3.0, 4.0], "wall") == timing.Timing(3.0, 2.0, 4.0, 5, "wall")
+    assert timing.Timing.of([7.0], "wall") == timing.Timing(7.0, 7.0, 7.0, 1, "wall")
+    measured = timing.measure(jax.jit(jnp.sin), jnp.ones(3), iterations=4)
+    assert measured.iterations == 4
+    assert 0 < measured.low <= measured.median <= measured.high
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_on_a_gpu_kernels_are_timed(monkeypatch, iterations):
+    def profiled(function, *, iterations):
+        times = [0.25] * iterations
+        return lambda *args: (function(*args), times[0] if iterations == 1 else times)
+
+    monkeypatch.setattr(timing.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "measure", profiled)
+    measured = timing.measure(lambda: 0, iterations=iterations)
+    assert measured == timing.Timing(250.0, 250.0, 250.0, iterations, "device")
+    monkeypatch.setattr(profiler, "measure", lambda function, *, iterations: lambda *args: (0, None))
+    with pytest.raises(RuntimeError, match="no kernel ran"):
+        timing.measure(lambda: 0, iterations=iterations)
+
+
+def test_what_does_not_compile_is_returned():
+    def wrong(x):
+        raise NotImplementedError("not here\nat all")
+
+    compiled = timing.compile_all({"wrong": (wrong, (1.0,)), "right": (jnp.sin, (0.0,))}, threads=2)
+    assert timing.one_line(compiled["wrong"]) == "NotImplementedError: not here"
+    assert compiled["right"](0.0) == 0
+
+
+# Operands and checks.
+
+
+@pytest.mark.parametrize("w_format", [BipolarFormat(3), TERNARY], ids=lambda fmt: f"W{fmt.name}")
+def test_operands_are_what_they_say(w_format):
+    operands = Operands(Shape("s", 70, 90, 45), seed=1)
+    w, a_format = operands.weights(w_format), BipolarFormat(2)
+    w.check()
+    assert w.codes().max() == w_format.max_value
+    np.testing.assert_array_equal(w.row_sums[:, 0], jnp.sum(w.codes(), axis=-1, dtype=jnp.int32))
+    np.testing.assert_array_equal(
+        operands.tokens(a_format).code_sums, jnp.sum(operands.codes(a_format), axis=-1, dtype=jnp.int32)
+    )
+    product = a_format.values(operands.codes(a_format)) @ w.values()
+    check_integers(operands.sampled(product), operands.exact_integers(a_format, w_format))
+
+
+def test_checks_find_what_is_wrong():
+    expected = np.array([[3, 5], [7, 9]])
+    with pytest.raises(ValueError, match="1 of 4 compared differ, the first is 6, not 5"):
+        check_integers(np.array([[3, 6], [7, 9]]), expected)
+    with pytest.raises(ValueError, match="not all numbers are finite"):
+        check_output(jnp.array([jnp.nan]), expected, expected)
+    with pytest.raises(ValueError, match="beyond what rounding explains"):
+        check_output(jnp.ones(1), expected * (1 + 2.0**-7), expected)
+    assert check_output(jnp.ones(1), expected * (1 + 2.0**-9), expected) == pytest.approx(2.0**-9)
+
+
+def test_ceilings_are_of_the_slowest_part():
+    ceilings = Ceilings(binary=2e6, int8=1e6, bf16=1e6, bandwidth=1e6)
+    product = Product(Shape("s", 8, 8, 1024), BipolarFormat(2), BipolarFormat(3), "sm90")
+    assert product.kernel_bytes == 8 * 1024 * 5 // 8 + 2 * 64
+    assert ceilings.compute_microseconds(product) == pytest.approx(2 * 8 * 8 * 1024 * 6 / 2)
+    assert ceilings.roofline_microseconds(product) == ceilings.compute_microseconds(product)
+    assert Ceilings(1e30, 1, 1, 1.0).roofline_microseconds(product) == pytest.approx(1e6 * product.kernel_bytes)
+
+
+# The benchmark.
+
+
+def test_kernels_are_timed_with_their_tiling(kernels_run):
+    result = read(kernels_run)
+    row = result["shapes"]["4x40x96"]
+    assert {name: measured["kind"] for name, measured in row["precisions"].items()} == {"W2A1": "planes"}
+    for measured in row["precisions"].values():
+        assert measured["compared"] == 4 * 40
+        Tiling(**measured["tiling"]).check()
+        for part in ("kernel", "operation"):
+            assert measured[part]["microseconds"] > 0
+            assert measured[part]["error"] < 2**-7
+        assert measured["kernel"]["speedup"] == pytest.approx(
+            row["bf16"]["microseconds"] / measured["kernel"]["microseconds"], abs=1e-3
+        )
+    assert row["int8"]["microseconds"] > 0
+    assert list(result["quantizers"]["4x96"]) == ["copy", "1 bits, planes"]
+    assert all(figures["terabytes_per_second"] >= 0 for figures in result["quantizers"]["4x96"].values())
+
+
+@pytest.mark.parametrize("w_bits", [3, 8])
+def test_int8_kernels_pass_their_check(w_bits):
+    """Weights as values, and of 8 bits as codes."""
+    shape = Shape("s", 5, 40, 100)
+    product, operands = Product(shape, BipolarFormat(8), BipolarFormat(w_bits), "sm90"), Operands(shape, 0)
+    assert product.kind == "int8"
+    with interpreted(InterpretGPUParams()):
+        function, args = product.kernel(operands)
+        output = jax.jit(function)(*args)
+    assert product.check_kernel(operands, output) < 2**-7
+    with pytest.raises(ValueError, match="beyond what rounding explains"):
+        product.check_kernel(operands, output * 1.01)
+
+
+def test_other_backends_have_the_operation_alone(xla_run):
+    for row in read(xla_run)["shapes"].values():
+        for measured in row["precisions"].values():
+            assert measured["kernel"] is None
+            assert measured["operation"]["microseconds"] > 0
+        assert row["peers"] == {"humming": {"error": "torch is not installed"}}
+
+
+@pytest.mark.parametrize("name", ["speedup.png", "roofline.png"])
+def test_plots_are_pngs(kernels_run, xla_run, name):
+    for folder in (kernels_run, xla_run):
+        assert (folder / name).read_bytes().startswith(PNG)
+
+
+def test_a_run_goes_on_and_tries_again_what_failed(tmp_path, monkeypatch):
+    original = Product.check_integers
+
+    def broken(self, *args):
+        if self.a_format.bits == 2:
+            raise ValueError("planted\nfailure")
+        return original(self, *args)
+
+    monkeypatch.setattr(Product, "check_integers", broken)
+    bench_matmul.main(bench(precisions="W1A1,W1A2"), tmp_path)
+    precisions = read(tmp_path)["shapes"]["24x40x96"]["precisions"]
+    assert precisions["W1A2"] == {"error": "ValueError: planted"}
+    assert "operation" in precisions["W1A1"]
+    monkeypatch.undo()
+    checked = []
+    monkeypatch.setattr(Product, "check_integers", lambda self, *a: checked.append(self.a_format) or original(self, *a))
+    bench_matmul.main(bench(precisions="W1A1,W1A2"), tmp_path)
+    assert checked == [BipolarFormat(2)]
+    again = read(tmp_path)["shapes"]["24x40x96"]["precisions"]
+    assert again["W1A1"] == precisions["W1A1"]
+    assert "operation" in again["W1A2"]
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        bench_matmul.main(bench(seed=1), tmp_path)
+
+
+def test_wrong_integers_are_an_error_not_a_timing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Operands, "exact_integers", lambda self, *_: np.zeros((24, 40), np.int64))
+    bench_matmul.main(bench(precisions="W1A1"), tmp_path)
+    row = read(tmp_path)["shapes"]["24x40x96"]["precisions"]["W1A1"]
+    assert list(row) == ["error"]
+    assert row["error"].startswith("ValueError: wrong integers")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"implementation": "cuda"}, "implementation must be one of"),
+        ({"implementation": "sm90"}, "nothing to measure: its kernels need an NVIDIA GPU"),
+        ({"peers": "torch,cutlass"}, "no peer cutlass: there are torch, gemlite, humming"),
+        ({"precisions": "int4"}, "is not of the form"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        bench_matmul.main(bench(**fields), tmp_path)
+    assert not (tmp_path / RESULT_NAME).exists()
+
+
+def test_exactness_counts_whole_products(monkeypatch):
+    monkeypatch.setattr(exactness, "BACKENDS", {"xla": _NumpyBackend})
+    monkeypatch.setattr(
+        exactness, "compile_all", lambda calls, threads: {name: function for name, (function, _) in calls.items()}
+    )
+    config, result, saved = bench(exactness_shapes=2, exactness_size=9), {}, []
+    exactness.measure_exactness(config, result, lambda: saved.append(1))
+    found = result["exactness"]
+    assert (found["products"], found["exact"], found["wrong"], saved) == (144, 144, 0, [1])
+    exactness.measure_exactness(config, result, lambda: saved.append(1))
+    assert saved == [1]
+    monkeypatch.setattr(_NumpyBackend, "error", 1)
+    exactness.measure_exactness(bench(exactness_shapes=1, exactness_size=9), result, lambda: None)
+    assert result["exactness"]["wrong"] == 72
+    assert "numbers are wrong" in next(iter(result["exactness"]["failures"].values()))
+
+
+class _NumpyBackend:
+    """Products of values decoded from the planes, without compiling."""
+
+    error = 0
+
+    @classmethod
+    def integer_matmul(cls, codes, w, a_format):
+        bits = np.unpackbits(w.planes.view(np.uint8), axis=-1, count=codes.shape[1], bitorder="little").astype(int)
+        w_values = 2 * np.tensordot(w.format.plane_weights, bits, axes=1) - w.format.max_value
+        np.testing.assert_array_equal(w.row_sums[:, 0] * 2, (w_values + w.format.max_value).sum(axis=1))
+        return ((2 * codes.astype(int) - a_format.max_value) @ w_values.T + cls.error)[..., None]
+
+
+def test_ragged_sizes_are_no_multiples():
+    rng = np.random.default_rng(0)
+    sizes = [exactness._ragged_sizes(rng, 700, unaligned=True) for _ in range(50)]
+    assert all(size % 8 for some in sizes for size in some)
+    assert max(map(max, sizes)) <= 701
+
+
+# The tuner.
+
+
+def test_problems_are_measured_once_and_their_best_tiling_is_written(tmp_path, monkeypatch):
+    times = []
+
+    def measured(function, *args, iterations):
+        times.append(100.0 - len(times))
+        return timing.Timing.of(times[-1:], "wall")
+
+    monkeypatch.setattr(tune_matmul, "measure", measured)
+    config = tiny(tune_config.get_config(), shapes="4x40x96", precisions="W2A1,W1A2", per_problem=2, variations=1)
+    config.table = str(tmp_path / "table.json")
+    other = {"kind": "int8", "m": 1, "n": 2, "steps": 3, "shape": "kept", "tiling": {}}
+    (tmp_path / "table.json").write_text(json.dumps({"device": "cpu", "entries": [other]}))
+    with interpreted(InterpretGPUParams()):
+        tune_matmul.main(config, tmp_path)
+        assert len(times) == 3
+        tune_matmul.main(config, tmp_path)
+        assert len(times) == 3
+    problems = read(tmp_path)["problems"]
+    assert list(problems) == ["planes 4x40, 2 steps"]
+    entries = json.loads((tmp_path / "table.json").read_text())["entries"]
+    assert entries[0] == other
+    (entry,) = entries[1:]
+    Tiling(**entry["tiling"]).check()
+    assert (entry["kind"], entry["m"], entry["n"], entry["steps"]) == ("planes", 4, 40, 2)
+    assert entry["microseconds"] == times[-1] == min(times)
+
+
+def test_first_tilings_are_legal_and_begin_with_the_planners():
+    product = Product(Shape("s", 4096, 4096, 4096), BipolarFormat(1), BipolarFormat(2), "sm90")
+    tilings = tune_matmul.first_tilings(product, "all", 12)
+    assert tilings[0] == product.choice.tiling
+    assert len(set(tilings)) == 12
+    assert {tiling.schedule for tiling in tilings} == {"alternate", "split_m", "split_n"}
+    for tiling in [*tilings, *tune_matmul.variations(tilings[0])]:
+        tiling.check()
+    assert set(tune_matmul.first_tilings(product, "planner", 99)) <= set(CANDIDATES)
+    with pytest.raises(ValueError, match='must be "planner" or "all"'):
+        tune_matmul.first_tilings(product, "some", 1)
+    assert any(tiling.cluster_size == 2 for tiling in tune_matmul.variations(tilings[0]))
+
+
+def test_a_tiling_that_fails_is_recorded(tmp_path, monkeypatch):
+    def wrong(*_):
+        raise ValueError("planted")
+
+    monkeypatch.setattr(Product, "check_kernel", wrong)
+    monkeypatch.setattr(tune_matmul, "compile_all", lambda calls, threads: {name: lambda *_: None for name in calls})
+    config = tiny(tune_config.get_config(), shapes="4x40x96", precisions="W1A1", table=str(tmp_path / "table.json"))
+    with interpreted(InterpretGPUParams()):
+        tune_matmul.main(config, tmp_path)
+    (row,) = read(tmp_path)["problems"].values()
+    assert {figures["error"] for figures in row["tilings"].values()} == {"ValueError: planted"}
+    assert json.loads((tmp_path / "table.json").read_text())["entries"] == []
+
+
+# The ablation.
+
+
+def test_every_variant_is_checked_and_timed(tmp_path):
+    config = tiny(ablation_config.get_config(), shapes="4x40x96", precisions="W1A2", iterations=1)
+    with interpreted(InterpretGPUParams()):
+        ablation.main(config, tmp_path)
+    (row,) = read(tmp_path)["products"].values()
+    assert list(row["variants"]) == [
+        "full system",
+        "signed planes",
+        "packed in the call",
+        "recovered in memory",
+        "fixed tiling",
+        "XLA bf16",
+    ]
+    assert row["variants"]["full system"]["slowdown"] == 1
+    assert all(math.isfinite(figures["slowdown"]) for figures in row["variants"].values())
+    assert (tmp_path / "ablation.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("precision", ["W8A8", "W1.58A2"])
+def test_ablation_without_signed_planes_is_refused(tmp_path, precision):
+    config = tiny(ablation_config.get_config(), shapes="4x40x96", precisions=precision)
+    with pytest.raises(ValueError, match=f"{precision} does not multiply planes of two's complement"):
+        ablation.main(config, tmp_path)
+
+
+@pytest.mark.parametrize(("program", "config"), [(ablation, ablation_config), (tune_matmul, tune_config)])
+def test_hopper_kernels_are_refused_elsewhere(tmp_path, program, config):
+    with pytest.raises(ValueError, match="nothing to measure: its kernels need an NVIDIA GPU"):
+        program.main(tiny(config.get_config(), shapes="4x40x96", precisions="W1A1"), tmp_path)
+    assert not (tmp_path / RESULT_NAME).exists()
+
+
+@pytest.mark.parametrize("a_bits", [1, 2, 3])
+@pytest.mark.parametrize("w_bits", [1, 2, 3])
+def test_signed_groups_add_up_to_twos_complement(a_bits, w_bits):
+    """Horner's rule over the groups, on numbers in place of accumulators."""
+    formats = BipolarFormat(a_bits), BipolarFormat(w_bits)
+    recovery = ablation_variants._SignedRecovery("planes", *formats, 8, with_zero=True)
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(0, 2, (fmt.bits, 1, 8)) for fmt in formats)
+    total = np.zeros((), np.int64)
+    for factor, pairs in recovery.pair_groups():
+        total = total * factor + sum(int(x[i, 0] @ w[j, 0]) for i, j in pairs)
+    values = [
+        np.tensordot(ablation_variants._signed_weights(fmt), some, axes=1)[0]
+        for fmt, some in zip(formats, (x, w), strict=True)
+    ]
+    assert total * recovery.product_weight == values[0] @ values[1]
+    assert recovery.num_pairs == a_bits * w_bits
+
+
+def test_what_failed_to_compile_is_raised_when_it_is_wanted():
+    assert matmul_products.raise_if_error(3) == 3
+    with pytest.raises(KeyError):
+        matmul_products.raise_if_error(KeyError("x"))
