@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
 
-.PHONY: demo test lint clean
+.PHONY: demo test compiler lint clean
 
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
@@ -12,6 +12,9 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# What tests need to compile the GPU kernels to machine code without a GPU (142 MB); they skip that where it is absent.
+compiler: $(VENV)/compiler.stamp
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "Python 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.sm90 import plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
 from bipolar_jax.kernels.sm90.plan import CANDIDATES, GROUPED_CANDIDATES, estimated_cycles, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.packing.words import pack_codes
+from bipolar_jax.tuning.table import load_table, nearest_entry
 from tests.test_kernels_integer import A_FORMATS, W_FORMATS, codes_with_extremes, expected_product, packed
 
-SMALL = Tiling(64, 64, slots=3)
+pytestmark = pytest.mark.timeout(120)  # a kernel that deadlocks waits for ever
 
 
 @pytest.fixture(autouse=True)
 def clean_interpreter():
-    yield
+    yield  # an error leaves its state behind
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
@@ -85,10 +88,12 @@ def test_every_pair_is_exact(a_format, w_format):
 
 
 @pytest.mark.parametrize("schedule", ["split_m", "split_n", "alternate"])
-@pytest.mark.parametrize(("cluster_m", "cluster_n"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_m, cluster_n):
+@pytest.mark.parametrize(
+    ("cluster_m", "cluster_n", "consumers"), [(1, 1, 2), (1, 1, 3), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+)
+def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_m, cluster_n, consumers):
     """More tiles than blocks, more steps than slots, ragged in every direction, two pairs of one weight."""
-    tiling = Tiling(64, 64, schedule, slots=2, cluster_m=cluster_m, cluster_n=cluster_n, band=2, band_axis="m")
+    tiling = Tiling(64, 64, schedule, 2, cluster_m, cluster_n, band=2, band_axis="m", consumers=consumers)
     a_format, w_format = BipolarFormat(1), TERNARY
     x, w = random_codes(a_format, 300, 1100, 0), random_codes(w_format, 210, 1100, 1)
     product = integer_product(x, a_format, w, w_format, "planes", tiling, blocks=2 * tiling.cluster_size)
@@ -161,10 +166,10 @@ def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dt
 
 
 @pytest.mark.parametrize(
-    ("schedule", "group_size"), [("split_m", 32), ("split_n", 64), ("alternate", 128), ("split_m", 256)]
+    ("schedule", "group_size"), [("split_m", 32), ("split_n", 64), ("alternate", 128), ("split_m", 512)]
 )
 def test_group_scales(schedule, group_size):
-    a_format, w_format, k = BipolarFormat(8), BipolarFormat(7), 600
+    a_format, w_format, k = BipolarFormat(8), BipolarFormat(7), 1100
     groups = -(-k // group_size)
     rng = np.random.default_rng(0)
     x, w = random_codes(a_format, 70, k, 0), random_codes(w_format, 140, k, 1)
@@ -179,7 +184,7 @@ def test_group_scales(schedule, group_size):
         TokenTerms(code_sums(x), jnp.zeros(70, jnp.int32), jnp.ones(70)),
         ColumnTerms(scaled_value_sums=jnp.asarray((scale * value_sums).sum(1), jnp.float32)),
         Recovery("int8", a_format, w_format, k, with_zero=False),
-        dataclasses.replace(SMALL, schedule=schedule),
+        Tiling(64, 64, schedule, slots=2),
         jnp.float32,
         group_size=group_size,
         group_scales=jnp.asarray(scale.T),
@@ -195,7 +200,7 @@ def test_what_is_not_served_goes_to_xla():
     rng = np.random.default_rng(0)
     kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
     unserved = {
-        "groups must have 32, 64 or a multiple of 128 elements, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
+        "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
         "not 4 bits with offsets": (bj.quantize(kernel, 4, 0, 32, "minmax"), 8),
         "not 8 bits without offsets": (bj.quantize(kernel, 8, 0, 32), 8),
         "float activations": (bj.quantize(kernel, 4, 0), None),
@@ -222,7 +227,9 @@ def test_tilings_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             tiling.check()
     with pytest.raises(ValueError, match="registers"):
-        Tiling(128, 192).check(scale_rows=1)
+        Tiling(128, 128).check(scale_rows=1)
+    with pytest.raises(ValueError, match="2 or 3 consumers"):
+        Tiling(64, 64, consumers=4).check()
 
 
 def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
@@ -285,3 +292,31 @@ def test_grouped_candidates_compile_without_spills(tiling, group_size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
 def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
     compile_product(37, 1001, 333, 1, 2, "planes", Tiling(64, 128, schedule, slots=4, cluster_m=2, cluster_n=2), dtype)
+
+
+def table_entries() -> list[dict]:
+    return load_table("NVIDIA H200")["entries"]
+
+
+def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
+    monkeypatch.setattr(plan.jax, "devices", lambda: [types.SimpleNamespace(device_kind="NVIDIA H200")])
+    for entry in table_entries():
+        found = nearest_entry("NVIDIA H200", entry["kind"], entry["m"], entry["n"], entry["steps"])
+        assert found == entry
+    choice = plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(2))
+    assert choice.reason == "measured at 8192x8192x8192 W1A2"
+    assert plan_product(8192, 8192, 8192, BipolarFormat(2), BipolarFormat(1)).tiling == choice.tiling
+    assert plan_product(64, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
+    assert nearest_entry("NVIDIA A100", "planes", 8192, 8192, 8) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("entry", table_entries(), ids=lambda entry: entry["shape"].replace(" ", "-"))
+def test_the_shipped_table_compiles_without_spills(entry):
+    *_, precision = entry["shape"].split()
+    formats = bj.Precision.parse(precision)
+    pairs = formats.w_bits * formats.a_bits if entry["kind"] == "planes" else 1
+    elements_of_k = entry["steps"] // pairs * ELEMENTS_PER_ROW[entry["kind"]]
+    compile_product(
+        entry["m"], entry["n"], elements_of_k, formats.a_bits, formats.w_bits, entry["kind"], Tiling(**entry["tiling"])
+    )

@@ -75,7 +75,8 @@ def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty
 
     my_turns = (work.my_tiles() - first + work.tiles_at_a_time - 1) // work.tiles_at_a_time
     lax.fori_loop(0, my_turns, tile, ())
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory must outlive the copies that read it; what they write is there when the kernel ends.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
@@ -105,37 +106,51 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
 def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
     """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n].
 
-    While this consumer scales, the products of the others keep the tensor cores busy.
+    The next group is multiplied while one is scaled, but not across the ends of a loop: there LLVM
+    copies what the loop carries, and accumulators in use must not be touched.
     """
-    emulate = work.emulate
+    emulate, parts = work.emulate, work.groups_per_step
     shape = (work.tiling.tile_m, work.tiling.tile_n)
-    acc = tensor_core.begin(tensor_core.zeros(*shape), emulate=emulate)
-    total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
-    def group(_, carry):
-        acc, total, step, slot = carry
-        for position in range(work.steps_per_group):
+    def start(slot, part):
+        """Starts a group: its first step, or its part of a step."""
+        if part == 0:
             wait(slot)
-            for part in range(work.groups_per_step):
-                acc = tensor_core.accumulate(
-                    acc,
-                    *operands(slot),
-                    work.recovery.kind,
-                    part=(part, work.groups_per_step),
-                    fresh=position == 0,
-                    emulate=emulate,
-                )
-                acc = tensor_core.settle(acc, emulate=emulate)
-                if position == work.steps_per_group - 1:
-                    total = scale_group(acc, total, scales(slot).at[part])
-            # Scales were read by ordinary loads, which the next TMA write must come after.
-            plgpu.commit_smem()
-            release(step, slot)
-            step, slot = step + 1, work.next_slot(slot)
-        return acc, total, step, slot
+        return tensor_core.start(shape, *operands(slot), work.recovery.kind, part=(part, parts), emulate=emulate)
 
+    def go_on(acc, step, slot):
+        """The other steps of a group. Returns also its last step and slot, which has its scales."""
+        for _ in range(work.steps_per_group - 1):
+            before, slot, step = slot, work.next_slot(slot), step + 1
+            wait(slot)
+            acc = tensor_core.accumulate(acc, *operands(slot), work.recovery.kind, emulate=emulate)
+            plgpu.wgmma_wait(1)
+            release(step - 1, before)
+        return acc, step, slot
+
+    def turn(_, carry):
+        total, step, slot = carry
+        acc, step, slot = go_on(start(slot, 0), step, slot)
+        for number in range(work.groups_per_turn):
+            part, next_part = number % parts, (number + 1) % parts
+            last = number == work.groups_per_turn - 1
+            next_step, next_slot = (step + 1, work.next_slot(slot)) if next_part == 0 else (step, slot)
+            if not last:
+                next_acc = start(next_slot, next_part)
+            acc = tensor_core.settle(acc, in_flight=0 if last else 1, emulate=emulate)
+            total = scale_group(acc, total, scales(slot).at[part])
+            if next_part == 0:
+                # Scales were read by ordinary loads, which the next TMA write must come after.
+                plgpu.commit_smem()
+                release(step, slot)
+            step, slot = next_step, next_slot
+            if not last:
+                acc, step, slot = go_on(next_acc, step, slot)
+        return total, step, slot
+
+    total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     with jax.named_scope("mainloop"):
-        _, total, _, _ = lax.fori_loop(0, work.k_blocks // work.steps_per_group, group, (acc, total, step, slot))
+        total, _, _ = lax.fori_loop(0, work.turns, turn, (total, step, slot))
     return total
 
 
@@ -153,34 +168,25 @@ def _store(work: Work, total, terms, staging, out):
     slots, height, width = staging.shape
     tokens, columns = terms
     # All rows at once read the columns' terms once, but need registers for all their numbers.
-    roomy = tile_m * tile_n <= _ROOMY_TILE
-    rows_at_once = tile_m if roomy and slots > 1 else height
-    corners = itertools.product(range(0, tile_m, rows_at_once), range(0, tile_n, width))
-    most = slots if roomy else 1 if columns.offset is not None and columns.bias is not None else 2
-    # Every batch costs a wait and two barriers, so it is as large as its place in shared memory.
-    batch_size = max(1, slots * height // rows_at_once)
-    for batch in itertools.batched(corners, min(batch_size, most)):
-        pieces = []
-        for row, column in batch:
-            part = (pl.ds(row, rows_at_once), pl.ds(column, width))
-            # finished: [rows_at_once, width]
-            finished = (finish if work.group_size is None else finish_grouped)(
-                plgpu.layout_cast(
-                    lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
-                ),
-                work.recovery,
-                jax.tree.map(lambda ref, part=part: ref.at[part[0]], tokens),
-                jax.tree.map(lambda ref, part=part: ref.at[part[1]], columns),
-                work.dtype,
-            )
-            pieces += [
-                (lax.slice(finished, (inner, 0), (inner + height, width)), out.at[pl.ds(row + inner, height), part[1]])
-                for inner in range(0, rows_at_once, height)
-            ]
-        # What the batch before left there must have been read.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for slot, (piece, _) in enumerate(pieces):
-            staging[slot] = piece
-        plgpu.commit_smem()
-        for slot, (_, target) in enumerate(pieces):
-            plgpu.copy_smem_to_gmem(staging.at[slot], target)
+    rows_at_once = tile_m if tile_m * tile_n <= _ROOMY_TILE else height
+    slot = 0
+    for row, column in itertools.product(range(0, tile_m, rows_at_once), range(0, tile_n, width)):
+        part = (pl.ds(row, rows_at_once), pl.ds(column, width))
+        # finished: [rows_at_once, width]
+        finished = (finish if work.group_size is None else finish_grouped)(
+            plgpu.layout_cast(
+                lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
+            ),
+            work.recovery,
+            jax.tree.map(lambda ref, part=part: ref.at[part[0]], tokens),
+            jax.tree.map(lambda ref, part=part: ref.at[part[1]], columns),
+            work.dtype,
+        )
+        # Small pieces, each on its way before the next is made: larger ones were measured to be slower.
+        for inner in range(0, rows_at_once, height):
+            # What was in this slot must have been read.
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            staging[slot] = lax.slice(finished, (inner, 0), (inner + height, width))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + inner, height), part[1]])
+            slot = (slot + 1) % slots

@@ -23,13 +23,14 @@ from bipolar_jax.kernels.sm90.consumer import consume
 from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, TokenTerms, chunk_columns
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION, WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
 
 MULTIPROCESSORS = 132
 _TMA_ALIGNMENT = 16  # bytes, of the stride of rows in memory
-GROUP_SIZES = (32, 64)  # and multiples of 128
+# Elements of K that may share a scale; longer groups would be unrolled beyond reason.
+GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
 
 
 class _Sources(NamedTuple):
@@ -66,8 +67,8 @@ def packed_matmul(
       recovery: how planes make products.
       tiling: shape of the work.
       dtype: of the output: float32, bfloat16, float16, or int32.
-      group_size: elements of K that share a scale: 32, 64 or a multiple of 128; bytes that
-        hold values only.
+      group_size: elements of K that share a scale, one of GROUP_SIZES; bytes that hold values
+        only.
       group_scales: one for every group and column, if there is a group_size.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
@@ -82,8 +83,8 @@ def packed_matmul(
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
     if x_width % 4 or w_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
-    if group_size is not None and group_size not in GROUP_SIZES and group_size % BYTES_PER_ROW:
-        raise ValueError(f"group_size must be 32, 64 or a multiple of 128, got {group_size}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
     if group_scales is not None:
         group_scales = _fill_up(group_scales)
     work = Work(m, n, recovery, tiling, dtype, blocks // tiling.cluster_size, group_size, interpret is not None)

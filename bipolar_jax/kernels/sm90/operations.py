@@ -15,7 +15,6 @@ from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
 from bipolar_jax.kernels.sm90.plan import Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
-from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths
 
@@ -52,7 +51,7 @@ def quantized_matmul(
     """See `Backend.quantized_matmul`.
 
     Raises:
-      NotImplementedError: groups of other sizes than 32, 64 and multiples of 128, or with
+      NotImplementedError: groups of other sizes than GROUP_SIZES, or with
         offsets or 8-bit weights; rows too long to quantize on chip.
     """
     _check_groups(w)
@@ -120,8 +119,10 @@ def _grouped_columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> Column
 def _check_groups(w: BipolarArray) -> None:
     if w.num_groups == 1:
         return
-    if w.group_size not in GROUP_SIZES and w.group_size % BYTES_PER_ROW:
-        raise NotImplementedError(f"groups must have 32, 64 or a multiple of 128 elements, not {w.group_size}")
+    if w.group_size not in GROUP_SIZES:
+        raise NotImplementedError(
+            f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {w.group_size}"
+        )
     if w.offset is not None or not holds_values(w.format):
         raise NotImplementedError(
             f"groups are served without offsets and up to 7 bits, not {w.bits} bits "

@@ -24,21 +24,17 @@ CANDIDATES = (
     Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
     Tiling(128, 128, "alternate", slots=5, band=8, band_axis="n"),
     Tiling(128, 128, "alternate", slots=6, band=8, band_axis="n"),
-    Tiling(64, 256, "split_m", slots=3, band=8, band_axis="n", consumers=3),
     Tiling(64, 192, "alternate", slots=5, band=8, band_axis="n"),
     Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(128, 64, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# With a float sum beside the accumulator, which halves the tile. Scaling a group takes a consumer
-# longer than multiplying it; with three, two scale while one multiplies.
+# With two accumulators and a float sum, which leaves a third of the tile.
 GROUPED_CANDIDATES = (
-    Tiling(64, 128, "split_m", slots=4, band=8, band_axis="n", consumers=3),
-    Tiling(64, 192, "split_m", slots=4, band=8, band_axis="n"),
     Tiling(64, 128, "split_m", slots=5, band=8, band_axis="n"),
-    Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
-    Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
+    Tiling(128, 64, "split_n", slots=5, band=8, band_axis="n"),
+    Tiling(64, 64, "split_m", slots=6, band=8, band_axis="n"),
 )
 
 

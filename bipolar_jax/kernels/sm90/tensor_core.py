@@ -66,7 +66,7 @@ def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
     if emulate:
         return acc
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
     def barrier(_, acc):
         return mgpu.fragmented_array.optimization_barrier(acc)
 
@@ -74,14 +74,7 @@ def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
 
 
 def accumulate(
-    acc: Int[Array, "m n"],
-    x_tile,
-    w_tile,
-    kind: OperandKind,
-    *,
-    part: tuple[int, int] = (0, 1),
-    fresh: bool = False,
-    emulate: bool,
+    acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, part: tuple[int, int] = (0, 1), emulate: bool
 ) -> Int[Array, "m n"]:
     """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
 
@@ -94,57 +87,61 @@ def accumulate(
       w_tile: likewise [n, WORDS_PER_ROW].
       kind: what the words hold.
       part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row.
-      fresh: starts from zero, whatever acc holds.
       emulate: compute it in interpret mode.
     """
-    steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // part[1]
-    first_step = part[0] * steps
     if emulate:
-        return (0 if fresh else acc) + _emulated_product(x_tile, w_tile, kind, part)
+        return acc + _emulated_product(x_tile, w_tile, kind, part)
 
     @plgpu.inline_mgpu(
         arg_types=(ACCUMULATOR, plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
-        return_type=_accumulator_type(acc),
+        return_type=_accumulator_type(acc.shape),
     )
     def instructions(_, acc, x_tile, w_tile):
-        # Leading axis of the registers: the 64-row blocks of the accumulator.
-        registers = acc.registers.copy()
-        nvvm.wgmma_fence_aligned()
-        n = acc.shape[1]
-        x_descriptor, w_descriptor = _descriptor(x_tile), _descriptor(w_tile)
-        block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
-        for step in range(first_step, first_step + steps):
-            for block in range(registers.shape[0]):
-                registers[block] = _wgmma(
-                    registers[block],
-                    _advanced(x_descriptor, block * block_stride + step * _BYTES_PER_INSTRUCTION),
-                    _advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
-                    n,
-                    kind,
-                    add=not (fresh and step == first_step),
-                )
-        nvvm.wgmma_commit_group_sync_aligned()
+        registers = _issue(acc.registers, x_tile, w_tile, kind, part, acc.shape[1])
         return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
     return instructions(acc, x_tile, w_tile)
 
 
-def settle(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
-    """Waits for all instructions in flight; what it returns may be read."""
+def start(
+    shape: tuple[int, int], x_tile, w_tile, kind: OperandKind, *, part: tuple[int, int] = (0, 1), emulate: bool
+) -> Int[Array, "m n"]:
+    """`accumulate` from zero, without registers to be cleared before."""
+    if emulate:
+        return _emulated_product(x_tile, w_tile, kind, part)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
+        return_type=_accumulator_type(shape),
+    )
+    def instructions(_, x_tile, w_tile):
+        layout = ACCUMULATOR.to_mgpu()
+        nothing = np.full(layout.registers_shape(shape), None, dtype=object)
+        registers = _issue(nothing, x_tile, w_tile, kind, part, shape[1])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return instructions(x_tile, w_tile)
+
+
+def settle(acc: Int[Array, "m n"], *, in_flight: int = 0, emulate: bool) -> Int[Array, "m n"]:
+    """Waits for all groups of instructions but the `in_flight` last; what it returns may be read.
+
+    Those last must have other accumulators.
+    """
     if emulate:
         return acc
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
     def wait(_, acc):
-        nvvm.wgmma_wait_group_sync_aligned(0)
+        nvvm.wgmma_wait_group_sync_aligned(in_flight)
         # Nothing else ties a read of the registers to the wait: LLVM would move it up.
         return mgpu.fragmented_array.optimization_barrier(acc)
 
     return wait(acc)
 
 
-def _accumulator_type(acc: Array) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct(acc.shape, jnp.int32, layout=ACCUMULATOR)
+def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=ACCUMULATOR)
 
 
 def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
@@ -191,27 +188,55 @@ def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
     return llvm.add(descriptor, increment, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
-def _wgmma(
-    registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind, *, add: bool
+def _issue(
+    registers: np.ndarray, x_tile: ir.Value, w_tile: ir.Value, kind: OperandKind, part: tuple[int, int], n: int
 ) -> np.ndarray:
-    """One instruction; `registers` are the n / 2 accumulators that a thread has of 64 rows."""
+    """The instructions of one part of a row; registers of None start from zero.
+
+    The registers' leading axis are the 64-row blocks of the accumulator.
+    """
+    registers = registers.copy()
+    x_descriptor, w_descriptor = _descriptor(x_tile), _descriptor(w_tile)
+    block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
+    steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // part[1]
+    nvvm.wgmma_fence_aligned()
+    for step in range(part[0] * steps, (part[0] + 1) * steps):
+        for block in range(registers.shape[0]):
+            registers[block] = _wgmma(
+                registers[block],
+                _advanced(x_descriptor, block * block_stride + step * _BYTES_PER_INSTRUCTION),
+                _advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
+                n,
+                kind,
+            )
+    nvvm.wgmma_commit_group_sync_aligned()
+    return registers
+
+
+def _wgmma(
+    registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind
+) -> np.ndarray:
+    """One instruction; `registers` are the n / 2 accumulators that a thread has of 64 rows, or None for zeros."""
     i32 = ir.IntegerType.get_signless(32)
-    vector_type = registers.flat[0].type
+    vector_type = ir.VectorType.get((1,), i32)
     count = n // 2
     assert registers.size == count
+    add = registers.flat[0] is not None
+    # Outputs come first, then the inputs tied to them, then the descriptors and the predicate. A sum
+    # that starts has no such inputs: what the registers held before is dead, and ptxas may know it.
+    tied = list(registers.flat) if add else []
     outputs = ",".join(f"${i}" for i in range(count))
-    # Outputs come first, then the inputs tied to them, then the descriptors and the predicate.
-    x_operand, w_operand, accumulate_operand = (f"${2 * count + i}" for i in range(3))
+    x_operand, w_operand, add_operand = (f"${count + len(tied) + i}" for i in range(3))
     ptx = (
-        f"{{ .reg .pred p; setp.ne.b32 p, {accumulate_operand}, 0; "
+        f"{{ .reg .pred p; setp.ne.b32 p, {add_operand}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{_MNEMONIC[kind]} "
         f"{{{outputs}}}, {x_operand}, {w_operand}, p; }}\n"
     )
-    constraints = ",".join(["=r"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
+    constraints = ",".join(["=r"] * count + [str(i) for i in range(len(tied))] + ["l", "l", "n"])
     add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(add))).result
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),
-        [*registers.flat, x_descriptor, w_descriptor, add_flag],
+        [*tied, x_descriptor, w_descriptor, add_flag],
         ptx,
         constraints,
         asm_dialect=0,

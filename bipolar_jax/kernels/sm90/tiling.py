@@ -81,14 +81,14 @@ class Tiling:
         """Raises ValueError unless a block of this shape fits the hardware.
 
         Args:
-          scale_rows: group scales in a slot, for each column; there is a float sum beside the
-            accumulator if there are any.
+          scale_rows: group scales in a slot, for each column; if there are any, there are two
+            accumulators and a float sum.
         """
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
         if self.consumers not in WARPGROUP_REGISTERS:
             raise ValueError(f"there are 2 or 3 consumers, got {self}")
-        numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (2 if scale_rows else 1)
+        numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (3 if scale_rows else 1)
         if numbers > WARPGROUP_REGISTERS[self.consumers][1] - _WORKING_REGISTERS:
             raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")
         needed = self.shared_memory_bytes(scale_rows)

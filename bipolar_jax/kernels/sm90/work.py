@@ -53,10 +53,22 @@ class Work:
         return 1 if self.group_size is None else max(1, self.group_size // BYTES_PER_ROW)
 
     @property
+    def groups_per_turn(self) -> int:
+        """Groups that are multiplied without a break, in whole steps: as many as leave enough registers."""
+        return 4 if self.group_size in (32, 128) else 2
+
+    @property
+    def turns(self) -> int:
+        """Turns over all groups of K."""
+        elements = BYTES_PER_ROW // self.groups_per_step * self.steps_per_group * self.groups_per_turn
+        return -(-self.recovery.k // elements)
+
+    @property
     def k_blocks(self) -> int:
-        """Steps of one pass over K, in whole groups; the loads fill up with zeros."""
-        elements = ELEMENTS_PER_ROW[self.recovery.kind]
-        return -(-self.recovery.k // (elements * self.steps_per_group)) * self.steps_per_group
+        """Steps of one pass over K; of groups in whole turns, which the loads fill up with zeros."""
+        if self.group_size is None:
+            return -(-self.recovery.k // ELEMENTS_PER_ROW[self.recovery.kind])
+        return self.turns * self.groups_per_turn * self.steps_per_group // self.groups_per_step
 
     @property
     def steps_per_tile(self) -> int:
