@@ -17,7 +17,7 @@ import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.sm90 import plan
-from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
@@ -146,6 +146,9 @@ def test_bytes_of_weights_are_values_or_signed_codes(fmt):
         (4, 8, None, True, jnp.float16),
         (8, 8, None, False, jnp.bfloat16),
         (4, 8, 128, False, jnp.float32),
+        (4, 8, 64, True, jnp.float32),
+        (8, 1, 128, False, jnp.float32),
+        (8, 8, 32, True, jnp.float32),
     ],
 )
 def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dtype):
@@ -187,7 +190,7 @@ def test_group_scales(schedule, group_size):
         Tiling(64, 64, schedule, slots=2),
         jnp.float32,
         group_size=group_size,
-        group_scales=jnp.asarray(scale.T),
+        group_terms=GroupTerms(jnp.asarray(scale.T)),
         blocks=2,
         interpret=detecting_races(),
     )
@@ -201,8 +204,6 @@ def test_what_is_not_served_goes_to_xla():
     kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
     unserved = {
         "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
-        "not 4 bits with offsets": (bj.quantize(kernel, 4, 0, 32, "minmax"), 8),
-        "not 8 bits without offsets": (bj.quantize(kernel, 8, 0, 32), 8),
         "float activations": (bj.quantize(kernel, 4, 0), None),
     }
     with interpreted(plgpu.InterpretGPUParams()):
@@ -243,7 +244,7 @@ def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
 
-def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None):
+def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None, offsets=False):
     a_format, w_format = BipolarFormat(a_bits), BipolarFormat(w_bits)
     recovery = Recovery(kind, a_format, w_format, k, with_zero=True)
     words = -(-k // 128) * 4 if kind == "planes" else -(-k // 32) * 8
@@ -252,13 +253,18 @@ def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, g
         columns = ColumnTerms(
             *(vector(n, t) for t in (jnp.int32, jnp.float32, jnp.float32)), None, vector(n, "float32")
         )
-        scales = None
+        groups = None
     else:
         columns = ColumnTerms(scaled_value_sums=vector(n, jnp.float32), bias=vector(n, jnp.float32))
-        scales = jax.ShapeDtypeStruct((-(-k // group_size), n), jnp.float32)
+        groups = GroupTerms(
+            *(
+                jax.ShapeDtypeStruct((-(-k // group_size), size), jnp.float32)
+                for size in ((n, n, m) if offsets else (n,))
+            )
+        )
 
-    def product(x, w, tokens, columns, scales):
-        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, group_size=group_size, group_scales=scales)
+    def product(x, w, tokens, columns, groups):
+        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, group_size=group_size, group_terms=groups)
 
     _, report = sm90_compile.compile_for_h200(
         product,
@@ -266,7 +272,7 @@ def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, g
         jax.ShapeDtypeStruct((w_bits if kind == "planes" else 1, n, words), jnp.uint32),
         TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
         columns,
-        scales,
+        groups,
     )
     assert report.registers
     assert report.spill_bytes == 0
@@ -282,9 +288,10 @@ def test_candidates_compile_without_spills(tiling, kind):
 
 @needs_compiler
 @pytest.mark.parametrize("tiling", GROUPED_CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_grouped_candidates_compile_without_spills(tiling, group_size):
-    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, group_size=group_size)
+@pytest.mark.parametrize("offsets", [False, True], ids=["scales", "offsets"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 512])
+def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
+    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, group_size=group_size, offsets=offsets)
 
 
 @needs_compiler

@@ -11,13 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.epilogue import finish, finish_grouped, scale_group
+from bipolar_jax.kernels.sm90.epilogue import GroupTerms, add_group, finish, finish_grouped
 from bipolar_jax.kernels.sm90.work import Work
 
 _ROOMY_TILE = 128 * 128  # up to here a consumer has as many registers for its epilogue as for the accumulator
 
 
-def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty, terms_full, terms_empty):
+def consume(work: Work, out, staging, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty):
     """Multiplies and finishes this consumer's tiles; see `producer.produce` for what it shares with it."""
     tiling = work.tiling
     me = lax.axis_index("warpgroup")
@@ -38,7 +38,7 @@ def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty
     def operands(slot):
         return tiles[0].at[slot, rows], tiles[1].at[slot, columns]
 
-    mainloop = _sum_pairs if group_scales is None else _sum_groups
+    mainloop = _sum_pairs if group_terms is None else _sum_groups
 
     def tile(turn, carry):
         index = first + turn * work.tiles_at_a_time
@@ -49,7 +49,11 @@ def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty
             lax.rem(step, tiling.slots),
             wait=lambda slot: plgpu.barrier_wait(full.at[work.full_barrier(index, slot)]),
             operands=operands,
-            scales=lambda slot: group_scales.at[slot, :, columns],
+            group_terms_of=lambda slot, part: GroupTerms(
+                scale=group_terms.scale.at[slot, part, columns],
+                offset=None if group_terms.offset is None else group_terms.offset.at[slot, part, columns],
+                token_sums=None if group_terms.token_sums is None else group_terms.token_sums.at[slot, part, rows],
+            ),
             release=release,
         )
         with jax.named_scope("epilogue"):
@@ -79,9 +83,9 @@ def consume(work: Work, out, staging, *, tiles, group_scales, terms, full, empty
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
+def _sum_pairs(work: Work, step, slot, *, wait, operands, group_terms_of, release):
     """The sum over all plane pairs and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule."""
-    del scales
+    del group_terms_of
     emulate = work.emulate
     acc = tensor_core.zeros(work.tiling.tile_m, work.tiling.tile_n)
     for factor, pairs in work.recovery.pair_groups():
@@ -103,7 +107,7 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, scales, release):
     return acc
 
 
-def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
+def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, release):
     """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n].
 
     The next group is multiplied while one is scaled, but not across the ends of a loop: there LLVM
@@ -119,7 +123,7 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
         return tensor_core.start(shape, *operands(slot), work.recovery.kind, part=(part, parts), emulate=emulate)
 
     def go_on(acc, step, slot):
-        """The other steps of a group. Returns also its last step and slot, which has its scales."""
+        """The other steps of a group. Returns also its last step and slot, which has its terms."""
         for _ in range(work.steps_per_group - 1):
             before, slot, step = slot, work.next_slot(slot), step + 1
             wait(slot)
@@ -138,9 +142,9 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, scales, release):
             if not last:
                 next_acc = start(next_slot, next_part)
             acc = tensor_core.settle(acc, in_flight=0 if last else 1, emulate=emulate)
-            total = scale_group(acc, total, scales(slot).at[part])
+            total = add_group(acc, total, group_terms_of(slot, part), work.recovery.product_weight)
             if next_part == 0:
-                # Scales were read by ordinary loads, which the next TMA write must come after.
+                # The terms were read by ordinary loads, which the next TMA write must come after.
                 plgpu.commit_smem()
                 release(step, slot)
             step, slot = next_step, next_slot

@@ -47,6 +47,24 @@ class ColumnTerms:
     bias: Float[Array, " n"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupTerms:
+    """What the mainloop needs of each group of K.
+
+    y = s_x (sum_g (scale_g T_g + offset_g X_g) + ...) where T_g is the group's sum of products.
+
+    Attributes:
+      scale: of each column.
+      offset: of each column; None if all are 0.
+      token_sums: X_g, sums over the group of each token's values, if there are offsets.
+    """
+
+    scale: Float[Array, "groups n"]
+    offset: Float[Array, "groups n"] | None = None
+    token_sums: Float[Array, "groups m"] | None = None
+
+
 def chunk_columns(dtype: jnp.dtype) -> int:
     """Columns of the output that are staged at a time: rows of 128 bytes."""
     return BYTES_PER_ROW // jnp.dtype(dtype).itemsize
@@ -95,12 +113,17 @@ def finish(
     return y.astype(dtype)
 
 
-def scale_group(
-    acc: Int[Array, "tile_m tile_n"], total: Float[Array, "tile_m tile_n"], scale
+def add_group(
+    acc: Int[Array, "tile_m tile_n"], total: Float[Array, "tile_m tile_n"], terms: GroupTerms, weight: int
 ) -> Float[Array, "tile_m tile_n"]:
-    """Adds one group's integer sums times its columns' scales (a ref [tile_n] in shared memory)."""
+    """Adds one group's integer sums times `weight` and scale, and its offsets; terms are refs in shared memory."""
     sums = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(jnp.float32)
-    return total + sums * lax.broadcast_in_dim(_load_column_term(scale), sums.shape, (1,))
+    scale = _load_column_term(terms.scale)
+    total = total + sums * lax.broadcast_in_dim(scale * float(weight), sums.shape, (1,))
+    if terms.offset is not None:
+        token_sums = lax.broadcast_in_dim(_load_row_term(terms.token_sums), sums.shape, (0,))
+        total = total + token_sums * lax.broadcast_in_dim(_load_column_term(terms.offset), sums.shape, (1,))
+    return total
 
 
 def finish_grouped(
@@ -112,11 +135,11 @@ def finish_grouped(
 ) -> Float[Array, "tile_m width"]:
     """From a piece of the scaled sums of groups to the output's dtype.
 
-    y = s_x (sum_g s_g T_g weight + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
+    y = s_x (total + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
     """
     shape = total.shape
     zero = recovery.column_weight(_load_row_term(tokens.zero_code)).astype(jnp.float32)
-    y = total * float(recovery.product_weight) + lax.broadcast_in_dim(zero, shape, (0,)) * lax.broadcast_in_dim(
+    y = total + lax.broadcast_in_dim(zero, shape, (0,)) * lax.broadcast_in_dim(
         _load_column_term(columns.scaled_value_sums), shape, (1,)
     )
     y = y * lax.broadcast_in_dim(_load_row_term(tokens.scale) * recovery.scale_factor, shape, (0,))

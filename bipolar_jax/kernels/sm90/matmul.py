@@ -9,6 +9,7 @@ go on. Products never leave registers before they are finished numbers.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
-from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, TokenTerms, chunk_columns
+from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, GroupTerms, TokenTerms, chunk_columns
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
@@ -37,7 +38,7 @@ class _Sources(NamedTuple):
     """What the producer loads, refs in memory."""
 
     operands: tuple[Any, Any]
-    group_scales: Any
+    group_terms: Any
     terms: tuple[TokenTerms, ColumnTerms]
 
 
@@ -51,7 +52,7 @@ def packed_matmul(
     dtype: jnp.dtype,
     *,
     group_size: int | None = None,
-    group_scales: Float[Array, "groups n"] | None = None,
+    group_terms: GroupTerms | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
@@ -69,7 +70,7 @@ def packed_matmul(
       dtype: of the output: float32, bfloat16, float16, or int32.
       group_size: elements of K that share a scale, one of GROUP_SIZES; bytes that hold values
         only.
-      group_scales: one for every group and column, if there is a group_size.
+      group_terms: of every group, if there is a group_size.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -85,11 +86,9 @@ def packed_matmul(
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
-    if group_scales is not None:
-        group_scales = _fill_up(group_scales)
     work = Work(m, n, recovery, tiling, dtype, blocks // tiling.cluster_size, group_size, interpret is not None)
-    tiling.check(work.scale_rows)
-    sources = _Sources((x_words, w_words), group_scales, (tokens, columns))
+    sources = _Sources((x_words, w_words), jax.tree.map(_fill_up, group_terms), (tokens, columns))
+    scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)
     # What TMA stores has rows of whole 16 bytes.
     columns_unit = _TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
@@ -102,7 +101,7 @@ def packed_matmul(
         cluster_names=("cluster_m", "cluster_n"),
         num_threads=tiling.consumers + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(work, sources),
+        scratch_types=scratch,
         # No thread reads what it or an async copy then overwrites without a barrier in between.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
@@ -126,11 +125,13 @@ def _scratch(work: Work, sources: _Sources) -> dict:
         empty = functools.partial(
             plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=work.consumers_of_tile
         )
-    grouped = sources.group_scales is not None
     blocks = tiling.block_m, tiling.block_n
+    group_terms = _group_slots(work, sources.group_terms)
+    group_bytes = sum(4 * math.prod(slots.shape[1:]) for slots in jax.tree.leaves(group_terms))
+    tiling.check(group_bytes)
     return dict(
         staging=plgpu.SMEM(
-            (tiling.consumers, tiling.staging_slots(work.scale_rows), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
+            (tiling.consumers, tiling.staging_slots(group_bytes), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
             work.dtype,
             transforms=STAGING_TRANSFORMS,
         ),
@@ -138,18 +139,33 @@ def _scratch(work: Work, sources: _Sources) -> dict:
             plgpu.SMEM((tiling.slots, block, WORDS_PER_ROW), jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
             for block in blocks
         ),
-        group_scales=(
-            plgpu.SMEM((tiling.slots, work.groups_per_step, tiling.block_n), jnp.float32) if grouped else None
-        ),
+        group_terms=group_terms,
         # One buffer for every tile in progress.
         terms=tuple(
             jax.tree.map(lambda term, block=block: plgpu.SMEM((work.tiles_at_a_time, block), term.dtype), some)
             for some, block in zip(sources.terms, blocks, strict=True)
         ),
-        full=plgpu.Barrier(num_arrivals=3 if grouped else 2, num_barriers=tiling.slots * work.tiles_at_a_time),
+        full=plgpu.Barrier(
+            num_arrivals=2 + len(jax.tree.leaves(sources.group_terms)), num_barriers=tiling.slots * work.tiles_at_a_time
+        ),
         empty=empty(num_barriers=tiling.slots),
         terms_full=plgpu.Barrier(num_arrivals=len(jax.tree.leaves(sources.terms)), num_barriers=work.tiles_at_a_time),
         terms_empty=plgpu.Barrier(num_arrivals=work.consumers_of_tile, num_barriers=work.tiles_at_a_time),
+    )
+
+
+def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
+    """Slots in shared memory for those terms of groups that there are."""
+    if terms is None:
+        return None
+    block_m, block_n = work.tiling.block_m, work.tiling.block_n
+    sizes = {"scale": block_n, "offset": block_n, "token_sums": block_m}
+    return GroupTerms(
+        **{
+            name: plgpu.SMEM((work.tiling.slots, work.groups_per_step, sizes[name]), jnp.float32)
+            for name, term in vars(terms).items()
+            if term is not None
+        }
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
 from bipolar_jax.kernels.sm90.plan import Choice, plan_product
-from bipolar_jax.kernels.sm90.quantize import quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths
@@ -51,23 +52,23 @@ def quantized_matmul(
     """See `Backend.quantized_matmul`.
 
     Raises:
-      NotImplementedError: groups of other sizes than GROUP_SIZES, or with
-        offsets or 8-bit weights; rows too long to quantize on chip.
+      NotImplementedError: groups of other sizes than GROUP_SIZES; rows too long to quantize on chip.
     """
     _check_groups(w)
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, interpret=interpret_params())
+    recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
     grouped = w.num_groups > 1
     return packed_matmul(
         tokens.words,
         weight_words(w, choice.kind),
         TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
         _grouped_columns(w, bias) if grouped else _columns(w, bias),
-        Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1),
+        recovery,
         choice.tiling,
         x.dtype,
         group_size=w.group_size if grouped else None,
-        group_scales=w.scale.T if grouped else None,
+        group_terms=_group_terms(w, tokens, recovery) if grouped else None,
         interpret=interpret_params(),
     )
 
@@ -108,12 +109,36 @@ def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
 
 
 def _grouped_columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
-    lengths = group_lengths(w.contracted_size, w.group_size)
-    value_sums = epilogue.value_sums(w.row_sums, w.format, lengths)
+    value_sums = epilogue.value_sums(w.row_sums, w.format, group_lengths(w.contracted_size, w.group_size))
+    if not holds_values(w.format):
+        # As codes, 2 S + C = 2 S + (X + z' L): see `_group_terms` for X, and here is the rest.
+        value_sums -= group_lengths(w.contracted_size, w.group_size)
     return ColumnTerms(
         scaled_value_sums=jnp.sum(w.scale * value_sums, axis=-1),
         bias=None if bias is None else bias.astype(jnp.float32),
     )
+
+
+def _group_terms(w: BipolarArray, tokens: PackedTokens, recovery: Recovery) -> GroupTerms:
+    """Scales; and where weights have offsets, or are bytes of codes, the token's value sums X of every group.
+
+    With codes v_w = 2 c_w + 1 a group's half product is 2 S + C - z' V, C = X + z' L being the sum of the
+    token's signed codes, z' its zero code and L the group's length: X takes the scale as one more offset,
+    and L lessens V. Likewise without a zero, where 4 S + 2 C + V = 4 S + X - L + V.
+    """
+    offset = w.offset
+    if not holds_values(w.format):
+        offset = w.scale if offset is None else w.scale + offset
+    if offset is None:
+        return GroupTerms(w.scale.T)
+    lengths = jnp.asarray(group_lengths(w.contracted_size, w.group_size))
+    codes = lax.bitcast_convert_type(tokens.words[0], jnp.int8).reshape(tokens.words.shape[1], -1)
+    filler = w.num_groups * w.group_size - codes.shape[1]
+    codes = jnp.pad(codes, ((0, 0), (0, max(0, filler))))[:, : w.num_groups * w.group_size]
+    signed_sums = jnp.sum(codes.reshape(-1, w.num_groups, w.group_size), axis=-1, dtype=jnp.int32)
+    code_sums = signed_sums + recovery.a_format.code_offset * lengths
+    token_sums = recovery.token_value_sums(code_sums, tokens.zero_code[:, None], lengths)
+    return GroupTerms(w.scale.T, offset.T, token_sums.T.astype(jnp.float32))
 
 
 def _check_groups(w: BipolarArray) -> None:
@@ -122,9 +147,4 @@ def _check_groups(w: BipolarArray) -> None:
     if w.group_size not in GROUP_SIZES:
         raise NotImplementedError(
             f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {w.group_size}"
-        )
-    if w.offset is not None or not holds_values(w.format):
-        raise NotImplementedError(
-            f"groups are served without offsets and up to 7 bits, not {w.bits} bits "
-            f"with{'out' if w.offset is None else ''} offsets"
         )

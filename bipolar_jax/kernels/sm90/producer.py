@@ -14,14 +14,14 @@ from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.work import Work
 
 
-def produce(work: Work, sources, *, tiles, group_scales, terms, full, empty, terms_full, terms_empty):
+def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty):
     """Fills slots: for every tile, plane pair and block of K a block of each operand; then the tile's terms.
 
     Args:
       work: the static side.
-      sources: refs in memory: the operands, group scales or None, terms.
+      sources: refs in memory: the operands, terms of groups or None, terms.
       tiles: slots of both operands, [slots, block_m or block_n, words].
-      group_scales: slots of scales, [slots, groups_per_step, block_n], or None.
+      group_terms: slots of the groups' terms, [slots, groups_per_step, block_n or block_m] each, or None.
       terms: buffers of terms, [tiles_at_a_time, block_m or block_n] each.
       full: barriers of filled slots, see `Work.full_barrier`.
       empty: barriers of emptied slots.
@@ -53,14 +53,19 @@ def produce(work: Work, sources, *, tiles, group_scales, terms, full, empty, ter
                     barrier,
                     collective_axes=axes,
                 )
-            if group_scales is not None:
-                # [groups_per_step, block_n]
+            if group_terms is not None:
                 group = k_block * work.groups_per_step // work.steps_per_group
-                plgpu.copy_gmem_to_smem(
-                    sources.group_scales.at[pl.ds(group, work.groups_per_step), pl.ds(starts[1], tiling.block_n)],
-                    group_scales.at[slot],
-                    barrier,
-                )
+                for name, target in vars(group_terms).items():
+                    if target is not None:
+                        start = starts[0] if name == "token_sums" else starts[1]
+                        # target.at[slot]: [groups_per_step, block]
+                        plgpu.copy_gmem_to_smem(
+                            vars(sources.group_terms)[name].at[
+                                pl.ds(group, work.groups_per_step), pl.ds(start, target.shape[2])
+                            ],
+                            target.at[slot],
+                            barrier,
+                        )
             return step + 1, work.next_slot(slot)
 
         for _, pairs in work.recovery.pair_groups():

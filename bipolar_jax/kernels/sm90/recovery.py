@@ -115,11 +115,12 @@ class Recovery:
         """V_w from the sums of a column's codes."""
         return 2 * code_sums - self.w_format.max_value * self.k
 
-    def token_value_sums(self, code_sums, zero_code):
-        """V_x - v0 K of a token (half of it `with_zero`), what offsets of weights multiply."""
+    def token_value_sums(self, code_sums, zero_code, length=None):
+        """V_x - v0 L of a token over `length` (or all) elements, half of it `with_zero`: what offsets multiply."""
+        length = self.k if length is None else length
         if self.with_zero:
-            return code_sums - self.k * zero_code
-        return 2 * code_sums - self.a_format.max_value * self.k
+            return code_sums - length * zero_code
+        return 2 * code_sums - self.a_format.max_value * length
 
     @property
     def scale_factor(self) -> float:

@@ -63,35 +63,35 @@ class Tiling:
     def cluster_size(self) -> int:
         return self.cluster_m * self.cluster_n
 
-    def staging_slots(self, scale_rows: int = 0) -> int:
+    def staging_slots(self, group_bytes: int = 0) -> int:
         """Pieces of output that a consumer has on their way to memory at a time: as many as fit."""
         pieces = self.tile_m * self.tile_n * 2 // (ROWS_PER_INSTRUCTION * BYTES_PER_ROW)
-        fits = (self.shared_memory_bytes(scale_rows, n) <= SHARED_MEMORY_BYTES for n in range(1, pieces + 1))
+        fits = (self.shared_memory_bytes(group_bytes, n) <= SHARED_MEMORY_BYTES for n in range(1, pieces + 1))
         return max(1, sum(fits))
 
-    def shared_memory_bytes(self, scale_rows: int = 0, staging_slots: int = 1) -> int:
-        """Bytes of shared memory of one block, with so many group scales a slot and column."""
-        slots = self.slots * ((self.block_m + self.block_n) * BYTES_PER_ROW + scale_rows * self.block_n * 4)
+    def shared_memory_bytes(self, group_bytes: int = 0, staging_slots: int = 1) -> int:
+        """Bytes of shared memory of one block, with so many for the terms of groups in every slot."""
+        slots = self.slots * ((self.block_m + self.block_n) * BYTES_PER_ROW + group_bytes)
         staging = self.consumers * staging_slots * ROWS_PER_INSTRUCTION * BYTES_PER_ROW
         tiles_at_a_time = self.consumers if self.schedule == "alternate" else 1
         terms = tiles_at_a_time * (3 * self.block_m + 4 * self.block_n) * 4
         return slots + staging + terms
 
-    def check(self, scale_rows: int = 0) -> None:
+    def check(self, group_bytes: int = 0) -> None:
         """Raises ValueError unless a block of this shape fits the hardware.
 
         Args:
-          scale_rows: group scales in a slot, for each column; if there are any, there are two
+          group_bytes: for the terms of groups, in every slot; if there are any, there are two
             accumulators and a float sum.
         """
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
         if self.consumers not in WARPGROUP_REGISTERS:
             raise ValueError(f"there are 2 or 3 consumers, got {self}")
-        numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (3 if scale_rows else 1)
+        numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (3 if group_bytes else 1)
         if numbers > WARPGROUP_REGISTERS[self.consumers][1] - _WORKING_REGISTERS:
             raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")
-        needed = self.shared_memory_bytes(scale_rows)
+        needed = self.shared_memory_bytes(group_bytes)
         if self.slots < 2 or needed > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"{self} takes {needed} bytes of shared memory of {SHARED_MEMORY_BYTES}: "

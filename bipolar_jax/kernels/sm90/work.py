@@ -43,11 +43,6 @@ class Work:
         return 1 if self.group_size is None else max(1, BYTES_PER_ROW // self.group_size)
 
     @property
-    def scale_rows(self) -> int:
-        """Group scales in a slot, for each column."""
-        return 0 if self.group_size is None else self.groups_per_step
-
-    @property
     def steps_per_group(self) -> int:
         """128-byte rows of K that share a scale; 1 where several groups share a row."""
         return 1 if self.group_size is None else max(1, self.group_size // BYTES_PER_ROW)
