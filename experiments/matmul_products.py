@@ -16,9 +16,9 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
-from bipolar_jax.kernels.sm90.plan import Choice, plan_product
+from bipolar_jax.kernels.sm90.plan import Choice, mainloop_steps, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW, OperandKind
+from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.ops.dispatch import BACKENDS
 from experiments.matmul_operands import Operands, check_integers, check_output
@@ -88,8 +88,7 @@ class Product:
     @property
     def steps(self) -> int:
         """Length of the mainloop, in 128-byte rows of K over all pairs of planes; see `tuning.table`."""
-        rows = -(-self.shape.k // ELEMENTS_PER_ROW[self.kind])
-        return rows * (self.pairs if self.kind == "planes" else 1)
+        return mainloop_steps(self.shape.k, self.kind, self.pairs)
 
     @property
     def kernel_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
@@ -48,8 +49,8 @@ class Backend(Protocol):
     ) -> Float[Array, "m n"]:
         """x times the dequantized w, accumulated in float32; output in x's dtype."""
 
-    def plan_matmul(self, m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
-        """What the product of m rows with w would run; a_format None means float activations.
+    def plan_matmul(self, m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+        """What the product of m rows of `dtype` with w would run; a_format None means float activations.
 
         Raises:
           NotImplementedError: as the product itself would.

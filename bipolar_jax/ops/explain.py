@@ -64,7 +64,7 @@ def explain(
     passed_over: dict[str, str] = {}
     for name in tried_under(implementation):
         try:
-            plan: Plan = BACKENDS[name].plan_matmul(m, w, a_format)
+            plan: Plan = BACKENDS[name].plan_matmul(m, x.dtype, w, a_format)
         except NotImplementedError as reason:
             passed_over[name] = str(reason)
         else:

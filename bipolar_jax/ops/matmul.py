@@ -43,6 +43,9 @@ def matmul(
     - dscale and doffset are those of w^, multiplied with x^;
     - the packed bits have no gradient (float0).
 
+    Over several devices, call it within `jax.shard_map`: a GPU kernel is one operation to XLA, which under
+    a plain `jit` gathers sharded operands and repeats it on every device.
+
     Args:
       x: float32, bfloat16 or float16; its last axis is contracted. If w has batch axes,
         x's leading axes must equal them.

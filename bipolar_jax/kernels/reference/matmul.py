@@ -64,7 +64,7 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     return epilogue.finish(total, None, bias, x.dtype)
 
 
-def plan_matmul(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
     if a_format is None:
         return Plan("float32 matmul of dequantized weights", "the definition, for comparing with")

@@ -28,9 +28,9 @@ def weight_only_matmul(x, w, bias):
     return _operations().weight_only_matmul(x, w, bias)
 
 
-def plan_matmul(m, w, a_format):
+def plan_matmul(m, dtype, w, a_format):
     """See `operations.plan_matmul`."""
-    return _operations().plan_matmul(m, w, a_format)
+    return _operations().plan_matmul(m, dtype, w, a_format)
 
 
 def _operations() -> ModuleType:

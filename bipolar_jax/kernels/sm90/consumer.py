@@ -173,7 +173,7 @@ def _store(work: Work, total, terms, staging, out):
     tokens, columns = terms
     # All rows at once read the columns' terms once, but need registers for all their numbers.
     rows_at_once = tile_m if tile_m * tile_n <= _ROOMY_TILE else height
-    slot = 0
+    pieces = 0
     for row, column in itertools.product(range(0, tile_m, rows_at_once), range(0, tile_n, width)):
         part = (pl.ds(row, rows_at_once), pl.ds(column, width))
         # finished: [rows_at_once, width]
@@ -188,9 +188,14 @@ def _store(work: Work, total, terms, staging, out):
         )
         # Small pieces, each on its way before the next is made: larger ones were measured to be slower.
         for inner in range(0, rows_at_once, height):
-            # What was in this slot must have been read.
-            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            slot = pieces % slots
+            # What was in this slot must have been read: by the tile before, which may have ended in any
+            # slot, or by the piece that had it `slots` pieces ago.
+            if pieces == 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            elif pieces >= slots:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             staging[slot] = lax.slice(finished, (inner, 0), (inner + height, width))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + inner, height), part[1]])
-            slot = (slot + 1) % slots
+            pieces += 1

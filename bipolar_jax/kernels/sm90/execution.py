@@ -19,7 +19,10 @@ _interpret_params: contextvars.ContextVar[InterpretGPUParams | None] = contextva
 
 @contextlib.contextmanager
 def interpreted(params: InterpretGPUParams) -> Iterator[None]:
-    """Kernels traced within run in Pallas' GPU interpret mode, on any device and slowly: for tests."""
+    """Kernels traced within run in Pallas' GPU interpret mode, on any device and slowly: for tests.
+
+    What is jitted within stays interpreted after, JAX's cache not knowing of it.
+    """
     token = _interpret_params.set(params)
     try:
         yield
@@ -37,8 +40,14 @@ def is_hopper(device: jax.Device) -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
+def default_device() -> jax.Device:
+    """Where JAX puts what is not told where to go; what is lowered for another platform is not asked about."""
+    chosen = jax.config.jax_default_device
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+
 def check_runnable() -> None:
     """Raises NotImplementedError unless the default device is a Hopper GPU, or interpret mode is on."""
-    device = jax.devices()[0]
+    device = default_device()
     if interpret_params() is None and not is_hopper(device):
         raise NotImplementedError(f"its kernels need an NVIDIA GPU of compute capability 9.0, not {device.device_kind}")

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, UInt32
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
 from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, GroupTerms, TokenTerms, chunk_columns
+from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.tiling import WARPGROUP_REGISTERS, Tiling
+from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
 
-MULTIPROCESSORS = 132
 _TMA_ALIGNMENT = 16  # bytes, of the stride of rows in memory
 # Elements of K that may share a scale; longer groups would be unrolled beyond reason.
 GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
@@ -68,8 +68,7 @@ def packed_matmul(
       recovery: how planes make products.
       tiling: shape of the work.
       dtype: of the output: float32, bfloat16, float16, or int32.
-      group_size: elements of K that share a scale, one of GROUP_SIZES; bytes that hold values
-        only.
+      group_size: elements of K that share a scale, one of GROUP_SIZES; for bytes only.
       group_terms: of every group, if there is a group_size.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
@@ -87,7 +86,11 @@ def packed_matmul(
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
     work = Work(m, n, recovery, tiling, dtype, blocks // tiling.cluster_size, group_size, interpret is not None)
-    sources = _Sources((x_words, w_words), jax.tree.map(_fill_up, group_terms), (tokens, columns))
+    # Rows of whole 16 bytes, which vectors are too once they are mapped over.
+    group_terms, tokens, columns = jax.tree.map(
+        lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), (group_terms, tokens, columns)
+    )
+    sources = _Sources((x_words, w_words), group_terms, (tokens, columns))
     scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)
     # What TMA stores has rows of whole 16 bytes.
@@ -111,12 +114,6 @@ def packed_matmul(
     return out[:, :n]
 
 
-def _fill_up(rows: Float[Array, "groups n"]) -> Float[Array, "groups n_up"]:
-    """Rows of whole 16 bytes."""
-    filler = -rows.shape[-1] % (_TMA_ALIGNMENT // rows.dtype.itemsize)
-    return jnp.pad(rows, ((0, 0), (0, filler))) if filler else rows
-
-
 def _scratch(work: Work, sources: _Sources) -> dict:
     tiling = work.tiling
     empty = functools.partial(plgpu.Barrier, num_arrivals=work.consumers_of_tile)
@@ -129,6 +126,8 @@ def _scratch(work: Work, sources: _Sources) -> dict:
     group_terms = _group_slots(work, sources.group_terms)
     group_bytes = sum(4 * math.prod(slots.shape[1:]) for slots in jax.tree.leaves(group_terms))
     tiling.check(group_bytes)
+    if work.clusters < 1:
+        raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     return dict(
         staging=plgpu.SMEM(
             (tiling.consumers, tiling.staging_slots(group_bytes), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),

@@ -25,7 +25,7 @@ _ROW_WORDS = 4  # TMA addresses rows of whole 16 bytes
 
 def weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
     """w's planes, or its numbers as bytes."""
-    return _fill_up_rows(w.planes if kind == "planes" else expand_planes(w.planes, w.format))
+    return fill_up(w.planes if kind == "planes" else expand_planes(w.planes, w.format), _ROW_WORDS)
 
 
 def code_words(
@@ -33,16 +33,17 @@ def code_words(
 ) -> UInt32[Array, "planes m words"]:
     """Packs codes of activations, for products that start from codes; zeros where k has ended."""
     if kind == "planes":
-        return _fill_up_rows(pack_codes(codes, a_format))
-    m, k = codes.shape
-    signed = jnp.pad(a_format.signed_codes(codes), ((0, 0), (0, -k % WORD_BITS)))
+        return fill_up(pack_codes(codes, a_format), _ROW_WORDS)
+    m, _ = codes.shape
+    signed = fill_up(a_format.signed_codes(codes), WORD_BITS)
     in_order = signed.reshape(m, -1, 4, _BYTE_WORDS_PER_WORD).swapaxes(2, 3)
     return lax.bitcast_convert_type(in_order, jnp.uint32).reshape(1, m, -1)
 
 
-def _fill_up_rows(words: UInt32[Array, "planes rows words"]) -> UInt32[Array, "planes rows words_up"]:
-    filler = -words.shape[-1] % _ROW_WORDS
-    return jnp.pad(words, ((0, 0), (0, 0), (0, filler))) if filler else words
+def fill_up(array: Array, multiple: int) -> Array:
+    """Zeros after the last axis, if need be."""
+    filler = -array.shape[-1] % multiple
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filler)]) if filler else array
 
 
 def expand_planes(

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
-
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.execution import interpret_params
+from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
-from bipolar_jax.kernels.sm90.tiling import Tiling
+from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
 from bipolar_jax.tuning.table import nearest_entry
-
-MULTIPROCESSORS = 132
 
 # Up to here the binary tensor cores, 8 times as fast as the int8 ones and with no expansion of the
 # weights, take no longer.
@@ -58,18 +54,23 @@ def plan_product(
 ) -> Choice:
     """The plan of x [m, k] times w [k, n], with one scale a column or one a group."""
     if grouped:
-        steps = -(-k // ELEMENTS_PER_ROW["int8"])
+        steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
-    steps = -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)
+    steps = mainloop_steps(k, kind, pairs)
     if interpret_params() is None:
-        entry = nearest_entry(jax.devices()[0].device_kind, kind, m, n, steps)
+        entry = nearest_entry(default_device().device_kind, kind, m, n, steps)
         if entry is not None:
             return Choice(kind, Tiling(**entry["tiling"]), f"measured at {entry['shape']}")
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
     return Choice(kind, tiling, "estimated from tile sizes")
+
+
+def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:
+    """Length of the mainloop, in 128-byte rows of K over all pairs of planes; what tables are keyed by."""
+    return -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)
 
 
 def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:

@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords
-from bipolar_jax.kernels.sm90.row_emulation import emulate, fill_up
+from bipolar_jax.kernels.sm90.operand_words import fill_up
+from bipolar_jax.kernels.sm90.row_emulation import emulate
 from bipolar_jax.kernels.sm90.row_quantizer import SCRATCH_WORDS, RowQuantizer
 from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
-MULTIPROCESSORS = 132
 _MEMORY = 216 * 1024  # bytes of shared memory for slots and gain, of the 227 KiB that a block may have
 _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
@@ -212,6 +213,12 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
             unsafe_no_auto_barriers=True,  # `row_quantizer` has those that are needed
         ),
     )(*inputs)
+
+
+def check_row(k: int, dtype: jnp.dtype) -> None:
+    """Raises NotImplementedError if a row of k numbers does not fit the shared memory."""
+    columns = -(-k // (_COPY_BYTES // 2)) * (_COPY_BYTES // 2)
+    _share_memory(columns * jnp.dtype(dtype).itemsize, 0)
 
 
 def _share_memory(slot_bytes: int, gain_bytes: int) -> tuple[int, int]:

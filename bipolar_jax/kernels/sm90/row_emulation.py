@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.row_quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.row_threads import BLOCK
 from bipolar_jax.packing.words import WORD_BITS
@@ -48,12 +49,6 @@ def normalize(x: Float[Array, "m k"], gain: Float[Array, " k"], eps: float) -> F
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(mean_square + eps) * gain.astype(jnp.float32)
-
-
-def fill_up(array: Array, multiple: int) -> Array:
-    """Zeros after the last axis, where need be."""
-    filler = -array.shape[-1] % multiple
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filler)]) if filler else array
 
 
 def _pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 
+MULTIPROCESSORS = 132  # of an H100 or H200 of the SXM kind
 # What Hopper lets one block have, less what Mosaic takes for barriers and alignment.
 SHARED_MEMORY_BYTES = 227 * 1024 - 4096
 
@@ -17,6 +18,7 @@ WARPGROUP_THREADS = 128
 # Registers of a thread of the producer and of a consumer, by the number of consumers: a block has 512
 # for every thread of a warpgroup.
 WARPGROUP_REGISTERS = {2: (40, 232), 3: (24, 160)}
+_MOST_LOADED_ROWS = 256
 _WORKING_REGISTERS = 32  # beside the accumulator
 
 
@@ -84,10 +86,16 @@ class Tiling:
           group_bytes: for the terms of groups, in every slot; if there are any, there are two
             accumulators and a float sum.
         """
+        if self.schedule not in get_args(Schedule) or self.band_axis not in ("m", "n") or self.band < 1:
+            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, and band 1 or more, got {self}")
+        if {self.cluster_m, self.cluster_n} - {1, 2}:
+            raise ValueError(f"clusters have 1 or 2 blocks along an axis, got {self}")
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(f"tile_m must be 64 or 128 and tile_n a multiple of 64 up to 256, got {self}")
         if self.consumers not in WARPGROUP_REGISTERS:
             raise ValueError(f"there are 2 or 3 consumers, got {self}")
+        if max(self.block_m, self.block_n) > _MOST_LOADED_ROWS:
+            raise ValueError(f"TMA loads at most {_MOST_LOADED_ROWS} rows at a time, got {self}")
         numbers = self.tile_m * self.tile_n // WARPGROUP_THREADS * (3 if group_bytes else 1)
         if numbers > WARPGROUP_REGISTERS[self.consumers][1] - _WORKING_REGISTERS:
             raise ValueError(f"an accumulator of {self.tile_m} x {self.tile_n} does not fit a warpgroup's registers")

@@ -83,7 +83,7 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     return epilogue.finish(total, None, bias, x.dtype)
 
 
-def plan_matmul(m: int, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
     dot = "float dot of integer values" if a_format is None else "int8 dot of signed codes"
     groups = "" if w.num_groups == 1 else f", one of each of {w.num_groups} groups"
