@@ -32,7 +32,7 @@ from experiments.matmul_products import Product, check_device, parse_precisions,
 from experiments.matmul_shapes import parse_shapes
 from experiments.progress import console, progress_bar
 from experiments.timing import compile_all, measure, one_line
-from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.workdir import RESULT_NAME, environment, kernels_fingerprint, read_result, write_json
 
 FULL = "full system"
 _SETTINGS = ("iterations", "seed")
@@ -53,6 +53,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     check_device("sm90")
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"fixed_tiling": dataclasses.asdict(fixed), "device": jax.devices()[0].device_kind}
+    settings["kernels_sha256"] = kernels_fingerprint()
     result = read_result(workdir, settings) or {"settings": settings, "products": {}}
     result["environment"] = environment()
     operands: Operands | None = None

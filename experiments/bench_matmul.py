@@ -31,7 +31,7 @@ from experiments.peers import check_peers, measure_peers
 from experiments.progress import console, progress_bar
 from experiments.quantize_bandwidth import measure_quantizers
 from experiments.timing import compile_all, measure, one_line
-from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.workdir import RESULT_NAME, environment, kernels_fingerprint, read_result, write_json
 
 # What a figure depends on; a workdir holds results of one choice of these.
 _SETTINGS = ("implementation", "iterations", "seed")
@@ -46,6 +46,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     ceilings = Ceilings.of(config.ceilings)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}
+    settings["kernels_sha256"] = kernels_fingerprint()
     result = read_result(workdir, settings) or {"settings": settings, "shapes": {}, "quantizers": {}}
     result["environment"] = environment()
 

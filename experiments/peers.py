@@ -4,7 +4,8 @@
 - humming: fp16 activations quantized to int8 on the way where its layer does so, weights of 8, 4, 2 and 1 bits;
 - gemlite: weights of 4, 2 and 1 bits with fp16 activations, of 8 bits with int8 activations.
 
-All are timed with CUDA events around many calls, after a warm-up.
+All are timed with CUDA events around runs of many calls, after a warm-up: unlike the sums of kernel times that
+our own figures are, these have the gaps between launches in them, as far as the queue does not hide them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from experiments.matmul_shapes import Shape
 from experiments.progress import console
 from experiments.timing import Timing, one_line
+
+_RUNS = 5  # of many calls each
 
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -69,13 +72,16 @@ def _cuda_microseconds(call: Callable[[], Any], iterations: int) -> Timing:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-    for start, end in events:
+    microseconds = []
+    for _ in range(_RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for _ in range(iterations):
+            call()
         end.record()
-    torch.cuda.synchronize()
-    return Timing.of([1e3 * start.elapsed_time(end) for start, end in events], "cuda events")
+        torch.cuda.synchronize()
+        microseconds.append(1e3 * start.elapsed_time(end) / iterations)
+    return Timing.of(microseconds, f"cuda events around {iterations} calls")
 
 
 def _torch(shape: Shape) -> Calls:

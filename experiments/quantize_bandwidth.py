@@ -13,13 +13,15 @@ from ml_collections import ConfigDict
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.execution import interpret_params
-from bipolar_jax.kernels.sm90.quantize import Operand, PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from experiments.matmul_operands import Operands
 from experiments.matmul_products import Product, raise_if_error
 from experiments.progress import console
 from experiments.timing import compile_all, measure, one_line
 
 _CHECKED_ROWS = 64
+_COLD_BYTES, _MOST_TURNS = 4 * 50 * 2**20, 8  # four times the L2 cache; small activations stay in it
 # Of a row's codes: numbers halfway between two may get either, as XLA fuses the arithmetic in one way or another.
 _HALFWAY_SHARE = 1e-3
 
@@ -31,10 +33,13 @@ def measure_quantizers(
     m, k = operands.x.shape
     rows = results.setdefault(f"{m}x{k}", {})
     wanted = sorted({(product.kind, product.a_format.bits) for product in products})
-    calls = {"copy": (jnp.negative, (operands.x,))}  # reads and writes every number; XLA would leave a mere copy out
+    # Several activations in turn, or what is read would be in the L2 cache from the time before.
+    turns = min(_MOST_TURNS, -(-_COLD_BYTES // operands.x.nbytes))
+    xs = tuple(jnp.roll(operands.x, turn, axis=0) for turn in range(turns))
+    calls = {"copy": (_each(jnp.negative), xs)}  # reads and writes every number; XLA would leave a mere copy out
     formats = {f"{bits} bits, {kind}": (BipolarFormat(bits), kind) for kind, bits in wanted}
     for name, (a_format, kind) in formats.items():
-        calls[name] = _quantizer(a_format, kind), (operands.x,)
+        calls[name] = _each(_quantizer(a_format, kind)), xs
     todo = {name: call for name, call in calls.items() if "microseconds" not in rows.get(name, {})}
     compiled = compile_all(todo, config.compile_threads)
     for name, (_, args) in todo.items():
@@ -42,9 +47,11 @@ def measure_quantizers(
             function = raise_if_error(compiled[name])
             output = function(*args)
             if name in formats:
-                _check(operands.x, output, *formats[name])
+                _check(operands.x, output[0], *formats[name])
             timing = measure(function, *args, iterations=config.iterations)
             nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((args, output)))
+            timing = timing.divided(len(xs))
+            nbytes //= len(xs)
             rows[name] = timing.to_json() | {
                 "bytes": nbytes,
                 "terabytes_per_second": nbytes / timing.median / 1e6,
@@ -56,11 +63,15 @@ def measure_quantizers(
         console.print(f"quantize and pack {m}x{k}, {name}: {line}")
 
 
-def _quantizer(a_format: BipolarFormat, kind: Operand):
+def _each(function):
+    return lambda *xs: [function(x) for x in xs]
+
+
+def _quantizer(a_format: BipolarFormat, kind: OperandKind):
     return lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret_params())
 
 
-def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: Operand) -> None:
+def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: OperandKind) -> None:
     """Compares the first rows with `quantize_tokens`, by scales and by sums of codes.
 
     Raises:

@@ -43,6 +43,12 @@ class Timing:
         )
         return cls(round(median, 3), round(low, 3), round(high, 3), len(microseconds), clock)
 
+    def divided(self, calls: int) -> Timing:
+        """Of one call, where every run made several."""
+        return dataclasses.replace(
+            self, **{name: round(getattr(self, name) / calls, 3) for name in ("median", "low", "high")}
+        )
+
     def to_json(self) -> dict[str, Any]:
         """What result files hold."""
         return {

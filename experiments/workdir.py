@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 import jaxlib
+
+import bipolar_jax
 
 RESULT_NAME = "result.json"
 
@@ -49,6 +52,13 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
             f"{path} was measured with other settings ({'; '.join(other)}): choose another --workdir, or delete it"
         )
     return result
+
+
+def kernels_fingerprint() -> str:
+    """SHA-256 over the Hopper kernels' source and tables: figures of other ones must not be mixed with these."""
+    package = Path(bipolar_jax.__file__).parent
+    files = [*sorted((package / "kernels" / "sm90").glob("*.py")), *sorted((package / "tuning").glob("*.json"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def environment() -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.row_emulation import emulate
 from bipolar_jax.kernels.sm90.row_quantizer import SCRATCH_WORDS, RowQuantizer
 from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
@@ -32,8 +32,6 @@ _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
 _COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-
-Operand = Literal["planes", "int8"]
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +67,7 @@ class PackedTokens:
 def quantize_and_pack(
     x: Float[Array, "m k"],
     a_format: BipolarFormat,
-    operand: Operand,
+    operand: OperandKind,
     *,
     norm: RMSNorm | None = None,
     blocks: int = MULTIPROCESSORS,
@@ -95,7 +93,7 @@ def quantize_and_pack(
 
 
 def plan(
-    x: Float[Array, "m k"], a_format: BipolarFormat, operand: Operand, norm: RMSNorm | None
+    x: Float[Array, "m k"], a_format: BipolarFormat, operand: OperandKind, norm: RMSNorm | None
 ) -> tuple[RowQuantizer, list[Array]]:
     """What the warpgroups do, and the inputs as they take them: x, and the gain if there is one."""
     m, k = x.shape
