@@ -19,21 +19,25 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation must be one of auto, {', '.join(BACKENDS)}; got {implementation!r}")
 
 
-def tried_under(implementation: str) -> tuple[str, ...]:
-    """Names of the backends to try, in order."""
-    return _AUTO_ORDER if implementation == "auto" else (implementation,)
-
-
-def dispatch[Result](implementation: str, call: Callable[[ModuleType], Result]) -> Result:
+def first_able[Result](implementation: str, call: Callable[[ModuleType], Result]) -> tuple[Result, str, dict[str, str]]:
     """Calls the chosen backend, or under "auto" the first that can serve the request.
+
+    Returns:
+      What the call returned, the backend's name, and those tried before with what each could not do.
 
     Raises:
       NotImplementedError: no backend that was tried can serve it; lists each one's reason.
     """
-    reasons = []
-    for name in tried_under(implementation):
+    passed_over: dict[str, str] = {}
+    for name in _AUTO_ORDER if implementation == "auto" else (implementation,):
         try:
-            return call(BACKENDS[name])
+            return call(BACKENDS[name]), name, passed_over
         except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no backend can serve this product: " + "; ".join(reasons))
+            passed_over[name] = str(reason)
+    raise NotImplementedError("no backend can serve this product: " + "; ".join(map(": ".join, passed_over.items())))
+
+
+def dispatch[Result](implementation: str, call: Callable[[ModuleType], Result]) -> Result:
+    """What `first_able` returns of the call."""
+    result, _, _ = first_able(implementation, call)
+    return result

@@ -8,8 +8,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.ops.dispatch import BACKENDS, check_implementation, tried_under
+from bipolar_jax.ops.dispatch import check_implementation, first_able
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format
@@ -61,12 +60,5 @@ def explain(
     check_operands(x, w, a_format, None)
     # Batch axes of w are mapped over; the rest of x's are rows.
     m = math.prod(x.shape[w.ndim - 2 : -1])
-    passed_over: dict[str, str] = {}
-    for name in tried_under(implementation):
-        try:
-            plan: Plan = BACKENDS[name].plan_matmul(m, x.dtype, w, a_format)
-        except NotImplementedError as reason:
-            passed_over[name] = str(reason)
-        else:
-            return Explanation(name, plan.kernel, plan.tiling, plan.reason, passed_over)
-    raise NotImplementedError("no backend can serve this product: " + "; ".join(map(": ".join, passed_over.items())))
+    plan, name, passed_over = first_able(implementation, lambda backend: backend.plan_matmul(m, x.dtype, w, a_format))
+    return Explanation(name, plan.kernel, plan.tiling, plan.reason, passed_over)
