@@ -9,7 +9,8 @@
 - "fixed tiling": one tile shape for all problems.
 
 Each variant's product is compared with the exact one before it is timed. Under --workdir come
-result.json and ablation.png. A run that was stopped goes on where it was, and tries again what failed.
+result.json and ablation.png. A run that was stopped goes on where it was, and tries again what failed;
+several runs at once may share a workdir, each with shapes of its own (see `turns`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from experiments import ablation_variants as variants
 from experiments import app
 from experiments.matmul_operands import Operands, check_output
 from experiments.matmul_plots import plot_ablation
-from experiments.matmul_products import Product, check_device, parse_precisions, raise_if_error
+from experiments.matmul_products import Product, check_device, parse_products, raise_if_error
 from experiments.matmul_shapes import parse_shapes
 from experiments.progress import console, progress_bar
 from experiments.timing import compile_all, measure, one_line
-from experiments.workdir import RESULT_NAME, environment, kernels_fingerprint, read_result, write_json
+from experiments.turns import device_turn, others_turn
+from experiments.workdir import environment, kernels_fingerprint, read_result, save_result
 
 FULL = "full system"
+_BF16 = "XLA bf16"
 _SETTINGS = ("iterations", "seed")
 
 
@@ -43,14 +46,19 @@ def main(config: ConfigDict, workdir: Path) -> None:
     fixed = Tiling(**config.fixed_tiling)
     fixed.check()
     products = [
-        (f"{shape.name} {name}", Product(shape, a_format, w_format, "sm90"))
+        (f"{shape.name} {name}", product)
         for shape in parse_shapes(config.shapes)
-        for name, a_format, w_format in parse_precisions(config.precisions)
+        for name, product in parse_products(shape, config.precisions, "sm90").items()
     ]
     for name, product in products:
-        if product.kind != "planes" or product.w_format.ternary:
+        if product.kind != "planes" or product.w_format.ternary or product.group_size is not None:
             raise ValueError(f"{name} does not multiply planes of two's complement: ask for 1 to 8 pairs of planes")
     check_device("sm90")
+    with device_turn():
+        _measure(products, fixed, config, workdir)
+
+
+def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigDict, workdir: Path) -> None:
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"fixed_tiling": dataclasses.asdict(fixed), "device": jax.devices()[0].device_kind}
     settings["kernels_sha256"] = kernels_fingerprint()
@@ -62,7 +70,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             operands = Operands(product.shape, config.seed)
         row = result["products"].setdefault(name, {"variants": {}})
         _measure_product(name, product, row, operands, fixed, config)
-        write_json(workdir / RESULT_NAME, result)
+        save_result(workdir, result, products=[name for name, _ in products])
     plot_ablation(result, workdir / "ablation.png", full=FULL)
     _print_table(result)
     console.print(f"results and plot: {workdir}")
@@ -78,15 +86,19 @@ def _measure_product(
         "packed in the call": variants.packed_in_the_call(product, operands),
         "recovered in memory": variants.recovered_in_memory(product, operands),
         "fixed tiling": variants.fixed_tiling(product, operands, fixed),
-        "XLA bf16": (jnp.dot, (operands.x, operands.dense_w)),
+        _BF16: (jnp.dot, (operands.x, operands.dense_w)),
     }
     todo = {variant: call for variant, call in calls.items() if "microseconds" not in row["variants"].get(variant, {})}
-    with progress_bar(f"{name}: compiling {len(todo)} variants"):
-        compiled = compile_all(todo, config.compile_threads)
+    bf16 = {variant: call for variant, call in todo.items() if variant == _BF16}
+    compiled = compile_all(bf16, threads=1)  # XLA tries its variants on the device while it compiles
+    with progress_bar(f"{name}: compiling {len(todo)} variants"), others_turn():
+        compiled |= compile_all(
+            {variant: call for variant, call in todo.items() if variant not in bf16}, config.compile_threads
+        )
     for variant, (_, args) in todo.items():
         try:
             function = raise_if_error(compiled[variant])
-            if variant != "XLA bf16":
+            if variant != _BF16:
                 output = function(*args)
                 check_output(output, operands.sampled(output), variants.expected_output(variant, product, operands))
             figures = measure(function, *args, iterations=config.iterations).to_json()

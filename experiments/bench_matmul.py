@@ -3,10 +3,12 @@
     python -m experiments.bench_matmul --config=configs/bench_matmul.py --workdir=DIR \\
         --config.shapes=4096,llama2-7b@2048 --config.precisions=W1A1,W2A4
 
-For every shape and precision two things are timed: the kernel alone, from packed operands
-to bf16, and the whole operation, from bf16 activations (quantized on the way) and packed weights
-to bf16. Each is compared with the exact product first. Under --workdir come result.json,
-speedup.png and roofline.png. A run that was stopped goes on where it was, and tries again what failed.
+For every shape and precision three things are timed: the kernel alone, from operands as it takes them
+to bf16; where that is bytes the product, which expands weights from their packed planes first; and the
+whole operation, which quantizes bf16 activations besides. Each is compared with the exact product first.
+Under --workdir come result.json, speedup.png and roofline.png. A run that was stopped goes on where it
+was, and tries again what failed; several runs at once may share a workdir, each with shapes of its own
+(see `turns`).
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from experiments import app
 from experiments.exactness import measure_exactness
 from experiments.matmul_operands import Operands, int8_product
 from experiments.matmul_plots import plot_roofline, plot_speedup
-from experiments.matmul_products import Ceilings, Product, check_device, parse_precisions, raise_if_error
+from experiments.matmul_products import Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.matmul_shapes import Shape, parse_shapes
 from experiments.peers import check_peers, measure_peers
 from experiments.progress import console, progress_bar
 from experiments.quantize_bandwidth import measure_quantizers
 from experiments.timing import compile_all, measure, one_line
-from experiments.workdir import RESULT_NAME, environment, kernels_fingerprint, read_result, write_json
+from experiments.turns import device_turn, others_turn
+from experiments.workdir import environment, kernels_fingerprint, read_result, save_result
 
 # What a figure depends on; a workdir holds results of one choice of these.
 _SETTINGS = ("implementation", "iterations", "seed")
@@ -39,7 +42,13 @@ _SETTINGS = ("implementation", "iterations", "seed")
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
-    shapes, precisions = parse_shapes(config.shapes), parse_precisions(config.precisions)
+    with device_turn():
+        _measure(config, workdir)
+
+
+def _measure(config: ConfigDict, workdir: Path) -> None:
+    shapes = parse_shapes(config.shapes)
+    products_of = {shape.name: parse_products(shape, config.precisions, config.implementation) for shape in shapes}
     check_implementation(config.implementation)
     check_device(config.implementation)
     peers = check_peers(config.peers)
@@ -50,13 +59,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
     result = read_result(workdir, settings) or {"settings": settings, "shapes": {}, "quantizers": {}}
     result["environment"] = environment()
 
+    names = [shape.name for shape in shapes]
+    activations = [f"{shape.m}x{shape.k}" for shape in shapes]
+
     def save() -> None:
-        write_json(workdir / RESULT_NAME, result)
+        save_result(workdir, result, shapes=names, quantizers=activations)
 
     for shape in shapes:
-        products = {
-            name: Product(shape, a_format, w_format, config.implementation) for name, a_format, w_format in precisions
-        }
+        products = products_of[shape.name]
         empty = {"m": shape.m, "n": shape.n, "k": shape.k, "bf16": {}, "int8": {}, "peers": {}, "precisions": {}}
         row = result["shapes"].setdefault(shape.name, empty)
         operands = Operands(shape, config.seed)
@@ -108,10 +118,14 @@ def _measure_precisions(
     calls = {}
     for name, product in todo.items():
         calls[name, "operation"] = product.operation(operands)
-        calls[name, "integers"] = product.integers(operands)
+        if product.group_size is None:
+            calls[name, "integers"] = product.integers(operands)
         if product.implementation == "sm90":
-            calls[name, "kernel"] = product.kernel(operands)
-    with progress_bar(f"compiling {len(calls)} functions"):
+            if product.kind == "int8":  # else the kernel takes the weights as they are
+                calls[name, "product"] = product.product(operands)
+            if product.group_size is None:
+                calls[name, "kernel"] = product.kernel(operands)
+    with progress_bar(f"compiling {len(calls)} functions"), others_turn():
         compiled = compile_all(calls, config.compile_threads)
     for name, product in todo.items():
         parts = {part: compiled[key, part] for key, part in calls if key == name}
@@ -130,13 +144,11 @@ def _measure_product(product, parts, calls, name, operands, ceilings, row, confi
     Raises:
       Exception: whatever compiling, checking or running raises.
     """
-    measured: dict[str, Any] = {
-        "compared": product.check_integers(operands, raise_if_error(parts["integers"])),
-        "kind": None,
-        "kernel": None,
-    }
+    measured: dict[str, Any] = {"compared": 0, "kind": None, "kernel": None, "product": None}
+    if "integers" in parts:
+        measured["compared"] = product.check_integers(operands, raise_if_error(parts["integers"]))
     bf16 = row["bf16"].get("microseconds")
-    for part in ("kernel", "operation"):
+    for part in ("kernel", "product", "operation"):
         if part not in parts:
             continue
         function, args = raise_if_error(parts[part]), calls[name, part][1]
@@ -147,9 +159,11 @@ def _measure_product(product, parts, calls, name, operands, ceilings, row, confi
             "error": float(f"{error:.3g}"),
             "speedup": None if bf16 is None else round(bf16 / timing.median, 3),
         }
-    if measured["kernel"] is not None:
-        choice, median = product.choice, measured["kernel"]["microseconds"]
+    if product.implementation == "sm90":
+        choice = product.choice
         measured |= {"kind": choice.kind, "tiling": dataclasses.asdict(choice.tiling), "reason": choice.reason}
+    if measured["kernel"] is not None:
+        median = measured["kernel"]["microseconds"]
         measured["kernel"] |= {
             "ceiling_share": round(ceilings.compute_microseconds(product) / median, 4),
             "roofline_share": round(ceilings.roofline_microseconds(product) / median, 4),
@@ -168,7 +182,7 @@ def _line(measured: dict[str, Any]) -> str:
     if "operation" not in measured:
         return measured["error"]
     words = []
-    for part in ("kernel", "operation"):
+    for part in ("kernel", "product", "operation"):
         figures = measured[part]
         if figures is not None:
             speedup = "" if figures["speedup"] is None else f" ({figures['speedup']:.2f}x bf16)"
@@ -180,28 +194,41 @@ def _line(measured: dict[str, Any]) -> str:
 
 def _print_tables(result: dict[str, Any]) -> None:
     table = Table(title=f"matrix products on {result['settings']['device']}, median microseconds")
-    for heading in ("shape", "precision", "kernel", "x bf16", "x int8", "ceiling", "roofline", "operation", "x bf16"):
+    for heading in (
+        "shape",
+        "precision",
+        "kernel",
+        "x bf16",
+        "ceiling",
+        "roofline",
+        "product",
+        "x int8",
+        "operation",
+        "x bf16",
+    ):
         table.add_column(heading, justify="left" if heading in ("shape", "precision") else "right")
     for name, row in result["shapes"].items():
         reference = {key: row[key].get("microseconds") for key in ("bf16", "int8")}
         for key, microseconds in reference.items():
-            table.add_row(name, f"XLA {key}", "", "", "", "", "", _number(microseconds), "")
+            table.add_row(name, f"XLA {key}", "", "", "", "", "", "", _number(microseconds), "")
         for peer, figures in row["peers"].items():
-            table.add_row(name, peer, "", "", "", "", "", _number(figures.get("microseconds")), "")
+            table.add_row(name, peer, "", "", "", "", "", "", _number(figures.get("microseconds")), "")
         for precision, measured in row["precisions"].items():
             if "operation" not in measured:
                 table.add_row(name, precision, measured["error"][:40])
                 continue
             kernel, operation = measured["kernel"] or {}, measured["operation"]
-            versus_int8 = _ratio(reference["int8"], kernel.get("microseconds"))
+            product = measured["product"] or kernel
+            versus_int8 = _ratio(reference["int8"], product.get("microseconds"))
             table.add_row(
                 name,
                 precision,
                 _number(kernel.get("microseconds")),
                 _number(kernel.get("speedup"), 2),
-                _number(versus_int8, 2),
                 _percent(kernel.get("ceiling_share")),
                 _percent(kernel.get("roofline_share")),
+                _number(product.get("microseconds")),
+                _number(versus_int8, 2),
                 _number(operation["microseconds"]),
                 _number(operation["speedup"], 2),
             )

@@ -15,6 +15,7 @@ from bipolar_jax.packing.words import WORD_BITS
 from experiments.matmul_products import raise_if_error
 from experiments.progress import console, progress_bar
 from experiments.timing import compile_all, one_line
+from experiments.turns import others_turn
 
 _BATCH = 32  # products compiled and compared at a time
 
@@ -44,7 +45,8 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
         batch = cases[start : start + _BATCH]
         with progress_bar(f"exactness: products {start + 1} to {start + len(batch)} of {len(cases)}"):
             made = {case: _make(rng, config.implementation, *case[1:]) for case in batch}
-            compiled = compile_all({case: call for case, (call, _) in made.items()}, config.compile_threads)
+            with others_turn():
+                compiled = compile_all({case: call for case, (call, _) in made.items()}, config.compile_threads)
             for case, ((_, args), expected) in made.items():
                 _, a_format, w_format, sizes = case
                 try:

@@ -14,9 +14,12 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
+from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.packing.words import WORD_BITS, num_words, unpack_codes
+from bipolar_jax.quantize.groups import group_lengths, num_groups, split_groups
 from experiments.matmul_shapes import Shape
 
 _MAX_BITS = 8
@@ -80,23 +83,31 @@ class Operands:
     def planes_of_x(self, a_format: BipolarFormat) -> UInt32[Array, "bits m words"]:
         return _first_planes(self._planes[0], a_format)
 
-    def weights(self, w_format: BipolarFormat) -> BipolarArray:
-        """Packed weights [k, n], one scale a column."""
-        return self._once("weights", w_format, make=lambda: self._pack_weights(w_format))
+    def weights(self, w_format: BipolarFormat, group_size: int | None = None) -> BipolarArray:
+        """Packed weights [k, n], one scale a column, or one for every `group_size` of a column."""
+        return self._once("weights", w_format, group_size, make=lambda: self._pack_weights(w_format, group_size))
 
-    def _pack_weights(self, w_format: BipolarFormat) -> BipolarArray:
+    def _pack_weights(self, w_format: BipolarFormat, group_size: int | None) -> BipolarArray:
         planes = _first_planes(self._planes[1], w_format)
         k, n = self.shape.k, self.shape.n
         return BipolarArray(
             planes=planes,
-            scale=_scales(self._keys[5], (n, 1)),
+            scale=_scales(self._keys[5], (n, num_groups(k, group_size))),
             offset=None,
-            row_sums=_code_sums(planes, w_format)[:, None],
+            row_sums=_group_sums(planes, w_format, k, group_size),
             format=w_format,
             contracted_size=k,
             axis=-2,
-            group_size=None,
+            group_size=group_size,
         )
+
+    def packed_tokens(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
+        """The activations x, quantized and packed by the kernel."""
+        return self._once("tokens of x", a_format, kind, make=lambda: self._quantize(a_format, kind))
+
+    def _quantize(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
+        interpret = interpret_params()
+        return jax.jit(lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret))(self.x)
 
     def x_words(self, a_format: BipolarFormat, kind: OperandKind) -> UInt32[Array, "planes m words"]:
         """The codes as the kernel takes them."""
@@ -163,17 +174,18 @@ class Operands:
         return integers * scale * np.asarray(columns.scale, np.float64)[self.columns]
 
     def exact_operation(
-        self, a_format: BipolarFormat, w_format: BipolarFormat
+        self, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
     ) -> tuple[Float[np.ndarray, "rows columns"], Float[np.ndarray, "rows columns"]]:
         """The whole operation of the sample, in float64, and how far codes that round the other way may take it."""
         tokens = _quantize_tokens(self.x[self.rows], a_format)
         steps = a_format.values(tokens.codes) - tokens.zero_value[:, None]
         x = np.asarray(steps, np.float64) * np.asarray(tokens.scale, np.float64)[:, None]
         _, codes = self._sampled_codes(a_format, w_format)
-        w_scale = np.asarray(self.weights(w_format).scale, np.float64)[self.columns, 0]
+        w_scale = np.asarray(self.weights(w_format, group_size).scale, np.float64)[self.columns]
+        w = (2 * codes - w_format.max_value) * np.repeat(w_scale, group_lengths(self.shape.k, group_size), axis=1)
         # A number halfway between two codes may get either, a step of 2 scale; two of them in a row are rare.
-        tolerance = 4 * np.asarray(tokens.scale, np.float64)[:, None] * w_format.max_value * w_scale
-        return x @ (2 * codes - w_format.max_value).T * w_scale, tolerance
+        tolerance = 4 * np.asarray(tokens.scale, np.float64)[:, None] * np.abs(w).max(axis=1)
+        return x @ w.T, tolerance
 
 
 def check_integers(got: np.ndarray, expected: np.ndarray) -> None:
@@ -216,6 +228,14 @@ def _first_planes(planes: UInt32[Array, "8 rows words"], number_format: BipolarF
     if number_format.ternary:  # its codes 0, 1, 2 are the planes 00, 10, 11
         return jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
     return planes[: number_format.bits]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _group_sums(
+    planes: UInt32[Array, "bits rows words"], number_format: BipolarFormat, k: int, group_size: int | None
+) -> Int[Array, "rows groups"]:
+    codes = unpack_codes(planes, number_format, k)
+    return jnp.sum(split_groups(codes, group_size), axis=-1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -12,15 +12,16 @@ import numpy as np
 
 
 def plot_speedup(result: dict[str, Any], path: Path) -> None:
-    """Bars of the speed-up over bf16 by precision, one colour a shape: kernel alone, and whole operation."""
-    names = list(dict.fromkeys(name for row in result["shapes"].values() for name in row["precisions"]))
+    """Maps of the speed-up over bf16 by shape and precision: kernel alone, and whole operation."""
+    shapes = {name: row for name, row in result["shapes"].items() if row["precisions"]}
+    names = list(dict.fromkeys(name for row in shapes.values() for name in row["precisions"]))
     parts = {"kernel": "kernel alone", "operation": "whole operation, activations quantized on the way"}
-    figure = matplotlib.figure.Figure(figsize=(max(8, 0.9 * len(names) + 3), 8), layout="constrained")
+    size = (0.5 * len(names) + 4, 2 * (0.3 * len(shapes) + 1.6))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     for axes, (part, title) in zip(figure.subplots(2, 1, sharex=True), parts.items(), strict=True):
-        _bars(axes, names, {shape: _speedups(row, part) for shape, row in result["shapes"].items()})
-        axes.set(title=title, ylabel="times as fast as bf16")
-    _legend(figure)
-    figure.suptitle(f"matrix products on {result['settings']['device']}")
+        _map(axes, names, {shape: _speedups(row, part) for shape, row in shapes.items()})
+        axes.set_title(title)
+    figure.suptitle(f"times as fast as XLA's bf16 product, {result['settings']['device']}")
     _save(figure, path)
 
 
@@ -71,6 +72,17 @@ def plot_ablation(result: dict[str, Any], path: Path, full: str) -> None:
 
 def _speedups(row: dict[str, Any], part: str) -> dict[str, float | None]:
     return {name: (measured.get(part) or {}).get("speedup") for name, measured in row["precisions"].items()}
+
+
+def _map(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:
+    """A row of coloured numbers for each series, red where bf16 is faster; what was not measured stays white."""
+    values = np.array([[row.get(name) or np.nan for name in names] for row in series.values()]).reshape(-1, len(names))
+    axes.imshow(np.log2(values), cmap="RdYlGn", vmin=-4, vmax=4, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(series)), list(series), fontsize=7)
 
 
 def _bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:

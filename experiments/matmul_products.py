@@ -16,6 +16,7 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
+from bipolar_jax.kernels.sm90.operations import tokens_matmul
 from bipolar_jax.kernels.sm90.plan import Choice, mainloop_steps, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
@@ -64,12 +65,14 @@ class Product:
       a_format: of x.
       w_format: of w.
       implementation: "sm90", or another backend, which has no kernel alone.
+      group_size: weights along k that share a scale; None is one scale a column.
     """
 
     shape: Shape
     a_format: BipolarFormat
     w_format: BipolarFormat
     implementation: str
+    group_size: int | None = None
 
     @property
     def pairs(self) -> int:
@@ -79,7 +82,8 @@ class Product:
     @property
     def choice(self) -> Choice:
         """What the planner would run."""
-        return plan_product(self.shape.m, self.shape.n, self.shape.k, self.a_format, self.w_format)
+        m, n, k = self.shape.m, self.shape.n, self.shape.k
+        return plan_product(m, n, k, self.a_format, self.w_format, grouped=self.group_size is not None)
 
     @property
     def kind(self) -> OperandKind:
@@ -125,7 +129,16 @@ class Product:
         def function(x, w):
             return bj.matmul(x, w, a_bits=a_bits, implementation=implementation)
 
-        return function, (operands.x, operands.weights(self.w_format))
+        return function, (operands.x, operands.weights(self.w_format, self.group_size))
+
+    def product(self, operands: Operands) -> Call:
+        """The operation without the quantizer: from packed tokens and weights, which bytes are expanded from."""
+        a_format = self.a_format
+
+        def function(tokens, w):
+            return tokens_matmul(tokens, w, a_format, None, jnp.bfloat16)
+
+        return function, (operands.packed_tokens(a_format, self.kind), operands.weights(self.w_format, self.group_size))
 
     def integers(self, operands: Operands) -> Call:
         """The backend's integer product, of which only the sample leaves the device."""
@@ -154,24 +167,26 @@ class Product:
 
     def check_operation(self, operands: Operands, output: jax.Array) -> float:
         """Checks a result of `operation`; returns its largest error."""
-        return check_output(output, operands.sampled(output), *operands.exact_operation(self.a_format, self.w_format))
+        exact = operands.exact_operation(self.a_format, self.w_format, self.group_size)
+        return check_output(output, operands.sampled(output), *exact)
 
 
-def parse_precisions(text: str) -> list[tuple[str, BipolarFormat, BipolarFormat]]:
-    """Reads "W1A2,W1.58A8" or "all" (64 pairs): names with the formats of activations and weights.
+def parse_products(shape: Shape, text: str, implementation: str) -> dict[str, Product]:
+    """The products of a shape at "W1A2,W1.58A8,W4A8g128", or at "all" 64 pairs, by precision.
 
     Raises:
-      ValueError: other notation, float activations, or groups.
+      ValueError: other notation, or float activations.
     """
     if text == "all":
         text = ",".join(f"W{w}A{a}" for w in range(1, 9) for a in range(1, 9))
-    parsed = {}
+    products = {}
     for item in text.split(","):
         precision = bj.Precision.parse(item)
-        if precision.a_bits is None or precision.group_size is not None:
-            raise ValueError(f"precision {item!r}: only quantized activations and one scale a column are measured here")
-        parsed[str(precision)] = (BipolarFormat(precision.a_bits), as_format(precision.w_bits))
-    return [(name, *formats) for name, formats in parsed.items()]
+        if precision.a_bits is None:
+            raise ValueError(f"precision {item!r}: only products of quantized activations are measured here")
+        formats = BipolarFormat(precision.a_bits), as_format(precision.w_bits)
+        products[str(precision)] = Product(shape, *formats, implementation, precision.group_size)
+    return products
 
 
 def check_device(implementation: str) -> None:

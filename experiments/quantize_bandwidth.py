@@ -19,6 +19,7 @@ from experiments.matmul_operands import Operands
 from experiments.matmul_products import Product, raise_if_error
 from experiments.progress import console
 from experiments.timing import compile_all, measure, one_line
+from experiments.turns import others_turn
 
 _CHECKED_ROWS = 64
 _COLD_BYTES, _MOST_TURNS = 4 * 50 * 2**20, 8  # four times the L2 cache; small activations stay in it
@@ -41,7 +42,8 @@ def measure_quantizers(
     for name, (a_format, kind) in formats.items():
         calls[name] = _each(_quantizer(a_format, kind)), xs
     todo = {name: call for name, call in calls.items() if "microseconds" not in rows.get(name, {})}
-    compiled = compile_all(todo, config.compile_threads)
+    with others_turn():
+        compiled = compile_all(todo, config.compile_threads)
     for name, (_, args) in todo.items():
         try:
             function = raise_if_error(compiled[name])

@@ -6,7 +6,8 @@ Products that differ only in which planes meet (W1A4, W4A1, W2A2) are one proble
 tile shapes that the planner's estimate likes best are timed, then variations of the fastest in one
 field at a time. What a tiling gives is compared with the exact product before it is timed. Under
 --workdir comes result.json with every measurement; the best of each problem goes into the table, whose
-other entries stay. A run that was stopped goes on where it was.
+other entries stay. A run that was stopped goes on where it was; several runs at once may share a workdir
+and a table, each with shapes of its own (see `turns`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.tuning.table import table_name
 from experiments import app
 from experiments.matmul_operands import Operands
-from experiments.matmul_products import Ceilings, Product, check_device, parse_precisions, raise_if_error
+from experiments.matmul_products import Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.matmul_shapes import parse_shapes
 from experiments.progress import console
 from experiments.timing import compile_all, measure, one_line
-from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.turns import device_turn, others_turn
+from experiments.workdir import RESULT_NAME, environment, read_result, save_result, write_json
 
 _SETTINGS = ("iterations", "seed")
 _TILES = tuple((m, n) for m in (64, 128) for n in (64, 128, 192, 256))
@@ -42,11 +44,17 @@ _MOST_SLOTS = 8
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
+    with device_turn():
+        _measure(config, workdir)
+
+
+def _measure(config: ConfigDict, workdir: Path) -> None:
     check_device("sm90")
     problems: dict[str, list[tuple[str, Product]]] = {}
     for shape in parse_shapes(config.shapes):
-        for name, a_format, w_format in parse_precisions(config.precisions):
-            product = Product(shape, a_format, w_format, "sm90")
+        for name, product in parse_products(shape, config.precisions, "sm90").items():
+            if product.group_size is not None:
+                raise ValueError(f"precision {name}: the table has no products with groups")
             problems.setdefault(_problem_name(product), []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}
@@ -71,7 +79,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         )
         console.print(f"problem {number} of {len(problems)}: {name}, measured as {label}")
         _time_tilings_of(product, row, operands, config)
-        write_json(workdir / RESULT_NAME, result)
+        save_result(workdir, result, problems=list(problems))
         _write_table(table, result)
     _print_table(result, Ceilings.of(config.ceilings), {name: members[0][1] for name, members in problems.items()})
     console.print(f"measurements: {workdir / RESULT_NAME}; table: {table}")
@@ -140,7 +148,8 @@ def _time_tilings(
 ) -> None:
     todo = [tiling for tiling in tilings if "microseconds" not in row["tilings"].get(_name(tiling), {})]
     calls = {tiling: product.kernel(operands, tiling) for tiling in todo}
-    compiled = compile_all(calls, config.compile_threads)
+    with others_turn():
+        compiled = compile_all(calls, config.compile_threads)
     for tiling, (_, args) in calls.items():
         try:
             function = raise_if_error(compiled[tiling])

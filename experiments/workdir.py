@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
             f"{path} was measured with other settings ({'; '.join(other)}): choose another --workdir, or delete it"
         )
     return result
+
+
+def save_result(workdir: Path, result: dict[str, Any], **own: Iterable[str]) -> None:
+    """Writes result.json; what runs beside this one put there meanwhile stays, and appears in `result`.
+
+    Args:
+      workdir: folder of the result.
+      result: what this run has.
+      own: of each section of the result, the names that this run measures.
+
+    Raises:
+      ValueError: see `read_result`.
+    """
+    there = read_result(workdir, result["settings"]) or {}
+    for section, names in own.items():
+        mine = {name: result[section][name] for name in names if name in result[section]}
+        result[section] = there.get(section, {}) | mine
+    for name, value in there.items():
+        result.setdefault(name, value)
+    write_json(workdir / RESULT_NAME, result)
 
 
 def kernels_fingerprint() -> str:

@@ -46,7 +46,9 @@ def read(folder):
 def kernels_run(tmp_path_factory):
     """A run of the benchmark on the interpreted kernels."""
     folder = tmp_path_factory.mktemp("bench")
-    config = bench(implementation="sm90", shapes="4x40x96", precisions="W2A1", quantizer_elements=1, iterations=1)
+    config = bench(
+        implementation="sm90", shapes="4x40x96", precisions="W2A1,W4A8g32", quantizer_elements=1, iterations=1
+    )
     with interpreted(InterpretGPUParams()):
         bench_matmul.main(config, folder)
     return folder
@@ -66,18 +68,22 @@ def xla_run(tmp_path_factory):
 def test_kernels_are_timed_with_their_tiling(kernels_run):
     result = read(kernels_run)
     row = result["shapes"]["4x40x96"]
-    assert {name: measured["kind"] for name, measured in row["precisions"].items()} == {"W2A1": "planes"}
-    for measured in row["precisions"].values():
-        assert measured["compared"] == 4 * 40
+    assert {name: measured["kind"] for name, measured in row["precisions"].items()} == {
+        "W2A1": "planes",
+        "W4A8g32": "int8",
+    }
+    parts = {"W2A1": ("kernel", "operation"), "W4A8g32": ("product", "operation")}
+    for name, measured in row["precisions"].items():
+        assert measured["compared"] == (4 * 40 if "kernel" in parts[name] else 0)  # groups have no integer product
         Tiling(**measured["tiling"]).check()
-        for part in ("kernel", "operation"):
+        for part in parts[name]:
             assert measured[part]["microseconds"] > 0
             assert measured[part]["error"] < 2**-7
-        assert measured["kernel"]["speedup"] == pytest.approx(
-            row["bf16"]["microseconds"] / measured["kernel"]["microseconds"], abs=1e-3
-        )
+            assert measured[part]["speedup"] == pytest.approx(
+                row["bf16"]["microseconds"] / measured[part]["microseconds"], abs=1e-3
+            )
     assert row["int8"]["microseconds"] > 0
-    assert list(result["quantizers"]["4x96"]) == ["copy", "1 bits, planes"]
+    assert list(result["quantizers"]["4x96"]) == ["copy", "8 bits, int8", "1 bits, planes"]
     assert all(figures["terabytes_per_second"] >= 0 for figures in result["quantizers"]["4x96"].values())
 
 

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import profiler
 from bipolar_jax import TERNARY, BipolarFormat
 from experiments import matmul_products, timing
 from experiments.matmul_operands import Operands, check_integers, check_output
-from experiments.matmul_products import Ceilings, Product, parse_precisions
+from experiments.matmul_products import Ceilings, Product, parse_products
 from experiments.matmul_shapes import MODELS, SQUARES, Shape, parse_shapes
 
 # Shapes and precisions.
@@ -55,11 +55,15 @@ def test_unknown_shapes_are_named(text, message):
 
 
 def test_precisions():
-    assert len(parse_precisions("all")) == 64
-    assert parse_precisions("W1.58A8, W1.58A8") == [("W1.58A8", BipolarFormat(8), TERNARY)]
-    for text in ("W4A16", "W4A8g64"):
-        with pytest.raises(ValueError, match="only quantized activations and one scale a column"):
-            parse_precisions(text)
+    shape = Shape("s", 8, 8, 1024)
+    assert len(parse_products(shape, "all", "sm90")) == 64
+    products = parse_products(shape, "W1.58A8, W1.58A8,W4A8g64", "xla")
+    assert products == {
+        "W1.58A8": Product(shape, BipolarFormat(8), TERNARY, "xla"),
+        "W4A8g64": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64),
+    }
+    with pytest.raises(ValueError, match="'W4A16': only products of quantized activations"):
+        parse_products(shape, "W4A16", "xla")
 
 
 # Timing.

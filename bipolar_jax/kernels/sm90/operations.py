@@ -60,6 +60,30 @@ def quantized_matmul(
     _check_groups(w)
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, interpret=interpret_params())
+    return tokens_matmul(tokens, w, a_format, bias, x.dtype)
+
+
+def tokens_matmul(
+    tokens: PackedTokens,
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    """The product of activations that `quantize_and_pack` quantized, [m, n] in `dtype`.
+
+    Args:
+      tokens: of the kind that `plan_product` chooses for this product.
+      w: packed weights [k, n].
+      a_format: of the tokens.
+      bias: added to every row.
+      dtype: of the output.
+
+    Raises:
+      NotImplementedError: groups of other sizes than GROUP_SIZES.
+    """
+    _check_groups(w)
+    choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
     grouped = w.num_groups > 1
     return packed_matmul(
@@ -69,7 +93,7 @@ def quantized_matmul(
         _grouped_columns(w, bias) if grouped else _columns(w, bias),
         recovery,
         choice.tiling,
-        x.dtype,
+        dtype,
         group_size=w.group_size if grouped else None,
         group_terms=_group_terms(w, tokens, recovery) if grouped else None,
         interpret=interpret_params(),
