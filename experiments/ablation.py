@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from experiments import ablation_variants as variants
 from experiments import app
@@ -51,6 +52,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         for name, product in parse_products(shape, config.precisions, "sm90").items()
     ]
     for name, product in products:
+        if isinstance(product.choice.tiling, DecodeTiling):
+            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
         if product.kind != "planes" or product.w_format.ternary or product.group_size is not None:
             raise ValueError(f"{name} does not multiply planes of two's complement: ask for 1 to 8 pairs of planes")
     check_device("sm90")
@@ -66,6 +69,8 @@ def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigD
     result["environment"] = environment()
     operands: Operands | None = None
     for name, product in products:
+        if isinstance(product.choice.tiling, DecodeTiling):
+            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
         if operands is None or operands.shape != product.shape:
             operands = Operands(product.shape, config.seed)
         row = result["products"].setdefault(name, {"variants": {}})

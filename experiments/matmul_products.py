@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.format import as_format
-from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
-from bipolar_jax.kernels.sm90.matmul import packed_matmul
-from bipolar_jax.kernels.sm90.operations import tokens_matmul
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
+from bipolar_jax.kernels.sm90.execution import check_runnable
+from bipolar_jax.kernels.sm90.operations import multiply_words, tokens_matmul
 from bipolar_jax.kernels.sm90.plan import Choice, mainloop_steps, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
@@ -105,15 +105,13 @@ class Product:
         """As the operation has it."""
         return Recovery(self.kind, self.a_format, self.w_format, self.shape.k, with_zero=self.a_format.bits > 1)
 
-    def kernel(self, operands: Operands, tiling: Tiling | None = None) -> Call:
+    def kernel(self, operands: Operands, tiling: Tiling | DecodeTiling | None = None) -> Call:
         """The matrix product alone, from packed operands to bf16."""
         recovery, kind = self.recovery(), self.kind
         tiling = self.choice.tiling if tiling is None else tiling
 
         def function(x_words, w_words, tokens, columns):
-            return packed_matmul(
-                x_words, w_words, tokens, columns, recovery, tiling, jnp.bfloat16, interpret=interpret_params()
-            )
+            return multiply_words(tiling, x_words, w_words, tokens, columns, recovery, jnp.bfloat16)
 
         return function, (
             operands.x_words(self.a_format, kind),

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 import bipolar_jax.tuning
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
 from bipolar_jax.kernels.sm90.plan import CANDIDATES, estimated_cycles
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.tuning.table import table_name
@@ -55,6 +56,8 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         for name, product in parse_products(shape, config.precisions, "sm90").items():
             if product.group_size is not None:
                 raise ValueError(f"precision {name}: the table has no products with groups")
+            if isinstance(product.choice.tiling, DecodeTiling):
+                raise ValueError(f"{shape}: products of so few tokens have no tilings to choose from")
             problems.setdefault(_problem_name(product), []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}

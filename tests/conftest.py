@@ -4,6 +4,9 @@ import os
 
 # Read by XLA when its first backend starts, so it must be set before jax is used.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# Threads of XLA on CPUs: an interpreted warpgroup that waits at a barrier holds one, and with as few as there
+# are cores the others may never get to run.
+os.environ.setdefault("NPROC", "16")
 
 import hypothesis
 

@@ -228,8 +228,16 @@ def test_what_is_not_served_goes_to_xla():
                 bj.matmul(x, w, a_bits, implementation="sm90")
             np.testing.assert_array_equal(bj.matmul(x, w, a_bits), bj.matmul(x, w, a_bits, implementation="xla"))
         assert "a row takes 524288 bytes" in bj.explain(jnp.ones((1, 131072)), long, 1).passed_over["sm90"]
-        assert bj.explain(x, bj.quantize(kernel, 2, 0), 2).kernel == "binary tensor cores, 2 x 2 planes"
-        assert "expanded from 4 planes" in bj.explain(x, bj.quantize(kernel, 4, 0), 8).kernel
+
+
+def test_kernels_are_explained():
+    kernel, many, few = np.ones((96, 8), np.float32), jnp.ones((70, 96)), jnp.ones((2, 96))
+    with interpreted(plgpu.InterpretGPUParams()):
+        assert bj.explain(many, bj.quantize(kernel, 2, 0), 2).kernel == "binary tensor cores, 2 x 2 planes"
+        assert "expanded from 4 planes" in bj.explain(many, bj.quantize(kernel, 4, 0), 8).kernel
+        explanation = bj.explain(few, bj.quantize(kernel, 4, 0), 8)
+        assert explanation.kernel == "binary tensor cores, 8 x 4 planes, weights as rows"
+        assert explanation.reason == "2 tokens: bound by reading the weights"
 
 
 def test_tilings_that_do_not_fit_are_refused():
@@ -330,7 +338,7 @@ def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
     choice = plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(2))
     assert choice.reason.startswith("measured at 8192x8192x8192 W")
     assert plan_product(8192, 8192, 8192, BipolarFormat(2), BipolarFormat(1)).tiling == choice.tiling
-    assert plan_product(64, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
+    assert plan_product(65, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
     assert nearest_entry("NVIDIA A100", "planes", 8192, 8192, 8) is None
 
 

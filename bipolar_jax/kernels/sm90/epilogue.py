@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -86,31 +87,45 @@ def finish(
     y = s_x (s_w t + o_w X) + bias with t the exact (half) product of values and X the sum of
     the token's values; see `recovery`.
     """
+    return _finish(product, recovery, tokens, columns, token_axis=0).astype(dtype)
+
+
+def finish_transposed(
+    product: Int[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Array:
+    """As `finish`, of an accumulator whose rows are columns of the output; float32, or int32 without scales."""
+    return _finish(product, recovery, tokens, columns, token_axis=1)
+
+
+def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms, token_axis: int) -> Array:
     shape = product.shape
+    layouts = {0: _ALONG_ROWS, 1: _ALONG_COLUMNS}
+    load_token = functools.partial(_load_term, layout=layouts[token_axis])
+    load_column = functools.partial(_load_term, layout=layouts[1 - token_axis])
     # Where all sums fit the 24 bits of a float32 they are exact there too, and float arithmetic
     # is twice as fast as integer arithmetic.
     number = jnp.float32 if tokens.scale is not None and recovery.fits_float32 else jnp.int32
 
-    def rows(vector):
-        return lax.broadcast_in_dim(vector, shape, (0,))
+    def of_tokens(vector):
+        return lax.broadcast_in_dim(vector, shape, (token_axis,))
 
-    def cols(vector):
-        return lax.broadcast_in_dim(vector, shape, (1,))
+    def of_columns(vector):
+        return lax.broadcast_in_dim(vector, shape, (1 - token_axis,))
 
-    code_sums, zero_code = _load_row_term(tokens.code_sums), _load_row_term(tokens.zero_code)
-    value_sums = recovery.column_value_sums(_load_column_term(columns.code_sums)).astype(number)
-    total = product.astype(number) * recovery.product_weight + rows(recovery.row_term(code_sums).astype(number))
-    total = total + rows(recovery.column_weight(zero_code).astype(number)) * cols(value_sums)
+    code_sums, zero_code = load_token(tokens.code_sums), load_token(tokens.zero_code)
+    value_sums = recovery.column_value_sums(load_column(columns.code_sums)).astype(number)
+    total = product.astype(number) * recovery.product_weight + of_tokens(recovery.row_term(code_sums).astype(number))
+    total = total + of_tokens(recovery.column_weight(zero_code).astype(number)) * of_columns(value_sums)
     if tokens.scale is None:
         return total
-    y = total.astype(jnp.float32) * cols(_load_column_term(columns.scale))
+    y = total.astype(jnp.float32) * of_columns(load_column(columns.scale))
     if columns.offset is not None:
         x_sums = recovery.token_value_sums(code_sums, zero_code).astype(jnp.float32)
-        y = y + rows(x_sums) * cols(_load_column_term(columns.offset))
-    y = y * rows(_load_row_term(tokens.scale) * recovery.scale_factor)
+        y = y + of_tokens(x_sums) * of_columns(load_column(columns.offset))
+    y = y * of_tokens(load_token(tokens.scale) * recovery.scale_factor)
     if columns.bias is not None:
-        y = y + cols(_load_column_term(columns.bias))
-    return y.astype(dtype)
+        y = y + of_columns(load_column(columns.bias))
+    return y
 
 
 def add_group(
@@ -148,9 +163,9 @@ def finish_grouped(
     return y.astype(dtype)
 
 
-def _load_row_term(ref) -> Array:
-    return plgpu.load(ref, layout=_ALONG_ROWS, optimized=False)
+def _load_term(ref, layout: plgpu.Layout) -> Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _load_column_term(ref) -> Array:
-    return plgpu.load(ref, layout=_ALONG_COLUMNS, optimized=False)
+_load_row_term = functools.partial(_load_term, layout=_ALONG_ROWS)
+_load_column_term = functools.partial(_load_term, layout=_ALONG_COLUMNS)

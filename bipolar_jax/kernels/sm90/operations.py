@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
@@ -16,6 +17,7 @@ from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
 from bipolar_jax.kernels.sm90.plan import Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
+from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths
 
@@ -33,15 +35,14 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     choice = _choose(codes.shape[0], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=False)
     code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
-    product = packed_matmul(
+    product = multiply_words(
+        choice.tiling,
         code_words(codes, a_format, choice.kind),
         weight_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
-        choice.tiling,
         jnp.int32,
-        interpret=interpret_params(),
     )
     return product[..., None]
 
@@ -85,19 +86,35 @@ def tokens_matmul(
     _check_groups(w)
     choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
-    grouped = w.num_groups > 1
+    operands = (tokens.words, weight_words(w, choice.kind))
+    terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
+    if w.num_groups == 1:
+        return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype)
     return packed_matmul(
-        tokens.words,
-        weight_words(w, choice.kind),
-        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
-        _grouped_columns(w, bias) if grouped else _columns(w, bias),
+        *operands,
+        terms,
+        _grouped_columns(w, bias),
         recovery,
         choice.tiling,
         dtype,
-        group_size=w.group_size if grouped else None,
-        group_terms=_group_terms(w, tokens, recovery) if grouped else None,
+        group_size=w.group_size,
+        group_terms=_group_terms(w, tokens, recovery),
         interpret=interpret_params(),
     )
+
+
+def multiply_words(
+    tiling: Tiling | DecodeTiling,
+    x_words: UInt32[Array, "x_planes m words"],
+    w_words: UInt32[Array, "w_planes n words"],
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: Recovery,
+    dtype: jnp.dtype,
+) -> Array:
+    """The product [m, n] by the kernel whose tiling it is: `decode_matmul` or `packed_matmul`."""
+    matmul = decode_matmul if isinstance(tiling, DecodeTiling) else packed_matmul
+    return matmul(x_words, w_words, tokens, columns, recovery, dtype=dtype, tiling=tiling, interpret=interpret_params())
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
@@ -118,6 +135,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     choice = _choose(m, w, a_format)
     if choice.kind == "planes":
         kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
+        if isinstance(choice.tiling, DecodeTiling):
+            kernel += ", weights as rows"
     else:
         kernel = f"int8 tensor cores, weights expanded from {w.bits} planes"
     return Plan(kernel, choice.reason, choice.tiling)
@@ -165,7 +184,7 @@ def _group_terms(w: BipolarArray, tokens: PackedTokens, recovery: Recovery) -> G
     codes = jnp.pad(codes, ((0, 0), (0, max(0, filler))))[:, : w.num_groups * w.group_size]
     signed_sums = jnp.sum(codes.reshape(-1, w.num_groups, w.group_size), axis=-1, dtype=jnp.int32)
     code_sums = signed_sums + recovery.a_format.code_offset * lengths
-    token_sums = recovery.token_value_sums(code_sums, tokens.zero_code[:, None], lengths)
+    token_sums = recovery.token_value_sums(code_sums, tokens.zero_code[: codes.shape[0], None], lengths)
     return GroupTerms(w.scale.T, offset.T, token_sums.T.astype(jnp.float32))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.decode_matmul import MOST_COLUMNS, DecodeTiling, decode_tiling, token_columns
 from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
@@ -14,6 +15,9 @@ from bipolar_jax.tuning.table import nearest_entry
 # Up to here the binary tensor cores, 8 times as fast as the int8 ones and with no expansion of the
 # weights, take no longer.
 MOST_BINARY_PAIRS = 8
+
+# Up to here reading the weights takes longer than multiplying them.
+MOST_DECODE_TOKENS = 64
 
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
@@ -40,12 +44,12 @@ class Choice:
 
     Attributes:
       kind: planes on the binary tensor cores ("planes") or bytes on the int8 ones ("int8").
-      tiling: shape of the work of one block.
+      tiling: shape of the work of one block, of `decode_matmul` or of `packed_matmul`.
       reason: where the tiling comes from.
     """
 
     kind: OperandKind
-    tiling: Tiling
+    tiling: Tiling | DecodeTiling
     reason: str
 
 
@@ -57,6 +61,8 @@ def plan_product(
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
+    if m <= MOST_DECODE_TOKENS and a_format.bits * token_columns(m) <= MOST_COLUMNS:
+        return Choice("planes", decode_tiling(m, k, a_format.bits), f"{m} tokens: bound by reading the weights")
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = mainloop_steps(k, kind, pairs)

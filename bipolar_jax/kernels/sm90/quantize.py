@@ -31,6 +31,7 @@ _MEMORY = 216 * 1024  # bytes of shared memory for slots and gain, of the 227 Ki
 _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
 _COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
+_VECTOR_UNIT = 4  # tokens: 16 bytes, as what reads the vectors wants them
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -48,6 +49,8 @@ class RMSNorm:
 class PackedTokens:
     """Activations as the tensor cores take them.
 
+    Vectors have a multiple of 4 elements; what is in those beyond m is not defined.
+
     Attributes:
       words: operand "planes": bit b of words[i, row, w] is bit i of the code of element
         32 w + b; rows are whole multiples of 16 bytes. Operand "int8": one plane of signed
@@ -59,9 +62,9 @@ class PackedTokens:
     """
 
     words: UInt32[Array, "planes m words"]
-    scale: Float[Array, " m"]
-    zero_code: Int[Array, " m"]
-    code_sums: Int[Array, " m"]
+    scale: Float[Array, " m_filled"]
+    zero_code: Int[Array, " m_filled"]
+    code_sums: Int[Array, " m_filled"]
 
 
 def quantize_and_pack(
@@ -196,9 +199,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((quantizer.planes, m, quantizer.row_words), jnp.uint32),
-            jax.ShapeDtypeStruct((m,), jnp.float32),
-            jax.ShapeDtypeStruct((m,), jnp.int32),
-            jax.ShapeDtypeStruct((m,), jnp.int32),
+            *[jax.ShapeDtypeStruct((_filled(m),), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)],
         ],
         scratch_types=scratch_types,
         grid=(blocks,),
@@ -211,6 +212,11 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
             unsafe_no_auto_barriers=True,  # `row_quantizer` has those that are needed
         ),
     )(*inputs)
+
+
+def _filled(m: int) -> int:
+    """Length of vectors over m tokens."""
+    return -(-m // _VECTOR_UNIT) * _VECTOR_UNIT
 
 
 def check_row(k: int, dtype: jnp.dtype) -> None:

@@ -17,6 +17,7 @@ Source: PTX ISA 8.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accum
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax
@@ -84,7 +85,7 @@ def accumulate(
     Args:
       acc: [m, n] in the layout ACCUMULATOR, m a multiple of 64, n of 8 and at most 256.
       x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
-      w_tile: likewise [n, WORDS_PER_ROW].
+      w_tile: likewise [n, WORDS_PER_ROW], or with several leading axes that make n rows.
       kind: what the words hold.
       part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row.
       emulate: compute it in interpret mode.
@@ -147,7 +148,8 @@ def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
 def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
     words = WORDS_PER_ROW // part[1]
     x, w = (
-        jax.lax.slice_in_dim(tile[...], part[0] * words, (part[0] + 1) * words, axis=1) for tile in (x_tile, w_tile)
+        jax.lax.slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, (part[0] + 1) * words, axis=1)
+        for tile in (x_tile, w_tile)
     )
     # The hardware reads through the async proxy; to the race detector this was an ordinary read,
     # which the next TMA write would not be ordered after.
@@ -170,9 +172,9 @@ def _descriptor(tile: ir.Value) -> ir.Value:
     """
     i64 = ir.IntegerType.get_signless(64)
     constant = lambda value: arith.constant(i64, value)  # noqa: E731
-    _, words = ir.MemRefType(tile.type).shape
+    shape = ir.MemRefType(tile.type).shape
     strides, _ = ir.MemRefType(tile.type).get_strides_and_offset()
-    if words != WORDS_PER_ROW or list(strides) != [WORDS_PER_ROW, 1]:
+    if shape[-1] != WORDS_PER_ROW or list(strides) != [math.prod(shape[i + 1 :]) for i in range(len(shape))]:
         raise ValueError(f"a tile must be contiguous rows of {WORDS_PER_ROW} words, got {tile.type}")
     address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(tile))
     encoded_address = llvm.lshr(llvm.and_(address, constant(0x3FFFF)), constant(4))

@@ -1,0 +1,161 @@
+"""The product of few tokens: exact in interpret mode, with no races, and compiled for the chip without spills."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sm90_compile
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul, decode_tiling, token_columns
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.operand_words import code_words
+from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
+from bipolar_jax.kernels.sm90.recovery import Recovery
+
+pytestmark = pytest.mark.timeout(180)  # a kernel that deadlocks waits for ever
+
+
+@pytest.fixture(autouse=True)
+def clean_interpreter():
+    yield  # an error leaves its state behind
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
+
+
+def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.ndarray:
+    """The kernel's integer product of codes, interpreted, with the race detector on."""
+    recovery = Recovery("planes", a_format, w_format, x.shape[1], with_zero=False)
+    x_sums, w_sums = (jnp.asarray(codes.sum(axis=1, dtype=np.int32)) for codes in (x, w))
+    product = decode_matmul(
+        code_words(jnp.asarray(x), a_format, "planes"),
+        code_words(jnp.asarray(w), w_format, "planes"),
+        TokenTerms(x_sums, 0 * x_sums, None),
+        ColumnTerms(code_sums=w_sums),
+        recovery,
+        jnp.int32,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+        **fields,
+    )
+    assert not interpret_pallas_call.get_races().races_found
+    return np.asarray(product)
+
+
+def expected(x, w, a_format, w_format):
+    return (2 * x.astype(int) - a_format.max_value) @ (2 * w.astype(int) - w_format.max_value).T
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "a_bits", "w_format"),
+    [
+        (1, 64, 1024, 1, BipolarFormat(1)),
+        (1, 100, 2500, 8, BipolarFormat(2)),
+        (3, 70, 1500, 3, BipolarFormat(4)),
+        (9, 64, 300, 8, BipolarFormat(8)),
+        (5, 1, 2100, 4, TERNARY),
+        (32, 65, 33, 8, BipolarFormat(3)),
+        (64, 64, 1, 2, BipolarFormat(5)),
+    ],
+)
+def test_products_are_exact(m, n, k, a_bits, w_format):
+    a_format = BipolarFormat(a_bits)
+    x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
+    np.testing.assert_array_equal(integers(x, w, a_format, w_format), expected(x, w, a_format, w_format))
+
+
+@pytest.mark.parametrize(
+    ("tiling", "blocks"),
+    [(DecodeTiling(4, 2, 2), 1), (DecodeTiling(3, 3, 1), 2), (DecodeTiling(2, 8, 2), 1), (DecodeTiling(1, 1, 1), 3)],
+    ids=str,
+)
+def test_rings_run_on_across_tiles(tiling, blocks):
+    """More tiles than blocks, parts of K beyond its end, rings deeper and shallower than a tile's work."""
+    a_format, w_format = BipolarFormat(2), BipolarFormat(3)
+    x, w = random_codes(a_format, 2, 4500, 2), random_codes(w_format, 300, 4500, 3)
+    product = integers(x, w, a_format, w_format, tiling=tiling, blocks=blocks)
+    np.testing.assert_array_equal(product, expected(x, w, a_format, w_format))
+
+
+@pytest.mark.parametrize("m", [1, 6, 40])
+def test_scales_zero_codes_offsets_and_bias(m):
+    a_format, w_format = BipolarFormat(4), BipolarFormat(3)
+    k, n, rng = 700, 90, np.random.default_rng(4)
+    x, w = random_codes(a_format, m, k, 5), random_codes(w_format, n, k, 6)
+    zero_code = rng.integers(0, a_format.max_value + 1, m).astype(np.int32)
+    x_scale, w_scale, offset, bias = (rng.normal(size=size).astype(np.float32) for size in (m, n, n, n))
+    product = decode_matmul(
+        code_words(jnp.asarray(x), a_format, "planes"),
+        code_words(jnp.asarray(w), w_format, "planes"),
+        TokenTerms(jnp.asarray(x.sum(axis=1, dtype=np.int32)), jnp.asarray(zero_code), jnp.asarray(x_scale)),
+        ColumnTerms(jnp.asarray(w.sum(axis=1, dtype=np.int32)), *map(jnp.asarray, (w_scale, offset)), bias=bias),
+        Recovery("planes", a_format, w_format, k, with_zero=True),
+        jnp.float32,
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    x_hat = 2.0 * (x - zero_code[:, None].astype(float)) * x_scale[:, None]
+    w_hat = w_scale[:, None].astype(float) * (2.0 * w - w_format.max_value) + offset[:, None]
+    exact = x_hat @ w_hat.T + bias
+    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def test_every_width_has_a_tiling_that_fits():
+    for a_bits in range(1, 9):
+        for m in range(1, MOST_DECODE_TOKENS + 1):
+            if a_bits * token_columns(m) <= 256:
+                tiling = decode_tiling(m, 4096, a_bits)
+                assert tiling.warpgroups >= 1
+                assert tiling.w_slots >= 3
+                assert plan_product(m, 4096, 4096, BipolarFormat(a_bits), BipolarFormat(4)).tiling == tiling
+            else:
+                with pytest.raises(NotImplementedError, match="columns, more than 256"):
+                    decode_tiling(m, 4096, a_bits)
+
+
+def test_rows_that_tma_cannot_address_are_refused():
+    with pytest.raises(ValueError, match="multiples of 4 words, got 3 words of x"):
+        decode_matmul(
+            jnp.zeros((1, 1, 3), jnp.uint32),
+            jnp.zeros((1, 8, 4), jnp.uint32),
+            TokenTerms(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), None),
+            ColumnTerms(code_sums=jnp.zeros(8, jnp.int32)),
+            Recovery("planes", BipolarFormat(1), BipolarFormat(1), 96, with_zero=False),
+            jnp.int32,
+        )
+
+
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.parametrize(
+    ("m", "n", "k", "a_bits", "w_bits"),
+    [
+        (1, 4096, 4096, 1, 1),
+        (1, 22016, 4096, 8, 8),
+        (1, 4096, 11008, 8, 4),
+        (16, 4096, 4096, 8, 4),
+        (32, 4096, 4096, 8, 2),
+        (64, 4096, 4096, 4, 4),
+        (64, 4096, 4096, 2, 2),
+    ],
+)
+def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits):
+    recovery = Recovery("planes", BipolarFormat(a_bits), BipolarFormat(w_bits), k, with_zero=a_bits > 1)
+
+    def vector(size, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((-(-size // 4) * 4,), dtype)
+
+    _, report = sm90_compile.compile_for_h200(
+        lambda x, w, tokens, columns: decode_matmul(x, w, tokens, columns, recovery, jnp.bfloat16),
+        jax.ShapeDtypeStruct((a_bits, m, k // 32), jnp.uint32),
+        jax.ShapeDtypeStruct((w_bits, n, k // 32), jnp.uint32),
+        TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m)),
+        ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n), offset=vector(n), bias=vector(n)),
+    )
+    assert report.registers
+    assert report.spill_bytes == 0
+    assert not report.serialized_wgmma
