@@ -4,7 +4,8 @@
         --config.shapes=4096,llama2-7b@2048 --config.precisions=W1A1,W2A4
 
 For every shape and precision three things are timed: the kernel alone, from operands as it takes them
-to bf16; where that is bytes the product, which expands weights from their packed planes first; and the
+to bf16 (of up to 64 tokens with the weights in turn from as many places that they are not in the L2
+cache); where that is bytes the product, which expands weights from their packed planes first; and the
 whole operation, which quantizes bf16 activations besides. Each is compared with the exact product first.
 Under --workdir come result.json, speedup.png and roofline.png. A run that was stopped goes on where it
 was, and tries again what failed; several runs at once may share a workdir, each with shapes of its own
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from rich.table import Table
 
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments import app
+from experiments.cold_weights import few_tokens, with_cold_weights
 from experiments.exactness import measure_exactness
 from experiments.matmul_operands import Operands, int8_product
 from experiments.matmul_plots import plot_roofline, plot_speedup
-from experiments.matmul_products import Ceilings, Product, check_device, parse_products, raise_if_error
+from experiments.matmul_products import Call, Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.matmul_shapes import Shape, parse_shapes
 from experiments.peers import check_peers, measure_peers
 from experiments.progress import console, progress_bar
@@ -91,11 +93,15 @@ def _measure_references(
 ) -> None:
     """XLA's bf16 product, x [m, k] times w [k, n], and its int8 product with int32 output, k last in both."""
     calls = {"bf16": (jnp.dot, (operands.x, operands.dense_w)), "int8": (int8_product, operands.int8)}
+    count = dict.fromkeys(calls, 1)
+    if few_tokens(shape):
+        for name, call in calls.items():
+            calls[name], count[name] = with_cold_weights(call, 1)
     todo = {name: call for name, call in calls.items() if "microseconds" not in row[name]}
     compiled = compile_all(todo, threads=1)  # XLA tries its variants on the device while it compiles
     for name, (_, args) in todo.items():
         try:
-            timing = measure(raise_if_error(compiled[name]), *args, iterations=config.iterations)
+            timing = measure(raise_if_error(compiled[name]), *args, iterations=config.iterations).divided(count[name])
         except Exception as error:
             row[name] = {"error": one_line(error)}
             console.print(f"{shape} XLA {name}: {row[name]['error']}")
@@ -103,6 +109,31 @@ def _measure_references(
         share = 1e6 * shape.operations / getattr(ceilings, name) / timing.median
         row[name] = timing.to_json() | {"ceiling_share": round(share, 4)}
         console.print(f"{shape} XLA {name}: {timing.median:.1f} us, {share:.0%} of the ceiling")
+
+
+class _Part(NamedTuple):
+    """One function of a product as it is checked, and as it is timed, where it may be called several times."""
+
+    checked: Call
+    timed: Call
+    calls: int
+
+
+def _parts_of(product: Product, operands: Operands) -> dict[str, _Part]:
+    calls = {"operation": product.operation(operands)}
+    if product.implementation == "sm90":
+        if product.kind == "int8":  # else the kernel takes the weights as they are
+            calls["product"] = product.product(operands)
+        if product.group_size is None:
+            calls["kernel"] = product.kernel(operands)
+    if few_tokens(operands.shape):
+        parts = {name: _Part(call, *with_cold_weights(call, 1)) for name, call in calls.items()}
+    else:
+        parts = {name: _Part(call, call, 1) for name, call in calls.items()}
+    if product.group_size is None:
+        integers = product.integers(operands)
+        parts["integers"] = _Part(integers, integers, 1)
+    return parts
 
 
 def _measure_precisions(
@@ -115,22 +146,22 @@ def _measure_precisions(
 ) -> None:
     """Every precision of one shape: compiled together, then checked and timed one by one."""
     todo = {name: product for name, product in products.items() if "operation" not in row["precisions"].get(name, {})}
+    parts = {name: _parts_of(product, operands) for name, product in todo.items()}
     calls = {}
-    for name, product in todo.items():
-        calls[name, "operation"] = product.operation(operands)
-        if product.group_size is None:
-            calls[name, "integers"] = product.integers(operands)
-        if product.implementation == "sm90":
-            if product.kind == "int8":  # else the kernel takes the weights as they are
-                calls[name, "product"] = product.product(operands)
-            if product.group_size is None:
-                calls[name, "kernel"] = product.kernel(operands)
+    for name, some in parts.items():
+        for part, (checked, timed, _) in some.items():
+            calls[name, part, "checked"] = checked
+            if timed is not checked:
+                calls[name, part, "timed"] = timed
     with progress_bar(f"compiling {len(calls)} functions"), others_turn():
         compiled = compile_all(calls, config.compile_threads)
     for name, product in todo.items():
-        parts = {part: compiled[key, part] for key, part in calls if key == name}
+        functions = {
+            part: [compiled.get((name, part, use), compiled[name, part, "checked"]) for use in ("checked", "timed")]
+            for part in parts[name]
+        }
         try:
-            measured = _measure_product(product, parts, calls, name, operands, ceilings, row, config)
+            measured = _measure_product(product, parts[name], functions, operands, ceilings, row, config)
         except Exception as error:
             measured = {"error": one_line(error)}
         row["precisions"][name] = measured
@@ -138,7 +169,7 @@ def _measure_precisions(
         save()
 
 
-def _measure_product(product, parts, calls, name, operands, ceilings, row, config) -> dict[str, Any]:
+def _measure_product(product, parts, functions, operands, ceilings, row, config) -> dict[str, Any]:
     """Checks, then timings, of one precision of one shape.
 
     Raises:
@@ -146,15 +177,16 @@ def _measure_product(product, parts, calls, name, operands, ceilings, row, confi
     """
     measured: dict[str, Any] = {"compared": 0, "kind": None, "kernel": None, "product": None}
     if "integers" in parts:
-        measured["compared"] = product.check_integers(operands, raise_if_error(parts["integers"]))
+        measured["compared"] = product.check_integers(operands, raise_if_error(functions["integers"][0]))
     bf16 = row["bf16"].get("microseconds")
     for part in ("kernel", "product", "operation"):
         if part not in parts:
             continue
-        function, args = raise_if_error(parts[part]), calls[name, part][1]
+        (_, args), (_, timed_args), calls = parts[part]
+        checked, timed = map(raise_if_error, functions[part])
         check = product.check_kernel if part == "kernel" else product.check_operation
-        error = check(operands, function(*args))
-        timing = measure(function, *args, iterations=config.iterations)
+        error = check(operands, checked(*args))
+        timing = measure(timed, *timed_args, iterations=config.iterations).divided(calls)
         measured[part] = timing.to_json() | {
             "error": float(f"{error:.3g}"),
             "speedup": None if bf16 is None else round(bf16 / timing.median, 3),
