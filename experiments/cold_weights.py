@@ -29,7 +29,7 @@ def copies_of(weights) -> int:
 
 
 def with_cold_weights(call: Call, position: int) -> tuple[Call, int]:
-    """The function applied to several copies of one of its operands.
+    """The function applied to several copies of its operands; of all, or XLA would do once what copies have in common.
 
     Args:
       call: a function and its operands.
@@ -40,10 +40,9 @@ def with_cold_weights(call: Call, position: int) -> tuple[Call, int]:
     """
     function, args = call
     count = copies_of(args[position])
-    several = [jax.tree.map(jnp.copy, args[position]) for _ in range(count)]
     once = jax.jit(function)  # traced and lowered once
 
-    def products(several, *others):
-        return [once(*others[:position], weights, *others[position:]) for weights in several]
+    def products(*several):
+        return [once(*args) for args in several]
 
-    return (products, (several, *args[:position], *args[position + 1 :])), count
+    return (products, tuple(jax.tree.map(jnp.copy, args) for _ in range(count))), count

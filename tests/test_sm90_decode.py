@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul, decode_tiling, token_columns
+from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul, decode_tiling, token_columns, x_planes
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.operand_words import code_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
@@ -62,6 +62,8 @@ def expected(x, w, a_format, w_format):
         (5, 1, 2100, 4, TERNARY),
         (32, 65, 33, 8, BipolarFormat(3)),
         (64, 64, 1, 2, BipolarFormat(5)),
+        (2, 64, 96, 7, BipolarFormat(1)),
+        (40, 64, 96, 3, BipolarFormat(2)),
     ],
 )
 def test_products_are_exact(m, n, k, a_bits, w_format):
@@ -108,7 +110,7 @@ def test_scales_zero_codes_offsets_and_bias(m):
 def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
         for m in range(1, MOST_DECODE_TOKENS + 1):
-            if a_bits * token_columns(m) <= 256:
+            if x_planes(m, a_bits) * token_columns(m) <= 256:
                 tiling = decode_tiling(m, 4096, a_bits)
                 assert tiling.warpgroups >= 1
                 assert tiling.w_slots >= 3
@@ -141,18 +143,22 @@ def test_rows_that_tma_cannot_address_are_refused():
         (32, 4096, 4096, 8, 2),
         (64, 4096, 4096, 4, 4),
         (64, 4096, 4096, 2, 2),
+        (53, 12, 123, 3, 1),
+        (6, 217, 689, 7, 5),
     ],
 )
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits):
     recovery = Recovery("planes", BipolarFormat(a_bits), BipolarFormat(w_bits), k, with_zero=a_bits > 1)
+
+    words = -(-k // 128) * 4
 
     def vector(size, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((-(-size // 4) * 4,), dtype)
 
     _, report = sm90_compile.compile_for_h200(
         lambda x, w, tokens, columns: decode_matmul(x, w, tokens, columns, recovery, jnp.bfloat16),
-        jax.ShapeDtypeStruct((a_bits, m, k // 32), jnp.uint32),
-        jax.ShapeDtypeStruct((w_bits, n, k // 32), jnp.uint32),
+        jax.ShapeDtypeStruct((a_bits, m, words), jnp.uint32),
+        jax.ShapeDtypeStruct((w_bits, n, words), jnp.uint32),
         TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m)),
         ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n), offset=vector(n), bias=vector(n)),
     )

@@ -63,13 +63,18 @@ def token_columns(m: int) -> int:
     return -(-m // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
 
 
+def x_planes(m: int, a_bits: int) -> int:
+    """Planes of the tokens' tiles: those of the activations, and one of whatever where no instruction is so wide."""
+    return a_bits if tensor_core.is_legal_width(a_bits * token_columns(m)) else a_bits + 1
+
+
 def decode_tiling(m: int, k: int, a_bits: int) -> DecodeTiling:
     """As many warpgroups as have enough registers and work, and as deep rings as fit.
 
     Raises:
       NotImplementedError: more columns than an instruction has.
     """
-    columns = a_bits * token_columns(m)
+    columns = x_planes(m, a_bits) * token_columns(m)
     if columns > MOST_COLUMNS:
         raise NotImplementedError(f"{m} tokens of {a_bits} planes are {columns} columns, more than {MOST_COLUMNS}")
     # 512 threads have 128 registers each: too few for the widest accumulator.
@@ -142,7 +147,7 @@ def _scratch(m, recovery: Recovery, tiling: DecodeTiling, dtype, tokens: TokenTe
     tile = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
     return dict(
         w_ring=tile((tiling.warpgroups, tiling.w_slots, ROWS_PER_INSTRUCTION, WORDS_PER_ROW)),
-        x_ring=tile((tiling.warpgroups, tiling.x_slots, recovery.a_format.bits, width, WORDS_PER_ROW)),
+        x_ring=tile((tiling.warpgroups, tiling.x_slots, x_planes(m, recovery.a_format.bits), width, WORDS_PER_ROW)),
         w_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.w_slots),
         x_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.x_slots),
         handed_over=plgpu.SMEM((others, ROWS_PER_INSTRUCTION, width), jnp.int32),
@@ -221,7 +226,7 @@ def _kernel(
             # [x_planes, width, 32 words]
             plgpu.copy_gmem_to_smem(
                 x.at[:, pl.ds(no_token, width), words(position)],
-                x_ring.at[me, slot],
+                x_ring.at[me, slot, pl.ds(0, recovery.a_format.bits)],
                 x_arrived.at[me * tiling.x_slots + slot],
             )
 
@@ -303,11 +308,12 @@ def _product(recovery: Recovery, planes: list[int], width: int, operands, refill
       emulate: whether this is interpret mode.
     """
     weights = [recovery.w_format.plane_weights[plane] for plane in planes]
-    shape = (ROWS_PER_INSTRUCTION, recovery.a_format.bits * width)
     acc = None
     for number, weight in enumerate(weights):
         if acc is None:
-            acc = tensor_core.start(shape, *operands(number), "planes", emulate=emulate)
+            w_tile, x_tile = operands(number)
+            shape = (ROWS_PER_INSTRUCTION, x_tile.shape[0] * width)
+            acc = tensor_core.start(shape, w_tile, x_tile, "planes", emulate=emulate)
         else:
             acc = tensor_core.begin(acc * (weights[number - 1] // weight), emulate=emulate)
             acc = tensor_core.accumulate(acc, *operands(number), "planes", emulate=emulate)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_matmul import MOST_COLUMNS, DecodeTiling, decode_tiling, token_columns
+from bipolar_jax.kernels.sm90.decode_matmul import MOST_COLUMNS, DecodeTiling, decode_tiling, token_columns, x_planes
 from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
@@ -61,7 +61,7 @@ def plan_product(
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
-    if m <= MOST_DECODE_TOKENS and a_format.bits * token_columns(m) <= MOST_COLUMNS:
+    if m <= MOST_DECODE_TOKENS and x_planes(m, a_format.bits) * token_columns(m) <= MOST_COLUMNS:
         return Choice("planes", decode_tiling(m, k, a_format.bits), f"{m} tokens: bound by reading the weights")
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"

@@ -54,6 +54,11 @@ ACCUMULATOR = plgpu.Layout.TILED(
 _MNEMONIC: dict[OperandKind, str] = {"planes": "k256.s32.b1.b1.and.popc", "int8": "k32.s32.s8.s8"}
 
 
+def is_legal_width(n: int) -> bool:
+    """Whether the integer instructions come this wide: 8, 16, 24, 32, 48, 64, ... 256."""
+    return 8 <= n <= 256 and n % (8 if n <= 32 else 16) == 0
+
+
 def zeros(m: int, n: int) -> Int[Array, "m n"]:
     """An accumulator of zeros; `begin` with it before the first instruction."""
     return plgpu.layout_cast(jnp.zeros((m, n), jnp.int32), ACCUMULATOR)
@@ -83,13 +88,14 @@ def accumulate(
     result be read nor the tiles be overwritten.
 
     Args:
-      acc: [m, n] in the layout ACCUMULATOR, m a multiple of 64, n of 8 and at most 256.
+      acc: [m, n] in the layout ACCUMULATOR, m a multiple of 64, n of a width that `is_legal_width`.
       x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
       w_tile: likewise [n, WORDS_PER_ROW], or with several leading axes that make n rows.
       kind: what the words hold.
       part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row.
       emulate: compute it in interpret mode.
     """
+    _check_width(acc.shape[1])
     if emulate:
         return acc + _emulated_product(x_tile, w_tile, kind, part)
 
@@ -108,6 +114,7 @@ def start(
     shape: tuple[int, int], x_tile, w_tile, kind: OperandKind, *, part: tuple[int, int] = (0, 1), emulate: bool
 ) -> Int[Array, "m n"]:
     """`accumulate` from zero, without registers to be cleared before."""
+    _check_width(shape[1])
     if emulate:
         return _emulated_product(x_tile, w_tile, kind, part)
 
@@ -139,6 +146,11 @@ def settle(acc: Int[Array, "m n"], *, in_flight: int = 0, emulate: bool) -> Int[
         return mgpu.fragmented_array.optimization_barrier(acc)
 
     return wait(acc)
+
+
+def _check_width(n: int) -> None:
+    if not is_legal_width(n):
+        raise ValueError(f"no instruction has {n} columns: choose 8, 16, 24, 32, 48 or a multiple of 16 up to 256")
 
 
 def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
