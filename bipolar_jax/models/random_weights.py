@@ -26,6 +26,8 @@ from bipolar_jax.packing.words import WORD_BITS, num_words
 from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import group_lengths
 
+# State of XLA's own generator: threefry would need several times the memory of what it draws.
+Generator = UInt32[Array, "4"]
 _MOST_BLOCKS = 64
 # Their outputs are summed into the residual stream, 2 a layer.
 _RESIDUAL = ("o_proj", "down_proj")
@@ -48,7 +50,7 @@ def random_packed(
     Args:
       config: the model, such as one of `presets`.
       precision: of every linear layer of the decoder.
-      key: decides the bits.
+      key: decides the bits, on one kind of device; XLA's generators differ between kinds.
       dtype: of norms, biases and all else that is not packed, and of the computation.
       embed_bits: weight bits of the embedding and of the output layer, whose input stays
         float; None leaves both float.
@@ -64,7 +66,7 @@ def random_packed(
 
 
 def random_float(config: TransformerConfig, dtype: Any, key: PRNGKeyArray) -> Transformer:
-    """The float model with normally distributed weights of the same scales, drawn in `dtype`."""
+    """The float model with weights of the same spread, uniformly distributed, made in `dtype`."""
     return _fill(lambda: _float_model(config, dtype), config, key)
 
 
@@ -75,51 +77,68 @@ def _float_model(config: TransformerConfig, dtype: Any) -> Transformer:
 def _fill(make_model: Callable[[], Transformer], config: TransformerConfig, key: PRNGKeyArray) -> Transformer:
     """The model that `make_model` would make, every array drawn in its place."""
     graph, state = nnx.split(nnx.eval_shape(make_model))
-    # Threefry would need several times the memory of what it draws.
-    key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
+    flat = nnx.to_flat_state(state)
+    generator_states = jax.random.bits(key, (len(flat), 4), jnp.uint32)
     drawn = []
-    for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
-        draw = functools.partial(_draw, config, path, variable.get_value())
-        # Each under a jit of its own: XLA would begin arrays of the same shape as copies of one more of zeros.
-        drawn.append((path, variable.replace(jax.jit(draw)(jax.random.fold_in(key, index)))))
+    for (path, variable), generator in zip(flat, generator_states, strict=True):
+        leaf = variable.get_value()
+        if path[-1] in ("scale", "bias"):
+            drawn.append((path, variable.replace(jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype))))
+            continue
+        arrays, structure = jax.tree.flatten(leaf)
+        values = _draw(tuple(arrays), structure, path[0] == "layers", _deviation(config, path, leaf), generator)
+        drawn.append((path, variable.replace(values)))
     return nnx.merge(graph, nnx.from_flat_state(drawn))
 
 
-def _draw(config: TransformerConfig, path: tuple[str, ...], leaf: Any, key: PRNGKeyArray) -> Any:
-    """Values in place of one abstract leaf; of a stack, one layer after the other."""
-    if path[0] != "layers":
-        return _draw_one(config, path, leaf, key)
-    one_layer = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), leaf)
-    return jax.lax.map(functools.partial(_draw_one, config, path, one_layer), jax.random.split(key, config.num_layers))
-
-
-def _draw_one(config: TransformerConfig, path: tuple[str, ...], leaf: Any, key: PRNGKeyArray) -> Any:
-    if path[-1] in ("scale", "bias"):
-        return jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype)
+def _deviation(config: TransformerConfig, path: tuple[str, ...], leaf: Any) -> float:
+    """Standard deviation of a parameter that keeps activations of order one."""
     if path[-1] == "embedding":
         # Tied rows are also output weights; norms take care of the small residual stream that they begin.
-        deviation = config.hidden_size**-0.5 if config.tie_embeddings else 1.0
-    else:
-        deviation = leaf.shape[-2] ** -0.5
-    if path[-2] in _RESIDUAL:
-        deviation *= (2 * config.num_layers) ** -0.5
+        return config.hidden_size**-0.5 if config.tie_embeddings else 1.0
+    summed = 2 * config.num_layers if path[-2] in _RESIDUAL else 1
+    return (leaf.shape[-2] * summed) ** -0.5
+
+
+# Each parameter is a call of its own: in one function XLA would begin all of one shape as copies of one more of zeros.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    arrays: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+    is_stack: bool,
+    deviation: float,
+    generator: Generator,
+) -> Any:
+    """Numbers in place of one abstract parameter; of a stack, one layer after the other."""
+    if not is_stack:
+        return _draw_one(structure.unflatten(arrays), deviation, generator)[1]
+    one_layer = structure.unflatten([jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in arrays])
+    return jax.lax.scan(
+        lambda generator, _: _draw_one(one_layer, deviation, generator), generator, length=arrays[0].shape[0]
+    )[1]
+
+
+def _draw_one(leaf: Any, deviation: float, generator: Generator) -> tuple[Generator, Any]:
     if isinstance(leaf, BipolarArray):
-        return _packed(leaf, deviation, key)
-    return _in_blocks(leaf.shape, key, lambda key, shape: deviation * jax.random.normal(key, shape, leaf.dtype))
+        return _packed(leaf, deviation, generator)
+
+    def uniform(bits):  # of standard deviation 1 from -sqrt(3) to sqrt(3)
+        return (math.sqrt(3) * deviation * (bits.astype(jnp.float32) * 2.0**-31 - 1)).astype(leaf.dtype)
+
+    return _in_blocks(leaf.shape, generator, uniform)
 
 
-def _packed(leaf: BipolarArray, deviation: float, key: PRNGKeyArray) -> BipolarArray:
+def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple[Generator, BipolarArray]:
     """Random codes whose numbers have this standard deviation. Fair bits +-p_i add up to a variance of sum p_i^2."""
     number_format, k = leaf.format, leaf.contracted_size
-    bits_key, sign_key = jax.random.split(key)
     used = np.full(num_words(k), 0xFFFFFFFF, np.uint32)
     used[-1] >>= np.uint32(-k % WORD_BITS)
 
-    def draw(key, shape):
-        words = jax.random.bits(key, shape, jnp.uint32) & jnp.asarray(used)
+    def words_and_sums(bits):
+        words = bits & jnp.asarray(used)
         return words, _bits_set(words, k, leaf.group_size)
 
-    planes, bits_set = _in_blocks(leaf.planes.shape, bits_key, draw)
+    generator, (planes, bits_set) = _in_blocks(leaf.planes.shape, generator, words_and_sums)
     weights = np.asarray(number_format.plane_weights, np.int32)[:, None, None]
     if number_format.ternary:  # code 1 has its bit in the low plane
         planes = jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
@@ -128,8 +147,9 @@ def _packed(leaf: BipolarArray, deviation: float, key: PRNGKeyArray) -> BipolarA
     if leaf.offset is not None:
         # Zero is a value next to the middle, as "minmax" has it for numbers of which as many are below as above.
         zero_value = number_format.value_shift if number_format.bits > 1 else 0
-        offset = scale * zero_value * jax.random.rademacher(sign_key, leaf.offset.shape, jnp.float32)
-    return dataclasses.replace(
+        generator, bits = jax.lax.rng_bit_generator(generator, leaf.offset.shape, jnp.uint32)
+        offset = scale * zero_value * (2.0 * (bits & 1).astype(jnp.float32) - 1)
+    return generator, dataclasses.replace(
         leaf,
         planes=planes,
         scale=jnp.full(leaf.scale.shape, scale, jnp.float32),
@@ -138,12 +158,17 @@ def _packed(leaf: BipolarArray, deviation: float, key: PRNGKeyArray) -> BipolarA
     )
 
 
-def _in_blocks(shape: tuple[int, ...], key: PRNGKeyArray, draw: Callable) -> Any:
-    """Arrays drawn some rows at a time. `draw` gives [rows, ...] arrays, which become [*shape[:-1], ...] ones."""
+def _in_blocks(shape: tuple[int, ...], generator: Generator, make: Callable) -> tuple[Generator, Any]:
+    """Arrays made some rows at a time of random words; `make` keeps the rows and may change the last axis."""
     rows = math.prod(shape[:-1])
     blocks = math.gcd(rows, _MOST_BLOCKS)
-    drawn = jax.lax.map(lambda key: draw(key, (rows // blocks, shape[-1])), jax.random.split(key, blocks))
-    return jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), drawn)
+
+    def one_block(generator, _):
+        generator, bits = jax.lax.rng_bit_generator(generator, (rows // blocks, shape[-1]), jnp.uint32)
+        return generator, make(bits)
+
+    generator, made = jax.lax.scan(one_block, generator, length=blocks)
+    return generator, jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), made)
 
 
 def _bits_set(words: UInt32[Array, "rows words"], k: int, group_size: int | None) -> Int[Array, "rows groups"]:
