@@ -91,7 +91,7 @@ class Architecture:
           ValueError: the architecture has no such tensor.
         """
         module, _, kind = name.removeprefix(self.prefix).rpartition(".")
-        if name.endswith(self.ignored) or (tied and module == "lm_head"):
+        if name.endswith(self.ignored) or (tied and name == "lm_head.weight"):
             return []
         match = re.fullmatch(rf"{re.escape(self.layers)}(\d{{1,9}})\.(.+)", module)
         layer, ours = (int(match[1]), self.in_layer.get(match[2])) if match else (-1, self.top.get(module))
