@@ -34,6 +34,8 @@ def through_json(config: TransformerConfig) -> TransformerConfig:
         {},
         {"rope_theta": 5e5, "norm_eps": 1e-6, "tie_embeddings": True, "qkv_bias": True},
         {"bos_id": 0, "eos_ids": (1, 10)},
+        {"norm": "layer", "positions": "learned", "ffn": "relu", "linear_bias": True},
+        {"norm": "layer", "positions": "alibi", "ffn": "gelu", "embed_norm": True},
         {"rope_scaling": RopeScaling("linear", 2.0)},
         {"rope_scaling": RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.5, high_freq_factor=3.5)},
         {"rope_scaling": RopeScaling("yarn", 4.0, 32768, beta_fast=16, beta_slow=2, attention_factor=1.25)},
@@ -70,6 +72,22 @@ def test_heads_must_be_even_for_rotary_pairs():
         dataclasses.replace(CONFIG, head_dim=5)
 
 
+@pytest.mark.parametrize("positions", ["learned", "alibi"])
+def test_only_rotary_positions_ask_for_even_heads_and_can_be_stretched(positions):
+    assert dataclasses.replace(CONFIG, positions=positions, head_dim=5).head_dim == 5
+    with pytest.raises(ValueError, match=f"rope_scaling has no meaning for positions '{positions}': leave it None"):
+        dataclasses.replace(CONFIG, positions=positions, rope_scaling=RopeScaling("linear", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [("norm", "rms, layer"), ("positions", "rope, learned, alibi"), ("ffn", "swiglu, relu, gelu")],
+)
+def test_unknown_choices_list_the_known(field, known):
+    with pytest.raises(ValueError, match=f"{field} 'new' is unknown: use one of {known}"):
+        dataclasses.replace(CONFIG, **{field: "new"})
+
+
 @pytest.mark.parametrize("field", ["rope_theta", "norm_eps"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_constants_must_be_positive_and_finite(field, value):
@@ -100,6 +118,12 @@ def test_missing_fields_are_named(size):
 def test_defaulted_fields_may_be_missing():
     fields = {size: getattr(CONFIG, size) for size in SIZES}
     assert TransformerConfig.from_dict(fields) == CONFIG
+
+
+def test_configs_written_before_there_were_other_families_are_of_llama():
+    choices = {"norm": "rms", "positions": "rope", "ffn": "swiglu", "linear_bias": False, "embed_norm": False}
+    written = {name: value for name, value in CONFIG.to_dict().items() if name not in choices}
+    assert TransformerConfig.from_dict(written) == dataclasses.replace(CONFIG, **choices)
 
 
 @pytest.mark.parametrize(

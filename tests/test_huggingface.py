@@ -39,7 +39,7 @@ def sharded(checkpoint, tmp_path):
 def config_of(directory, **fields):
     """The config that these fields of config.json give."""
     (directory / "config.json").write_text(json.dumps(tiny.hf_config(tiny.make()) | fields))
-    return read_config(directory)
+    return read_config(directory)[1]
 
 
 def test_parameters_are_where_they_belong(checkpoint, directory):
@@ -149,7 +149,7 @@ def test_token_ids(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2, opt, bloom"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias true, which adds a bias to o_proj too"),
         ({"mlp_bias": True}, "mlp_bias true"),

@@ -1,9 +1,14 @@
-"""Shapes and constants of a decoder-only Transformer of the Llama family."""
+"""Shapes and constants of a decoder-only Transformer: Llama and its kin, OPT, BLOOM."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+
+# What a config can choose between; the first of each is what Llama has.
+NORMS = ("rms", "layer")
+POSITIONS = ("rope", "learned", "alibi")
+FFNS = ("swiglu", "relu", "gelu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +70,19 @@ class TransformerConfig:
       num_layers: decoder layers, scanned.
       num_heads, num_kv_heads: query heads, and key/value heads they share in equal groups.
       head_dim: width of one head.
-      ffn_size: inner width of the SwiGLU block.
+      ffn_size: inner width of the feed-forward block.
       context_length: positions the model was made for; longer prompts are refused.
       rope_theta: base of the rotary frequencies.
       rope_scaling: stretching of those frequencies, or None.
-      norm_eps: epsilon of every RMSNorm.
+      norm_eps: epsilon of every norm.
       tie_embeddings: the output projection is the transposed embedding.
-      qkv_bias: biases on the query, key and value projections (Qwen2).
+      qkv_bias: biases on the query, key and value projections (Qwen2, OPT, BLOOM).
+      norm: "rms" or "layer", the latter with biases (OPT, BLOOM).
+      positions: "rope", "learned" (a table of context_length rows added to the embeddings;
+        OPT) or "alibi" (a bias on the attention scores; BLOOM).
+      ffn: "swiglu", or two projections with "relu" (OPT) or tanh-approximated "gelu" (BLOOM) between.
+      linear_bias: biases on all other projections of a layer (OPT, BLOOM).
+      embed_norm: a norm on the embeddings, before the first layer (BLOOM).
       bos_id: token that starts a text, or None.
       eos_ids: tokens that end a text.
     """
@@ -89,6 +100,11 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    norm: str = "rms"
+    positions: str = "rope"
+    ffn: str = "swiglu"
+    linear_bias: bool = False
+    embed_norm: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -114,7 +130,12 @@ class TransformerConfig:
                 raise ValueError(f"BOS or EOS id {token} is outside the vocabulary 0..{self.vocab_size - 1}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim % 2:
+        for name, known in (("norm", NORMS), ("positions", POSITIONS), ("ffn", FFNS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
+        if self.rope_scaling is not None and self.positions != "rope":
+            raise ValueError(f"rope_scaling has no meaning for positions {self.positions!r}: leave it None")
+        if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
 
     def to_dict(self) -> dict[str, Any]:

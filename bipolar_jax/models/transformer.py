@@ -1,4 +1,4 @@
-"""A decoder-only Transformer of the Llama family, its layers stacked and scanned.
+"""A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, an OPT or a BLOOM.
 
 Every parameter of `layers` carries a leading layer axis, so that the whole stack
 compiles as one layer. What attends to what is a function given to each layer:
@@ -17,8 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.models.alibi import alibi_bias
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.feed_forward import MLP, SwiGLU
+from bipolar_jax.models.norm import make_norm
 from bipolar_jax.models.rope import rope_tables, rotate
 
 Heads = Float[Array, "batch length heads head_dim"]
@@ -40,7 +43,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention; rotary positions are its own, others come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -50,53 +53,33 @@ class Attention(nnx.Module):
         self.q_proj = linear(config.hidden_size, query_size, use_bias=config.qkv_bias)
         self.k_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
-        self.o_proj = linear(query_size, config.hidden_size, use_bias=False)
+        self.o_proj = linear(query_size, config.hidden_size, use_bias=config.linear_bias)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables, attend: Attend
+        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
-        q = rotate(heads(self.q_proj(x)), tables)
-        k = rotate(heads(self.k_proj(x)), tables)
-        v = heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
         context = attend(q, k, v)
         return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)); Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
-        self.gate_proj = linear(config.hidden_size, config.ffn_size)
-        self.up_proj = linear(config.hidden_size, config.ffn_size)
-        self.down_proj = linear(config.ffn_size, config.hidden_size)
-
-    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nnx.Module):
-    """Pre-norm residual block: attention, then SwiGLU."""
+    """Pre-norm residual block: attention, then feed-forward."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        norm = functools.partial(
-            nnx.RMSNorm,
-            config.hidden_size,
-            epsilon=config.norm_eps,
-            param_dtype=param_dtype,
-            dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.attention_norm = norm()
+        feed_forward = SwiGLU if config.ffn == "swiglu" else MLP
+        self.attention_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
-        self.ffn_norm = norm()
-        self.ffn = SwiGLU(config, param_dtype=param_dtype, rngs=rngs)
+        self.ffn_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
+        self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables, attend: Attend
+        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
         x = x + self.attention(self.attention_norm(x), tables, attend)
         return x + self.ffn(self.ffn_norm(x))
@@ -111,18 +94,19 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs
-        )
+        embed = functools.partial(nnx.Embed, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
+        self.embed = embed(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.positions = embed(config.context_length, config.hidden_size)
+        if config.embed_norm:
+            self.embed_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_layers(layer_rngs):
             return DecoderLayer(config, param_dtype=param_dtype, rngs=layer_rngs)
 
         self.layers = make_layers(rngs.split(config.num_layers))
-        self.final_norm = nnx.RMSNorm(
-            config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs
-        )
+        self.final_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size,
@@ -166,7 +150,8 @@ class Transformer(nnx.Module):
 
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits and the grown cache."""
-        tables = rope_tables(self.config, cache.lengths[:, None])
+        hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
+        bias = self._attention_bias(cache.capacity)
 
         def step(carry, indexed_layer):
             hidden, cache = carry
@@ -177,19 +162,20 @@ class Transformer(nnx.Module):
                 nonlocal written
                 written = cache.write(index, k, v)
                 keys, values = written.read(index)
-                return jax.nn.dot_product_attention(q, keys, values, mask=written.mask())
+                return jax.nn.dot_product_attention(q, keys, values, bias=bias, mask=written.mask())
 
             hidden = layer(hidden, tables, attend)
             return (hidden, written), None
 
         indices = jnp.arange(self.config.num_layers)
-        (hidden, cache), _ = jax.lax.scan(step, (self.embed(ids[:, None]), cache), (indices, self.layers))
+        (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
         return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
 
     def _causal_layers(self, ids: Int[Array, "batch length"]):
         """Hidden states before the final norm; keys and values, each [layers, batch, length, kv_heads, head_dim]."""
         batch, length = ids.shape
-        tables = rope_tables(self.config, jnp.broadcast_to(jnp.arange(length), (batch, length)))
+        hidden, tables = self._enter(ids, jnp.broadcast_to(jnp.arange(length), (batch, length)))
+        bias = self._attention_bias(length)
 
         def step(hidden, layer):
             seen = None
@@ -197,10 +183,29 @@ class Transformer(nnx.Module):
             def attend(q, k, v):
                 nonlocal seen
                 seen = (k, v)
-                return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+                return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True)
 
             hidden = layer(hidden, tables, attend)
             return hidden, seen
 
-        hidden, (keys, values) = jax.lax.scan(step, self.embed(ids), self.layers)
+        hidden, (keys, values) = jax.lax.scan(step, hidden, self.layers)
         return hidden, keys, values
+
+    def _enter(
+        self, ids: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
+        """What the first layer reads, and the rotary tables where positions are rotary."""
+        config = self.config
+        if config.positions == "learned" and ids.shape[1] > config.context_length:
+            raise ValueError(
+                f"{ids.shape[1]} tokens exceed the {config.context_length} learned positions: shorten the text"
+            )
+        hidden = self.embed(ids)
+        if config.positions == "learned":
+            hidden = hidden + self.positions(positions)
+        if config.embed_norm:
+            hidden = self.embed_norm(hidden)
+        return hidden, rope_tables(config, positions) if config.positions == "rope" else None
+
+    def _attention_bias(self, num_keys: int) -> Float[Array, "1 heads 1 keys"] | None:
+        return alibi_bias(self.config.num_heads, num_keys) if self.config.positions == "alibi" else None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bipolar_jax.extras import require
-from bipolar_jax.models.loaders.huggingface_config import read_json
+from bipolar_jax.models.loaders.json_fields import read_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")

@@ -1,0 +1,181 @@
+"""Models of random weights, made in the form in which they run: for measuring speed and memory without a checkpoint.
+
+A float model is never there: arrays are drawn one after the other, layer by layer and each
+layer some rows at a time, so that beside the result less than one layer is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn import quantize_model
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing.words import WORD_BITS, num_words
+from bipolar_jax.quantize import Precision
+from bipolar_jax.quantize.groups import group_lengths
+
+# State of XLA's own generator: threefry would need several times the memory of what it draws.
+Generator = UInt32[Array, "4"]
+_MOST_BLOCKS = 64
+# Their outputs are summed into the residual stream, 2 a layer.
+_RESIDUAL = ("o_proj", "down_proj")
+
+
+def random_packed(
+    config: TransformerConfig,
+    precision: Precision,
+    *,
+    key: PRNGKeyArray,
+    dtype: Any = jnp.bfloat16,
+    embed_bits: int | None = 8,
+    implementation: str = "auto",
+) -> Transformer:
+    """A quantized model with random bits, in structure what `quantize_model` makes of a loaded one.
+
+    Every code is as likely as its bits are by fair coins; scales keep activations of order one
+    through all layers (1-bit activations, which are rounded to their largest, grow further).
+
+    Args:
+      config: the model, such as one of `presets`.
+      precision: of every linear layer of the decoder.
+      key: decides the bits, on one kind of device; XLA's generators differ between kinds.
+      dtype: of norms, biases and all else that is not packed, and of the computation.
+      embed_bits: weight bits of the embedding and of the output layer, whose input stays
+        float; None leaves both float.
+      implementation: backend of the packed layers, see `bipolar_jax.matmul`.
+
+    Raises:
+      ValueError: bits outside 1..8, or a group size that does not fit the layers.
+    """
+    rules = [("^layers/", precision)]
+    if embed_bits is not None:
+        rules.append(("^(embed|lm_head)$", Precision(embed_bits)))
+    return _fill(lambda: quantize_model(_float_model(config, dtype), rules, implementation=implementation), config, key)
+
+
+def random_float(config: TransformerConfig, dtype: Any, key: PRNGKeyArray) -> Transformer:
+    """The float model with weights of the same spread, uniformly distributed, made in `dtype`."""
+    return _fill(lambda: _float_model(config, dtype), config, key)
+
+
+def _float_model(config: TransformerConfig, dtype: Any) -> Transformer:
+    return Transformer(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _fill(make_model: Callable[[], Transformer], config: TransformerConfig, key: PRNGKeyArray) -> Transformer:
+    """The model that `make_model` would make, every array drawn in its place."""
+    graph, state = nnx.split(nnx.eval_shape(make_model))
+    flat = nnx.to_flat_state(state)
+    generator_states = jax.random.bits(key, (len(flat), 4), jnp.uint32)
+    drawn = []
+    for (path, variable), generator in zip(flat, generator_states, strict=True):
+        leaf = variable.get_value()
+        if path[-1] in ("scale", "bias"):
+            drawn.append((path, variable.replace(jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype))))
+            continue
+        arrays, structure = jax.tree.flatten(leaf)
+        values = _draw(tuple(arrays), structure, path[0] == "layers", _deviation(config, path, leaf), generator)
+        drawn.append((path, variable.replace(values)))
+    return nnx.merge(graph, nnx.from_flat_state(drawn))
+
+
+def _deviation(config: TransformerConfig, path: tuple[str, ...], leaf: Any) -> float:
+    """Standard deviation of a parameter that keeps activations of order one."""
+    if path[-1] == "embedding":
+        # Tied rows are also output weights; norms take care of the small residual stream that they begin.
+        return config.hidden_size**-0.5 if config.tie_embeddings else 1.0
+    summed = 2 * config.num_layers if path[-2] in _RESIDUAL else 1
+    return (leaf.shape[-2] * summed) ** -0.5
+
+
+# Each parameter is a call of its own: in one function XLA would begin all of one shape as copies of one more of zeros.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    arrays: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+    is_stack: bool,
+    deviation: float,
+    generator: Generator,
+) -> Any:
+    """Numbers in place of one abstract parameter; of a stack, one layer after the other."""
+    if not is_stack:
+        return _draw_one(structure.unflatten(arrays), deviation, generator)[1]
+    one_layer = structure.unflatten([jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in arrays])
+    return jax.lax.scan(
+        lambda generator, _: _draw_one(one_layer, deviation, generator), generator, length=arrays[0].shape[0]
+    )[1]
+
+
+def _draw_one(leaf: Any, deviation: float, generator: Generator) -> tuple[Generator, Any]:
+    if isinstance(leaf, BipolarArray):
+        return _packed(leaf, deviation, generator)
+
+    def uniform(bits):  # of standard deviation 1 from -sqrt(3) to sqrt(3)
+        return (math.sqrt(3) * deviation * (bits.astype(jnp.float32) * 2.0**-31 - 1)).astype(leaf.dtype)
+
+    return _in_blocks(leaf.shape, generator, uniform)
+
+
+def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple[Generator, BipolarArray]:
+    """Random codes whose numbers have this standard deviation. Fair bits +-p_i add up to a variance of sum p_i^2."""
+    number_format, k = leaf.format, leaf.contracted_size
+    used = np.full(num_words(k), 0xFFFFFFFF, np.uint32)
+    used[-1] >>= np.uint32(-k % WORD_BITS)
+
+    def words_and_sums(bits):
+        words = bits & jnp.asarray(used)
+        return words, _bits_set(words, k, leaf.group_size)
+
+    generator, (planes, bits_set) = _in_blocks(leaf.planes.shape, generator, words_and_sums)
+    weights = np.asarray(number_format.plane_weights, np.int32)[:, None, None]
+    if number_format.ternary:  # code 1 has its bit in the low plane
+        planes = jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
+    scale = deviation / math.sqrt(np.sum(weights**2))
+    offset = None
+    if leaf.offset is not None:
+        # Zero is a value next to the middle, as "minmax" has it for numbers of which as many are below as above.
+        zero_value = number_format.value_shift if number_format.bits > 1 else 0
+        generator, bits = jax.lax.rng_bit_generator(generator, leaf.offset.shape, jnp.uint32)
+        offset = scale * zero_value * (2.0 * (bits & 1).astype(jnp.float32) - 1)
+    return generator, dataclasses.replace(
+        leaf,
+        planes=planes,
+        scale=jnp.full(leaf.scale.shape, scale, jnp.float32),
+        offset=offset,
+        row_sums=jnp.sum(weights * bits_set, axis=0),
+    )
+
+
+def _in_blocks(shape: tuple[int, ...], generator: Generator, make: Callable) -> tuple[Generator, Any]:
+    """Arrays made some rows at a time of random words; `make` keeps the rows and may change the last axis."""
+    rows = math.prod(shape[:-1])
+    blocks = math.gcd(rows, _MOST_BLOCKS)
+
+    def one_block(generator, _):
+        generator, bits = jax.lax.rng_bit_generator(generator, (rows // blocks, shape[-1]), jnp.uint32)
+        return generator, make(bits)
+
+    generator, made = jax.lax.scan(one_block, generator, length=blocks)
+    return generator, jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), made)
+
+
+def _bits_set(words: UInt32[Array, "rows words"], k: int, group_size: int | None) -> Int[Array, "rows groups"]:
+    """How many bits each group has, wherever it ends: bits before its end less those before its start."""
+    ends = np.cumsum(group_lengths(k, group_size))
+    word, bit = np.divmod(ends, WORD_BITS)
+    before = jnp.cumsum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)
+    before = jnp.pad(before, ((0, 0), (1, 0)))[:, word]
+    begun = words[:, np.minimum(word, words.shape[-1] - 1)] & jnp.asarray((1 << bit) - 1, jnp.uint32)
+    return jnp.diff(before + jax.lax.population_count(begun).astype(jnp.int32), axis=-1, prepend=0)
