@@ -33,6 +33,8 @@ def causal_attention(
       bias: added to the scores after their scaling, such as ALiBi's; axes of 1 are repeated.
     """
     implementation = causal_implementation(default_device(), q, bias)
+    if bias is not None and implementation == "cudnn":
+        bias = whole_bias(bias).astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation=implementation)
 
 
@@ -40,7 +42,7 @@ def causal_implementation(device: jax.Device, q: Any, bias: Any | None) -> Liter
     """The implementation of `jax.nn.dot_product_attention` that serves these queries on this device.
 
     cuDNN's takes bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on, heads of at most 128 numbers
-    (256 from 9.0 on) and a multiple of 8, and a bias only with both position axes whole and, for the gradient, even.
+    (256 from 9.0 on) and a multiple of 8, and, because of the gradient, a bias only for an even number of positions.
 
     Args:
       device: where it will run.
@@ -58,9 +60,18 @@ def causal_implementation(device: jax.Device, q: Any, bias: Any | None) -> Liter
         and jnp.dtype(q.dtype) in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= (256 if capability >= (9, 0) else 128)
-        and (bias is None or (length % 2 == 0 and tuple(bias.shape[2:]) == (length, length)))
+        and (bias is None or (length % 2 == 0 and bias.shape[3] == length))
     )
     return "cudnn" if serves else "xla"
+
+
+def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array, "batch heads length length"]:
+    """A bias of which each query has a row of its own, as cuDNN wants it.
+
+    One row for all is shifted to 0 where a query meets its own position. Softmax ignores what is the same for all keys
+    of a query, and ALiBi's slope * key, large where the text is long, would not survive bfloat16: its distances do.
+    """
+    return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
 
 
 def decode_attention(
