@@ -10,6 +10,8 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
+from experiments.figures import bars, colour, legend, save
+
 
 def plot_speedup(result: dict[str, Any], path: Path) -> None:
     """Maps of the speed-up over bf16 by shape and precision: kernel alone, and whole operation."""
@@ -22,7 +24,7 @@ def plot_speedup(result: dict[str, Any], path: Path) -> None:
         _map(axes, names, {shape: _speedups(row, part) for shape, row in shapes.items()})
         axes.set_title(title)
     figure.suptitle(f"times as fast as XLA's bf16 product, {result['settings']['device']}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_roofline(result: dict[str, Any], path: Path) -> None:
@@ -37,7 +39,7 @@ def plot_roofline(result: dict[str, Any], path: Path) -> None:
             if kernel:
                 point = (kernel["operations_per_byte"], kernel["operations_per_second"])
                 points.setdefault((shape, measured["kind"]), []).append(point)
-    colours = {shape: _colour(index) for index, shape in enumerate(result["shapes"])}
+    colours = {shape: colour(index) for index, shape in enumerate(result["shapes"])}
     for (shape, kind), some in points.items():
         label = f"{shape}, {'binary' if kind == 'planes' else kind}"
         axes.plot(*zip(*some, strict=True), "o" if kind == "planes" else "s", color=colours[shape], label=label)
@@ -48,26 +50,26 @@ def plot_roofline(result: dict[str, Any], path: Path) -> None:
         axes.annotate(f"{unit}: {ceilings[unit] / 1e15:.3g} P/s", (span[-1], ceilings[unit]), ha="right", va="bottom")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte of memory", ylabel="operations a second")
     axes.set_title(f"kernels alone on {result['settings']['device']}; every product of two planes counts")
-    _legend(figure)
-    _save(figure, path)
+    legend(figure)
+    save(figure, path)
 
 
 def plot_ablation(result: dict[str, Any], path: Path, full: str) -> None:
     """Bars of the time of every variant over that of the one named `full`, one colour a shape and precision."""
     variants = [name for row in result["products"].values() for name in row["variants"] if name != full]
-    bars = {
+    slowdowns = {
         product: {name: figures.get("slowdown") for name, figures in row["variants"].items()}
         for product, row in result["products"].items()
     }
     figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
-    _bars(axes, list(dict.fromkeys(variants)), bars)
+    bars(axes, list(dict.fromkeys(variants)), slowdowns)
     axes.set(ylabel="time over that of the full system", yscale="log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_title(f"one part switched off at a time, {result['settings']['device']}")
-    _legend(figure)
-    _save(figure, path)
+    legend(figure)
+    save(figure, path)
 
 
 def _speedups(row: dict[str, Any], part: str) -> dict[str, float | None]:
@@ -83,32 +85,3 @@ def _map(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> 
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(len(series)), list(series), fontsize=7)
-
-
-def _bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:
-    """Groups of bars, one group a name and one bar of each a series; what was not measured is left out."""
-    width = 0.8 / max(1, len(series))
-    for index, (label, values) in enumerate(series.items()):
-        heights = [values.get(name) or np.nan for name in names]
-        positions = np.arange(len(names)) + (index - (len(series) - 1) / 2) * width
-        axes.bar(positions, heights, width, label=label, color=_colour(index))
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
-    axes.grid(axis="y", alpha=0.3)
-
-
-def _colour(index: int) -> tuple[float, ...]:
-    return matplotlib.colormaps["tab20"](index % 20)
-
-
-def _legend(figure: matplotlib.figure.Figure) -> None:
-    """Beside the axes, of the first of them."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, fontsize=7, loc="outside right upper")
-
-
-def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)

@@ -75,10 +75,15 @@ def save_result(workdir: Path, result: dict[str, Any], **own: Iterable[str]) -> 
     write_json(workdir / RESULT_NAME, result)
 
 
-def kernels_fingerprint() -> str:
-    """SHA-256 over the Hopper kernels' source and tables: figures of other ones must not be mixed with these."""
+def kernels_fingerprint(*beside: str) -> str:
+    """SHA-256 over the Hopper kernels' source and tables: figures of other ones must not be mixed with these.
+
+    Args:
+      *beside: other folders of the package that the figures depend on.
+    """
     package = Path(bipolar_jax.__file__).parent
     files = [*sorted((package / "kernels" / "sm90").glob("*.py")), *sorted((package / "tuning").glob("*.json"))]
+    files += [file for folder in beside for file in sorted((package / folder).glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

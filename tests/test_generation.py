@@ -103,6 +103,44 @@ def first_at(tokens: list[int], step: int) -> int:
     return next(token for i, token in enumerate(tokens) if i >= step and token not in tokens[:i])
 
 
+@pytest.mark.parametrize("cache_bits", [None, 8, 4])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=9)], ids=["greedy", "sampled"])
+def test_generate_gives_what_stream_yields(model, sampling, cache_bits):
+    """On the device until all have ended; each ends by itself, the last before the limit."""
+    key = jax.random.key(3)
+    free = np.stack(list(stream(model, PROMPTS, 12, sampling, key, cache_bits)))
+    ending = with_eos(model, *(first_at(column.tolist(), 2 + row) for row, column in enumerate(free.T)))
+    steps = np.stack(list(stream(ending, PROMPTS, 12, sampling, key, cache_bits)))
+    expected = [[int(token) for token in column if token >= 0] for column in steps.T]
+    assert generate(ending, PROMPTS, 12, sampling, key, cache_bits) == expected
+    assert len(steps) < 12
+    assert generate(model, PROMPTS, 12, sampling, key, cache_bits) == free.T.tolist()
+
+
+def test_the_device_stops_when_all_have_ended(model, greedy, monkeypatch):
+    caches = []
+    inner = generation._all_tokens
+    monkeypatch.setattr(generation, "_all_tokens", lambda *args: caches.append(inner(*args)) or caches[-1])
+    generate(with_eos(model, greedy[0][3]), PROMPTS[:1], 60)
+    ((_, cache),) = caches
+    steps = greedy[0].index(greedy[0][3])  # each reads one token more
+    np.testing.assert_array_equal(cache.lengths, [len(PROMPTS[0]) + steps])
+
+
+def test_texts_of_about_the_same_length_share_one_compilation(model):
+    sizes = []
+    for max_new_tokens in (3, 5, 12):
+        generate(model, PROMPTS[:1], max_new_tokens)
+        sizes.append(generation._all_tokens._cache_size())
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("write", [generate, stream])
+def test_other_cache_bits_are_refused_at_the_call(model, write):
+    with pytest.raises(ValueError, match="cache_bits must be 8 or 4, or None to keep floats, got 5"):
+        write(model, PROMPTS, 2, cache_bits=5)
+
+
 def test_the_stream_computes_no_further_than_it_is_read(model, greedy, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -184,7 +184,7 @@ def test_a_cache_too_small_for_the_prompts_is_refused(grouped):
 def test_the_cache_holds_only_key_heads(grouped):
     _, cache = prefill(grouped, random_ids(2, 6), np.array([6, 6], np.int32), 9)
     assert cache.capacity == 9
-    assert cache.keys.shape == cache.values.shape == (3, 2, 9, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert cache.keys.shape == cache.values.shape == (3, 2, CONFIG.num_kv_heads, 9, CONFIG.head_dim)
 
 
 def test_bfloat16_parameters_stay_bfloat16_and_logits_are_float32():

@@ -6,7 +6,32 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.models.quantized_heads import QuantizedHeads
+
+# Keys or values, in the model's dtype or in bipolar-INT; a vector of every head and token, tokens beside each other.
+Kept = Float[Array, "*layers batch kv_heads length head_dim"] | QuantizedHeads
+
+
+def row_major(x: Array) -> Array:
+    """The same array, its last axis innermost in memory: XLA for GPUs, left to choose, copies whole caches."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def keep(heads: Float[Array, "batch length kv_heads head_dim"], bits: int | None) -> Kept:
+    """Keys or values of one layer as a cache holds them.
+
+    Args:
+      heads: what the layer computed.
+      bits: 8 or 4, or None for the dtype they have.
+
+    Raises:
+      ValueError: other bits, or an odd head_dim with 4.
+    """
+    heads = jnp.swapaxes(heads, 1, 2)
+    return heads if bits is None else QuantizedHeads.quantize(heads, bits)
 
 
 @jax.tree_util.register_dataclass
@@ -16,34 +41,45 @@ class KVCache:
 
     Positions from `lengths` on hold padding; `decode` overwrites them one by one,
     and until then the mask hides them, so prompts of different lengths share a batch.
+
+    Attributes:
+      keys, values: [layers, batch, kv_heads, capacity, head_dim], floats or `QuantizedHeads`.
+      lengths: tokens of each sequence.
     """
 
-    keys: Float[Array, "layers batch capacity kv_heads head_dim"]
-    values: Float[Array, "layers batch capacity kv_heads head_dim"]
+    keys: Kept
+    values: Kept
     lengths: Int[Array, " batch"]
 
     @classmethod
-    def from_prefill(
-        cls,
-        keys: Float[Array, "layers batch length kv_heads head_dim"],
-        values: Float[Array, "layers batch length kv_heads head_dim"],
-        lengths: Int[Array, " batch"],
-        capacity: int,
-    ) -> KVCache:
-        """Takes over what prefill computed and leaves room up to `capacity` positions.
+    def from_prefill(cls, keys: Kept, values: Kept, lengths: Int[Array, " batch"], capacity: int) -> KVCache:
+        """Takes over what prefill kept of every layer and leaves room up to `capacity` positions.
 
         Raises:
           ValueError: the prompts are longer than `capacity`.
         """
-        length = keys.shape[2]
+        length = _positions(keys)
         if capacity < length:
             raise ValueError(f"a cache of {capacity=} positions cannot hold prompts padded to {length} tokens")
-        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0), (0, 0))
-        return cls(jnp.pad(keys, room), jnp.pad(values, room), lengths)
+
+        def make_room(leaf):
+            return jnp.pad(leaf, [(0, capacity - length if axis == 3 else 0) for axis in range(leaf.ndim)])
+
+        return cls(jax.tree.map(make_room, keys), jax.tree.map(make_room, values), lengths)
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        return _positions(self.keys)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits a number, or None for floats."""
+        return self.keys.bits if isinstance(self.keys, QuantizedHeads) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it occupies: codes, scales and zeros, or floats, and the lengths."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def write(
         self,
@@ -56,20 +92,25 @@ class KVCache:
         A sequence that already fills the cache keeps what it has: sizes are fixed under jit,
         so it is for the caller to stop at `capacity`, as `generation` does.
         """
-        rows = jnp.arange(self.lengths.shape[0])
-        at = (layer, rows, self.lengths)
-        return dataclasses.replace(
-            self, keys=self.keys.at[at].set(keys[:, 0]), values=self.values.at[at].set(values[:, 0])
-        )
+        batch, _, kv_heads, _ = keys.shape
+        at = (layer, jnp.arange(batch)[:, None], jnp.arange(kv_heads), self.lengths[:, None])
 
-    def read(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
-        """Keys and values of one layer, each [batch, capacity, kv_heads, head_dim]."""
-        return self.keys[layer], self.values[layer]
+        def put(rows, token):
+            return row_major(rows.at[at].set(token[:, :, 0], unique_indices=True, indices_are_sorted=True, mode="drop"))
 
-    def mask(self) -> Bool[Array, "batch 1 1 capacity"]:
-        """What the token being decoded may see: all before it, and itself."""
-        return (jnp.arange(self.capacity) <= self.lengths[:, None])[:, None, None, :]
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Kept, Kept]:
+        """Keys and values of one layer, each [batch, kv_heads, capacity, head_dim]."""
+        return jax.tree.map(lambda leaf: leaf[layer], (self.keys, self.values))
 
     def advance(self) -> KVCache:
         """Counts the token that every layer has now written."""
         return dataclasses.replace(self, lengths=self.lengths + 1)
+
+
+def _positions(kept: Kept) -> int:
+    """Positions that a stack of layers has."""
+    return (kept.codes if isinstance(kept, QuantizedHeads) else kept).shape[3]

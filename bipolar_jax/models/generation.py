@@ -1,4 +1,4 @@
-"""Writing text: prompts in, tokens out, one step at a time."""
+"""Writing text: prompts in, tokens out; token by token, or all of them without leaving the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
+from bipolar_jax.models.quantized_heads import check_cache_bits
 from bipolar_jax.models.sampling import Sampling, sample
 from bipolar_jax.models.transformer import Transformer, check_ids
 
@@ -23,6 +24,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     key: PRNGKeyArray | None = None,
+    cache_bits: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, until all have ended.
 
@@ -34,32 +36,27 @@ def stream(
       max_new_tokens: tokens to write for each prompt at most.
       sampling: how to choose.
       key: PRNG key, needed where `sampling` draws at random.
+      cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
 
     Yields:
       int32 [batch] ids; -1 for a prompt that has ended. The token that ends a text is yielded.
 
     Raises:
-      ValueError: no prompts, an empty one, ids outside the vocabulary, or prompt and new
-        tokens together longer than the model's context.
+      ValueError: no prompts, an empty one, ids outside the vocabulary, prompt and new
+        tokens together longer than the model's context, or other cache_bits.
     """
-    ids, lengths = _padded(model, prompts, max_new_tokens)
-    if key is None:
-        sample(jnp.zeros((1, 1)), sampling)  # raises unless it is greedy
-        key = jax.random.key(0)
-    return _steps(model, ids, lengths, max_new_tokens, sampling, key)
+    return _steps(model, *_prepared(model, prompts, max_new_tokens, sampling, key, cache_bits), sampling, cache_bits)
 
 
-def _steps(model, ids, lengths, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
-    keys = jax.random.split(key, max_new_tokens)
-    capacity = min(_round_up(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
+def _steps(model, ids, lengths, keys, capacity, sampling, cache_bits) -> Iterator[np.ndarray]:
     eos = np.asarray(model.config.eos_ids, np.int32)
-    tokens, cache = _first_token(model, jnp.asarray(ids), jnp.asarray(lengths), capacity, sampling, keys[0])
+    tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
     running = np.ones(len(lengths), bool)
-    for step in range(max_new_tokens):
+    for step in range(len(keys)):
         written = np.asarray(tokens)
         yield np.where(running, written, -1)
         running &= ~np.isin(written, eos)
-        if not running.any() or step + 1 == max_new_tokens:
+        if not running.any() or step + 1 == len(keys):
             return
         tokens, cache = _next_token(model, tokens, cache, sampling, keys[step + 1])
 
@@ -70,14 +67,20 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     key: PRNGKeyArray | None = None,
+    cache_bits: int | None = None,
 ) -> list[list[int]]:
-    """All that `stream` yields: the new tokens of every prompt, the one that ends the text included."""
-    steps = np.stack(list(stream(model, prompts, max_new_tokens, sampling, key)))
-    return [[int(token) for token in column if token >= 0] for column in steps.T]
+    """All that `stream` yields: the new tokens of every prompt, the one that ends the text included.
+
+    The loop over tokens runs on the device and ends there when all prompts have ended.
+    """
+    ids, lengths, keys, capacity = _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits)
+    tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
+    steps, _ = _all_tokens(model, tokens, cache, sampling, jnp.resize(keys, _round_up(max_new_tokens)), max_new_tokens)
+    return [[int(token) for token in column if token >= 0] for column in np.asarray(steps).T]
 
 
-def _first(model, ids, lengths, capacity, sampling, key):
-    logits, cache = model.prefill(ids, lengths, capacity)
+def _first(model, ids, lengths, capacity, sampling, cache_bits, key):
+    logits, cache = model.prefill(ids, lengths, capacity, cache_bits)
     return sample(logits, sampling, key), cache
 
 
@@ -86,9 +89,41 @@ def _next(model, tokens, cache, sampling, key):
     return sample(logits, sampling, key), cache
 
 
-_first_token = jax.jit(_first, static_argnums=(3, 4))
+def _all(model, tokens, cache, sampling, keys, max_new_tokens):
+    """Tokens of every step, -1 where a text has ended, from the first step's on; and the cache."""
+    eos = jnp.asarray(model.config.eos_ids, jnp.int32)
+
+    def unfinished(state):
+        step, _, running, _, _ = state
+        return (step < max_new_tokens) & jnp.any(running)
+
+    def write_next(state):
+        step, tokens, running, written, cache = state
+        tokens, cache = _next(model, tokens, cache, sampling, keys[step])
+        written = written.at[step].set(jnp.where(running, tokens, -1))
+        return step + 1, tokens, running & ~jnp.isin(tokens, eos), written, cache
+
+    written = jnp.full((len(keys), len(tokens)), -1, jnp.int32).at[0].set(tokens)
+    state = 1, tokens, ~jnp.isin(tokens, eos), written, cache
+    *_, written, cache = jax.lax.while_loop(unfinished, write_next, state)
+    return written, cache
+
+
+_first_token = jax.jit(_first, static_argnums=(3, 4, 5))
 # The cache is donated: every step writes one position of it in place.
 _next_token = jax.jit(_next, static_argnums=3, donate_argnums=2)
+_all_tokens = jax.jit(_all, static_argnums=3, donate_argnums=2)
+
+
+def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits):
+    """Padded ids, their lengths, a key for each step, and the cache's capacity."""
+    ids, lengths = _padded(model, prompts, max_new_tokens)
+    check_cache_bits(cache_bits, model.config.head_dim)
+    if key is None:
+        sample(jnp.zeros((1, 1)), sampling)  # raises unless it is greedy
+        key = jax.random.key(0)
+    capacity = min(_round_up(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
+    return jnp.asarray(ids), jnp.asarray(lengths), jax.random.split(key, max_new_tokens), capacity
 
 
 def _padded(

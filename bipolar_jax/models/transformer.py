@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.cache import KVCache
+from bipolar_jax.models.attention import causal_attention, decode_attention
+from bipolar_jax.models.cache import KVCache, keep
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.norm import make_norm
@@ -132,7 +133,11 @@ class Transformer(nnx.Module):
         return project(hidden).astype(jnp.float32)
 
     def prefill(
-        self, ids: Int[Array, "batch length"], lengths: Int[Array, " batch"], capacity: int
+        self,
+        ids: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
+        capacity: int,
+        cache_bits: int | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Reads prompts padded on the right.
 
@@ -140,11 +145,16 @@ class Transformer(nnx.Module):
           ids: prompts; entries from `lengths` on are ignored.
           lengths: true length of each prompt, at least 1.
           capacity: positions the cache can hold, prompt and new tokens together.
+          cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype. The prompts
+            themselves are read without it.
 
         Returns:
           Logits after the last token of each prompt, and the cache to decode from.
+
+        Raises:
+          ValueError: other cache_bits, or prompts longer than `capacity`.
         """
-        hidden, keys, values = self._causal_layers(ids)
+        hidden, keys, values = self._causal_layers(ids, cache_bits)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.final_norm(last)), KVCache.from_prefill(keys, values, lengths, capacity)
 
@@ -161,8 +171,7 @@ class Transformer(nnx.Module):
             def attend(q, k, v):
                 nonlocal written
                 written = cache.write(index, k, v)
-                keys, values = written.read(index)
-                return jax.nn.dot_product_attention(q, keys, values, bias=bias, mask=written.mask())
+                return decode_attention(q, *written.read(index), written.lengths, bias=bias)
 
             hidden = layer(hidden, tables, attend)
             return (hidden, written), None
@@ -171,8 +180,8 @@ class Transformer(nnx.Module):
         (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
         return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
 
-    def _causal_layers(self, ids: Int[Array, "batch length"]):
-        """Hidden states before the final norm; keys and values, each [layers, batch, length, kv_heads, head_dim]."""
+    def _causal_layers(self, ids: Int[Array, "batch length"], cache_bits: int | None = None):
+        """Hidden states before the final norm; keys and values as a cache keeps them, stacked over layers."""
         batch, length = ids.shape
         hidden, tables = self._enter(ids, jnp.broadcast_to(jnp.arange(length), (batch, length)))
         bias = self._attention_bias(length)
@@ -182,8 +191,8 @@ class Transformer(nnx.Module):
 
             def attend(q, k, v):
                 nonlocal seen
-                seen = (k, v)
-                return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True)
+                seen = (keep(k, cache_bits), keep(v, cache_bits))
+                return causal_attention(q, k, v, bias=bias)
 
             hidden = layer(hidden, tables, attend)
             return hidden, seen

@@ -1,0 +1,37 @@
+"""Llama-2-7B's prefill and decoding at 1 to 8 bits on one NVIDIA H200, against bf16 in the same run.
+
+Claim: none yet, it was not run on the GPU. What to look for is how much of the matmuls' speed-up over bf16 (see
+configs/bench_matmul.py) is left in a whole model: prefill should keep most of the operation's, and a decode step, which
+reads every weight, should take the time of its packed bytes.
+
+    python -m experiments.bench_llm --config=configs/bench_llm.py --workdir=runs/bench_llm
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # A name of bipolar_jax/models/presets.py.
+    config.model = "llama-2-7b"
+    # Of the decoder's linear layers, comma separated; bf16 is always measured.
+    config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
+    # Batch x prompt + new tokens.
+    config.workloads = "1x512+128,8x512+128,1x2048+128,8x2048+128"
+    # Bits of the embedding and the output layer in the packed models; 0 leaves them in bf16, as bf16's are.
+    config.embed_bits = 0
+    # Bits of cached keys and values, 8 or 4; 0 keeps them in bf16. The same for bf16's.
+    config.cache_bits = 0
+    # The packed layers' backend.
+    config.implementation = "auto"
+    # Timed runs of each function; their median is reported.
+    config.iterations = 10
+    config.seed = 0
+    # Precisions whose kernels are listed, on the first workload; "bf16" and "bf16 cuBLAS" can be among them.
+    config.profile = "W2A2"
+    config.profile_most = 15
+    # Other libraries to time: "transformers".
+    config.peers = ""
+    # Bytes a second, measured on the H200 (DESIGN.md, section 3).
+    config.ceilings = ConfigDict({"bandwidth": 4.1e12})
+    return config

@@ -1,0 +1,40 @@
+"""What plots share: bars, colours, a legend, files that appear whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+
+
+def bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:
+    """Groups of bars, one group a name and one bar of each a series; what was not measured is left out."""
+    width = 0.8 / max(1, len(series))
+    for index, (label, values) in enumerate(series.items()):
+        heights = [values.get(name) or np.nan for name in names]
+        positions = np.arange(len(names)) + (index - (len(series) - 1) / 2) * width
+        axes.bar(positions, heights, width, label=label, color=colour(index))
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def colour(index: int) -> tuple[float, ...]:
+    """One of twenty, in turn."""
+    return matplotlib.colormaps["tab20"](index % 20)
+
+
+def legend(figure: matplotlib.figure.Figure) -> None:
+    """Beside the axes, of the first of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, fontsize=7, loc="outside right upper")
+
+
+def save(figure: matplotlib.figure.Figure, path: Path) -> None:
+    """Writes a PNG, which replaces what was there only when whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
