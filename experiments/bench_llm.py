@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.join_projections import join_projections
 from bipolar_jax.models.quantized_heads import check_cache_bits
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.ops.dispatch import check_implementation
@@ -70,12 +71,14 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(make_config(name), jnp.bfloat16, key)
-    return random_packed(
-        make_config(name),
-        precision,
-        key=key,
-        embed_bits=config.embed_bits or None,
-        implementation=config.implementation,
+    return join_projections(
+        random_packed(
+            make_config(name),
+            precision,
+            key=key,
+            embed_bits=config.embed_bits or None,
+            implementation=config.implementation,
+        )
     )
 
 
@@ -105,13 +108,15 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         save_result(workdir, result, models=models, peers=peers, profiles=profiled)
 
     for name, precision in models.items():
+        _take_over(name, result, read_result(workdir, settings))
         rows = result["models"].setdefault(name, {"workloads": {}})["workloads"]
         todo = [workload for workload in workloads if "decode" not in rows.get(workload.name, {})]
         profile_too = name in profiled and name not in result["profiles"]
         if not todo and not profile_too:
             continue
         try:
-            model = make_model(config, config.model, precision)
+            with contextlib.nullcontext() if precision is None else others_turn():
+                model = make_model(config, config.model, precision)
         except Exception as error:
             rows |= {workload.name: {"error": one_line(error)} for workload in todo}
             console.print(f"{name}: {one_line(error)}")
@@ -129,6 +134,12 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     plot_speedup(result, workdir / "speedup.png")
     print_tables(result)
     console.print(f"results and plot: {workdir}")
+
+
+def _take_over(name: str, result: dict[str, Any], there: dict[str, Any] | None) -> None:
+    """Puts what a run beside this one measured of a model since into the result, unless this one has begun with it."""
+    if there is not None and name in there["models"] and name not in result["models"]:
+        result["models"][name] = there["models"][name]
 
 
 def _parse_precisions(text: str) -> list[bj.Precision]:

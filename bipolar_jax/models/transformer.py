@@ -51,6 +51,7 @@ class Attention(nnx.Module):
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
+        self.num_kv_heads = config.num_kv_heads
         self.q_proj = linear(config.hidden_size, query_size, use_bias=config.qkv_bias)
         self.k_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
@@ -62,7 +63,13 @@ class Attention(nnx.Module):
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if hasattr(self, "qkv_proj"):  # see `join_projections`
+            whole = self.qkv_proj(x)
+            kv_size = self.num_kv_heads * self.head_dim
+            q, k, v = jnp.split(whole, (whole.shape[-1] - 2 * kv_size, whole.shape[-1] - kv_size), axis=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = heads(q), heads(k), heads(v)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         context = attend(q, k, v)
