@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from experiments import ablation_variants as variants
 from experiments import app

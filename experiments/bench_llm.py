@@ -12,7 +12,6 @@ and tries again what failed; several runs at once may share a workdir, each with
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from experiments.llm_report import add_speedups, line, plot_speedup, print_table
 from experiments.llm_runs import Runs, Workload, parse_workloads, peak_bytes
 from experiments.progress import console
 from experiments.timing import one_line
-from experiments.turns import device_turn, others_turn
+from experiments.turns import device_turn
 from experiments.workdir import environment, kernels_fingerprint, read_result, save_result
 
 # What a figure depends on; a workdir holds results of one choice of these.
@@ -115,8 +114,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         if not todo and not profile_too:
             continue
         try:
-            with contextlib.nullcontext() if precision is None else others_turn():
-                model = make_model(config, config.model, precision)
+            model = make_model(config, config.model, precision)
         except Exception as error:
             rows |= {workload.name: {"error": one_line(error)} for workload in todo}
             console.print(f"{name}: {one_line(error)}")
@@ -160,9 +158,7 @@ def _measure_workload(
     """Adds result["models"][name]["workloads"][...], and result["profiles"][name] where that is asked for."""
     cache_bits, options = config.cache_bits or None, BASELINES.get(name, {})
     try:
-        # Baselines are compiled with the device held: XLA tries its variants of their products on it.
-        with contextlib.nullcontext() if name in BASELINES else others_turn():
-            runs = Runs(model, workload, cache_bits=cache_bits, options=options, seed=config.seed)
+        runs = Runs(model, workload, cache_bits=cache_bits, options=options, seed=config.seed)
         measured = _figures(runs, bandwidth, config.iterations)
     except Exception as error:
         measured = {"error": one_line(error)}

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments import app
@@ -30,6 +29,7 @@ from experiments.exactness import measure_exactness
 from experiments.matmul_operands import Operands, int8_product
 from experiments.matmul_plots import plot_roofline, plot_speedup
 from experiments.matmul_products import Call, Ceilings, Product, check_device, parse_products, raise_if_error
+from experiments.matmul_report import line, print_tables
 from experiments.matmul_shapes import Shape, parse_shapes
 from experiments.peers import check_peers, measure_peers
 from experiments.progress import console, progress_bar
@@ -84,7 +84,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     save()
     plot_speedup(result, workdir / "speedup.png")
     plot_roofline(result, workdir / "roofline.png")
-    _print_tables(result)
+    print_tables(result)
     console.print(f"results and plots: {workdir}")
 
 
@@ -165,7 +165,7 @@ def _measure_precisions(
         except Exception as error:
             measured = {"error": one_line(error)}
         row["precisions"][name] = measured
-        console.print(f"{product.shape} {name}: {_line(measured)}")
+        console.print(f"{product.shape} {name}: {line(measured)}")
         save()
 
 
@@ -208,87 +208,6 @@ def _measure_product(product, parts, functions, operands, ceilings, row, config)
 def _passes(product: Product) -> int:
     """How often the tensor cores go over K."""
     return product.pairs if product.kind == "planes" else 1
-
-
-def _line(measured: dict[str, Any]) -> str:
-    if "operation" not in measured:
-        return measured["error"]
-    words = []
-    for part in ("kernel", "product", "operation"):
-        figures = measured[part]
-        if figures is not None:
-            speedup = "" if figures["speedup"] is None else f" ({figures['speedup']:.2f}x bf16)"
-            words.append(f"{part} {figures['microseconds']:.1f} us{speedup}")
-    if measured["kernel"] is not None:
-        words.append(f"{measured['kind']}, {measured['kernel']['ceiling_share']:.0%} of the ceiling")
-    return ", ".join(words)
-
-
-def _print_tables(result: dict[str, Any]) -> None:
-    table = Table(title=f"matrix products on {result['settings']['device']}, median microseconds")
-    for heading in (
-        "shape",
-        "precision",
-        "kernel",
-        "x bf16",
-        "ceiling",
-        "roofline",
-        "product",
-        "x int8",
-        "operation",
-        "x bf16",
-    ):
-        table.add_column(heading, justify="left" if heading in ("shape", "precision") else "right")
-    for name, row in result["shapes"].items():
-        reference = {key: row[key].get("microseconds") for key in ("bf16", "int8")}
-        for key, microseconds in reference.items():
-            table.add_row(name, f"XLA {key}", "", "", "", "", "", "", _number(microseconds), "")
-        for peer, figures in row["peers"].items():
-            table.add_row(name, peer, "", "", "", "", "", "", _number(figures.get("microseconds")), "")
-        for precision, measured in row["precisions"].items():
-            if "operation" not in measured:
-                table.add_row(name, precision, measured["error"][:40])
-                continue
-            kernel, operation = measured["kernel"] or {}, measured["operation"]
-            product = measured["product"] or kernel
-            versus_int8 = _ratio(reference["int8"], product.get("microseconds"))
-            table.add_row(
-                name,
-                precision,
-                _number(kernel.get("microseconds")),
-                _number(kernel.get("speedup"), 2),
-                _percent(kernel.get("ceiling_share")),
-                _percent(kernel.get("roofline_share")),
-                _number(product.get("microseconds")),
-                _number(versus_int8, 2),
-                _number(operation["microseconds"]),
-                _number(operation["speedup"], 2),
-            )
-    console.print(table)
-    if result["quantizers"]:
-        table = Table(title="quantize and pack, and a device copy of the same activations")
-        for heading in ("size", "operand", "microseconds", "TB/s", "of copy"):
-            table.add_column(heading, justify="left" if heading in ("size", "operand") else "right")
-        for size, rows in result["quantizers"].items():
-            for operand, figures in rows.items():
-                bandwidth = figures.get("terabytes_per_second")
-                share = _ratio(bandwidth, rows["copy"].get("terabytes_per_second"))
-                table.add_row(
-                    size, operand, _number(figures.get("microseconds")), _number(bandwidth, 2), _percent(share)
-                )
-        console.print(table)
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from experiments.progress import console, progress_bar
 from experiments.timing import compile_all, one_line
 from experiments.turns import others_turn
 
+_FEW_TOKENS = 32  # whose kernel takes all precisions
 _BATCH = 32  # products compiled and compared at a time
 
 
@@ -24,7 +25,8 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
     """Adds result["exactness"]: `products` compared, `numbers` in them, `wrong` products, and their `failures`.
 
     Every pair of 1 to 8 bits, and ternary weights with 1 to 8 bits, meets `config.exactness_shapes` random
-    shapes of its own with sizes up to `config.exactness_size`; every other one is no multiple of 8 in any size.
+    shapes of its own with sizes up to `config.exactness_size`: in turn one that is no multiple of 8 in any size, and
+    one of few tokens.
     """
     if not config.exactness_shapes:
         return
@@ -35,7 +37,7 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
     rng = np.random.default_rng(config.seed)
     formats = [BipolarFormat(bits) for bits in range(1, 9)]
     cases = [
-        (index, a_format, w_format, _ragged_sizes(rng, config.exactness_size, unaligned=index % 2 == 0))
+        (index, a_format, w_format, _ragged_sizes(rng, config.exactness_size, few_tokens=index % 2 == 1))
         for index in range(config.exactness_shapes)
         for w_format in [*formats, TERNARY]
         for a_format in formats
@@ -73,10 +75,12 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
     )
 
 
-def _ragged_sizes(rng: np.random.Generator, largest: int, unaligned: bool) -> tuple[int, int, int]:
-    """m, n, k: any, or none of them a multiple of 8 (and so not of 32 or 128)."""
+def _ragged_sizes(rng: np.random.Generator, largest: int, few_tokens: bool) -> tuple[int, int, int]:
+    """m, n, k: any with few tokens, or none of them a multiple of 8 (and so not of 32 or 128)."""
     sizes = rng.integers(1, largest + 1, 3)
-    if unaligned:
+    if few_tokens:
+        sizes[0] = rng.integers(1, min(largest, _FEW_TOKENS) + 1)
+    else:
         sizes += sizes % 8 == 0
     return tuple(int(size) for size in sizes)
 

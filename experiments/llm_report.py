@@ -81,7 +81,10 @@ def _cells(measured: dict[str, Any]) -> list[str]:
     if "error" in measured:
         return [measured["error"][:60]]
     prefill, decode, memory = measured["prefill"], measured["decode"], measured["memory"]
-    peak = memory.get("peak_bytes") or memory.get("weight_bytes")
+    needed = None
+    if memory:
+        temporary = max(memory["prefill_temporary_bytes"], memory["decode_temporary_bytes"])
+        needed = memory["weight_bytes"] + memory["cache_bytes"] + temporary
     return [
         f"{prefill['microseconds'] / 1e3:.2f}",
         _number(prefill.get("speedup")),
@@ -89,7 +92,7 @@ def _cells(measured: dict[str, Any]) -> list[str]:
         _number(decode.get("speedup")),
         f"{decode['tokens_per_second']:.0f}",
         "-" if "bandwidth_share" not in decode else f"{decode['bandwidth_share']:.0%}",
-        "-" if peak is None else f"{peak / 1e9:.2f}",
+        "-" if needed is None else f"{needed / 1e9:.2f}",
         "-" if "check_error" not in measured else f"{measured['check_error']:.1g}",
     ]
 

@@ -16,7 +16,9 @@ from flax import nnx
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.transformer import Transformer
 from experiments.timing import Timing
+from experiments.turns import others_turn
 
+_LENGTH_STEP = 64  # attention sums values in runs of as many positions
 _WORKLOAD = re.compile(r"(\d+)x(\d+)\+(\d+)")
 
 
@@ -41,8 +43,8 @@ class Workload:
 
     @property
     def capacity(self) -> int:
-        """Positions of the cache."""
-        return self.prompt + self.new_tokens
+        """Positions of the cache, rounded up as `generate` does."""
+        return -(-(self.prompt + self.new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def parse_workloads(text: str, context_length: int) -> list[Workload]:
@@ -59,7 +61,7 @@ def parse_workloads(text: str, context_length: int) -> list[Workload]:
         workload = Workload(*map(int, match.groups()))
         if not workload.batch or not workload.new_tokens or workload.prompt < 2:
             raise ValueError(f"workload {item!r} needs a batch and new tokens of at least 1, and a prompt of 2")
-        if workload.capacity > context_length:
+        if workload.prompt + workload.new_tokens > context_length:
             raise ValueError(f"workload {item!r} exceeds the model's context of {context_length} tokens")
         workloads[workload.name] = workload
     return list(workloads.values())
@@ -108,10 +110,13 @@ class Runs:
             (_, cache), largest = jax.lax.scan(step, (tokens, cache), length=workload.new_tokens)
             return largest, cache
 
-        self._prefill = jax.jit(prefill).lower(model, self.ids, self.lengths).compile(options)
-        _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
+        with others_turn():
+            lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
+            _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
+            lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
         self.cache_bytes = cache.nbytes
-        self._decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache).compile(options)
+        # With the device held: XLA tries its variants of float products on it.
+        self._prefill, self._decode = (lowered.compile(options) for lowered in (lowered_prefill, lowered_decode))
 
     def check(self) -> float:
         """Reads the last token of the prompts once among them and once by itself, from the cache.
@@ -146,11 +151,12 @@ class Runs:
     def time_decode(self, iterations: int) -> Timing:
         """Wall time of a step: of the loop, divided by its steps."""
         _, cache = self._prefill(self.model, self.ids, self.lengths)
+        last = jax.block_until_ready(self.ids[:, -1])
         microseconds = []
         for _ in range(iterations + 1):
-            cache = self._rewound(cache)
+            cache = jax.block_until_ready(self._rewound(cache))
             started = time.perf_counter()
-            _, cache = jax.block_until_ready(self._decode(self.model, self.ids[:, -1], cache))
+            _, cache = jax.block_until_ready(self._decode(self.model, last, cache))
             microseconds.append(1e6 * (time.perf_counter() - started))
         return Timing.of(microseconds[1:], "wall").divided(self.workload.new_tokens)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.format import as_format
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.execution import check_runnable
 from bipolar_jax.kernels.sm90.operations import multiply_words, tokens_matmul
 from bipolar_jax.kernels.sm90.plan import Choice, mainloop_steps, plan_product
@@ -83,7 +83,7 @@ class Product:
     def choice(self) -> Choice:
         """What the planner would run."""
         m, n, k = self.shape.m, self.shape.n, self.shape.k
-        return plan_product(m, n, k, self.a_format, self.w_format, grouped=self.group_size is not None)
+        return plan_product(m, n, k, self.a_format, self.w_format, self.group_size)
 
     @property
     def kind(self) -> OperandKind:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 import bipolar_jax.tuning
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.plan import CANDIDATES, estimated_cycles
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.tuning.table import table_name

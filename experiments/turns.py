@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+import jax
+
 _LOCK = Path(tempfile.gettempdir()) / f"bipolar_jax_device_{getpass.getuser()}.lock"
 _held: TextIO | None = None
 
@@ -38,10 +40,14 @@ def device_turn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def others_turn() -> Iterator[None]:
-    """Inside `device_turn`, lets other processes have the device while this one does not need it."""
+    """Inside `device_turn`, lets other processes have the device while this one does not need it.
+
+    Waits first until the device has done what this process asked of it.
+    """
     if _held is None:
         yield
         return
+    jax.block_until_ready(jax.live_arrays())
     fcntl.flock(_held, fcntl.LOCK_UN)
     try:
         yield

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_matmul import decode_tiling
+from bipolar_jax.kernels.sm90.decode_tiling import decode_tiling
 from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.plan import CANDIDATES
 from bipolar_jax.kernels.sm90.tiling import Tiling
@@ -200,9 +200,12 @@ class _NumpyBackend:
 
 def test_ragged_sizes_are_no_multiples():
     rng = np.random.default_rng(0)
-    sizes = [exactness._ragged_sizes(rng, 700, unaligned=True) for _ in range(50)]
+    sizes = [exactness._ragged_sizes(rng, 700, few_tokens=False) for _ in range(50)]
     assert all(size % 8 for some in sizes for size in some)
     assert max(map(max, sizes)) <= 701
+    few = [exactness._ragged_sizes(rng, 700, few_tokens=True) for _ in range(50)]
+    assert {1, 32} <= {m for m, _, _ in few} <= set(range(1, 33))
+    assert max(map(max, few)) > 600
 
 
 # The tuner.

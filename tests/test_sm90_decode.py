@@ -11,7 +11,9 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul, decode_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
+from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling, token_columns, x_planes
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.operand_words import code_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
@@ -107,6 +109,50 @@ def test_scales_zero_codes_offsets_and_bias(m):
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("offsets", [False, True], ids=["scales", "offsets"])
+@pytest.mark.parametrize(
+    ("group_size", "m", "n", "k", "a_bits", "w_bits"),
+    [
+        (64, 1, 70, 2100, 8, 4),
+        (128, 3, 64, 1500, 4, 3),
+        (128, 1, 100, 4400, 1, 8),
+        (256, 2, 64, 700, 8, 2),
+        (512, 1, 30, 2500, 3, 1),
+        (1024, 9, 64, 2048, 2, 4),
+    ],
+)
+def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, offsets):
+    a_format, w_format, rng = BipolarFormat(a_bits), BipolarFormat(w_bits), np.random.default_rng(7)
+    x, w, groups = random_codes(a_format, m, k, 8), random_codes(w_format, n, k, 9), -(-k // group_size)
+    zero_code = rng.integers(0, a_format.max_value + 1, m).astype(np.int32) * (a_bits > 1)
+    x_scale, bias = rng.normal(size=m).astype(np.float32), rng.normal(size=n).astype(np.float32)
+    scale, offset = rng.normal(size=(2, n, groups)).astype(np.float32)
+    starts = np.arange(0, k, group_size)
+    product = decode_matmul(
+        code_words(jnp.asarray(x), a_format, "planes"),
+        code_words(jnp.asarray(w), w_format, "planes"),
+        TokenTerms(jnp.asarray(x.sum(axis=1, dtype=np.int32)), jnp.asarray(zero_code), jnp.asarray(x_scale)),
+        ColumnTerms(bias=jnp.asarray(bias)),
+        Recovery("planes", a_format, w_format, k, with_zero=a_bits > 1),
+        jnp.float32,
+        groups=WeightGroups(
+            jnp.asarray(scale),
+            jnp.asarray(np.add.reduceat(w, starts, axis=1, dtype=np.int32)),
+            jnp.asarray(offset) if offsets else None,
+            group_size,
+        ),
+        blocks=1,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert not interpret_pallas_call.get_races().races_found
+    zero = a_format.max_value / 2 if a_bits == 1 else zero_code[:, None]
+    x_hat = 2.0 * (x - zero) * x_scale[:, None]
+    of_elements = [np.repeat(term, group_size, axis=1)[:, :k].astype(float) for term in (scale, offset)]
+    w_hat = of_elements[0] * (2.0 * w - w_format.max_value) + offsets * of_elements[1]
+    exact = x_hat @ w_hat.T + bias
+    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
+
+
 def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
         for m in range(1, MOST_DECODE_TOKENS + 1):
@@ -134,20 +180,26 @@ def test_rows_that_tma_cannot_address_are_refused():
 
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.parametrize(
-    ("m", "n", "k", "a_bits", "w_bits"),
+    ("m", "n", "k", "a_bits", "w_bits", "group_size"),
     [
-        (1, 4096, 4096, 1, 1),
-        (1, 22016, 4096, 8, 8),
-        (1, 4096, 11008, 8, 4),
-        (16, 4096, 4096, 8, 4),
-        (32, 4096, 4096, 8, 2),
-        (64, 4096, 4096, 4, 4),
-        (64, 4096, 4096, 2, 2),
-        (53, 12, 123, 3, 1),
-        (6, 217, 689, 7, 5),
+        (1, 4096, 4096, 1, 1, None),
+        (1, 22016, 4096, 8, 8, None),
+        (1, 4096, 11008, 8, 4, None),
+        (16, 4096, 4096, 8, 4, None),
+        (32, 4096, 4096, 8, 2, None),
+        (64, 4096, 4096, 4, 4, None),
+        (64, 4096, 4096, 2, 2, None),
+        (53, 12, 123, 3, 1, None),
+        (6, 217, 689, 7, 5, None),
+        (1, 4096, 4096, 8, 4, 64),
+        (1, 4096, 11008, 8, 4, 128),
+        (1, 4096, 4096, 8, 8, 128),
+        (16, 4096, 4096, 8, 4, 128),
+        (30, 200, 4096, 8, 2, 256),
+        (64, 4096, 4096, 4, 4, 1024),
     ],
 )
-def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits):
+def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
     recovery = Recovery("planes", BipolarFormat(a_bits), BipolarFormat(w_bits), k, with_zero=a_bits > 1)
 
     words = -(-k // 128) * 4
@@ -155,12 +207,23 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits):
     def vector(size, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((-(-size // 4) * 4,), dtype)
 
+    def matrix(dtype):
+        return jax.ShapeDtypeStruct((n, -(-k // group_size)), dtype)
+
+    columns = ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n), offset=vector(n), bias=vector(n))
+    groups = None
+    if group_size is not None:
+        columns = ColumnTerms()
+        groups = WeightGroups(matrix(jnp.float32), matrix(jnp.int32), matrix(jnp.float32), group_size)
     _, report = sm90_compile.compile_for_h200(
-        lambda x, w, tokens, columns: decode_matmul(x, w, tokens, columns, recovery, jnp.bfloat16),
+        lambda x, w, tokens, columns, groups: decode_matmul(
+            x, w, tokens, columns, recovery, jnp.bfloat16, groups=groups
+        ),
         jax.ShapeDtypeStruct((a_bits, m, words), jnp.uint32),
         jax.ShapeDtypeStruct((w_bits, n, words), jnp.uint32),
         TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m)),
-        ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n), offset=vector(n), bias=vector(n)),
+        columns,
+        groups,
     )
     assert report.registers
     assert report.spill_bytes == 0

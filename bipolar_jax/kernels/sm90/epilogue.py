@@ -97,6 +97,16 @@ def finish_transposed(
     return _finish(product, recovery, tokens, columns, token_axis=1)
 
 
+def finish_groups_transposed(
+    total: Float[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Float[Array, "tile_n width"]:
+    """From the scaled sums of groups, corrected before: the tokens' scales and the bias."""
+    y = total * lax.broadcast_in_dim(load_column_vector(tokens.scale) * recovery.scale_factor, total.shape, (1,))
+    if columns.bias is not None:
+        y = y + lax.broadcast_in_dim(load_row_vector(columns.bias), total.shape, (0,))
+    return y
+
+
 def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms, token_axis: int) -> Array:
     shape = product.shape
     layouts = {0: _ALONG_ROWS, 1: _ALONG_COLUMNS}
@@ -133,11 +143,11 @@ def add_group(
 ) -> Float[Array, "tile_m tile_n"]:
     """Adds one group's integer sums times `weight` and scale, and its offsets; terms are refs in shared memory."""
     sums = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(jnp.float32)
-    scale = _load_column_term(terms.scale)
+    scale = load_column_vector(terms.scale)
     total = total + sums * lax.broadcast_in_dim(scale * float(weight), sums.shape, (1,))
     if terms.offset is not None:
-        token_sums = lax.broadcast_in_dim(_load_row_term(terms.token_sums), sums.shape, (0,))
-        total = total + token_sums * lax.broadcast_in_dim(_load_column_term(terms.offset), sums.shape, (1,))
+        token_sums = lax.broadcast_in_dim(load_row_vector(terms.token_sums), sums.shape, (0,))
+        total = total + token_sums * lax.broadcast_in_dim(load_column_vector(terms.offset), sums.shape, (1,))
     return total
 
 
@@ -153,13 +163,13 @@ def finish_grouped(
     y = s_x (total + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
     """
     shape = total.shape
-    zero = recovery.column_weight(_load_row_term(tokens.zero_code)).astype(jnp.float32)
+    zero = recovery.column_weight(load_row_vector(tokens.zero_code)).astype(jnp.float32)
     y = total + lax.broadcast_in_dim(zero, shape, (0,)) * lax.broadcast_in_dim(
-        _load_column_term(columns.scaled_value_sums), shape, (1,)
+        load_column_vector(columns.scaled_value_sums), shape, (1,)
     )
-    y = y * lax.broadcast_in_dim(_load_row_term(tokens.scale) * recovery.scale_factor, shape, (0,))
+    y = y * lax.broadcast_in_dim(load_row_vector(tokens.scale) * recovery.scale_factor, shape, (0,))
     if columns.bias is not None:
-        y = y + lax.broadcast_in_dim(_load_column_term(columns.bias), shape, (1,))
+        y = y + lax.broadcast_in_dim(load_column_vector(columns.bias), shape, (1,))
     return y.astype(dtype)
 
 
@@ -167,5 +177,5 @@ def _load_term(ref, layout: plgpu.Layout) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-_load_row_term = functools.partial(_load_term, layout=_ALONG_ROWS)
-_load_column_term = functools.partial(_load_term, layout=_ALONG_COLUMNS)
+load_row_vector = functools.partial(_load_term, layout=_ALONG_ROWS)
+load_column_vector = functools.partial(_load_term, layout=_ALONG_COLUMNS)

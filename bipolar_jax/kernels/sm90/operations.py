@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.sm90.decode_matmul import DecodeTiling, decode_matmul
+from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
+from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
@@ -90,6 +92,17 @@ def tokens_matmul(
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
     if w.num_groups == 1:
         return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype)
+    if isinstance(choice.tiling, DecodeTiling):
+        return decode_matmul(
+            *operands,
+            terms,
+            ColumnTerms(bias=None if bias is None else bias.astype(jnp.float32)),
+            recovery,
+            dtype,
+            groups=WeightGroups(w.scale, w.row_sums, w.offset, w.group_size),
+            tiling=choice.tiling,
+            interpret=interpret_params(),
+        )
     return packed_matmul(
         *operands,
         terms,
@@ -143,7 +156,9 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
 
 
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
-    return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, grouped=w.num_groups > 1)
+    return plan_product(
+        m, w.planes.shape[-2], w.contracted_size, a_format, w.format, w.group_size if w.num_groups > 1 else None
+    )
 
 
 def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:

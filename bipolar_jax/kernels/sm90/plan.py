@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_matmul import MOST_COLUMNS, DecodeTiling, decode_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling
 from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
@@ -16,7 +17,7 @@ from bipolar_jax.tuning.table import nearest_entry
 # weights, take no longer.
 MOST_BINARY_PAIRS = 8
 
-# Up to here reading the weights takes longer than multiplying them.
+# Up to here weights are read once, as planes; measured to pay at 1 and 16.
 MOST_DECODE_TOKENS = 64
 
 CANDIDATES = (
@@ -54,15 +55,17 @@ class Choice:
 
 
 def plan_product(
-    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, *, grouped: bool = False
+    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
 ) -> Choice:
-    """The plan of x [m, k] times w [k, n], with one scale a column or one a group."""
-    if grouped:
+    """The plan of x [m, k] times w [k, n], with one scale a column, or one a group."""
+    if m <= MOST_DECODE_TOKENS:
+        with contextlib.suppress(NotImplementedError):
+            tiling = decode_tiling(m, k, a_format.bits, w_format.bits, group_size)
+            return Choice("planes", tiling, f"{m} tokens: bound by reading the weights")
+    if group_size is not None:
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
-    if m <= MOST_DECODE_TOKENS and x_planes(m, a_format.bits) * token_columns(m) <= MOST_COLUMNS:
-        return Choice("planes", decode_tiling(m, k, a_format.bits), f"{m} tokens: bound by reading the weights")
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = mainloop_steps(k, kind, pairs)

@@ -92,22 +92,23 @@ def accumulate(
       x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
       w_tile: likewise [n, WORDS_PER_ROW], or with several leading axes that make n rows.
       kind: what the words hold.
-      part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row.
+      part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row; i may be traced.
       emulate: compute it in interpret mode.
     """
     _check_width(acc.shape[1])
     if emulate:
         return acc + _emulated_product(x_tile, w_tile, kind, part)
 
+    index, parts = part
+
     @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR, plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
-        return_type=_accumulator_type(acc.shape),
+        arg_types=(ACCUMULATOR, *_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(acc.shape)
     )
-    def instructions(_, acc, x_tile, w_tile):
-        registers = _issue(acc.registers, x_tile, w_tile, kind, part, acc.shape[1])
+    def instructions(_, acc, x_tile, w_tile, index):
+        registers = _issue(acc.registers, x_tile, w_tile, kind, index, parts, acc.shape[1])
         return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
-    return instructions(acc, x_tile, w_tile)
+    return instructions(acc, x_tile, w_tile, jnp.int32(index))
 
 
 def start(
@@ -118,17 +119,16 @@ def start(
     if emulate:
         return _emulated_product(x_tile, w_tile, kind, part)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)),
-        return_type=_accumulator_type(shape),
-    )
-    def instructions(_, x_tile, w_tile):
+    index, parts = part
+
+    @plgpu.inline_mgpu(arg_types=(*_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(shape))
+    def instructions(_, x_tile, w_tile, index):
         layout = ACCUMULATOR.to_mgpu()
         nothing = np.full(layout.registers_shape(shape), None, dtype=object)
-        registers = _issue(nothing, x_tile, w_tile, kind, part, shape[1])
+        registers = _issue(nothing, x_tile, w_tile, kind, index, parts, shape[1])
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
-    return instructions(x_tile, w_tile)
+    return instructions(x_tile, w_tile, jnp.int32(index))
 
 
 def settle(acc: Int[Array, "m n"], *, in_flight: int = 0, emulate: bool) -> Int[Array, "m n"]:
@@ -153,6 +153,10 @@ def _check_width(n: int) -> None:
         raise ValueError(f"no instruction has {n} columns: choose 8, 16, 24, 32, 48 or a multiple of 16 up to 256")
 
 
+def _operand_types() -> tuple[plgpu.RefType, plgpu.RefType]:
+    return plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)
+
+
 def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=ACCUMULATOR)
 
@@ -160,7 +164,7 @@ def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
 def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
     words = WORDS_PER_ROW // part[1]
     x, w = (
-        jax.lax.slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, (part[0] + 1) * words, axis=1)
+        jax.lax.dynamic_slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, words, axis=1)
         for tile in (x_tile, w_tile)
     )
     # The hardware reads through the async proxy; to the race detector this was an ordinary read,
@@ -203,18 +207,32 @@ def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
 
 
 def _issue(
-    registers: np.ndarray, x_tile: ir.Value, w_tile: ir.Value, kind: OperandKind, part: tuple[int, int], n: int
+    registers: np.ndarray,
+    x_tile: ir.Value,
+    w_tile: ir.Value,
+    kind: OperandKind,
+    index: mgpu.FragmentedArray,
+    parts: int,
+    n: int,
 ) -> np.ndarray:
-    """The instructions of one part of a row; registers of None start from zero.
+    """The instructions of the index-th of `parts` parts of a row; registers of None start from zero.
 
     The registers' leading axis are the 64-row blocks of the accumulator.
     """
     registers = registers.copy()
-    x_descriptor, w_descriptor = _descriptor(x_tile), _descriptor(w_tile)
+    i64 = ir.IntegerType.get_signless(64)
+    start = llvm.mul(
+        arith.extui(i64, index.registers.item()),
+        arith.constant(i64, BYTES_PER_ROW // parts >> 4),
+        overflow_flags=llvm.IntegerOverflowFlags.none,
+    )
+    x_descriptor, w_descriptor = (
+        llvm.add(_descriptor(tile), start, overflow_flags=llvm.IntegerOverflowFlags.none) for tile in (x_tile, w_tile)
+    )
     block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
-    steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // part[1]
+    steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // parts
     nvvm.wgmma_fence_aligned()
-    for step in range(part[0] * steps, (part[0] + 1) * steps):
+    for step in range(steps):
         for block in range(registers.shape[0]):
             registers[block] = _wgmma(
                 registers[block],
