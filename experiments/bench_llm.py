@@ -30,9 +30,10 @@ from bipolar_jax.ops.dispatch import check_implementation
 from experiments import app
 from experiments.command_buffers import launch_graphs
 from experiments.kernel_times import profile_kernels
-from experiments.llm_peers import check_peers, measure_peers
+from experiments.llm_peers import PEERS, measure_peers
 from experiments.llm_report import add_speedups, line, plot_speedup, print_tables
 from experiments.llm_runs import Runs, Workload, parse_workloads, peak_bytes
+from experiments.peers import parse_peers
 from experiments.progress import console
 from experiments.timing import one_line
 from experiments.turns import device_turn
@@ -94,7 +95,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     unknown = [name for name in profiled if name not in models]
     if unknown:
         raise ValueError(f"profile names {', '.join(unknown)}, which is not measured: {', '.join(models)} are")
-    peers = check_peers(config.peers)
+    peers = parse_peers(config.peers, PEERS)
     bandwidth = float(config.ceilings.bandwidth)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"bandwidth": bandwidth, "device": jax.devices()[0].device_kind}

@@ -31,7 +31,7 @@ from experiments.matmul_plots import plot_roofline, plot_speedup
 from experiments.matmul_products import Call, Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.matmul_report import line, print_tables
 from experiments.matmul_shapes import Shape, parse_shapes
-from experiments.peers import check_peers, measure_peers
+from experiments.peers import PEERS, measure_peers, parse_peers
 from experiments.progress import console, progress_bar
 from experiments.quantize_bandwidth import measure_quantizers
 from experiments.timing import compile_all, measure, one_line
@@ -53,7 +53,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     products_of = {shape.name: parse_products(shape, config.precisions, config.implementation) for shape in shapes}
     check_implementation(config.implementation)
     check_device(config.implementation)
-    peers = check_peers(config.peers)
+    peers = parse_peers(config.peers, PEERS)
     ceilings = Ceilings.of(config.ceilings)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}

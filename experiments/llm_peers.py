@@ -23,19 +23,6 @@ from experiments.timing import Timing, one_line
 _WARM_UPS = 3  # torch.compile runs a function eagerly, compiles it, and records its graph
 
 
-def check_peers(text: str) -> list[str]:
-    """Reads "transformers", or "".
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    peers = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in peers if name not in _PEERS]
-    if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}: there are {', '.join(_PEERS)}")
-    return peers
-
-
 def measure_peers(
     peers: list[str],
     model_config: TransformerConfig,
@@ -53,7 +40,7 @@ def measure_peers(
             try:
                 if missing:
                     raise ModuleNotFoundError(f"{missing[0]} is not installed")
-                generate = generate or _PEERS[peer](model_config)
+                generate = generate or PEERS[peer](model_config)
                 rows[workload.name] = _measure(generate, workload, iterations)
             except Exception as error:
                 rows[workload.name] = {"error": one_line(error)}
@@ -140,4 +127,4 @@ def _transformers(config: TransformerConfig) -> Callable[[Workload, int], None]:
     return generate
 
 
-_PEERS: dict[str, Callable[[TransformerConfig], Callable[[Workload, int], None]]] = {"transformers": _transformers}
+PEERS: dict[str, Callable[[TransformerConfig], Callable[[Workload, int], None]]] = {"transformers": _transformers}

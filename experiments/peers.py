@@ -11,7 +11,7 @@ our own figures are, these have the gaps between launches in them, as far as the
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,16 +25,16 @@ _RUNS = 5  # of many calls each
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 
-def check_peers(text: str) -> list[str]:
-    """Reads "torch,gemlite,humming", any of them or "".
+def parse_peers(text: str, known: Iterable[str]) -> list[str]:
+    """Reads "torch,gemlite", any of the known ones or "".
 
     Raises:
       ValueError: an unknown name.
     """
     peers = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in peers if name not in _PEERS]
+    unknown = [name for name in peers if name not in known]
     if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}: there are {', '.join(_PEERS)}")
+        raise ValueError(f"no peer {', '.join(unknown)}: there are {', '.join(known)}")
     return peers
 
 
@@ -50,7 +50,7 @@ def measure_peers(peers: list[str], shape: Shape, row: dict[str, Any], config: C
             _record(row, shape, peer, {"error": f"{missing[0]} is not installed"})
             continue
         try:
-            for name, call in _PEERS[peer](shape):
+            for name, call in PEERS[peer](shape):
                 try:
                     figures = _cuda_microseconds(call, config.iterations).to_json()
                 except Exception as error:
@@ -131,4 +131,4 @@ def _gemlite(shape: Shape) -> Calls:
         yield f"W{bits}A16", lambda packed=packed: packed(x)
 
 
-_PEERS: dict[str, Callable[[Shape], Calls]] = {"torch": _torch, "gemlite": _gemlite, "humming": _humming}
+PEERS: dict[str, Callable[[Shape], Calls]] = {"torch": _torch, "gemlite": _gemlite, "humming": _humming}

@@ -19,12 +19,13 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.epilogue import load_column_vector, load_row_vector
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW
 from bipolar_jax.packing.words import WORD_BITS
 from bipolar_jax.quantize.groups import num_groups
 
 GROUP_SIZES = (64, 128, 256, 512, 1024)
 _INSTRUCTION = 256  # elements of K
-_PART = 1024  # elements of K that are loaded at a time
+PART = ELEMENTS_PER_ROW["planes"]  # elements of K that are loaded at a time
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,7 @@ class DecodeGroups:
     @property
     def pieces(self) -> int:
         """Products of one plane that a part of K takes: each of whole groups."""
-        return _PART // max(_INSTRUCTION, self.group_size)
+        return PART // max(_INSTRUCTION, self.group_size)
 
     @property
     def splits(self) -> int:
@@ -115,7 +116,7 @@ def load_group_terms(
     last = num_groups(recovery.k, groups.group_size) - 1
     terms = []
     for split in range(groups.splits):
-        group = part * (_PART // groups.group_size) + piece * groups.splits + split
+        group = part * (PART // groups.group_size) + piece * groups.splits + split
         is_there = (group <= last).astype(jnp.float32)
         group = jnp.minimum(group, last)
         length = jnp.minimum(groups.group_size, recovery.k - group * groups.group_size)

@@ -26,9 +26,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, UInt32
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.decode_groups import WeightGroups, decode_groups, load_group_terms, split_words
+from bipolar_jax.kernels.sm90.decode_groups import PART, WeightGroups, decode_groups, load_group_terms, split_words
 from bipolar_jax.kernels.sm90.decode_parts import add_groups, finish_tile, multiply_part, sum_columns
-from bipolar_jax.kernels.sm90.decode_tiling import PART, DecodeTiling, decode_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling, token_columns, x_planes
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms, load_column_vector
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.recovery import Recovery
@@ -203,11 +203,8 @@ def _kernel(
     def _():
         _load_terms(token_source, tokens, no_token, tokens_arrived)
 
-    if groups is not None:
-        plgpu.barrier_wait(tokens_arrived)
-
-    def zero_code():
-        return load_column_vector(tokens.zero_code.at[pl.ds(0, width)])
+    plgpu.barrier_wait(tokens_arrived)
+    my_tokens = jax.tree.map(lambda ref: ref.at[pl.ds(0, width)], tokens)
 
     def tile(index, carry):
         @pl.when(me == 0)
@@ -239,7 +236,7 @@ def _kernel(
                     total,
                     groups,
                     functools.partial(load_group_terms, groups, recovery, part, rows=rows),
-                    zero_code(),
+                    load_column_vector(my_tokens.zero_code),
                     recovery,
                     planes,
                     width,
@@ -266,13 +263,7 @@ def _kernel(
 
         @pl.when(me == 0)
         def _():
-            if groups is None:
-
-                @pl.when(index == 0)
-                def _():
-                    plgpu.barrier_wait(tokens_arrived)
-
-            terms = (jax.tree.map(lambda ref: ref.at[pl.ds(0, width)], tokens), columns)
+            terms = (my_tokens, columns)
             target = out.at[pl.ds(no_token, width), pl.ds(first_column(index), ROWS_PER_INSTRUCTION)]
             finish_tile(total, recovery, tiling, dtype, terms, columns_arrived, target, index + 1 == my_tiles, **shared)
 

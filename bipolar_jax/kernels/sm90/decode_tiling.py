@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.decode_groups import GROUP_SIZES, splits
+from bipolar_jax.kernels.sm90.decode_groups import GROUP_SIZES, PART, splits
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
 
 TOKENS_PER_BLOCK = 8  # of columns of one plane: what the tensor cores take at least
 MOST_COLUMNS = 256  # of an instruction
-PART = 8 * BYTES_PER_ROW  # elements of K that are loaded and multiplied at a time
 _MOST_WARPGROUPS, _LEAST_SLOTS, _MOST_SLOTS = 4, 3, 8
 _TERMS_BYTES = 4 * 1024
 

@@ -60,7 +60,6 @@ def quantized_matmul(
     Raises:
       NotImplementedError: groups of other sizes than GROUP_SIZES; rows too long to quantize on chip.
     """
-    _check_groups(w)
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, interpret=interpret_params())
     return tokens_matmul(tokens, w, a_format, bias, x.dtype)
@@ -85,7 +84,6 @@ def tokens_matmul(
     Raises:
       NotImplementedError: groups of other sizes than GROUP_SIZES.
     """
-    _check_groups(w)
     choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
     operands = (tokens.words, weight_words(w, choice.kind))
@@ -143,9 +141,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     """See `Backend.plan_matmul`."""
     if a_format is None:
         raise NotImplementedError(_NO_FLOAT)
-    _check_groups(w)
-    check_row(w.contracted_size, dtype)
     choice = _choose(m, w, a_format)
+    check_row(w.contracted_size, dtype)
     if choice.kind == "planes":
         kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
         if isinstance(choice.tiling, DecodeTiling):
@@ -156,9 +153,11 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
 
 
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
-    return plan_product(
-        m, w.planes.shape[-2], w.contracted_size, a_format, w.format, w.group_size if w.num_groups > 1 else None
-    )
+    """The plan. Raises NotImplementedError for groups of other sizes than GROUP_SIZES."""
+    group_size = w.group_size if w.num_groups > 1 else None
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {group_size}")
+    return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, group_size)
 
 
 def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
@@ -201,12 +200,3 @@ def _group_terms(w: BipolarArray, tokens: PackedTokens, recovery: Recovery) -> G
     code_sums = signed_sums + recovery.a_format.code_offset * lengths
     token_sums = recovery.token_value_sums(code_sums, tokens.zero_code[: codes.shape[0], None], lengths)
     return GroupTerms(w.scale.T, offset.T, token_sums.T.astype(jnp.float32))
-
-
-def _check_groups(w: BipolarArray) -> None:
-    if w.num_groups == 1:
-        return
-    if w.group_size not in GROUP_SIZES:
-        raise NotImplementedError(
-            f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {w.group_size}"
-        )
