@@ -46,6 +46,11 @@ def thread_in_warpgroup() -> Value:
     return bits_of(mgpu.thread_idx(), 127)
 
 
+def opaque(word: Value) -> Value:
+    """The word, of which the compiler knows nothing; what is computed from it is not moved out of loops."""
+    return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
+
+
 def synchronize() -> None:
     """Waits for the whole warpgroup."""
     mgpu.warpgroup_barrier()
@@ -77,11 +82,17 @@ def exchange(word: Value, distance: int) -> Value:
     return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
 
 
+def over_warp(kind: str, word: Value) -> Value:
+    """ "add", "max" or "min" of the signed words of all lanes of the warp, which take part."""
+    ptx = f"redux.sync.{kind}.s32 $0, $1, -1;"
+    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
 # Integers and bits.
 
 
-def less(a: Value, b: Value | int) -> Value:
-    return arith.cmpi(arith.CmpIPredicate.slt, a, _value(b))
+def less(a: Value | int, b: Value | int) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, _value(a), _value(b))
 
 
 def equal(a: Value, b: Value | int) -> Value:
@@ -100,8 +111,16 @@ def plus(a: Value, b: Value | int) -> Value:
     return arith.addi(a, _value(b))
 
 
-def times(a: Value, b: int) -> Value:
-    return arith.muli(a, int32(b))
+def times(a: Value, b: Value | int) -> Value:
+    return arith.muli(a, _value(b))
+
+
+def either_bits(a: Value, b: Value) -> Value:
+    return arith.ori(a, b)
+
+
+def shift_right_signed(word: Value, count: int) -> Value:
+    return arith.shrsi(word, int32(count))
 
 
 def bits_of(word: Value, mask: Value | int) -> Value:
@@ -214,6 +233,11 @@ def is_greater(a: Value, b: float) -> Value:
     return arith.cmpf(arith.CmpFPredicate.OGT, a, float32(b))
 
 
+def exp2(a: Value) -> Value:
+    """2^a, good to 2 in the last place."""
+    return _float_op("ex2.approx.f32", a)
+
+
 def floor(a: Value) -> Value:
     return _float_op("cvt.rmi.f32.f32", a)
 
@@ -260,6 +284,16 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word, int32(i))
     llvm.store(vector, ptr, alignment=4 * len(words))
+
+
+def load_half(ptr: Pointer) -> Value:
+    """A word of the 16 bits there, aligned, and zeros above."""
+    return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
+
+
+def store_byte(ptr: Pointer, word: Value) -> None:
+    """Writes the word's low byte."""
+    llvm.store(arith.trunci(ir.IntegerType.get_signless(8), word), ptr, alignment=1)
 
 
 def _value(number: Value | int) -> Value:
