@@ -22,7 +22,7 @@ from bipolar_jax.models.attention import causal_attention, decode_attention
 from bipolar_jax.models.cache import KVCache, keep
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
-from bipolar_jax.models.norm import make_norm
+from bipolar_jax.models.norm import Norm, make_norm, project
 from bipolar_jax.models.rope import rope_tables, rotate
 
 Heads = Float[Array, "batch length heads head_dim"]
@@ -44,7 +44,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; rotary positions are its own, others come with `x` or with `attend`."""
+    """Grouped-query self-attention of norm(x); rotary positions are its own, others come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -58,17 +58,17 @@ class Attention(nnx.Module):
         self.o_proj = linear(query_size, config.hidden_size, use_bias=config.linear_bias)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
+        self, x: Float[Array, "batch length hidden"], norm: Norm, tables: Tables | None, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
         if hasattr(self, "qkv_proj"):  # see `join_projections`
-            whole = self.qkv_proj(x)
+            (whole,) = project([self.qkv_proj], norm, x)
             kv_size = self.num_kv_heads * self.head_dim
             q, k, v = jnp.split(whole, (whole.shape[-1] - 2 * kv_size, whole.shape[-1] - kv_size), axis=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = project([self.q_proj, self.k_proj, self.v_proj], norm, x)
         q, k, v = heads(q), heads(k), heads(v)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
@@ -89,8 +89,8 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
-        x = x + self.attention(self.attention_norm(x), tables, attend)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.attention(x, self.attention_norm, tables, attend)
+        return x + self.ffn(x, self.ffn_norm)
 
 
 class Transformer(nnx.Module):
