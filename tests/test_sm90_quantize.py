@@ -242,7 +242,15 @@ def test_the_pipeline_computes_the_prologue(prologue, monkeypatch):
 
 @pytest.mark.parametrize(
     ("slot_bytes", "gain_bytes", "warpgroups", "slots"),
-    [(1024, 0, 4, 8), (16384, 0, 4, 3), (2**15, 0, 3, 2), (22016, 22016, 4, 2), (57344, 0, 3, 1), (131072, 0, 1, 1)],
+    [
+        (1024, 0, 4, 8),
+        (16384, 0, 4, 3),
+        (2**15, 0, 3, 2),
+        (22016, 22016, 4, 2),
+        (57344, 0, 4, 1),
+        (114688, 0, 2, 1),
+        (131072, 0, 1, 1),
+    ],
 )
 def test_shared_memory_is_filled_with_slots(slot_bytes, gain_bytes, warpgroups, slots):
     assert quantize._share_memory(slot_bytes, gain_bytes) == (warpgroups, slots)
@@ -277,7 +285,7 @@ def test_what_it_cannot_do_is_said():
         (2048, 28672, 2, "planes", jnp.bfloat16, "rms"),
         (2048, 4096, 2, "planes", jnp.bfloat16, "layer"),
         (2048, 11008, 8, "int8", jnp.bfloat16, "silu gated"),
-        (16, 28672, 2, "planes", jnp.bfloat16, "silu gated"),
+        (2048, 28672, 2, "planes", jnp.bfloat16, "silu gated"),
         (4000, 1000, 8, "planes", jnp.float32, "gelu gated"),
         (2048, 16384, 8, "planes", jnp.bfloat16, "relu"),
     ],

@@ -28,7 +28,7 @@ from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
-_MEMORY = 216 * 1024  # bytes of shared memory for slots and vectors, of the 227 KiB that a block may have
+_MEMORY = 224 * 1024  # bytes of shared memory for slots and vectors, of the 227 KiB that a block may have
 _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
 _COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of

@@ -13,7 +13,8 @@ from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords, byte_order_of, gather_words, transpose_to_planes
 from bipolar_jax.kernels.sm90.instructions import Value
-from bipolar_jax.kernels.sm90.row_source import Source, source_of
+from bipolar_jax.kernels.sm90.row_activation import source_of
+from bipolar_jax.kernels.sm90.row_source import Source
 from bipolar_jax.kernels.sm90.row_threads import BLOCK, CODE_SUM, WARPGROUP, RowThreads
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
 
