@@ -211,6 +211,10 @@ def add_down(a, b):
     return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
+def subtract(a, b):
+    return add(a, -b)
+
+
 def divide(a, b):
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
         return a / b
@@ -219,6 +223,16 @@ def divide(a, b):
 def rsqrt(a):
     with np.errstate(invalid="ignore", divide="ignore"):
         return _to_float32(1 / np.sqrt(a.astype(np.float64)))
+
+
+def reciprocal(a):
+    with np.errstate(divide="ignore"):
+        return np.float32(1) / a
+
+
+def exp2(a):
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp2(a)
 
 
 def at_most(a, limit):
@@ -291,6 +305,10 @@ def load_half(ptr):
 def store_byte(ptr, word):
     data, offsets, _ = ptr
     data[offsets[_active[-1]]] = (word & 255).astype(np.uint8)[_active[-1]]
+
+
+def order_before_copies():
+    pass  # nothing is copied while threads work
 
 
 def _check_addresses(ptr, words):

@@ -18,9 +18,9 @@ def integer_matmul(codes, w, a_format):
     return _operations().integer_matmul(codes, w, a_format)
 
 
-def quantized_matmul(x, w, a_format, bias):
+def quantized_matmul(x, w, a_format, bias, prologue=None):
     """See `operations.quantized_matmul`."""
-    return _operations().quantized_matmul(x, w, a_format, bias)
+    return _operations().quantized_matmul(x, w, a_format, bias, prologue)
 
 
 def weight_only_matmul(x, w, bias):

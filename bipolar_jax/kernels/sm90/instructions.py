@@ -204,6 +204,10 @@ def add_down(a: Value, b: Value) -> Value:
     return _float_op("add.rm.f32", a, b)
 
 
+def subtract(a: Value, b: Value) -> Value:
+    return _float_op("sub.rn.f32", a, b)
+
+
 def divide(a: Value, b: Value) -> Value:
     return _float_op("div.rn.f32", a, b)
 
@@ -211,6 +215,16 @@ def divide(a: Value, b: Value) -> Value:
 def rsqrt(a: Value) -> Value:
     """1 / sqrt(a), good to 2 in the last place."""
     return _float_op("rsqrt.approx.f32", a)
+
+
+def reciprocal(a: Value) -> Value:
+    """1 / a, good to 1 in the last place."""
+    return _float_op("rcp.approx.ftz.f32", a)
+
+
+def exp2(a: Value) -> Value:
+    """2^a, good to 2 in the last place; what is below 2^-126 is 0."""
+    return _float_op("ex2.approx.ftz.f32", a)
 
 
 def at_most(a: Value, limit: float) -> Value:
@@ -294,6 +308,11 @@ def load_half(ptr: Pointer) -> Value:
 def store_byte(ptr: Pointer, word: Value) -> None:
     """Writes the word's low byte."""
     llvm.store(arith.trunci(ir.IntegerType.get_signless(8), word), ptr, alignment=1)
+
+
+def order_before_copies() -> None:
+    """What this thread wrote to shared memory so far comes before what TMA writes there later."""
+    inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
 
 
 def _value(number: Value | int) -> Value:
