@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, Literal
 
@@ -9,9 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.sm90.execution import default_device
-from bipolar_jax.models.cache import Kept, row_major
+from bipolar_jax.models.alibi import alibi_bias, alibi_slopes
+from bipolar_jax.models.cache import Kept, KVCache, row_major
 from bipolar_jax.models.quantized_heads import QuantizedHeads
+from bipolar_jax.models.rope import rotate
 
 # Positions whose values are summed by themselves, and their sums after: one sum over all has too few columns to fill a
 # GPU, and XLA, which knows, rather writes all products to memory. Compiled for the H200, 32 and 128 gave it no less.
@@ -72,6 +76,61 @@ def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array,
     of a query, and ALiBi's slope * key, large where the text is long, would not survive bfloat16: its distances do.
     """
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
+
+
+def attend_to_cache(
+    q: Float[Array, "batch 1 heads head_dim"],
+    k: Float[Array, "batch 1 kv_heads head_dim"],
+    v: Float[Array, "batch 1 kv_heads head_dim"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None = None,
+    *,
+    alibi: bool = False,
+) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
+    """One token of each sequence enters the cache and attends to it: a kernel of its own on Hopper GPUs, else XLA's.
+
+    Both give the same numbers but for rounding. A sequence that fills the cache attends to what is in there.
+
+    Args:
+      q: queries; consecutive ones share a key head.
+      k, v: the token's key and value.
+      cache: `lengths` are the token's positions.
+      layer: the cache's layer to write and to read.
+      tables: cosines and sines that q and k are rotated by first, see `rope.rope_tables`.
+      alibi: whether to add ALiBi's biases to the scores.
+
+    Returns:
+      What the queries get, and the cache with the token written and not yet counted.
+    """
+    try:
+        return _attend_on_sm90(q, k, v, cache, layer, tables, alibi)
+    except NotImplementedError:
+        return _attend_on_xla(q, k, v, cache, layer, tables, alibi)
+
+
+def _attend_on_sm90(q, k, v, cache: KVCache, layer, tables, alibi: bool):
+    (keys, values), trees = zip(*map(jax.tree.flatten, (cache.keys, cache.values)), strict=True)
+    context, *kept = sm90.decode_attention(
+        *(heads[:, 0] for heads in (q, k, v)),
+        tuple(keys),
+        tuple(values),
+        layer,
+        cache.lengths,
+        bits=cache.bits,
+        tables=None if tables is None else tuple(table[:, 0] for table in tables),
+        slopes=jnp.asarray(alibi_slopes(q.shape[2]), jnp.float32) if alibi else None,
+    )
+    keys, values = map(jax.tree.unflatten, trees, kept)
+    return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
+
+
+def _attend_on_xla(q, k, v, cache: KVCache, layer, tables, alibi: bool):
+    if tables is not None:
+        q, k = rotate(q, tables), rotate(k, tables)
+    cache = cache.write(layer, k, v)
+    bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
+    return decode_attention(q, *cache.read(layer), cache.lengths, bias=bias), cache
 
 
 def decode_attention(

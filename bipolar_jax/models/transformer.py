@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import causal_attention, decode_attention
+from bipolar_jax.models.attention import attend_to_cache, causal_attention
 from bipolar_jax.models.cache import KVCache, keep
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
@@ -44,7 +44,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; rotary positions are its own, others come with `x` or with `attend`."""
+    """Grouped-query self-attention; positions come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -57,9 +57,7 @@ class Attention(nnx.Module):
         self.v_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
         self.o_proj = linear(query_size, config.hidden_size, use_bias=config.linear_bias)
 
-    def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
-    ) -> Float[Array, "batch length hidden"]:
+    def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
@@ -69,10 +67,7 @@ class Attention(nnx.Module):
             q, k, v = jnp.split(whole, (whole.shape[-1] - 2 * kv_size, whole.shape[-1] - kv_size), axis=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = heads(q), heads(k), heads(v)
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        context = attend(q, k, v)
+        context = attend(heads(q), heads(k), heads(v))
         return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
@@ -86,10 +81,8 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
-    ) -> Float[Array, "batch length hidden"]:
-        x = x + self.attention(self.attention_norm(x), tables, attend)
+    def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
+        x = x + self.attention(self.attention_norm(x), attend)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -168,7 +161,7 @@ class Transformer(nnx.Module):
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits and the grown cache."""
         hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
-        bias = self._attention_bias(cache.capacity)
+        alibi = self.config.positions == "alibi"
 
         def step(carry, indexed_layer):
             hidden, cache = carry
@@ -177,10 +170,10 @@ class Transformer(nnx.Module):
 
             def attend(q, k, v):
                 nonlocal written
-                written = cache.write(index, k, v)
-                return decode_attention(q, *written.read(index), written.lengths, bias=bias)
+                context, written = attend_to_cache(q, k, v, cache, index, tables, alibi=alibi)
+                return context
 
-            hidden = layer(hidden, tables, attend)
+            hidden = layer(hidden, attend)
             return (hidden, written), None
 
         indices = jnp.arange(self.config.num_layers)
@@ -191,17 +184,19 @@ class Transformer(nnx.Module):
         """Hidden states before the final norm; keys and values as a cache keeps them, stacked over layers."""
         batch, length = ids.shape
         hidden, tables = self._enter(ids, jnp.broadcast_to(jnp.arange(length), (batch, length)))
-        bias = self._attention_bias(length)
+        bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
 
         def step(hidden, layer):
             seen = None
 
             def attend(q, k, v):
                 nonlocal seen
+                if tables is not None:
+                    q, k = rotate(q, tables), rotate(k, tables)
                 seen = (keep(k, cache_bits), keep(v, cache_bits))
                 return causal_attention(q, k, v, bias=bias)
 
-            hidden = layer(hidden, tables, attend)
+            hidden = layer(hidden, attend)
             return hidden, seen
 
         hidden, (keys, values) = jax.lax.scan(step, hidden, self.layers)
@@ -222,6 +217,3 @@ class Transformer(nnx.Module):
         if config.embed_norm:
             hidden = self.embed_norm(hidden)
         return hidden, rope_tables(config, positions) if config.positions == "rope" else None
-
-    def _attention_bias(self, num_keys: int) -> Float[Array, "1 heads 1 keys"] | None:
-        return alibi_bias(self.config.num_heads, num_keys) if self.config.positions == "alibi" else None
