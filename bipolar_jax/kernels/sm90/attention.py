@@ -167,9 +167,10 @@ def _kernel(
 
         @pl.when(turn < turns)
         def _():
-            # [positions, head_dim], or bytes
+            # [positions, head_dim], or bytes; all in one piece, so that one copy of bytes does
             rows = source.at[layer, sequence, kv_head, pl.ds(first_position(turn), plan.positions)]
-            plgpu.copy_gmem_to_smem(rows, ring.at[slot], arrived.at[slot])
+            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(rows, ring.at[slot], arrived.at[slot], oob_mode=in_bounds)
 
     def reload(turn, load):
         if emulate:
