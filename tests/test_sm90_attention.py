@@ -64,7 +64,7 @@ class Case:
         return q, k, v, KVCache(*kept, jnp.asarray(self.lengths, jnp.int32)), tables
 
 
-def interpreted(monkeypatch, case: Case, operands, splits: int | None = None):
+def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, joined: bool = False):
     """Through the dispatch of the models, with the race detector on."""
     if splits is not None:
         chosen = plan_attention
@@ -72,8 +72,9 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None):
             "bipolar_jax.kernels.sm90.attention.plan_attention", lambda *args: chosen(*args[:-1], splits)
         )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
-        *heads, tables = operands
-        result = attention._attend_on_sm90(*heads, jnp.int32(LAYER), tables, case.alibi)
+        q, k, v, cache, tables = operands
+        projected = (jnp.concatenate([q, k, v], axis=2),) if joined else (q, k, v)
+        result = attention._attend_on_sm90(projected, cache, jnp.int32(LAYER), tables, case.alibi)
     assert not interpret_pallas_call.get_races().races_found
     return result
 
@@ -109,7 +110,7 @@ CASES = {
     "8 bits": (Case((0, 200), heads=4, kv_heads=1, capacity=256, bits=8), 2),
     "4 bits": (Case((255, 1), heads=1, capacity=256, bits=4, dtype=jnp.bfloat16), 2),
     "8 bits, alibi, wide": (Case((100,), capacity=128, head_dim=128, bits=8, rope=False, alibi=True), 1),
-    "4 bits, odd sizes": (Case((50,), head_dim=80, bits=4, dtype=jnp.bfloat16), 1),
+    "4 bits, odd sizes": (Case((50,), head_dim=96, bits=4, dtype=jnp.bfloat16), 1),
     "4 bits, full": (Case((64, 40), heads=3, kv_heads=3, head_dim=64, bits=4), 1),
 }
 
@@ -118,7 +119,9 @@ CASES = {
 def test_a_token_attends_and_enters_the_cache(monkeypatch, case, splits):
     operands = q, _, _, before, tables = case.make()
     context, after = interpreted(monkeypatch, case, operands, splits)
-    expected, written = jax.jit(attention._attend_on_xla, static_argnums=6)(*operands[:4], LAYER, tables, case.alibi)
+    expected, written = jax.jit(attention._attend_on_xla, static_argnums=4)(
+        operands[:3], before, LAYER, tables, case.alibi
+    )
     assert (context.shape, context.dtype) == (q.shape, q.dtype)
     precision = float(jnp.finfo(case.dtype).eps)
     np.testing.assert_allclose(
@@ -148,6 +151,14 @@ def test_numbers_beyond_a_sequence_are_not_seen(monkeypatch):
     expected, _ = interpreted(monkeypatch, case, (q, k, v, cache, tables))
     found, _ = interpreted(monkeypatch, case, (q, k, v, spoiled, tables))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_heads_may_lie_in_one_array(monkeypatch):
+    case = Case((40,), heads=4, kv_heads=2)
+    operands = case.make()
+    expected, found = (interpreted(monkeypatch, case, operands, joined=joined) for joined in (False, True))
+    for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_large_scores_do_not_overflow(monkeypatch):
@@ -183,18 +194,25 @@ def test_sequences_are_split_as_long_as_there_are_multiprocessors(sizes, splits,
         ((1, 4, 4, 64, 24), "head_dim must be a multiple of 16 up to 256, not 24"),
         ((1, 4, 4, 64, 272), "head_dim must be a multiple of 16 up to 256, not 272"),
         ((1, 4, 4, 100, 64), "capacity must be a multiple of 64, not 100"),
+        ((1, 4, 4, 64, 80), "multiple of 16 bytes, not 40"),
         ((1, 71, 1, 64, 64), "71 queries of head_dim=64 that share a key head"),
     ],
 )
 def test_what_it_does_not_serve(sizes, reason):
     with pytest.raises(NotImplementedError, match=reason):
-        plan_attention(*sizes, jnp.bfloat16, None)
+        plan_attention(*sizes, jnp.uint8, 4)
 
 
 def test_shapes_that_do_not_fit_are_refused():
     cache = (jnp.zeros((2, 1, 2, 64, 32)),)
     with pytest.raises(ValueError, match="do not fit a cache of shape"):
-        decode_attention(*[jnp.zeros((1, 3, 32))] * 3, cache, cache, jnp.int32(0), jnp.zeros(1, jnp.int32))
+        decode_attention((jnp.zeros((1, 3, 32)),) * 3, cache, cache, jnp.int32(0), jnp.zeros(1, jnp.int32))
+
+
+def test_a_cache_of_another_dtype_is_left_to_xla():
+    cache = (jnp.zeros((2, 1, 2, 64, 32)),)
+    with pytest.raises(NotImplementedError, match="heads are bfloat16, the cache has float32"):
+        decode_attention((jnp.zeros((1, 6, 32), jnp.bfloat16),), cache, cache, jnp.int32(0), jnp.zeros(1, jnp.int32))
 
 
 # Compiled for the H200.
@@ -204,30 +222,34 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "alibi"),
+    ("batch", "heads", "kv_heads", "head_dim", "alibi"),
     [
-        (32, 32, 128, False),
-        (32, 8, 128, False),
-        (64, 8, 128, False),
-        (9, 3, 64, False),
-        (32, 32, 128, True),
-        (32, 32, 80, False),
-        (8, 4, 256, False),
+        (1, 32, 32, 128, False),
+        (64, 32, 32, 128, False),
+        (1, 32, 8, 128, False),
+        (64, 32, 8, 128, False),
+        (64, 64, 8, 128, False),
+        (1, 9, 3, 64, False),
+        (1, 32, 32, 128, True),
+        (1, 32, 32, 96, False),
+        (1, 8, 4, 256, False),
     ],
-    ids=["llama2-7b", "llama3-8b", "llama3-70b", "smollm2-135m", "bloom-7b1", "phi-2", "gemma2-2b"],
+    ids=["llama2-7b", "64-llama2-7b", "llama3-8b", "64-llama3-8b", "64-llama3-70b", "smollm2-135m", "bloom-7b1"]
+    + ["phi3-mini", "gemma2-2b"],
 )
-def test_kernels_compile_without_spills(heads, kv_heads, head_dim, alibi, batch, bits):
+def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi, bits):
     case = Case((1,) * batch, heads, kv_heads, head_dim, 256, bits, jnp.bfloat16, rope=not alibi, alibi=alibi)
 
-    def attend(q, k, v, cache, layer, tables):
+    def attend(projected, cache, layer, tables):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(execution, "is_hopper", lambda device: True)
-            return attention._attend_on_sm90(q, k, v, cache, layer, tables, alibi)
+            return attention._attend_on_sm90(projected, cache, layer, tables, alibi)
 
-    *operands, tables = jax.eval_shape(case.make)
-    _, report = sm90_compile.compile_for_h200(attend, *operands, jax.ShapeDtypeStruct((), jnp.int32), tables)
+    *projected, cache, tables = jax.eval_shape(case.make)
+    _, report = sm90_compile.compile_for_h200(
+        attend, tuple(projected), cache, jax.ShapeDtypeStruct((), jnp.int32), tables
+    )
     assert report.registers
     assert report.spill_bytes == 0
 

@@ -21,6 +21,10 @@ from bipolar_jax.models.rope import rotate
 # GPU, and XLA, which knows, rather writes all products to memory. Compiled for the H200, 32 and 128 gave it no less.
 _RUN = 64
 
+Heads = Float[Array, "batch length heads head_dim"]
+# Queries, keys and values, or one array of them all, side by side in this order.
+Projected = tuple[Heads, Heads, Heads] | tuple[Heads]
+
 
 def causal_attention(
     q: Float[Array, "batch length heads head_dim"],
@@ -78,10 +82,17 @@ def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array,
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
 
 
+def split_heads(projected: Projected, kv_heads: int) -> tuple[Heads, Heads, Heads]:
+    """Queries, keys and values."""
+    if len(projected) == 3:
+        return projected
+    (whole,) = projected
+    heads = whole.shape[2] - 2 * kv_heads
+    return tuple(jnp.split(whole, (heads, heads + kv_heads), axis=2))
+
+
 def attend_to_cache(
-    q: Float[Array, "batch 1 heads head_dim"],
-    k: Float[Array, "batch 1 kv_heads head_dim"],
-    v: Float[Array, "batch 1 kv_heads head_dim"],
+    projected: Projected,
     cache: KVCache,
     layer: Int[Array, ""],
     tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None = None,
@@ -93,8 +104,7 @@ def attend_to_cache(
     Both give the same numbers but for rounding. A sequence that fills the cache attends to what is in there.
 
     Args:
-      q: queries; consecutive ones share a key head.
-      k, v: the token's key and value.
+      projected: of the token, [batch, 1, heads, head_dim] each; consecutive queries share a key head.
       cache: `lengths` are the token's positions.
       layer: the cache's layer to write and to read.
       tables: cosines and sines that q and k are rotated by first, see `rope.rope_tables`.
@@ -104,28 +114,30 @@ def attend_to_cache(
       What the queries get, and the cache with the token written and not yet counted.
     """
     try:
-        return _attend_on_sm90(q, k, v, cache, layer, tables, alibi)
+        return _attend_on_sm90(projected, cache, layer, tables, alibi)
     except NotImplementedError:
-        return _attend_on_xla(q, k, v, cache, layer, tables, alibi)
+        return _attend_on_xla(projected, cache, layer, tables, alibi)
 
 
-def _attend_on_sm90(q, k, v, cache: KVCache, layer, tables, alibi: bool):
+def _attend_on_sm90(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
     (keys, values), trees = zip(*map(jax.tree.flatten, (cache.keys, cache.values)), strict=True)
+    heads = sum(x.shape[2] for x in projected) - 2 * keys[0].shape[2]
     context, *kept = sm90.decode_attention(
-        *(heads[:, 0] for heads in (q, k, v)),
+        tuple(x[:, 0] for x in projected),
         tuple(keys),
         tuple(values),
         layer,
         cache.lengths,
         bits=cache.bits,
         tables=None if tables is None else tuple(table[:, 0] for table in tables),
-        slopes=jnp.asarray(alibi_slopes(q.shape[2]), jnp.float32) if alibi else None,
+        slopes=jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None,
     )
     keys, values = map(jax.tree.unflatten, trees, kept)
     return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
 
 
-def _attend_on_xla(q, k, v, cache: KVCache, layer, tables, alibi: bool):
+def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
+    q, k, v = split_heads(projected, jax.tree.leaves(cache.keys)[0].shape[2])
     if tables is not None:
         q, k = rotate(q, tables), rotate(k, tables)
     cache = cache.write(layer, k, v)

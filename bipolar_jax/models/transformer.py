@@ -18,15 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import attend_to_cache, causal_attention
+from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, split_heads
 from bipolar_jax.models.cache import KVCache, keep
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.norm import make_norm
 from bipolar_jax.models.rope import rope_tables, rotate
 
-Heads = Float[Array, "batch length heads head_dim"]
-Attend = Callable[[Heads, Heads, Heads], Heads]
+Attend = Callable[..., Heads]  # of what `attention.Projected` has
 Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 
 
@@ -61,13 +60,9 @@ class Attention(nnx.Module):
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
-        if hasattr(self, "qkv_proj"):  # see `join_projections`
-            whole = self.qkv_proj(x)
-            kv_size = self.num_kv_heads * self.head_dim
-            q, k, v = jnp.split(whole, (whole.shape[-1] - 2 * kv_size, whole.shape[-1] - kv_size), axis=-1)
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        context = attend(heads(q), heads(k), heads(v))
+        joined = hasattr(self, "qkv_proj")  # see `join_projections`
+        projections = (self.qkv_proj,) if joined else (self.q_proj, self.k_proj, self.v_proj)
+        context = attend(*(heads(project(x)) for project in projections))
         return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
@@ -168,9 +163,9 @@ class Transformer(nnx.Module):
             index, layer = indexed_layer
             written = cache
 
-            def attend(q, k, v):
+            def attend(*projected):
                 nonlocal written
-                context, written = attend_to_cache(q, k, v, cache, index, tables, alibi=alibi)
+                context, written = attend_to_cache(projected, cache, index, tables, alibi=alibi)
                 return context
 
             hidden = layer(hidden, attend)
@@ -189,8 +184,9 @@ class Transformer(nnx.Module):
         def step(hidden, layer):
             seen = None
 
-            def attend(q, k, v):
+            def attend(*projected):
                 nonlocal seen
+                q, k, v = split_heads(projected, self.config.num_kv_heads)
                 if tables is not None:
                     q, k = rotate(q, tables), rotate(k, tables)
                 seen = (keep(k, cache_bits), keep(v, cache_bits))

@@ -42,9 +42,7 @@ _SCRATCH_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 war
 
 
 def decode_attention(
-    q: Float[Array, "batch heads head_dim"],
-    k: Float[Array, "batch kv_heads head_dim"],
-    v: Float[Array, "batch kv_heads head_dim"],
+    projected: tuple[Float[Array, "batch heads head_dim"], ...],
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     layer: Int[Array, ""],
@@ -62,8 +60,8 @@ def decode_attention(
     of the sequence (Dao et al. 2023) and the online softmax of Milakov and Gimelshein 2018, arXiv 1805.02867.
 
     Args:
-      q: queries; consecutive ones share a key head.
-      k, v: the new token's key and value.
+      projected: of the new token; q, k and v, or one array with all their heads in this order. Consecutive queries
+        share a key head.
       keys, values: of the whole cache: numbers [layers, batch, kv_heads, capacity, head_dim]; or codes (4 bits: two a
         byte, of elements d and d + head_dim / 2), scales and zeros, as `models.quantized_heads` has them. They are
         written in place where the caller gives them away.
@@ -76,28 +74,31 @@ def decode_attention(
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      What the queries get, in q's dtype; keys; values.
+      What the queries get, in their dtype; keys; values.
 
     Raises:
       ValueError: shapes that do not fit.
-      NotImplementedError: sizes that it does not serve, see `plan_attention`.
+      NotImplementedError: a cache of floats of another dtype; sizes that it does not serve, see `plan_attention`.
     """
-    batch, heads, head_dim = q.shape
-    _, _, kv_heads, capacity, _ = keys[0].shape
-    if heads % kv_heads or k.shape != (batch, kv_heads, head_dim) or v.shape != k.shape:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} do not fit a cache of shape {keys[0].shape}")
+    batch, _, head_dim = projected[0].shape
+    dtype, (_, _, kv_heads, capacity, _) = projected[0].dtype, keys[0].shape
+    heads = sum(x.shape[1] for x in projected) - 2 * kv_heads
+    expected = [(heads, kv_heads, kv_heads), (heads + 2 * kv_heads,)]
+    if heads < 1 or heads % kv_heads or tuple(x.shape[1] for x in projected) not in expected:
+        shapes = ", ".join(str(x.shape) for x in projected)
+        raise ValueError(f"heads of shapes {shapes} do not fit a cache of shape {keys[0].shape}")
+    if bits is None and dtype != keys[0].dtype:
+        raise NotImplementedError(f"heads are {dtype}, the cache has {keys[0].dtype}: XLA converts them")
     plan = plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
-    if bits is None:
-        k, v = k.astype(keys[0].dtype), v.astype(keys[0].dtype)
-    options, tree = jax.tree.flatten((tables, None if slopes is None else slopes.astype(jnp.float32)))
+    options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     out, _, _ = plgpu.kernel(
         functools.partial(_kernel, plan, tree, len(caches), interpret is not None),
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, head_dim), dtype),
             # Totals of the blocks that share a sequence.
-            jax.ShapeDtypeStruct((*q.shape[:2], ROWS, head_dim) if plan.splits > 1 else (1,), jnp.float32),
-            jax.ShapeDtypeStruct((*q.shape[:2], 2, ROWS) if plan.splits > 1 else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, ROWS, head_dim) if plan.splits > 1 else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 2, ROWS) if plan.splits > 1 else (1,), jnp.float32),
         ],
         grid=(kv_heads, batch),
         grid_names=("kv_head", "sequence"),
@@ -112,7 +113,7 @@ def decode_attention(
             reduction_scratch_bytes=_SCRATCH_BYTES,
         ),
         interpret=interpret,
-    )(layer.reshape(1), lengths, q, k, v, *options, *caches)
+    )(layer.reshape(1), lengths, *options, *caches)
     arrays = [jax.freeze(ref) for ref in caches]
     return out, tuple(arrays[: len(keys)]), tuple(arrays[len(keys) :])
 
@@ -136,9 +137,6 @@ def _kernel(
     emulate,
     layer,
     lengths,
-    q,
-    k,
-    v,
     *refs,
     key_ring,
     value_ring,
@@ -150,7 +148,7 @@ def _kernel(
     *options, out, sums_out, terms_out = refs
     options, caches = options[:-num_caches], options[-num_caches:]
     keys, values = caches[: num_caches // 2], caches[num_caches // 2 :]
-    tables, slopes = jax.tree.unflatten(tree, options)
+    projected, tables, slopes = jax.tree.unflatten(tree, options)
     kv_head, sequence, block = (lax.axis_index(name) for name in ("kv_head", "sequence", "block"))
     member, rank = lax.div(block, plan.splits), lax.rem(block, plan.splits)
     layer, length = layer[0], lengths[sequence]
@@ -184,18 +182,26 @@ def _kernel(
         load_keys(turn + 0 * rank)
         load_values(turn + 0 * rank)
 
+    # Arrays and their first heads.
+    if len(projected) == 3:
+        q, k, v = ((ref, 0) for ref in projected)
+    else:
+        q, k, v = ((*projected, first) for first in (0, plan.heads, plan.heads + plan.kv_heads))
+
+    def vector(array, head, tables=None):
+        ref, first = array
+        return load_vector(plan, ref.at[sequence, first + head], tables)
+
     # The last member's queries beyond the group are the group's last one again.
     heads = [kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)]
     if tables is not None:
         tables = [table.at[sequence] for table in tables]
     unit = math.log2(math.e) / math.sqrt(plan.head_dim)
-    queries = [tuple(half * unit for half in load_vector(plan, q.at[sequence, head], tables)) for head in heads]
+    queries = [tuple(half * unit for half in vector(q, head, tables)) for head in heads]
     slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
 
     def new_token() -> tuple[Kept, Kept]:
-        return tuple(
-            keep(plan, load_vector(plan, ref.at[sequence, kv_head], turn)) for ref, turn in ((k, tables), (v, None))
-        )
+        return keep(plan, vector(k, kv_head, tables)), keep(plan, vector(v, kv_head))
 
     key, value = (kept.numbers() for kept in new_token())
     joins = length < plan.capacity

@@ -17,6 +17,7 @@ _MOST_NUMBERS = 512  # of the queries of a block together: with their sums they 
 _RING_BYTES = 96 * 1024  # of shared memory for keys and values on their way: two blocks fit a multiprocessor
 _TILE_BYTES = 16 * 1024  # of keys to load at once, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
+_COPY_UNIT = 16  # bytes, of the strides of what is copied
 _MOST_BLOCKS = 8  # of a cluster, without asking the driver for more
 
 
@@ -135,7 +136,8 @@ def plan_attention(
       splits: blocks that share a sequence's positions, 1, 2, 4 or 8; None chooses.
 
     Raises:
-      NotImplementedError: head_dim that is no multiple of 16 or above 256, capacity that is no multiple of 64.
+      NotImplementedError: head_dim that is no multiple of 16 (with 4 bits, of 32) or above 256; capacity that is no
+        multiple of 64; more queries for a key head than 8 blocks can take.
     """
     if head_dim % (2 * _THREADS_OF_ROW) or head_dim > 256:
         raise NotImplementedError(
@@ -146,6 +148,10 @@ def plan_attention(
             f"capacity must be a multiple of {_MOST_POSITIONS}, not {capacity}: XLA serves others"
         )
     plan = AttentionPlan(batch, heads, kv_heads, capacity, head_dim, bits, jnp.dtype(dtype).itemsize, 1)
+    if plan.row_bytes % _COPY_UNIT:
+        raise NotImplementedError(
+            f"a vector in the cache must have a multiple of {_COPY_UNIT} bytes, not {plan.row_bytes}: XLA serves others"
+        )
     if plan.members > _MOST_BLOCKS:
         raise NotImplementedError(f"{plan.group} queries of {head_dim=} that share a key head: XLA serves them")
     if splits is None:
