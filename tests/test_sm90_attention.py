@@ -168,6 +168,31 @@ def test_large_scores_do_not_overflow(monkeypatch):
     np.testing.assert_allclose(context, in_float64(case, 1000 * q, after), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("positions", "bits"), [("rope", None), ("rope", 4), ("alibi", 8)])
+def test_a_model_decodes_as_with_xla(monkeypatch, positions, bits):
+    config = TransformerConfig(
+        vocab_size=37,
+        hidden_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        ffn_size=20,
+        context_length=64,
+        positions=positions,
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    _, cache = model.prefill(jnp.arange(12).reshape(2, 6), jnp.array([6, 3]), 64, bits)
+    token = jnp.array([7, 8])
+    expected, written = jax.jit(lambda model, *args: model.decode(*args))(model, token, cache)
+    monkeypatch.setattr(attention, "_attend_on_xla", None)
+    with execution.interpreted(plgpu.InterpretGPUParams()):
+        found, grown = jax.jit(lambda model, *args: model.decode(*args))(model, token, cache)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert jax.tree.structure(grown) == jax.tree.structure(written)
+    np.testing.assert_array_equal(grown.lengths, [7, 4])
+
+
 @pytest.mark.parametrize(
     ("sizes", "splits", "members"),
     [
@@ -225,18 +250,17 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "head_dim", "alibi"),
     [
-        (1, 32, 32, 128, False),
+        (1, 32, 32, 128, False),  # Llama-2-7B
         (64, 32, 32, 128, False),
-        (1, 32, 8, 128, False),
+        (1, 32, 8, 128, False),  # Llama-3-8B
         (64, 32, 8, 128, False),
-        (64, 64, 8, 128, False),
-        (1, 9, 3, 64, False),
-        (1, 32, 32, 128, True),
-        (1, 32, 32, 96, False),
-        (1, 8, 4, 256, False),
+        (64, 64, 8, 128, False),  # Llama-3-70B
+        (1, 9, 3, 64, False),  # SmolLM2-135M
+        (1, 32, 32, 128, True),  # BLOOM-7B1
+        (1, 32, 32, 96, False),  # Phi-3-mini
+        (1, 8, 4, 256, False),  # Gemma-2-2B
     ],
-    ids=["llama2-7b", "64-llama2-7b", "llama3-8b", "64-llama3-8b", "64-llama3-70b", "smollm2-135m", "bloom-7b1"]
-    + ["phi3-mini", "gemma2-2b"],
+    ids=str,
 )
 def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi, bits):
     case = Case((1,) * batch, heads, kv_heads, head_dim, 256, bits, jnp.bfloat16, rope=not alibi, alibi=alibi)
