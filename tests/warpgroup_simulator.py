@@ -251,10 +251,6 @@ def is_greater(a, b):
     return a > np.float32(b)
 
 
-def exp2(a):
-    return _to_float32(np.exp2(a.astype(np.float64)))
-
-
 def floor(a):
     return np.floor(a)
 

@@ -247,11 +247,6 @@ def is_greater(a: Value, b: float) -> Value:
     return arith.cmpf(arith.CmpFPredicate.OGT, a, float32(b))
 
 
-def exp2(a: Value) -> Value:
-    """2^a, good to 2 in the last place."""
-    return _float_op("ex2.approx.f32", a)
-
-
 def floor(a: Value) -> Value:
     return _float_op("cvt.rmi.f32.f32", a)
 

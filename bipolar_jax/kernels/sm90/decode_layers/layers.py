@@ -169,7 +169,9 @@ def _launch(
             w_arrived=plgpu.Barrier(num_barriers=slots),
             x_tiles=word_tiles((WARPGROUPS, shape.most_turns, 8, WORDS_PER_ROW)),
             cache_slots=plgpu.SMEM(
-                (shape.cache_slots, WARPGROUPS, 2, POSITIONS, HALF), cache.keys.dtype, transforms=(plgpu.SwizzleTransform(128),)
+                (shape.cache_slots, WARPGROUPS, 2, POSITIONS, HALF),
+                cache.keys.dtype,
+                transforms=(plgpu.SwizzleTransform(128),),
             ),
             cache_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2 * WARPGROUPS),
             products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
@@ -199,7 +201,19 @@ class _Shared:
 
 
 def _kernel(
-    shape, layers, phases, tree, emulate, *refs, w_ring, w_arrived, cache_slots, cache_arrived, met, released, **shared_refs
+    shape,
+    layers,
+    phases,
+    tree,
+    emulate,
+    *refs,
+    w_ring,
+    w_arrived,
+    cache_slots,
+    cache_arrived,
+    met,
+    released,
+    **shared_refs,
 ):
     operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
     hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
@@ -294,7 +308,8 @@ class _Phases:
         terms = column_terms(self._shape, weights, layer, phase, self._block, emulate=emulate)
         gain = {"qkv": self._weights.attention_gain, "gate_up": self._weights.ffn_gain}.get(phase)
         if gain is None:
-            product, source = self._shape.products[phase], {"o": self._sources.hidden}.get(phase, self._sources.attended)
+            product = self._shape.products[phase]
+            source = {"o": self._sources.hidden, "down": self._sources.attended}[phase]
             rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
             return terms, [self._load(source, first, first + count) for first, count in rows], None
         start, hidden = layer * self._shape.hidden, self._shape.hidden
@@ -305,11 +320,9 @@ class _Phases:
         self._pin()
         shape, shared = self._shape, self._shared
         if phase == "attention":
-            start = layer * shape.products["qkv"].n
-            where = (self._me, self._block)
-            attend(
-                shape, self._cache, self._cache_ring, index, self._sources.qkv, start, *where, shared, self._outs.partials
-            )
+            start, partials = layer * shape.products["qkv"].n, self._outs.partials
+            ring, qkv = self._cache_ring, self._sources.qkv
+            attend(shape, self._cache, ring, index, qkv, start, self._me, self._block, shared, partials)
             return
         product, (terms, residual, gains) = shape.products[phase], prepared
         parts, squares = self._inputs(phase), None
@@ -317,9 +330,7 @@ class _Phases:
             squares = [part * part for part in parts]
             parts = [part * gain for part, gain in zip(parts, gains, strict=True)]
         grid = quantize_token(parts, squares, product.k, shape.norm_eps, shape.a_format, self._me, shared)
-        multiply(
-            shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate
-        )
+        multiply(shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate)
         shared.meet()
 
         @pl.when(self._me == 0)

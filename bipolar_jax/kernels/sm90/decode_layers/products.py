@@ -43,7 +43,18 @@ class WeightRing:
     computed, so that it runs ahead over products and layers, while blocks wait for each other too.
     """
 
-    def __init__(self, shape: LayersShape, weights: dict[str, ProductWeights], names, layers, me, block, ring, arrived, first_layer):
+    def __init__(
+        self,
+        shape: LayersShape,
+        weights: dict[str, ProductWeights],
+        names,
+        layers,
+        me,
+        block,
+        ring,
+        arrived,
+        first_layer,
+    ):
         """Starts the first loads.
 
         Args:
@@ -131,9 +142,7 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
         """Adds slots (number, turn, which accumulator) that are all there before the first is multiplied."""
         tiles = [ring.slot(number) for number, _, _ in adds]
         for tile, (_, turn, at) in zip(tiles, adds, strict=True):
-            operands = dict(
-                x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate
-            )
+            operands = dict(x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate)
             accs[at] = (
                 tensor_core.start((tensor_core.ROWS_PER_INSTRUCTION, 8), **operands)
                 if accs[at] is None

@@ -7,7 +7,6 @@ function has a twin in jnp for interpret mode, chosen by `emulate`.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -55,9 +54,7 @@ def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
     return inline(jnp.int32(number))
 
 
-def load_vector(
-    ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, turned: int = 0, emulate: bool
-) -> Array:
+def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, turned: int = 0, emulate: bool) -> Array:
     """ref[start : start + 128] of a flat array in memory, 0 from `end` on: float32, or int32 of integers.
 
     The array has 4 bytes a number, or is bfloat16. With `turned` element i is that of (i + turned) mod 128.
@@ -174,8 +171,7 @@ def load_attended(partials, start: Int[Array, ""], heads: int, records: int, siz
         base = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), gpu.times(head, records * size), 4)
         places = [gpu.advance(base, 4 * size * record) for record in range(records)]
         largest, totals = (
-            [gpu.as_float(gpu.load(gpu.advance(place, 4 * offset), 1)[0]) for place in places]
-            for offset in (128, 160)
+            [gpu.as_float(gpu.load(gpu.advance(place, 4 * offset), 1)[0]) for place in places] for offset in (128, 160)
         )
         most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
         minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
