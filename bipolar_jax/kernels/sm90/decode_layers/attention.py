@@ -66,7 +66,7 @@ class CacheRing:
     One slot of keys and one of values, or one for both in turn.
     """
 
-    def __init__(self, shape: LayersShape, cache: Cache, layers, first_layer, me, block, slots, arrived):
+    def __init__(self, shape: LayersShape, cache: Cache, layers: range, me, block, slots, arrived):
         self._cache, self._me, self._slots, self._arrived = cache, me, slots, arrived
         self.head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
         self.takes_part = self.head < shape.heads
@@ -80,7 +80,7 @@ class CacheRing:
         self.has_new = self.takes_part & (split == shape.splits - 1)
         self.record = self.head * shape.records + split
         self._slots_apart = shape.cache_slots == 2
-        self._layers, self._first_layer = layers, first_layer
+        self._layers, self._first_layer = len(layers), layers[0]
         self._load(0, 0 * me)
         if self._slots_apart:
             self._load(1, 0 * me)

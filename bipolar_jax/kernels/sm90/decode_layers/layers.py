@@ -226,10 +226,10 @@ def _kernel(
     shared = _Shared(meet=meet, emulate=emulate, **shared_refs)
     ring = None
     if names := [name for name in PRODUCTS if name in phases]:
-        ring = WeightRing(shape, weights.products, names, len(layers), me, block, w_ring, w_arrived, layers[0])
+        ring = WeightRing(shape, weights.products, names, layers, me, block, w_ring, w_arrived)
     cache_ring = None
     if "attention" in phases:
-        cache_ring = CacheRing(shape, cache, len(layers), layers[0], me, block, cache_slots, cache_arrived)
+        cache_ring = CacheRing(shape, cache, layers, me, block, cache_slots, cache_arrived)
     steps = _Phases(shape, weights, cache, ring, cache_ring, shared, sources or outs, outs, me, block)
     if emulate:
         index = 0 * me

@@ -44,16 +44,7 @@ class WeightRing:
     """
 
     def __init__(
-        self,
-        shape: LayersShape,
-        weights: dict[str, ProductWeights],
-        names,
-        layers,
-        me,
-        block,
-        ring,
-        arrived,
-        first_layer,
+        self, shape: LayersShape, weights: dict[str, ProductWeights], names, layers: range, me, block, ring, arrived
     ):
         """Starts the first loads.
 
@@ -61,13 +52,12 @@ class WeightRing:
           shape: of the layers.
           weights: refs.
           names: of the products that are computed, in order.
-          layers: how many.
+          layers: which are computed.
           me, block: which warpgroup and block.
           ring: shared memory, uint32 [warpgroups * slots + 1, 32, 32]; the last is never written.
           arrived: barriers [warpgroups * slots].
-          first_layer: whose weights come first.
         """
-        self._first_layer = first_layer
+        self._first_layer = layers[0]
         self._shape, self._weights, self._names = shape, weights, names
         self._me, self._block, self._ring, self._arrived = me, block, ring, arrived
         self._starts, self._loads = {}, 0
@@ -75,7 +65,7 @@ class WeightRing:
             self._starts[name] = self._loads
             product = shape.products[name]
             self._loads += product.tiles * product.turns * shape.w_format.bits
-        self._total = layers * self._loads
+        self._total = len(layers) * self._loads
         for number in range(shape.w_slots):
             self._load(0 * me + number)
 
@@ -134,50 +124,69 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
       x_tiles: planes of the token's parts, uint32 [warpgroups, parts, 8, 32].
       products: where the sums go.
     """
-    product, slots = shape.products[name], shape.w_format.bits
+    product, bits = shape.products[name], shape.w_format.bits
     # The other half of the ring is on its way meanwhile.
     at_once = shape.w_slots // 2
 
-    def add_slots(accs, adds):
-        """Adds slots (number, turn, which accumulator) that are all there before the first is multiplied."""
-        tiles = [ring.slot(number) for number, _, _ in adds]
-        for tile, (_, turn, at) in zip(tiles, adds, strict=True):
-            operands = dict(x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate)
-            accs[at] = (
-                tensor_core.start((tensor_core.ROWS_PER_INSTRUCTION, 8), **operands)
-                if accs[at] is None
-                else tensor_core.accumulate(accs[at], **operands)
-            )
-        for at in sorted({at for _, _, at in adds}):
-            accs[at] = tensor_core.settle(accs[at], emulate=emulate)
-        for number, _, _ in adds:
-            ring.refill(number)
-
-    def multiply_tiles(tiles):
-        accs = [None] * (len(tiles) * slots)
-        adds = [
-            (ring.number(layer, name, tile, turn) + slot, turn, index * slots + slot)
-            for index, tile in enumerate(tiles)
-            for turn in range(product.turns)
-            for slot in range(slots)
-        ]
+    def add_planes(accs, number, adds):
+        """Adds planes (part of K, which accumulator), the number-th load and those after it, `at_once` at a time."""
         for first in range(0, len(adds), at_once):
-            add_slots(accs, adds[first : first + at_once])
-        weights = shape.w_format.plane_weights, shape.a_format.plane_weights
-        for index, tile in enumerate(tiles):
-            of_tile = accs[index * slots : (index + 1) * slots]
-            write_products(products.at[me], of_tile, *weights, tile * TILE, emulate=emulate)
+            few = adds[first : first + at_once]
+            # All of them are there before the first is multiplied: no loop may be among instructions in flight.
+            tiles = [ring.slot(number + first + i) for i in range(len(few))]
+            for tile, (turn, at) in zip(tiles, few, strict=True):
+                operands = dict(
+                    x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate
+                )
+                accs[at] = (
+                    tensor_core.start((tensor_core.ROWS_PER_INSTRUCTION, 8), **operands)
+                    if accs[at] is None
+                    else tensor_core.accumulate(accs[at], **operands)
+                )
+            for at in sorted({at for _, at in few}):
+                accs[at] = tensor_core.settle(accs[at], emulate=emulate)
+            _repeat(len(few), lambda i, start=number + first: ring.refill(start + i))
+        return accs
 
-    step = max(1, min(product.tiles, at_once // slots)) if product.turns == 1 else 1
+    def multiply_tiles(first, count):
+        number = ring.number(layer, name, first, 0)
+        if product.turns == 1 or bits * product.turns <= at_once:
+            adds = [
+                (turn, i * bits + plane) for i in range(count) for turn in range(product.turns) for plane in range(bits)
+            ]
+            accs = add_planes([None] * (count * bits), number, adds)
+        else:
+            # One tile: its parts of K in a loop.
+            def add_part(turn, accs):
+                return tuple(add_planes(list(accs), number + turn * bits, [(turn, plane) for plane in range(bits)]))
+
+            zeros = [tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8)] * bits
+            accs = list(lax.fori_loop(0, product.turns, add_part, tuple(zeros)))
+        for i in range(count):
+            write_products(
+                products.at[me],
+                accs[i * bits : (i + 1) * bits],
+                shape.w_format.plane_weights,
+                shape.a_format.plane_weights,
+                (first + i) * TILE,
+                emulate=emulate,
+            )
+
+    step = min(product.tiles, max(1, at_once // bits)) if product.turns == 1 else 1
     whole = product.tiles // step
+    _repeat(whole, lambda index: multiply_tiles(index * step, step))
+    if product.tiles % step:
+        multiply_tiles(0 * me + whole * step, product.tiles % step)
 
-    def steps(index, carry):
-        multiply_tiles([index * step + i for i in range(step)])
+
+def _repeat(count: int, body) -> None:
+    """body(0), body(1), ... as a loop, the body's code being there once."""
+
+    def step(index, carry):
+        body(index)
         return carry
 
-    lax.fori_loop(0, whole, steps, ())
-    if product.tiles % step:
-        multiply_tiles([0 * me + tile for tile in range(whole * step, product.tiles)])
+    lax.fori_loop(0, count, step, ())
 
 
 def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool):

@@ -1,4 +1,4 @@
-"""The token's numbers to bit planes: every block quantizes all of them, every warpgroup the parts of K that it multiplies.
+"""The token's numbers to bit planes: every block quantizes all, every warpgroup the parts of K that it multiplies.
 
 The arithmetic is that of `kernels.activations.quantize_tokens`, where the reasons are.
 """
