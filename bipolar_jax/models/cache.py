@@ -136,6 +136,22 @@ class KVCache:
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
 
+    def write_all(
+        self,
+        keys: Float[Array, "layers batch 1 kv_heads head_dim"],
+        values: Float[Array, "layers batch 1 kv_heads head_dim"],
+    ) -> KVCache:
+        """`write` of all layers, for a batch of one sequence and a cache of floats."""
+        at = (0, 0, 0, self.lengths[0], 0)
+
+        def put(rows, token):
+            token = jnp.swapaxes(token, 2, 3).astype(rows.dtype)
+            kept = jax.lax.dynamic_slice(rows, at, token.shape)
+            token = jnp.where(self.lengths[0] < self.capacity, token, kept)
+            return row_major(jax.lax.dynamic_update_slice(rows, token, at))
+
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+
     def read(self, layer: Int[Array, ""]) -> tuple[Kept, Kept]:
         """Keys and values of one layer, each [batch, kv_heads, capacity, head_dim]."""
         return jax.tree.map(lambda leaf: leaf[layer], (self.keys, self.values))

@@ -22,6 +22,7 @@ from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attentio
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
+from bipolar_jax.models.fused_decode import fused_layers
 from bipolar_jax.models.norm import Norm, make_norm, project
 from bipolar_jax.models.rope import rope_tables, rotate
 
@@ -161,6 +162,16 @@ class Transformer(nnx.Module):
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits and the grown cache."""
         hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
+        try:
+            hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
+        except NotImplementedError:
+            hidden, cache = self._decode_layers(hidden, tables, cache)
+        return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
+
+    def _decode_layers(
+        self, hidden: Float[Array, "batch 1 hidden"], tables: Tables | None, cache: KVCache
+    ) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
+        """Layer by layer: hidden states before the final norm, and the cache with the tokens not counted."""
         alibi = self.config.positions == "alibi"
 
         def step(carry, indexed_layer):
@@ -178,7 +189,7 @@ class Transformer(nnx.Module):
 
         indices = jnp.arange(self.config.num_layers)
         (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
-        return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
+        return hidden, cache
 
     def _causal_layers(
         self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None

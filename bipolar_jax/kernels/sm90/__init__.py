@@ -1,4 +1,4 @@
-"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; and attention of one token.
+"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; attention of one token; whole layers.
 
 Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
 second, and not every platform's jaxlib has it.
@@ -10,7 +10,14 @@ from types import ModuleType
 
 from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 
-__all__ = ["decode_attention", "integer_matmul", "plan_matmul", "quantized_matmul", "weight_only_matmul"]
+__all__ = [
+    "decode_attention",
+    "decode_layers",
+    "integer_matmul",
+    "plan_matmul",
+    "quantized_matmul",
+    "weight_only_matmul",
+]
 
 
 def integer_matmul(codes, w, a_format):
@@ -39,6 +46,14 @@ def decode_attention(*args, **options):
     from bipolar_jax.kernels.sm90 import attention
 
     return attention.decode_attention(*args, **options, interpret=interpret_params())
+
+
+def decode_layers(*args, **options):
+    """See `layers.operation.decode_layers`."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90.layers import operation
+
+    return operation.decode_layers(*args, **options, interpret=interpret_params())
 
 
 def _operations() -> ModuleType:

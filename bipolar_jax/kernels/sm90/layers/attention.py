@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.decode_layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.decode_layers.threads import (
+from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.layers.threads import (
     ALONG_COLUMNS,
     ALONG_ROWS,
     MATRIX,

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_layers.shape import PART, WARPGROUPS
-from bipolar_jax.kernels.sm90.decode_layers.threads import collect, pack, share
+from bipolar_jax.kernels.sm90.layers.shape import PART, WARPGROUPS
+from bipolar_jax.kernels.sm90.layers.threads import collect, pack, share
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
 
 

@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.decode_layers.attention import HALF, Cache, CacheRing, attend
-from bipolar_jax.kernels.sm90.decode_layers.products import (
+from bipolar_jax.kernels.sm90.layers.attention import HALF, Cache, CacheRing, attend
+from bipolar_jax.kernels.sm90.layers.products import (
     ProductWeights,
     WeightRing,
     column_terms,
@@ -31,7 +31,7 @@ from bipolar_jax.kernels.sm90.decode_layers.products import (
     multiply,
     rows_of,
 )
-from bipolar_jax.kernels.sm90.decode_layers.shape import (
+from bipolar_jax.kernels.sm90.layers.shape import (
     HEAD_DIM,
     PART,
     PARTIAL,
@@ -41,7 +41,7 @@ from bipolar_jax.kernels.sm90.decode_layers.shape import (
     WARPGROUPS,
     LayersShape,
 )
-from bipolar_jax.kernels.sm90.decode_layers.threads import (
+from bipolar_jax.kernels.sm90.layers.threads import (
     WARPS,
     load_attended,
     load_part,
@@ -49,7 +49,7 @@ from bipolar_jax.kernels.sm90.decode_layers.threads import (
     pinned,
     store_vector,
 )
-from bipolar_jax.kernels.sm90.decode_layers.token import quantize_token
+from bipolar_jax.kernels.sm90.layers.token import quantize_token
 from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
 
 PHASES = ("qkv", "attention", "o", "gate_up", "down")
@@ -100,7 +100,7 @@ def buffers_of(shape: LayersShape) -> Buffers:
     return Buffers(*(jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes))
 
 
-def decode_layers(
+def run_layers(
     hidden: Float[Array, " hidden"],
     weights: LayersWeights,
     cache: Cache,

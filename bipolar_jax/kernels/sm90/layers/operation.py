@@ -1,0 +1,122 @@
+"""The layers of a decode step, from packed arrays to the kernel: what it serves, and how its operands lie in memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.layers.attention import Cache
+from bipolar_jax.kernels.sm90.layers.kernel import LayersWeights, ProductWeights, run_layers
+from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.execution import default_device
+from bipolar_jax.kernels.sm90.operand_words import weight_words
+from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
+from bipolar_jax.packing import BipolarArray
+
+
+def decode_layers(
+    hidden: Float[Array, " hidden"],
+    kernels: dict[str, BipolarArray],
+    biases: dict[str, Float[Array, "layers n"] | None],
+    gains: tuple[Float[Array, "layers hidden"], Float[Array, "layers hidden"]],
+    keys: Float[Array, "layers 1 kv_heads capacity head_dim"],
+    values: Float[Array, "layers 1 kv_heads capacity head_dim"],
+    length: Int[Array, ""],
+    tables: tuple[Float[Array, " half"], Float[Array, " half"]],
+    a_format: BipolarFormat,
+    eps: float,
+    *,
+    blocks: int | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
+    """All layers of a pre-norm decoder (RMSNorm, rotary attention, SwiGLU) for one new token of one sequence.
+
+    Between products all numbers are float32: they are normalized and quantized from it, and added up in it.
+
+    Args:
+      hidden: of the new token.
+      kernels: of the products "qkv", "o", "gate_up" and "down" of all layers, [layers, k, n], of one format and one
+        scale a column.
+      biases: of the same products, or None.
+      gains: of the norms before attention and before the feed-forward block.
+      keys, values: bfloat16 or float16; the new token's are not in there, and are not written.
+      length: positions that hold a token; it is the new token's position.
+      tables: cosines and sines of that position.
+      a_format: 1 to 8 bits.
+      eps: of both norms.
+      blocks: that work together; None takes all multiprocessors of the device.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      float32: the hidden state after all layers, not normalized; and every layer's projections of the token, queries,
+      keys and values one after the other, before they are rotated.
+
+    Raises:
+      NotImplementedError: formats that differ, groups, sizes, or dtypes that the kernel does not serve.
+    """
+    w_format = kernels["qkv"].format
+    for name, kernel in kernels.items():
+        if kernel.format != w_format or kernel.num_groups != 1:
+            raise NotImplementedError(
+                f"weights must have one format and one scale a column, {name} is {kernel.format} in "
+                f"{kernel.num_groups} groups beside {w_format}"
+            )
+    if keys.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the cache must be bfloat16 or float16, not {keys.dtype}")
+    layers, _, kv_heads, _, head_dim = keys.shape
+    if head_dim != HEAD_DIM:
+        raise NotImplementedError(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
+    if blocks is None:
+        # Blocks wait for each other, so that all of them must run at the same time.
+        blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
+    shape = LayersShape(
+        num_layers=layers,
+        hidden=hidden.shape[0],
+        ffn=kernels["down"].contracted_size,
+        heads=kernels["o"].contracted_size // HEAD_DIM,
+        kv_heads=kv_heads,
+        a_format=a_format,
+        w_format=w_format,
+        norm_eps=eps,
+        blocks=blocks,
+    )
+    weights = LayersWeights(
+        {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
+        *(_number(gain.reshape(-1)) for gain in gains),
+    )
+    cos, sin = tables
+    cache = Cache(
+        keys,
+        values,
+        jnp.reshape(length, (1,)).astype(jnp.int32),
+        jnp.concatenate([cos, cos]),
+        jnp.concatenate([-sin, sin]),
+    )
+
+    # Blocks of several calls at a time would wait for each other for ever: under vmap calls come one by one.
+    @jax.custom_batching.sequential_vmap
+    def run(hidden, weights, cache):
+        return run_layers(hidden, weights, cache, shape, interpret=interpret)
+
+    return run(hidden.astype(jnp.float32), weights, cache)
+
+
+def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:
+    def flat(term):
+        return None if term is None else term.reshape(-1)
+
+    return ProductWeights(
+        weight_words(kernel, "planes"),
+        code_sums=flat(kernel.row_sums),
+        scale=flat(kernel.scale),
+        offset=flat(kernel.offset),
+        bias=None if bias is None else _number(flat(bias)),
+    )
+
+
+def _number(array: Array) -> Array:
+    """In a dtype that the kernel loads."""
+    return array if array.dtype in (jnp.bfloat16, jnp.float32) else array.astype(jnp.float32)
