@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision, quantize
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.layers import operation, threads
 from bipolar_jax.kernels.sm90.layers.operation import decode_layers
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, LayersShape
-from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.models import fused_decode
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.join_projections import join_projections

@@ -67,11 +67,21 @@ class CacheRing:
     """
 
     def __init__(self, shape: LayersShape, cache: Cache, layers: range, me, block, slots, arrived):
-        self._cache, self._me, self._slots, self._arrived = cache, me, slots, arrived
+        self._shape, self._cache, self._slots, self._arrived = shape, cache, slots, arrived
+        self._slots_apart = shape.cache_slots == 2
+        self._layers, self._first_layer = len(layers), layers[0]
+        self.length = cache.length[0]
+        self.place(me, block)
+        self._load(0, 0 * me)
+        if self._slots_apart:
+            self._load(1, 0 * me)
+
+    def place(self, me, block) -> None:
+        """Computes which chunks are this warpgroup's: anew in every layer, rather than to hold them in registers."""
+        shape, self._me = self._shape, me
         self.head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
         self.takes_part = self.head < shape.heads
         self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
-        self.length = cache.length[0]
         chunks = lax.div(self.length + (POSITIONS - 1), POSITIONS)
         self._first = lax.div(chunks * split, shape.splits) + me
         end = lax.div(chunks * (split + 1), shape.splits)
@@ -79,11 +89,6 @@ class CacheRing:
         self.chunks = jnp.where(self.takes_part, mine, 0)
         self.has_new = self.takes_part & (split == shape.splits - 1)
         self.record = self.head * shape.records + split
-        self._slots_apart = shape.cache_slots == 2
-        self._layers, self._first_layer = len(layers), layers[0]
-        self._load(0, 0 * me)
-        if self._slots_apart:
-            self._load(1, 0 * me)
 
     def number(self, layer, chunk):
         """The count of chunks before one."""
@@ -137,6 +142,7 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
       partials: flat float32 in memory, `records` of PARTIAL numbers for every head.
     """
     emulate = shared.emulate
+    ring.place(me, block)
 
     def vector(ref, start):
         return load_vector(ref, start, start + HEAD_DIM, emulate=emulate)

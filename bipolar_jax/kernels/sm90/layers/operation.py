@@ -8,10 +8,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.execution import default_device
 from bipolar_jax.kernels.sm90.layers.attention import Cache
 from bipolar_jax.kernels.sm90.layers.kernel import LayersWeights, ProductWeights, run_layers
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PRODUCTS, LayersShape
-from bipolar_jax.kernels.sm90.execution import default_device
 from bipolar_jax.kernels.sm90.operand_words import weight_words
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing import BipolarArray

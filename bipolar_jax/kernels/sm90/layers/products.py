@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,8 +67,7 @@ class WeightRing:
             product = shape.products[name]
             self._loads += product.tiles * product.turns * shape.w_format.bits
         self._total = len(layers) * self._loads
-        for number in range(shape.w_slots):
-            self._load(0 * me + number)
+        repeat(shape.w_slots, self._load)
 
     def number(self, layer, name: str, tile, turn) -> Int[Array, ""]:
         """The count of loads before a part of a tile."""
@@ -117,69 +117,53 @@ class WeightRing:
 def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles, products, *, emulate: bool) -> None:
     """Leaves this warpgroup's sums of every tile in shared memory, int32 [warpgroups, rows].
 
-    Half of what the ring holds is multiplied at a time, of one tile or of several.
+    One or two planes are multiplied at a time, by a loop over all planes and parts of K: instructions for more of them,
+    side by side, do not fit the cache of instructions, where waiting for memory is dearer than waiting for sums.
 
     Args:
       layer: counted from the first that is computed.
       x_tiles: planes of the token's parts, uint32 [warpgroups, parts, 8, 32].
       products: where the sums go.
     """
-    product, bits = shape.products[name], shape.w_format.bits
-    # The other half of the ring is on its way meanwhile.
-    at_once = shape.w_slots // 2
+    product, weights = shape.products[name], shape.w_format.plane_weights
+    at_once = 1 if len(weights) % 2 else 2
 
-    def add_planes(accs, number, adds):
-        """Adds planes (part of K, which accumulator), the number-th load and those after it, `at_once` at a time."""
-        for first in range(0, len(adds), at_once):
-            few = adds[first : first + at_once]
-            # All of them are there before the first is multiplied: no loop may be among instructions in flight.
-            tiles = [ring.slot(number + first + i) for i in range(len(few))]
-            for tile, (turn, at) in zip(tiles, few, strict=True):
-                operands = dict(
-                    x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate
-                )
-                accs[at] = (
-                    tensor_core.start((tensor_core.ROWS_PER_INSTRUCTION, 8), **operands)
-                    if accs[at] is None
-                    else tensor_core.accumulate(accs[at], **operands)
-                )
-            for at in sorted({at for _, at in few}):
-                accs[at] = tensor_core.settle(accs[at], emulate=emulate)
-            _repeat(len(few), lambda i, start=number + first: ring.refill(start + i))
-        return accs
-
-    def multiply_tiles(first, count):
-        number = ring.number(layer, name, first, 0)
-        if product.turns == 1 or bits * product.turns <= at_once:
-            adds = [
-                (turn, i * bits + plane) for i in range(count) for turn in range(product.turns) for plane in range(bits)
-            ]
-            accs = add_planes([None] * (count * bits), number, adds)
-        else:
-            # One tile: its parts of K in a loop.
-            def add_part(turn, accs):
-                return tuple(add_planes(list(accs), number + turn * bits, [(turn, plane) for plane in range(bits)]))
-
-            zeros = [tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8)] * bits
-            accs = list(lax.fori_loop(0, product.turns, add_part, tuple(zeros)))
-        for i in range(count):
-            write_products(
-                products.at[me],
-                accs[i * bits : (i + 1) * bits],
-                shape.w_format.plane_weights,
-                shape.a_format.plane_weights,
-                (first + i) * TILE,
+    def add_planes(index, first, total):
+        load = index * at_once
+        turn, plane = lax.div(load, len(weights)), lax.rem(load, len(weights))
+        # All are there before the first is multiplied: no loop may be among instructions in flight.
+        tiles = [ring.slot(first + load + i) for i in range(at_once)]
+        sums = [
+            tensor_core.start(
+                (tensor_core.ROWS_PER_INSTRUCTION, 8),
+                tile,
+                x_tiles.at[me, turn],
+                "planes",
+                block_rows=TILE,
                 emulate=emulate,
             )
+            for tile in tiles
+        ]
+        sums = [tensor_core.settle(acc, emulate=emulate) for acc in sums]
+        repeat(at_once, lambda i: ring.refill(first + load + i))
+        # Planes beside each other weigh alike (ternary) or 1 and 2, times 2^plane.
+        together = sum(acc * weight for acc, weight in zip(sums, weights, strict=False))
+        return total + together * lax.shift_left(jnp.int32(1), plane)
 
-    step = min(product.tiles, max(1, at_once // bits)) if product.turns == 1 else 1
-    whole = product.tiles // step
-    _repeat(whole, lambda index: multiply_tiles(index * step, step))
-    if product.tiles % step:
-        multiply_tiles(0 * me + whole * step, product.tiles % step)
+    def multiply_tile(tile):
+        first = ring.number(layer, name, tile, 0)
+        total = lax.fori_loop(
+            0,
+            product.turns * len(weights) // at_once,
+            lambda index, total: add_planes(index, first, total),
+            tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8),
+        )
+        write_products(products.at[me], total, shape.a_format.plane_weights, tile * TILE, emulate=emulate)
+
+    repeat(product.tiles, multiply_tile)
 
 
-def _repeat(count: int, body) -> None:
+def repeat(count: int, body: Callable[[Int[Array, ""]], None]) -> None:
     """body(0), body(1), ... as a loop, the body's code being there once."""
 
     def step(index, carry):

@@ -473,42 +473,31 @@ def _transposed_bytes(low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value
 
 
 def write_products(
-    target,
-    accs: Sequence[Int[Array, "rows 8"]],
-    w_weights: Sequence[int],
-    x_weights: Sequence[int],
-    start: Int[Array, ""],
-    *,
-    emulate: bool,
+    target, sums: Int[Array, "64 8"], weights: Sequence[int], start: Int[Array, ""], *, emulate: bool
 ) -> None:
-    """target[start + r] = sum over planes p of w and q of x of their weights and acc[p, r, q], for 32 rows.
+    """target[start + r] = sum over planes q of x of their weights and sums[r, q], for 32 rows.
 
     Args:
       target: int32 in shared memory, flat.
-      accs: accumulators [64 * planes, 8] in the layout ACCUMULATOR; of the 64 rows of a plane 32 count.
-      w_weights: of all planes of w, in the accumulators' order.
-      x_weights: of the planes of x, at most 8; what the other columns hold does not matter.
+      sums: in the layout ACCUMULATOR; of the 64 rows 32 count.
+      weights: of the planes of x, at most 8; what the other columns hold does not matter.
       start: in the target.
     """
-    columns = [*x_weights, *[0] * (8 - len(x_weights))]
+    columns = [*weights, *[0] * (8 - len(weights))]
     if emulate:
-        blocks = jnp.concatenate([acc.reshape(-1, 64, 8)[:, :32] for acc in accs])
-        by_plane = sum(blocks[:, :, q] * weight for q, weight in enumerate(columns) if weight)
-        target[pl.ds(start, 32)] = sum(by_plane[p] * weight for p, weight in enumerate(w_weights))
+        target[pl.ds(start, 32)] = sum(sums[:32, q] * weight for q, weight in enumerate(columns) if weight)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT, *[ACCUMULATOR] * len(accs)))
-    def inline(_, target, start, *accs):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT, ACCUMULATOR))
+    def inline(_, target, start, sums):
         lane, warp = _lane_and_warp()
         pair = gpu.bits_of(lane, 3)
-        # Of a plane a thread has columns 2 pair and 2 pair + 1 of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+        # A thread has columns 2 pair and 2 pair + 1 of rows lane / 4 and lane / 4 + 8 of its warp's 16.
         weights = [_pick(pair, columns[i::2]) for i in range(2)]
-        totals = [gpu.int32(0)] * 2
-        planes = [plane for acc in accs for plane in acc.registers.reshape(-1, 2, 2)]
-        for weight, plane in zip(w_weights, planes, strict=True):
-            for half in range(2):
-                products = [gpu.times(_scalar(number), w) for number, w in zip(plane[half], weights, strict=True)]
-                totals[half] = gpu.plus(totals[half], gpu.times(gpu.plus(*products), weight))
+        totals = [
+            gpu.plus(*(gpu.times(_scalar(number), w) for number, w in zip(half, weights, strict=True)))
+            for half in sums.registers.reshape(2, 2)
+        ]
         for distance in (1, 2):
             totals = [gpu.plus(total, gpu.exchange(total, distance)) for total in totals]
         row = gpu.plus(gpu.plus(gpu.times(warp, 16), gpu.shift_right(lane, 2)), start.registers.item())
@@ -517,7 +506,7 @@ def write_products(
             gpu.store(where, totals[:1])
             gpu.store(gpu.advance(where, 32), totals[1:])
 
-    inline(target, jnp.int32(start), *accs)
+    inline(target, jnp.int32(start), sums)
 
 
 def _pick(index, numbers: Sequence[int]):
