@@ -3,7 +3,7 @@
 from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
-from bipolar_jax.nn import quantize_model
+from bipolar_jax.nn import DotGeneral, quantize_model
 from bipolar_jax.ops import explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
@@ -12,6 +12,7 @@ __all__ = [
     "TERNARY",
     "BipolarArray",
     "BipolarFormat",
+    "DotGeneral",
     "Precision",
     "explain",
     "fake_quant",

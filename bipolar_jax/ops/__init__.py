@@ -3,5 +3,6 @@
 from bipolar_jax.ops.explain import Explanation, explain
 from bipolar_jax.ops.lookup import lookup
 from bipolar_jax.ops.matmul import matmul
+from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
 
-__all__ = ["Explanation", "explain", "lookup", "matmul"]
+__all__ = ["Explanation", "GradientPrecision", "explain", "lookup", "matmul", "trainable_matmul"]
