@@ -145,7 +145,9 @@ def outcomes(layout: str, precision: str, dtype: str):
     def everything(product):
         loss = lambda *operands: jnp.sum(product(*operands).astype(jnp.float32) * cotangent)  # noqa: E731
         run = lambda lhs, rhs, operands: (  # noqa: E731
-            product(lhs, rhs), jax.grad(loss, argnums=(0, 1))(lhs, rhs), jax.vmap(product, axes)(*operands)
+            product(lhs, rhs),
+            jax.grad(loss, argnums=(0, 1))(lhs, rhs),
+            jax.vmap(product, axes)(*operands),
         )
         return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(lhs, rhs, operands)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
+from bipolar_jax.ops.matmul import matmul
 from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
@@ -157,6 +158,37 @@ class DotGeneral:
             batch, kept = len(contraction.batch), len(contraction.x_free)
             y = y.transpose(*range(batch), *range(batch + kept, y.ndim), *range(batch, batch + kept))
         return y
+
+    def multiply_packed(
+        self,
+        x: Float[Array, "..."],
+        packed: BipolarArray,
+        contraction: Contraction,
+        dtype: jnp.dtype,
+        *,
+        out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
+    ) -> Float[Array, "..."]:
+        """What `__call__` gives for the weights that were packed, to the bit: the product of inference.
+
+        Args:
+          x: activations, in the layout that `contraction` has for them.
+          packed: what `pack` gave.
+          contraction: of x with the weights before they were folded and packed.
+          dtype: of the result.
+          out_sharding: as for `__call__`.
+
+        Raises:
+          ValueError: as `bipolar_jax.matmul`.
+        """
+
+        def product(x, packed):
+            rows = contraction.fold_x(x).astype(jnp.promote_types(x.dtype, dtype))
+            y = matmul(rows, packed, self.a_bits, implementation=self.implementation)
+            return contraction.unfold(y.astype(dtype))
+
+        if out_sharding is not None:
+            product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
+        return product(x, packed)
 
     def pack(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None

@@ -60,4 +60,3 @@ class Contraction:
     def unfold(self, y: Shaped[Array, "*batch_and_free n"]) -> Shaped[Array, "*y_shape"]:
         """The product in the layout of `lax.dot_general`: batch axes, then those of x, then those of w."""
         return y.reshape(*self.batch, *self.x_free, *self.w_free)
-

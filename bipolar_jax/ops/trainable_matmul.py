@@ -49,7 +49,7 @@ def trainable_matmul(
     packed: BipolarArray,
     a_bits: int | None,
     *,
-    gradient: GradientPrecision = GradientPrecision(),  # noqa: B008 - frozen
+    gradient: GradientPrecision = GradientPrecision(),
     key: Array | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch_and_free n"]:

@@ -19,9 +19,7 @@ def check_weight_norm(weight_norm: str | None) -> None:
         raise ValueError(f"weight_norm must be None, {' or '.join(get_args(WeightNorm))}, got {weight_norm!r}")
 
 
-def normalize_weights(
-    w: Float[Array, "*batch k n"], weight_norm: WeightNorm | None
-) -> Float[Array, "*batch k n"]:
+def normalize_weights(w: Float[Array, "*batch k n"], weight_norm: WeightNorm | None) -> Float[Array, "*batch k n"]:
     """Balances weights, so that the signs that one bit keeps of them say most.
 
     Differentiable: gradients pass through the mean and the variance.
