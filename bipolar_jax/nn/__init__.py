@@ -1,5 +1,7 @@
 """Flax layers with packed weights, and what trains them."""
 
+from bipolar_jax.nn.bit_schedule import BitSchedule
+from bipolar_jax.nn.distillation import distillation_loss
 from bipolar_jax.nn.dot_general import DotGeneral
 from bipolar_jax.nn.embed import Embed
 from bipolar_jax.nn.joined import joined
@@ -10,9 +12,11 @@ from bipolar_jax.nn.packed import Packed
 from bipolar_jax.nn.quantization_aware import quantization_aware
 from bipolar_jax.nn.quantize_linen import PackedLinen
 from bipolar_jax.nn.quantize_model import quantize_model
+from bipolar_jax.nn.quantized_einsum import QuantizedEinsum
 from bipolar_jax.nn.stateful_dot_general import StatefulDotGeneral
 
 __all__ = [
+    "BitSchedule",
     "DotGeneral",
     "Embed",
     "Linear",
@@ -20,7 +24,9 @@ __all__ = [
     "LinenDotGeneral",
     "Packed",
     "PackedLinen",
+    "QuantizedEinsum",
     "StatefulDotGeneral",
+    "distillation_loss",
     "joined",
     "quantization_aware",
     "quantize_model",

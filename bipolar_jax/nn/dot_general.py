@@ -13,14 +13,13 @@ from jaxtyping import Array, Float
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
-from bipolar_jax.ops.matmul import matmul
-from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
+from bipolar_jax.ops.trainable_matmul import GradientPrecision, fenced_matmul, trainable_matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
 from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.groups import check_group_size, num_groups
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
-from bipolar_jax.quantize.rounding import check_float
+from bipolar_jax.quantize.rounding import check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
 
 
@@ -183,7 +182,7 @@ class DotGeneral:
 
         def product(x, packed):
             rows = contraction.fold_x(x).astype(jnp.promote_types(x.dtype, dtype))
-            y = matmul(rows, packed, self.a_bits, implementation=self.implementation)
+            y = fenced_matmul(rows, packed, self.a_bits, self.implementation)
             return contraction.unfold(y.astype(dtype))
 
         if out_sharding is not None:
@@ -198,6 +197,13 @@ class DotGeneral:
         Raises:
           ValueError: as `quantize`, or step sizes of another shape.
         """
+        check_finite(w, "the weights")
+        return self._pack(w, step_size)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _pack(self, w, step_size):
+        # Compiled by itself, as `fenced_matmul` is: what precedes it must not change a rounding.
+        w = jax.lax.optimization_barrier(jax.lax.stop_gradient(w))
         w = normalize_weights(w.astype(jnp.float32), self.weight_norm)
         if step_size is None:
             return quantize(w, self.w_bits, -2, self.group_size, self.calibration)

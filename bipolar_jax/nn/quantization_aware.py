@@ -56,10 +56,12 @@ def _set(layer, precision, learned_steps, rngs, options) -> None:
     if isinstance(layer, nnx.LinearGeneral):
         layer.dot_general_cls = None  # which would come first
     if precision is None:
-        layer.dot_general = jax.lax.dot_general
+        layer.dot_general = nnx.static(jax.lax.dot_general)
         return
     dot_general = DotGeneral.of(precision, **options)
     if learned_steps or rngs is not None:
         kernel = folded_kernel(layer, layer.kernel[...])
         dot_general = StatefulDotGeneral(dot_general, kernel, learned_steps=learned_steps, rngs=rngs)
-    layer.dot_general = dot_general
+    # Flax counts its dot_general as static, which a module is not.
+    stateful = isinstance(dot_general, StatefulDotGeneral)
+    layer.dot_general = nnx.data(dot_general) if stateful else nnx.static(dot_general)

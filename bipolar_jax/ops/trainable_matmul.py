@@ -102,7 +102,19 @@ class _Static:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static, x, w_hat, packed, key):
-    return matmul(x, packed, static.a_bits, implementation=static.implementation)
+    return fenced_matmul(x, packed, static.a_bits, static.implementation)
+
+
+def fenced_matmul(
+    x: Float[Array, "*batch_and_free k"], packed: BipolarArray, a_bits: int | None, implementation: str
+) -> Float[Array, "*batch_and_free n"]:
+    """`matmul` compiled by itself, whatever stands before and after it.
+
+    Fused with its neighbours, XLA may round the epilogue's multiplications and additions
+    once or twice; so that training and inference agree to the bit, neither may choose.
+    """
+    x, packed = jax.lax.optimization_barrier((x, packed))
+    return jax.lax.optimization_barrier(matmul(x, packed, a_bits, implementation=implementation))
 
 
 def _forward(static, x, w_hat, packed, key):
