@@ -4,7 +4,7 @@ from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
-from bipolar_jax.ops import explain, lookup, matmul
+from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
 
@@ -13,6 +13,7 @@ __all__ = [
     "BipolarArray",
     "BipolarFormat",
     "DotGeneral",
+    "GradientPrecision",
     "Precision",
     "explain",
     "fake_quant",

@@ -24,7 +24,7 @@ class GradientPrecision:
       dtype: of their operands, float32 or bfloat16; None takes that of x. Sums are float32.
       bits: 2 to 8 rounds what comes from above stochastically, once for each product along
         the axis that it contracts; the products themselves stay floating point. None does not.
-      precision: as `lax.dot_general` has it; None is the highest.
+      precision: as `lax.dot_general` has it; None is the highest, of float32.
 
     Raises:
       ValueError: other dtypes or bits.
@@ -137,14 +137,14 @@ def _backward(static, residuals, cotangent):
         x_hat = quantize_tokens(rows, a_format).dequantize(a_format)
 
     precision = static.gradient.precision
-    dot = functools.partial(
-        jnp.dot,
-        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
-        preferred_element_type=jnp.float32,
-    )
+    if precision is None and jnp.dtype(dtype) == jnp.float32:
+        precision = jax.lax.Precision.HIGHEST  # shorter numbers multiply exactly anyway
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
     with jax.named_scope("bipolar_matmul_gradient"):
         dx = dot(by_token.astype(dtype), packed.dequantize().T.astype(dtype))
-        dw_hat = dot(x_hat.T.astype(dtype), by_column.astype(dtype))
+        # Fenced: XLA's CPU backend (jaxlib 0.11.2) has no bfloat16 product with a constant that it transposed.
+        x_hat, by_column = jax.lax.optimization_barrier((x_hat.astype(dtype), by_column.astype(dtype)))
+        dw_hat = dot(x_hat.T, by_column)
     return dx.astype(x.dtype).reshape(x.shape), dw_hat, None, None
 
 
