@@ -11,7 +11,7 @@ from bipolar_jax.nn.dot_general import DotGeneral
 from bipolar_jax.nn.layer_paths import other_layers, places_of
 from bipolar_jax.nn.linear_general import folded_kernel
 from bipolar_jax.nn.rules import Rules, decide
-from bipolar_jax.nn.stateful_dot_general import StatefulDotGeneral
+from bipolar_jax.nn.stateful_dot_general import StatefulDotGeneral, Trained
 
 _LAYERS = (nnx.Linear, nnx.LinearGeneral)
 
@@ -53,15 +53,17 @@ def quantization_aware[Model: nnx.Module](
 
 
 def _set(layer, precision, learned_steps, rngs, options) -> None:
+    if precision is None and Trained.of(layer) is None:
+        return  # a dot_general of someone else's stays
     if isinstance(layer, nnx.LinearGeneral):
         layer.dot_general_cls = None  # which would come first
     if precision is None:
         layer.dot_general = nnx.static(jax.lax.dot_general)
         return
     dot_general = DotGeneral.of(precision, **options)
-    if learned_steps or rngs is not None:
+    stateful = learned_steps or rngs is not None
+    if stateful:
         kernel = folded_kernel(layer, layer.kernel[...])
         dot_general = StatefulDotGeneral(dot_general, kernel, learned_steps=learned_steps, rngs=rngs)
-    # Flax counts its dot_general as static, which a module is not.
-    stateful = isinstance(dot_general, StatefulDotGeneral)
+    # Flax counts a layer's dot_general as static, which a module is not.
     layer.dot_general = nnx.data(dot_general) if stateful else nnx.static(dot_general)

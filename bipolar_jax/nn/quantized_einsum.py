@@ -19,7 +19,8 @@ class QuantizedEinsum:
         nnx.Einsum("nta,hab->nthb", (8, 2, 4), einsum_op=QuantizedEinsum(bj.DotGeneral(2, 4)), rngs=rngs)
 
     `jnp.einsum` with a `DotGeneral` as its `_dot_general` would not do: it exchanges the
-    operands where that saves a transposition, and the weights with them.
+    operands where that saves a transposition, and the weights with them. `quantize_model`
+    leaves such layers as they are: they go on packing their float kernels in every call.
 
     Attributes:
       dot_general: the bits, with weights="rhs".
