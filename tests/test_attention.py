@@ -13,6 +13,7 @@ from flax import nnx
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90 import execution
+from bipolar_jax.models import transformer
 from bipolar_jax.models.attention import causal_attention, causal_implementation, decode_attention, whole_bias
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
@@ -207,3 +208,34 @@ def test_a_quantized_model_on_the_h200_copies_no_cache(monkeypatch):
         prefill[1],
     )
     assert compiled.memory_analysis().temp_size_in_bytes < prefill[1].nbytes / (2 * config.num_layers)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [None, 8])
+def test_prefill_writes_the_cache_in_place(bits, monkeypatch):
+    """Nothing as large as the cache is written beside it, such as its transposition once all layers are through."""
+    config = TransformerConfig(
+        vocab_size=64,
+        hidden_size=128,
+        num_layers=16,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=16,
+        ffn_size=128,
+        context_length=1024,
+    )
+
+    def make(implementation):
+        model = Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return bj.quantize_model(model, [("^layers/", bj.Precision.parse("W2A2"))], implementation=implementation)
+
+    monkeypatch.setattr(execution, "is_hopper", lambda device: True)
+    monkeypatch.setattr(transformer, "causal_attention", lambda q, k, v, bias: q + k + v)
+    compiled, _ = sm90_compile.compile_for_h200(
+        lambda model, ids, lengths: model.prefill(ids, lengths, 1024, bits),
+        nnx.eval_shape(lambda: make("sm90")),
+        shaped(8, 960, dtype=jnp.int32),
+        shaped(8, dtype=jnp.int32),
+    )
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 2

@@ -162,10 +162,24 @@ def test_a_ragged_batch_equals_its_prompts_alone(model, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_prompts_fill_the_first_positions_of_their_layer(bits):
+    heads = random_heads(2, 3, 2, 8)
+    cache = KVCache.empty((4, 2, 2, 5, 8), jnp.float32, bits, jnp.array([3, 2]))
+    written = jax.jit(lambda cache, layer: cache.write_prompts(layer, heads, heads + 1))(cache, 2)
+    for stored, x in ((written.keys, heads), (written.values, heads + 1)):
+        for leaf, expected in zip(jax.tree.leaves(stored), jax.tree.leaves(keep(x, bits)), strict=True):
+            np.testing.assert_array_equal(leaf[2, :, :, :3], expected)
+            assert not leaf[2, :, :, 3:].any()
+            assert not leaf[jnp.array([0, 1, 3])].any()
+    np.testing.assert_array_equal(written.lengths, [3, 2])
+    with pytest.raises(ValueError, match="capacity=5 positions cannot hold prompts padded to 6"):
+        cache.write_prompts(0, random_heads(2, 6, 2, 8), random_heads(2, 6, 2, 8))
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_a_full_cache_keeps_what_it_has(bits):
     heads = random_heads(2, 3, 2, 8)
-    kept = jax.tree.map(lambda leaf: leaf[None], keep(heads, bits))
-    cache = KVCache.from_prefill(kept, kept, jnp.array([3, 2]), 3)
+    cache = KVCache.empty((1, 2, 2, 3, 8), jnp.float32, bits, jnp.array([3, 2])).write_prompts(0, heads, heads)
     written = cache.write(jnp.array(0), heads[:, :1] + 1, heads[:, :1] - 1)
     for before, after in zip(jax.tree.leaves(cache.keys), jax.tree.leaves(written.keys), strict=True):
         np.testing.assert_array_equal(after[:, 0], before[:, 0])

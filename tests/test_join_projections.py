@@ -13,6 +13,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.join_projections import join_projections
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear, joined
+from bipolar_jax.ops import Activation, LayerNorm, RMSNorm
 
 SIZES = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
 
@@ -43,6 +44,30 @@ def test_joined_models_give_the_same_numbers(precision, fields):
     np.testing.assert_array_equal(logits, expected)
     step = jax.jit(lambda model, cache: model.decode(ids[:, 0], cache)[0])
     np.testing.assert_array_equal(step(whole, cache), step(model, expected_cache))
+
+
+@pytest.mark.parametrize("joined_first", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"ffn": "gelu", "norm": "layer"}, {"ffn": "relu", "norm": "layer"}])
+def test_norms_and_activation_functions_are_computed_while_packed_layers_quantize(joined_first, fields, monkeypatch):
+    model = make([(".*_proj", bj.Precision.parse("W4A8"))], **fields)
+    model = join_projections(model) if joined_first else model
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)))
+    found = jax.jit(lambda model: model(ids))(model)
+    prologues, call = [], Linear.__call__
+
+    def one_after_the_other(self, x, prologue=None):
+        prologues.append(prologue)
+        return call(self, x if prologue is None else prologue(x).astype(x.dtype))
+
+    monkeypatch.setattr(Linear, "__call__", one_after_the_other)
+    expected = jax.jit(lambda model: model(ids))(model)
+    norms = [p for p in prologues if isinstance(p, RMSNorm | LayerNorm)]
+    functions = [p for p in prologues if isinstance(p, Activation)]
+    swiglu = not fields
+    assert len(norms) == (2 if joined_first else 5 if swiglu else 4)
+    assert len(functions) == (1 if joined_first or not swiglu else 0)
+    # The same in float32 but for the last bits, which may turn what is nearly a tie of 8 bits.
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_layers_of_other_precisions_stay_by_themselves():

@@ -42,6 +42,10 @@ def thread_in_warpgroup():
     return np.arange(THREADS, dtype=np.int32)
 
 
+def opaque(word):
+    return word
+
+
 def synchronize():
     assert _active[-1].all()
 
@@ -70,6 +74,12 @@ def exchange(word, distance):
     return word[np.arange(THREADS) ^ distance]
 
 
+def over_warp(kind, word):
+    _check_convergence()
+    reduce = {"add": np.sum, "max": np.max, "min": np.min}[kind]
+    return np.repeat(reduce(word.reshape(-1, WARP), axis=1).astype(np.int32), WARP)
+
+
 def _check_convergence():
     by_warp = _active[-1].reshape(-1, WARP)
     assert (by_warp.all(1) | ~by_warp.any(1)).all()
@@ -96,7 +106,15 @@ def plus(a, b):
 
 
 def times(a, b):
-    return a * int32(b)
+    return a * (int32(b) if isinstance(b, int) else b)
+
+
+def either_bits(a, b):
+    return a | b
+
+
+def shift_right_signed(word, count):
+    return word >> np.int32(count)
 
 
 def bits_of(word, mask):
@@ -193,6 +211,10 @@ def add_down(a, b):
     return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
+def subtract(a, b):
+    return add(a, -b)
+
+
 def divide(a, b):
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
         return a / b
@@ -201,6 +223,16 @@ def divide(a, b):
 def rsqrt(a):
     with np.errstate(invalid="ignore", divide="ignore"):
         return _to_float32(1 / np.sqrt(a.astype(np.float64)))
+
+
+def reciprocal(a):
+    with np.errstate(divide="ignore"):
+        return np.float32(1) / a
+
+
+def exp2(a):
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp2(a)
 
 
 def at_most(a, limit):
@@ -257,6 +289,22 @@ def store(ptr, words):
     for i, word in enumerate(words):
         at = offsets[_active[-1]]
         data[at[:, None] + 4 * i + np.arange(4)] = word[_active[-1], None].view(np.uint8)
+
+
+def load_half(ptr):
+    data, offsets, _ = ptr
+    offsets = np.where(_active[-1], offsets, 0)
+    assert (offsets % 2 == 0).all()
+    return data[offsets].astype(np.int32) | (data[offsets + 1].astype(np.int32) << 8)
+
+
+def store_byte(ptr, word):
+    data, offsets, _ = ptr
+    data[offsets[_active[-1]]] = (word & 255).astype(np.uint8)[_active[-1]]
+
+
+def order_before_copies():
+    pass  # nothing is copied while threads work
 
 
 def _check_addresses(ptr, words):

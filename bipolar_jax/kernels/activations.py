@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.quantize.calibration import half_steps_per_unit, spanning_grid
 
 
@@ -40,9 +41,11 @@ class QuantizedTokens:
         return steps.astype(jnp.float32) * self.scale[:, None]
 
 
-def quantize_tokens(x: Float[Array, "m k"], a_format: BipolarFormat) -> QuantizedTokens:
-    """Rounds every row to nearest on a grid that its extremes span."""
-    x = x.astype(jnp.float32)
+def quantize_tokens(
+    x: Float[Array, "m columns"], a_format: BipolarFormat, prologue: Prologue | None = None
+) -> QuantizedTokens:
+    """Rounds every row, after what the prologue does to it, to nearest on a grid that its extremes span."""
+    x = x.astype(jnp.float32) if prologue is None else prologue(x)
     scale, zero_value = spanning_grid(x, a_format)
     # Steps from zero, whose value is v0: the nearest value is v0 + 2 round(x / (2 scale)).
     half_steps = half_steps_per_unit(scale)[:, None]

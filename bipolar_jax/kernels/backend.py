@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.packing import BipolarArray
 
 
@@ -37,12 +38,16 @@ class Backend(Protocol):
 
     def quantized_matmul(
         self,
-        x: Float[Array, "m k"],
+        x: Float[Array, "m columns"],
         w: BipolarArray,
         a_format: BipolarFormat,
         bias: Float[Array, " n"] | None,
+        prologue: Prologue | None = None,
     ) -> Float[Array, "m n"]:
-        """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype."""
+        """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype.
+
+        Of k numbers a row, x has k, or as many as the prologue makes k of.
+        """
 
     def weight_only_matmul(
         self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None

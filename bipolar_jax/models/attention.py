@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, Literal
 
@@ -9,13 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.sm90.execution import default_device
-from bipolar_jax.models.cache import Kept, row_major
+from bipolar_jax.models.alibi import alibi_bias, alibi_slopes
+from bipolar_jax.models.cache import Kept, KVCache, row_major
 from bipolar_jax.models.quantized_heads import QuantizedHeads
+from bipolar_jax.models.rope import rotate
 
 # Positions whose values are summed by themselves, and their sums after: one sum over all has too few columns to fill a
 # GPU, and XLA, which knows, rather writes all products to memory. Compiled for the H200, 32 and 128 gave it no less.
 _RUN = 64
+
+Heads = Float[Array, "batch length heads head_dim"]
+# Queries, keys and values, or one array of them all, side by side in this order.
+Projected = tuple[Heads, Heads, Heads] | tuple[Heads]
 
 
 def causal_attention(
@@ -72,6 +80,69 @@ def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array,
     of a query, and ALiBi's slope * key, large where the text is long, would not survive bfloat16: its distances do.
     """
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
+
+
+def split_heads(projected: Projected, kv_heads: int) -> tuple[Heads, Heads, Heads]:
+    """Queries, keys and values."""
+    if len(projected) == 3:
+        return projected
+    (whole,) = projected
+    heads = whole.shape[2] - 2 * kv_heads
+    return tuple(jnp.split(whole, (heads, heads + kv_heads), axis=2))
+
+
+def attend_to_cache(
+    projected: Projected,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None = None,
+    *,
+    alibi: bool = False,
+) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
+    """One token of each sequence enters the cache and attends to it: a kernel of its own on Hopper GPUs, else XLA's.
+
+    Both give the same numbers but for rounding. A sequence that fills the cache attends to what is in there.
+
+    Args:
+      projected: of the token, [batch, 1, heads, head_dim] each; consecutive queries share a key head.
+      cache: `lengths` are the token's positions.
+      layer: the cache's layer to write and to read.
+      tables: cosines and sines that q and k are rotated by first, see `rope.rope_tables`.
+      alibi: whether to add ALiBi's biases to the scores.
+
+    Returns:
+      What the queries get, and the cache with the token written and not yet counted.
+    """
+    try:
+        return _attend_on_sm90(projected, cache, layer, tables, alibi)
+    except NotImplementedError:
+        return _attend_on_xla(projected, cache, layer, tables, alibi)
+
+
+def _attend_on_sm90(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
+    (keys, values), trees = zip(*map(jax.tree.flatten, (cache.keys, cache.values)), strict=True)
+    heads = sum(x.shape[2] for x in projected) - 2 * keys[0].shape[2]
+    context, *kept = sm90.decode_attention(
+        tuple(x[:, 0] for x in projected),
+        tuple(keys),
+        tuple(values),
+        layer,
+        cache.lengths,
+        bits=cache.bits,
+        tables=None if tables is None else tuple(table[:, 0] for table in tables),
+        slopes=jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None,
+    )
+    keys, values = map(jax.tree.unflatten, trees, kept)
+    return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
+
+
+def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
+    q, k, v = split_heads(projected, jax.tree.leaves(cache.keys)[0].shape[2])
+    if tables is not None:
+        q, k = rotate(q, tables), rotate(k, tables)
+    cache = cache.write(layer, k, v)
+    bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
+    return decode_attention(q, *cache.read(layer), cache.lengths, bias=bias), cache
 
 
 def decode_attention(

@@ -52,20 +52,29 @@ class KVCache:
     lengths: Int[Array, " batch"]
 
     @classmethod
-    def from_prefill(cls, keys: Kept, values: Kept, lengths: Int[Array, " batch"], capacity: int) -> KVCache:
-        """Takes over what prefill kept of every layer and leaves room up to `capacity` positions.
+    def empty(
+        cls, shape: tuple[int, int, int, int, int], dtype: jnp.dtype, bits: int | None, lengths: Int[Array, " batch"]
+    ) -> KVCache:
+        """Room for keys and values; `lengths` says how many positions `write_prompts` will fill.
+
+        Args:
+          shape: layers, batch, kv_heads, capacity, head_dim.
+          dtype: of the heads.
+          bits: 8 or 4, or None to keep them as they are.
+          lengths: tokens of each sequence.
 
         Raises:
-          ValueError: the prompts are longer than `capacity`.
+          ValueError: other bits, or an odd head_dim with 4.
         """
-        length = _positions(keys)
-        if capacity < length:
-            raise ValueError(f"a cache of {capacity=} positions cannot hold prompts padded to {length} tokens")
 
-        def make_room(leaf):
-            return jnp.pad(leaf, [(0, capacity - length if axis == 3 else 0) for axis in range(leaf.ndim)])
+        def room():
+            heads = jnp.zeros(shape, dtype)
+            return heads if bits is None else QuantizedHeads.quantize(heads, bits)
 
-        return cls(jax.tree.map(make_room, keys), jax.tree.map(make_room, values), lengths)
+        def zeros():
+            return jax.tree.map(lambda leaf: row_major(jnp.zeros(leaf.shape, leaf.dtype)), jax.eval_shape(room))
+
+        return cls(zeros(), zeros(), lengths)
 
     @property
     def capacity(self) -> int:
@@ -80,6 +89,31 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that it occupies: codes, scales and zeros, or floats, and the lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def write_prompts(
+        self,
+        layer: Int[Array, ""],
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> KVCache:
+        """Stores the first `length` positions of every sequence, in place where XLA may.
+
+        Raises:
+          ValueError: there are more positions than the cache has.
+        """
+        if keys.shape[1] > self.capacity:
+            raise ValueError(
+                f"a cache of capacity={self.capacity} positions cannot hold prompts padded to {keys.shape[1]} tokens"
+            )
+
+        def put(rows, prompts):
+            return row_major(jax.lax.dynamic_update_slice(rows, prompts[None], (layer,) + (0,) * prompts.ndim))
+
+        # Left to choose, XLA computes them in the order of the cache, too, and transposes them for attention.
+        keys, values = row_major(keys), row_major(values)
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
 
     def write(
         self,

@@ -10,13 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.models.config import TransformerConfig
-
-
-def _tanh_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jax.nn.gelu(x, approximate=True)
-
-
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": _tanh_gelu}
+from bipolar_jax.models.norm import Norm, project
+from bipolar_jax.nn import Linear
+from bipolar_jax.ops import Activation
 
 
 def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
@@ -26,7 +22,7 @@ def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)); Shazeer 2020, arXiv 2002.05202."""
+    """down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
@@ -34,22 +30,28 @@ class SwiGLU(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
+    def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
         if hasattr(self, "gate_up_proj"):  # see `join_projections`
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            (whole,) = project([self.gate_up_proj], norm, x)
+            if isinstance(self.down_proj, Linear):
+                return self.down_proj(whole, Activation("silu", gated=True))
+            gate, up = jnp.split(whole, 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = project([self.gate_proj, self.up_proj], norm, x)
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))): ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (arXiv 2211.05100)."""
+    """down(activation(up(norm(x)))); ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (2211.05100)."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
-        self.activation = _ACTIVATIONS[config.ffn]
+        self.activation = Activation(config.ffn)
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
-        return self.down_proj(self.activation(self.up_proj(x)))
+    def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
+        (up,) = project([self.up_proj], norm, x)
+        if isinstance(self.down_proj, Linear):
+            return self.down_proj(up, self.activation)
+        return self.down_proj(self.activation(up).astype(up.dtype))

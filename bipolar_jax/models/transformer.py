@@ -18,15 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import causal_attention, decode_attention
-from bipolar_jax.models.cache import KVCache, keep
+from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, split_heads
+from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
-from bipolar_jax.models.norm import make_norm
+from bipolar_jax.models.norm import Norm, make_norm, project
 from bipolar_jax.models.rope import rope_tables, rotate
 
-Heads = Float[Array, "batch length heads head_dim"]
-Attend = Callable[[Heads, Heads, Heads], Heads]
+Attend = Callable[..., Heads]  # of what `attention.Projected` has
 Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 
 
@@ -44,7 +43,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; rotary positions are its own, others come with `x` or with `attend`."""
+    """Grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -58,21 +57,14 @@ class Attention(nnx.Module):
         self.o_proj = linear(query_size, config.hidden_size, use_bias=config.linear_bias)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
+        self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
         def heads(projected):
             return projected.reshape(*projected.shape[:2], -1, self.head_dim)
 
-        if hasattr(self, "qkv_proj"):  # see `join_projections`
-            whole = self.qkv_proj(x)
-            kv_size = self.num_kv_heads * self.head_dim
-            q, k, v = jnp.split(whole, (whole.shape[-1] - 2 * kv_size, whole.shape[-1] - kv_size), axis=-1)
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = heads(q), heads(k), heads(v)
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        context = attend(q, k, v)
+        joined = hasattr(self, "qkv_proj")  # see `join_projections`
+        projections = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
+        context = attend(*map(heads, project(projections, norm, x)))
         return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
@@ -86,11 +78,9 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "batch length hidden"], tables: Tables | None, attend: Attend
-    ) -> Float[Array, "batch length hidden"]:
-        x = x + self.attention(self.attention_norm(x), tables, attend)
-        return x + self.ffn(self.ffn_norm(x))
+    def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
+        x = x + self.attention(x, self.attention_norm, attend)
+        return x + self.ffn(x, self.ffn_norm)
 
 
 class Transformer(nnx.Module):
@@ -131,7 +121,7 @@ class Transformer(nnx.Module):
 
     def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Final normalized hidden states of every position: `__call__` without the logits."""
-        hidden, _, _ = self._causal_layers(ids)
+        hidden, _ = self._causal_layers(*self._enter_prompts(ids))
         return self.final_norm(hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
@@ -161,51 +151,68 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: other cache_bits, or prompts longer than `capacity`.
         """
-        hidden, keys, values = self._causal_layers(ids, cache_bits)
+        config = self.config
+        hidden, tables = self._enter_prompts(ids)
+        shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
+        hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(self.final_norm(last)), KVCache.from_prefill(keys, values, lengths, capacity)
+        return self.logits(self.final_norm(last)), cache
 
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits and the grown cache."""
         hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
-        bias = self._attention_bias(cache.capacity)
+        alibi = self.config.positions == "alibi"
 
         def step(carry, indexed_layer):
             hidden, cache = carry
             index, layer = indexed_layer
             written = cache
 
-            def attend(q, k, v):
+            def attend(*projected):
                 nonlocal written
-                written = cache.write(index, k, v)
-                return decode_attention(q, *written.read(index), written.lengths, bias=bias)
+                context, written = attend_to_cache(projected, cache, index, tables, alibi=alibi)
+                return context
 
-            hidden = layer(hidden, tables, attend)
+            hidden = layer(hidden, attend)
             return (hidden, written), None
 
         indices = jnp.arange(self.config.num_layers)
         (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
         return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
 
-    def _causal_layers(self, ids: Int[Array, "batch length"], cache_bits: int | None = None):
-        """Hidden states before the final norm; keys and values as a cache keeps them, stacked over layers."""
-        batch, length = ids.shape
-        hidden, tables = self._enter(ids, jnp.broadcast_to(jnp.arange(length), (batch, length)))
-        bias = self._attention_bias(length)
+    def _causal_layers(
+        self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
+        """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
+        length = hidden.shape[1]
+        bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
 
-        def step(hidden, layer):
-            seen = None
+        def step(carry, indexed_layer):
+            hidden, cache = carry
+            index, layer = indexed_layer
+            written = cache
 
-            def attend(q, k, v):
-                nonlocal seen
-                seen = (keep(k, cache_bits), keep(v, cache_bits))
+            def attend(*projected):
+                nonlocal written
+                q, k, v = split_heads(projected, self.config.num_kv_heads)
+                if tables is not None:
+                    q, k = rotate(q, tables), rotate(k, tables)
+                if cache is not None:
+                    written = cache.write_prompts(index, k, v)
                 return causal_attention(q, k, v, bias=bias)
 
-            hidden = layer(hidden, tables, attend)
-            return hidden, seen
+            hidden = layer(hidden, attend)
+            return (hidden, written), None
 
-        hidden, (keys, values) = jax.lax.scan(step, hidden, self.layers)
-        return hidden, keys, values
+        indices = jnp.arange(self.config.num_layers)
+        (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
+        return hidden, cache
+
+    def _enter_prompts(
+        self, ids: Int[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
+        """`_enter` of texts from their first token on."""
+        return self._enter(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
 
     def _enter(
         self, ids: Int[Array, "batch length"], positions: Int[Array, "batch length"]
@@ -222,6 +229,3 @@ class Transformer(nnx.Module):
         if config.embed_norm:
             hidden = self.embed_norm(hidden)
         return hidden, rope_tables(config, positions) if config.positions == "rope" else None
-
-    def _attention_bias(self, num_keys: int) -> Float[Array, "1 heads 1 keys"] | None:
-        return alibi_bias(self.config.num_heads, num_keys) if self.config.positions == "alibi" else None

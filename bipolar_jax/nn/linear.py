@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.packed import Packed
-from bipolar_jax.ops import matmul
+from bipolar_jax.ops import Prologue, matmul
 from bipolar_jax.packing import quantize
 from bipolar_jax.quantize import Precision
 
@@ -65,7 +65,20 @@ class Linear(nnx.Module):
         packed.bias = nnx.data(layer.bias)
         return packed
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Output in x's dtype. Raises as `bipolar_jax.matmul`."""
-        bias = None if self.bias is None else self.bias[...]
-        return matmul(x, self.kernel.get_value(), self.precision.a_bits, bias=bias, implementation=self.implementation)
+    def __call__(
+        self, x: Float[Array, "*batch columns"], prologue: Prologue | None = None
+    ) -> Float[Array, "*batch out"]:
+        """Output in x's dtype. Raises as `bipolar_jax.matmul`.
+
+        Args:
+          x: `in_features` numbers a token, or as many as the prologue makes `in_features` of.
+          prologue: a norm or an activation function of x, computed while x is quantized.
+        """
+        return matmul(
+            x,
+            self.kernel.get_value(),
+            self.precision.a_bits,
+            bias=None if self.bias is None else self.bias[...],
+            prologue=prologue,
+            implementation=self.implementation,
+        )

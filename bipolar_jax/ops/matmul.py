@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.prologue import Prologue, check_prologue
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
@@ -20,14 +21,18 @@ from bipolar_jax.quantize.rounding import check_float
 
 
 def matmul(
-    x: Float[Array, "*batch k"],
+    x: Float[Array, "*batch columns"],
     w: BipolarArray,
     a_bits: int | None,
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
+    prologue: Prologue | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch n"]:
     """x @ w, with x quantized to `a_bits` per token on the way.
+
+    With a prologue it is prologue(x) @ w: a norm or an activation function of x, computed in float32 and
+    quantized from there (or, where activations stay float, rounded to x's dtype), in one pass over x.
 
     Every row of x (token) is rounded to the a-bit grid that spans from its smallest to its
     largest number, zero included (one bit: to plus or minus its largest magnitude); see
@@ -41,18 +46,21 @@ def matmul(
 
     - dx = g @ w^T, as if x had not been quantized;
     - dscale and doffset are those of w^, multiplied with x^;
-    - the packed bits have no gradient (float0).
+    - the packed bits have no gradient (float0);
+    - with a prologue, dx as above is that of prologue(x), which is differentiated as it is.
 
     Over several devices, call it within `jax.shard_map`: a GPU kernel is one operation to XLA, which under
     a plain `jit` gathers sharded operands and repeats it on every device.
 
     Args:
-      x: float32, bfloat16 or float16; its last axis is contracted. If w has batch axes,
-        x's leading axes must equal them.
+      x: float32, bfloat16 or float16; its last axis, or what the prologue makes of it, is contracted.
+        If w has batch axes, x's leading axes must equal them.
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T`
         of an array quantized with axis=-1.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
+      prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, their vectors of shape (k,), or
+        with w's batch axes before it.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
@@ -67,13 +75,14 @@ def matmul(
     bias = None if bias is None else jnp.asarray(bias)
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
-    check_operands(x, w, a_format, bias)
+    check_operands(x, w, a_format, bias, prologue)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
     product = functools.partial(_rows_matmul, static)
-    bias_axis = None if bias is None or bias.ndim == 1 else 0
+    vectors = (bias, prologue)
+    axes = jax.tree.map(lambda vector: None if vector.ndim == 1 else 0, vectors)
     for _ in range(w.ndim - 2):
-        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, bias_axis))
-    return product(x, w.scale, w.offset, w.planes, w.row_sums, bias)
+        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, *axes))
+    return product(x, w.scale, w.offset, w.planes, w.row_sums, *vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +102,9 @@ class _Static:
 
 
 def _rows_matmul(static, *operands):
-    x, scale, offset, planes, row_sums, bias = vary_alike(operands)
+    x, *others = vary_alike(operands)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    product = _matmul(static, rows, scale, offset, planes, row_sums, bias)
+    product = _matmul(static, rows, *others)
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
@@ -120,39 +129,49 @@ def _varying_axes(leaf) -> frozenset:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static: _Static, x, scale, offset, planes, row_sums, bias):
+def _matmul(static: _Static, x, scale, offset, planes, row_sums, bias, prologue):
     w = static.weights(scale, offset, planes, row_sums)
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
+            x = _contracted(prologue, x).astype(x.dtype)
             return dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
-        return dispatch(static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias))
+        return dispatch(
+            static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias, prologue)
+        )
 
 
-def _forward(static, x, scale, offset, planes, row_sums, bias):
-    return _matmul(static, x, scale, offset, planes, row_sums, bias), (x, scale, offset, planes, row_sums, bias)
+def _contracted(prologue, x):
+    """What is quantized, float32."""
+    return x.astype(jnp.float32) if prologue is None else prologue(x)
 
 
-def _backward(static, residuals, cotangent):
-    x, scale, offset, planes, row_sums, bias = residuals
+def _forward(static, *operands):
+    return _matmul(static, *operands), operands
+
+
+def _backward(static, operands, cotangent):
+    x, scale, offset, planes, row_sums, bias, prologue = operands
     w = static.weights(scale, offset, planes, row_sums)
     cotangent = cotangent.astype(jnp.float32)
-    dx = jnp.dot(cotangent, w.dequantize().T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
-    x_hat = x.astype(jnp.float32)
-    if static.a_format is not None:
-        x_hat = quantize_tokens(x, static.a_format).dequantize(static.a_format)
+    x_hat, pull_back = jax.vjp(_contracted, prologue, x)
+    dprologue, dx = pull_back(jnp.dot(cotangent, w.dequantize().T, precision=jax.lax.Precision.HIGHEST))
+    if static.a_format is None:
+        x_hat = x_hat.astype(x.dtype).astype(jnp.float32)
+    else:
+        x_hat = quantize_tokens(x_hat, static.a_format).dequantize(static.a_format)
     dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), static.group_size)
     values = split_groups(w.values().T, static.group_size)
     dscale = jnp.sum(dw * values, axis=-1)
     doffset = None if offset is None else jnp.sum(dw, axis=-1)
     dbias = None if bias is None else jnp.sum(cotangent, axis=0).astype(bias.dtype)
-    return dx, dscale, doffset, None, None, dbias
+    return dx, dscale, doffset, None, None, dbias, dprologue
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def check_operands(x, w, a_format, bias) -> None:
-    """Raises ValueError unless x and bias are arrays that fit w, and the product fits int32."""
+def check_operands(x, w, a_format, bias, prologue=None) -> None:
+    """Raises ValueError unless x, bias and prologue fit w, and the product fits int32."""
     if not isinstance(w, BipolarArray):
         raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")
@@ -163,8 +182,14 @@ def check_operands(x, w, a_format, bias) -> None:
             "pass w.T, or quantize with axis=-2"
         )
     *w_batch, k, n = w.shape
-    if x.ndim < 1 or x.shape[-1] != k:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not fit w of shape {w.shape}: x's last axis must be {k=}")
+    if prologue is not None:
+        check_prologue(prologue, k, tuple(w_batch))
+    parts = 1 if prologue is None else prologue.parts
+    if x.ndim < 1 or x.shape[-1] != parts * k:
+        wanted = f"{k=}" if parts == 1 else f"{parts} * k = {parts * k}, gates first"
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit w of shape {w.shape}: x's last axis must be {wanted}"
+        )
     if x.ndim < w.ndim - 1 or list(x.shape[: len(w_batch)]) != w_batch:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit the batch axes {tuple(w_batch)} of w: they must lead x's shape"

@@ -11,6 +11,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
@@ -42,10 +43,14 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
 
 
 def quantized_matmul(
-    x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+    x: Float[Array, "m columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
-    tokens = quantize_tokens(x, a_format)
+    tokens = quantize_tokens(x, a_format, prologue)
     integers = integer_matmul(tokens.codes, w, a_format)
     lengths = group_lengths(w.contracted_size, w.group_size)
     x_sums = epilogue.value_sums(code_sums(tokens.codes, w.group_size), a_format, lengths)

@@ -1,4 +1,4 @@
-"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA.
+"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; and attention of one token.
 
 Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
 second, and not every platform's jaxlib has it.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bipolar_jax.kernels.sm90.execution import check_runnable
+from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 
-__all__ = ["integer_matmul", "plan_matmul", "quantized_matmul", "weight_only_matmul"]
+__all__ = ["decode_attention", "integer_matmul", "plan_matmul", "quantized_matmul", "weight_only_matmul"]
 
 
 def integer_matmul(codes, w, a_format):
@@ -18,9 +18,9 @@ def integer_matmul(codes, w, a_format):
     return _operations().integer_matmul(codes, w, a_format)
 
 
-def quantized_matmul(x, w, a_format, bias):
+def quantized_matmul(x, w, a_format, bias, prologue=None):
     """See `operations.quantized_matmul`."""
-    return _operations().quantized_matmul(x, w, a_format, bias)
+    return _operations().quantized_matmul(x, w, a_format, bias, prologue)
 
 
 def weight_only_matmul(x, w, bias):
@@ -31,6 +31,14 @@ def weight_only_matmul(x, w, bias):
 def plan_matmul(m, dtype, w, a_format):
     """See `operations.plan_matmul`."""
     return _operations().plan_matmul(m, dtype, w, a_format)
+
+
+def decode_attention(*args, **options):
+    """See `attention.decode_attention`."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import attention
+
+    return attention.decode_attention(*args, **options, interpret=interpret_params())
 
 
 def _operations() -> ModuleType:

@@ -46,6 +46,11 @@ def thread_in_warpgroup() -> Value:
     return bits_of(mgpu.thread_idx(), 127)
 
 
+def opaque(word: Value) -> Value:
+    """The word, of which the compiler knows nothing; what is computed from it is not moved out of loops."""
+    return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
+
+
 def synchronize() -> None:
     """Waits for the whole warpgroup."""
     mgpu.warpgroup_barrier()
@@ -77,11 +82,17 @@ def exchange(word: Value, distance: int) -> Value:
     return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
 
 
+def over_warp(kind: str, word: Value) -> Value:
+    """ "add", "max" or "min" of the signed words of all lanes of the warp, which take part."""
+    ptx = f"redux.sync.{kind}.s32 $0, $1, -1;"
+    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
 # Integers and bits.
 
 
-def less(a: Value, b: Value | int) -> Value:
-    return arith.cmpi(arith.CmpIPredicate.slt, a, _value(b))
+def less(a: Value | int, b: Value | int) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, _value(a), _value(b))
 
 
 def equal(a: Value, b: Value | int) -> Value:
@@ -100,8 +111,16 @@ def plus(a: Value, b: Value | int) -> Value:
     return arith.addi(a, _value(b))
 
 
-def times(a: Value, b: int) -> Value:
-    return arith.muli(a, int32(b))
+def times(a: Value, b: Value | int) -> Value:
+    return arith.muli(a, _value(b))
+
+
+def either_bits(a: Value, b: Value) -> Value:
+    return arith.ori(a, b)
+
+
+def shift_right_signed(word: Value, count: int) -> Value:
+    return arith.shrsi(word, int32(count))
 
 
 def bits_of(word: Value, mask: Value | int) -> Value:
@@ -185,6 +204,10 @@ def add_down(a: Value, b: Value) -> Value:
     return _float_op("add.rm.f32", a, b)
 
 
+def subtract(a: Value, b: Value) -> Value:
+    return _float_op("sub.rn.f32", a, b)
+
+
 def divide(a: Value, b: Value) -> Value:
     return _float_op("div.rn.f32", a, b)
 
@@ -192,6 +215,16 @@ def divide(a: Value, b: Value) -> Value:
 def rsqrt(a: Value) -> Value:
     """1 / sqrt(a), good to 2 in the last place."""
     return _float_op("rsqrt.approx.f32", a)
+
+
+def reciprocal(a: Value) -> Value:
+    """1 / a, good to 1 in the last place."""
+    return _float_op("rcp.approx.ftz.f32", a)
+
+
+def exp2(a: Value) -> Value:
+    """2^a, good to 2 in the last place; what is below 2^-126 is 0."""
+    return _float_op("ex2.approx.ftz.f32", a)
 
 
 def at_most(a: Value, limit: float) -> Value:
@@ -260,6 +293,21 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word, int32(i))
     llvm.store(vector, ptr, alignment=4 * len(words))
+
+
+def load_half(ptr: Pointer) -> Value:
+    """A word of the 16 bits there, aligned, and zeros above."""
+    return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
+
+
+def store_byte(ptr: Pointer, word: Value) -> None:
+    """Writes the word's low byte."""
+    llvm.store(arith.trunci(ir.IntegerType.get_signless(8), word), ptr, alignment=1)
+
+
+def order_before_copies() -> None:
+    """What this thread wrote to shared memory so far comes before what TMA writes there later."""
+    inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
 
 
 def _value(number: Value | int) -> Value:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
 from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
 from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
@@ -50,7 +51,11 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
 
 
 def quantized_matmul(
-    x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+    x: Float[Array, "m columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`.
 
@@ -61,7 +66,7 @@ def quantized_matmul(
       NotImplementedError: groups of other sizes than GROUP_SIZES; rows too long to quantize on chip.
     """
     choice = _choose(x.shape[0], w, a_format)
-    tokens = quantize_and_pack(x, a_format, choice.kind, interpret=interpret_params())
+    tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
     return tokens_matmul(tokens, w, a_format, bias, x.dtype)
 
 

@@ -18,30 +18,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.row_emulation import emulate
-from bipolar_jax.kernels.sm90.row_quantizer import SCRATCH_WORDS, RowQuantizer
-from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.row_quantizer import RowQuantizer
+from bipolar_jax.kernels.sm90.row_threads import BLOCK, SCRATCH_WORDS, WARP, WARPGROUP
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
-_MEMORY = 216 * 1024  # bytes of shared memory for slots and gain, of the 227 KiB that a block may have
+_MEMORY = 224 * 1024  # bytes of shared memory for slots and vectors, of the 227 KiB that a block may have
 _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
 _COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
 _VECTOR_UNIT = 4  # tokens: 16 bytes, as what reads the vectors wants them
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RMSNorm:
-    """x * rsqrt(mean(x^2) + eps) * gain, in float32, before x is quantized."""
-
-    gain: Float[Array, " k"]
-    eps: float = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -68,63 +60,69 @@ class PackedTokens:
 
 
 def quantize_and_pack(
-    x: Float[Array, "m k"],
+    x: Float[Array, "m columns"],
     a_format: BipolarFormat,
     operand: OperandKind,
     *,
-    norm: RMSNorm | None = None,
+    prologue: Prologue | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
     """The numbers of `quantize_tokens`, as it is when jitted, in packed form.
 
     Args:
-      x: bfloat16, float16 or float32. A copy is made where k is no multiple of 32 (64, for
-        some shapes).
+      x: bfloat16, float16 or float32; k numbers a row, or as many as the prologue makes k of.
+        A copy is made where k is no multiple of 32 (64, for some shapes).
       a_format: 1 to 8 bits, not ternary.
       operand: what the words are, see `PackedTokens`.
-      norm: normalizes x first, in float32, but in an order of its own.
+      prologue: what is done to x first, in float32, but sums in an order of their own.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Raises:
-      ValueError: another dtype, format or operand, or a gain of another length.
+      ValueError: another dtype, format or operand, or vectors of another length.
       NotImplementedError: a row does not fit the shared memory.
     """
-    quantizer, inputs = plan(x, a_format, operand, norm)
+    quantizer, inputs = plan(x, a_format, operand, prologue)
     return PackedTokens(*_launch(quantizer, inputs, blocks, interpret))
 
 
 def plan(
-    x: Float[Array, "m k"], a_format: BipolarFormat, operand: OperandKind, norm: RMSNorm | None
+    x: Float[Array, "m columns"], a_format: BipolarFormat, operand: OperandKind, prologue: Prologue | None
 ) -> tuple[RowQuantizer, list[Array]]:
-    """What the warpgroups do, and the inputs as they take them: x, and the gain if there is one."""
-    m, k = x.shape
-    dtypes = [x.dtype.name] if norm is None else [x.dtype.name, norm.gain.dtype.name]
+    """What the warpgroups do, and the inputs as they take them: x, and the prologue's vectors."""
+    m, columns = x.shape
+    vectors = jax.tree.leaves(prologue)
+    dtypes = [array.dtype.name for array in (x, *vectors)]
     if not _NUMBERS.keys() >= set(dtypes):
-        raise ValueError(f"x and the gain must be bfloat16, float16 or float32, got {', '.join(dtypes)}")
+        raise ValueError(f"x and the prologue must be bfloat16, float16 or float32, got {', '.join(dtypes)}")
     if a_format.ternary or operand not in ("planes", "int8"):
         raise ValueError(f'activations are packed as "planes" or "int8" of 1 to 8 bits, got {operand!r}, {a_format}')
-    if norm is not None and norm.gain.shape != (k,):
-        raise ValueError(f"the gain must have shape {(k,)} for x of shape {x.shape}, got {norm.gain.shape}")
-    threads = _threads_of_row(m, k, x.dtype.itemsize)
-    inputs = [fill_up(x, max(BLOCK, _COPY_BYTES * threads // WARPGROUP // x.dtype.itemsize))]
-    if norm is not None:
-        inputs.append(fill_up(norm.gain, max(BLOCK, _COPY_BYTES // norm.gain.dtype.itemsize)))
+    parts = 1 if prologue is None else prologue.parts
+    k = columns // parts
+    if columns % parts or any(vector.shape != (k,) for vector in vectors):
+        raise ValueError(
+            f"x of shape {x.shape} does not fit the prologue of {parts} parts and vectors of shapes "
+            f"{[vector.shape for vector in vectors]}: these must be {(k,)}"
+        )
+    threads = _threads_of_row(m, k, columns * x.dtype.itemsize)
     quantizer = RowQuantizer(
         m=m,
         k=k,
         number=_NUMBERS[x.dtype.name],
-        gain_number=None if norm is None else _NUMBERS[norm.gain.dtype.name],
-        eps=0.0 if norm is None else norm.eps,
+        prologue=jax.tree.map(lambda vector: _NUMBERS[vector.dtype.name], prologue),
         code_words=CodeWords(a_format, signed=operand == "int8"),
         row_words=-(-k // (4 * WORD_BITS)) * 4 if operand == "planes" else 8 * num_words(k),
         threads=threads,
     )
+    whole_copies = _COPY_BYTES * threads // WARPGROUP // x.dtype.itemsize
+    filled = fill_up(x.reshape(m, parts, k), BLOCK).reshape(m, -1)
+    inputs = [fill_up(filled, max(BLOCK, whole_copies))]
+    inputs += [fill_up(vector, max(BLOCK, _COPY_BYTES // vector.dtype.itemsize)) for vector in vectors]
     return quantizer, inputs
 
 
-def _threads_of_row(m: int, k: int, itemsize: int) -> int:
+def _threads_of_row(m: int, k: int, row_bytes: int) -> int:
     """How many threads share a row.
 
     The fewer, the less is spent on what is done once a row; the more, the sooner few or long
@@ -132,8 +130,8 @@ def _threads_of_row(m: int, k: int, itemsize: int) -> int:
     one bit: 65536 x 576 takes 23 us with 8 threads and 31 with 32; 8192 x 6144 takes 28 us with
     32 threads and 30 with 128, 8192 x 8192 takes 38 and 37.
     """
-    for threads, row_bytes in ((_FEW, 2048), (WARP, 12288)):
-        if k * itemsize <= row_bytes and m * threads >= WARPGROUP * MULTIPROCESSORS:
+    for threads, most_bytes in ((_FEW, 2048), (WARP, 12288)):
+        if row_bytes <= most_bytes and m * threads >= WARPGROUP * MULTIPROCESSORS:
             return threads
     return WARP if k <= WARP * BLOCK else WARPGROUP
 
@@ -141,8 +139,8 @@ def _threads_of_row(m: int, k: int, itemsize: int) -> int:
 def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
     """Runs the kernel; returns the fields of `PackedTokens`."""
     m, rows, columns = quantizer.m, quantizer.rows, inputs[0].shape[1]
-    gain_bytes = sum(gain.size * gain.dtype.itemsize for gain in inputs[1:])
-    warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, gain_bytes)
+    vector_bytes = sum(vector.nbytes for vector in inputs[1:])
+    warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, vector_bytes)
     steps = pl.cdiv(m, rows)
     blocks = min(blocks, steps)
     workers = warpgroups * blocks
@@ -151,9 +149,9 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
     last_slot = plgpu.OOBFillMode.UNDEFINED if m % rows else in_bounds
 
     def kernel(*refs):
-        x, *gain = refs[: len(inputs)]
+        x, *vectors = refs[: len(inputs)]
         outputs = refs[len(inputs) : len(inputs) + 4]
-        ring, scratch, arrived, *gain_slot = refs[len(inputs) + 4 :]
+        ring, scratch, arrived, *vector_slots = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = warpgroup * blocks + block  # few rows go to different multiprocessors
 
@@ -172,19 +170,21 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         turns = lax.div(steps - worker + workers - 1, workers)
         for turn in range(slots):
             pl.when(turn < turns)(functools.partial(load, turn))
-        if gain:
+        vector_slots, arrivals = vector_slots[: len(vectors)], vector_slots[len(vectors) :]
 
-            @pl.when(warpgroup == 0)
-            def _():
-                plgpu.copy_gmem_to_smem(*gain, *gain_slot, oob_mode=in_bounds)
+        @pl.when(warpgroup == 0)
+        def _():
+            for vector, vector_slot, arrival in zip(vectors, vector_slots, arrivals, strict=True):
+                plgpu.copy_gmem_to_smem(vector, vector_slot, arrival, oob_mode=in_bounds)
 
-            plgpu.barrier_wait(gain_slot[1])
+        for arrival in arrivals:
+            plgpu.barrier_wait(arrival)
 
         @pl.loop(0, turns)
         def _(turn):
             slot = lax.rem(turn, slots)
             plgpu.barrier_wait(arrived.at[warpgroup * slots + slot])
-            operands = (ring.at[warpgroup, slot], scratch.at[warpgroup], *outputs, *gain_slot[:1])
+            operands = (ring.at[warpgroup, slot], scratch.at[warpgroup], *outputs, *vector_slots)
             (_quantize if interpret is None else emulate)(quantizer, first_row(turn), *operands)
             pl.when(turn + slots < turns)(functools.partial(load, turn + slots))
 
@@ -193,8 +193,8 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         plgpu.SMEM((warpgroups, SCRATCH_WORDS), jnp.int32),
         plgpu.Barrier(num_barriers=warpgroups * slots),
     ]
-    for gain in inputs[1:]:
-        scratch_types += [plgpu.SMEM(gain.shape, gain.dtype), plgpu.Barrier()]
+    scratch_types += [plgpu.SMEM(vector.shape, vector.dtype) for vector in inputs[1:]]
+    scratch_types += [plgpu.Barrier() for _ in inputs[1:]]
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -225,11 +225,13 @@ def check_row(k: int, dtype: jnp.dtype) -> None:
     _share_memory(columns * jnp.dtype(dtype).itemsize, 0)
 
 
-def _share_memory(slot_bytes: int, gain_bytes: int) -> tuple[int, int]:
+def _share_memory(slot_bytes: int, vector_bytes: int) -> tuple[int, int]:
     """Warpgroups of a block, and slots for each."""
-    fit = (_MEMORY - gain_bytes) // slot_bytes
+    fit = (_MEMORY - vector_bytes) // slot_bytes
     if fit < 1:
-        raise NotImplementedError(f"a row takes {slot_bytes + gain_bytes} bytes, more than {_MEMORY} of shared memory")
+        raise NotImplementedError(
+            f"a row takes {slot_bytes + vector_bytes} bytes, more than {_MEMORY} of shared memory"
+        )
     # With two slots a warpgroup works on one while the other fills; where rows are too long for
     # that, others work while one waits.
     if fit < 6:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
@@ -17,14 +17,15 @@ from bipolar_jax.packing.words import WORD_BITS
 
 
 def emulate(
-    quantizer: RowQuantizer, first_row: Int[Array, ""], x, scratch, words, scale, zero_code, code_sums, gain=None
+    quantizer: RowQuantizer, first_row: Int[Array, ""], x, scratch, words, scale, zero_code, code_sums, *vectors
 ) -> None:
     """`RowQuantizer.quantize` on refs."""
     a_format, k = quantizer.code_words.a_format, quantizer.k
-    numbers = x[...][:, :k]
-    if gain is not None:
-        numbers = normalize(numbers, gain[...][:k], quantizer.eps)
-    tokens = quantize_tokens(numbers, a_format)
+    parts = 1 if quantizer.prologue is None else quantizer.prologue.parts
+    filled = quantizer.blocks * BLOCK
+    numbers = x[...][:, : parts * filled].reshape(quantizer.rows, parts, filled)[..., :k]
+    prologue = jax.tree.unflatten(jax.tree.structure(quantizer.prologue), [vector[...][:k] for vector in vectors])
+    tokens = quantize_tokens(numbers.reshape(quantizer.rows, -1), a_format, prologue)
     if quantizer.code_words.signed:
         packed = _pack_bytes(a_format.signed_codes(tokens.codes))
     else:
@@ -42,13 +43,6 @@ def emulate(
             code_sums[first_row + i] = sums[i]
 
     plgpu.commit_smem()  # what was read may be overwritten by TMA
-
-
-def normalize(x: Float[Array, "m k"], gain: Float[Array, " k"], eps: float) -> Float[Array, "m k"]:
-    """RMSNorm in float32."""
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-    return x * lax.rsqrt(mean_square + eps) * gain.astype(jnp.float32)
 
 
 def _pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:

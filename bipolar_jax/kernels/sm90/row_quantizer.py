@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords, byte_order_of, gather_words, transpose_to_planes
 from bipolar_jax.kernels.sm90.instructions import Value
-from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARPGROUP, RowThreads, tree
+from bipolar_jax.kernels.sm90.row_activation import source_of
+from bipolar_jax.kernels.sm90.row_source import Source
+from bipolar_jax.kernels.sm90.row_threads import BLOCK, CODE_SUM, WARPGROUP, RowThreads
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
-
-SCRATCH_WORDS = 16  # of shared memory for a warpgroup's sums and extremes over its four warps
-_HIGH, _LOW, _CODE_SUM, _SQUARES = 0, 4, 8, 12  # where in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class RowQuantizer:
     """Quantizes and packs the rows that are in one slot of shared memory.
 
     Attributes:
-      m, k: rows, and numbers a row, of the whole of x.
-      number, gain_number: "bf16", "f16" or "f32", of x and of the gain (None: no RMSNorm).
-      eps: of the RMSNorm.
+      m, k: rows, and numbers quantized of each, of the whole of x.
+      number: "bf16", "f16" or "f32", of x.
+      prologue: what is done to x first, in place of its vectors what numbers they have.
       code_words: the codes and where they go.
       row_words: words of a row of one plane in the output.
       threads: how many share a row; a slot has a row for each of the warpgroup's shares.
@@ -35,14 +35,14 @@ class RowQuantizer:
     m: int
     k: int
     number: str
-    gain_number: str | None
-    eps: float
+    prologue: Prologue | None
     code_words: CodeWords
     row_words: int
     threads: int
 
     @property
     def blocks(self) -> int:
+        """Of a row's codes, and of each part of a row of x."""
         return -(-self.k // BLOCK)
 
     @property
@@ -55,26 +55,26 @@ class RowQuantizer:
         """Of the words in the output."""
         return 1 if self.code_words.signed else self.code_words.a_format.bits
 
-    def quantize(self, first_row, x, scratch, words, scale, zero_code, code_sums, gain=None) -> None:
+    def quantize(self, first_row, x, scratch, words, scale, zero_code, code_sums, *vectors) -> None:
         """What a warpgroup does with a slot; its threads leave together.
 
         Args:
           first_row: int32, of the slot.
-          x: the slot in shared memory, rows of blocks * 32 numbers that are 0 from k on.
+          x: the slot in shared memory, rows of blocks * 32 numbers that are 0 from k on, for each part of the prologue.
           scratch: int32 [SCRATCH_WORDS] in shared memory, of the warpgroup's own.
           words, scale, zero_code, code_sums: the outputs in global memory.
-          gain: in shared memory, 0 from k on.
+          *vectors: of the prologue, in shared memory, 0 from k on.
         """
         row = RowThreads(self.m, self.blocks, self.threads, first_row, scratch)
-        source = _Source(self, row, x, gain)
+        source = source_of(self.prologue, self.number, self.k, row, x, list(vectors))
         grid = _grid(self.code_words, *source.extremes())
         row.write(scale, gpu.as_word(grid.scale))
         row.write(zero_code, gpu.int32(0) if grid.zero is None else gpu.to_int(grid.zero))
-        (total,) = row.combine(gpu.plus, {_CODE_SUM: self._pack(row, source, grid, words)})
+        (total,) = row.combine(gpu.plus, {CODE_SUM: self._pack(row, source, grid, words)})
         row.write(code_sums, gpu.plus(total, -self.code_words.least_code * self.k))
         row.leave()
 
-    def _pack(self, row: RowThreads, source: _Source, grid: _Grid, words: Value) -> Value:
+    def _pack(self, row: RowThreads, source: Source, grid: _Grid, words: Value) -> Value:
         """Rounds, packs and stores the row; returns the sum of the codes that this thread packed."""
         codes, plane_bytes = self.code_words, 4 * self.row_words * self.m
         bases = {place: gpu.float32(codes.rounding_base(place) + codes.least_code) for place in codes.places}
@@ -118,85 +118,6 @@ class RowQuantizer:
             part = gpu.int32(self.code_words.valid_bits(word, self.k % BLOCK))
             mask = gpu.choose(gpu.equal(position, last), part, mask)
         return gpu.choose(gpu.less(position, last + 1), mask, gpu.int32(0))
-
-
-class _Source:
-    """The numbers to quantize: those of the slot, times the gain if there is one.
-
-    With a gain what is quantized is r x g, r being 1 / sqrt(mean(x^2) + eps) of the row. Products
-    x g of 16-bit numbers are exact, their extremes are known as soon as r is, and r comes in
-    only where numbers are multiplied anyway.
-    """
-
-    def __init__(self, quantizer: RowQuantizer, row: RowThreads, x: Value, gain: Value | None):
-        self._quantizer, self._row = quantizer, row
-        self._x = row.start_in_slot(x, quantizer.number)
-        self._gain = None if gain is None else gpu.pointer(gain, gpu.SHARED)
-
-    def numbers(self, block: Value) -> list[list[Value]]:
-        """A block's numbers, 8 at a time."""
-        return self._times_gain(self._row.load_numbers(self._x, self._quantizer.number, block), block)
-
-    def _times_gain(self, numbers: list[list[Value]], block: Value) -> list[list[Value]]:
-        if self._gain is None:
-            return numbers
-        gains = self._row.load_numbers(self._gain, self._quantizer.gain_number, block)
-        return [
-            [gpu.multiply(*pair) for pair in zip(*eights, strict=True)] for eights in zip(numbers, gains, strict=True)
-        ]
-
-    def extremes(self) -> tuple[Value, Value, Value | None]:
-        """max(number, 0) and -min(number, 0) of the row in float32, NaN if it has any; and r."""
-        if self._gain is not None:
-            return self._extremes_and_size()
-        number = self._quantizer.number
-
-        def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            return _widen(number, values, [word for q in self._row.load(self._x, number, block) for word in q])
-
-        high, low = self._row.over_blocks(visit, [gpu.int32(0)] * 2, wanted=self._row.blocks)
-        larger = functools.partial(gpu.extreme, "max", number)
-        if number == "f32":
-            words = self._row.combine(larger, {_HIGH: high, _LOW: gpu.flip_bits(low, 0x80000000)})
-            return gpu.as_float(words[0]), gpu.as_float(words[1]), None
-        # Two numbers a word so far; from here the high one and minus the low one.
-        minus_low = gpu.flip_bits(low, 0x80008000)
-        both = larger(gpu.pick_bytes(high, minus_low, 0x5410), gpu.pick_bytes(high, minus_low, 0x7632))
-        (both,) = self._row.combine(larger, {_HIGH: both})
-        return *gpu.expand(number, both), None
-
-    def _extremes_and_size(self) -> tuple[Value, Value, Value]:
-        quantizer = self._quantizer
-
-        def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            numbers = self._row.load_numbers(self._x, quantizer.number, block)
-            squares = [functools.reduce(lambda total, x: gpu.fma(x, x, total), q, gpu.float32(0)) for q in numbers]
-            total = tree(gpu.add, squares)
-            if position is not None:
-                total = gpu.choose(gpu.less(position, self._row.blocks), total, gpu.float32(0))
-            products = [gpu.as_word(x) for q in self._times_gain(numbers, block) for x in q]
-            return [*_widen("f32", values[:2], products), gpu.add(values[2], total)]
-
-        start = [gpu.int32(0), gpu.int32(0), gpu.float32(0)]
-        high, low, squares = self._row.over_blocks(visit, start, wanted=self._row.blocks)
-
-        def add_words(a: Value, b: Value) -> Value:
-            return gpu.as_word(gpu.add(gpu.as_float(a), gpu.as_float(b)))
-
-        larger = functools.partial(gpu.extreme, "max", "f32")
-        (squares,) = self._row.combine(add_words, {_SQUARES: gpu.as_word(squares)})
-        high, minus_low = self._row.combine(larger, {_HIGH: high, _LOW: gpu.flip_bits(low, 0x80000000)})
-        mean = gpu.divide(gpu.as_float(squares), gpu.float32(quantizer.k))
-        size = gpu.rsqrt(gpu.add(mean, gpu.float32(quantizer.eps)))
-        return gpu.as_float(high), gpu.as_float(minus_low), size
-
-
-def _widen(number: str, values: list[Value], words: list[Value]) -> list[Value]:
-    """The larger of the first value and all words, the smaller of the second and all."""
-    return [
-        tree(functools.partial(gpu.extreme, kind, number), [value, *words])
-        for kind, value in zip(("max", "min"), values, strict=True)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

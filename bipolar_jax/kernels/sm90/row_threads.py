@@ -21,6 +21,8 @@ from bipolar_jax.kernels.sm90.instructions import Pointer, Value
 BLOCK = 32
 WARP, WARPGROUP = 32, 128
 _UNROLLED = 2  # times around a loop over blocks
+SCRATCH_WORDS = 20  # of shared memory for a warpgroup's sums and extremes over its four warps
+HIGH, LOW, CODE_SUM, SQUARES, SUM = 0, 4, 8, 12, 16  # where in it: what was combined may be read until the row ends
 
 # A visit to a block: its index, its position or None, and the values carried; returns the new values.
 Visit = Callable[[Value, Value | None, list[Value]], list[Value]]
@@ -69,22 +71,43 @@ class RowThreads:
         self.index = gpu.plus(first_row, self._row_in_slot)
         self._exists = gpu.less(self.index, m) if m % (WARPGROUP // threads) else None
 
-    def start_in_slot(self, slot: Value, number: str) -> Pointer:
-        """Where in the slot the row begins."""
+    def start_in_slot(self, slot: Value, number: str, parts: int) -> Pointer:
+        """Where in the slot the row begins, of so many parts, each of its blocks."""
         start = gpu.pointer(slot, gpu.SHARED)
         if self._threads == WARPGROUP:
             return start
-        return gpu.advance(start, gpu.times(self._row_in_slot, self.blocks * block_bytes(number)))
+        return gpu.advance(start, gpu.times(self._row_in_slot, parts * self.blocks * block_bytes(number)))
+
+    def next_part(self, start: Pointer, number: str) -> Pointer:
+        """Where the part after the one that starts there begins."""
+        return gpu.advance(start, self.blocks * block_bytes(number))
 
     def load(self, start: Pointer, number: str, block: Value) -> list[list[Value]]:
         """Words of a block, a quarter (8 numbers) at a time, in this thread's order."""
+        return [
+            [word for offset in range(0, block_bytes(number) // 4, 16) for word in gpu.load(gpu.advance(at, offset), 4)]
+            for at in self._quarters(start, number, block)
+        ]
+
+    def store(self, start: Pointer, number: str, block: Value, position: Value | None, quarters: list[list[Value]]):
+        """Writes what `load` loads, if the thread has a block at the position."""
+        with contextlib.nullcontext() if position is None else gpu.when(gpu.less(position, self.blocks)):
+            for at, words in zip(self._quarters(start, number, block), quarters, strict=True):
+                for i in range(0, len(words), 4):
+                    gpu.store(gpu.advance(at, 4 * i), words[i : i + 4])
+
+    def _quarters(self, start: Pointer, number: str, block: Value) -> list[Pointer]:
         quarter = block_bytes(number) // 4
         block_start = gpu.advance(start, gpu.times(block, 4 * quarter))
-        quarters = []
-        for i in range(4):
-            at = gpu.advance(block_start, gpu.times(gpu.flip_bits(self.swizzle, i), quarter))
-            quarters.append([word for offset in range(0, quarter, 16) for word in gpu.load(gpu.advance(at, offset), 4)])
-        return quarters
+        return [gpu.advance(block_start, gpu.times(gpu.flip_bits(self.swizzle, i), quarter)) for i in range(4)]
+
+    def first_of(self, numbers: list[list[Value]], count: Value) -> list[list[Value]]:
+        """A block's numbers, 0 in place of those that come after the first `count`."""
+        firsts = [gpu.times(gpu.flip_bits(self.swizzle, i), 8) for i in range(4)]
+        return [
+            [gpu.choose(gpu.less(gpu.plus(first, j), count), x, gpu.float32(0)) for j, x in enumerate(q)]
+            for first, q in zip(firsts, numbers, strict=True)
+        ]
 
     def load_numbers(self, start: Pointer, number: str, block: Value) -> list[list[Value]]:
         """As `load`, the numbers as float32."""

@@ -80,7 +80,14 @@ def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
 
 
 def accumulate(
-    acc: Int[Array, "m n"], x_tile, w_tile, kind: OperandKind, *, part: tuple[int, int] = (0, 1), emulate: bool
+    acc: Int[Array, "m n"],
+    x_tile,
+    w_tile,
+    kind: OperandKind,
+    *,
+    part: tuple[int, int] = (0, 1),
+    block_rows: int = ROWS_PER_INSTRUCTION,
+    emulate: bool,
 ) -> Int[Array, "m n"]:
     """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
 
@@ -93,11 +100,13 @@ def accumulate(
       w_tile: likewise [n, WORDS_PER_ROW], or with several leading axes that make n rows.
       kind: what the words hold.
       part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row; i may be traced.
+      block_rows: rows of x_tile for each 64 of the accumulator; of fewer the other rows' sums have no meaning,
+        what follows the tile being multiplied instead, and there must be memory.
       emulate: compute it in interpret mode.
     """
     _check_width(acc.shape[1])
     if emulate:
-        return acc + _emulated_product(x_tile, w_tile, kind, part)
+        return acc + _with_empty_rows(_emulated_product(x_tile, w_tile, kind, part), block_rows)
 
     index, parts = part
 
@@ -105,19 +114,26 @@ def accumulate(
         arg_types=(ACCUMULATOR, *_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(acc.shape)
     )
     def instructions(_, acc, x_tile, w_tile, index):
-        registers = _issue(acc.registers, x_tile, w_tile, kind, index, parts, acc.shape[1])
+        registers = _issue(acc.registers, x_tile, w_tile, kind, index, parts, acc.shape[1], block_rows)
         return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
     return instructions(acc, x_tile, w_tile, jnp.int32(index))
 
 
 def start(
-    shape: tuple[int, int], x_tile, w_tile, kind: OperandKind, *, part: tuple[int, int] = (0, 1), emulate: bool
+    shape: tuple[int, int],
+    x_tile,
+    w_tile,
+    kind: OperandKind,
+    *,
+    part: tuple[int, int] = (0, 1),
+    block_rows: int = ROWS_PER_INSTRUCTION,
+    emulate: bool,
 ) -> Int[Array, "m n"]:
     """`accumulate` from zero, without registers to be cleared before."""
     _check_width(shape[1])
     if emulate:
-        return _emulated_product(x_tile, w_tile, kind, part)
+        return _with_empty_rows(_emulated_product(x_tile, w_tile, kind, part), block_rows)
 
     index, parts = part
 
@@ -125,7 +141,7 @@ def start(
     def instructions(_, x_tile, w_tile, index):
         layout = ACCUMULATOR.to_mgpu()
         nothing = np.full(layout.registers_shape(shape), None, dtype=object)
-        registers = _issue(nothing, x_tile, w_tile, kind, index, parts, shape[1])
+        registers = _issue(nothing, x_tile, w_tile, kind, index, parts, shape[1], block_rows)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
     return instructions(x_tile, w_tile, jnp.int32(index))
@@ -180,6 +196,13 @@ def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) 
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
 
 
+def _with_empty_rows(product: Int[Array, "rows n"], block_rows: int) -> Int[Array, "m n"]:
+    """Every `block_rows` of a product filled up to 64."""
+    blocks = product.reshape(-1, block_rows, product.shape[1])
+    filled = jnp.pad(blocks, ((0, 0), (0, ROWS_PER_INSTRUCTION - block_rows), (0, 0)))
+    return filled.reshape(-1, product.shape[1])
+
+
 def _descriptor(tile: ir.Value) -> ir.Value:
     """Matrix descriptor of a K-major tile in the 128-byte swizzle (PTX ISA, "Matrix descriptor").
 
@@ -214,6 +237,7 @@ def _issue(
     index: mgpu.FragmentedArray,
     parts: int,
     n: int,
+    block_rows: int = ROWS_PER_INSTRUCTION,
 ) -> np.ndarray:
     """The instructions of the index-th of `parts` parts of a row; registers of None start from zero.
 
@@ -229,7 +253,7 @@ def _issue(
     x_descriptor, w_descriptor = (
         llvm.add(_descriptor(tile), start, overflow_flags=llvm.IntegerOverflowFlags.none) for tile in (x_tile, w_tile)
     )
-    block_stride = ROWS_PER_INSTRUCTION * BYTES_PER_ROW
+    block_stride = block_rows * BYTES_PER_ROW
     steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // parts
     nvvm.wgmma_fence_aligned()
     for step in range(steps):

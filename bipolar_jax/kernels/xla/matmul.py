@@ -17,6 +17,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
@@ -35,10 +36,14 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
 
 
 def quantized_matmul(
-    x: Float[Array, "m k"], w: BipolarArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+    x: Float[Array, "m columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
-    tokens = quantize_tokens(x, a_format)
+    tokens = quantize_tokens(x, a_format, prologue)
 
     def add_group(total, group_and_scales):
         group, scale, offset = group_and_scales

@@ -1,0 +1,114 @@
+"""What is done to activations before they are quantized, in one step with it: a norm, or an activation function.
+
+Each is a function from rows of x to the float32 numbers that are quantized; nothing is rounded to x's
+dtype in between. The functions here are the definition; a backend may compute them in another order.
+Their arrays are leaves of a pytree, the rest is static, so that `jax.vjp` of them is their gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RMSNorm:
+    """x * rsqrt(mean(x^2) + eps) * gain. Source: arXiv 1910.07467."""
+
+    gain: Float[Array, "*batch k"]
+    eps: float = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def parts(self) -> int:
+        """Numbers of x for each number that is quantized."""
+        return 1
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
+        """float32."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps) * gain + bias. Source: arXiv 1607.06450."""
+
+    gain: Float[Array, "*batch k"]
+    bias: Float[Array, "*batch k"]
+    eps: float = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def parts(self) -> int:
+        """As `RMSNorm.parts`."""
+        return 1
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
+        """float32."""
+        x = x.astype(jnp.float32)
+        deviation = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(deviation * deviation, axis=-1, keepdims=True)
+        normalized = deviation * jax.lax.rsqrt(variance + self.eps)
+        return normalized * self.gain.astype(jnp.float32) + self.bias.astype(jnp.float32)
+
+
+Function = Literal["silu", "gelu", "relu"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """function(x); or, gated, function(first half of x) * second half. Source of the gates: arXiv 2002.05202.
+
+    Attributes:
+      function: "silu", "gelu" by its tanh formula, or "relu".
+      gated: x has twice as many numbers as are quantized, gates first.
+    """
+
+    function: Function = dataclasses.field(metadata=_STATIC)
+    gated: bool = dataclasses.field(default=False, metadata=_STATIC)
+
+    def __post_init__(self):
+        if self.function not in get_args(Function):
+            raise ValueError(f"the function must be one of {', '.join(get_args(Function))}, got {self.function!r}")
+
+    @property
+    def parts(self) -> int:
+        """As `RMSNorm.parts`."""
+        return 2 if self.gated else 1
+
+    def __call__(self, x: Float[Array, "*rows columns"]) -> Float[Array, "*rows k"]:
+        """float32."""
+        x = x.astype(jnp.float32)
+        if not self.gated:
+            return _FUNCTIONS[self.function](x)
+        gate, up = jnp.split(x, 2, axis=-1)
+        return _FUNCTIONS[self.function](gate) * up
+
+
+_FUNCTIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True), "relu": jax.nn.relu}
+
+Prologue = RMSNorm | LayerNorm | Activation
+
+
+def check_prologue(prologue: Prologue, k: int, w_batch: tuple[int, ...]) -> None:
+    """Raises ValueError unless it is a prologue whose vectors are floats of shape (k,) or (*w_batch, k)."""
+    if not isinstance(prologue, Prologue):
+        raise ValueError(
+            f"the prologue must be an RMSNorm, a LayerNorm or an Activation, got {type(prologue).__name__}: "
+            "make one with bipolar_jax.ops"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prologue):
+        name = f"{type(prologue).__name__}{jax.tree_util.keystr(path)}"
+        if leaf.dtype.name not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"{name} must be bfloat16, float16 or float32, got {leaf.dtype.name}: cast it first")
+        if leaf.shape not in ((k,), (*w_batch, k)):
+            raise ValueError(f"{name} has shape {tuple(leaf.shape)}, w needs {(*w_batch, k)} or {(k,)}")

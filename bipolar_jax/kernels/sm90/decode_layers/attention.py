@@ -1,0 +1,218 @@
+"""Attention of the new token to the cache and to itself, a head's positions shared out over blocks and warpgroups.
+
+Every row of a warpgroup's matrices has a softmax of its own over the positions that fall to it (one of 64), so that
+nothing passes between threads until the end, when rows, warpgroups and, in the next product, blocks are put together:
+with a row's largest score m, its sum l of 2^(score - m), and its sum of values a, weighted likewise, the whole is
+sum 2^(m - M) a / sum 2^(m - M) l with M the largest m.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.sm90.decode_layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.decode_layers.threads import (
+    ALONG_COLUMNS,
+    ALONG_ROWS,
+    MATRIX,
+    VECTOR,
+    WARPS,
+    add_pairs,
+    collect,
+    load_vector,
+    pairwise_max,
+    pinned,
+    share,
+    share_columns,
+    store_vector,
+)
+
+HALF = HEAD_DIM // 2
+_NOTHING = -1e30  # the score of what is not attended to; its weight is 0 beside any other
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Refs of what is attended to.
+
+    Attributes:
+      keys, values: [layers, 1, kv_heads, capacity, HEAD_DIM].
+      length: positions that hold a token, int32 [1].
+      cos, sin: of the new token's position, float32 [HEAD_DIM]: each twice, the sines negative at first.
+    """
+
+    keys: Any
+    values: Any
+    length: Any
+    cos: Any
+    sin: Any
+
+
+class CacheRing:
+    """Chunks of 64 positions of a head's keys and values, of one warpgroup, over all layers.
+
+    One slot of keys and one of values, or one for both in turn.
+    """
+
+    def __init__(self, shape: LayersShape, cache: Cache, layers: range, me, block, slots, arrived):
+        self._cache, self._me, self._slots, self._arrived = cache, me, slots, arrived
+        self.head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
+        self.takes_part = self.head < shape.heads
+        self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
+        self.length = cache.length[0]
+        chunks = lax.div(self.length + (POSITIONS - 1), POSITIONS)
+        self._first = lax.div(chunks * split, shape.splits) + me
+        end = lax.div(chunks * (split + 1), shape.splits)
+        mine = lax.div(jnp.maximum(end - self._first + (WARPGROUPS - 1), 0), WARPGROUPS)
+        self.chunks = jnp.where(self.takes_part, mine, 0)
+        self.has_new = self.takes_part & (split == shape.splits - 1)
+        self.record = self.head * shape.records + split
+        self._slots_apart = shape.cache_slots == 2
+        self._layers, self._first_layer = len(layers), layers[0]
+        self._load(0, 0 * me)
+        if self._slots_apart:
+            self._load(1, 0 * me)
+
+    def number(self, layer, chunk):
+        """The count of chunks before one."""
+        return layer * self.chunks + chunk
+
+    def position(self, chunk):
+        """Of a chunk's first row."""
+        return (self._first + chunk * WARPGROUPS) * POSITIONS
+
+    def wait(self, kind: int) -> None:
+        """Waits for a chunk of keys (0) or of values (1)."""
+        plgpu.barrier_wait(self._arrived.at[kind * WARPGROUPS + self._me])
+
+    def read(self, kind: int, half: int, *, emulate: bool) -> Float[Array, "64 64"]:
+        """The lower or the upper half of every vector."""
+        slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate), half]
+        return plgpu.load(slot, layout=MATRIX).astype(jnp.float32)
+
+    def refill(self, kind: int, number) -> None:
+        """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
+        plgpu.commit_smem()
+        if self._slots_apart:
+            self._load(kind, number + 1)
+        else:
+            self._load(1 - kind, number + kind)
+
+    def _at(self, kind: int):
+        return self._slots.at[kind if self._slots_apart else 0, self._me]
+
+    def _load(self, kind: int, number) -> None:
+        @pl.when(number < self._layers * self.chunks)
+        def _():
+            layer = self._first_layer + lax.div(number, jnp.maximum(self.chunks, 1))
+            chunk = lax.rem(number, jnp.maximum(self.chunks, 1))
+            source = (self._cache.keys, self._cache.values)[kind]
+            for half in range(2):
+                # [64 positions, 64 numbers]
+                plgpu.copy_gmem_to_smem(
+                    source.at[layer, 0, self.kv_head, pl.ds(self.position(chunk), POSITIONS), pl.ds(half * HALF, HALF)],
+                    self._at(kind).at[half],
+                    self._arrived.at[kind * WARPGROUPS + self._me],
+                )
+
+
+def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_start, me, block, shared, partials):
+    """Leaves this block's part of its head's attention in memory; every warpgroup takes part.
+
+    Args:
+      layer: counted from the first that is computed.
+      qkv: flat float32 in memory; the layer's projections begin at `qkv_start`.
+      partials: flat float32 in memory, `records` of PARTIAL numbers for every head.
+    """
+    emulate = shared.emulate
+
+    def vector(ref, start):
+        return load_vector(ref, start, start + HEAD_DIM, emulate=emulate)
+
+    def rotated(start):
+        """Number i of the lower half pairs with i of the upper one: a cos - b sin, b cos + a sin."""
+        start = qkv_start + start
+        halves_exchanged = load_vector(qkv, start, start + HEAD_DIM, turned=HALF, emulate=emulate)
+        return vector(qkv, start) * vector(cache.cos, 0) + halves_exchanged * vector(cache.sin, 0)
+
+    def as_cached(numbers):
+        return numbers.astype(cache.keys.dtype).astype(jnp.float32)
+
+    q = rotated(jnp.minimum(ring.head, shape.heads - 1) * HEAD_DIM) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
+    k_start = (shape.heads + ring.kv_head) * HEAD_DIM
+    k, v = as_cached(rotated(k_start)), as_cached(vector(qkv, qkv_start + k_start + shape.kv_heads * HEAD_DIM))
+    # The query goes where the sums over rows will be left at the end; the new token's score is summed four times.
+    query = shared.columns.at[me * WARPS]
+    query[...] = q
+    share(shared.exchange.at[2], me, [q * k], "sum", VECTOR, emulate=emulate)
+    plgpu.commit_smem()
+
+    def score(half: int, position_keys):
+        part = plgpu.load(query.at[pl.ds(half * HALF, HALF)], layout=ALONG_COLUMNS, optimized=False)
+        return jnp.sum(position_keys * lax.broadcast_in_dim(part, (POSITIONS, HALF), (1,)), axis=1)
+
+    row = plgpu.broadcasted_iota(jnp.int32, (POSITIONS,), 0, layout=ALONG_ROWS)
+    nothing = plgpu.layout_cast(jnp.zeros((POSITIONS, HALF // 2), jnp.float32), MATRIX)
+    total = plgpu.layout_cast(jnp.zeros((POSITIONS,), jnp.float32), ALONG_ROWS)
+    largest, sums = total + _NOTHING, (nothing, nothing)
+
+    def chunk(index, carry):
+        largest, total, sums = carry
+        number = ring.number(layer, index)
+        ring.wait(0)
+        scores = sum(score(half, ring.read(0, half, emulate=emulate)) for half in range(2))
+        ring.refill(0, number)
+        scores = jnp.where(row + ring.position(index) < ring.length, scores, _NOTHING)
+        larger = pairwise_max(jnp.maximum(largest, scores), emulate=emulate)
+        weight, before = jnp.exp2(scores - larger), jnp.exp2(largest - larger)
+        # Rows that have attended to nothing have weights of 2^0; what they sum is dropped when they meet others.
+        ring.wait(1)
+        sums = tuple(
+            add_pairs(part, before, ring.read(1, half, emulate=emulate), weight, emulate=emulate)
+            for half, part in enumerate(sums)
+        )
+        ring.refill(1, number)
+        return larger, total * before + weight, sums
+
+    largest, total, sums = lax.fori_loop(0, ring.chunks, chunk, (largest, total, sums))
+    share(shared.exchange.at[0], me, [largest], "max", ALONG_ROWS, emulate=emulate)
+    shared.meet()
+    most = collect(shared.exchange.at[0], "max", emulate=emulate)
+    weight = jnp.exp2(largest - most)
+    share(shared.exchange.at[1], me, [total * weight], "sum", ALONG_ROWS, emulate=emulate)
+    for half in range(2):
+        share_columns(shared.columns, me, sums[half], weight, half * HALF, emulate=emulate)
+    shared.meet()
+
+    @pl.when((me == 0) & ring.takes_part)
+    def _():
+        warps = range(WARPGROUPS * WARPS)
+        of_warps = [plgpu.load(shared.columns.at[warp], layout=VECTOR, optimized=False) for warp in warps]
+        whole = collect(shared.exchange.at[1], "sum", emulate=emulate)
+        _leave(partials, ring.record, functools.reduce(operator.add, of_warps), most, whole, emulate)
+
+        @pl.when(ring.has_new)
+        def _():
+            new_score = collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / WARPGROUPS)
+            _leave(partials, ring.record + 1, v, new_score, jnp.float32(1), emulate)
+
+
+def _leave(partials, record, values, largest, total, emulate: bool) -> None:
+    """Stores a partial attention: the sum of values, then 32 times each the largest score and the sum of weights."""
+    start = record * PARTIAL
+    store_vector(partials, values, start, HEAD_DIM, emulate=emulate)
+    for offset, number in ((HEAD_DIM, largest), (HEAD_DIM + TILE, total)):
+        numbers = plgpu.layout_cast(jnp.broadcast_to(number, (HEAD_DIM,)), VECTOR)
+        store_vector(partials, numbers, start + offset, TILE, emulate=emulate)

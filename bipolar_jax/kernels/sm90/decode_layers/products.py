@@ -1,0 +1,230 @@
+"""The layers' products with a token: the ring that runs ahead over all of them, the sums, and what completes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+from bipolar_jax.kernels.sm90 import tensor_core
+from bipolar_jax.kernels.sm90.decode_layers.shape import HEAD_DIM, TILE, WARPGROUPS, LayersShape, Product
+from bipolar_jax.kernels.sm90.decode_layers.threads import VECTOR, collect, load_vector, write_products
+from bipolar_jax.kernels.sm90.decode_layers.token import Grid
+from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProductWeights:
+    """Weights of one of the four products of every layer.
+
+    Attributes:
+      words: bit planes, rows of words, uint32 [layers, planes, n, words].
+      code_sums, scale, offset, bias: of the columns, flat [layers * n]; None for what there is not.
+    """
+
+    words: Any
+    code_sums: Any
+    scale: Any
+    offset: Any = None
+    bias: Any = None
+
+
+class WeightRing:
+    """Slots of shared memory, of one warpgroup, through which all weights go in the order in which they are needed.
+
+    A slot has one plane of a tile of 32 columns and 1024 elements of K. What is loaded depends on nothing that is
+    computed, so that it runs ahead over products and layers, while blocks wait for each other too.
+    """
+
+    def __init__(
+        self, shape: LayersShape, weights: dict[str, ProductWeights], names, layers: range, me, block, ring, arrived
+    ):
+        """Starts the first loads.
+
+        Args:
+          shape: of the layers.
+          weights: refs.
+          names: of the products that are computed, in order.
+          layers: which are computed.
+          me, block: which warpgroup and block.
+          ring: shared memory, uint32 [warpgroups * slots + 1, 32, 32]; the last is never written.
+          arrived: barriers [warpgroups * slots].
+        """
+        self._first_layer = layers[0]
+        self._shape, self._weights, self._names = shape, weights, names
+        self._me, self._block, self._ring, self._arrived = me, block, ring, arrived
+        self._starts, self._loads = {}, 0
+        for name in names:
+            self._starts[name] = self._loads
+            product = shape.products[name]
+            self._loads += product.tiles * product.turns * shape.w_format.bits
+        self._total = len(layers) * self._loads
+        for number in range(shape.w_slots):
+            self._load(0 * me + number)
+
+    def number(self, layer, name: str, tile, turn) -> Int[Array, ""]:
+        """The count of loads before a part of a tile."""
+        product = self._shape.products[name]
+        within = (tile * product.turns + turn) * self._shape.w_format.bits
+        return layer * self._loads + self._starts[name] + within
+
+    def slot(self, number):
+        """Waits for a load; gives [32, 32 words], after which there is memory to be read."""
+        slot = lax.rem(number, self._shape.w_slots)
+        plgpu.barrier_wait(self._arrived.at[self._me * self._shape.w_slots + slot])
+        return self._at(slot)
+
+    def refill(self, number) -> None:
+        """Loads what comes next into the slot of a load that is done with."""
+        self._load(number + self._shape.w_slots)
+
+    def _at(self, slot):
+        return self._ring.at[self._me * self._shape.w_slots + slot]
+
+    def _load(self, number) -> None:
+        shape, bits = self._shape, self._shape.w_format.bits
+        layer, within = lax.div(number, self._loads), lax.rem(number, self._loads)
+        slot = lax.rem(number, shape.w_slots)
+        for name in self._names:
+            product, first = shape.products[name], self._starts[name]
+            count = product.tiles * product.turns * bits
+
+            @pl.when((number < self._total) & (within >= first) & (within < first + count))
+            def _(name=name, product=product, first=first):
+                index = within - first
+                part, plane = lax.div(index, bits), lax.rem(index, bits)
+                tile, turn = lax.div(part, product.turns), lax.rem(part, product.turns)
+                half, tile = lax.div(tile, product.rows // TILE), lax.rem(tile, product.rows // TILE)
+                row = half * product.size + self._block * product.rows + tile * TILE
+                word = (self._me + turn * WARPGROUPS) * WORDS_PER_ROW
+                # [32, 32 words]
+                plgpu.copy_gmem_to_smem(
+                    self._weights[name].words.at[
+                        self._first_layer + layer, plane, pl.ds(row, TILE), pl.ds(word, WORDS_PER_ROW)
+                    ],
+                    self._at(slot),
+                    self._arrived.at[self._me * shape.w_slots + slot],
+                )
+
+
+def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles, products, *, emulate: bool) -> None:
+    """Leaves this warpgroup's sums of every tile in shared memory, int32 [warpgroups, rows].
+
+    Half of what the ring holds is multiplied at a time, of one tile or of several.
+
+    Args:
+      layer: counted from the first that is computed.
+      x_tiles: planes of the token's parts, uint32 [warpgroups, parts, 8, 32].
+      products: where the sums go.
+    """
+    product, bits = shape.products[name], shape.w_format.bits
+    # The other half of the ring is on its way meanwhile.
+    at_once = shape.w_slots // 2
+
+    def add_planes(accs, number, adds):
+        """Adds planes (part of K, which accumulator), the number-th load and those after it, `at_once` at a time."""
+        for first in range(0, len(adds), at_once):
+            few = adds[first : first + at_once]
+            # All of them are there before the first is multiplied: no loop may be among instructions in flight.
+            tiles = [ring.slot(number + first + i) for i in range(len(few))]
+            for tile, (turn, at) in zip(tiles, few, strict=True):
+                operands = dict(
+                    x_tile=tile, w_tile=x_tiles.at[me, turn], kind="planes", block_rows=TILE, emulate=emulate
+                )
+                accs[at] = (
+                    tensor_core.start((tensor_core.ROWS_PER_INSTRUCTION, 8), **operands)
+                    if accs[at] is None
+                    else tensor_core.accumulate(accs[at], **operands)
+                )
+            for at in sorted({at for _, at in few}):
+                accs[at] = tensor_core.settle(accs[at], emulate=emulate)
+            _repeat(len(few), lambda i, start=number + first: ring.refill(start + i))
+        return accs
+
+    def multiply_tiles(first, count):
+        number = ring.number(layer, name, first, 0)
+        if product.turns == 1 or bits * product.turns <= at_once:
+            adds = [
+                (turn, i * bits + plane) for i in range(count) for turn in range(product.turns) for plane in range(bits)
+            ]
+            accs = add_planes([None] * (count * bits), number, adds)
+        else:
+            # One tile: its parts of K in a loop.
+            def add_part(turn, accs):
+                return tuple(add_planes(list(accs), number + turn * bits, [(turn, plane) for plane in range(bits)]))
+
+            zeros = [tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8)] * bits
+            accs = list(lax.fori_loop(0, product.turns, add_part, tuple(zeros)))
+        for i in range(count):
+            write_products(
+                products.at[me],
+                accs[i * bits : (i + 1) * bits],
+                shape.w_format.plane_weights,
+                shape.a_format.plane_weights,
+                (first + i) * TILE,
+                emulate=emulate,
+            )
+
+    step = min(product.tiles, max(1, at_once // bits)) if product.turns == 1 else 1
+    whole = product.tiles // step
+    _repeat(whole, lambda index: multiply_tiles(index * step, step))
+    if product.tiles % step:
+        multiply_tiles(0 * me + whole * step, product.tiles % step)
+
+
+def _repeat(count: int, body) -> None:
+    """body(0), body(1), ... as a loop, the body's code being there once."""
+
+    def step(index, carry):
+        body(index)
+        return carry
+
+    lax.fori_loop(0, count, step, ())
+
+
+def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool):
+    """Terms of this block's rows, by half and chunk of 128: `ProductWeights` of vectors, the words None."""
+    product = shape.products[name]
+
+    def load(half: int, chunk: int):
+        first, count = rows_of(product, block, chunk)
+        start = layer * product.n + half * product.size + first
+        terms = dataclasses.replace(weights, words=None)
+        return jax.tree.map(lambda ref: load_vector(ref, start, start + count, emulate=emulate), terms)
+
+    return [[load(half, chunk) for chunk in range(product.chunks)] for half in range(product.halves)]
+
+
+def rows_of(product: Product, block, chunk: int):
+    """Where a chunk of 128 rows of a half of this block's output begins, and how many count."""
+    first = block * product.rows + chunk * HEAD_DIM
+    return first, jnp.minimum(product.rows - chunk * HEAD_DIM, product.size - first)
+
+
+def finish(shape: LayersShape, name: str, terms: ProductWeights, shared, grid: Grid, half: int, chunk: int):
+    """A chunk of 128 rows of a half of this block's output, float32.
+
+    y = s_x (s_w t + o_w X) + bias, as `kernels.sm90.epilogue`.
+    """
+    product, recovery = shape.products[name], shape.recovery(name)
+    at = half * product.rows + chunk * HEAD_DIM
+    total = sum(_load(shared.products.at[warpgroup, pl.ds(at, HEAD_DIM)]) for warpgroup in range(WARPGROUPS))
+    code_sums = collect(shared.code_sums, "sum", emulate=shared.emulate)
+    total = total * recovery.product_weight + recovery.row_term(code_sums)
+    total = total + recovery.column_weight(grid.zero_code) * recovery.column_value_sums(terms.code_sums)
+    y = total.astype(jnp.float32) * terms.scale
+    if terms.offset is not None:
+        y = y + terms.offset * recovery.token_value_sums(code_sums, grid.zero_code).astype(jnp.float32)
+    y = y * (grid.scale * recovery.scale_factor)
+    return y if terms.bias is None else y + terms.bias
+
+
+def _load(ref) -> Int[Array, "128"]:
+    return plgpu.load(ref, layout=VECTOR, optimized=False)

@@ -1,0 +1,149 @@
+"""How the layers of a decode step are cut up: rows of the output over blocks, parts of K over warpgroups, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.decode_layers.threads import WARPS
+from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
+
+WARPGROUPS = 4
+PART = ELEMENTS_PER_ROW["planes"]  # elements of K in a row of a tile
+TILE = 32  # columns of the output
+POSITIONS = 64  # of the cache, in a chunk
+HEAD_DIM = 128
+PARTIAL = HEAD_DIM + 2 * TILE  # numbers that a block leaves of its head's attention
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+_MOST_SLOTS = 7  # barriers are 32 at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One of a layer's four products, as blocks and warpgroups share it out.
+
+    A block has the rows block * rows ... of each half of the output, in tiles of 32; its warpgroups take
+    parts of K in turn.
+
+    Attributes:
+      n, k: sizes.
+      halves: 2 where the output is gate and up, of which a block wants the same rows.
+      blocks: of the kernel.
+    """
+
+    n: int
+    k: int
+    halves: int
+    blocks: int
+
+    @property
+    def size(self) -> int:
+        """Of a half of the output."""
+        return self.n // self.halves
+
+    @property
+    def rows(self) -> int:
+        """Of a half that a block has; the last blocks may have fewer, or none."""
+        return -(-self.size // (self.blocks * TILE)) * TILE
+
+    @property
+    def tiles(self) -> int:
+        """Of a block."""
+        return self.halves * self.rows // TILE
+
+    @property
+    def chunks(self) -> int:
+        """Vectors of 128 rows of a half."""
+        return -(-self.rows // HEAD_DIM)
+
+    @property
+    def turns(self) -> int:
+        """Parts of K that a warpgroup takes; the last may be beyond K, and come as zeros."""
+        return -(-self.k // (PART * WARPGROUPS))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayersShape:
+    """All that is static about the layers.
+
+    Attributes:
+      num_layers: of the model.
+      hidden, ffn: sizes.
+      heads, kv_heads: of HEAD_DIM numbers each.
+      a_format, w_format: of all products.
+      norm_eps: of the RMSNorms.
+      blocks: one a multiprocessor.
+    """
+
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    a_format: BipolarFormat
+    w_format: BipolarFormat
+    norm_eps: float
+    blocks: int
+
+    def __post_init__(self):
+        if self.hidden % HEAD_DIM or self.ffn % HEAD_DIM:
+            raise NotImplementedError(f"sizes must be multiples of {HEAD_DIM}, not {self.hidden} and {self.ffn}")
+        if self.heads > self.blocks:
+            raise NotImplementedError(f"{self.heads} heads are more than the {self.blocks} blocks")
+        if self.w_slots < 2:
+            raise NotImplementedError(f"tokens of {self.ffn} numbers leave no shared memory for weights")
+
+    @functools.cached_property
+    def products(self) -> dict[str, Product]:
+        context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        return {
+            "qkv": Product(context + 2 * kv, self.hidden, 1, self.blocks),
+            "o": Product(self.hidden, context, 1, self.blocks),
+            "gate_up": Product(2 * self.ffn, self.hidden, 2, self.blocks),
+            "down": Product(self.hidden, self.ffn, 1, self.blocks),
+        }
+
+    def recovery(self, name: str) -> Recovery:
+        return Recovery("planes", self.a_format, self.w_format, self.products[name].k, self.a_format.bits > 1)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the positions of a head."""
+        return self.blocks // self.heads
+
+    @property
+    def records(self) -> int:
+        """Partial attentions of a head: of every block that shares it, and of the new token to itself."""
+        return self.splits + 1
+
+    @property
+    def cache_slots(self) -> int:
+        """Chunks that a warpgroup has room for; where weights are many, keys and values take turns in one."""
+        return 2 if self.w_format.bits <= 2 else 1
+
+    @property
+    def most_turns(self) -> int:
+        return max(product.turns for product in self.products.values())
+
+    @property
+    def most_rows(self) -> int:
+        """Of all tiles of a block, filled up for vectors of 128 from any half's start."""
+        return max(product.tiles * TILE for product in self.products.values()) + HEAD_DIM
+
+    @property
+    def w_slots(self) -> int:
+        """Slots of each warpgroup's ring: a plane of a tile and of a part of K."""
+        left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
+        return min(_MOST_SLOTS, left // (WARPGROUPS * TILE * BYTES_PER_ROW))
+
+    @property
+    def _other_bytes(self) -> int:
+        """Of shared memory besides the ring; the cache has 2 bytes a number."""
+        tokens = WARPGROUPS * self.most_turns * 8 * BYTES_PER_ROW
+        sums = 4 * WARPGROUPS * self.most_rows
+        cache = self.cache_slots * WARPGROUPS * POSITIONS * HEAD_DIM * 2
+        columns = 4 * WARPGROUPS * WARPS * HEAD_DIM
+        return tokens + sums + cache + columns + 2 * 1024
