@@ -3,8 +3,8 @@
 from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
-from bipolar_jax.nn import quantize_model
-from bipolar_jax.ops import explain, lookup, matmul
+from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
+from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
 
@@ -12,6 +12,8 @@ __all__ = [
     "TERNARY",
     "BipolarArray",
     "BipolarFormat",
+    "DotGeneral",
+    "GradientPrecision",
     "Precision",
     "explain",
     "fake_quant",
@@ -20,6 +22,7 @@ __all__ = [
     "lookup",
     "matmul",
     "nn",
+    "quantization_aware",
     "quantize",
     "quantize_model",
     "save",

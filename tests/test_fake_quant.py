@@ -88,7 +88,7 @@ def test_gradient_has_the_dtype_and_layout_of_x(axis):
         ({"bits": 0}, "from 1 to 8, got 0"),
         ({"axis": 0}, "batch axis"),
         ({"group_size": 9}, "contracted size 8, got 9"),
-        ({"calibration": "best"}, "absmax, mse, minmax, got 'best'"),
+        ({"calibration": "best"}, "absmax, mse, minmax, absmean, got 'best'"),
         ({"x": jnp.ones((2, 3, 8), jnp.int32)}, r"float32, bfloat16, float16, got int32.*astype"),
         ({"x": jnp.full((2, 3, 8), jnp.nan)}, "48 NaN or Inf among its 48"),
         ({"x": jnp.ones((2, 0, 8))}, r"shape \(2, 0, 8\)"),

@@ -240,7 +240,7 @@ def test_a_bare_layer_is_sent_to_from_float(layer):
 
 
 def test_a_model_without_layers_says_so():
-    with pytest.raises(ValueError, match=r"the model has no nnx\.Linear or nnx\.Embed"):
+    with pytest.raises(ValueError, match=r"the model has no nnx\.Linear, nnx\.LinearGeneral or nnx\.Embed"):
         quantize_model(nnx.RMSNorm(8, rngs=nnx.Rngs(0)), EVERYTHING)
 
 

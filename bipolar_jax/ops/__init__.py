@@ -4,14 +4,17 @@ from bipolar_jax.kernels.prologue import Activation, LayerNorm, Prologue, RMSNor
 from bipolar_jax.ops.explain import Explanation, explain
 from bipolar_jax.ops.lookup import lookup
 from bipolar_jax.ops.matmul import matmul
+from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
 
 __all__ = [
     "Activation",
     "Explanation",
+    "GradientPrecision",
     "LayerNorm",
     "Prologue",
     "RMSNorm",
     "explain",
     "lookup",
     "matmul",
+    "trainable_matmul",
 ]

@@ -102,13 +102,13 @@ class _Static:
 
 
 def _rows_matmul(static, *operands):
-    x, *others = _vary_alike(operands)
+    x, *others = vary_alike(operands)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     product = _matmul(static, rows, *others)
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
-def _vary_alike(operands):
+def vary_alike(operands):
     """Under shard_map, makes all operands vary over the same mesh axes.
 
     A custom_vjp must give each operand a cotangent that varies as the operand does. Where x

@@ -36,8 +36,10 @@ def quantize(
         shorter where k is no multiple. None shares one scale over the axis (per channel).
       calibration: "absmax" puts the largest magnitude of a group on the largest value;
         "mse" picks the scale of least squared error; "minmax" spans from the
-        smallest to the largest number with zero on the grid, by an offset: of the three the
-        best for rounding trained weights to 3 bits or more.
+        smallest to the largest number with zero on the grid, by an offset: the best
+        for rounding trained weights to 3 bits or more; "absmean", for 1 bit and ternary, puts
+        the mean magnitude of a group on the largest value (XNOR-Net, arXiv 1603.05279;
+        BitNet, arXiv 2310.11453 and 2402.17764).
 
     Returns:
       A `BipolarArray` of x's shape. Groups of zeros get scale 0 and decode to zeros.

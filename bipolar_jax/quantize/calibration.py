@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 
-Calibration = Literal["absmax", "mse", "minmax"]
+Calibration = Literal["absmax", "mse", "minmax", "absmean"]
 
 # The scales whose half reciprocal is a normal float32. A group with a smaller one counts
 # as zero; a larger one becomes Inf, which shows in everything computed from it.
@@ -20,10 +20,15 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**125
 _NUM_SHRINK_FACTORS = 48
 
 
-def check_calibration(calibration: str) -> None:
-    """Raises ValueError unless `calibration` is one of those below."""
+def check_calibration(calibration: str, number_format: BipolarFormat) -> None:
+    """Raises ValueError unless `calibration` is one of those below, and one for this format."""
     if calibration not in get_args(Calibration):
         raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {calibration!r}")
+    if calibration == "absmean" and number_format.bits > 1 and not number_format.ternary:
+        raise ValueError(
+            f'calibration "absmean" is for 1 bit and ternary weights, got {number_format.bits} bits: '
+            'use "mse", whose scale also follows the bulk of the numbers'
+        )
 
 
 def calibrate(
@@ -41,7 +46,8 @@ def calibrate(
       calibration: "absmax" puts the largest magnitude on the largest value; "mse"
         minimizes the squared error over a range of scales, so that outliers may be
         clipped; "minmax" spans from the smallest to the largest number with zero on the
-        grid, which takes an offset.
+        grid, which takes an offset; "absmean", for 1 bit and ternary, puts the mean
+        magnitude on the largest value.
 
     Returns:
       float32 scales (0 for groups of zeros; NaN if the group has NaN) and offsets.
@@ -49,6 +55,10 @@ def calibrate(
     if calibration == "minmax":
         scale, zero_value = spanning_grid(x, number_format)
         return scale, -scale * zero_value.astype(jnp.float32)
+    if calibration == "absmean":
+        # NaN stays in sums, and the zeros that fill the last group add nothing to them.
+        lengths = valid.sum(axis=-1).astype(np.float32)
+        return flush_scale(jnp.sum(jnp.abs(x), axis=-1) / (lengths * number_format.max_value)), None
     scale = absmax_scale(x, number_format)
     if calibration == "mse":
         scale = _least_squares_scale(x, valid, number_format, scale)

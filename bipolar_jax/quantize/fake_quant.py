@@ -20,12 +20,14 @@ def fake_quant(
     axis: int,
     group_size: int | None = None,
     calibration: Calibration = "absmax",
+    clip_gradient: bool = True,
 ) -> Float[Array, "*shape"]:
     """Rounds to the bipolar grid and back; `quantize(...).dequantize()` without the packing.
 
     The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 where the
     number lies within the grid's range, to half a step beyond its ends, and 0 where it
-    was clipped, which happens only under `calibration="mse"`. Scales count as constants.
+    was clipped (the hard-tanh estimator of arXiv 1602.02830), which happens only under
+    `calibration="mse"` and "absmean". Scales count as constants.
 
     Args:
       x: float32, bfloat16 or float16, at least two axes.
@@ -33,6 +35,7 @@ def fake_quant(
       axis: the contracted axis, along which scales are shared; one of the last two.
       group_size: elements that share a scale; None for the whole axis.
       calibration: see `quantize`.
+      clip_gradient: False gives clipped numbers a gradient of 1 too.
 
     Returns:
       The same shape and dtype.
@@ -43,27 +46,29 @@ def fake_quant(
     rows, number_format, from_end = rows_to_round(
         x, bits, axis, group_size, calibration, what="the input of fake_quant"
     )
-    rounded = _straight_through(rows, number_format, group_size, calibration)
+    rounded = _straight_through(rows, number_format, group_size, calibration, clip_gradient)
     return rounded if from_end == -1 else jnp.swapaxes(rounded, -1, -2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _straight_through(x, number_format, group_size, calibration):
-    return _forward(x, number_format, group_size, calibration)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _straight_through(x, number_format, group_size, calibration, clip_gradient):
+    return _forward(x, number_format, group_size, calibration, clip_gradient)[0]
 
 
-def _forward(x, number_format, group_size, calibration):
+def _forward(x, number_format, group_size, calibration, clip_gradient):
     k = x.shape[-1]
     codes, scale, offset = round_to_grid(x, number_format, group_size, calibration)
     rounded = from_grid(codes, number_format, scale, offset, group_size)
+    if not clip_gradient:
+        return rounded.astype(x.dtype), None
     reach = spread_groups(scale * (number_format.max_value + 1), k, group_size)
     center = 0.0 if offset is None else spread_groups(offset, k, group_size)
     inside = jnp.abs(x.astype(jnp.float32) - center) <= reach
     return rounded.astype(x.dtype), inside
 
 
-def _backward(number_format, group_size, calibration, inside, cotangent):
-    return (jnp.where(inside, cotangent, 0),)
+def _backward(number_format, group_size, calibration, clip_gradient, inside, cotangent):
+    return (jnp.where(inside, cotangent, 0) if clip_gradient else cotangent,)
 
 
 _straight_through.defvjp(_forward, _backward)

@@ -46,7 +46,7 @@ class Precision:
             activation_format(self.a_bits)
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
-        check_calibration(self.calibration)
+        check_calibration(self.calibration, number_format)
 
     @classmethod
     def parse(cls, text: str, calibration: Calibration = "absmax") -> Precision:

@@ -97,7 +97,7 @@ def rows_to_round(
     """
     x = jnp.asarray(x)
     number_format = as_format(bits)
-    check_calibration(calibration)
+    check_calibration(calibration, number_format)
     check_float(x, what)
     check_finite(x, what)
     rows, from_end = contracted_last(x, axis)

@@ -1,0 +1,151 @@
+"""The packed product with a gradient that reaches the floats that were packed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.ops.matmul import matmul, vary_alike
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.precision import activation_format
+from bipolar_jax.quantize.stochastic import check_gradient_bits, stochastic_round
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPrecision:
+    """How the two products of the backward pass are computed.
+
+    Attributes:
+      dtype: of their operands, float32 or bfloat16; None takes that of x. Sums are float32.
+      bits: 2 to 8 rounds what comes from above stochastically, once for each product along
+        the axis that it contracts; the products themselves stay floating point. None does not.
+      precision: as `lax.dot_general` has it; None is the highest, of float32.
+
+    Raises:
+      ValueError: other dtypes or bits.
+    """
+
+    dtype: str | None = None
+    bits: int | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            if self.dtype not in ("float32", "bfloat16"):
+                raise ValueError(f"gradient dtype must be float32 or bfloat16, got {self.dtype}; None takes that of x")
+        if self.bits is not None:
+            check_gradient_bits(self.bits)
+
+
+def trainable_matmul(
+    x: Float[Array, "*batch_and_free k"],
+    w_hat: Float[Array, "*batch k n"],
+    packed: BipolarArray,
+    a_bits: int | None,
+    *,
+    gradient: GradientPrecision = GradientPrecision(),
+    key: Array | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "*batch_and_free n"]:
+    """`matmul(x, packed, a_bits)`, differentiable by x and by w_hat.
+
+    The value is that of `matmul` to the bit: training sees what inference computes. The
+    gradient is straight-through. With x^ the quantized x, the function differentiated is
+    (x + stop_gradient(x^ - x)) @ w_hat:
+
+    - dx = g @ packed^T, as if x had not been quantized;
+    - dw_hat = x^^T @ g, in float32, which the caller's quantizer takes to the weights.
+
+    Args:
+      x: as for `matmul`.
+      w_hat: what `packed` stands for, as a differentiable function of the weights that are
+        trained. Only its gradient is used; its numbers are not, and under `jit` are never computed.
+      packed: weights of w_hat's shape, axis -2.
+      a_bits: as for `matmul`.
+      gradient: precision of the backward pass.
+      key: a PRNG key, for `gradient.bits`; each call wants its own.
+      implementation: as for `matmul`.
+
+    Returns:
+      The product in x's dtype.
+
+    Raises:
+      ValueError: as `matmul`; gradient bits without a key.
+    """
+    if gradient.bits is not None and key is None:
+        raise ValueError(f"gradients of {gradient.bits} bits are rounded stochastically: give a PRNG key")
+    static = _Static(a_bits, gradient, implementation)
+    x, w_hat, packed = vary_alike((x, w_hat, jax.lax.stop_gradient(packed)))
+    product, batch = functools.partial(_product, static), packed.shape[:-2]
+    if key is not None and batch:
+        key = jax.random.split(key, batch)
+    key_axis = None if key is None else 0
+    for _ in batch:
+        product = jax.vmap(product, in_axes=(0, 0, 0, key_axis))
+    return product(x, w_hat, packed, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of a product is known before tracing."""
+
+    a_bits: int | None
+    gradient: GradientPrecision
+    implementation: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static, x, w_hat, packed, key):
+    return fenced_matmul(x, packed, static.a_bits, static.implementation)
+
+
+def fenced_matmul(
+    x: Float[Array, "*batch_and_free k"], packed: BipolarArray, a_bits: int | None, implementation: str
+) -> Float[Array, "*batch_and_free n"]:
+    """`matmul` compiled by itself, whatever stands before and after it.
+
+    Fused with its neighbours, XLA may round the epilogue's multiplications and additions
+    once or twice; so that training and inference agree to the bit, neither may choose.
+    """
+    x, packed = jax.lax.optimization_barrier((x, packed))
+    return jax.lax.optimization_barrier(matmul(x, packed, a_bits, implementation=implementation))
+
+
+def _forward(static, x, w_hat, packed, key):
+    # The planes are what is kept for the backward pass, n bits a weight.
+    return _product(static, x, w_hat, packed, key), (x, packed, key)
+
+
+def _backward(static, residuals, cotangent):
+    x, packed, key = residuals
+    dtype = static.gradient.dtype or x.dtype
+    rows = x.reshape(-1, x.shape[-1])
+    by_token = by_column = cotangent.reshape(-1, cotangent.shape[-1])
+    if static.gradient.bits is not None:
+        token_key, column_key = jax.random.split(key)
+        by_token = stochastic_round(by_token, static.gradient.bits, axis=-1, key=token_key)
+        by_column = stochastic_round(by_column, static.gradient.bits, axis=0, key=column_key)
+    x_hat = rows
+    if static.a_bits is not None:
+        a_format = activation_format(static.a_bits)
+        x_hat = quantize_tokens(rows, a_format).dequantize(a_format)
+
+    precision = static.gradient.precision
+    if precision is None and jnp.dtype(dtype) == jnp.float32:
+        precision = jax.lax.Precision.HIGHEST  # shorter numbers multiply exactly anyway
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+    with jax.named_scope("bipolar_matmul_gradient"):
+        dx = dot(by_token.astype(dtype), packed.dequantize().T.astype(dtype))
+        # Fenced: XLA's CPU backend (jaxlib 0.11.2) has no bfloat16 product with a constant that it transposed.
+        x_hat, by_column = jax.lax.optimization_barrier((x_hat.astype(dtype), by_column.astype(dtype)))
+        dw_hat = dot(x_hat.T, by_column)
+    return dx.astype(x.dtype).reshape(x.shape), dw_hat, None, None
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,90 @@
+"""Scales that training finds: learned step size quantization (LSQ).
+
+Source: Esser et al. 2020, arXiv 1902.08153. The paper's step size s is here 2 * scale, its
+levels round(w / s) are here values / 2 (halves of odd integers; integers for ternary), and
+its Q_N = Q_P is here max_value / 2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.calibration import flush_scale, half_steps_per_unit
+from bipolar_jax.quantize.groups import group_lengths, join_groups, split_groups, spread_groups
+
+
+def initial_step_size(
+    rows: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int | None
+) -> Float[Array, "*rows groups"]:
+    """2 <|w|> / sqrt(Q_P), float32 (section 2.1 of the paper)."""
+    magnitudes = jnp.sum(split_groups(jnp.abs(rows.astype(jnp.float32)), group_size), axis=-1)
+    mean = magnitudes / group_lengths(rows.shape[-1], group_size)
+    return 2 * mean / np.sqrt(number_format.max_value / 2)
+
+
+def round_by_step_size(
+    rows: Float[Array, "*rows k"],
+    step_size: Float[Array, "*rows groups"],
+    number_format: BipolarFormat,
+    group_size: int | None,
+) -> tuple[UInt8[Array, "*rows k"], Float[Array, "*rows groups"]]:
+    """Codes, and scales in float32: half of the step sizes. Steps that are not positive count as 0."""
+    scale = flush_scale(step_size.astype(jnp.float32) / 2)
+    grouped = split_groups(rows.astype(jnp.float32), group_size)
+    codes = number_format.encode(grouped, half_steps_per_unit(scale)[..., None])
+    return join_groups(codes, rows.shape[-1]), scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fake_quant_by_step_size(
+    rows: Float[Array, "*rows k"],
+    step_size: Float[Array, "*rows groups"],
+    number_format: BipolarFormat,
+    group_size: int | None,
+) -> Float[Array, "*rows k"]:
+    """Rounds to the grid of the given steps and back, with the paper's gradients.
+
+    With u = w / s and Q = max_value / 2, the derivatives of the result are
+
+    - by w: 1 where |u| < Q, else 0 (equation 5);
+    - by s: round(u) - u where |u| < Q, else -Q or Q (equation 3), all of it times
+      1 / sqrt(N Q), N being the numbers that share the step (section 2.2).
+
+    Args:
+      rows: contracted axis last.
+      step_size: one for each group of each row; see `initial_step_size`.
+      number_format: the grid.
+      group_size: numbers that share a step; None for all of a row.
+
+    Returns:
+      float32.
+    """
+    return _forward(rows, step_size, number_format, group_size)[0]
+
+
+def _forward(rows, step_size, number_format, group_size):
+    codes, scale = round_by_step_size(rows, step_size, number_format, group_size)
+    levels = number_format.values(codes).astype(jnp.float32) / 2
+    rounded = levels * spread_groups(2 * scale, rows.shape[-1], group_size)
+    return rounded, (rows, step_size, levels)
+
+
+def _backward(number_format, group_size, residuals, cotangent):
+    rows, step_size, levels = residuals
+    k, largest = rows.shape[-1], number_format.max_value / 2
+    u = rows.astype(jnp.float32) * spread_groups(2 * half_steps_per_unit(step_size), k, group_size)
+    # A step that is not positive rounds nothing: everything counts as beyond its range.
+    inside = (jnp.abs(u) < largest) & spread_groups(step_size > 0, k, group_size)
+    by_step = jnp.where(inside, levels - u, largest * jnp.sign(rows))
+    balance = 1 / jnp.sqrt(group_lengths(k, group_size) * jnp.float32(largest))
+    gradient = jnp.sum(split_groups(cotangent * by_step, group_size), axis=-1) * balance
+    return jnp.where(inside, cotangent, 0).astype(rows.dtype), gradient.astype(step_size.dtype)
+
+
+fake_quant_by_step_size.defvjp(_forward, _backward)

@@ -1,0 +1,45 @@
+"""Weights centered, or brought to mean 0 and variance 1, before they are rounded."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+WeightNorm = Literal["center", "standardize"]
+
+# Variances below this count as it: a channel of equal weights stays finite.
+_SMALLEST_VARIANCE = 1e-12
+
+
+def check_weight_norm(weight_norm: str | None) -> None:
+    """Raises ValueError unless `weight_norm` is None or one of those below."""
+    if weight_norm is not None and weight_norm not in get_args(WeightNorm):
+        raise ValueError(f"weight_norm must be None, {' or '.join(get_args(WeightNorm))}, got {weight_norm!r}")
+
+
+def normalize_weights(w: Float[Array, "*batch k n"], weight_norm: WeightNorm | None) -> Float[Array, "*batch k n"]:
+    """Balances weights, so that the signs that one bit keeps of them say most.
+
+    Differentiable: gradients pass through the mean and the variance.
+
+    Args:
+      w: float32 kernels, contracted axis before the last.
+      weight_norm: "center" subtracts the mean of the whole kernel (BitNet, arXiv
+        2310.11453, equation 2; BiT, arXiv 2205.13016, section 2.2); "standardize" subtracts
+        each output channel's mean and divides by its standard deviation (IR-Net, arXiv
+        1909.10788, equation 8), which fixes the size of the outputs and wants a
+        normalization or a learned scale after it; None leaves w as it is.
+
+    Raises:
+      ValueError: another `weight_norm`.
+    """
+    check_weight_norm(weight_norm)
+    if weight_norm is None:
+        return w
+    if weight_norm == "center":
+        return w - jnp.mean(w, axis=(-2, -1), keepdims=True)
+    centered = w - jnp.mean(w, axis=-2, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-2, keepdims=True)
+    return centered / jnp.sqrt(jnp.maximum(variance, _SMALLEST_VARIANCE))
