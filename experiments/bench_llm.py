@@ -104,8 +104,8 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     result["environment"] = environment() | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
 
     def save() -> None:
-        add_speedups(result, list(BASELINES))
-        save_result(workdir, result, models=models, peers=peers, profiles=profiled)
+        own = {"models": models, "peers": peers, "profiles": profiled}
+        save_result(workdir, result, lambda whole: add_speedups(whole, list(BASELINES)), **own)
 
     for name, precision in models.items():
         _take_over(name, result, read_result(workdir, settings))
@@ -129,7 +129,6 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         del model  # before the next is made
     measure_peers(peers, model_config, workloads, result["peers"], config.iterations)
     save()
-    save()  # the first has joined what others measured, and with it bf16, which speed-ups are over
     plot_speedup(result, workdir / "speedup.png")
     print_tables(result)
     console.print(f"results and plot: {workdir}")

@@ -82,7 +82,7 @@ def _cells(measured: dict[str, Any]) -> list[str]:
         return [measured["error"][:60]]
     prefill, decode, memory = measured["prefill"], measured["decode"], measured["memory"]
     needed = None
-    if memory:
+    if "weight_bytes" in memory:  # peers give no more than their peak
         temporary = max(memory["prefill_temporary_bytes"], memory["decode_temporary_bytes"])
         needed = memory["weight_bytes"] + memory["cache_bytes"] + temporary
     return [

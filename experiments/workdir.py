@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,18 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     return result
 
 
-def save_result(workdir: Path, result: dict[str, Any], **own: Iterable[str]) -> None:
+def save_result(
+    workdir: Path,
+    result: dict[str, Any],
+    complete: Callable[[dict[str, Any]], None] = lambda _: None,
+    **own: Iterable[str],
+) -> None:
     """Writes result.json; what runs beside this one put there meanwhile stays, and appears in `result`.
 
     Args:
       workdir: folder of the result.
       result: what this run has.
+      complete: adds what follows from the whole result, before it is written.
       own: of each section of the result, the names that this run measures.
 
     Raises:
@@ -72,6 +78,7 @@ def save_result(workdir: Path, result: dict[str, Any], **own: Iterable[str]) -> 
         result[section] = there.get(section, {}) | mine
     for name, value in there.items():
         result.setdefault(name, value)
+    complete(result)
     write_json(workdir / RESULT_NAME, result)
 
 
@@ -82,7 +89,7 @@ def kernels_fingerprint(*beside: str) -> str:
       *beside: other folders of the package that the figures depend on.
     """
     package = Path(bipolar_jax.__file__).parent
-    files = [*sorted((package / "kernels" / "sm90").glob("*.py")), *sorted((package / "tuning").glob("*.json"))]
+    files = [*sorted((package / "kernels" / "sm90").rglob("*.py")), *sorted((package / "tuning").glob("*.json"))]
     files += [file for folder in beside for file in sorted((package / folder).glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

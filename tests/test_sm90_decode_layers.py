@@ -16,7 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax import BipolarFormat, Precision, quantize
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.execution import interpreted
-from bipolar_jax.kernels.sm90.layers import operation, threads
+from bipolar_jax.kernels.sm90.layers import operation
+from bipolar_jax.kernels.sm90.layers.bit_planes import transposed_bytes
+from bipolar_jax.kernels.sm90.layers.exchange import in_order
 from bipolar_jax.kernels.sm90.layers.operation import decode_layers
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, LayersShape
 from bipolar_jax.models import fused_decode
@@ -289,7 +291,7 @@ def test_bits_of_eight_bytes_are_transposed(monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     rows = np.random.default_rng(0).integers(0, 256, (128, 8), np.uint8)
     words = [np.ascontiguousarray(rows[:, i : i + 4]).view(np.int32)[:, 0] for i in (0, 4)]
-    low, high = threads._transposed_bytes(*words)
+    low, high = transposed_bytes(*words)
     planes = np.stack([low, high], axis=1).view(np.uint8)
     bits = np.unpackbits(rows[..., None], axis=2, bitorder="little")  # [thread, byte, bit]
     np.testing.assert_array_equal(planes, np.packbits(bits, axis=1, bitorder="little")[:, 0])
@@ -299,6 +301,6 @@ def test_floats_in_order_as_integers(monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     numbers = np.sort(np.random.default_rng(0).standard_normal(128)).astype(np.float32)
     numbers[[0, -2, -1]] = -np.inf, np.inf, np.nan
-    words = threads._in_order(numbers.view(np.int32))
+    words = in_order(numbers.view(np.int32))
     assert (np.diff(words.astype(np.int64)) > 0).all()
-    np.testing.assert_array_equal(threads._in_order(words), numbers.view(np.int32))
+    np.testing.assert_array_equal(in_order(words), numbers.view(np.int32))

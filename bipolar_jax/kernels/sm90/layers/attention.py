@@ -21,22 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.sm90.layers.attention_rows import add_pairs, pairwise_max, share_columns
+from bipolar_jax.kernels.sm90.layers.exchange import collect, share
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_COLUMNS, ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.layers.threads import (
-    ALONG_COLUMNS,
-    ALONG_ROWS,
-    MATRIX,
-    VECTOR,
-    WARPS,
-    add_pairs,
-    collect,
-    load_vector,
-    pairwise_max,
-    pinned,
-    share,
-    share_columns,
-    store_vector,
-)
+from bipolar_jax.kernels.sm90.layers.vectors import load_vector, store_vector
 
 HALF = HEAD_DIM // 2
 _NOTHING = -1e30  # the score of what is not attended to; its weight is 0 beside any other

@@ -14,9 +14,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90 import tensor_core
+from bipolar_jax.kernels.sm90.layers.exchange import collect, write_products
+from bipolar_jax.kernels.sm90.layers.registers import VECTOR
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, TILE, WARPGROUPS, LayersShape, Product
-from bipolar_jax.kernels.sm90.layers.threads import VECTOR, collect, load_vector, write_products
 from bipolar_jax.kernels.sm90.layers.token import Grid
+from bipolar_jax.kernels.sm90.layers.vectors import load_vector
 from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.layers.threads import WARPS
+from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES

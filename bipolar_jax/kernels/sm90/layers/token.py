@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.layers.bit_planes import pack
+from bipolar_jax.kernels.sm90.layers.exchange import collect, share
 from bipolar_jax.kernels.sm90.layers.shape import PART, WARPGROUPS
-from bipolar_jax.kernels.sm90.layers.threads import collect, pack, share
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
 
 

@@ -1,0 +1,191 @@
+"""What of attention is written for threads: pairs of rows, sums over rows, partial results put together."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers.registers import (
+    ALONG_ROWS,
+    MATRIX,
+    PART,
+    PART_ELEMENTS,
+    SPLAT,
+    WARPS,
+    as_part,
+    element,
+    in_register,
+    lane_and_warp,
+    thread_index,
+    word_of,
+)
+from bipolar_jax.kernels.sm90.row_threads import tree
+
+
+def pairwise_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
+    """The larger of the two rows that a thread has, for both: rows r and r + 8 of every 16; layout ALONG_ROWS."""
+    if emulate:
+        pairs = values.reshape(4, 2, 8)
+        return jnp.broadcast_to(jnp.max(pairs, axis=1, keepdims=True), pairs.shape).reshape(64)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ALONG_ROWS,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS)
+    )
+    def inline(_, values):
+        larger = functools.partial(gpu.extreme, "max", "f32")
+        word = larger(*(word_of(register) for register in values.registers.flat))
+        registers = np.empty_like(values.registers)
+        registers.flat = [in_register(gpu.as_float(word))] * 2
+        return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
+
+    return inline(values)
+
+
+def add_pairs(
+    sums: Float[Array, "64 32"],
+    before: Float[Array, "64"],
+    matrix: Float[Array, "64 64"],
+    weights: Float[Array, "64"],
+    *,
+    emulate: bool,
+) -> Float[Array, "64 32"]:
+    """sums * before + matrix * weights, the two rows of a thread added up: half the registers of a matrix.
+
+    Args:
+      sums: of 32 pairs of rows and 64 columns; which element is where is known to `share_columns` alone.
+      before: of the rows, alike for a pair.
+      matrix, weights: what is added, and the weights of its rows.
+    """
+    if emulate:
+        pairs = (matrix * weights[:, None]).reshape(4, 2, 8, 64).sum(1).reshape(32, 64)
+        return (sums.reshape(32, 64) * before.reshape(4, 2, 8)[:, 0].reshape(32, 1) + pairs).reshape(64, 32)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, ALONG_ROWS, MATRIX, ALONG_ROWS),
+        return_type=plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX),
+    )
+    def inline(_, sums, before, matrix, weights):
+        factor = gpu.as_float(word_of(before.registers.flat[0]))
+        weights = [gpu.as_float(word_of(register)) for register in weights.registers.flat]
+        registers = np.empty_like(sums.registers)
+        new = []
+        for old, halves in zip(sums.registers.flat, matrix.registers.reshape(-1, 2), strict=True):
+            numbers = []
+            for column in range(2):
+                total = gpu.multiply(element(old, column), factor)
+                for half, weight in zip(halves, weights, strict=True):
+                    total = gpu.fma(element(half, column), weight, total)
+                numbers.append(total)
+            new.append(in_register(*numbers))
+        registers.flat = new
+        return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
+
+    return inline(sums, before, matrix, weights)
+
+
+def share_columns(
+    exchange,
+    warpgroup: Int[Array, ""],
+    sums: Float[Array, "64 32"],
+    weights: Float[Array, "64"],
+    first: int,
+    *,
+    emulate: bool,
+) -> None:
+    """Every warp leaves the weighted sums over its rows of what `add_pairs` summed.
+
+    Args:
+      exchange: float32 in shared memory, [warps of the block, columns].
+      warpgroup: which this is.
+      sums: of pairs of rows and 64 columns.
+      weights: of the rows, alike for a pair, in the layout ALONG_ROWS.
+      first: where in the exchange's columns these begin.
+    """
+    if emulate:
+        whole = jnp.sum(sums.reshape(32, 64) * weights.reshape(4, 2, 8)[:, 0].reshape(32, 1), axis=0)
+        for warp in range(WARPS):
+            exchange[warpgroup * WARPS + warp, first : first + 64] = whole if warp == 0 else jnp.zeros_like(whole)
+        return
+    stride = 4 * exchange.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, MATRIX, ALONG_ROWS))
+    def inline(_, exchange, warpgroup, sums, weights):
+        weight = gpu.as_float(word_of(weights.registers.flat[0]))
+        lane, warp = lane_and_warp()
+        row = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), warp)
+        target = gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), row, stride)
+        target = gpu.advance(gpu.advance_far(target, gpu.bits_of(lane, 3), 8), 4 * first)
+        # Of every 8 columns a thread has two; the 8 lanes that have the same two of other rows are 4 apart. Each
+        # time half of what is left goes to the lane that differs in a bit, until a lane has two columns alone.
+        numbers = [element(register, i) for register in sums.registers.flat for i in range(2)]
+        numbers = [gpu.as_word(gpu.multiply(number, weight)) for number in numbers]
+        for distance in (16, 8, 4):
+            upper = gpu.less(0, gpu.bits_of(lane, distance))
+            halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+            pairs = list(zip(*halves, strict=True))
+            kept = [gpu.choose(upper, b, a) for a, b in pairs]
+            given = [gpu.exchange(gpu.choose(upper, a, b), distance) for a, b in pairs]
+            numbers = [gpu.as_word(gpu.add(*map(gpu.as_float, pair))) for pair in zip(kept, given, strict=True)]
+        block = gpu.shift_right(lane, 2)
+        gpu.store(gpu.advance_far(target, block, 32), numbers)
+
+    inline(exchange, jnp.int32(warpgroup), sums, weights)
+
+
+def load_attended(partials, start: Int[Array, ""], heads: int, records: int, size: int, *, emulate: bool):
+    """A part of the heads' attention, each put together from `records` partial ones; 0 where there are no more heads.
+
+    Args:
+      partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then 32 times the largest
+        score m (base 2), then 32 times the sum l of weights.
+      start: of the part, in elements of all heads.
+      heads: how many.
+      records: partial ones of a head.
+      size: of a partial one.
+
+    Returns:
+      float32 [1024], sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m.
+    """
+    if emulate:
+        every = partials[...].reshape(-1, size)[: heads * records].reshape(heads, records, size)
+        largest, total = every[..., 128], every[..., 160]
+        weights = jnp.exp2(largest - jnp.max(largest, axis=1, keepdims=True))
+        sums = jnp.sum(every[..., :128] * weights[..., None], axis=1)
+        whole = (sums / jnp.sum(total * weights, axis=1, keepdims=True)).reshape(-1)
+        index = start + lax.iota(jnp.int32, PART_ELEMENTS)
+        return jnp.where(index < whole.size, whole[jnp.where(index < whole.size, index, 0)], 0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((PART_ELEMENTS,), jnp.float32, layout=PART),
+    )
+    def inline(_, partials, start):
+        index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
+        head, within = gpu.shift_right(index, 7), gpu.bits_of(index, 127)
+        valid = gpu.less(head, heads)
+        head = gpu.choose(valid, head, gpu.int32(0))
+        base = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), gpu.times(head, records * size), 4)
+        places = [gpu.advance(base, 4 * size * record) for record in range(records)]
+        largest, totals = (
+            [gpu.as_float(gpu.load(gpu.advance(place, 4 * offset), 1)[0]) for place in places] for offset in (128, 160)
+        )
+        most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
+        minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
+        weights = [gpu.exp2(gpu.add(number, minus_most)) for number in largest]
+        whole = tree(gpu.add, [gpu.multiply(*pair) for pair in zip(totals, weights, strict=True)])
+        scale = gpu.choose(valid, gpu.divide(gpu.float32(1), whole), gpu.float32(0))
+        sums = [gpu.float32(0)] * 8
+        for place, weight in zip(places, weights, strict=True):
+            where = gpu.advance_far(place, within, 4)
+            words = [word for i in range(2) for word in gpu.load(gpu.advance(where, 16 * i), 4)]
+            sums = [gpu.fma(gpu.as_float(w), weight, s) for w, s in zip(words, sums, strict=True)]
+        return as_part([gpu.multiply(number, scale) for number in sums])
+
+    return inline(partials, jnp.int32(start))

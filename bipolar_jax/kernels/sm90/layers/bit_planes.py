@@ -1,0 +1,125 @@
+"""A token's numbers to codes, and codes to the bit planes that the tensor cores read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers.registers import (
+    PART,
+    PART_ELEMENTS,
+    SPLAT,
+    WARPS,
+    lane_and_warp,
+    numbers_of,
+    thread_index,
+)
+from bipolar_jax.kernels.sm90.tensor_core import TILE_TRANSFORMS
+
+
+def pack(
+    tiles: Sequence[Any],
+    sums,
+    warpgroup: Int[Array, ""],
+    parts: Sequence[Float[Array, "1024"]],
+    starts: Sequence[Int[Array, ""]],
+    k: int,
+    half_steps: Float[Array, ""],
+    middle: Float[Array, ""],
+    a_format: BipolarFormat,
+    *,
+    emulate: bool,
+) -> None:
+    """Encodes numbers, writes their bit planes as rows of tiles, and leaves every warp's sum of codes.
+
+    The code of x is floor(x * half_steps + 1/2) + middle, without the half for one bit, clipped; none from k on.
+
+    Args:
+      tiles: for each part, shared memory, uint32 [8, 32] with TILE_TRANSFORMS; plane i is row i.
+      sums: int32 [warps of the block].
+      warpgroup: which this is.
+      parts: numbers.
+      starts: where in K the parts begin.
+      k: the contracted size, a multiple of 8.
+      half_steps: 1 / (2 scale).
+      middle: the code of zero; 1 of one bit.
+      a_format: 1 to 8 bits.
+    """
+    half, bits, top = 0.0 if a_format.bits == 1 else 0.5, a_format.bits, float(a_format.max_value)
+    if emulate:
+        total = jnp.int32(0)
+        for tile, part, start in zip(tiles, parts, starts, strict=True):
+            codes = jnp.clip(jnp.floor(part * half_steps + half) + middle, 0.0, top).astype(jnp.int32)
+            codes = jnp.where(start + lax.iota(jnp.int32, PART_ELEMENTS) < k, codes, 0)
+            for plane in range(bits):
+                by_word = ((codes >> plane) & 1).astype(jnp.uint32).reshape(-1, 32)
+                tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32), axis=1, dtype=jnp.uint32)
+            total += jnp.sum(codes)
+        for warp in range(WARPS):
+            sums[warpgroup * WARPS + warp] = total if warp == 0 else jnp.int32(0)
+        return
+    count = len(parts)
+    types = [plgpu.RefType(), SPLAT, SPLAT, SPLAT]
+    types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [PART] * count + [SPLAT] * count
+
+    @plgpu.inline_mgpu(arg_types=tuple(types))
+    def inline(_, sums, warpgroup, half_steps, middle, *arrays):
+        thread, total = thread_index(), gpu.int32(0)
+        # Added to 2^23 a number's fraction falls off, and what is left is in the low bits.
+        magic = float(1 << 23)
+        base = gpu.add(middle.registers.item(), gpu.float32(magic))
+        factor = half_steps.registers.item()
+
+        def encode(number):
+            steps = gpu.fma(number, factor, gpu.float32(half))
+            return gpu.as_word(gpu.at_least(gpu.at_most(gpu.add_down(steps, base), magic + top), magic))
+
+        for tile, part, start in zip(arrays[:count], arrays[count : 2 * count], arrays[2 * count :], strict=True):
+            codes = [encode(number) for number in numbers_of(part)]
+            inside = gpu.less(gpu.plus(start.registers.item(), gpu.times(thread, 8)), k)
+            words = [gpu.choose(inside, low_bytes(codes[i : i + 4]), gpu.int32(0)) for i in (0, 4)]
+            for word in words:
+                total = gpu.add_bytes(word, total, signed=False)
+            where = gpu.pointer(tile, gpu.SHARED)
+            planes = transposed_bytes(*words)
+            for plane in range(bits):
+                # Byte `thread` of the row; the swizzle exchanges a row's pieces of 16 bytes.
+                byte = gpu.plus(gpu.flip_bits(thread, plane << 4), 128 * plane)
+                word = gpu.shift_right(planes[plane // 4], 8 * (plane % 4))
+                gpu.store_byte(gpu.advance(where, byte), word)
+        total = gpu.over_warp("add", total)
+        lane, warp = lane_and_warp()
+        with gpu.when(gpu.equal(lane, 0)):
+            index = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), warp)
+            gpu.store(gpu.advance_far(gpu.pointer(sums, gpu.SHARED), index, 4), [total])
+
+    inline(sums, jnp.int32(warpgroup), half_steps, middle, *tiles, *parts, *map(jnp.int32, starts))
+
+
+def low_bytes(words: Sequence[ir.Value]) -> ir.Value:
+    """The low bytes of four words."""
+    pairs = [gpu.pick_bytes(a, b, 0x0040) for a, b in (words[:2], words[2:])]
+    return gpu.pick_bytes(*pairs, 0x5410)
+
+
+def transposed_bytes(low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Eight bytes as a matrix of bits, transposed: bit i of byte p is bit p of byte i.
+
+    Blocks of 1, of 2 and of 4 bits off the diagonal are exchanged; source: Hacker's Delight, section 7-3.
+    """
+
+    def exchanged(word, distance, mask):
+        differ = gpu.bits_of(gpu.flip_bits(word, gpu.shift_right(word, distance)), mask)
+        return gpu.flip_bits(word, gpu.flip_bits(differ, gpu.shift_left(differ, distance)))
+
+    low, high = (exchanged(exchanged(word, 7, 0x00AA00AA), 14, 0x0000CCCC) for word in (low, high))
+    differ = gpu.bits_of(gpu.flip_bits(low, gpu.shift_left(high, 4)), 0xF0F0F0F0)
+    return gpu.flip_bits(low, differ), gpu.flip_bits(high, gpu.shift_right(differ, 4))

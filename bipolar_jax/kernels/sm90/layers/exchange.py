@@ -1,0 +1,152 @@
+"""What warps and warpgroups of a block tell each other through shared memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers.registers import (
+    ALONG_ROWS,
+    PART,
+    SPLAT,
+    VECTOR,
+    WARPS,
+    as_splat,
+    lane_and_warp,
+    numbers_of,
+    word_of,
+)
+from bipolar_jax.kernels.sm90.row_threads import tree
+from bipolar_jax.kernels.sm90.tensor_core import ACCUMULATOR
+
+_BLOCK_WARPS = 16
+# Threads that hold each element of an array in these layouts.
+_COPIES = {VECTOR: 1, PART: 1, ALONG_ROWS: 4}
+
+
+def share(
+    exchange,
+    warpgroup: Int[Array, ""],
+    values: Sequence[Float[Array, " n"]],
+    kind: Literal["sum", "max", "min"],
+    layout: plgpu.Layout = PART,
+    *,
+    emulate: bool,
+) -> None:
+    """Every warp leaves the sum or an extreme of its part of some arrays in shared memory; `collect` reads them.
+
+    Args:
+      exchange: float32 [warps of the block].
+      warpgroup: which this is.
+      values: arrays in the layout VECTOR, PART or ALONG_ROWS.
+      kind: what is made of them; NaN of an extreme stays.
+      layout: of the values.
+    """
+    if emulate:
+        reduce = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind]
+        reduced = reduce(jnp.stack(values))
+        for warp in range(WARPS):
+            exchange[warpgroup * WARPS + warp] = reduced if kind != "sum" or warp == 0 else jnp.float32(0)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, *[layout] * len(values)))
+    def inline(_, exchange, warpgroup, *values):
+        numbers = [number for array in values for number in numbers_of(array)]
+        if kind == "sum":
+            number = tree(gpu.add, numbers)
+            for distance in (1, 2, 4, 8, 16):
+                number = gpu.add(number, gpu.as_float(gpu.exchange(gpu.as_word(number), distance)))
+            word = gpu.as_word(gpu.multiply(number, gpu.float32(1 / _COPIES[layout])))
+        else:
+            extreme = tree(functools.partial(gpu.extreme, kind, "f32"), [gpu.as_word(number) for number in numbers])
+            word = in_order(gpu.over_warp(kind, in_order(extreme)))
+        lane, warp = lane_and_warp()
+        with gpu.when(gpu.equal(lane, 0)):
+            index = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), warp)
+            gpu.store(gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), index, 4), [word])
+
+    inline(exchange, jnp.int32(warpgroup), *values)
+
+
+def collect(exchange, kind: Literal["sum", "max", "min"], *, emulate: bool) -> Array:
+    """The sum or an extreme of what the 16 warps of a block left; float32, or the sum of int32."""
+    integers = exchange.dtype == jnp.int32
+    if emulate:
+        return {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}[kind](exchange[...])
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), exchange.dtype, layout=SPLAT)
+    )
+    def inline(_, exchange):
+        lane, _ = lane_and_warp()
+        index = gpu.bits_of(lane, _BLOCK_WARPS - 1)
+        (word,) = gpu.load(gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), index, 4), 1)
+        if kind != "sum":
+            return as_splat(gpu.as_float(in_order(gpu.over_warp(kind, in_order(word)))), None)
+        if integers:  # both halves of the warp have all of them
+            return as_splat(gpu.shift_right_signed(gpu.over_warp("add", word), 1), True)
+        number = gpu.as_float(word)
+        for distance in (1, 2, 4, 8):
+            number = gpu.add(number, gpu.as_float(gpu.exchange(gpu.as_word(number), distance)))
+        return as_splat(number, None)
+
+    return inline(exchange)
+
+
+def in_order(word: ir.Value) -> ir.Value:
+    """A float's word as an integer of the same order, and back; NaN beyond the infinities."""
+    return gpu.flip_bits(word, gpu.bits_of(gpu.shift_right_signed(word, 31), 0x7FFFFFFF))
+
+
+def write_products(
+    target, sums: Int[Array, "64 8"], weights: Sequence[int], start: Int[Array, ""], *, emulate: bool
+) -> None:
+    """target[start + r] = sum over planes q of x of their weights and sums[r, q], for 32 rows.
+
+    Args:
+      target: int32 in shared memory, flat.
+      sums: in the layout ACCUMULATOR; of the 64 rows 32 count.
+      weights: of the planes of x, at most 8; what the other columns hold does not matter.
+      start: in the target.
+    """
+    columns = [*weights, *[0] * (8 - len(weights))]
+    if emulate:
+        target[pl.ds(start, 32)] = sum(sums[:32, q] * weight for q, weight in enumerate(columns) if weight)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, ACCUMULATOR))
+    def inline(_, target, start, sums):
+        lane, warp = lane_and_warp()
+        pair = gpu.bits_of(lane, 3)
+        # A thread has columns 2 pair and 2 pair + 1 of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+        weights = [_pick(pair, columns[i::2]) for i in range(2)]
+        totals = [
+            gpu.plus(*(gpu.times(word_of(number), w) for number, w in zip(half, weights, strict=True)))
+            for half in sums.registers.reshape(2, 2)
+        ]
+        for distance in (1, 2):
+            totals = [gpu.plus(total, gpu.exchange(total, distance)) for total in totals]
+        row = gpu.plus(gpu.plus(gpu.times(warp, 16), gpu.shift_right(lane, 2)), start.registers.item())
+        with gpu.when(arith.andi(gpu.equal(pair, 0), gpu.less(warp, 2))):
+            where = gpu.advance_far(gpu.pointer(target, gpu.SHARED), row, 4)
+            gpu.store(where, totals[:1])
+            gpu.store(gpu.advance(where, 32), totals[1:])
+
+    inline(target, jnp.int32(start), sums)
+
+
+def _pick(index, numbers: Sequence[int]):
+    """numbers[index]."""
+    value = gpu.int32(numbers[0])
+    for i, number in enumerate(numbers[1:], 1):
+        value = gpu.choose(gpu.equal(index, i), gpu.int32(number), value)
+    return value

@@ -1,0 +1,195 @@
+"""The phases of a layer, as a warpgroup goes through them: what it reads, computes and leaves for other blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from bipolar_jax.kernels.sm90.layers.attention import attend
+from bipolar_jax.kernels.sm90.layers.attention_rows import load_attended
+from bipolar_jax.kernels.sm90.layers.products import (
+    ProductWeights,
+    column_terms,
+    finish,
+    multiply,
+    rows_of,
+)
+from bipolar_jax.kernels.sm90.layers.registers import pinned
+from bipolar_jax.kernels.sm90.layers.shape import (
+    PART,
+    PARTIAL,
+    WARPGROUPS,
+    LayersShape,
+)
+from bipolar_jax.kernels.sm90.layers.token import quantize_token
+from bipolar_jax.kernels.sm90.layers.vectors import load_part, load_vector, store_vector
+
+PHASES = ("qkv", "attention", "o", "gate_up", "down")
+
+
+class Buffers(NamedTuple):
+    """What passes between phases: flat float32 arrays in memory.
+
+    Attributes:
+      hidden: what a layer reads.
+      attended: what its feed-forward reads.
+      qkv: projections of every layer.
+      partials: of attention, for every head `records` of PARTIAL numbers.
+      ffn: activations between gate and up, and down.
+    """
+
+    hidden: Any
+    attended: Any
+    qkv: Any
+    partials: Any
+    ffn: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayersWeights:
+    """Weights of all layers.
+
+    Attributes:
+      products: by name, of PRODUCTS.
+      attention_gain, ffn_gain: of the RMSNorms, flat [layers * hidden].
+    """
+
+    products: dict[str, ProductWeights]
+    attention_gain: Any
+    ffn_gain: Any
+
+
+def buffers_of(shape: LayersShape) -> Buffers:
+    """Shapes of the buffers."""
+    sizes = (
+        shape.hidden,
+        shape.hidden,
+        shape.num_layers * shape.products["qkv"].n,
+        PARTIAL * shape.heads * shape.records,
+        shape.ffn,
+    )
+    return Buffers(*(jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What the warpgroups of a block share: refs, `meet` to wait for each other, and whether this is interpret mode."""
+
+    products: Any
+    exchange: Any
+    code_sums: Any
+    columns: Any
+    x_tiles: Any
+    meet: Callable[[], None]
+    emulate: bool
+
+
+class Phases:
+    """The five phases of a layer, of one warpgroup. What is left in memory for other blocks, the first one leaves."""
+
+    def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block):
+        self._shape, self._weights, self._cache = shape, weights, cache
+        self._ring, self._cache_ring, self._shared = ring, cache_ring, shared
+        self._sources, self._outs, self._where = sources, outs, (me, block)
+        self._pin()
+
+    def _pin(self) -> None:
+        self._me, self._block = (pinned(number, emulate=self._shared.emulate) for number in self._where)
+
+    def enter(self, hidden) -> None:
+        """Copies this block's rows of what the first layer reads to where the next ones find theirs."""
+        product = self._shape.products["down"]
+
+        @pl.when(self._me == 0)
+        def _():
+            for chunk in range(product.chunks):
+                first, count = rows_of(product, self._block, chunk)
+                self._store(self._outs.hidden, self._load(hidden, first, first + count), first, count)
+
+    def prepare(self, phase: str, layer):
+        """What a phase of a layer reads that no other block computes.
+
+        Terms of columns; what the product is added to, which this block left itself; the norm's gain.
+        """
+        self._pin()
+        if phase == "attention":
+            return ()
+        weights = self._weights.products[phase]
+        emulate = self._shared.emulate
+        terms = column_terms(self._shape, weights, layer, phase, self._block, emulate=emulate)
+        gain = {"qkv": self._weights.attention_gain, "gate_up": self._weights.ffn_gain}.get(phase)
+        if gain is None:
+            product = self._shape.products[phase]
+            source = {"o": self._sources.hidden, "down": self._sources.attended}[phase]
+            rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
+            return terms, [self._load(source, first, first + count) for first, count in rows], None
+        start, hidden = layer * self._shape.hidden, self._shape.hidden
+        return terms, None, [self._load_part(gain, start + at, start + hidden) for at in self._starts(phase)]
+
+    def run(self, phase: str, index, layer, prepared) -> None:
+        """One phase of a layer, which is the index-th that is computed."""
+        self._pin()
+        shape, shared = self._shape, self._shared
+        if phase == "attention":
+            start, partials = layer * shape.products["qkv"].n, self._outs.partials
+            ring, qkv = self._cache_ring, self._sources.qkv
+            attend(shape, self._cache, ring, index, qkv, start, self._me, self._block, shared, partials)
+            return
+        product, (terms, residual, gains) = shape.products[phase], prepared
+        parts, squares = self._inputs(phase), None
+        if gains is not None:
+            squares = [part * part for part in parts]
+            parts = [part * gain for part, gain in zip(parts, gains, strict=True)]
+        grid = quantize_token(parts, squares, product.k, shape.norm_eps, shape.a_format, self._me, shared)
+        multiply(shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate)
+        shared.meet()
+
+        @pl.when(self._me == 0)
+        def _():
+            for chunk in range(product.chunks):
+                halves = [finish(shape, phase, terms[i][chunk], shared, grid, i, chunk) for i in range(product.halves)]
+                if residual is not None:
+                    halves = [halves[0] + residual[chunk]]
+                self._leave(phase, layer, halves, *rows_of(product, self._block, chunk))
+
+    def _inputs(self, phase: str):
+        """The parts of the token that this warpgroup multiplies."""
+        shape, sources, starts = self._shape, self._sources, self._starts(phase)
+        if phase == "o":
+            return [
+                load_attended(
+                    sources.partials, start, shape.heads, shape.records, PARTIAL, emulate=self._shared.emulate
+                )
+                for start in starts
+            ]
+        source = {"qkv": sources.hidden, "gate_up": sources.attended, "down": sources.ffn}[phase]
+        return [self._load_part(source, start, shape.products[phase].k) for start in starts]
+
+    def _leave(self, phase: str, layer, halves, first, count) -> None:
+        """Stores what a product gives."""
+        outs, numbers = self._outs, halves[0]
+        if phase == "qkv":
+            self._store(outs.qkv, numbers, layer * self._shape.products["qkv"].n + first, count)
+        elif phase == "gate_up":
+            self._store(outs.ffn, numbers / (1.0 + jnp.exp(-numbers)) * halves[1], first, count)
+        else:
+            self._store({"o": outs.attended, "down": outs.hidden}[phase], numbers, first, count)
+
+    def _starts(self, phase: str):
+        """Where in K the parts begin that this warpgroup multiplies."""
+        return [(self._me + turn * WARPGROUPS) * PART for turn in range(self._shape.products[phase].turns)]
+
+    def _load(self, ref, start, end):
+        return load_vector(ref, start, end, emulate=self._shared.emulate)
+
+    def _load_part(self, ref, start, end):
+        return load_part(ref, start, end, emulate=self._shared.emulate)
+
+    def _store(self, ref, values, start, count):
+        store_vector(ref, values, start, count, emulate=self._shared.emulate)
