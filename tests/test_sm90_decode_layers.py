@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision, quantize
 from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.layers import operation
 from bipolar_jax.kernels.sm90.layers.bit_planes import transposed_bytes
@@ -22,6 +23,7 @@ from bipolar_jax.kernels.sm90.layers.exchange import in_order
 from bipolar_jax.kernels.sm90.layers.operation import decode_layers
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, LayersShape
 from bipolar_jax.models import fused_decode
+from bipolar_jax.models.alibi import alibi_slopes
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.join_projections import join_projections
 from bipolar_jax.models.presets import preset
@@ -30,6 +32,7 @@ from bipolar_jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.timeout(400)  # a kernel that deadlocks waits for ever
 EPS = 1e-5
+SWIGLU = Activation("silu", gated=True)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,9 @@ class Case:
     calibration: str = "mse"
     bias: bool = False
     gain: float = 1.0
+    norm: type = RMSNorm
+    activation: Activation = SWIGLU
+    positions: str = "rope"
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -65,7 +71,7 @@ class Case:
         sizes = {
             "qkv": (self.hidden, context + 2 * kv),
             "o": (context, self.hidden),
-            "gate_up": (self.hidden, 2 * self.ffn),
+            "up": (self.hidden, (2 if self.activation.gated else 1) * self.ffn),
             "down": (self.ffn, self.hidden),
         }
         angle = self.length * 10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
@@ -77,19 +83,25 @@ class Case:
                 for name, (k, n) in sizes.items()
             },
             biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
-            gains=tuple(self.gain * (1 + 0.1 * normal(self.layers, self.hidden)) for _ in range(2)),
+            norms={name: self._norm(normal) for name in ("qkv", "up")},
+            activation=self.activation,
             keys=normal(*cache).astype(jnp.bfloat16),
             values=normal(*cache).astype(jnp.bfloat16),
             length=jnp.int32(self.length),
-            tables=(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)),
+            tables=tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+            if self.positions == "rope"
+            else None,
+            slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
             a_format=BipolarFormat(self.a_bits),
-            eps=EPS,
         )
 
+    def _norm(self, normal):
+        gain = self.gain * (1 + 0.1 * normal(self.layers, self.hidden))
+        return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
 
-def twin(hidden, kernels, biases, gains, keys, values, length, tables, a_format, eps):
+
+def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format):
     """`decode_layers` in float32, layer by layer; products of what the numbers are quantized to."""
-    cos, sin = tables
 
     def product(x, name, layer):
         w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
@@ -101,10 +113,13 @@ def twin(hidden, kernels, biases, gains, keys, values, length, tables, a_format,
         y = y * tokens.scale
         return y if biases[name] is None else y + biases[name][layer]
 
-    def normalized(x, gain):
-        return x * jax.lax.rsqrt(jnp.mean(x * x) + eps) * gain
+    def normalized(x, name, layer):
+        return jax.tree.map(lambda leaf: leaf[layer], norms[name])(x)
 
     def rotated(x):
+        if tables is None:
+            return x
+        cos, sin = tables
         a, b = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -114,26 +129,29 @@ def twin(hidden, kernels, biases, gains, keys, values, length, tables, a_format,
 
     projections, kv_heads = [], keys.shape[2]
     for layer in range(keys.shape[0]):
-        projected = product(normalized(hidden, gains[0][layer]), "qkv", layer)
+        projected = product(normalized(hidden, "qkv", layer), "qkv", layer)
         projections.append(projected)
         heads = projected.reshape(-1, HEAD_DIM)
         q, k, v = heads[: -2 * kv_heads], heads[-2 * kv_heads : -kv_heads], heads[-kv_heads:]
         group = len(q) // kv_heads
         k, v = with_new(keys[layer], rotated(k)), with_new(values[layer], v)
         scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(HEAD_DIM)
+        if slopes is not None:
+            scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1])
         context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
         hidden = hidden + product(context.reshape(-1), "o", layer)
-        gate, up = jnp.split(product(normalized(hidden, gains[1][layer]), "gate_up", layer), 2)
-        hidden = hidden + product(jax.nn.silu(gate) * up, "down", layer)
+        hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
     return hidden, jnp.stack(projections)
 
 
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
-        (Case(2, 256, 384, 2, 1, 2, 2, 192, 100, calibration="minmax"), 5),
+        (Case(1, 256, 384, 2, 1, 2, 2, 192, 100, calibration="minmax"), 5),
         (Case(1, 128, 1152, 1, 1, 3, 8, 320, 300, bias=True), 3),
         (Case(1, 128, 128, 1, 1, 8, 8, 128, 0), 1),
+        (Case(1, 256, 128, 2, 2, 2, 4, 128, 70, "mse", True, 1.0, LayerNorm, Activation("relu"), "learned"), 2),
+        (Case(1, 384, 128, 3, 3, 4, 8, 128, 60, "mse", True, 1.0, LayerNorm, Activation("gelu"), "alibi"), 3),
         # Small gains: SwiGLU's underflow far below zero, here and there another, would decide signs.
         (Case(1, 128, 256, 1, 1, 1, 1, 128, 64, gain=0.05), 2),
     ],
@@ -230,16 +248,24 @@ def test_a_full_cache_keeps_what_it_has():
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("llama-2-7b", (1, 1)), ("llama-2-7b", (2, 8)), ("llama-3-8b", (8, 8)), ("qwen2.5-7b", (3, 2))],
+    [
+        ("llama-2-7b", (1, 1)),
+        ("llama-2-7b", (2, 8)),
+        ("llama-3-8b", (8, 8)),
+        ("qwen2.5-7b", (3, 2)),
+        ("opt-6.7b", (2, 2)),
+        ("bloom-7b1", (4, 8)),
+    ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 def test_compiles_without_spills(name, precision):
     config, (w_bits, a_bits) = preset(name), precision
     case = Case(
         config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
-        1088, 1024, bias=config.qkv_bias,
+        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
+        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
     )  # fmt: skip
-    static = {"a_format": BipolarFormat(a_bits), "eps": EPS}
+    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation}
     operands = jax.eval_shape(lambda: shapes_of(case))
     _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
     assert len(report.registers) == 1, "one kernel"
@@ -254,7 +280,7 @@ def shapes_of(case: Case) -> dict:
     sizes = {
         "qkv": (case.hidden, context + 2 * kv),
         "o": (context, case.hidden),
-        "gate_up": (case.hidden, 2 * case.ffn),
+        "up": (case.hidden, (2 if case.activation.gated else 1) * case.ffn),
         "down": (case.ffn, case.hidden),
     }
     kernels = {
@@ -264,16 +290,18 @@ def shapes_of(case: Case) -> dict:
     cache = jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM), jnp.bfloat16)
     bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
     gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
-    changes = dict(kernels=kernels, biases=bias, gains=(gain, gain), keys=cache, values=cache)
-    operands |= changes | {"hidden": jnp.zeros(case.hidden, jnp.bfloat16)}
-    return {name: value for name, value in operands.items() if name not in ("a_format", "eps")}
+    norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
+    slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
+    operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
+    operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
+    return {name: value for name, value in operands.items() if name not in ("a_format", "activation")}
 
 
 def test_sizes_that_do_not_fit():
     def shape(**changes):
         fields = dict(
             num_layers=1, hidden=256, ffn=256, heads=2, kv_heads=1, a_format=BipolarFormat(8),
-            w_format=BipolarFormat(2), norm_eps=EPS, blocks=4,
+            w_format=BipolarFormat(2), norm="rms", norm_eps=EPS, activation=SWIGLU, blocks=4,
         )  # fmt: skip
         return LayersShape(**(fields | changes))
 

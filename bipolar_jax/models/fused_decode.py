@@ -8,10 +8,13 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import sm90
+from bipolar_jax.models.alibi import alibi_slopes
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.norm import as_prologue
 from bipolar_jax.models.rope import rotate
 from bipolar_jax.nn import Linear
+from bipolar_jax.ops import Activation
 
 
 def fused_layers(
@@ -30,7 +33,7 @@ def fused_layers(
       layers: the stack of `transformer.DecoderLayer`.
       config: of the model.
       hidden: of the new token.
-      tables: cosines and sines of its position.
+      tables: cosines and sines of its position, where positions are rotary.
       cache: its length is the token's position.
 
     Returns:
@@ -38,36 +41,37 @@ def fused_layers(
       counted.
 
     Raises:
-      NotImplementedError: more sequences, another architecture or device, layers that are not packed and joined
-        (`join_projections`), or that the kernel does not serve.
+      NotImplementedError: more sequences, another device, layers that are not packed and joined (`join_projections`),
+        or that the kernel does not serve.
     """
     if hidden.shape[0] != 1:
         raise NotImplementedError(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
-    if (config.norm, config.positions, config.ffn) != ("rms", "rope", "swiglu"):
-        raise NotImplementedError("layers are one kernel for RMSNorm, rotary positions and SwiGLU")
     if cache.bits is not None:
         raise NotImplementedError(f"layers are one kernel with a cache of floats, not of {cache.bits} bits")
+    gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
         "o": layers.attention.o_proj,
-        "gate_up": getattr(layers.ffn, "gate_up_proj", None),
+        "up": getattr(layers.ffn, "gate_up_proj" if gated else "up_proj", None),
         "down": layers.ffn.down_proj,
     }
     outcome, qkv = sm90.decode_layers(
         hidden[0, 0],
         {name: layer.kernel.get_value() for name, layer in products.items() if _is_served(name, layer)},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
-        (layers.attention_norm.scale[...], layers.ffn_norm.scale[...]),
+        {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
+        Activation("silu", gated=True) if gated else Activation(config.ffn),
         cache.keys,
         cache.values,
         jnp.minimum(cache.lengths[0], cache.capacity),
-        tuple(table[0, 0] for table in tables),
+        None if tables is None else tuple(table[0, 0] for table in tables),
+        jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None,
         _activation_format(products),
-        config.norm_eps,
     )
     heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)
-    keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
+    if tables is not None:
+        keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
     return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None])
 
 

@@ -33,11 +33,12 @@ def project(
 ) -> list[Float[Array, "*batch out"]]:
     """What each layer makes of norm(x): packed ones normalize while they quantize, float ones share one norm(x)."""
     normalized = norm(x) if any(not isinstance(layer, Linear) for layer in layers) else None
-    prologue = _prologue(norm)
+    prologue = as_prologue(norm)
     return [layer(x, prologue) if isinstance(layer, Linear) else layer(normalized) for layer in layers]
 
 
-def _prologue(norm: Norm) -> RMSNorm | LayerNorm:
+def as_prologue(norm: Norm) -> RMSNorm | LayerNorm:
+    """The norm as `bipolar_jax.matmul` takes it."""
     if isinstance(norm, nnx.RMSNorm):
         return RMSNorm(norm.scale[...], norm.epsilon)
     return LayerNorm(norm.scale[...], norm.bias[...], norm.epsilon)

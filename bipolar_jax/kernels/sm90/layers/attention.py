@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.layers.attention_rows import add_pairs, pairwise_max, share_columns
+from bipolar_jax.kernels.sm90.layers.attention_rows import add_pairs, pairwise_max, row_scores, share_columns
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
 from bipolar_jax.kernels.sm90.layers.registers import ALONG_COLUMNS, ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
@@ -40,6 +40,7 @@ class Cache:
       keys, values: [layers, 1, kv_heads, capacity, HEAD_DIM].
       length: positions that hold a token, int32 [1].
       cos, sin: of the new token's position, float32 [HEAD_DIM]: each twice, the sines negative at first.
+      slopes: ALiBi's, float32 [heads], for scores in base 2; or None.
     """
 
     keys: Any
@@ -47,6 +48,7 @@ class Cache:
     length: Any
     cos: Any
     sin: Any
+    slopes: Any = None
 
 
 class CacheRing:
@@ -94,7 +96,7 @@ class CacheRing:
     def read(self, kind: int, half: int, *, emulate: bool) -> Float[Array, "64 64"]:
         """The lower or the upper half of every vector."""
         slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate), half]
-        return plgpu.load(slot, layout=MATRIX).astype(jnp.float32)
+        return plgpu.load(slot, layout=MATRIX)
 
     def refill(self, kind: int, number) -> None:
         """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
@@ -145,7 +147,8 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
     def as_cached(numbers):
         return numbers.astype(cache.keys.dtype).astype(jnp.float32)
 
-    q = rotated(jnp.minimum(ring.head, shape.heads - 1) * HEAD_DIM) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
+    head = jnp.minimum(ring.head, shape.heads - 1)
+    q = rotated(head * HEAD_DIM) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
     k_start = (shape.heads + ring.kv_head) * HEAD_DIM
     k, v = as_cached(rotated(k_start)), as_cached(vector(qkv, qkv_start + k_start + shape.kv_heads * HEAD_DIM))
     # The query goes where the sums over rows will be left at the end; the new token's score is summed four times.
@@ -153,10 +156,6 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
     query[...] = q
     share(shared.exchange.at[2], me, [q * k], "sum", VECTOR, emulate=emulate)
     plgpu.commit_smem()
-
-    def score(half: int, position_keys):
-        part = plgpu.load(query.at[pl.ds(half * HALF, HALF)], layout=ALONG_COLUMNS, optimized=False)
-        return jnp.sum(position_keys * lax.broadcast_in_dim(part, (POSITIONS, HALF), (1,)), axis=1)
 
     row = plgpu.broadcasted_iota(jnp.int32, (POSITIONS,), 0, layout=ALONG_ROWS)
     nothing = plgpu.layout_cast(jnp.zeros((POSITIONS, HALF // 2), jnp.float32), MATRIX)
@@ -167,9 +166,17 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
         largest, total, sums = carry
         number = ring.number(layer, index)
         ring.wait(0)
-        scores = sum(score(half, ring.read(0, half, emulate=emulate)) for half in range(2))
+        halves = range(2)
+        scores = row_scores(
+            [ring.read(0, half, emulate=emulate) for half in halves],
+            [plgpu.load(query.at[pl.ds(half * HALF, HALF)], layout=ALONG_COLUMNS, optimized=False) for half in halves],
+            emulate=emulate,
+        )
         ring.refill(0, number)
-        scores = jnp.where(row + ring.position(index) < ring.length, scores, _NOTHING)
+        positions = row + ring.position(index)
+        if cache.slopes is not None:
+            scores = scores + positions.astype(jnp.float32) * cache.slopes[head]
+        scores = jnp.where(positions < ring.length, scores, _NOTHING)
         larger = pairwise_max(jnp.maximum(largest, scores), emulate=emulate)
         weight, before = jnp.exp2(scores - larger), jnp.exp2(largest - larger)
         # Rows that have attended to nothing have weights of 2^0; what they sum is dropped when they meet others.
@@ -201,6 +208,8 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
         @pl.when(ring.has_new)
         def _():
             new_score = collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / WARPGROUPS)
+            if cache.slopes is not None:
+                new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
             _leave(partials, ring.record + 1, v, new_score, jnp.float32(1), emulate)
 
 

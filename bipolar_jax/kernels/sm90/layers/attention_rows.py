@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers.registers import (
+    ALONG_COLUMNS,
     ALONG_ROWS,
     MATRIX,
     PART,
@@ -27,6 +31,8 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     word_of,
 )
 from bipolar_jax.kernels.sm90.row_threads import tree
+
+_NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def pairwise_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
@@ -48,6 +54,41 @@ def pairwise_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "
     return inline(values)
 
 
+def row_scores(
+    keys: Sequence[Float[Array, "64 64"]], query: Sequence[Float[Array, "64"]], *, emulate: bool
+) -> Float[Array, "64"]:
+    """sum of keys * query over columns of all matrices, float32, in the layout ALONG_ROWS.
+
+    Args:
+      keys: 16-bit floats in the layout MATRIX.
+      query: float32, a vector for each matrix, in the layout ALONG_COLUMNS.
+    """
+    if emulate:
+        return sum(jnp.sum(key.astype(jnp.float32) * part, axis=1) for key, part in zip(keys, query, strict=True))
+    number = _NUMBERS[jnp.dtype(keys[0].dtype).name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[MATRIX] * len(keys), *[ALONG_COLUMNS] * len(query)),
+        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS),
+    )
+    def inline(_, *arrays):
+        totals = [gpu.float32(0)] * 2
+        for key, part in zip(arrays[: len(keys)], arrays[len(keys) :], strict=True):
+            for halves, pair in zip(key.registers.reshape(-1, 2), part.registers.flat, strict=True):
+                for half, register in enumerate(halves):
+                    for column, x in enumerate(gpu.expand(number, _two_halves(register))):
+                        totals[half] = gpu.fma(x, element(pair, column), totals[half])
+        # Lanes that have the other columns of the same row are 1 and 2 apart.
+        for distance in (1, 2):
+            totals = [gpu.add(t, gpu.as_float(gpu.exchange(gpu.as_word(t), distance))) for t in totals]
+        layout = ALONG_ROWS.to_mgpu()
+        registers = np.empty(layout.registers_shape((64,)), dtype=object)
+        registers.flat = [in_register(total) for total in totals]
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return inline(*keys, *query)
+
+
 def add_pairs(
     sums: Float[Array, "64 32"],
     before: Float[Array, "64"],
@@ -61,10 +102,11 @@ def add_pairs(
     Args:
       sums: of 32 pairs of rows and 64 columns; which element is where is known to `share_columns` alone.
       before: of the rows, alike for a pair.
-      matrix, weights: what is added, and the weights of its rows.
+      matrix, weights: what is added, 16-bit floats, and the weights of its rows.
     """
+    number = _NUMBERS[jnp.dtype(matrix.dtype).name]
     if emulate:
-        pairs = (matrix * weights[:, None]).reshape(4, 2, 8, 64).sum(1).reshape(32, 64)
+        pairs = (matrix.astype(jnp.float32) * weights[:, None]).reshape(4, 2, 8, 64).sum(1).reshape(32, 64)
         return (sums.reshape(32, 64) * before.reshape(4, 2, 8)[:, 0].reshape(32, 1) + pairs).reshape(64, 32)
 
     @plgpu.inline_mgpu(
@@ -77,13 +119,11 @@ def add_pairs(
         registers = np.empty_like(sums.registers)
         new = []
         for old, halves in zip(sums.registers.flat, matrix.registers.reshape(-1, 2), strict=True):
-            numbers = []
-            for column in range(2):
-                total = gpu.multiply(element(old, column), factor)
-                for half, weight in zip(halves, weights, strict=True):
-                    total = gpu.fma(element(half, column), weight, total)
-                numbers.append(total)
-            new.append(in_register(*numbers))
+            totals = [gpu.multiply(element(old, column), factor) for column in range(2)]
+            for half, weight in zip(halves, weights, strict=True):
+                pair = gpu.expand(number, _two_halves(half))
+                totals = [gpu.fma(x, weight, total) for x, total in zip(pair, totals, strict=True)]
+            new.append(in_register(*totals))
         registers.flat = new
         return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
 
@@ -189,3 +229,8 @@ def load_attended(partials, start: Int[Array, ""], heads: int, records: int, siz
         return as_part([gpu.multiply(number, scale) for number in sums])
 
     return inline(partials, jnp.int32(start))
+
+
+def _two_halves(register: ir.Value) -> ir.Value:
+    """A register of two 16-bit floats, as a word."""
+    return llvm.bitcast(gpu.i32_type(), register)

@@ -112,7 +112,7 @@ def _launch(
             ),
             cache_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2 * WARPGROUPS),
             products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
-            exchange=plgpu.SMEM((3, WARPGROUPS * WARPS), jnp.float32),
+            exchange=plgpu.SMEM((4, WARPGROUPS * WARPS), jnp.float32),
             code_sums=plgpu.SMEM((WARPGROUPS * WARPS,), jnp.int32),
             columns=plgpu.SMEM((WARPGROUPS * WARPS, HEAD_DIM), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -150,7 +150,7 @@ def _kernel(
     shared = Shared(meet=meet, emulate=emulate, **shared_refs)
     ring = None
     if names := [name for name in PRODUCTS if name in phases]:
-        ring = WeightRing(shape, weights.products, names, layers, me, block, w_ring, w_arrived)
+        ring = WeightRing(shape, weights.products, names, layers, me, block, w_ring, w_arrived, emulate=emulate)
     cache_ring = None
     if "attention" in phases:
         cache_ring = CacheRing(shape, cache, layers, me, block, cache_slots, cache_arrived)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.execution import default_device
 from bipolar_jax.kernels.sm90.layers.attention import Cache
 from bipolar_jax.kernels.sm90.layers.kernel import run_layers
@@ -23,32 +26,33 @@ def decode_layers(
     hidden: Float[Array, " hidden"],
     kernels: dict[str, BipolarArray],
     biases: dict[str, Float[Array, "layers n"] | None],
-    gains: tuple[Float[Array, "layers hidden"], Float[Array, "layers hidden"]],
+    norms: dict[str, RMSNorm | LayerNorm],
+    activation: Activation,
     keys: Float[Array, "layers 1 kv_heads capacity head_dim"],
     values: Float[Array, "layers 1 kv_heads capacity head_dim"],
     length: Int[Array, ""],
-    tables: tuple[Float[Array, " half"], Float[Array, " half"]],
+    tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+    slopes: Float[Array, " heads"] | None,
     a_format: BipolarFormat,
-    eps: float,
     *,
     blocks: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
-    """All layers of a pre-norm decoder (RMSNorm, rotary attention, SwiGLU) for one new token of one sequence.
+    """All layers of a pre-norm decoder for one new token of one sequence.
 
     Between products all numbers are float32: they are normalized and quantized from it, and added up in it.
 
     Args:
       hidden: of the new token.
-      kernels: of the products "qkv", "o", "gate_up" and "down" of all layers, [layers, k, n], of one format and one
+      kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
         scale a column.
       biases: of the same products, or None.
       gains: of the norms before attention and before the feed-forward block.
       keys, values: bfloat16 or float16; the new token's are not in there, and are not written.
       length: positions that hold a token; it is the new token's position.
-      tables: cosines and sines of that position.
+      tables: cosines and sines of that position; None where positions are not rotary.
+      slopes: ALiBi's, of key positions; None where there are none.
       a_format: 1 to 8 bits.
-      eps: of both norms.
       blocks: that work together; None takes all multiprocessors of the device.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -82,20 +86,23 @@ def decode_layers(
         kv_heads=kv_heads,
         a_format=a_format,
         w_format=w_format,
-        norm_eps=eps,
+        norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
+        norm_eps=norms["qkv"].eps,
+        activation=activation,
         blocks=blocks,
     )
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
-        *(_number(gain.reshape(-1)) for gain in gains),
+        {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
     )
-    cos, sin = tables
+    cos, sin = (jnp.ones(HEAD_DIM // 2), jnp.zeros(HEAD_DIM // 2)) if tables is None else tables
     cache = Cache(
         keys,
         values,
         jnp.reshape(length, (1,)).astype(jnp.int32),
         jnp.concatenate([cos, cos]),
         jnp.concatenate([-sin, sin]),
+        None if slopes is None else slopes.astype(jnp.float32) * math.log2(math.e),
     )
 
     # Blocks of several calls at a time would wait for each other for ever: under vmap calls come one by one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,10 +27,16 @@ from bipolar_jax.kernels.sm90.layers.shape import (
     WARPGROUPS,
     LayersShape,
 )
-from bipolar_jax.kernels.sm90.layers.token import quantize_token
+from bipolar_jax.kernels.sm90.layers.token import layer_normalized, quantize_token
 from bipolar_jax.kernels.sm90.layers.vectors import load_part, load_vector, store_vector
 
-PHASES = ("qkv", "attention", "o", "gate_up", "down")
+PHASES = ("qkv", "attention", "o", "up", "down")
+# As `kernels.prologue`'s, of what Mosaic can lower.
+_FUNCTIONS = {
+    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
+    "relu": lambda x: jnp.maximum(x, 0.0),
+}
 
 
 class Buffers(NamedTuple):
@@ -40,7 +47,7 @@ class Buffers(NamedTuple):
       attended: what its feed-forward reads.
       qkv: projections of every layer.
       partials: of attention, for every head `records` of PARTIAL numbers.
-      ffn: activations between gate and up, and down.
+      ffn: activations between up, and its gate, and down.
     """
 
     hidden: Any
@@ -57,12 +64,11 @@ class LayersWeights:
 
     Attributes:
       products: by name, of PRODUCTS.
-      attention_gain, ffn_gain: of the RMSNorms, flat [layers * hidden].
+      norms: by the product that follows, flat gains and, of LayerNorms, biases [layers * hidden].
     """
 
     products: dict[str, ProductWeights]
-    attention_gain: Any
-    ffn_gain: Any
+    norms: dict[str, tuple[Any, ...]]
 
 
 def buffers_of(shape: LayersShape) -> Buffers:
@@ -115,7 +121,7 @@ class Phases:
     def prepare(self, phase: str, layer):
         """What a phase of a layer reads that no other block computes.
 
-        Terms of columns; what the product is added to, which this block left itself; the norm's gain.
+        Terms of columns; what the product is added to, which this block left itself; the norm's vectors.
         """
         self._pin()
         if phase == "attention":
@@ -123,14 +129,15 @@ class Phases:
         weights = self._weights.products[phase]
         emulate = self._shared.emulate
         terms = column_terms(self._shape, weights, layer, phase, self._block, emulate=emulate)
-        gain = {"qkv": self._weights.attention_gain, "gate_up": self._weights.ffn_gain}.get(phase)
-        if gain is None:
+        norm = self._weights.norms.get(phase)
+        if norm is None:
             product = self._shape.products[phase]
             source = {"o": self._sources.hidden, "down": self._sources.attended}[phase]
             rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
             return terms, [self._load(source, first, first + count) for first, count in rows], None
         start, hidden = layer * self._shape.hidden, self._shape.hidden
-        return terms, None, [self._load_part(gain, start + at, start + hidden) for at in self._starts(phase)]
+        starts = [start + at for at in self._starts(phase)]
+        return terms, None, [[self._load_part(vector, at, start + hidden) for at in starts] for vector in norm]
 
     def run(self, phase: str, index, layer, prepared) -> None:
         """One phase of a layer, which is the index-th that is computed."""
@@ -141,11 +148,13 @@ class Phases:
             ring, qkv = self._cache_ring, self._sources.qkv
             attend(shape, self._cache, ring, index, qkv, start, self._me, self._block, shared, partials)
             return
-        product, (terms, residual, gains) = shape.products[phase], prepared
+        product, (terms, residual, norm) = shape.products[phase], prepared
         parts, squares = self._inputs(phase), None
-        if gains is not None:
+        if norm is not None and shape.norm == "rms":
             squares = [part * part for part in parts]
-            parts = [part * gain for part, gain in zip(parts, gains, strict=True)]
+            parts = [part * gain for part, gain in zip(parts, *norm, strict=True)]
+        elif norm is not None:
+            parts = layer_normalized(parts, *norm, product.k, shape.norm_eps, self._me, shared)
         grid = quantize_token(parts, squares, product.k, shape.norm_eps, shape.a_format, self._me, shared)
         multiply(shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate)
         shared.meet()
@@ -168,7 +177,7 @@ class Phases:
                 )
                 for start in starts
             ]
-        source = {"qkv": sources.hidden, "gate_up": sources.attended, "down": sources.ffn}[phase]
+        source = {"qkv": sources.hidden, "up": sources.attended, "down": sources.ffn}[phase]
         return [self._load_part(source, start, shape.products[phase].k) for start in starts]
 
     def _leave(self, phase: str, layer, halves, first, count) -> None:
@@ -176,8 +185,9 @@ class Phases:
         outs, numbers = self._outs, halves[0]
         if phase == "qkv":
             self._store(outs.qkv, numbers, layer * self._shape.products["qkv"].n + first, count)
-        elif phase == "gate_up":
-            self._store(outs.ffn, numbers / (1.0 + jnp.exp(-numbers)) * halves[1], first, count)
+        elif phase == "up":
+            numbers = _FUNCTIONS[self._shape.activation.function](numbers)
+            self._store(outs.ffn, numbers * halves[1] if len(halves) == 2 else numbers, first, count)
         else:
             self._store({"o": outs.attended, "down": outs.hidden}[phase], numbers, first, count)
 

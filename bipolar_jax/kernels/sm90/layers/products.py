@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.layers.exchange import collect, write_products
-from bipolar_jax.kernels.sm90.layers.registers import VECTOR
+from bipolar_jax.kernels.sm90.layers.registers import VECTOR, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, TILE, WARPGROUPS, LayersShape, Product
 from bipolar_jax.kernels.sm90.layers.token import Grid
 from bipolar_jax.kernels.sm90.layers.vectors import load_vector
@@ -47,7 +47,17 @@ class WeightRing:
     """
 
     def __init__(
-        self, shape: LayersShape, weights: dict[str, ProductWeights], names, layers: range, me, block, ring, arrived
+        self,
+        shape: LayersShape,
+        weights: dict[str, ProductWeights],
+        names,
+        layers: range,
+        me,
+        block,
+        ring,
+        arrived,
+        *,
+        emulate: bool,
     ):
         """Starts the first loads.
 
@@ -69,7 +79,7 @@ class WeightRing:
             product = shape.products[name]
             self._loads += product.tiles * product.turns * shape.w_format.bits
         self._total = len(layers) * self._loads
-        repeat(shape.w_slots, self._load)
+        repeat(shape.w_slots, self._load, emulate=emulate)
 
     def number(self, layer, name: str, tile, turn) -> Int[Array, ""]:
         """The count of loads before a part of a tile."""
@@ -147,7 +157,7 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
             for tile in tiles
         ]
         sums = [tensor_core.settle(acc, emulate=emulate) for acc in sums]
-        repeat(at_once, lambda i: ring.refill(first + load + i))
+        repeat(at_once, lambda i: ring.refill(first + load + i), emulate=emulate)
         # Planes beside each other weigh alike (ternary) or 1 and 2, times 2^plane.
         together = sum(acc * weight for acc, weight in zip(sums, weights, strict=False))
         return total + together * lax.shift_left(jnp.int32(1), plane)
@@ -156,23 +166,23 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
         first = ring.number(layer, name, tile, 0)
         total = lax.fori_loop(
             0,
-            product.turns * len(weights) // at_once,
+            pinned(product.turns * len(weights) // at_once, emulate=emulate),
             lambda index, total: add_planes(index, first, total),
             tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8),
         )
         write_products(products.at[me], total, shape.a_format.plane_weights, tile * TILE, emulate=emulate)
 
-    repeat(product.tiles, multiply_tile)
+    repeat(product.tiles, multiply_tile, emulate=emulate)
 
 
-def repeat(count: int, body: Callable[[Int[Array, ""]], None]) -> None:
-    """body(0), body(1), ... as a loop, the body's code being there once."""
+def repeat(count: int, body: Callable[[Int[Array, ""]], None], *, emulate: bool) -> None:
+    """body(0), body(1), ... as a loop that the compiler cannot unroll, not knowing how long it is."""
 
     def step(index, carry):
         body(index)
         return carry
 
-    lax.fori_loop(0, count, step, ())
+    lax.fori_loop(0, pinned(count, emulate=emulate), step, ())
 
 
 def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
@@ -17,7 +19,7 @@ TILE = 32  # columns of the output
 POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
 PARTIAL = HEAD_DIM + 2 * TILE  # numbers that a block leaves of its head's attention
-PRODUCTS = ("qkv", "o", "gate_up", "down")
+PRODUCTS = ("qkv", "o", "up", "down")
 _MOST_SLOTS = 7  # barriers are 32 at most
 
 
@@ -74,7 +76,9 @@ class LayersShape:
       hidden, ffn: sizes.
       heads, kv_heads: of HEAD_DIM numbers each.
       a_format, w_format: of all products.
-      norm_eps: of the RMSNorms.
+      norm: "rms" or "layer".
+      norm_eps: of the norms.
+      activation: in the feed-forward block: of the gate if it is gated, whose rows come before up's.
       blocks: one a multiprocessor.
     """
 
@@ -85,7 +89,9 @@ class LayersShape:
     kv_heads: int
     a_format: BipolarFormat
     w_format: BipolarFormat
+    norm: Literal["rms", "layer"]
     norm_eps: float
+    activation: Activation
     blocks: int
 
     def __post_init__(self):
@@ -99,10 +105,11 @@ class LayersShape:
     @functools.cached_property
     def products(self) -> dict[str, Product]:
         context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        halves = 2 if self.activation.gated else 1
         return {
             "qkv": Product(context + 2 * kv, self.hidden, 1, self.blocks),
             "o": Product(self.hidden, context, 1, self.blocks),
-            "gate_up": Product(2 * self.ffn, self.hidden, 2, self.blocks),
+            "up": Product(halves * self.ffn, self.hidden, halves, self.blocks),
             "down": Product(self.hidden, self.ffn, 1, self.blocks),
         }
 

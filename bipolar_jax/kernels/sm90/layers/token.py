@@ -17,6 +17,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.layers.bit_planes import pack
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
 from bipolar_jax.kernels.sm90.layers.shape import PART, WARPGROUPS
+from bipolar_jax.kernels.sm90.layers.vectors import clear_beyond
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
 
 
@@ -25,6 +26,33 @@ class Grid(NamedTuple):
 
     scale: Float[Array, ""]
     zero_code: Int[Array, ""]
+
+
+def layer_normalized(
+    parts: Sequence[Float[Array, "1024"]],
+    gains: Sequence[Float[Array, "1024"]],
+    biases: Sequence[Float[Array, "1024"]],
+    k: int,
+    eps: float,
+    me: Int[Array, ""],
+    shared,
+) -> list[Float[Array, "1024"]]:
+    """This warpgroup's parts of (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; all are 0 beyond K.
+
+    The variance is of the differences: mean of squares less square of mean cancels where the mean is large.
+    """
+    emulate = shared.emulate
+    share(shared.exchange.at[3], me, parts, "sum", emulate=emulate)
+    shared.meet()
+    mean = collect(shared.exchange.at[3], "sum", emulate=emulate) * (1 / k)
+    differences = [
+        clear_beyond(part - mean, (me + turn * WARPGROUPS) * PART, k, emulate=emulate)
+        for turn, part in enumerate(parts)
+    ]
+    share(shared.exchange.at[2], me, [part * part for part in differences], "sum", emulate=emulate)
+    shared.meet()
+    size = lax.rsqrt(collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / k) + eps)
+    return [part * size * gain + bias for part, gain, bias in zip(differences, gains, biases, strict=True)]
 
 
 def quantize_token(
@@ -46,7 +74,7 @@ def quantize_token(
       eps: of the norm.
       a_format: 1 to 8 bits.
       me: the warpgroup.
-      shared: `exchange` float32 [3, warps], `code_sums` int32 [warps], `x_tiles` [warpgroups, parts, 8, 32], `meet`.
+      shared: `exchange` float32 [4, warps], `code_sums` int32 [warps], `x_tiles` [warpgroups, parts, 8, 32], `meet`.
     """
     emulate = shared.emulate
     share(shared.exchange.at[0], me, parts, "max", emulate=emulate)

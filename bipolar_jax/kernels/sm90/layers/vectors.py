@@ -16,6 +16,7 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     VECTOR,
     as_part,
     as_vector,
+    numbers_of,
     only_word,
     thread_index,
 )
@@ -104,3 +105,22 @@ def load_part(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, emulate:
         return as_part([gpu.choose(valid, number, gpu.float32(0)) for number in numbers])
 
     return inline(ref, jnp.int32(start), jnp.int32(end))
+
+
+def clear_beyond(
+    part: Float[Array, "1024"], start: Int[Array, ""], end: Int[Array, ""] | int, *, emulate: bool
+) -> Float[Array, "1024"]:
+    """The part of an array that begins at `start`, 0 from `end` on; both are multiples of 8."""
+    if emulate:
+        return jnp.where(start + lax.iota(jnp.int32, PART_ELEMENTS) < end, part, 0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(PART, SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((PART_ELEMENTS,), jnp.float32, layout=PART),
+    )
+    def inline(_, part, start, end):
+        index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
+        inside = gpu.less(index, end.registers.item())
+        return as_part([gpu.choose(inside, number, gpu.float32(0)) for number in numbers_of(part)])
+
+    return inline(part, jnp.int32(start), jnp.int32(end))
