@@ -125,10 +125,10 @@ def test_threads_multiply_scale_and_finish(m, w_bits, group_size, offset, dtype,
         sums = [float32(0)] * (4 * blocks * shape.row_tiles)
         x_sums = [float32(0)] * (4 * blocks) if offset and group_size is None else []
         part = words[:, first_row : first_row + rows, 32 * warpgroup : 32 * (warpgroup + 1)]
-        tiles = [swizzled(plane) for plane in part]
+        planes = swizzled(part)
         operands = (scale, offsets)
         sums, x_sums = weight_only_threads.add_part(
-            shape, sums, x_sums, tiles, x_words, *operands, int32(warpgroup), int32(first_row)
+            shape, sums, x_sums, planes, x_words, *operands, int32(warpgroup), int32(first_row)
         )
         if group_size is None:
             sums = weight_only_threads.scaled(shape, sums, x_sums, *operands, int32(first_row))
@@ -183,10 +183,10 @@ def test_products_are_those_of_the_dequantized_weights(m, n, k, w_format, group_
 @pytest.mark.parametrize(
     ("tiling", "blocks"),
     [
-        (WeightOnlyTiling(32, 4, 7, 2), 1),
-        (WeightOnlyTiling(32, 2, 4, 1), 2),
-        (WeightOnlyTiling(64, 3, 12, 2), 1),
-        (WeightOnlyTiling(16, 1, 3, 1), 3),
+        (WeightOnlyTiling(32, 4, 3, 2), 1),
+        (WeightOnlyTiling(32, 2, 2, 1), 2),
+        (WeightOnlyTiling(64, 3, 2, 2), 1),
+        (WeightOnlyTiling(16, 1, 7, 1), 3),
     ],
     ids=str,
 )
@@ -229,7 +229,7 @@ def test_every_number_of_tokens_and_planes_has_a_tiling(group_size):
     most = most_tokens(group_size)
     for m, bits in itertools.product(range(1, most + 1), range(1, 9)):
         tiling = weight_only_tiling(m, 8192, bits, group_size)
-        assert tiling.slots > bits
+        assert tiling.slots >= 2
         assert tiling.warpgroups > 1
     with pytest.raises(ValueError, match=f"from 1 to {most}"):
         weight_only_tiling(most + 1, 8192, 4, group_size)

@@ -36,7 +36,7 @@ def no_sums(shape: WeightOnlyShape) -> Sums:
 def add_part(
     shape: WeightOnlyShape,
     sums: Sums,
-    tiles: list,
+    planes,
     x,
     scale,
     offset,
@@ -47,13 +47,13 @@ def add_part(
 ) -> Sums:
     """Adds the products of a part of K; see `weight_only_threads.add_part`."""
     if emulate:
-        return _emulated_part(shape, sums, tiles, x, scale, offset, part, first_row)
+        return _emulated_part(shape, sums, planes, x, scale, offset, part, first_row)
     operands = [ref for ref in (x, scale, offset) if ref is not None]
 
     @plgpu.inline_mgpu(
         arg_types=(
             *[ACCUMULATOR] * len(sums),
-            *[plgpu.RefType(TILE_TRANSFORMS)] * len(tiles),
+            plgpu.RefType(TILE_TRANSFORMS),
             *[plgpu.RefType()] * len(operands),
             _SPLAT,
             _SPLAT,
@@ -63,7 +63,7 @@ def add_part(
     def inline(_, *args):
         arrays, refs = args[: len(sums)], args[len(sums) : -2]
         part, first_row = (number.registers.item() for number in args[-2:])
-        planes, (x, scale, *offset) = refs[: len(tiles)], refs[len(tiles) :]
+        planes, x, scale, *offset = refs
         numbers = [_numbers(array) for array in arrays]
         new = threads.add_part(
             shape,
@@ -78,7 +78,7 @@ def add_part(
         )
         return _arrays(shape, new)
 
-    return list(inline(*sums, *tiles, *operands, jnp.int32(part), jnp.int32(first_row)))
+    return list(inline(*sums, planes, *operands, jnp.int32(part), jnp.int32(first_row)))
 
 
 def scale_rows(
@@ -172,9 +172,9 @@ def _emulated_terms(shape: WeightOnlyShape, terms, first_row) -> Float[Array, "r
     return terms[...][_emulated_rows(shape, first_row)]
 
 
-def _emulated_part(shape: WeightOnlyShape, sums, tiles, x, scale, offset, part, first_row) -> Sums:
+def _emulated_part(shape: WeightOnlyShape, sums, planes, x, scale, offset, part, first_row) -> Sums:
     """All that the warps add goes to the first one's sums."""
-    words = [tile[...] for tile in tiles]
+    words = list(planes[...])
     plgpu.commit_smem()  # to the race detector an ordinary read, which the next load would not be ordered after
     index = lax.iota(jnp.uint32, 32)
     codes = sum(

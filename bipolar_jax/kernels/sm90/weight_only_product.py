@@ -98,11 +98,11 @@ def _scratch(shape: WeightOnlyShape) -> dict:
     tiling = shape.tiling
     return dict(
         ring=plgpu.SMEM(
-            (tiling.warpgroups, tiling.slots, tiling.rows, WORDS_PER_ROW),
+            (tiling.warpgroups, tiling.slots, shape.w_format.bits, tiling.rows, WORDS_PER_ROW),
             jnp.uint32,
             transforms=tensor_core.TILE_TRANSFORMS,
         ),
-        arrived=plgpu.Barrier(num_arrivals=shape.w_format.bits, num_barriers=tiling.warpgroups * shape.positions),
+        arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.slots),
         sums=plgpu.SMEM((tiling.buffers, tiling.warpgroups, shape.sums_rows, shape.width), jnp.float32),
         handed_over=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.buffers),
         taken=plgpu.Barrier(num_barriers=tiling.buffers),
@@ -112,7 +112,7 @@ def _scratch(shape: WeightOnlyShape) -> dict:
 def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken):
     *flat, out = refs
     x, w, scale, offset, bias = jax.tree.unflatten(tree, flat)
-    tiling, planes = shape.tiling, shape.w_format.bits
+    tiling = shape.tiling
     me, block, blocks = lax.axis_index("warpgroup"), lax.axis_index("block"), lax.axis_size("block")
     my_tiles = lax.div(shape.tiles - block + blocks - 1, blocks)
     # Parts of K that each warpgroup takes; the last ones may be beyond K.
@@ -124,40 +124,35 @@ def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken
     def part(turn):
         return me + turn * tiling.warpgroups
 
-    def all_planes(position):
-        """The barrier of a part's planes."""
-        return arrived.at[me * shape.positions + lax.rem(position, shape.positions)]
-
-    def load(number):
-        """Loads what is the number-th over planes, parts and tiles."""
-        position, plane = lax.div(number, planes), lax.rem(number, planes)
-        slot = lax.rem(number, tiling.slots)
+    def load(position):
+        """Loads what is at a position, counted in parts over tiles."""
+        slot = lax.rem(position, tiling.slots)
 
         @pl.when(position < my_tiles * turns)
         def _():
-            # [rows, 32 words]
+            # [planes, rows, 32 words]; the whole warpgroup arrives first, so no thread still reads the slot
             plgpu.copy_gmem_to_smem(
                 w.at[
-                    plane,
+                    :,
                     pl.ds(first_row(lax.div(position, turns)), tiling.rows),
                     pl.ds(part(lax.rem(position, turns)) * WORDS_PER_ROW, WORDS_PER_ROW),
                 ],
                 ring.at[me, slot],
-                all_planes(position),
+                arrived.at[me * tiling.slots + slot],
             )
 
-    for number in range(tiling.slots):
-        load(0 * me + number)
+    for position in range(tiling.slots):
+        load(0 * me + position)
 
     def tile(index, carry):
         def add(turn, total):
             position = index * turns + turn
-            start = position * planes
-            tiles = [ring.at[me, lax.rem(start + plane, tiling.slots)] for plane in range(planes)]
-            plgpu.barrier_wait(all_planes(position))
-            total = add_part(shape, total, tiles, x, scale, offset, part(turn), first_row(index), emulate=emulate)
-            for plane in range(planes):
-                load(start + plane + tiling.slots)
+            slot = lax.rem(position, tiling.slots)
+            plgpu.barrier_wait(arrived.at[me * tiling.slots + slot])
+            total = add_part(
+                shape, total, ring.at[me, slot], x, scale, offset, part(turn), first_row(index), emulate=emulate
+            )
+            load(position + tiling.slots)
             return total
 
         mine = lax.fori_loop(0, turns, add, no_sums(shape))

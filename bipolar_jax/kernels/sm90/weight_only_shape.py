@@ -11,13 +11,13 @@ from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.unpacking import BF16, F16, Number
 
-PART = 1024  # elements of K, one plane of which is a row of a slot
+PART = 1024  # elements of K that are loaded at a time: of each plane 128 bytes a row
 CHUNK = 128  # elements of K that a warp takes at a time: a word for each of four lanes
 _MOST_TOKENS = 32
 WARPS = 4  # of a warpgroup
 TILE_ROWS = 16  # of the warp's instruction
 _TERMS_BYTES = 1024  # barriers
-_MOST_BARRIERS = 32  # of a group, to Mosaic
+_MOST_SLOTS = 8  # barriers of four warpgroups: Mosaic has up to 32 in a group
 _NUMBERS = {jnp.dtype(jnp.bfloat16): BF16, jnp.dtype(jnp.float16): F16}
 
 
@@ -28,7 +28,7 @@ class WeightOnlyTiling:
     Attributes:
       rows: of weights in a tile, a multiple of 16.
       warpgroups: that take parts of K in turn.
-      slots: planes of a tile's part that each warpgroup has in shared memory at a time.
+      slots: parts of a tile, all planes, that each warpgroup has in shared memory or on their way.
       buffers: tiles whose sums may wait in shared memory; as many warpgroups finish tiles.
     """
 
@@ -69,11 +69,6 @@ class WeightOnlyShape:
         return _NUMBERS[jnp.dtype(self.dtype)]
 
     @property
-    def positions(self) -> int:
-        """Parts of K, planes of which a warpgroup may have on their way or in use at a time."""
-        return positions(self.tiling.slots, self.w_format.bits)
-
-    @property
     def width(self) -> int:
         """Columns of the sums: the tokens filled up."""
         return token_width(self.m)
@@ -101,11 +96,6 @@ class WeightOnlyShape:
 def token_width(m: int) -> int:
     """8, 16 or 32."""
     return max(8, 1 << (m - 1).bit_length())
-
-
-def positions(slots: int, w_bits: int) -> int:
-    """Parts of K that so many planes in a row may belong to, and one more that is being replaced."""
-    return -(-slots // w_bits) + 1
 
 
 def check_dtype(dtype: jnp.dtype) -> None:
@@ -137,7 +127,7 @@ def weight_only_tiling(m: int, k: int, w_bits: int, group_size: int | None = Non
     """As many warpgroups as have work, and registers and shared memory enough for all planes of a part.
 
     Tiles of few tokens have few rows, so that there are enough of them for all multiprocessors; where the
-    tokens' numbers are as many bytes as the weights', more rows share them.
+    tokens' numbers are more bytes than the weights', more rows share them if two slots fit.
 
     Args:
       m: tokens, up to `most_tokens`.
@@ -151,14 +141,16 @@ def weight_only_tiling(m: int, k: int, w_bits: int, group_size: int | None = Non
     if not 1 <= m <= most_tokens(group_size):
         raise ValueError(f"m must be from 1 to {most_tokens(group_size)}, got {m}: multiply fewer tokens at a time")
     width = token_width(m)
-    rows = 64 if width == 16 else 32
     buffers = 2 if width == 8 else 1
     # 512 threads have 128 registers each, 384 have 168 and 256 have 255.
-    most = 2 if width == 32 or _splits(group_size) == 4 else 3 if width == 16 else 4
-    for warpgroups in range(min(most, -(-k // PART)), 0, -1):
-        sums = min(buffers, warpgroups) * warpgroups * rows * WARPS * width * 4
-        slots = (SHARED_MEMORY_BYTES - _TERMS_BYTES - sums) // (warpgroups * rows * BYTES_PER_ROW)
-        slots = min(slots, (_MOST_BARRIERS // warpgroups - 1) * w_bits)
-        if slots > w_bits:
-            return WeightOnlyTiling(rows, warpgroups, slots, min(buffers, warpgroups))
+    columns = width * _splits(group_size)  # that a warp has in registers
+    most = 2 if columns >= 32 else 3 if columns == 16 else 4
+    most = min(most, -(-k // PART))
+    for rows in (64, 32) if width == 16 else (32,):
+        for warpgroups in range(most, min(most, 2) - 1, -1):
+            sums = min(buffers, warpgroups) * warpgroups * rows * WARPS * width * 4
+            left = SHARED_MEMORY_BYTES - _TERMS_BYTES - sums
+            slots = min(_MOST_SLOTS, left // (warpgroups * w_bits * rows * BYTES_PER_ROW))
+            if slots >= 2:
+                return WeightOnlyTiling(rows, warpgroups, slots, min(buffers, warpgroups))
     raise AssertionError(f"{w_bits} planes leave no shared memory")

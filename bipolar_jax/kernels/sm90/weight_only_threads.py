@@ -35,7 +35,7 @@ def place() -> tuple[Value, Value, Value]:
 
 
 def add_part(
-    shape: WeightOnlyShape, sums: Sums, x_sums: Sums, tiles: list, x, scale, offset, part: Value, first_row: Value
+    shape: WeightOnlyShape, sums: Sums, x_sums: Sums, planes, x, scale, offset, part: Value, first_row: Value
 ) -> tuple[Sums, Sums]:
     """Adds a part of K, all planes of which are in shared memory.
 
@@ -43,7 +43,7 @@ def add_part(
       shape: of the product.
       sums: of values times activations; with groups of scaled ones, offsets included.
       x_sums: of the activations, if there are offsets and no groups; else empty.
-      tiles: of each plane, [rows, 32 words], swizzled.
+      planes: [planes, rows, 32 words], swizzled.
       x: [m, k] in memory.
       scale, offset: [n, groups] in memory; offset None if there is none.
       part: which.
@@ -55,14 +55,13 @@ def add_part(
         piece = gpu.plus(warp, turn * WARPS)
         chunk = gpu.plus(gpu.times(part, _CHUNKS), piece)
         add = functools.partial(
-            _add_chunk, shape, values, count, tiles, x, scale, offset, piece, chunk, first_row, row, quad
+            _add_chunk, shape, values, count, planes, x, scale, offset, piece, chunk, first_row, row, quad
         )
         values = gpu.update_if(gpu.less(chunk, shape.k // CHUNK), values, add)
-    gpu.synchronize()  # before the slots are filled anew
     return values[:count], values[count:]
 
 
-def _add_chunk(shape, values, count, tiles, x, scale, offset, piece, chunk, first_row, row, quad) -> list[Value]:
+def _add_chunk(shape, values, count, planes, x, scale, offset, piece, chunk, first_row, row, quad) -> list[Value]:
     sums, x_sums = list(values[:count]), list(values[count:])
     blocks = range(shape.width // _BLOCK)
     tokens = [_load_tokens(shape, gpu.pointer(x, GLOBAL), block, chunk, row, quad) for block in blocks]
@@ -74,7 +73,7 @@ def _add_chunk(shape, values, count, tiles, x, scale, offset, piece, chunk, firs
     if shape.offset and not grouped:
         x_sums = [gpu.add(a, b) for a, b in zip(x_sums, [n for four in totals[0] for n in four], strict=True)]
     for tile in range(shape.row_tiles):
-        weights = _load_weights(shape, tiles, tile, piece, row, quad)
+        weights = _load_weights(shape, planes, tile, piece, row, quad)
         for split, part in enumerate(parts):
             if grouped:
                 group = group_of(shape, chunk, split)
@@ -128,16 +127,14 @@ def _of_split(shape: WeightOnlyShape, split: int, pairs: list[Value], quad) -> l
     return [gpu.choose(mine, pair, gpu.int32(0)) for pair in pairs]
 
 
-def _load_weights(shape: WeightOnlyShape, tiles: list, tile: int, piece, row, quad) -> list[Value]:
+def _load_weights(shape: WeightOnlyShape, planes, tile: int, piece, row, quad) -> list[Value]:
     """Pairs of rows r and r + 8 of a tile of 16; a row's pieces of 16 bytes are exchanged by the swizzle."""
     within = gpu.plus(gpu.shift_left(gpu.flip_bits(piece, row), 4), gpu.shift_left(quad, 2))
+    first = gpu.advance_far(gpu.advance_far(gpu.pointer(planes, SHARED), row, BYTES_PER_ROW), within, 1)
     weights = []
     for half in range(2):
-        words = []
-        for plane in tiles:
-            first = gpu.advance(gpu.pointer(plane, SHARED), BYTES_PER_ROW * (TILE_ROWS * tile + 8 * half))
-            where = gpu.advance_far(gpu.advance_far(first, row, BYTES_PER_ROW), within, 1)
-            words += gpu.load(where, 1)
+        rows = [shape.tiling.rows * plane + TILE_ROWS * tile + 8 * half for plane in range(shape.w_format.bits)]
+        words = [word for i in rows for word in gpu.load(gpu.advance(first, BYTES_PER_ROW * i), 1)]
         weights += unpack(words, shape.w_format, shape.number)
     return weights
 
