@@ -131,7 +131,10 @@ def test_threads_multiply_scale_and_finish(m, w_bits, group_size, offset, dtype,
             shape, sums, x_sums, planes, x_words, *operands, int32(warpgroup), int32(first_row)
         )
         if group_size is None:
-            sums = weight_only_threads.scaled(shape, sums, x_sums, *operands, int32(first_row))
+            terms = weight_only_threads.row_terms(shape, *operands, int32(first_row))
+            sums = weight_only_threads.scaled(shape, sums, x_sums, terms)
+        else:
+            weight_only_threads.prefetch_groups(shape, *operands, int32(warpgroup + 1), int32(first_row))
         places = itertools.product(range(shape.row_tiles), range(blocks), range(2), range(2))
         for number, (tile, block, half, column) in zip(sums, places, strict=True):
             row = 64 * tile + 16 * (thread // 32) + 8 * half + thread % 32 // 4

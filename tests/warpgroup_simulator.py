@@ -340,6 +340,10 @@ def store(ptr, words):
         data[at[:, None] + 4 * i + np.arange(4)] = word[_active[-1], None].view(np.uint8)
 
 
+def prefetch(ptr):
+    _check_addresses(ptr, 1)
+
+
 def load_half(ptr):
     data, offsets, _ = ptr
     offsets = np.where(_active[-1], offsets, 0)

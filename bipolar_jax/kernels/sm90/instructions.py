@@ -329,6 +329,11 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     llvm.store(vector, ptr, alignment=4 * len(words))
 
 
+def prefetch(ptr: Pointer) -> None:
+    """Has the L2 cache load what is there in global memory."""
+    inline_ptx("prefetch.global.L2 [$0];", ptr, has_side_effects=True)
+
+
 def load_half(ptr: Pointer) -> Value:
     """A word of the 16 bits there, aligned, and zeros above."""
     return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))

@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90 import weight_only_threads as threads
+from bipolar_jax.kernels.sm90.row_threads import WARPGROUP
 from bipolar_jax.kernels.sm90.tensor_core import ACCUMULATOR, TILE_TRANSFORMS
 from bipolar_jax.kernels.sm90.weight_only_shape import PART, TILE_ROWS, WARPS, WeightOnlyShape
 
 _SPLAT = plgpu.Layout.WG_SPLAT
+_VECTOR = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # a number of every thread
 _X_SUMS_ROWS = TILE_ROWS * WARPS
 
 Sums = list[Float[Array, "rows width"]]  # of products; and of the activations, if they are needed in the end
@@ -81,33 +83,65 @@ def add_part(
     return list(inline(*sums, planes, *operands, jnp.int32(part), jnp.int32(first_row)))
 
 
-def scale_rows(
-    shape: WeightOnlyShape, sums: Sums, scale, offset, first_row: Int[Array, ""], *, emulate: bool
-) -> Float[Array, "rows width"]:
+def row_terms(shape: WeightOnlyShape, scale, offset, first_row: Int[Array, ""], *, emulate: bool) -> list[Array]:
+    """What `scale_rows` needs of a tile; loaded long before. Nothing if there are groups."""
+    if shape.group_size is not None:
+        return []
+    operands = [ref for ref in (scale, offset) if ref is not None]
+    if emulate:
+        return [_emulated_terms(shape, ref, first_row) for ref in operands]
+    count = 2 * shape.row_tiles * len(operands)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * len(operands), _SPLAT),
+        return_type=[plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=_VECTOR)] * count,
+    )
+    def inline(_, scale, *args):
+        *offset, first_row = args
+        return [
+            _vector(number)
+            for number in threads.row_terms(shape, scale, offset[0] if offset else None, first_row.registers.item())
+        ]
+
+    return list(inline(*operands, jnp.int32(first_row)))
+
+
+def scale_rows(shape: WeightOnlyShape, sums: Sums, terms: list[Array], *, emulate: bool) -> Float[Array, "rows width"]:
     """What the warps of a warpgroup have of a tile: scaled sums, with offsets."""
     if shape.group_size is not None:
         return sums[0]
     if emulate:
         by_warp = sums[0].reshape(shape.row_tiles, WARPS, TILE_ROWS, shape.width)
-        total = by_warp * _emulated_terms(shape, scale, first_row).reshape(shape.row_tiles, 1, TILE_ROWS, 1)
+        scales, *offsets = [term.reshape(shape.row_tiles, 1, TILE_ROWS, 1) for term in terms]
+        total = by_warp * scales
         if shape.offset:
-            offsets = _emulated_terms(shape, offset, first_row).reshape(shape.row_tiles, 1, TILE_ROWS, 1)
-            total += offsets * sums[1].reshape(1, WARPS, TILE_ROWS, shape.width)
+            total += offsets[0] * sums[1].reshape(1, WARPS, TILE_ROWS, shape.width)
         return total.reshape(sums[0].shape)
-    operands = [ref for ref in (scale, offset) if ref is not None]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[ACCUMULATOR] * len(sums), *[plgpu.RefType()] * len(operands), _SPLAT),
-        return_type=_sums_type(shape)[0],
+        arg_types=(*[ACCUMULATOR] * len(sums), *[_VECTOR] * len(terms)), return_type=_sums_type(shape)[0]
     )
     def inline(_, *args):
         numbers = [_numbers(array) for array in args[: len(sums)]]
-        scale, *offset = args[len(sums) : -1]
-        x_sums = numbers[1] if len(numbers) > 1 else []
-        new = threads.scaled(shape, numbers[0], x_sums, scale, offset[0] if offset else None, args[-1].registers.item())
-        return _arrays(shape, [new])[0]
+        terms = [number for array in args[len(sums) :] for number in _numbers(array)]
+        return _arrays(shape, [threads.scaled(shape, numbers[0], numbers[1] if shape.offset else [], terms)])[0]
 
-    return inline(*sums, *operands, jnp.int32(first_row))
+    return inline(*sums, *terms)
+
+
+def prefetch_groups(shape: WeightOnlyShape, scale, offset, part, first_row, *, emulate: bool) -> None:
+    """See `weight_only_threads.prefetch_groups`; nothing without groups."""
+    if emulate or shape.group_size is None:
+        return
+    operands = [ref for ref in (scale, offset) if ref is not None]
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(operands), _SPLAT, _SPLAT))
+    def inline(_, scale, *args):
+        *offset, part, first_row = args
+        numbers = (number.registers.item() for number in (part, first_row))
+        threads.prefetch_groups(shape, scale, offset[0] if offset else None, *numbers)
+
+    inline(*operands, jnp.int32(part), jnp.int32(first_row))
 
 
 def finish(shape: WeightOnlyShape, sums, bias, out, first_row: Int[Array, ""], *, emulate: bool) -> None:
@@ -153,6 +187,14 @@ def _scalar(register: ir.Value) -> ir.Value:
 
 def _register(number: ir.Value) -> ir.Value:
     return llvm.insertelement(llvm.mlir_undef(ir.VectorType.get((1,), number.type)), number, gpu.int32(0))
+
+
+def _vector(number: ir.Value) -> mgpu.FragmentedArray:
+    """The array of every thread's number."""
+    layout = _VECTOR.to_mgpu()
+    registers = np.empty(layout.registers_shape((WARPGROUP,)), dtype=object)
+    registers.flat = [_register(number)]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def _arrays(shape: WeightOnlyShape, sums) -> list[mgpu.FragmentedArray]:

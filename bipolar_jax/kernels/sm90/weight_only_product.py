@@ -23,7 +23,7 @@ from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.weight_only_parts import add_part, finish, no_sums, scale_rows
+from bipolar_jax.kernels.sm90.weight_only_parts import add_part, finish, no_sums, prefetch_groups, row_terms, scale_rows
 from bipolar_jax.kernels.sm90.weight_only_shape import (
     CHUNK,
     PART,
@@ -145,9 +145,21 @@ def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken
         load(0 * me + position)
 
     def tile(index, carry):
+        terms = row_terms(shape, scale, offset, first_row(index), emulate=emulate)
+
         def add(turn, total):
             position = index * turns + turn
             slot = lax.rem(position, tiling.slots)
+            # What comes next; after the last tile it is beyond n, where the last row is.
+            following = position + 1
+            prefetch_groups(
+                shape,
+                scale,
+                offset,
+                part(lax.rem(following, turns)),
+                first_row(lax.div(following, turns)),
+                emulate=emulate,
+            )
             plgpu.barrier_wait(arrived.at[me * tiling.slots + slot])
             total = add_part(
                 shape, total, ring.at[me, slot], x, scale, offset, part(turn), first_row(index), emulate=emulate
@@ -156,7 +168,7 @@ def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken
             return total
 
         mine = lax.fori_loop(0, turns, add, no_sums(shape))
-        mine = scale_rows(shape, mine, scale, offset, first_row(index), emulate=emulate)
+        mine = scale_rows(shape, mine, terms, emulate=emulate)
         buffer = lax.rem(index, tiling.buffers)
 
         @pl.when(index >= tiling.buffers)

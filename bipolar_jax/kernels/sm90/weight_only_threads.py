@@ -150,18 +150,41 @@ def _row_terms(shape: WeightOnlyShape, terms, first_row, tile: int, row, group: 
     return numbers
 
 
-def scaled(shape: WeightOnlyShape, sums: Sums, x_sums: Sums, scale, offset, first_row: Value) -> Sums:
-    """The sums of weights with one scale a row, scaled, with offsets."""
+def row_terms(shape: WeightOnlyShape, scale, offset, first_row: Value) -> list[Value]:
+    """Of weights with one scale a row, those of rows r and r + 8 of every tile of 16; then offsets, if there are."""
     _, row, _ = place()
-    per_tile = len(sums) // shape.row_tiles
+    terms = [scale, offset] if shape.offset else [scale]
+    return [
+        number
+        for term in terms
+        for tile in range(shape.row_tiles)
+        for number in _row_terms(shape, term, first_row, tile, row, None)
+    ]
+
+
+def scaled(shape: WeightOnlyShape, sums: Sums, x_sums: Sums, terms: list[Value]) -> Sums:
+    """The sums of weights with one scale a row, scaled, with offsets; `terms` are those of `row_terms`."""
+    per_tile, scales = len(sums) // shape.row_tiles, 2 * shape.row_tiles
     after = []
-    for tile in range(shape.row_tiles):
-        scales = _row_terms(shape, scale, first_row, tile, row, None)
-        offsets = _row_terms(shape, offset, first_row, tile, row, None) if shape.offset else None
-        for i, number in enumerate(sums[tile * per_tile : (tile + 1) * per_tile]):
-            number = gpu.multiply(number, scales[i % 4 // 2])
-            after.append(gpu.fma(x_sums[i], offsets[i % 4 // 2], number) if shape.offset else number)
+    for i, number in enumerate(sums):
+        tile, within = divmod(i, per_tile)
+        row = 2 * tile + within % 4 // 2
+        number = gpu.multiply(number, terms[row])
+        after.append(gpu.fma(x_sums[within], terms[scales + row], number) if shape.offset else number)
     return after
+
+
+def prefetch_groups(shape: WeightOnlyShape, scale, offset, part: Value, first_row: Value) -> None:
+    """Has the L2 cache load the groups' terms of a part of K, of which every warp asks for some rows."""
+    warp, row, quad = place()
+    groups = max(1, PART // shape.group_size)
+    first = gpu.divided(gpu.times(part, PART), shape.group_size)
+    group = gpu.smaller(gpu.plus(first, gpu.times(quad, -(-groups // 4))), shape.groups - 1)
+    for start in range(0, shape.tiling.rows, 8 * WARPS):
+        index = gpu.plus(gpu.plus(first_row, row), gpu.plus(gpu.times(warp, 8), start))
+        index = gpu.plus(gpu.times(gpu.smaller(index, shape.n - 1), shape.groups), group)
+        for terms in [scale, offset] if shape.offset else [scale]:
+            gpu.prefetch(gpu.advance_far(gpu.pointer(terms, GLOBAL), index, 4))
 
 
 def finish(shape: WeightOnlyShape, sums, bias, out, first_row: Value) -> None:
