@@ -216,7 +216,7 @@ def test_what_is_not_served_goes_to_xla():
     kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
     unserved = {
         "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
-        "float activations": (bj.quantize(kernel, 4, 0), None),
+        "float activations must be bfloat16 or float16": (bj.quantize(kernel, 4, 0), None),
     }
     long = bj.from_codes(np.zeros((1, 131072), int), 1, -1, np.ones((1, 1), np.float32)).T
     with interpreted(plgpu.InterpretGPUParams()):

@@ -109,6 +109,11 @@ def times(a, b):
     return a * (int32(b) if isinstance(b, int) else b)
 
 
+def divided(a, b):
+    assert (a >= 0).all()
+    return a // np.int32(b)
+
+
 def either_bits(a, b):
     return a | b
 
@@ -135,6 +140,10 @@ def shift_right(word, count):
 
 def choose_bits(mask, ones, zeros):
     return (ones & int32(mask)) | (zeros & ~int32(mask))
+
+
+def masked_or(word, mask, ones):
+    return (word & int32(mask)) | int32(ones)
 
 
 def pick_bytes(a, b, selector):
@@ -194,6 +203,46 @@ def fma(a, b, c):
     with np.errstate(invalid="ignore"):
         product = a.astype(np.float64) * b.astype(np.float64)  # exact
     return _to_float32(_sum_to_odd(product, c.astype(np.float64)))
+
+
+def fma_pairs(number, a, b, c):
+    exact = [_sum_to_odd(*_halves(number, a, b, c, half)) for half in range(2)]
+    return _joined([half.astype(_TYPES[number]) for half in exact])
+
+
+def _halves(number, a, b, c, half):
+    a, b, c = (word[:, None].view(_TYPES[number])[:, half].astype(np.float64) for word in (a, b, c))
+    return a * b, c
+
+
+def _joined(halves):
+    return np.ascontiguousarray(np.stack(halves, 1)).view(np.int32)[:, 0]
+
+
+def rounded(number, a):
+    return _joined([a.astype(_TYPES[number])] * 2)
+
+
+def multiply_add_tiles(number, a, b, c):
+    """By the figures of the PTX ISA: a lane has row or column lane // 4, and two k or columns from 2 (lane % 4)."""
+    _check_convergence()
+    lane = np.arange(WARP)
+    r, q = lane // 4, 2 * (lane % 4)
+    out = [np.zeros(THREADS, np.float32) for _ in c]
+    for first in range(0, THREADS, WARP):
+        if not _active[-1][first]:
+            continue
+        mine = slice(first, first + WARP)
+        left, right = np.zeros((16, 16)), np.zeros((16, 8))
+        for i in range(2):
+            for register, (row, k) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+                left[r + row, q + k + i] = expand(number, a[register][mine])[i]
+            for register, k in enumerate([0, 8]):
+                right[q + k + i, r] = expand(number, b[register][mine])[i]
+        product = left @ right
+        for register, (row, column) in enumerate([(0, 0), (0, 1), (8, 0), (8, 1)]):
+            out[register][mine] = c[register][mine] + product[r + row, q + column]
+    return out
 
 
 def multiply(a, b):
@@ -291,11 +340,22 @@ def store(ptr, words):
         data[at[:, None] + 4 * i + np.arange(4)] = word[_active[-1], None].view(np.uint8)
 
 
+def prefetch(ptr):
+    _check_addresses(ptr, 1)
+
+
 def load_half(ptr):
     data, offsets, _ = ptr
     offsets = np.where(_active[-1], offsets, 0)
     assert (offsets % 2 == 0).all()
     return data[offsets].astype(np.int32) | (data[offsets + 1].astype(np.int32) << 8)
+
+
+def store_half(ptr, word):
+    data, offsets, _ = ptr
+    at = offsets[_active[-1]]
+    assert (at % 2 == 0).all()
+    data[at[:, None] + np.arange(2)] = word[_active[-1], None].view(np.uint8)[:, :2]
 
 
 def store_byte(ptr, word):

@@ -115,6 +115,11 @@ def times(a: Value, b: Value | int) -> Value:
     return arith.muli(a, _value(b))
 
 
+def divided(a: Value, b: int) -> Value:
+    """a // b of numbers that are not negative."""
+    return arith.divui(a, int32(b))
+
+
 def either_bits(a: Value, b: Value) -> Value:
     return arith.ori(a, b)
 
@@ -142,6 +147,11 @@ def shift_right(word: Value, count: int) -> Value:
 def choose_bits(mask: int, ones: Value, zeros: Value) -> Value:
     """Bits of `ones` where the mask has ones, else of `zeros`: one instruction."""
     return inline_ptx("lop3.b32 $0, $1, $2, $3, 0xCA;", int32(mask), ones, zeros, result_types=i32_type())
+
+
+def masked_or(word: Value, mask: int, ones: int) -> Value:
+    """The word's bits where the mask has ones, and `ones`: one instruction."""
+    return inline_ptx("lop3.b32 $0, $1, $2, $3, 0xEA;", word, int32(mask), int32(ones), result_types=i32_type())
 
 
 def pick_bytes(a: Value, b: Value, selector: Value | int) -> Value:
@@ -185,6 +195,30 @@ def extreme(kind: str, number: str, a: Value, b: Value) -> Value:
     if number == "f32":
         return as_word(_float_op(f"{kind}.NaN.f32", as_float(a), as_float(b)))
     return inline_ptx(f"{kind}.NaN.{number}x2 $0, $1, $2;", a, b, result_types=i32_type())
+
+
+def fma_pairs(number: str, a: Value, b: Value, c: Value) -> Value:
+    """a * b + c of words that hold two "bf16" or "f16" each."""
+    return inline_ptx(f"fma.rn.{number}x2 $0, $1, $2, $3;", a, b, c, result_types=i32_type())
+
+
+def rounded(number: str, a: Value) -> Value:
+    """A float32 as "bf16" or "f16", in the low half of a word; to nearest, ties to even."""
+    ptx = f"{{.reg .b16 h; cvt.rn.{number}.f32 h, $1; mov.b32 $0, {{h, h}};}}"
+    return inline_ptx(ptx, a, result_types=i32_type())
+
+
+def multiply_add_tiles(number: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
+    """a . b + c by the warp's tensor core: [16, 16] times [16, 8] of "bf16" or "f16", in float32.
+
+    A lane holds, with r = lane // 4 and q = lane % 4, the words of two numbers at k = 2 q and k = 2 q + 8: of a
+    those of rows r, r + 8, then both again of the second k; of b those of column r; and of c columns 2 q and 2 q + 1
+    of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+    """
+    names = [[f"${i}" for i in range(start, start + count)] for start, count in ((0, 4), (4, 4), (8, 2), (10, 4))]
+    operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{number}.{number}.f32 {operands};"
+    return list(inline_ptx(ptx, *a, *b, *c, result_types=(f32_type(),) * 4, convergent=True))
 
 
 def fma(a: Value, b: Value, c: Value) -> Value:
@@ -295,9 +329,19 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     llvm.store(vector, ptr, alignment=4 * len(words))
 
 
+def prefetch(ptr: Pointer) -> None:
+    """Has the L2 cache load what is there in global memory."""
+    inline_ptx("prefetch.global.L2 [$0];", ptr, has_side_effects=True)
+
+
 def load_half(ptr: Pointer) -> Value:
     """A word of the 16 bits there, aligned, and zeros above."""
     return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
+
+
+def store_half(ptr: Pointer, word: Value) -> None:
+    """Writes the word's low 16 bits, aligned."""
+    llvm.store(arith.trunci(ir.IntegerType.get_signless(16), word), ptr, alignment=2)
 
 
 def store_byte(ptr: Pointer, word: Value) -> None:

@@ -17,14 +17,14 @@ from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerm
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
-from bipolar_jax.kernels.sm90.plan import Choice, plan_product
+from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
 from bipolar_jax.kernels.sm90.tiling import Tiling
+from bipolar_jax.kernels.sm90.weight_only_product import weight_only_product
+from bipolar_jax.kernels.sm90.weight_only_shape import check_dtype, check_groups, most_tokens, weight_only_tiling
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths
-
-_NO_FLOAT = "float activations have no integer product: XLA's float dot serves them"
 
 
 def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
@@ -134,18 +134,38 @@ def multiply_words(
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
-    """Not here: XLA multiplies float activations as fast as the chip can.
+    """See `Backend.weight_only_matmul`.
+
+    Weights are read once for every `most_tokens`. Their values are exact in both dtypes; sums are float32.
 
     Raises:
-      NotImplementedError: always.
+      NotImplementedError: float32 activations; more than MOST_DECODE_TOKENS rows, for which XLA dequantizes the
+        weights; groups of other sizes than 32, 64 or a multiple of 128.
     """
-    raise NotImplementedError(_NO_FLOAT)
+    _plan_weight_only(x.shape[0], x.dtype, w)
+    wide_bias = None if bias is None else bias.astype(jnp.float32)
+    words = weight_words(w, "planes")
+    at_once = most_tokens(_shared_scale(w))
+    products = [
+        weight_only_product(
+            x[start : start + at_once],
+            words,
+            w.scale,
+            w.offset,
+            wide_bias,
+            w.format,
+            w.group_size,
+            interpret=interpret_params(),
+        )
+        for start in range(0, x.shape[0], at_once)
+    ]
+    return products[0] if len(products) == 1 else jnp.concatenate(products)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
     if a_format is None:
-        raise NotImplementedError(_NO_FLOAT)
+        return _plan_weight_only(m, dtype, w)
     choice = _choose(m, w, a_format)
     check_row(w.contracted_size, dtype)
     if choice.kind == "planes":
@@ -157,12 +177,31 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     return Plan(kernel, choice.reason, choice.tiling)
 
 
+def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
+    """The plan for float activations. Raises NotImplementedError as `weight_only_matmul` says."""
+    check_dtype(dtype)
+    group_size = _shared_scale(w)
+    check_groups(group_size)
+    if not 1 <= m <= MOST_DECODE_TOKENS:
+        raise NotImplementedError(
+            f"{m} tokens of floats are not from 1 to {MOST_DECODE_TOKENS}: XLA's dot of dequantized weights serves them"
+        )
+    tiling = weight_only_tiling(min(m, most_tokens(group_size)), w.contracted_size, w.bits, group_size)
+    kernel = f"{jnp.dtype(dtype).name} tensor cores, weights unpacked from {w.bits} planes in registers, as rows"
+    return Plan(kernel, f"{m} tokens: bound by reading the weights", tiling)
+
+
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
     """The plan. Raises NotImplementedError for groups of other sizes than GROUP_SIZES."""
-    group_size = w.group_size if w.num_groups > 1 else None
+    group_size = _shared_scale(w)
     if group_size is not None and group_size not in GROUP_SIZES:
         raise NotImplementedError(f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {group_size}")
     return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, group_size)
+
+
+def _shared_scale(w: BipolarArray) -> int | None:
+    """Elements of K that share a scale; None if all do."""
+    return w.group_size if w.num_groups > 1 else None
 
 
 def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
