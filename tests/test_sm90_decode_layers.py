@@ -125,6 +125,8 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
 
     def with_new(cached, new):
         past = cached[0, :, : int(length)].astype(jnp.float32)
+        if length == cached.shape[2]:
+            return past
         return jnp.concatenate([past, new.astype(cached.dtype).astype(jnp.float32)[:, None]], axis=1)
 
     projections, kv_heads = [], keys.shape[2]
@@ -150,6 +152,7 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         (Case(1, 256, 384, 2, 1, 2, 2, 192, 100, calibration="minmax"), 5),
         (Case(1, 128, 1152, 1, 1, 3, 8, 320, 300, bias=True), 3),
         (Case(1, 128, 128, 1, 1, 8, 8, 128, 0), 1),
+        (Case(1, 128, 128, 1, 1, 2, 8, 64, 64), 2),
         (Case(1, 256, 128, 2, 2, 2, 4, 128, 70, "mse", True, 1.0, LayerNorm, Activation("relu"), "learned"), 2),
         (Case(1, 384, 128, 3, 3, 4, 8, 128, 60, "mse", True, 1.0, LayerNorm, Activation("gelu"), "alibi"), 3),
         # Small gains: SwiGLU's underflow far below zero, here and there another, would decide signs.

@@ -210,7 +210,10 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
             new_score = collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / WARPGROUPS)
             if cache.slopes is not None:
                 new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
-            _leave(partials, ring.record + 1, v, new_score, jnp.float32(1), emulate)
+            # A full cache keeps what it has, and that alone is attended to.
+            joins = ring.length < cache.keys.shape[3]
+            new_score, weight = jnp.where(joins, new_score, _NOTHING), jnp.where(joins, 1.0, 0.0)
+            _leave(partials, ring.record + 1, v, new_score, weight, emulate)
 
 
 def _leave(partials, record, values, largest, total, emulate: bool) -> None:

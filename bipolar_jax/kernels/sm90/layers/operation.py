@@ -42,6 +42,9 @@ def decode_layers(
 
     Between products all numbers are float32: they are normalized and quantized from it, and added up in it.
 
+    Blocks wait for each other, so that all of them must run at the same time: one such kernel at a time on a device,
+    and on no other device than it was compiled for.
+
     Args:
       hidden: of the new token.
       kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
@@ -49,7 +52,7 @@ def decode_layers(
       biases: of the same products, or None.
       gains: of the norms before attention and before the feed-forward block.
       keys, values: bfloat16 or float16; the new token's are not in there, and are not written.
-      length: positions that hold a token; it is the new token's position.
+      length: positions that hold a token; it is the new token's position. A full cache alone is attended to.
       tables: cosines and sines of that position; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
       a_format: 1 to 8 bits.
@@ -70,13 +73,14 @@ def decode_layers(
                 f"weights must have one format and one scale a column, {name} is {kernel.format} in "
                 f"{kernel.num_groups} groups beside {w_format}"
             )
+        if kernel.contracted_size > w_format.max_contraction(a_format):
+            raise NotImplementedError(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
     if keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the cache must be bfloat16 or float16, not {keys.dtype}")
     layers, _, kv_heads, _, head_dim = keys.shape
     if head_dim != HEAD_DIM:
         raise NotImplementedError(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
     if blocks is None:
-        # Blocks wait for each other, so that all of them must run at the same time.
         blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
     shape = LayersShape(
         num_layers=layers,

@@ -20,6 +20,7 @@ POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
 PARTIAL = HEAD_DIM + 2 * TILE  # numbers that a block leaves of its head's attention
 PRODUCTS = ("qkv", "o", "up", "down")
+_MOST_SPLITS = 16  # whose results one thread puts together
 _MOST_SLOTS = 7  # barriers are 32 at most
 
 
@@ -119,7 +120,7 @@ class LayersShape:
     @property
     def splits(self) -> int:
         """Blocks that share the positions of a head."""
-        return self.blocks // self.heads
+        return min(self.blocks // self.heads, _MOST_SPLITS)
 
     @property
     def records(self) -> int:
