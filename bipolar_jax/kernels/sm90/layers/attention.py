@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.layers.attention_rows import add_pairs, pairwise_max, row_scores, share_columns
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
 from bipolar_jax.kernels.sm90.layers.registers import ALONG_COLUMNS, ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.layers.vectors import load_vector, store_vector
+from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector, store_vector
 
 HALF = HEAD_DIM // 2
 _NOTHING = -1e30  # the score of what is not attended to; its weight is 0 beside any other
@@ -79,7 +80,7 @@ class CacheRing:
         mine = lax.div(jnp.maximum(end - self._first + (WARPGROUPS - 1), 0), WARPGROUPS)
         self.chunks = jnp.where(self.takes_part, mine, 0)
         self.has_new = self.takes_part & (split == shape.splits - 1)
-        self.record = self.head * shape.records + split
+        self.record = self.head * shape.splits + split
 
     def number(self, layer, chunk):
         """The count of chunks before one."""
@@ -124,37 +125,60 @@ class CacheRing:
                 )
 
 
-def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_start, me, block, shared, partials):
+def load_tables(cache: Cache, *, emulate: bool) -> list[Float[Array, "128"]]:
+    """Cosines and sines of the new token's position."""
+    return [load_vector(table, 0, HEAD_DIM, emulate=emulate) for table in (cache.cos, cache.sin)]
+
+
+def attend(
+    shape: LayersShape,
+    cache: Cache,
+    ring: CacheRing,
+    layer: Int[Array, ""],
+    tables: Sequence[Float[Array, "128"]],
+    qkv: Any,
+    qkv_start: Int[Array, ""],
+    mark: Int[Array, ""],
+    me: Int[Array, ""],
+    block: Int[Array, ""],
+    shared: Any,
+    partials: Any,
+) -> None:
     """Leaves this block's part of its head's attention in memory; every warpgroup takes part.
 
     Args:
+      shape, cache, ring: of the layers.
       layer: counted from the first that is computed.
+      tables: `load_tables`.
       qkv: flat float32 in memory; the layer's projections begin at `qkv_start`.
-      partials: flat float32 in memory, `records` of PARTIAL numbers for every head.
+      mark: of the projections, and of what is left.
+      me, block: which warpgroup and block.
+      shared: `exchange`, `columns`, `meet`.
+      partials: flat float32 in memory, `splits` of PARTIAL numbers for every head.
     """
     emulate = shared.emulate
     ring.place(me, block)
+    # Apart from what the next product exchanges, which a warpgroup may come to while the first reads these.
+    of_scores, of_weights, of_new = (shared.exchange.at[4 + i] for i in range(3))
 
-    def vector(ref, start):
-        return load_vector(ref, start, start + HEAD_DIM, emulate=emulate)
-
-    def rotated(start):
+    def rotated(numbers, halves_exchanged):
         """Number i of the lower half pairs with i of the upper one: a cos - b sin, b cos + a sin."""
-        start = qkv_start + start
-        halves_exchanged = load_vector(qkv, start, start + HEAD_DIM, turned=HALF, emulate=emulate)
-        return vector(qkv, start) * vector(cache.cos, 0) + halves_exchanged * vector(cache.sin, 0)
+        return numbers * tables[0] + halves_exchanged * tables[1]
 
     def as_cached(numbers):
         return numbers.astype(cache.keys.dtype).astype(jnp.float32)
 
     head = jnp.minimum(ring.head, shape.heads - 1)
-    q = rotated(head * HEAD_DIM) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
-    k_start = (shape.heads + ring.kv_head) * HEAD_DIM
-    k, v = as_cached(rotated(k_start)), as_cached(vector(qkv, qkv_start + k_start + shape.kv_heads * HEAD_DIM))
+    q_start = qkv_start + head * HEAD_DIM
+    k_start = qkv_start + (shape.heads + ring.kv_head) * HEAD_DIM
+    places = [(q_start, 0), (q_start, HALF), (k_start, 0), (k_start, HALF), (k_start + shape.kv_heads * HEAD_DIM, 0)]
+    q, q_exchanged, k, k_exchanged, v = await_vectors(qkv, places, mark, ring.takes_part, emulate=emulate)
+    q = rotated(q, q_exchanged) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
+    k, v = as_cached(rotated(k, k_exchanged)), as_cached(v)
     # The query goes where the sums over rows will be left at the end; the new token's score is summed four times.
     query = shared.columns.at[me * WARPS]
     query[...] = q
-    share(shared.exchange.at[2], me, [q * k], "sum", VECTOR, emulate=emulate)
+    share(of_new, me, [q * k], "sum", VECTOR, emulate=emulate)
     plgpu.commit_smem()
 
     row = plgpu.broadcasted_iota(jnp.int32, (POSITIONS,), 0, layout=ALONG_ROWS)
@@ -189,11 +213,11 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
         return larger, total * before + weight, sums
 
     largest, total, sums = lax.fori_loop(0, ring.chunks, chunk, (largest, total, sums))
-    share(shared.exchange.at[0], me, [largest], "max", ALONG_ROWS, emulate=emulate)
+    share(of_scores, me, [largest], "max", ALONG_ROWS, emulate=emulate)
     shared.meet()
-    most = collect(shared.exchange.at[0], "max", emulate=emulate)
+    most = collect(of_scores, "max", emulate=emulate)
     weight = jnp.exp2(largest - most)
-    share(shared.exchange.at[1], me, [total * weight], "sum", ALONG_ROWS, emulate=emulate)
+    share(of_weights, me, [total * weight], "sum", ALONG_ROWS, emulate=emulate)
     for half in range(2):
         share_columns(shared.columns, me, sums[half], weight, half * HALF, emulate=emulate)
     shared.meet()
@@ -202,24 +226,21 @@ def attend(shape: LayersShape, cache: Cache, ring: CacheRing, layer, qkv, qkv_st
     def _():
         warps = range(WARPGROUPS * WARPS)
         of_warps = [plgpu.load(shared.columns.at[warp], layout=VECTOR, optimized=False) for warp in warps]
-        whole = collect(shared.exchange.at[1], "sum", emulate=emulate)
-        _leave(partials, ring.record, functools.reduce(operator.add, of_warps), most, whole, emulate)
-
-        @pl.when(ring.has_new)
-        def _():
-            new_score = collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / WARPGROUPS)
-            if cache.slopes is not None:
-                new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
-            # A full cache keeps what it has, and that alone is attended to.
-            joins = ring.length < cache.keys.shape[3]
-            new_score, weight = jnp.where(joins, new_score, _NOTHING), jnp.where(joins, 1.0, 0.0)
-            _leave(partials, ring.record + 1, v, new_score, weight, emulate)
+        whole = collect(of_weights, "sum", emulate=emulate)
+        new_score = collect(of_new, "sum", emulate=emulate) * (1 / WARPGROUPS)
+        if cache.slopes is not None:
+            new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
+        # The last block has the new token too; a full cache keeps what it has, and that alone is attended to.
+        joins = ring.has_new & (ring.length < cache.keys.shape[3])
+        new_most = jnp.maximum(most, jnp.where(joins, new_score, _NOTHING))
+        before, new_weight = jnp.exp2(most - new_most), jnp.where(joins, jnp.exp2(new_score - new_most), 0.0)
+        values = functools.reduce(operator.add, of_warps) * before + v * new_weight
+        leave_partial(partials, ring.record, values, new_most, whole * before + new_weight, mark, emulate)
 
 
-def _leave(partials, record, values, largest, total, emulate: bool) -> None:
-    """Stores a partial attention: the sum of values, then 32 times each the largest score and the sum of weights."""
+def leave_partial(partials, record, values, largest, total, mark, emulate: bool) -> None:
+    """Stores a partial attention: the sum of values, then in turn the largest score and the sum of weights."""
     start = record * PARTIAL
-    store_vector(partials, values, start, HEAD_DIM, emulate=emulate)
-    for offset, number in ((HEAD_DIM, largest), (HEAD_DIM + TILE, total)):
-        numbers = plgpu.layout_cast(jnp.broadcast_to(number, (HEAD_DIM,)), VECTOR)
-        store_vector(partials, numbers, start + offset, TILE, emulate=emulate)
+    store_vector(partials, values, start, HEAD_DIM, mark, emulate=emulate)
+    even = lax.rem(plgpu.broadcasted_iota(jnp.int32, (HEAD_DIM,), 0, layout=VECTOR), 2) == 0
+    store_vector(partials, jnp.where(even, largest, total), start + HEAD_DIM, TILE, mark, emulate=emulate)

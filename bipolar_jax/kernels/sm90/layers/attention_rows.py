@@ -15,12 +15,13 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers.marks import await_words, checked
 from bipolar_jax.kernels.sm90.layers.registers import (
     ALONG_COLUMNS,
     ALONG_ROWS,
     MATRIX,
     PART,
-    PART_ELEMENTS,
+    PART_LAYOUT,
     SPLAT,
     WARPS,
     as_part,
@@ -179,56 +180,69 @@ def share_columns(
     inline(exchange, jnp.int32(warpgroup), sums, weights)
 
 
-def load_attended(partials, start: Int[Array, ""], heads: int, records: int, size: int, *, emulate: bool):
+def await_attended(
+    partials,
+    start: Int[Array, ""],
+    heads: int,
+    records: int,
+    size: int,
+    mark: Int[Array, ""],
+    needed: Int[Array, ""],
+    *,
+    emulate: bool,
+) -> Float[Array, "1024"]:
     """A part of the heads' attention, each put together from `records` partial ones; 0 where there are no more heads.
 
     Args:
-      partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then 32 times the largest
-        score m (base 2), then 32 times the sum l of weights.
+      partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then, time and again, the
+        largest score m (base 2) and the sum l of weights.
       start: of the part, in elements of all heads.
       heads: how many.
       records: partial ones of a head.
       size: of a partial one.
+      mark: of the numbers, which other blocks leave.
+      needed: 1 to wait for it, or 0.
 
     Returns:
-      float32 [1024], sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m.
+      sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m.
     """
     if emulate:
-        every = partials[...].reshape(-1, size)[: heads * records].reshape(heads, records, size)
-        largest, total = every[..., 128], every[..., 160]
+        every = checked(partials[...], mark).reshape(-1, size)[: heads * records].reshape(heads, records, size)
+        largest, total = every[..., 128], every[..., 129]
         weights = jnp.exp2(largest - jnp.max(largest, axis=1, keepdims=True))
         sums = jnp.sum(every[..., :128] * weights[..., None], axis=1)
         whole = (sums / jnp.sum(total * weights, axis=1, keepdims=True)).reshape(-1)
-        index = start + lax.iota(jnp.int32, PART_ELEMENTS)
+        index = start + lax.iota(jnp.int32, PART)
         return jnp.where(index < whole.size, whole[jnp.where(index < whole.size, index, 0)], 0)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART_ELEMENTS,), jnp.float32, layout=PART),
+        arg_types=(plgpu.RefType(), SPLAT, SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=PART_LAYOUT),
     )
-    def inline(_, partials, start):
+    def inline(_, partials, start, mark, needed):
         index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
         head, within = gpu.shift_right(index, 7), gpu.bits_of(index, 127)
         valid = gpu.less(head, heads)
         head = gpu.choose(valid, head, gpu.int32(0))
         base = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), gpu.times(head, records * size), 4)
-        places = [gpu.advance(base, 4 * size * record) for record in range(records)]
-        largest, totals = (
-            [gpu.as_float(gpu.load(gpu.advance(place, 4 * offset), 1)[0]) for place in places] for offset in (128, 160)
-        )
+        places = []
+        for record in range(records):
+            place = gpu.advance(base, 4 * size * record)
+            values = gpu.advance_far(place, within, 4)
+            places += [(gpu.advance(place, 4 * 128), 2), (values, 4), (gpu.advance(values, 16), 4)]
+        words = await_words(places, mark.registers.item(), needed.registers.item())
+        largest, totals = zip(*(map(gpu.as_float, pair) for pair in words[::3]), strict=True)
         most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
         minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
         weights = [gpu.exp2(gpu.add(number, minus_most)) for number in largest]
         whole = tree(gpu.add, [gpu.multiply(*pair) for pair in zip(totals, weights, strict=True)])
         scale = gpu.choose(valid, gpu.divide(gpu.float32(1), whole), gpu.float32(0))
         sums = [gpu.float32(0)] * 8
-        for place, weight in zip(places, weights, strict=True):
-            where = gpu.advance_far(place, within, 4)
-            words = [word for i in range(2) for word in gpu.load(gpu.advance(where, 16 * i), 4)]
-            sums = [gpu.fma(gpu.as_float(w), weight, s) for w, s in zip(words, sums, strict=True)]
+        for low, high, weight in zip(words[1::3], words[2::3], weights, strict=True):
+            sums = [gpu.fma(gpu.as_float(w), weight, s) for w, s in zip((*low, *high), sums, strict=True)]
         return as_part([gpu.multiply(number, scale) for number in sums])
 
-    return inline(partials, jnp.int32(start))
+    return inline(partials, jnp.int32(start), jnp.int32(mark), jnp.int32(needed))
 
 
 def _two_halves(register: ir.Value) -> ir.Value:

@@ -1,8 +1,9 @@
 """All layers of a decoder for one new token, in one kernel.
 
-Persistent blocks, one a multiprocessor, go through the layers together and meet five times in each: after the
-query, key and value projections, after attention, after the output projection, after gate and up, and after down.
-What passes from one to the next is a few vectors in memory. Every block makes the whole token's operand for itself, the
+Persistent blocks, one a multiprocessor, go through the layers together and wait for each other five times in each:
+after the query, key and value projections, after attention, after the output projection, after gate and up, and after
+down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that they have come
+(`marks`). Every block makes the whole token's operand for itself, the
 norm and the quantization included, since that is quicker than to wait for another. Weights and the cache depend on
 nothing that is computed: they are on their way to shared memory while blocks compute, and wait for each other.
 """
@@ -21,10 +22,9 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.layers.attention import HALF, Cache, CacheRing
+from bipolar_jax.kernels.sm90.layers.marks import with_mark
 from bipolar_jax.kernels.sm90.layers.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
-from bipolar_jax.kernels.sm90.layers.products import (
-    WeightRing,
-)
+from bipolar_jax.kernels.sm90.layers.products import WeightRing
 from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.layers.shape import (
     HEAD_DIM,
@@ -62,7 +62,7 @@ def run_layers(
     if interpret is None:
         buffers = run(hidden, None, range(shape.num_layers), PHASES)
     else:
-        buffers = Buffers(hidden, *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
+        buffers = Buffers(with_mark(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
         for layer in range(shape.num_layers):
             for phase in PHASES:
                 buffers = _merged(shape, layer, phase, buffers, run(hidden, buffers, range(layer, layer + 1), (phase,)))
@@ -112,11 +112,10 @@ def _launch(
             ),
             cache_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2 * WARPGROUPS),
             products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
-            exchange=plgpu.SMEM((4, WARPGROUPS * WARPS), jnp.float32),
+            exchange=plgpu.SMEM((7, WARPGROUPS * WARPS), jnp.float32),
             code_sums=plgpu.SMEM((WARPGROUPS * WARPS,), jnp.int32),
             columns=plgpu.SMEM((WARPGROUPS * WARPS, HEAD_DIM), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
-            released=plgpu.Barrier(),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
@@ -136,7 +135,6 @@ def _kernel(
     cache_slots,
     cache_arrived,
     met,
-    released,
     **shared_refs,
 ):
     operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
@@ -159,39 +157,24 @@ def _kernel(
         index = 0 * me
         steps.run(phases[0], index, layers[0], steps.prepare(phases[0], layers[0]))
         return
+    steps.enter(hidden)
+    _meet_blocks(shape.blocks, me, meet)
+
+    def layer(index, carry):
+        for phase in phases:
+            steps.run(phase, index, index, steps.prepare(phase, index))
+        return carry
+
+    lax.fori_loop(0, len(layers), layer, ())
+
+
+def _meet_blocks(blocks: int, me, meet) -> None:
+    """Waits for all blocks, and for what their first warpgroups wrote."""
     blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
-    def meet_blocks(times, prepare):
-        """Waits for all blocks, and for what they wrote, which the first warpgroups did; prepares what comes next."""
+    @pl.when(me == 0)
+    def _():
+        plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
+        plgpu.semaphore_wait(blocks_met, blocks, decrement=False, memory_scope="gpu")
 
-        @pl.when(me == 0)
-        def _():
-            plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
-
-        prepared = prepare()
-
-        @pl.when(me == 0)
-        def _():
-            plgpu.semaphore_wait(blocks_met, (times + 1) * shape.blocks, decrement=False, memory_scope="gpu")
-            plgpu.barrier_arrive(released)
-
-        plgpu.barrier_wait(released)
-        return prepared
-
-    steps.enter(hidden)
-    first = functools.partial(steps.prepare, phases[0])
-    prepared = meet_blocks(0 * me, lambda: first(0 * me))
-
-    def layer(index, prepared):
-        for number, phase in enumerate(phases):
-            steps.run(phase, index, index, prepared)
-            last = number + 1 == len(phases)
-            prepared = meet_blocks(
-                1 + index * len(phases) + number,
-                (lambda: first(jnp.minimum(index + 1, len(layers) - 1)))
-                if last
-                else functools.partial(steps.prepare, phases[number + 1], index),
-            )
-        return prepared
-
-    lax.fori_loop(0, len(layers), layer, prepared)
+    meet()

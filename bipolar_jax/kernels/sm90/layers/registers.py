@@ -22,8 +22,8 @@ from bipolar_jax.kernels.sm90.row_threads import WARP, WARPGROUP
 
 WARPS = WARPGROUP // WARP
 VECTOR = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # element i belongs to thread i
-PART_ELEMENTS = 8 * WARPGROUP
-PART = plgpu.Layout.WG_STRIDED((PART_ELEMENTS,), vec_size=8)  # elements 8 i ... belong to thread i
+PART = 8 * WARPGROUP  # elements of K that a warpgroup takes at a time: a row of bits in a tile
+PART_LAYOUT = plgpu.Layout.WG_STRIDED((PART,), vec_size=8)  # elements 8 i ... belong to thread i
 MATRIX = plgpu.Layout.WGMMA
 ALONG_ROWS, ALONG_COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
 SPLAT = plgpu.Layout.WG_SPLAT
@@ -85,8 +85,8 @@ def numbers_of(array: mgpu.FragmentedArray) -> list[ir.Value]:
 
 def as_part(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
     """The array of every thread's eight numbers."""
-    layout = PART.to_mgpu()
-    registers = np.empty(layout.registers_shape((PART_ELEMENTS,)), dtype=object)
+    layout = PART_LAYOUT.to_mgpu()
+    registers = np.empty(layout.registers_shape((PART,)), dtype=object)
     registers.flat = [in_register(*numbers)]
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 

@@ -8,17 +8,16 @@ from typing import Literal
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Activation
-from bipolar_jax.kernels.sm90.layers.registers import WARPS
+from bipolar_jax.kernels.sm90.layers.registers import PART, WARPS
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
 
 WARPGROUPS = 4
-PART = ELEMENTS_PER_ROW["planes"]  # elements of K in a row of a tile
 TILE = 32  # columns of the output
 POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
-PARTIAL = HEAD_DIM + 2 * TILE  # numbers that a block leaves of its head's attention
+PARTIAL = HEAD_DIM + TILE  # numbers that a block leaves of its head's attention
 PRODUCTS = ("qkv", "o", "up", "down")
 _MOST_SPLITS = 16  # whose results one thread puts together
 _MOST_SLOTS = 7  # barriers are 32 at most
@@ -121,11 +120,6 @@ class LayersShape:
     def splits(self) -> int:
         """Blocks that share the positions of a head."""
         return min(self.blocks // self.heads, _MOST_SPLITS)
-
-    @property
-    def records(self) -> int:
-        """Partial attentions of a head: of every block that shares it, and of the new token to itself."""
-        return self.splits + 1
 
     @property
     def cache_slots(self) -> int:
