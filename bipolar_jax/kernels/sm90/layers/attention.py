@@ -13,16 +13,22 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from bipolar_jax.kernels.sm90.layers.attention_rows import add_pairs, pairwise_max, row_scores, share_columns
+from bipolar_jax.kernels.sm90.layers.attention_rows import (
+    add_pairs,
+    await_joined,
+    pairwise_max,
+    row_scores,
+    share_columns,
+)
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
 from bipolar_jax.kernels.sm90.layers.registers import ALONG_COLUMNS, ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
@@ -52,6 +58,19 @@ class Cache:
     slopes: Any = None
 
 
+class Place(NamedTuple):
+    """A block's: which head it works for, which of those that share it this is, and whether there is such a head."""
+
+    head: Int[Array, ""]
+    split: Int[Array, ""]
+    takes_part: Bool[Array, ""]
+
+
+def place_of(shape: LayersShape, block: Int[Array, ""]) -> Place:
+    head = lax.div(block, shape.splits)
+    return Place(head, lax.rem(block, shape.splits), head < shape.heads)
+
+
 class CacheRing:
     """Chunks of 64 positions of a head's keys and values, of one warpgroup, over all layers.
 
@@ -71,8 +90,7 @@ class CacheRing:
     def place(self, me, block) -> None:
         """Computes which chunks are this warpgroup's: anew in every layer, rather than to hold them in registers."""
         shape, self._me = self._shape, me
-        self.head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
-        self.takes_part = self.head < shape.heads
+        self.head, split, self.takes_part = place_of(shape, block)
         self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
         chunks = lax.div(self.length + (POSITIONS - 1), POSITIONS)
         self._first = lax.div(chunks * split, shape.splits) + me
@@ -158,8 +176,7 @@ def attend(
     """
     emulate = shared.emulate
     ring.place(me, block)
-    # Apart from what the next product exchanges, which a warpgroup may come to while the first reads these.
-    of_scores, of_weights, of_new = (shared.exchange.at[4 + i] for i in range(3))
+    of_scores, of_weights, of_new = (shared.exchange.at[i] for i in range(3))
 
     def rotated(numbers, halves_exchanged):
         """Number i of the lower half pairs with i of the upper one: a cos - b sin, b cos + a sin."""
@@ -236,6 +253,37 @@ def attend(
         before, new_weight = jnp.exp2(most - new_most), jnp.where(joins, jnp.exp2(new_score - new_most), 0.0)
         values = functools.reduce(operator.add, of_warps) * before + v * new_weight
         leave_partial(partials, ring.record, values, new_most, whole * before + new_weight, mark, emulate)
+
+
+def clear(shape: LayersShape, block, partials, context, *, emulate: bool) -> None:
+    """Takes the mark that others wait for off what this block will leave."""
+    place = place_of(shape, block)
+    start = place.split * shape.joined
+    nothing = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
+
+    @pl.when(place.takes_part)
+    def _():
+        leave_partial(partials, place.head * shape.splits + place.split, nothing, 0.0, 0.0, 0, emulate)
+
+    @pl.when(place.takes_part & (start < HEAD_DIM))
+    def _():
+        store_vector(context, nothing, place.head * HEAD_DIM + start, shape.joined, 0, emulate=emulate)
+
+
+def join(shape: LayersShape, block, partials, context, mark, *, emulate: bool) -> None:
+    """Puts together, of this block's head, what the blocks left that share it; each of them some of the numbers.
+
+    The next product's token is then as short as any: to read all partial attentions in every block took longer than
+    to have blocks wait for each other once more.
+    """
+    place = place_of(shape, block)
+    start = place.split * shape.joined
+
+    @pl.when(place.takes_part & (start < HEAD_DIM))
+    def _():
+        head = (place.head, shape.splits, PARTIAL)
+        numbers = await_joined(partials, *head, start, shape.joined, mark, 1, emulate=emulate)
+        store_vector(context, numbers, place.head * HEAD_DIM + start, shape.joined, mark, emulate=emulate)
 
 
 def leave_partial(partials, record, values, largest, total, mark, emulate: bool) -> None:

@@ -20,18 +20,17 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     ALONG_COLUMNS,
     ALONG_ROWS,
     MATRIX,
-    PART,
-    PART_LAYOUT,
     SPLAT,
+    VECTOR,
     WARPS,
-    as_part,
+    as_vector,
     element,
     in_register,
     lane_and_warp,
     thread_index,
     word_of,
 )
-from bipolar_jax.kernels.sm90.row_threads import tree
+from bipolar_jax.kernels.sm90.row_threads import WARPGROUP, tree
 
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -180,69 +179,66 @@ def share_columns(
     inline(exchange, jnp.int32(warpgroup), sums, weights)
 
 
-def await_attended(
+def await_joined(
     partials,
-    start: Int[Array, ""],
-    heads: int,
+    head: Int[Array, ""],
     records: int,
     size: int,
+    start: Int[Array, ""],
+    count: int,
     mark: Int[Array, ""],
     needed: Int[Array, ""],
     *,
     emulate: bool,
-) -> Float[Array, "1024"]:
-    """A part of the heads' attention, each put together from `records` partial ones; 0 where there are no more heads.
+) -> Float[Array, "128"]:
+    """Some numbers of a head's attention, put together from partial ones that other blocks leave.
 
     Args:
       partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then, time and again, the
         largest score m (base 2) and the sum l of weights.
-      start: of the part, in elements of all heads.
-      heads: how many.
+      head: whose.
       records: partial ones of a head.
       size: of a partial one.
-      mark: of the numbers, which other blocks leave.
-      needed: 1 to wait for it, or 0.
+      start: of the wanted numbers, a multiple of 32.
+      count: of the wanted numbers, a power of two of at least 32.
+      mark: of the numbers.
+      needed: 1 to wait for them, or 0.
 
     Returns:
-      sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m.
+      sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m; again and again if count is not 128.
     """
     if emulate:
-        every = checked(partials[...], mark).reshape(-1, size)[: heads * records].reshape(heads, records, size)
-        largest, total = every[..., 128], every[..., 129]
-        weights = jnp.exp2(largest - jnp.max(largest, axis=1, keepdims=True))
-        sums = jnp.sum(every[..., :128] * weights[..., None], axis=1)
-        whole = (sums / jnp.sum(total * weights, axis=1, keepdims=True)).reshape(-1)
-        index = start + lax.iota(jnp.int32, PART)
-        return jnp.where(index < whole.size, whole[jnp.where(index < whole.size, index, 0)], 0)
+        every = checked(partials[...], mark).reshape(-1, records, size)[head]
+        largest, total = every[:, 128], every[:, 129]
+        weights = jnp.exp2(largest - jnp.max(largest))
+        sums = jnp.sum(every[:, :128] * weights[:, None], axis=0)
+        return (sums / jnp.sum(total * weights))[start + lax.iota(jnp.int32, WARPGROUP) % count]
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SPLAT, SPLAT, SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=PART_LAYOUT),
+        arg_types=(plgpu.RefType(), *[SPLAT] * 4),
+        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
     )
-    def inline(_, partials, start, mark, needed):
-        index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
-        head, within = gpu.shift_right(index, 7), gpu.bits_of(index, 127)
-        valid = gpu.less(head, heads)
-        head = gpu.choose(valid, head, gpu.int32(0))
-        base = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), gpu.times(head, records * size), 4)
+    def inline(_, partials, head, start, mark, needed):
+        within = gpu.plus(start.registers.item(), gpu.bits_of(thread_index(), count - 1))
+        base = gpu.pointer(partials, gpu.GLOBAL)
+        base = gpu.advance_far(base, gpu.times(head.registers.item(), records * size), 4)
         places = []
         for record in range(records):
             place = gpu.advance(base, 4 * size * record)
-            values = gpu.advance_far(place, within, 4)
-            places += [(gpu.advance(place, 4 * 128), 2), (values, 4), (gpu.advance(values, 16), 4)]
+            places += [(gpu.advance(place, 4 * 128), 2), (gpu.advance_far(place, within, 4), 1)]
         words = await_words(places, mark.registers.item(), needed.registers.item())
-        largest, totals = zip(*(map(gpu.as_float, pair) for pair in words[::3]), strict=True)
+        largest, totals = zip(*(map(gpu.as_float, pair) for pair in words[::2]), strict=True)
+        values = [gpu.as_float(word) for (word,) in words[1::2]]
         most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
         minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
         weights = [gpu.exp2(gpu.add(number, minus_most)) for number in largest]
-        whole = tree(gpu.add, [gpu.multiply(*pair) for pair in zip(totals, weights, strict=True)])
-        scale = gpu.choose(valid, gpu.divide(gpu.float32(1), whole), gpu.float32(0))
-        sums = [gpu.float32(0)] * 8
-        for low, high, weight in zip(words[1::3], words[2::3], weights, strict=True):
-            sums = [gpu.fma(gpu.as_float(w), weight, s) for w, s in zip((*low, *high), sums, strict=True)]
-        return as_part([gpu.multiply(number, scale) for number in sums])
+        whole, total = (
+            tree(gpu.add, [gpu.multiply(*pair) for pair in zip(some, weights, strict=True)])
+            for some in (values, totals)
+        )
+        return as_vector(gpu.divide(whole, total), jnp.float32)
 
-    return inline(partials, jnp.int32(start), jnp.int32(mark), jnp.int32(needed))
+    return inline(partials, *(jnp.int32(number) for number in (head, start, mark, needed)))
 
 
 def _two_halves(register: ir.Value) -> ir.Value:

@@ -71,7 +71,7 @@ def run_layers(
 
 def _merged(shape: LayersShape, layer: int, phase: str, before: Buffers, after: Buffers) -> Buffers:
     """The buffers after a phase that was a kernel of its own: it wrote one of them, or its layer's part."""
-    written = dict(zip(PHASES, ("qkv", "partials", "attended", "ffn", "hidden"), strict=True))[phase]
+    written = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "hidden"), strict=True))[phase]
     new = getattr(after, written)
     if written == "qkv":
         mine = jnp.arange(new.size) // shape.products["qkv"].n == layer
@@ -112,10 +112,11 @@ def _launch(
             ),
             cache_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2 * WARPGROUPS),
             products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
-            exchange=plgpu.SMEM((7, WARPGROUPS * WARPS), jnp.float32),
+            exchange=plgpu.SMEM((4, WARPGROUPS * WARPS), jnp.float32),
             code_sums=plgpu.SMEM((WARPGROUPS * WARPS,), jnp.int32),
             columns=plgpu.SMEM((WARPGROUPS * WARPS, HEAD_DIM), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
+            released=plgpu.Barrier(),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
@@ -135,6 +136,7 @@ def _kernel(
     cache_slots,
     cache_arrived,
     met,
+    released,
     **shared_refs,
 ):
     operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
@@ -157,15 +159,30 @@ def _kernel(
         index = 0 * me
         steps.run(phases[0], index, layers[0], steps.prepare(phases[0], layers[0]))
         return
+
+    def release():
+        @pl.when(me == 0)
+        def _():
+            plgpu.barrier_arrive(released)
+
     steps.enter(hidden)
     _meet_blocks(shape.blocks, me, meet)
 
     def layer(index, carry):
         for phase in phases:
-            steps.run(phase, index, index, steps.prepare(phase, index))
+            prepared = steps.prepare(phase, index)
+            # While the first warpgroup finishes a phase the others must not keep memory busy by looking for what
+            # comes next; it alone joins what it has left.
+            if phase != "join":
+                plgpu.barrier_wait(released)
+            steps.run(phase, index, index, prepared)
+            if phase != "attention":
+                release()
         return carry
 
+    release()
     lax.fori_loop(0, len(layers), layer, ())
+    plgpu.barrier_wait(released)
 
 
 def _meet_blocks(blocks: int, me, meet) -> None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.layers.attention import attend, leave_partial, load_tables
-from bipolar_jax.kernels.sm90.layers.attention_rows import await_attended
+from bipolar_jax.kernels.sm90.layers.attention import attend, join, load_tables
+from bipolar_jax.kernels.sm90.layers.attention import clear as clear_attention
 from bipolar_jax.kernels.sm90.layers.marks import written_mark
 from bipolar_jax.kernels.sm90.layers.products import (
     ProductWeights,
@@ -28,7 +28,7 @@ from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, WARPGROUPS,
 from bipolar_jax.kernels.sm90.layers.token import layer_normalized, quantize_token
 from bipolar_jax.kernels.sm90.layers.vectors import await_parts, load_part, load_vector, store_vector
 
-PHASES = ("qkv", "attention", "o", "up", "down")
+PHASES = ("qkv", "attention", "join", "o", "up", "down")
 # As `kernels.prologue`'s, of what Mosaic can lower.
 _FUNCTIONS = {
     "silu": lambda x: x / (1.0 + jnp.exp(-x)),
@@ -45,6 +45,7 @@ class Buffers(NamedTuple):
       attended: what its feed-forward reads.
       qkv: projections of every layer.
       partials: of attention, for every head `splits` of PARTIAL numbers.
+      context: the heads' attention.
       ffn: activations between up, and its gate, and down.
     """
 
@@ -52,6 +53,7 @@ class Buffers(NamedTuple):
     attended: Any
     qkv: Any
     partials: Any
+    context: Any
     ffn: Any
 
 
@@ -76,6 +78,7 @@ def buffers_of(shape: LayersShape) -> Buffers:
         shape.hidden,
         shape.num_layers * shape.products["qkv"].n,
         PARTIAL * shape.heads * shape.splits,
+        shape.heads * HEAD_DIM,
         shape.ffn,
     )
     return Buffers(*(jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes))
@@ -132,10 +135,7 @@ class Phases:
             repeat(shape.num_layers, clear_projections, emulate=self._shared.emulate)
             clear(outs.attended, "o", 0, 0)
             clear(outs.ffn, "up", 0, 0)
-
-            @pl.when(self._cache_ring.takes_part)
-            def _():
-                leave_partial(outs.partials, self._cache_ring.record, nothing, 0.0, 0.0, 0, self._shared.emulate)
+            clear_attention(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)
 
     def prepare(self, phase: str, layer):
         """What a phase of a layer reads that no other block computes.
@@ -144,8 +144,8 @@ class Phases:
         """
         self._pin()
         emulate = self._shared.emulate
-        if phase == "attention":
-            return load_tables(self._cache, emulate=emulate)
+        if phase in ("attention", "join"):
+            return load_tables(self._cache, emulate=emulate) if phase == "attention" else None
         terms = column_terms(self._shape, self._weights.products[phase], layer, phase, self._block, emulate=emulate)
         norm = self._weights.norms.get(phase)
         if norm is None:
@@ -166,8 +166,18 @@ class Phases:
             ring, qkv, where = self._cache_ring, self._sources.qkv, (self._me, self._block)
             attend(shape, self._cache, ring, index, prepared, qkv, start, mark, *where, shared, partials)
             return
+        if phase == "join":
+
+            @pl.when(self._me == 0)
+            def _():
+                partials, context = self._sources.partials, self._outs.context
+                join(shape, self._block, partials, context, written_mark(layer), emulate=shared.emulate)
+
+            return
         product, (terms, residual, norm) = shape.products[phase], prepared
         parts, squares = self._inputs(phase, layer), None
+        if norm is not None:
+            norm = [[part.astype(jnp.float32) for part in vector] for vector in norm]
         if norm is not None and shape.norm == "rms":
             squares = [part * part for part in parts]
             parts = [part * gain for part, gain in zip(parts, *norm, strict=True)]
@@ -187,15 +197,11 @@ class Phases:
 
     def _inputs(self, phase: str, layer):
         """The parts of the token that this warpgroup multiplies, once they are there."""
-        shape, sources, starts, emulate = self._shape, self._sources, self._starts(phase), self._shared.emulate
-        product = shape.products[phase]
+        sources, product = self._sources, self._shape.products[phase]
+        source = {"qkv": sources.hidden, "o": sources.context, "up": sources.attended, "down": sources.ffn}[phase]
         mark = written_mark(layer - 1 if phase == "qkv" else layer)
         needed = rows_of(product, self._block, 0)[1] > 0
-        if phase == "o":
-            partial = (shape.heads, shape.splits, PARTIAL)
-            return [await_attended(sources.partials, at, *partial, mark, needed, emulate=emulate) for at in starts]
-        source = {"qkv": sources.hidden, "up": sources.attended, "down": sources.ffn}[phase]
-        return await_parts(source, starts, product.k, mark, needed, emulate=emulate)
+        return await_parts(source, self._starts(phase), product.k, mark, needed, emulate=self._shared.emulate)
 
     def _leave(self, phase: str, layer, halves, first, count) -> None:
         """Stores what a product gives."""

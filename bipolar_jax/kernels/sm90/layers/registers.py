@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import dtype_to_ir_type
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -88,6 +89,14 @@ def as_part(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
     layout = PART_LAYOUT.to_mgpu()
     registers = np.empty(layout.registers_shape((PART,)), dtype=object)
     registers.flat = [in_register(*numbers)]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def loaded_part(where: gpu.Pointer, dtype) -> mgpu.FragmentedArray:
+    """The array of eight numbers a thread in global memory, aligned to 16 bytes."""
+    layout, number = PART_LAYOUT.to_mgpu(), dtype_to_ir_type(dtype)
+    registers = np.empty(layout.registers_shape((PART,)), dtype=object)
+    registers.flat = [llvm.load(ir.VectorType.get((8,), number), where, alignment=16)]
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 

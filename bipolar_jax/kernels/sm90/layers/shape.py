@@ -122,6 +122,11 @@ class LayersShape:
         return min(self.blocks // self.heads, _MOST_SPLITS)
 
     @property
+    def joined(self) -> int:
+        """Of a head's numbers, those that one of these blocks puts together: a power of two; the last have none."""
+        return max(TILE, HEAD_DIM >> (self.splits.bit_length() - 1))
+
+    @property
     def cache_slots(self) -> int:
         """Chunks that a warpgroup has room for; where weights are many, keys and values take turns in one."""
         return 2 if self.w_format.bits <= 2 else 1

@@ -19,6 +19,7 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     VECTOR,
     as_part,
     as_vector,
+    loaded_part,
     numbers_of,
     only_word,
     thread_index,
@@ -162,31 +163,27 @@ def await_parts(
     return list(inline(ref, jnp.int32(mark), jnp.int32(needed), *map(jnp.int32, starts)))
 
 
-def load_part(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, emulate: bool) -> Float[Array, "1024"]:
-    """ref[start : start + 1024] of a flat float32 or bfloat16 array in memory, 0 from `end` on: float32.
+def load_part(ref, start: Int[Array, ""], end: Int[Array, ""], *, emulate: bool) -> Float[Array, "1024"]:
+    """ref[start : start + 1024] of a flat float32 or bfloat16 array in memory, in its dtype; from `end` on any numbers.
 
-    Start and end are multiples of 8.
+    Start and end are multiples of 8. Nothing is done to the numbers, which would be to wait for them.
     """
-    size = jnp.dtype(ref.dtype).itemsize
-    if ref.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"parts are loaded of bfloat16 or float32, not of {ref.dtype}")
+    dtype = ref.dtype
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"parts are loaded of bfloat16 or float32, not of {dtype}")
     if emulate:
         index = start + lax.iota(jnp.int32, PART)
-        return jnp.where(index < end, ref[...][jnp.where(index < end, index, 0)].astype(jnp.float32), 0)
+        return ref[...][jnp.where(index < end, index, end - 8)]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SPLAT, SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=PART_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((PART,), dtype, layout=PART_LAYOUT),
     )
     def inline(_, ref, start, end):
-        index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
-        valid = gpu.less(index, end.registers.item())
-        where = gpu.advance_far(gpu.pointer(ref, gpu.GLOBAL), gpu.choose(valid, index, gpu.int32(0)), size)
-        if size == 2:
-            numbers = [number for word in gpu.load(where, 4) for number in gpu.expand("bf16", word)]
-        else:
-            numbers = [gpu.as_float(word) for i in range(2) for word in gpu.load(gpu.advance(where, 16 * i), 4)]
-        return as_part([gpu.choose(valid, number, gpu.float32(0)) for number in numbers])
+        index, end = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8)), end.registers.item()
+        index = gpu.choose(gpu.less(index, end), index, gpu.plus(end, -8))
+        where = gpu.advance_far(gpu.pointer(ref, gpu.GLOBAL), index, jnp.dtype(dtype).itemsize)
+        return loaded_part(where, dtype)
 
     return inline(ref, jnp.int32(start), jnp.int32(end))
 
