@@ -24,7 +24,6 @@ from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.layers.attention import HALF, Cache, CacheRing
 from bipolar_jax.kernels.sm90.layers.marks import with_mark
 from bipolar_jax.kernels.sm90.layers.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
-from bipolar_jax.kernels.sm90.layers.products import WeightRing
 from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.layers.shape import (
     HEAD_DIM,
@@ -34,7 +33,11 @@ from bipolar_jax.kernels.sm90.layers.shape import (
     WARPGROUPS,
     LayersShape,
 )
+from bipolar_jax.kernels.sm90.layers.weight_ring import WeightRing
 from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
+
+# Of a thread. A block of 5 warpgroups starts with 96 each, the most that 65536 allow, and shares out no others.
+_LOADING_REGISTERS, _COMPUTING_REGISTERS = 24, 112
 
 
 def run_layers(
@@ -93,17 +96,17 @@ def _launch(
     operands = (hidden, weights, cache, sources)
     flat, tree = jax.tree.flatten(operands)
     word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
-    slots = WARPGROUPS * shape.w_slots
     outs = plgpu.kernel(
         functools.partial(_kernel, shape, layers, tuple(phases), tree, interpret is not None),
         out_type=list(buffers_of(shape)),
         grid=(shape.blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            w_ring=word_tiles((slots + 1, TILE, WORDS_PER_ROW)),
-            w_arrived=plgpu.Barrier(num_barriers=slots),
+            w_slots=word_tiles((WARPGROUPS * shape.w_slots + 1, TILE, WORDS_PER_ROW)),
+            w_arrived=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
+            w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             x_tiles=word_tiles((WARPGROUPS, shape.most_turns, 8, WORDS_PER_ROW)),
             cache_slots=plgpu.SMEM(
                 (shape.cache_slots, WARPGROUPS, 2, POSITIONS, HALF),
@@ -124,37 +127,55 @@ def _launch(
     return Buffers(*outs)
 
 
-def _kernel(
+def _kernel(shape, layers, phases, tree, emulate, *refs, w_slots, w_arrived, w_emptied, **shared):
+    operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
+    hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
+    me, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    ring = WeightRing(shape, [name for name in PRODUCTS if name in phases], w_slots, w_arrived, w_emptied)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
+        ring.fill(weights.products, layers, block, emulate=emulate)
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        where = (me, block)
+        _compute(shape, layers, phases, ring, weights, cache, hidden, sources or outs, outs, where, emulate, **shared)
+
+
+def _compute(
     shape,
     layers,
     phases,
-    tree,
+    ring,
+    weights,
+    cache,
+    hidden,
+    sources,
+    outs,
+    where,
     emulate,
-    *refs,
-    w_ring,
-    w_arrived,
+    *,
     cache_slots,
     cache_arrived,
     met,
     released,
     **shared_refs,
 ):
-    operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
-    hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
-    me, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    """What the warpgroups do that do not load weights."""
+    me, block = where
 
     def meet():
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
 
     shared = Shared(meet=meet, emulate=emulate, **shared_refs)
-    ring = None
-    if names := [name for name in PRODUCTS if name in phases]:
-        ring = WeightRing(shape, weights.products, names, layers, me, block, w_ring, w_arrived, emulate=emulate)
     cache_ring = None
     if "attention" in phases:
         cache_ring = CacheRing(shape, cache, layers, me, block, cache_slots, cache_arrived)
-    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources or outs, outs, me, block)
+    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block)
     if emulate:
         index = 0 * me
         steps.run(phases[0], index, layers[0], steps.prepare(phases[0], layers[0]))

@@ -15,8 +15,8 @@ from bipolar_jax.kernels.sm90.execution import default_device
 from bipolar_jax.kernels.sm90.layers.attention import Cache
 from bipolar_jax.kernels.sm90.layers.kernel import run_layers
 from bipolar_jax.kernels.sm90.layers.phases import LayersWeights
-from bipolar_jax.kernels.sm90.layers.products import ProductWeights
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights
 from bipolar_jax.kernels.sm90.operand_words import weight_words
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing import BipolarArray

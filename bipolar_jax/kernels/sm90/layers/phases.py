@@ -16,17 +16,16 @@ from bipolar_jax.kernels.sm90.layers.attention import attend, join, load_tables
 from bipolar_jax.kernels.sm90.layers.attention import clear as clear_attention
 from bipolar_jax.kernels.sm90.layers.marks import written_mark
 from bipolar_jax.kernels.sm90.layers.products import (
-    ProductWeights,
     column_terms,
     finish,
     multiply,
-    repeat,
     rows_of,
 )
-from bipolar_jax.kernels.sm90.layers.registers import PART, VECTOR, pinned
+from bipolar_jax.kernels.sm90.layers.registers import PART, VECTOR, pinned, repeat
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.token import layer_normalized, quantize_token
 from bipolar_jax.kernels.sm90.layers.vectors import await_parts, load_part, load_vector, store_vector
+from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights
 
 PHASES = ("qkv", "attention", "join", "o", "up", "down")
 # As `kernels.prologue`'s, of what Mosaic can lower.

@@ -7,10 +7,11 @@ interpret mode, chosen by `emulate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import dtype_to_ir_type
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -44,6 +45,16 @@ def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
         return as_splat(gpu.opaque(number.registers.item()), True)
 
     return inline(jnp.int32(number))
+
+
+def repeat(count: int, body: Callable[[Int[Array, ""]], None], *, emulate: bool) -> None:
+    """body(0), body(1), ... as a loop that the compiler cannot unroll, not knowing how long it is."""
+
+    def step(index, carry):
+        body(index)
+        return carry
+
+    lax.fori_loop(0, pinned(count, emulate=emulate), step, ())
 
 
 def thread_index() -> ir.Value:

@@ -13,14 +13,14 @@ from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
 
-WARPGROUPS = 4
+WARPGROUPS = 4  # that compute; another one loads weights
 TILE = 32  # columns of the output
 POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
 PARTIAL = HEAD_DIM + TILE  # numbers that a block leaves of its head's attention
 PRODUCTS = ("qkv", "o", "up", "down")
 _MOST_SPLITS = 16  # whose results one thread puts together
-_MOST_SLOTS = 7  # barriers are 32 at most
+_MOST_SLOTS = 10  # barriers are 32 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class LayersShape:
 
     @property
     def w_slots(self) -> int:
-        """Slots of each warpgroup's ring: a plane of a tile and of a part of K."""
+        """Slots of the weights' ring: a plane of a tile, and a part of K for every warpgroup."""
         left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
         return min(_MOST_SLOTS, left // (WARPGROUPS * TILE * BYTES_PER_ROW))
 
