@@ -1,8 +1,8 @@
 """Attention of the new token to the cache and to itself, a head's positions shared out over blocks and warpgroups.
 
-Every row of a warpgroup's matrices has a softmax of its own over the positions that fall to it (one of 64), so that
-nothing passes between threads until the end, when rows, warpgroups and, in the next product, blocks are put together:
-with a row's largest score m, its sum l of 2^(score - m), and its sum of values a, weighted likewise, the whole is
+Every warp has a softmax of its own over the positions that fall to it (16 of 64), so that nothing passes between warps
+until the end, when warps and then blocks are put together: with the largest score m, the sum l of 2^(score - m), and
+the sum of values a, weighted likewise, the whole is
 sum 2^(m - M) a / sum 2^(m - M) l with M the largest m.
 """
 
@@ -23,14 +23,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.kernels.sm90.layers.attention_rows import (
-    add_pairs,
+    add_values,
     await_joined,
-    pairwise_max,
+    load_query,
     row_scores,
     share_columns,
+    share_query,
+    warp_max,
 )
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
-from bipolar_jax.kernels.sm90.layers.registers import ALONG_COLUMNS, ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector, store_vector
 
@@ -114,8 +116,12 @@ class CacheRing:
 
     def read(self, kind: int, half: int, *, emulate: bool) -> Float[Array, "64 64"]:
         """The lower or the upper half of every vector."""
-        slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate), half]
-        return plgpu.load(slot, layout=MATRIX)
+        return plgpu.load(self.halves(kind, emulate=emulate)[half], layout=MATRIX)
+
+    def halves(self, kind: int, *, emulate: bool) -> list:
+        """Refs of the lower and the upper half of every vector."""
+        slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate)]
+        return [slot.at[half] for half in range(2)]
 
     def refill(self, kind: int, number) -> None:
         """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
@@ -193,10 +199,11 @@ def attend(
     q = rotated(q, q_exchanged) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
     k, v = as_cached(rotated(k, k_exchanged)), as_cached(v)
     # The query goes where the sums over rows will be left at the end; the new token's score is summed four times.
-    query = shared.columns.at[me * WARPS]
-    query[...] = q
+    shared_query = shared.columns.at[pl.ds(me * WARPS, WARPS)]
+    share_query(shared_query, q, cache.keys.dtype, emulate=emulate)
     share(of_new, me, [q * k], "sum", VECTOR, emulate=emulate)
     plgpu.commit_smem()
+    query = load_query(shared_query, emulate=emulate)
 
     row = plgpu.broadcasted_iota(jnp.int32, (POSITIONS,), 0, layout=ALONG_ROWS)
     nothing = plgpu.layout_cast(jnp.zeros((POSITIONS, HALF // 2), jnp.float32), MATRIX)
@@ -207,25 +214,17 @@ def attend(
         largest, total, sums = carry
         number = ring.number(layer, index)
         ring.wait(0)
-        halves = range(2)
-        scores = row_scores(
-            [ring.read(0, half, emulate=emulate) for half in halves],
-            [plgpu.load(query.at[pl.ds(half * HALF, HALF)], layout=ALONG_COLUMNS, optimized=False) for half in halves],
-            emulate=emulate,
-        )
+        scores = row_scores([ring.read(0, half, emulate=emulate) for half in range(2)], query, emulate=emulate)
         ring.refill(0, number)
         positions = row + ring.position(index)
         if cache.slopes is not None:
             scores = scores + positions.astype(jnp.float32) * cache.slopes[head]
         scores = jnp.where(positions < ring.length, scores, _NOTHING)
-        larger = pairwise_max(jnp.maximum(largest, scores), emulate=emulate)
+        larger = warp_max(jnp.maximum(largest, scores), emulate=emulate)
         weight, before = jnp.exp2(scores - larger), jnp.exp2(largest - larger)
-        # Rows that have attended to nothing have weights of 2^0; what they sum is dropped when they meet others.
+        # Warps that have attended to nothing have weights of 2^0; what they sum is dropped when they meet others.
         ring.wait(1)
-        sums = tuple(
-            add_pairs(part, before, ring.read(1, half, emulate=emulate), weight, emulate=emulate)
-            for half, part in enumerate(sums)
-        )
+        sums = add_values(sums, before, ring.halves(1, emulate=emulate), weight, emulate=emulate)
         ring.refill(1, number)
         return larger, total * before + weight, sums
 
@@ -235,8 +234,7 @@ def attend(
     most = collect(of_scores, "max", emulate=emulate)
     weight = jnp.exp2(largest - most)
     share(of_weights, me, [total * weight], "sum", ALONG_ROWS, emulate=emulate)
-    for half in range(2):
-        share_columns(shared.columns, me, sums[half], weight, half * HALF, emulate=emulate)
+    share_columns(shared.columns, me, sums, weight, emulate=emulate)
     shared.meet()
 
     @pl.when((me == 0) & ring.takes_part)

@@ -203,7 +203,6 @@ def _compute(
 
     release()
     lax.fori_loop(0, len(layers), layer, ())
-    plgpu.barrier_wait(released)
 
 
 def _meet_blocks(blocks: int, me, meet) -> None:
