@@ -32,7 +32,7 @@ from bipolar_jax.kernels.sm90.layers.attention_rows import (
     warp_max,
 )
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
-from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned, synchronize
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector, store_vector
 
@@ -123,9 +123,9 @@ class CacheRing:
         slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate)]
         return [slot.at[half] for half in range(2)]
 
-    def refill(self, kind: int, number) -> None:
+    def refill(self, kind: int, number, *, emulate: bool) -> None:
         """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
-        plgpu.commit_smem()
+        synchronize(emulate=emulate)
         if self._slots_apart:
             self._load(kind, number + 1)
         else:
@@ -202,7 +202,7 @@ def attend(
     shared_query = shared.columns.at[pl.ds(me * WARPS, WARPS)]
     share_query(shared_query, q, cache.keys.dtype, emulate=emulate)
     share(of_new, me, [q * k], "sum", VECTOR, emulate=emulate)
-    plgpu.commit_smem()
+    synchronize(emulate=emulate)
     query = load_query(shared_query, emulate=emulate)
 
     row = plgpu.broadcasted_iota(jnp.int32, (POSITIONS,), 0, layout=ALONG_ROWS)
@@ -215,7 +215,7 @@ def attend(
         number = ring.number(layer, index)
         ring.wait(0)
         scores = row_scores([ring.read(0, half, emulate=emulate) for half in range(2)], query, emulate=emulate)
-        ring.refill(0, number)
+        ring.refill(0, number, emulate=emulate)
         positions = row + ring.position(index)
         if cache.slopes is not None:
             scores = scores + positions.astype(jnp.float32) * cache.slopes[head]
@@ -225,7 +225,7 @@ def attend(
         # Warps that have attended to nothing have weights of 2^0; what they sum is dropped when they meet others.
         ring.wait(1)
         sums = add_values(sums, before, ring.halves(1, emulate=emulate), weight, emulate=emulate)
-        ring.refill(1, number)
+        ring.refill(1, number, emulate=emulate)
         return larger, total * before + weight, sums
 
     largest, total, sums = lax.fori_loop(0, ring.chunks, chunk, (largest, total, sums))

@@ -19,12 +19,13 @@ from bipolar_jax.kernels.sm90.layers.products import (
     column_terms,
     finish,
     multiply,
+    prefetch_terms,
     rows_of,
 )
 from bipolar_jax.kernels.sm90.layers.registers import PART, VECTOR, pinned, repeat
-from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, PRODUCTS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.token import layer_normalized, quantize_token
-from bipolar_jax.kernels.sm90.layers.vectors import await_parts, load_part, load_vector, store_vector
+from bipolar_jax.kernels.sm90.layers.vectors import await_parts, load_part, load_vector, prefetch_vector, store_vector
 from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights
 
 PHASES = ("qkv", "attention", "join", "o", "up", "down")
@@ -137,24 +138,39 @@ class Phases:
             clear_attention(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)
 
     def prepare(self, phase: str, layer):
-        """What a phase of a layer reads that no other block computes.
+        """What a phase of a layer reads first, of what no other block computes: the norm's vectors, or of attention.
 
-        Terms of columns; what the product is added to, which this block left itself; the norm's vectors.
+        What the next product will read of that kind is sent for.
         """
         self._pin()
         emulate = self._shared.emulate
         if phase in ("attention", "join"):
             return load_tables(self._cache, emulate=emulate) if phase == "attention" else None
-        terms = column_terms(self._shape, self._weights.products[phase], layer, phase, self._block, emulate=emulate)
-        norm = self._weights.norms.get(phase)
-        if norm is None:
-            product = self._shape.products[phase]
-            source = {"o": self._sources.hidden, "down": self._sources.attended}[phase]
-            rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
-            return terms, [self._load(source, first, first + count) for first, count in rows], None
+        following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
+        self._prefetch(following, jnp.minimum(layer + (following == PRODUCTS[0]), self._shape.num_layers - 1))
         start, hidden = layer * self._shape.hidden, self._shape.hidden
         starts = [start + at for at in self._starts(phase)]
-        return terms, None, [[self._load_part(vector, at, start + hidden) for at in starts] for vector in norm]
+        return [[self._load_part(v, at, start + hidden) for at in starts] for v in self._weights.norms.get(phase, ())]
+
+    def _prefetch(self, phase: str, layer) -> None:
+        shape, emulate = self._shape, self._shared.emulate
+
+        @pl.when(self._me == 1)
+        def _():
+            prefetch_terms(shape, self._weights.products[phase], layer, phase, self._block, emulate=emulate)
+            if phase in self._weights.norms:
+
+                @pl.when(self._block == 0)  # for all
+                def _():
+                    for vector in self._weights.norms[phase]:
+                        prefetch_vector(vector, layer * shape.hidden, shape.hidden, emulate=emulate)
+
+    def _residual(self, phase: str):
+        """What a product is added to, in chunks of 128: this block left it itself."""
+        source = {"o": self._sources.hidden, "down": self._sources.attended}.get(phase)
+        product = self._shape.products[phase]
+        rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
+        return None if source is None else [self._load(source, first, first + count) for first, count in rows]
 
     def run(self, phase: str, index, layer, prepared) -> None:
         """One phase of a layer, which is the index-th that is computed."""
@@ -173,16 +189,18 @@ class Phases:
                 join(shape, self._block, partials, context, written_mark(layer), emulate=shared.emulate)
 
             return
-        product, (terms, residual, norm) = shape.products[phase], prepared
-        parts, squares = self._inputs(phase, layer), None
-        if norm is not None:
-            norm = [[part.astype(jnp.float32) for part in vector] for vector in norm]
-        if norm is not None and shape.norm == "rms":
+        product, parts, squares = shape.products[phase], self._inputs(phase, layer), None
+        norm = [[part.astype(jnp.float32) for part in vector] for vector in prepared]
+        if norm and shape.norm == "rms":
             squares = [part * part for part in parts]
             parts = [part * gain for part, gain in zip(parts, *norm, strict=True)]
-        elif norm is not None:
+        elif norm:
             parts = layer_normalized(parts, *norm, product.k, shape.norm_eps, self._me, shared)
         grid = quantize_token(parts, squares, product.k, shape.norm_eps, shape.a_format, self._me, shared)
+        # Not before: what the quantizer leaves for the tensor cores waits for all loads that are under way.
+        weights = self._weights.products[phase]
+        terms = column_terms(shape, weights, layer, phase, self._block, emulate=shared.emulate)
+        residual = self._residual(phase)
         multiply(shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate)
         shared.meet()
 

@@ -16,7 +16,7 @@ from bipolar_jax.kernels.sm90.layers.exchange import collect, write_products
 from bipolar_jax.kernels.sm90.layers.registers import VECTOR, pinned, repeat
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, TILE, WARPGROUPS, LayersShape, Product
 from bipolar_jax.kernels.sm90.layers.token import Grid
-from bipolar_jax.kernels.sm90.layers.vectors import load_vector
+from bipolar_jax.kernels.sm90.layers.vectors import load_vector, prefetch_vector
 from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights, WeightRing
 
 _AT_ONCE = 3  # slots, of the 4 at least that there are
@@ -98,15 +98,32 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
 
 def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool):
     """Terms of this block's rows, by half and chunk of 128: `ProductWeights` of vectors, the words None."""
-    product = shape.products[name]
 
-    def load(half: int, chunk: int):
-        first, count = rows_of(product, block, chunk)
-        start = layer * product.n + half * product.size + first
+    def load(start, count):
         terms = dataclasses.replace(weights, words=None)
         return jax.tree.map(lambda ref: load_vector(ref, start, start + count, emulate=emulate), terms)
 
-    return [[load(half, chunk) for chunk in range(product.chunks)] for half in range(product.halves)]
+    product = shape.products[name]
+    return [
+        [load(*_terms_of(product, layer, block, half, chunk)) for chunk in range(product.chunks)]
+        for half in range(product.halves)
+    ]
+
+
+def prefetch_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool) -> None:
+    """Has the L2 cache load what `column_terms` will read."""
+    product = shape.products[name]
+    for half in range(product.halves):
+        start, _ = _terms_of(product, layer, block, half, 0)
+        count = jnp.minimum(product.rows, product.size - block * product.rows)
+        for ref in jax.tree.leaves(dataclasses.replace(weights, words=None)):
+            prefetch_vector(ref, start, count, emulate=emulate)
+
+
+def _terms_of(product: Product, layer, block, half: int, chunk: int):
+    """Where a chunk of a half of this block's rows begins among all layers' columns, and how many count."""
+    first, count = rows_of(product, block, chunk)
+    return layer * product.n + half * product.size + first, count
 
 
 def rows_of(product: Product, block, chunk: int):

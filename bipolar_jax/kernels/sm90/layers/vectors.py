@@ -188,6 +188,22 @@ def load_part(ref, start: Int[Array, ""], end: Int[Array, ""], *, emulate: bool)
     return inline(ref, jnp.int32(start), jnp.int32(end))
 
 
+def prefetch_vector(ref, start: Int[Array, ""], count: Int[Array, ""] | int, *, emulate: bool) -> None:
+    """Has the L2 cache load ref[start : start + count] of a flat array in memory, of at most 128 lines."""
+    if emulate:
+        return
+    line = 128 // jnp.dtype(ref.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
+    def inline(_, ref, start, count):
+        element = gpu.times(thread_index(), line)
+        with gpu.when(gpu.less(element, count.registers.item())):
+            index = gpu.plus(start.registers.item(), element)
+            gpu.prefetch(gpu.advance_far(gpu.pointer(ref, gpu.GLOBAL), index, 128 // line))
+
+    inline(ref, jnp.int32(start), jnp.int32(count))
+
+
 def clear_beyond(
     part: Float[Array, "1024"], start: Int[Array, ""], end: Int[Array, ""] | int, *, emulate: bool
 ) -> Float[Array, "1024"]:
