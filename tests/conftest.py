@@ -1,4 +1,4 @@
-"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs."""
+"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs; and a fixture."""
 
 import os
 
@@ -9,8 +9,18 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("NPROC", "16")
 
 import hypothesis
+import pytest
 
 # The first example of a shape compiles, which no deadline allows for.
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def clean_interpreter():
+    """For tests that interpret GPU kernels: an error leaves the interpreter's state behind."""
+    yield
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # takes a while, and few tests need it
+
+    interpret_pallas_call.reset_gpu_interpret_mode_state()

@@ -155,6 +155,11 @@ def test_cudnn_serves_where_it_can(on, q, bias, expected):
 # What XLA makes of it on an H200, asked without one.
 
 
+def quantized(config: TransformerConfig, implementation: str) -> Transformer:
+    model = Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    return bj.quantize_model(model, [("^layers/", bj.Precision.parse("W2A2"))], implementation=implementation)
+
+
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
 
@@ -194,16 +199,12 @@ def test_a_quantized_model_on_the_h200_copies_no_cache(monkeypatch):
         context_length=4096,
     )
 
-    def make(implementation):
-        model = Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        return bj.quantize_model(model, [("^layers/", bj.Precision.parse("W2A2"))], implementation=implementation)
-
     ids = jnp.zeros((2, 4096), jnp.int32)
-    prefill = nnx.eval_shape(lambda: make("xla").prefill(ids, jnp.full(2, 4096), 4096))
+    prefill = nnx.eval_shape(lambda: quantized(config, "xla").prefill(ids, jnp.full(2, 4096), 4096))
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
     compiled, _ = sm90_compile.compile_for_h200(
         lambda model, ids, cache: model.decode(ids, cache),
-        nnx.eval_shape(lambda: make("sm90")),
+        nnx.eval_shape(lambda: quantized(config, "sm90")),
         shaped(2, dtype=jnp.int32),
         prefill[1],
     )
@@ -225,15 +226,11 @@ def test_prefill_writes_the_cache_in_place(bits, monkeypatch):
         context_length=1024,
     )
 
-    def make(implementation):
-        model = Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        return bj.quantize_model(model, [("^layers/", bj.Precision.parse("W2A2"))], implementation=implementation)
-
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
     monkeypatch.setattr(transformer, "causal_attention", lambda q, k, v, bias: q + k + v)
     compiled, _ = sm90_compile.compile_for_h200(
         lambda model, ids, lengths: model.prefill(ids, lengths, 1024, bits),
-        nnx.eval_shape(lambda: make("sm90")),
+        nnx.eval_shape(lambda: quantized(config, "sm90")),
         shaped(8, 960, dtype=jnp.int32),
         shaped(8, dtype=jnp.int32),
     )

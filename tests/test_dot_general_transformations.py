@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import bipolar_jax as bj
 from bipolar_jax.nn import LinenDotGeneral, QuantizedEinsum, StatefulDotGeneral
 from bipolar_jax.ops import GradientPrecision
+from tests.training import train
 
 W2A4 = bj.DotGeneral(2, 4, calibration="mse")
 DENSE = (((1,), (0,)), ((), ()))
@@ -108,18 +108,6 @@ def test_out_sharding_on_an_explicit_mesh():
     assert_close(np.asarray(y), jax.jit(lambda x, w: W2A4(x, w, DENSE))(X, W))
 
 
-def train(model, x, y, steps=20):
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
-        optimizer.update(model, gradient)
-        return value
-
-    return [float(step(model, optimizer)) for _ in range(steps)]
-
-
 @pytest.mark.parametrize("stateful", [False, True])
 def test_nnx_jit_trains_a_layer(stateful):
     layer = nnx.Linear(K, 8, rngs=nnx.Rngs(0))
@@ -129,7 +117,7 @@ def test_nnx_jit_trains_a_layer(stateful):
         dot = StatefulDotGeneral(dot, layer.kernel[...], learned_steps=True, rngs=nnx.Rngs(gradient=1))
         layer.dot_general = nnx.data(dot)
         before = np.asarray(dot.step_size[...])
-    losses = train(layer, normal(64, K), normal(64, 8, seed=3))
+    losses = train(layer, normal(64, K), normal(64, 8, seed=3), steps=20)
     assert losses[-1] < 0.9 * losses[0]
     if stateful:
         assert np.all(np.asarray(dot.step_size[...]) != before)

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
+from bipolar_jax import TERNARY, BipolarFormat
 from tests.backends import PORTABLE
+from tests.integer_products import A_FORMATS, W_FORMATS, codes_with_extremes, expected_product, packed
 
-A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
-W_FORMATS = [*A_FORMATS, TERNARY]
 M, N = 3, 4
 
 every_backend = pytest.mark.parametrize("backend", PORTABLE.values(), ids=PORTABLE)
@@ -22,35 +21,6 @@ every_backend = pytest.mark.parametrize("backend", PORTABLE.values(), ids=PORTAB
 # so compile once for each K, where under jit all the planes of all the pairs would compile anew.
 # It meets jit in test_product_is_exact_at_any_size.
 NOT_JITTED = {PORTABLE["reference"]}
-
-
-def codes_with_extremes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
-    """Random codes, but the first row is all zeros and the second all ones in every plane."""
-    codes = np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
-    codes[0] = 0
-    codes[min(1, rows - 1)] = fmt.max_value
-    return codes
-
-
-def packed(codes: np.ndarray, fmt: BipolarFormat, group_size: int | None) -> BipolarArray:
-    groups = 1 if group_size is None else -(-codes.shape[1] // group_size)
-    return from_codes(codes, fmt, -1, np.ones((codes.shape[0], groups), np.float32), group_size=group_size).T
-
-
-def expected_product(
-    x: np.ndarray, a_format: BipolarFormat, w: np.ndarray, w_format: BipolarFormat, group_size: int | None
-) -> np.ndarray:
-    """int64 sums over every group of products of values, [m, n, groups]; they must fit int32.
-
-    numpy has no BLAS for int64; float64 is exact here, every partial sum being below 2^53.
-    """
-    x_values, w_values = (2.0 * c - fmt.max_value for c, fmt in ((x, a_format), (w, w_format)))
-    k = x.shape[1]
-    size = group_size or k
-    parts = [x_values[:, s : s + size] @ w_values[:, s : s + size].T for s in range(0, k, size)]
-    product = np.stack(parts, axis=-1).astype(np.int64)
-    assert np.abs(product).max() <= np.iinfo(np.int32).max
-    return product
 
 
 def check_all_a_bits(backend, w_format: BipolarFormat, k: int, group_size: int | None):

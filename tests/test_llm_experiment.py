@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import bipolar_jax as bj
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 from configs import bench_llm as llm_config
-from experiments import bench_llm, command_buffers, kernel_times, llm_peers, llm_runs
+from experiments import bench_llm, command_buffers, kernel_times, llm_peers, llm_report, llm_runs
 from experiments.llm_report import add_speedups, print_tables
 from experiments.llm_runs import Runs, Workload, parse_workloads, read_bytes
 from experiments.workdir import RESULT_NAME
@@ -217,6 +218,33 @@ def test_speed_ups_are_over_the_faster_baseline():
         "W2A2": [None, None],
         "transformers": [2.0, 2.0],
     }
+
+
+def test_of_a_peer_the_table_has_the_times_and_no_memory(monkeypatch):
+    """Peers say no more than their peak, which has the making of the model in it."""
+    ours = {"weight_bytes": 2e9, "cache_bytes": 1e9, "prefill_temporary_bytes": 5e8, "decode_temporary_bytes": 1e8}
+    rows = {
+        name: {
+            "workloads": {
+                "1x4+2": {
+                    "prefill": {"microseconds": 6000.0},
+                    "decode": {"microseconds": 4000.0, "tokens_per_second": 250.0},
+                    "memory": memory | {"peak_bytes": 9e9},
+                }
+            }
+        }
+        for name, memory in (("W1A1", ours), ("transformers", {}))
+    }
+    result = {"settings": {"model": "tiny", "device": "cpu"}, "profiles": {}}
+    result |= {"models": {"W1A1": rows["W1A1"]}, "peers": {"transformers": rows["transformers"]}}
+    console = Console(width=200, record=True)
+    monkeypatch.setattr(llm_report, "console", console)
+    print_tables(result)
+    printed = [line.strip(" │").split("│") for line in console.export_text().splitlines() if "1x4+2" in line]
+    assert [[cell.strip() for cell in line] for line in printed] == [
+        ["1x4+2", "W1A1", "6.00", "-", "4.000", "-", "250", "-", "3.50", "-"],
+        ["1x4+2", "transformers", "6.00", "-", "4.000", "-", "250", "-", "-", "-"],
+    ]
 
 
 def write_trace(folder):

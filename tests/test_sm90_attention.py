@@ -22,16 +22,11 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.quantized_heads import QuantizedHeads
 from bipolar_jax.models.transformer import Transformer
 
-pytestmark = pytest.mark.timeout(240)  # a kernel that deadlocks waits for ever
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
 
 LAYERS, LAYER = 2, 1
 BITS = [None, 8, 4]
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,18 +18,10 @@ from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.operand_words import code_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from tests.integer_products import expected_product, random_codes
 
-pytestmark = pytest.mark.timeout(180)  # a kernel that deadlocks waits for ever
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
-def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
 
 
 def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.ndarray:
@@ -50,10 +42,6 @@ def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.n
     return np.asarray(product)
 
 
-def expected(x, w, a_format, w_format):
-    return (2 * x.astype(int) - a_format.max_value) @ (2 * w.astype(int) - w_format.max_value).T
-
-
 @pytest.mark.parametrize(
     ("m", "n", "k", "a_bits", "w_format"),
     [
@@ -71,7 +59,8 @@ def expected(x, w, a_format, w_format):
 def test_products_are_exact(m, n, k, a_bits, w_format):
     a_format = BipolarFormat(a_bits)
     x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
-    np.testing.assert_array_equal(integers(x, w, a_format, w_format), expected(x, w, a_format, w_format))
+    product = integers(x, w, a_format, w_format)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +73,7 @@ def test_rings_run_on_across_tiles(tiling, blocks):
     a_format, w_format = BipolarFormat(2), BipolarFormat(3)
     x, w = random_codes(a_format, 2, 4500, 2), random_codes(w_format, 300, 4500, 3)
     product = integers(x, w, a_format, w_format, tiling=tiling, blocks=blocks)
-    np.testing.assert_array_equal(product, expected(x, w, a_format, w_format))
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
 
 
 @pytest.mark.parametrize("m", [1, 6, 40])

@@ -30,15 +30,10 @@ from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 
-pytestmark = pytest.mark.timeout(400)  # a kernel that deadlocks waits for ever
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
 EPS = 1e-5
 SWIGLU = Activation("silu", gated=True)
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 @dataclasses.dataclass(frozen=True)

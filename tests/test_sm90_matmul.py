@@ -27,15 +27,17 @@ from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.packing.words import pack_codes
 from bipolar_jax.tuning.table import load_table, nearest_entry
-from tests.test_kernels_integer import A_FORMATS, W_FORMATS, codes_with_extremes, expected_product, packed
+from tests.integer_products import (
+    A_FORMATS,
+    W_FORMATS,
+    codes_with_extremes,
+    expected_product,
+    packed,
+    random_codes,
+)
 
-pytestmark = pytest.mark.timeout(120)  # a kernel that deadlocks waits for ever
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 
 def detecting_races() -> plgpu.InterpretGPUParams:
@@ -44,10 +46,6 @@ def detecting_races() -> plgpu.InterpretGPUParams:
 
 def no_races() -> bool:
     return not interpret_pallas_call.get_races().races_found
-
-
-def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
 
 
 def operand(codes: np.ndarray, fmt: BipolarFormat, kind: str, *, weights: bool = False):

@@ -26,6 +26,7 @@ from bipolar_jax.kernels.sm90 import quantize
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.row_threads import SCRATCH_WORDS
 
+pytestmark = pytest.mark.usefixtures("clean_interpreter")
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 

@@ -28,21 +28,13 @@ from bipolar_jax.kernels.sm90.weight_only_shape import (
     most_tokens,
     weight_only_tiling,
 )
+from tests.integer_products import random_codes
 
-pytestmark = pytest.mark.timeout(180)  # a kernel that deadlocks waits for ever
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
 
 FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
 _NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
-def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
 
 
 def packed(fmt: BipolarFormat, n: int, k: int, group_size: int | None = None, *, offset: bool = False):

@@ -14,6 +14,7 @@ from flax import linen, nnx
 import bipolar_jax as bj
 from bipolar_jax import nn as bnn
 from bipolar_jax.ops import GradientPrecision
+from tests.training import train
 
 W2A4, W4A8 = bj.Precision(2, 4), bj.Precision(4, 8)
 X = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
@@ -36,18 +37,6 @@ class Model(nnx.Module):
 run = nnx.jit(lambda model, x: model(x))
 
 
-def train(model, steps=3):
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(X) - Y) ** 2))(model)
-        optimizer.update(model, gradient)
-        return value
-
-    return [float(step(model, optimizer)) for _ in range(steps)]
-
-
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("precision", "options"),
@@ -64,7 +53,7 @@ def train(model, steps=3):
 )
 def test_nnx_outputs_are_the_same_to_the_bit(precision, options, dtype):
     model = bj.quantization_aware(Model(nnx.Rngs(0), dtype), [("up|down|attention", precision)], **options)
-    train(model)
+    train(model, X, Y, steps=3)
     packed = bj.quantize_model(model)
     assert type(packed.up) is type(packed.attention.query) is type(packed.down) is bnn.LinearGeneral
     assert packed.up.precision == precision
@@ -77,7 +66,7 @@ def test_training_moves_the_weights_and_lowers_the_loss():
     float_model = Model(nnx.Rngs(0))
     before = np.asarray(float_model.up.kernel[...])
     model = bj.quantization_aware(float_model, [("up|down|attention", W4A8)])
-    losses = train(model, steps=30)
+    losses = train(model, X, Y, steps=30)
     assert losses[-1] < 0.7 * losses[0]
     assert np.abs(np.asarray(model.up.kernel[...]) - before).max() > 1e-3
     np.testing.assert_array_equal(float_model.up.kernel[...], before)
@@ -86,7 +75,7 @@ def test_training_moves_the_weights_and_lowers_the_loss():
 def test_bits_can_change_between_steps():
     """The optimizer goes on with the same parameters; at last the model is float again."""
     model = bj.quantization_aware(Model(nnx.Rngs(0)), [("up|down", W4A8)])
-    train(model)
+    train(model, X, Y, steps=3)
     lower = bj.quantization_aware(model, [("up", W2A4)])
     assert lower.up.dot_general.precision == W2A4
     assert lower.down.dot_general.precision == W4A8

@@ -8,7 +8,7 @@ Their arrays are leaves of a pytree, the rest is static, so that `jax.vjp` of th
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,7 @@ class RMSNorm:
 
     gain: Float[Array, "*batch k"]
     eps: float = dataclasses.field(metadata=_STATIC)
-
-    @property
-    def parts(self) -> int:
-        """Numbers of x for each number that is quantized."""
-        return 1
+    parts: ClassVar[int] = 1  # numbers of x for each number that is quantized
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
         """float32."""
@@ -45,11 +41,7 @@ class LayerNorm:
     gain: Float[Array, "*batch k"]
     bias: Float[Array, "*batch k"]
     eps: float = dataclasses.field(metadata=_STATIC)
-
-    @property
-    def parts(self) -> int:
-        """As `RMSNorm.parts`."""
-        return 1
+    parts: ClassVar[int] = 1
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
         """float32."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, split_heads
+from bipolar_jax.models.attention import Heads, Projected, attend_to_cache, causal_attention, split_heads
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
@@ -174,22 +174,10 @@ class Transformer(nnx.Module):
         """Layer by layer: hidden states before the final norm, and the cache with the tokens not counted."""
         alibi = self.config.positions == "alibi"
 
-        def step(carry, indexed_layer):
-            hidden, cache = carry
-            index, layer = indexed_layer
-            written = cache
+        def attend(projected, cache, index):
+            return attend_to_cache(projected, cache, index, tables, alibi=alibi)
 
-            def attend(*projected):
-                nonlocal written
-                context, written = attend_to_cache(projected, cache, index, tables, alibi=alibi)
-                return context
-
-            hidden = layer(hidden, attend)
-            return (hidden, written), None
-
-        indices = jnp.arange(self.config.num_layers)
-        (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
-        return hidden, cache
+        return self._through_layers(hidden, cache, attend)
 
     def _causal_layers(
         self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
@@ -198,21 +186,35 @@ class Transformer(nnx.Module):
         length = hidden.shape[1]
         bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
 
+        def attend(projected, cache, index):
+            q, k, v = split_heads(projected, self.config.num_kv_heads)
+            if tables is not None:
+                q, k = rotate(q, tables), rotate(k, tables)
+            if cache is not None:
+                cache = cache.write_prompts(index, k, v)
+            return causal_attention(q, k, v, bias=bias), cache
+
+        return self._through_layers(hidden, cache, attend)
+
+    def _through_layers(
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        cache: KVCache | None,
+        attend: Callable[[Projected, KVCache | None, Int[Array, ""]], tuple[Heads, KVCache | None]],
+    ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
+        """Hidden states and cache after all layers; `attend` gets what each projects, the cache, and its index."""
+
         def step(carry, indexed_layer):
             hidden, cache = carry
             index, layer = indexed_layer
             written = cache
 
-            def attend(*projected):
+            def attend_here(*projected):
                 nonlocal written
-                q, k, v = split_heads(projected, self.config.num_kv_heads)
-                if tables is not None:
-                    q, k = rotate(q, tables), rotate(k, tables)
-                if cache is not None:
-                    written = cache.write_prompts(index, k, v)
-                return causal_attention(q, k, v, bias=bias)
+                context, written = attend(projected, cache, index)
+                return context
 
-            hidden = layer(hidden, attend)
+            hidden = layer(hidden, attend_here)
             return (hidden, written), None
 
         indices = jnp.arange(self.config.num_layers)

@@ -1,0 +1,43 @@
+"""Operands of integer products over all formats, and the products by the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
+
+A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
+W_FORMATS = [*A_FORMATS, TERNARY]
+
+
+def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, fmt.max_value + 1, (rows, k), np.uint8)
+
+
+def codes_with_extremes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
+    """Random codes, but the first row is all zeros and the second all ones in every plane."""
+    codes = random_codes(fmt, rows, k, seed)
+    codes[0] = 0
+    codes[min(1, rows - 1)] = fmt.max_value
+    return codes
+
+
+def packed(codes: np.ndarray, fmt: BipolarFormat, group_size: int | None) -> BipolarArray:
+    groups = 1 if group_size is None else -(-codes.shape[1] // group_size)
+    return from_codes(codes, fmt, -1, np.ones((codes.shape[0], groups), np.float32), group_size=group_size).T
+
+
+def expected_product(
+    x: np.ndarray, a_format: BipolarFormat, w: np.ndarray, w_format: BipolarFormat, group_size: int | None
+) -> np.ndarray:
+    """int64 sums over every group of products of values, [m, n, groups]; they must fit int32.
+
+    numpy has no BLAS for int64; float64 is exact here, every partial sum being below 2^53.
+    """
+    x_values, w_values = (2.0 * c - fmt.max_value for c, fmt in ((x, a_format), (w, w_format)))
+    k = x.shape[1]
+    size = group_size or k
+    parts = [x_values[:, s : s + size] @ w_values[:, s : s + size].T for s in range(0, k, size)]
+    product = np.stack(parts, axis=-1).astype(np.int64)
+    assert np.abs(product).max() <= np.iinfo(np.int32).max
+    return product
