@@ -18,16 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, split_heads
+from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, enter_prompts, rotated_heads
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
 from bipolar_jax.models.norm import Norm, make_norm, project
-from bipolar_jax.models.rope import rope_tables, rotate
+from bipolar_jax.models.rope import Tables, rope_tables
 
 Attend = Callable[..., Heads]  # of what `attention.Projected` has
-Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -205,12 +204,11 @@ class Transformer(nnx.Module):
 
             def attend(*projected):
                 nonlocal written
-                q, k, v = split_heads(projected, self.config.num_kv_heads)
-                if tables is not None:
-                    q, k = rotate(q, tables), rotate(k, tables)
-                if cache is not None:
-                    written = cache.write_prompts(index, k, v)
-                return causal_attention(q, k, v, bias=bias)
+                if cache is None:
+                    heads = rotated_heads(projected, self.config.num_kv_heads, tables)
+                else:
+                    heads, written = enter_prompts(projected, cache, index, tables)
+                return causal_attention(*heads, bias=bias)
 
             hidden = layer(hidden, attend)
             return (hidden, written), None
