@@ -23,7 +23,7 @@ from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
-from bipolar_jax.models.norm import Norm, make_norm, project
+from bipolar_jax.models.norm import Norm, make_norm, project, project_onto
 from bipolar_jax.models.rope import Tables, rope_tables
 
 Attend = Callable[..., Heads]  # of what `attention.Projected` has
@@ -43,7 +43,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
+    """x + grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         joined = hasattr(self, "qkv_proj")  # see `join_projections`
         projections = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
         context = attend(*map(heads, project(projections, norm, x)))
-        return self.o_proj(context.reshape(*context.shape[:2], -1))
+        return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
@@ -79,8 +79,7 @@ class DecoderLayer(nnx.Module):
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
-        x = x + self.attention(x, self.attention_norm, attend)
-        return x + self.ffn(x, self.ffn_norm)
+        return self.ffn(self.attention(x, self.attention_norm, attend), self.ffn_norm)
 
 
 class Transformer(nnx.Module):

@@ -27,9 +27,9 @@ def integer_matmul(codes, w, a_format):
     return _operations().integer_matmul(codes, w, a_format)
 
 
-def quantized_matmul(x, w, a_format, bias, prologue=None):
+def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None):
     """See `operations.quantized_matmul`."""
-    return _operations().quantized_matmul(x, w, a_format, bias, prologue)
+    return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual)
 
 
 def weight_only_matmul(x, w, bias):
