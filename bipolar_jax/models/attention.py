@@ -93,40 +93,6 @@ def rotated_heads(projected: Projected, kv_heads: int, tables: Tables | None) ->
     return (q, k, v) if tables is None else (rotate(q, tables), rotate(k, tables), v)
 
 
-def enter_prompts(
-    projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None = None
-) -> tuple[tuple[Heads, Heads, Heads], KVCache]:
-    """Rotates the heads of whole prompts and fills a layer of the cache: one kernel on Hopper GPUs, else XLA's.
-
-    Both give the same numbers but for rounding.
-
-    Args:
-      projected: of the prompts, from their first token on.
-      cache: to write to.
-      layer: the cache's layer.
-      tables: cosines and sines that q and k are rotated by, see `rope.rope_tables`.
-
-    Returns:
-      Queries, keys and values to attend to, and the cache with the layer as `KVCache.write_prompts` leaves it.
-
-    Raises:
-      ValueError: prompts longer than the cache's capacity.
-    """
-    try:
-        return _enter_on_sm90(projected, cache, layer, tables)
-    except NotImplementedError:
-        q, k, v = rotated_heads(projected, cache.kv_heads, tables)
-        return (q, k, v), cache.write_prompts(layer, k, v)
-
-
-def _enter_on_sm90(projected: Projected, cache: KVCache, layer, tables):
-    if cache.bits is not None:
-        raise NotImplementedError(f"a cache of {cache.bits} bits is quantized by XLA")
-    cache.check_holds(projected[0].shape[1])
-    heads, keys, values = sm90.prompt_heads(projected, cache.keys, cache.values, layer, tables=tables)
-    return heads, dataclasses.replace(cache, keys=row_major(keys), values=row_major(values))
-
-
 def attend_to_cache(
     projected: Projected,
     cache: KVCache,

@@ -81,10 +81,6 @@ class KVCache:
         return _positions(self.keys)
 
     @property
-    def kv_heads(self) -> int:
-        return jax.tree.leaves(self.keys)[0].shape[2]
-
-    @property
     def bits(self) -> int | None:
         """Bits a number, or None for floats."""
         return self.keys.bits if isinstance(self.keys, QuantizedHeads) else None
@@ -93,13 +89,6 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that it occupies: codes, scales and zeros, or floats, and the lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    def check_holds(self, length: int) -> None:
-        """Raises ValueError if prompts of so many positions do not fit."""
-        if length > self.capacity:
-            raise ValueError(
-                f"a cache of capacity={self.capacity} positions cannot hold prompts padded to {length} tokens"
-            )
 
     def write_prompts(
         self,
@@ -112,7 +101,10 @@ class KVCache:
         Raises:
           ValueError: there are more positions than the cache has.
         """
-        self.check_holds(keys.shape[1])
+        if keys.shape[1] > self.capacity:
+            raise ValueError(
+                f"a cache of capacity={self.capacity} positions cannot hold prompts padded to {keys.shape[1]} tokens"
+            )
 
         def put(rows, prompts):
             filler = [(0, rows.shape[axis + 1] - size) for axis, size in enumerate(prompts.shape)]

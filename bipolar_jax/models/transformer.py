@@ -23,7 +23,6 @@ from bipolar_jax.models.attention import (
     Projected,
     attend_to_cache,
     causal_attention,
-    enter_prompts,
     rotated_heads,
 )
 from bipolar_jax.models.cache import KVCache
@@ -192,11 +191,10 @@ class Transformer(nnx.Module):
         bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
 
         def attend(projected, cache, index):
-            if cache is None:
-                heads = rotated_heads(projected, self.config.num_kv_heads, tables)
-            else:
-                heads, cache = enter_prompts(projected, cache, index, tables)
-            return causal_attention(*heads, bias=bias), cache
+            q, k, v = rotated_heads(projected, self.config.num_kv_heads, tables)
+            if cache is not None:
+                cache = cache.write_prompts(index, k, v)
+            return causal_attention(q, k, v, bias=bias), cache
 
         return self._through_layers(hidden, cache, attend)
 

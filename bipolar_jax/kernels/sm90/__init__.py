@@ -1,5 +1,4 @@
-"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; heads of prompts, attention of one
-token, whole layers.
+"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; attention of one token, whole layers.
 
 Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
 second, and not every platform's jaxlib has it.
@@ -16,7 +15,6 @@ __all__ = [
     "decode_layers",
     "integer_matmul",
     "plan_matmul",
-    "prompt_heads",
     "quantized_matmul",
     "weight_only_matmul",
 ]
@@ -48,14 +46,6 @@ def decode_attention(*args, **options):
     from bipolar_jax.kernels.sm90 import attention
 
     return attention.decode_attention(*args, **options, interpret=interpret_params())
-
-
-def prompt_heads(*args, **options):
-    """See `prompts.prompt_heads`."""
-    check_runnable()
-    from bipolar_jax.kernels.sm90 import prompts
-
-    return prompts.prompt_heads(*args, **options, interpret=interpret_params())
 
 
 def decode_layers(*args, **options):
