@@ -19,14 +19,12 @@ from bipolar_jax.kernels.sm90.layers.token import Grid
 from bipolar_jax.kernels.sm90.layers.vectors import load_vector, prefetch_vector
 from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights, WeightRing
 
-_AT_ONCE = 3  # slots, of the 4 at least that there are
-
 
 def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles, products, *, emulate: bool) -> None:
     """Leaves this warpgroup's sums of every tile in shared memory, int32 [warpgroups, rows].
 
-    A few slots are multiplied at a time, by loops over the rest: their latencies overlap, and instructions for more of
-    them, side by side, do not fit the cache of instructions.
+    One or two planes are multiplied at a time, by a loop over all planes and parts of K: instructions for more of them,
+    side by side, do not fit the cache of instructions, and slots would be given back later.
 
     Args:
       layer: counted from the first that is computed.
@@ -34,12 +32,13 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
       products: where the sums go.
     """
     product, weights = shape.products[name], shape.w_format.plane_weights
-    slots = product.turns * len(weights)  # of a tile
+    at_once = 1 if len(weights) % 2 else 2
 
-    def sums_of(slots):
-        """Of pairs: the number of a slot, and the part of the token that it is multiplied with."""
+    def add_planes(index, first, total):
+        load = index * at_once
+        turn, plane = lax.div(load, len(weights)), lax.rem(load, len(weights))
         # All are there before the first is multiplied: no loop may be among instructions in flight.
-        tiles = [(ring.wait(number, me), turn) for number, turn in slots]
+        tiles = [ring.wait(first + load + i, me) for i in range(at_once)]
         sums = [
             tensor_core.start(
                 (tensor_core.ROWS_PER_INSTRUCTION, 8),
@@ -49,36 +48,11 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
                 block_rows=TILE,
                 emulate=emulate,
             )
-            for tile, turn in tiles
+            for tile in tiles
         ]
         sums = [tensor_core.settle(acc, emulate=emulate) for acc in sums]
-        for number, _ in slots:
-            ring.release(number)
-        return sums
-
-    def write(tile, total):
-        write_products(products.at[me], total, shape.a_format.plane_weights, tile * TILE, emulate=emulate)
-
-    at_once = max(
-        (n for n in range(1, product.tiles + 1) if product.tiles % n == 0 and n * slots <= _AT_ONCE), default=0
-    )
-    if at_once:
-
-        def multiply_tiles(index):
-            first = ring.number(layer, name, index * at_once)
-            order = [(tile, turn, w) for tile in range(at_once) for turn in range(product.turns) for w in weights]
-            sums = sums_of([(first + i, turn) for i, (_, turn, _) in enumerate(order)])
-            for tile in range(at_once):
-                mine = [acc * w for acc, (other, _, w) in zip(sums, order, strict=True) if other == tile]
-                write(index * at_once + tile, sum(mine[1:], mine[0]))
-
-        repeat(product.tiles // at_once, multiply_tiles, emulate=emulate)
-        return
-    pairs = 1 if len(weights) % 2 else 2
-
-    def add_planes(index, first, total):
-        turn, plane = lax.div(index * pairs, len(weights)), lax.rem(index * pairs, len(weights))
-        sums = sums_of([(first + index * pairs + i, turn) for i in range(pairs)])
+        for i in range(at_once):
+            ring.release(first + load + i)
         # Planes beside each other weigh alike (ternary) or 1 and 2, times 2^plane.
         together = sum(acc * weight for acc, weight in zip(sums, weights, strict=False))
         return total + together * lax.shift_left(jnp.int32(1), plane)
@@ -87,11 +61,11 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
         first = ring.number(layer, name, tile)
         total = lax.fori_loop(
             0,
-            pinned(slots // pairs, emulate=emulate),
+            pinned(product.turns * len(weights) // at_once, emulate=emulate),
             lambda index, total: add_planes(index, first, total),
             tensor_core.zeros(tensor_core.ROWS_PER_INSTRUCTION, 8),
         )
-        write(tile, total)
+        write_products(products.at[me], total, shape.a_format.plane_weights, tile * TILE, emulate=emulate)
 
     repeat(product.tiles, multiply_tile, emulate=emulate)
 
