@@ -96,8 +96,9 @@ class Student:
                 "learned_steps begin anew at every change of bits, and their optimizer's state with them: "
                 "give each rule one precision, or set quantization.learned_steps=False"
             )
+        params = jax.eval_shape(lambda: student.initial(0))
         for step in student.changes:  # what cannot be done is refused before anything is trained
-            jax.eval_shape(lambda step=step: _run_once(*student.stage(step, student.initial(0))))
+            jax.eval_shape(lambda params, step=step: _run_once(*student.stage(step, params)), params)
         return student
 
     @property
@@ -126,7 +127,7 @@ class Student:
             model = bj.quantization_aware(model, rules, rngs=rngs, **self.options)
             for path, module in nnx.iter_modules(model):
                 if path and path[0] == "layers" and getattr(module, "rngs", None) is not None:
-                    module.rngs = module.rngs.fork(split=self.config.num_layers)  # keys for each layer of the stack
+                    module.rngs = module.rngs.split(self.config.num_layers)  # keys for each layer of the stack
         params = params_of(model)
         graph, state = nnx.split(model)
         variables = tuple((path, self._without_value(path, variable)) for path, variable in nnx.to_flat_state(state))

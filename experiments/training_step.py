@@ -101,7 +101,7 @@ def make_step(
         (loss, entropy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, used, ids, teacher)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "cross_entropy": entropy, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "cross_entropy": entropy, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(params, optimizer_state, jax.random.key_data(key)), metrics
 
     return jax.jit(step, donate_argnums=0)
