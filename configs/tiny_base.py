@@ -18,8 +18,8 @@ def training_config(name: str) -> ConfigDict:
     config.dtype = "bfloat16"
     config.seed = 0
 
-    # "python_stdlib" (source of CPython's standard library), "pydoc_topics" (its help topics), a UTF-8 file, or
-    # a .npy file of token ids.
+    # Texts joined by commas: "python_stdlib" (source of CPython's standard library), "pydoc_topics" (its help topics),
+    # UTF-8 files. Or one .npy file of token ids.
     config.text = "python_stdlib"
     # A tokenizer.json; "" takes the pretrained model's, or trains one of vocab_size tokens.
     config.tokenizer = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class TrainingCheckpoints:
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Writes what a run needs to go on after `step` updates."""
-        arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(state)).items()}
+        # Copies: the next step takes the buffers over while these are written.
+        arrays = {name: np.array(array) for name, array in _named(state).items()}
         about = {
             "settings": self._settings,
             "data": data,
@@ -101,6 +103,7 @@ class TrainingCheckpoints:
                 "state"
             ]
         except Exception as error:  # whatever its files hold
+            _hush_unfinished_reads()
             raise self._damaged(step, error) from error
         for name, array in arrays.items():
             if array.shape != template[name].shape or array.dtype != template[name].dtype:
@@ -142,3 +145,15 @@ def _named(state: TrainState) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def _hush_unfinished_reads() -> None:
+    """Keeps one error one line: where one array cannot be read, Orbax leaves the reads of the others, and each of
+    them tells the terminal that nobody waits for it any more."""
+    hook = sys.unraisablehook
+
+    def quiet(found):
+        if str(found.exc_value) != "Event loop is closed":
+            hook(found)
+
+    sys.unraisablehook = quiet

@@ -78,7 +78,8 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
         parts = _split(_load_ids(Path(config.text)), config.validation_every, config.window_length)
         tokenizer = _tokenizer(config, workdir, pretrained, None)
     else:
-        texts = _split(load_text_source(config.text), config.validation_every, _BLOCK)
+        whole = "\n\n".join(load_text_source(name) for name in config.text.split(","))
+        texts = _split(whole, config.validation_every, _BLOCK)
         tokenizer = _tokenizer(config, workdir, pretrained, texts[0])
         with progress_bar("encoding the text"):
             encode = tokenizer.encode_batch

@@ -79,8 +79,11 @@ class TrainingRun:
         try:
             with progress_bar("training", config.steps) as advance:
                 self._begin_stage()
+                if self.step == 0:
+                    self._evaluate()
+                    self._clock = time.perf_counter()
                 while self.step < config.steps:
-                    if self.step in self._student.changes:
+                    if self.step in self._student.changes[1:]:
                         self._flush(advance)
                         self._begin_stage()
                     batch = as_batch(next(self._batches))
@@ -176,5 +179,7 @@ class TrainingRun:
         row = {"step": self.step} | self.score(self.model())
         self.result["evaluations"].append(row)
         self._log.write([row], "validation")
+        if self._teacher is not None and "teacher" not in self.result:
+            self.result["teacher"] = self.score(self._teacher)
         write_json(self._workdir / RESULT_NAME, self.result)
         console.print(f"step {self.step}: validation perplexity {row['perplexity'] or math.inf:.5g}")

@@ -74,7 +74,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, in arrays of its own: steps use them up, and a teacher may hold the others."""
+    params = {name: jnp.array(value) for name, value in params.items()}
     return TrainState(params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
 
 
