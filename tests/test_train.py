@@ -86,6 +86,12 @@ def test_the_exported_model_gives_the_trained_logits_to_the_bit(text, tmp_path, 
     np.testing.assert_array_equal(logits(loaded.model, ids), expected)
 
 
+def test_the_exported_model_is_read_at_fewer_bits(run):
+    loaded = load_pretrained(run / train.MODEL_NAME, bits=1)
+    assert loaded.model.layers.attention.q_proj.kernel.get_value().bits == 1
+    assert np.isfinite(logits(loaded.model, np.arange(6)[None])).all()
+
+
 def test_generate_runs_the_exported_model(run, tmp_path):
     config = generate_config.get_config()
     config.model, config.prompt, config.max_new_tokens = str(run / train.MODEL_NAME), "It was", 4

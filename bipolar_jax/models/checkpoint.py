@@ -87,7 +87,7 @@ def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int
         rules = [
             (f"^{re.escape(path)}$", _precision(described, bits))
             for path, described in precisions.items()
-            if described.get("trained") and described["learned_steps"] == learned_steps
+            if described.get("trained") == {"learned_steps": learned_steps}
         ]
         model = quantization_aware(model, rules, learned_steps=learned_steps)
     rules = [(f"^{re.escape(path)}$", _precision(described, bits)) for path, described in precisions.items()]
@@ -97,15 +97,16 @@ def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int
 def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
     precision = layer.precision
     number_format = as_format(precision.w_bits)
-    return {
+    described = {
         "bits": number_format.bits,
         "ternary": number_format.ternary,
         "a_bits": precision.a_bits,
         "group_size": precision.group_size,
         "calibration": precision.calibration,
-        "trained": isinstance(layer, LinearGeneral),
-        "learned_steps": isinstance(layer, LinearGeneral) and layer.learned_steps,
     }
+    if isinstance(layer, LinearGeneral):  # what was trained with DotGeneral
+        described["trained"] = {"learned_steps": layer.learned_steps}
+    return described
 
 
 def _precision(described: dict[str, Any], bits: int | None) -> Precision:
