@@ -64,7 +64,9 @@ class TrainingRun:
             self._batches.set_state(restored.data)
             console.print(f"goes on after step {self.step}")
         result["parameters"] = sum(value.size for value in params.values())
-        result["evaluations"] = [row for row in result.get("evaluations", []) if row["step"] <= self.step]
+        # One that starts anew, since it was stopped before its first checkpoint, evaluates the beginning again.
+        last = self.step if self.step else -1
+        result["evaluations"] = [row for row in result.get("evaluations", []) if row["step"] <= last]
         self._log = TrainingLog(workdir, self.step)
         self._pending: list[dict[str, jax.Array]] = []
         self._rates: list[float] = []
