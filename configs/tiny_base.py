@@ -21,11 +21,14 @@ def training_config(name: str) -> ConfigDict:
     # Texts joined by commas: "python_stdlib" (source of CPython's standard library), "pydoc_topics" (its help topics),
     # UTF-8 files. Or one .npy file of token ids.
     config.text = "python_stdlib"
+    # What to evaluate on, named likewise; "" keeps a part of the text for that.
+    config.validation_text = ""
     # A tokenizer.json; "" takes the pretrained model's, or trains one of vocab_size tokens.
     config.tokenizer = ""
     config.vocab_size = 4096
     config.window_length = 256
-    # One of so many blocks of the text (8192 characters, or a window of token ids) is never trained on.
+    # One of so many blocks of the text (8192 characters, or a window of token ids) is never trained on; unused where
+    # validation_text names another text.
     config.validation_every = 20
 
     # (pattern, precisions) pairs over layer paths, the first that matches decides, () for a float model. Precisions
@@ -39,6 +42,8 @@ def training_config(name: str) -> ConfigDict:
     config.quantization.weight_norm = ""
     # No gradient for weights beyond the grid.
     config.quantization.clip_gradient = False
+    # Bounds activations by so many times their token's mean magnitude before they are quantized; 0 does not.
+    config.quantization.clip_activations = 0.0
     # 2 to 8: stochastic rounding of what comes from above in the backward pass; 0 for none.
     config.quantization.gradient_bits = 0
 
@@ -89,4 +94,7 @@ def tiny_config(name: str) -> ConfigDict:
     config.model.ffn_size = 768
     config.model.context_length = 512
     config.model.tie_embeddings = True
+    config.model.norm = "rms"
+    config.model.qkv_bias = False
+    config.model.linear_bias = False
     return config

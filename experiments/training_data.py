@@ -59,9 +59,12 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
 
     Every `config.validation_every`-th block of the text is for validation; a trained
     tokenizer sees the others only. It is kept in the workdir, where a resumed run finds it.
+    Where `config.validation_text` names another text, that is for validation and all of the
+    first for training.
 
     Args:
-      config: `text`, `tokenizer`, `vocab_size`, `window_length` and `validation_every`, see configs/tiny_base.py.
+      config: `text`, `validation_text`, `tokenizer`, `vocab_size`, `window_length` and `validation_every`, see
+        configs/tiny_base.py.
       workdir: folder of the run.
       pretrained: the model that is trained further, whose tokenizer is taken; or None.
 
@@ -75,11 +78,15 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
             f"validation_every={config.validation_every} and window_length={config.window_length} must be at least 2"
         )
     if config.text.endswith(".npy"):
+        if config.validation_text:
+            raise ValueError(f"validation_text={config.validation_text} needs a text to train on, got token ids")
         parts = _split(_load_ids(Path(config.text)), config.validation_every, config.window_length)
         tokenizer = _tokenizer(config, workdir, pretrained, None)
     else:
-        whole = "\n\n".join(load_text_source(name) for name in config.text.split(","))
-        texts = _split(whole, config.validation_every, _BLOCK)
+        if config.validation_text:
+            texts = [_blocks(_load_texts(names), _BLOCK) for names in (config.text, config.validation_text)]
+        else:
+            texts = _split(_load_texts(config.text), config.validation_every, _BLOCK)
         tokenizer = _tokenizer(config, workdir, pretrained, texts[0])
         with progress_bar("encoding the text"):
             encode = tokenizer.encode_batch
@@ -167,9 +174,17 @@ def _load_ids(path: Path) -> Int[np.ndarray, " tokens"]:
 
 def _split(whole, every: int, block: int) -> tuple[list, list]:
     """Blocks of a text or of ids; the last of each `every` is for validation, the others for training."""
-    blocks = [whole[start : start + block] for start in range(0, len(whole), block)]
+    blocks = _blocks(whole, block)
     validation = blocks[every - 1 :: every]
     return [blocks[i] for i in range(len(blocks)) if i % every != every - 1], validation
+
+
+def _blocks(whole, block: int) -> list:
+    return [whole[start : start + block] for start in range(0, len(whole), block)]
+
+
+def _load_texts(names: str) -> str:
+    return "\n\n".join(load_text_source(name) for name in names.split(","))
 
 
 def _windows(parts: list[np.ndarray], length: int) -> Int[np.ndarray, "windows length"]:

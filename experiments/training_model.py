@@ -87,6 +87,7 @@ class Student:
         options = {
             "weight_norm": how.weight_norm or None,
             "clip_gradient": how.clip_gradient,
+            "clip_activations": how.clip_activations or None,
             "gradient": bj.GradientPrecision(bits=how.gradient_bits or None),
             "learned_steps": how.learned_steps,
         }

@@ -49,6 +49,7 @@ def write_text(folder):
 def shrink(config, text):
     """The real config, as small as a test wants it."""
     config.text, config.vocab_size, config.window_length, config.validation_every = str(text), 280, 16, 3
+    config.validation_text = ""
     if not config.pretrained:
         config.model.update({"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16})
         config.model.ffn_size = 48

@@ -83,13 +83,16 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
 
 def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:
     """The model with layers of the kinds and layouts that `_describe` found."""
-    for learned_steps in (False, True):
+    ways = [described["trained"] for described in precisions.values() if "trained" in described]
+    for index, way in enumerate(ways):
+        if way in ways[:index]:
+            continue
         rules = [
             (f"^{re.escape(path)}$", _precision(described, bits))
             for path, described in precisions.items()
-            if described.get("trained") == {"learned_steps": learned_steps}
+            if described.get("trained") == way
         ]
-        model = quantization_aware(model, rules, learned_steps=learned_steps)
+        model = quantization_aware(model, rules, **way)
     rules = [(f"^{re.escape(path)}$", _precision(described, bits)) for path, described in precisions.items()]
     return quantize_model(model, rules)
 
@@ -105,7 +108,10 @@ def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
         "calibration": precision.calibration,
     }
     if isinstance(layer, LinearGeneral):  # what was trained with DotGeneral
-        described["trained"] = {"learned_steps": layer.learned_steps}
+        described["trained"] = {
+            "learned_steps": layer.learned_steps,
+            "clip_activations": layer.dot_general.clip_activations,
+        }
     return described
 
 
