@@ -49,7 +49,8 @@ class TrainingData:
         """
         if not 1 <= batch_size <= len(self.train):
             raise ValueError(f"batch_size={batch_size} must be from 1 to the {len(self.train)} windows there are")
-        dataset = grain.MapDataset.source(self.train).seed(seed).shuffle().repeat().batch(batch_size)
+        epochs = 2**62 // len(self.train)  # not None, which overflows the length where batches are of one window
+        dataset = grain.MapDataset.source(self.train).seed(seed).shuffle().repeat(epochs).batch(batch_size)
         # The arrays are in memory: threads that read ahead would gain nothing.
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

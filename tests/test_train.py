@@ -14,8 +14,9 @@ import pytest
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.nn import LinearGeneral
 from configs import generate as generate_config
-from configs import tiny_bf16, tiny_ternary_a8, tiny_w1a1
-from experiments import generate, train
+from configs import sample_text as sample_config
+from configs import tiny_bf16, tiny_ternary_a8, tiny_w1a1, tiny_w2a2
+from experiments import generate, sample_text, train
 from experiments.training_log import METRICS_NAME, read_metrics
 from tests import tiny_checkpoints
 from tests.tiny_training import STEPS, compiled_once, result_of, shrink, whole_config, without_evaluation, write_text
@@ -101,6 +102,21 @@ def test_generate_runs_the_exported_model(run, tmp_path):
     assert len(result_of(tmp_path)["tokens"]) == 4
 
 
+def test_a_model_writes_the_text_that_another_is_trained_on(run, text, tmp_path):
+    config = sample_config.get_config()
+    config.model, config.texts, config.batch_size, config.length = str(run / train.MODEL_NAME), 6, 4, 12
+    config.prefix = "It"
+    sample_text.main(config, tmp_path)
+    written = tmp_path / sample_text.TEXT_NAME
+    assert result_of(tmp_path)["texts"] == 8
+    config = whole_config(written)
+    config.validation_text, config.tokenizer = str(text), str(next(run.glob("tokenizer-*.json")))
+    data = train.load_training_data(config, tmp_path)
+    tokens = len(data.tokenizer.encode(written.read_text()).ids)
+    assert data.train.size == tokens // 16 * 16
+    assert data.tokenizer.decode(data.validation[0].tolist()) in text.read_text()
+
+
 def test_another_vocabulary_is_refused(run, text, tmp_path):
     model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
     config = whole_config(text)
@@ -158,10 +174,12 @@ def test_packed_models_are_not_trained_further(run, text, tmp_path):
         train.main(config, tmp_path)
 
 
-@pytest.mark.parametrize("module", [tiny_w1a1, tiny_ternary_a8, tiny_bf16], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [tiny_w1a1, tiny_w2a2, tiny_ternary_a8, tiny_bf16], ids=lambda module: module.__name__
+)
 def test_each_config_takes_its_first_steps(module, text, tmp_path):
     config = shrink(module.get_config(), text)
-    config.steps, config.optimizer.warmup_steps = 2, 1
+    config.steps, config.optimizer.warmup_steps, config.batch_size = 2, 1, 1
     train.main(config, tmp_path)
     assert result_of(tmp_path)["packed"]["loss"] == result_of(tmp_path)["evaluations"][-1]["loss"]
 
