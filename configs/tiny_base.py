@@ -14,6 +14,10 @@ def training_config(name: str) -> ConfigDict:
     config.pretrained = ""
     # Fields of TransformerConfig but vocab_size, for models that start from random weights.
     config.model = ConfigDict()
+    # Random weights are multiplied by these first: the embedding's, and those of the layers that add to the residual
+    # stream (o_proj and down_proj). Rounded layers say more than float ones to begin with, and drown the embedding.
+    config.initial_embedding = 1.0
+    config.initial_residual = 1.0
     # What layers compute in, "bfloat16" or "float32"; parameters are float32.
     config.dtype = "bfloat16"
     config.seed = 0

@@ -66,12 +66,16 @@ class Student:
         step, since updates are smaller than bfloat16's steps. Learned step sizes stay float32.
       rules: (pattern, schedule) pairs, the first that matches a layer decides; none for a float model.
       options: of `quantization_aware`.
+      initial_embedding: factor of the embedding's random weights.
+      initial_residual: likewise of the layers that add to the residual stream.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype
     rules: tuple[tuple[str, BitSchedule], ...]
     options: dict[str, Any]
+    initial_embedding: float = 1.0
+    initial_residual: float = 1.0
 
     @classmethod
     def of(cls, config: ConfigDict, shapes: TransformerConfig) -> Student:
@@ -91,7 +95,9 @@ class Student:
             "gradient": bj.GradientPrecision(bits=how.gradient_bits or None),
             "learned_steps": how.learned_steps,
         }
-        student = cls(shapes, jnp.dtype(config.dtype), rules, options)
+        student = cls(
+            shapes, jnp.dtype(config.dtype), rules, options, config.initial_embedding, config.initial_residual
+        )
         if how.learned_steps and len(student.changes) > 1:
             raise ValueError(
                 "learned_steps begin anew at every change of bits, and their optimizer's state with them: "
@@ -109,7 +115,14 @@ class Student:
 
     def initial(self, seed: int) -> Params:
         """Random parameters, without step sizes."""
-        return params_of(Transformer(self.config, rngs=nnx.Rngs(seed)))
+        params = params_of(Transformer(self.config, rngs=nnx.Rngs(seed)))
+        return {name: value * self._initial_factor(name) for name, value in params.items()}
+
+    def _initial_factor(self, name: str) -> float:
+        module, kind = name.split("/")[-2:]
+        if module == "embed":
+            return self.initial_embedding
+        return self.initial_residual if module in ("o_proj", "down_proj") and kind == "kernel" else 1.0
 
     def stage(self, step: int, params: Params) -> tuple[Stage, Params]:
         """The model of a training step, and its parameters: with step sizes, if they are learned.
