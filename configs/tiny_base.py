@@ -101,4 +101,9 @@ def tiny_config(name: str) -> ConfigDict:
     config.model.norm = "rms"
     config.model.qkv_bias = False
     config.model.linear_bias = False
+    # On a model a seventh as large, after 250 steps of 1024 tokens on a CPU, W2A2 had a validation loss of 4.74 with
+    # these and of 5.5 to 5.6 without (at other learning rates, or clipped); bf16 had 3.94, and 4.36 without (after 300
+    # steps, at half the learning rate).
+    config.initial_embedding = 4.0
+    config.initial_residual = 0.35
     return config

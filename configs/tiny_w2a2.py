@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.rules = (("^layers/", "W2A2"),)
     config.quantization.calibration = "absmax"
     config.quantization.learned_steps = True
-    config.optimizer.learning_rate = 2e-3  # straight-through gradients of few bits bear, and want, larger steps
+    config.optimizer.learning_rate = 4e-3  # straight-through gradients of few bits bear, and want, larger steps
     return config
