@@ -46,10 +46,20 @@ run = nnx.jit(lambda model, x: model(x))
         (bj.Precision(3, None, None, "mse"), {}),
         (bj.Precision(bj.TERNARY, 8, None, "absmean"), {"weight_norm": "center"}),
         (bj.Precision(1, 1, None, "absmean"), {"weight_norm": "standardize", "clip_gradient": False}),
+        (bj.Precision(1, 1, None, "absmean"), {"clip_activations": 1.0}),
         (bj.Precision(2, 8, 8), {"learned_steps": True}),
         (W2A4, {"gradient": GradientPrecision("bfloat16", 8), "rngs": nnx.Rngs(gradient=0)}),
     ],
-    ids=["W2A4", "W4A8g8 minmax", "W3A16 mse", "W1.58A8 centered", "W1A1 standardized", "learned", "8-bit gradients"],
+    ids=[
+        "W2A4",
+        "W4A8g8 minmax",
+        "W3A16 mse",
+        "W1.58A8 centered",
+        "W1A1 standardized",
+        "W1A1 clipped",
+        "learned",
+        "8-bit gradients",
+    ],
 )
 def test_nnx_outputs_are_the_same_to_the_bit(precision, options, dtype):
     model = bj.quantization_aware(Model(nnx.Rngs(0), dtype), [("up|down|attention", precision)], **options)
