@@ -81,6 +81,10 @@ class KVCache:
         return _positions(self.keys)
 
     @property
+    def kv_heads(self) -> int:
+        return jax.tree.leaves(self.keys)[0].shape[2]
+
+    @property
     def bits(self) -> int | None:
         """Bits a number, or None for floats."""
         return self.keys.bits if isinstance(self.keys, QuantizedHeads) else None
