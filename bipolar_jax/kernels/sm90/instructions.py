@@ -1,9 +1,9 @@
-"""What a thread of the row quantizer can do: a thin layer over MLIR and PTX.
+"""What a thread can do: a thin layer over MLIR and PTX.
 
 Values are MLIR values of type i32 or f32; conditions are i1, and a "word" is an i32 of which
 only the bits count. Whatever rounds says how: the compiler contracts and reorders none of it.
-The quantizer is written in these functions alone, so that tests can run it with others in their
-place that compute the same for the 128 threads of a warpgroup in numpy.
+What is written in these functions alone tests can run with others in their place, which compute
+the same for the 128 threads of a warpgroup in numpy.
 """
 
 from __future__ import annotations

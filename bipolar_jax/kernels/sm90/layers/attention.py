@@ -8,145 +8,34 @@ sum 2^(m - M) a / sum 2^(m - M) l with M the largest m.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.sm90.layers.attention_join import leave_partial
 from bipolar_jax.kernels.sm90.layers.attention_rows import (
     add_values,
-    await_joined,
     load_query,
     row_scores,
     share_columns,
     share_query,
     warp_max,
 )
+from bipolar_jax.kernels.sm90.layers.cache_ring import HALF, Cache, CacheRing
 from bipolar_jax.kernels.sm90.layers.exchange import collect, share
-from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, pinned, synchronize
-from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, POSITIONS, TILE, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector, store_vector
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, synchronize
+from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, POSITIONS, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector
 
-HALF = HEAD_DIM // 2
 _NOTHING = -1e30  # the score of what is not attended to; its weight is 0 beside any other
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Refs of what is attended to.
-
-    Attributes:
-      keys, values: [layers, 1, kv_heads, capacity, HEAD_DIM].
-      length: positions that hold a token, int32 [1].
-      cos, sin: of the new token's position, float32 [HEAD_DIM]: each twice, the sines negative at first.
-      slopes: ALiBi's, float32 [heads], for scores in base 2; or None.
-    """
-
-    keys: Any
-    values: Any
-    length: Any
-    cos: Any
-    sin: Any
-    slopes: Any = None
-
-
-class Place(NamedTuple):
-    """A block's: which head it works for, which of those that share it this is, and whether there is such a head."""
-
-    head: Int[Array, ""]
-    split: Int[Array, ""]
-    takes_part: Bool[Array, ""]
-
-
-def place_of(shape: LayersShape, block: Int[Array, ""]) -> Place:
-    head = lax.div(block, shape.splits)
-    return Place(head, lax.rem(block, shape.splits), head < shape.heads)
-
-
-class CacheRing:
-    """Chunks of 64 positions of a head's keys and values, of one warpgroup, over all layers.
-
-    One slot of keys and one of values, or one for both in turn.
-    """
-
-    def __init__(self, shape: LayersShape, cache: Cache, layers: range, me, block, slots, arrived):
-        self._shape, self._cache, self._slots, self._arrived = shape, cache, slots, arrived
-        self._slots_apart = shape.cache_slots == 2
-        self._layers, self._first_layer = len(layers), layers[0]
-        self.length = cache.length[0]
-        self.place(me, block)
-        self._load(0, 0 * me)
-        if self._slots_apart:
-            self._load(1, 0 * me)
-
-    def place(self, me, block) -> None:
-        """Computes which chunks are this warpgroup's: anew in every layer, rather than to hold them in registers."""
-        shape, self._me = self._shape, me
-        self.head, split, self.takes_part = place_of(shape, block)
-        self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
-        chunks = lax.div(self.length + (POSITIONS - 1), POSITIONS)
-        self._first = lax.div(chunks * split, shape.splits) + me
-        end = lax.div(chunks * (split + 1), shape.splits)
-        mine = lax.div(jnp.maximum(end - self._first + (WARPGROUPS - 1), 0), WARPGROUPS)
-        self.chunks = jnp.where(self.takes_part, mine, 0)
-        self.has_new = self.takes_part & (split == shape.splits - 1)
-        self.record = self.head * shape.splits + split
-
-    def number(self, layer, chunk):
-        """The count of chunks before one."""
-        return layer * self.chunks + chunk
-
-    def position(self, chunk):
-        """Of a chunk's first row."""
-        return (self._first + chunk * WARPGROUPS) * POSITIONS
-
-    def wait(self, kind: int) -> None:
-        """Waits for a chunk of keys (0) or of values (1)."""
-        plgpu.barrier_wait(self._arrived.at[kind * WARPGROUPS + self._me])
-
-    def read(self, kind: int, half: int, *, emulate: bool) -> Float[Array, "64 64"]:
-        """The lower or the upper half of every vector."""
-        return plgpu.load(self.halves(kind, emulate=emulate)[half], layout=MATRIX)
-
-    def halves(self, kind: int, *, emulate: bool) -> list:
-        """Refs of the lower and the upper half of every vector."""
-        slot = self._slots.at[kind if self._slots_apart else 0, pinned(self._me, emulate=emulate)]
-        return [slot.at[half] for half in range(2)]
-
-    def refill(self, kind: int, number, *, emulate: bool) -> None:
-        """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
-        synchronize(emulate=emulate)
-        if self._slots_apart:
-            self._load(kind, number + 1)
-        else:
-            self._load(1 - kind, number + kind)
-
-    def _at(self, kind: int):
-        return self._slots.at[kind if self._slots_apart else 0, self._me]
-
-    def _load(self, kind: int, number) -> None:
-        @pl.when(number < self._layers * self.chunks)
-        def _():
-            layer = self._first_layer + lax.div(number, jnp.maximum(self.chunks, 1))
-            chunk = lax.rem(number, jnp.maximum(self.chunks, 1))
-            source = (self._cache.keys, self._cache.values)[kind]
-            for half in range(2):
-                # [64 positions, 64 numbers]
-                plgpu.copy_gmem_to_smem(
-                    source.at[layer, 0, self.kv_head, pl.ds(self.position(chunk), POSITIONS), pl.ds(half * HALF, HALF)],
-                    self._at(kind).at[half],
-                    self._arrived.at[kind * WARPGROUPS + self._me],
-                )
 
 
 def load_tables(cache: Cache, *, emulate: bool) -> list[Float[Array, "128"]]:
@@ -251,42 +140,3 @@ def attend(
         before, new_weight = jnp.exp2(most - new_most), jnp.where(joins, jnp.exp2(new_score - new_most), 0.0)
         values = functools.reduce(operator.add, of_warps) * before + v * new_weight
         leave_partial(partials, ring.record, values, new_most, whole * before + new_weight, mark, emulate)
-
-
-def clear(shape: LayersShape, block, partials, context, *, emulate: bool) -> None:
-    """Takes the mark that others wait for off what this block will leave."""
-    place = place_of(shape, block)
-    start = place.split * shape.joined
-    nothing = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
-
-    @pl.when(place.takes_part)
-    def _():
-        leave_partial(partials, place.head * shape.splits + place.split, nothing, 0.0, 0.0, 0, emulate)
-
-    @pl.when(place.takes_part & (start < HEAD_DIM))
-    def _():
-        store_vector(context, nothing, place.head * HEAD_DIM + start, shape.joined, 0, emulate=emulate)
-
-
-def join(shape: LayersShape, block, partials, context, mark, *, emulate: bool) -> None:
-    """Puts together, of this block's head, what the blocks left that share it; each of them some of the numbers.
-
-    The next product's token is then as short as any: to read all partial attentions in every block took longer than
-    to have blocks wait for each other once more.
-    """
-    place = place_of(shape, block)
-    start = place.split * shape.joined
-
-    @pl.when(place.takes_part & (start < HEAD_DIM))
-    def _():
-        head = (place.head, shape.splits, PARTIAL)
-        numbers = await_joined(partials, *head, start, shape.joined, mark, 1, emulate=emulate)
-        store_vector(context, numbers, place.head * HEAD_DIM + start, shape.joined, mark, emulate=emulate)
-
-
-def leave_partial(partials, record, values, largest, total, mark, emulate: bool) -> None:
-    """Stores a partial attention: the sum of values, then in turn the largest score and the sum of weights."""
-    start = record * PARTIAL
-    store_vector(partials, values, start, HEAD_DIM, mark, emulate=emulate)
-    even = lax.rem(plgpu.broadcasted_iota(jnp.int32, (HEAD_DIM,), 0, layout=VECTOR), 2) == 0
-    store_vector(partials, jnp.where(even, largest, total), start + HEAD_DIM, TILE, mark, emulate=emulate)

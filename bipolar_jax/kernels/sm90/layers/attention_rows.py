@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -17,14 +16,12 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers import attention_threads as threads
 from bipolar_jax.kernels.sm90.layers.exchange import in_order
-from bipolar_jax.kernels.sm90.layers.marks import await_words, checked
 from bipolar_jax.kernels.sm90.layers.registers import (
     ALONG_ROWS,
     MATRIX,
     SPLAT,
     VECTOR,
     WARPS,
-    as_vector,
     in_register,
     lane_and_warp,
     numbers_of,
@@ -32,7 +29,7 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     thread_index,
     word_of,
 )
-from bipolar_jax.kernels.sm90.row_threads import WARPGROUP, tree
+from bipolar_jax.kernels.sm90.row_threads import WARPGROUP
 
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
 _QUERY_WORDS = 16 * WARPGROUP
@@ -207,68 +204,6 @@ def share_columns(
             threads.leave_sums(gpu.advance(target, 256 * half), numbers_of(part), weight, lane)
 
     inline(exchange, jnp.int32(warpgroup), *sums, weights)
-
-
-def await_joined(
-    partials,
-    head: Int[Array, ""],
-    records: int,
-    size: int,
-    start: Int[Array, ""],
-    count: int,
-    mark: Int[Array, ""],
-    needed: Int[Array, ""],
-    *,
-    emulate: bool,
-) -> Float[Array, "128"]:
-    """Some numbers of a head's attention, put together from partial ones that other blocks leave.
-
-    Args:
-      partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then, time and again, the
-        largest score m (base 2) and the sum l of weights.
-      head: whose.
-      records: partial ones of a head.
-      size: of a partial one.
-      start: of the wanted numbers, a multiple of 32.
-      count: of the wanted numbers, a power of two of at least 32.
-      mark: of the numbers.
-      needed: 1 to wait for them, or 0.
-
-    Returns:
-      sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m; again and again if count is not 128.
-    """
-    if emulate:
-        every = checked(partials[...], mark).reshape(-1, records, size)[head]
-        largest, total = every[:, 128], every[:, 129]
-        weights = jnp.exp2(largest - jnp.max(largest))
-        sums = jnp.sum(every[:, :128] * weights[:, None], axis=0)
-        return (sums / jnp.sum(total * weights))[start + lax.iota(jnp.int32, WARPGROUP) % count]
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *[SPLAT] * 4),
-        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
-    )
-    def inline(_, partials, head, start, mark, needed):
-        within = gpu.plus(start.registers.item(), gpu.bits_of(thread_index(), count - 1))
-        base = gpu.pointer(partials, gpu.GLOBAL)
-        base = gpu.advance_far(base, gpu.times(head.registers.item(), records * size), 4)
-        places = []
-        for record in range(records):
-            place = gpu.advance(base, 4 * size * record)
-            places += [(gpu.advance(place, 4 * 128), 2), (gpu.advance_far(place, within, 4), 1)]
-        words = await_words(places, mark.registers.item(), needed.registers.item())
-        largest, totals = zip(*(map(gpu.as_float, pair) for pair in words[::2]), strict=True)
-        values = [gpu.as_float(word) for (word,) in words[1::2]]
-        most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
-        minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
-        weights = [gpu.exp2(gpu.add(number, minus_most)) for number in largest]
-        whole, total = (
-            tree(gpu.add, [gpu.multiply(*pair) for pair in zip(some, weights, strict=True)])
-            for some in (values, totals)
-        )
-        return as_vector(gpu.divide(whole, total), jnp.float32)
-
-    return inline(partials, *(jnp.int32(number) for number in (head, start, mark, needed)))
 
 
 def _two_halves(register: ir.Value) -> ir.Value:

@@ -1,11 +1,11 @@
 """All layers of a decoder for one new token, in one kernel.
 
-Persistent blocks, one a multiprocessor, go through the layers together and wait for each other five times in each:
-after the query, key and value projections, after attention, after the output projection, after gate and up, and after
-down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that they have come
-(`marks`). Every block makes the whole token's operand for itself, the
-norm and the quantization included, since that is quicker than to wait for another. Weights and the cache depend on
-nothing that is computed: they are on their way to shared memory while blocks compute, and wait for each other.
+Persistent blocks, one a multiprocessor, go through the layers together and wait for each other six times in each: after
+the query, key and value projections, after attention and once it is joined, after the output projection, after gate and
+up, and after down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that
+they have come (`marks`). Every block makes the whole token's operand for itself, the norm and the quantization included,
+since that is quicker than to wait for another. Weights and the cache depend on nothing that is computed: they are on
+their way to shared memory while blocks compute, and wait for each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.layers.attention import HALF, Cache, CacheRing
+from bipolar_jax.kernels.sm90.layers.cache_ring import HALF, Cache, CacheRing
 from bipolar_jax.kernels.sm90.layers.marks import with_mark
 from bipolar_jax.kernels.sm90.layers.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
 from bipolar_jax.kernels.sm90.layers.registers import WARPS

@@ -2,15 +2,17 @@
 
 The lowest bit of every float32 that one block leaves for another is its mark: whether its layer is odd. A reader loads
 it until it has the mark that it waits for, so that nothing comes between a number's way to memory and its way back: no
-fence, no counter, no second load. A mark costs half a unit in the last place, and makes NaN of the infinities.
+fence, no counter, no second load. A mark costs a unit in the last place at most, and half of them make NaN of the
+infinities.
 
-One bit is enough since no block is two layers ahead of a reader: before it writes anew it has waited for numbers that
-could not be there had not all readers of the old ones read them. Whoever waits for something leaves something that all
+One bit is enough since nothing is overwritten before all its readers have read it: who writes anew has waited for
+numbers that could not be there had they not. Whoever waits for something leaves something that all
 wait for in the end; a block that has no rows in a phase leaves nothing there, and must not wait either.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def await_words(places: Sequence[tuple[gpu.Pointer, int]], mark: ir.Value, neede
       mark: 0 or 1.
       needed: 1, or 0 where nobody writes them or nobody wants them: then they are loaded once.
     """
-    names, loads, checks = iter(range(1000)), [], []
+    names, loads, checks = itertools.count(), [], []
     pointers = sum(count for _, count in places)
     for i, (_, count) in enumerate(places):
         words = [f"${next(names)}" for _ in range(count)]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.layers.attention import attend, join, load_tables
-from bipolar_jax.kernels.sm90.layers.attention import clear as clear_attention
+from bipolar_jax.kernels.sm90.layers import attention_join
+from bipolar_jax.kernels.sm90.layers.attention import attend, load_tables
 from bipolar_jax.kernels.sm90.layers.marks import written_mark
 from bipolar_jax.kernels.sm90.layers.products import (
     column_terms,
@@ -98,7 +98,7 @@ class Shared:
 
 
 class Phases:
-    """The five phases of a layer, of one warpgroup. What is left in memory for other blocks, the first one leaves."""
+    """The phases of a layer, of one warpgroup. What is left in memory for other blocks, the first one leaves."""
 
     def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block):
         self._shape, self._weights, self._cache = shape, weights, cache
@@ -135,7 +135,7 @@ class Phases:
             repeat(shape.num_layers, clear_projections, emulate=self._shared.emulate)
             clear(outs.attended, "o", 0, 0)
             clear(outs.ffn, "up", 0, 0)
-            clear_attention(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)
+            attention_join.clear(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)
 
     def prepare(self, phase: str, layer):
         """What a phase of a layer reads first, of what no other block computes: the norm's vectors, or of attention.
@@ -186,7 +186,7 @@ class Phases:
             @pl.when(self._me == 0)
             def _():
                 partials, context = self._sources.partials, self._outs.context
-                join(shape, self._block, partials, context, written_mark(layer), emulate=shared.emulate)
+                attention_join.join(shape, self._block, partials, context, written_mark(layer), emulate=shared.emulate)
 
             return
         product, parts, squares = shape.products[phase], self._inputs(phase, layer), None
@@ -227,7 +227,7 @@ class Phases:
             first += layer * self._shape.products["qkv"].n
         elif phase == "up":
             numbers = _FUNCTIONS[self._shape.activation.function](numbers)
-            numbers = numbers * halves[1] if len(halves) == 2 else numbers
+            numbers = (numbers * halves[1] if len(halves) == 2 else numbers) + 0.0  # a mark would make -0 negative
         target = {"qkv": outs.qkv, "o": outs.attended, "up": outs.ffn, "down": outs.hidden}[phase]
         store_vector(target, numbers, first, count, written_mark(layer), emulate=self._shared.emulate)
 

@@ -27,7 +27,7 @@ VECTOR = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # element i belongs 
 PART = 8 * WARPGROUP  # elements of K that a warpgroup takes at a time: a row of bits in a tile
 PART_LAYOUT = plgpu.Layout.WG_STRIDED((PART,), vec_size=8)  # elements 8 i ... belong to thread i
 MATRIX = plgpu.Layout.WGMMA
-ALONG_ROWS, ALONG_COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
+ALONG_ROWS = MATRIX.reduce(1)
 SPLAT = plgpu.Layout.WG_SPLAT
 
 

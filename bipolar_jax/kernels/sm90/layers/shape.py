@@ -20,7 +20,6 @@ HEAD_DIM = 128
 PARTIAL = HEAD_DIM + TILE  # numbers that a block leaves of its head's attention
 PRODUCTS = ("qkv", "o", "up", "down")
 _MOST_SPLITS = 16  # whose results one thread puts together
-_MOST_SLOTS = 10  # barriers are 32 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ class LayersShape:
     def w_slots(self) -> int:
         """Slots of the weights' ring: a plane of a tile, and a part of K for every warpgroup."""
         left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
-        return min(_MOST_SLOTS, left // (WARPGROUPS * TILE * BYTES_PER_ROW))
+        return left // (WARPGROUPS * TILE * BYTES_PER_ROW)
 
     @property
     def _other_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Vectors in memory: loads that end where the array ends, and stores of a part."""
+"""Vectors in memory: loads that end where the array ends, or that wait for other blocks; stores; and prefetches."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from bipolar_jax.kernels.sm90.row_threads import WARPGROUP
 _STORED = 32  # numbers, at least, where vectors are stored
 
 
-def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, turned: int = 0, emulate: bool) -> Array:
+def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, emulate: bool) -> Array:
     """ref[start : start + 128] of a flat array in memory, 0 from `end` on: float32, or int32 of integers.
 
-    The array has 4 bytes a number, or is bfloat16. With `turned` element i is that of (i + turned) mod 128.
+    The array has 4 bytes a number, or is bfloat16.
     """
     integers, size = jnp.issubdtype(ref.dtype, jnp.integer), jnp.dtype(ref.dtype).itemsize
     dtype = jnp.int32 if integers else jnp.float32
     if ref.dtype != jnp.bfloat16 and size != 4:
         raise ValueError(f"vectors are loaded of bfloat16 or of 4 bytes a number, not of {ref.dtype}")
     if emulate:
-        index = start + (lax.iota(jnp.int32, WARPGROUP) + turned) % WARPGROUP
+        index = start + lax.iota(jnp.int32, WARPGROUP)
         return jnp.where(index < end, ref[...][jnp.where(index < end, index, 0)].astype(dtype), 0)
 
     @plgpu.inline_mgpu(
@@ -47,8 +47,7 @@ def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, *, turned
         return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), dtype, layout=VECTOR),
     )
     def inline(_, ref, start, end):
-        element = gpu.bits_of(gpu.plus(thread_index(), turned), WARPGROUP - 1) if turned else thread_index()
-        index = gpu.plus(start.registers.item(), element)
+        index = gpu.plus(start.registers.item(), thread_index())
         valid = gpu.less(index, end.registers.item())
         where = gpu.advance_far(gpu.pointer(ref, gpu.GLOBAL), gpu.choose(valid, index, gpu.int32(0)), size)
         word = gpu.shift_left(gpu.load_half(where), 16) if size == 2 else gpu.load(where, 1)[0]
@@ -70,7 +69,7 @@ def await_vectors(
 
     Args:
       ref: the array.
-      places: where they start; and by how much each is turned, as in `load_vector`.
+      places: where they start; and by how much each is turned: element i is number (i + turned) mod 128.
       mark: of the numbers.
       needed: 1 to wait for it, or 0.
     """
@@ -189,7 +188,10 @@ def load_part(ref, start: Int[Array, ""], end: Int[Array, ""], *, emulate: bool)
 
 
 def prefetch_vector(ref, start: Int[Array, ""], count: Int[Array, ""] | int, *, emulate: bool) -> None:
-    """Has the L2 cache load ref[start : start + count] of a flat array in memory, of at most 128 lines."""
+    """Has the L2 cache load ref[start : start + count] of a flat array in memory, 128 lines of it at most.
+
+    Where it begins or goes on beyond them within a line, what is left is loaded when it is read.
+    """
     if emulate:
         return
     line = 128 // jnp.dtype(ref.dtype).itemsize

@@ -82,7 +82,9 @@ class WeightRing:
 
             def load_tile(tile, carry):
                 half, tile = lax.div(tile, product.rows // TILE), lax.rem(tile, product.rows // TILE)
-                row = half * product.size + block * product.rows + tile * TILE
+                within = block * product.rows + tile * TILE
+                # What is beyond a half is not the next one's: it comes as zeros, and from no memory.
+                row = jnp.where(within < product.size, half * product.size + within, product.n)
 
                 def load_plane(index, carry):
                     turn, plane = lax.div(index, bits), lax.rem(index, bits)
