@@ -3,9 +3,9 @@
 Persistent blocks, one a multiprocessor, go through the layers together and wait for each other six times in each: after
 the query, key and value projections, after attention and once it is joined, after the output projection, after gate and
 up, and after down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that
-they have come (`marks`). Every block makes the whole token's operand for itself, the norm and the quantization included,
-since that is quicker than to wait for another. Weights and the cache depend on nothing that is computed: they are on
-their way to shared memory while blocks compute, and wait for each other.
+they have come (`marks`). Every block makes the whole token's operand for itself, the norm and the quantization
+included, since that is quicker than to wait for another. Weights and the cache depend on nothing that is computed: they
+are on their way to shared memory while blocks compute, and wait for each other.
 """
 
 from __future__ import annotations
