@@ -1,4 +1,4 @@
-"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs; and a fixture."""
+"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs; and fixtures."""
 
 import os
 
@@ -10,6 +10,8 @@ os.environ.setdefault("NPROC", "16")
 
 import hypothesis
 import pytest
+
+from tests.optimizations import optimizations
 
 # The first example of a shape compiles, which no deadline allows for.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -24,3 +26,10 @@ def clean_interpreter():
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # takes a while, and few tests need it
 
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def quick_compilation():
+    """For the same tests: most of their time is compilation, of what runs once."""
+    with optimizations(False):
+        yield

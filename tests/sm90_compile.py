@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 import jax
 from jax.experimental import topologies
 
+from tests.optimizations import optimizations
+
 _PLUGIN = "jax_plugins.xla_cuda13"
 
 # What XLA reads from the device, for an NVIDIA H200.
@@ -80,7 +82,7 @@ def missing() -> str | None:
 
 
 def compile_for_h200(fn, *avals, ptx: bool = False):
-    """Compiles fn for one H200.
+    """Compiles fn for one H200, optimized whatever is the case around it.
 
     Args:
       fn: a function of arrays, jitted here.
@@ -99,7 +101,7 @@ def compile_for_h200(fn, *avals, ptx: bool = False):
     avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), avals)
     # A new function each time: a cached compilation says nothing.
     jitted = jax.jit(lambda *args: fn(*args))
-    with tempfile.TemporaryFile() as output, _dump_to(output, ptx):
+    with tempfile.TemporaryFile() as output, _dump_to(output, ptx), optimizations(True):
         compiled = jitted.lower(*avals).compile()
         output.seek(0)
         text = output.read().decode(errors="replace")

@@ -23,7 +23,7 @@ from bipolar_jax.models.quantized_heads import QuantizedHeads
 from bipolar_jax.models.transformer import Transformer
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 
 LAYERS, LAYER = 2, 1
 BITS = [None, 8, 4]

@@ -21,7 +21,7 @@ from bipolar_jax.kernels.sm90.recovery import Recovery
 from tests.integer_products import expected_product, random_codes
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 
 
 def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.ndarray:

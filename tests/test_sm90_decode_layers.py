@@ -31,7 +31,7 @@ from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 EPS = 1e-5
 SWIGLU = Activation("silu", gated=True)
 

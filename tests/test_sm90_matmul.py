@@ -37,7 +37,7 @@ from tests.integer_products import (
 )
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 
 
 def detecting_races() -> plgpu.InterpretGPUParams:

@@ -31,7 +31,7 @@ from bipolar_jax.kernels.sm90.weight_only_shape import (
 from tests.integer_products import random_codes
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 
 FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
 _NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
