@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); fields can be overridden.")
@@ -26,6 +27,7 @@ def run(main: Callable[[ConfigDict, Path | None], None], workdir_required: bool 
     def checked(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of writing a checkpoint
         try:
             main(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
         except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -13,8 +13,8 @@ console = Console(width=None if Console().is_terminal else 120)
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the block runs; yields the function that sets how much is done.
+def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows a bar while the block runs; yields the function that sets how much is done, and what is said of it.
 
     Args:
       what: shown before the bar.
@@ -22,10 +22,16 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int]
     """
     if not console.is_terminal:
         console.print(what)
-        yield lambda done: None
+        yield lambda done, note="": console.print(f"{done}/{total} {note}") if note else None
         return
     count = [BarColumn(), MofNCompleteColumn()] if total else []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), *count, TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        *count,
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(what, total=total, note="")
+        yield lambda done, note="": progress.update(task, completed=done, **({"note": note} if note else {}))

@@ -42,17 +42,18 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         raise ValueError(f"{path} is not JSON ({error}): delete it, or choose another --workdir") from error
     if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
         raise ValueError(f"{path} is no result of this experiment: delete it, or choose another --workdir")
-    there = result["settings"]
-    other = [
-        f"{name}: {there.get(name)!r} there, {settings.get(name)!r} here"
-        for name in sorted(there | settings)
-        if there.get(name) != settings.get(name)
-    ]
-    if other:
-        raise ValueError(
-            f"{path} was measured with other settings ({'; '.join(other)}): choose another --workdir, or delete it"
-        )
+    if other := differences(result["settings"], settings):
+        raise ValueError(f"{path} was measured with other settings ({other}): choose another --workdir, or delete it")
     return result
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Settings that differ, in words; empty if none does."""
+    return "; ".join(
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there | here)
+        if there.get(name) != here.get(name)
+    )
 
 
 def save_result(

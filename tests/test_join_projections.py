@@ -55,9 +55,9 @@ def test_norms_and_activation_functions_are_computed_while_packed_layers_quantiz
     found = jax.jit(lambda model: model(ids))(model)
     prologues, call = [], Linear.__call__
 
-    def one_after_the_other(self, x, prologue=None):
+    def one_after_the_other(self, x, prologue=None, residual=None):
         prologues.append(prologue)
-        return call(self, x if prologue is None else prologue(x).astype(x.dtype))
+        return call(self, x if prologue is None else prologue(x).astype(x.dtype), residual=residual)
 
     monkeypatch.setattr(Linear, "__call__", one_after_the_other)
     expected = jax.jit(lambda model: model(ids))(model)

@@ -28,7 +28,15 @@ BELOW = {
     "models": {"format", "quantize", "packing", "kernels", "ops", "nn", "checkpoint", "extras"},
 }
 OUTSIDE = {"experiments", "configs", "tests"}
-OPTIONAL = ("safetensors", "gguf", "tokenizers", "ml_collections", "matplotlib")  # flax itself imports rich
+OPTIONAL = (
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "ml_collections",
+    "matplotlib",
+    "grain",
+    "tensorboardX",
+)  # flax itself imports rich
 
 
 def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[str]:

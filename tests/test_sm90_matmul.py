@@ -129,6 +129,47 @@ def test_no_piece_of_output_overwrites_one_on_its_way():
         assert no_races()
 
 
+@pytest.mark.parametrize(
+    ("tiling", "dtype", "staging"),
+    [
+        (Tiling(128, 128, "alternate", slots=4), jnp.bfloat16, 4),
+        (Tiling(128, 128, "alternate", slots=5), jnp.bfloat16, 3),
+        (Tiling(128, 128, "alternate", slots=6), jnp.float32, 1),
+        (Tiling(64, 128, "split_m", slots=5, cluster_m=2, cluster_n=2), jnp.float16, 2),
+        (Tiling(64, 64, "split_n", slots=3), jnp.float32, 1),
+    ],
+    ids=str,
+)
+def test_a_residual_arrives_before_its_piece_and_is_added(tiling, dtype, staging):
+    """More pieces than slots, several tiles a consumer, ragged in every direction."""
+    assert tiling.staging_slots() == staging
+    m, n, k, a_format, w_format = 300, 203, 200, BipolarFormat(1), BipolarFormat(2)
+    x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
+    residual = jnp.asarray(50 * np.random.default_rng(2).standard_normal((m, n)), dtype)
+
+    def product(residual):
+        return packed_matmul(
+            operand(x, a_format, "planes"),
+            operand(w, w_format, "planes", weights=True),
+            TokenTerms(code_sums(x), jnp.zeros(m, jnp.int32), jnp.full(m, 0.3)),
+            ColumnTerms(code_sums=code_sums(w), scale=jnp.full(n, 0.7)),
+            Recovery("planes", a_format, w_format, k, with_zero=False),
+            tiling,
+            dtype,
+            residual=residual,
+            blocks=tiling.cluster_size,
+            interpret=detecting_races(),
+        )
+
+    found = product(residual)
+    assert no_races()
+    expected = residual + product(None)
+    # In float32 the multiplication before may be contracted with the addition.
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=0, atol=3e-5 * (dtype == jnp.float32)
+    )
+
+
 def test_horners_rule_adds_every_pair_with_its_weight():
     for a_format, w_format in itertools.product(A_FORMATS, W_FORMATS):
         weights, total = {}, 0
@@ -275,7 +316,9 @@ def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
 
-def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None, offsets=False):
+def compile_product(
+    m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None, offsets=False, residual=False
+):
     a_format, w_format = BipolarFormat(a_bits), BipolarFormat(w_bits)
     recovery = Recovery(kind, a_format, w_format, k, with_zero=True)
     words = -(-k // 128) * 4 if kind == "planes" else -(-k // 32) * 8
@@ -294,8 +337,9 @@ def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, g
             )
         )
 
-    def product(x, w, tokens, columns, groups):
-        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, group_size=group_size, group_terms=groups)
+    def product(x, w, tokens, columns, groups, residual):
+        options = dict(group_size=group_size, group_terms=groups, residual=residual)
+        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, **options)
 
     _, report = sm90_compile.compile_for_h200(
         product,
@@ -304,6 +348,7 @@ def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, g
         TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
         columns,
         groups,
+        jax.ShapeDtypeStruct((m, n), dtype) if residual else None,
     )
     assert report.registers
     assert report.spill_bytes == 0
@@ -313,15 +358,16 @@ def compile_product(m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, g
 @needs_compiler
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-def test_candidates_compile_without_spills(tiling, kind):
-    compile_product(4096, 4096, 4096, 2, 2, kind, tiling)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_candidates_compile_without_spills(tiling, kind, residual):
+    compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     ("tiling", "group_size", "offsets"),
     [
-        # Offsets need registers beside those of scales, which so are compiled with half of the sizes.
+        # Offsets and residuals need registers beside those of scales, which are compiled with half of the sizes.
         *itertools.product(GROUPED_CANDIDATES, (32, 64, 128, 512), (True,)),
         *itertools.product(GROUPED_CANDIDATES[::2], (32, 128), (False,)),
         *itertools.product(GROUPED_CANDIDATES[1::2], (64, 512), (False,)),
@@ -329,7 +375,8 @@ def test_candidates_compile_without_spills(tiling, kind):
     ids=lambda value: f"{value.tile_m}x{value.tile_n}-{value.slots}" if isinstance(value, Tiling) else str(value),
 )
 def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
-    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, group_size=group_size, offsets=offsets)
+    options = dict(group_size=group_size, offsets=offsets, residual=offsets)
+    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, **options)
 
 
 @needs_compiler

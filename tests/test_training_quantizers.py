@@ -9,6 +9,7 @@ import pytest
 
 from bipolar_jax import TERNARY, BipolarFormat, DotGeneral, Precision, fake_quant, quantize
 from bipolar_jax.nn import BitSchedule, distillation_loss
+from bipolar_jax.quantize.clipping import clip_tokens
 from bipolar_jax.quantize.groups import group_lengths
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
 from bipolar_jax.quantize.stochastic import stochastic_round
@@ -265,3 +266,24 @@ def test_a_schedule_holds_each_precision_until_the_next():
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_clipped_activations_are_bounded_by_their_tokens_mean_magnitude():
+    x = jnp.asarray([[1.0, -2.0, 3.0, 6.0], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(clip_tokens(x, 1.0), [[1, -2, 3, 3], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(jax.grad(lambda x: clip_tokens(x, 1.0).sum())(x), np.ones((2, 4)))
+
+
+def test_one_bit_gets_its_least_squares_scale_from_clipping():
+    """Sign times mean magnitude, the closest that one bit comes to a token (arXiv 1603.05279, equation 6)."""
+    x = jax.random.normal(jax.random.key(0), (5, 64))
+    ones = jnp.ones((64, 1))
+    y = DotGeneral(1, 1, clip_activations=1.0)(x, ones, (((1,), (0,)), ((), ())))
+    expected = (jnp.sign(x) * jnp.mean(jnp.abs(x), axis=-1, keepdims=True)).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "a_bits"), [(0.0, 2), (float("inf"), 2), (1.0, None)])
+def test_impossible_clips_are_refused(ratio, a_bits):
+    with pytest.raises(ValueError, match="clip_activations"):
+        DotGeneral(2, a_bits, clip_activations=ratio)

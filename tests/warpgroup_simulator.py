@@ -74,6 +74,11 @@ def exchange(word, distance):
     return word[np.arange(THREADS) ^ distance]
 
 
+def from_lane(word, lane):
+    _check_convergence()
+    return word[np.arange(THREADS) // WARP * WARP + lane]
+
+
 def over_warp(kind, word):
     _check_convergence()
     reduce = {"add": np.sum, "max": np.max, "min": np.min}[kind]
@@ -338,6 +343,17 @@ def store(ptr, words):
     for i, word in enumerate(words):
         at = offsets[_active[-1]]
         data[at[:, None] + 4 * i + np.arange(4)] = word[_active[-1], None].view(np.uint8)
+
+
+def load_transposed(ptr):
+    """By the figures of the PTX ISA: every lane points to a row, and gets two numbers of a column of each matrix."""
+    _check_convergence()
+    data, offsets, _ = ptr
+    _check_addresses(ptr, 4)
+    matrices = (
+        data[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(-1, 4, 8, 8)
+    )  # [warp, matrix, row, column]
+    return [np.ascontiguousarray(matrices[:, i].transpose(0, 2, 1)).view(np.int32).reshape(-1) for i in range(4)]
 
 
 def prefetch(ptr):

@@ -43,10 +43,12 @@ class Backend(Protocol):
         a_format: BipolarFormat,
         bias: Float[Array, " n"] | None,
         prologue: Prologue | None = None,
+        residual: Float[Array, "m n"] | None = None,
     ) -> Float[Array, "m n"]:
         """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype.
 
-        Of k numbers a row, x has k, or as many as the prologue makes k of.
+        Of k numbers a row, x has k, or as many as the prologue makes k of. The residual is of x's dtype, too, and
+        added to the output.
         """
 
     def weight_only_matmul(

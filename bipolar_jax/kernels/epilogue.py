@@ -60,7 +60,9 @@ def finish(
     token_scale: Float[Array, " m"] | None,
     bias: Float[Array, " n"] | None,
     dtype: jnp.dtype,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
-    """Token scale, bias and cast."""
+    """Token scale, bias and cast; then the residual, in that dtype."""
     y = total if token_scale is None else total * token_scale[:, None]
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    y = (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    return y if residual is None else residual + y

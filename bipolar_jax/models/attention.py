@@ -15,7 +15,7 @@ from bipolar_jax.kernels.sm90.execution import default_device
 from bipolar_jax.models.alibi import alibi_bias, alibi_slopes
 from bipolar_jax.models.cache import Kept, KVCache, row_major
 from bipolar_jax.models.quantized_heads import QuantizedHeads
-from bipolar_jax.models.rope import rotate
+from bipolar_jax.models.rope import Tables, rotate
 
 # Positions whose values are summed by themselves, and their sums after: one sum over all has too few columns to fill a
 # GPU, and XLA, which knows, rather writes all products to memory. Compiled for the H200, 32 and 128 gave it no less.
@@ -82,20 +82,22 @@ def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array,
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
 
 
-def split_heads(projected: Projected, kv_heads: int) -> tuple[Heads, Heads, Heads]:
-    """Queries, keys and values."""
+def rotated_heads(projected: Projected, kv_heads: int, tables: Tables | None) -> tuple[Heads, Heads, Heads]:
+    """Queries, keys and values, the first two rotated if there are tables."""
     if len(projected) == 3:
-        return projected
-    (whole,) = projected
-    heads = whole.shape[2] - 2 * kv_heads
-    return tuple(jnp.split(whole, (heads, heads + kv_heads), axis=2))
+        q, k, v = projected
+    else:
+        (whole,) = projected
+        heads = whole.shape[2] - 2 * kv_heads
+        q, k, v = jnp.split(whole, (heads, heads + kv_heads), axis=2)
+    return (q, k, v) if tables is None else (rotate(q, tables), rotate(k, tables), v)
 
 
 def attend_to_cache(
     projected: Projected,
     cache: KVCache,
     layer: Int[Array, ""],
-    tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None = None,
+    tables: Tables | None = None,
     *,
     alibi: bool = False,
 ) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
@@ -137,9 +139,7 @@ def _attend_on_sm90(projected: Projected, cache: KVCache, layer, tables, alibi: 
 
 
 def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
-    q, k, v = split_heads(projected, jax.tree.leaves(cache.keys)[0].shape[2])
-    if tables is not None:
-        q, k = rotate(q, tables), rotate(k, tables)
+    q, k, v = rotated_heads(projected, cache.kv_heads, tables)
     cache = cache.write(layer, k, v)
     bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
     return decode_attention(q, *cache.read(layer), cache.lengths, bias=bias), cache

@@ -55,7 +55,7 @@ class KVCache:
     def empty(
         cls, shape: tuple[int, int, int, int, int], dtype: jnp.dtype, bits: int | None, lengths: Int[Array, " batch"]
     ) -> KVCache:
-        """Room for keys and values; `lengths` says how many positions `write_prompts` will fill.
+        """Room for keys and values, whatever numbers are there: `write_prompts` is to fill every layer of it.
 
         Args:
           shape: layers, batch, kv_heads, capacity, head_dim.
@@ -67,18 +67,22 @@ class KVCache:
           ValueError: other bits, or an odd head_dim with 4.
         """
 
+        def heads():
+            numbers = jnp.zeros(shape, dtype)
+            return numbers if bits is None else QuantizedHeads.quantize(numbers, bits)
+
         def room():
-            heads = jnp.zeros(shape, dtype)
-            return heads if bits is None else QuantizedHeads.quantize(heads, bits)
+            return jax.tree.map(lambda leaf: row_major(jax.lax.empty(leaf.shape, leaf.dtype)), jax.eval_shape(heads))
 
-        def zeros():
-            return jax.tree.map(lambda leaf: row_major(jnp.zeros(leaf.shape, leaf.dtype)), jax.eval_shape(room))
-
-        return cls(zeros(), zeros(), lengths)
+        return cls(room(), room(), lengths)
 
     @property
     def capacity(self) -> int:
         return _positions(self.keys)
+
+    @property
+    def kv_heads(self) -> int:
+        return jax.tree.leaves(self.keys)[0].shape[2]
 
     @property
     def bits(self) -> int | None:
@@ -96,7 +100,7 @@ class KVCache:
         keys: Float[Array, "batch length kv_heads head_dim"],
         values: Float[Array, "batch length kv_heads head_dim"],
     ) -> KVCache:
-        """Stores the first `length` positions of every sequence, in place where XLA may.
+        """Fills a layer, in place where XLA may: the first `length` positions of every sequence, then zeros.
 
         Raises:
           ValueError: there are more positions than the cache has.
@@ -107,7 +111,9 @@ class KVCache:
             )
 
         def put(rows, prompts):
-            return row_major(jax.lax.dynamic_update_slice(rows, prompts[None], (layer,) + (0,) * prompts.ndim))
+            filler = [(0, rows.shape[axis + 1] - size) for axis, size in enumerate(prompts.shape)]
+            filled = jnp.pad(prompts, filler)[None]
+            return row_major(jax.lax.dynamic_update_slice(rows, filled, (layer,) + (0,) * prompts.ndim))
 
         # Left to choose, XLA computes them in the order of the cache, too, and transposes them for attention.
         keys, values = row_major(keys), row_major(values)

@@ -16,7 +16,7 @@ from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Embed, Linear, quantize_model
+from bipolar_jax.nn import Embed, Linear, LinearGeneral, quantization_aware, quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
 
@@ -39,7 +39,7 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
     precisions = {
         "/".join(map(str, keys)): _describe(layer)
         for keys, layer in nnx.iter_modules(model)
-        if isinstance(layer, Linear | Embed)
+        if isinstance(layer, Linear | LinearGeneral | Embed)
     }
     user = {
         "source": source,
@@ -69,10 +69,9 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
         raise ValueError(f"{path} holds packed arrays but no model: read it with bipolar_jax.load")
     config = TransformerConfig.from_dict(user["config"])
     stored = _flatten(load(path, bits))
-    rules = [(f"^{re.escape(layer)}$", _precision(described, bits)) for layer, described in user["precisions"].items()]
     param_dtype = jnp.dtype(user["param_dtype"])
     abstract = nnx.eval_shape(
-        lambda: quantize_model(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), rules)
+        lambda: _packed(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), user["precisions"], bits)
     )
     graph, state = nnx.split(abstract)
     expected = {"/".join(map(str, keys)): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
@@ -82,16 +81,38 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
     return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]))
 
 
-def _describe(layer: Linear | Embed) -> dict[str, Any]:
+def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:
+    """The model with layers of the kinds and layouts that `_describe` found."""
+    ways = [described["trained"] for described in precisions.values() if "trained" in described]
+    for index, way in enumerate(ways):
+        if way in ways[:index]:
+            continue
+        rules = [
+            (f"^{re.escape(path)}$", _precision(described, bits))
+            for path, described in precisions.items()
+            if described.get("trained") == way
+        ]
+        model = quantization_aware(model, rules, **way)
+    rules = [(f"^{re.escape(path)}$", _precision(described, bits)) for path, described in precisions.items()]
+    return quantize_model(model, rules)
+
+
+def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
     precision = layer.precision
     number_format = as_format(precision.w_bits)
-    return {
+    described = {
         "bits": number_format.bits,
         "ternary": number_format.ternary,
         "a_bits": precision.a_bits,
         "group_size": precision.group_size,
         "calibration": precision.calibration,
     }
+    if isinstance(layer, LinearGeneral):  # what was trained with DotGeneral
+        described["trained"] = {
+            "learned_steps": layer.learned_steps,
+            "clip_activations": layer.dot_general.clip_activations,
+        }
+    return described
 
 
 def _precision(described: dict[str, Any], bits: int | None) -> Precision:

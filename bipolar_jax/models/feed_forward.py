@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.norm import Norm, project
+from bipolar_jax.models.norm import Norm, project, project_onto
 from bipolar_jax.nn import Linear
 from bipolar_jax.ops import Activation
 
@@ -22,7 +22,7 @@ def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
@@ -34,15 +34,18 @@ class SwiGLU(nnx.Module):
         if hasattr(self, "gate_up_proj"):  # see `join_projections`
             (whole,) = project([self.gate_up_proj], norm, x)
             if isinstance(self.down_proj, Linear):
-                return self.down_proj(whole, Activation("silu", gated=True))
+                return project_onto(x, self.down_proj, whole, Activation("silu", gated=True))
             gate, up = jnp.split(whole, 2, axis=-1)
         else:
             gate, up = project([self.gate_proj, self.up_proj], norm, x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return project_onto(x, self.down_proj, jax.nn.silu(gate) * up)
 
 
 class MLP(nnx.Module):
-    """down(activation(up(norm(x)))); ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (2211.05100)."""
+    """x + down(activation(up(norm(x)))).
+
+    ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (arXiv 2211.05100).
+    """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
@@ -53,5 +56,5 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
         (up,) = project([self.up_proj], norm, x)
         if isinstance(self.down_proj, Linear):
-            return self.down_proj(up, self.activation)
-        return self.down_proj(self.activation(up).astype(up.dtype))
+            return project_onto(x, self.down_proj, up, self.activation)
+        return project_onto(x, self.down_proj, self.activation(up).astype(up.dtype))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.nn import Linear
-from bipolar_jax.ops import LayerNorm, RMSNorm
+from bipolar_jax.ops import LayerNorm, Prologue, RMSNorm
 
 Norm = nnx.RMSNorm | nnx.LayerNorm
 
@@ -35,6 +35,16 @@ def project(
     normalized = norm(x) if any(not isinstance(layer, Linear) for layer in layers) else None
     prologue = as_prologue(norm)
     return [layer(x, prologue) if isinstance(layer, Linear) else layer(normalized) for layer in layers]
+
+
+def project_onto(
+    residual: Float[Array, "*batch out"],
+    layer: nnx.Linear | Linear,
+    x: Float[Array, "*batch columns"],
+    prologue: Prologue | None = None,
+) -> Float[Array, "*batch out"]:
+    """residual + layer(x): packed layers add it while they finish their product, and take a prologue."""
+    return layer(x, prologue, residual) if isinstance(layer, Linear) else residual + layer(x)
 
 
 def as_prologue(norm: Norm) -> RMSNorm | LayerNorm:

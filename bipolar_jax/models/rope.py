@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 
+# Cosines and sines of every position.
+Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+
 
 def rope_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
     """Rotary frequencies in radians per position, and the factor on cos and sin.
@@ -65,9 +68,7 @@ def _yarn_frequencies(base: np.ndarray, scaling: RopeScaling, config: Transforme
     return ramp * base / scaling.factor + (1 - ramp) * base, attention_factor
 
 
-def rope_tables(
-    config: TransformerConfig, positions: Int[Array, "batch length"]
-) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+def rope_tables(config: TransformerConfig, positions: Int[Array, "batch length"]) -> Tables:
     """Cosine and sine tables, float32, for the given positions."""
     frequencies, attention_factor = rope_frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
@@ -75,8 +76,7 @@ def rope_tables(
 
 
 def rotate(
-    x: Float[Array, "batch length heads head_dim"],
-    tables: tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]],
+    x: Float[Array, "batch length heads head_dim"], tables: Tables
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotates the pairs (i, i + head_dim // 2) of every head; computes in float32."""
     cos, sin = (table[:, :, None, :] for table in tables)

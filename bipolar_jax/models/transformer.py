@@ -18,16 +18,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.alibi import alibi_bias
-from bipolar_jax.models.attention import Heads, Projected, attend_to_cache, causal_attention, split_heads
+from bipolar_jax.models.attention import (
+    Heads,
+    Projected,
+    attend_to_cache,
+    causal_attention,
+    rotated_heads,
+)
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
-from bipolar_jax.models.norm import Norm, make_norm, project
-from bipolar_jax.models.rope import rope_tables, rotate
+from bipolar_jax.models.norm import Norm, make_norm, project, project_onto
+from bipolar_jax.models.rope import Tables, rope_tables
 
 Attend = Callable[..., Heads]  # of what `attention.Projected` has
-Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -44,7 +49,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
+    """x + grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -66,7 +71,7 @@ class Attention(nnx.Module):
         joined = hasattr(self, "qkv_proj")  # see `join_projections`
         projections = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
         context = attend(*map(heads, project(projections, norm, x)))
-        return self.o_proj(context.reshape(*context.shape[:2], -1))
+        return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
@@ -80,8 +85,7 @@ class DecoderLayer(nnx.Module):
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
-        x = x + self.attention(x, self.attention_norm, attend)
-        return x + self.ffn(x, self.ffn_norm)
+        return self.ffn(self.attention(x, self.attention_norm, attend), self.ffn_norm)
 
 
 class Transformer(nnx.Module):
@@ -187,9 +191,7 @@ class Transformer(nnx.Module):
         bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
 
         def attend(projected, cache, index):
-            q, k, v = split_heads(projected, self.config.num_kv_heads)
-            if tables is not None:
-                q, k = rotate(q, tables), rotate(k, tables)
+            q, k, v = rotated_heads(projected, self.config.num_kv_heads, tables)
             if cache is not None:
                 cache = cache.write_prompts(index, k, v)
             return causal_attention(q, k, v, bias=bias), cache

@@ -17,6 +17,7 @@ from bipolar_jax.ops.trainable_matmul import GradientPrecision, fenced_matmul, t
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
 from bipolar_jax.quantize.calibration import Calibration
+from bipolar_jax.quantize.clipping import check_clip, clip_tokens
 from bipolar_jax.quantize.groups import check_group_size, num_groups
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
 from bipolar_jax.quantize.rounding import check_finite, check_float
@@ -53,6 +54,8 @@ class DotGeneral:
       calibration: see `quantize`.
       weight_norm: None, "center" or "standardize", see `normalize_weights`.
       clip_gradient: whether weights beyond the grid get no gradient, see `fake_quant`.
+      clip_activations: bounds activations by so many times their token's mean magnitude before
+        they are quantized, see `clip_tokens`; None does not.
       gradient: precision of the backward pass.
       weights: which operand is the weights, "rhs" or "lhs".
       implementation: the backend of `bipolar_jax.matmul`.
@@ -67,6 +70,7 @@ class DotGeneral:
     calibration: Calibration = "absmax"
     weight_norm: WeightNorm | None = None
     clip_gradient: bool = True
+    clip_activations: float | None = None
     gradient: GradientPrecision = GradientPrecision()  # noqa: RUF009 - frozen
     weights: Literal["rhs", "lhs"] = "rhs"
     implementation: str = "auto"
@@ -74,6 +78,11 @@ class DotGeneral:
     def __post_init__(self):
         object.__setattr__(self, "w_bits", self.precision.w_bits)  # checks all that a Precision has
         check_weight_norm(self.weight_norm)
+        check_clip(self.clip_activations)
+        if self.clip_activations is not None and self.a_bits is None:
+            raise ValueError(
+                f"clip_activations={self.clip_activations} has no meaning for float activations: give a_bits"
+            )
         check_implementation(self.implementation)
         if self.weights not in ("rhs", "lhs"):
             raise ValueError(f'weights must be "rhs" or "lhs", got {self.weights!r}')
@@ -144,7 +153,7 @@ class DotGeneral:
         contraction = Contraction.of(lhs.shape, rhs.shape, dimension_numbers)
         w = contraction.fold_w(rhs)
         y = trainable_matmul(
-            contraction.fold_x(lhs).astype(jnp.promote_types(lhs.dtype, result.dtype)),
+            self._rows(contraction.fold_x(lhs), result.dtype),
             self.fake_quant(w, step_size),
             self.pack(w, step_size),
             self.a_bits,
@@ -181,13 +190,18 @@ class DotGeneral:
         """
 
         def product(x, packed):
-            rows = contraction.fold_x(x).astype(jnp.promote_types(x.dtype, dtype))
+            rows = self._rows(contraction.fold_x(x), dtype)
             y = fenced_matmul(rows, packed, self.a_bits, self.implementation)
             return contraction.unfold(y.astype(dtype))
 
         if out_sharding is not None:
             product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
         return product(x, packed)
+
+    def _rows(self, x, dtype):
+        """Tokens as the product takes them."""
+        rows = x.astype(jnp.promote_types(x.dtype, dtype))
+        return rows if self.clip_activations is None else clip_tokens(rows, self.clip_activations)
 
     def pack(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None

@@ -66,13 +66,17 @@ class Linear(nnx.Module):
         return packed
 
     def __call__(
-        self, x: Float[Array, "*batch columns"], prologue: Prologue | None = None
+        self,
+        x: Float[Array, "*batch columns"],
+        prologue: Prologue | None = None,
+        residual: Float[Array, "*batch out"] | None = None,
     ) -> Float[Array, "*batch out"]:
         """Output in x's dtype. Raises as `bipolar_jax.matmul`.
 
         Args:
           x: `in_features` numbers a token, or as many as the prologue makes `in_features` of.
           prologue: a norm or an activation function of x, computed while x is quantized.
+          residual: added to the output, in whose dtype it is.
         """
         return matmul(
             x,
@@ -80,5 +84,6 @@ class Linear(nnx.Module):
             self.precision.a_bits,
             bias=None if self.bias is None else self.bias[...],
             prologue=prologue,
+            residual=residual,
             implementation=self.implementation,
         )

@@ -28,6 +28,7 @@ class LinearGeneral(nnx.Module):
       bias: `nnx.Param` (*batch, *out_features), or None.
       dot_general: the activations' bits and the backend.
       precision: what the kernel was quantized to, and the activation bits.
+      learned_steps: whether its scales are step sizes that were trained, which have no offsets.
       batch_shape, in_features, out_features: sizes of the float kernel's axes.
       axis, batch_axis: those of the input that are contracted, and shared with the kernel.
     """
@@ -51,6 +52,7 @@ class LinearGeneral(nnx.Module):
         self.kernel = Packed(trained.dot_general.pack(folded_kernel(layer, kernel), trained.step_size))
         self.bias = nnx.data(layer.bias)
         self.dot_general = trained.dot_general
+        self.learned_steps = trained.step_size is not None
         self.dtype = layer.dtype
         self.kernel_dtype = layer.kernel[...].dtype
         self.promote_dtype = layer.promote_dtype

@@ -27,6 +27,7 @@ def matmul(
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
     prologue: Prologue | None = None,
+    residual: Float[Array, "*batch n"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch n"]:
     """x @ w, with x quantized to `a_bits` per token on the way.
@@ -37,9 +38,9 @@ def matmul(
     Every row of x (token) is rounded to the a-bit grid that spans from its smallest to its
     largest number, zero included (one bit: to plus or minus its largest magnitude); see
     `kernels.activations`. The integer product of the values is exact; scales, offsets and
-    bias follow in float32, and the result is cast to x's dtype. NaN or Inf in a row of x
-    makes that row of the result NaN or Inf; a row whose numbers are all below 2^-126 times
-    the largest value counts as zeros.
+    bias follow in float32, and the result is cast to x's dtype, in which a residual is added.
+    NaN or Inf in a row of x makes that row of the result NaN or Inf; a row whose numbers are
+    all below 2^-126 times the largest value counts as zeros.
 
     The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset,
     the function differentiated is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias:
@@ -47,7 +48,8 @@ def matmul(
     - dx = g @ w^T, as if x had not been quantized;
     - dscale and doffset are those of w^, multiplied with x^;
     - the packed bits have no gradient (float0);
-    - with a prologue, dx as above is that of prologue(x), which is differentiated as it is.
+    - with a prologue, dx as above is that of prologue(x), which is differentiated as it is;
+    - the residual's is g.
 
     Over several devices, call it within `jax.shard_map`: a GPU kernel is one operation to XLA, which under
     a plain `jit` gathers sharded operands and repeats it on every device.
@@ -61,6 +63,7 @@ def matmul(
       bias: added to every row; with or without w's batch axes.
       prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, their vectors of shape (k,), or
         with w's batch axes before it.
+      residual: added to the result while it is made, of its shape and dtype.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
@@ -72,17 +75,17 @@ def matmul(
       NotImplementedError: the backend asked for cannot serve these operands.
     """
     x = jnp.asarray(x)
-    bias = None if bias is None else jnp.asarray(bias)
+    bias, residual = (None if array is None else jnp.asarray(array) for array in (bias, residual))
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
-    check_operands(x, w, a_format, bias, prologue)
+    check_operands(x, w, a_format, bias, prologue, residual)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
     product = functools.partial(_rows_matmul, static)
     vectors = (bias, prologue)
     axes = jax.tree.map(lambda vector: None if vector.ndim == 1 else 0, vectors)
     for _ in range(w.ndim - 2):
-        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, *axes))
-    return product(x, w.scale, w.offset, w.planes, w.row_sums, *vectors)
+        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, 0, *axes))
+    return product(x, residual, w.scale, w.offset, w.planes, w.row_sums, *vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +105,11 @@ class _Static:
 
 
 def _rows_matmul(static, *operands):
-    x, *others = vary_alike(operands)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    product = _matmul(static, rows, *others)
+    x, residual, *others = vary_alike(operands)
+    m = math.prod(x.shape[:-1])
+    rows = x.reshape(m, x.shape[-1])
+    residual = None if residual is None else residual.reshape(m, residual.shape[-1])
+    product = _matmul(static, rows, residual, *others)
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
@@ -129,14 +134,16 @@ def _varying_axes(leaf) -> frozenset:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static: _Static, x, scale, offset, planes, row_sums, bias, prologue):
+def _matmul(static: _Static, x, residual, scale, offset, planes, row_sums, bias, prologue):
     w = static.weights(scale, offset, planes, row_sums)
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
             x = _contracted(prologue, x).astype(x.dtype)
-            return dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
+            product = dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
+            return product if residual is None else residual + product
         return dispatch(
-            static.implementation, lambda backend: backend.quantized_matmul(x, w, static.a_format, bias, prologue)
+            static.implementation,
+            lambda backend: backend.quantized_matmul(x, w, static.a_format, bias, prologue, residual),
         )
 
 
@@ -150,7 +157,8 @@ def _forward(static, *operands):
 
 
 def _backward(static, operands, cotangent):
-    x, scale, offset, planes, row_sums, bias, prologue = operands
+    x, residual, scale, offset, planes, row_sums, bias, prologue = operands
+    dresidual = None if residual is None else cotangent
     w = static.weights(scale, offset, planes, row_sums)
     cotangent = cotangent.astype(jnp.float32)
     x_hat, pull_back = jax.vjp(_contracted, prologue, x)
@@ -164,14 +172,14 @@ def _backward(static, operands, cotangent):
     dscale = jnp.sum(dw * values, axis=-1)
     doffset = None if offset is None else jnp.sum(dw, axis=-1)
     dbias = None if bias is None else jnp.sum(cotangent, axis=0).astype(bias.dtype)
-    return dx, dscale, doffset, None, None, dbias, dprologue
+    return dx, dresidual, dscale, doffset, None, None, dbias, dprologue
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def check_operands(x, w, a_format, bias, prologue=None) -> None:
-    """Raises ValueError unless x, bias and prologue fit w, and the product fits int32."""
+def check_operands(x, w, a_format, bias, prologue=None, residual=None) -> None:
+    """Raises ValueError unless x, bias, prologue and residual fit w, and the product fits int32."""
     if not isinstance(w, BipolarArray):
         raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")
@@ -196,6 +204,11 @@ def check_operands(x, w, a_format, bias, prologue=None) -> None:
         )
     if bias is not None and bias.shape not in ((n,), (*w_batch, n)):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, w of shape {w.shape} needs {(*w_batch, n)} or {(n,)}")
+    if residual is not None and (residual.shape, residual.dtype) != ((*x.shape[:-1], n), x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype.name} of shape {tuple(residual.shape)}, the product "
+            f"{x.dtype.name} of shape {(*x.shape[:-1], n)}: they must be the same"
+        )
     if a_format is not None:
         terms = min(k, w.group_size or k)
         if terms > w.format.max_contraction(a_format):

@@ -48,6 +48,7 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
     tokens = quantize_tokens(x, a_format, prologue)
@@ -60,7 +61,7 @@ def quantized_matmul(
         total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], w.scale[:, g])
         if w.offset is not None:
             total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), w.offset[:, g])
-    return epilogue.finish(total, tokens.scale, bias, x.dtype)
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:

@@ -1,4 +1,4 @@
-"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; attention of one token; whole layers.
+"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; attention of one token, whole layers.
 
 Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
 second, and not every platform's jaxlib has it.
@@ -25,9 +25,9 @@ def integer_matmul(codes, w, a_format):
     return _operations().integer_matmul(codes, w, a_format)
 
 
-def quantized_matmul(x, w, a_format, bias, prologue=None):
+def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None):
     """See `operations.quantized_matmul`."""
-    return _operations().quantized_matmul(x, w, a_format, bias, prologue)
+    return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual)
 
 
 def weight_only_matmul(x, w, bias):

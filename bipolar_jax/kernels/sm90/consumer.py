@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.epilogue import GroupTerms, add_group, finish, finish_grouped
+from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
 from bipolar_jax.kernels.sm90.work import Work
 
-_ROOMY_TILE = 128 * 128  # up to here a consumer has as many registers for its epilogue as for the accumulator
 
+def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty):
+    """Multiplies and finishes this consumer's tiles.
 
-def consume(work: Work, out, staging, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty):
-    """Multiplies and finishes this consumer's tiles; see `producer.produce` for what it shares with it."""
+    Args:
+      work: the static side.
+      out: [m, n] in memory.
+      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output.
+      residual: [m, n] in memory, and barriers of all consumers' staging slots, in which it arrives; or None.
+      **shared: with the producer, see `producer.produce`.
+    """
     tiling = work.tiling
     me = lax.axis_index("warpgroup")
     # This consumer's part of a block's tile.
@@ -43,6 +50,19 @@ def consume(work: Work, out, staging, *, tiles, group_terms, terms, full, empty,
     def tile(turn, carry):
         index = first + turn * work.tiles_at_a_time
         step = index * work.steps_per_tile
+        m_start, n_start = work.origin(index)
+        tile_rows = pl.ds(m_start + rows.start, rows.size)
+        tile_columns = pl.ds(n_start + columns.start, columns.size)
+        pieces = OutputPieces(tiling.tile_m, tiling.tile_n, staging.at[me], out.at[tile_rows, tile_columns])
+        if residual is not None:
+            source, arrived = residual
+            slots = staging.shape[1]
+            pieces = dataclasses.replace(
+                pieces,
+                residual=source.at[tile_rows, tile_columns],
+                arrived=[arrived.at[me * slots + slot] for slot in range(slots)],
+            )
+        pieces.start()
         total = mainloop(
             work,
             step,
@@ -57,7 +77,6 @@ def consume(work: Work, out, staging, *, tiles, group_terms, terms, full, empty,
             release=release,
         )
         with jax.named_scope("epilogue"):
-            m_start, n_start = work.origin(index)
             buffer = work.buffer(index)
             plgpu.barrier_wait(terms_full.at[buffer])
             _store(
@@ -67,8 +86,7 @@ def consume(work: Work, out, staging, *, tiles, group_terms, terms, full, empty,
                     jax.tree.map(lambda ref, part=part: ref.at[buffer, part], some)
                     for some, part in zip(terms, (rows, columns), strict=True)
                 ],
-                staging.at[me],
-                out.at[pl.ds(m_start + rows.start, rows.size), pl.ds(n_start + columns.start, columns.size)],
+                pieces,
             )
 
             @pl.when(index + work.tiles_at_a_time < work.my_tiles())
@@ -158,44 +176,26 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
     return total
 
 
-def _store(work: Work, total, terms, staging, out):
-    """Finishes a tile piece by piece, 64 rows of 128 bytes each.
+def _store(work: Work, total, terms, pieces: OutputPieces):
+    """Finishes a tile piece by piece.
 
     Args:
       work: the static side.
       total: [tile_m, tile_n], what the mainloop summed.
       terms: of tokens and columns, refs [tile_m] and [tile_n] in shared memory.
-      staging: [slots, 64, width] in shared memory.
-      out: [tile_m, tile_n] in memory.
+      pieces: where they go.
     """
-    tile_m, tile_n = total.shape
-    slots, height, width = staging.shape
     tokens, columns = terms
-    # All rows at once read the columns' terms once, but need registers for all their numbers.
-    rows_at_once = tile_m if tile_m * tile_n <= _ROOMY_TILE else height
-    pieces = 0
-    for row, column in itertools.product(range(0, tile_m, rows_at_once), range(0, tile_n, width)):
-        part = (pl.ds(row, rows_at_once), pl.ds(column, width))
+    for number, (row, column) in enumerate(pieces.groups()):
+        part = (pl.ds(row, pieces.rows_at_once), pl.ds(column, pieces.width))
         # finished: [rows_at_once, width]
         finished = (finish if work.group_size is None else finish_grouped)(
             plgpu.layout_cast(
-                lax.slice(total, (row, column), (row + rows_at_once, column + width)), plgpu.Layout.WGMMA
+                lax.slice(total, (row, column), (row + pieces.rows_at_once, column + pieces.width)), plgpu.Layout.WGMMA
             ),
             work.recovery,
             jax.tree.map(lambda ref, part=part: ref.at[part[0]], tokens),
             jax.tree.map(lambda ref, part=part: ref.at[part[1]], columns),
             work.dtype,
         )
-        # Small pieces, each on its way before the next is made: larger ones were measured to be slower.
-        for inner in range(0, rows_at_once, height):
-            slot = pieces % slots
-            # What was in this slot must have been read: by the tile before, which may have ended in any
-            # slot, or by the piece that had it `slots` pieces ago.
-            if pieces == 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            elif pieces >= slots:
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            staging[slot] = lax.slice(finished, (inner, 0), (inner + height, width))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + inner, height), part[1]])
-            pieces += 1
+        pieces.store(number, finished)

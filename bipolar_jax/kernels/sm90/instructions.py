@@ -1,9 +1,9 @@
-"""What a thread of the row quantizer can do: a thin layer over MLIR and PTX.
+"""What a thread can do: a thin layer over MLIR and PTX.
 
 Values are MLIR values of type i32 or f32; conditions are i1, and a "word" is an i32 of which
 only the bits count. Whatever rounds says how: the compiler contracts and reorders none of it.
-The quantizer is written in these functions alone, so that tests can run it with others in their
-place that compute the same for the 128 threads of a warpgroup in numpy.
+What is written in these functions alone tests can run with others in their place, which compute
+the same for the 128 threads of a warpgroup in numpy.
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ def exchange(word: Value, distance: int) -> Value:
     """The word of the lane whose index differs in the bit `distance`; all lanes of the warp take part."""
     ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
     return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
+def from_lane(word: Value, lane: Value) -> Value:
+    """The word of another lane; all lanes of the warp take part."""
+    ptx = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+    return inline_ptx(ptx, word, lane, result_types=i32_type(), has_side_effects=True, convergent=True)
 
 
 def over_warp(kind: str, word: Value) -> Value:
@@ -327,6 +333,16 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word, int32(i))
     llvm.store(vector, ptr, alignment=4 * len(words))
+
+
+def load_transposed(ptr: Pointer) -> list[Value]:
+    """Four matrices of 8 x 8 numbers of 16 bits in shared memory, each transposed; all lanes take part.
+
+    Lane 8 i + r points to row r of matrix i, 16 bytes. Word i of lane 4 c + q holds numbers 2 q and 2 q + 1 of column c
+    of matrix i.
+    """
+    ptx = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    return list(inline_ptx(ptx, ptr, result_types=(i32_type(),) * 4, has_side_effects=True, convergent=True))
 
 
 def prefetch(ptr: Pointer) -> None:

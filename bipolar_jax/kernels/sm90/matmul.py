@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
@@ -35,11 +35,12 @@ GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
 
 
 class _Sources(NamedTuple):
-    """What the producer loads, refs in memory."""
+    """What is loaded, refs in memory: by the producer, and the residual by the consumers."""
 
     operands: tuple[Any, Any]
     group_terms: Any
     terms: tuple[TokenTerms, ColumnTerms]
+    residual: Any
 
 
 def packed_matmul(
@@ -53,6 +54,7 @@ def packed_matmul(
     *,
     group_size: int | None = None,
     group_terms: GroupTerms | None = None,
+    residual: Float[Array, "m n"] | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
@@ -70,6 +72,7 @@ def packed_matmul(
       dtype: of the output: float32, bfloat16, float16, or int32.
       group_size: elements of K that share a scale, one of GROUP_SIZES; for bytes only.
       group_terms: of every group, if there is a group_size.
+      residual: added to the output, in `dtype`, after the cast.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -90,11 +93,13 @@ def packed_matmul(
     group_terms, tokens, columns = jax.tree.map(
         lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), (group_terms, tokens, columns)
     )
-    sources = _Sources((x_words, w_words), group_terms, (tokens, columns))
+    # What TMA stores, and loads, has rows of whole 16 bytes.
+    columns_unit = _TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
+    if residual is not None:
+        residual = fill_up(residual.astype(dtype), columns_unit)
+    sources = _Sources((x_words, w_words), group_terms, (tokens, columns), residual)
     scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)
-    # What TMA stores has rows of whole 16 bytes.
-    columns_unit = _TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
     out = plgpu.kernel(
         functools.partial(_kernel, work, tree),
         out_type=jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype),
@@ -128,9 +133,13 @@ def _scratch(work: Work, sources: _Sources) -> dict:
     tiling.check(group_bytes)
     if work.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
-    return dict(
+    staging_slots = tiling.staging_slots(group_bytes)
+    scratch = {}
+    if sources.residual is not None:
+        scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
+    return scratch | dict(
         staging=plgpu.SMEM(
-            (tiling.consumers, tiling.staging_slots(group_bytes), ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
+            (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
             work.dtype,
             transforms=STAGING_TRANSFORMS,
         ),
@@ -168,17 +177,19 @@ def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
     )
 
 
-def _kernel(work: Work, tree, *sources_and_out, staging, **shared):
+def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **shared):
     *sources, out = sources_and_out
+    sources = jax.tree.unflatten(tree, sources)
     warpgroup = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = WARPGROUP_REGISTERS[work.tiling.consumers]
 
     @pl.when(warpgroup == work.tiling.consumers)
     def _():
         plgpu.set_max_registers(producer_registers, action="decrease")
-        produce(work, jax.tree.unflatten(tree, sources), **shared)
+        produce(work, sources, **shared)
 
     @pl.when(warpgroup < work.tiling.consumers)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
-        consume(work, out, staging, **shared)
+        residual = None if residual_full is None else (sources.residual, residual_full)
+        consume(work, out, staging, residual, **shared)

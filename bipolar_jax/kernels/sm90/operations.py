@@ -56,6 +56,7 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`.
 
@@ -67,7 +68,7 @@ def quantized_matmul(
     """
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
-    return tokens_matmul(tokens, w, a_format, bias, x.dtype)
+    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual)
 
 
 def tokens_matmul(
@@ -76,6 +77,7 @@ def tokens_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     dtype: jnp.dtype,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """The product of activations that `quantize_and_pack` quantized, [m, n] in `dtype`.
 
@@ -84,7 +86,8 @@ def tokens_matmul(
       w: packed weights [k, n].
       a_format: of the tokens.
       bias: added to every row.
-      dtype: of the output.
+      dtype: of the output, and of the residual.
+      residual: added to the output.
 
     Raises:
       NotImplementedError: groups of other sizes than GROUP_SIZES.
@@ -94,9 +97,9 @@ def tokens_matmul(
     operands = (tokens.words, weight_words(w, choice.kind))
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
     if w.num_groups == 1:
-        return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype)
+        return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype, residual)
     if isinstance(choice.tiling, DecodeTiling):
-        return decode_matmul(
+        product = decode_matmul(
             *operands,
             terms,
             ColumnTerms(bias=None if bias is None else bias.astype(jnp.float32)),
@@ -106,6 +109,7 @@ def tokens_matmul(
             tiling=choice.tiling,
             interpret=interpret_params(),
         )
+        return _added(residual, product)
     return packed_matmul(
         *operands,
         terms,
@@ -115,6 +119,7 @@ def tokens_matmul(
         dtype,
         group_size=w.group_size,
         group_terms=_group_terms(w, tokens, recovery),
+        residual=residual,
         interpret=interpret_params(),
     )
 
@@ -127,10 +132,19 @@ def multiply_words(
     columns: ColumnTerms,
     recovery: Recovery,
     dtype: jnp.dtype,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Array:
-    """The product [m, n] by the kernel whose tiling it is: `decode_matmul` or `packed_matmul`."""
-    matmul = decode_matmul if isinstance(tiling, DecodeTiling) else packed_matmul
-    return matmul(x_words, w_words, tokens, columns, recovery, dtype=dtype, tiling=tiling, interpret=interpret_params())
+    """The product [m, n] by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual."""
+    operands = (x_words, w_words, tokens, columns, recovery)
+    options = {"dtype": dtype, "interpret": interpret_params()}
+    if isinstance(tiling, DecodeTiling):
+        return _added(residual, decode_matmul(*operands, tiling=tiling, **options))
+    return packed_matmul(*operands, tiling=tiling, residual=residual, **options)
+
+
+def _added(residual: Float[Array, "m n"] | None, product: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Few tokens' residual is added by XLA: it is a few numbers beside the weights."""
+    return product if residual is None else residual + product
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:

@@ -41,6 +41,7 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
+    residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """See `Backend.quantized_matmul`."""
     tokens = quantize_tokens(x, a_format, prologue)
@@ -59,7 +60,7 @@ def quantized_matmul(
     offsets = None if w.offset is None else w.offset.T
     total = _zeros(w.row_sums, x.shape[0])
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
-    return epilogue.finish(total, tokens.scale, bias, x.dtype)
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:

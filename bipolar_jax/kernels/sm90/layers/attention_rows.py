@@ -1,4 +1,4 @@
-"""What of attention is written for threads: pairs of rows, sums over rows, partial results put together."""
+"""What of attention is written for threads, as functions of arrays: scores, sums of values, partial results joined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -15,31 +14,33 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers import attention_threads as threads
+from bipolar_jax.kernels.sm90.layers.exchange import in_order
 from bipolar_jax.kernels.sm90.layers.registers import (
-    ALONG_COLUMNS,
     ALONG_ROWS,
     MATRIX,
-    PART,
-    PART_ELEMENTS,
     SPLAT,
+    VECTOR,
     WARPS,
-    as_part,
-    element,
     in_register,
     lane_and_warp,
+    numbers_of,
+    only_word,
     thread_index,
     word_of,
 )
-from bipolar_jax.kernels.sm90.row_threads import tree
+from bipolar_jax.kernels.sm90.row_threads import WARPGROUP
 
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
+_QUERY_WORDS = 16 * WARPGROUP
+_QUERY_LAYOUT = plgpu.Layout.WG_STRIDED((_QUERY_WORDS,), vec_size=4)  # 16 words a thread
 
 
-def pairwise_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
-    """The larger of the two rows that a thread has, for both: rows r and r + 8 of every 16; layout ALONG_ROWS."""
+def warp_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
+    """The largest of the 16 rows of a warp, in all of them; layout ALONG_ROWS."""
     if emulate:
-        pairs = values.reshape(4, 2, 8)
-        return jnp.broadcast_to(jnp.max(pairs, axis=1, keepdims=True), pairs.shape).reshape(64)
+        rows = values.reshape(WARPS, -1)
+        return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(-1)
 
     @plgpu.inline_mgpu(
         arg_types=(ALONG_ROWS,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS)
@@ -47,190 +48,172 @@ def pairwise_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "
     def inline(_, values):
         larger = functools.partial(gpu.extreme, "max", "f32")
         word = larger(*(word_of(register) for register in values.registers.flat))
-        registers = np.empty_like(values.registers)
-        registers.flat = [in_register(gpu.as_float(word))] * 2
-        return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
+        word = in_order(gpu.over_warp("max", in_order(word)))
+        return _along_rows([gpu.as_float(word)] * 2)
 
     return inline(values)
 
 
-def row_scores(
-    keys: Sequence[Float[Array, "64 64"]], query: Sequence[Float[Array, "64"]], *, emulate: bool
-) -> Float[Array, "64"]:
-    """sum of keys * query over columns of all matrices, float32, in the layout ALONG_ROWS.
+def share_query(target, query: Float[Array, "128"], dtype: jnp.dtype, *, emulate: bool) -> None:
+    """Leaves a query in shared memory, for keys of that dtype.
 
     Args:
-      keys: 16-bit floats in the layout MATRIX.
-      query: float32, a vector for each matrix, in the layout ALONG_COLUMNS.
+      target: float32 [at least 2, 128].
+      query: in the layout VECTOR.
+      dtype: bfloat16 or float16.
     """
     if emulate:
-        return sum(jnp.sum(key.astype(jnp.float32) * part, axis=1) for key, part in zip(keys, query, strict=True))
+        target[0] = query
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR))
+    def inline(_, target, query):
+        number = gpu.as_float(only_word(query))
+        threads.store_query(_NUMBERS[jnp.dtype(dtype).name], gpu.pointer(target, gpu.SHARED), thread_index(), number)
+
+    inline(target, query)
+
+
+def load_query(source, *, emulate: bool) -> Array:
+    """What `share_query` left, for `row_scores`."""
+    if emulate:
+        return source[0]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((_QUERY_WORDS,), jnp.int32, layout=_QUERY_LAYOUT),
+    )
+    def inline(_, source):
+        lane, _ = lane_and_warp()
+        words = threads.load_query(gpu.pointer(source, gpu.SHARED), lane)
+        layout = _QUERY_LAYOUT.to_mgpu()
+        registers = np.empty(layout.registers_shape((_QUERY_WORDS,)), dtype=object)
+        registers.flat = [in_register(*words[i : i + 4]) for i in range(0, len(words), 4)]
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return inline(source)
+
+
+def row_scores(keys: Sequence[Float[Array, "64 64"]], query: Array, *, emulate: bool) -> Float[Array, "64"]:
+    """keys . query, float32, in the layout ALONG_ROWS.
+
+    Args:
+      keys: both halves of every row, 16-bit floats in the layout MATRIX.
+      query: of `load_query`.
+    """
+    if emulate:
+        return sum(
+            jnp.sum(key.astype(jnp.float32) * part, axis=1) for key, part in zip(keys, jnp.split(query, 2), strict=True)
+        )
     number = _NUMBERS[jnp.dtype(keys[0].dtype).name]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * len(keys), *[ALONG_COLUMNS] * len(query)),
+        arg_types=(*[MATRIX] * len(keys), _QUERY_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS),
     )
     def inline(_, *arrays):
-        totals = [gpu.float32(0)] * 2
-        for key, part in zip(arrays[: len(keys)], arrays[len(keys) :], strict=True):
-            for halves, pair in zip(key.registers.reshape(-1, 2), part.registers.flat, strict=True):
-                for half, register in enumerate(halves):
-                    for column, x in enumerate(gpu.expand(number, _two_halves(register))):
-                        totals[half] = gpu.fma(x, element(pair, column), totals[half])
-        # Lanes that have the other columns of the same row are 1 and 2 apart.
-        for distance in (1, 2):
-            totals = [gpu.add(t, gpu.as_float(gpu.exchange(gpu.as_word(t), distance))) for t in totals]
-        layout = ALONG_ROWS.to_mgpu()
-        registers = np.empty(layout.registers_shape((64,)), dtype=object)
-        registers.flat = [in_register(total) for total in totals]
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        *keys, query = arrays
+        blocks = [tuple(map(_two_halves, pair)) for key in keys for pair in key.registers.reshape(-1, 2)]
+        return _along_rows(threads.scores(number, blocks, numbers_of(query)))
 
-    return inline(*keys, *query)
+    return inline(*keys, query)
 
 
-def add_pairs(
-    sums: Float[Array, "64 32"],
+def add_values(
+    sums: Sequence[Float[Array, "64 32"]],
     before: Float[Array, "64"],
-    matrix: Float[Array, "64 64"],
+    values: Sequence,
     weights: Float[Array, "64"],
     *,
     emulate: bool,
-) -> Float[Array, "64 32"]:
-    """sums * before + matrix * weights, the two rows of a thread added up: half the registers of a matrix.
+) -> tuple[Float[Array, "64 32"], ...]:
+    """sums * before + weights . values, for both halves of the values.
 
     Args:
-      sums: of 32 pairs of rows and 64 columns; which element is where is known to `share_columns` alone.
-      before: of the rows, alike for a pair.
-      matrix, weights: what is added, 16-bit floats, and the weights of its rows.
+      sums: of the 16 rows of every warp and 64 numbers; which element is where is known to `share_columns` alone.
+      before: of the rows, alike within a warp.
+      values: refs in shared memory, 16-bit floats [64, 64] in the 128-byte swizzle.
+      weights: of the rows.
     """
-    number = _NUMBERS[jnp.dtype(matrix.dtype).name]
     if emulate:
-        pairs = (matrix.astype(jnp.float32) * weights[:, None]).reshape(4, 2, 8, 64).sum(1).reshape(32, 64)
-        return (sums.reshape(32, 64) * before.reshape(4, 2, 8)[:, 0].reshape(32, 1) + pairs).reshape(64, 32)
+        by_warp = weights.reshape(WARPS, 1, -1)
+        factor = before.reshape(WARPS, -1)[:, :1, None]
+        new = []
+        for old, half in zip(sums, values, strict=True):
+            added = (by_warp @ half[...].astype(jnp.float32).reshape(WARPS, -1, 64)).reshape(WARPS, 2, 32)
+            filled = jnp.pad(added, ((0, 0), (0, 14), (0, 0)))
+            new.append((old.reshape(filled.shape) * factor + filled).reshape(old.shape))
+        return tuple(new)
+    number = _NUMBERS[jnp.dtype(values[0].dtype).name]
+    half_sums = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX)
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX, ALONG_ROWS, MATRIX, ALONG_ROWS),
-        return_type=plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX),
+        arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * 2),
+        return_type=(half_sums, half_sums),
     )
-    def inline(_, sums, before, matrix, weights):
+    def inline(_, *arrays):
+        sums, (before, weights), values = arrays[:2], arrays[2:4], arrays[4:]
         factor = gpu.as_float(word_of(before.registers.flat[0]))
-        weights = [gpu.as_float(word_of(register)) for register in weights.registers.flat]
-        registers = np.empty_like(sums.registers)
+        lane, warp = lane_and_warp()
+        both = [gpu.as_float(word_of(register)) for register in weights.registers.flat]
+        words = threads.spread_weights(number, both, lane)
         new = []
-        for old, halves in zip(sums.registers.flat, matrix.registers.reshape(-1, 2), strict=True):
-            totals = [gpu.multiply(element(old, column), factor) for column in range(2)]
-            for half, weight in zip(halves, weights, strict=True):
-                pair = gpu.expand(number, _two_halves(half))
-                totals = [gpu.fma(x, weight, total) for x, total in zip(pair, totals, strict=True)]
-            new.append(in_register(*totals))
-        registers.flat = new
-        return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
+        for old, half in zip(sums, values, strict=True):
+            numbers = [gpu.multiply(x, factor) for x in numbers_of(old)]
+            numbers = threads.add_values(number, gpu.pointer(half, gpu.SHARED), words, lane, warp, numbers)
+            registers = np.empty_like(old.registers)
+            registers.flat = [in_register(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+            new.append(mgpu.FragmentedArray(_registers=registers, _layout=old.layout, _is_signed=None))
+        return tuple(new)
 
-    return inline(sums, before, matrix, weights)
+    return inline(*sums, before, weights, *values)
 
 
 def share_columns(
     exchange,
     warpgroup: Int[Array, ""],
-    sums: Float[Array, "64 32"],
+    sums: Sequence[Float[Array, "64 32"]],
     weights: Float[Array, "64"],
-    first: int,
     *,
     emulate: bool,
 ) -> None:
-    """Every warp leaves the weighted sums over its rows of what `add_pairs` summed.
+    """Every warp leaves its sums, weighted.
 
     Args:
-      exchange: float32 in shared memory, [warps of the block, columns].
+      exchange: float32 in shared memory, [warps of the block, 128].
       warpgroup: which this is.
-      sums: of pairs of rows and 64 columns.
-      weights: of the rows, alike for a pair, in the layout ALONG_ROWS.
-      first: where in the exchange's columns these begin.
+      sums: of `add_values`.
+      weights: of the rows, alike within a warp, in the layout ALONG_ROWS.
     """
     if emulate:
-        whole = jnp.sum(sums.reshape(32, 64) * weights.reshape(4, 2, 8)[:, 0].reshape(32, 1), axis=0)
-        for warp in range(WARPS):
-            exchange[warpgroup * WARPS + warp, first : first + 64] = whole if warp == 0 else jnp.zeros_like(whole)
+        for half, part in enumerate(sums):
+            whole = part.reshape(WARPS, 16, 32)[:, :2].reshape(WARPS, 64) * weights.reshape(WARPS, 16)[:, :1]
+            for warp in range(WARPS):
+                exchange[warpgroup * WARPS + warp, 64 * half : 64 * (half + 1)] = whole[warp]
         return
     stride = 4 * exchange.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, MATRIX, ALONG_ROWS))
-    def inline(_, exchange, warpgroup, sums, weights):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, *[MATRIX] * 2, ALONG_ROWS))
+    def inline(_, exchange, warpgroup, *arrays):
+        *sums, weights = arrays
         weight = gpu.as_float(word_of(weights.registers.flat[0]))
         lane, warp = lane_and_warp()
         row = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), warp)
         target = gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), row, stride)
-        target = gpu.advance(gpu.advance_far(target, gpu.bits_of(lane, 3), 8), 4 * first)
-        # Of every 8 columns a thread has two; the 8 lanes that have the same two of other rows are 4 apart. Each
-        # time half of what is left goes to the lane that differs in a bit, until a lane has two columns alone.
-        numbers = [element(register, i) for register in sums.registers.flat for i in range(2)]
-        numbers = [gpu.as_word(gpu.multiply(number, weight)) for number in numbers]
-        for distance in (16, 8, 4):
-            upper = gpu.less(0, gpu.bits_of(lane, distance))
-            halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-            pairs = list(zip(*halves, strict=True))
-            kept = [gpu.choose(upper, b, a) for a, b in pairs]
-            given = [gpu.exchange(gpu.choose(upper, a, b), distance) for a, b in pairs]
-            numbers = [gpu.as_word(gpu.add(*map(gpu.as_float, pair))) for pair in zip(kept, given, strict=True)]
-        block = gpu.shift_right(lane, 2)
-        gpu.store(gpu.advance_far(target, block, 32), numbers)
+        for half, part in enumerate(sums):
+            threads.leave_sums(gpu.advance(target, 256 * half), numbers_of(part), weight, lane)
 
-    inline(exchange, jnp.int32(warpgroup), sums, weights)
-
-
-def load_attended(partials, start: Int[Array, ""], heads: int, records: int, size: int, *, emulate: bool):
-    """A part of the heads' attention, each put together from `records` partial ones; 0 where there are no more heads.
-
-    Args:
-      partials: flat float32 in memory, `size` numbers each: the 128 of a sum of values, then 32 times the largest
-        score m (base 2), then 32 times the sum l of weights.
-      start: of the part, in elements of all heads.
-      heads: how many.
-      records: partial ones of a head.
-      size: of a partial one.
-
-    Returns:
-      float32 [1024], sum_r 2^(m_r - M) values_r / sum_r 2^(m_r - M) l_r with M the largest m.
-    """
-    if emulate:
-        every = partials[...].reshape(-1, size)[: heads * records].reshape(heads, records, size)
-        largest, total = every[..., 128], every[..., 160]
-        weights = jnp.exp2(largest - jnp.max(largest, axis=1, keepdims=True))
-        sums = jnp.sum(every[..., :128] * weights[..., None], axis=1)
-        whole = (sums / jnp.sum(total * weights, axis=1, keepdims=True)).reshape(-1)
-        index = start + lax.iota(jnp.int32, PART_ELEMENTS)
-        return jnp.where(index < whole.size, whole[jnp.where(index < whole.size, index, 0)], 0)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART_ELEMENTS,), jnp.float32, layout=PART),
-    )
-    def inline(_, partials, start):
-        index = gpu.plus(start.registers.item(), gpu.times(thread_index(), 8))
-        head, within = gpu.shift_right(index, 7), gpu.bits_of(index, 127)
-        valid = gpu.less(head, heads)
-        head = gpu.choose(valid, head, gpu.int32(0))
-        base = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), gpu.times(head, records * size), 4)
-        places = [gpu.advance(base, 4 * size * record) for record in range(records)]
-        largest, totals = (
-            [gpu.as_float(gpu.load(gpu.advance(place, 4 * offset), 1)[0]) for place in places] for offset in (128, 160)
-        )
-        most = tree(functools.partial(gpu.extreme, "max", "f32"), [gpu.as_word(number) for number in largest])
-        minus_most = gpu.multiply(gpu.as_float(most), gpu.float32(-1))
-        weights = [gpu.exp2(gpu.add(number, minus_most)) for number in largest]
-        whole = tree(gpu.add, [gpu.multiply(*pair) for pair in zip(totals, weights, strict=True)])
-        scale = gpu.choose(valid, gpu.divide(gpu.float32(1), whole), gpu.float32(0))
-        sums = [gpu.float32(0)] * 8
-        for place, weight in zip(places, weights, strict=True):
-            where = gpu.advance_far(place, within, 4)
-            words = [word for i in range(2) for word in gpu.load(gpu.advance(where, 16 * i), 4)]
-            sums = [gpu.fma(gpu.as_float(w), weight, s) for w, s in zip(words, sums, strict=True)]
-        return as_part([gpu.multiply(number, scale) for number in sums])
-
-    return inline(partials, jnp.int32(start))
+    inline(exchange, jnp.int32(warpgroup), *sums, weights)
 
 
 def _two_halves(register: ir.Value) -> ir.Value:
     """A register of two 16-bit floats, as a word."""
     return llvm.bitcast(gpu.i32_type(), register)
+
+
+def _along_rows(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
+    """The array of a thread's two rows."""
+    layout = ALONG_ROWS.to_mgpu()
+    registers = np.empty(layout.registers_shape((64,)), dtype=object)
+    registers.flat = [in_register(number) for number in numbers]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

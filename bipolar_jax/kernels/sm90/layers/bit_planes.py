@@ -15,7 +15,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers.registers import (
     PART,
-    PART_ELEMENTS,
+    PART_LAYOUT,
     SPLAT,
     WARPS,
     lane_and_warp,
@@ -58,7 +58,7 @@ def pack(
         total = jnp.int32(0)
         for tile, part, start in zip(tiles, parts, starts, strict=True):
             codes = jnp.clip(jnp.floor(part * half_steps + half) + middle, 0.0, top).astype(jnp.int32)
-            codes = jnp.where(start + lax.iota(jnp.int32, PART_ELEMENTS) < k, codes, 0)
+            codes = jnp.where(start + lax.iota(jnp.int32, PART) < k, codes, 0)
             for plane in range(bits):
                 by_word = ((codes >> plane) & 1).astype(jnp.uint32).reshape(-1, 32)
                 tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32), axis=1, dtype=jnp.uint32)
@@ -68,7 +68,7 @@ def pack(
         return
     count = len(parts)
     types = [plgpu.RefType(), SPLAT, SPLAT, SPLAT]
-    types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [PART] * count + [SPLAT] * count
+    types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [PART_LAYOUT] * count + [SPLAT] * count
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def inline(_, sums, warpgroup, half_steps, middle, *arrays):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers.registers import (
     ALONG_ROWS,
-    PART,
+    PART_LAYOUT,
     SPLAT,
     VECTOR,
     WARPS,
@@ -25,12 +25,12 @@ from bipolar_jax.kernels.sm90.layers.registers import (
     numbers_of,
     word_of,
 )
+from bipolar_jax.kernels.sm90.layers.shape import WARPGROUPS
 from bipolar_jax.kernels.sm90.row_threads import tree
 from bipolar_jax.kernels.sm90.tensor_core import ACCUMULATOR
 
-_BLOCK_WARPS = 16
 # Threads that hold each element of an array in these layouts.
-_COPIES = {VECTOR: 1, PART: 1, ALONG_ROWS: 4}
+_COPIES = {VECTOR: 1, PART_LAYOUT: 1, ALONG_ROWS: 4}
 
 
 def share(
@@ -38,7 +38,7 @@ def share(
     warpgroup: Int[Array, ""],
     values: Sequence[Float[Array, " n"]],
     kind: Literal["sum", "max", "min"],
-    layout: plgpu.Layout = PART,
+    layout: plgpu.Layout = PART_LAYOUT,
     *,
     emulate: bool,
 ) -> None:
@@ -47,8 +47,8 @@ def share(
     Args:
       exchange: float32 [warps of the block].
       warpgroup: which this is.
-      values: arrays in the layout VECTOR, PART or ALONG_ROWS.
-      kind: what is made of them; NaN of an extreme stays.
+      values: arrays in the layout VECTOR, PART_LAYOUT or ALONG_ROWS.
+      kind: what is made of them; NaN of the max stays.
       layout: of the values.
     """
     if emulate:
@@ -88,7 +88,7 @@ def collect(exchange, kind: Literal["sum", "max", "min"], *, emulate: bool) -> A
     )
     def inline(_, exchange):
         lane, _ = lane_and_warp()
-        index = gpu.bits_of(lane, _BLOCK_WARPS - 1)
+        index = gpu.bits_of(lane, WARPGROUPS * WARPS - 1)
         (word,) = gpu.load(gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), index, 4), 1)
         if kind != "sum":
             return as_splat(gpu.as_float(in_order(gpu.over_warp(kind, in_order(word)))), None)

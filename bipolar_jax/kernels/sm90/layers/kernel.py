@@ -1,10 +1,11 @@
 """All layers of a decoder for one new token, in one kernel.
 
-Persistent blocks, one a multiprocessor, go through the layers together and meet five times in each: after the
-query, key and value projections, after attention, after the output projection, after gate and up, and after down.
-What passes from one to the next is a few vectors in memory. Every block makes the whole token's operand for itself, the
-norm and the quantization included, since that is quicker than to wait for another. Weights and the cache depend on
-nothing that is computed: they are on their way to shared memory while blocks compute, and wait for each other.
+Persistent blocks, one a multiprocessor, go through the layers together and wait for each other six times in each: after
+the query, key and value projections, after attention and once it is joined, after the output projection, after gate and
+up, and after down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that
+they have come (`marks`). Every block makes the whole token's operand for itself, the norm and the quantization
+included, since that is quicker than to wait for another. Weights and the cache depend on nothing that is computed: they
+are on their way to shared memory while blocks compute, and wait for each other.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.layers.attention import HALF, Cache, CacheRing
+from bipolar_jax.kernels.sm90.layers.cache_ring import HALF, Cache, CacheRing
+from bipolar_jax.kernels.sm90.layers.marks import with_mark
 from bipolar_jax.kernels.sm90.layers.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
-from bipolar_jax.kernels.sm90.layers.products import (
-    WeightRing,
-)
 from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.layers.shape import (
     HEAD_DIM,
@@ -34,7 +33,11 @@ from bipolar_jax.kernels.sm90.layers.shape import (
     WARPGROUPS,
     LayersShape,
 )
+from bipolar_jax.kernels.sm90.layers.weight_ring import WeightRing
 from bipolar_jax.kernels.sm90.tensor_core import WORDS_PER_ROW
+
+# Of a thread. A block of 5 warpgroups starts with 96 each, the most that 65536 allow, and shares out no others.
+_LOADING_REGISTERS, _COMPUTING_REGISTERS = 24, 112
 
 
 def run_layers(
@@ -62,7 +65,7 @@ def run_layers(
     if interpret is None:
         buffers = run(hidden, None, range(shape.num_layers), PHASES)
     else:
-        buffers = Buffers(hidden, *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
+        buffers = Buffers(with_mark(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
         for layer in range(shape.num_layers):
             for phase in PHASES:
                 buffers = _merged(shape, layer, phase, buffers, run(hidden, buffers, range(layer, layer + 1), (phase,)))
@@ -71,7 +74,7 @@ def run_layers(
 
 def _merged(shape: LayersShape, layer: int, phase: str, before: Buffers, after: Buffers) -> Buffers:
     """The buffers after a phase that was a kernel of its own: it wrote one of them, or its layer's part."""
-    written = dict(zip(PHASES, ("qkv", "partials", "attended", "ffn", "hidden"), strict=True))[phase]
+    written = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "hidden"), strict=True))[phase]
     new = getattr(after, written)
     if written == "qkv":
         mine = jnp.arange(new.size) // shape.products["qkv"].n == layer
@@ -93,17 +96,17 @@ def _launch(
     operands = (hidden, weights, cache, sources)
     flat, tree = jax.tree.flatten(operands)
     word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
-    slots = WARPGROUPS * shape.w_slots
     outs = plgpu.kernel(
         functools.partial(_kernel, shape, layers, tuple(phases), tree, interpret is not None),
         out_type=list(buffers_of(shape)),
         grid=(shape.blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            w_ring=word_tiles((slots + 1, TILE, WORDS_PER_ROW)),
-            w_arrived=plgpu.Barrier(num_barriers=slots),
+            w_slots=word_tiles((WARPGROUPS * shape.w_slots + 1, TILE, WORDS_PER_ROW)),
+            w_arrived=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
+            w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             x_tiles=word_tiles((WARPGROUPS, shape.most_turns, 8, WORDS_PER_ROW)),
             cache_slots=plgpu.SMEM(
                 (shape.cache_slots, WARPGROUPS, 2, POSITIONS, HALF),
@@ -124,74 +127,91 @@ def _launch(
     return Buffers(*outs)
 
 
-def _kernel(
+def _kernel(shape, layers, phases, tree, emulate, *refs, w_slots, w_arrived, w_emptied, **shared):
+    operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
+    hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
+    me, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    ring = WeightRing(shape, [name for name in PRODUCTS if name in phases], w_slots, w_arrived, w_emptied)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
+        ring.fill(weights.products, layers, block, emulate=emulate)
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        where = (me, block)
+        _compute(shape, layers, phases, ring, weights, cache, hidden, sources or outs, outs, where, emulate, **shared)
+
+
+def _compute(
     shape,
     layers,
     phases,
-    tree,
+    ring,
+    weights,
+    cache,
+    hidden,
+    sources,
+    outs,
+    where,
     emulate,
-    *refs,
-    w_ring,
-    w_arrived,
+    *,
     cache_slots,
     cache_arrived,
     met,
     released,
     **shared_refs,
 ):
-    operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
-    hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
-    me, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    """What the warpgroups do that do not load weights."""
+    me, block = where
 
     def meet():
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
 
     shared = Shared(meet=meet, emulate=emulate, **shared_refs)
-    ring = None
-    if names := [name for name in PRODUCTS if name in phases]:
-        ring = WeightRing(shape, weights.products, names, layers, me, block, w_ring, w_arrived, emulate=emulate)
     cache_ring = None
     if "attention" in phases:
         cache_ring = CacheRing(shape, cache, layers, me, block, cache_slots, cache_arrived)
-    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources or outs, outs, me, block)
+    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block)
     if emulate:
         index = 0 * me
         steps.run(phases[0], index, layers[0], steps.prepare(phases[0], layers[0]))
         return
-    blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
-    def meet_blocks(times, prepare):
-        """Waits for all blocks, and for what they wrote, which the first warpgroups did; prepares what comes next."""
-
+    def release():
         @pl.when(me == 0)
         def _():
-            plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
-
-        prepared = prepare()
-
-        @pl.when(me == 0)
-        def _():
-            plgpu.semaphore_wait(blocks_met, (times + 1) * shape.blocks, decrement=False, memory_scope="gpu")
             plgpu.barrier_arrive(released)
 
-        plgpu.barrier_wait(released)
-        return prepared
-
     steps.enter(hidden)
-    first = functools.partial(steps.prepare, phases[0])
-    prepared = meet_blocks(0 * me, lambda: first(0 * me))
+    _meet_blocks(shape.blocks, me, meet)
 
-    def layer(index, prepared):
-        for number, phase in enumerate(phases):
+    def layer(index, carry):
+        for phase in phases:
+            prepared = steps.prepare(phase, index)
+            # While the first warpgroup finishes a phase the others must not keep memory busy by looking for what
+            # comes next; it alone joins what it has left.
+            if phase != "join":
+                plgpu.barrier_wait(released)
             steps.run(phase, index, index, prepared)
-            last = number + 1 == len(phases)
-            prepared = meet_blocks(
-                1 + index * len(phases) + number,
-                (lambda: first(jnp.minimum(index + 1, len(layers) - 1)))
-                if last
-                else functools.partial(steps.prepare, phases[number + 1], index),
-            )
-        return prepared
+            if phase != "attention":
+                release()
+        return carry
 
-    lax.fori_loop(0, len(layers), layer, prepared)
+    release()
+    lax.fori_loop(0, len(layers), layer, ())
+
+
+def _meet_blocks(blocks: int, me, meet) -> None:
+    """Waits for all blocks, and for what their first warpgroups wrote."""
+    blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+    @pl.when(me == 0)
+    def _():
+        plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
+        plgpu.semaphore_wait(blocks_met, blocks, decrement=False, memory_scope="gpu")
+
+    meet()

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.execution import default_device
-from bipolar_jax.kernels.sm90.layers.attention import Cache
+from bipolar_jax.kernels.sm90.layers.cache_ring import Cache
 from bipolar_jax.kernels.sm90.layers.kernel import run_layers
 from bipolar_jax.kernels.sm90.layers.phases import LayersWeights
-from bipolar_jax.kernels.sm90.layers.products import ProductWeights
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.layers.weight_ring import ProductWeights
 from bipolar_jax.kernels.sm90.operand_words import weight_words
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing import BipolarArray
@@ -50,7 +50,7 @@ def decode_layers(
       kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
         scale a column.
       biases: of the same products, or None.
-      gains: of the norms before attention and before the feed-forward block.
+      norms: before attention, "qkv", and before the feed-forward block, "up".
       keys, values: bfloat16 or float16; the new token's are not in there, and are not written.
       length: positions that hold a token; it is the new token's position. A full cache alone is attended to.
       tables: cosines and sines of that position; None where positions are not rotary.

@@ -7,11 +7,13 @@ interpret mode, chosen by `emulate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import dtype_to_ir_type
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -22,10 +24,10 @@ from bipolar_jax.kernels.sm90.row_threads import WARP, WARPGROUP
 
 WARPS = WARPGROUP // WARP
 VECTOR = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # element i belongs to thread i
-PART_ELEMENTS = 8 * WARPGROUP
-PART = plgpu.Layout.WG_STRIDED((PART_ELEMENTS,), vec_size=8)  # elements 8 i ... belong to thread i
+PART = 8 * WARPGROUP  # elements of K that a warpgroup takes at a time: a row of bits in a tile
+PART_LAYOUT = plgpu.Layout.WG_STRIDED((PART,), vec_size=8)  # elements 8 i ... belong to thread i
 MATRIX = plgpu.Layout.WGMMA
-ALONG_ROWS, ALONG_COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
+ALONG_ROWS = MATRIX.reduce(1)
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -43,6 +45,33 @@ def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
         return as_splat(gpu.opaque(number.registers.item()), True)
 
     return inline(jnp.int32(number))
+
+
+def synchronize(*, emulate: bool) -> None:
+    """The threads of the warpgroup wait for each other, and see what each wrote to shared memory.
+
+    `plgpu.commit_smem` waits for all loads and stores that are under way, memory's too; it is for what tensor cores
+    or copies read.
+    """
+    if emulate:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu(arg_types=(SPLAT,))
+    def inline(_, nothing):
+        gpu.synchronize()
+
+    inline(jnp.int32(0))
+
+
+def repeat(count: int, body: Callable[[Int[Array, ""]], None], *, emulate: bool) -> None:
+    """body(0), body(1), ... as a loop that the compiler cannot unroll, not knowing how long it is."""
+
+    def step(index, carry):
+        body(index)
+        return carry
+
+    lax.fori_loop(0, pinned(count, emulate=emulate), step, ())
 
 
 def thread_index() -> ir.Value:
@@ -85,9 +114,17 @@ def numbers_of(array: mgpu.FragmentedArray) -> list[ir.Value]:
 
 def as_part(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
     """The array of every thread's eight numbers."""
-    layout = PART.to_mgpu()
-    registers = np.empty(layout.registers_shape((PART_ELEMENTS,)), dtype=object)
+    layout = PART_LAYOUT.to_mgpu()
+    registers = np.empty(layout.registers_shape((PART,)), dtype=object)
     registers.flat = [in_register(*numbers)]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def loaded_part(where: gpu.Pointer, dtype) -> mgpu.FragmentedArray:
+    """The array of eight numbers a thread in global memory, aligned to 16 bytes."""
+    layout, number = PART_LAYOUT.to_mgpu(), dtype_to_ir_type(dtype)
+    registers = np.empty(layout.registers_shape((PART,)), dtype=object)
+    registers.flat = [llvm.load(ir.VectorType.get((8,), number), where, alignment=16)]
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 

@@ -8,20 +8,18 @@ from typing import Literal
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Activation
-from bipolar_jax.kernels.sm90.layers.registers import WARPS
+from bipolar_jax.kernels.sm90.layers.registers import PART, WARPS
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import SHARED_MEMORY_BYTES
 
-WARPGROUPS = 4
-PART = ELEMENTS_PER_ROW["planes"]  # elements of K in a row of a tile
+WARPGROUPS = 4  # that compute; another one loads weights
 TILE = 32  # columns of the output
 POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
-PARTIAL = HEAD_DIM + 2 * TILE  # numbers that a block leaves of its head's attention
+PARTIAL = HEAD_DIM + TILE  # numbers that a block leaves of its head's attention
 PRODUCTS = ("qkv", "o", "up", "down")
 _MOST_SPLITS = 16  # whose results one thread puts together
-_MOST_SLOTS = 7  # barriers are 32 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +121,9 @@ class LayersShape:
         return min(self.blocks // self.heads, _MOST_SPLITS)
 
     @property
-    def records(self) -> int:
-        """Partial attentions of a head: of every block that shares it, and of the new token to itself."""
-        return self.splits + 1
+    def joined(self) -> int:
+        """Of a head's numbers, those that one of these blocks puts together: a power of two; the last have none."""
+        return max(TILE, HEAD_DIM >> (self.splits.bit_length() - 1))
 
     @property
     def cache_slots(self) -> int:
@@ -143,9 +141,9 @@ class LayersShape:
 
     @property
     def w_slots(self) -> int:
-        """Slots of each warpgroup's ring: a plane of a tile and of a part of K."""
+        """Slots of the weights' ring: a plane of a tile, and a part of K for every warpgroup."""
         left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
-        return min(_MOST_SLOTS, left // (WARPGROUPS * TILE * BYTES_PER_ROW))
+        return left // (WARPGROUPS * TILE * BYTES_PER_ROW)
 
     @property
     def _other_bytes(self) -> int:

@@ -37,7 +37,7 @@ def layer_normalized(
     me: Int[Array, ""],
     shared,
 ) -> list[Float[Array, "1024"]]:
-    """This warpgroup's parts of (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; all are 0 beyond K.
+    """This warpgroup's parts of (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, 0 beyond K.
 
     The variance is of the differences: mean of squares less square of mean cancels where the mean is large.
     """
@@ -45,14 +45,18 @@ def layer_normalized(
     share(shared.exchange.at[3], me, parts, "sum", emulate=emulate)
     shared.meet()
     mean = collect(shared.exchange.at[3], "sum", emulate=emulate) * (1 / k)
-    differences = [
-        clear_beyond(part - mean, (me + turn * WARPGROUPS) * PART, k, emulate=emulate)
-        for turn, part in enumerate(parts)
-    ]
+
+    def cleared(turn, part):
+        return clear_beyond(part, (me + turn * WARPGROUPS) * PART, k, emulate=emulate)
+
+    differences = [cleared(turn, part - mean) for turn, part in enumerate(parts)]
     share(shared.exchange.at[2], me, [part * part for part in differences], "sum", emulate=emulate)
     shared.meet()
     size = lax.rsqrt(collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / k) + eps)
-    return [part * size * gain + bias for part, gain, bias in zip(differences, gains, biases, strict=True)]
+    return [
+        cleared(turn, part * size * gain + bias)
+        for turn, (part, gain, bias) in enumerate(zip(differences, gains, biases, strict=True))
+    ]
 
 
 def quantize_token(

@@ -1,0 +1,65 @@
+"""Has a model write texts of its own, for training when no text like those that it was trained on is at hand.
+
+    python -m experiments.sample_text --config=configs/sample_text.py --workdir=DIR
+
+A quantized model learns from its float self on what that writes (data-free distillation; LLM-QAT, arXiv 2305.17888):
+each text begins with a random token, which keeps them apart. Under --workdir come text.txt, for `text` of the configs
+of training, and result.json.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bipolar_jax.models.generation import generate
+from bipolar_jax.models.sampling import Sampling
+from experiments import app
+from experiments.progress import console, progress_bar
+from experiments.sources import load_model_source, model_fingerprint
+from experiments.workdir import RESULT_NAME, environment, write_json
+
+TEXT_NAME = "text.txt"
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    if config.texts < 1 or config.batch_size < 1:
+        raise ValueError(f"texts={config.texts} and batch_size={config.batch_size} must be at least 1")
+    pretrained = load_model_source(config.model)
+    sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
+    prefix = pretrained.tokenizer.encode(config.prefix, add_special_tokens=False).ids if config.prefix else []
+    rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    texts, tokens, started = [], 0, time.perf_counter()
+    with progress_bar("writing texts", config.texts) as advance:
+        while len(texts) < config.texts:
+            first = rng.integers(0, pretrained.model.config.vocab_size, config.batch_size)
+            prompts = [[*prefix, int(token)] for token in first]
+            key, used = jax.random.split(key)
+            written = generate(pretrained.model, prompts, config.length - len(prefix) - 1, sampling, used)
+            ids = [[int(token), *text] for token, text in zip(first, written, strict=True)]
+            tokens += sum(map(len, ids))
+            texts += pretrained.tokenizer.decode_batch(ids)
+            advance(len(texts), f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    partial = workdir / f".{TEXT_NAME}.partial"
+    partial.write_text("\n\n".join(texts), encoding="utf-8")
+    os.replace(partial, workdir / TEXT_NAME)
+    result = {
+        "settings": config.to_dict() | {"model_fingerprint": model_fingerprint(config.model)},
+        "environment": environment(),
+        "texts": len(texts),
+        "tokens": tokens,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(workdir / RESULT_NAME, result)
+    console.print(f"{len(texts)} texts, {tokens} tokens: {workdir / TEXT_NAME}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,140 @@
+"""Trains a language model at any precision, from random weights or from a pretrained model's.
+
+    python -m experiments.train --config=configs/tiny_w2a2.py --workdir=DIR
+
+Under --workdir come result.json, metrics.jsonl (a line a step), loss.png, tensorboard/, the
+packed model model.safetensors, which experiments/generate.py reads, and checkpoints/. A run
+that was stopped goes on where it was, with the losses it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+import bipolar_jax as bj
+from bipolar_jax.models.checkpoint import save_model
+from bipolar_jax.models.generation import generate
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
+from experiments import app
+from experiments.progress import console, progress_bar
+from experiments.sources import load_model_source, model_fingerprint
+from experiments.training_data import TrainingData, load_training_data
+from experiments.training_log import plot_losses, read_metrics
+from experiments.training_loop import TrainingRun
+from experiments.training_model import Student, float_params, shapes_of
+from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+
+MODEL_NAME = "model.safetensors"
+# A stopped run may go on with other values of these: they say when to look, not what to compute.
+_FREE = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "asynchronous", "evaluate_batch")
+_FREE += ("prompt", "sample_tokens")
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    _check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    pretrained = load_model_source(config.pretrained) if config.pretrained else None
+    data = load_training_data(config, workdir, pretrained)
+    student = Student.of(config, shapes_of(config, pretrained, data.tokenizer.get_vocab_size()))
+    settings = _settings(config, data)
+    result = read_result(workdir, settings) or {"settings": settings}
+    result |= {"environment": environment(), "data": _data_facts(data)}
+    teacher = _teacher(config, student, data, pretrained)
+    params = float_params(pretrained.model, config.pretrained) if pretrained else student.initial(config.seed)
+    run = TrainingRun(config, workdir, student, data, params, teacher, result)
+    run.train()
+    _finish(run, config, workdir, data)
+
+
+def _check(config: ConfigDict) -> None:
+    """Raises ValueError where a number of steps or of windows is none."""
+    for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config.distillation.teacher and not 0 <= config.distillation.weight <= 1:
+        raise ValueError(f"distillation.weight must be from 0 to 1, got {config.distillation.weight}")
+
+
+def _settings(config: ConfigDict, data: TrainingData) -> dict[str, Any]:
+    """All that the losses depend on, as JSON has it."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    for name in ("pretrained", "teacher"):
+        source = config.pretrained if name == "pretrained" else config.distillation.teacher
+        settings[f"{name}_fingerprint"] = model_fingerprint(source) if source else None
+    settings["data_sha256"] = data.fingerprint
+    settings["tokenizer_sha256"] = hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest()
+    return json.loads(json.dumps(settings))
+
+
+def _data_facts(data: TrainingData) -> dict[str, int]:
+    return {
+        "vocab_size": data.tokenizer.get_vocab_size(),
+        "train_tokens": data.train.size,
+        "validation_tokens": data.validation.size,
+    }
+
+
+def _teacher(
+    config: ConfigDict, student: Student, data: TrainingData, pretrained: PretrainedModel | None
+) -> Transformer | None:
+    """The float teacher, in the dtype that the student computes in.
+
+    Raises:
+      ValueError: it has another vocabulary than the student.
+    """
+    name = config.distillation.teacher
+    if not name:
+        return None
+    found = pretrained if name == config.pretrained else load_model_source(name)
+    sizes = found.model.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1] or found.tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise ValueError(
+            f"the teacher {name} has another vocabulary ({sizes[0]} tokens) than the student ({sizes[1]}): "
+            "distillation compares their logits, so give both the same tokenizer"
+        )
+    in_float = Student(found.model.config, student.dtype, (), {})
+    stage, params = in_float.stage(0, float_params(found.model, name))
+    return stage.model(params)
+
+
+def pack(model: Transformer) -> Transformer:
+    """The model with packed layers where it was trained with few bits; itself if it was trained in float."""
+    kinds = (bj.DotGeneral, bj.nn.StatefulDotGeneral)
+    trained = any(isinstance(getattr(layer, "dot_general", None), kinds) for _, layer in nnx.iter_modules(model))
+    return bj.quantize_model(model) if trained else model
+
+
+def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingData) -> None:
+    """Packs what was trained, saves and evaluates it, and writes the result."""
+    result = run.result
+    with progress_bar(f"packing and writing {MODEL_NAME}"):
+        packed = jax.block_until_ready(pack(run.model()))
+        save_model(workdir / MODEL_NAME, PretrainedModel(packed, data.tokenizer), f"{config.name}, step {run.step}")
+    size = (workdir / MODEL_NAME).stat().st_size
+    result["packed"] = run.score(packed) | {"checkpoint": MODEL_NAME, "checkpoint_bytes": size}
+    if config.sample_tokens:
+        with progress_bar("writing a sample"):
+            (tokens,) = generate(packed, [data.tokenizer.encode(config.prompt).ids], config.sample_tokens)
+        result |= {"prompt": config.prompt, "sample": data.tokenizer.decode(tokens)}
+    if run.tokens_per_second is not None:
+        result["tokens_per_second"] = run.tokens_per_second
+    write_json(workdir / RESULT_NAME, result)
+    plot_losses(read_metrics(workdir), result["evaluations"], config.name, workdir / "loss.png")
+    perplexity = result["packed"]["perplexity"]
+    console.print(f"packed: perplexity {'inf' if perplexity is None else f'{perplexity:.5g}'}, {size / 1e6:.1f} MB")
+    if config.sample_tokens:
+        console.print(result["prompt"] + result["sample"], markup=False, style="dim")
+    console.print(f"results and the model: {workdir}")
+
+
+if __name__ == "__main__":
+    app.run(main)

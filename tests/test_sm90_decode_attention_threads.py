@@ -1,0 +1,65 @@
+"""What the threads of the fused layers' attention compute, for a warpgroup of simulated ones."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import warpgroup_simulator
+
+from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.layers import attention_threads as threads
+
+DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+THREAD = np.arange(128, dtype=np.int32)
+LANE, WARP = THREAD % 32, THREAD // 32
+
+
+def words_of(numbers: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(numbers).view(np.int32)[..., 0]
+
+
+@pytest.mark.parametrize("number", DTYPES)
+def test_scores_are_those_of_float32(number, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal(128).astype(np.float32)
+    keys = rng.standard_normal((64, 128)).astype(DTYPES[number])
+    memory = gpu.pointer(np.full(256, np.nan, np.float32), gpu.SHARED)
+    threads.store_query(number, memory, THREAD, query)
+    words = threads.load_query(memory, LANE)
+    rows, pairs = 16 * WARP + LANE // 4, 2 * (LANE % 4)
+    blocks = [
+        tuple(words_of(np.stack([keys[rows + below, 8 * i + pairs + j] for j in range(2)], axis=1)) for below in (0, 8))
+        for i in range(16)
+    ]
+    expected = keys.astype(np.float64) @ query
+    for below, found in zip((0, 8), threads.scores(number, blocks, words), strict=True):
+        np.testing.assert_allclose(found, expected[rows + below], atol=3e-6)
+
+
+@pytest.mark.parametrize("number", DTYPES)
+def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((2, 64, 64)).astype(DTYPES[number])
+    weights = rng.random(64).astype(np.float32)
+    before = rng.standard_normal(128).astype(np.float32)
+    rows = 16 * WARP + LANE // 4
+    words = threads.spread_weights(number, [weights[rows], weights[rows + 8]], LANE)
+    # The 128-byte swizzle: piece p of 16 bytes of row r is where piece p ^ (r % 8) would be.
+    pieces = values.reshape(2, 64, 8, 8)
+    swizzled = np.stack([pieces[:, row, np.arange(8) ^ (row % 8)] for row in range(64)], axis=1)
+    left = np.zeros((4, 128), np.float32)
+    for half in range(2):
+        sums = [
+            np.where(LANE % 4 == 0, before[64 * half + 16 * (i // 4) + LANE // 4 + 8 * (i % 4 // 2)], 0)
+            for i in range(16)
+        ]
+        sums = [np.where(i % 2 == 0, x, 0).astype(np.float32) for i, x in enumerate(sums)]
+        source = gpu.pointer(np.ascontiguousarray(swizzled[half]), gpu.SHARED)
+        sums = threads.add_values(number, source, words, LANE, WARP, sums)
+        target = gpu.advance(gpu.pointer(left, gpu.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
+        threads.leave_sums(target, sums, gpu.float32(0.5), LANE)
+    by_warp = (weights.reshape(4, 1, 16) @ np.concatenate(values, axis=1).astype(np.float64).reshape(4, 16, 128))[:, 0]
+    np.testing.assert_allclose(left, 0.5 * (by_warp + before), atol=3e-6)
