@@ -45,15 +45,22 @@ class Case:
 
     def make(self):
         """q, k, v, cache and the tables."""
-        rng, batch = np.random.default_rng(0), len(self.lengths)
+        return self._made_of(np.random.default_rng(0).standard_normal)
+
+    def shapes(self):
+        """Of what `make` gives; nothing is drawn."""
+        return jax.eval_shape(lambda: self._made_of(jnp.zeros))
+
+    def _made_of(self, draw):
+        batch = len(self.lengths)
 
         def normal(*shape, dtype=self.dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(draw(shape), dtype)
 
         q, k, v = (normal(batch, 1, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads))
         kept = [normal(LAYERS, batch, self.kv_heads, self.capacity, self.head_dim) for _ in range(2)]
         if self.bits is not None:
-            kept = [QuantizedHeads.quantize(heads, self.bits) for heads in kept]
+            kept = [jax.jit(QuantizedHeads.quantize, static_argnums=1)(heads, self.bits) for heads in kept]
         angles = normal(batch, 1, self.head_dim // 2, dtype=jnp.float32)
         tables = (jnp.cos(angles), jnp.sin(angles)) if self.rope else None
         return q, k, v, KVCache(*kept, jnp.asarray(self.lengths, jnp.int32)), tables
@@ -265,7 +272,7 @@ def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi,
             patch.setattr(execution, "is_hopper", lambda device: True)
             return attention._attend_on_sm90(projected, cache, layer, tables, alibi)
 
-    *projected, cache, tables = jax.eval_shape(case.make)
+    *projected, cache, tables = case.shapes()
     _, report = sm90_compile.compile_for_h200(
         attend, tuple(projected), cache, jax.ShapeDtypeStruct((), jnp.int32), tables
     )

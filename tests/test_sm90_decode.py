@@ -98,16 +98,17 @@ def test_scales_zero_codes_offsets_and_bias(m):
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("offsets", [False, True], ids=["scales", "offsets"])
 @pytest.mark.parametrize(
-    ("group_size", "m", "n", "k", "a_bits", "w_bits"),
+    ("group_size", "m", "n", "k", "a_bits", "w_bits", "offsets"),
     [
-        (64, 1, 70, 2100, 8, 4),
-        (128, 3, 64, 1500, 4, 3),
-        (128, 1, 100, 4400, 1, 8),
-        (256, 2, 64, 700, 8, 2),
-        (512, 1, 30, 2500, 3, 1),
-        (1024, 9, 64, 2048, 2, 4),
+        (64, 1, 70, 2100, 8, 4, False),
+        (64, 1, 70, 2100, 8, 4, True),
+        (128, 3, 64, 1500, 4, 3, False),
+        (128, 1, 100, 4400, 1, 8, True),
+        (256, 2, 64, 700, 8, 2, False),
+        (512, 1, 30, 2500, 3, 1, True),
+        (1024, 9, 64, 2048, 2, 4, False),
+        (1024, 9, 64, 2048, 2, 4, True),
     ],
 )
 def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, offsets):
