@@ -8,10 +8,11 @@ WORKDIR ?= runs/smollm2
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
 
+# A worker that crashes ends the run: pytest-xdist would wait for the rest of its file for ever.
 test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # What tests need to compile the GPU kernels to machine code without a GPU (142 MB); they skip that where it is absent.
 compiler: $(VENV)/compiler.stamp
