@@ -1,33 +1,25 @@
-"""The Hopper products: exact in Pallas' interpret mode, with no races, and compiled for the chip without spills."""
+"""The Hopper product kernel: exact in Pallas' interpret mode, with no races."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sm90_compile
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels import sm90
-from bipolar_jax.kernels.sm90 import execution, plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpreted
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
-from bipolar_jax.kernels.sm90.plan import CANDIDATES, GROUPED_CANDIDATES, estimated_cycles, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.packing.words import pack_codes
-from bipolar_jax.tuning.table import load_table, nearest_entry
 from tests.integer_products import (
     A_FORMATS,
     W_FORMATS,
@@ -186,47 +178,6 @@ def test_horners_rule_adds_every_pair_with_its_weight():
         assert total == len(expected)
 
 
-@pytest.mark.parametrize("fmt", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
-def test_bytes_of_weights_are_values_or_signed_codes(fmt):
-    codes = random_codes(fmt, 4, 64, 0)
-    codes[0, : fmt.max_value + 1] = np.arange(min(64, fmt.max_value + 1))
-    expected = np.asarray(fmt.values(jnp.asarray(codes)) if fmt.max_value < 128 else fmt.signed_codes(codes))
-    words = np.asarray(expand_planes(pack_codes(jnp.asarray(codes), fmt), fmt))
-    # Byte t of word 8 B + j is element 32 B + 8 t + j.
-    in_order = words.view(np.int8).reshape(4, 2, 8, 4).swapaxes(2, 3).reshape(4, 64)
-    np.testing.assert_array_equal(in_order, expected)
-
-
-@pytest.mark.parametrize(
-    ("w_bits", "a_bits", "group_size", "offset", "dtype"),
-    [
-        (1, 1, None, True, jnp.float32),
-        (2, 3, None, False, jnp.bfloat16),
-        (4, 8, None, True, jnp.float16),
-        (8, 8, None, False, jnp.bfloat16),
-        (4, 8, 128, False, jnp.float32),
-        (4, 8, 64, True, jnp.float32),
-        (8, 1, 128, False, jnp.float32),
-        (8, 8, 32, True, jnp.float32),
-    ],
-)
-def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dtype):
-    rng = np.random.default_rng(w_bits)
-    calibration = "minmax" if offset else "absmax"
-    w = bj.quantize(rng.normal(size=(200, 30)).astype(np.float32), w_bits, 0, group_size, calibration)
-    x = jnp.asarray(rng.normal(size=(9, 200)), dtype).at[3].set(0)
-    bias = jnp.asarray(rng.normal(size=30), dtype)
-    with interpreted(detecting_races()):
-        y = bj.matmul(x, w, a_bits, bias=bias, implementation="sm90")
-    expected = np.asarray(bj.matmul(x.astype(jnp.float32), w, a_bits, bias=bias, implementation="xla"))
-    assert y.dtype == dtype
-    # XLA rounds an element of x that lies between two codes one way or the other; one step of one element.
-    tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}[dtype]
-    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=tolerance * np.abs(expected).max())
-    np.testing.assert_array_equal(y[3], bias)
-    assert no_races()
-
-
 @pytest.mark.parametrize(
     ("schedule", "group_size"), [("split_m", 32), ("split_n", 64), ("alternate", 128), ("split_m", 512)]
 )
@@ -258,35 +209,6 @@ def test_group_scales(schedule, group_size):
     assert no_races()
 
 
-def test_what_is_not_served_goes_to_xla():
-    rng = np.random.default_rng(0)
-    kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
-    unserved = {
-        "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
-        "float activations must be bfloat16 or float16": (bj.quantize(kernel, 4, 0), None),
-    }
-    long = bj.from_codes(np.zeros((1, 131072), int), 1, -1, np.ones((1, 1), np.float32)).T
-    with interpreted(plgpu.InterpretGPUParams()):
-        for reason, (w, a_bits) in unserved.items():
-            explanation = bj.explain(x, w, a_bits)
-            assert explanation.implementation == "xla"
-            assert reason in explanation.passed_over["sm90"]
-            with pytest.raises(NotImplementedError, match=reason):
-                bj.matmul(x, w, a_bits, implementation="sm90")
-            np.testing.assert_array_equal(bj.matmul(x, w, a_bits), bj.matmul(x, w, a_bits, implementation="xla"))
-        assert "a row takes 524288 bytes" in bj.explain(jnp.ones((1, 131072)), long, 1).passed_over["sm90"]
-
-
-def test_kernels_are_explained():
-    kernel, many, few = np.ones((96, 8), np.float32), jnp.ones((70, 96)), jnp.ones((2, 96))
-    with interpreted(plgpu.InterpretGPUParams()):
-        assert bj.explain(many, bj.quantize(kernel, 2, 0), 2).kernel == "binary tensor cores, 2 x 2 planes"
-        assert "expanded from 4 planes" in bj.explain(many, bj.quantize(kernel, 4, 0), 8).kernel
-        explanation = bj.explain(few, bj.quantize(kernel, 4, 0), 8)
-        assert explanation.kernel == "binary tensor cores, 8 x 4 planes, weights as rows"
-        assert explanation.reason == "2 tokens: bound by reading the weights"
-
-
 def test_tilings_that_do_not_fit_are_refused():
     for tiling, message in [
         (Tiling(96, 128), "tile_m must be 64 or 128"),
@@ -303,141 +225,3 @@ def test_tilings_that_do_not_fit_are_refused():
         Tiling(128, 128).check(group_bytes=512)
     with pytest.raises(ValueError, match="2 or 3 consumers"):
         Tiling(64, 64, consumers=4).check()
-
-
-def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
-    large = plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(1)).tiling
-    small = plan_product(512, 512, 8192, BipolarFormat(1), BipolarFormat(1)).tiling
-    assert (large.tile_m, large.tile_n) == (128, 192)
-    assert small.tile_m * small.tile_n < 128 * 128
-    assert estimated_cycles(large, 8192, 8192, 8) < estimated_cycles(large, 8192, 8192, 16)
-
-
-needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-
-
-def compile_product(
-    m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None, offsets=False, residual=False
-):
-    a_format, w_format = BipolarFormat(a_bits), BipolarFormat(w_bits)
-    recovery = Recovery(kind, a_format, w_format, k, with_zero=True)
-    words = -(-k // 128) * 4 if kind == "planes" else -(-k // 32) * 8
-    vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
-    if group_size is None:
-        columns = ColumnTerms(
-            *(vector(n, t) for t in (jnp.int32, jnp.float32, jnp.float32)), None, vector(n, "float32")
-        )
-        groups = None
-    else:
-        columns = ColumnTerms(scaled_value_sums=vector(n, jnp.float32), bias=vector(n, jnp.float32))
-        groups = GroupTerms(
-            *(
-                jax.ShapeDtypeStruct((-(-k // group_size), size), jnp.float32)
-                for size in ((n, n, m) if offsets else (n,))
-            )
-        )
-
-    def product(x, w, tokens, columns, groups, residual):
-        options = dict(group_size=group_size, group_terms=groups, residual=residual)
-        return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, **options)
-
-    _, report = sm90_compile.compile_for_h200(
-        product,
-        jax.ShapeDtypeStruct((a_bits if kind == "planes" else 1, m, words), jnp.uint32),
-        jax.ShapeDtypeStruct((w_bits if kind == "planes" else 1, n, words), jnp.uint32),
-        TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
-        columns,
-        groups,
-        jax.ShapeDtypeStruct((m, n), dtype) if residual else None,
-    )
-    assert report.registers
-    assert report.spill_bytes == 0
-    assert not report.serialized_wgmma
-
-
-@needs_compiler
-@pytest.mark.parametrize("kind", ["planes", "int8"])
-@pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-def test_candidates_compile_without_spills(tiling, kind, residual):
-    compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("tiling", "group_size", "offsets"),
-    [
-        # Offsets and residuals need registers beside those of scales, which are compiled with half of the sizes.
-        *itertools.product(GROUPED_CANDIDATES, (32, 64, 128, 512), (True,)),
-        *itertools.product(GROUPED_CANDIDATES[::2], (32, 128), (False,)),
-        *itertools.product(GROUPED_CANDIDATES[1::2], (64, 512), (False,)),
-    ],
-    ids=lambda value: f"{value.tile_m}x{value.tile_n}-{value.slots}" if isinstance(value, Tiling) else str(value),
-)
-def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
-    options = dict(group_size=group_size, offsets=offsets, residual=offsets)
-    compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, **options)
-
-
-@needs_compiler
-@pytest.mark.parametrize("schedule", ["split_m", "alternate"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
-def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
-    compile_product(37, 1001, 333, 1, 2, "planes", Tiling(64, 128, schedule, slots=4, cluster_m=2, cluster_n=2), dtype)
-
-
-def table_entries() -> list[dict]:
-    return load_table("NVIDIA H200")["entries"]
-
-
-def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
-    monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(device_kind="NVIDIA H200"))
-    for entry in table_entries():
-        Tiling(**entry["tiling"]).check()
-        found = nearest_entry("NVIDIA H200", entry["kind"], entry["m"], entry["n"], entry["steps"])
-        assert found == entry
-    choice = plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(2))
-    assert choice.reason.startswith("measured at 8192x8192x8192 W")
-    assert plan_product(8192, 8192, 8192, BipolarFormat(2), BipolarFormat(1)).tiling == choice.tiling
-    assert plan_product(65, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
-    assert nearest_entry("NVIDIA A100", "planes", 8192, 8192, 8) is None
-
-
-def kernels_of_the_table() -> list[dict]:
-    """The entries, but of those that differ in sizes and in the order of tiles alone only the first."""
-    first = {}
-    for entry in table_entries():
-        tiling = Tiling(**entry["tiling"])
-        ragged = entry["m"] % tiling.tile_m > 0, entry["n"] % tiling.tile_n > 0
-        unordered = dataclasses.replace(tiling, band=1, band_axis="m")
-        first.setdefault((entry["kind"], entry["shape"].split()[-1], unordered, ragged), entry)
-    return list(first.values())
-
-
-@needs_compiler
-@pytest.mark.parametrize("entry", kernels_of_the_table(), ids=lambda entry: entry["shape"].replace(" ", "-"))
-def test_the_shipped_table_compiles_without_spills(entry):
-    *_, precision = entry["shape"].split()
-    formats = bj.Precision.parse(precision)
-    pairs = formats.w_bits * formats.a_bits if entry["kind"] == "planes" else 1
-    elements_of_k = entry["steps"] // pairs * ELEMENTS_PER_ROW[entry["kind"]]
-    compile_product(
-        entry["m"], entry["n"], elements_of_k, formats.a_bits, formats.w_bits, entry["kind"], Tiling(**entry["tiling"])
-    )
-
-
-@needs_compiler
-@pytest.mark.parametrize(("m", "n"), [(1, 30), (6, 24)])
-def test_a_batch_of_weights_compiles(m, n, monkeypatch):
-    """Mapped over, vectors become rows, whose strides TMA takes in 16 bytes only."""
-    monkeypatch.setattr(execution, "is_hopper", lambda device: True)
-    w = jax.eval_shape(lambda k: bj.quantize(k, 2, -2), jax.ShapeDtypeStruct((3, 200, n), jnp.float32))
-
-    def product(x, bias, w):
-        return bj.matmul(x, w, 2, bias=bias, implementation="sm90")
-
-    _, report = sm90_compile.compile_for_h200(
-        product, jax.ShapeDtypeStruct((3, m, 200), jnp.bfloat16), jax.ShapeDtypeStruct((3, n), jnp.bfloat16), w
-    )
-    assert len(report.registers) == 2
-    assert report.spill_bytes == 0

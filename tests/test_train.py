@@ -19,52 +19,34 @@ from configs import tiny_bf16, tiny_ternary_a8, tiny_w1a1, tiny_w2a2
 from experiments import generate, sample_text, train
 from experiments.training_log import METRICS_NAME, read_metrics
 from tests import tiny_checkpoints
-from tests.tiny_training import STEPS, compiled_once, result_of, shrink, whole_config, without_evaluation, write_text
+from tests.tiny_training import STEPS, result_of, shrink, whole_config, without_evaluation
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 logits = jax.jit(lambda model, ids: model(ids))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("programs")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
-    """Folder of a whole run."""
-    folder = tmp_path_factory.mktemp("run")
-    train.main(whole_config(text), folder)
-    return folder
-
-
-def test_it_learns_and_writes_down_what_it_did(run):
-    rows, result = read_metrics(run), result_of(run)
+def test_it_learns_and_writes_down_what_it_did(tiny_run):
+    rows, result = read_metrics(tiny_run), result_of(tiny_run)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert rows[1]["learning_rate"] == pytest.approx(0.5e-2)
     assert rows[0]["perplexity"] == pytest.approx(np.exp(rows[0]["loss"]))
     assert [row["step"] for row in result["evaluations"]] == [0, 8, STEPS]
     assert result["evaluations"][1]["loss"] < result["evaluations"][0]["loss"]
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    (events,) = (run / "tensorboard").iterdir()
+    assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (events,) = (tiny_run / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
     assert b"validation/perplexity" in events.read_bytes()
 
 
-def test_the_packed_model_scores_what_the_trained_one_did(run):
-    result = result_of(run)
+def test_the_packed_model_scores_what_the_trained_one_did(tiny_run):
+    result = result_of(tiny_run)
     assert result["packed"]["perplexity"] == result["evaluations"][-1]["perplexity"]
 
 
 @pytest.mark.parametrize("learned_steps", [False, True])
-def test_the_exported_model_gives_the_trained_logits_to_the_bit(text, tmp_path, monkeypatch, learned_steps):
-    config = whole_config(text)
+def test_the_exported_model_gives_the_trained_logits_to_the_bit(tiny_text, tmp_path, monkeypatch, learned_steps):
+    config = whole_config(tiny_text)
     config.steps, config.optimizer.warmup_steps, config.model.tie_embeddings = 3, 1, False
     config.rules = (("ffn/down", "W3A16"), ("^layers/", "W2A4g16"), ("lm_head", "W4A8"))
     config.quantization.learned_steps, config.quantization.calibration = learned_steps, "minmax"
@@ -89,37 +71,37 @@ def test_the_exported_model_gives_the_trained_logits_to_the_bit(text, tmp_path, 
     np.testing.assert_array_equal(logits(loaded.model, ids), expected)
 
 
-def test_the_exported_model_is_read_at_fewer_bits(run):
-    loaded = load_pretrained(run / train.MODEL_NAME, bits=1)
+def test_the_exported_model_is_read_at_fewer_bits(tiny_run):
+    loaded = load_pretrained(tiny_run / train.MODEL_NAME, bits=1)
     assert loaded.model.layers.attention.q_proj.kernel.get_value().bits == 1
     assert np.isfinite(logits(loaded.model, np.arange(6)[None])).all()
 
 
-def test_generate_runs_the_exported_model(run, tmp_path):
+def test_generate_runs_the_exported_model(tiny_run, tmp_path):
     config = generate_config.get_config()
-    config.model, config.prompt, config.max_new_tokens = str(run / train.MODEL_NAME), "It was", 4
+    config.model, config.prompt, config.max_new_tokens = str(tiny_run / train.MODEL_NAME), "It was", 4
     generate.main(config, tmp_path)
     assert len(result_of(tmp_path)["tokens"]) == 4
 
 
-def test_a_model_writes_the_text_that_another_is_trained_on(run, text, tmp_path):
+def test_a_model_writes_the_text_that_another_is_trained_on(tiny_run, tiny_text, tmp_path):
     config = sample_config.get_config()
-    config.model, config.texts, config.batch_size, config.length = str(run / train.MODEL_NAME), 6, 4, 12
+    config.model, config.texts, config.batch_size, config.length = str(tiny_run / train.MODEL_NAME), 6, 4, 12
     config.prefix = "It"
     sample_text.main(config, tmp_path)
     written = tmp_path / sample_text.TEXT_NAME
     assert result_of(tmp_path)["texts"] == 8
     config = whole_config(written)
-    config.validation_text, config.tokenizer = str(text), str(next(run.glob("tokenizer-*.json")))
+    config.validation_text, config.tokenizer = str(tiny_text), str(next(tiny_run.glob("tokenizer-*.json")))
     data = train.load_training_data(config, tmp_path)
     tokens = len(data.tokenizer.encode(written.read_text()).ids)
     assert data.train.size == tokens // 16 * 16
-    assert data.tokenizer.decode(data.validation[0].tolist()) in text.read_text()
+    assert data.tokenizer.decode(data.validation[0].tolist()) in tiny_text.read_text()
 
 
-def test_another_vocabulary_is_refused(run, text, tmp_path):
+def test_another_vocabulary_is_refused(tiny_run, tiny_text, tmp_path):
     model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
-    config = whole_config(text)
+    config = whole_config(tiny_text)
     config.distillation.teacher = str(model)
     with pytest.raises(ValueError, match="the teacher .* has another vocabulary"):
         train.main(config, tmp_path / "run")
@@ -127,13 +109,13 @@ def test_another_vocabulary_is_refused(run, text, tmp_path):
     config = whole_config(tmp_path / "ids.npy")
     with pytest.raises(ValueError, match="holds token ids: name the tokenizer.json"):
         train.main(config, tmp_path / "run")
-    (config.tokenizer,) = map(str, run.glob("tokenizer-*.json"))
+    (config.tokenizer,) = map(str, tiny_run.glob("tokenizer-*.json"))
     with pytest.raises(ValueError, match=r"token ids span 0..299, outside the vocabulary 0..279"):
         train.main(config, tmp_path / "run")
-    config = whole_config(text)
+    config = whole_config(tiny_text)
     config.pretrained, config.vocab_size = str(model), 500
     config.tokenizer = str(tmp_path / "large.json")
-    train.load_training_data(whole_config(text), tmp_path).tokenizer.save(config.tokenizer)
+    train.load_training_data(whole_config(tiny_text), tmp_path).tokenizer.save(config.tokenizer)
     large = json.loads(Path(config.tokenizer).read_text())
     large["model"]["vocab"] |= {f"<{i}>": 280 + i for i in range(200)}
     Path(config.tokenizer).write_text(json.dumps(large))
@@ -159,17 +141,17 @@ def test_another_vocabulary_is_refused(run, text, tmp_path):
         ("tokenizer", "/nowhere.json", "no tokenizer at /nowhere.json"),
     ],
 )
-def test_impossible_configs_are_one_sentence(text, tmp_path, field, value, message):
-    config = whole_config(text)
+def test_impossible_configs_are_one_sentence(tiny_text, tmp_path, field, value, message):
+    config = whole_config(tiny_text)
     config.update_from_flattened_dict({field: value})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.main(config, tmp_path)
     assert not (tmp_path / METRICS_NAME).exists()
 
 
-def test_packed_models_are_not_trained_further(run, text, tmp_path):
-    config = whole_config(text)
-    config.pretrained = str(run / train.MODEL_NAME)
+def test_packed_models_are_not_trained_further(tiny_run, tiny_text, tmp_path):
+    config = whole_config(tiny_text)
+    config.pretrained = str(tiny_run / train.MODEL_NAME)
     with pytest.raises(ValueError, match="has packed layers .*: training starts from a float model"):
         train.main(config, tmp_path)
 
@@ -177,8 +159,8 @@ def test_packed_models_are_not_trained_further(run, text, tmp_path):
 @pytest.mark.parametrize(
     "module", [tiny_w1a1, tiny_w2a2, tiny_ternary_a8, tiny_bf16], ids=lambda module: module.__name__
 )
-def test_each_config_takes_its_first_steps(module, text, tmp_path):
-    config = shrink(module.get_config(), text)
+def test_each_config_takes_its_first_steps(module, tiny_text, tmp_path):
+    config = shrink(module.get_config(), tiny_text)
     config.steps, config.optimizer.warmup_steps, config.batch_size = 2, 1, 1
     train.main(config, tmp_path)
     assert result_of(tmp_path)["packed"]["loss"] == result_of(tmp_path)["evaluations"][-1]["loss"]

@@ -18,41 +18,15 @@ from experiments.training_checkpoint import FOLDER
 from experiments.training_log import TrainingLog, read_metrics
 from experiments.workdir import RESULT_NAME
 from tests import tiny_checkpoints
-from tests.tiny_training import (
-    STEPS,
-    compiled_once,
-    losses,
-    result_of,
-    shrink,
-    whole_config,
-    without_evaluation,
-    write_text,
-)
+from tests.tiny_training import STEPS, losses, result_of, shrink, whole_config, without_evaluation
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("programs")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
-    """Folder of a whole run."""
-    folder = tmp_path_factory.mktemp("run")
-    train.main(whole_config(text), folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 
 @pytest.fixture
-def copied(run, tmp_path):
-    """The same, for a test to damage."""
-    return Path(shutil.copytree(run, tmp_path / "run"))
+def copied(tiny_run, tmp_path):
+    """A copy of a whole run, for a test to damage."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 def interrupt_at(monkeypatch, step):
@@ -67,7 +41,7 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(TrainingLog, "write", write)
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(run, text, tmp_path):
+def test_a_killed_run_goes_on_with_the_same_losses(tiny_run, tiny_text, tmp_path):
     """SIGKILL while metrics are written, at a step that is another one in every session of tests."""
     at = random.randint(6, STEPS - 1)
     code = (
@@ -83,25 +57,27 @@ def test_a_killed_run_goes_on_with_the_same_losses(run, text, tmp_path):
         "TrainingLog.write = write\n"
         "train.main(whole_config(sys.argv[1]), Path(sys.argv[2]))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(text), str(tmp_path)], capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_text), str(tmp_path)], capture_output=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert at <= len(read_metrics(tmp_path)) < STEPS or at > STEPS - 3
-    assert losses(tmp_path) == losses(run)[: len(read_metrics(tmp_path))]
-    train.main(whole_config(text), tmp_path)
-    assert losses(tmp_path) == losses(run), f"killed at step {at}"
-    assert result_of(tmp_path)["packed"] == result_of(run)["packed"]
-    assert result_of(tmp_path)["evaluations"] == result_of(run)["evaluations"]
+    assert losses(tmp_path) == losses(tiny_run)[: len(read_metrics(tmp_path))]
+    train.main(whole_config(tiny_text), tmp_path)
+    assert losses(tmp_path) == losses(tiny_run), f"killed at step {at}"
+    assert result_of(tmp_path)["packed"] == result_of(tiny_run)["packed"]
+    assert result_of(tmp_path)["evaluations"] == result_of(tiny_run)["evaluations"]
 
 
 @pytest.mark.parametrize("kind", ["bit schedule", "distilled, learned steps, random gradients"])
-def test_an_interrupted_run_goes_on_with_the_same_losses(text, tmp_path, monkeypatch, kind):
+def test_an_interrupted_run_goes_on_with_the_same_losses(tiny_text, tmp_path, monkeypatch, kind):
     without_evaluation(monkeypatch)
     if kind == "bit schedule":
-        config = whole_config(text)
+        config = whole_config(tiny_text)
         config.rules = (("^layers/", "0:float,4:W4A8,11:W1.58A8"),)
     else:
         model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
-        config = shrink(smollm2_w2a8_finetune.get_config(), text)
+        config = shrink(smollm2_w2a8_finetune.get_config(), tiny_text)
         config.pretrained = config.distillation.teacher = str(model)
         config.rules, config.quantization.gradient_bits = (("^layers/", "W2A8g16"),), 8
         config.dtype = "float32"  # in which teacher and student begin with the same arrays
@@ -115,14 +91,14 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(text, tmp_path, monkeyp
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
-def test_a_finished_run_is_not_trained_again(copied, text):
+def test_a_finished_run_is_not_trained_again(copied, tiny_text):
     before = losses(copied)
-    train.main(whole_config(text), copied)
+    train.main(whole_config(tiny_text), copied)
     assert losses(copied) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
-    config = whole_config(text)
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_text, tmp_path):
+    config = whole_config(tiny_text)
     config.rules, config.optimizer.learning_rate, config.optimizer.warmup_steps = (), 1e38, 7
     config.checkpoint_every = 1
     with pytest.raises(
@@ -136,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a flipped bit", "truncated", "no facts", "facts of another form"])
-def test_a_damaged_checkpoint_is_named_and_kept(copied, text, what):
+def test_a_damaged_checkpoint_is_named_and_kept(copied, tiny_text, what):
     checkpoint = copied / FOLDER / str(STEPS)
     arrays = max((path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
     if what == "a flipped bit":
@@ -150,20 +126,20 @@ def test_a_damaged_checkpoint_is_named_and_kept(copied, text, what):
     else:
         (checkpoint / "about" / "metadata").write_text('{"settings": 1}')
     with pytest.raises(ValueError, match=f"{STEPS} is damaged or no checkpoint .* to go on from step 15"):
-        train.main(whole_config(text), copied)
+        train.main(whole_config(tiny_text), copied)
     gc.collect()  # what Orbax left behind must not speak up in other tests
     assert arrays.is_file()
     assert len(losses(copied)) == STEPS
 
 
-def test_after_moving_a_damaged_checkpoint_the_run_goes_on(copied, run, text):
+def test_after_moving_a_damaged_checkpoint_the_run_goes_on(copied, tiny_run, tiny_text):
     (copied / FOLDER / str(STEPS)).rename(copied / "damaged")
-    train.main(whole_config(text), copied)
-    assert losses(copied) == losses(run)
+    train.main(whole_config(tiny_text), copied)
+    assert losses(copied) == losses(tiny_run)
 
 
-def test_checkpoints_of_another_run_are_refused(copied, text):
-    config = whole_config(text)
+def test_checkpoints_of_another_run_are_refused(copied, tiny_text):
+    config = whole_config(tiny_text)
     config.optimizer.learning_rate = 5e-3
     with pytest.raises(ValueError, match="was measured with other settings .*'learning_rate': 0.01"):
         train.main(config, copied)
