@@ -15,13 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.layers import attention_join
 from bipolar_jax.kernels.sm90.layers.attention import attend, load_tables
 from bipolar_jax.kernels.sm90.layers.marks import written_mark
-from bipolar_jax.kernels.sm90.layers.products import (
-    column_terms,
-    finish,
-    multiply,
-    prefetch_terms,
-    rows_of,
-)
+from bipolar_jax.kernels.sm90.layers.products import column_terms, finish, multiply, prefetch_terms, rows_of
 from bipolar_jax.kernels.sm90.layers.registers import PART, VECTOR, pinned, repeat
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, PARTIAL, PRODUCTS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.token import layer_normalized, quantize_token
@@ -144,13 +138,18 @@ class Phases:
         """
         self._pin()
         emulate = self._shared.emulate
-        if phase in ("attention", "join"):
-            return load_tables(self._cache, emulate=emulate) if phase == "attention" else None
+        if phase == "attention":
+            return load_tables(self._cache, emulate=emulate)
+        if phase == "join":
+            return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
         self._prefetch(following, jnp.minimum(layer + (following == PRODUCTS[0]), self._shape.num_layers - 1))
-        start, hidden = layer * self._shape.hidden, self._shape.hidden
-        starts = [start + at for at in self._starts(phase)]
-        return [[self._load_part(v, at, start + hidden) for at in starts] for v in self._weights.norms.get(phase, ())]
+        start = layer * self._shape.hidden
+        end = start + self._shape.hidden
+        return [
+            [load_part(vector, start + at, end, emulate=emulate) for at in self._starts(phase)]
+            for vector in self._weights.norms.get(phase, ())
+        ]
 
     def _prefetch(self, phase: str, layer) -> None:
         shape, emulate = self._shape, self._shared.emulate
@@ -168,9 +167,11 @@ class Phases:
     def _residual(self, phase: str):
         """What a product is added to, in chunks of 128: this block left it itself."""
         source = {"o": self._sources.hidden, "down": self._sources.attended}.get(phase)
+        if source is None:
+            return None
         product = self._shape.products[phase]
         rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
-        return None if source is None else [self._load(source, first, first + count) for first, count in rows]
+        return [self._load(source, first, first + count) for first, count in rows]
 
     def run(self, phase: str, index, layer, prepared) -> None:
         """One phase of a layer, which is the index-th that is computed."""
@@ -237,6 +238,3 @@ class Phases:
 
     def _load(self, ref, start, end):
         return load_vector(ref, start, end, emulate=self._shared.emulate)
-
-    def _load_part(self, ref, start, end):
-        return load_part(ref, start, end, emulate=self._shared.emulate)
