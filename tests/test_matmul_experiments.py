@@ -24,6 +24,7 @@ from experiments.matmul_operands import Operands
 from experiments.matmul_products import Product
 from experiments.matmul_shapes import Shape
 from experiments.workdir import RESULT_NAME
+from tests.optimizations import optimizations
 
 PNG = b"\x89PNG"
 
@@ -51,7 +52,7 @@ def kernels_run(tmp_path_factory):
     config = bench(
         implementation="sm90", shapes="4x40x96", precisions="W2A1,W4A8g32", quantizer_elements=1, iterations=1
     )
-    with interpreted(InterpretGPUParams()):
+    with interpreted(InterpretGPUParams()), optimizations(False):
         bench_matmul.main(config, folder)
     return folder
 

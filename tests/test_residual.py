@@ -28,12 +28,6 @@ def w() -> BipolarArray:
     return quantize(normal(K, N, seed=1), 3, 0, 32, "minmax")
 
 
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield  # an error leaves its state behind
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("a_bits", [1, 8, None])
 @pytest.mark.parametrize("implementation", PORTABLE)
@@ -48,6 +42,7 @@ def test_it_is_added_to_the_rounded_product(w, implementation, a_bits, dtype):
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.usefixtures("clean_interpreter", "quick_compilation")
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("m", [3, 70])
 def test_hopper_kernels_add_the_same(m, group_size):

@@ -18,9 +18,16 @@ from experiments.training_checkpoint import FOLDER
 from experiments.training_log import TrainingLog, read_metrics
 from experiments.workdir import RESULT_NAME
 from tests import tiny_checkpoints
+from tests.optimizations import optimizations
 from tests.tiny_training import STEPS, losses, result_of, shrink, whole_config, without_evaluation
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled_programs(compiled_programs):
+    """Here and in processes of their own: what is compared went through the same programs."""
+    with optimizations(False), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
 
 
 @pytest.fixture
