@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Prologue
+from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
 from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
 from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
@@ -56,8 +56,9 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`.
 
     Sums of a group are exact, and groups add up in float32, the correction by the token's zero code last:
@@ -68,7 +69,7 @@ def quantized_matmul(
     """
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
-    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual)
+    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
 
 
 def tokens_matmul(
@@ -77,9 +78,10 @@ def tokens_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     dtype: jnp.dtype,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
-    """The product of activations that `quantize_and_pack` quantized, [m, n] in `dtype`.
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """The product of activations that `quantize_and_pack` quantized, in `dtype`.
 
     Args:
       tokens: of the kind that `plan_product` chooses for this product.
@@ -88,6 +90,7 @@ def tokens_matmul(
       bias: added to every row.
       dtype: of the output, and of the residual.
       residual: added to the output.
+      activation: of the product with its bias.
 
     Raises:
       NotImplementedError: groups of other sizes than GROUP_SIZES.
@@ -96,8 +99,14 @@ def tokens_matmul(
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
     operands = (tokens.words, weight_words(w, choice.kind))
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
+    if activation is not None and (
+        w.num_groups > 1 or residual is not None or isinstance(choice.tiling, DecodeTiling)
+    ):  # no epilogue does this
+        product = tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
+        return epilogue.activate_and_add(product, activation, dtype, residual)
     if w.num_groups == 1:
-        return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype, residual)
+        columns = _columns(w, bias)
+        return multiply_words(choice.tiling, *operands, terms, columns, recovery, dtype, residual, activation)
     if isinstance(choice.tiling, DecodeTiling):
         product = decode_matmul(
             *operands,
@@ -133,13 +142,17 @@ def multiply_words(
     recovery: Recovery,
     dtype: jnp.dtype,
     residual: Float[Array, "m n"] | None = None,
+    activation: Activation | None = None,
 ) -> Array:
-    """The product [m, n] by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual."""
+    """The product by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual.
+
+    Only the latter takes an activation, and no residual with it.
+    """
     operands = (x_words, w_words, tokens, columns, recovery)
     options = {"dtype": dtype, "interpret": interpret_params()}
     if isinstance(tiling, DecodeTiling):
         return _added(residual, decode_matmul(*operands, tiling=tiling, **options))
-    return packed_matmul(*operands, tiling=tiling, residual=residual, **options)
+    return packed_matmul(*operands, tiling=tiling, residual=residual, activation=activation, **options)
 
 
 def _added(residual: Float[Array, "m n"] | None, product: Float[Array, "m n"]) -> Float[Array, "m n"]:
