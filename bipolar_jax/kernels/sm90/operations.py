@@ -15,11 +15,13 @@ from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
 from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
+from bipolar_jax.kernels.sm90.expansion import expand
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
+from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.kernels.sm90.weight_only_product import weight_only_product
 from bipolar_jax.kernels.sm90.weight_only_shape import check_dtype, check_groups, most_tokens, weight_only_tiling
@@ -41,7 +43,7 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     product = multiply_words(
         choice.tiling,
         code_words(codes, a_format, choice.kind),
-        weight_words(w, choice.kind),
+        _weight_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
@@ -97,7 +99,7 @@ def tokens_matmul(
     """
     choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
-    operands = (tokens.words, weight_words(w, choice.kind))
+    operands = (tokens.words, _weight_words(w, choice.kind))
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
     if activation is not None and (
         w.num_groups > 1 or residual is not None or isinstance(choice.tiling, DecodeTiling)
@@ -216,6 +218,13 @@ def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     tiling = weight_only_tiling(min(m, most_tokens(group_size)), w.contracted_size, w.bits, group_size)
     kernel = f"{jnp.dtype(dtype).name} tensor cores, weights unpacked from {w.bits} planes in registers, as rows"
     return Plan(kernel, f"{m} tokens: bound by reading the weights", tiling)
+
+
+def _weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
+    """`weight_words`, the bytes of "int8" made by a kernel."""
+    if kind == "planes":
+        return weight_words(w, kind)
+    return expand(w.planes, w.format, interpret=interpret_params())
 
 
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
