@@ -15,5 +15,4 @@ def get_config() -> ConfigDict:
     config = tiny_config("tiny_ternary_a8")
     config.rules = (("^layers/", "W1.58A8"),)
     config.quantization.calibration = "absmean"
-    config.optimizer.learning_rate = 2e-3
     return config

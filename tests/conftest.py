@@ -17,7 +17,7 @@ import pytest
 from tests.optimizations import optimizations
 
 _MAPPINGS = Path("/proc/self/maps")
-_MANY_MAPPINGS = 20_000
+_MANY_MAPPINGS = 35_000
 
 # The first example of a shape compiles, which no deadline allows for.
 hypothesis.settings.register_profile("dev", deadline=None)

@@ -24,7 +24,9 @@ def clip_tokens(x: Float[Array, "*batch k"], ratio: float) -> Float[Array, "*bat
     (XNOR-Net, arXiv 1603.05279, section 3.1); the largest of some hundred normal numbers is 3.5 times that. The least
     squared error of 2 bits, for normal numbers on a grid with a zero, is near a ratio of 2.
 
-    Straight-through: the gradient is 1 everywhere, also beyond the bound.
+    The gradient is that of clipping at a bound that stays where it is: 1 up to the bound, 0 beyond (PACT, arXiv
+    1805.06085, section 3; for one bit, the hard tanh of arXiv 1602.02830, section 1.3). What is beyond it does not
+    change with its number, and training that is told otherwise falls far behind, at one bit most of all.
 
     Args:
       x: any float dtype, in which the bound is rounded.
@@ -33,14 +35,15 @@ def clip_tokens(x: Float[Array, "*batch k"], ratio: float) -> Float[Array, "*bat
     # Compiled by itself, so that it rounds alike in training and in inference.
     rows = jax.lax.optimization_barrier(jax.lax.stop_gradient(x))
     bound = (ratio * jnp.mean(jnp.abs(rows.astype(jnp.float32)), axis=-1, keepdims=True)).astype(x.dtype)
-    return _straight_through(x, jax.lax.optimization_barrier(jnp.clip(rows, -bound, bound)))
+    return _clipped(x, jax.lax.optimization_barrier(jnp.clip(rows, -bound, bound)), jnp.abs(rows) <= bound)
 
 
 @jax.custom_jvp
-def _straight_through(x, value):
+def _clipped(x, value, inside):
     return value
 
 
-@_straight_through.defjvp
+@_clipped.defjvp
 def _(primals, tangents):
-    return primals[1], tangents[0]
+    _, value, inside = primals
+    return value, jnp.where(inside, tangents[0], 0)
