@@ -96,7 +96,12 @@ def packed_matmul(
     n //= 1 if activation is None else activation.parts  # from here on, columns of the output
     max_clusters = blocks // tiling.cluster_size
     work = Work(m, n, recovery, tiling, dtype, max_clusters, group_size, activation, interpret is not None)
-    # Rows of whole 16 bytes, which vectors are too once they are mapped over.
+    # Rows of whole 16 bytes, which vectors are too once they are mapped over. Each part of the columns' terms begins
+    # one: an H200 refused a copy from the middle of 16 bytes as an illegal instruction.
+    tokens, columns = (
+        jax.tree.map(lambda term, parts=parts: term.reshape(parts, -1), some)
+        for some, parts in ((tokens, 1), (columns, work.parts))
+    )
     group_terms, tokens, columns = jax.tree.map(
         lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), (group_terms, tokens, columns)
     )

@@ -34,8 +34,8 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
 
     def tile(index, carry):
         m_start, n_start = work.origin(index)
-        # Of both operands: (first row, first in the target, how many) of what is loaded at once.
-        pieces = ([(m_start, 0, tiling.block_m)], work.loaded_columns(n_start))
+        # Of both operands: (part, first row of it, first in the target, how many) of what is loaded at once.
+        pieces = ([(0, m_start, 0, tiling.block_m)], work.loaded_columns(n_start))
 
         def load(planes, k_block, carry):
             step, slot = carry
@@ -48,10 +48,12 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
             for operand, target, plane, rows, axes in zip(
                 sources.operands, tiles, planes, pieces, shared_along, strict=True
             ):
-                for start, first, size in rows:
+                for part, start, first, size in rows:
                     # target: [slots, block, 32 words]; rows and words beyond the operand come as zeros.
                     plgpu.copy_gmem_to_smem(
-                        operand.at[plane, pl.ds(start, size), pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)],
+                        operand.at[
+                            plane, pl.ds(part * work.n + start, size), pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)
+                        ],
                         target.at[slot, pl.ds(first, size)],
                         barrier,
                         collective_axes=axes,
@@ -84,10 +86,9 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
 
         for some_sources, buffers, some_pieces in zip(sources.terms, terms, pieces, strict=True):
             for source, target in zip(jax.tree.leaves(some_sources), jax.tree.leaves(buffers), strict=True):
-                for start, first, size in some_pieces:
-                    plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(start, size)], target.at[buffer, pl.ds(first, size)], terms_full.at[buffer]
-                    )
+                for part, start, first, size in some_pieces:
+                    some = target.at[buffer, pl.ds(first, size)]
+                    plgpu.copy_gmem_to_smem(source.at[part, pl.ds(start, size)], some, terms_full.at[buffer])
         return carry
 
     lax.fori_loop(0, work.my_tiles(), tile, (jnp.int32(0), jnp.int32(0)))

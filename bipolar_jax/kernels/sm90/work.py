@@ -88,14 +88,14 @@ class Work:
         return self.tiling.block_n // self.parts
 
     def loaded_columns(self, n_start) -> list[tuple]:
-        """A block's columns of the product: (first, first in its tile, how many) of what lies side by side.
+        """A block's columns of the product that lie side by side: (part, first of it, first in the tile, how many).
 
         A gated tile of a consumer is as many gates, and then what they belong to.
         """
         if self.parts == 1:
-            return [(n_start, 0, self.tiling.block_n)]
+            return [(0, n_start, 0, self.tiling.block_n)]
         return [
-            (part * self.n + n_start + first // self.parts, first + part * self.out_tile_n, self.out_tile_n)
+            (part, n_start + first // self.parts, first + part * self.out_tile_n, self.out_tile_n)
             for first in range(0, self.tiling.block_n, self.tiling.tile_n)
             for part in range(self.parts)
         ]
