@@ -14,8 +14,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     # A name of bipolar_jax/models/presets.py.
     config.model = "llama-2-7b"
-    # Of the decoder's linear layers, comma separated; bf16 is always measured.
+    # Of the decoder's linear layers, comma separated.
     config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
+    # What they are compared with; one of several runs that share a workdir measures it, the others none.
+    config.baselines = "bf16,bf16 cuBLAS"
     # Batch x prompt + new tokens.
     config.workloads = "1x512+128,8x512+128,1x2048+128,8x2048+128"
     # Bits of the embedding and the output layer in the packed models; 0 leaves them in bf16, as bf16's are.

@@ -89,8 +89,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     check_cache_bits(config.cache_bits or None, model_config.head_dim)
     precisions = _parse_precisions(config.precisions)
     models = {str(precision): precision for precision in precisions}
-    baselines = [name for name in BASELINES if not BASELINES[name] or jax.devices()[0].platform == "gpu"]
-    models |= dict.fromkeys(baselines)
+    models |= dict.fromkeys(_parse_baselines(config.baselines))
     profiled = [name.strip() for name in config.profile.split(",") if name.strip()]
     unknown = [name for name in profiled if name not in models]
     if unknown:
@@ -138,6 +137,14 @@ def _take_over(name: str, result: dict[str, Any], there: dict[str, Any] | None) 
     """Puts what a run beside this one measured of a model since into the result, unless this one has begun with it."""
     if there is not None and name in there["models"] and name not in result["models"]:
         result["models"][name] = there["models"][name]
+
+
+def _parse_baselines(text: str) -> list[str]:
+    """Reads "bf16,bf16 cuBLAS"; what needs a GPU is left out where there is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise ValueError(f"baselines name {', '.join(unknown)}: there are {', '.join(BASELINES)}")
+    return [name for name in names if not BASELINES[name] or jax.devices()[0].platform == "gpu"]
 
 
 def _parse_precisions(text: str) -> list[bj.Precision]:

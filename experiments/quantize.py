@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -40,6 +41,13 @@ _SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision",
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
+    # GPUs by default round float32 to 11 bits before they multiply, which tips what is quantized next from one value to
+    # another: on an H200 the perplexity of W4A8 was 0.4% and that of W8A8g64 0.3% from a CPU's.
+    with jax.default_matmul_precision("highest"):
+        _run(config, workdir)
+
+
+def _run(config: ConfigDict, workdir: Path) -> None:
     precisions = [bj.Precision.parse(text, config.calibration) for text in config.precisions.split(",")]
     embedding_precision = bj.Precision.parse(config.embedding_precision, config.calibration)
     text = load_text_source(config.text)
@@ -105,11 +113,12 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
             on_window=advance,
         )
     evaluated = time.perf_counter()
-    sample = ""
+    sample, margins = "", []
     if config.sample_tokens:
         prompt = pretrained.tokenizer.encode(config.prompt).ids
         with progress_bar(f"{name}: writing"):
             (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
+            margins = _margins(pretrained.model, jnp.asarray([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
         sample = pretrained.tokenizer.decode(tokens)
     return {
         "perplexity": _json_number(scored.perplexity),
@@ -118,11 +127,19 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
         "bytes": _nbytes(pretrained.model),
         "prompt": config.prompt,
         "sample": sample,
+        "sample_margins": [round(float(margin), 3) for margin in margins],
         "seconds": {
             "evaluate": round(evaluated - started, 2),
             "sample": round(time.perf_counter() - evaluated, 2),
         },
     }
+
+
+@jax.jit
+def _margins(model: nnx.Module, ids: jax.Array) -> jax.Array:
+    """By how much the likeliest next token's logit exceeds the second's: where it is small, rounding may change it."""
+    largest, _ = jax.lax.top_k(model(ids), 2)
+    return largest[..., 0] - largest[..., 1]
 
 
 def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def test_result_has_the_fields_that_scripts_read(run, model, text):
         assert row["standard_error"] > 0
         assert row["windows"] == WINDOWS
         assert isinstance(row["sample"], str)
+        assert min(row["sample_margins"]) >= 0
+        assert len(row["sample_margins"]) <= 3
 
 
 def test_fewer_bits_take_fewer_bytes(run):

@@ -150,6 +150,7 @@ def test_a_model_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
         ({"workloads": "1x60+5"}, "exceeds the model's context of 64"),
         ({"precisions": "W9A8"}, "from 1 to 8"),
         ({"cache_bits": 3}, "cache_bits must be 8 or 4"),
+        ({"baselines": "fp16"}, "baselines name fp16: there are bf16, bf16 cuBLAS"),
         ({"profile": "W4A4"}, "profile names W4A4, which is not measured: W2A2, bf16 are"),
         ({"peers": "llama"}, "no peer llama: there are transformers"),
         ({"implementation": "cuda"}, "implementation"),

@@ -13,6 +13,7 @@ import sm90_compile
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90 import execution, plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
@@ -34,7 +35,19 @@ def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
 
 
 def compile_product(
-    m, n, k, a_bits, w_bits, kind, tiling, dtype=jnp.bfloat16, group_size=None, offsets=False, residual=False
+    m,
+    n,
+    k,
+    a_bits,
+    w_bits,
+    kind,
+    tiling,
+    dtype=jnp.bfloat16,
+    *,
+    group_size=None,
+    offsets=False,
+    residual=False,
+    activation=None,
 ):
     a_format, w_format = BipolarFormat(a_bits), BipolarFormat(w_bits)
     recovery = Recovery(kind, a_format, w_format, k, with_zero=True)
@@ -55,7 +68,7 @@ def compile_product(
         )
 
     def product(x, w, tokens, columns, groups, residual):
-        options = dict(group_size=group_size, group_terms=groups, residual=residual)
+        options = dict(group_size=group_size, group_terms=groups, residual=residual, activation=activation)
         return packed_matmul(x, w, tokens, columns, recovery, tiling, dtype, **options)
 
     _, report = sm90_compile.compile_for_h200(
@@ -78,6 +91,13 @@ def compile_product(
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_candidates_compile_without_spills(tiling, kind, residual):
     compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
+def test_candidates_compile_with_activations(tiling):
+    """One kind of operands is enough: the mainloop, where they differ, is the same."""
+    compile_product(4096, 8192, 4096, 1, 2, "planes", tiling, activation=Activation("silu", gated=True))
 
 
 @needs_compiler

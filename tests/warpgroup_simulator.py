@@ -140,7 +140,8 @@ def shift_left(word, count):
 
 
 def shift_right(word, count):
-    return (word.view(np.uint32) >> np.uint32(count)).view(np.int32)
+    count = np.uint32(count) if isinstance(count, int) else count.view(np.uint32)
+    return (word.view(np.uint32) >> count).view(np.int32)
 
 
 def choose_bits(mask, ones, zeros):

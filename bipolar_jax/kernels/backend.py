@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.prologue import Prologue
+from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 
 
@@ -43,12 +43,13 @@ class Backend(Protocol):
         a_format: BipolarFormat,
         bias: Float[Array, " n"] | None,
         prologue: Prologue | None = None,
-        residual: Float[Array, "m n"] | None = None,
-    ) -> Float[Array, "m n"]:
+        residual: Float[Array, "m out"] | None = None,
+        activation: Activation | None = None,
+    ) -> Float[Array, "m out"]:
         """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype.
 
-        Of k numbers a row, x has k, or as many as the prologue makes k of. The residual is of x's dtype, too, and
-        added to the output.
+        Of k numbers a row, x has k, or as many as the prologue makes k of. The activation is of the product with its
+        bias, in float32: it makes the output's columns of n. The residual is of x's dtype, too, and added to that.
         """
 
     def weight_only_matmul(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.prologue import Activation
 
 
 def value_sums(
@@ -60,9 +61,18 @@ def finish(
     token_scale: Float[Array, " m"] | None,
     bias: Float[Array, " n"] | None,
     dtype: jnp.dtype,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
-    """Token scale, bias and cast; then the residual, in that dtype."""
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """Token scale, bias, activation and cast; then the residual, in that dtype."""
     y = total if token_scale is None else total * token_scale[:, None]
-    y = (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+    y = y if bias is None else y + bias.astype(jnp.float32)
+    return activate_and_add(y, activation, dtype, residual)
+
+
+def activate_and_add(
+    y: Float[Array, "m n"], activation: Activation | None, dtype: jnp.dtype, residual: Float[Array, "m out"] | None
+) -> Float[Array, "m out"]:
+    """The end of `finish`."""
+    y = (y if activation is None else activation(y)).astype(dtype)
     return y if residual is None else residual + y

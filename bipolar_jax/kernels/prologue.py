@@ -91,6 +91,16 @@ _FUNCTIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=
 Prologue = RMSNorm | LayerNorm | Activation
 
 
+def check_activation(activation: Activation, columns: int) -> None:
+    """Raises ValueError unless it is an activation of so many columns."""
+    if not isinstance(activation, Activation):
+        raise ValueError(
+            f"the activation must be an Activation, got {type(activation).__name__}: make one with bipolar_jax.ops"
+        )
+    if columns % activation.parts:
+        raise ValueError(f"a gated activation needs as many gates as other columns, got {columns} columns together")
+
+
 def check_prologue(prologue: Prologue, k: int, w_batch: tuple[int, ...]) -> None:
     """Raises ValueError unless it is a prologue whose vectors are floats of shape (k,) or (*w_batch, k)."""
     if not isinstance(prologue, Prologue):

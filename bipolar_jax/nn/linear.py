@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.packed import Packed
-from bipolar_jax.ops import Prologue, matmul
+from bipolar_jax.ops import Activation, Prologue, matmul
 from bipolar_jax.packing import quantize
 from bipolar_jax.quantize import Precision
 
@@ -70,6 +70,7 @@ class Linear(nnx.Module):
         x: Float[Array, "*batch columns"],
         prologue: Prologue | None = None,
         residual: Float[Array, "*batch out"] | None = None,
+        activation: Activation | None = None,
     ) -> Float[Array, "*batch out"]:
         """Output in x's dtype. Raises as `bipolar_jax.matmul`.
 
@@ -77,6 +78,7 @@ class Linear(nnx.Module):
           x: `in_features` numbers a token, or as many as the prologue makes `in_features` of.
           prologue: a norm or an activation function of x, computed while x is quantized.
           residual: added to the output, in whose dtype it is.
+          activation: of the product, of two parts of it if gated: the output is half as wide.
         """
         return matmul(
             x,
@@ -85,5 +87,6 @@ class Linear(nnx.Module):
             bias=None if self.bias is None else self.bias[...],
             prologue=prologue,
             residual=residual,
+            activation=activation,
             implementation=self.implementation,
         )

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
-from bipolar_jax.kernels.prologue import Prologue, check_prologue
+from bipolar_jax.kernels.epilogue import activate_and_add
+from bipolar_jax.kernels.prologue import Activation, Prologue, check_activation, check_prologue
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
@@ -27,9 +28,10 @@ def matmul(
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "*batch n"] | None = None,
+    residual: Float[Array, "*batch out"] | None = None,
+    activation: Activation | None = None,
     implementation: str = "auto",
-) -> Float[Array, "*batch n"]:
+) -> Float[Array, "*batch out"]:
     """x @ w, with x quantized to `a_bits` per token on the way.
 
     With a prologue it is prologue(x) @ w: a norm or an activation function of x, computed in float32 and
@@ -49,7 +51,8 @@ def matmul(
     - dscale and doffset are those of w^, multiplied with x^;
     - the packed bits have no gradient (float0);
     - with a prologue, dx as above is that of prologue(x), which is differentiated as it is;
-    - the residual's is g.
+    - the residual's is g;
+    - with an activation, g above is its gradient; the product is made once more for it.
 
     Over several devices, call it within `jax.shard_map`: a GPU kernel is one operation to XLA, which under
     a plain `jit` gathers sharded operands and repeats it on every device.
@@ -64,10 +67,13 @@ def matmul(
       prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, their vectors of shape (k,), or
         with w's batch axes before it.
       residual: added to the result while it is made, of its shape and dtype.
+      activation: `Activation` of the product and its bias, computed in float32 before the cast, where they
+        are in registers (where activations stay float, after it); a gated one makes n / 2 columns, and takes
+        their gates first.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
-      The product in x's dtype, with w's last axis in place of x's.
+      The product in x's dtype, with w's last axis, or what the activation makes of it, in place of x's.
 
     Raises:
       ValueError: x is not float, sizes do not fit, bits outside 1..8, or K so large that
@@ -78,8 +84,8 @@ def matmul(
     bias, residual = (None if array is None else jnp.asarray(array) for array in (bias, residual))
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
-    check_operands(x, w, a_format, bias, prologue, residual)
-    static = _Static(w.format, w.contracted_size, w.group_size, a_format, implementation)
+    check_operands(x, w, a_format, bias, prologue, residual, activation)
+    static = _Static(w.format, w.contracted_size, w.group_size, a_format, activation, implementation)
     product = functools.partial(_rows_matmul, static)
     vectors = (bias, prologue)
     axes = jax.tree.map(lambda vector: None if vector.ndim == 1 else 0, vectors)
@@ -96,6 +102,7 @@ class _Static:
     contracted_size: int
     group_size: int | None
     a_format: BipolarFormat | None
+    activation: Activation | None
     implementation: str
 
     def weights(self, scale, offset, planes, row_sums) -> BipolarArray:
@@ -140,10 +147,12 @@ def _matmul(static: _Static, x, residual, scale, offset, planes, row_sums, bias,
         if static.a_format is None:
             x = _contracted(prologue, x).astype(x.dtype)
             product = dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
-            return product if residual is None else residual + product
+            return activate_and_add(product, static.activation, x.dtype, residual)
         return dispatch(
             static.implementation,
-            lambda backend: backend.quantized_matmul(x, w, static.a_format, bias, prologue, residual),
+            lambda backend: backend.quantized_matmul(
+                x, w, static.a_format, bias, prologue, residual, static.activation
+            ),
         )
 
 
@@ -156,7 +165,16 @@ def _forward(static, *operands):
     return _matmul(static, *operands), operands
 
 
+def _activated(static, x, residual, *others):
+    """The activation after the product, in place of within."""
+    product = _matmul(dataclasses.replace(static, activation=None), x, None, *others)
+    return activate_and_add(product, static.activation, x.dtype, residual)
+
+
 def _backward(static, operands, cotangent):
+    if static.activation is not None:
+        _, pull_back = jax.vjp(functools.partial(_activated, static), *operands)
+        return pull_back(cotangent)
     x, residual, scale, offset, planes, row_sums, bias, prologue = operands
     dresidual = None if residual is None else cotangent
     w = static.weights(scale, offset, planes, row_sums)
@@ -178,8 +196,8 @@ def _backward(static, operands, cotangent):
 _matmul.defvjp(_forward, _backward)
 
 
-def check_operands(x, w, a_format, bias, prologue=None, residual=None) -> None:
-    """Raises ValueError unless x, bias, prologue and residual fit w, and the product fits int32."""
+def check_operands(x, w, a_format, bias, prologue=None, residual=None, activation=None) -> None:
+    """Raises ValueError unless x, bias, prologue, residual and activation fit w, and the product fits int32."""
     if not isinstance(w, BipolarArray):
         raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")
@@ -204,6 +222,9 @@ def check_operands(x, w, a_format, bias, prologue=None, residual=None) -> None:
         )
     if bias is not None and bias.shape not in ((n,), (*w_batch, n)):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, w of shape {w.shape} needs {(*w_batch, n)} or {(n,)}")
+    if activation is not None:
+        check_activation(activation, n)
+        n //= activation.parts
     if residual is not None and (residual.shape, residual.dtype) != ((*x.shape[:-1], n), x.dtype):
         raise ValueError(
             f"residual is {residual.dtype.name} of shape {tuple(residual.shape)}, the product "

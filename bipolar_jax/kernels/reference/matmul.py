@@ -11,7 +11,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Prologue
+from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
@@ -48,8 +48,9 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
     tokens = quantize_tokens(x, a_format, prologue)
     integers = integer_matmul(tokens.codes, w, a_format)
@@ -61,7 +62,7 @@ def quantized_matmul(
         total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], w.scale[:, g])
         if w.offset is not None:
             total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), w.offset[:, g])
-    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual)
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:

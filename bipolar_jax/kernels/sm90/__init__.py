@@ -25,9 +25,9 @@ def integer_matmul(codes, w, a_format):
     return _operations().integer_matmul(codes, w, a_format)
 
 
-def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None):
+def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None, activation=None):
     """See `operations.quantized_matmul`."""
-    return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual)
+    return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
 
 
 def weight_only_matmul(x, w, bias):

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.epilogue import GroupTerms, add_group, finish, finish_grouped
+from bipolar_jax.kernels.sm90.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
 from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
 from bipolar_jax.kernels.sm90.work import Work
 
@@ -52,8 +52,10 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
         step = index * work.steps_per_tile
         m_start, n_start = work.origin(index)
         tile_rows = pl.ds(m_start + rows.start, rows.size)
-        tile_columns = pl.ds(n_start + columns.start, columns.size)
-        pieces = OutputPieces(tiling.tile_m, tiling.tile_n, staging.at[me], out.at[tile_rows, tile_columns])
+        tile_columns = pl.ds(n_start + columns.start // work.parts, work.out_tile_n)
+        pieces = OutputPieces(
+            tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], out.at[tile_rows, tile_columns]
+        )
         if residual is not None:
             source, arrived = residual
             slots = staging.shape[1]
@@ -186,16 +188,20 @@ def _store(work: Work, total, terms, pieces: OutputPieces):
       pieces: where they go.
     """
     tokens, columns = terms
-    for number, (row, column) in enumerate(pieces.groups()):
+
+    def finished(row, column):
+        """What begins there of the product, [rows_at_once, width]."""
         part = (pl.ds(row, pieces.rows_at_once), pl.ds(column, pieces.width))
-        # finished: [rows_at_once, width]
-        finished = (finish if work.group_size is None else finish_grouped)(
+        return (finish if work.group_size is None else finish_grouped)(
             plgpu.layout_cast(
                 lax.slice(total, (row, column), (row + pieces.rows_at_once, column + pieces.width)), plgpu.Layout.WGMMA
             ),
             work.recovery,
-            jax.tree.map(lambda ref, part=part: ref.at[part[0]], tokens),
-            jax.tree.map(lambda ref, part=part: ref.at[part[1]], columns),
-            work.dtype,
+            jax.tree.map(lambda ref: ref.at[part[0]], tokens),
+            jax.tree.map(lambda ref: ref.at[part[1]], columns),
+            work.dtype if work.activation is None else jnp.float32,
         )
-        pieces.store(number, finished)
+
+    for number, (row, column) in enumerate(pieces.groups()):
+        parts = [finished(row, column + part * work.out_tile_n) for part in range(work.parts)]
+        pieces.store(number, parts[0] if work.activation is None else activate(work.activation, parts, work.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.prologue import Activation, Function
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW
+
+# 2 sqrt(2 / pi), and that times 0.044715: arXiv 1606.08415, section 2.
+_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_SLOPE
 
 _ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -71,8 +77,9 @@ def chunk_columns(dtype: jnp.dtype) -> int:
     return BYTES_PER_ROW // jnp.dtype(dtype).itemsize
 
 
-# Layout in shared memory of what the TMA store reads: rows as wide as the swizzle.
-STAGING_TRANSFORMS = (plgpu.SwizzleTransform(BYTES_PER_ROW),)
+def staging_transforms(width: int, dtype: jnp.dtype) -> tuple[plgpu.SwizzleTransform]:
+    """Layout in shared memory of what the TMA store reads: rows as wide as the swizzle."""
+    return (plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),)
 
 
 def finish(
@@ -88,6 +95,22 @@ def finish(
     the token's values; see `recovery`.
     """
     return _finish(product, recovery, tokens, columns, token_axis=0).astype(dtype)
+
+
+def activate(activation: Activation, parts: list[Float[Array, "tile_m width"]], dtype: jnp.dtype) -> Array:
+    """What an activation makes of one part of the product or, gated, of two: as `Activation` has it, in `dtype`."""
+    y = _function(activation.function, parts[0])
+    return (y * parts[1] if activation.gated else y).astype(dtype)
+
+
+def _function(name: Function, x: Array) -> Array:
+    """As x * logistic(t): with t = x silu, and gelu by its tanh formula as (1 + tanh(u)) / 2 = logistic(2 u)."""
+    if name == "relu":
+        return jnp.maximum(x, 0.0)
+    t = x if name == "silu" else x * (_GELU_SLOPE + _GELU_CUBIC * (x * x))
+    # The square of a root's inverse in place of a division, which has no fast instruction in Mosaic.
+    root = lax.rsqrt(1.0 + jnp.exp(-t))
+    return x * (root * root)
 
 
 def finish_transposed(

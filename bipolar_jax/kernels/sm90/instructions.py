@@ -146,8 +146,8 @@ def shift_left(word: Value, count: int) -> Value:
     return arith.shli(word, int32(count)) if count else word
 
 
-def shift_right(word: Value, count: int) -> Value:
-    return arith.shrui(word, int32(count)) if count else word
+def shift_right(word: Value, count: Value | int) -> Value:
+    return word if isinstance(count, int) and not count else arith.shrui(word, _value(count))
 
 
 def choose_bits(mask: int, ones: Value, zeros: Value) -> Value:

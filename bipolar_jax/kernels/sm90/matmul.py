@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
+from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
-from bipolar_jax.kernels.sm90.epilogue import STAGING_TRANSFORMS, ColumnTerms, GroupTerms, TokenTerms, chunk_columns
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms, chunk_columns, staging_transforms
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
@@ -55,6 +56,7 @@ def packed_matmul(
     group_size: int | None = None,
     group_terms: GroupTerms | None = None,
     residual: Float[Array, "m n"] | None = None,
+    activation: Activation | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
@@ -73,23 +75,33 @@ def packed_matmul(
       group_size: elements of K that share a scale, one of GROUP_SIZES; for bytes only.
       group_terms: of every group, if there is a group_size.
       residual: added to the output, in `dtype`, after the cast.
+      activation: function of the product in float32, before the cast; a gated one makes one column of two.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      [m, n] in `dtype`.
+      [m, n] in `dtype`, or [m, n / 2] if gated.
 
     Raises:
-      ValueError: a tiling that does not fit, words that TMA cannot address, or groups of
-        another size.
+      ValueError: a tiling that does not fit, words that TMA cannot address, groups of another size,
+        or an activation of integers or with groups or a residual.
     """
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
     if x_width % 4 or w_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
-    work = Work(m, n, recovery, tiling, dtype, blocks // tiling.cluster_size, group_size, interpret is not None)
-    # Rows of whole 16 bytes, which vectors are too once they are mapped over.
+    if activation is not None and (tokens.scale is None or group_size is not None or residual is not None):
+        raise ValueError("an activation is of scaled products, without groups and without a residual")
+    n //= 1 if activation is None else activation.parts  # from here on, columns of the output
+    max_clusters = blocks // tiling.cluster_size
+    work = Work(m, n, recovery, tiling, dtype, max_clusters, group_size, activation, interpret is not None)
+    # Rows of whole 16 bytes, which vectors are too once they are mapped over. Each part of the columns' terms begins
+    # one: an H200 refused a copy from the middle of 16 bytes as an illegal instruction.
+    tokens, columns = (
+        jax.tree.map(lambda term, parts=parts: term.reshape(parts, -1), some)
+        for some, parts in ((tokens, 1), (columns, work.parts))
+    )
     group_terms, tokens, columns = jax.tree.map(
         lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), (group_terms, tokens, columns)
     )
@@ -112,7 +124,9 @@ def packed_matmul(
         scratch_types=scratch,
         # No thread reads what it or an async copy then overwrites without a barrier in between.
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            approx_math=activation is not None,
         ),
         interpret=interpret,
     )(*flat)
@@ -128,20 +142,23 @@ def _scratch(work: Work, sources: _Sources) -> dict:
             plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=work.consumers_of_tile
         )
     blocks = tiling.block_m, tiling.block_n
+    column_pieces = len(work.loaded_columns(0))
+    token_terms, column_terms = sources.terms
     group_terms = _group_slots(work, sources.group_terms)
     group_bytes = sum(4 * math.prod(slots.shape[1:]) for slots in jax.tree.leaves(group_terms))
     tiling.check(group_bytes)
     if work.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     staging_slots = tiling.staging_slots(group_bytes)
+    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype))
     scratch = {}
     if sources.residual is not None:
         scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
     return scratch | dict(
         staging=plgpu.SMEM(
-            (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, chunk_columns(work.dtype)),
+            (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, width),
             work.dtype,
-            transforms=STAGING_TRANSFORMS,
+            transforms=staging_transforms(width, work.dtype),
         ),
         tiles=tuple(
             plgpu.SMEM((tiling.slots, block, WORDS_PER_ROW), jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
@@ -154,10 +171,14 @@ def _scratch(work: Work, sources: _Sources) -> dict:
             for some, block in zip(sources.terms, blocks, strict=True)
         ),
         full=plgpu.Barrier(
-            num_arrivals=2 + len(jax.tree.leaves(sources.group_terms)), num_barriers=tiling.slots * work.tiles_at_a_time
+            num_arrivals=1 + column_pieces + len(jax.tree.leaves(sources.group_terms)),
+            num_barriers=tiling.slots * work.tiles_at_a_time,
         ),
         empty=empty(num_barriers=tiling.slots),
-        terms_full=plgpu.Barrier(num_arrivals=len(jax.tree.leaves(sources.terms)), num_barriers=work.tiles_at_a_time),
+        terms_full=plgpu.Barrier(
+            num_arrivals=len(jax.tree.leaves(token_terms)) + column_pieces * len(jax.tree.leaves(column_terms)),
+            num_barriers=work.tiles_at_a_time,
+        ),
         terms_empty=plgpu.Barrier(num_arrivals=work.consumers_of_tile, num_barriers=work.tiles_at_a_time),
     )
 

@@ -54,9 +54,10 @@ def expand_planes(
     What stands where k has ended is not zero: it must meet zeros in the other operand.
     """
     shifts = jnp.arange(_BYTE_WORDS_PER_WORD, dtype=jnp.uint32)
-    weights = np.asarray(number_format.plane_weights, np.uint32)[:, None, None, None]
-    # A reduction: of planes taken one by one from a stack of layers XLA would first make a copy.
-    codes = jnp.sum(weights * ((planes[..., None] >> shifts) & _in_every_byte(1)), axis=0, dtype=jnp.uint32)
+    codes = sum(
+        np.uint32(weight) * ((plane[..., None] >> shifts) & _in_every_byte(1))
+        for weight, plane in zip(number_format.plane_weights, planes, strict=True)
+    )
     if holds_values(number_format):
         signed = _subtract_in_every_byte(2 * codes, number_format.max_value)
     else:

@@ -9,17 +9,19 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Prologue
+from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
 from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
 from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
+from bipolar_jax.kernels.sm90.expansion import expand
 from bipolar_jax.kernels.sm90.matmul import GROUP_SIZES, packed_matmul
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, Choice, plan_product
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery, holds_values
+from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.kernels.sm90.weight_only_product import weight_only_product
 from bipolar_jax.kernels.sm90.weight_only_shape import check_dtype, check_groups, most_tokens, weight_only_tiling
@@ -41,7 +43,7 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     product = multiply_words(
         choice.tiling,
         code_words(codes, a_format, choice.kind),
-        weight_words(w, choice.kind),
+        _weight_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
@@ -56,8 +58,9 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`.
 
     Sums of a group are exact, and groups add up in float32, the correction by the token's zero code last:
@@ -68,7 +71,7 @@ def quantized_matmul(
     """
     choice = _choose(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
-    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual)
+    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
 
 
 def tokens_matmul(
@@ -77,9 +80,10 @@ def tokens_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     dtype: jnp.dtype,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
-    """The product of activations that `quantize_and_pack` quantized, [m, n] in `dtype`.
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """The product of activations that `quantize_and_pack` quantized, in `dtype`.
 
     Args:
       tokens: of the kind that `plan_product` chooses for this product.
@@ -88,16 +92,23 @@ def tokens_matmul(
       bias: added to every row.
       dtype: of the output, and of the residual.
       residual: added to the output.
+      activation: of the product with its bias.
 
     Raises:
       NotImplementedError: groups of other sizes than GROUP_SIZES.
     """
     choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
-    operands = (tokens.words, weight_words(w, choice.kind))
+    operands = (tokens.words, _weight_words(w, choice.kind))
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
+    if activation is not None and (
+        w.num_groups > 1 or residual is not None or isinstance(choice.tiling, DecodeTiling)
+    ):  # no epilogue does this
+        product = tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
+        return epilogue.activate_and_add(product, activation, dtype, residual)
     if w.num_groups == 1:
-        return multiply_words(choice.tiling, *operands, terms, _columns(w, bias), recovery, dtype, residual)
+        columns = _columns(w, bias)
+        return multiply_words(choice.tiling, *operands, terms, columns, recovery, dtype, residual, activation)
     if isinstance(choice.tiling, DecodeTiling):
         product = decode_matmul(
             *operands,
@@ -133,13 +144,17 @@ def multiply_words(
     recovery: Recovery,
     dtype: jnp.dtype,
     residual: Float[Array, "m n"] | None = None,
+    activation: Activation | None = None,
 ) -> Array:
-    """The product [m, n] by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual."""
+    """The product by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual.
+
+    Only the latter takes an activation, and no residual with it.
+    """
     operands = (x_words, w_words, tokens, columns, recovery)
     options = {"dtype": dtype, "interpret": interpret_params()}
     if isinstance(tiling, DecodeTiling):
         return _added(residual, decode_matmul(*operands, tiling=tiling, **options))
-    return packed_matmul(*operands, tiling=tiling, residual=residual, **options)
+    return packed_matmul(*operands, tiling=tiling, residual=residual, activation=activation, **options)
 
 
 def _added(residual: Float[Array, "m n"] | None, product: Float[Array, "m n"]) -> Float[Array, "m n"]:
@@ -203,6 +218,13 @@ def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     tiling = weight_only_tiling(min(m, most_tokens(group_size)), w.contracted_size, w.bits, group_size)
     kernel = f"{jnp.dtype(dtype).name} tensor cores, weights unpacked from {w.bits} planes in registers, as rows"
     return Plan(kernel, f"{m} tokens: bound by reading the weights", tiling)
+
+
+def _weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
+    """`weight_words`, the bytes of "int8" made by a kernel."""
+    if kind == "planes":
+        return weight_words(w, kind)
+    return expand(w.planes, w.format, interpret=interpret_params())
 
 
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:

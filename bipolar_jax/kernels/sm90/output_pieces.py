@@ -1,4 +1,4 @@
-"""A tile of the output on its way to memory, piece by piece, each 64 rows of 128 bytes; and what is added to it.
+"""A tile of the output on its way to memory, piece by piece, each 64 rows of up to 128 bytes; and what is added to it.
 
 Pieces pass through a few slots of shared memory in turn. A residual arrives in the same slots: those of the first
 pieces under the mainloop, each other one while the piece between is finished. A thread adds to its own numbers, where
@@ -26,6 +26,7 @@ class OutputPieces:
 
     Attributes:
       tile_m, tile_n: of the tile.
+      parts: columns of the product that make one of it.
       staging: [slots, 64, width] in shared memory.
       out: [tile_m, tile_n] in memory.
       residual: likewise, or None.
@@ -34,6 +35,7 @@ class OutputPieces:
 
     tile_m: int
     tile_n: int
+    parts: int
     staging: Any
     out: Any
     residual: Any = None
@@ -51,7 +53,7 @@ class OutputPieces:
     @property
     def rows_at_once(self) -> int:
         """Rows to finish at once: all read the columns' terms once, but need registers for all their numbers."""
-        return self.tile_m if self.tile_m * self.tile_n <= _ROOMY_TILE else self._height
+        return self.tile_m if self.parts * self.tile_m * self.tile_n <= _ROOMY_TILE // self.parts else self._height
 
     def groups(self) -> list[tuple[int, int]]:
         """First rows and columns of what is finished at once, in order."""

@@ -33,7 +33,9 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
     shared_along = ("cluster_n" if tiling.cluster_n > 1 else None, "cluster_m" if tiling.cluster_m > 1 else None)
 
     def tile(index, carry):
-        starts = work.origin(index)
+        m_start, n_start = work.origin(index)
+        # Of both operands: (part, first row of it, first in the target, how many) of what is loaded at once.
+        pieces = ([(0, m_start, 0, tiling.block_m)], work.loaded_columns(n_start))
 
         def load(planes, k_block, carry):
             step, slot = carry
@@ -43,21 +45,24 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
                 plgpu.barrier_wait(empty.at[slot])
 
             barrier = full.at[work.full_barrier(index, slot)]
-            for operand, target, plane, start, axes in zip(
-                sources.operands, tiles, planes, starts, shared_along, strict=True
+            for operand, target, plane, rows, axes in zip(
+                sources.operands, tiles, planes, pieces, shared_along, strict=True
             ):
-                # target.at[slot]: [block, 32 words]; rows and words beyond the operand come as zeros.
-                plgpu.copy_gmem_to_smem(
-                    operand.at[plane, pl.ds(start, target.shape[1]), pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)],
-                    target.at[slot],
-                    barrier,
-                    collective_axes=axes,
-                )
+                for part, start, first, size in rows:
+                    # target: [slots, block, 32 words]; rows and words beyond the operand come as zeros.
+                    plgpu.copy_gmem_to_smem(
+                        operand.at[
+                            plane, pl.ds(part * work.n + start, size), pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)
+                        ],
+                        target.at[slot, pl.ds(first, size)],
+                        barrier,
+                        collective_axes=axes,
+                    )
             if group_terms is not None:
                 group = k_block * work.groups_per_step // work.steps_per_group
                 for name, target in vars(group_terms).items():
                     if target is not None:
-                        start = starts[0] if name == "token_sums" else starts[1]
+                        start = m_start if name == "token_sums" else n_start
                         # target.at[slot]: [groups_per_step, block]
                         plgpu.copy_gmem_to_smem(
                             vars(sources.group_terms)[name].at[
@@ -79,11 +84,11 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
         def _():
             plgpu.barrier_wait(terms_empty.at[buffer])
 
-        for some_sources, buffers, start in zip(sources.terms, terms, starts, strict=True):
+        for some_sources, buffers, some_pieces in zip(sources.terms, terms, pieces, strict=True):
             for source, target in zip(jax.tree.leaves(some_sources), jax.tree.leaves(buffers), strict=True):
-                plgpu.copy_gmem_to_smem(
-                    source.at[pl.ds(start, target.shape[1])], target.at[buffer], terms_full.at[buffer]
-                )
+                for part, start, first, size in some_pieces:
+                    some = target.at[buffer, pl.ds(first, size)]
+                    plgpu.copy_gmem_to_smem(source.at[part, pl.ds(start, size)], some, terms_full.at[buffer])
         return carry
 
     lax.fori_loop(0, work.my_tiles(), tile, (jnp.int32(0), jnp.int32(0)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
@@ -25,6 +26,7 @@ class Work:
       dtype: of the output.
       max_clusters: clusters of blocks that the device holds at a time.
       group_size: elements of K that share a scale, or None.
+      activation: function of the product, or None.
       emulate: whether this is interpret mode.
     """
 
@@ -35,6 +37,7 @@ class Work:
     dtype: jnp.dtype
     max_clusters: int
     group_size: int | None
+    activation: Activation | None
     emulate: bool
 
     @property
@@ -70,10 +73,38 @@ class Work:
         return self.k_blocks * self.recovery.num_pairs
 
     @property
+    def parts(self) -> int:
+        """Columns of the product that make one of the output: 2 if gated, `n` apart."""
+        return 1 if self.activation is None else self.activation.parts
+
+    @property
+    def out_tile_n(self) -> int:
+        """Columns of the output that a consumer's tile of the product makes."""
+        return self.tiling.tile_n // self.parts
+
+    @property
+    def out_block_n(self) -> int:
+        """Likewise of a block's tile."""
+        return self.tiling.block_n // self.parts
+
+    def loaded_columns(self, n_start) -> list[tuple]:
+        """A block's columns of the product that lie side by side: (part, first of it, first in the tile, how many).
+
+        A gated tile of a consumer is as many gates, and then what they belong to.
+        """
+        if self.parts == 1:
+            return [(0, n_start, 0, self.tiling.block_n)]
+        return [
+            (part, n_start + first // self.parts, first + part * self.out_tile_n, self.out_tile_n)
+            for first in range(0, self.tiling.block_n, self.tiling.tile_n)
+            for part in range(self.parts)
+        ]
+
+    @property
     def _tile_grid(self) -> tuple[int, int]:
         """Output tiles along m and n, in units of what a cluster does together."""
         tiling = self.tiling
-        return -(-self.m // (tiling.block_m * tiling.cluster_m)), -(-self.n // (tiling.block_n * tiling.cluster_n))
+        return -(-self.m // (tiling.block_m * tiling.cluster_m)), -(-self.n // (self.out_block_n * tiling.cluster_n))
 
     @property
     def tiles(self) -> int:
@@ -97,7 +128,7 @@ class Work:
         return (self.tiles - lax.axis_index("cluster") + self.clusters - 1) // self.clusters
 
     def origin(self, index):
-        """First row and column of this block's part of the cluster's index-th tile."""
+        """First row and column of the output in this block's part of the cluster's index-th tile."""
         tiling = self.tiling
         m_tile, n_tile = plgpu.planar_snake(
             lax.axis_index("cluster") + index * self.clusters,
@@ -107,7 +138,7 @@ class Work:
         )
         return (
             (m_tile * tiling.cluster_m + lax.axis_index("cluster_m")) * tiling.block_m,
-            (n_tile * tiling.cluster_n + lax.axis_index("cluster_n")) * tiling.block_n,
+            (n_tile * tiling.cluster_n + lax.axis_index("cluster_n")) * self.out_block_n,
         )
 
     def next_slot(self, slot):

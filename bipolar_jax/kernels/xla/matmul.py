@@ -17,7 +17,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import epilogue
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Prologue
+from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
@@ -41,8 +41,9 @@ def quantized_matmul(
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "m n"] | None = None,
-) -> Float[Array, "m n"]:
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
     tokens = quantize_tokens(x, a_format, prologue)
 
@@ -60,7 +61,7 @@ def quantized_matmul(
     offsets = None if w.offset is None else w.offset.T
     total = _zeros(w.row_sums, x.shape[0])
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
-    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual)
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
