@@ -20,6 +20,9 @@ from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import pack_codes
+from tests.optimizations import optimizations
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # No contracted size is a multiple of 32, so that last words and last groups are short.
 LLAMA = TransformerConfig(
@@ -131,10 +134,13 @@ def test_the_key_decides_the_bits():
 def test_they_prefill_decode_and_generate(config):
     model = random_packed(config, PRECISIONS["W8A8"], key=KEY, dtype=jnp.float32)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    for prompt, tokens in zip(prompts, generate(model, prompts, 5), strict=True):
-        logits = forward(model, np.array([prompt + tokens], np.int32))
-        assert np.isfinite(logits).all()
-        assert tokens == np.argmax(logits[0], axis=-1)[len(prompt) - 1 : -1].tolist()
+    generated = generate(model, prompts, 5)
+    texts = [prompt + tokens for prompt, tokens in zip(prompts, generated, strict=True)]
+    longest = max(map(len, texts))
+    logits = forward(model, np.array([text + [0] * (longest - len(text)) for text in texts], np.int32))
+    assert np.isfinite(logits).all()
+    for prompt, tokens, text, row in zip(prompts, generated, texts, np.argmax(logits, axis=-1), strict=True):
+        assert tokens == row[len(prompt) - 1 : len(text) - 1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -197,10 +203,11 @@ def test_less_than_a_layer_is_held_beside_the_result(make, tied, monkeypatch):
         return draw(*args)
 
     monkeypatch.setattr(random_weights, "_draw", measured_draw)
-    if make in ("bfloat16", "float32"):
-        model = random_float(config, jnp.dtype(make), KEY)
-    else:
-        model = random_packed(config, Precision.parse(make), key=KEY)
+    with optimizations(True):
+        if make in ("bfloat16", "float32"):
+            model = random_float(config, jnp.dtype(make), KEY)
+        else:
+            model = random_packed(config, Precision.parse(make), key=KEY)
     state = nnx.state(model)
     drawn = {path: leaf for path, leaf in nnx.to_flat_state(state) if path[-1] in ("kernel", "embedding")}
     # XLA counts the pointers of tuples, 8 bytes an array.
