@@ -183,6 +183,12 @@ def test_what_is_no_model_is_refused(model):
 # Linen
 
 
+def initialized(model: linen.Module, *args, **options):
+    """The model's variables, by one program."""
+    with optimizations(False):
+        return jax.jit(functools.partial(model.init, **options))(jax.random.key(0), *args)
+
+
 class CNN(linen.Module):
     """Convolutions stay float: linen.Conv takes no dot_general. The dense layers are quantized."""
 
@@ -225,8 +231,8 @@ class Transformer(linen.Module):
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_linen_outputs_are_the_same_to_the_bit(dtype, tmp_path):
     model = Transformer(dtype)
+    variables = initialized(model, X)
     with optimizations(False):
-        variables = jax.jit(model.init)(jax.random.key(0), X)
         gradient = jax.jit(jax.grad(lambda v: jnp.mean(model.apply(v, X) ** 2)))(variables)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["params"]["up"]))
     variables = jax.tree.map(lambda v, g: v - 0.1 * g, variables, gradient)
@@ -241,20 +247,20 @@ def test_linen_outputs_are_the_same_to_the_bit(dtype, tmp_path):
     ]
     assert set(packed["params"]["attention"]["out"]) == {"kernel", "bias"}  # the scale holds the step size
     assert not isinstance(packed["params"]["head"]["kernel"], bj.BipolarArray)
-    ours, theirs = jax.jit(packed_model.apply)(packed, X), jax.jit(model.apply)(variables, X)
+    apply = jax.jit(packed_model.apply)
+    ours, theirs = apply(packed, X), jax.jit(model.apply)(variables, X)
     assert ours.dtype == theirs.dtype
     np.testing.assert_array_equal(ours, theirs)
     bj.save(tmp_path / "packed.safetensors", packed)
-    np.testing.assert_array_equal(jax.jit(packed_model.apply)(bj.load(tmp_path / "packed.safetensors"), X), theirs)
+    np.testing.assert_array_equal(apply(bj.load(tmp_path / "packed.safetensors"), X), theirs)
 
 
 def test_the_dense_layers_of_a_linen_cnn_train_and_convert():
     images = np.random.default_rng(0).normal(size=(12, 8, 8, 1)).astype(np.float32)
     labels = np.arange(12) % 3
     model = CNN(bj.DotGeneral(1, 2, calibration="absmean"))
-    variables = model.init(jax.random.key(0), images, train=False)
+    variables = initialized(model, images, train=False)
     optimizer = optax.adam(1e-2)
-    state = optimizer.init(variables)
 
     @jax.jit
     def step(variables, state, key):
@@ -267,9 +273,11 @@ def test_the_dense_layers_of_a_linen_cnn_train_and_convert():
         return optax.apply_updates(variables, updates), state, value
 
     losses = []
-    for i in range(60):
-        variables, state, value = step(variables, state, jax.random.key(i))
-        losses.append(float(value))
+    with optimizations(False):
+        state = jax.jit(optimizer.init)(variables)
+        for i in range(60):
+            variables, state, value = step(variables, state, jax.random.key(i))
+            losses.append(float(value))
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
     packed_model, packed = bj.quantize_model(model, None, variables, images, train=False)
     evaluate = lambda apply, v: jax.jit(functools.partial(apply, train=False))(v, images)  # noqa: E731
@@ -277,15 +285,19 @@ def test_the_dense_layers_of_a_linen_cnn_train_and_convert():
     assert [path for path, _ in packed_model.layers] == ["Dense_0", "Dense_1"]
 
 
-def test_a_plain_linen_model_is_quantized_by_rules():
+@pytest.fixture(scope="module")
+def cnn_variables():
+    return initialized(CNN(), jnp.ones((2, 8, 8, 1)), train=False)
+
+
+def test_a_plain_linen_model_is_quantized_by_rules(cnn_variables):
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
-    variables = CNN().init(jax.random.key(0), images, train=False)
     model, packed = bj.quantize_model(
-        CNN(), [("Dense_1", None), ("Dense", bj.Precision(8, 8))], variables, images, train=False
+        CNN(), [("Dense_1", None), ("Dense", bj.Precision(8, 8))], cnn_variables, images, train=False
     )
     assert [path for path, _ in model.layers] == ["Dense_0"]
     np.testing.assert_allclose(
-        model.apply(packed, images, train=False), CNN().apply(variables, images, train=False), atol=0.05
+        model.apply(packed, images, train=False), CNN().apply(cnn_variables, images, train=False), atol=0.05
     )
 
 
@@ -296,7 +308,7 @@ def test_scanned_linen_layers_convert():
             return jnp.tanh(linen.Dense(24, dot_general=bj.DotGeneral(2, 4))(x)), None
 
     stack = linen.scan(linen.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
-    variables = stack.init(jax.random.key(0), X, None)
+    variables = initialized(stack, X, None)
     model, packed = bj.quantize_model(stack, None, variables, X, None)
     assert packed["params"]["Dense_0"]["kernel"].shape == (3, 24, 24)
     ours, theirs = (jax.jit(apply)(v, X, None)[0] for apply, v in ((model.apply, packed), (stack.apply, variables)))
@@ -312,11 +324,9 @@ def test_scanned_linen_layers_convert():
         ([("Dense_1", bj.Precision(4, 8, 99))], "cannot quantize layer Dense_1 to W4A8g99: .*contracted size 16"),
     ],
 )
-def test_linen_rules_that_cannot_be_meant_raise(rules, message):
-    images = jnp.ones((2, 8, 8, 1))
-    variables = CNN().init(jax.random.key(0), images, train=False)
+def test_linen_rules_that_cannot_be_meant_raise(rules, message, cnn_variables):
     with pytest.raises(ValueError, match=message):
-        bj.quantize_model(CNN(), rules, variables, images, train=False)
+        bj.quantize_model(CNN(), rules, cnn_variables, jnp.ones((2, 8, 8, 1)), train=False)
 
 
 def test_a_linen_model_without_variables_is_sent_for_them():
