@@ -18,7 +18,7 @@ from bipolar_jax.kernels.sm90.expansion import Expansion, expand
 from bipolar_jax.kernels.sm90.operand_words import expand_planes
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
 
 FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
 with_every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"W{fmt.name}")
