@@ -90,7 +90,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     precisions = _parse_precisions(config.precisions)
     models = {str(precision): precision for precision in precisions}
     models |= dict.fromkeys(_parse_baselines(config.baselines))
-    profiled = [name.strip() for name in config.profile.split(",") if name.strip()]
+    profiled = _names(config.profile)
     unknown = [name for name in profiled if name not in models]
     if unknown:
         raise ValueError(f"profile names {', '.join(unknown)}, which is not measured: {', '.join(models)} are")
@@ -139,9 +139,14 @@ def _take_over(name: str, result: dict[str, Any], there: dict[str, Any] | None) 
         result["models"][name] = there["models"][name]
 
 
+def _names(text: str) -> list[str]:
+    """What stands between commas, if anything does."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _parse_baselines(text: str) -> list[str]:
     """Reads "bf16,bf16 cuBLAS"; what needs a GPU is left out where there is none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _names(text)
     if unknown := [name for name in names if name not in BASELINES]:
         raise ValueError(f"baselines name {', '.join(unknown)}: there are {', '.join(BASELINES)}")
     return [name for name in names if not BASELINES[name] or jax.devices()[0].platform == "gpu"]
@@ -149,7 +154,7 @@ def _parse_baselines(text: str) -> list[str]:
 
 def _parse_precisions(text: str) -> list[bj.Precision]:
     """Reads "W1A1,W2A8", fewest weight bits first: what a process ever held at most is then of the last model."""
-    precisions = {bj.Precision.parse(item) for item in text.split(",") if item.strip()}
+    precisions = {bj.Precision.parse(name) for name in _names(text)}
     return sorted(precisions, key=lambda p: (as_format(p.w_bits).bits, p.a_bits or 16, str(p)))
 
 
