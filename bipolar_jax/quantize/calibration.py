@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.fixed_point import fixed_point_sum
 
 Calibration = Literal["absmax", "mse", "minmax", "absmean"]
 
@@ -56,9 +57,9 @@ def calibrate(
         scale, zero_value = spanning_grid(x, number_format)
         return scale, -scale * zero_value.astype(jnp.float32)
     if calibration == "absmean":
-        # NaN stays in sums, and the zeros that fill the last group add nothing to them.
+        # The zeros that fill the last group add nothing.
         lengths = valid.sum(axis=-1).astype(np.float32)
-        return flush_scale(jnp.sum(jnp.abs(x), axis=-1) / (lengths * number_format.max_value)), None
+        return flush_scale(fixed_point_sum(jnp.abs(x)) / (lengths * number_format.max_value)), None
     scale = absmax_scale(x, number_format)
     if calibration == "mse":
         scale = _least_squares_scale(x, valid, number_format, scale)
@@ -129,7 +130,7 @@ def _least_squares_scale(
         best_error, best_scale = best
         codes = number_format.encode(unit, 0.5 / shrink)
         values = jnp.where(valid, number_format.values(codes), 0).astype(jnp.float32)
-        xv, vv = jnp.sum(unit * values, axis=-1), jnp.sum(values * values, axis=-1)
+        xv, vv = fixed_point_sum(unit * values), fixed_point_sum(values * values)
         fitted = jnp.where(vv == 0, shrink, xv / jnp.where(vv == 0, 1.0, vv))
         error = fitted * (fitted * vv - 2 * xv)
         better = error < best_error

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.quantize.fixed_point import fixed_point_mean
+
 
 def check_clip(ratio: float | None) -> None:
     """Raises ValueError unless `ratio` is None or a number above 0."""
@@ -34,7 +36,7 @@ def clip_tokens(x: Float[Array, "*batch k"], ratio: float) -> Float[Array, "*bat
     """
     # Compiled by itself, so that it rounds alike in training and in inference.
     rows = jax.lax.optimization_barrier(jax.lax.stop_gradient(x))
-    bound = (ratio * jnp.mean(jnp.abs(rows.astype(jnp.float32)), axis=-1, keepdims=True)).astype(x.dtype)
+    bound = (ratio * fixed_point_mean(jnp.abs(rows))[..., None]).astype(x.dtype)
     return _clipped(x, jax.lax.optimization_barrier(jnp.clip(rows, -bound, bound)), jnp.abs(rows) <= bound)
 
 

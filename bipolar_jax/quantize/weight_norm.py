@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.quantize.fixed_point import fixed_point_mean
+
 WeightNorm = Literal["center", "standardize"]
 
 # Variances below this count as it: a channel of equal weights stays finite.
@@ -39,7 +41,11 @@ def normalize_weights(w: Float[Array, "*batch k n"], weight_norm: WeightNorm | N
     if weight_norm is None:
         return w
     if weight_norm == "center":
-        return w - jnp.mean(w, axis=(-2, -1), keepdims=True)
-    centered = w - jnp.mean(w, axis=-2, keepdims=True)
-    variance = jnp.mean(centered * centered, axis=-2, keepdims=True)
+        return w - fixed_point_mean(_column_means(w))[..., None, None]
+    centered = w - _column_means(w)[..., None, :]
+    variance = _column_means(centered * centered)[..., None, :]
     return centered / jnp.sqrt(jnp.maximum(variance, _SMALLEST_VARIANCE))
+
+
+def _column_means(w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n"]:
+    return fixed_point_mean(jnp.swapaxes(w, -1, -2))
