@@ -69,6 +69,9 @@ def training_config(name: str) -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay_embeddings = False
+    # Of the learning rate, for learned step sizes: Adam's updates are as large as the learning rate, however small the
+    # gradient, and step sizes are a hundredth or less.
+    config.optimizer.step_size_rate = 1.0
     config.optimizer.clip_norm = 1.0
 
     # Metrics are fetched every so many steps, and written for each of them.

@@ -54,7 +54,8 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) of gradients clipped by their global norm.
 
-    Matrices decay; norms, biases and learned step sizes never do, embeddings if so configured.
+    Matrices decay; norms, biases and learned step sizes never do, embeddings if so configured. Updates of step sizes
+    are multiplied by `step_size_rate`.
     """
 
     def decays(params: Params) -> dict[str, bool]:
@@ -64,12 +65,16 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             for name, kind in last.items()
         }
 
+    def is_step_size(params: Params) -> dict[str, bool]:
+        return {name: name.endswith("/step_size") for name in params}
+
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
             make_schedule(config), optimizer.b1, optimizer.b2, weight_decay=optimizer.weight_decay, mask=decays
         ),
+        optax.masked(optax.scale(optimizer.step_size_rate), is_step_size),
     )
 
 

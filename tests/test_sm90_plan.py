@@ -137,6 +137,7 @@ def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
     assert choice.reason.startswith("measured at 8192x8192x8192 W")
     assert plan_product(8192, 8192, 8192, BipolarFormat(2), BipolarFormat(1)).tiling == choice.tiling
     assert plan_product(65, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
+    assert load_table("NVIDIA H100 80GB HBM3") == load_table("NVIDIA H200")  # the same chip
     assert nearest_entry("NVIDIA A100", "planes", 8192, 8192, 8) is None
 
 

@@ -18,6 +18,7 @@ from configs import sample_text as sample_config
 from configs import tiny_bf16, tiny_ternary_a8, tiny_w1a1, tiny_w2a2
 from experiments import generate, sample_text, train
 from experiments.training_log import METRICS_NAME, read_metrics
+from experiments.training_step import make_optimizer
 from tests import tiny_checkpoints
 from tests.tiny_training import STEPS, result_of, shrink, whole_config, without_evaluation
 
@@ -69,6 +70,20 @@ def test_the_exported_model_gives_the_trained_logits_to_the_bit(tiny_text, tmp_p
     )
     np.testing.assert_array_equal(packed.planes, again.planes)
     np.testing.assert_array_equal(logits(loaded.model, ids), expected)
+
+
+def test_step_sizes_move_at_a_rate_of_their_own():
+    config = tiny_w2a2.get_config()
+    config.optimizer.warmup_steps, config.optimizer.weight_decay, config.optimizer.step_size_rate = 0, 0.0, 0.25
+    params = {
+        "layers/q_proj/kernel": np.ones((2, 2), np.float32),
+        "layers/q_proj/dot_general/step_size": np.ones(2, np.float32),
+    }
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    kernel, step_size = (np.asarray(updates[name]) for name in params)
+    np.testing.assert_allclose(kernel, -config.optimizer.learning_rate, rtol=1e-5)
+    np.testing.assert_allclose(step_size, -0.25 * config.optimizer.learning_rate, rtol=1e-5)
 
 
 def test_the_exported_model_is_read_at_fewer_bits(tiny_run):

@@ -8,6 +8,9 @@ import json
 import math
 from typing import Any
 
+# GPUs of the same chip, but for its memory, as one that was measured.
+_SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+
 # How far, in octaves over all three sizes together, a measured problem may be from the one asked for.
 _FARTHEST = 1.5
 
@@ -19,8 +22,8 @@ def table_name(device_kind: str) -> str:
 
 @functools.cache
 def load_table(device_kind: str) -> dict[str, Any] | None:
-    """A device's table, or None where none is shipped."""
-    file = importlib.resources.files(__package__) / table_name(device_kind)
+    """A device's table, or that of a GPU of the same chip, or None where none is shipped."""
+    file = importlib.resources.files(__package__) / table_name(_SAME_CHIP.get(device_kind, device_kind))
     return json.loads(file.read_text()) if file.is_file() else None
 
 

@@ -1,0 +1,54 @@
+"""Sums by fixed point: close to the exact ones, and the same in any order."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bipolar_jax.quantize.fixed_point import fixed_point_mean, fixed_point_sum
+
+
+def rows(n, seed=0):
+    """Rows of sizes from 1e-30 to 1e30."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(61, n)) * 10.0 ** rng.integers(-30, 30, size=(61, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 4096, 16384])
+def test_sums_are_close_and_do_not_depend_on_the_order(n):
+    x = np.abs(rows(n))
+    exact = x.astype(np.float64).sum(axis=-1)
+    found = np.asarray(fixed_point_sum(x))
+    np.testing.assert_allclose(found, exact, rtol=1e-7 if n < 100 else 3e-6)
+    order = np.random.default_rng(1).permutation(n)
+    np.testing.assert_array_equal(found, jax.jit(fixed_point_sum)(x[:, order]))
+
+
+def test_what_cancels_and_what_is_zero():
+    x = np.asarray([[3e38, -3e38, 1e38], [0.0, -0.0, 0.0], [1e-45, 0.0, 0.0]], np.float32)
+    # Subnormal numbers may count as zeros.
+    np.testing.assert_array_equal(np.asarray(fixed_point_sum(x))[:2], np.asarray([1e38, 0], np.float32))
+    assert 0 <= float(fixed_point_sum(x)[2]) <= 1e-44
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_not_lost(bad):
+    x = rows(4096)
+    x[7, 1234] = bad
+    found = np.asarray(jax.jit(fixed_point_sum)(x))
+    assert np.isnan(found[7])
+    assert np.isfinite(np.delete(found, 7)).all()
+
+
+def test_means_and_their_gradient():
+    x = np.random.default_rng(0).normal(size=(4, 24)).astype(np.float32)
+    np.testing.assert_allclose(fixed_point_mean(x), x.mean(axis=-1), rtol=1e-5, atol=1e-7)
+    gradient = jax.grad(lambda x: jnp.sum(fixed_point_mean(x) ** 2))(x)
+    np.testing.assert_allclose(
+        gradient, np.repeat(2 / 24 * x.mean(axis=-1, keepdims=True), 24, 1), rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_array_equal(
+        jax.vmap(fixed_point_sum)(x.astype(jnp.bfloat16)), fixed_point_sum(x.astype(jnp.bfloat16))
+    )
