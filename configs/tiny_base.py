@@ -91,14 +91,14 @@ def training_config(name: str) -> ConfigDict:
 
 
 def tiny_config(name: str) -> ConfigDict:
-    """A Llama of 6 layers, 256 wide: 6 million parameters, of which 1 million are the embedding."""
+    """A Llama of 6 layers, 384 wide: 12 million parameters, of which 1.6 million are the embedding."""
     config = training_config(name)
-    config.model.hidden_size = 256
+    config.model.hidden_size = 384
     config.model.num_layers = 6
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 4
+    config.model.num_heads = 6
+    config.model.num_kv_heads = 6
     config.model.head_dim = 64
-    config.model.ffn_size = 768
+    config.model.ffn_size = 1024
     config.model.context_length = 512
     config.model.tie_embeddings = True
     config.model.norm = "rms"
@@ -109,6 +109,9 @@ def tiny_config(name: str) -> ConfigDict:
     # steps, at half the learning rate).
     # After 800 steps of the kind: bf16 3.67 at this rate and 3.99 at a quarter of it, W1A1 4.57 and 4.75 at half of it.
     config.optimizer.learning_rate = 4e-3
+    config.steps = 6000
+    config.evaluate_every = 500
+    config.checkpoint_every = 2000
     config.initial_embedding = 4.0
     config.initial_residual = 0.35
     return config

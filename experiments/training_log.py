@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
+from experiments.figures import save
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -74,6 +76,4 @@ def plot_losses(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], t
     axes.plot([row["step"] for row in evaluations], [row["loss"] for row in evaluations], "o-", label="validation")
     axes.set(xlabel="step", ylabel="cross entropy (nats a token)", title=title)
     axes.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    save(figure, path)

@@ -1,0 +1,112 @@
+"""Compares runs of experiments/train.py on the same data: validation losses, and how far they are from one of them.
+
+    python -m experiments.compare_training --config=configs/compare_training.py --workdir=DIR
+
+A small text read many times is learnt by heart, by floats sooner than by few bits: so losses are compared with the
+baseline's last one, and with the least that it ever had. Under --workdir come result.json and losses.png.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from experiments import app
+from experiments.figures import colour, save
+from experiments.progress import console
+from experiments.workdir import RESULT_NAME, write_json
+
+# What two runs must share for their losses to be comparable.
+_SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_windows")
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    results = [_read(Path(folder.strip())) for folder in config.runs.split(",")]
+    runs = {result["settings"]["name"]: summary(result) for result in results}
+    if config.baseline not in runs:
+        raise ValueError(f"baseline {config.baseline} is none of the runs: {', '.join(runs)}")
+    for result in results:
+        for name in _SHARED:
+            mine, other = result["settings"][name], results[0]["settings"][name]
+            if mine != other:
+                names = result["settings"]["name"], results[0]["settings"]["name"]
+                raise ValueError(f"{names[0]} has {name}={mine}, {names[1]} has {other}: train them alike")
+    baseline = runs[config.baseline]
+    for run in runs.values():
+        run["above_final"] = round(run["final"] - baseline["final"], 4)
+        run["above_least"] = round(run["final"] - baseline["least"], 4)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / RESULT_NAME, {"baseline": config.baseline, "runs": runs})
+    _plot(results, workdir / "losses.png")
+    _print_table(runs, config.baseline)
+    console.print(f"results and plot: {workdir}")
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """What is compared of a run.
+
+    Raises:
+      ValueError: it is not finished.
+    """
+    name, evaluations = result["settings"]["name"], result["evaluations"]
+    if "packed" not in result:
+        raise ValueError(f"the run {name} stopped at step {evaluations[-1]['step']}: finish it by the same command")
+    least = min(evaluations, key=lambda row: row["loss"])
+    return {
+        "rules": result["settings"]["rules"],
+        "seed": result["settings"]["seed"],
+        "final": evaluations[-1]["loss"],
+        "packed": result["packed"]["loss"],
+        "least": least["loss"],
+        "least_at_step": least["step"],
+        "tokens_per_second": result.get("tokens_per_second"),
+        "device": result["environment"]["device"],
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / RESULT_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no result at {path}: name workdirs of experiments/train.py")
+    result = json.loads(path.read_text())
+    if "evaluations" not in result:
+        raise ValueError(f"{path} is of another experiment: name workdirs of experiments/train.py")
+    return result
+
+
+def _print_table(runs: dict[str, dict[str, Any]], baseline: str) -> None:
+    table = Table(title=f"validation loss, nats a token; differences to {baseline}")
+    for heading in ("run", "final", "packed", "to its final", "to its least", "own least", "at step"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for name, run in runs.items():
+        numbers = [run[key] for key in ("final", "packed", "above_final", "above_least", "least")]
+        table.add_row(name, *(f"{number:.4f}" for number in numbers), str(run["least_at_step"]))
+    console.print(table)
+
+
+def _plot(results: list[dict[str, Any]], path: Path) -> None:
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, result in enumerate(results):
+        rows = [row for row in result["evaluations"] if row["step"]]  # rounded random weights are off the scale
+        axes.plot(
+            [row["step"] for row in rows],
+            [row["loss"] for row in rows],
+            "o-",
+            color=colour(2 * index),
+            label=result["settings"]["name"],
+        )
+    axes.set(xlabel="step", ylabel="validation loss (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    app.run(main)
