@@ -23,12 +23,18 @@ class DecodeTiling:
     Attributes:
       warpgroups: 1 to 4, which take 1024 elements of K in turn.
       w_slots: tiles of one plane, 64 x 1024 bits, that each has in shared memory at a time.
-      x_slots: tiles of all planes of all tokens, likewise.
+      x_slots: tiles of all planes of all tokens of a part, likewise.
+      parts: of the tokens, each of which is multiplied by itself.
     """
 
     warpgroups: int
     w_slots: int
     x_slots: int
+    parts: int = 1
+
+    def part_tokens(self, m: int) -> int:
+        """Of m tokens, those that are multiplied together."""
+        return -(-m // self.parts)
 
 
 def token_columns(m: int) -> int:
@@ -56,7 +62,7 @@ def decode_tiling(m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int 
     """
     if group_size is not None and group_size not in GROUP_SIZES:
         raise NotImplementedError(f"groups of few tokens must have {GROUP_SIZES} elements, not {group_size}")
-    columns = x_planes(m, a_bits, group_size) * token_columns(m)
+    columns = _columns(m, a_bits, group_size)
     if columns > MOST_COLUMNS:
         raise NotImplementedError(f"{m} tokens of {a_bits} planes are {columns} columns, more than {MOST_COLUMNS}")
     least_slots = _LEAST_SLOTS if group_size is None else max(_LEAST_SLOTS, w_bits)
@@ -69,3 +75,13 @@ def decode_tiling(m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int 
         if w_slots >= least_slots:
             return DecodeTiling(warpgroups, w_slots, x_slots)
     raise AssertionError(f"{columns} columns leave no shared memory")
+
+
+def parted_tiling(m: int, k: int, a_bits: int) -> DecodeTiling:
+    """`decode_tiling` of as large parts of the tokens as have no more columns than an instruction."""
+    parts = next(n for n in range(1, m + 1) if _columns(-(-m // n), a_bits) <= MOST_COLUMNS)
+    return dataclasses.replace(decode_tiling(-(-m // parts), k, a_bits), parts=parts)
+
+
+def _columns(m: int, a_bits: int, group_size: int | None = None) -> int:
+    return x_planes(m, a_bits, group_size) * token_columns(m)
