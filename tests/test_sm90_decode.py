@@ -15,7 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
 from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
-from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling, parted_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_tiling import (
+    DecodeTiling,
+    decode_tiling,
+    decode_tilings,
+    parted_tiling,
+    token_columns,
+    x_planes,
+)
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.operand_words import code_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
@@ -167,6 +174,9 @@ def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, of
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
 
 
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+
+
 def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
         for m in range(1, MOST_DECODE_TOKENS + 1):
@@ -213,7 +223,7 @@ def test_rows_that_tma_cannot_address_are_refused():
         )
 
 
-@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@needs_compiler
 @pytest.mark.parametrize(
     ("m", "n", "k", "a_bits", "w_bits", "group_size"),
     [
@@ -240,6 +250,18 @@ def test_rows_that_tma_cannot_address_are_refused():
     ],
 )
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
+    compile_product(m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits) if group_size is None else None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("a_bits", [8, 4])
+@pytest.mark.parametrize("choice", range(1, 8))
+def test_tilings_that_only_a_table_chooses_compile_without_spills(a_bits, choice):
+    m = 1 if choice % 2 else 16
+    compile_product(m, 4096, 4096, a_bits, 4, None, decode_tilings(m, 4096, a_bits, 4)[choice])
+
+
+def compile_product(m, n, k, a_bits, w_bits, group_size, tiling):
     recovery = Recovery("planes", BipolarFormat(a_bits), BipolarFormat(w_bits), k, with_zero=a_bits > 1)
 
     words = -(-k // 128) * 4
@@ -251,7 +273,7 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
         return jax.ShapeDtypeStruct((n, -(-k // group_size)), dtype)
 
     columns = ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n), offset=vector(n), bias=vector(n))
-    groups, tiling = None, parted_tiling(m, k, a_bits) if group_size is None else None
+    groups = None
     if group_size is not None:
         columns = ColumnTerms()
         groups = WeightGroups(matrix(jnp.float32), matrix(jnp.int32), matrix(jnp.float32), group_size)

@@ -138,7 +138,8 @@ def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
 
 
 def table_entries() -> list[dict]:
-    return load_table("NVIDIA H200")["entries"]
+    """Of `packed_matmul`."""
+    return [entry for entry in load_table("NVIDIA H200")["entries"] if entry["kind"] != plan.FEW_TOKENS]
 
 
 def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):

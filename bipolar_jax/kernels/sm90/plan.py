@@ -7,7 +7,12 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling, parted_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_tiling import (
+    DecodeTiling,
+    accumulator_columns,
+    decode_tilings,
+    parted_tiling,
+)
 from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
@@ -19,6 +24,9 @@ MOST_BINARY_PAIRS = 8
 
 # Up to here weights are read once, as planes; measured to pay at 1 and 16.
 MOST_DECODE_TOKENS = 64
+
+# The kind of a table's entries for `decode_matmul`: their m is the columns of the instruction, steps are the weights'.
+FEW_TOKENS = "few tokens"
 
 # Of an H100 or H200, for estimates.
 _MEMORY_BYTES_PER_CYCLE = 2300  # 4.1 TB/s at 1.755 GHz
@@ -66,8 +74,7 @@ def plan_product(
     """The plan of x [m, k] times w [k, n], with one scale a column, or one a group."""
     if m <= MOST_DECODE_TOKENS:
         with contextlib.suppress(NotImplementedError):
-            tiling = decode_tiling(m, k, a_format.bits, w_format.bits, group_size)
-            return Choice("planes", tiling, f"{m} tokens: bound by reading the weights")
+            return _plan_few(m, n, k, a_format, w_format, group_size)
     if group_size is not None:
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
@@ -79,6 +86,21 @@ def plan_product(
         if few_tokens_cycles(tiling, *sizes) < many_tokens_cycles(choice, *sizes):
             return Choice("planes", tiling, f"{m} tokens in {tiling.parts} parts: estimated from bytes and planes")
     return choice
+
+
+def _plan_few(
+    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None
+) -> Choice:
+    """The plan of `decode_matmul`. Raises NotImplementedError as `decode_tilings` does."""
+    tilings = decode_tilings(m, k, a_format.bits, w_format.bits, group_size)
+    if interpret_params() is None and group_size is None:
+        columns, steps = accumulator_columns(m, a_format.bits), mainloop_steps(k, "planes", w_format.bits)
+        entry = nearest_entry(default_device().device_kind, FEW_TOKENS, columns, n, steps)
+        for tiling in tilings if entry is not None else ():
+            # Rings as deep as fit this product's tokens.
+            if all(getattr(tiling, name) == entry["tiling"][name] for name in ("warpgroups", "x_slots")):
+                return Choice("planes", tiling, f"measured at {entry['shape']}")
+    return Choice("planes", tilings[0], f"{m} tokens: bound by reading the weights")
 
 
 def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
@@ -103,7 +125,7 @@ def few_tokens_cycles(
     from L2 a plane's tile of weights and its share of the tokens'.
     """
     tokens = tiling.part_tokens(m)
-    columns = x_planes(tokens, a_format.bits) * token_columns(tokens)
+    columns = accumulator_columns(tokens, a_format.bits)
     loaded = (ROWS_PER_INSTRUCTION + columns / w_format.bits) * BYTES_PER_ROW
     turn = max(2 * columns, loaded / _L2_BYTES_PER_CYCLE) * _SETTLING
     turns = math.ceil(math.ceil(n / ROWS_PER_INSTRUCTION) * tiling.parts / MULTIPROCESSORS)
