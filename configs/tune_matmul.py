@@ -5,6 +5,8 @@ With one process a shape (see `experiments.turns`) 36 problems with 13 tilings e
 NVIDIA H200. The table goes to bipolar_jax/tuning/, or to --config.table.
 
     python -m experiments.tune_matmul --config=configs/tune_matmul.py --workdir=runs/tune_matmul
+
+Few tokens: --config.shapes=llama2-7b@1,llama2-7b@16 --config.precisions=W1A8,W2A8,W4A8,W8A8.
 """
 
 from ml_collections import ConfigDict

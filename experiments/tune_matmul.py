@@ -2,12 +2,12 @@
 
     python -m experiments.tune_matmul --config=configs/tune_matmul.py --workdir=DIR --config.table=DIR/nvidia_h200.json
 
-Products that differ only in which planes meet (W1A4, W4A1, W2A2) are one problem. For each, the
-tile shapes that the planner's estimate likes best are timed, then variations of the fastest in one
-field at a time. What a tiling gives is compared with the exact product before it is timed. Under
---workdir comes result.json with every measurement; the best of each problem goes into the table, whose
-other entries stay. A run that was stopped goes on where it was; several runs at once may share a workdir
-and a table, each with shapes of its own (see `turns`).
+Products that differ only in which planes meet (W1A4, W4A1, W2A2) are one problem. For each, the tile shapes that the
+planner's estimate likes best are timed, then variations of the fastest in one field at a time; for few tokens all ways
+to share out K, on weights that come from memory. What a tiling gives is compared with the exact product before it is
+timed. Under --workdir comes result.json with every measurement; the best of each problem goes into the table, whose
+other entries stay. A run that was stopped goes on where it was; several runs at once may share a workdir and a table,
+each with shapes of its own (see `turns`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 import bipolar_jax.tuning
-from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
-from bipolar_jax.kernels.sm90.plan import CANDIDATES, estimated_cycles
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, accumulator_columns, decode_tilings
+from bipolar_jax.kernels.sm90.plan import CANDIDATES, FEW_TOKENS, estimated_cycles, mainloop_steps
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.tuning.table import table_name
 from experiments import app
+from experiments.cold_weights import with_cold_weights
 from experiments.matmul_operands import Operands
 from experiments.matmul_products import Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.matmul_shapes import parse_shapes
@@ -56,9 +57,10 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         for name, product in parse_products(shape, config.precisions, "sm90").items():
             if product.group_size is not None:
                 raise ValueError(f"precision {name}: the table has no products with groups")
-            if isinstance(product.choice.tiling, DecodeTiling):
-                raise ValueError(f"{shape}: products of so few tokens have no tilings to choose from")
-            problems.setdefault(_problem_name(product), []).append((f"{shape} {name}", product))
+            tiling = product.choice.tiling
+            if isinstance(tiling, DecodeTiling) and tiling.parts > 1:
+                raise ValueError(f"{shape} {name}: tokens in {tiling.parts} parts have one tiling")
+            problems.setdefault(Problem.of(product).name, []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}
     result = read_result(workdir, settings) or {"settings": settings, "problems": {}}
@@ -71,14 +73,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
             operands = Operands(product.shape, config.seed)
         row = result["problems"].setdefault(
             name,
-            {
-                "kind": product.kind,
-                "m": product.shape.m,
-                "n": product.shape.n,
-                "steps": product.steps,
-                "shape": label,
-                "tilings": {},
-            },
+            dataclasses.asdict(Problem.of(product)) | {"shape": label, "tilings": {}},
         )
         console.print(f"problem {number} of {len(problems)}: {name}, measured as {label}")
         _time_tilings_of(product, row, operands, config)
@@ -86,6 +81,29 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         _write_table(table, result)
     _print_table(result, Ceilings.of(config.ceilings), {name: members[0][1] for name, members in problems.items()})
     console.print(f"measurements: {workdir / RESULT_NAME}; table: {table}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What the table keys tilings by; see `tuning.table.nearest_entry`."""
+
+    kind: str
+    m: int
+    n: int
+    steps: int
+
+    @classmethod
+    def of(cls, product: Product) -> Problem:
+        """The problem that a product is."""
+        shape = product.shape
+        if isinstance(product.choice.tiling, DecodeTiling):
+            columns = accumulator_columns(shape.m, product.a_format.bits)
+            return cls(FEW_TOKENS, columns, shape.n, mainloop_steps(shape.k, "planes", product.w_format.bits))
+        return cls(product.kind, shape.m, shape.n, product.steps)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.m}x{self.n}, {self.steps} steps"
 
 
 def first_tilings(product: Product, candidates: str, count: int) -> list[Tiling]:
@@ -139,6 +157,11 @@ def _with_most_slots(tiling: Tiling) -> Tiling:
 
 def _time_tilings_of(product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict) -> None:
     """Times the first tilings, then variations of the fastest."""
+    if isinstance(product.choice.tiling, DecodeTiling):
+        shape = product.shape
+        tilings = decode_tilings(shape.m, shape.k, product.a_format.bits, product.w_format.bits)
+        _time_tilings(list(tilings), product, row, operands, config)
+        return
     first = first_tilings(product, config.candidates, config.per_problem)
     _time_tilings(first, product, row, operands, config)
     best = _best({_name(tiling): row["tilings"][_name(tiling)] for tiling in first})
@@ -147,17 +170,26 @@ def _time_tilings_of(product: Product, row: dict[str, Any], operands: Operands, 
 
 
 def _time_tilings(
-    tilings: list[Tiling], product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict
+    tilings: list[Tiling] | list[DecodeTiling],
+    product: Product,
+    row: dict[str, Any],
+    operands: Operands,
+    config: ConfigDict,
 ) -> None:
     todo = [tiling for tiling in tilings if "microseconds" not in row["tilings"].get(_name(tiling), {})]
-    calls = {tiling: product.kernel(operands, tiling) for tiling in todo}
+    calls, count = {tiling: product.kernel(operands, tiling) for tiling in todo}, 1
+    if isinstance(product.choice.tiling, DecodeTiling):
+        for tiling, call in calls.items():
+            calls[tiling], count = with_cold_weights(call, 1)
     with others_turn():
         compiled = compile_all(calls, config.compile_threads)
     for tiling, (_, args) in calls.items():
         try:
             function = raise_if_error(compiled[tiling])
-            product.check_kernel(operands, function(*args))
-            timing = measure(function, *args, iterations=config.iterations)
+            outputs = function(*args)
+            for output in outputs if isinstance(outputs, list) else [outputs]:
+                product.check_kernel(operands, output)
+            timing = measure(function, *args, iterations=config.iterations).divided(count)
             figures = timing.to_json()
             line = f"{timing.median:.1f} us"
         except Exception as error:
@@ -167,15 +199,13 @@ def _time_tilings(
         console.print(f"  {_name(tiling)}: {line}")
 
 
-def _name(tiling: Tiling) -> str:
+def _name(tiling: Tiling | DecodeTiling) -> str:
+    if isinstance(tiling, DecodeTiling):
+        return f"{tiling.warpgroups} warpgroups, slots {tiling.w_slots} and {tiling.x_slots}"
     return (
         f"{tiling.consumers} x {tiling.tile_m}x{tiling.tile_n} {tiling.schedule} slots {tiling.slots} "
         f"band {tiling.band}{tiling.band_axis} cluster {tiling.cluster_m}x{tiling.cluster_n}"
     )
-
-
-def _problem_name(product: Product) -> str:
-    return f"{product.kind} {product.shape.m}x{product.shape.n}, {product.steps} steps"
 
 
 def _best(tilings: dict[str, Any]) -> dict[str, Any] | None:
@@ -212,9 +242,9 @@ def _print_table(result: dict[str, Any], ceilings: Ceilings, products: dict[str,
         table.add_row(
             name,
             row["shape"],
-            _name(Tiling(**best["tiling"])),
+            next(name for name, figures in row["tilings"].items() if figures is best),
             f"{best['microseconds']:.1f}",
-            f"{ceilings.compute_microseconds(product) / best['microseconds']:.0%}",
+            f"{ceilings.roofline_microseconds(product) / best['microseconds']:.0%}",
             "-" if first is None else f"{first:.1f}",
         )
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import jax
@@ -13,8 +14,14 @@ from flax import nnx
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90 import execution
-from bipolar_jax.models import transformer
-from bipolar_jax.models.attention import causal_attention, causal_implementation, decode_attention, whole_bias
+from bipolar_jax.models import attention, transformer
+from bipolar_jax.models.attention import (
+    causal_attention,
+    causal_implementation,
+    decode_attention,
+    prompts_alibi,
+    whole_bias,
+)
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.quantized_heads import QuantizedHeads
@@ -97,6 +104,18 @@ def test_a_bias_of_one_row_is_the_same_with_a_row_for_each_query():
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (whole, row)]
     errors = [jnp.abs(causal_attention(q, k, v, bias) - expected).max() for bias in rounded]
     assert errors[0] < 0.02 < errors[1]
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "xla"])
+def test_alibi_of_prompts_is_made_for_what_serves(implementation, monkeypatch):
+    monkeypatch.setattr(
+        attention, "default_device", lambda: device(platform="gpu" if implementation == "cudnn" else "cpu")
+    )
+    bias = prompts_alibi(shaped(1, 64, 4, 16))
+    distances = np.arange(64.0) - np.arange(64.0)[:, None] if implementation == "cudnn" else np.arange(64.0)[None]
+    expected = 2.0 ** -np.arange(2.0, 9.0, 2.0)[:, None, None] * distances
+    assert bias.dtype == (jnp.bfloat16 if implementation == "cudnn" else jnp.float32)
+    np.testing.assert_array_equal(bias[0], jnp.asarray(expected, bias.dtype))
 
 
 def test_a_token_of_a_prompt_sees_what_it_sees_when_decoded():
@@ -209,6 +228,44 @@ def test_a_quantized_model_on_the_h200_copies_no_cache(monkeypatch):
         prefill[1],
     )
     assert compiled.memory_analysis().temp_size_in_bytes < prefill[1].nbytes / (2 * config.num_layers)
+
+
+@needs_compiler
+def test_alibi_for_cudnn_is_made_once(monkeypatch):
+    """Not in the loop over layers, where XLA would leave it, and to where it would bring it back."""
+    heads, length, made = 4, 64, "bf16[1,4,64,64]"
+    config = TransformerConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=16,
+        ffn_size=128,
+        context_length=length,
+        positions="alibi",
+    )
+    implementations = []
+
+    def as_cudnn(q, k, v, bias, is_causal, implementation):
+        """What takes the whole bias, as cuDNN does, which cannot be asked without a GPU."""
+        implementations.append(implementation)
+        return q + k + v + jnp.sum(jax.lax.optimization_barrier(bias), axis=(0, 2, 3))[:, None]
+
+    monkeypatch.setattr(attention, "default_device", device)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)
+    model = nnx.eval_shape(lambda: Transformer(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    compiled, _ = sm90_compile.compile_for_h200(
+        lambda model, ids: model.hidden_states(ids), model, shaped(1, length, dtype=jnp.int32)
+    )
+    assert implementations == ["cudnn"]
+    program = compiled.as_text()
+    carried = [line for line in program.splitlines() if re.search(r" while\(", line)]
+    assert len(carried) == 1
+    assert made in carried[0]
+    kernels = re.findall(rf"= {re.escape(made)}\S* fusion\(.*", program)
+    assert len(kernels) == 1
+    assert "while/body" not in kernels[0]
 
 
 @needs_compiler

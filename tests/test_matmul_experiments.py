@@ -12,14 +12,15 @@ import pytest
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_tiling import decode_tiling
+from bipolar_jax.kernels.sm90.decode_tiling import decode_tiling, decode_tilings
 from bipolar_jax.kernels.sm90.execution import interpreted
-from bipolar_jax.kernels.sm90.plan import CANDIDATES
+from bipolar_jax.kernels.sm90.plan import CANDIDATES, FEW_TOKENS, plan_product
 from bipolar_jax.kernels.sm90.tiling import Tiling
+from bipolar_jax.tuning import table as tuning_table
 from configs import ablation as ablation_config
 from configs import bench_matmul as bench_config
 from configs import tune_matmul as tune_config
-from experiments import ablation, ablation_variants, bench_matmul, exactness, timing, tune_matmul
+from experiments import ablation, ablation_variants, bench_matmul, cold_weights, exactness, timing, tune_matmul
 from experiments.matmul_operands import Operands
 from experiments.matmul_products import Product
 from experiments.matmul_shapes import Shape
@@ -239,6 +240,35 @@ def test_problems_are_measured_once_and_their_best_tiling_is_written(tmp_path, m
     assert entry["microseconds"] == times[-1] == min(times)
 
 
+def test_few_tokens_are_tuned_on_cold_weights_and_planned_from_the_table(tmp_path, monkeypatch):
+    copies = []
+
+    def measured(function, *args, iterations):
+        copies.append(len(args))
+        return timing.Timing.of([100.0 - 10 * len(copies)], "wall")
+
+    monkeypatch.setattr(tune_matmul, "measure", measured)
+    monkeypatch.setattr(cold_weights, "copies_of", lambda weights: 2)
+    config = tiny(tune_config.get_config(), shapes="4x40x96", precisions="W2A1", table=str(tmp_path / "table.json"))
+    with interpreted(InterpretGPUParams()):
+        tune_matmul.main(config, tmp_path)
+    assert copies == [2, 2]
+    table = json.loads((tmp_path / "table.json").read_text())
+    (entry,) = table["entries"]
+    assert (entry["kind"], entry["m"], entry["n"], entry["steps"]) == (FEW_TOKENS, 8, 40, 2)
+    assert entry["microseconds"] == 40.0
+    slower, fastest = decode_tilings(4, 96, 1, 2)
+    assert entry["tiling"] == dataclasses.asdict(fastest)
+    monkeypatch.setattr(tuning_table, "load_table", lambda device: table)
+    tuning_table.nearest_entry.cache_clear()
+    formats = BipolarFormat(1), BipolarFormat(2)
+    assert plan_product(4, 40, 96, *formats).tiling == fastest
+    assert plan_product(40, 40, 96, *formats).tiling == decode_tilings(40, 96, 1, 2)[0]  # of other sizes
+    tuning_table.nearest_entry.cache_clear()
+    monkeypatch.undo()
+    assert plan_product(4, 40, 96, *formats).tiling == slower
+
+
 def test_first_tilings_are_legal_and_begin_with_the_planners():
     product = Product(Shape("s", 4096, 4096, 4096), BipolarFormat(1), BipolarFormat(2), "sm90")
     tilings = tune_matmul.first_tilings(product, "all", 12)
@@ -296,12 +326,15 @@ def test_ablation_without_signed_planes_is_refused(tmp_path, precision):
 
 
 @pytest.mark.parametrize(
-    ("program", "config", "message"),
-    [(ablation, ablation_config, "has none of these parts"), (tune_matmul, tune_config, "no tilings to choose from")],
+    ("program", "config", "precision", "message"),
+    [
+        (ablation, ablation_config, "W1A1", "has none of these parts"),
+        (tune_matmul, tune_config, "W1A8", "tokens in 2 parts have one tiling"),
+    ],
 )
-def test_products_of_few_tokens_are_refused(tmp_path, program, config, message):
+def test_products_of_few_tokens_are_refused(tmp_path, program, config, precision, message):
     with interpreted(InterpretGPUParams()), pytest.raises(ValueError, match=message):
-        program.main(tiny(config.get_config(), shapes="64x40x96", precisions="W1A1"), tmp_path)
+        program.main(tiny(config.get_config(), shapes="64x40x96", precisions=precision), tmp_path)
 
 
 @pytest.mark.parametrize(("program", "config"), [(ablation, ablation_config), (tune_matmul, tune_config)])

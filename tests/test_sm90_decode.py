@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.decode_groups import WeightGroups
 from bipolar_jax.kernels.sm90.decode_matmul import decode_matmul
-from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.decode_tiling import (
+    DecodeTiling,
+    decode_tiling,
+    decode_tilings,
+    parted_tiling,
+    token_columns,
+    x_planes,
+)
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.operand_words import code_words
 from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS, plan_product
@@ -76,13 +85,34 @@ def test_rings_run_on_across_tiles(tiling, blocks):
     np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
 
 
-@pytest.mark.parametrize("m", [1, 6, 40])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "a_bits", "w_format", "blocks"),
+    [
+        (33, 70, 1100, 8, BipolarFormat(2), 132),
+        (48, 64, 200, 8, BipolarFormat(4), 1),
+        (64, 130, 96, 8, BipolarFormat(1), 4),
+        (64, 65, 1500, 5, TERNARY, 3),
+        (41, 64, 64, 7, BipolarFormat(3), 132),
+    ],
+)
+def test_parts_of_the_tokens_are_exact(m, n, k, a_bits, w_format, blocks):
+    """More planes than an instruction has columns; blocks that have both parts of a tile, or one, or of several."""
+    a_format = BipolarFormat(a_bits)
+    x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
+    tiling = parted_tiling(m, k, a_bits)
+    assert tiling.parts == 2
+    product = integers(x, w, a_format, w_format, tiling=tiling, blocks=blocks)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
+
+
+@pytest.mark.parametrize("m", [1, 6, 40, 64])
 def test_scales_zero_codes_offsets_and_bias(m):
     a_format, w_format = BipolarFormat(4), BipolarFormat(3)
     k, n, rng = 700, 90, np.random.default_rng(4)
     x, w = random_codes(a_format, m, k, 5), random_codes(w_format, n, k, 6)
     zero_code = rng.integers(0, a_format.max_value + 1, m).astype(np.int32)
     x_scale, w_scale, offset, bias = (rng.normal(size=size).astype(np.float32) for size in (m, n, n, n))
+    tiling = dataclasses.replace(decode_tiling(24, k, 4), parts=3) if m == 64 else None
     product = decode_matmul(
         code_words(jnp.asarray(x), a_format, "planes"),
         code_words(jnp.asarray(w), w_format, "planes"),
@@ -90,6 +120,7 @@ def test_scales_zero_codes_offsets_and_bias(m):
         ColumnTerms(jnp.asarray(w.sum(axis=1, dtype=np.int32)), *map(jnp.asarray, (w_scale, offset)), bias=bias),
         Recovery("planes", a_format, w_format, k, with_zero=True),
         jnp.float32,
+        tiling=tiling,
         interpret=plgpu.InterpretGPUParams(),
     )
     x_hat = 2.0 * (x - zero_code[:, None].astype(float)) * x_scale[:, None]
@@ -143,6 +174,9 @@ def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, of
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
 
 
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+
+
 def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
         for m in range(1, MOST_DECODE_TOKENS + 1):
@@ -154,6 +188,27 @@ def test_every_width_has_a_tiling_that_fits():
             else:
                 with pytest.raises(NotImplementedError, match="columns, more than 256"):
                     decode_tiling(m, 4096, a_bits)
+                parted = parted_tiling(m, 4096, a_bits)
+                assert parted.parts == 2
+                assert parted.w_slots >= 3
+                # The last part is not empty: nothing is stored beyond the tokens alone.
+                assert (parted.parts - 1) * token_columns(parted.part_tokens(m)) < m
+                assert plan_product(m, 4096, 4096, BipolarFormat(a_bits), BipolarFormat(2)).tiling == parted
+
+
+def test_groups_take_tokens_in_one_part():
+    terms = jnp.zeros((8, 1))
+    with pytest.raises(ValueError, match="in one part, not in 2"):
+        decode_matmul(
+            jnp.zeros((8, 40, 4), jnp.uint32),
+            jnp.zeros((1, 8, 4), jnp.uint32),
+            TokenTerms(jnp.zeros(40, jnp.int32), jnp.zeros(40, jnp.int32), None),
+            ColumnTerms(),
+            Recovery("planes", BipolarFormat(8), BipolarFormat(1), 96, with_zero=False),
+            jnp.float32,
+            groups=WeightGroups(terms, terms.astype(jnp.int32), None, 128),
+            tiling=parted_tiling(40, 96, 8),
+        )
 
 
 def test_rows_that_tma_cannot_address_are_refused():
@@ -168,7 +223,7 @@ def test_rows_that_tma_cannot_address_are_refused():
         )
 
 
-@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@needs_compiler
 @pytest.mark.parametrize(
     ("m", "n", "k", "a_bits", "w_bits", "group_size"),
     [
@@ -181,6 +236,11 @@ def test_rows_that_tma_cannot_address_are_refused():
         (64, 4096, 4096, 2, 2, None),
         (53, 12, 123, 3, 1, None),
         (6, 217, 689, 7, 5, None),
+        (33, 4096, 4096, 8, 4, None),
+        (48, 22016, 4096, 8, 2, None),
+        (64, 4096, 11008, 8, 1, None),
+        (64, 4096, 4096, 8, 8, None),
+        (64, 217, 689, 5, 3, None),
         (1, 4096, 4096, 8, 4, 64),
         (1, 4096, 11008, 8, 4, 128),
         (1, 4096, 4096, 8, 8, 128),
@@ -190,6 +250,18 @@ def test_rows_that_tma_cannot_address_are_refused():
     ],
 )
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
+    compile_product(m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits) if group_size is None else None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("a_bits", [8, 4])
+@pytest.mark.parametrize("choice", range(1, 8))
+def test_tilings_that_only_a_table_chooses_compile_without_spills(a_bits, choice):
+    m = 1 if choice % 2 else 16
+    compile_product(m, 4096, 4096, a_bits, 4, None, decode_tilings(m, 4096, a_bits, 4)[choice])
+
+
+def compile_product(m, n, k, a_bits, w_bits, group_size, tiling):
     recovery = Recovery("planes", BipolarFormat(a_bits), BipolarFormat(w_bits), k, with_zero=a_bits > 1)
 
     words = -(-k // 128) * 4
@@ -207,7 +279,7 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
         groups = WeightGroups(matrix(jnp.float32), matrix(jnp.int32), matrix(jnp.float32), group_size)
     _, report = sm90_compile.compile_for_h200(
         lambda x, w, tokens, columns, groups: decode_matmul(
-            x, w, tokens, columns, recovery, jnp.bfloat16, groups=groups
+            x, w, tokens, columns, recovery, jnp.bfloat16, groups=groups, tiling=tiling
         ),
         jax.ShapeDtypeStruct((a_bits, m, words), jnp.uint32),
         jax.ShapeDtypeStruct((w_bits, n, words), jnp.uint32),

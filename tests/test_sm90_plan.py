@@ -34,6 +34,20 @@ def test_the_estimate_prefers_large_tiles_where_they_fill_the_chip():
     assert estimated_cycles(large, 8192, 8192, 8) < estimated_cycles(large, 8192, 8192, 16)
 
 
+def test_few_tokens_of_many_planes_go_in_parts_where_that_reads_less():
+    def chosen(m, w_bits, a_bits, n=4096):
+        return plan_product(m, n, 4096, BipolarFormat(a_bits), BipolarFormat(w_bits))
+
+    for w_bits in (2, 3, 4):
+        choice = chosen(64, w_bits, 8)
+        assert (choice.kind, choice.tiling.parts) == ("planes", 2)
+        assert choice.reason == "64 tokens in 2 parts: estimated from bytes and planes"
+    assert chosen(32, 2, 8).tiling.parts == chosen(64, 2, 4).tiling.parts == 1
+    # Of many planes and columns bytes take fewer cycles, expansion and all.
+    assert isinstance(chosen(64, 8, 8, 22016).tiling, Tiling)
+    assert isinstance(chosen(65, 2, 8).tiling, Tiling)
+
+
 def compile_product(
     m,
     n,
@@ -124,7 +138,8 @@ def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
 
 
 def table_entries() -> list[dict]:
-    return load_table("NVIDIA H200")["entries"]
+    """Of `packed_matmul`."""
+    return [entry for entry in load_table("NVIDIA H200")["entries"] if entry["kind"] != plan.FEW_TOKENS]
 
 
 def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):

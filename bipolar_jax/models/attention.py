@@ -42,8 +42,25 @@ def causal_attention(
     """
     implementation = causal_implementation(default_device(), q, bias)
     if bias is not None and implementation == "cudnn":
-        bias = whole_bias(bias).astype(q.dtype)
+        bias = whole_bias(bias).astype(q.dtype)  # nothing is left to do if `prompts_alibi` made it
     return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation=implementation)
+
+
+def prompts_alibi(q: Any) -> Float[Array, "1 heads #length length"]:
+    """ALiBi's biases as `causal_attention` hands them on: for cuDNN of every query and key, else one row.
+
+    They are to be made before a loop over layers: cuDNN's heads * length^2 numbers, made in its body, are made anew
+    in every turn.
+
+    Args:
+      q: queries or their shape and dtype, [batch, length, heads, head_dim].
+    """
+    _, length, heads, _ = q.shape
+    row = alibi_bias(heads, length)
+    if causal_implementation(default_device(), q, row) != "cudnn":
+        return row
+    # What is made of a constant XLA moves into the loop again.
+    return whole_bias(jax.lax.optimization_barrier(row)).astype(q.dtype)
 
 
 def causal_implementation(device: jax.Device, q: Any, bias: Any | None) -> Literal["cudnn", "xla"]:

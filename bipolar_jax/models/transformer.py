@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.models.alibi import alibi_bias
 from bipolar_jax.models.attention import (
     Heads,
     Projected,
     attend_to_cache,
     causal_attention,
+    prompts_alibi,
     rotated_heads,
 )
 from bipolar_jax.models.cache import KVCache
@@ -187,8 +187,9 @@ class Transformer(nnx.Module):
         self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
-        length = hidden.shape[1]
-        bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
+        heads = (*hidden.shape[:2], self.config.num_heads, self.config.head_dim)
+        queries = jax.ShapeDtypeStruct(heads, hidden.dtype)
+        bias = prompts_alibi(queries) if self.config.positions == "alibi" else None
 
         def attend(projected, cache, index):
             q, k, v = rotated_heads(projected, self.config.num_kv_heads, tables)

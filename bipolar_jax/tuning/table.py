@@ -33,8 +33,8 @@ def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> di
 
     Args:
       device_kind: as JAX names it.
-      kind: of operands, "planes" or "int8".
-      m: rows of the output.
+      kind: of operands, "planes" or "int8"; or of the kernel, `plan.FEW_TOKENS`.
+      m: rows of the output, or what they are in the kernel's units.
       n: its columns.
       steps: length of the mainloop, in 128-byte rows of K over all pairs of planes.
     """

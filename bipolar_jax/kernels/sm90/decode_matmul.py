@@ -12,6 +12,10 @@ With t_i the products of weight plane i, of weight p_i, with the bits of the act
 
 where the inner sum is by Horner's rule in the tensor cores' accumulator, and the outer one adds
 its column blocks. `recovery` has what completes P.
+
+Tokens of more planes than an instruction has columns are cut into parts. Each part of them and tile of columns is a
+turn of its own, neighbouring blocks having the parts of the same tile at the same time: the weights come once from
+memory, and again from the L2 cache.
 """
 
 from __future__ import annotations
@@ -61,8 +65,8 @@ def decode_matmul(
       columns: terms of rows of w.
       recovery: how planes make products; kind "planes".
       dtype: of the output: float32, bfloat16, float16, or int32.
-      groups: scales of groups, in place of `columns.code_sums`, `scale` and `offset`.
-      tiling: how a block shares out K; None chooses.
+      groups: scales of groups, in place of `columns.code_sums`, `scale` and `offset`; of tokens in one part.
+      tiling: how a block shares out K, and into how many parts tokens are cut; None chooses, one part.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -71,7 +75,7 @@ def decode_matmul(
 
     Raises:
       ValueError: words that TMA cannot address.
-      NotImplementedError: more tokens and planes than an instruction has columns.
+      NotImplementedError: more tokens and planes than an instruction has columns, where the tiling is chosen here.
     """
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
     if x_width % 4 or w_width % 4:
@@ -79,6 +83,8 @@ def decode_matmul(
     group_size = None if groups is None else groups.group_size
     if tiling is None:
         tiling = decode_tiling(m, recovery.k, recovery.a_format.bits, recovery.w_format.bits, group_size)
+    if groups is not None and tiling.parts > 1:
+        raise ValueError(f"groups take tokens in one part, not in {tiling.parts}")
     tiles = -(-n // ROWS_PER_INSTRUCTION)
     terms = None
     if groups is not None:
@@ -90,7 +96,7 @@ def decode_matmul(
     out = plgpu.kernel(
         functools.partial(_kernel, m, tiles, recovery, tiling, dtype, tree, interpret is not None),
         out_type=jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype),
-        grid=(min(tiles, blocks),),
+        grid=(min(tiles * tiling.parts, blocks),),
         grid_names=("block",),
         num_threads=tiling.warpgroups,
         thread_name="warpgroup",
@@ -104,19 +110,27 @@ def decode_matmul(
 def _scratch(
     m, recovery: Recovery, tiling: DecodeTiling, dtype, tokens: TokenTerms, columns: ColumnTerms, group_size
 ) -> dict:
-    width, others = token_columns(m), max(1, tiling.warpgroups - 1)
+    part = tiling.part_tokens(m)
+    width, others = token_columns(part), max(1, tiling.warpgroups - 1)
+    all_tokens = -(-tiling.parts * width // _LEAST_COPY) * _LEAST_COPY
     tile = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
     return dict(
         w_ring=tile((tiling.warpgroups, tiling.w_slots, ROWS_PER_INSTRUCTION, WORDS_PER_ROW)),
         x_ring=tile(
-            (tiling.warpgroups, tiling.x_slots, x_planes(m, recovery.a_format.bits, group_size), width, WORDS_PER_ROW)
+            (
+                tiling.warpgroups,
+                tiling.x_slots,
+                x_planes(part, recovery.a_format.bits, group_size),
+                width,
+                WORDS_PER_ROW,
+            )
         ),
         w_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.w_slots),
         x_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.x_slots),
         handed_over=plgpu.SMEM((others, ROWS_PER_INSTRUCTION, width), jnp.int32 if group_size is None else jnp.float32),
         all_handed_over=plgpu.Barrier(num_arrivals=others),
         taken=plgpu.Barrier(),
-        tokens=jax.tree.map(lambda term: plgpu.SMEM((-(-width // _LEAST_COPY) * _LEAST_COPY,), term.dtype), tokens),
+        tokens=jax.tree.map(lambda term: plgpu.SMEM((all_tokens,), term.dtype), tokens),
         tokens_arrived=plgpu.Barrier(num_arrivals=len(jax.tree.leaves(tokens))),
         columns=jax.tree.map(lambda term: plgpu.SMEM((ROWS_PER_INSTRUCTION,), term.dtype), columns),
         columns_arrived=plgpu.Barrier(num_arrivals=max(1, len(jax.tree.leaves(columns)))),
@@ -148,16 +162,20 @@ def _kernel(
     *flat, out = refs
     token_source, column_source, groups = jax.tree.unflatten(tree, flat)
     me, block, blocks = lax.axis_index("warpgroup"), lax.axis_index("block"), lax.axis_size("block")
-    width = token_columns(m)
-    my_tiles = lax.div(tiles - block + blocks - 1, blocks)
+    width, parts = token_columns(tiling.part_tokens(m)), tiling.parts
+    my_tiles = lax.div(tiles * parts - block + blocks - 1, blocks)
     # Parts of K that each warpgroup takes; the last ones may be beyond K, and come as zeros.
     turns = -(-recovery.k // (PART * tiling.warpgroups))
     planes = sorted(range(recovery.w_format.bits), key=lambda plane: -recovery.w_format.plane_weights[plane])
     # The start of the tokens is no constant, or Pallas would refuse a tile that goes beyond them.
     no_token = 0 * me
 
-    def first_column(tile):
-        return (block + tile * blocks) * ROWS_PER_INSTRUCTION
+    def first_column(index):
+        """Of this block's index-th tile; a tile comes once for every part of the tokens."""
+        return lax.div(block + index * blocks, parts) * ROWS_PER_INSTRUCTION
+
+    def first_token(index):
+        return no_token if parts == 1 else lax.rem(block + index * blocks, parts) * width
 
     def words(position):
         """The words of K at a position, counted in parts over tiles."""
@@ -188,7 +206,7 @@ def _kernel(
         def _():
             # [x_planes, width, 32 words]
             plgpu.copy_gmem_to_smem(
-                x.at[:, pl.ds(no_token, width), words(position)],
+                x.at[:, pl.ds(first_token(lax.div(position, turns)), width), words(position)],
                 x_ring.at[me, slot, pl.ds(0, x.shape[0])],
                 x_arrived.at[me * tiling.x_slots + slot],
             )
@@ -204,9 +222,10 @@ def _kernel(
         _load_terms(token_source, tokens, no_token, tokens_arrived)
 
     plgpu.barrier_wait(tokens_arrived)
-    my_tokens = jax.tree.map(lambda ref: ref.at[pl.ds(0, width)], tokens)
 
     def tile(index, carry):
+        my_tokens = jax.tree.map(lambda ref: ref.at[pl.ds(first_token(index), width)], tokens)
+
         @pl.when(me == 0)
         def _():
             _load_terms(column_source, columns, first_column(index), columns_arrived)
@@ -264,7 +283,7 @@ def _kernel(
         @pl.when(me == 0)
         def _():
             terms = (my_tokens, columns)
-            target = out.at[pl.ds(no_token, width), pl.ds(first_column(index), ROWS_PER_INSTRUCTION)]
+            target = out.at[pl.ds(first_token(index), width), pl.ds(first_column(index), ROWS_PER_INSTRUCTION)]
             finish_tile(total, recovery, tiling, dtype, terms, columns_arrived, target, index + 1 == my_tiles, **shared)
 
         return carry

@@ -201,6 +201,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
         kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
         if isinstance(choice.tiling, DecodeTiling):
             kernel += ", weights as rows"
+            if choice.tiling.parts > 1:
+                kernel += f", {choice.tiling.parts} times"
     else:
         kernel = f"int8 tensor cores, weights expanded from {w.bits} planes"
     return Plan(kernel, choice.reason, choice.tiling)

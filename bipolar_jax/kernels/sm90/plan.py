@@ -7,7 +7,12 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tiling
+from bipolar_jax.kernels.sm90.decode_tiling import (
+    DecodeTiling,
+    accumulator_columns,
+    decode_tilings,
+    parted_tiling,
+)
 from bipolar_jax.kernels.sm90.execution import default_device, interpret_params
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
@@ -19,6 +24,15 @@ MOST_BINARY_PAIRS = 8
 
 # Up to here weights are read once, as planes; measured to pay at 1 and 16.
 MOST_DECODE_TOKENS = 64
+
+# The kind of a table's entries for `decode_matmul`: their m is the columns of the instruction, steps are the weights'.
+FEW_TOKENS = "few tokens"
+
+# Of an H100 or H200, for estimates.
+_MEMORY_BYTES_PER_CYCLE = 2300  # 4.1 TB/s at 1.755 GHz
+_L2_BYTES_PER_CYCLE = 32  # for every multiprocessor, when all load
+_LAUNCH_CYCLES = 3500  # one kernel more, 2 us
+_SETTLING = 1.4  # in the product of few tokens: an allowance for waits between planes, not measured
 
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
@@ -60,12 +74,37 @@ def plan_product(
     """The plan of x [m, k] times w [k, n], with one scale a column, or one a group."""
     if m <= MOST_DECODE_TOKENS:
         with contextlib.suppress(NotImplementedError):
-            tiling = decode_tiling(m, k, a_format.bits, w_format.bits, group_size)
-            return Choice("planes", tiling, f"{m} tokens: bound by reading the weights")
+            return _plan_few(m, n, k, a_format, w_format, group_size)
     if group_size is not None:
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
+    choice = _plan_many(m, n, k, a_format, w_format)
+    if m <= MOST_DECODE_TOKENS:
+        tiling = parted_tiling(m, k, a_format.bits)
+        sizes = (m, n, k, a_format, w_format)
+        if few_tokens_cycles(tiling, *sizes) < many_tokens_cycles(choice, *sizes):
+            return Choice("planes", tiling, f"{m} tokens in {tiling.parts} parts: estimated from bytes and planes")
+    return choice
+
+
+def _plan_few(
+    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None
+) -> Choice:
+    """The plan of `decode_matmul`. Raises NotImplementedError as `decode_tilings` does."""
+    tilings = decode_tilings(m, k, a_format.bits, w_format.bits, group_size)
+    if interpret_params() is None and group_size is None:
+        columns, steps = accumulator_columns(m, a_format.bits), mainloop_steps(k, "planes", w_format.bits)
+        entry = nearest_entry(default_device().device_kind, FEW_TOKENS, columns, n, steps)
+        for tiling in tilings if entry is not None else ():
+            # Rings as deep as fit this product's tokens.
+            if all(getattr(tiling, name) == entry["tiling"][name] for name in ("warpgroups", "x_slots")):
+                return Choice("planes", tiling, f"measured at {entry['shape']}")
+    return Choice("planes", tilings[0], f"{m} tokens: bound by reading the weights")
+
+
+def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
+    """The plan of `packed_matmul`, with one scale a column."""
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = mainloop_steps(k, kind, pairs)
@@ -75,6 +114,35 @@ def plan_product(
             return Choice(kind, Tiling(**entry["tiling"]), f"measured at {entry['shape']}")
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
     return Choice(kind, tiling, "estimated from tile sizes")
+
+
+def few_tokens_cycles(
+    tiling: DecodeTiling, m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat
+) -> float:
+    """Cycles of `decode_matmul`: reading the weights from memory, or the busiest block.
+
+    For every part of the tokens, plane and 1024 elements of K that takes as long as the tensor cores, or as loading
+    from L2 a plane's tile of weights and its share of the tokens'.
+    """
+    tokens = tiling.part_tokens(m)
+    columns = accumulator_columns(tokens, a_format.bits)
+    loaded = (ROWS_PER_INSTRUCTION + columns / w_format.bits) * BYTES_PER_ROW
+    turn = max(2 * columns, loaded / _L2_BYTES_PER_CYCLE) * _SETTLING
+    turns = math.ceil(math.ceil(n / ROWS_PER_INSTRUCTION) * tiling.parts / MULTIPROCESSORS)
+    mainloop = turns * mainloop_steps(k, "planes", w_format.bits) * turn
+    return max(mainloop, n * k * w_format.bits / 8 / _MEMORY_BYTES_PER_CYCLE)
+
+
+def many_tokens_cycles(
+    choice: Choice, m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat
+) -> float:
+    """Cycles of `packed_matmul`, after the weights' expansion if it multiplies bytes: they are written, and read."""
+    pairs = a_format.bits * w_format.bits
+    cycles = estimated_cycles(choice.tiling, m, n, mainloop_steps(k, choice.kind, pairs))
+    if choice.kind == "planes":
+        return max(cycles, n * k * w_format.bits / 8 / _MEMORY_BYTES_PER_CYCLE)
+    expansion = n * k * (1 + w_format.bits / 8) / _MEMORY_BYTES_PER_CYCLE + _LAUNCH_CYCLES
+    return expansion + max(cycles, n * k / _MEMORY_BYTES_PER_CYCLE)
 
 
 def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:
