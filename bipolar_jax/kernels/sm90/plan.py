@@ -20,6 +20,9 @@ MOST_BINARY_PAIRS = 8
 # Up to here weights are read once, as planes; measured to pay at 1 and 16.
 MOST_DECODE_TOKENS = 64
 
+# Columns of tiles that are rotated: the registers of more would spill.
+MOST_HEAD_COLUMNS = 128
+
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
     Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
@@ -75,6 +78,30 @@ def plan_product(
             return Choice(kind, Tiling(**entry["tiling"]), f"measured at {entry['shape']}")
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
     return Choice(kind, tiling, "estimated from tile sizes")
+
+
+def plan_heads(
+    sequences: int, length: int, n: int, k: int, head_dim: int, a_format: BipolarFormat, w_format: BipolarFormat
+) -> Choice:
+    """The plan of a product whose columns are heads, see `prompt_projection`: the measured one if its tiles are heads.
+
+    Raises:
+      NotImplementedError: few tokens, whose product has weights as rows.
+    """
+    choice = plan_product(sequences * length, n, k, a_format, w_format)
+    if isinstance(choice.tiling, DecodeTiling):
+        raise NotImplementedError(f"{sequences * length} tokens are too few for tiles of them")
+    if sequences == 1 and _holds_heads(choice.tiling, head_dim):
+        return choice
+    steps = mainloop_steps(k, choice.kind, a_format.bits * w_format.bits)
+    able = [tiling for tiling in CANDIDATES if _holds_heads(tiling, head_dim)]
+    tiling = min(able, key=lambda tiling: estimated_cycles(tiling, length, sequences * n, steps))
+    return Choice(choice.kind, tiling, f"estimated from tile sizes, of those that hold heads of {head_dim}")
+
+
+def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
+    """Whether tiles are whole heads and leave registers to rotate them."""
+    return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS
 
 
 def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:
