@@ -1,4 +1,4 @@
-"""Queries, keys and values of whole prompts, rotated and cached: on Hopper by the product that makes them, else after."""
+"""Queries, keys and values of prompts, rotated and cached: on Hopper by the product that makes them, else after it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from bipolar_jax.models.rope import Tables
 from bipolar_jax.nn import Linear
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.quantize.precision import activation_format
+
+_TILE_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Projections:
         return tuple(product.reshape(*product.shape[:2], -1, self.head_dim) for product in products)
 
 
+def in_whole_tiles(tables: Tables) -> Tables:
+    """With zeros beyond the prompts where the Hopper kernel's tiles have rows: once, in place of in every layer."""
+    missing = -tables[0].shape[1] % _TILE_ROWS
+    return tuple(jnp.pad(table, ((0, 0), (0, missing), (0, 0))) for table in tables)
+
+
 def prompt_heads(
     projections: Projections, kv_heads: int, tables: Tables | None, cache: KVCache | None, layer: Int[Array, ""]
 ) -> tuple[Heads, Heads, Heads, KVCache | None]:
@@ -51,7 +59,7 @@ def prompt_heads(
     Args:
       projections: of prompts from their first tokens on.
       kv_heads: heads of keys, and of values.
-      tables: cosines and sines of positions.
+      tables: cosines and sines of positions, see `in_whole_tiles`; rows beyond the prompts are ignored.
       cache: of all layers, or None to keep nothing.
       layer: the cache's layer to fill.
 
@@ -61,6 +69,8 @@ def prompt_heads(
     try:
         return _on_sm90(projections, tables, cache, layer)
     except NotImplementedError:
+        if tables is not None:
+            tables = tuple(table[:, : projections.x.shape[1]] for table in tables)
         q, k, v = rotated_heads(projections.heads(), kv_heads, tables)
         return q, k, v, cache if cache is None else cache.write_prompts(layer, k, v)
 

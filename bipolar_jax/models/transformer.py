@@ -24,7 +24,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
 from bipolar_jax.models.norm import Norm, make_norm, project_onto
-from bipolar_jax.models.prompt_heads import Projections, prompt_heads
+from bipolar_jax.models.prompt_heads import Projections, in_whole_tiles, prompt_heads
 from bipolar_jax.models.rope import Tables, rope_tables
 
 Attend = Callable[[Projections], Heads]
@@ -181,6 +181,7 @@ class Transformer(nnx.Module):
         """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
         length = hidden.shape[1]
         bias = alibi_bias(self.config.num_heads, length) if self.config.positions == "alibi" else None
+        tables = None if tables is None else in_whole_tiles(tables)
 
         def attend(projections, cache, index):
             q, k, v, cache = prompt_heads(projections, self.config.num_kv_heads, tables, cache, index)
@@ -196,9 +197,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states and cache after all layers; `attend` gets what each projects, the cache, and its index."""
 
-        def step(carry, indexed_layer):
-            hidden, cache = carry
-            index, layer = indexed_layer
+        def step(carry, layer):
+            hidden, cache, index = carry
             written = cache
 
             def attend_here(projections):
@@ -207,10 +207,10 @@ class Transformer(nnx.Module):
                 return context
 
             hidden = layer(hidden, attend_here)
-            return (hidden, written), None
+            return (hidden, written, index + 1), None
 
-        indices = jnp.arange(self.config.num_layers)
-        (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
+        # Carried, the index is where kernels can read it; of an array that is scanned XLA slices it by one more.
+        (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(0)), self.layers)
         return hidden, cache
 
     def _enter_prompts(
