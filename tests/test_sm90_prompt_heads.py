@@ -63,7 +63,6 @@ class Case:
 
 
 CASES = {
-    "one tile of two heads": Case(Tiling(64, 128, "alternate", slots=2)),
     "pieces beyond the last head": Case(Tiling(128, 128, "alternate", slots=3), length=200, capacity=330, keys=2),
     "sequences": Case(Tiling(64, 64, "alternate", slots=2), batch=3, length=67, queries=2, capacity=131),
     "whole tiles": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=128, size=128, capacity=192),
@@ -72,11 +71,22 @@ CASES = {
     "no rotation": Case(
         Tiling(128, 128, "alternate", slots=4), batch=2, length=100, rope=False, bias=True, queries=2, capacity=300
     ),
-    "no rotation, float16": Case(Tiling(64, 128, "split_m", slots=2), size=128, rope=False, dtype=jnp.float16),
-    "clusters": Case(
-        Tiling(64, 64, "split_n", slots=3, cluster_m=2, cluster_n=2), batch=2, queries=3, bias=True, capacity=200
+    "clusters, float16": Case(
+        Tiling(64, 64, "split_n", slots=3, cluster_m=2, cluster_n=2),
+        queries=3,
+        dtype=jnp.float16,
+        bias=True,
+        capacity=200,
     ),
-    "float16": Case(Tiling(64, 128, "alternate", slots=4), size=128, dtype=jnp.float16, bias=True, capacity=500),
+    "bytes, float16": Case(
+        Tiling(64, 128, "split_m", slots=2),
+        size=128,
+        dtype=jnp.float16,
+        rope=False,
+        kind="int8",
+        bias=True,
+        capacity=500,
+    ),
 }
 
 
