@@ -108,18 +108,18 @@ class HeadPieces:
         rows, columns = range(0, self.tile_m, ROWS_PER_INSTRUCTION), range(0, self.tile_n, layout.size)
         for number, (row, first) in enumerate(itertools.product(rows, columns)):
             head = lax.div(column + first, layout.size)
-            # Loaded before they are wanted; values need none, but would have to be waited for.
-            tables = None if targets.tables is None else [self._table(ref, position + row) for ref in targets.tables]
             halves = [finished(row, first), finished(row, first + layout.half)]
             if self.length is not None:
                 halves = [self._only_prompt(half, position + row) for half in halves]
-            if tables is None:
+            if targets.tables is None:
                 self._send(number, row, head, halves)
                 continue
             rotates = head < layout.queries + layout.keys
 
             @pl.when(rotates)
-            def _(number=number, row=row, head=head, halves=halves, tables=tables):
+            def _(number=number, row=row, head=head, halves=halves):
+                # Now and not before: there are no registers for them beside all of the product.
+                tables = [self._table(ref, position + row) for ref in targets.tables]
                 self._send(number, row, head, _rotated(halves, tables), of_values=False)
 
             @pl.when(jnp.logical_not(rotates))
