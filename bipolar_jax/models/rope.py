@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 
 # Cosines and sines of every position.
-Tables = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+Tables = tuple[Float[Array, "#batch length half"], Float[Array, "#batch length half"]]
 
 
 def rope_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:

@@ -17,22 +17,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.models.attention import (
-    Heads,
-    Projected,
-    attend_to_cache,
-    causal_attention,
-    prompts_alibi,
-    rotated_heads,
-)
+from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, prompts_alibi
 from bipolar_jax.models.cache import KVCache
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
-from bipolar_jax.models.norm import Norm, make_norm, project, project_onto
+from bipolar_jax.models.norm import Norm, make_norm, project_onto
+from bipolar_jax.models.prompt_heads import Projections, in_whole_tiles, prompt_heads
 from bipolar_jax.models.rope import Tables, rope_tables
 
-Attend = Callable[..., Heads]  # of what `attention.Projected` has
+Attend = Callable[[Projections], Heads]
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -65,12 +59,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
-        def heads(projected):
-            return projected.reshape(*projected.shape[:2], -1, self.head_dim)
-
         joined = hasattr(self, "qkv_proj")  # see `join_projections`
         projections = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
-        context = attend(*map(heads, project(projections, norm, x)))
+        context = attend(Projections(projections, norm, x, self.head_dim))
         return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1))
 
 
@@ -178,8 +169,8 @@ class Transformer(nnx.Module):
         """Layer by layer: hidden states before the final norm, and the cache with the tokens not counted."""
         alibi = self.config.positions == "alibi"
 
-        def attend(projected, cache, index):
-            return attend_to_cache(projected, cache, index, tables, alibi=alibi)
+        def attend(projections, cache, index):
+            return attend_to_cache(projections.heads(), cache, index, tables, alibi=alibi)
 
         return self._through_layers(hidden, cache, attend)
 
@@ -190,11 +181,10 @@ class Transformer(nnx.Module):
         heads = (*hidden.shape[:2], self.config.num_heads, self.config.head_dim)
         queries = jax.ShapeDtypeStruct(heads, hidden.dtype)
         bias = prompts_alibi(queries) if self.config.positions == "alibi" else None
+        tables = None if tables is None else in_whole_tiles(tables)
 
-        def attend(projected, cache, index):
-            q, k, v = rotated_heads(projected, self.config.num_kv_heads, tables)
-            if cache is not None:
-                cache = cache.write_prompts(index, k, v)
+        def attend(projections, cache, index):
+            q, k, v, cache = prompt_heads(projections, self.config.num_kv_heads, tables, cache, index)
             return causal_attention(q, k, v, bias=bias), cache
 
         return self._through_layers(hidden, cache, attend)
@@ -203,35 +193,34 @@ class Transformer(nnx.Module):
         self,
         hidden: Float[Array, "batch length hidden"],
         cache: KVCache | None,
-        attend: Callable[[Projected, KVCache | None, Int[Array, ""]], tuple[Heads, KVCache | None]],
+        attend: Callable[[Projections, KVCache | None, Int[Array, ""]], tuple[Heads, KVCache | None]],
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states and cache after all layers; `attend` gets what each projects, the cache, and its index."""
 
-        def step(carry, indexed_layer):
-            hidden, cache = carry
-            index, layer = indexed_layer
+        def step(carry, layer):
+            hidden, cache, index = carry
             written = cache
 
-            def attend_here(*projected):
+            def attend_here(projections):
                 nonlocal written
-                context, written = attend(projected, cache, index)
+                context, written = attend(projections, cache, index)
                 return context
 
             hidden = layer(hidden, attend_here)
-            return (hidden, written), None
+            return (hidden, written, index + 1), None
 
-        indices = jnp.arange(self.config.num_layers)
-        (hidden, cache), _ = jax.lax.scan(step, (hidden, cache), (indices, self.layers))
+        # Carried, the index is where kernels can read it; of an array that is scanned XLA slices it by one more.
+        (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(0)), self.layers)
         return hidden, cache
 
     def _enter_prompts(
         self, ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
         """`_enter` of texts from their first token on."""
-        return self._enter(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
+        return self._enter(ids, jnp.arange(ids.shape[1])[None])
 
     def _enter(
-        self, ids: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+        self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
     ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
         """What the first layer reads, and the rotary tables where positions are rotary."""
         config = self.config

@@ -15,6 +15,7 @@ __all__ = [
     "decode_layers",
     "integer_matmul",
     "plan_matmul",
+    "prompt_heads",
     "quantized_matmul",
     "weight_only_matmul",
 ]
@@ -46,6 +47,14 @@ def decode_attention(*args, **options):
     from bipolar_jax.kernels.sm90 import attention
 
     return attention.decode_attention(*args, **options, interpret=interpret_params())
+
+
+def prompt_heads(*args, **options):
+    """See `prompt_projection.prompt_heads`."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import prompt_projection
+
+    return prompt_projection.prompt_heads(*args, **options, interpret=interpret_params())
 
 
 def decode_layers(*args, **options):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
+from bipolar_jax.kernels.sm90.head_pieces import HeadPieces, clear_rest
 from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
 from bipolar_jax.kernels.sm90.work import Work
 
@@ -21,7 +22,7 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
 
     Args:
       work: the static side.
-      out: [m, n] in memory.
+      out: [m, n] in memory; or `HeadTargets`, for `work.heads`.
       staging: [consumers, slots, 64, width] in shared memory, for pieces of the output.
       residual: [m, n] in memory, and barriers of all consumers' staging slots, in which it arrives; or None.
       **shared: with the producer, see `producer.produce`.
@@ -46,16 +47,22 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
         return tiles[0].at[slot, rows], tiles[1].at[slot, columns]
 
     mainloop = _sum_pairs if group_terms is None else _sum_groups
+    if work.heads is not None:
+        clear_rest(work.heads, work.sequences, work.covered_rows, staging.at[me], out, *work.consumer_of_all(me))
 
     def tile(turn, carry):
         index = first + turn * work.tiles_at_a_time
         step = index * work.steps_per_tile
-        m_start, n_start = work.origin(index)
-        tile_rows = pl.ds(m_start + rows.start, rows.size)
-        tile_columns = pl.ds(n_start + columns.start // work.parts, work.out_tile_n)
-        pieces = OutputPieces(
-            tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], out.at[tile_rows, tile_columns]
-        )
+        sequence, m_start, n_start = work.origin(index)
+        row, column = m_start + rows.start, n_start + columns.start // work.parts
+        if work.heads is None:
+            tile_rows, tile_columns = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
+            tile_out = out.at[tile_rows, tile_columns]
+            pieces = OutputPieces(tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], tile_out)
+        else:
+            length = work.m if work.m < work.covered_rows else None
+            origin = (sequence, row, column)
+            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length)
         if residual is not None:
             source, arrived = residual
             slots = staging.shape[1]
@@ -64,7 +71,8 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
                 residual=source.at[tile_rows, tile_columns],
                 arrived=[arrived.at[me * slots + slot] for slot in range(slots)],
             )
-        pieces.start()
+        if work.heads is None:
+            pieces.start()
         total = mainloop(
             work,
             step,
@@ -178,7 +186,7 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
     return total
 
 
-def _store(work: Work, total, terms, pieces: OutputPieces):
+def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
     """Finishes a tile piece by piece.
 
     Args:
@@ -188,6 +196,8 @@ def _store(work: Work, total, terms, pieces: OutputPieces):
       pieces: where they go.
     """
     tokens, columns = terms
+
+    stored_as_finished = work.activation is None and work.heads is None
 
     def finished(row, column):
         """What begins there of the product, [rows_at_once, width]."""
@@ -199,9 +209,12 @@ def _store(work: Work, total, terms, pieces: OutputPieces):
             work.recovery,
             jax.tree.map(lambda ref: ref.at[part[0]], tokens),
             jax.tree.map(lambda ref: ref.at[part[1]], columns),
-            work.dtype if work.activation is None else jnp.float32,
+            work.dtype if stored_as_finished else jnp.float32,
         )
 
+    if work.heads is not None:
+        pieces.store(finished)
+        return
     for number, (row, column) in enumerate(pieces.groups()):
         parts = [finished(row, column + part * work.out_tile_n) for part in range(work.parts)]
         pieces.store(number, parts[0] if work.activation is None else activate(work.activation, parts, work.dtype))

@@ -23,6 +23,7 @@ from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms, chunk_columns, staging_transforms
+from bipolar_jax.kernels.sm90.head_pieces import HeadTargets
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
@@ -35,13 +36,22 @@ _TMA_ALIGNMENT = 16  # bytes, of the stride of rows in memory
 GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
 
 
-class _Sources(NamedTuple):
-    """What is loaded, refs in memory: by the producer, and the residual by the consumers."""
+class Sources(NamedTuple):
+    """What is loaded, refs in memory: by the producer, and what follows the terms by the consumers.
+
+    Attributes:
+      operands: x's words and w's.
+      group_terms: of every group, or None.
+      terms: of tokens and of columns, see `terms_of_parts`.
+      residual: or None.
+      heads: the fields of `HeadTargets` that are no outputs, or None.
+    """
 
     operands: tuple[Any, Any]
     group_terms: Any
     terms: tuple[TokenTerms, ColumnTerms]
-    residual: Any
+    residual: Any = None
+    heads: Any = None
 
 
 def packed_matmul(
@@ -96,25 +106,37 @@ def packed_matmul(
     n //= 1 if activation is None else activation.parts  # from here on, columns of the output
     max_clusters = blocks // tiling.cluster_size
     work = Work(m, n, recovery, tiling, dtype, max_clusters, group_size, activation, interpret is not None)
-    # Rows of whole 16 bytes, which vectors are too once they are mapped over. Each part of the columns' terms begins
-    # one: an H200 refused a copy from the middle of 16 bytes as an illegal instruction.
-    tokens, columns = (
-        jax.tree.map(lambda term, parts=parts: term.reshape(parts, -1), some)
-        for some, parts in ((tokens, 1), (columns, work.parts))
-    )
-    group_terms, tokens, columns = jax.tree.map(
-        lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), (group_terms, tokens, columns)
-    )
     # What TMA stores, and loads, has rows of whole 16 bytes.
     columns_unit = _TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
     if residual is not None:
         residual = fill_up(residual.astype(dtype), columns_unit)
-    sources = _Sources((x_words, w_words), group_terms, (tokens, columns), residual)
+    terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
+    sources = Sources((x_words, w_words), _aligned(group_terms), terms, residual)
+    out = launch(work, sources, jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype), interpret)
+    return out[:, :n]
+
+
+def terms_of_parts(terms: TokenTerms | ColumnTerms, parts: int) -> TokenTerms | ColumnTerms:
+    """Vectors as [parts, size of a part], as they are loaded.
+
+    Rows are whole 16 bytes, which vectors are too once they are mapped over. Each part begins one: an H200 refused a
+    copy from the middle of 16 bytes as an illegal instruction.
+    """
+    return _aligned(jax.tree.map(lambda term: term.reshape(parts, -1), terms))
+
+
+def _aligned(terms):
+    return jax.tree.map(lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), terms)
+
+
+def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPUParams | None):
+    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three."""
+    tiling = work.tiling
     scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)
-    out = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(_kernel, work, tree),
-        out_type=jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype),
+        out_type=out_type,
         grid=(work.clusters,),
         grid_names=("cluster",),
         cluster=(tiling.cluster_m, tiling.cluster_n),
@@ -126,14 +148,13 @@ def packed_matmul(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
-            approx_math=activation is not None,
+            approx_math=work.activation is not None,
         ),
         interpret=interpret,
     )(*flat)
-    return out[:, :n]
 
 
-def _scratch(work: Work, sources: _Sources) -> dict:
+def _scratch(work: Work, sources: Sources) -> dict:
     tiling = work.tiling
     empty = functools.partial(plgpu.Barrier, num_arrivals=work.consumers_of_tile)
     if tiling.cluster_size > 1:
@@ -150,7 +171,7 @@ def _scratch(work: Work, sources: _Sources) -> dict:
     if work.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     staging_slots = tiling.staging_slots(group_bytes)
-    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype))
+    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype)) if work.heads is None else work.heads.half
     scratch = {}
     if sources.residual is not None:
         scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
@@ -199,8 +220,8 @@ def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
 
 
 def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **shared):
-    *sources, out = sources_and_out
-    sources = jax.tree.unflatten(tree, sources)
+    sources = jax.tree.unflatten(tree, sources_and_out[: tree.num_leaves])
+    outputs = sources_and_out[tree.num_leaves :]
     warpgroup = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = WARPGROUP_REGISTERS[work.tiling.consumers]
 
@@ -213,4 +234,9 @@ def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **s
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
         residual = None if residual_full is None else (sources.residual, residual_full)
+        out = outputs[0] if work.heads is None else _targets(outputs, sources.heads)
         consume(work, out, staging, residual, **shared)
+
+
+def _targets(outputs, heads: dict) -> HeadTargets:
+    return HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})

@@ -43,7 +43,7 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     product = multiply_words(
         choice.tiling,
         code_words(codes, a_format, choice.kind),
-        _weight_words(w, choice.kind),
+        product_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
@@ -99,7 +99,7 @@ def tokens_matmul(
     """
     choice = _choose(tokens.words.shape[1], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
-    operands = (tokens.words, _weight_words(w, choice.kind))
+    operands = (tokens.words, product_words(w, choice.kind))
     terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
     if activation is not None and (
         w.num_groups > 1 or residual is not None or isinstance(choice.tiling, DecodeTiling)
@@ -107,7 +107,7 @@ def tokens_matmul(
         product = tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
         return epilogue.activate_and_add(product, activation, dtype, residual)
     if w.num_groups == 1:
-        columns = _columns(w, bias)
+        columns = column_terms(w, bias)
         return multiply_words(choice.tiling, *operands, terms, columns, recovery, dtype, residual, activation)
     if isinstance(choice.tiling, DecodeTiling):
         product = decode_matmul(
@@ -174,7 +174,7 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     _plan_weight_only(x.shape[0], x.dtype, w)
     wide_bias = None if bias is None else bias.astype(jnp.float32)
     words = weight_words(w, "planes")
-    at_once = most_tokens(_shared_scale(w))
+    at_once = most_tokens(shared_scale(w))
     products = [
         weight_only_product(
             x[start : start + at_once],
@@ -211,7 +211,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
 def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     """The plan for float activations. Raises NotImplementedError as `weight_only_matmul` says."""
     check_dtype(dtype)
-    group_size = _shared_scale(w)
+    group_size = shared_scale(w)
     check_groups(group_size)
     if not 1 <= m <= MOST_DECODE_TOKENS:
         raise NotImplementedError(
@@ -222,7 +222,7 @@ def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     return Plan(kernel, f"{m} tokens: bound by reading the weights", tiling)
 
 
-def _weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
+def product_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
     """`weight_words`, the bytes of "int8" made by a kernel."""
     if kind == "planes":
         return weight_words(w, kind)
@@ -231,18 +231,18 @@ def _weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n
 
 def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
     """The plan. Raises NotImplementedError for groups of other sizes than GROUP_SIZES."""
-    group_size = _shared_scale(w)
+    group_size = shared_scale(w)
     if group_size is not None and group_size not in GROUP_SIZES:
         raise NotImplementedError(f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {group_size}")
     return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, group_size)
 
 
-def _shared_scale(w: BipolarArray) -> int | None:
+def shared_scale(w: BipolarArray) -> int | None:
     """Elements of K that share a scale; None if all do."""
     return w.group_size if w.num_groups > 1 else None
 
 
-def _columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
+def column_terms(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
     return ColumnTerms(
         code_sums=w.row_sums[:, 0],
         scale=w.scale[:, 0],

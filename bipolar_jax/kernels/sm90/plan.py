@@ -34,6 +34,9 @@ _L2_BYTES_PER_CYCLE = 32  # for every multiprocessor, when all load
 _LAUNCH_CYCLES = 3500  # one kernel more, 2 us
 _SETTLING = 1.4  # in the product of few tokens: an allowance for waits between planes, not measured
 
+# Columns of tiles that are rotated: the registers of more would spill.
+MOST_HEAD_COLUMNS = 128
+
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
     Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
@@ -143,6 +146,30 @@ def many_tokens_cycles(
         return max(cycles, n * k * w_format.bits / 8 / _MEMORY_BYTES_PER_CYCLE)
     expansion = n * k * (1 + w_format.bits / 8) / _MEMORY_BYTES_PER_CYCLE + _LAUNCH_CYCLES
     return expansion + max(cycles, n * k / _MEMORY_BYTES_PER_CYCLE)
+
+
+def plan_heads(
+    sequences: int, length: int, n: int, k: int, head_dim: int, a_format: BipolarFormat, w_format: BipolarFormat
+) -> Choice:
+    """The plan of a product whose columns are heads, see `prompt_projection`: the measured one if its tiles are heads.
+
+    Raises:
+      NotImplementedError: few tokens, whose product has weights as rows.
+    """
+    choice = plan_product(sequences * length, n, k, a_format, w_format)
+    if isinstance(choice.tiling, DecodeTiling):
+        raise NotImplementedError(f"{sequences * length} tokens are too few for tiles of them")
+    if sequences == 1 and _holds_heads(choice.tiling, head_dim):
+        return choice
+    steps = mainloop_steps(k, choice.kind, a_format.bits * w_format.bits)
+    able = [tiling for tiling in CANDIDATES if _holds_heads(tiling, head_dim)]
+    tiling = min(able, key=lambda tiling: estimated_cycles(tiling, length, sequences * n, steps))
+    return Choice(choice.kind, tiling, f"estimated from tile sizes, of those that hold heads of {head_dim}")
+
+
+def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
+    """Whether tiles are whole heads and leave registers to rotate them."""
+    return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS
 
 
 def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:

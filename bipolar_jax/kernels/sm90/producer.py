@@ -33,9 +33,10 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
     shared_along = ("cluster_n" if tiling.cluster_n > 1 else None, "cluster_m" if tiling.cluster_m > 1 else None)
 
     def tile(index, carry):
-        m_start, n_start = work.origin(index)
-        # Of both operands: (part, first row of it, first in the target, how many) of what is loaded at once.
-        pieces = ([(0, m_start, 0, tiling.block_m)], work.loaded_columns(n_start))
+        sequence, m_start, n_start = work.origin(index)
+        # Of both operands: (part, first row of it, first in the target, how many) of what is loaded at once. Beyond
+        # the rows of a sequence come those of the next one, in tiles that do not store them.
+        pieces = ([(sequence, m_start, 0, tiling.block_m)], work.loaded_columns(n_start))
 
         def load(planes, k_block, carry):
             step, slot = carry
@@ -45,14 +46,16 @@ def produce(work: Work, sources, *, tiles, group_terms, terms, full, empty, term
                 plgpu.barrier_wait(empty.at[slot])
 
             barrier = full.at[work.full_barrier(index, slot)]
-            for operand, target, plane, rows, axes in zip(
-                sources.operands, tiles, planes, pieces, shared_along, strict=True
+            for operand, target, plane, rows, rows_of_part, axes in zip(
+                sources.operands, tiles, planes, pieces, (work.m, work.n), shared_along, strict=True
             ):
                 for part, start, first, size in rows:
                     # target: [slots, block, 32 words]; rows and words beyond the operand come as zeros.
                     plgpu.copy_gmem_to_smem(
                         operand.at[
-                            plane, pl.ds(part * work.n + start, size), pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW)
+                            plane,
+                            pl.ds(part * rows_of_part + start, size),
+                            pl.ds(k_block * WORDS_PER_ROW, WORDS_PER_ROW),
                         ],
                         target.at[slot, pl.ds(first, size)],
                         barrier,

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.prologue import Activation
+from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
@@ -19,7 +20,7 @@ class Work:
     """What the warpgroups of a kernel agree on.
 
     Attributes:
-      m: rows of the output.
+      m: rows of the output, of each sequence if there are several.
       n: its columns.
       recovery: how planes make products.
       tiling: shape of the work of a block.
@@ -28,6 +29,8 @@ class Work:
       group_size: elements of K that share a scale, or None.
       activation: function of the product, or None.
       emulate: whether this is interpret mode.
+      sequences: runs of m rows that share no tile.
+      heads: what the columns are where the output is queries, keys and values of prompts, or None.
     """
 
     m: int
@@ -39,6 +42,8 @@ class Work:
     group_size: int | None
     activation: Activation | None
     emulate: bool
+    sequences: int = 1
+    heads: HeadLayout | None = None
 
     @property
     def groups_per_step(self) -> int:
@@ -101,10 +106,19 @@ class Work:
         ]
 
     @property
+    def _row_tiles(self) -> int:
+        """Output tiles along the m rows of a sequence, in units of what a cluster does together."""
+        return -(-self.m // (self.tiling.block_m * self.tiling.cluster_m))
+
+    @property
+    def covered_rows(self) -> int:
+        """Rows of a sequence's tiles: m, and what the last ones have beyond."""
+        return self._row_tiles * self.tiling.block_m * self.tiling.cluster_m
+
+    @property
     def _tile_grid(self) -> tuple[int, int]:
-        """Output tiles along m and n, in units of what a cluster does together."""
-        tiling = self.tiling
-        return -(-self.m // (tiling.block_m * tiling.cluster_m)), -(-self.n // (self.out_block_n * tiling.cluster_n))
+        """Output tiles along all rows and along n, in the same units."""
+        return self.sequences * self._row_tiles, -(-self.n // (self.out_block_n * self.tiling.cluster_n))
 
     @property
     def tiles(self) -> int:
@@ -128,7 +142,7 @@ class Work:
         return (self.tiles - lax.axis_index("cluster") + self.clusters - 1) // self.clusters
 
     def origin(self, index):
-        """First row and column of the output in this block's part of the cluster's index-th tile."""
+        """Sequence, first row in it, and first column of this block's part of the cluster's index-th tile."""
         tiling = self.tiling
         m_tile, n_tile = plgpu.planar_snake(
             lax.axis_index("cluster") + index * self.clusters,
@@ -136,10 +150,22 @@ class Work:
             minor_dim=0 if tiling.band_axis == "m" else 1,
             tile_width=tiling.band,
         )
+        sequence = 0
+        if self.sequences > 1:
+            sequence, m_tile = lax.div(m_tile, self._row_tiles), lax.rem(m_tile, self._row_tiles)
         return (
+            sequence,
             (m_tile * tiling.cluster_m + lax.axis_index("cluster_m")) * tiling.block_m,
             (n_tile * tiling.cluster_n + lax.axis_index("cluster_n")) * self.out_block_n,
         )
+
+    def consumer_of_all(self, me):
+        """Number of this block's consumer `me` among those of all blocks, and how many these are."""
+        tiling = self.tiling
+        block = lax.axis_index("cluster")
+        for name, size in (("cluster_m", tiling.cluster_m), ("cluster_n", tiling.cluster_n)):
+            block = block * size + lax.axis_index(name)
+        return block * tiling.consumers + me, self.clusters * tiling.cluster_size * tiling.consumers
 
     def next_slot(self, slot):
         return lax.select(slot + 1 == self.tiling.slots, 0, slot + 1)

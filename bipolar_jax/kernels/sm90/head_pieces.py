@@ -1,0 +1,232 @@
+"""Queries, keys and values of prompts on their way to memory: a tile of the joined product, half a head at a time.
+
+A head's columns are in one tile. What a rotation puts together, the columns d and d + head_dim / 2 of a row, are
+numbers of the same thread in two pieces of the accumulator, so it takes no exchange. Keys and values leave twice from
+the same shared memory, to where the prompt's attention reads them and to the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLayout:
+    """What the columns of the joined product are: heads of queries, then of keys, then of values.
+
+    Attributes:
+      queries: heads.
+      keys: heads, and as many of values.
+      size: numbers of a head.
+      capacity: positions of the cache.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    capacity: int
+
+    @property
+    def half(self) -> int:
+        """Columns of a piece: what is rotated, at most 128 bytes."""
+        return self.size // 2
+
+    @property
+    def columns(self) -> int:
+        return (self.queries + 2 * self.keys) * self.size
+
+
+class HeadTargets(NamedTuple):
+    """Where heads go, and what rotates them; refs in memory.
+
+    Attributes:
+      q, k, v: [sequences, length, heads * size].
+      layer: number of the caches' layer.
+      tables: cosines and sines, [1 or sequences, covered rows, half] each, or None.
+      keys, values: caches, [layers, sequences, heads, capacity, size].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    layer: Any
+    tables: tuple[Any, Any] | None
+    keys: Any
+    values: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPieces:
+    """Of one consumer's tile.
+
+    Attributes:
+      layout: what columns are.
+      tile_m, tile_n: of the tile; heads begin at its first column and end at its last.
+      staging: [slots, 64, half] in shared memory.
+      targets: where heads go.
+      origin: sequence, first position in it, first column.
+      length: positions of a prompt, if tiles have rows beyond them, else None.
+    """
+
+    layout: HeadLayout
+    tile_m: int
+    tile_n: int
+    staging: Any
+    targets: HeadTargets
+    origin: tuple[Any, Any, Any]
+    length: int | None
+
+    @property
+    def width(self) -> int:
+        """Columns to finish at once."""
+        return self.layout.half
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows to finish at once: two halves of a head, a cosine and a sine of each pair are in registers."""
+        return ROWS_PER_INSTRUCTION
+
+    def store(self, finished: Callable[[int, int], Float[Array, "64 half"]]) -> None:
+        """Rotates and sends all heads of the tile.
+
+        Args:
+          finished: float32 numbers of the product, from the row and column of the tile where they begin.
+        """
+        layout, targets = self.layout, self.targets
+        _, position, column = self.origin
+        rows, columns = range(0, self.tile_m, ROWS_PER_INSTRUCTION), range(0, self.tile_n, layout.size)
+        for number, (row, first) in enumerate(itertools.product(rows, columns)):
+            head = lax.div(column + first, layout.size)
+            halves = [finished(row, first), finished(row, first + layout.half)]
+            if self.length is not None:
+                halves = [self._only_prompt(half, position + row) for half in halves]
+            if targets.tables is None:
+                self._send(number, row, head, halves)
+                continue
+            rotates = head < layout.queries + layout.keys
+
+            @pl.when(rotates)
+            def _(number=number, row=row, head=head, halves=halves):
+                # Now and not before: there are no registers for them beside all of the product.
+                tables = [self._table(ref, position + row) for ref in targets.tables]
+                self._send(number, row, head, _rotated(halves, tables), of_values=False)
+
+            @pl.when(jnp.logical_not(rotates))
+            def _(number=number, row=row, head=head, halves=halves):
+                self._send(number, row, head, halves, of_values=True)
+
+    def _table(self, ref, position) -> Float[Array, "64 half"]:
+        """Cosines or sines of 64 positions."""
+        sequence = 0 if ref.shape[0] == 1 else self.origin[0]
+        rows = ref.at[sequence, pl.ds(position, ROWS_PER_INSTRUCTION)]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def _only_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
+        """Zeros beyond the prompt, where the cache wants them."""
+        row = plgpu.broadcasted_iota(jnp.int32, half.shape, 0, layout=plgpu.Layout.WGMMA)
+        return jnp.where(row + position < self.length, half, 0.0)
+
+    def _send(self, number: int, row: int, head, halves: list, of_values: bool | None = None) -> None:
+        """Sends both halves of the number-th head; of_values says which of the targets there can be, None all."""
+        slots = self.staging.shape[0]
+        for part, half in enumerate(halves):
+            piece = 2 * number + part
+            slot = piece % slots
+            # What was in this slot must have been read; see `OutputPieces.store`.
+            if piece == 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            elif piece >= slots:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            self.staging[slot] = half.astype(self.staging.dtype)
+            plgpu.commit_smem()
+            self._copy(self.staging.at[slot], row, head, part * self.layout.half, of_values)
+            # One group a piece, whether it goes to one place or to two.
+            plgpu.commit_smem_to_gmem_group()
+
+    def _copy(self, piece, row: int, head, first: int, of_values: bool | None) -> None:
+        """Has a piece copied to where it belongs: `first` is its first column in the head."""
+        layout, targets = self.layout, self.targets
+        sequence, position, _ = self.origin
+        positions, columns = pl.ds(position + row, ROWS_PER_INSTRUCTION), pl.ds(first, layout.half)
+
+        def to_heads(out, head):
+            begin = head * layout.size + first
+            plgpu.copy_smem_to_gmem(piece, out.at[sequence, positions, pl.ds(begin, layout.half)], commit_group=False)
+
+        def to_cache(cache, head):
+            at = cache.at[targets.layer, sequence, head, positions, columns]
+            plgpu.copy_smem_to_gmem(piece, at, commit_group=False)
+
+        key, value = head - layout.queries, head - layout.queries - layout.keys
+        if of_values is not True:
+
+            @pl.when(key < 0)
+            def _():
+                to_heads(targets.q, head)
+
+            @pl.when((key >= 0) & (value < 0))
+            def _():
+                to_heads(targets.k, key)
+                to_cache(targets.keys, key)
+
+        if of_values is not False:
+
+            @pl.when(value >= 0)
+            def _():
+                # Beyond the last head nothing is written, but is counted among what has to be waited for.
+                to_heads(targets.v, value)
+
+            @pl.when((value >= 0) & (value < layout.keys))
+            def _():
+                to_cache(targets.values, value)
+
+
+def _rotated(halves: list[Float[Array, "64 half"]], tables: list[Float[Array, "64 half"]]) -> list:
+    """Pairs (d, d + half) of every row by the angle of its position."""
+    (first, second), (cos, sin) = halves, tables
+    return [first * cos - second * sin, second * cos + first * sin]
+
+
+def clear_rest(layout: HeadLayout, sequences: int, first: int, staging, targets: HeadTargets, worker, workers: int):
+    """Zeros in the caches' layer from position `first` on, by all workers together, under the products.
+
+    Args:
+      layout: of heads.
+      sequences: how many.
+      first: position behind all tiles.
+      staging: [slots, 64, half] in shared memory; its first slot is in use until it is waited for.
+      targets: whose caches they are.
+      worker: the number of this warpgroup.
+      workers: how many there are.
+    """
+    runs = -(-(layout.capacity - first) // ROWS_PER_INSTRUCTION)
+    if runs <= 0:
+        return
+    zeros = jnp.zeros(staging.shape[1:], staging.dtype)
+    staging[0] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    pieces = sequences * layout.keys * runs * 2
+
+    @pl.loop(0, lax.div(pieces - worker + workers - 1, workers))
+    def _(turn):
+        at = []
+        index = worker + turn * workers
+        for size in (2, runs, layout.keys):
+            at.append(lax.rem(index, size))
+            index = lax.div(index, size)
+        part, run, head = at
+        positions = pl.ds(first + run * ROWS_PER_INSTRUCTION, ROWS_PER_INSTRUCTION)
+        for cache in (targets.keys, targets.values):
+            to = cache.at[targets.layer, index, head, positions, pl.ds(part * layout.half, layout.half)]
+            plgpu.copy_smem_to_gmem(staging.at[0], to)
