@@ -9,6 +9,7 @@ import warpgroup_simulator
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers import attention_threads as threads
+from bipolar_jax.kernels.sm90.layers import code_threads
 
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 THREAD = np.arange(128, dtype=np.int32)
@@ -63,3 +64,49 @@ def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
         threads.leave_sums(target, sums, gpu.float32(0.5), LANE)
     by_warp = (weights.reshape(4, 1, 16) @ np.concatenate(values, axis=1).astype(np.float64).reshape(4, 16, 128))[:, 0]
     np.testing.assert_allclose(left, 0.5 * (by_warp + before), atol=3e-6)
+
+
+def swizzled(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [64, 128] as a cache has them, in the swizzle of 128 bytes or, of 4 bits, of 64."""
+    if bits == 4:
+        codes = codes[:, :64] | (codes[:, 64:] << 4)
+    pieces = codes.reshape(64, -1, 16)
+    exchanged = [row % 8 if bits == 8 else row // 2 % 4 for row in range(64)]
+    rows = [pieces[row, np.arange(pieces.shape[1]) ^ exchanged[row]] for row in range(64)]
+    return np.stack(rows).reshape(-1).view(np.int32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scores_of_codes_are_those_of_float32(bits, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(2)
+    query = rng.standard_normal(128).astype(np.float32)
+    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    codes[0], codes[9] = 0, 2**bits - 1
+    memory = gpu.pointer(np.full(256, np.nan, np.float32), gpu.SHARED)
+    threads.store_query("bf16", memory, THREAD, query, codes=True)
+    words = threads.load_query(memory, LANE)
+    source = gpu.pointer(swizzled(codes, bits), gpu.SHARED)
+    expected = (codes.astype(np.float64) - 2 ** (bits - 1)) @ query
+    rows = 16 * WARP + LANE // 4
+    for below, found in zip((0, 8), code_threads.scores(bits, source, words, LANE, WARP), strict=True):
+        np.testing.assert_allclose(found, expected[rows + below], atol=3e-6 * 2**bits)
+    np.testing.assert_allclose(code_threads.query_sum(words), np.full(128, query.sum(dtype=np.float64)), atol=3e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_of_codes_are_summed_by_weights_of_float32(bits, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    weights = rng.random(64).astype(np.float32)
+    rows = 16 * WARP + LANE // 4
+    words = threads.spread_weights("bf16", [weights[rows], weights[rows + 8]], LANE)
+    sums = [np.zeros(128, np.float32)] * 32
+    sums = code_threads.add_values(bits, gpu.pointer(swizzled(codes, bits), gpu.SHARED), words, LANE, WARP, sums)
+    left = np.zeros((4, 128), np.float32)
+    for half in range(2):
+        target = gpu.advance(gpu.pointer(left, gpu.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
+        threads.leave_sums(target, sums[16 * half : 16 * half + 16], gpu.float32(0.5), LANE, codes=True)
+    signed = codes.reshape(4, 16, 128).astype(np.float64) - 2 ** (bits - 1)
+    np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)

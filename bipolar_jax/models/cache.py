@@ -20,17 +20,17 @@ def row_major(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def keep(heads: Float[Array, "batch length kv_heads head_dim"], bits: int | None) -> Kept:
-    """Keys or values of one layer as a cache holds them.
+def keep(heads: Float[Array, "*layers batch length kv_heads head_dim"], bits: int | None) -> Kept:
+    """Keys or values as a cache holds them.
 
     Args:
-      heads: what the layer computed.
+      heads: what a layer computed, or all of them.
       bits: 8 or 4, or None for the dtype they have.
 
     Raises:
       ValueError: other bits, or an odd head_dim with 4.
     """
-    heads = jnp.swapaxes(heads, 1, 2)
+    heads = jnp.swapaxes(heads, -3, -2)
     return heads if bits is None else QuantizedHeads.quantize(heads, bits)
 
 
@@ -147,16 +147,17 @@ class KVCache:
         keys: Float[Array, "layers batch 1 kv_heads head_dim"],
         values: Float[Array, "layers batch 1 kv_heads head_dim"],
     ) -> KVCache:
-        """`write` of all layers, for a batch of one sequence and a cache of floats."""
-        at = (0, 0, 0, self.lengths[0], 0)
+        """`write` of all layers, for a batch of one sequence."""
 
         def put(rows, token):
-            token = jnp.swapaxes(token, 2, 3).astype(rows.dtype)
-            kept = jax.lax.dynamic_slice(rows, at, token.shape)
-            token = jnp.where(self.lengths[0] < self.capacity, token, kept)
+            at = (0, 0, 0, self.lengths[0], 0)[: rows.ndim]
+            before = jax.lax.dynamic_slice(rows, at, token.shape)
+            token = jnp.where(self.lengths[0] < self.capacity, token.astype(rows.dtype), before)
             return row_major(jax.lax.dynamic_update_slice(rows, token, at))
 
-        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
 
     def read(self, layer: Int[Array, ""]) -> tuple[Kept, Kept]:
         """Keys and values of one layer, each [batch, kv_heads, capacity, head_dim]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -46,8 +47,6 @@ def fused_layers(
     """
     if hidden.shape[0] != 1:
         raise NotImplementedError(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
-    if cache.bits is not None:
-        raise NotImplementedError(f"layers are one kernel with a cache of floats, not of {cache.bits} bits")
     gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
@@ -61,12 +60,12 @@ def fused_layers(
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
         Activation("silu", gated=True) if gated else Activation(config.ffn),
-        cache.keys,
-        cache.values,
+        *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
         jnp.minimum(cache.lengths[0], cache.capacity),
         None if tables is None else tuple(table[0, 0] for table in tables),
         jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None,
         _activation_format(products),
+        cache_bits=cache.bits,
     )
     heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)

@@ -94,14 +94,22 @@ def keep(plan: AttentionPlan, halves: Halves) -> Kept:
 
 
 def quantize_vector(halves: Halves, bits: int) -> Kept:
-    """The numbers of `kernels.activations.quantize_tokens`, as XLA compiles it: a constant divisor is a factor."""
+    high = jnp.maximum(*(jnp.max(half, axis=0) for half in halves))
+    low = jnp.minimum(*(jnp.min(half, axis=0) for half in halves))
+    return quantize_between(halves, low, high, bits)
+
+
+def quantize_between(parts: tuple[Array, ...], low: Float[Array, ""], high: Float[Array, ""], bits: int) -> Kept:
+    """A vector, in parts, whose extremes are known.
+
+    The numbers are those of `kernels.activations.quantize_tokens`, as XLA compiles it: a constant divisor is a factor.
+    """
     top = BipolarFormat(bits).max_value
-    high = jnp.maximum(jnp.maximum(*(jnp.max(half, axis=0) for half in halves)), 0.0)
-    low = jnp.minimum(jnp.minimum(*(jnp.min(half, axis=0) for half in halves)), 0.0)
+    high, low = jnp.maximum(high, 0.0), jnp.minimum(low, 0.0)
     scale = flush_scale((high * 0.5 - low * 0.5) * (1 / top))
     half_steps = half_steps_per_unit(scale)
     zero = _clip(_floor(0.5 - low * half_steps), top)
-    return Kept(tuple(_clip(_floor(half * half_steps + 0.5) + zero, top) for half in halves), scale, zero)
+    return Kept(tuple(_clip(_floor(part * half_steps + 0.5) + zero, top) for part in parts), scale, zero)
 
 
 def _floor(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers import attention_threads as threads
+from bipolar_jax.kernels.sm90.layers import code_threads
 from bipolar_jax.kernels.sm90.layers.exchange import in_order
 from bipolar_jax.kernels.sm90.layers.registers import (
     ALONG_ROWS,
@@ -33,7 +34,8 @@ from bipolar_jax.kernels.sm90.row_threads import WARPGROUP
 
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
 _QUERY_WORDS = 16 * WARPGROUP
-_QUERY_LAYOUT = plgpu.Layout.WG_STRIDED((_QUERY_WORDS,), vec_size=4)  # 16 words a thread
+HALF_SUMS = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX)
+QUERY_LAYOUT = plgpu.Layout.WG_STRIDED((_QUERY_WORDS,), vec_size=4)  # 16 words a thread
 
 
 def warp_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
@@ -49,7 +51,7 @@ def warp_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]
         larger = functools.partial(gpu.extreme, "max", "f32")
         word = larger(*(word_of(register) for register in values.registers.flat))
         word = in_order(gpu.over_warp("max", in_order(word)))
-        return _along_rows([gpu.as_float(word)] * 2)
+        return along_rows([gpu.as_float(word)] * 2)
 
     return inline(values)
 
@@ -60,8 +62,10 @@ def share_query(target, query: Float[Array, "128"], dtype: jnp.dtype, *, emulate
     Args:
       target: float32 [at least 2, 128].
       query: in the layout VECTOR.
-      dtype: bfloat16 or float16.
+      dtype: bfloat16 or float16; or uint8, of keys as codes.
     """
+    codes = dtype == jnp.uint8
+    name = code_threads.NUMBER if codes else _NUMBERS[jnp.dtype(dtype).name]
     if emulate:
         target[0] = query
         return
@@ -69,7 +73,7 @@ def share_query(target, query: Float[Array, "128"], dtype: jnp.dtype, *, emulate
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR))
     def inline(_, target, query):
         number = gpu.as_float(only_word(query))
-        threads.store_query(_NUMBERS[jnp.dtype(dtype).name], gpu.pointer(target, gpu.SHARED), thread_index(), number)
+        threads.store_query(name, gpu.pointer(target, gpu.SHARED), thread_index(), number, codes=codes)
 
     inline(target, query)
 
@@ -81,12 +85,12 @@ def load_query(source, *, emulate: bool) -> Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((_QUERY_WORDS,), jnp.int32, layout=_QUERY_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((_QUERY_WORDS,), jnp.int32, layout=QUERY_LAYOUT),
     )
     def inline(_, source):
         lane, _ = lane_and_warp()
         words = threads.load_query(gpu.pointer(source, gpu.SHARED), lane)
-        layout = _QUERY_LAYOUT.to_mgpu()
+        layout = QUERY_LAYOUT.to_mgpu()
         registers = np.empty(layout.registers_shape((_QUERY_WORDS,)), dtype=object)
         registers.flat = [in_register(*words[i : i + 4]) for i in range(0, len(words), 4)]
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
@@ -108,13 +112,13 @@ def row_scores(keys: Sequence[Float[Array, "64 64"]], query: Array, *, emulate: 
     number = _NUMBERS[jnp.dtype(keys[0].dtype).name]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * len(keys), _QUERY_LAYOUT),
+        arg_types=(*[MATRIX] * len(keys), QUERY_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS),
     )
     def inline(_, *arrays):
         *keys, query = arrays
         blocks = [tuple(map(_two_halves, pair)) for key in keys for pair in key.registers.reshape(-1, 2)]
-        return _along_rows(threads.scores(number, blocks, numbers_of(query)))
+        return along_rows(threads.scores(number, blocks, numbers_of(query)))
 
     return inline(*keys, query)
 
@@ -136,20 +140,12 @@ def add_values(
       weights: of the rows.
     """
     if emulate:
-        by_warp = weights.reshape(WARPS, 1, -1)
-        factor = before.reshape(WARPS, -1)[:, :1, None]
-        new = []
-        for old, half in zip(sums, values, strict=True):
-            added = (by_warp @ half[...].astype(jnp.float32).reshape(WARPS, -1, 64)).reshape(WARPS, 2, 32)
-            filled = jnp.pad(added, ((0, 0), (0, 14), (0, 0)))
-            new.append((old.reshape(filled.shape) * factor + filled).reshape(old.shape))
-        return tuple(new)
+        return emulated_sums(sums, before, [half[...].astype(jnp.float32) for half in values], weights)
     number = _NUMBERS[jnp.dtype(values[0].dtype).name]
-    half_sums = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX)
 
     @plgpu.inline_mgpu(
         arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * 2),
-        return_type=(half_sums, half_sums),
+        return_type=(HALF_SUMS, HALF_SUMS),
     )
     def inline(_, *arrays):
         sums, (before, weights), values = arrays[:2], arrays[2:4], arrays[4:]
@@ -161,12 +157,27 @@ def add_values(
         for old, half in zip(sums, values, strict=True):
             numbers = [gpu.multiply(x, factor) for x in numbers_of(old)]
             numbers = threads.add_values(number, gpu.pointer(half, gpu.SHARED), words, lane, warp, numbers)
-            registers = np.empty_like(old.registers)
-            registers.flat = [in_register(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-            new.append(mgpu.FragmentedArray(_registers=registers, _layout=old.layout, _is_signed=None))
+            new.append(half_of_sums(numbers))
         return tuple(new)
 
     return inline(*sums, before, weights, *values)
+
+
+def emulated_sums(
+    sums: Sequence[Float[Array, "64 32"]],
+    before: Float[Array, "64"],
+    values: Sequence[Float[Array, "64 64"]],
+    weights: Float[Array, "64"],
+) -> tuple[Float[Array, "64 32"], ...]:
+    """`add_values` in interpret mode: a warp's 64 sums are in the first two of its rows."""
+    by_warp = weights.reshape(WARPS, 1, -1)
+    factor = before.reshape(WARPS, -1)[:, :1, None]
+    new = []
+    for old, half in zip(sums, values, strict=True):
+        added = (by_warp @ half.reshape(WARPS, -1, 64)).reshape(WARPS, 2, 32)
+        filled = jnp.pad(added, ((0, 0), (0, 14), (0, 0)))
+        new.append((old.reshape(filled.shape) * factor + filled).reshape(old.shape))
+    return tuple(new)
 
 
 def share_columns(
@@ -175,6 +186,7 @@ def share_columns(
     sums: Sequence[Float[Array, "64 32"]],
     weights: Float[Array, "64"],
     *,
+    codes: bool = False,
     emulate: bool,
 ) -> None:
     """Every warp leaves its sums, weighted.
@@ -184,6 +196,7 @@ def share_columns(
       warpgroup: which this is.
       sums: of `add_values`.
       weights: of the rows, alike within a warp, in the layout ALONG_ROWS.
+      codes: whether the sums are `code_rows.add_values`'.
     """
     if emulate:
         for half, part in enumerate(sums):
@@ -201,9 +214,17 @@ def share_columns(
         row = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), warp)
         target = gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), row, stride)
         for half, part in enumerate(sums):
-            threads.leave_sums(gpu.advance(target, 256 * half), numbers_of(part), weight, lane)
+            threads.leave_sums(gpu.advance(target, 256 * half), numbers_of(part), weight, lane, codes=codes)
 
     inline(exchange, jnp.int32(warpgroup), *sums, weights)
+
+
+def half_of_sums(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
+    """The array of a thread's 16 sums."""
+    layout = MATRIX.to_mgpu()
+    registers = np.empty(layout.registers_shape((64, 32)), dtype=object)
+    registers.flat = [in_register(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def _two_halves(register: ir.Value) -> ir.Value:
@@ -211,7 +232,7 @@ def _two_halves(register: ir.Value) -> ir.Value:
     return llvm.bitcast(gpu.i32_type(), register)
 
 
-def _along_rows(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
+def along_rows(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
     """The array of a thread's two rows."""
     layout = ALONG_ROWS.to_mgpu()
     registers = np.empty(layout.registers_shape((64,)), dtype=object)

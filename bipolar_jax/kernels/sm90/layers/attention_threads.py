@@ -8,7 +8,7 @@ float32; float16, which ends at 2^-24, is off by at most half of that for each w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.instructions import Pointer, Value
@@ -27,10 +27,17 @@ def split(number: str, x: Value) -> list[Value]:
     return words
 
 
-def store_query(number: str, where: Pointer, thread: Value, x: Value) -> None:
-    """Leaves number `thread` of a query where `load_query` finds it: for part n, and lanes' pairs q, 16 words."""
-    block, within = gpu.shift_right(thread, 3), gpu.bits_of(thread, 7)
-    pair, odd = gpu.shift_right(within, 1), gpu.bits_of(within, 1)
+def store_query(number: str, where: Pointer, thread: Value, x: Value, *, codes: bool = False) -> None:
+    """Leaves number `thread` of a query where `load_query` finds it: for part n, and lanes' pairs q, 16 words.
+
+    For keys as codes they are in the order in which `code_threads` has those.
+    """
+    if codes:  # number 16 j + 4 q + 2 i + h is the i-th of a pair in block 2 j + h
+        pair, odd = gpu.bits_of(gpu.shift_right(thread, 2), 3), gpu.bits_of(gpu.shift_right(thread, 1), 1)
+        block = gpu.plus(gpu.shift_left(gpu.shift_right(thread, 4), 1), gpu.bits_of(thread, 1))
+    else:
+        block, within = gpu.shift_right(thread, 3), gpu.bits_of(thread, 7)
+        pair, odd = gpu.shift_right(within, 1), gpu.bits_of(within, 1)
     offset = gpu.plus(gpu.plus(gpu.shift_left(pair, 6), gpu.shift_left(block, 2)), gpu.shift_left(odd, 1))
     for n, word in enumerate(split(number, x)):
         gpu.store_half(gpu.advance(where, gpu.plus(offset, 4 * 4 * _BLOCKS * n)), word)
@@ -57,9 +64,16 @@ def scores(number: str, keys: Sequence[tuple[Value, Value]], query: Sequence[Val
       keys: of every block of 8 columns, the lane's two numbers of both rows.
       query: of `load_query`.
     """
+    return scores_of_tiles(number, ((i, [*keys[i], *keys[i + 1]]) for i in range(0, len(keys), 2)), query)
+
+
+def scores_of_tiles(
+    number: str, tiles: Iterable[tuple[int, list[Value]]], query: Sequence[Value]
+) -> tuple[Value, Value]:
+    """`scores` of two blocks at a time, from the one of that index on: of both the words of the two rows."""
     sums = [gpu.float32(0)] * 4
-    for i in range(0, len(keys), 2):
-        sums = gpu.multiply_add_tiles(number, [*keys[i], *keys[i + 1]], list(query[i : i + 2]), sums)
+    for first, tile in tiles:
+        sums = gpu.multiply_add_tiles(number, tile, list(query[first : first + 2]), sums)
     totals = [gpu.add(*sums[:2]), gpu.add(*sums[2:])]
     for distance in (1, 2):
         totals = [gpu.add(total, gpu.as_float(gpu.exchange(gpu.as_word(total), distance))) for total in totals]
@@ -110,11 +124,16 @@ def add_values(
     return new
 
 
-def leave_sums(where: Pointer, sums: Sequence[Value], weight: Value, lane: Value) -> None:
-    """Stores the sums over a warp's positions, times a weight: 64 numbers; lanes q = 0 and 1 have the parts."""
-    pair = gpu.bits_of(lane, 3)
+def leave_sums(where: Pointer, sums: Sequence[Value], weight: Value, lane: Value, *, codes: bool = False) -> None:
+    """Stores the sums over a warp's positions, times a weight: 64 numbers; lanes q = 0 and 1 have the parts.
+
+    Of every 16 these are numbers lane / 4 and lane / 4 + 8; of codes, which are summed in pairs, 2 (lane / 4) and the
+    next.
+    """
+    pair, row = gpu.bits_of(lane, 3), gpu.shift_right(lane, 2)
     odd = gpu.equal(pair, 1)
-    target = gpu.advance(where, gpu.plus(gpu.bits_of(lane, 0xFFFFFFFC), gpu.shift_left(pair, 5)))
+    shifts = (3, 2) if codes else (2, 5)
+    target = gpu.advance(where, gpu.plus(*(gpu.shift_left(*term) for term in zip((row, pair), shifts, strict=True))))
     for i in range(0, len(sums), 4):
         totals = [gpu.add(*sums[i : i + 2]), gpu.add(*sums[i + 2 : i + 4])]
         totals = [gpu.add(total, gpu.as_float(gpu.exchange(gpu.as_word(total), 1))) for total in totals]

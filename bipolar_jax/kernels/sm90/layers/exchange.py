@@ -77,6 +77,24 @@ def share(
     inline(exchange, jnp.int32(warpgroup), *values)
 
 
+def collect_own(exchange, warpgroup: Int[Array, ""], kind: Literal["max", "min"], *, emulate: bool) -> Float[Array, ""]:
+    """An extreme of what the warps of this warpgroup left; it has been synchronized since."""
+    if emulate:
+        of_warps = exchange[pl.ds(warpgroup * WARPS, WARPS)]
+        return jnp.max(of_warps) if kind == "max" else jnp.min(of_warps)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SPLAT)
+    )
+    def inline(_, exchange, warpgroup):
+        lane, _ = lane_and_warp()
+        index = gpu.plus(gpu.times(warpgroup.registers.item(), WARPS), gpu.bits_of(lane, WARPS - 1))
+        (word,) = gpu.load(gpu.advance_far(gpu.pointer(exchange, gpu.SHARED), index, 4), 1)
+        return as_splat(gpu.as_float(in_order(gpu.over_warp(kind, in_order(word)))), None)
+
+    return inline(exchange, jnp.int32(warpgroup))
+
+
 def collect(exchange, kind: Literal["sum", "max", "min"], *, emulate: bool) -> Array:
     """The sum or an extreme of what the 16 warps of a block left; float32, or the sum of int32."""
     integers = exchange.dtype == jnp.int32

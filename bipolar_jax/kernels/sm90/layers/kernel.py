@@ -21,13 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90 import tensor_core
-from bipolar_jax.kernels.sm90.layers.cache_ring import HALF, Cache, CacheRing
+from bipolar_jax.kernels.sm90.layers.cache_ring import Cache, CacheRing, copies_of_chunk, slots_of_cache
 from bipolar_jax.kernels.sm90.layers.marks import with_mark
 from bipolar_jax.kernels.sm90.layers.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
 from bipolar_jax.kernels.sm90.layers.registers import WARPS
 from bipolar_jax.kernels.sm90.layers.shape import (
     HEAD_DIM,
-    POSITIONS,
     PRODUCTS,
     TILE,
     WARPGROUPS,
@@ -108,14 +107,10 @@ def _launch(
             w_arrived=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             x_tiles=word_tiles((WARPGROUPS, shape.most_turns, 8, WORDS_PER_ROW)),
-            cache_slots=plgpu.SMEM(
-                (shape.cache_slots, WARPGROUPS, 2, POSITIONS, HALF),
-                cache.keys.dtype,
-                transforms=(plgpu.SwizzleTransform(128),),
-            ),
-            cache_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2 * WARPGROUPS),
+            cache_slots=slots_of_cache(shape, cache.keys.dtype),
+            cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
             products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
-            exchange=plgpu.SMEM((4, WARPGROUPS * WARPS), jnp.float32),
+            exchange=plgpu.SMEM((8, WARPGROUPS * WARPS), jnp.float32),
             code_sums=plgpu.SMEM((WARPGROUPS * WARPS,), jnp.int32),
             columns=plgpu.SMEM((WARPGROUPS * WARPS, HEAD_DIM), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),

@@ -21,6 +21,8 @@ from bipolar_jax.kernels.sm90.operand_words import weight_words
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS
 from bipolar_jax.packing import BipolarArray
 
+_COPY_UNIT = 16  # bytes, of the strides of what is copied
+
 
 def decode_layers(
     hidden: Float[Array, " hidden"],
@@ -28,13 +30,14 @@ def decode_layers(
     biases: dict[str, Float[Array, "layers n"] | None],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
-    keys: Float[Array, "layers 1 kv_heads capacity head_dim"],
-    values: Float[Array, "layers 1 kv_heads capacity head_dim"],
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
     length: Int[Array, ""],
     tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
     slopes: Float[Array, " heads"] | None,
     a_format: BipolarFormat,
     *,
+    cache_bits: int | None = None,
     blocks: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
@@ -51,11 +54,13 @@ def decode_layers(
         scale a column.
       biases: of the same products, or None.
       norms: before attention, "qkv", and before the feed-forward block, "up".
-      keys, values: bfloat16 or float16; the new token's are not in there, and are not written.
+      keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
+        zeros as `models.quantized_heads` has them. The new token's are not in there, and are not written.
       length: positions that hold a token; it is the new token's position. A full cache alone is attended to.
       tables: cosines and sines of that position; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
       a_format: 1 to 8 bits.
+      cache_bits: of the cache's codes, 8 or 4, or None for floats.
       blocks: that work together; None takes all multiprocessors of the device.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -75,11 +80,17 @@ def decode_layers(
             )
         if kernel.contracted_size > w_format.max_contraction(a_format):
             raise NotImplementedError(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
-    if keys.dtype not in (jnp.bfloat16, jnp.float16):
+    (keys, *key_grids), (values, *value_grids) = keys, values
+    if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the cache must be bfloat16 or float16, not {keys.dtype}")
-    layers, _, kv_heads, _, head_dim = keys.shape
+    layers, _, kv_heads, capacity, row = keys.shape
+    head_dim = row * 2 if cache_bits == 4 else row
     if head_dim != HEAD_DIM:
         raise NotImplementedError(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
+    if cache_bits is not None and capacity % _COPY_UNIT:
+        raise NotImplementedError(
+            f"zeros of {capacity} positions are no multiple of {_COPY_UNIT} bytes, which copies take"
+        )
     if blocks is None:
         blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
     shape = LayersShape(
@@ -94,6 +105,7 @@ def decode_layers(
         norm_eps=norms["qkv"].eps,
         activation=activation,
         blocks=blocks,
+        cache_bits=cache_bits,
     )
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
@@ -107,6 +119,8 @@ def decode_layers(
         jnp.concatenate([cos, cos]),
         jnp.concatenate([-sin, sin]),
         None if slopes is None else slopes.astype(jnp.float32) * math.log2(math.e),
+        tuple(key_grids),
+        tuple(value_grids),
     )
 
     # Blocks of several calls at a time would wait for each other for ever: under vmap calls come one by one.

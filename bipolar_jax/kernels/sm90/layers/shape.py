@@ -79,6 +79,7 @@ class LayersShape:
       norm_eps: of the norms.
       activation: in the feed-forward block: of the gate if it is gated, whose rows come before up's.
       blocks: one a multiprocessor.
+      cache_bits: of the cache's codes, 8 or 4; or None where it has floats of 16 bits.
     """
 
     num_layers: int
@@ -92,6 +93,7 @@ class LayersShape:
     norm_eps: float
     activation: Activation
     blocks: int
+    cache_bits: int | None = None
 
     def __post_init__(self):
         if self.hidden % HEAD_DIM or self.ffn % HEAD_DIM:
@@ -127,8 +129,13 @@ class LayersShape:
 
     @property
     def cache_slots(self) -> int:
-        """Chunks that a warpgroup has room for; where weights are many, keys and values take turns in one."""
-        return 2 if self.w_format.bits <= 2 else 1
+        """Chunks that a warpgroup has room for; where weights are many, floats of keys and values take turns in one."""
+        return 2 if self.w_format.bits <= 2 or self.cache_bits is not None else 1
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """Of a vector in the cache, without its scale and zero."""
+        return HEAD_DIM * (self.cache_bits or 16) // 8
 
     @property
     def most_turns(self) -> int:
@@ -147,9 +154,10 @@ class LayersShape:
 
     @property
     def _other_bytes(self) -> int:
-        """Of shared memory besides the ring; the cache has 2 bytes a number."""
+        """Of shared memory besides the ring; where the cache has codes it has 6 bytes a vector for scales and zeros."""
         tokens = WARPGROUPS * self.most_turns * 8 * BYTES_PER_ROW
         sums = 4 * WARPGROUPS * self.most_rows
-        cache = self.cache_slots * WARPGROUPS * POSITIONS * HEAD_DIM * 2
+        grid = 0 if self.cache_bits is None else 4 + 2
+        cache = self.cache_slots * WARPGROUPS * POSITIONS * (self.cache_row_bytes + grid)
         columns = 4 * WARPGROUPS * WARPS * HEAD_DIM
         return tokens + sums + cache + columns + 2 * 1024

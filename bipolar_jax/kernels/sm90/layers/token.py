@@ -78,7 +78,7 @@ def quantize_token(
       eps: of the norm.
       a_format: 1 to 8 bits.
       me: the warpgroup.
-      shared: `exchange` float32 [4, warps], `code_sums` int32 [warps], `x_tiles` [warpgroups, parts, 8, 32], `meet`.
+      shared: `exchange` float32 [8, warps], `code_sums` int32 [warps], `x_tiles` [warpgroups, parts, 8, 32], `meet`.
     """
     emulate = shared.emulate
     share(shared.exchange.at[0], me, parts, "max", emulate=emulate)
