@@ -14,6 +14,7 @@ __all__ = [
     "decode_attention",
     "decode_layers",
     "integer_matmul",
+    "pack_weights",
     "plan_matmul",
     "quantized_matmul",
     "weight_only_matmul",
@@ -38,6 +39,14 @@ def weight_only_matmul(x, w, bias):
 def plan_matmul(m, dtype, w, a_format):
     """See `operations.plan_matmul`."""
     return _operations().plan_matmul(m, dtype, w, a_format)
+
+
+def pack_weights(w, half_steps, offset, number_format, group_size):
+    """See `Backend.pack_weights`; `weight_packing.pack_columns` has what is not served."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import weight_packing
+
+    return weight_packing.pack_columns(w, half_steps, offset, number_format, group_size, interpret=interpret_params())
 
 
 def decode_attention(*args, **options):
