@@ -59,3 +59,25 @@ def test_a_matrix_takes_few_kernels(options, monkeypatch):
     kernels = re.findall(r" (?:fusion|custom-call|reduce|copy|transpose)\(", text[text.index("ENTRY") :])
     # Extremes, scales, planes and parts of sums, row sums; with groups one more for their layout.
     assert len(kernels) <= 4 + ("group_size" in options)
+
+
+def test_on_a_cpu_beside_the_gpu_xla_packs(monkeypatch):
+    monkeypatch.setattr(execution, "is_hopper", lambda device: True)
+    w = jax.random.normal(jax.random.key(0), (70, 5))
+    packed = bj.DotGeneral(5, 8, implementation="sm90").pack(w)
+    np.testing.assert_array_equal(packed.planes, bj.quantize(w, 5, -2).planes)
+
+
+@needs_compiler
+def test_layers_of_the_same_input_quantize_it_once(monkeypatch):
+    monkeypatch.setattr(execution, "is_hopper", lambda device: True)
+    layer = bj.DotGeneral(2, 2, implementation="sm90")
+
+    def forward(x, gate, up):
+        return [layer(x, w, (((1,), (0,)), ((), ()))) for w in (gate, up)]
+
+    w = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    compiled, report = sm90_compile.compile_for_h200(forward, jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16), w, w)
+    assert report.spill_bytes == 0
+    # Each packs and multiplies; one quantizes.
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 5

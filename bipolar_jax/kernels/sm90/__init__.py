@@ -6,8 +6,12 @@ second, and not every platform's jaxlib has it.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
+import jax
+
+from bipolar_jax.kernels import weights
 from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 
 __all__ = [
@@ -46,7 +50,14 @@ def pack_weights(w, half_steps, offset, number_format, group_size):
     check_runnable()
     from bipolar_jax.kernels.sm90 import weight_packing
 
-    return weight_packing.pack_columns(w, half_steps, offset, number_format, group_size, interpret=interpret_params())
+    by_kernel, by_xla = (
+        functools.partial(pack, number_format=number_format, group_size=group_size)
+        for pack in (weight_packing.pack_columns, weights.pack_weights)
+    )
+    if (params := interpret_params()) is not None:
+        return by_kernel(w, half_steps, offset, interpret=params)
+    # Models are packed on CPUs, too, beside a GPU that is the default.
+    return jax.lax.platform_dependent(w, half_steps, offset, cuda=by_kernel, default=by_xla)
 
 
 def decode_attention(*args, **options):
