@@ -55,7 +55,8 @@ def test_training_runs_the_backend_that_is_asked_for(monkeypatch):
     called = []
     backend = bj.ops.dispatch.BACKENDS["reference"]
     spy = lambda *a: called.append(1) or backend.quantized_matmul(*a)  # noqa: E731
-    stub = type("stub", (), {"quantized_matmul": staticmethod(spy)})
+    functions = {"quantized_matmul": staticmethod(spy), "pack_weights": staticmethod(backend.pack_weights)}
+    stub = type("stub", (), functions)
     monkeypatch.setitem(bj.ops.dispatch.BACKENDS, "reference", stub)
     jax.eval_shape(lambda: jax.grad(loss)(X, W, bj.DotGeneral(2, 4, implementation="reference")))
     assert called

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Activation, Prologue
@@ -56,6 +56,16 @@ class Backend(Protocol):
         self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
     ) -> Float[Array, "m n"]:
         """x times the dequantized w, accumulated in float32; output in x's dtype."""
+
+    def pack_weights(
+        self,
+        w: Float[Array, "k n"],
+        half_steps: Float[Array, "n groups"],
+        offset: Float[Array, "n groups"] | None,
+        number_format: BipolarFormat,
+        group_size: int | None,
+    ) -> tuple[UInt32[Array, "planes n words"], Int[Array, "n groups"]]:
+        """See `weights.pack_weights`: the same bits."""
 
     def plan_matmul(self, m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
         """What the product of m rows of `dtype` with w would run; a_format None means float activations.

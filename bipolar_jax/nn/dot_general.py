@@ -13,14 +13,15 @@ from jaxtyping import Array, Float
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
+from bipolar_jax.ops.pack_weights import pack_weights
 from bipolar_jax.ops.trainable_matmul import GradientPrecision, fenced_matmul, trainable_matmul
-from bipolar_jax.packing import BipolarArray, from_codes, quantize
+from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision, fake_quant
 from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.clipping import check_clip, clip_tokens
 from bipolar_jax.quantize.groups import check_group_size, num_groups
-from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
-from bipolar_jax.quantize.rounding import check_finite, check_float
+from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, scale_of_step
+from bipolar_jax.quantize.rounding import calibrate_rows, check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
 
 
@@ -218,11 +219,18 @@ class DotGeneral:
     def _pack(self, w, step_size):
         # Compiled by itself, as `fenced_matmul` is: what precedes it must not change a rounding.
         w = jax.lax.optimization_barrier(jax.lax.stop_gradient(w))
-        w = normalize_weights(w.astype(jnp.float32), self.weight_norm)
+        number_format = as_format(self.w_bits)
+        check_group_size(w.shape[-2], self.group_size)
+        if self.weight_norm is not None:
+            # All that reads these numbers must get the same, however they were rounded.
+            w = jax.lax.optimization_barrier(normalize_weights(w.astype(jnp.float32), self.weight_norm))
         if step_size is None:
-            return quantize(w, self.w_bits, -2, self.group_size, self.calibration)
-        codes, scale = round_by_step_size(*self._steps(w, step_size))
-        return from_codes(jnp.swapaxes(codes, -1, -2), self.w_bits, -2, scale, group_size=self.group_size)
+            rows = jnp.swapaxes(w, -1, -2)
+            scale, offset = calibrate_rows(rows, number_format, self.group_size, self.calibration)
+        else:
+            self._check_steps(w, step_size)
+            scale, offset = scale_of_step(jax.lax.stop_gradient(step_size)), None
+        return pack_weights(w, number_format, scale, offset, self.group_size, implementation=self.implementation)
 
     def fake_quant(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
@@ -239,11 +247,14 @@ class DotGeneral:
         return initial_step_size(rows, as_format(self.w_bits), self.group_size)
 
     def _steps(self, w, step_size):
+        self._check_steps(w, step_size)
+        return jnp.swapaxes(w, -1, -2), step_size, as_format(self.w_bits), self.group_size
+
+    def _check_steps(self, w, step_size):
         check_group_size(w.shape[-2], self.group_size)
         per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
         if step_size.shape != per_group:
             raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {per_group}")
-        return jnp.swapaxes(w, -1, -2), step_size, as_format(self.w_bits), self.group_size
 
 
 def result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type) -> jax.ShapeDtypeStruct:

@@ -113,7 +113,8 @@ def fenced_matmul(
     Fused with its neighbours, XLA may round the epilogue's multiplications and additions
     once or twice; so that training and inference agree to the bit, neither may choose.
     """
-    x, packed = jax.lax.optimization_barrier((x, packed))
+    # Each by itself: then layers that share x have the same operand, and what quantizes it is done once.
+    x, packed = jax.lax.optimization_barrier(x), jax.lax.optimization_barrier(packed)
     return jax.lax.optimization_barrier(matmul(x, packed, a_bits, implementation=implementation))
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.calibration import flush_scale, half_steps_per_unit
-from bipolar_jax.quantize.groups import group_lengths, join_groups, split_groups, spread_groups
+from bipolar_jax.quantize.groups import group_lengths, split_groups, spread_groups
+from bipolar_jax.quantize.rounding import encode_rows
 
 
 def initial_step_size(
@@ -35,10 +36,13 @@ def round_by_step_size(
     group_size: int | None,
 ) -> tuple[UInt8[Array, "*rows k"], Float[Array, "*rows groups"]]:
     """Codes, and scales in float32: half of the step sizes. Steps that are not positive count as 0."""
-    scale = flush_scale(step_size.astype(jnp.float32) / 2)
-    grouped = split_groups(rows.astype(jnp.float32), group_size)
-    codes = number_format.encode(grouped, half_steps_per_unit(scale)[..., None])
-    return join_groups(codes, rows.shape[-1]), scale
+    scale = scale_of_step(step_size)
+    return encode_rows(rows, number_format, half_steps_per_unit(scale), None, group_size), scale
+
+
+def scale_of_step(step_size: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Half of it, float32; 0 for steps that are not positive."""
+    return flush_scale(step_size.astype(jnp.float32) / 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -58,12 +58,29 @@ def round_to_grid(
     Returns:
       Codes; float32 scales; float32 offsets, or None where the calibration is symmetric.
     """
-    k = x.shape[-1]
+    scale, offset = calibrate_rows(x, number_format, group_size, calibration)
+    return encode_rows(x, number_format, half_steps_per_unit(scale), offset, group_size), scale, offset
+
+
+def calibrate_rows(
+    x: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int | None, calibration: Calibration
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"] | None]:
+    """Scales and offsets of `round_to_grid`."""
     grouped = split_groups(x.astype(jnp.float32), group_size)
-    scale, offset = calibrate(grouped, valid_mask(k, group_size), number_format, calibration)
+    return calibrate(grouped, valid_mask(x.shape[-1], group_size), number_format, calibration)
+
+
+def encode_rows(
+    x: Float[Array, "*rows k"],
+    number_format: BipolarFormat,
+    half_steps: Float[Array, "*rows groups"],
+    offset: Float[Array, "*rows groups"] | None,
+    group_size: int | None,
+) -> UInt8[Array, "*rows k"]:
+    """Codes of every group, less its offset if it has one, by its `half_steps_per_unit`."""
+    grouped = split_groups(x.astype(jnp.float32), group_size)
     centered = grouped if offset is None else grouped - offset[..., None]
-    codes = number_format.encode(centered, half_steps_per_unit(scale)[..., None])
-    return join_groups(codes, k), scale, offset
+    return join_groups(number_format.encode(centered, half_steps[..., None]), x.shape[-1])
 
 
 def from_grid(

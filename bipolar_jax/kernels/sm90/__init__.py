@@ -6,14 +6,19 @@ second, and not every platform's jaxlib has it.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
+import jax
+
+from bipolar_jax.kernels import weights
 from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 
 __all__ = [
     "decode_attention",
     "decode_layers",
     "integer_matmul",
+    "pack_weights",
     "plan_matmul",
     "prompt_heads",
     "quantized_matmul",
@@ -39,6 +44,21 @@ def weight_only_matmul(x, w, bias):
 def plan_matmul(m, dtype, w, a_format):
     """See `operations.plan_matmul`."""
     return _operations().plan_matmul(m, dtype, w, a_format)
+
+
+def pack_weights(w, half_steps, offset, number_format, group_size):
+    """See `Backend.pack_weights`; `weight_packing.pack_columns` has what is not served."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import weight_packing
+
+    by_kernel, by_xla = (
+        functools.partial(pack, number_format=number_format, group_size=group_size)
+        for pack in (weight_packing.pack_columns, weights.pack_weights)
+    )
+    if (params := interpret_params()) is not None:
+        return by_kernel(w, half_steps, offset, interpret=params)
+    # Models are packed on CPUs, too, beside a GPU that is the default.
+    return jax.lax.platform_dependent(w, half_steps, offset, cuda=by_kernel, default=by_xla)
 
 
 def decode_attention(*args, **options):

@@ -84,7 +84,9 @@ def quantize_and_pack(
       NotImplementedError: a row does not fit the shared memory.
     """
     quantizer, inputs = plan(x, a_format, operand, prologue)
-    return PackedTokens(*_launch(quantizer, inputs, blocks, interpret))
+    # Jitted by itself it is lowered once: XLA then sees that layers which share x do the same, and does it once.
+    launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
+    return PackedTokens(*launch(quantizer, inputs, blocks, interpret))
 
 
 def plan(

@@ -29,7 +29,7 @@ def emulate(
     if quantizer.code_words.signed:
         packed = _pack_bytes(a_format.signed_codes(tokens.codes))
     else:
-        packed = _pack_planes(tokens.codes, a_format)
+        packed = pack_planes(tokens.codes, a_format)
     packed = fill_up(packed, quantizer.row_words)
     zero_codes = tokens.zero_value if a_format.bits == 1 else (tokens.zero_value + a_format.max_value) // 2
     sums = jnp.sum(tokens.codes, axis=1, dtype=jnp.int32)
@@ -45,7 +45,7 @@ def emulate(
     plgpu.commit_smem()  # what was read may be overwritten by TMA
 
 
-def _pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:
+def pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:
     # As `pack_codes`, which holds a constant array, as no kernel may.
     bits = fill_up(jnp.stack([a_format.bit(codes, plane) for plane in range(a_format.bits)]), WORD_BITS)
     return _join(bits.reshape(*bits.shape[:2], -1, WORD_BITS), 1)

@@ -1,0 +1,200 @@
+"""What the threads do that round and pack the columns of a matrix.
+
+A thread takes 128 numbers of a column, a run, and keeps in registers all words that become of them, four in a row of
+every plane. Lanes of a warp take 16 columns and two runs that follow each other, so that all accesses are of whole
+sectors of 32 bytes: two lanes write eight words in a row, 16 or more load what is side by side in a row of the matrix.
+
+Sums of the codes leave as they are in registers, of a run or of what of it shares a group; to add up those of a column
+is little work for who reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90 import instructions as gpu
+from bipolar_jax.kernels.sm90.bit_packing import CodeWords, byte_order_of, gather_words, transpose_to_planes
+from bipolar_jax.kernels.sm90.instructions import Pointer, Value
+from bipolar_jax.kernels.sm90.row_threads import BLOCK, WARPGROUP
+from bipolar_jax.packing.words import num_words
+
+_RUN_WORDS = 4  # of a plane: what one store writes
+_RUN = _RUN_WORDS * BLOCK
+_RUNS = 2  # of each column, for a block of threads
+_WARP_COLUMNS = 16
+COLUMNS, ROWS = WARPGROUP // _RUNS, _RUNS * _RUN  # of the matrix, for a block of threads
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnPacking:
+    """How a matrix is shared out to blocks of threads.
+
+    Attributes:
+      number: "bf16", "f16" or "f32", of w.
+      number_format: of the codes.
+      k, n: rows and columns of w.
+      group_size: None, or a multiple of 32.
+      with_offset: whether there is one.
+    """
+
+    number: str
+    number_format: BipolarFormat
+    k: int
+    n: int
+    group_size: int | None
+    with_offset: bool
+
+    @property
+    def words(self) -> int:
+        """Of a column of a plane."""
+        return num_words(self.k)
+
+    @property
+    def part_size(self) -> int:
+        """Numbers that a sum of codes is of."""
+        return _RUN if self.group_size is None else math.gcd(self.group_size, _RUN)
+
+    @property
+    def parts(self) -> int:
+        """Sums of a column."""
+        return -(-self.k // self.part_size)
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.k // ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Of threads; those of the same columns follow each other, as their words do."""
+        return -(-self.n // COLUMNS) * self.row_blocks
+
+    def pack_block(self, block: Value, w: Value, half_steps: Value, *rest: Value) -> None:
+        """What a block's threads do.
+
+        Args:
+          block: its index, int32.
+          w: [k, n] in global memory.
+          half_steps: float32 [groups, n], likewise.
+          *rest: offsets, likewise, if there are any; the planes uint32 [bits, n, words]; the sums int32 [parts, n].
+        """
+        *offset, planes, sums = rest
+        thread = gpu.thread_in_warpgroup()
+        column_block = gpu.divided(block, self.row_blocks)
+        row_block = gpu.plus(block, gpu.times(column_block, -self.row_blocks))
+        # Bits 0 to 3 of a thread's index count columns, as do those of its warp; bit 4 is the run.
+        in_block = gpu.plus(
+            gpu.bits_of(thread, _WARP_COLUMNS - 1), gpu.times(gpu.shift_right(thread, 5), _WARP_COLUMNS)
+        )
+        column = gpu.plus(gpu.times(column_block, COLUMNS), in_block)
+        run = gpu.plus(gpu.times(row_block, _RUNS), gpu.bits_of(gpu.shift_right(thread, 4), 1))
+        with contextlib.ExitStack() as inside:
+            for index, count, multiple in ((column, self.n, COLUMNS), (run, -(-self.k // _RUN), _RUNS)):
+                if count % multiple:
+                    inside.enter_context(gpu.when(gpu.less(index, count)))
+            self._pack_run(run, column, w, [half_steps, *offset], planes, sums)
+
+    def _pack_run(self, run: Value, column: Value, w: Value, by_column: list[Value], planes: Value, sums: Value):
+        """Packs the run of a column; both exist."""
+        first = gpu.times(run, _RUN)
+        # The words of every plane, one after the other.
+        words, counts = [], []
+        for i in range(_RUN_WORDS):
+            row = gpu.plus(first, i * BLOCK)
+            factors = [self._load_factor(array, row, column) for array in by_column]
+            block = self._planes_of(self._load(w, row, column), *factors)
+            if self.k % _RUN:
+                block = [self._up_to_k(word, row) for word in block]
+            words.append(block)
+            counts.append(self._sum_of(block))
+        start = gpu.advance_far(gpu.pointer(planes, gpu.GLOBAL), column, 4 * self.words)
+        start = gpu.advance(start, gpu.times(run, 4 * _RUN_WORDS))
+        for plane, row_words in enumerate(zip(*words, strict=True)):
+            self._store_words(gpu.advance_far(start, plane, 4 * self.n * self.words), run, list(row_words))
+        of_part = self.part_size // BLOCK
+        start = gpu.pointer(sums, gpu.GLOBAL)
+        for i in range(0, _RUN_WORDS, of_part):
+            part = gpu.plus(gpu.times(run, _RUN_WORDS // of_part), i // of_part)
+            total = functools.reduce(gpu.plus, counts[i : i + of_part])
+            with self._where(part, self.parts, _RUN_WORDS // of_part):
+                gpu.store(gpu.advance(gpu.advance_far(start, part, 4 * self.n), gpu.times(column, 4)), [total])
+
+    def _load_factor(self, array: Value, row: Value, column: Value) -> Value:
+        """The number that the row's group has for the column."""
+        start = gpu.advance(gpu.pointer(array, gpu.GLOBAL), gpu.times(column, 4))
+        if self.group_size is not None:
+            group = gpu.divided(self._existing(row), self.group_size)
+            start = gpu.advance_far(start, group, 4 * self.n)
+        return gpu.as_float(gpu.load(start, 1)[0])
+
+    def _load(self, w: Value, row: Value, column: Value) -> list[Value]:
+        """32 numbers of a column from a row on, or its last ones where there are fewer."""
+        size = 4 if self.number == "f32" else 2
+        start = gpu.advance_far(gpu.pointer(w, gpu.GLOBAL), self._window(row), size * self.n)
+        start = gpu.advance(start, gpu.times(column, size))
+        places = [gpu.advance_far(start, i, size * self.n) for i in range(BLOCK)]
+        words = [gpu.load(at, 1)[0] if size == 4 else gpu.load_half(at) for at in places]
+        return [gpu.expand(self.number, word)[0] for word in words]
+
+    def _planes_of(self, numbers: list[Value], half_steps: Value, offset: Value | None = None) -> list[Value]:
+        """A word of every plane, of 32 numbers."""
+        fmt, codes = self.number_format, CodeWords(self.number_format, signed=False)
+        middle = fmt.code_offset
+        bases = {place: gpu.float32(codes.rounding_base(place) + middle) for place in codes.places}
+
+        def encode(x: Value, place: int) -> Value:
+            if offset is not None:
+                x = gpu.subtract(x, offset)
+            # As XLA compiles it: a product that is added to is not rounded.
+            steps = gpu.fma(x, half_steps, gpu.float32(0.5)) if fmt.ternary else gpu.multiply(x, half_steps)
+            # To be rounded down comes after, which changes nothing at integers; NaN has the code 0.
+            steps = gpu.at_most(gpu.at_least(steps, float(-middle)), float(fmt.max_value - middle))
+            return gpu.as_word(gpu.add_down(steps, bases[place]))
+
+        rounded = [[encode(x, codes.place(i)) for i, x in enumerate(numbers[e : e + 8])] for e in range(0, BLOCK, 8)]
+        planes = transpose_to_planes(gather_words(codes, rounded, byte_order_of(gpu.int32(0))))
+        if fmt.ternary:  # the first bit is set in codes of 1 and 2
+            return [gpu.either_bits(*planes), planes[1]]
+        return planes[: fmt.bits]
+
+    def _sum_of(self, planes: list[Value]) -> Value:
+        """Of the codes of a block."""
+        weights = self.number_format.plane_weights
+        counts = [
+            gpu.shift_left(gpu.count_ones(word), weight.bit_length() - 1)
+            for weight, word in zip(weights, planes, strict=True)
+        ]
+        return functools.reduce(gpu.plus, counts)
+
+    def _store_words(self, start: Pointer, run: Value, words: list[Value]) -> None:
+        """Writes those of the run's words that exist."""
+        if self.words % _RUN_WORDS == 0:
+            gpu.store(start, words)
+            return
+        for i, word in enumerate(words):
+            with self._where(gpu.plus(gpu.times(run, _RUN_WORDS), i), self.words, _RUN_WORDS):
+                gpu.store(gpu.advance(start, 4 * i), [word])
+
+    def _where(self, index: Value, count: int, multiple: int) -> contextlib.AbstractContextManager:
+        """Where an index that comes in multiples is below the count."""
+        return gpu.when(gpu.less(index, count)) if count % multiple else contextlib.nullcontext()
+
+    # Of the block that has the last row, and of those after it, the last 32 rows are loaded, and shifted: no load
+    # needs a condition.
+
+    def _existing(self, row: Value) -> Value:
+        """The row, or the last one."""
+        return gpu.smaller(row, self.k - 1) if self.k % _RUN else row
+
+    def _window(self, row: Value) -> Value:
+        """The row from which on there are 32."""
+        return gpu.smaller(row, self.k - BLOCK) if self.k % _RUN else row
+
+    def _up_to_k(self, word: Value, row: Value) -> Value:
+        """The word that begins with the row, of what the window has; zeros beyond k."""
+        missing = gpu.plus(row, gpu.times(self._window(row), -1))
+        shifted = gpu.shift_right(word, gpu.smaller(missing, BLOCK - 1))
+        return gpu.choose(gpu.less(missing, BLOCK), shifted, gpu.int32(0))

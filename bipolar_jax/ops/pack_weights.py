@@ -1,0 +1,59 @@
+"""Weights rounded and packed by scales that are known."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels import xla
+from bipolar_jax.ops.dispatch import dispatch
+from bipolar_jax.ops.matmul import vary_alike
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.calibration import half_steps_per_unit
+
+
+def pack_weights(
+    w: Float[Array, "*batch k n"],
+    number_format: BipolarFormat,
+    scale: Float[Array, "*batch n groups"],
+    offset: Float[Array, "*batch n groups"] | None = None,
+    group_size: int | None = None,
+    *,
+    implementation: str = "auto",
+) -> BipolarArray:
+    """What `quantize` gives with these scales and offsets, to the bit. Not differentiable.
+
+    Args:
+      w: float32, bfloat16 or float16.
+      number_format: the grid.
+      scale: float32.
+      offset: float32, or None.
+      group_size: as for `quantize`.
+      implementation: as for `matmul`. What a backend cannot pack XLA does, whatever backend multiplies it.
+    """
+    w, half_steps, offsets = vary_alike(jax.lax.stop_gradient((w, half_steps_per_unit(scale), offset)))
+
+    def pack(backend):
+        pack_one = functools.partial(backend.pack_weights, number_format=number_format, group_size=group_size)
+        for _ in w.shape[:-2]:
+            pack_one = jax.vmap(pack_one)
+        return pack_one(w, half_steps, offsets)
+
+    with jax.named_scope("bipolar_pack"):
+        try:
+            planes, row_sums = dispatch(implementation, pack)
+        except NotImplementedError:
+            planes, row_sums = pack(xla)
+    return BipolarArray(
+        planes=planes,
+        scale=scale,
+        offset=offset,
+        row_sums=row_sums,
+        format=number_format,
+        contracted_size=w.shape[-2],
+        axis=-2,
+        group_size=group_size,
+    )
