@@ -92,7 +92,9 @@ class BipolarFormat:
           half_steps_per_unit: 1 / (2 scale), broadcastable to x; 0 encodes the middle.
         """
         if self.ternary:
-            return self.encode_around(self.code_offset, x, half_steps_per_unit)
+            # Not by adding 0.5 and a floor: compilers round a product that is added to once or twice, as they please.
+            steps = x * half_steps_per_unit
+            return (steps >= -0.5).astype(jnp.uint8) + (steps >= 0.5).astype(jnp.uint8)
         return self._clip(jnp.floor(x * half_steps_per_unit) + self.code_offset)
 
     def encode_around(

@@ -141,23 +141,27 @@ class ColumnPacking:
 
     def _planes_of(self, numbers: list[Value], half_steps: Value, offset: Value | None = None) -> list[Value]:
         """A word of every plane, of 32 numbers."""
-        fmt, codes = self.number_format, CodeWords(self.number_format, signed=False)
-        middle = fmt.code_offset
+        fmt = self.number_format
+        # Halves of a ternary number's steps are the codes of two bits: 0, 1 or 2 for what is below -0.5, between, and
+        # from 0.5 on.
+        rounded_to = BipolarFormat(2) if fmt.ternary else fmt
+        codes, middle = CodeWords(rounded_to, signed=False), rounded_to.code_offset
+        if fmt.ternary:
+            half_steps = gpu.add(half_steps, half_steps)
         bases = {place: gpu.float32(codes.rounding_base(place) + middle) for place in codes.places}
 
         def encode(x: Value, place: int) -> Value:
             if offset is not None:
                 x = gpu.subtract(x, offset)
-            # As XLA compiles it: a product that is added to is not rounded.
-            steps = gpu.fma(x, half_steps, gpu.float32(0.5)) if fmt.ternary else gpu.multiply(x, half_steps)
             # To be rounded down comes after, which changes nothing at integers; NaN has the code 0.
-            steps = gpu.at_most(gpu.at_least(steps, float(-middle)), float(fmt.max_value - middle))
+            steps = gpu.at_least(gpu.multiply(x, half_steps), float(-middle))
+            steps = gpu.at_most(steps, float(rounded_to.max_value - middle))
             return gpu.as_word(gpu.add_down(steps, bases[place]))
 
         rounded = [[encode(x, codes.place(i)) for i, x in enumerate(numbers[e : e + 8])] for e in range(0, BLOCK, 8)]
         planes = transpose_to_planes(gather_words(codes, rounded, byte_order_of(gpu.int32(0))))
-        if fmt.ternary:  # the first bit is set in codes of 1 and 2
-            return [gpu.either_bits(*planes), planes[1]]
+        if fmt.ternary:
+            return [gpu.either_bits(*planes), gpu.bits_of(*planes)]
         return planes[: fmt.bits]
 
     def _sum_of(self, planes: list[Value]) -> Value:
