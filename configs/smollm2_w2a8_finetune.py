@@ -5,8 +5,9 @@ distance to the float model's distribution alone (arXiv 1503.02531), of which th
 the float model's perplexity as `teacher` and the collapsed one as the evaluation of step 0; both are of texts that are
 never trained on, as are all texts that anybody else wrote.
 
-Expected, not yet measured: validation perplexity at most a few times the float model's after 1500 steps of 8192 tokens;
-five minutes and 40 GB of memory on one H200.
+Claim: after 1500 steps of 8192 tokens a perplexity of 55.7 on wikitext2's validation text (--config.validation_text),
+on which the float model has 24.9, and W2A8 without training 38155 at the least (experiments/quantize.py in groups of
+32, "minmax"); four minutes beside another program on one H100.
 
     python -m experiments.sample_text --config=configs/sample_text.py --workdir=runs/sample_text
     python -m experiments.train --config=configs/smollm2_w2a8_finetune.py --workdir=runs/smollm2_w2a8
