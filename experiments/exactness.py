@@ -10,6 +10,7 @@ from jaxtyping import UInt8, UInt32
 from ml_collections import ConfigDict
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat
+from bipolar_jax.kernels.sm90.plan import MOST_DECODE_TOKENS
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.words import WORD_BITS
 from experiments.matmul_products import raise_if_error
@@ -17,7 +18,6 @@ from experiments.progress import console, progress_bar
 from experiments.timing import compile_all, one_line
 from experiments.turns import others_turn
 
-_FEW_TOKENS = 32  # whose kernel takes all precisions
 _BATCH = 32  # products compiled and compared at a time
 
 
@@ -79,7 +79,7 @@ def _ragged_sizes(rng: np.random.Generator, largest: int, few_tokens: bool) -> t
     """m, n, k: any with few tokens, or none of them a multiple of 8 (and so not of 32 or 128)."""
     sizes = rng.integers(1, largest + 1, 3)
     if few_tokens:
-        sizes[0] = rng.integers(1, min(largest, _FEW_TOKENS) + 1)
+        sizes[0] = rng.integers(1, min(largest, MOST_DECODE_TOKENS) + 1)
     else:
         sizes += sizes % 8 == 0
     return tuple(int(size) for size in sizes)
