@@ -141,6 +141,8 @@ class Transformer(nnx.Module):
           cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype. The prompts
             themselves are read without it.
 
+        Not differentiable on Hopper GPUs, as `decode` is not: `__call__` is what to train through.
+
         Returns:
           Logits after the last token of each prompt, and the cache to decode from.
 

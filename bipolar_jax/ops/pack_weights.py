@@ -33,6 +33,9 @@ def pack_weights(
       offset: float32, or None.
       group_size: as for `quantize`.
       implementation: as for `matmul`. What a backend cannot pack XLA does, whatever backend multiplies it.
+
+    Raises:
+      ValueError: an implementation that there is not.
     """
     w, half_steps, offsets = vary_alike(jax.lax.stop_gradient((w, half_steps_per_unit(scale), offset)))
 

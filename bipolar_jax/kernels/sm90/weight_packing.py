@@ -33,7 +33,7 @@ def pack_columns(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[UInt32[Array, "planes n words"], Int[Array, "n groups"]]:
-    """Planes and row sums of `weight_codes`.
+    """What `weights.pack_weights` gives, for one matrix.
 
     Args:
       w: float32, bfloat16 or float16.
@@ -44,9 +44,11 @@ def pack_columns(
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Raises:
-      NotImplementedError: fewer than 32 rows; groups of other sizes than multiples of 32.
+      NotImplementedError: other dtypes; fewer than 32 rows; groups of other sizes than multiples of 32.
     """
     k, n = w.shape
+    if w.dtype.name not in _NUMBERS:
+        raise NotImplementedError(f"{w.dtype.name} is none of {', '.join(_NUMBERS)}")
     if k < BLOCK:
         raise NotImplementedError(f"{k} rows are fewer than the {BLOCK} that a thread packs at a time")
     if group_size is not None and group_size % BLOCK:
