@@ -6,6 +6,8 @@ list of shapes is measured sooner by one process a shape:
     for shape in 4096 8192; do
         python -m experiments.bench_matmul --config=... --workdir=DIR --config.shapes=$shape &
     done; wait
+
+Programs on different devices, each of which sees its own alone (CUDA_VISIBLE_DEVICES), do not wait for each other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +24,20 @@ from typing import TextIO
 
 import jax
 
-_LOCK = Path(tempfile.gettempdir()) / f"bipolar_jax_device_{getpass.getuser()}.lock"
 _held: TextIO | None = None
+
+
+def lock_path() -> Path:
+    """The file that is locked by whoever has the devices that this process sees."""
+    devices = re.sub(r"[^\w,-]", "_", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    return Path(tempfile.gettempdir()) / f"bipolar_jax_{getpass.getuser()}_device_{devices}.lock"
 
 
 @contextlib.contextmanager
 def device_turn() -> Iterator[None]:
     """Waits until no other process is in such a block, and keeps others out of theirs."""
     global _held
-    with _LOCK.open("w") as lock:
+    with lock_path().open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _held = lock
         try:

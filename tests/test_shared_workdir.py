@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 import time
 
 from experiments import turns
 from experiments.workdir import RESULT_NAME, save_result
 
 
-def _take_turn(lock, name, log, lend):
-    turns._LOCK = lock
+def _take_turn(folder, name, log, lend):
+    tempfile.tempdir = str(folder)
     with turns.device_turn():
         log.append((name, "in"))
         if lend:
@@ -28,14 +29,27 @@ def test_one_process_at_a_time_but_while_a_turn_is_lent(tmp_path):
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         log = manager.list()
-        lender = context.Process(target=_take_turn, args=(tmp_path / "lock", "lender", log, True))
+        lender = context.Process(target=_take_turn, args=(tmp_path, "lender", log, True))
         lender.start()
         while not list(log):
             time.sleep(0.01)
-        other = context.Process(target=_take_turn, args=(tmp_path / "lock", "other", log, False))
+        other = context.Process(target=_take_turn, args=(tmp_path, "other", log, False))
         other.start()
         lender.join(60), other.join(60)
         assert list(log) == [("lender", "in"), ("other", "in"), ("other", "out"), ("lender", "back"), ("lender", "out")]
+
+
+def test_programs_on_different_devices_do_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    paths = set()
+    for devices in ("0", "1", "0,1", "GPU-4cf8/b1", None):
+        if devices is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        with turns.device_turn():
+            paths.add(turns.lock_path())
+    assert len(paths) == 5 and {path.parent for path in paths} == {tmp_path}
 
 
 def test_nothing_is_lent_outside_a_turn():
