@@ -49,7 +49,8 @@ def test_programs_on_different_devices_do_not_wait(tmp_path, monkeypatch):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
         with turns.device_turn():
             paths.add(turns.lock_path())
-    assert len(paths) == 5 and {path.parent for path in paths} == {tmp_path}
+    assert len(paths) == 5
+    assert {path.parent for path in paths} == {tmp_path}
 
 
 def test_nothing_is_lent_outside_a_turn():

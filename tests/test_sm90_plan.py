@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import types
 
 import jax
@@ -15,13 +16,14 @@ import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.prologue import Activation
 from bipolar_jax.kernels.sm90 import execution, plan
+from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling, decode_tilings
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.matmul import packed_matmul
 from bipolar_jax.kernels.sm90.plan import CANDIDATES, GROUPED_CANDIDATES, estimated_cycles, plan_product
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tensor_core import ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
-from bipolar_jax.tuning.table import load_table, nearest_entry
+from bipolar_jax.tuning.table import entries_of_kind, nearest_entry
 
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
@@ -139,7 +141,7 @@ def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
 
 def table_entries() -> list[dict]:
     """Of `packed_matmul`."""
-    return [entry for entry in load_table("NVIDIA H200")["entries"] if entry["kind"] != plan.FEW_TOKENS]
+    return [*entries_of_kind("NVIDIA H200", "planes"), *entries_of_kind("NVIDIA H200", "int8")]
 
 
 def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
@@ -152,8 +154,24 @@ def test_the_planner_takes_measured_tilings_from_the_table(monkeypatch):
     assert choice.reason.startswith("measured at 8192x8192x8192 W")
     assert plan_product(8192, 8192, 8192, BipolarFormat(2), BipolarFormat(1)).tiling == choice.tiling
     assert plan_product(65, 64, 64, BipolarFormat(1), BipolarFormat(1)).reason == "estimated from tile sizes"
-    assert load_table("NVIDIA H100 80GB HBM3") == load_table("NVIDIA H200")  # the same chip
     assert nearest_entry("NVIDIA A100", "planes", 8192, 8192, 8) is None
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_devices_of_one_chip_share_what_was_measured_on_either(device, monkeypatch):
+    monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(device_kind=device))
+    assert plan_product(8192, 8192, 8192, BipolarFormat(1), BipolarFormat(2)).reason.startswith("measured at 8192x")
+    few = plan_product(16, 4096, 11008, BipolarFormat(8), BipolarFormat(4))
+    assert few.reason == "measured at llama2-7b/down@16 (16x4096x11008) W4A8"
+    assert few.tiling == DecodeTiling(warpgroups=3, w_slots=4, x_slots=2)
+
+
+def test_every_tiling_of_few_tokens_in_the_tables_is_one_that_fits(monkeypatch):
+    monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3"))
+    for entry in entries_of_kind("NVIDIA H100 80GB HBM3", plan.FEW_TOKENS):
+        tokens, _, k = map(int, re.search(r"\((\d+)x(\d+)x(\d+)\)", entry["shape"]).groups())
+        formats = bj.Precision.parse(entry["shape"].split()[-1])
+        assert DecodeTiling(**entry["tiling"]) in decode_tilings(tokens, k, formats.a_bits, formats.w_bits)
 
 
 def kernels_of_the_table() -> list[dict]:

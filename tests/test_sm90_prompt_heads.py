@@ -16,6 +16,7 @@ from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
 from bipolar_jax.kernels.sm90.prompt_projection import project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.rotation import fixed_point_tables
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.models.attention import rotated_heads
 from bipolar_jax.models.cache import KVCache
@@ -56,7 +57,8 @@ class Case:
         scales = [jnp.asarray(0.5 + rng.random(size), jnp.float32) for size in (m, n)]
         bias = jnp.asarray(20 * rng.standard_normal(n), jnp.float32) if self.bias else None
         angles = jnp.asarray(rng.standard_normal((1, self.length, half)), jnp.float32)
-        tables = (jnp.cos(angles), jnp.sin(angles)) if self.rope else None
+        # As they are in multiples of 2^-14: what the kernel rotates by.
+        tables = tuple(jnp.round(f(angles) * 2**14) / 2**14 for f in (jnp.cos, jnp.sin)) if self.rope else None
         shape = (LAYERS, self.batch, self.keys, self.capacity, self.size)
         kept = [jnp.full(shape, fill, self.dtype) for fill in (jnp.nan, 7)]
         return codes, scales, bias, tables, KVCache(*kept, jnp.full(self.batch, self.length))
@@ -66,7 +68,7 @@ CASES = {
     "pieces beyond the last head": Case(Tiling(128, 128, "alternate", slots=3), length=200, capacity=330, keys=2),
     "sequences": Case(Tiling(64, 64, "alternate", slots=2), batch=3, length=67, queries=2, capacity=131),
     "whole tiles": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=128, size=128, capacity=192),
-    "one slot": Case(Tiling(128, 128, "alternate", slots=6), length=130, size=128, queries=2, capacity=131),
+    "slots of one head": Case(Tiling(128, 128, "alternate", slots=5), length=130, size=128, queries=2, capacity=131),
     "bytes": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=65, size=128, kind="int8", capacity=128),
     "no rotation": Case(
         Tiling(128, 128, "alternate", slots=4), batch=2, length=100, rope=False, bias=True, queries=2, capacity=300
@@ -109,7 +111,7 @@ def project(case: Case, blocks: int):
         cache.keys,
         cache.values,
         jnp.int32(LAYER),
-        tables,
+        None if tables is None else fixed_point_tables(tables, 1),
         length=case.length,
         blocks=blocks * case.tiling.cluster_size,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
@@ -130,3 +132,9 @@ def test_heads_are_those_of_xla(case):
         # A sum rounded otherwise in float32 may be rounded to the next number of 16 bits, near 0 by little more.
         np.testing.assert_allclose(found, expected, rtol=float(jnp.finfo(case.dtype).eps), atol=1e-4)
     assert not interpret_pallas_call.get_races().races_found
+
+
+def test_one_slot_cannot_take_both_halves():
+    tiling = Tiling(128, 128, "alternate", slots=6)
+    with pytest.raises(ValueError, match="no shared memory for both halves of a head: use fewer slots"):
+        project(Case(tiling, size=128), blocks=1)

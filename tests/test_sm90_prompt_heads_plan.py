@@ -14,7 +14,7 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90 import plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
-from bipolar_jax.kernels.sm90.plan import CANDIDATES, MOST_HEAD_COLUMNS, plan_heads
+from bipolar_jax.kernels.sm90.plan import CANDIDATES, MOST_HEAD_COLUMNS, plan_heads, with_staging
 from bipolar_jax.kernels.sm90.prompt_projection import HEAD_SIZES, project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tiling import Tiling
@@ -47,7 +47,7 @@ def kernels() -> list[tuple[Tiling, int]]:
     """Tilings that the planner can choose, with the sizes of heads; of those that differ in order alone the first."""
     measured = [Tiling(**entry["tiling"]) for entry in load_table("NVIDIA H200")["entries"]]
     able = [
-        (dataclasses.replace(tiling, band=1, band_axis="m"), size)
+        (dataclasses.replace(with_staging(tiling), band=1, band_axis="m"), size)
         for tiling in (*CANDIDATES, *measured)
         for size in HEAD_SIZES
         if tiling.tile_n <= MOST_HEAD_COLUMNS and tiling.tile_n % size == 0
@@ -78,7 +78,7 @@ def compile_heads(tiling, size, kind, *, batch=2, length=1000, capacity=1100, ro
         cache,
         cache,
         jax.ShapeDtypeStruct((), jnp.int32),
-        (jax.ShapeDtypeStruct((1, length, size // 2), jnp.float32),) * 2 if rope else None,
+        (jax.ShapeDtypeStruct((length, size // 2), jnp.int16),) * 2 if rope else None,
     )
     assert report.registers
     assert report.spill_bytes == 0
@@ -101,3 +101,10 @@ def test_every_tiling_compiles_without_spills(tiling, size):
 )
 def test_other_operands_compile_without_spills(options):
     compile_heads(CANDIDATES[1], 128, **options)
+
+
+def test_all_of_a_tile_has_a_place_to_leave_by():
+    assert with_staging(CANDIDATES[2]) == dataclasses.replace(CANDIDATES[2], slots=4)
+    for tiling in (*CANDIDATES, Tiling(128, 192, "alternate", slots=4)):
+        pieces = tiling.tile_m * tiling.tile_n // (64 * 64)
+        assert with_staging(tiling).staging_slots() == pieces

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.sm90.rotation import LARGEST_AMPLITUDE, FixedPointTables, fixed_point_tables
 from bipolar_jax.models.attention import Heads, Projected, rotated_heads
 from bipolar_jax.models.cache import KVCache
+from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.norm import Norm, as_prologue, project
-from bipolar_jax.models.rope import Tables
+from bipolar_jax.models.rope import Tables, rope_frequencies
 from bipolar_jax.nn import Linear
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.quantize.precision import activation_format
@@ -42,24 +45,38 @@ class Projections:
         return tuple(product.reshape(*product.shape[:2], -1, self.head_dim) for product in products)
 
 
-def in_whole_tiles(tables: Tables) -> Tables:
-    """With zeros beyond the prompts where the Hopper kernel's tiles have rows: once, in place of in every layer."""
-    missing = -tables[0].shape[1] % _TILE_ROWS
-    return tuple(jnp.pad(table, ((0, 0), (0, missing), (0, 0))) for table in tables)
+class PromptTables(NamedTuple):
+    """Cosines and sines of prompts' positions.
+
+    Attributes:
+      exact: float32.
+      fixed_point: as the Hopper kernel takes them, made once in place of in every layer; None if they do not fit.
+    """
+
+    exact: Tables
+    fixed_point: FixedPointTables | None
+
+
+def prompt_tables(config: TransformerConfig, tables: Tables) -> PromptTables:
+    """Both kinds of what `rope_tables` gives for the positions 0, 1, 2 ... of any number of prompts."""
+    _, amplitude = rope_frequencies(config)
+    fits = amplitude <= LARGEST_AMPLITUDE
+    return PromptTables(tables, fixed_point_tables(tables, _TILE_ROWS) if fits else None)
 
 
 def prompt_heads(
-    projections: Projections, kv_heads: int, tables: Tables | None, cache: KVCache | None, layer: Int[Array, ""]
+    projections: Projections, kv_heads: int, tables: PromptTables | None, cache: KVCache | None, layer: Int[Array, ""]
 ) -> tuple[Heads, Heads, Heads, KVCache | None]:
     """Queries, keys and values, the first two rotated if there are tables; and the cache with the layer filled.
 
     On Hopper GPUs one kernel does it (`sm90.prompt_heads`) where projections are packed and joined and the cache is
-    one of floats; it rounds rotated numbers to their dtype once, where else they are rounded before the rotation, too.
+    one of floats; it rounds rotated numbers to their dtype once, where else they are rounded before the rotation, too,
+    and cosines and sines to multiples of 2^-14.
 
     Args:
       projections: of prompts from their first tokens on.
       kv_heads: heads of keys, and of values.
-      tables: cosines and sines of positions, see `in_whole_tiles`; rows beyond the prompts are ignored.
+      tables: of positions, see `prompt_tables`.
       cache: of all layers, or None to keep nothing.
       layer: the cache's layer to fill.
 
@@ -69,13 +86,11 @@ def prompt_heads(
     try:
         return _on_sm90(projections, tables, cache, layer)
     except NotImplementedError:
-        if tables is not None:
-            tables = tuple(table[:, : projections.x.shape[1]] for table in tables)
-        q, k, v = rotated_heads(projections.heads(), kv_heads, tables)
+        q, k, v = rotated_heads(projections.heads(), kv_heads, None if tables is None else tables.exact)
         return q, k, v, cache if cache is None else cache.write_prompts(layer, k, v)
 
 
-def _on_sm90(projections: Projections, tables: Tables | None, cache: KVCache | None, index):
+def _on_sm90(projections: Projections, tables: PromptTables | None, cache: KVCache | None, index):
     if cache is None or cache.bits is not None:
         raise NotImplementedError("heads leave a product to a cache of floats")
     (layer, *others) = projections.layers
@@ -83,9 +98,14 @@ def _on_sm90(projections: Projections, tables: Tables | None, cache: KVCache | N
         raise NotImplementedError("heads leave one product, of one packed layer")
     if layer.precision.a_bits is None:
         raise NotImplementedError("heads leave a product of integers")
+    if tables is not None and tables.fixed_point is None:
+        raise NotImplementedError("cosines and sines are too large for the kernel's integers")
     x, w = projections.x, layer.kernel.get_value()
     a_format, prologue = activation_format(layer.precision.a_bits), as_prologue(projections.norm)
     bias = None if layer.bias is None else jnp.asarray(layer.bias[...])
     check_operands(x, w, a_format, bias, prologue)
-    q, k, v, keys, values = sm90.prompt_heads(x, w, a_format, bias, prologue, cache.keys, cache.values, index, tables)
+    fixed_point = None if tables is None else tables.fixed_point
+    q, k, v, keys, values = sm90.prompt_heads(
+        x, w, a_format, bias, prologue, cache.keys, cache.values, index, fixed_point
+    )
     return q, k, v, dataclasses.replace(cache, keys=keys, values=values)

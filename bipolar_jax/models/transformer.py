@@ -23,7 +23,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.fused_decode import fused_layers
 from bipolar_jax.models.norm import Norm, make_norm, project_onto
-from bipolar_jax.models.prompt_heads import Projections, in_whole_tiles, prompt_heads
+from bipolar_jax.models.prompt_heads import Projections, prompt_heads, prompt_tables
 from bipolar_jax.models.rope import Tables, rope_tables
 
 Attend = Callable[[Projections], Heads]
@@ -183,10 +183,10 @@ class Transformer(nnx.Module):
         heads = (*hidden.shape[:2], self.config.num_heads, self.config.head_dim)
         queries = jax.ShapeDtypeStruct(heads, hidden.dtype)
         bias = prompts_alibi(queries) if self.config.positions == "alibi" else None
-        tables = None if tables is None else in_whole_tiles(tables)
+        prompt = None if tables is None else prompt_tables(self.config, tables)
 
         def attend(projections, cache, index):
-            q, k, v, cache = prompt_heads(projections, self.config.num_kv_heads, tables, cache, index)
+            q, k, v, cache = prompt_heads(projections, self.config.num_kv_heads, prompt, cache, index)
             return causal_attention(q, k, v, bias=bias), cache
 
         return self._through_layers(hidden, cache, attend)

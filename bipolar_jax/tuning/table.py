@@ -8,8 +8,8 @@ import json
 import math
 from typing import Any
 
-# GPUs of the same chip, but for its memory, as one that was measured.
-_SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+# GPUs of the same chip, but for its memory: one has the other's entries where it has none of a kind.
+_SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 
 # How far, in octaves over all three sizes together, a measured problem may be from the one asked for.
 _FARTHEST = 1.5
@@ -22,9 +22,18 @@ def table_name(device_kind: str) -> str:
 
 @functools.cache
 def load_table(device_kind: str) -> dict[str, Any] | None:
-    """A device's table, or that of a GPU of the same chip, or None where none is shipped."""
-    file = importlib.resources.files(__package__) / table_name(_SAME_CHIP.get(device_kind, device_kind))
+    """A device's table, or None where none is shipped."""
+    file = importlib.resources.files(__package__) / table_name(device_kind)
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def entries_of_kind(device_kind: str, kind: str) -> list[dict[str, Any]]:
+    """What was measured of one kind on a device, or on one of the same chip if nothing was."""
+    for device in (device_kind, _SAME_CHIP.get(device_kind)):
+        table = None if device is None else load_table(device)
+        if found := [] if table is None else [entry for entry in table["entries"] if entry["kind"] == kind]:
+            return found
+    return []
 
 
 @functools.cache
@@ -38,14 +47,10 @@ def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> di
       n: its columns.
       steps: length of the mainloop, in 128-byte rows of K over all pairs of planes.
     """
-    table = load_table(device_kind)
-    if table is None:
-        return None
 
     def distance(entry):
         sizes = zip((m, n, steps), (entry["m"], entry["n"], entry["steps"]), strict=True)
         return sum(abs(math.log2(asked / measured)) for asked, measured in sizes)
 
-    entries = [entry for entry in table["entries"] if entry["kind"] == kind]
-    nearest = min(entries, key=distance, default=None)
+    nearest = min(entries_of_kind(device_kind, kind), key=distance, default=None)
     return nearest if nearest is not None and distance(nearest) <= _FARTHEST else None

@@ -112,6 +112,7 @@ def decode_attention(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             reduction_scratch_bytes=_SCRATCH_BYTES,
         ),
+        kernel_name="decode_attention",
         interpret=interpret,
     )(layer.reshape(1), lengths, *options, *caches)
     arrays = [jax.freeze(ref) for ref in caches]

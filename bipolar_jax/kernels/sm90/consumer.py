@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,14 +15,17 @@ from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
 from bipolar_jax.kernels.sm90.work import Work
 
 
-def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty):
+def consume(
+    work: Work, out, staging, residual, arrived, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty
+):
     """Multiplies and finishes this consumer's tiles.
 
     Args:
       work: the static side.
       out: [m, n] in memory; or `HeadTargets`, for `work.heads`.
       staging: [consumers, slots, 64, width] in shared memory, for pieces of the output.
-      residual: [m, n] in memory, and barriers of all consumers' staging slots, in which it arrives; or None.
+      residual: [m, n] in memory, or None.
+      arrived: barriers of all consumers' staging slots, of what arrives there, if anything does.
       **shared: with the producer, see `producer.produce`.
     """
     tiling = work.tiling
@@ -55,24 +56,19 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
         step = index * work.steps_per_tile
         sequence, m_start, n_start = work.origin(index)
         row, column = m_start + rows.start, n_start + columns.start // work.parts
+        slots = staging.shape[1]
+        arrivals = None if arrived is None else [arrived.at[me * slots + slot] for slot in range(slots)]
         if work.heads is None:
-            tile_rows, tile_columns = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
-            tile_out = out.at[tile_rows, tile_columns]
-            pieces = OutputPieces(tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], tile_out)
+            at = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
+            added = None if residual is None else residual.at[at]
+            pieces = OutputPieces(
+                tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], out.at[at], added, arrivals
+            )
         else:
             length = work.m if work.m < work.covered_rows else None
             origin = (sequence, row, column)
-            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length)
-        if residual is not None:
-            source, arrived = residual
-            slots = staging.shape[1]
-            pieces = dataclasses.replace(
-                pieces,
-                residual=source.at[tile_rows, tile_columns],
-                arrived=[arrived.at[me * slots + slot] for slot in range(slots)],
-            )
-        if work.heads is None:
-            pieces.start()
+            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length, arrivals)
+        pieces.start()
         total = mainloop(
             work,
             step,

@@ -102,6 +102,7 @@ def decode_matmul(
         thread_name="warpgroup",
         scratch_types=_scratch(m, recovery, tiling, dtype, tokens, columns, group_size),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="decode_matmul",
         interpret=interpret,
     )(x_words, w_words, *flat)
     return out[:, :n]

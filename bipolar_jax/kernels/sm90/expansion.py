@@ -71,6 +71,7 @@ def expand(
         out_type=jax.ShapeDtypeStruct((_BYTE_WORDS * n * words,), jnp.uint32),
         grid=(expansion.blocks,),
         grid_names=("block",),
+        kernel_name="expand_weights",
         interpret=interpret,
         # Threads share nothing.
         compiler_params=plgpu.CompilerParams(

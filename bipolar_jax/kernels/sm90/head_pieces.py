@@ -1,8 +1,10 @@
 """Queries, keys and values of prompts on their way to memory: a tile of the joined product, half a head at a time.
 
 A head's columns are in one tile. What a rotation puts together, the columns d and d + head_dim / 2 of a row, are
-numbers of the same thread in two pieces of the accumulator, so it takes no exchange. Keys and values leave twice from
-the same shared memory, to where the prompt's attention reads them and to the cache.
+numbers of the same thread in two pieces of the accumulator, so it takes no exchange. Their cosines and sines arrive in
+the slots of shared memory that both halves leave by, as a residual does (`output_pieces`): those of the first heads
+under the mainloop. Keys and values leave twice from the same shared memory, to where the prompt's attention reads them
+and to the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.rotation import rotated
+from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,10 @@ class HeadLayout:
     def columns(self) -> int:
         return (self.queries + 2 * self.keys) * self.size
 
+    def staging_slots(self, whole: int) -> int:
+        """Slots for halves, in pairs, in the memory of so many pieces of 64 rows of 128 bytes; numbers have 16 bits."""
+        return whole * BYTES_PER_ROW // (2 * self.half) // 2 * 2
+
 
 class HeadTargets(NamedTuple):
     """Where heads go, and what rotates them; refs in memory.
@@ -53,7 +60,7 @@ class HeadTargets(NamedTuple):
     Attributes:
       q, k, v: [sequences, length, heads * size].
       layer: number of the caches' layer.
-      tables: cosines and sines, [1 or sequences, covered rows, half] each, or None.
+      tables: cosines and sines, see `rotation`, [covered rows, half] each, of the outputs' dtype by name; or None.
       keys, values: caches, [layers, sequences, heads, capacity, size].
     """
 
@@ -77,6 +84,7 @@ class HeadPieces:
       targets: where heads go.
       origin: sequence, first position in it, first column.
       length: positions of a prompt, if tiles have rows beyond them, else None.
+      arrived: barriers, one a slot, of cosines and sines.
     """
 
     layout: HeadLayout
@@ -86,6 +94,7 @@ class HeadPieces:
     targets: HeadTargets
     origin: tuple[Any, Any, Any]
     length: int | None
+    arrived: Any
 
     @property
     def width(self) -> int:
@@ -97,57 +106,105 @@ class HeadPieces:
         """Rows to finish at once: two halves of a head, a cosine and a sine of each pair are in registers."""
         return ROWS_PER_INSTRUCTION
 
+    def _origins(self) -> list[tuple[int, int]]:
+        """First rows and columns of the tile's heads, 64 rows of each, in order."""
+        rows = range(0, self.tile_m, ROWS_PER_INSTRUCTION)
+        return list(itertools.product(rows, range(0, self.tile_n, self.layout.size)))
+
+    def _head(self, number: int):
+        """Which head the number-th is, and whether it is rotated, as queries and keys are."""
+        _, first = self._origins()[number]
+        head = lax.div(self.origin[2] + first, self.layout.size)
+        return head, head < self.layout.queries + self.layout.keys
+
+    @property
+    def _at_a_time(self) -> int:
+        """Heads whose halves have slots."""
+        return self.staging.shape[0] // 2
+
+    def start(self) -> None:
+        """Before the mainloop: has cosines and sines of the first heads loaded."""
+        if self.targets.tables is None:
+            return
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for number in range(min(self._at_a_time, len(self._origins()))):
+            self._load(number)
+
+    def _load(self, number: int) -> None:
+        """Has cosines and sines of a head, if it is rotated, loaded to the slots of its halves."""
+        (row, _), (_, rotates) = self._origins()[number], self._head(number)
+
+        @pl.when(rotates)
+        def _():
+            for part, table in enumerate(self.targets.tables):
+                slot = self._slot(number, part)
+                rows = table.at[pl.ds(self.origin[1] + row, ROWS_PER_INSTRUCTION)]
+                plgpu.copy_gmem_to_smem(rows, self.staging.at[slot], self.arrived[slot])
+
+    def _slot(self, number: int, part: int) -> int:
+        """Of one half of a head."""
+        return 2 * (number % self._at_a_time) + part
+
     def store(self, finished: Callable[[int, int], Float[Array, "64 half"]]) -> None:
         """Rotates and sends all heads of the tile.
 
         Args:
           finished: float32 numbers of the product, from the row and column of the tile where they begin.
         """
-        layout, targets = self.layout, self.targets
-        _, position, column = self.origin
-        rows, columns = range(0, self.tile_m, ROWS_PER_INSTRUCTION), range(0, self.tile_n, layout.size)
-        for number, (row, first) in enumerate(itertools.product(rows, columns)):
-            head = lax.div(column + first, layout.size)
+        layout, at_a_time = self.layout, self._at_a_time
+        for number, (row, first) in enumerate(self._origins()):
+            head, rotates = self._head(number)
             halves = [finished(row, first), finished(row, first + layout.half)]
             if self.length is not None:
-                halves = [self._only_prompt(half, position + row) for half in halves]
-            if targets.tables is None:
-                self._send(number, row, head, halves)
+                halves = [self._only_prompt(half, self.origin[1] + row) for half in halves]
+            if self.targets.tables is None:
+                self._await_slots(number)
+                self._send(number, head, halves)
                 continue
-            rotates = head < layout.queries + layout.keys
 
             @pl.when(rotates)
-            def _(number=number, row=row, head=head, halves=halves):
-                # Now and not before: there are no registers for them beside all of the product.
-                tables = [self._table(ref, position + row) for ref in targets.tables]
-                self._send(number, row, head, _rotated(halves, tables), of_values=False)
+            def _(number=number, head=head, halves=halves):
+                self._send(number, head, rotated(halves, self._tables(number)), of_values=False)
 
             @pl.when(jnp.logical_not(rotates))
-            def _(number=number, row=row, head=head, halves=halves):
-                self._send(number, row, head, halves, of_values=True)
+            def _(number=number, head=head, halves=halves):
+                self._await_slots(number)
+                self._send(number, head, halves, of_values=True)
 
-    def _table(self, ref, position) -> Float[Array, "64 half"]:
-        """Cosines or sines of 64 positions."""
-        sequence = 0 if ref.shape[0] == 1 else self.origin[0]
-        rows = ref.at[sequence, pl.ds(position, ROWS_PER_INSTRUCTION)]
-        return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
+            # The slots of the head before this one, which have been read about now, if there are more.
+            lag = min(1, at_a_time - 1)
+            if number >= lag and number - lag + at_a_time < len(self._origins()):
+                plgpu.wait_smem_to_gmem(2 * lag, wait_read_only=True)
+                self._load(number - lag + at_a_time)
+
+    def _tables(self, number: int) -> list[Float[Array, "64 half"]]:
+        """Cosines and sines of a head's rows, once they have come."""
+        slots = [self._slot(number, part) for part in (0, 1)]
+        for slot in slots:
+            plgpu.barrier_wait(self.arrived[slot])
+        # Every thread loads what lies where it will store: nobody waits for anybody.
+        return [plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA) for slot in slots]
+
+    def _await_slots(self, number: int) -> None:
+        """Waits until what was in a head's slots has been read, where no cosine and sine arrived since.
+
+        By the tile before, which may have ended in any slot, or by the head that had them.
+        """
+        if number == 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        elif number >= self._at_a_time:
+            plgpu.wait_smem_to_gmem(2 * (self._at_a_time - 1), wait_read_only=True)
 
     def _only_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
         """Zeros beyond the prompt, where the cache wants them."""
         row = plgpu.broadcasted_iota(jnp.int32, half.shape, 0, layout=plgpu.Layout.WGMMA)
         return jnp.where(row + position < self.length, half, 0.0)
 
-    def _send(self, number: int, row: int, head, halves: list, of_values: bool | None = None) -> None:
+    def _send(self, number: int, head, halves: list, of_values: bool | None = None) -> None:
         """Sends both halves of the number-th head; of_values says which of the targets there can be, None all."""
-        slots = self.staging.shape[0]
+        row, _ = self._origins()[number]
         for part, half in enumerate(halves):
-            piece = 2 * number + part
-            slot = piece % slots
-            # What was in this slot must have been read; see `OutputPieces.store`.
-            if piece == 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            elif piece >= slots:
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            slot = self._slot(number, part)
             self.staging[slot] = half.astype(self.staging.dtype)
             plgpu.commit_smem()
             self._copy(self.staging.at[slot], row, head, part * self.layout.half, of_values)
@@ -190,12 +247,6 @@ class HeadPieces:
             @pl.when((value >= 0) & (value < layout.keys))
             def _():
                 to_cache(targets.values, value)
-
-
-def _rotated(halves: list[Float[Array, "64 half"]], tables: list[Float[Array, "64 half"]]) -> list:
-    """Pairs (d, d + half) of every row by the angle of its position."""
-    (first, second), (cos, sin) = halves, tables
-    return [first * cos - second * sin, second * cos + first * sin]
 
 
 def clear_rest(layout: HeadLayout, sequences: int, first: int, staging, targets: HeadTargets, worker, workers: int):

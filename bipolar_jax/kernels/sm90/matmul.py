@@ -150,8 +150,15 @@ def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPU
             unsafe_no_auto_barriers=True,
             approx_math=work.activation is not None,
         ),
+        kernel_name=_name(work, sources),
         interpret=interpret,
     )(*flat)
+
+
+def _name(work: Work, sources: Sources) -> str:
+    """As profilers show it."""
+    endings = {"heads": sources.heads, "residual": sources.residual, "activation": work.activation}
+    return "_".join(["packed_matmul", *(name for name, what in endings.items() if what is not None)])
 
 
 def _scratch(work: Work, sources: Sources) -> dict:
@@ -171,10 +178,16 @@ def _scratch(work: Work, sources: Sources) -> dict:
     if work.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     staging_slots = tiling.staging_slots(group_bytes)
-    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype)) if work.heads is None else work.heads.half
+    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype))
+    arrives = sources.residual is not None
+    if work.heads is not None:
+        staging_slots, width = work.heads.staging_slots(staging_slots), work.heads.half
+        arrives = sources.heads["tables"] is not None
+        if staging_slots < 2:
+            raise ValueError(f"{tiling} leaves no shared memory for both halves of a head: use fewer slots")
     scratch = {}
-    if sources.residual is not None:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
+    if arrives:
+        scratch["arrived"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
     return scratch | dict(
         staging=plgpu.SMEM(
             (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, width),
@@ -219,7 +232,7 @@ def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
     )
 
 
-def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **shared):
+def _kernel(work: Work, tree, *sources_and_out, staging, arrived=None, **shared):
     sources = jax.tree.unflatten(tree, sources_and_out[: tree.num_leaves])
     outputs = sources_and_out[tree.num_leaves :]
     warpgroup = lax.axis_index("warpgroup")
@@ -233,9 +246,8 @@ def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **s
     @pl.when(warpgroup < work.tiling.consumers)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
-        residual = None if residual_full is None else (sources.residual, residual_full)
         out = outputs[0] if work.heads is None else _targets(outputs, sources.heads)
-        consume(work, out, staging, residual, **shared)
+        consume(work, out, staging, sources.residual, arrived, **shared)
 
 
 def _targets(outputs, heads: dict) -> HeadTargets:

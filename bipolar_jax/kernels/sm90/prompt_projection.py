@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int16, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Prologue
@@ -20,6 +21,7 @@ from bipolar_jax.kernels.sm90.operations import column_terms, product_words, sha
 from bipolar_jax.kernels.sm90.plan import plan_heads
 from bipolar_jax.kernels.sm90.quantize import quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.rotation import FixedPointTables
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
@@ -30,7 +32,6 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 
 Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
 Heads = Float[Array, "batch length heads head_dim"]
-Tables = tuple[Float[Array, "#batch length half"], Float[Array, "#batch length half"]]
 
 
 def prompt_heads(
@@ -42,7 +43,7 @@ def prompt_heads(
     keys: Cache,
     values: Cache,
     layer: Int[Array, ""],
-    tables: Tables | None = None,
+    tables: FixedPointTables | None = None,
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
@@ -60,9 +61,9 @@ def prompt_heads(
       prologue: a norm or an activation function of x.
       keys, values: of the whole cache, of x's dtype; written in place where the caller gives them away.
       layer: the cache's layer to write.
-      tables: cosines and sines, float32, that queries and keys are rotated by as `models.rope.rotate` does, in pairs
-        (d, d + head_dim / 2); rows beyond `length` are ignored, but spare a copy where they fill up tiles. None leaves
-        them as they are.
+      tables: cosines and sines of positions from 0 on, see `rotation.fixed_point_tables`, that queries and keys are
+        rotated by as `models.rope.rotate` does, in pairs (d, d + head_dim / 2); rows beyond `length` are ignored, but
+        spare a copy where they fill up tiles. None leaves them as they are.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
@@ -124,7 +125,7 @@ def project_heads(
     keys: Cache,
     values: Cache,
     layer: Int[Array, ""],
-    tables: Tables | None,
+    tables: FixedPointTables | None,
     *,
     length: int,
     blocks: int = MULTIPROCESSORS,
@@ -152,7 +153,7 @@ def project_heads(
     if batch > 1:  # vectors may be longer than there are tokens
         tokens = jax.tree.map(lambda term: term[: batch * length], tokens)
     if tables is not None:
-        tables = tuple(_filled_up(table, work.covered_rows) for table in tables)
+        tables = tuple(_as_pieces(table, work.covered_rows, keys.dtype) for table in tables)
     caches = [jax.new_ref(array) for array in (keys, values)]
     heads = dict(layer=layer.reshape(1), tables=tables, keys=caches[0], values=caches[1])
     sources = Sources(
@@ -165,8 +166,8 @@ def project_heads(
     return q, k, v, *(jax.freeze(ref) for ref in caches)
 
 
-def _filled_up(table: Float[Array, "#batch length half"], rows: int) -> Float[Array, "#batch rows half"]:
-    """Float32, with zeros to so many rows, if need be."""
-    missing = rows - table.shape[1]
-    table = table.astype(jnp.float32)
-    return jnp.pad(table, ((0, 0), (0, missing), (0, 0))) if missing > 0 else table
+def _as_pieces(table: Int16[Array, "length half"], rows: int, dtype: jnp.dtype) -> Float[Array, "rows half"]:
+    """With zeros to so many rows, if need be; by name of the dtype of the slots that it arrives in."""
+    missing = rows - table.shape[0]
+    table = jnp.pad(table, ((0, missing), (0, 0))) if missing > 0 else table
+    return lax.bitcast_convert_type(table, dtype)

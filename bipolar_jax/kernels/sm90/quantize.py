@@ -208,6 +208,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
+        kernel_name="quantize_rows",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,

@@ -89,6 +89,7 @@ def weight_only_product(
         thread_name="warpgroup",
         scratch_types=_scratch(shape),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="weight_only_matmul",
         interpret=interpret,
     )(*flat)
     return out[:, :n]

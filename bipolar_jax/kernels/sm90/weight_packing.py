@@ -69,6 +69,7 @@ def pack_columns(
         ],
         grid=(packing.blocks,),
         grid_names=("block",),
+        kernel_name="pack_weights",
         interpret=interpret,
         # Threads share nothing.
         compiler_params=plgpu.CompilerParams(

@@ -117,6 +117,7 @@ def _launch(
             released=plgpu.Barrier(),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="decode_layers",
         interpret=interpret,
     )(*flat)
     return Buffers(*outs)
