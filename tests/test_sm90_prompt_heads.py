@@ -44,24 +44,27 @@ class Case:
     dtype: type = jnp.bfloat16
     rope: bool = True
     bias: bool = False
+    zeros: bool = False  # of tokens, and offsets of columns
 
     @property
     def layout(self) -> HeadLayout:
         return HeadLayout(self.queries, self.keys, self.size, self.capacity)
 
     def make(self):
-        """Codes of tokens and weights, scales of both, bias, tables; and a cache in which something is."""
+        """Codes and scales of tokens and weights, zeros and offsets, bias, tables; a cache in which something is."""
         rng = np.random.default_rng(0)
         m, n, half = self.batch * self.length, self.layout.columns, self.size // 2
         codes = random_codes(BipolarFormat(2), m, K, 0), random_codes(BipolarFormat(1), n, K, 1)
         scales = [jnp.asarray(0.5 + rng.random(size), jnp.float32) for size in (m, n)]
+        zero_codes = jnp.asarray(rng.integers(0, 4, m) if self.zeros else np.zeros(m), jnp.int32)
+        offsets = jnp.asarray(rng.standard_normal(n), jnp.float32) if self.zeros else None
         bias = jnp.asarray(20 * rng.standard_normal(n), jnp.float32) if self.bias else None
         angles = jnp.asarray(rng.standard_normal((1, self.length, half)), jnp.float32)
         # As they are in multiples of 2^-14: what the kernel rotates by.
         tables = tuple(jnp.round(f(angles) * 2**14) / 2**14 for f in (jnp.cos, jnp.sin)) if self.rope else None
         shape = (LAYERS, self.batch, self.keys, self.capacity, self.size)
         kept = [jnp.full(shape, fill, self.dtype) for fill in (jnp.nan, 7)]
-        return codes, scales, bias, tables, KVCache(*kept, jnp.full(self.batch, self.length))
+        return codes, scales, (zero_codes, offsets), bias, tables, KVCache(*kept, jnp.full(self.batch, self.length))
 
 
 CASES = {
@@ -80,6 +83,9 @@ CASES = {
         bias=True,
         capacity=200,
     ),
+    "zeros and offsets": Case(
+        Tiling(64, 128, "alternate", slots=2), length=90, size=128, capacity=100, zeros=True, bias=True
+    ),
     "bytes, float16": Case(
         Tiling(64, 128, "split_m", slots=2),
         size=128,
@@ -94,7 +100,7 @@ CASES = {
 
 def project(case: Case, blocks: int):
     """By the kernel, and by numpy and the functions of the models."""
-    codes, scales, bias, tables, cache = case.make()
+    codes, scales, (zero_codes, offsets), bias, tables, cache = case.make()
     a_format, w_format = BipolarFormat(2), BipolarFormat(1)
     weights = pack_codes(jnp.asarray(codes[1]), w_format)
     rest = 3  # the quantizer's vectors are longer than there are tokens, whatever is there
@@ -103,9 +109,9 @@ def project(case: Case, blocks: int):
     found = project_heads(
         code_words(jnp.asarray(codes[0]), a_format, case.kind),
         weights if case.kind == "planes" else expand_planes(weights, w_format),
-        TokenTerms(pad(sums[0]), pad(jnp.zeros_like(sums[0])), pad(scales[0])),
-        ColumnTerms(code_sums=sums[1], scale=scales[1], bias=bias),
-        Recovery(case.kind, a_format, w_format, K, with_zero=False),
+        TokenTerms(pad(sums[0]), pad(zero_codes), pad(scales[0])),
+        ColumnTerms(code_sums=sums[1], scale=scales[1], offset=offsets, bias=bias),
+        Recovery(case.kind, a_format, w_format, K, with_zero=case.zeros),
         case.tiling,
         case.layout,
         cache.keys,
@@ -117,6 +123,10 @@ def project(case: Case, blocks: int):
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     product = expected_product(codes[0], a_format, codes[1], w_format, None)[..., 0]
+    if case.zeros:
+        steps = a_format.values(codes[0]).astype(np.int64) - a_format.values(np.asarray(zero_codes))[:, None]
+        values = w_format.values(codes[1]).astype(np.int64)
+        product = steps @ values.T + np.outer(steps.sum(axis=1), np.asarray(offsets) / scales[1])
     product = product * np.outer(*scales) + (0 if bias is None else bias)
     heads = jnp.asarray(product, jnp.float32).reshape(case.batch, case.length, -1, case.size)
     expected = [part.astype(case.dtype) for part in rotated_heads((heads,), case.keys, tables)]
