@@ -14,6 +14,7 @@ from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
 from bipolar_jax.kernels.sm90.head_pieces import HeadPieces, clear_rest
 from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
+from bipolar_jax.kernels.sm90.sign_pieces import SignPieces
 from bipolar_jax.kernels.sm90.work import Work
 
 
@@ -22,8 +23,8 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
 
     Args:
       work: the static side.
-      out: [m, n] in memory; or `HeadTargets`, for `work.heads`.
-      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output.
+      out: [m, n] in memory; or `HeadTargets`, for `work.heads`; or `SignTargets`, for `work.as_signs`.
+      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output; None for signs.
       residual: [m, n] in memory, and barriers of all consumers' staging slots, in which it arrives; or None.
       **shared: with the producer, see `producer.produce`.
     """
@@ -55,14 +56,17 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
         step = index * work.steps_per_tile
         sequence, m_start, n_start = work.origin(index)
         row, column = m_start + rows.start, n_start + columns.start // work.parts
-        if work.heads is None:
-            tile_rows, tile_columns = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
-            tile_out = out.at[tile_rows, tile_columns]
-            pieces = OutputPieces(tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], tile_out)
-        else:
+        if work.heads is not None:
             length = work.m if work.m < work.covered_rows else None
             origin = (sequence, row, column)
             pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length)
+        elif work.as_signs:
+            threads = work.sign_threads
+            pieces = SignPieces(threads, tiling.tile_m, out, (row, column), emulate=work.emulate)
+        else:
+            tile_rows, tile_columns = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
+            tile_out = out.at[tile_rows, tile_columns]
+            pieces = OutputPieces(tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], tile_out)
         if residual is not None:
             source, arrived = residual
             slots = staging.shape[1]
@@ -71,7 +75,6 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
                 residual=source.at[tile_rows, tile_columns],
                 arrived=[arrived.at[me * slots + slot] for slot in range(slots)],
             )
-        if work.heads is None:
             pieces.start()
         total = mainloop(
             work,
@@ -186,7 +189,7 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
     return total
 
 
-def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
+def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces | SignPieces):
     """Finishes a tile piece by piece.
 
     Args:
@@ -199,7 +202,7 @@ def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
 
     stored_as_finished = work.activation is None and work.heads is None
 
-    def finished(row, column):
+    def scaled(row, column):
         """What begins there of the product, [rows_at_once, width]."""
         part = (pl.ds(row, pieces.rows_at_once), pl.ds(column, pieces.width))
         return (finish if work.group_size is None else finish_grouped)(
@@ -212,9 +215,9 @@ def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
             work.dtype if stored_as_finished else jnp.float32,
         )
 
-    if work.heads is not None:
-        pieces.store(finished)
-        return
-    for number, (row, column) in enumerate(pieces.groups()):
-        parts = [finished(row, column + part * work.out_tile_n) for part in range(work.parts)]
-        pieces.store(number, parts[0] if work.activation is None else activate(work.activation, parts, work.dtype))
+    def finished(row, column):
+        """What begins there of the output."""
+        parts = [scaled(row, column + part * work.out_tile_n) for part in range(work.parts)]
+        return parts[0] if work.activation is None else activate(work.activation, parts, work.dtype)
+
+    pieces.store(finished)

@@ -27,6 +27,7 @@ from bipolar_jax.kernels.sm90.head_pieces import HeadTargets
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.sign_pieces import SignTargets
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
@@ -130,7 +131,7 @@ def _aligned(terms):
 
 
 def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPUParams | None):
-    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three."""
+    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads and signs three."""
     tiling = work.tiling
     scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)
@@ -171,16 +172,17 @@ def _scratch(work: Work, sources: Sources) -> dict:
     if work.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     staging_slots = tiling.staging_slots(group_bytes)
-    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype)) if work.heads is None else work.heads.half
     scratch = {}
-    if sources.residual is not None:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
-    return scratch | dict(
-        staging=plgpu.SMEM(
+    if not work.as_signs:
+        width = math.gcd(work.out_tile_n, chunk_columns(work.dtype)) if work.heads is None else work.heads.half
+        scratch["staging"] = plgpu.SMEM(
             (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, width),
             work.dtype,
             transforms=staging_transforms(width, work.dtype),
-        ),
+        )
+    if sources.residual is not None:
+        scratch["residual_full"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
+    return scratch | dict(
         tiles=tuple(
             plgpu.SMEM((tiling.slots, block, WORDS_PER_ROW), jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
             for block in blocks
@@ -219,7 +221,7 @@ def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
     )
 
 
-def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **shared):
+def _kernel(work: Work, tree, *sources_and_out, staging=None, residual_full=None, **shared):
     sources = jax.tree.unflatten(tree, sources_and_out[: tree.num_leaves])
     outputs = sources_and_out[tree.num_leaves :]
     warpgroup = lax.axis_index("warpgroup")
@@ -234,9 +236,10 @@ def _kernel(work: Work, tree, *sources_and_out, staging, residual_full=None, **s
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
         residual = None if residual_full is None else (sources.residual, residual_full)
-        out = outputs[0] if work.heads is None else _targets(outputs, sources.heads)
-        consume(work, out, staging, residual, **shared)
+        consume(work, _targets(work, outputs, sources.heads), staging, residual, **shared)
 
 
-def _targets(outputs, heads: dict) -> HeadTargets:
-    return HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})
+def _targets(work: Work, outputs, heads: dict | None):
+    if work.as_signs:
+        return SignTargets(*outputs)
+    return outputs[0] if heads is None else HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})
