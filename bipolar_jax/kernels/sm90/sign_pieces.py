@@ -1,4 +1,4 @@
-"""A tile of the output on its way to the next product of one-bit tokens: their signs, as words, and parts of their scales.
+"""A tile of the output on its way to the next product of one-bit tokens: signs as words, and parts of tokens' scales.
 
 What is stored is a sixteenth of the numbers, from registers: there is nothing to stage. A token's scale is its largest
 magnitude, known when all tiles of its row are: each leaves the maximum of its part, and how many ones it has, for XLA
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 

@@ -6,14 +6,13 @@ be read by a quantizer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import Layer
 from bipolar_jax.kernels.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.decode_tiling import DecodeTiling
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
@@ -26,22 +25,7 @@ from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.sign_threads import NUMBERS
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
-from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.calibration import absmax_scale
-
-
-class Layer(NamedTuple):
-    """A product with packed weights.
-
-    Attributes:
-      w: packed weights [k, n].
-      a_format: to quantize its input to.
-      bias: added to every row, or None.
-    """
-
-    w: BipolarArray
-    a_format: BipolarFormat
-    bias: Float[Array, " n"] | None
 
 
 def feed_forward(
@@ -104,8 +88,9 @@ def project_signs(
 ) -> PackedTokens:
     """`quantize_and_pack` to one bit, as "planes", of what `packed_matmul` gives; see there for the arguments.
 
-    Bits are ones from 0 on, -0 included, and of NaN. The quantizer's are ones, too, where numbers vanish in units of the
-    scale: below 2^-149 of it, and everywhere where that is 0, Inf or NaN. `code_sums` count the bits that there are.
+    Bits are ones from 0 on, -0 included, and of NaN. The quantizer's are ones, too, where numbers vanish in units of
+    the scale: below 2^-149 of it, and everywhere where that is 0, Inf or NaN. `code_sums` count the bits that there
+    are.
 
     Args:
       dtype: bfloat16 or float16, to which numbers are rounded before.

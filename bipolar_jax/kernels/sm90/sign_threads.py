@@ -64,7 +64,7 @@ class SignThreads:
 
     @property
     def spare_words(self) -> int:
-        """Words of a row that follow the last tile's, up to 3: it clears them. Less than 0 if that tile has too many."""
+        """Words of a row beyond the last tile's, up to 3, which it clears; less than 0 if that tile has too many."""
         return self.row_words - self.tiles * self.words
 
     def leave(self, numbers: list[list[Value]], row: Value, column: Value, words, largest, ones) -> None:
