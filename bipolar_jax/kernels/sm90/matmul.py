@@ -131,7 +131,7 @@ def _aligned(terms):
 
 
 def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPUParams | None):
-    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads and signs three."""
+    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three, for signs two."""
     tiling = work.tiling
     scratch = _scratch(work, sources)
     flat, tree = jax.tree.flatten(sources)

@@ -1,8 +1,8 @@
 """A tile of the output on its way to the next product of one-bit tokens: signs as words, and parts of tokens' scales.
 
 What is stored is a sixteenth of the numbers, from registers: there is nothing to stage. A token's scale is its largest
-magnitude, known when all tiles of its row are: each leaves the maximum of its part, and how many ones it has, for XLA
-to put together. Neither depends on an order.
+magnitude, known when all tiles of its row are: each leaves that of its part, and how many ones it has, for XLA to put
+together. Neither depends on an order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.layers.registers import synchronize
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.row_emulation import pack_planes
-from bipolar_jax.kernels.sm90.sign_threads import SignThreads
+from bipolar_jax.kernels.sm90.sign_threads import COUNT_BITS, SignThreads
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
 from bipolar_jax.packing.words import WORD_BITS
 
@@ -33,13 +33,11 @@ class SignTargets(NamedTuple):
 
     Attributes:
       words: uint32 [1, m, row words], as `PackedTokens` has "planes".
-      largest: float32 [column tiles, partials], the largest magnitude of a row in a tile, NaN if there is any.
-      ones: int32, likewise, its bits that are set.
+      partials: uint32 [column tiles, filled rows], summaries of rows in a tile: `sign_threads.COUNT_BITS`.
     """
 
     words: Any
-    largest: Any
-    ones: Any
+    partials: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +94,13 @@ def _leave(threads: SignThreads, pieces: list[Array], row, column, targets: Sign
 
 
 def _emulated(threads: SignThreads, pieces: list[Array], row, column, targets: SignTargets) -> None:
-    numbers = jnp.concatenate(pieces, axis=1).astype(jnp.float32)
+    numbers = jnp.concatenate(pieces, axis=1)
     valid = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) < threads.n - column
     codes = (valid & ~(numbers < 0)).astype(jnp.uint8)
     words = pack_planes(codes, BipolarFormat(1))[0]
-    magnitudes = jnp.where(valid, jnp.abs(numbers), 0.0)
-    # XLA's maximum on CPUs may lose NaN.
-    largest = jnp.where(jnp.any(jnp.isnan(magnitudes), axis=1), jnp.nan, jnp.max(magnitudes, axis=1))
-    ones = jnp.sum(codes, axis=1, dtype=jnp.int32)
+    magnitudes = lax.bitcast_convert_type(numbers, jnp.uint16) & 0x7FFF
+    largest = jnp.max(jnp.where(valid, magnitudes, 0), axis=1).astype(jnp.uint32)
+    summaries = (largest << COUNT_BITS) | jnp.sum(codes, axis=1, dtype=jnp.uint32)
     tile, first = lax.div(column, threads.tile_n), lax.div(column, WORD_BITS)
     is_last = column + threads.tile_n >= threads.n
     end = jnp.where(is_last, threads.row_words, jnp.minimum(first + threads.words, threads.row_words))
@@ -111,8 +108,7 @@ def _emulated(threads: SignThreads, pieces: list[Array], row, column, targets: S
 
     @pl.loop(0, jnp.where(column < threads.n, jnp.clip(threads.m - row, 0, numbers.shape[0]), 0))
     def _(i):
-        targets.largest[tile, row + i] = largest[i]
-        targets.ones[tile, row + i] = ones[i]
+        targets.partials[tile, row + i] = summaries[i]
         for word in range(words.shape[1]):
 
             @pl.when(first + word < end)

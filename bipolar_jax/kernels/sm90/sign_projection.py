@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
@@ -22,10 +23,12 @@ from bipolar_jax.kernels.sm90.operations import column_terms, product_words, sha
 from bipolar_jax.kernels.sm90.plan import plan_product
 from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.sign_threads import NUMBERS
+from bipolar_jax.kernels.sm90.sign_threads import COUNT_BITS, NUMBERS
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
 from bipolar_jax.quantize.calibration import absmax_scale
+
+_COUNT = (1 << COUNT_BITS) - 1
 
 
 def feed_forward(
@@ -52,6 +55,8 @@ def feed_forward(
         raise NotImplementedError(f"signs are tokens of one bit, not {down.a_format.bits}")
     if shared_scale(up.w) is not None or shared_scale(down.w) is not None:
         raise NotImplementedError("groups of weights leave no registers for signs, or take bytes")
+    if down.w.contracted_size > _COUNT:
+        raise NotImplementedError(f"ones are counted up to {_COUNT}, not {down.w.contracted_size}")
     choice, next_choice = (
         plan_product(m, layer.w.planes.shape[-2], layer.w.contracted_size, layer.a_format, layer.w.format)
         for layer in (up, down)
@@ -100,10 +105,17 @@ def project_signs(
     work = Work(m, n, recovery, tiling, dtype, clusters, None, activation, emulate=interpret is not None, as_signs=True)
     threads = work.sign_threads
     terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
-    partials = (threads.tiles, threads.partials)
-    outputs = [jax.ShapeDtypeStruct((1, m, threads.row_words), jnp.uint32)]
-    outputs += [jax.ShapeDtypeStruct(partials, number) for number in (jnp.float32, jnp.int32)]
-    words, largest, ones = launch(work, Sources((x_words, w_words), None, terms), outputs, interpret)
-    code_sums = jnp.sum(ones, axis=0, dtype=jnp.int32)
-    scale = absmax_scale(largest.T, BipolarFormat(1))
-    return PackedTokens(words, scale, jnp.zeros_like(code_sums), code_sums)
+    shapes = (1, m, threads.row_words), (threads.tiles, threads.filled_rows)
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in shapes]
+    words, partials = launch(work, Sources((x_words, w_words), None, terms), outputs, interpret)
+    # One reduction, and not one of each part, each a kernel.
+    summaries = lax.reduce(partials, jnp.uint32(0), _summary_of_both, (0,))
+    largest, code_sums = summaries >> COUNT_BITS, (summaries & _COUNT).astype(jnp.int32)
+    scale = absmax_scale(lax.bitcast_convert_type(largest.astype(jnp.uint16), dtype)[:, None], BipolarFormat(1))
+    # Tokens of one bit have zeros for zero codes already.
+    zero_code = tokens.zero_code if recovery.a_format.bits == 1 else jnp.zeros_like(code_sums)
+    return PackedTokens(words, scale, zero_code, code_sums)
+
+
+def _summary_of_both(a: UInt32[Array, "*rows"], b: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
+    return (jnp.maximum(a >> COUNT_BITS, b >> COUNT_BITS) << COUNT_BITS) | ((a & _COUNT) + (b & _COUNT))

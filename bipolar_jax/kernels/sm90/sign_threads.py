@@ -16,6 +16,9 @@ from bipolar_jax.kernels.sm90.quantize import vector_length
 from bipolar_jax.packing.words import WORD_BITS
 
 PAIRS = 4  # that a thread has of a word
+# A row's summary: its largest magnitude, 15 bits that as integers are ordered as the numbers are, NaN above all; and
+# below them the number of its ones.
+COUNT_BITS = 17
 NUMBERS = {"bfloat16": "bf16", "float16": "f16"}
 _ONE = {"bf16": 0x3F803F80, "f16": 0x3C003C00}
 _MAGNITUDES = 0x7FFF7FFF
@@ -53,8 +56,8 @@ class SignThreads:
         return -(-self.n // self.tile_n)
 
     @property
-    def partials(self) -> int:
-        """Rows that partial maxima and counts are for, as `PackedTokens` has vectors."""
+    def filled_rows(self) -> int:
+        """Length of vectors over the rows, as `PackedTokens` has them."""
         return vector_length(self.m)
 
     @property
@@ -67,14 +70,14 @@ class SignThreads:
         """Words of a row beyond the last tile's, up to 3, which it clears; less than 0 if that tile has too many."""
         return self.row_words - self.tiles * self.words
 
-    def leave(self, numbers: list[list[Value]], row: Value, column: Value, words, largest, ones) -> None:
-        """Stores the signs of 64 rows, and each row's largest magnitude and number of ones; all threads take part.
+    def leave(self, numbers: list[list[Value]], row: Value, column: Value, words, partials) -> None:
+        """Stores the signs of 64 rows, and a summary of each; all threads take part.
 
         Args:
           numbers: of each of the thread's two rows, its pairs of columns in order, a word each.
           row, column: int32, where the 64 rows begin.
           words: uint32 [1, m, row_words] in global memory.
-          largest, ones: float32 and int32 [tiles, partials] likewise.
+          partials: uint32 [tiles, filled_rows] likewise: summaries.
         """
         thread = gpu.opaque(gpu.thread_in_warpgroup())  # nothing made of it is kept through the products
         lane = gpu.bits_of(thread, 3)
@@ -82,21 +85,20 @@ class SignThreads:
         row = gpu.plus(row, gpu.bits_of(gpu.shift_right(thread, 2), 7))
         valid = [self._valid(word, column) for word in range(self.words)]
         tile = gpu.divided(column, self.tile_n)
+        summaries = gpu.advance_far(gpu.pointer(partials, gpu.GLOBAL), tile, 4 * self.filled_rows)
         # Clusters may have tiles beyond the last column.
         within = gpu.less(column, self.n)
-        partials = [gpu.advance_far(gpu.pointer(ref, gpu.GLOBAL), tile, 4 * self.partials) for ref in (largest, ones)]
         for half, pairs in enumerate(numbers):
             mine = gpu.plus(row, 8 * half)
-            found, maximum, count = self._row(pairs, lane, valid)
+            found, summary = self._row(pairs, lane, valid)
             stores = gpu.bits_of(within, gpu.less(mine, self.m))
             row_start = gpu.advance_far(gpu.pointer(words, gpu.GLOBAL), mine, 4 * self.row_words)
             self._store_words(found, row_start, column, lane, stores)
-            for holder, (partial, word) in enumerate(zip(partials, (maximum, count), strict=True)):
-                with gpu.when(gpu.bits_of(stores, gpu.equal(lane, holder))):
-                    gpu.store(gpu.advance(partial, gpu.times(mine, 4)), [word])
+            with gpu.when(gpu.bits_of(stores, gpu.equal(lane, 0))):
+                gpu.store(gpu.advance(summaries, gpu.times(mine, 4)), [summary])
 
-    def _row(self, pairs: list[Value], lane: Value, valid: list[Value | None]) -> tuple[list[Value], Value, Value]:
-        """Words of one row, its largest magnitude as a word, and how many ones: in all lanes of it."""
+    def _row(self, pairs: list[Value], lane: Value, valid: list[Value | None]) -> tuple[list[Value], Value]:
+        """Words of one row, and its summary: in all lanes of it."""
         found, magnitudes, counts = [], [], []
         for word, mask in enumerate(valid):
             mine = pairs[PAIRS * word : PAIRS * (word + 1)]
@@ -109,11 +111,11 @@ class SignThreads:
             counts.append(gpu.count_ones(found[-1]))
             magnitudes += [gpu.bits_of(pair, self._of_pair(mask, i, lane)) for i, pair in enumerate(mine)]
         largest = functools.reduce(functools.partial(gpu.extreme, "max", self.number), magnitudes)
-        low, high = (gpu.as_word(x) for x in gpu.expand(self.number, largest))
-        largest = gpu.extreme("max", "f32", low, high)
         for distance in (1, 2):
-            largest = gpu.extreme("max", "f32", largest, gpu.exchange(largest, distance))
-        return found, largest, functools.reduce(gpu.plus, counts)
+            largest = gpu.extreme("max", self.number, largest, gpu.exchange(largest, distance))
+        low, high = gpu.bits_of(largest, 0xFFFF), gpu.shift_right(largest, 16)
+        largest = gpu.shift_left(gpu.choose(gpu.less(low, high), high, low), COUNT_BITS)
+        return found, gpu.either_bits(largest, functools.reduce(gpu.plus, counts))
 
     def _signs(self, pairs: list[Value], lane: Value) -> Value:
         """Ones where this thread's numbers are below zero, at their places of a word."""
