@@ -54,7 +54,7 @@ def feed_forward(
     if down.a_format.bits != 1:
         raise NotImplementedError(f"signs are tokens of one bit, not {down.a_format.bits}")
     if shared_scale(up.w) is not None or shared_scale(down.w) is not None:
-        raise NotImplementedError("groups of weights leave no registers for signs, or take bytes")
+        raise NotImplementedError("products with groups of weights neither leave signs nor take them")
     if down.w.contracted_size > _COUNT:
         raise NotImplementedError(f"ones are counted up to {_COUNT}, not {down.w.contracted_size}")
     choice, next_choice = (
@@ -62,7 +62,7 @@ def feed_forward(
         for layer in (up, down)
     )
     if isinstance(choice.tiling, DecodeTiling) or next_choice.kind != "planes":
-        raise NotImplementedError(f"{m} tokens are too few for tiles of them")
+        raise NotImplementedError(f"{m} tokens are too few for tiles of them, or the next product takes bytes")
     tokens = quantize_and_pack(x, up.a_format, choice.kind, prologue=prologue, interpret=interpret_params())
     signs = project_signs(
         tokens.words,
