@@ -61,8 +61,7 @@ def consume(work: Work, out, staging, residual, *, tiles, group_terms, terms, fu
             origin = (sequence, row, column)
             pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length)
         elif work.as_signs:
-            threads = work.sign_threads
-            pieces = SignPieces(threads, tiling.tile_m, out, (row, column), emulate=work.emulate)
+            pieces = SignPieces(work.sign_threads, tiling.tile_m, out, (row, column), work.emulate)
         else:
             tile_rows, tile_columns = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
             tile_out = out.at[tile_rows, tile_columns]
