@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
+from bipolar_jax.kernels.sm90.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
 from bipolar_jax.kernels.sm90.prompt_projection import project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery

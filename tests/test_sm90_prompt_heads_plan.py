@@ -13,7 +13,7 @@ import sm90_compile
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90 import plan
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
+from bipolar_jax.kernels.sm90.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.plan import CANDIDATES, MOST_HEAD_COLUMNS, plan_heads, with_staging
 from bipolar_jax.kernels.sm90.prompt_projection import HEAD_SIZES, project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery

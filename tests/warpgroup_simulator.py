@@ -213,7 +213,8 @@ def fma(a, b, c):
 
 def fma_pairs(number, a, b, c):
     exact = [_sum_to_odd(*_halves(number, a, b, c, half)) for half in range(2)]
-    return _joined([half.astype(_TYPES[number]) for half in exact])
+    with np.errstate(over="ignore"):
+        return _joined([half.astype(_TYPES[number]) for half in exact])
 
 
 def _halves(number, a, b, c, half):

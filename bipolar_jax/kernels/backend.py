@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
@@ -26,6 +26,20 @@ class Plan:
     kernel: str
     reason: str
     tiling: Any = None
+
+
+class Layer(NamedTuple):
+    """A product with packed weights, where an operation has several.
+
+    Attributes:
+      w: of logical shape [k, n].
+      a_format: what its input is quantized to.
+      bias: added to every row, or None.
+    """
+
+    w: BipolarArray
+    a_format: BipolarFormat
+    bias: Float[Array, " n"] | None
 
 
 class Backend(Protocol):

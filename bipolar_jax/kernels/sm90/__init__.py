@@ -17,6 +17,7 @@ from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
 __all__ = [
     "decode_attention",
     "decode_layers",
+    "feed_forward",
     "integer_matmul",
     "pack_weights",
     "plan_matmul",
@@ -75,6 +76,14 @@ def prompt_heads(*args, **options):
     from bipolar_jax.kernels.sm90 import prompt_projection
 
     return prompt_projection.prompt_heads(*args, **options, interpret=interpret_params())
+
+
+def feed_forward(*args):
+    """See `sign_projection.feed_forward`."""
+    check_runnable()
+    from bipolar_jax.kernels.sm90 import sign_projection
+
+    return sign_projection.feed_forward(*args)
 
 
 def decode_layers(*args, **options):

@@ -10,8 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
-from bipolar_jax.kernels.sm90.head_pieces import HeadPieces, clear_rest
+from bipolar_jax.kernels.sm90.head_layout import clear_rest
+from bipolar_jax.kernels.sm90.head_pieces import HeadPieces
 from bipolar_jax.kernels.sm90.output_pieces import OutputPieces
+from bipolar_jax.kernels.sm90.sign_pieces import SignPieces
 from bipolar_jax.kernels.sm90.work import Work
 
 
@@ -22,8 +24,8 @@ def consume(
 
     Args:
       work: the static side.
-      out: [m, n] in memory; or `HeadTargets`, for `work.heads`.
-      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output.
+      out: [m, n] in memory; or `HeadTargets`, for `work.heads`; or `SignTargets`, for `work.as_signs`.
+      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output; None for signs.
       residual: [m, n] in memory, or None.
       arrived: barriers of all consumers' staging slots, of what arrives there, if anything does.
       **shared: with the producer, see `producer.produce`.
@@ -56,19 +58,24 @@ def consume(
         step = index * work.steps_per_tile
         sequence, m_start, n_start = work.origin(index)
         row, column = m_start + rows.start, n_start + columns.start // work.parts
-        slots = staging.shape[1]
-        arrivals = None if arrived is None else [arrived.at[me * slots + slot] for slot in range(slots)]
-        if work.heads is None:
+        arrivals = None
+        if arrived is not None:
+            slots = staging.shape[1]
+            arrivals = [arrived.at[me * slots + slot] for slot in range(slots)]
+        if work.heads is not None:
+            length = work.m if work.m < work.covered_rows else None
+            origin = (sequence, row, column)
+            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length, arrivals)
+        elif work.as_signs:
+            pieces = SignPieces(work.sign_threads, tiling.tile_m, out, (row, column), work.emulate)
+        else:
             at = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
             added = None if residual is None else residual.at[at]
             pieces = OutputPieces(
                 tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], out.at[at], added, arrivals
             )
-        else:
-            length = work.m if work.m < work.covered_rows else None
-            origin = (sequence, row, column)
-            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length, arrivals)
-        pieces.start()
+        if arrived is not None:
+            pieces.start()
         total = mainloop(
             work,
             step,
@@ -182,7 +189,7 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
     return total
 
 
-def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
+def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces | SignPieces):
     """Finishes a tile piece by piece.
 
     Args:
@@ -195,7 +202,7 @@ def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
 
     stored_as_finished = work.activation is None and work.heads is None
 
-    def finished(row, column):
+    def scaled(row, column):
         """What begins there of the product, [rows_at_once, width]."""
         part = (pl.ds(row, pieces.rows_at_once), pl.ds(column, pieces.width))
         return (finish if work.group_size is None else finish_grouped)(
@@ -208,9 +215,9 @@ def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces):
             work.dtype if stored_as_finished else jnp.float32,
         )
 
-    if work.heads is not None:
-        pieces.store(finished)
-        return
-    for number, (row, column) in enumerate(pieces.groups()):
-        parts = [finished(row, column + part * work.out_tile_n) for part in range(work.parts)]
-        pieces.store(number, parts[0] if work.activation is None else activate(work.activation, parts, work.dtype))
+    def finished(row, column):
+        """What begins there of the output."""
+        parts = [scaled(row, column + part * work.out_tile_n) for part in range(work.parts)]
+        return parts[0] if work.activation is None else activate(work.activation, parts, work.dtype)
+
+    pieces.store(finished)

@@ -9,8 +9,6 @@ go on. Products never leave registers before they are finished numbers.
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,38 +18,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.prologue import Activation
-from bipolar_jax.kernels.sm90 import tensor_core
 from bipolar_jax.kernels.sm90.consumer import consume
-from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms, chunk_columns, staging_transforms
-from bipolar_jax.kernels.sm90.head_pieces import HeadTargets
+from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, GroupTerms, TokenTerms
+from bipolar_jax.kernels.sm90.head_layout import HeadTargets
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.producer import produce
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.scratch import scratch_of
+from bipolar_jax.kernels.sm90.sign_pieces import SignTargets
+from bipolar_jax.kernels.sm90.sources import TMA_ALIGNMENT, Sources, aligned, terms_of_parts
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.work import Work
 
-_TMA_ALIGNMENT = 16  # bytes, of the stride of rows in memory
 # Elements of K that may share a scale; longer groups would be unrolled beyond reason.
 GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
-
-
-class Sources(NamedTuple):
-    """What is loaded, refs in memory: by the producer, and what follows the terms by the consumers.
-
-    Attributes:
-      operands: x's words and w's.
-      group_terms: of every group, or None.
-      terms: of tokens and of columns, see `terms_of_parts`.
-      residual: or None.
-      heads: the fields of `HeadTargets` that are no outputs, or None.
-    """
-
-    operands: tuple[Any, Any]
-    group_terms: Any
-    terms: tuple[TokenTerms, ColumnTerms]
-    residual: Any = None
-    heads: Any = None
 
 
 def packed_matmul(
@@ -107,32 +87,19 @@ def packed_matmul(
     max_clusters = blocks // tiling.cluster_size
     work = Work(m, n, recovery, tiling, dtype, max_clusters, group_size, activation, interpret is not None)
     # What TMA stores, and loads, has rows of whole 16 bytes.
-    columns_unit = _TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
+    columns_unit = TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
     if residual is not None:
         residual = fill_up(residual.astype(dtype), columns_unit)
     terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
-    sources = Sources((x_words, w_words), _aligned(group_terms), terms, residual)
+    sources = Sources((x_words, w_words), aligned(group_terms), terms, residual)
     out = launch(work, sources, jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype), interpret)
     return out[:, :n]
 
 
-def terms_of_parts(terms: TokenTerms | ColumnTerms, parts: int) -> TokenTerms | ColumnTerms:
-    """Vectors as [parts, size of a part], as they are loaded.
-
-    Rows are whole 16 bytes, which vectors are too once they are mapped over. Each part begins one: an H200 refused a
-    copy from the middle of 16 bytes as an illegal instruction.
-    """
-    return _aligned(jax.tree.map(lambda term: term.reshape(parts, -1), terms))
-
-
-def _aligned(terms):
-    return jax.tree.map(lambda term: fill_up(term, _TMA_ALIGNMENT // term.dtype.itemsize), terms)
-
-
 def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPUParams | None):
-    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three."""
+    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three, for signs two."""
     tiling = work.tiling
-    scratch = _scratch(work, sources)
+    scratch = scratch_of(work, sources)
     flat, tree = jax.tree.flatten(sources)
     return plgpu.kernel(
         functools.partial(_kernel, work, tree),
@@ -157,82 +124,16 @@ def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPU
 
 def _name(work: Work, sources: Sources) -> str:
     """As profilers show it."""
-    endings = {"heads": sources.heads, "residual": sources.residual, "activation": work.activation}
-    return "_".join(["packed_matmul", *(name for name, what in endings.items() if what is not None)])
+    endings = {
+        "heads": work.heads is not None,
+        "residual": sources.residual is not None,
+        "activation": work.activation is not None,
+        "signs": work.as_signs,
+    }
+    return "_".join(["packed_matmul", *(name for name, there in endings.items() if there)])
 
 
-def _scratch(work: Work, sources: Sources) -> dict:
-    tiling = work.tiling
-    empty = functools.partial(plgpu.Barrier, num_arrivals=work.consumers_of_tile)
-    if tiling.cluster_size > 1:
-        axes = [name for name in ("cluster_m", "cluster_n") if getattr(tiling, name) > 1]
-        empty = functools.partial(
-            plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=work.consumers_of_tile
-        )
-    blocks = tiling.block_m, tiling.block_n
-    column_pieces = len(work.loaded_columns(0))
-    token_terms, column_terms = sources.terms
-    group_terms = _group_slots(work, sources.group_terms)
-    group_bytes = sum(4 * math.prod(slots.shape[1:]) for slots in jax.tree.leaves(group_terms))
-    tiling.check(group_bytes)
-    if work.clusters < 1:
-        raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
-    staging_slots = tiling.staging_slots(group_bytes)
-    width = math.gcd(work.out_tile_n, chunk_columns(work.dtype))
-    arrives = sources.residual is not None
-    if work.heads is not None:
-        staging_slots, width = work.heads.staging_slots(staging_slots), work.heads.half
-        arrives = sources.heads["tables"] is not None
-        if staging_slots < 2:
-            raise ValueError(f"{tiling} leaves no shared memory for both halves of a head: use fewer slots")
-    scratch = {}
-    if arrives:
-        scratch["arrived"] = plgpu.Barrier(num_barriers=tiling.consumers * staging_slots)
-    return scratch | dict(
-        staging=plgpu.SMEM(
-            (tiling.consumers, staging_slots, ROWS_PER_INSTRUCTION, width),
-            work.dtype,
-            transforms=staging_transforms(width, work.dtype),
-        ),
-        tiles=tuple(
-            plgpu.SMEM((tiling.slots, block, WORDS_PER_ROW), jnp.uint32, transforms=tensor_core.TILE_TRANSFORMS)
-            for block in blocks
-        ),
-        group_terms=group_terms,
-        # One buffer for every tile in progress.
-        terms=tuple(
-            jax.tree.map(lambda term, block=block: plgpu.SMEM((work.tiles_at_a_time, block), term.dtype), some)
-            for some, block in zip(sources.terms, blocks, strict=True)
-        ),
-        full=plgpu.Barrier(
-            num_arrivals=1 + column_pieces + len(jax.tree.leaves(sources.group_terms)),
-            num_barriers=tiling.slots * work.tiles_at_a_time,
-        ),
-        empty=empty(num_barriers=tiling.slots),
-        terms_full=plgpu.Barrier(
-            num_arrivals=len(jax.tree.leaves(token_terms)) + column_pieces * len(jax.tree.leaves(column_terms)),
-            num_barriers=work.tiles_at_a_time,
-        ),
-        terms_empty=plgpu.Barrier(num_arrivals=work.consumers_of_tile, num_barriers=work.tiles_at_a_time),
-    )
-
-
-def _group_slots(work: Work, terms: GroupTerms | None) -> GroupTerms | None:
-    """Slots in shared memory for those terms of groups that there are."""
-    if terms is None:
-        return None
-    block_m, block_n = work.tiling.block_m, work.tiling.block_n
-    sizes = {"scale": block_n, "offset": block_n, "token_sums": block_m}
-    return GroupTerms(
-        **{
-            name: plgpu.SMEM((work.tiling.slots, work.groups_per_step, sizes[name]), jnp.float32)
-            for name, term in vars(terms).items()
-            if term is not None
-        }
-    )
-
-
-def _kernel(work: Work, tree, *sources_and_out, staging, arrived=None, **shared):
+def _kernel(work: Work, tree, *sources_and_out, staging=None, arrived=None, **shared):
     sources = jax.tree.unflatten(tree, sources_and_out[: tree.num_leaves])
     outputs = sources_and_out[tree.num_leaves :]
     warpgroup = lax.axis_index("warpgroup")
@@ -246,9 +147,10 @@ def _kernel(work: Work, tree, *sources_and_out, staging, arrived=None, **shared)
     @pl.when(warpgroup < work.tiling.consumers)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
-        out = outputs[0] if work.heads is None else _targets(outputs, sources.heads)
-        consume(work, out, staging, sources.residual, arrived, **shared)
+        consume(work, _targets(work, outputs, sources.heads), staging, sources.residual, arrived, **shared)
 
 
-def _targets(outputs, heads: dict) -> HeadTargets:
-    return HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})
+def _targets(work: Work, outputs, heads: dict | None):
+    if work.as_signs:
+        return SignTargets(*outputs)
+    return outputs[0] if heads is None else HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})

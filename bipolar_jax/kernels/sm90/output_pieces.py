@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,24 +56,31 @@ class OutputPieces:
         """Rows to finish at once: all read the columns' terms once, but need registers for all their numbers."""
         return self.tile_m if self.parts * self.tile_m * self.tile_n <= _ROOMY_TILE // self.parts else self._height
 
-    def groups(self) -> list[tuple[int, int]]:
+    def _groups(self) -> list[tuple[int, int]]:
         """First rows and columns of what is finished at once, in order."""
         return list(itertools.product(range(0, self.tile_m, self.rows_at_once), range(0, self.tile_n, self.width)))
 
     def _origins(self) -> list[tuple[int, int]]:
         """Of all pieces, in order."""
         inner = range(0, self.rows_at_once, self._height)
-        return [(row + offset, column) for row, column in self.groups() for offset in inner]
+        return [(row + offset, column) for row, column in self._groups() for offset in inner]
 
     def start(self) -> None:
         """Before the mainloop: has the residual of the first pieces loaded."""
-        if self.residual is None:
-            return
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number in range(min(self.staging.shape[0], len(self._origins()))):
             self._load(number)
 
-    def store(self, group: int, finished: Float[Array, "rows_at_once width"]) -> None:
+    def store(self, finished: Callable[[int, int], Float[Array, "rows_at_once width"]]) -> None:
+        """Sends all of the tile.
+
+        Args:
+          finished: numbers of the output, from the row and column of the tile where they begin.
+        """
+        for group, (row, column) in enumerate(self._groups()):
+            self._send(group, finished(row, column))
+
+    def _send(self, group: int, finished: Float[Array, "rows_at_once width"]) -> None:
         """Sends what was finished at once, the group-th."""
         slots, origins = self.staging.shape[0], self._origins()
         inner = self.rows_at_once // self._height

@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, Int, Int16, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
-from bipolar_jax.kernels.sm90.matmul import Sources, launch, terms_of_parts
+from bipolar_jax.kernels.sm90.head_layout import HeadLayout
+from bipolar_jax.kernels.sm90.matmul import launch
 from bipolar_jax.kernels.sm90.operations import column_terms, product_words, shared_scale
 from bipolar_jax.kernels.sm90.plan import plan_heads
 from bipolar_jax.kernels.sm90.quantize import quantize_and_pack
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.rotation import FixedPointTables
+from bipolar_jax.kernels.sm90.sources import Sources, terms_of_parts
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.tiling import MULTIPROCESSORS, Tiling
 from bipolar_jax.kernels.sm90.work import Work

@@ -201,7 +201,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((quantizer.planes, m, quantizer.row_words), jnp.uint32),
-            *[jax.ShapeDtypeStruct((_filled(m),), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)],
+            *[jax.ShapeDtypeStruct((vector_length(m),), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)],
         ],
         scratch_types=scratch_types,
         grid=(blocks,),
@@ -217,8 +217,8 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
     )(*inputs)
 
 
-def _filled(m: int) -> int:
-    """Length of vectors over m tokens."""
+def vector_length(m: int) -> int:
+    """Elements of vectors over m tokens."""
     return -(-m // _VECTOR_UNIT) * _VECTOR_UNIT
 
 

@@ -9,8 +9,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.prologue import Activation
-from bipolar_jax.kernels.sm90.head_pieces import HeadLayout
+from bipolar_jax.kernels.sm90.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.recovery import Recovery
+from bipolar_jax.kernels.sm90.sign_threads import SignThreads
 from bipolar_jax.kernels.sm90.tensor_core import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.tiling import Tiling
 
@@ -31,6 +32,7 @@ class Work:
       emulate: whether this is interpret mode.
       sequences: runs of m rows that share no tile.
       heads: what the columns are where the output is queries, keys and values of prompts, or None.
+      as_signs: whether the output leaves as signs of 16-bit numbers, see `sign_pieces`.
     """
 
     m: int
@@ -44,6 +46,7 @@ class Work:
     emulate: bool
     sequences: int = 1
     heads: HeadLayout | None = None
+    as_signs: bool = False
 
     @property
     def groups_per_step(self) -> int:
@@ -91,6 +94,11 @@ class Work:
     def out_block_n(self) -> int:
         """Likewise of a block's tile."""
         return self.tiling.block_n // self.parts
+
+    @property
+    def sign_threads(self) -> SignThreads:
+        """What threads do with a tile that leaves as signs."""
+        return SignThreads(jnp.dtype(self.dtype).name, self.m, self.n, self.out_tile_n)
 
     def loaded_columns(self, n_start) -> list[tuple]:
         """A block's columns of the product that lie side by side: (part, first of it, first in the tile, how many).
