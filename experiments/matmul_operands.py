@@ -16,7 +16,7 @@ from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
 from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
-from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack, vector_length
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.packing.words import WORD_BITS, num_words, unpack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups, split_groups
@@ -118,7 +118,7 @@ class Operands:
         return self._once("w", w_format, kind, make=lambda: _weight_words(self.weights(w_format), kind))
 
     def tokens(self, a_format: BipolarFormat) -> TokenTerms:
-        """Sums of the codes, and random zero codes and scales."""
+        """Sums of the codes, and random zero codes and scales; as long as the quantizer's, or XLA would fill them up."""
         return self._once("tokens", a_format, make=lambda: self._token_terms(a_format))
 
     def _token_terms(self, a_format: BipolarFormat) -> TokenTerms:
@@ -126,9 +126,9 @@ class Operands:
         zero_code = jax.random.randint(key, (m,), 0, a_format.max_value + 1, jnp.int32)
         if a_format.bits == 1:  # no zero on that grid
             zero_code = jnp.zeros_like(zero_code)
-        return TokenTerms(
-            code_sums=_code_sums(self.planes_of_x(a_format), a_format), zero_code=zero_code, scale=_scales(key, (m,))
-        )
+        sums = _code_sums(self.planes_of_x(a_format), a_format)
+        beyond = vector_length(m) - m
+        return jax.tree.map(lambda term: jnp.pad(term, (0, beyond)), TokenTerms(sums, zero_code, _scales(key, (m,))))
 
     def column_terms(self, w_format: BipolarFormat) -> ColumnTerms:
         """Code sums and scales of the weights."""

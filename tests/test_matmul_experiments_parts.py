@@ -112,9 +112,9 @@ def test_operands_are_what_they_say(w_format):
     w.check()
     assert w.codes().max() == w_format.max_value
     np.testing.assert_array_equal(w.row_sums[:, 0], jnp.sum(w.codes(), axis=-1, dtype=jnp.int32))
-    np.testing.assert_array_equal(
-        operands.tokens(a_format).code_sums, jnp.sum(operands.codes(a_format), axis=-1, dtype=jnp.int32)
-    )
+    sums = operands.tokens(a_format).code_sums
+    assert sums.shape == (72,)  # as the quantizer fills vectors up
+    np.testing.assert_array_equal(sums[:70], jnp.sum(operands.codes(a_format), axis=-1, dtype=jnp.int32))
     product = a_format.values(operands.codes(a_format)) @ w.values()
     check_integers(operands.sampled(product), operands.exact_integers(a_format, w_format))
 
