@@ -118,7 +118,7 @@ class Operands:
         return self._once("w", w_format, kind, make=lambda: _weight_words(self.weights(w_format), kind))
 
     def tokens(self, a_format: BipolarFormat) -> TokenTerms:
-        """Sums of the codes, and random zero codes and scales; as long as the quantizer's, or XLA would fill them up."""
+        """Sums of the codes, random zero codes and scales; as long as the quantizer's, or XLA would fill them up."""
         return self._once("tokens", a_format, make=lambda: self._token_terms(a_format))
 
     def _token_terms(self, a_format: BipolarFormat) -> TokenTerms:
