@@ -22,7 +22,7 @@ from bipolar_jax.tuning.table import nearest_entry
 # weights, take no longer.
 MOST_BINARY_PAIRS = 8
 
-# Up to here weights are read once, as planes; measured to pay at 1 and 16.
+# Up to here weights are read once, as planes; measured to pay at 1, 16 and 64, up to 4 bits.
 MOST_DECODE_TOKENS = 64
 
 # The kind of a table's entries for `decode_matmul`: their m is the columns of the instruction, steps are the weights'.
