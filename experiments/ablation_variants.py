@@ -114,6 +114,7 @@ def _finish(
     counts: Int[Array, "m n"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
 ) -> Float[Array, "m n"]:
     """The kernel's epilogue, in XLA."""
+    tokens = jax.tree.map(lambda term: term[: counts.shape[0]], tokens)
     total = counts * recovery.product_weight + recovery.row_term(tokens.code_sums)[:, None]
     total += recovery.column_weight(tokens.zero_code)[:, None] * recovery.column_value_sums(columns.code_sums)
     y = total.astype(jnp.float32) * columns.scale

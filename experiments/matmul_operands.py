@@ -15,8 +15,8 @@ from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.execution import interpret_params
-from bipolar_jax.kernels.sm90.operand_words import code_words, weight_words
-from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack, vector_length
+from bipolar_jax.kernels.sm90.operand_words import code_words, vector_length, weight_words
+from bipolar_jax.kernels.sm90.quantize import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.tensor_core import OperandKind
 from bipolar_jax.packing.words import WORD_BITS, num_words, unpack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups, split_groups

@@ -7,7 +7,8 @@ list of shapes is measured sooner by one process a shape:
         python -m experiments.bench_matmul --config=... --workdir=DIR --config.shapes=$shape &
     done; wait
 
-Programs on different devices, each of which sees its own alone (CUDA_VISIBLE_DEVICES), do not wait for each other.
+Programs that see different devices alone (CUDA_VISIBLE_DEVICES with numbers) do not wait for each other; one that sees
+all of them waits for all others, and they for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import fcntl
 import getpass
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,27 +24,34 @@ from typing import TextIO
 
 import jax
 
-_held: TextIO | None = None
+_held: list[tuple[TextIO, int]] = []  # locked files, and how, in the order in which all programs lock them
 
 
-def lock_path() -> Path:
-    """The file that is locked by whoever has the devices that this process sees."""
-    devices = re.sub(r"[^\w,-]", "_", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-    return Path(tempfile.gettempdir()) / f"bipolar_jax_{getpass.getuser()}_device_{devices}.lock"
+def _locks() -> list[tuple[Path, int]]:
+    """What a program locks: with numbers of devices those, beside a file that all share who have numbers."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    begin = f"bipolar_jax_{getpass.getuser()}_device"
+    everything = Path(tempfile.gettempdir()) / f"{begin}s.lock"
+    if not all(device.isdecimal() for device in devices):
+        return [(everything, fcntl.LOCK_EX)]
+    ordered = sorted({int(device) for device in devices})
+    return [(everything, fcntl.LOCK_SH)] + [
+        (everything.with_name(f"{begin}_{device}.lock"), fcntl.LOCK_EX) for device in ordered
+    ]
 
 
 @contextlib.contextmanager
 def device_turn() -> Iterator[None]:
     """Waits until no other process is in such a block, and keeps others out of theirs."""
     global _held
-    with lock_path().open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _held = lock
+    with contextlib.ExitStack() as stack:
+        _held = [(stack.enter_context(path.open("w")), mode) for path, mode in _locks()]
+        _acquire()
         try:
             yield
         finally:
-            _held = None
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            _release()
+            _held = []
 
 
 @contextlib.contextmanager
@@ -53,12 +60,22 @@ def others_turn() -> Iterator[None]:
 
     Waits first until the device has done what this process asked of it.
     """
-    if _held is None:
+    if not _held:
         yield
         return
     jax.block_until_ready(jax.live_arrays())
-    fcntl.flock(_held, fcntl.LOCK_UN)
+    _release()
     try:
         yield
     finally:
-        fcntl.flock(_held, fcntl.LOCK_EX)
+        _acquire()
+
+
+def _acquire() -> None:
+    for lock, mode in _held:
+        fcntl.flock(lock, mode)
+
+
+def _release() -> None:
+    for lock, _ in _held:
+        fcntl.flock(lock, fcntl.LOCK_UN)

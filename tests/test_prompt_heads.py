@@ -15,7 +15,7 @@ import bipolar_jax as bj
 from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.sm90 import execution, prompt_projection
 from bipolar_jax.models import prompt_heads, transformer
-from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.join_projections import join_projections
 from bipolar_jax.models.transformer import Transformer
 
@@ -76,7 +76,13 @@ def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch
 
 @pytest.mark.parametrize(
     ("precision", "fields", "cache_bits"),
-    [("W4A8", {}, 8), ("W4A16", {}, None), ("W4A8g32", {}, None), ("W4A8", {"head_dim": 32}, None)],
+    [
+        ("W4A8", {}, 8),
+        ("W4A16", {}, None),
+        ("W4A8g32", {}, None),
+        ("W4A8", {"head_dim": 32}, None),
+        ("W4A8", {"rope_scaling": RopeScaling("yarn", 4.0, original_context_length=64, attention_factor=2.5)}, None),
+    ],
 )
 def test_xla_serves_the_rest(monkeypatch, precision, fields, cache_bits):
     """Refused before anything is interpreted, which the product itself would be."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import multiprocessing
 import tempfile
 import time
+
+import pytest
 
 from experiments import turns
 from experiments.workdir import RESULT_NAME, save_result
@@ -39,18 +43,38 @@ def test_one_process_at_a_time_but_while_a_turn_is_lent(tmp_path):
         assert list(log) == [("lender", "in"), ("other", "in"), ("other", "out"), ("lender", "back"), ("lender", "out")]
 
 
-def test_programs_on_different_devices_do_not_wait(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mine", "others", "waits"),
+    [
+        ("0", "1", False),
+        ("0", "0", True),
+        ("0,1", "1", True),
+        ("1,0", "0, 1", True),
+        (None, "0", True),
+        ("0", None, True),
+        ("0", "GPU-4cf8", True),
+        (None, None, True),
+    ],
+)
+def test_programs_wait_for_those_that_see_the_same_devices(tmp_path, monkeypatch, mine, others, waits):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    paths = set()
-    for devices in ("0", "1", "0,1", "GPU-4cf8/b1", None):
-        if devices is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
+
+    def see(devices):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if devices is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-        with turns.device_turn():
-            paths.add(turns.lock_path())
-    assert len(paths) == 5
-    assert {path.parent for path in paths} == {tmp_path}
+
+    see(mine)
+    with turns.device_turn():
+        see(others)
+        with contextlib.ExitStack() as stack:
+            refused = False
+            for path, mode in turns._locks():
+                try:  # files opened once more are locked as by another process
+                    fcntl.flock(stack.enter_context(path.open("w")), mode | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    refused = True
+    assert refused == waits
 
 
 def test_nothing_is_lent_outside_a_turn():

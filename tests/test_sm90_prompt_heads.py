@@ -16,7 +16,7 @@ from bipolar_jax.kernels.sm90.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.operand_words import code_words, expand_planes
 from bipolar_jax.kernels.sm90.prompt_projection import project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery
-from bipolar_jax.kernels.sm90.rotation import fixed_point_tables
+from bipolar_jax.kernels.sm90.rotation import LARGEST_AMPLITUDE, fixed_point_tables
 from bipolar_jax.kernels.sm90.tiling import Tiling
 from bipolar_jax.models.attention import rotated_heads
 from bipolar_jax.models.cache import KVCache
@@ -71,7 +71,7 @@ CASES = {
     "pieces beyond the last head": Case(Tiling(128, 128, "alternate", slots=3), length=200, capacity=330, keys=2),
     "sequences": Case(Tiling(64, 64, "alternate", slots=2), batch=3, length=67, queries=2, capacity=131),
     "whole tiles": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=128, size=128, capacity=192),
-    "slots of one head": Case(Tiling(128, 128, "alternate", slots=5), length=130, size=128, queries=2, capacity=131),
+    "two heads": Case(Tiling(128, 128, "alternate", slots=4), length=130, size=128, queries=2, capacity=131),
     "bytes": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=65, size=128, kind="int8", capacity=128),
     "no rotation": Case(
         Tiling(128, 128, "alternate", slots=4), batch=2, length=100, rope=False, bias=True, queries=2, capacity=300
@@ -144,7 +144,19 @@ def test_heads_are_those_of_xla(case):
     assert not interpret_pallas_call.get_races().races_found
 
 
-def test_one_slot_cannot_take_both_halves():
-    tiling = Tiling(128, 128, "alternate", slots=6)
-    with pytest.raises(ValueError, match="no shared memory for both halves of a head: use fewer slots"):
+@pytest.mark.parametrize(("slots", "fit"), [(6, 1), (5, 3)])
+def test_every_half_of_a_head_needs_a_slot(slots, fit):
+    tiling = Tiling(128, 128, "alternate", slots=slots)
+    with pytest.raises(ValueError, match=f"for {fit} of 4 halves of heads: use fewer slots"):
         project(Case(tiling, size=128), blocks=1)
+
+
+def test_fixed_point_is_within_half_a_step():
+    numbers = np.linspace(-LARGEST_AMPLITUDE, LARGEST_AMPLITUDE, 70 * 32, dtype=np.float32).reshape(1, 70, 32)
+    exact = numbers, -numbers
+    for table, numbers in zip(fixed_point_tables(tuple(map(jnp.asarray, exact)), 128), exact, strict=True):
+        assert (table.shape, table.dtype) == ((128, 32), jnp.int16)
+        assert not np.any(table[70:])
+        assert np.abs(np.asarray(table[:70], np.float64) / 2**14 - numbers[0]).max() <= 2**-15
+    with pytest.raises(ValueError, match="got tables of 2"):
+        fixed_point_tables((jnp.zeros((2, 70, 32)),) * 2, 128)

@@ -18,7 +18,7 @@ from bipolar_jax.kernels.sm90.plan import CANDIDATES, MOST_HEAD_COLUMNS, plan_he
 from bipolar_jax.kernels.sm90.prompt_projection import HEAD_SIZES, project_heads
 from bipolar_jax.kernels.sm90.recovery import Recovery
 from bipolar_jax.kernels.sm90.tiling import Tiling
-from bipolar_jax.tuning.table import load_table
+from bipolar_jax.tuning.table import entries_of_kind
 
 ONE_BIT = BipolarFormat(1)
 
@@ -45,7 +45,9 @@ def test_measured_tiles_are_taken_if_they_are_heads(monkeypatch):
 
 def kernels() -> list[tuple[Tiling, int]]:
     """Tilings that the planner can choose, with the sizes of heads; of those that differ in order alone the first."""
-    measured = [Tiling(**entry["tiling"]) for entry in load_table("NVIDIA H200")["entries"]]
+    measured = [
+        Tiling(**entry["tiling"]) for kind in ("planes", "int8") for entry in entries_of_kind("NVIDIA H200", kind)
+    ]
     able = [
         (dataclasses.replace(with_staging(tiling), band=1, band_axis="m"), size)
         for tiling in (*CANDIDATES, *measured)
@@ -105,6 +107,6 @@ def test_other_operands_compile_without_spills(options):
 
 def test_all_of_a_tile_has_a_place_to_leave_by():
     assert with_staging(CANDIDATES[2]) == dataclasses.replace(CANDIDATES[2], slots=4)
-    for tiling in (*CANDIDATES, Tiling(128, 192, "alternate", slots=4)):
+    for tiling in CANDIDATES:
         pieces = tiling.tile_m * tiling.tile_n // (64 * 64)
         assert with_staging(tiling).staging_slots() == pieces

@@ -60,7 +60,7 @@ class PromptTables(NamedTuple):
 def prompt_tables(config: TransformerConfig, tables: Tables) -> PromptTables:
     """Both kinds of what `rope_tables` gives for the positions 0, 1, 2 ... of any number of prompts."""
     _, amplitude = rope_frequencies(config)
-    fits = amplitude <= LARGEST_AMPLITUDE
+    fits = abs(amplitude) <= LARGEST_AMPLITUDE
     return PromptTables(tables, fixed_point_tables(tables, _TILE_ROWS) if fits else None)
 
 

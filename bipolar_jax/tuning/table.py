@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-# GPUs of the same chip, but for its memory: one has the other's entries where it has none of a kind.
+# GPUs of the same chip, but for its memory: one takes the other's entry where it has none that is near.
 _SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 
 # How far, in octaves over all three sizes together, a measured problem may be from the one asked for.
@@ -28,17 +28,16 @@ def load_table(device_kind: str) -> dict[str, Any] | None:
 
 
 def entries_of_kind(device_kind: str, kind: str) -> list[dict[str, Any]]:
-    """What was measured of one kind on a device, or on one of the same chip if nothing was."""
-    for device in (device_kind, _SAME_CHIP.get(device_kind)):
-        table = None if device is None else load_table(device)
-        if found := [] if table is None else [entry for entry in table["entries"] if entry["kind"] == kind]:
-            return found
-    return []
+    """What was measured of one kind on a device itself."""
+    table = load_table(device_kind)
+    return [] if table is None else [entry for entry in table["entries"] if entry["kind"] == kind]
 
 
 @functools.cache
 def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> dict[str, Any] | None:
     """The entry measured for the most similar product, or None if none is similar.
+
+    Those of a GPU of the same chip serve where the device has none that is similar.
 
     Args:
       device_kind: as JAX names it.
@@ -52,5 +51,8 @@ def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> di
         sizes = zip((m, n, steps), (entry["m"], entry["n"], entry["steps"]), strict=True)
         return sum(abs(math.log2(asked / measured)) for asked, measured in sizes)
 
-    nearest = min(entries_of_kind(device_kind, kind), key=distance, default=None)
-    return nearest if nearest is not None and distance(nearest) <= _FARTHEST else None
+    for device in (device_kind, _SAME_CHIP.get(device_kind, device_kind)):
+        nearest = min(entries_of_kind(device, kind), key=distance, default=None)
+        if nearest is not None and distance(nearest) <= _FARTHEST:
+            return nearest
+    return None

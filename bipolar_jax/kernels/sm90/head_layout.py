@@ -38,9 +38,13 @@ class HeadLayout:
     def columns(self) -> int:
         return (self.queries + 2 * self.keys) * self.size
 
+    def pieces(self, rows: int, columns: int) -> int:
+        """Halves of heads, 64 rows of each, in a tile."""
+        return rows // ROWS_PER_INSTRUCTION * (columns // self.half)
+
     def staging_slots(self, whole: int) -> int:
-        """Slots for halves, in pairs, in the memory of so many pieces of 64 rows of 128 bytes; numbers have 16 bits."""
-        return whole * BYTES_PER_ROW // (2 * self.half) // 2 * 2
+        """Slots for pieces in the memory of so many of 128 bytes a row; numbers have 16 bits."""
+        return whole * BYTES_PER_ROW // (2 * self.half)
 
 
 class HeadTargets(NamedTuple):

@@ -2,9 +2,8 @@
 
 A head's columns are in one tile. What a rotation puts together, the columns d and d + head_dim / 2 of a row, are
 numbers of the same thread in two pieces of the accumulator, so it takes no exchange. Their cosines and sines arrive in
-the slots of shared memory that both halves leave by, as a residual does (`output_pieces`): those of the first heads
-under the mainloop. Keys and values leave twice from the same shared memory, to where the prompt's attention reads them
-and to the cache.
+the slots of shared memory that both halves leave by, as a residual does (`output_pieces`), under the mainloop. Keys and
+values leave twice from the same shared memory, to where the prompt's attention reads them and to the cache.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class HeadPieces:
     Attributes:
       layout: what columns are.
       tile_m, tile_n: of the tile; heads begin at its first column and end at its last.
-      staging: [slots, 64, half] in shared memory.
+      staging: [pieces of the tile, 64, half] in shared memory.
       targets: where heads go.
       origin: sequence, first position in it, first column.
       length: positions of a prompt, if tiles have rows beyond them, else None.
@@ -69,33 +68,22 @@ class HeadPieces:
         head = lax.div(self.origin[2] + first, self.layout.size)
         return head, head < self.layout.queries + self.layout.keys
 
-    @property
-    def _at_a_time(self) -> int:
-        """Heads whose halves have slots."""
-        return self.staging.shape[0] // 2
-
     def start(self) -> None:
-        """Before the mainloop: has cosines and sines of the first heads loaded."""
-        if self.targets.tables is None:
-            return
+        """Before the mainloop: has cosines and sines of heads that are rotated loaded to the slots of their halves."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for number in range(min(self._at_a_time, len(self._origins()))):
-            self._load(number)
+        for number, (row, _) in enumerate(self._origins()):
+            _, rotates = self._head(number)
 
-    def _load(self, number: int) -> None:
-        """Has cosines and sines of a head, if it is rotated, loaded to the slots of its halves."""
-        (row, _), (_, rotates) = self._origins()[number], self._head(number)
-
-        @pl.when(rotates)
-        def _():
-            for part, table in enumerate(self.targets.tables):
-                slot = self._slot(number, part)
-                rows = table.at[pl.ds(self.origin[1] + row, ROWS_PER_INSTRUCTION)]
-                plgpu.copy_gmem_to_smem(rows, self.staging.at[slot], self.arrived[slot])
+            @pl.when(rotates)
+            def _(number=number, row=row):
+                for part, table in enumerate(self.targets.tables):
+                    slot = self._slot(number, part)
+                    rows = table.at[pl.ds(self.origin[1] + row, ROWS_PER_INSTRUCTION)]
+                    plgpu.copy_gmem_to_smem(rows, self.staging.at[slot], self.arrived[slot])
 
     def _slot(self, number: int, part: int) -> int:
-        """Of one half of a head."""
-        return 2 * (number % self._at_a_time) + part
+        """Of one half of a head: every piece of a tile has its own."""
+        return 2 * number + part
 
     def store(self, finished: Callable[[int, int], Float[Array, "64 half"]]) -> None:
         """Rotates and sends all heads of the tile.
@@ -103,14 +91,16 @@ class HeadPieces:
         Args:
           finished: float32 numbers of the product, from the row and column of the tile where they begin.
         """
-        layout, at_a_time = self.layout, self._at_a_time
+        half_columns = self.layout.half
+        if self.targets.tables is None:
+            # What the tile before left in the slots must have been read; `start` has waited for that elsewhere.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number, (row, first) in enumerate(self._origins()):
             head, rotates = self._head(number)
-            halves = [finished(row, first), finished(row, first + layout.half)]
+            halves = [finished(row, first), finished(row, first + half_columns)]
             if self.length is not None:
                 halves = [self._only_prompt(half, self.origin[1] + row) for half in halves]
             if self.targets.tables is None:
-                self._await_slots(number)
                 self._send(number, head, halves)
                 continue
 
@@ -120,14 +110,7 @@ class HeadPieces:
 
             @pl.when(jnp.logical_not(rotates))
             def _(number=number, head=head, halves=halves):
-                self._await_slots(number)
                 self._send(number, head, halves, of_values=True)
-
-            # The slots of the head before this one, which have been read about now, if there are more.
-            lag = min(1, at_a_time - 1)
-            if number >= lag and number - lag + at_a_time < len(self._origins()):
-                plgpu.wait_smem_to_gmem(2 * lag, wait_read_only=True)
-                self._load(number - lag + at_a_time)
 
     def _tables(self, number: int) -> list[Float[Array, "64 half"]]:
         """Cosines and sines of a head's rows, once they have come."""
@@ -136,16 +119,6 @@ class HeadPieces:
             plgpu.barrier_wait(self.arrived[slot])
         # Every thread loads what lies where it will store: nobody waits for anybody.
         return [plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA) for slot in slots]
-
-    def _await_slots(self, number: int) -> None:
-        """Waits until what was in a head's slots has been read, where no cosine and sine arrived since.
-
-        By the tile before, which may have ended in any slot, or by the head that had them.
-        """
-        if number == 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        elif number >= self._at_a_time:
-            plgpu.wait_smem_to_gmem(2 * (self._at_a_time - 1), wait_read_only=True)
 
     def _only_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
         """Zeros beyond the prompt, where the cache wants them."""

@@ -21,6 +21,7 @@ from bipolar_jax.packing.words import WORD_BITS, pack_codes
 
 _BYTE_WORDS_PER_WORD = 8
 _ROW_WORDS = 4  # TMA addresses rows of whole 16 bytes
+_VECTOR_UNIT = 4  # tokens: 16 bytes, as what reads the vectors wants them
 
 
 def weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
@@ -44,6 +45,11 @@ def fill_up(array: Array, multiple: int) -> Array:
     """Zeros after the last axis, if need be."""
     filler = -array.shape[-1] % multiple
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filler)]) if filler else array
+
+
+def vector_length(m: int) -> int:
+    """Elements of vectors over m tokens."""
+    return -(-m // _VECTOR_UNIT) * _VECTOR_UNIT
 
 
 def expand_planes(

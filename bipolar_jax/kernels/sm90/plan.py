@@ -160,12 +160,12 @@ def plan_heads(
     if isinstance(choice.tiling, DecodeTiling):
         raise NotImplementedError(f"{sequences * length} tokens are too few for tiles of them")
     if sequences == 1 and _holds_heads(choice.tiling, head_dim):
-        return dataclasses.replace(choice, tiling=with_staging(choice.tiling))
+        return _with_staging_of_heads(choice)
     steps = mainloop_steps(k, choice.kind, a_format.bits * w_format.bits)
     able = [tiling for tiling in CANDIDATES if _holds_heads(tiling, head_dim)]
     tiling = min(able, key=lambda tiling: estimated_cycles(tiling, length, sequences * n, steps))
-    tiling = with_staging(tiling)
-    return Choice(choice.kind, tiling, f"estimated from tile sizes, of those that hold heads of {head_dim}")
+    choice = Choice(choice.kind, tiling, f"estimated from tile sizes, of those that hold heads of {head_dim}")
+    return _with_staging_of_heads(choice)
 
 
 def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
@@ -173,9 +173,18 @@ def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
     return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS
 
 
+def _with_staging_of_heads(choice: Choice) -> Choice:
+    tiling = with_staging(choice.tiling)
+    if tiling == choice.tiling:
+        return choice
+    return Choice(choice.kind, tiling, f"{choice.reason}, with {tiling.slots} slots to leave room for heads")
+
+
 def with_staging(tiling: Tiling) -> Tiling:
-    """With fewer slots for operands where that leaves one for every piece of a tile: cosines and sines of all of it
-    can come under the mainloop."""
+    """With as few slots for operands as leave one for every piece of a tile.
+
+    Cosines and sines of all of it come there under the mainloop; where there are none, it may be a little slower.
+    """
     pieces = dataclasses.replace(tiling, slots=2).staging_slots()
     while tiling.slots > 2 and tiling.staging_slots() < pieces:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)

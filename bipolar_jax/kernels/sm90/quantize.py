@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.prologue import Prologue
 from bipolar_jax.kernels.sm90.bit_packing import CodeWords
-from bipolar_jax.kernels.sm90.operand_words import fill_up
+from bipolar_jax.kernels.sm90.operand_words import fill_up, vector_length
 from bipolar_jax.kernels.sm90.row_emulation import emulate
 from bipolar_jax.kernels.sm90.row_quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.row_threads import BLOCK, SCRATCH_WORDS, WARP, WARPGROUP
@@ -32,7 +32,6 @@ _MEMORY = 224 * 1024  # bytes of shared memory for slots and vectors, of the 227
 _WARPGROUPS, _BARRIERS = 4, 32  # at most
 _FEW = 8  # threads, at least, for a row
 _COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
-_VECTOR_UNIT = 4  # tokens: 16 bytes, as what reads the vectors wants them
 _NUMBERS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -215,11 +214,6 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
             unsafe_no_auto_barriers=True,  # `row_quantizer` has those that are needed
         ),
     )(*inputs)
-
-
-def vector_length(m: int) -> int:
-    """Elements of vectors over m tokens."""
-    return -(-m // _VECTOR_UNIT) * _VECTOR_UNIT
 
 
 def check_row(k: int, dtype: jnp.dtype) -> None:

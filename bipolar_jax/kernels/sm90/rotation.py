@@ -14,13 +14,20 @@ from jaxtyping import Array, Float, Int16
 _STEPS = 2**14  # of the integers, to 1
 LARGEST_AMPLITUDE = 1.999  # of what is rotated, over what it was; more would not fit
 
-Tables = tuple[Float[Array, "1 length half"], Float[Array, "1 length half"]]
 FixedPointTables = tuple[Int16[Array, "rows half"], Int16[Array, "rows half"]]
 
 
-def fixed_point_tables(tables: Tables, row_unit: int) -> FixedPointTables:
-    """Cosines and sines of numbers up to LARGEST_AMPLITUDE in multiples of 2^-14, zeros to whole units of rows."""
-    length = tables[0].shape[1]
+def fixed_point_tables(
+    tables: tuple[Float[Array, "1 length half"], Float[Array, "1 length half"]], row_unit: int
+) -> FixedPointTables:
+    """Cosines and sines of at most LARGEST_AMPLITUDE as multiples of 2^-14, and zeros to whole units of rows.
+
+    Raises:
+      ValueError: tables of several sequences, each with positions of its own.
+    """
+    sequences, length, _ = tables[0].shape
+    if sequences != 1:
+        raise ValueError(f"all prompts have the same positions, got tables of {sequences}")
     rounded = (jnp.round(table[0] * _STEPS).astype(jnp.int16) for table in tables)
     return tuple(jnp.pad(table, ((0, -length % row_unit), (0, 0))) for table in rounded)
 

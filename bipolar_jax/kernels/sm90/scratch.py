@@ -65,9 +65,10 @@ def _staging(work: Work, sources: Sources, slots: int) -> dict:
     width = math.gcd(work.out_tile_n, chunk_columns(work.dtype))
     if work.heads is not None:
         arrives = sources.heads["tables"] is not None
-        slots, width = work.heads.staging_slots(slots), work.heads.half
-        if slots < 2:
-            raise ValueError(f"{work.tiling} leaves no shared memory for both halves of a head: use fewer slots")
+        fit, width = work.heads.staging_slots(slots), work.heads.half
+        slots = work.heads.pieces(work.tiling.tile_m, work.tiling.tile_n)
+        if fit < slots:
+            raise ValueError(f"{work.tiling} has shared memory for {fit} of {slots} halves of heads: use fewer slots")
     consumers = work.tiling.consumers
     staging = plgpu.SMEM(
         (consumers, slots, ROWS_PER_INSTRUCTION, width),

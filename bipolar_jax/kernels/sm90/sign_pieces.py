@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90 import instructions as gpu
-from bipolar_jax.kernels.sm90.layers.registers import synchronize
 from bipolar_jax.kernels.sm90.operand_words import fill_up
 from bipolar_jax.kernels.sm90.row_emulation import pack_planes
 from bipolar_jax.kernels.sm90.sign_threads import COUNT_BITS, SignThreads
+from bipolar_jax.kernels.sm90.synchronize import synchronize
 from bipolar_jax.kernels.sm90.tensor_core import ROWS_PER_INSTRUCTION
 from bipolar_jax.packing.words import WORD_BITS
 

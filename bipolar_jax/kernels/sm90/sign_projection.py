@@ -58,12 +58,9 @@ def feed_forward(
         raise NotImplementedError("products with groups of weights neither leave signs nor take them")
     if down.w.contracted_size > _COUNT:
         raise NotImplementedError(f"ones are counted up to {_COUNT}, not {down.w.contracted_size}")
-    choice, next_choice = (
-        plan_product(m, layer.w.planes.shape[-2], layer.w.contracted_size, layer.a_format, layer.w.format)
-        for layer in (up, down)
-    )
-    if isinstance(choice.tiling, DecodeTiling) or next_choice.kind != "planes":
-        raise NotImplementedError(f"{m} tokens are too few for tiles of them, or the next product takes bytes")
+    choice = plan_product(m, up.w.planes.shape[-2], up.w.contracted_size, up.a_format, up.w.format)
+    if isinstance(choice.tiling, DecodeTiling):
+        raise NotImplementedError(f"{m} tokens are too few for tiles of them")
     tokens = quantize_and_pack(x, up.a_format, choice.kind, prologue=prologue, interpret=interpret_params())
     signs = project_signs(
         tokens.words,

@@ -12,7 +12,7 @@ import functools
 
 from bipolar_jax.kernels.sm90 import instructions as gpu
 from bipolar_jax.kernels.sm90.instructions import Value
-from bipolar_jax.kernels.sm90.quantize import vector_length
+from bipolar_jax.kernels.sm90.operand_words import vector_length
 from bipolar_jax.packing.words import WORD_BITS
 
 PAIRS = 4  # that a thread has of a word

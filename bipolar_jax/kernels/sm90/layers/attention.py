@@ -37,9 +37,10 @@ from bipolar_jax.kernels.sm90.layers.attention_rows import (
 )
 from bipolar_jax.kernels.sm90.layers.cache_ring import HALF, Cache, CacheRing
 from bipolar_jax.kernels.sm90.layers.exchange import collect, collect_own, share
-from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS, synchronize
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, VECTOR, WARPS
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, POSITIONS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.layers.vectors import await_vectors, load_vector
+from bipolar_jax.kernels.sm90.synchronize import synchronize
 
 _NOTHING = -1e30  # the score of what is not attended to; its weight is 0 beside any other
 

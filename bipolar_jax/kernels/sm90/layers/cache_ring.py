@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, pinned, synchronize
+from bipolar_jax.kernels.sm90.layers.registers import ALONG_ROWS, MATRIX, pinned
 from bipolar_jax.kernels.sm90.layers.shape import HEAD_DIM, POSITIONS, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.synchronize import synchronize
 
 HALF = HEAD_DIM // 2
 _LOADED_ZEROS = 128  # of which a chunk has the first 64: Mosaic copies 128 bytes at least

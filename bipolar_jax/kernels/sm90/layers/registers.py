@@ -47,23 +47,6 @@ def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
     return inline(jnp.int32(number))
 
 
-def synchronize(*, emulate: bool) -> None:
-    """The threads of the warpgroup wait for each other, and see what each wrote to shared memory.
-
-    `plgpu.commit_smem` waits for all loads and stores that are under way, memory's too; it is for what tensor cores
-    or copies read.
-    """
-    if emulate:
-        plgpu.commit_smem()
-        return
-
-    @plgpu.inline_mgpu(arg_types=(SPLAT,))
-    def inline(_, nothing):
-        gpu.synchronize()
-
-    inline(jnp.int32(0))
-
-
 def repeat(count: int, body: Callable[[Int[Array, ""]], None], *, emulate: bool) -> None:
     """body(0), body(1), ... as a loop that the compiler cannot unroll, not knowing how long it is."""
 
