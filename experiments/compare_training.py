@@ -16,10 +16,10 @@ import matplotlib.figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from experiments import app
-from experiments.figures import colour, save
-from experiments.progress import console
-from experiments.workdir import RESULT_NAME, write_json
+from experiments.support import app
+from experiments.support.figures import colour, save
+from experiments.support.progress import console
+from experiments.support.workdir import RESULT_NAME, write_json
 
 # What two runs must share for their losses to be comparable.
 _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_windows")

@@ -16,12 +16,12 @@ import jax
 from ml_collections import ConfigDict
 
 import bipolar_jax as bj
-from bipolar_jax.models.generation import stream
-from bipolar_jax.models.sampling import Sampling
-from experiments import app
-from experiments.progress import console, progress_bar
-from experiments.sources import load_model_source
-from experiments.workdir import RESULT_NAME, environment, write_json
+from bipolar_jax.models.inference.generation import stream
+from bipolar_jax.models.inference.sampling import Sampling
+from experiments.support import app
+from experiments.support.progress import console, progress_bar
+from experiments.support.sources import load_model_source
+from experiments.support.workdir import RESULT_NAME, environment, write_json
 
 
 def main(config: ConfigDict, workdir: Path | None) -> None:

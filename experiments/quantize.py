@@ -25,14 +25,14 @@ from rich.table import Table
 
 import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
-from bipolar_jax.models.generation import generate
-from bipolar_jax.models.perplexity import perplexity
+from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.pretrained import PretrainedModel
-from experiments import app
-from experiments.perplexity_plot import plot_perplexity
-from experiments.progress import console, progress_bar
-from experiments.sources import load_model_source, load_text_source, model_fingerprint
-from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.support import app
+from experiments.support.perplexity_plot import plot_perplexity
+from experiments.support.progress import console, progress_bar
+from experiments.support.sources import load_model_source, load_text_source, model_fingerprint
+from experiments.support.workdir import RESULT_NAME, environment, read_result, write_json
 
 _EMBEDDING, _LAYERS = "^(embed|lm_head)$", "^layers/"
 # What a perplexity depends on; a workdir holds results of one choice of these.

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bipolar_jax.models.generation import generate
-from bipolar_jax.models.sampling import Sampling
-from experiments import app
-from experiments.progress import console, progress_bar
-from experiments.sources import load_model_source, model_fingerprint
-from experiments.workdir import RESULT_NAME, environment, write_json
+from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.sampling import Sampling
+from experiments.support import app
+from experiments.support.progress import console, progress_bar
+from experiments.support.sources import load_model_source, model_fingerprint
+from experiments.support.workdir import RESULT_NAME, environment, write_json
 
 TEXT_NAME = "text.txt"
 

@@ -20,17 +20,17 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
-from bipolar_jax.models.generation import generate
+from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from experiments import app
-from experiments.progress import console, progress_bar
-from experiments.sources import load_model_source, model_fingerprint
-from experiments.training_data import TrainingData, load_training_data
-from experiments.training_log import plot_losses, read_metrics
-from experiments.training_loop import TrainingRun
-from experiments.training_model import Student, float_params, shapes_of
-from experiments.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.support import app
+from experiments.support.progress import console, progress_bar
+from experiments.support.sources import load_model_source, model_fingerprint
+from experiments.support.workdir import RESULT_NAME, environment, read_result, write_json
+from experiments.training.data import TrainingData, load_training_data
+from experiments.training.log import plot_losses, read_metrics
+from experiments.training.loop import TrainingRun
+from experiments.training.model import Student, float_params, shapes_of
 
 MODEL_NAME = "model.safetensors"
 # A stopped run may go on with other values of these: they say when to look, not what to compute.

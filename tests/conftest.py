@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import pytest
 
-from tests.optimizations import optimizations
+from tests.support.optimizations import optimizations
 
 _MAPPINGS = Path("/proc/self/maps")
 _MANY_MAPPINGS = 35_000
@@ -53,7 +53,7 @@ def quick_compilation():
 @pytest.fixture(scope="module")
 def compiled_programs(tmp_path_factory):
     """For tests that train: programs are compiled once for all of a file."""
-    from tests.tiny_training import compiled_once  # with what else trains, which few tests need
+    from tests.support.tiny_training import compiled_once  # with what else trains, which few tests need
 
     with compiled_once(tmp_path_factory.mktemp("programs")):
         yield
@@ -62,7 +62,7 @@ def compiled_programs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_text(tmp_path_factory):
     """A text to train on."""
-    from tests.tiny_training import write_text
+    from tests.support.tiny_training import write_text
 
     return write_text(tmp_path_factory.mktemp("text"))
 
@@ -71,7 +71,7 @@ def tiny_text(tmp_path_factory):
 def tiny_run(tiny_text, compiled_programs, tmp_path_factory):
     """Folder of a whole run."""
     from experiments import train
-    from tests.tiny_training import whole_config
+    from tests.support.tiny_training import whole_config
 
     folder = tmp_path_factory.mktemp("run")
     train.main(whole_config(tiny_text), folder)

@@ -96,8 +96,8 @@ def test_the_walk_sees_every_part_and_its_imports():
     modules = {module_of(path) for path in package_files()}
     assert {module.split(".")[1] for module in modules if "." in module} == set(BELOW)
     assert {"bipolar_jax.kernels.reference.matmul", "bipolar_jax.kernels.xla.matmul"} <= modules
-    linear = (PACKAGE / "nn" / "linear.py").read_text()
-    assert "bipolar_jax.ops.matmul" in set(imported_modules(linear, "bipolar_jax.nn.linear", is_package=False))
+    linear = (PACKAGE / "nn" / "layers" / "linear.py").read_text()
+    assert "bipolar_jax.ops.matmul" in set(imported_modules(linear, "bipolar_jax.nn.layers.linear", is_package=False))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_the_walk_sees_every_part_and_its_imports():
         ("bipolar_jax.kernels.xla.matmul", "from ..reference import matmul"),
         ("bipolar_jax.kernels.reference.matmul", "from bipolar_jax.kernels import xla"),
         ("bipolar_jax.ops.matmul", "def f():\n    from bipolar_jax.nn import Linear"),
-        ("bipolar_jax.nn.linear", "from bipolar_jax.checkpoint import save"),
+        ("bipolar_jax.nn.layers.linear", "from bipolar_jax.checkpoint import save"),
         ("bipolar_jax.checkpoint.packed_file", "if True:\n    from bipolar_jax import ops"),
-        ("bipolar_jax.models.config", "import experiments.fetch"),
+        ("bipolar_jax.models.config", "import experiments.support.fetch"),
         ("bipolar_jax.models.config", "from configs import tiny"),
         ("bipolar_jax.models.config", "from tests import conftest"),
         ("bipolar_jax.extras", "from bipolar_jax import format"),

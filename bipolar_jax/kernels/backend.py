@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.prologue import Activation, Prologue
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 
 
@@ -85,5 +85,5 @@ class Backend(Protocol):
         """What the product of m rows of `dtype` with w would run; a_format None means float activations.
 
         Raises:
-          NotImplementedError: as the product itself would.
+          Unsupported: as the product itself would.
         """

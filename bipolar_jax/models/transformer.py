@@ -17,14 +17,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.models.attention import Heads, attend_to_cache, causal_attention, prompts_alibi
-from bipolar_jax.models.cache import KVCache
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.models.blocks.attention import Heads, attend_to_cache, causal_attention, prompts_alibi
+from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
+from bipolar_jax.models.blocks.fused_decode import fused_layers
+from bipolar_jax.models.blocks.norm import Norm, make_norm, project_onto
+from bipolar_jax.models.blocks.prompt_heads import Projections, prompt_heads, prompt_tables
+from bipolar_jax.models.blocks.rope import Tables, rope_tables
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.feed_forward import MLP, SwiGLU
-from bipolar_jax.models.fused_decode import fused_layers
-from bipolar_jax.models.norm import Norm, make_norm, project_onto
-from bipolar_jax.models.prompt_heads import Projections, prompt_heads, prompt_tables
-from bipolar_jax.models.rope import Tables, rope_tables
+from bipolar_jax.models.kv_cache.cache import KVCache
 
 Attend = Callable[[Projections], Heads]
 
@@ -161,7 +162,7 @@ class Transformer(nnx.Module):
         hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
         try:
             hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
-        except NotImplementedError:
+        except Unsupported:
             hidden, cache = self._decode_layers(hidden, tables, cache)
         return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
 

@@ -1,19 +1,19 @@
 """Flax layers with packed weights, and what trains them."""
 
-from bipolar_jax.nn.bit_schedule import BitSchedule
-from bipolar_jax.nn.distillation import distillation_loss
-from bipolar_jax.nn.dot_general import DotGeneral
-from bipolar_jax.nn.embed import Embed
-from bipolar_jax.nn.joined import joined
-from bipolar_jax.nn.linear import Linear
-from bipolar_jax.nn.linear_general import LinearGeneral
-from bipolar_jax.nn.linen_dot_general import LinenDotGeneral
-from bipolar_jax.nn.packed import Packed
-from bipolar_jax.nn.quantization_aware import quantization_aware
-from bipolar_jax.nn.quantize_linen import PackedLinen
-from bipolar_jax.nn.quantize_model import quantize_model
-from bipolar_jax.nn.quantized_einsum import QuantizedEinsum
-from bipolar_jax.nn.stateful_dot_general import StatefulDotGeneral
+from bipolar_jax.nn.convert.quantization_aware import quantization_aware
+from bipolar_jax.nn.convert.quantize_linen import PackedLinen
+from bipolar_jax.nn.convert.quantize_model import quantize_model
+from bipolar_jax.nn.layers.embed import Embed
+from bipolar_jax.nn.layers.joined import joined
+from bipolar_jax.nn.layers.linear import Linear
+from bipolar_jax.nn.layers.linear_general import LinearGeneral
+from bipolar_jax.nn.layers.packed import Packed
+from bipolar_jax.nn.training.bit_schedule import BitSchedule
+from bipolar_jax.nn.training.distillation import distillation_loss
+from bipolar_jax.nn.training.dot_general import DotGeneral
+from bipolar_jax.nn.training.linen_dot_general import LinenDotGeneral
+from bipolar_jax.nn.training.quantized_einsum import QuantizedEinsum
+from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 
 __all__ = [
     "BitSchedule",

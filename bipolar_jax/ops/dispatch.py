@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from bipolar_jax.kernels import reference, sm90, xla
+from bipolar_jax.kernels.unsupported import Unsupported
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sm90": sm90, "xla": xla}
 
@@ -26,15 +27,15 @@ def first_able[Result](implementation: str, call: Callable[[ModuleType], Result]
       What the call returned, the backend's name, and those tried before with what each could not do.
 
     Raises:
-      NotImplementedError: no backend that was tried can serve it; lists each one's reason.
+      Unsupported: no backend that was tried can serve it; lists each one's reason.
     """
     passed_over: dict[str, str] = {}
     for name in _AUTO_ORDER if implementation == "auto" else (implementation,):
         try:
             return call(BACKENDS[name]), name, passed_over
-        except NotImplementedError as reason:
+        except Unsupported as reason:
             passed_over[name] = str(reason)
-    raise NotImplementedError("no backend can serve this product: " + "; ".join(map(": ".join, passed_over.items())))
+    raise Unsupported("no backend can serve this product: " + "; ".join(map(": ".join, passed_over.items())))
 
 
 def dispatch[Result](implementation: str, call: Callable[[ModuleType], Result]) -> Result:

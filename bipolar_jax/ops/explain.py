@@ -53,7 +53,7 @@ def explain(
 
     Raises:
       ValueError: as `matmul` would.
-      NotImplementedError: no backend that was tried can serve the product; lists each one's reason.
+      Unsupported: no backend that was tried can serve the product; lists each one's reason.
     """
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.activations import quantize_tokens
-from bipolar_jax.kernels.epilogue import activate_and_add
-from bipolar_jax.kernels.prologue import Activation, Prologue, check_activation, check_prologue
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.epilogue import activate_and_add
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_activation, check_prologue
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
@@ -78,7 +78,7 @@ def matmul(
     Raises:
       ValueError: x is not float, sizes do not fit, bits outside 1..8, or K so large that
         an int32 sum could overflow.
-      NotImplementedError: the backend asked for cannot serve these operands.
+      Unsupported: the backend asked for cannot serve these operands.
     """
     x = jnp.asarray(x)
     bias, residual = (None if array is None else jnp.asarray(array) for array in (bias, residual))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import xla
+from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import dispatch
 from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.packing import BipolarArray
@@ -48,7 +49,7 @@ def pack_weights(
     with jax.named_scope("bipolar_pack"):
         try:
             planes, row_sums = dispatch(implementation, pack)
-        except NotImplementedError:
+        except Unsupported:
             planes, row_sums = pack(xla)
     return BipolarArray(
         planes=planes,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.ops.matmul import matmul, vary_alike
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format

@@ -1,1 +1,1 @@
-"""Measured choices, one JSON table a device; `experiments/tune_matmul.py` writes them."""
+"""Measured choices, one JSON table a device; `experiments/bench/tune.py` writes them."""

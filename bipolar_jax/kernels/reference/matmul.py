@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels import epilogue
-from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Activation, Prologue
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import jax
 
-from bipolar_jax.kernels import weights
-from bipolar_jax.kernels.sm90.execution import check_runnable, interpret_params
+from bipolar_jax.kernels.semantics import weights
+from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
 
 __all__ = [
     "decode_attention",
@@ -48,13 +48,13 @@ def plan_matmul(m, dtype, w, a_format):
 
 
 def pack_weights(w, half_steps, offset, number_format, group_size):
-    """See `Backend.pack_weights`; `weight_packing.pack_columns` has what is not served."""
+    """See `Backend.pack_weights`; `weight_prep.pack` has what is not served."""
     check_runnable()
-    from bipolar_jax.kernels.sm90 import weight_packing
+    from bipolar_jax.kernels.sm90.weight_prep.pack import pack_columns
 
     by_kernel, by_xla = (
         functools.partial(pack, number_format=number_format, group_size=group_size)
-        for pack in (weight_packing.pack_columns, weights.pack_weights)
+        for pack in (pack_columns, weights.pack_weights)
     )
     if (params := interpret_params()) is not None:
         return by_kernel(w, half_steps, offset, interpret=params)
@@ -63,17 +63,17 @@ def pack_weights(w, half_steps, offset, number_format, group_size):
 
 
 def decode_attention(*args, **options):
-    """See `attention.decode_attention`."""
+    """See `launch.decode_attention`."""
     check_runnable()
-    from bipolar_jax.kernels.sm90 import attention
+    from bipolar_jax.kernels.sm90.decode_attention import launch
 
-    return attention.decode_attention(*args, **options, interpret=interpret_params())
+    return launch.decode_attention(*args, **options, interpret=interpret_params())
 
 
 def prompt_heads(*args, **options):
     """See `prompt_projection.prompt_heads`."""
     check_runnable()
-    from bipolar_jax.kernels.sm90 import prompt_projection
+    from bipolar_jax.kernels.sm90.projections import prompt_projection
 
     return prompt_projection.prompt_heads(*args, **options, interpret=interpret_params())
 
@@ -81,7 +81,7 @@ def prompt_heads(*args, **options):
 def feed_forward(*args):
     """See `sign_projection.feed_forward`."""
     check_runnable()
-    from bipolar_jax.kernels.sm90 import sign_projection
+    from bipolar_jax.kernels.sm90.projections import sign_projection
 
     return sign_projection.feed_forward(*args)
 
@@ -89,13 +89,13 @@ def feed_forward(*args):
 def decode_layers(*args, **options):
     """See `layers.operation.decode_layers`."""
     check_runnable()
-    from bipolar_jax.kernels.sm90.layers import operation
+    from bipolar_jax.kernels.sm90.decode_step import api
 
-    return operation.decode_layers(*args, **options, interpret=interpret_params())
+    return api.decode_layers(*args, **options, interpret=interpret_params())
 
 
 def _operations() -> ModuleType:
     check_runnable()
-    from bipolar_jax.kernels.sm90 import operations
+    from bipolar_jax.kernels.sm90.backend import operations
 
     return operations

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels import epilogue
-from bipolar_jax.kernels.activations import quantize_tokens
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.prologue import Activation, Prologue
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 

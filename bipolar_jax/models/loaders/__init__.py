@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from bipolar_jax.models.checkpoint import load_model
-from bipolar_jax.models.loaders.gguf import load_gguf
-from bipolar_jax.models.loaders.huggingface import load_huggingface
+from bipolar_jax.models.loaders.gguf.load import load_gguf
+from bipolar_jax.models.loaders.huggingface.load import load_huggingface
 from bipolar_jax.models.pretrained import PretrainedModel
 
 __all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"]

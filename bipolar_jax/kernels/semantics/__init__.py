@@ -1,0 +1,1 @@
+"""What all backends agree on: how activations are quantized, weights packed, and products finished."""

@@ -1,0 +1,78 @@
+"""From integer products to the output: the arithmetic that follows every mainloop.
+
+With activations s_x (v_x - v0) per token and weights s_w v_w + o_w per output row n and
+group g of true length L,
+
+    y[m, n] = s_x[m] * sum_g (s_w[n, g] * (I[m, n, g] - v0[m] * V_w[n, g])
+                              + o_w[n, g] * (V_x[m, g] - v0[m] * L[g])) + bias[n],
+
+where I is the integer product of the values, and V_w and V_x are their sums over the group.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation
+
+
+def value_sums(
+    code_sums: Int[Array, "*rows"], number_format: BipolarFormat, length: int | Int[Array, "..."]
+) -> Int[Array, "*rows"]:
+    """Sums of values from sums of codes over groups of `length` elements: v = 2 u - W."""
+    return 2 * code_sums - number_format.max_value * length
+
+
+def scale_group(
+    integers: Int[Array, "m n"],
+    zero_value: Int[Array, " m"],
+    w_value_sums: Int[Array, " n"],
+    scale: Float[Array, " n"],
+) -> Float[Array, "m n"]:
+    """s_w * (I - v0 V_w) of one group, float32."""
+    return _difference(integers, zero_value[:, None] * w_value_sums) * scale
+
+
+def offset_group(
+    x_value_sums: Int[Array, " m"],
+    zero_value: Int[Array, " m"],
+    length: int | Int[Array, ""],
+    offset: Float[Array, " n"],
+) -> Float[Array, "m n"]:
+    """o_w * (V_x - v0 L) of one group, float32."""
+    return _difference(x_value_sums, zero_value * length)[:, None] * offset
+
+
+def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """a - b, rounded once to float32.
+
+    Both fit int32, their difference need not, and rounding them first would lose all the
+    digits they share. Their halves differ by no more than int32 holds; the odd bits follow.
+    """
+    halves = (a >> 1) - (b >> 1)
+    odd = (a & 1) - (b & 1)
+    return 2.0 * halves.astype(jnp.float32) + odd.astype(jnp.float32)
+
+
+def finish(
+    total: Float[Array, "m n"],
+    token_scale: Float[Array, " m"] | None,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """Token scale, bias, activation and cast; then the residual, in that dtype."""
+    y = total if token_scale is None else total * token_scale[:, None]
+    y = y if bias is None else y + bias.astype(jnp.float32)
+    return activate_and_add(y, activation, dtype, residual)
+
+
+def activate_and_add(
+    y: Float[Array, "m n"], activation: Activation | None, dtype: jnp.dtype, residual: Float[Array, "m out"] | None
+) -> Float[Array, "m out"]:
+    """The end of `finish`."""
+    y = (y if activation is None else activation(y)).astype(dtype)
+    return y if residual is None else residual + y

@@ -1,0 +1,204 @@
+"""What happens to a finished accumulator: correction, scales, bias, cast, store."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.semantics.prologue import Activation, Function
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+
+# 2 sqrt(2 / pi), and that times 0.044715: arXiv 1606.08415, section 2.
+_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_SLOPE
+
+_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenTerms:
+    """What the epilogue needs of each token: sums of codes, zero codes, scales (None: the product stays integer)."""
+
+    code_sums: Int[Array, " m"]
+    zero_code: Int[Array, " m"]
+    scale: Float[Array, " m"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ColumnTerms:
+    """What the epilogue needs of each column of the output; None where there is nothing to apply.
+
+    Attributes:
+      code_sums: of the column's codes, if it has one scale.
+      scale: that scale.
+      offset: of the column's numbers.
+      scaled_value_sums: sum over groups of scale times sum of values, if it has one scale a group.
+      bias: added last.
+    """
+
+    code_sums: Int[Array, " n"] | None = None
+    scale: Float[Array, " n"] | None = None
+    offset: Float[Array, " n"] | None = None
+    scaled_value_sums: Float[Array, " n"] | None = None
+    bias: Float[Array, " n"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupTerms:
+    """What the mainloop needs of each group of K.
+
+    y = s_x (sum_g (scale_g T_g + offset_g X_g) + ...) where T_g is the group's sum of products.
+
+    Attributes:
+      scale: of each column.
+      offset: of each column; None if all are 0.
+      token_sums: X_g, sums over the group of each token's values, if there are offsets.
+    """
+
+    scale: Float[Array, "groups n"]
+    offset: Float[Array, "groups n"] | None = None
+    token_sums: Float[Array, "groups m"] | None = None
+
+
+def chunk_columns(dtype: jnp.dtype) -> int:
+    """Columns of the output that are staged at a time: rows of 128 bytes."""
+    return BYTES_PER_ROW // jnp.dtype(dtype).itemsize
+
+
+def staging_transforms(width: int, dtype: jnp.dtype) -> tuple[plgpu.SwizzleTransform]:
+    """Layout in shared memory of what the TMA store reads: rows as wide as the swizzle."""
+    return (plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),)
+
+
+def finish(
+    product: Int[Array, "tile_m width"],
+    recovery: Recovery,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    dtype: jnp.dtype,
+) -> Array:
+    """From a piece of the accumulator to the output's dtype; the terms are refs in shared memory.
+
+    y = s_x (s_w t + o_w X) + bias with t the exact (half) product of values and X the sum of
+    the token's values; see `recovery`.
+    """
+    return _finish(product, recovery, tokens, columns, token_axis=0).astype(dtype)
+
+
+def activate(activation: Activation, parts: list[Float[Array, "tile_m width"]], dtype: jnp.dtype) -> Array:
+    """What an activation makes of one part of the product or, gated, of two: as `Activation` has it, in `dtype`."""
+    y = _function(activation.function, parts[0])
+    return (y * parts[1] if activation.gated else y).astype(dtype)
+
+
+def _function(name: Function, x: Array) -> Array:
+    """As x * logistic(t): with t = x silu, and gelu by its tanh formula as (1 + tanh(u)) / 2 = logistic(2 u)."""
+    if name == "relu":
+        return jnp.maximum(x, 0.0)
+    t = x if name == "silu" else x * (_GELU_SLOPE + _GELU_CUBIC * (x * x))
+    # The square of a root's inverse in place of a division, which has no fast instruction in Mosaic.
+    root = lax.rsqrt(1.0 + jnp.exp(-t))
+    return x * (root * root)
+
+
+def finish_transposed(
+    product: Int[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Array:
+    """As `finish`, of an accumulator whose rows are columns of the output; float32, or int32 without scales."""
+    return _finish(product, recovery, tokens, columns, token_axis=1)
+
+
+def finish_groups_transposed(
+    total: Float[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Float[Array, "tile_n width"]:
+    """From the scaled sums of groups, corrected before: the tokens' scales and the bias."""
+    y = total * lax.broadcast_in_dim(load_column_vector(tokens.scale) * recovery.scale_factor, total.shape, (1,))
+    if columns.bias is not None:
+        y = y + lax.broadcast_in_dim(load_row_vector(columns.bias), total.shape, (0,))
+    return y
+
+
+def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms, token_axis: int) -> Array:
+    shape = product.shape
+    layouts = {0: _ALONG_ROWS, 1: _ALONG_COLUMNS}
+    load_token = functools.partial(_load_term, layout=layouts[token_axis])
+    load_column = functools.partial(_load_term, layout=layouts[1 - token_axis])
+    # Where all sums fit the 24 bits of a float32 they are exact there too, and float arithmetic
+    # is twice as fast as integer arithmetic.
+    number = jnp.float32 if tokens.scale is not None and recovery.fits_float32 else jnp.int32
+
+    def of_tokens(vector):
+        return lax.broadcast_in_dim(vector, shape, (token_axis,))
+
+    def of_columns(vector):
+        return lax.broadcast_in_dim(vector, shape, (1 - token_axis,))
+
+    code_sums, zero_code = load_token(tokens.code_sums), load_token(tokens.zero_code)
+    value_sums = recovery.column_value_sums(load_column(columns.code_sums)).astype(number)
+    total = product.astype(number) * recovery.product_weight + of_tokens(recovery.row_term(code_sums).astype(number))
+    total = total + of_tokens(recovery.column_weight(zero_code).astype(number)) * of_columns(value_sums)
+    if tokens.scale is None:
+        return total
+    y = total.astype(jnp.float32) * of_columns(load_column(columns.scale))
+    if columns.offset is not None:
+        x_sums = recovery.token_value_sums(code_sums, zero_code).astype(jnp.float32)
+        y = y + of_tokens(x_sums) * of_columns(load_column(columns.offset))
+    y = y * of_tokens(load_token(tokens.scale) * recovery.scale_factor)
+    if columns.bias is not None:
+        y = y + of_columns(load_column(columns.bias))
+    return y
+
+
+def add_group(
+    acc: Int[Array, "tile_m tile_n"], total: Float[Array, "tile_m tile_n"], terms: GroupTerms, weight: int
+) -> Float[Array, "tile_m tile_n"]:
+    """Adds one group's integer sums times `weight` and scale, and its offsets; terms are refs in shared memory."""
+    sums = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(jnp.float32)
+    scale = load_column_vector(terms.scale)
+    total = total + sums * lax.broadcast_in_dim(scale * float(weight), sums.shape, (1,))
+    if terms.offset is not None:
+        token_sums = lax.broadcast_in_dim(load_row_vector(terms.token_sums), sums.shape, (0,))
+        total = total + token_sums * lax.broadcast_in_dim(load_column_vector(terms.offset), sums.shape, (1,))
+    return total
+
+
+def finish_grouped(
+    total: Float[Array, "tile_m width"],
+    recovery: Recovery,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    dtype: jnp.dtype,
+) -> Float[Array, "tile_m width"]:
+    """From a piece of the scaled sums of groups to the output's dtype.
+
+    y = s_x (total + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
+    """
+    shape = total.shape
+    zero = recovery.column_weight(load_row_vector(tokens.zero_code)).astype(jnp.float32)
+    y = total + lax.broadcast_in_dim(zero, shape, (0,)) * lax.broadcast_in_dim(
+        load_column_vector(columns.scaled_value_sums), shape, (1,)
+    )
+    y = y * lax.broadcast_in_dim(load_row_vector(tokens.scale) * recovery.scale_factor, shape, (0,))
+    if columns.bias is not None:
+        y = y + lax.broadcast_in_dim(load_column_vector(columns.bias), shape, (1,))
+    return y.astype(dtype)
+
+
+def _load_term(ref, layout: plgpu.Layout) -> Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+load_row_vector = functools.partial(_load_term, layout=_ALONG_ROWS)
+load_column_vector = functools.partial(_load_term, layout=_ALONG_COLUMNS)

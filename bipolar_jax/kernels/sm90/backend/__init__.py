@@ -1,0 +1,1 @@
+"""What the dispatcher calls: operations, and the choice of kernel and tiles."""

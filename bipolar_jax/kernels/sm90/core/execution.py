@@ -1,0 +1,55 @@
+"""Where the Hopper kernels can run: on the GPU, or interpreted for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+
+from bipolar_jax.kernels.unsupported import Unsupported
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+_interpret_params: contextvars.ContextVar[InterpretGPUParams | None] = contextvars.ContextVar(
+    "interpret_params", default=None
+)
+
+
+@contextlib.contextmanager
+def interpreted(params: InterpretGPUParams) -> Iterator[None]:
+    """Kernels traced within run in Pallas' GPU interpret mode, on any device and slowly: for tests.
+
+    What is jitted within stays interpreted after, JAX's cache not knowing of it.
+    """
+    token = _interpret_params.set(params)
+    try:
+        yield
+    finally:
+        _interpret_params.reset(token)
+
+
+def interpret_params() -> InterpretGPUParams | None:
+    """Parameters of the interpret mode that is on, if any."""
+    return _interpret_params.get()
+
+
+def is_hopper(device: jax.Device) -> bool:
+    """Whether a device has the instructions these kernels are made of."""
+    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+
+
+def default_device() -> jax.Device:
+    """Where JAX puts what is not told where to go; what is lowered for another platform is not asked about."""
+    chosen = jax.config.jax_default_device
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+
+def check_runnable() -> None:
+    """Raises Unsupported unless the default device is a Hopper GPU, or interpret mode is on."""
+    device = default_device()
+    if interpret_params() is None and not is_hopper(device):
+        raise Unsupported(f"its kernels need an NVIDIA GPU of compute capability 9.0, not {device.device_kind}")

@@ -1,0 +1,165 @@
+"""How decode attention is shared out: over blocks, over threads, and in shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
+from bipolar_jax.kernels.unsupported import Unsupported
+
+ROWS = 16  # positions that a warpgroup looks at together: 4 a warp, 8 threads each
+_THREADS_OF_ROW = 8
+_MOST_NUMBERS = 512  # of the queries of a block together: with their sums they fill half of the registers
+_RING_BYTES = 96 * 1024  # of shared memory for keys and values on their way: two blocks fit a multiprocessor
+_TILE_BYTES = 16 * 1024  # of keys to load at once, about
+_MOST_POSITIONS, _MOST_SLOTS = 64, 8
+_MOST_BLOCKS = 8  # of a cluster, without asking the driver for more
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """One block takes some queries of a key head, and every `splits`-th run of its positions.
+
+    Attributes:
+      batch, heads, kv_heads, capacity, head_dim: of the model and its cache.
+      bits: of the cache's numbers, 8 or 4, or None for floats.
+      itemsize: bytes of a number or a code of the cache.
+      splits: blocks that share the positions of a sequence.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    bits: int | None
+    itemsize: int
+    splits: int
+
+    @property
+    def group(self) -> int:
+        """Queries that share a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def members(self) -> int:
+        """Among how many the queries of a key head are dealt out; they read the same keys at the same time."""
+        return -(-self.group * self.head_dim // _MOST_NUMBERS)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a key head in one sequence."""
+        return self.members * self.splits
+
+    @property
+    def queries(self) -> int:
+        """Of a block; the last ones of the last member may be beyond the group."""
+        return -(-self.group // self.members)
+
+    @property
+    def half(self) -> int:
+        """Numbers of half a vector. Rotary pairs, and the two codes of a byte, are one number of each half."""
+        return self.head_dim // 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a vector in the cache, without its scale and zero."""
+        return (self.half if self.bits == 4 else self.head_dim) * self.itemsize
+
+    @property
+    def positions(self) -> int:
+        """Positions of a run, which is loaded at once."""
+        positions = ROWS
+        while 2 * positions <= min(_MOST_POSITIONS, _TILE_BYTES // self.row_bytes):
+            positions *= 2
+        return positions
+
+    @property
+    def slots(self) -> int:
+        """Runs of keys, and as many of values, that are on their way or being looked at."""
+        return max(2, min(_MOST_SLOTS, _RING_BYTES // (2 * self.positions * self.row_bytes)))
+
+    @property
+    def layout(self) -> Any:
+        """Of [rows, half] numbers: 8 threads a row, each with vectors as long as one load can be."""
+        return rows_layout(self.half, 8 if self.itemsize < 4 else 4)
+
+    @property
+    def sums_layout(self) -> Any:
+        """Likewise, but of sums in float32 that go through shared memory and are summed over rows."""
+        return rows_layout(self.half, 4)
+
+
+def rows_layout(columns: int, longest: int) -> Any:
+    """Layout of [16 rows, columns], with vectors of up to `longest` numbers.
+
+    Raises:
+      Unsupported: columns that 8 threads cannot share.
+    """
+    if columns % _THREADS_OF_ROW:
+        raise Unsupported(f"head_dim must be a multiple of {2 * _THREADS_OF_ROW}, not {2 * columns}")
+    vector = longest
+    while columns % (_THREADS_OF_ROW * vector):
+        vector //= 2
+    width = _THREADS_OF_ROW * vector
+    layout = mgpu.TiledLayout(
+        plgpu.Tiling(((ROWS, width), (ROWS // 4, width), (1, vector))),
+        warp_dims=(-6,),
+        lane_dims=(-4, -3),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def plan_attention(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    bits: int | None,
+    splits: int | None = None,
+) -> AttentionPlan:
+    """The plan for one token of each sequence.
+
+    Args:
+      batch, heads, kv_heads, capacity, head_dim: of the model and its cache.
+      dtype: of the cache's numbers or codes.
+      bits: of the cache's numbers, 8 or 4, or None for floats.
+      splits: blocks that share a sequence's positions, 1, 2, 4 or 8; None chooses.
+
+    Raises:
+      Unsupported: head_dim that is no multiple of 16 (with 4 bits, of 32) or above 256; capacity that is no
+        multiple of 64; more queries for a key head than 8 blocks can take.
+    """
+    if head_dim % (2 * _THREADS_OF_ROW) or head_dim > 256:
+        raise Unsupported(
+            f"head_dim must be a multiple of {2 * _THREADS_OF_ROW} up to 256, not {head_dim}: XLA serves others"
+        )
+    if capacity % _MOST_POSITIONS:
+        raise Unsupported(f"capacity must be a multiple of {_MOST_POSITIONS}, not {capacity}: XLA serves others")
+    plan = AttentionPlan(batch, heads, kv_heads, capacity, head_dim, bits, jnp.dtype(dtype).itemsize, 1)
+    if plan.row_bytes % TMA_ALIGNMENT:
+        raise Unsupported(
+            f"a vector in the cache must have a multiple of {TMA_ALIGNMENT} bytes, not {plan.row_bytes}: "
+            "XLA serves others"
+        )
+    if plan.members > _MOST_BLOCKS:
+        raise Unsupported(f"{plan.group} queries of {head_dim=} that share a key head: XLA serves them")
+    if splits is None:
+        # Two blocks fit a multiprocessor: as many as are there at once, and no more than there are runs.
+        splits, blocks = 1, batch * kv_heads * plan.members
+        while (
+            2 * splits * plan.members <= _MOST_BLOCKS
+            and 2 * splits * blocks <= 2 * MULTIPROCESSORS
+            and 2 * splits * plan.positions <= capacity
+        ):
+            splits *= 2
+    return dataclasses.replace(plan, splits=splits)

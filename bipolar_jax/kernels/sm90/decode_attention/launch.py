@@ -1,0 +1,283 @@
+"""One new token of each sequence attends to the cache and enters it, in one pass over the keys and values.
+
+A cluster of blocks takes the queries of one key head in one sequence. Runs of positions are dealt out to its blocks,
+each a warpgroup, as far as the sequence has grown; keys and values arrive by TMA in a ring of slots, and are widened
+in registers. Every row of 16 has a softmax of its own, which needs no word with the others until the end; then
+rows meet in shared memory and blocks in global memory, in an order that does not depend on time.
+
+The new token is where the sums start, so that nobody reads what is written to the cache: what attention sees of it
+is computed by every block, as the cache will hold it, and one block writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
+from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, publish, store_total, sum_rows
+from bipolar_jax.kernels.sm90.decode_attention.steps import (
+    Kept,
+    add_values,
+    keep,
+    load_grids,
+    load_rows,
+    load_vector,
+    products,
+    rescale,
+    start_sums,
+    store_vector,
+    to_rows,
+)
+from bipolar_jax.kernels.unsupported import Unsupported
+
+_NOTHING = -1e30  # score of what is not to be seen; finite, so that the difference of two is a number
+_SCRATCH_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 warps
+
+
+def decode_attention(
+    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+    *,
+    bits: int | None = None,
+    tables: tuple[Float[Array, "batch half"], Float[Array, "batch half"]] | None = None,
+    slopes: Float[Array, " heads"] | None = None,
+    splits: int | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "batch heads head_dim"], tuple[Array, ...], tuple[Array, ...]]:
+    """Attends to the positions before `lengths` and to the new token, and writes that one at `lengths`.
+
+    A sequence whose length is the capacity keeps what it has, and attends to that alone. With FlashDecoding's split
+    of the sequence (Dao et al. 2023) and the online softmax of Milakov and Gimelshein 2018, arXiv 1805.02867.
+
+    Args:
+      projected: of the new token; q, k and v, or one array with all their heads in this order. Consecutive queries
+        share a key head.
+      keys, values: of the whole cache: numbers [layers, batch, kv_heads, capacity, head_dim]; or codes (4 bits: two a
+        byte, of elements d and d + head_dim / 2), scales and zeros, as `models.quantized_heads` has them. They are
+        written in place where the caller gives them away.
+      layer: the cache's layer.
+      lengths: positions of each sequence that the cache holds.
+      bits: of the cache's numbers, 8 or 4, or None for floats.
+      tables: cosines and sines that q and k are rotated by, float32.
+      slopes: ALiBi's; slope * position is added to the scores after their scaling.
+      splits: blocks that share a sequence, 1, 2, 4 or 8; None chooses.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      What the queries get, in their dtype; keys; values.
+
+    Raises:
+      ValueError: shapes that do not fit.
+      Unsupported: a cache of floats of another dtype; sizes that it does not serve, see `plan_attention`.
+    """
+    batch, _, head_dim = projected[0].shape
+    dtype, (_, _, kv_heads, capacity, _) = projected[0].dtype, keys[0].shape
+    heads = sum(x.shape[1] for x in projected) - 2 * kv_heads
+    expected = [(heads, kv_heads, kv_heads), (heads + 2 * kv_heads,)]
+    if heads < 1 or heads % kv_heads or tuple(x.shape[1] for x in projected) not in expected:
+        shapes = ", ".join(str(x.shape) for x in projected)
+        raise ValueError(f"heads of shapes {shapes} do not fit a cache of shape {keys[0].shape}")
+    if bits is None and dtype != keys[0].dtype:
+        raise Unsupported(f"heads are {dtype}, the cache has {keys[0].dtype}: XLA converts them")
+    plan = plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
+    options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
+    caches = [jax.new_ref(array) for array in (*keys, *values)]
+    out, _, _ = plgpu.kernel(
+        functools.partial(_kernel, plan, tree, len(caches), interpret is not None),
+        out_type=[
+            jax.ShapeDtypeStruct((batch, heads, head_dim), dtype),
+            # Totals of the blocks that share a sequence.
+            jax.ShapeDtypeStruct((batch, heads, ROWS, head_dim) if plan.splits > 1 else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 2, ROWS) if plan.splits > 1 else (1,), jnp.float32),
+        ],
+        grid=(kv_heads, batch),
+        grid_names=("kv_head", "sequence"),
+        cluster=(plan.cluster,),
+        cluster_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=_scratch(plan, keys[0].dtype),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,  # powers of two
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=_SCRATCH_BYTES,
+        ),
+        kernel_name="decode_attention",
+        interpret=interpret,
+    )(layer.reshape(1), lengths, *options, *caches)
+    arrays = [jax.freeze(ref) for ref in caches]
+    return out, tuple(arrays[: len(keys)]), tuple(arrays[len(keys) :])
+
+
+def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:
+    ring = plgpu.SMEM((plan.slots, plan.positions, plan.row_bytes // plan.itemsize), dtype)
+    return dict(
+        key_ring=ring,
+        value_ring=ring,
+        keys_arrived=plgpu.Barrier(num_barriers=plan.slots),
+        values_arrived=plgpu.Barrier(num_barriers=plan.slots),
+        staging=plgpu.SMEM((ROWS, plan.head_dim), jnp.float32),
+        blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)),
+    )
+
+
+def _kernel(
+    plan: AttentionPlan,
+    tree,
+    num_caches,
+    emulate,
+    layer,
+    lengths,
+    *refs,
+    key_ring,
+    value_ring,
+    keys_arrived,
+    values_arrived,
+    staging,
+    blocks_done,
+):
+    *options, out, sums_out, terms_out = refs
+    options, caches = options[:-num_caches], options[-num_caches:]
+    keys, values = caches[: num_caches // 2], caches[num_caches // 2 :]
+    projected, tables, slopes = jax.tree.unflatten(tree, options)
+    kv_head, sequence, block = (lax.axis_index(name) for name in ("kv_head", "sequence", "block"))
+    member, rank = lax.div(block, plan.splits), lax.rem(block, plan.splits)
+    layer, length = layer[0], lengths[sequence]
+    seen = jnp.minimum(length, plan.capacity)
+    # Runs are dealt out in turn: of them all, and of this block.
+    runs = lax.div(seen + plan.positions - 1, plan.positions)
+    turns = lax.div(runs - rank + plan.splits - 1, plan.splits)
+
+    def first_position(turn):
+        return (rank + turn * plan.splits) * plan.positions
+
+    def load(turn, source, ring, arrived):
+        slot = lax.rem(turn, plan.slots)
+
+        @pl.when(turn < turns)
+        def _():
+            # [positions, head_dim], or bytes; all in one piece, so that one copy of bytes does
+            rows = source.at[layer, sequence, kv_head, pl.ds(first_position(turn), plan.positions)]
+            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(rows, ring.at[slot], arrived.at[slot], oob_mode=in_bounds)
+
+    def reload(turn, load):
+        if emulate:
+            # The copy waits for the warpgroup's reads, which suffices; the race detector wants to be told.
+            plgpu.commit_smem()
+        load(turn + plan.slots)
+
+    load_keys = functools.partial(load, source=keys[0], ring=key_ring, arrived=keys_arrived)
+    load_values = functools.partial(load, source=values[0], ring=value_ring, arrived=values_arrived)
+    for turn in range(plan.slots):
+        load_keys(turn + 0 * rank)
+        load_values(turn + 0 * rank)
+
+    # Arrays and their first heads.
+    if len(projected) == 3:
+        q, k, v = ((ref, 0) for ref in projected)
+    else:
+        q, k, v = ((*projected, first) for first in (0, plan.heads, plan.heads + plan.kv_heads))
+
+    def vector(array, head, tables=None):
+        ref, first = array
+        return load_vector(plan, ref.at[sequence, first + head], tables)
+
+    # The last member's queries beyond the group are the group's last one again.
+    heads = [kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)]
+    if tables is not None:
+        tables = [table.at[sequence] for table in tables]
+    unit = math.log2(math.e) / math.sqrt(plan.head_dim)
+    queries = [tuple(half * unit for half in vector(q, head, tables)) for head in heads]
+    slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
+
+    def new_token() -> tuple[Kept, Kept]:
+        return keep(plan, vector(k, kv_head, tables)), keep(plan, vector(v, kv_head))
+
+    key, value = (kept.numbers() for kept in new_token())
+    joins = length < plan.capacity
+    share = jnp.where(joins & (rank == 0), 1 / ROWS, 0.0)
+    scores = [sum(jnp.sum(a * b, axis=0) for a, b in zip(query, key, strict=True)) for query in queries]
+    if slopes is not None:
+        scores = [score + length.astype(jnp.float32) * each for score, each in zip(scores, slope, strict=True)]
+    sums = [start_sums(plan, jnp.where(joins, score, _NOTHING), value, share) for score in scores]
+    query_sums = [jnp.sum(first + second, axis=0) for first, second in queries]
+    wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
+    slices = range(0, plan.positions, ROWS)
+
+    def grids(arrays, first):
+        if plan.bits is None:
+            return [None for _ in slices]
+        scale, zero = (array.at[layer, sequence, kv_head] for array in arrays[1:])
+        return [load_grids(plan, scale, zero, first + row) for row in slices]
+
+    def step(turn, sums):
+        slot, first = lax.rem(turn, plan.slots), first_position(turn)
+        key_grids, value_grids = grids(keys, first), grids(values, first)
+        plgpu.barrier_wait(keys_arrived.at[slot])
+        scores = [[] for _ in heads]
+        for row, grid in zip(slices, key_grids, strict=True):
+            rows = load_rows(plan, key_ring.at[slot], row)
+            position = first + row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plan.layout.reduce(1))
+            for i in range(len(heads)):
+                score = products(wide_queries[i], rows)
+                if grid is not None:
+                    score = (score - grid[1] * query_sums[i]) * grid[0]
+                if slopes is not None:
+                    score = score + position.astype(jnp.float32) * slope[i]
+                scores[i].append(jnp.where(position < seen, score, _NOTHING))
+        reload(turn, load_keys)
+        rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
+        sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
+        plgpu.barrier_wait(values_arrived.at[slot])
+        for j, (row, grid) in enumerate(zip(slices, value_grids, strict=True)):
+            rows = load_rows(plan, value_ring.at[slot], row)
+            sums = [add_values(plan, each, weight[j], rows, grid) for each, weight in zip(sums, weights, strict=True)]
+        reload(turn, load_values)
+        return sums
+
+    sums = lax.fori_loop(0, turns, step, sums)
+
+    def answer(head, total):
+        for part, half in enumerate(total.context()):
+            out[sequence, head, part * plan.half : (part + 1) * plan.half] = half.astype(out.dtype)
+
+    for i, head in enumerate(heads):
+        total = sum_rows(plan, sums[i], staging)
+
+        @pl.when(member * plan.queries + i < plan.group)
+        def _(head=head, total=total):
+            if plan.splits == 1:
+                answer(head, total)
+            else:
+                store_total(plan, total, sums_out, terms_out, (sequence, head), rank)
+
+    if plan.cluster > 1:
+        publish(emulate=emulate)
+        plgpu.barrier_arrive(blocks_done)
+        plgpu.barrier_wait(blocks_done)
+        publish(emulate=emulate)
+    if plan.splits > 1:
+        for i, head in enumerate(heads):
+
+            @pl.when((member * plan.queries + i < plan.group) & (rank == i % plan.splits))
+            def _(head=head):
+                answer(head, load_total(plan, sums_out, terms_out, (sequence, head)))
+
+    # Now that no block loads from the cache any more; by one that has the least left to do.
+    @pl.when(joins & (block == plan.cluster - 1))
+    def _():
+        at = (layer, sequence, kv_head, length)
+        for kept, arrays in zip(new_token(), (keys, values), strict=True):
+            store_vector(plan, kept, arrays, at)

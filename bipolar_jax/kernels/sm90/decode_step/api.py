@@ -1,0 +1,146 @@
+"""The layers of a decode step, from packed arrays to the kernel: what it serves, and how its operands lie in memory."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
+from bipolar_jax.kernels.sm90.core.execution import default_device
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
+from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
+from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
+from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarArray
+
+
+def decode_layers(
+    hidden: Float[Array, " hidden"],
+    kernels: dict[str, BipolarArray],
+    biases: dict[str, Float[Array, "layers n"] | None],
+    norms: dict[str, RMSNorm | LayerNorm],
+    activation: Activation,
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    length: Int[Array, ""],
+    tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+    slopes: Float[Array, " heads"] | None,
+    a_format: BipolarFormat,
+    *,
+    cache_bits: int | None = None,
+    blocks: int | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
+    """All layers of a pre-norm decoder for one new token of one sequence.
+
+    Between products all numbers are float32: they are normalized and quantized from it, and added up in it.
+
+    Blocks wait for each other, so that all of them must run at the same time: one such kernel at a time on a device,
+    and on no other device than it was compiled for.
+
+    Args:
+      hidden: of the new token.
+      kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
+        scale a column.
+      biases: of the same products, or None.
+      norms: before attention, "qkv", and before the feed-forward block, "up".
+      keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
+        zeros as `models.quantized_heads` has them. The new token's are not in there, and are not written.
+      length: positions that hold a token; it is the new token's position. A full cache alone is attended to.
+      tables: cosines and sines of that position; None where positions are not rotary.
+      slopes: ALiBi's, of key positions; None where there are none.
+      a_format: 1 to 8 bits.
+      cache_bits: of the cache's codes, 8 or 4, or None for floats.
+      blocks: that work together; None takes all multiprocessors of the device.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      float32: the hidden state after all layers, not normalized; and every layer's projections of the token, queries,
+      keys and values one after the other, before they are rotated.
+
+    Raises:
+      Unsupported: formats that differ, groups, sizes, or dtypes that the kernel does not serve.
+    """
+    w_format = kernels["qkv"].format
+    for name, kernel in kernels.items():
+        if kernel.format != w_format or kernel.num_groups != 1:
+            raise Unsupported(
+                f"weights must have one format and one scale a column, {name} is {kernel.format} in "
+                f"{kernel.num_groups} groups beside {w_format}"
+            )
+        if kernel.contracted_size > w_format.max_contraction(a_format):
+            raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
+    (keys, *key_grids), (values, *value_grids) = keys, values
+    if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
+    layers, _, kv_heads, capacity, row = keys.shape
+    head_dim = row * 2 if cache_bits == 4 else row
+    if head_dim != HEAD_DIM:
+        raise Unsupported(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
+    if cache_bits is not None and capacity % TMA_ALIGNMENT:
+        raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
+    if blocks is None:
+        blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
+    shape = LayersShape(
+        num_layers=layers,
+        hidden=hidden.shape[0],
+        ffn=kernels["down"].contracted_size,
+        heads=kernels["o"].contracted_size // HEAD_DIM,
+        kv_heads=kv_heads,
+        a_format=a_format,
+        w_format=w_format,
+        norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
+        norm_eps=norms["qkv"].eps,
+        activation=activation,
+        blocks=blocks,
+        cache_bits=cache_bits,
+    )
+    weights = LayersWeights(
+        {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
+        {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
+    )
+    cos, sin = (jnp.ones(HEAD_DIM // 2), jnp.zeros(HEAD_DIM // 2)) if tables is None else tables
+    cache = Cache(
+        keys,
+        values,
+        jnp.reshape(length, (1,)).astype(jnp.int32),
+        jnp.concatenate([cos, cos]),
+        jnp.concatenate([-sin, sin]),
+        None if slopes is None else slopes.astype(jnp.float32) * math.log2(math.e),
+        tuple(key_grids),
+        tuple(value_grids),
+    )
+
+    # Blocks of several calls at a time would wait for each other for ever: under vmap calls come one by one.
+    @jax.custom_batching.sequential_vmap
+    def run(hidden, weights, cache):
+        return run_layers(hidden, weights, cache, shape, interpret=interpret)
+
+    return run(hidden.astype(jnp.float32), weights, cache)
+
+
+def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:
+    def flat(term):
+        return None if term is None else term.reshape(-1)
+
+    return ProductWeights(
+        weight_words(kernel, "planes"),
+        code_sums=flat(kernel.row_sums),
+        scale=flat(kernel.scale),
+        offset=flat(kernel.offset),
+        bias=None if bias is None else _number(flat(bias)),
+    )
+
+
+def _number(array: Array) -> Array:
+    """In a dtype that the kernel loads."""
+    return array if array.dtype in (jnp.bfloat16, jnp.float32) else array.astype(jnp.float32)

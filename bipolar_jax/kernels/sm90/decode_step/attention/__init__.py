@@ -1,0 +1,1 @@
+"""Attention inside the decode step's kernel."""

@@ -1,0 +1,1 @@
+"""Matrix product of packed operands for many tokens."""

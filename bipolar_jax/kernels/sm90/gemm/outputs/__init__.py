@@ -1,0 +1,1 @@
+"""Ways out of the product: dense tiles, heads of prompts, signs."""

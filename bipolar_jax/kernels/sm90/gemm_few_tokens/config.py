@@ -1,0 +1,97 @@
+"""How the product of few tokens is cut up: columns of the accumulator, warpgroups, rings in shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import GROUP_SIZES, PART, splits
+from bipolar_jax.kernels.unsupported import Unsupported
+
+TOKENS_PER_BLOCK = 8  # of columns of one plane: what the tensor cores take at least
+MOST_COLUMNS = 256  # of an instruction
+_MOST_WARPGROUPS, _LEAST_SLOTS, _MOST_SLOTS = 4, 3, 8
+_TERMS_BYTES = 4 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiling:
+    """How a block shares out K.
+
+    Attributes:
+      warpgroups: 1 to 4, which take 1024 elements of K in turn.
+      w_slots: tiles of one plane, 64 x 1024 bits, that each has in shared memory at a time.
+      x_slots: tiles of all planes of all tokens of a part, likewise.
+      parts: of the tokens, each of which is multiplied by itself.
+    """
+
+    warpgroups: int
+    w_slots: int
+    x_slots: int
+    parts: int = 1
+
+    def part_tokens(self, m: int) -> int:
+        """Of m tokens, those that are multiplied together."""
+        return -(-m // self.parts)
+
+
+def token_columns(m: int) -> int:
+    """Columns of the accumulator for m tokens of one plane."""
+    return -(-m // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+
+
+def x_planes(m: int, a_bits: int, group_size: int | None = None) -> int:
+    """Planes of the tokens' tiles: those of the activations, and one of whatever where no instruction is so wide."""
+    planes = splits(group_size) * a_bits
+    return planes if wgmma.is_legal_width(planes * token_columns(m)) else planes + 1
+
+
+def decode_tiling(m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int | None = None) -> DecodeTiling:
+    """The first of `decode_tilings`."""
+    return decode_tilings(m, k, a_bits, w_bits, group_size)[0]
+
+
+def decode_tilings(
+    m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int | None = None
+) -> tuple[DecodeTiling, ...]:
+    """All that fit, each with as deep rings as do: most warpgroups that have enough registers and work first.
+
+    Args:
+      m, k: sizes.
+      a_bits: of the activations.
+      w_bits: of the weights; matters for groups, which take all planes of a part at a time.
+      group_size: elements of K that share a scale, or None.
+
+    Raises:
+      Unsupported: more columns than an instruction has, or groups of another size.
+    """
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise Unsupported(f"groups of few tokens must have {GROUP_SIZES} elements, not {group_size}")
+    columns = accumulator_columns(m, a_bits, group_size)
+    if columns > MOST_COLUMNS:
+        raise Unsupported(f"{m} tokens of {a_bits} planes are {columns} columns, more than {MOST_COLUMNS}")
+    least_slots = _LEAST_SLOTS if group_size is None else max(_LEAST_SLOTS, w_bits)
+    # 512 threads have 128 registers each: too few for the widest accumulator.
+    most = _MOST_WARPGROUPS if columns <= MOST_COLUMNS // (2 if group_size is None else 4) else 2
+    tilings = []
+    for warpgroups, x_slots in itertools.product(range(min(most, -(-k // PART)), 0, -1), (2, 1)):
+        handed_over = 4 * ROWS_PER_INSTRUCTION * token_columns(m) * warpgroups  # and the output
+        left = (SHARED_MEMORY_BYTES - _TERMS_BYTES - handed_over) // (warpgroups * BYTES_PER_ROW)  # rows of tiles
+        w_slots = min(_MOST_SLOTS, (left - x_slots * columns) // ROWS_PER_INSTRUCTION)
+        if w_slots >= least_slots:
+            tilings.append(DecodeTiling(warpgroups, w_slots, x_slots))
+    return tuple(tilings)  # one warpgroup with one slot of tokens always fits
+
+
+def parted_tiling(m: int, k: int, a_bits: int) -> DecodeTiling:
+    """`decode_tiling` of as large parts of the tokens as have no more columns than an instruction."""
+    parts = next(n for n in range(1, m + 1) if accumulator_columns(-(-m // n), a_bits) <= MOST_COLUMNS)
+    return dataclasses.replace(decode_tiling(-(-m // parts), k, a_bits), parts=parts)
+
+
+def accumulator_columns(m: int, a_bits: int, group_size: int | None = None) -> int:
+    """Of an instruction: all planes of all tokens."""
+    return x_planes(m, a_bits, group_size) * token_columns(m)

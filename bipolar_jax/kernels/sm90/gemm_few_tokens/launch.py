@@ -1,0 +1,306 @@
+"""Matrix product of few tokens with packed weights, bound by reading the weights, once.
+
+Weights are the rows of the accumulator: a tile is 64 columns of the output, and for every
+plane of weights the tensor cores multiply it with all planes of all tokens at once, so that
+activations of 8 bits cost no more than those of one. Persistent blocks; each of a block's warpgroups
+has its own parts of K, which it loads for itself into a ring that runs ahead across tiles. Integer
+sums meet in shared memory, and one warpgroup finishes the tile while the others go on.
+
+With t_i the products of weight plane i, of weight p_i, with the bits of the activations,
+
+    P[n, token] = sum_j q_j sum_i p_i t_i[n, (j, token)]
+
+where the inner sum is by Horner's rule in the tensor cores' accumulator, and the outer one adds
+its column blocks. `recovery` has what completes P.
+
+Tokens of more planes than an instruction has columns are cut into parts. Each part of them and tile of columns is a
+turn of its own, neighbouring blocks having the parts of the same tile at the same time: the weights come once from
+memory, and again from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, UInt32
+
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms, load_column_vector
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, decode_tiling, token_columns, x_planes
+from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import (
+    PART,
+    WeightGroups,
+    decode_groups,
+    load_group_terms,
+    split_words,
+)
+from bipolar_jax.kernels.sm90.gemm_few_tokens.steps import add_groups, finish_tile, multiply_part, sum_columns
+
+_LEAST_COPY = 32  # numbers of 4 bytes: Mosaic copies 128 bytes at least
+
+
+def decode_matmul(
+    x_words: UInt32[Array, "x_planes m x_words"],
+    w_words: UInt32[Array, "w_planes n w_words"],
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: Recovery,
+    dtype: jnp.dtype,
+    *,
+    groups: WeightGroups | None = None,
+    tiling: DecodeTiling | None = None,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Array:
+    """x . w^T of packed planes.
+
+    Args:
+      x_words: bit planes of the tokens, zero where k is not below the true K; a multiple of 4 words.
+      w_words: likewise, of the weights.
+      tokens: terms of rows of x, [m] or more; scale None makes the output the int32 product.
+      columns: terms of rows of w.
+      recovery: how planes make products; kind "planes".
+      dtype: of the output: float32, bfloat16, float16, or int32.
+      groups: scales of groups, in place of `columns.code_sums`, `scale` and `offset`; of tokens in one part.
+      tiling: how a block shares out K, and into how many parts tokens are cut; None chooses, one part.
+      blocks: persistent thread blocks, at most one a multiprocessor.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      [m, n] in `dtype`.
+
+    Raises:
+      ValueError: words that TMA cannot address.
+      Unsupported: more tokens and planes than an instruction has columns, where the tiling is chosen here.
+    """
+    (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
+    if x_width % 4 or w_width % 4:
+        raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
+    group_size = None if groups is None else groups.group_size
+    if tiling is None:
+        tiling = decode_tiling(m, recovery.k, recovery.a_format.bits, recovery.w_format.bits, group_size)
+    if groups is not None and tiling.parts > 1:
+        raise ValueError(f"groups take tokens in one part, not in {tiling.parts}")
+    tiles = -(-n // ROWS_PER_INSTRUCTION)
+    terms = None
+    if groups is not None:
+        terms = decode_groups(x_words, groups, recovery, tiles * ROWS_PER_INSTRUCTION, token_columns(m))
+        x_words = split_words(x_words, group_size)
+    tokens, columns = jax.tree.map(lambda term: fill_up(term, TMA_ALIGNMENT // 4), (tokens, columns))
+    flat, tree = jax.tree.flatten((tokens, columns, terms))
+    columns_unit = TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
+    out = plgpu.kernel(
+        functools.partial(_kernel, m, tiles, recovery, tiling, dtype, tree, interpret is not None),
+        out_type=jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype),
+        grid=(min(tiles * tiling.parts, blocks),),
+        grid_names=("block",),
+        num_threads=tiling.warpgroups,
+        thread_name="warpgroup",
+        scratch_types=_scratch(m, recovery, tiling, dtype, tokens, columns, group_size),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="decode_matmul",
+        interpret=interpret,
+    )(x_words, w_words, *flat)
+    return out[:, :n]
+
+
+def _scratch(
+    m, recovery: Recovery, tiling: DecodeTiling, dtype, tokens: TokenTerms, columns: ColumnTerms, group_size
+) -> dict:
+    part = tiling.part_tokens(m)
+    width, others = token_columns(part), max(1, tiling.warpgroups - 1)
+    all_tokens = -(-tiling.parts * width // _LEAST_COPY) * _LEAST_COPY
+    tile = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
+    return dict(
+        w_ring=tile((tiling.warpgroups, tiling.w_slots, ROWS_PER_INSTRUCTION, WORDS_PER_ROW)),
+        x_ring=tile(
+            (
+                tiling.warpgroups,
+                tiling.x_slots,
+                x_planes(part, recovery.a_format.bits, group_size),
+                width,
+                WORDS_PER_ROW,
+            )
+        ),
+        w_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.w_slots),
+        x_arrived=plgpu.Barrier(num_barriers=tiling.warpgroups * tiling.x_slots),
+        handed_over=plgpu.SMEM((others, ROWS_PER_INSTRUCTION, width), jnp.int32 if group_size is None else jnp.float32),
+        all_handed_over=plgpu.Barrier(num_arrivals=others),
+        taken=plgpu.Barrier(),
+        tokens=jax.tree.map(lambda term: plgpu.SMEM((all_tokens,), term.dtype), tokens),
+        tokens_arrived=plgpu.Barrier(num_arrivals=len(jax.tree.leaves(tokens))),
+        columns=jax.tree.map(lambda term: plgpu.SMEM((ROWS_PER_INSTRUCTION,), term.dtype), columns),
+        columns_arrived=plgpu.Barrier(num_arrivals=max(1, len(jax.tree.leaves(columns)))),
+        staging=plgpu.SMEM((width, ROWS_PER_INSTRUCTION), dtype),
+    )
+
+
+def _kernel(
+    m,
+    tiles,
+    recovery,
+    tiling,
+    dtype,
+    tree,
+    emulate,
+    x,
+    w,
+    *refs,
+    w_ring,
+    x_ring,
+    w_arrived,
+    x_arrived,
+    tokens,
+    tokens_arrived,
+    columns,
+    columns_arrived,
+    **shared,
+):
+    *flat, out = refs
+    token_source, column_source, groups = jax.tree.unflatten(tree, flat)
+    me, block, blocks = lax.axis_index("warpgroup"), lax.axis_index("block"), lax.axis_size("block")
+    width, parts = token_columns(tiling.part_tokens(m)), tiling.parts
+    my_tiles = lax.div(tiles * parts - block + blocks - 1, blocks)
+    # Parts of K that each warpgroup takes; the last ones may be beyond K, and come as zeros.
+    turns = -(-recovery.k // (PART * tiling.warpgroups))
+    planes = sorted(range(recovery.w_format.bits), key=lambda plane: -recovery.w_format.plane_weights[plane])
+    # The start of the tokens is no constant, or Pallas would refuse a tile that goes beyond them.
+    no_token = 0 * me
+
+    def first_column(index):
+        """Of this block's index-th tile; a tile comes once for every part of the tokens."""
+        return lax.div(block + index * blocks, parts) * ROWS_PER_INSTRUCTION
+
+    def first_token(index):
+        return no_token if parts == 1 else lax.rem(block + index * blocks, parts) * width
+
+    def words(position):
+        """The words of K at a position, counted in parts over tiles."""
+        return pl.ds((me + lax.rem(position, turns) * tiling.warpgroups) * WORDS_PER_ROW, WORDS_PER_ROW)
+
+    def load_w(position, number):
+        """Loads the number-th plane at a position, or after it, into the ring."""
+        position, number = position + number // len(planes), number % len(planes)
+        slot = lax.rem(position * len(planes) + number, tiling.w_slots)
+
+        @pl.when(position < my_tiles * turns)
+        def _():
+            # [64, 32 words]
+            plgpu.copy_gmem_to_smem(
+                w.at[
+                    planes[number],
+                    pl.ds(first_column(lax.div(position, turns)), ROWS_PER_INSTRUCTION),
+                    words(position),
+                ],
+                w_ring.at[me, slot],
+                w_arrived.at[me * tiling.w_slots + slot],
+            )
+
+    def load_x(position):
+        slot = lax.rem(position, tiling.x_slots)
+
+        @pl.when(position < my_tiles * turns)
+        def _():
+            # [x_planes, width, 32 words]
+            plgpu.copy_gmem_to_smem(
+                x.at[:, pl.ds(first_token(lax.div(position, turns)), width), words(position)],
+                x_ring.at[me, slot, pl.ds(0, x.shape[0])],
+                x_arrived.at[me * tiling.x_slots + slot],
+            )
+
+    start = 0 * me
+    for number in range(tiling.w_slots):
+        load_w(start, number)
+    for position in range(tiling.x_slots):
+        load_x(start + position)
+
+    @pl.when(me == 0)
+    def _():
+        _load_terms(token_source, tokens, no_token, tokens_arrived)
+
+    plgpu.barrier_wait(tokens_arrived)
+
+    def tile(index, carry):
+        my_tokens = jax.tree.map(lambda ref: ref.at[pl.ds(first_token(index), width)], tokens)
+
+        @pl.when(me == 0)
+        def _():
+            _load_terms(column_source, columns, first_column(index), columns_arrived)
+
+        def add_part(turn, total):
+            position = index * turns + turn
+            x_slot = lax.rem(position, tiling.x_slots)
+            if groups is not None:
+                rows = pl.ds(first_column(index), ROWS_PER_INSTRUCTION)
+                part = me + turn * tiling.warpgroups
+            plgpu.barrier_wait(x_arrived.at[me * tiling.x_slots + x_slot])
+
+            def operands(number):
+                slot = lax.rem(position * len(planes) + number, tiling.w_slots)
+                plgpu.barrier_wait(w_arrived.at[me * tiling.w_slots + slot])
+                return w_ring.at[me, slot], x_ring.at[me, x_slot]
+
+            def refill(number):
+                load_w(position, number + tiling.w_slots)
+
+            if groups is None:
+                total = total + sum_columns(
+                    multiply_part(recovery, planes, width, operands, refill, emulate), 0, recovery, width
+                )
+            else:
+                total = add_groups(
+                    total,
+                    groups,
+                    functools.partial(load_group_terms, groups, recovery, part, rows=rows),
+                    load_column_vector(my_tokens.zero_code),
+                    recovery,
+                    planes,
+                    width,
+                    operands,
+                    refill,
+                    emulate,
+                )
+            load_x(position + tiling.x_slots)
+            return total
+
+        zeros = wgmma.zeros(ROWS_PER_INSTRUCTION, width)
+        if groups is not None:
+            zeros = plgpu.layout_cast(jnp.zeros(zeros.shape, jnp.float32), plgpu.Layout.WGMMA)
+        total = lax.fori_loop(0, turns, add_part, zeros)
+
+        @pl.when(me > 0)
+        def _():
+            @pl.when(index > 0)
+            def _():
+                plgpu.barrier_wait(shared["taken"])
+
+            shared["handed_over"][me - 1] = total
+            plgpu.barrier_arrive(shared["all_handed_over"])
+
+        @pl.when(me == 0)
+        def _():
+            terms = (my_tokens, columns)
+            target = out.at[pl.ds(first_token(index), width), pl.ds(first_column(index), ROWS_PER_INSTRUCTION)]
+            finish_tile(total, recovery, tiling, dtype, terms, columns_arrived, target, index + 1 == my_tiles, **shared)
+
+        return carry
+
+    lax.fori_loop(0, my_tiles, tile, ())
+
+    @pl.when(me == 0)
+    def _():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _load_terms(sources, targets, start, barrier):
+    for source, target in zip(jax.tree.leaves(sources), jax.tree.leaves(targets), strict=True):
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(start, target.shape[0])], target, barrier)

@@ -1,0 +1,1 @@
+"""Products whose outputs are special: queries, keys and values of prompts; signs."""

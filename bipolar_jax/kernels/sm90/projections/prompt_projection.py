@@ -1,0 +1,176 @@
+"""The joined query, key and value product of prompts, whose heads leave it rotated and enter the cache.
+
+One kernel in place of the product and of what would read its output again: the split into heads, the rotation, the
+keys and values in the order of the cache. Row tiles belong to one sequence each, column tiles are whole heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Int16, UInt32
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Prologue
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.operations import column_terms, product_words, shared_scale
+from bipolar_jax.kernels.sm90.backend.planning import plan_heads
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.launch import launch
+from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
+from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
+from bipolar_jax.kernels.sm90.gemm.outputs.rope_tables import FixedPointTables
+from bipolar_jax.kernels.sm90.gemm.problem import Work
+from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarArray
+
+HEAD_SIZES = (64, 128)
+_DTYPES = (jnp.bfloat16, jnp.float16)
+
+Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
+Heads = Float[Array, "batch length heads head_dim"]
+
+
+def prompt_heads(
+    x: Float[Array, "batch length columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None,
+    keys: Cache,
+    values: Cache,
+    layer: Int[Array, ""],
+    tables: FixedPointTables | None = None,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Heads, Heads, Heads, Cache, Cache]:
+    """x @ w + bias as heads; those of keys and values also in the cache, at the first `length` positions of a layer.
+
+    The product is that of `operations.quantized_matmul` in float32; queries and keys are rotated before they are
+    rounded to x's dtype, where a rotation after the product would round twice. The layer's positions from `length` on
+    become zeros.
+
+    Args:
+      x: bfloat16 or float16; as wide as w's k, or what the prologue makes k of.
+      w: packed weights [k, n], of the heads of queries, keys and values side by side.
+      a_format: to quantize x to.
+      bias: added to every row.
+      prologue: a norm or an activation function of x.
+      keys, values: of the whole cache, of x's dtype; written in place where the caller gives them away.
+      layer: the cache's layer to write.
+      tables: cosines and sines of positions from 0 on, see `rotation.fixed_point_tables`, that queries and keys are
+        rotated by as `models.rope.rotate` does, in pairs (d, d + head_dim / 2); rows beyond `length` are ignored, but
+        spare a copy where they fill up tiles. None leaves them as they are.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      q, k and v, [batch, length, heads, head_dim] in x's dtype; keys; values.
+
+    Raises:
+      ValueError: prompts longer than the cache; shapes that do not fit.
+      Unsupported: float32, or a cache of another dtype; heads of other sizes than HEAD_SIZES; prompts of less
+        than 64 tokens; weights with groups; rows too long to quantize on chip.
+    """
+    batch, length, columns = x.shape
+    _, cache_batch, kv_heads, capacity, head_dim = keys.shape
+    n, dtype = w.planes.shape[-2], x.dtype
+    layout = HeadLayout(n // head_dim - 2 * kv_heads, kv_heads, head_dim, capacity)
+    if length > capacity:
+        raise ValueError(f"a cache of {capacity=} positions cannot hold prompts padded to {length} tokens")
+    if layout.columns != n or layout.queries < 1 or cache_batch != batch or values.shape != keys.shape:
+        raise ValueError(
+            f"{batch} prompts and {n} columns do not fit caches of shapes {keys.shape} and {values.shape}: "
+            "columns are heads of queries, keys and values"
+        )
+    if dtype not in _DTYPES or keys.dtype != dtype or values.dtype != dtype:
+        raise Unsupported(f"heads leave as bfloat16 or float16 to a cache of the same, not {dtype.name}")
+    if head_dim not in HEAD_SIZES:
+        raise Unsupported(f"heads must have 64 or 128 numbers, not {head_dim}")
+    if length < ROWS_PER_INSTRUCTION:
+        raise Unsupported(f"prompts of {length} tokens do not fill tiles of {ROWS_PER_INSTRUCTION}")
+    if shared_scale(w) is not None:
+        raise Unsupported("groups of weights leave no registers to rotate heads in")
+    choice = plan_heads(batch, length, n, w.contracted_size, head_dim, a_format, w.format)
+    tokens = quantize_and_pack(
+        x.reshape(batch * length, columns), a_format, choice.kind, prologue=prologue, interpret=interpret
+    )
+    return project_heads(
+        tokens.words,
+        product_words(w, choice.kind),
+        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
+        column_terms(w, bias),
+        Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1),
+        choice.tiling,
+        layout,
+        keys,
+        values,
+        layer,
+        tables,
+        length=length,
+        interpret=interpret,
+    )
+
+
+def project_heads(
+    x_words: UInt32[Array, "x_planes rows x_words"],
+    w_words: UInt32[Array, "w_planes n w_words"],
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: Recovery,
+    tiling: Tiling,
+    layout: HeadLayout,
+    keys: Cache,
+    values: Cache,
+    layer: Int[Array, ""],
+    tables: FixedPointTables | None,
+    *,
+    length: int,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Heads, Heads, Heads, Cache, Cache]:
+    """`packed_matmul` that leaves heads, of prompts of `length` rows each; see there and `prompt_heads`.
+
+    Tiles have whole heads, and at most `plan.MOST_HEAD_COLUMNS` columns.
+    """
+    batch = keys.shape[1]
+    clusters = blocks // tiling.cluster_size
+    work = Work(
+        length,
+        layout.columns,
+        recovery,
+        tiling,
+        keys.dtype,
+        clusters,
+        group_size=None,
+        activation=None,
+        emulate=interpret is not None,
+        sequences=batch,
+        heads=layout,
+    )
+    if batch > 1:  # vectors may be longer than there are tokens
+        tokens = jax.tree.map(lambda term: term[: batch * length], tokens)
+    if tables is not None:
+        tables = tuple(_as_pieces(table, work.covered_rows, keys.dtype) for table in tables)
+    caches = [jax.new_ref(array) for array in (keys, values)]
+    heads = dict(layer=layer.reshape(1), tables=tables, keys=caches[0], values=caches[1])
+    sources = Sources(
+        (x_words, w_words), None, (terms_of_parts(tokens, batch), terms_of_parts(columns, 1)), heads=heads
+    )
+    counts = (layout.queries, layout.keys, layout.keys)
+    # Side by side, as the cache has them, and as a TMA store that ends with each sequence needs them.
+    outputs = [jax.ShapeDtypeStruct((batch, length, count * layout.size), keys.dtype) for count in counts]
+    q, k, v = (heads.reshape(batch, length, -1, layout.size) for heads in launch(work, sources, outputs, interpret))
+    return q, k, v, *(jax.freeze(ref) for ref in caches)
+
+
+def _as_pieces(table: Int16[Array, "length half"], rows: int, dtype: jnp.dtype) -> Float[Array, "rows half"]:
+    """With zeros to so many rows, if need be; by name of the dtype of the slots that it arrives in."""
+    missing = rows - table.shape[0]
+    table = jnp.pad(table, ((0, missing), (0, 0))) if missing > 0 else table
+    return lax.bitcast_convert_type(table, dtype)

@@ -1,0 +1,121 @@
+"""A product whose output is only wanted as the one-bit tokens of the next product, and the two of them.
+
+The product finishes its numbers as ever, activation and rounding included, and leaves a bit of each in place of 16 to
+be read by a quantizer.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, UInt32
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import Layer
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.operations import column_terms, product_words, shared_scale, tokens_matmul
+from bipolar_jax.kernels.sm90.backend.planning import plan_product
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.launch import launch
+from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
+from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, NUMBERS
+from bipolar_jax.kernels.sm90.gemm.problem import Work
+from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.quantize.calibration import absmax_scale
+
+_COUNT = (1 << COUNT_BITS) - 1
+
+
+def feed_forward(
+    x: Float[Array, "m columns"],
+    up: Layer,
+    down: Layer,
+    prologue: Prologue | None,
+    activation: Activation | None,
+    residual: Float[Array, "m out"],
+) -> Float[Array, "m out"]:
+    """residual + down(activation(up(prologue(x)))) of prompts, where `down` takes one bit; all in x's dtype.
+
+    The numbers are those of two calls of `operations.quantized_matmul`, but for tokens without a finite scale above 0,
+    whose results are NaN, Inf or zeros (and a bias) either way.
+
+    Raises:
+      Unsupported: float32; more bits for `down`; few tokens; weights with groups; rows too long to quantize on
+        chip.
+    """
+    m, dtype = x.shape[0], x.dtype
+    if dtype.name not in NUMBERS:
+        raise Unsupported(f"signs are taken of bfloat16 or float16, not {dtype.name}")
+    if down.a_format.bits != 1:
+        raise Unsupported(f"signs are tokens of one bit, not {down.a_format.bits}")
+    if shared_scale(up.w) is not None or shared_scale(down.w) is not None:
+        raise Unsupported("products with groups of weights neither leave signs nor take them")
+    if down.w.contracted_size > _COUNT:
+        raise Unsupported(f"ones are counted up to {_COUNT}, not {down.w.contracted_size}")
+    choice = plan_product(m, up.w.planes.shape[-2], up.w.contracted_size, up.a_format, up.w.format)
+    if isinstance(choice.tiling, DecodeTiling):
+        raise Unsupported(f"{m} tokens are too few for tiles of them")
+    tokens = quantize_and_pack(x, up.a_format, choice.kind, prologue=prologue, interpret=interpret_params())
+    signs = project_signs(
+        tokens.words,
+        product_words(up.w, choice.kind),
+        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
+        column_terms(up.w, up.bias),
+        Recovery(choice.kind, up.a_format, up.w.format, up.w.contracted_size, with_zero=up.a_format.bits > 1),
+        choice.tiling,
+        dtype,
+        activation,
+        interpret=interpret_params(),
+    )
+    return tokens_matmul(signs, down.w, down.a_format, down.bias, dtype, residual)
+
+
+def project_signs(
+    x_words: UInt32[Array, "x_planes m x_words"],
+    w_words: UInt32[Array, "w_planes n w_words"],
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: Recovery,
+    tiling: Tiling,
+    dtype: jnp.dtype,
+    activation: Activation | None,
+    *,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> PackedTokens:
+    """`quantize_and_pack` to one bit, as "planes", of what `packed_matmul` gives; see there for the arguments.
+
+    Bits are ones from 0 on, -0 included, and of NaN. The quantizer's are ones, too, where numbers vanish in units of
+    the scale: below 2^-149 of it, and everywhere where that is 0, Inf or NaN. `code_sums` count the bits that there
+    are.
+
+    Args:
+      dtype: bfloat16 or float16, to which numbers are rounded before.
+    """
+    m, n = x_words.shape[1], w_words.shape[1] // (1 if activation is None else activation.parts)
+    clusters = blocks // tiling.cluster_size
+    work = Work(m, n, recovery, tiling, dtype, clusters, None, activation, emulate=interpret is not None, as_signs=True)
+    threads = work.sign_threads
+    terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
+    shapes = (1, m, threads.row_words), (threads.tiles, threads.filled_rows)
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in shapes]
+    words, partials = launch(work, Sources((x_words, w_words), None, terms), outputs, interpret)
+    # One reduction, and not one of each part, each a kernel.
+    summaries = lax.reduce(partials, jnp.uint32(0), _summary_of_both, (0,))
+    largest, code_sums = summaries >> COUNT_BITS, (summaries & _COUNT).astype(jnp.int32)
+    scale = absmax_scale(lax.bitcast_convert_type(largest.astype(jnp.uint16), dtype)[:, None], BipolarFormat(1))
+    # Tokens of one bit have zeros for zero codes already.
+    zero_code = tokens.zero_code if recovery.a_format.bits == 1 else jnp.zeros_like(code_sums)
+    return PackedTokens(words, scale, zero_code, code_sums)
+
+
+def _summary_of_both(a: UInt32[Array, "*rows"], b: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
+    return (jnp.maximum(a >> COUNT_BITS, b >> COUNT_BITS) << COUNT_BITS) | ((a & _COUNT) + (b & _COUNT))

@@ -1,0 +1,1 @@
+"""Activations quantized and packed in one pass over memory."""

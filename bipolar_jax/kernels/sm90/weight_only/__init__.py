@@ -1,0 +1,1 @@
+"""Product of float activations and packed weights for few tokens."""

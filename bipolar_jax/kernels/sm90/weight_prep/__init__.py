@@ -1,0 +1,1 @@
+"""Weights rounded and packed, or expanded from planes to bytes."""

@@ -1,0 +1,88 @@
+"""A decode step whose layers are one kernel: of one sequence, on a Hopper GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.models.blocks.alibi import alibi_slopes
+from bipolar_jax.models.blocks.norm import as_prologue
+from bipolar_jax.models.blocks.rope import rotate
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.nn import Linear
+from bipolar_jax.ops import Activation
+
+
+def fused_layers(
+    layers: nnx.Module,
+    config: TransformerConfig,
+    hidden: Float[Array, "1 1 hidden"],
+    tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
+    cache: KVCache,
+) -> tuple[Float[Array, "1 1 hidden"], KVCache]:
+    """All layers for the new token of one sequence.
+
+    The numbers are those of the layers one after the other but for rounding: what they leave in the model's dtype
+    stays float32 here.
+
+    Args:
+      layers: the stack of `transformer.DecoderLayer`.
+      config: of the model.
+      hidden: of the new token.
+      tables: cosines and sines of its position, where positions are rotary.
+      cache: its length is the token's position.
+
+    Returns:
+      The hidden state before the final norm, in the dtype it came in; and the cache with the token written and not
+      counted.
+
+    Raises:
+      Unsupported: more sequences, another device, layers that are not packed and joined (`join_projections`),
+        or that the kernel does not serve.
+    """
+    if hidden.shape[0] != 1:
+        raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
+    gated = config.ffn == "swiglu"
+    products = {
+        "qkv": getattr(layers.attention, "qkv_proj", None),
+        "o": layers.attention.o_proj,
+        "up": getattr(layers.ffn, "gate_up_proj" if gated else "up_proj", None),
+        "down": layers.ffn.down_proj,
+    }
+    outcome, qkv = sm90.decode_layers(
+        hidden[0, 0],
+        {name: layer.kernel.get_value() for name, layer in products.items() if _is_served(name, layer)},
+        {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
+        {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
+        Activation("silu", gated=True) if gated else Activation(config.ffn),
+        *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
+        jnp.minimum(cache.lengths[0], cache.capacity),
+        None if tables is None else tuple(table[0, 0] for table in tables),
+        jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None,
+        _activation_format(products),
+        cache_bits=cache.bits,
+    )
+    heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
+    keys, values = jnp.split(heads, 2, axis=2)
+    if tables is not None:
+        keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
+    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None])
+
+
+def _is_served(name: str, layer: object) -> bool:
+    if not isinstance(layer, Linear) or layer.implementation not in ("auto", "sm90"):
+        raise Unsupported(f"the {name} projections must be one packed layer")
+    return True
+
+
+def _activation_format(products: dict[str, Linear]) -> BipolarFormat:
+    bits = {layer.precision.a_bits for layer in products.values()}
+    if len(bits) > 1 or None in bits:
+        raise Unsupported(f"activations must have the same bits in all products, not {bits}")
+    return BipolarFormat(bits.pop())

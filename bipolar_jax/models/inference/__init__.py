@@ -1,0 +1,1 @@
+"""Generation, sampling, perplexity, and preparing a model for them."""

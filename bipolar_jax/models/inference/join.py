@@ -1,0 +1,37 @@
+"""Fewer and larger products for inference: query, key and value as one, gate and up as one."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from bipolar_jax.models.blocks.feed_forward import SwiGLU
+from bipolar_jax.models.transformer import Attention, Transformer
+from bipolar_jax.nn import Linear
+from bipolar_jax.nn.layers import joined
+
+
+def join_projections(model: Transformer) -> Transformer:
+    """The model with packed layers of the same input joined, where they are alike; the given one is unchanged.
+
+    Its numbers are the same. `save_model` takes models before they are joined: files have the layers by themselves.
+    """
+    model = nnx.clone(model)
+    for module in [module for _, module in nnx.iter_modules(model)]:
+        if isinstance(module, Attention):
+            _join(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        elif isinstance(module, SwiGLU):
+            _join(module, ("gate_proj", "up_proj"), "gate_up_proj")
+    return model
+
+
+def _join(module: nnx.Module, names: tuple[str, ...], whole: str) -> None:
+    layers = [getattr(module, name, None) for name in names]
+    if not all(isinstance(layer, Linear) for layer in layers):
+        return
+    try:
+        layer = joined(layers)
+    except ValueError:  # rules may have given them different precisions
+        return
+    for name in names:
+        delattr(module, name)
+    setattr(module, whole, layer)

@@ -1,0 +1,173 @@
+"""Keys and values of the tokens read so far."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+
+# Keys or values, in the model's dtype or in bipolar-INT; a vector of every head and token, tokens beside each other.
+Kept = Float[Array, "*layers batch kv_heads length head_dim"] | QuantizedHeads
+
+
+def row_major(x: Array) -> Array:
+    """The same array, its last axis innermost in memory: XLA for GPUs, left to choose, copies whole caches."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def keep(heads: Float[Array, "*layers batch length kv_heads head_dim"], bits: int | None) -> Kept:
+    """Keys or values as a cache holds them.
+
+    Args:
+      heads: what a layer computed, or all of them.
+      bits: 8 or 4, or None for the dtype they have.
+
+    Raises:
+      ValueError: other bits, or an odd head_dim with 4.
+    """
+    heads = jnp.swapaxes(heads, -3, -2)
+    return heads if bits is None else QuantizedHeads.quantize(heads, bits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, and how many positions of each sequence hold a token.
+
+    Positions from `lengths` on hold padding; `decode` overwrites them one by one,
+    and until then the mask hides them, so prompts of different lengths share a batch.
+
+    Attributes:
+      keys, values: [layers, batch, kv_heads, capacity, head_dim], floats or `QuantizedHeads`.
+      lengths: tokens of each sequence.
+    """
+
+    keys: Kept
+    values: Kept
+    lengths: Int[Array, " batch"]
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int, int, int], dtype: jnp.dtype, bits: int | None, lengths: Int[Array, " batch"]
+    ) -> KVCache:
+        """Room for keys and values, whatever numbers are there: `write_prompts` is to fill every layer of it.
+
+        Args:
+          shape: layers, batch, kv_heads, capacity, head_dim.
+          dtype: of the heads.
+          bits: 8 or 4, or None to keep them as they are.
+          lengths: tokens of each sequence.
+
+        Raises:
+          ValueError: other bits, or an odd head_dim with 4.
+        """
+
+        def heads():
+            numbers = jnp.zeros(shape, dtype)
+            return numbers if bits is None else QuantizedHeads.quantize(numbers, bits)
+
+        def room():
+            return jax.tree.map(lambda leaf: row_major(jax.lax.empty(leaf.shape, leaf.dtype)), jax.eval_shape(heads))
+
+        return cls(room(), room(), lengths)
+
+    @property
+    def capacity(self) -> int:
+        return _positions(self.keys)
+
+    @property
+    def kv_heads(self) -> int:
+        return jax.tree.leaves(self.keys)[0].shape[2]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits a number, or None for floats."""
+        return self.keys.bits if isinstance(self.keys, QuantizedHeads) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it occupies: codes, scales and zeros, or floats, and the lengths."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def write_prompts(
+        self,
+        layer: Int[Array, ""],
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> KVCache:
+        """Fills a layer, in place where XLA may: the first `length` positions of every sequence, then zeros.
+
+        Raises:
+          ValueError: there are more positions than the cache has.
+        """
+        if keys.shape[1] > self.capacity:
+            raise ValueError(
+                f"a cache of capacity={self.capacity} positions cannot hold prompts padded to {keys.shape[1]} tokens"
+            )
+
+        def put(rows, prompts):
+            filler = [(0, rows.shape[axis + 1] - size) for axis, size in enumerate(prompts.shape)]
+            filled = jnp.pad(prompts, filler)[None]
+            return row_major(jax.lax.dynamic_update_slice(rows, filled, (layer,) + (0,) * prompts.ndim))
+
+        # Left to choose, XLA computes them in the order of the cache, too, and transposes them for attention.
+        keys, values = row_major(keys), row_major(values)
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def write(
+        self,
+        layer: Int[Array, ""],
+        keys: Float[Array, "batch 1 kv_heads head_dim"],
+        values: Float[Array, "batch 1 kv_heads head_dim"],
+    ) -> KVCache:
+        """Stores one token of each sequence at its next free position.
+
+        A sequence that already fills the cache keeps what it has: sizes are fixed under jit,
+        so it is for the caller to stop at `capacity`, as `generation` does.
+        """
+        batch, _, kv_heads, _ = keys.shape
+        at = (layer, jnp.arange(batch)[:, None], jnp.arange(kv_heads), self.lengths[:, None])
+
+        def put(rows, token):
+            return row_major(rows.at[at].set(token[:, :, 0], unique_indices=True, indices_are_sorted=True, mode="drop"))
+
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def write_all(
+        self,
+        keys: Float[Array, "layers batch 1 kv_heads head_dim"],
+        values: Float[Array, "layers batch 1 kv_heads head_dim"],
+    ) -> KVCache:
+        """`write` of all layers, for a batch of one sequence."""
+
+        def put(rows, token):
+            at = (0, 0, 0, self.lengths[0], 0)[: rows.ndim]
+            before = jax.lax.dynamic_slice(rows, at, token.shape)
+            token = jnp.where(self.lengths[0] < self.capacity, token.astype(rows.dtype), before)
+            return row_major(jax.lax.dynamic_update_slice(rows, token, at))
+
+        kept = keep(keys, self.bits), keep(values, self.bits)
+        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Kept, Kept]:
+        """Keys and values of one layer, each [batch, kv_heads, capacity, head_dim]."""
+        return jax.tree.map(lambda leaf: leaf[layer], (self.keys, self.values))
+
+    def advance(self) -> KVCache:
+        """Counts the token that every layer has now written."""
+        return dataclasses.replace(self, lengths=self.lengths + 1)
+
+
+def _positions(kept: Kept) -> int:
+    """Positions that a stack of layers has."""
+    return (kept.codes if isinstance(kept, QuantizedHeads) else kept).shape[3]

@@ -1,0 +1,60 @@
+"""What a Hugging Face config.json says about the model's shapes and constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.loaders.huggingface.architecture import Architecture
+from bipolar_jax.models.loaders.huggingface.bloom import BLOOM
+from bipolar_jax.models.loaders.huggingface.llama import LLAMA
+from bipolar_jax.models.loaders.huggingface.opt import OPT
+from bipolar_jax.models.loaders.json_fields import Fields, read_json
+from bipolar_jax.models.loaders.naming import naming
+
+# By the model_type of config.json.
+ARCHITECTURES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "opt": OPT, "bloom": BLOOM}
+
+
+def read_config(directory: Path) -> tuple[Architecture, TransformerConfig]:
+    """Translates config.json, and the token ids of generation_config.json where there is one.
+
+    Returns:
+      How the model is stored, and what it is.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      ValueError: a model or feature we do not support, or a field that is missing or makes no sense.
+    """
+    path = directory / "config.json"
+    fields = Fields(read_json(path), path)
+    model_type = fields.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"{path} has model_type {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+    if "quantization_config" in fields.values:
+        raise ValueError(f"{path} has a quantization_config: load the unquantized model, or a GGUF file, instead")
+    architecture = ARCHITECTURES[model_type]
+    translated = architecture.translate(fields)
+    bos_id, eos_ids = _token_ids(fields, directory)
+    with naming(path):
+        return architecture, TransformerConfig(
+            **translated, vocab_size=fields.size("vocab_size"), bos_id=bos_id, eos_ids=eos_ids
+        )
+
+
+def _token_ids(fields: Fields, directory: Path) -> tuple[int | None, tuple[int, ...]]:
+    """BOS and EOS; generation_config.json knows the end of a chat turn, so it goes first."""
+    sources = [fields]
+    path = directory / "generation_config.json"
+    if path.is_file():
+        sources.insert(0, Fields(read_json(path), path))
+    found: dict[str, list[int]] = {"bos_token_id": [], "eos_token_id": []}
+    for name in found:
+        for source in sources:
+            ids = source.get(name, [])
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(token, int) and 0 <= token < fields.size("vocab_size") for token in ids):
+                raise ValueError(f"{source.source}: {name} is {ids}, expected ids below {fields.size('vocab_size')}")
+            found[name] = found[name] or ids
+    bos = found["bos_token_id"]
+    return (bos[0] if bos else None), tuple(found["eos_token_id"])

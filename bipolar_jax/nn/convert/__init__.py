@@ -1,0 +1,1 @@
+"""Path rules, and models converted by them."""

@@ -1,0 +1,1 @@
+"""Benchmarks: matrix products, language models, training steps; the tuner and the ablation."""

@@ -1,0 +1,145 @@
+"""What each of the four parts of the scheme is worth: one switched off at a time, on the same operands.
+
+    python -m experiments.bench.ablation --config=configs/bench/ablation.py --workdir=DIR --config.shapes=4096
+
+- "signed planes": two's complement planes instead of bipolar ones, so that pairs with one top plane
+  are subtracted;
+- "packed in the call": no preprocessing, both operands are bytes that every call packs;
+- "recovered in memory": every pair of planes is a product of its own, in int32 through memory;
+- "fixed tiling": one tile shape for all problems.
+
+Each variant's product is compared with the exact one before it is timed. Under --workdir come
+result.json and ablation.png. A run that was stopped goes on where it was, and tries again what failed;
+several runs at once may share a workdir, each with shapes of its own (see `turns`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
+from experiments.bench.products import ablation_variants as variants
+from experiments.bench.products.candidates import Product, check_device, parse_products, raise_if_error
+from experiments.bench.products.operands import Operands, check_output
+from experiments.bench.products.plots import plot_ablation
+from experiments.bench.products.shapes import parse_shapes
+from experiments.support import app
+from experiments.support.progress import console, progress_bar
+from experiments.support.timing import compile_all, measure, one_line
+from experiments.support.turns import device_turn, others_turn
+from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
+
+FULL = "full system"
+_BF16 = "XLA bf16"
+_SETTINGS = ("iterations", "seed")
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the whole experiment; see the module's docstring."""
+    fixed = Tiling(**config.fixed_tiling)
+    fixed.check()
+    products = [
+        (f"{shape.name} {name}", product)
+        for shape in parse_shapes(config.shapes)
+        for name, product in parse_products(shape, config.precisions, "sm90").items()
+    ]
+    for name, product in products:
+        if isinstance(product.choice.tiling, DecodeTiling):
+            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
+        if product.kind != "planes" or product.w_format.ternary or product.group_size is not None:
+            raise ValueError(f"{name} does not multiply planes of two's complement: ask for 1 to 8 pairs of planes")
+    check_device("sm90")
+    with device_turn():
+        _measure(products, fixed, config, workdir)
+
+
+def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigDict, workdir: Path) -> None:
+    settings = {name: config[name] for name in _SETTINGS}
+    settings |= {"fixed_tiling": dataclasses.asdict(fixed), "device": jax.devices()[0].device_kind}
+    settings["kernels_sha256"] = kernels_fingerprint()
+    result = read_result(workdir, settings) or {"settings": settings, "products": {}}
+    result["environment"] = environment()
+    operands: Operands | None = None
+    for name, product in products:
+        if isinstance(product.choice.tiling, DecodeTiling):
+            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
+        if operands is None or operands.shape != product.shape:
+            operands = Operands(product.shape, config.seed)
+        row = result["products"].setdefault(name, {"variants": {}})
+        _measure_product(name, product, row, operands, fixed, config)
+        save_result(workdir, result, products=[name for name, _ in products])
+    plot_ablation(result, workdir / "ablation.png", full=FULL)
+    _print_table(result)
+    console.print(f"results and plot: {workdir}")
+
+
+def _measure_product(
+    name: str, product: Product, row: dict[str, Any], operands: Operands, fixed: Tiling, config: ConfigDict
+) -> None:
+    """Times the full system, every variant, and XLA's bf16 product."""
+    calls = {
+        FULL: variants.full(product, operands),
+        "signed planes": variants.signed_planes(product, operands),
+        "packed in the call": variants.packed_in_the_call(product, operands),
+        "recovered in memory": variants.recovered_in_memory(product, operands),
+        "fixed tiling": variants.fixed_tiling(product, operands, fixed),
+        _BF16: (jnp.dot, (operands.x, operands.dense_w)),
+    }
+    todo = {variant: call for variant, call in calls.items() if "microseconds" not in row["variants"].get(variant, {})}
+    bf16 = {variant: call for variant, call in todo.items() if variant == _BF16}
+    compiled = compile_all(bf16, threads=1)  # XLA tries its variants on the device while it compiles
+    with progress_bar(f"{name}: compiling {len(todo)} variants"), others_turn():
+        compiled |= compile_all(
+            {variant: call for variant, call in todo.items() if variant not in bf16}, config.compile_threads
+        )
+    for variant, (_, args) in todo.items():
+        try:
+            function = raise_if_error(compiled[variant])
+            if variant != _BF16:
+                output = function(*args)
+                check_output(output, operands.sampled(output), variants.expected_output(variant, product, operands))
+            figures = measure(function, *args, iterations=config.iterations).to_json()
+            line = f"{figures['microseconds']:.1f} us"
+        except Exception as error:
+            figures = {"error": one_line(error)}
+            line = figures["error"]
+        row["variants"][variant] = figures
+        console.print(f"{name}, {variant}: {line}")
+    row["tiling"] = dataclasses.asdict(product.choice.tiling)
+    full = row["variants"][FULL].get("microseconds")
+    for figures in row["variants"].values():
+        if full is not None and "microseconds" in figures:
+            figures["slowdown"] = round(figures["microseconds"] / full, 3)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(variant for row in result["products"].values() for variant in row["variants"]))
+    table = Table(
+        title=f"one part switched off at a time, {result['settings']['device']}: microseconds, and times full"
+    )
+    table.add_column("product")
+    for variant in names:
+        table.add_column(variant, justify="right")
+    for name, row in result["products"].items():
+        cells = [row["variants"].get(variant, {}) for variant in names]
+        table.add_row(name, *(_cell(figures) for figures in cells))
+    console.print(table)
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    if "microseconds" not in figures:
+        return "failed"
+    slowdown = f" ({figures['slowdown']:.2f}x)" if "slowdown" in figures else ""
+    return f"{figures['microseconds']:.1f}{slowdown}"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,1 @@
+"""What the benchmark of language models is made of."""

@@ -1,0 +1,201 @@
+"""What the language model benchmark runs and times: one model on one workload."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.models.transformer import Transformer
+from experiments.support.timing import Timing
+from experiments.support.turns import others_turn
+
+_LENGTH_STEP = 64  # attention sums values in runs of as many positions
+_WORKLOAD = re.compile(r"(\d+)x(\d+)\+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Prompts of one length, and how many tokens are written for each.
+
+    Attributes:
+      batch: prompts at a time.
+      prompt: tokens of each.
+      new_tokens: decode steps.
+    """
+
+    batch: int
+    prompt: int
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        """As it is asked for: "8x512+128"."""
+        return f"{self.batch}x{self.prompt}+{self.new_tokens}"
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the cache, rounded up as `generate` does."""
+        return -(-(self.prompt + self.new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def parse_workloads(text: str, context_length: int) -> list[Workload]:
+    """Reads "1x512+128,8x512+128": batch x prompt + new tokens; those named twice come once.
+
+    Raises:
+      ValueError: other notation, sizes of zero, a prompt of one token, or more than the model's context.
+    """
+    workloads = {}
+    for item in text.split(","):
+        match = _WORKLOAD.fullmatch(item.strip())
+        if not match:
+            raise ValueError(f"workload {item!r} is not of the form 8x512+128: batch x prompt + new tokens")
+        workload = Workload(*map(int, match.groups()))
+        if not workload.batch or not workload.new_tokens or workload.prompt < 2:
+            raise ValueError(f"workload {item!r} needs a batch and new tokens of at least 1, and a prompt of 2")
+        if workload.prompt + workload.new_tokens > context_length:
+            raise ValueError(f"workload {item!r} exceeds the model's context of {context_length} tokens")
+        workloads[workload.name] = workload
+    return list(workloads.values())
+
+
+class Runs:
+    """A model's prefill and its loop of decode steps, compiled for one workload.
+
+    Prefill reads the prompts once. The loop, one call on the device, decodes `new_tokens` steps, each token
+    the likeliest after the one before; the cache is donated to it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        workload: Workload,
+        *,
+        cache_bits: int | None = None,
+        options: dict[str, Any] | None = None,
+        seed: int = 0,
+    ):
+        """Compiles both functions.
+
+        Args:
+          model: the model.
+          workload: sizes.
+          cache_bits: as `Transformer.prefill` has it.
+          options: XLA's flags for both.
+          seed: of the prompts.
+        """
+        self.model, self.workload = model, workload
+        rng = np.random.default_rng(seed)
+        shape = workload.batch, workload.prompt
+        self.ids = jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32)
+        self.lengths = jnp.full(workload.batch, workload.prompt, jnp.int32)
+
+        def prefill(model, ids, lengths):
+            logits, cache = model.prefill(ids, lengths, workload.capacity, cache_bits)
+            return jnp.max(logits, axis=-1), cache
+
+        def decode(model, tokens, cache):
+            def step(carry, _):
+                logits, cache = model.decode(*carry)
+                return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), jnp.max(logits, axis=-1)
+
+            (_, cache), largest = jax.lax.scan(step, (tokens, cache), length=workload.new_tokens)
+            return largest, cache
+
+        with others_turn():
+            lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
+            _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
+            lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
+        self.cache_bytes = cache.nbytes
+        # With the device held: XLA tries its variants of float products on it.
+        self._prefill, self._decode = (lowered.compile(options) for lowered in (lowered_prefill, lowered_decode))
+
+    def check(self) -> float:
+        """Reads the last token of the prompts once among them and once by itself, from the cache.
+
+        Both are the same in exact arithmetic, through other kernels. Activations of few bits turn a number's
+        rounding into a step, so that what is close depends on the precision: it is for the reader to judge.
+
+        Returns:
+          Largest difference of the largest logits, as a share of the largest of them.
+
+        Raises:
+          ValueError: logits that are not finite.
+        """
+        whole, _ = self._prefill(self.model, self.ids, self.lengths)
+        _, cache = self._prefill(self.model, self.ids, self.lengths - 1)
+        stepped, _ = self._decode(self.model, self.ids[:, -1], cache)
+        whole, stepped = np.asarray(whole, np.float64), np.asarray(stepped, np.float64)
+        for name, logits in (("prefill", whole), ("decoding", stepped)):
+            if not np.isfinite(logits).all():
+                raise ValueError(f"{name} gives logits that are not finite")
+        return float(np.abs(stepped[0] - whole).max() / np.abs(whole).max())
+
+    def time_prefill(self, iterations: int) -> Timing:
+        """Wall time of a call."""
+        microseconds = []
+        for _ in range(iterations + 1):  # the first warms up
+            started = time.perf_counter()
+            jax.block_until_ready(self._prefill(self.model, self.ids, self.lengths))
+            microseconds.append(1e6 * (time.perf_counter() - started))
+        return Timing.of(microseconds[1:], "wall")
+
+    def time_decode(self, iterations: int) -> Timing:
+        """Wall time of a step: of the loop, divided by its steps."""
+        _, cache = self._prefill(self.model, self.ids, self.lengths)
+        last = jax.block_until_ready(self.ids[:, -1])
+        microseconds = []
+        for _ in range(iterations + 1):
+            cache = jax.block_until_ready(self._rewound(cache))
+            started = time.perf_counter()
+            _, cache = jax.block_until_ready(self._decode(self.model, last, cache))
+            microseconds.append(1e6 * (time.perf_counter() - started))
+        return Timing.of(microseconds[1:], "wall").divided(self.workload.new_tokens)
+
+    def once(self) -> dict[str, tuple[Callable[[], Any], int]]:
+        """For the profiler: functions to be called once, which run a part and wait, and how many steps it makes."""
+        _, cache = self._prefill(self.model, self.ids, self.lengths)
+        cache = jax.block_until_ready(self._rewound(cache))
+        last = jax.block_until_ready(self.ids[:, -1])
+        return {
+            "prefill": (lambda: jax.block_until_ready(self._prefill(self.model, self.ids, self.lengths)), 1),
+            "decode": (lambda: jax.block_until_ready(self._decode(self.model, last, cache)), self.workload.new_tokens),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: of weights, of those that a decode step reads, of the cache, and what XLA needs beside them."""
+        return {
+            "weight_bytes": _nbytes(nnx.state(self.model)),
+            "read_bytes": read_bytes(self.model),
+            "cache_bytes": self.cache_bytes,
+            "prefill_temporary_bytes": self._prefill.memory_analysis().temp_size_in_bytes,
+            "decode_temporary_bytes": self._decode.memory_analysis().temp_size_in_bytes,
+        }
+
+    def _rewound(self, cache: KVCache) -> KVCache:
+        """Ready for the loop once more: the prompts alone, less their last token, which the loop reads first."""
+        return dataclasses.replace(cache, lengths=self.lengths - 1)
+
+
+def read_bytes(model: Transformer) -> int:
+    """Bytes of all weights that a decode step reads: tables of which it looks up single rows left out."""
+    tables = {"positions"} | (set() if model.config.tie_embeddings else {"embed"})
+    flat = nnx.to_flat_state(nnx.state(model))
+    return sum(_nbytes(variable) for path, variable in flat if path[0] not in tables)
+
+
+def peak_bytes() -> int | None:
+    """The most that this process has ever held on the device, or None where JAX does not know."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

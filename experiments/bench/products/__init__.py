@@ -1,0 +1,1 @@
+"""What the benchmarks of matrix products share."""

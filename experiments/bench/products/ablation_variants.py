@@ -1,0 +1,192 @@
+"""The Hopper matmul with one of its four parts switched off.
+
+Every variant is a function of arrays from operands to the bf16 product, finished in the same way: scales
+and zero codes applied. What each one costs beside the full system is what its part is worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
+from experiments.bench.products.candidates import Call, Product
+from experiments.bench.products.operands import Operands
+
+_BINARY = BipolarFormat(1)
+
+
+def full(product: Product, operands: Operands) -> Call:
+    """Everything on."""
+    return product.kernel(operands)
+
+
+def fixed_tiling(product: Product, operands: Operands, tiling: Tiling) -> Call:
+    """One tile shape for all problems."""
+    return product.kernel(operands, tiling)
+
+
+def signed_planes(product: Product, operands: Operands) -> Call:
+    """Two's complement instead of bipolar planes: the top plane weighs -2^(b-1)."""
+    recovery = _SignedRecovery("planes", product.a_format, product.w_format, product.shape.k, with_zero=True)
+    tiling = product.choice.tiling
+
+    def function(x_words, w_words, tokens, columns):
+        return packed_matmul(
+            x_words, w_words, tokens, columns, recovery, tiling, jnp.bfloat16, interpret=interpret_params()
+        )
+
+    planes = operands.x_words(product.a_format, "planes"), operands.w_words(product.w_format, "planes")
+    tokens, columns = operands.tokens(product.a_format), operands.column_terms(product.w_format)
+    x_sums, w_sums = (
+        _signed_sums(words, fmt) for words, fmt in zip(planes, (product.a_format, product.w_format), strict=True)
+    )
+    return function, (
+        *planes,
+        dataclasses.replace(tokens, code_sums=x_sums),
+        dataclasses.replace(columns, code_sums=w_sums),
+    )
+
+
+def packed_in_the_call(product: Product, operands: Operands) -> Call:
+    """No preprocessing: both operands are kept as a byte a code and packed by XLA in every call."""
+    kernel, (_, _, tokens, columns) = product.kernel(operands)
+    a_format, w_format = product.a_format, product.w_format
+
+    def function(x_codes, w_codes, tokens, columns):
+        return kernel(code_words(x_codes, a_format, "planes"), code_words(w_codes, w_format, "planes"), tokens, columns)
+
+    return function, (operands.codes(a_format), operands.weights(w_format).codes(), tokens, columns)
+
+
+def recovered_in_memory(product: Product, operands: Operands) -> Call:
+    """Every pair of planes is a product of its own, written to memory as int32; XLA shifts, adds and scales them."""
+    m, n, k = product.shape.m, product.shape.n, product.shape.k
+    a_format, w_format = product.a_format, product.w_format
+    recovery = _CountRecovery("planes", _BINARY, _BINARY, k, with_zero=True)
+    tiling = dataclasses.replace(product, a_format=_BINARY, w_format=_BINARY).choice.tiling
+    nothing = TokenTerms(jnp.zeros(m, jnp.int32), jnp.zeros(m, jnp.int32), None), ColumnTerms(jnp.zeros(n, jnp.int32))
+
+    def function(x_words, w_words, tokens, columns, nothing):
+        counts = 0
+        for i, j in itertools.product(range(a_format.bits), range(w_format.bits)):
+            count = packed_matmul(
+                x_words[i : i + 1],
+                w_words[j : j + 1],
+                *nothing,
+                recovery,
+                tiling,
+                jnp.int32,
+                interpret=interpret_params(),
+            )
+            counts += count * np.int32(a_format.plane_weights[i] * w_format.plane_weights[j])
+        return _finish(counts, product.recovery(), tokens, columns)
+
+    return function, (*product.kernel(operands)[1], nothing)
+
+
+def expected_output(variant: str, product: Product, operands: Operands) -> Float[np.ndarray, "rows columns"]:
+    """What a variant's sample must be, in float64: the same for all but the signed planes, whose numbers differ."""
+    if variant != "signed planes":
+        return operands.exact_output(product.a_format, product.w_format)
+    bits = operands.sampled_bits(product.a_format, product.w_format)
+    formats = (product.a_format, product.w_format)
+    x, w = (np.tensordot(_signed_weights(fmt), some, axes=1) for fmt, some in zip(formats, bits, strict=True))
+    tokens, columns = operands.tokens(product.a_format), operands.column_terms(product.w_format)
+    zero_code, token_scale = (
+        np.asarray(term, np.float64)[operands.rows, None] for term in (tokens.zero_code, tokens.scale)
+    )
+    return (x - zero_code) @ w.T * token_scale * np.asarray(columns.scale, np.float64)[operands.columns]
+
+
+def _finish(
+    counts: Int[Array, "m n"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Float[Array, "m n"]:
+    """The kernel's epilogue, in XLA."""
+    tokens = jax.tree.map(lambda term: term[: counts.shape[0]], tokens)
+    total = counts * recovery.product_weight + recovery.row_term(tokens.code_sums)[:, None]
+    total += recovery.column_weight(tokens.zero_code)[:, None] * recovery.column_value_sums(columns.code_sums)
+    y = total.astype(jnp.float32) * columns.scale
+    return (y * (tokens.scale * recovery.scale_factor)[:, None]).astype(jnp.bfloat16)
+
+
+def _signed_sums(words: Array, number_format: BipolarFormat) -> Int[Array, " rows"]:
+    counts = jnp.sum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)
+    return sum(np.int32(weight) * count for weight, count in zip(_signed_weights(number_format), counts, strict=True))
+
+
+def _signed_weights(number_format: BipolarFormat) -> list[int]:
+    """Of the planes of two's complement, low plane first."""
+    *low, top = number_format.plane_weights
+    return [*low, -top]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CountRecovery(Recovery):
+    """The bare count of common ones: nothing is completed."""
+
+    @property
+    def product_weight(self) -> int:
+        return 1
+
+    def row_term(self, code_sums):
+        return 0 * code_sums
+
+    def column_weight(self, zero_code):
+        return 0 * zero_code
+
+
+@dataclasses.dataclass(frozen=True)
+class _SignedRecovery(Recovery):
+    """Products of two's complement codes c: sum_k (c_a - z) c_w = sum_ij p_i q_j popc(A_i & W_j) - z sum_k c_w.
+
+    The instruction has no sign: pairs of one top plane and a lower one must be subtracted. Their
+    group of equal weight is summed into the negated accumulator, which is negated back after it.
+    """
+
+    def pair_groups(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        a_weights, w_weights = _signed_weights(self.a_format), _signed_weights(self.w_format)
+        groups, negated = [], False
+        for factor, pairs in super().pair_groups():
+            for negative in (negated, not negated):  # the sign that the accumulator has comes first
+                members = [(i, j) for i, j in pairs if (a_weights[i] * w_weights[j] < 0) == negative]
+                if members:
+                    groups.append((-factor if negative != negated else factor, members))
+                    factor, negated = 1, negative
+        return groups
+
+    @property
+    def ends_negated(self) -> bool:
+        """Whether the last group, which weighs least, is a negative one."""
+        (_, pairs), *_ = reversed(self.pair_groups())
+        a_weights, w_weights = _signed_weights(self.a_format), _signed_weights(self.w_format)
+        i, j = pairs[0]
+        return a_weights[i] * w_weights[j] < 0
+
+    @property
+    def product_weight(self) -> int:
+        return -1 if self.ends_negated else 1
+
+    def row_term(self, code_sums):
+        return 0 * code_sums
+
+    def column_weight(self, zero_code):
+        return -zero_code
+
+    def column_value_sums(self, code_sums):
+        return code_sums
+
+    @property
+    def scale_factor(self) -> float:
+        return 1.0

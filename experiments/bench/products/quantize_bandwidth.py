@@ -1,0 +1,90 @@
+"""Bandwidth of the kernel that quantizes and packs activations, beside that of a copy of the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from experiments.bench.products.candidates import Product, raise_if_error
+from experiments.bench.products.operands import Operands
+from experiments.support.progress import console
+from experiments.support.timing import compile_all, measure, one_line
+from experiments.support.turns import others_turn
+
+_CHECKED_ROWS = 64
+_COLD_BYTES, _MOST_TURNS = 4 * 50 * 2**20, 8  # four times the L2 cache; small activations stay in it
+# Of a row's codes: numbers halfway between two may get either, as XLA fuses the arithmetic in one way or another.
+_HALFWAY_SHARE = 1e-3
+
+
+def measure_quantizers(
+    operands: Operands, products: Iterable[Product], results: dict[str, Any], config: ConfigDict
+) -> None:
+    """Adds results["8192x8192"]["2 bits, planes"] and so on, for the operands that the products take, and ["copy"]."""
+    m, k = operands.x.shape
+    rows = results.setdefault(f"{m}x{k}", {})
+    wanted = sorted({(product.kind, product.a_format.bits) for product in products})
+    # Several activations in turn, or what is read would be in the L2 cache from the time before.
+    turns = min(_MOST_TURNS, -(-_COLD_BYTES // operands.x.nbytes))
+    xs = tuple(jnp.roll(operands.x, turn, axis=0) for turn in range(turns))
+    calls = {"copy": (_each(jnp.negative), xs)}  # reads and writes every number; XLA would leave a mere copy out
+    formats = {f"{bits} bits, {kind}": (BipolarFormat(bits), kind) for kind, bits in wanted}
+    for name, (a_format, kind) in formats.items():
+        calls[name] = _each(_quantizer(a_format, kind)), xs
+    todo = {name: call for name, call in calls.items() if "microseconds" not in rows.get(name, {})}
+    with others_turn():
+        compiled = compile_all(todo, config.compile_threads)
+    for name, (_, args) in todo.items():
+        try:
+            function = raise_if_error(compiled[name])
+            output = function(*args)
+            if name in formats:
+                _check(operands.x, output[0], *formats[name])
+            timing = measure(function, *args, iterations=config.iterations)
+            nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((args, output)))
+            timing = timing.divided(len(xs))
+            nbytes //= len(xs)
+            rows[name] = timing.to_json() | {
+                "bytes": nbytes,
+                "terabytes_per_second": nbytes / timing.median / 1e6,
+            }
+            line = f"{timing.median:.1f} us, {rows[name]['terabytes_per_second']:.2f} TB/s"
+        except Exception as error:
+            rows[name] = {"error": one_line(error)}
+            line = rows[name]["error"]
+        console.print(f"quantize and pack {m}x{k}, {name}: {line}")
+
+
+def _each(function):
+    return lambda *xs: [function(x) for x in xs]
+
+
+def _quantizer(a_format: BipolarFormat, kind: OperandKind):
+    return lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret_params())
+
+
+def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: OperandKind) -> None:
+    """Compares the first rows with `quantize_tokens`, by scales and by sums of codes.
+
+    Raises:
+      ValueError: scales differ, or more codes than numbers between two codes explain.
+    """
+    tokens = jax.jit(quantize_tokens, static_argnums=1)(x[:_CHECKED_ROWS], a_format)
+    if not np.array_equal(packed.scale[:_CHECKED_ROWS], tokens.scale):
+        raise ValueError(f"wrong scales from the quantizer to {a_format.bits} bits ({kind})")
+    sums = np.sum(np.asarray(tokens.codes, np.int64), axis=1)
+    differing = np.abs(np.asarray(packed.code_sums[:_CHECKED_ROWS]) - sums).max()
+    if differing > max(1, _HALFWAY_SHARE * x.shape[1]):
+        raise ValueError(
+            f"wrong codes from the quantizer to {a_format.bits} bits ({kind}): a sum is off by {differing}"
+        )

@@ -1,0 +1,1 @@
+"""What experiments share: flags, working directories, progress, model sources, timing."""

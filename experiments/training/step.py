@@ -1,0 +1,118 @@
+"""One step of training: the loss, its gradient and the update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn import distillation_loss
+from experiments.training.model import Params, Stage
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      params: float32, by name.
+      optimizer: optax's state, the step of the learning rate's schedule in it.
+      key: the PRNG key (uint32 data of Threefry), a new one after every step.
+    """
+
+    params: Params
+    optimizer: Any
+    key: Array
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+    """Linear warmup, then a cosine down to `final_fraction` of the peak (arXiv 1608.03983, without restarts).
+
+    Raises:
+      ValueError: a warmup as long as the run.
+    """
+    if not 0 <= config.optimizer.warmup_steps < config.steps:
+        raise ValueError(f"warmup_steps={config.optimizer.warmup_steps} must be from 0 to below steps={config.steps}")
+    peak = config.optimizer.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if config.optimizer.warmup_steps else peak,
+        peak,
+        config.optimizer.warmup_steps,
+        config.steps,
+        peak * config.optimizer.final_fraction,
+    )
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) of gradients clipped by their global norm.
+
+    Matrices decay; norms, biases and learned step sizes never do, embeddings if so configured. Updates of step sizes
+    are multiplied by `step_size_rate`.
+    """
+
+    def decays(params: Params) -> dict[str, bool]:
+        last = {name: name.rpartition("/")[2] for name in params}
+        return {
+            name: kind == "kernel" or (kind == "embedding" and config.optimizer.decay_embeddings)
+            for name, kind in last.items()
+        }
+
+    def is_step_size(params: Params) -> dict[str, bool]:
+        return {name: name.endswith("/step_size") for name in params}
+
+    optimizer = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(
+            make_schedule(config), optimizer.b1, optimizer.b2, weight_decay=optimizer.weight_decay, mask=decays
+        ),
+        optax.masked(optax.scale(optimizer.step_size_rate), is_step_size),
+    )
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step, in arrays of its own: steps use them up, and a teacher may hold the others."""
+    params = {name: jnp.array(value) for name, value in params.items()}
+    return TrainState(params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
+
+
+def make_step(
+    stage: Stage, optimizer: optax.GradientTransformation, distillation: ConfigDict
+) -> Callable[[TrainState, Int[Array, "batch length"], Transformer | None], tuple[TrainState, dict[str, Array]]]:
+    """A compiled step; it takes the state, which it uses up, a batch and the teacher if there is one.
+
+    The loss is the cross entropy of every token but the first of a window. With a teacher
+    it is a part of the loss, 1 - distillation.weight, and `distillation_loss` the rest.
+    The metrics are float32 scalars, all of them of the parameters before the update.
+    """
+
+    def loss_of(params, key, ids, teacher):
+        logits = stage.model(params, key)(ids)[:, :-1]
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+        if teacher is None:
+            return entropy, entropy
+        softened = distillation_loss(logits, teacher(ids)[:, :-1], distillation.temperature)
+        return (1 - distillation.weight) * entropy + distillation.weight * softened, entropy
+
+    def step(state, ids, teacher=None):
+        key, used = jax.random.split(jax.random.wrap_key_data(state.key))
+        (loss, entropy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, used, ids, teacher)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "cross_entropy": entropy, "gradient_norm": optax.tree.norm(gradient)}
+        return TrainState(params, optimizer_state, jax.random.key_data(key)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def as_batch(ids: Any) -> Int[Array, "batch length"]:
+    """Token ids on the device."""
+    return jnp.asarray(ids, jnp.int32)

@@ -1,0 +1,58 @@
+"""Runs in training, compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs import compare_training as compare_config
+from experiments import compare_training
+from experiments.support.workdir import RESULT_NAME
+
+
+def write_run(folder, name, losses, packed=True, **settings):
+    """A result of experiments/train.py, as far as it is read."""
+    settings = {"name": name, "rules": [], "seed": 0, "data_sha256": "d", "steps": 20, "batch_size": 4} | settings
+    settings |= {"window_length": 16, "evaluate_windows": 4}
+    evaluations = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
+    result = {"settings": settings, "evaluations": evaluations, "environment": {"device": "cpu: cpu"}}
+    if packed:
+        result["packed"] = {"loss": losses[-1]}
+    (folder / name).mkdir()
+    (folder / name / RESULT_NAME).write_text(json.dumps(result))
+
+
+def config_of(folder, *names):
+    config = compare_config.get_config()
+    config.runs, config.baseline = ",".join(str(folder / name) for name in names), names[0]
+    return config
+
+
+def test_losses_are_compared_with_the_last_and_with_the_least(tmp_path):
+    write_run(tmp_path, "bf16", [9.0, 1.5, 1.75])
+    write_run(tmp_path, "w2a2", [9.0, 2.0, 1.625])
+    compare_training.main(config_of(tmp_path, "bf16", "w2a2"), tmp_path / "out")
+    runs = json.loads((tmp_path / "out" / RESULT_NAME).read_text())["runs"]
+    assert runs["bf16"]["least"] == 1.5
+    assert runs["bf16"]["least_at_step"] == 10
+    assert runs["w2a2"]["above_final"] == -0.125
+    assert runs["w2a2"]["above_least"] == 0.125
+    assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    write_run(tmp_path, "bf16", [9.0, 1.5])
+    write_run(tmp_path, "longer", [9.0, 1.5], steps=40)
+    write_run(tmp_path, "stopped", [9.0, 1.5], packed=False)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="longer has steps=40, bf16 has 20: train them alike"):
+        compare_training.main(config_of(tmp_path, "bf16", "longer"), out)
+    with pytest.raises(ValueError, match="stopped stopped at step 10: finish it"):
+        compare_training.main(config_of(tmp_path, "bf16", "stopped"), out)
+    with pytest.raises(FileNotFoundError, match="name workdirs of experiments/train.py"):
+        compare_training.main(config_of(tmp_path, "bf16", "none"), out)
+    config = config_of(tmp_path, "bf16")
+    config.baseline = "w1a1"
+    with pytest.raises(ValueError, match="baseline w1a1 is none of the runs: bf16"):
+        compare_training.main(config, out)

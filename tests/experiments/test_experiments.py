@@ -1,0 +1,196 @@
+"""The programs, on a tiny model: what they write, that they go on where they stopped, and how they fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.loaders import load_pretrained
+from configs import generate as generate_config
+from configs import smollm2 as quantize_config
+from experiments import generate, quantize
+from experiments.support import workdir
+from tests.support import tiny_checkpoints
+
+WINDOWS, LENGTH = 3, 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model in a Hugging Face directory."""
+    return tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times, 1859. " * 20)
+    return path
+
+
+def tiny_config(model, text, precisions="W8A8,W2A8g32", sample_tokens=0):
+    config = quantize_config.get_config()
+    config.model, config.text, config.precisions = str(model), str(text), precisions
+    config.windows, config.window_length, config.sample_tokens = WINDOWS, LENGTH, sample_tokens
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(model, text, tmp_path_factory):
+    """Folder of one whole run."""
+    folder = tmp_path_factory.mktemp("run")
+    quantize.main(tiny_config(model, text, sample_tokens=3), folder)
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / workdir.RESULT_NAME).read_text())
+
+
+def test_result_has_the_fields_that_scripts_read(run, model, text):
+    result = read(run)
+    ids = load_pretrained(model).tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    used = np.array(ids[: WINDOWS * LENGTH], "<i4")
+    assert result["baseline"]["tokens"] == WINDOWS * (LENGTH - 1)
+    assert result["baseline"]["text_tokens"] == len(ids)
+    assert result["baseline"]["ids_sha256"] == hashlib.sha256(used.tobytes()).hexdigest()
+    assert list(result["precisions"]) == ["W8A8", "W2A8g32"]
+    for row in (result["baseline"], *result["precisions"].values()):
+        assert math.isfinite(row["perplexity"])
+        assert row["standard_error"] > 0
+        assert row["windows"] == WINDOWS
+        assert isinstance(row["sample"], str)
+        assert min(row["sample_margins"]) >= 0
+        assert len(row["sample_margins"]) <= 3
+
+
+def test_fewer_bits_take_fewer_bytes(run):
+    result = read(run)
+    sizes = [result["baseline"]["bytes"], *(result["precisions"][name]["bytes"] for name in ("W8A8", "W2A8g32"))]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+
+
+def test_plot_is_a_png(run):
+    assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W2A8g32"])
+def test_checkpoints_give_the_reported_perplexity(run, text, name):
+    packed = load_pretrained(run / f"{name}.safetensors")
+    ids = packed.tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    again = perplexity(packed.model, ids, windows=WINDOWS, window_length=LENGTH)
+    assert again.perplexity == read(run)["precisions"][name]["perplexity"]
+
+
+def test_a_stopped_run_goes_on(model, text, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.main(tiny_config(model, text), tmp_path)
+    assert read(tmp_path)["precisions"] == {}
+    monkeypatch.undo()
+    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+    measured = []
+    original = quantize._measure
+    monkeypatch.setattr(quantize, "_measure", lambda name, *args: measured.append(name) or original(name, *args))
+    quantize.main(tiny_config(model, text, "W8A8,W4A8"), tmp_path)
+    assert measured == ["W4A8"]
+
+
+def test_results_of_other_settings_are_kept_and_named(run, model, text):
+    before = read(run)
+    config = tiny_config(model, text, "W8A8")
+    config.windows, config.calibration = WINDOWS - 1, "mse"
+    with pytest.raises(ValueError, match="calibration: 'minmax' there, 'mse' here; windows: 3 there, 2 here"):
+        quantize.main(config, run)
+    assert read(run) == before
+
+
+def test_a_missing_checkpoint_is_written_again(model, text, tmp_path):
+    config = tiny_config(model, text, "W8A8")
+    config.checkpoints = False
+    quantize.main(config, tmp_path)
+    assert not (tmp_path / "W8A8.safetensors").exists()
+    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+    assert read(tmp_path)["precisions"]["W8A8"]["checkpoint_bytes"] == (tmp_path / "W8A8.safetensors").stat().st_size
+
+
+def test_impossible_precisions_are_refused_before_anything_is_measured(model, text, tmp_path):
+    with pytest.raises(ValueError, match="cannot quantize layer .* to W4A8g4096: group_size must be"):
+        quantize.main(tiny_config(model, text, "W8A8,W4A8g4096"), tmp_path)
+    assert not (tmp_path / workdir.RESULT_NAME).exists()
+
+
+def test_a_packed_model_is_not_packed_again(run, text, tmp_path):
+    with pytest.raises(ValueError, match="packed already are not packed again"):
+        quantize.main(tiny_config(run / "W8A8.safetensors", text, "W4A8"), tmp_path)
+
+
+def test_generate_streams_what_it_writes_down(run, tmp_path, capsys):
+    config = generate_config.get_config()
+    config.model, config.prompt, config.max_new_tokens = str(run / "W8A8.safetensors"), "It was", 4
+    generate.main(config, tmp_path)
+    result = read(tmp_path)
+    packed = load_pretrained(run / "W8A8.safetensors")
+    prompt = packed.tokenizer.encode("It was").ids
+    whole = packed.tokenizer.decode(prompt + result["tokens"])
+    assert 1 <= len(result["tokens"]) <= 4
+    assert whole.startswith("It was" + result["text"])
+    assert result["text"] in capsys.readouterr().out
+
+
+def command(module, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, flags)], capture_output=True, text=True, check=False
+    )
+
+
+def test_command_line_overrides_the_config(model, text, tmp_path):
+    done = command(
+        "quantize",
+        "--config=configs/smollm2.py",
+        f"--workdir={tmp_path}",
+        f"--config.model={model}",
+        f"--config.text={text}",
+        "--config.windows=2",
+        "--config.window_length=8",
+        "--config.sample_tokens=0",
+        "--config.precisions=W3A4",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W3A4" in done.stdout
+    assert list(read(tmp_path)["precisions"]) == ["W3A4"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.precisions=W9A8", "bits must be from 1 to 8, got 9"),
+        ("--config.precisions=int4", "precision 'int4' is not of the form W4A8 or W4A8g64"),
+        ("--config.text=/nowhere/text.txt", "no text at /nowhere/text.txt"),
+        ("--config.model=/nowhere/model.gguf", "no checkpoint at /nowhere/model.gguf"),
+    ],
+)
+def test_bad_input_is_one_line(text, tmp_path, flag, message):
+    done = command("quantize", "--config=configs/smollm2.py", f"--workdir={tmp_path}", f"--config.text={text}", flag)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_text_that_is_too_short_names_what_fits(model, text, tmp_path):
+    config = tiny_config(model, text)
+    config.windows = 10**6
+    with pytest.raises(ValueError, match="ask for at most"):
+        quantize.main(config, tmp_path)

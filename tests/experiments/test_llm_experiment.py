@@ -1,0 +1,317 @@
+"""The language model benchmark on a tiny model, through XLA."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import bipolar_jax as bj
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.transformer import Transformer
+from configs.bench import llm as llm_config
+from experiments.bench import llm
+from experiments.bench.language_models import command_buffers, peers, report, runs
+from experiments.bench.language_models.report import add_speedups, print_tables
+from experiments.bench.language_models.runs import Runs, Workload, parse_workloads, read_bytes
+from experiments.support import kernel_times
+from experiments.support.workdir import RESULT_NAME
+
+CONFIG = TransformerConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, context_length=64
+)
+PARTS = ("prefill", "decode")
+
+
+def make_model(config, name, precision):
+    """Stands in for models of presets, which are random as well, and large."""
+    assert name == "tiny"
+    model = Transformer(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(config.seed))
+    if precision is None:
+        return model
+    return bj.quantize_model(model, [("^layers/", precision)], implementation=config.implementation)
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    monkeypatch.setattr(llm, "make_config", lambda name: CONFIG)
+    monkeypatch.setattr(llm, "make_model", make_model)
+
+
+def bench(**fields):
+    config = llm_config.get_config()
+    small = {"model": "tiny", "implementation": "xla", "iterations": 2, "precisions": "W2A2", "workloads": "2x5+3"}
+    for name, value in (small | {"profile": ""} | fields).items():
+        config[name] = value
+    return config
+
+
+def read(folder):
+    return json.loads((folder / RESULT_NAME).read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with a quantized cache, a profile, and a peer that is not installed."""
+    folder = tmp_path_factory.mktemp("bench_llm")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(llm, "make_config", lambda name: CONFIG)
+        monkeypatch.setattr(llm, "make_model", make_model)
+        monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+        config = bench(
+            precisions="W2A8,W1A1", workloads="1x4+2,2x5+3", cache_bits=8, profile="W1A1", peers="transformers"
+        )
+        llm.main(config, folder)
+    return folder
+
+
+def test_both_parts_are_timed_against_bf16(folder):
+    models = read(folder)["models"]
+    assert list(models) == ["W1A1", "W2A8", "bf16"], "fewest weight bits first"
+    for rows in models.values():
+        assert list(rows["workloads"]) == ["1x4+2", "2x5+3"]
+        for name, measured in rows["workloads"].items():
+            baseline = models["bf16"]["workloads"][name]
+            for part in PARTS:
+                microseconds = measured[part]["microseconds"]
+                assert microseconds > 0
+                assert (measured[part]["clock"], measured[part]["iterations"]) == ("wall", 2)
+                assert measured[part]["speedup"] == pytest.approx(
+                    baseline[part]["microseconds"] / microseconds, abs=1e-3
+                )
+            batch, decode, memory = int(name[0]), measured["decode"], measured["memory"]
+            assert decode["tokens_per_second"] == pytest.approx(1e6 * batch / decode["microseconds"], rel=1e-3, abs=0.1)
+            moved = memory["read_bytes"] + memory["cache_bytes"]
+            assert decode["bandwidth_share"] == pytest.approx(moved / decode["microseconds"] / 4.1e6, rel=0.01)
+            assert memory["peak_bytes"] is None, "CPUs do not know"
+            vectors = 2 * CONFIG.num_layers * batch * CONFIG.num_kv_heads * 64  # positions, rounded up
+            assert memory["cache_bytes"] == vectors * (CONFIG.head_dim + 4 + 1) + 4 * batch
+    # Prompts read at once, and their last token from an 8-bit cache.
+    assert 0 < models["bf16"]["workloads"]["2x5+3"]["check_error"] < 0.05
+
+
+def test_what_is_beside_the_figures(folder):
+    result = read(folder)
+    assert "xla_flags" in result["environment"]
+    assert result["settings"]["cache_bits"] == 8
+    error = {"error": "ModuleNotFoundError: torch is not installed"}
+    assert result["peers"] == {"transformers": {"workloads": {"1x4+2": error, "2x5+3": error}}}
+    nothing = {"microseconds": 0, "kernels": []}  # no GPU
+    assert result["profiles"] == {"W1A1": {"workload": "1x4+2", "prefill": nothing, "decode": nothing}}
+    assert (folder / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_goes_on_and_tries_again_what_failed(tmp_path, monkeypatch):
+    original = runs.Runs.check
+
+    def broken(self):
+        if self.workload.batch == 2:
+            raise ValueError("planted\nfailure")
+        return original(self)
+
+    monkeypatch.setattr(Runs, "check", broken)
+    llm.main(bench(workloads="1x4+2,2x5+3"), tmp_path)
+    before = read(tmp_path)["models"]["W2A2"]["workloads"]
+    assert before["2x5+3"] == {"error": "ValueError: planted"}
+    checked = []
+    monkeypatch.setattr(Runs, "check", lambda self: checked.append(self.workload.name) or original(self))
+    llm.main(bench(workloads="1x4+2,2x5+3"), tmp_path)
+    assert checked == ["2x5+3", "2x5+3"], "of W2A2 and of bf16"
+    after = read(tmp_path)["models"]["W2A2"]["workloads"]
+    assert after["1x4+2"]["prefill"]["microseconds"] == before["1x4+2"]["prefill"]["microseconds"]
+    assert "decode" in after["2x5+3"]
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        llm.main(bench(seed=1), tmp_path)
+
+
+def test_a_model_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
+    def failing(config, name, precision):
+        if precision is not None:
+            raise MemoryError("planted")
+        return make_model(config, name, precision)
+
+    monkeypatch.setattr(llm, "make_model", failing)
+    llm.main(bench(), tmp_path)
+    models = read(tmp_path)["models"]
+    assert models["W2A2"]["workloads"] == {"2x5+3": {"error": "MemoryError: planted"}}
+    assert "decode" in models["bf16"]["workloads"]["2x5+3"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"workloads": "8x512"}, "workload '8x512' is not of the form 8x512\\+128"),
+        ({"workloads": "1x1+1"}, "a prompt of 2"),
+        ({"workloads": "1x60+5"}, "exceeds the model's context of 64"),
+        ({"precisions": "W9A8"}, "from 1 to 8"),
+        ({"cache_bits": 3}, "cache_bits must be 8 or 4"),
+        ({"baselines": "fp16"}, "baselines name fp16: there are bf16, bf16 cuBLAS"),
+        ({"profile": "W4A4"}, "profile names W4A4, which is not measured: W2A2, bf16 are"),
+        ({"peers": "llama"}, "no peer llama: there are transformers"),
+        ({"implementation": "cuda"}, "implementation"),
+    ],
+)
+def test_wrong_configs_are_refused_before_anything_is_made(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr(llm, "make_model", lambda *_: pytest.fail("made a model"))
+    with pytest.raises(ValueError, match=message):
+        llm.main(bench(**fields), tmp_path)
+
+
+# Its parts.
+
+
+def test_the_loop_decodes_greedily_from_the_prompts_on():
+    model = make_model(bench(), "tiny", None)
+    runs = Runs(model, Workload(2, 5, 4))
+    _, cache = runs._prefill(model, runs.ids, runs.lengths)
+    largest, cache = runs._decode(model, runs.ids[:, -1], runs._rewound(cache))
+    text = np.asarray(runs.ids)
+    for step in range(4):
+        logits = jax.jit(lambda model, ids: model(ids))(model, jnp.asarray(text))[:, -1]
+        # bfloat16 keeps 8 bits.
+        np.testing.assert_allclose(largest[step], jnp.max(logits, axis=-1), rtol=0.03)
+        text = np.concatenate([text, np.argmax(logits, axis=-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(cache.lengths, [8, 8])
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make_model(bench(), "tiny", None)
+    model.final_norm.scale[...] = jnp.full_like(model.final_norm.scale[...], jnp.nan)
+    with pytest.raises(ValueError, match="prefill gives logits that are not finite"):
+        Runs(model, Workload(1, 3, 1)).check()
+
+
+def test_a_decode_step_reads_all_weights_but_the_embedding():
+    model = make_model(bench(), "tiny", None)
+    every = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    assert read_bytes(model) == every - model.embed.embedding[...].nbytes
+
+
+def test_workloads_named_twice_come_once():
+    assert parse_workloads("8x5+3, 1x2+1,8x5+3", 64) == [Workload(8, 5, 3), Workload(1, 2, 1)]
+
+
+def test_speed_ups_are_over_the_faster_baseline():
+    def rows(prefill, decode):
+        return {
+            "workloads": {
+                "1x4+2": {part: {"microseconds": t} for part, t in zip(PARTS, (prefill, decode), strict=True)}
+            }
+        }
+
+    failed = {"workloads": {"1x4+2": {"error": "x"}}}
+    result = {"models": {"W1A1": rows(2.0, 4.0), "bf16": rows(6.0, 9.0), "other": rows(8.0, 6.0), "W2A2": failed}}
+    result["peers"] = {"transformers": rows(3.0, 3.0)}
+    add_speedups(result, ["bf16", "other"])
+    speedups = {
+        name: [row["workloads"]["1x4+2"].get(part, {}).get("speedup") for part in PARTS]
+        for name, row in (result["models"] | result["peers"]).items()
+    }
+    assert speedups == {
+        "W1A1": [3.0, 1.5],
+        "bf16": [1.0, 0.667],
+        "other": [0.75, 1.0],
+        "W2A2": [None, None],
+        "transformers": [2.0, 2.0],
+    }
+
+
+def test_of_a_peer_the_table_has_the_times_and_no_memory(monkeypatch):
+    """Peers say no more than their peak, which has the making of the model in it."""
+    ours = {"weight_bytes": 2e9, "cache_bytes": 1e9, "prefill_temporary_bytes": 5e8, "decode_temporary_bytes": 1e8}
+    rows = {
+        name: {
+            "workloads": {
+                "1x4+2": {
+                    "prefill": {"microseconds": 6000.0},
+                    "decode": {"microseconds": 4000.0, "tokens_per_second": 250.0},
+                    "memory": memory | {"peak_bytes": 9e9},
+                }
+            }
+        }
+        for name, memory in (("W1A1", ours), ("transformers", {}))
+    }
+    result = {"settings": {"model": "tiny", "device": "cpu"}, "profiles": {}}
+    result |= {"models": {"W1A1": rows["W1A1"]}, "peers": {"transformers": rows["transformers"]}}
+    console = Console(width=200, record=True)
+    monkeypatch.setattr(report, "console", console)
+    print_tables(result)
+    printed = [line.strip(" │").split("│") for line in console.export_text().splitlines() if "1x4+2" in line]
+    assert [[cell.strip() for cell in line] for line in printed] == [
+        ["1x4+2", "W1A1", "6.00", "-", "4.000", "-", "250", "-", "3.50", "-"],
+        ["1x4+2", "transformers", "6.00", "-", "4.000", "-", "250", "-", "-", "-"],
+    ]
+
+
+def write_trace(folder):
+    """As a GPU's trace is: streams beside the lines that repeat them, and the host."""
+    names = [(1, None, "process_name", "/device:GPU:0"), (2, None, "process_name", "/host:CPU")]
+    names += [(1, 10, "thread_name", "Stream #13(Compute)"), (1, 11, "thread_name", "XLA Modules")]
+    names += [(2, 10, "thread_name", "Stream #13")]
+    events = [
+        {"ph": "M", "pid": pid, "name": kind, "args": {"name": name}} | ({} if tid is None else {"tid": tid})
+        for pid, tid, kind, name in names
+    ]
+    for pid, tid, name, microseconds in [
+        (1, 10, "matmul", 5.0),
+        (1, 10, "matmul", 7.0),
+        (1, 10, "add", 1.5),
+        (1, 11, "jit_decode", 99.0),
+        (2, 10, "matmul", 99.0),
+    ]:
+        events.append({"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": 0.0, "dur": microseconds})
+    file = folder / "plugins" / "profile" / "now" / "vm.trace.json.gz"
+    file.parent.mkdir(parents=True)
+    with gzip.open(file, "wt") as stream:
+        json.dump({"traceEvents": events}, stream)
+
+
+def test_kernels_are_summed_by_name_over_streams(tmp_path):
+    write_trace(tmp_path)
+    times, calls = kernel_times.read_kernel_times(tmp_path)
+    assert (times, calls) == ({"matmul": 12.0, "add": 1.5}, {"matmul": 2, "add": 1})
+
+
+def test_a_profile_is_of_one_step_and_prints(monkeypatch, capsys):
+    monkeypatch.setattr(
+        kernel_times, "read_kernel_times", lambda _: ({"matmul": 12.0, "add": 1.5}, {"matmul": 4, "add": 2})
+    )
+    profile = kernel_times.profile_kernels(lambda: None, steps=2, most=1)
+    assert profile == {"microseconds": 6.75, "kernels": [{"name": "matmul", "microseconds": 6.0, "calls": 2.0}]}
+    settings = {"model": "tiny", "device": "cpu"}
+    print_tables(
+        {
+            "settings": settings,
+            "models": {},
+            "peers": {},
+            "profiles": {"W2A2": {"workload": "1x4+2", "prefill": {"kernels": []}, "decode": profile}},
+        }
+    )
+    printed = capsys.readouterr()
+    assert "matmul" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin", "expected"),
+    [
+        ("", True, "--xla_gpu_enable_command_buffer=+FUSION,"),
+        ("--xla_dump_to=x", True, "--xla_dump_to=x --xla_gpu_enable_command_buffer=+FUSION,"),
+        ("--xla_gpu_enable_command_buffer=", True, "--xla_gpu_enable_command_buffer="),
+        ("--xla_dump_to=x", False, "--xla_dump_to=x"),
+    ],
+)
+def test_graphs_are_asked_for_where_a_gpu_plugin_is(monkeypatch, flags, plugin, expected):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(command_buffers, "_has_cuda_plugin", lambda: plugin)
+    command_buffers.launch_graphs()
+    found = command_buffers.os.environ["XLA_FLAGS"]
+    assert found.startswith(expected)
+    assert math.isclose(len(found), len(expected), abs_tol=80)
+    assert found.count("command_buffer") == expected.count("command_buffer")

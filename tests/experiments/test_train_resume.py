@@ -1,0 +1,156 @@
+"""A run of experiments/train.py that stopped goes on with the losses it would have had, or says why it cannot."""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import smollm2_w2a8_finetune
+from experiments import train
+from experiments.support.workdir import RESULT_NAME
+from experiments.training.checkpoint import FOLDER
+from experiments.training.log import TrainingLog, read_metrics
+from tests.support import tiny_checkpoints
+from tests.support.optimizations import optimizations
+from tests.support.tiny_training import STEPS, losses, result_of, shrink, whole_config, without_evaluation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled_programs(compiled_programs):
+    """Here and in processes of their own: what is compared went through the same programs."""
+    with optimizations(False), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+    """A copy of a whole run, for a test to damage."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def interrupt_at(monkeypatch, step):
+    """The next run ends when it writes the metrics of that step."""
+    original = TrainingLog.write
+
+    def write(self, rows, prefix="train"):
+        original(self, rows, prefix)
+        if prefix == "train" and rows[-1]["step"] >= step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingLog, "write", write)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(tiny_run, tiny_text, tmp_path):
+    """SIGKILL while metrics are written, at a step that is another one in every session of tests."""
+    at = random.randint(6, STEPS - 1)
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from experiments import train\n"
+        "from experiments.training.log import TrainingLog\n"
+        "from tests.support.tiny_training import whole_config\n"
+        "original = TrainingLog.write\n"
+        "def write(self, rows, prefix='train'):\n"
+        "    original(self, rows, prefix)\n"
+        f"    if prefix == 'train' and rows[-1]['step'] >= {at}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "TrainingLog.write = write\n"
+        "train.main(whole_config(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_text), str(tmp_path)], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert at <= len(read_metrics(tmp_path)) < STEPS or at > STEPS - 3
+    assert losses(tmp_path) == losses(tiny_run)[: len(read_metrics(tmp_path))]
+    train.main(whole_config(tiny_text), tmp_path)
+    assert losses(tmp_path) == losses(tiny_run), f"killed at step {at}"
+    assert result_of(tmp_path)["packed"] == result_of(tiny_run)["packed"]
+    assert result_of(tmp_path)["evaluations"] == result_of(tiny_run)["evaluations"]
+
+
+@pytest.mark.parametrize("kind", ["bit schedule", "distilled, learned steps, random gradients"])
+def test_an_interrupted_run_goes_on_with_the_same_losses(tiny_text, tmp_path, monkeypatch, kind):
+    without_evaluation(monkeypatch)
+    if kind == "bit schedule":
+        config = whole_config(tiny_text)
+        config.rules = (("^layers/", "0:float,4:W4A8,11:W1.58A8"),)
+    else:
+        model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
+        config = shrink(smollm2_w2a8_finetune.get_config(), tiny_text)
+        config.pretrained = config.distillation.teacher = str(model)
+        config.rules, config.quantization.gradient_bits = (("^layers/", "W2A8g16"),), 8
+        config.dtype = "float32"  # in which teacher and student begin with the same arrays
+    train.main(config, tmp_path / "whole")
+    assert losses(tmp_path / "whole")[-1]["loss"] < losses(tmp_path / "whole")[0]["loss"]
+    with monkeypatch.context() as context:
+        interrupt_at(context, 12)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config, tmp_path / "stopped")
+    train.main(config, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(copied, tiny_text):
+    before = losses(copied)
+    train.main(whole_config(tiny_text), copied)
+    assert losses(copied) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_text, tmp_path):
+    config = whole_config(tiny_text)
+    config.rules, config.optimizer.learning_rate, config.optimizer.warmup_steps = (), 1e38, 7
+    config.checkpoint_every = 1
+    with pytest.raises(
+        RuntimeError, match=r"of step \d+ is (nan|inf): training stopped, .*; lower optimizer"
+    ) as caught:
+        train.main(config, tmp_path)
+    bad = int(str(caught.value).split(" of step ")[1].split()[0])
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, bad))
+    assert f"last good checkpoint is that of step {bad - 1};" in str(caught.value)
+    assert str(bad - 1) in {path.name for path in (tmp_path / FOLDER).iterdir()}
+
+
+@pytest.mark.parametrize("what", ["a flipped bit", "truncated", "no facts", "facts of another form"])
+def test_a_damaged_checkpoint_is_named_and_kept(copied, tiny_text, what):
+    checkpoint = copied / FOLDER / str(STEPS)
+    arrays = max((path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    if what == "a flipped bit":
+        content = bytearray(arrays.read_bytes())
+        content[len(content) // 2] ^= 1
+        arrays.write_bytes(content)
+    elif what == "truncated":
+        arrays.write_bytes(arrays.read_bytes()[:100])
+    elif what == "no facts":
+        shutil.rmtree(checkpoint / "about")
+    else:
+        (checkpoint / "about" / "metadata").write_text('{"settings": 1}')
+    with pytest.raises(ValueError, match=f"{STEPS} is damaged or no checkpoint .* to go on from step 15"):
+        train.main(whole_config(tiny_text), copied)
+    gc.collect()  # what Orbax left behind must not speak up in other tests
+    assert arrays.is_file()
+    assert len(losses(copied)) == STEPS
+
+
+def test_after_moving_a_damaged_checkpoint_the_run_goes_on(copied, tiny_run, tiny_text):
+    (copied / FOLDER / str(STEPS)).rename(copied / "damaged")
+    train.main(whole_config(tiny_text), copied)
+    assert losses(copied) == losses(tiny_run)
+
+
+def test_checkpoints_of_another_run_are_refused(copied, tiny_text):
+    config = whole_config(tiny_text)
+    config.optimizer.learning_rate = 5e-3
+    with pytest.raises(ValueError, match="was measured with other settings .*'learning_rate': 0.01"):
+        train.main(config, copied)
+    (copied / RESULT_NAME).unlink()
+    with pytest.raises(ValueError, match="16 is of a run with other settings .*'learning_rate': 0.01"):
+        train.main(config, copied)
+    assert len(losses(copied)) == STEPS

@@ -1,0 +1,116 @@
+"""What the threads of the fused layers' attention compute, for a warpgroup of simulated ones."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.decode_step.attention import float_cache_threads as threads
+from bipolar_jax.kernels.sm90.decode_step.attention import quantized_cache_threads
+from tests.support import warpgroup_simulator
+
+DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+THREAD = np.arange(128, dtype=np.int32)
+LANE, WARP = THREAD % 32, THREAD // 32
+
+
+def words_of(numbers: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(numbers).view(np.int32)[..., 0]
+
+
+@pytest.mark.parametrize("number", DTYPES)
+def test_scores_are_those_of_float32(number, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal(128).astype(np.float32)
+    keys = rng.standard_normal((64, 128)).astype(DTYPES[number])
+    memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
+    threads.store_query(number, memory, THREAD, query)
+    words = threads.load_query(memory, LANE)
+    rows, pairs = 16 * WARP + LANE // 4, 2 * (LANE % 4)
+    blocks = [
+        tuple(words_of(np.stack([keys[rows + below, 8 * i + pairs + j] for j in range(2)], axis=1)) for below in (0, 8))
+        for i in range(16)
+    ]
+    expected = keys.astype(np.float64) @ query
+    for below, found in zip((0, 8), threads.scores(number, blocks, words), strict=True):
+        np.testing.assert_allclose(found, expected[rows + below], atol=3e-6)
+
+
+@pytest.mark.parametrize("number", DTYPES)
+def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((2, 64, 64)).astype(DTYPES[number])
+    weights = rng.random(64).astype(np.float32)
+    before = rng.standard_normal(128).astype(np.float32)
+    rows = 16 * WARP + LANE // 4
+    words = threads.spread_weights(number, [weights[rows], weights[rows + 8]], LANE)
+    # The 128-byte swizzle: piece p of 16 bytes of row r is where piece p ^ (r % 8) would be.
+    pieces = values.reshape(2, 64, 8, 8)
+    swizzled = np.stack([pieces[:, row, np.arange(8) ^ (row % 8)] for row in range(64)], axis=1)
+    left = np.zeros((4, 128), np.float32)
+    for half in range(2):
+        sums = [
+            np.where(LANE % 4 == 0, before[64 * half + 16 * (i // 4) + LANE // 4 + 8 * (i % 4 // 2)], 0)
+            for i in range(16)
+        ]
+        sums = [np.where(i % 2 == 0, x, 0).astype(np.float32) for i, x in enumerate(sums)]
+        source = ptx.pointer(np.ascontiguousarray(swizzled[half]), ptx.SHARED)
+        sums = threads.add_values(number, source, words, LANE, WARP, sums)
+        target = ptx.advance(ptx.pointer(left, ptx.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
+        threads.leave_sums(target, sums, ptx.float32(0.5), LANE)
+    by_warp = (weights.reshape(4, 1, 16) @ np.concatenate(values, axis=1).astype(np.float64).reshape(4, 16, 128))[:, 0]
+    np.testing.assert_allclose(left, 0.5 * (by_warp + before), atol=3e-6)
+
+
+def swizzled(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [64, 128] as a cache has them, in the swizzle of 128 bytes or, of 4 bits, of 64."""
+    if bits == 4:
+        codes = codes[:, :64] | (codes[:, 64:] << 4)
+    pieces = codes.reshape(64, -1, 16)
+    exchanged = [row % 8 if bits == 8 else row // 2 % 4 for row in range(64)]
+    rows = [pieces[row, np.arange(pieces.shape[1]) ^ exchanged[row]] for row in range(64)]
+    return np.stack(rows).reshape(-1).view(np.int32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scores_of_codes_are_those_of_float32(bits, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(2)
+    query = rng.standard_normal(128).astype(np.float32)
+    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    codes[0], codes[9] = 0, 2**bits - 1
+    memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
+    threads.store_query("bf16", memory, THREAD, query, codes=True)
+    words = threads.load_query(memory, LANE)
+    source = ptx.pointer(swizzled(codes, bits), ptx.SHARED)
+    expected = (codes.astype(np.float64) - 2 ** (bits - 1)) @ query
+    rows = 16 * WARP + LANE // 4
+    for below, found in zip((0, 8), quantized_cache_threads.scores(bits, source, words, LANE, WARP), strict=True):
+        np.testing.assert_allclose(found, expected[rows + below], atol=3e-6 * 2**bits)
+    np.testing.assert_allclose(
+        quantized_cache_threads.query_sum(words), np.full(128, query.sum(dtype=np.float64)), atol=3e-6
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_of_codes_are_summed_by_weights_of_float32(bits, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    weights = rng.random(64).astype(np.float32)
+    rows = 16 * WARP + LANE // 4
+    words = threads.spread_weights("bf16", [weights[rows], weights[rows + 8]], LANE)
+    sums = [np.zeros(128, np.float32)] * 32
+    sums = quantized_cache_threads.add_values(
+        bits, ptx.pointer(swizzled(codes, bits), ptx.SHARED), words, LANE, WARP, sums
+    )
+    left = np.zeros((4, 128), np.float32)
+    for half in range(2):
+        target = ptx.advance(ptx.pointer(left, ptx.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
+        threads.leave_sums(target, sums[16 * half : 16 * half + 16], ptx.float32(0.5), LANE, codes=True)
+    signed = codes.reshape(4, 16, 128).astype(np.float64) - 2 ** (bits - 1)
+    np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)

@@ -1,0 +1,389 @@
+"""All layers of a decode step in one kernel: interpreted against a twin written from the definitions, and compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import BipolarFormat, Precision, quantize
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.decode_step import api
+from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
+from bipolar_jax.kernels.sm90.decode_step.bit_planes import transposed_bytes
+from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.exchange import in_order
+from bipolar_jax.models.blocks import fused_decode
+from bipolar_jax.models.blocks.alibi import alibi_slopes
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.kv_cache.cache import keep
+from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+from bipolar_jax.models.presets import preset
+from bipolar_jax.models.random_weights import random_float, random_packed
+from bipolar_jax.models.transformer import Transformer
+from tests.support import sm90_compile, warpgroup_simulator
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+EPS = 1e-5
+SWIGLU = Activation("silu", gated=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Random layers, a cache and a token."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    w_bits: int
+    a_bits: int
+    capacity: int
+    length: int
+    calibration: str = "mse"
+    bias: bool = False
+    gain: float = 1.0
+    norm: type = RMSNorm
+    activation: Activation = SWIGLU
+    positions: str = "rope"
+    cache_dtype: type = jnp.bfloat16
+    cache_bits: int | None = None
+
+    def operands(self) -> dict:
+        rng = np.random.default_rng(self.length)
+
+        def normal(*shape):
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        sizes = {
+            "qkv": (self.hidden, context + 2 * kv),
+            "o": (context, self.hidden),
+            "up": (self.hidden, (2 if self.activation.gated else 1) * self.ffn),
+            "down": (self.ffn, self.hidden),
+        }
+        angle = self.length * 10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+        cache = (self.layers, 1, self.kv_heads, self.capacity, HEAD_DIM)
+        return dict(
+            hidden=normal(self.hidden),
+            kernels={
+                name: quantize(normal(self.layers, k, n) / np.sqrt(k), self.w_bits, -2, calibration=self.calibration)
+                for name, (k, n) in sizes.items()
+            },
+            biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
+            norms={name: self._norm(normal) for name in ("qkv", "up")},
+            activation=self.activation,
+            keys=self.kept(normal(*cache)),
+            values=self.kept(normal(*cache)),
+            length=jnp.int32(self.length),
+            tables=tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+            if self.positions == "rope"
+            else None,
+            slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
+            a_format=BipolarFormat(self.a_bits),
+            cache_bits=self.cache_bits,
+        )
+
+    def kept(self, heads) -> tuple:
+        if self.cache_bits is None:
+            return (heads.astype(self.cache_dtype),)
+        return tuple(jax.tree.leaves(QuantizedHeads.quantize(heads, self.cache_bits)))
+
+    def _norm(self, normal):
+        gain = self.gain * (1 + 0.1 * normal(self.layers, self.hidden))
+        return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits"))
+def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits):
+    """`decode_layers` in float32, layer by layer; products of what the numbers are quantized to."""
+
+    def product(x, name, layer):
+        w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
+        tokens = quantize_tokens(x[None], a_format)
+        steps = (a_format.values(tokens.codes) - tokens.zero_value)[0]
+        y = w.scale[:, 0] * (steps @ w.values())  # integers: one bit is a sign, and sums of zero are common
+        if w.offset is not None:
+            y = y + w.offset[:, 0] * jnp.sum(steps)
+        y = y * tokens.scale
+        return y if biases[name] is None else y + biases[name][layer]
+
+    def normalized(x, name, layer):
+        return jax.tree.map(lambda leaf: leaf[layer], norms[name])(x)
+
+    def rotated(x):
+        if tables is None:
+            return x
+        cos, sin = tables
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def with_new(kept, layer, new):
+        cached = jax.tree.map(lambda leaf: leaf[layer, 0], kept)
+        if cache_bits is None:
+            (cached,) = cached
+            cached, new = (x.astype(kept[0].dtype).astype(jnp.float32) for x in (cached, new))
+        else:
+            cached = QuantizedHeads(*cached, cache_bits).dequantize()
+            new = QuantizedHeads.quantize(new, cache_bits).dequantize()
+        if length == cached.shape[1]:
+            return cached
+        return jnp.concatenate([cached[:, :length], new[:, None]], axis=1)
+
+    projections, kv_heads = [], keys[0].shape[2]
+    for layer in range(keys[0].shape[0]):
+        projected = product(normalized(hidden, "qkv", layer), "qkv", layer)
+        projections.append(projected)
+        heads = projected.reshape(-1, HEAD_DIM)
+        q, k, v = heads[: -2 * kv_heads], heads[-2 * kv_heads : -kv_heads], heads[-kv_heads:]
+        group = len(q) // kv_heads
+        k, v = with_new(keys, layer, rotated(k)), with_new(values, layer, v)
+        scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(HEAD_DIM)
+        if slopes is not None:
+            scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1])
+        context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
+        hidden = hidden + product(context.reshape(-1), "o", layer)
+        hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
+    return hidden, jnp.stack(projections)
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        (Case(1, 256, 384, 2, 1, 2, 2, 192, 100, calibration="minmax"), 5),
+        (Case(1, 128, 1152, 1, 1, 3, 8, 320, 300, bias=True, cache_dtype=jnp.float16), 3),
+        (Case(1, 128, 128, 1, 1, 8, 8, 128, 0, "mse", True, 1.0, LayerNorm, Activation("relu"), "learned"), 1),
+        (Case(1, 384, 128, 3, 3, 4, 4, 128, 64, "mse", True, 1.0, LayerNorm, Activation("gelu"), "alibi"), 3),
+        (Case(1, 256, 128, 2, 1, 2, 8, 192, 150, cache_bits=8), 5),
+        (
+            Case(
+                1,
+                128,
+                128,
+                1,
+                1,
+                4,
+                8,
+                320,
+                300,
+                "mse",
+                True,
+                1.0,
+                LayerNorm,
+                Activation("gelu"),
+                "alibi",
+                cache_bits=4,
+            ),
+            3,
+        ),
+        # A full cache. Small gains: SwiGLU's underflow far below zero, here and there another, would decide signs.
+        (Case(1, 128, 256, 1, 1, 1, 1, 64, 64, gain=0.05), 2),
+    ],
+    ids=lambda value: (
+        f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
+    ),
+)
+def test_layers_are_the_twins(case, blocks):
+    operands = case.operands()
+    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert not interpret_pallas_call.get_races().races_found
+    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def small_model(precision: str = "W2A8", **changes) -> Transformer:
+    config = dataclasses.replace(
+        TransformerConfig(
+            vocab_size=64,
+            hidden_size=128,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=128,
+            ffn_size=256,
+            context_length=128,
+            qkv_bias=True,
+        ),
+        **changes,
+    )
+    return random_packed(config, Precision.parse(precision), dtype=jnp.bfloat16, key=jax.random.key(0), embed_bits=None)
+
+
+@pytest.mark.parametrize("cache_bits", [None, 8])
+def test_a_model_decodes_the_same(cache_bits, monkeypatch):
+    model = join_projections(small_model())
+    ids = jnp.arange(1, 12)[None]
+    _, cache = model.prefill(ids, jnp.array([11]), 64, cache_bits)
+    layered, layered_cache = model.decode(jnp.array([5]), cache)
+    monkeypatch.setattr(api, "default_device", lambda: None)
+    monkeypatch.setattr(api, "MULTIPROCESSORS", 3)
+    reached = []
+    monkeypatch.setattr(fused_decode.sm90, "decode_layers", recording(fused_decode.sm90.decode_layers, reached))
+    with interpreted(plgpu.InterpretGPUParams()):
+        fused, fused_cache = model.decode(jnp.array([5]), cache)
+    assert reached == ["done"]
+    np.testing.assert_array_equal(fused_cache.lengths, layered_cache.lengths)
+    np.testing.assert_allclose(fused, layered, atol=0.03 * float(jnp.max(jnp.abs(layered))))
+    for got, expected in ((fused_cache.keys, layered_cache.keys), (fused_cache.values, layered_cache.values)):
+        if cache_bits is not None:
+            got, expected = got.dequantize(), expected.dequantize()
+        got, expected = (np.asarray(array, np.float32) for array in (got, expected))
+        np.testing.assert_array_equal(got[:, :, :, :11], expected[:, :, :, :11])
+        # What is a rounding apart may be quantized a step apart.
+        atol = (0.03 if cache_bits != 4 else 0.1) * np.abs(expected).max()
+        np.testing.assert_allclose(got[:, :, :, 11], expected[:, :, :, 11], atol=atol)
+        np.testing.assert_array_equal(got[:, :, :, 12:], expected[:, :, :, 12:])
+
+
+def recording(function, reached: list[str]):
+    """The function, which leaves a word when it has returned."""
+
+    def call(*args, **options):
+        outcome = function(*args, **options)
+        reached.append("done")
+        return outcome
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "cache_bits", "message"),
+    [
+        (lambda: join_projections(small_model()), 2, None, "one sequence, not for 2"),
+        (lambda: join_projections(small_model()), 1, 8, "zeros of 40 positions are no multiple of 16 bytes"),
+        (lambda: join_projections(small_model("W4A8g64")), 1, None, "one scale a column"),
+        (lambda: join_projections(small_model("W2A16")), 1, None, "same bits in all products"),
+        (small_model, 1, None, "qkv projections must be one packed layer"),
+        (lambda: join_projections(small_model(head_dim=64)), 1, None, "128 numbers, not 64"),
+        (lambda: random_float(small_model().config, jnp.bfloat16, jax.random.key(0)), 1, None, "one packed layer"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
+    @nnx.eval_shape  # nothing is computed before it is refused
+    def refused():
+        there, ids = model(), jnp.ones((batch, 8), jnp.int32)
+        _, cache = there.prefill(ids, jnp.full(batch, 8), 64 if cache_bits is None else 40, cache_bits)
+        hidden, tables = there._enter(ids[:, :1], cache.lengths[:, None])
+        with interpreted(plgpu.InterpretGPUParams()), pytest.raises(NotImplementedError, match=message):
+            fused_decode.fused_layers(there.layers, there.config, hidden, tables, cache)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("length", [3, 64])
+def test_all_layers_are_written_as_one_by_one(bits, length):
+    """Where there is room: a full cache keeps what it has."""
+    heads = jax.random.normal(jax.random.key(0), (2, 1, 64, 3, 8), jnp.bfloat16)  # tokens before heads
+    kept = keep(heads, bits)
+    cache = fused_decode.KVCache(kept, jax.tree.map(jnp.flip, kept), jnp.array([length]))
+    keys, values = jax.random.normal(jax.random.key(1), (2, 2, 1, 1, 3, 8), jnp.bfloat16)
+    expected = cache
+    for layer in range(2):
+        expected = expected.write(layer, keys[layer], values[layer])
+    jax.tree.map(np.testing.assert_array_equal, cache.write_all(keys, values), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "cache_bits"),
+    [
+        ("llama-2-7b", (1, 1), None),
+        ("llama-2-7b", (2, 8), None),
+        ("llama-3-8b", (8, 8), None),
+        ("qwen2.5-7b", (3, 2), None),  # with a cache of float16
+        ("opt-6.7b", (2, 2), None),
+        ("bloom-7b1", (4, 8), None),
+        ("llama-2-7b", (1, 1), 4),
+        ("llama-2-7b", (4, 8), 8),
+        ("llama-3-8b", (8, 8), 4),
+        ("opt-6.7b", (2, 2), 8),
+        ("bloom-7b1", (4, 8), 4),
+    ],
+)
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+def test_compiles_without_spills(name, precision, cache_bits):
+    config, (w_bits, a_bits) = preset(name), precision
+    case = Case(
+        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
+        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
+        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
+        cache_dtype=jnp.float16 if name.startswith("qwen") else jnp.bfloat16, cache_bits=cache_bits,
+    )  # fmt: skip
+    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
+    operands = jax.eval_shape(lambda: shapes_of(case))
+    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
+    assert len(report.registers) == 1, "one kernel"
+    assert report.spill_bytes == 0
+    assert not report.serialized_wgmma
+
+
+def shapes_of(case: Case) -> dict:
+    """`Case.operands`, of zeros that are never made."""
+    operands = dataclasses.replace(case, hidden=128, ffn=128, heads=1, kv_heads=1, layers=1, capacity=64).operands()
+    context, kv = case.heads * HEAD_DIM, case.kv_heads * HEAD_DIM
+    sizes = {
+        "qkv": (case.hidden, context + 2 * kv),
+        "o": (context, case.hidden),
+        "up": (case.hidden, (2 if case.activation.gated else 1) * case.ffn),
+        "down": (case.ffn, case.hidden),
+    }
+    kernels = {
+        name: jax.vmap(lambda kernel: quantize(kernel, case.w_bits, -2))(jnp.zeros((case.layers, *size)))
+        for name, size in sizes.items()
+    }
+    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM)))
+    bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
+    gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
+    norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
+    slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
+    operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
+    operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
+    static = ("a_format", "activation", "cache_bits")
+    return {name: value for name, value in operands.items() if name not in static}
+
+
+def test_sizes_that_do_not_fit():
+    def shape(**changes):
+        fields = dict(
+            num_layers=1, hidden=256, ffn=256, heads=2, kv_heads=1, a_format=BipolarFormat(8),
+            w_format=BipolarFormat(2), norm="rms", norm_eps=EPS, activation=SWIGLU, blocks=4,
+        )  # fmt: skip
+        return LayersShape(**(fields | changes))
+
+    assert shape().splits == 2
+    for changes, message in (
+        ({"hidden": 200}, "multiples of 128, not 200"),
+        ({"heads": 8}, "8 heads are more than the 4 blocks"),
+        ({"ffn": 1 << 17}, "leave no shared memory"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            shape(**changes)
+
+
+def test_bits_of_eight_bytes_are_transposed(monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    rows = np.random.default_rng(0).integers(0, 256, (128, 8), np.uint8)
+    words = [np.ascontiguousarray(rows[:, i : i + 4]).view(np.int32)[:, 0] for i in (0, 4)]
+    low, high = transposed_bytes(*words)
+    planes = np.stack([low, high], axis=1).view(np.uint8)
+    bits = np.unpackbits(rows[..., None], axis=2, bitorder="little")  # [thread, byte, bit]
+    np.testing.assert_array_equal(planes, np.packbits(bits, axis=1, bitorder="little")[:, 0])
+
+
+def test_floats_in_order_as_integers(monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    numbers = np.sort(np.random.default_rng(0).standard_normal(128)).astype(np.float32)
+    numbers[[0, -2, -1]] = -np.inf, np.inf, np.nan
+    words = in_order(numbers.view(np.int32))
+    assert (np.diff(words.astype(np.int64)) > 0).all()
+    np.testing.assert_array_equal(in_order(words), numbers.view(np.int32))

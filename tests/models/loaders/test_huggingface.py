@@ -1,0 +1,259 @@
+"""Hugging Face directories: what loads, how configs translate, and what every damage says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from bipolar_jax.models.config import RopeScaling
+from bipolar_jax.models.loaders import load_huggingface, load_pretrained
+from bipolar_jax.models.loaders.huggingface.config import read_config
+from tests.support import tiny_checkpoints as tiny
+
+
+def parameters(model) -> dict[tuple, np.ndarray]:
+    return {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> tiny.Tiny:
+    return tiny.make()
+
+
+@pytest.fixture
+def directory(checkpoint, tmp_path):
+    return tiny.write_huggingface(checkpoint, tmp_path / "hf")
+
+
+@pytest.fixture
+def sharded(checkpoint, tmp_path):
+    return tiny.write_huggingface(checkpoint, tmp_path / "sharded", shards=3)
+
+
+def config_of(directory, **fields):
+    """The config that these fields of config.json give."""
+    (directory / "config.json").write_text(json.dumps(tiny.hf_config(tiny.make()) | fields))
+    return read_config(directory)[1]
+
+
+def test_parameters_are_where_they_belong(checkpoint, directory):
+    loaded = load_huggingface(directory)
+    found, weights = parameters(loaded.model), checkpoint.weights
+    np.testing.assert_array_equal(found["embed", "embedding"], weights["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(found["lm_head", "kernel"], weights["lm_head.weight"].T)
+    for layer in range(tiny.LAYERS):
+        for ours, theirs in (
+            (("attention", "k_proj", "kernel"), "self_attn.k_proj.weight"),
+            (("attention", "o_proj", "kernel"), "self_attn.o_proj.weight"),
+            (("ffn", "down_proj", "kernel"), "mlp.down_proj.weight"),
+            (("ffn_norm", "scale"), "post_attention_layernorm.weight"),
+        ):
+            np.testing.assert_array_equal(found["layers", *ours][layer], weights[f"model.layers.{layer}.{theirs}"].T)
+    assert loaded.tokenizer.encode("a 12<|end|>").ids == tiny.make_tokenizer("smollm").encode("a 12<|end|>").ids
+
+
+def test_shards_are_the_same_as_one_file(directory, sharded):
+    one, many = load_pretrained(directory).model, load_pretrained(sharded).model
+    for path, array in parameters(one).items():
+        np.testing.assert_array_equal(array, parameters(many)[path])
+    assert one.config == many.config
+
+
+@pytest.mark.parametrize("dtype", tiny.SAFETENSORS_DTYPES)
+def test_dtypes_of_the_file(checkpoint, tmp_path, dtype):
+    model = load_huggingface(tiny.write_huggingface(checkpoint, tmp_path, dtype=dtype)).model
+    expected = checkpoint.weights["model.embed_tokens.weight"].astype(tiny.SAFETENSORS_DTYPES[dtype])
+    assert model.embed.embedding[...].dtype == jnp.float32
+    np.testing.assert_array_equal(model.embed.embedding[...], expected.astype(np.float32))
+
+
+def test_tied_copies_and_stored_frequencies_are_ignored(checkpoint, tmp_path):
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    noisy = dataclasses.replace(
+        checkpoint, weights=checkpoint.weights | frequencies, config={"tie_word_embeddings": True}
+    )
+    model = load_huggingface(tiny.write_huggingface(noisy, tmp_path)).model
+    assert model.config.tie_embeddings
+    assert not hasattr(model, "lm_head")
+
+
+@pytest.mark.parametrize("window", [None, tiny.CONTEXT])
+def test_mistral_is_llama_with_full_attention(directory, window):
+    llama = load_huggingface(directory)
+    assert config_of(directory, model_type="mistral", sliding_window=window) == llama.model.config
+    load_huggingface(directory)
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ROPE = {
+    "nothing": ({}, None),
+    "null": ({"rope_scaling": None}, None),
+    "default": ({"rope_scaling": {"rope_type": "default"}}, None),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, RopeScaling(kind="linear", factor=2.0)),
+    "llama3": (
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        RopeScaling("llama3", 8.0, original_context_length=64, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+    "yarn": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        RopeScaling("yarn", 4.0, original_context_length=32),
+    ),
+    "yarn, all fields": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2}},
+        RopeScaling("yarn", 4.0, tiny.CONTEXT, attention_factor=1.5, beta_fast=16.0, beta_slow=2.0),
+    ),
+    "yarn, two scales": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        RopeScaling("yarn", 4.0, tiny.CONTEXT, attention_factor=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROPE)
+def test_rope_scaling_in_the_old_and_the_new_form(tmp_path, case):
+    fields, expected = ROPE[case]
+    old = config_of(tmp_path, rope_theta=5000.0, **fields)
+    parameters = {"rope_type": "default", **(fields.get("rope_scaling") or {}), "rope_theta": 5000.0}
+    parameters["rope_type"] = parameters.pop("type", parameters["rope_type"])
+    new = config_of(tmp_path, rope_theta=None, rope_parameters=parameters)
+    assert old == new
+    assert old.rope_scaling == expected
+    assert old.rope_theta == 5000.0
+
+
+def test_fields_that_may_be_left_out(tmp_path):
+    config = config_of(tmp_path, head_dim=None, num_key_value_heads=None, num_attention_heads=4, rope_theta=None)
+    assert (config.head_dim, config.num_kv_heads, config.rope_theta) == (16, 4, 10000.0)
+
+
+def test_token_ids(tmp_path):
+    assert config_of(tmp_path, eos_token_id=7, bos_token_id=None).eos_ids == (7,)
+    assert config_of(tmp_path, eos_token_id=[7, 8]).eos_ids == (7, 8)
+    assert config_of(tmp_path, eos_token_id=None).eos_ids == ()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    config = config_of(tmp_path, eos_token_id=7, bos_token_id=2)
+    assert (config.bos_id, config.eos_ids) == (2, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2, opt, bloom"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', supported is 'silu'"),
+        ({"attention_bias": True}, "attention_bias true, which adds a bias to o_proj too"),
+        ({"mlp_bias": True}, "mlp_bias true"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: load the unquantized model"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 of 128"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding window of 64 of 128"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic', supported are default, linear, llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None, expected a positive number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate false"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_parameters": [1]}, "rope_parameters is .*, expected an object"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
+        ({"hidden_size": None}, "hidden_size is None, expected an integer"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected an integer"),
+        ({"num_key_value_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+        ({"eos_token_id": 100000}, r"eos_token_id is \[100000\], expected ids below"),
+        ({"eos_token_id": "x"}, "eos_token_id is"),
+    ],
+)
+def test_refuses_configs(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        config_of(tmp_path, **fields)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_missing_files(directory, sharded, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory .*none"):
+        load_huggingface(tmp_path / "none")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor model.safetensors.index.json in .*hf"):
+        load_huggingface(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*hf: download it"):
+        load_huggingface(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json in .*hf: download"):
+        load_huggingface(directory)
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="shard model-00002-of-00003.safetensors of .* is missing: download"):
+        load_huggingface(sharded)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("text", [b'{"a": ', b"", b"\xff\xfe\x00", b"[1, 2]"])
+def test_damaged_json(directory, name, text):
+    (directory / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name} (is damaged|holds a list).*download it again"):
+        load_huggingface(directory)
+
+
+def test_damaged_index(sharded):
+    index = sharded / "model.safetensors.index.json"
+    for text, message in (
+        ('{"weight_map": ', "index.json is damaged: .*download it again"),
+        ("{}", "index.json has no weight_map"),
+        ('{"weight_map": {"a": "../../etc/passwd"}}', "'../../etc/passwd', expected a file name"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_huggingface(sharded)
+
+
+def test_index_that_names_a_tensor_its_shard_lacks(sharded):
+    index = sharded / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="00001-of-00003.safetensors lacks the tensor 'model.norm.weight'"):
+        load_huggingface(sharded)
+
+
+def test_cut_and_damaged_weights(directory):
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [0, 1, 7, 8, 9, *range(10, header, 211), header, header + 1, len(whole) // 2, len(whole) - 1]
+    damaged = [whole[:size] for size in cuts]
+    damaged += [b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:], whole + b"x"]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="model.safetensors is a damaged or incomplete .* download it again"):
+            load_huggingface(directory)
+
+
+def test_refuses_missing_unexpected_and_misshaped_tensors(checkpoint, directory):
+    path = directory / "model.safetensors"
+    name = "model.layers.1.self_attn.q_proj.weight"
+    whole = checkpoint.weights
+    for weights, message in (
+        ({key: array for key, array in whole.items() if key != name}, "missing tensors layers/1/attention/q_proj/ker"),
+        (whole | {"model.layers.0.self_attn.sinks": np.ones(6)}, "unexpected tensor 'model.layers.0.self_attn.sinks'"),
+        (whole | {"model.layers.3.mlp.up_proj.weight": np.ones((96, 64), np.float32)}, "num_layers=3"),
+        (whole | {name: np.ones((96, 32), np.float32)}, r"shape \(32, 96\), but the config asks for \(64, 96\)"),
+        (whole | {name: np.ones((96, 64), np.int8)}, "q_proj.weight' has dtype I8, supported are F32, F16, BF16"),
+        (whole | {name: np.full((96, 64), np.inf, np.float32)}, "6144 values of 6144 that are not finite"),
+    ):
+        safetensors.numpy.save_file(weights, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_huggingface(directory)
+        assert str(directory) in str(caught.value)
+
+
+def test_tokenizer_of_another_model(directory):
+    with pytest.raises(ValueError, match="tokenizer.json has token id .*, but config.json has vocab_size=100"):
+        config_of(directory, vocab_size=100)
+        load_huggingface(directory)

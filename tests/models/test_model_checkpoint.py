@@ -1,0 +1,265 @@
+"""`save_model` and `load_model`: the same model back, at fewer bits if asked, and one clear error for every damage."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax import Precision
+from bipolar_jax.checkpoint import read_user
+from bipolar_jax.models.checkpoint import load_model, save_model
+from bipolar_jax.models.config import RopeScaling, TransformerConfig
+from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
+from tests.support.tiny_checkpoints import make_tokenizer
+
+TOKENIZER = make_tokenizer("smollm")
+IDS = np.array([TOKENIZER.encode("the quick brown fox").ids[:6]], np.int32)
+MIXED = [
+    ("embed", Precision(8, 8)),
+    ("attention/[qk]", Precision(3, 8, 16, "mse")),
+    ("attention", Precision(5, 6, 24, "minmax")),
+    ("ffn/down", None),
+    ("ffn", Precision(bj.TERNARY, 8)),
+]
+CASES = {
+    "float, tied": (True, []),
+    "float, untied": (False, []),
+    "W4A8, untied": (False, [(".*", Precision(4, 8))]),
+    "mixed, tied": (True, MIXED),
+}
+
+forward = jax.jit(lambda model, ids: model(ids))
+
+
+def config_of(tied: bool) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=TOKENIZER.get_vocab_size(),
+        hidden_size=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        ffn_size=56,
+        context_length=64,
+        rope_scaling=RopeScaling("llama3", 4.0, 16),
+        tie_embeddings=tied,
+        qkv_bias=tied,
+        bos_id=0,
+        eos_ids=(1, 2),
+    )
+
+
+def make_model(tied: bool, rules, dtype=jnp.float32) -> PretrainedModel:
+    rng = np.random.default_rng(0)
+    config = config_of(tied)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, param_dtype=dtype, rngs=nnx.Rngs(0))))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape) + 0.1, leaf.dtype), state)
+    return PretrainedModel(bj.quantize_model(nnx.merge(graph, weights), rules), TOKENIZER)
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def pretrained(request) -> PretrainedModel:
+    return make_model(*request.param)
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "mixed.bipolar.safetensors"
+    save_model(path, make_model(True, MIXED), "random numbers")
+    return path
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "float.bipolar.safetensors"
+    save_model(path, make_model(False, []))
+    return path
+
+
+def leaves(model: Transformer) -> dict:
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def precisions(model: Transformer) -> dict:
+    return {
+        path: layer.precision
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(layer, bj.nn.Linear | bj.nn.Embed)
+    }
+
+
+def assert_identical(found: dict, expected: dict):
+    """Same leaves, bit for bit, and the same static fields of packed ones."""
+    assert found.keys() == expected.keys()
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_model_comes_back_bit_for_bit(pretrained, tmp_path):
+    save_model(tmp_path / "model", pretrained)
+    loaded = load_model(tmp_path / "model")
+    assert_identical(leaves(loaded.model), leaves(pretrained.model))
+    assert loaded.model.config == pretrained.model.config
+    assert precisions(loaded.model) == precisions(pretrained.model)
+    np.testing.assert_array_equal(forward(loaded.model, IDS), forward(pretrained.model, IDS))
+
+
+def test_the_tokenizer_and_greedy_text_survive(mixed_file):
+    original, loaded = make_model(True, MIXED), load_model(mixed_file)
+    assert loaded.tokenizer.to_str() == TOKENIZER.to_str()
+    text, again = (
+        one.tokenizer.decode(generate(one.model, [one.tokenizer.encode("It's 1984").ids], 8)[0])
+        for one in (original, loaded)
+    )
+    assert text
+    assert again == text
+
+
+@pytest.mark.parametrize("rules", [[], [("ffn", Precision(4, 8))]], ids=["float", "W4A8"])
+def test_bfloat16_models_compute_in_bfloat16_after_loading_too(rules, tmp_path):
+    original = make_model(True, rules, jnp.bfloat16)
+    save_model(tmp_path / "model", original)
+    loaded = load_model(tmp_path / "model")
+    assert_identical(leaves(loaded.model), leaves(original.model))
+    hidden = jax.eval_shape(lambda model: model.hidden_states(IDS), loaded.model)
+    assert hidden.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(forward(loaded.model, IDS), forward(original.model, IDS))
+
+
+def test_a_reloaded_model_can_be_saved_again(mixed_file, tmp_path):
+    save_model(tmp_path / "again", load_model(mixed_file), "random numbers")
+    assert read_user(tmp_path / "again") == read_user(mixed_file)
+    assert_identical(leaves(load_model(tmp_path / "again").model), leaves(load_model(mixed_file).model))
+
+
+def truncated(leaf, bits: int):
+    """Packed arrays that have more planes keep the top ones; ternary and float ones stay as they are."""
+    if not isinstance(leaf, bj.BipolarArray) or leaf.format.ternary or leaf.bits <= bits:
+        return leaf
+    return leaf.truncate(bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 1])
+def test_fewer_bits_are_the_truncated_arrays(mixed_file, bits):
+    whole, loaded = load_model(mixed_file).model, load_model(mixed_file, bits).model
+    assert_identical(leaves(loaded), {path: truncated(leaf, bits) for path, leaf in leaves(whole).items()})
+    for path, precision in precisions(loaded).items():
+        expected = precisions(whole)[path]
+        if expected.w_bits != bj.TERNARY:
+            expected = dataclasses.replace(expected, w_bits=min(bits, expected.w_bits))
+        assert precision == expected
+
+
+def test_logits_at_fewer_bits_are_those_of_the_truncated_arrays(mixed_file):
+    cut = load_model(mixed_file).model
+    for _, layer in nnx.iter_modules(cut):
+        for name in ("kernel", "embedding"):
+            if isinstance(weights := getattr(layer, name, None), bj.nn.Packed):
+                weights.set_value(truncated(weights.get_value(), 2))
+    np.testing.assert_array_equal(forward(load_model(mixed_file, 2).model, IDS), forward(cut, IDS))
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_impossible_bits_are_refused(mixed_file, bits):
+    with pytest.raises(ValueError, match=f"bits must be from 1 to 8, got {bits}"):
+        load_model(mixed_file, bits)
+
+
+def test_what_the_file_says_of_itself(mixed_file):
+    user = read_user(mixed_file)
+    assert user["source"] == "random numbers"
+    assert user["precisions"]["layers/ffn/up_proj"] == {
+        "bits": 2,
+        "ternary": True,
+        "a_bits": 8,
+        "group_size": None,
+        "calibration": "absmax",
+    }
+    assert "layers/ffn/down_proj" not in user["precisions"]
+
+
+def damaged(source, path, change_user=None, change_tree=None):
+    """A whole file with sound checksums, its content changed."""
+    tree, user = bj.load(source), copy.deepcopy(read_user(source))
+    if change_tree is not None:
+        change_tree(tree)
+    if change_user is not None:
+        change_user(user)
+    bj.save(path, tree, user)
+    return path
+
+
+@pytest.mark.parametrize("field", ["config", "precisions", "tokenizer"])
+def test_packed_arrays_without_a_model_are_refused(mixed_file, tmp_path, field):
+    path = damaged(mixed_file, tmp_path / "arrays", change_user=lambda user: user.pop(field))
+    with pytest.raises(ValueError, match="arrays holds packed arrays but no model: read it with"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ffn_size": 57}, r"layers/ffn/down_proj/kernel of float32\[2, 56, 40\].* calls for float32\[2, 57, 40\]"),
+        ({"num_layers": 3}, r"of float32\[2, .* calls for float32\[3, "),
+        ({"vocab_size": 100}, "embed/embedding of .* calls for"),
+        ({"tie_embeddings": True}, "lm_head/kernel"),
+        ({"qkv_bias": True}, r"lacks \[.*layers/attention/k_proj/bias.*\] and has besides nothing"),
+        ({"num_heads": 3}, "num_heads=3 must be a multiple of num_kv_heads=2"),
+        ({"window": 4}, r"unknown fields \['window'\]"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(float_file, tmp_path, fields, message):
+    path = damaged(float_file, tmp_path / "other", change_user=lambda user: user["config"].update(fields))
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_missing_tensors_are_named(mixed_file, tmp_path):
+    def drop(tree):
+        del tree["layers"]["attention"]["k_proj"]["kernel"]
+
+    path = damaged(mixed_file, tmp_path / "x", change_tree=drop)
+    with pytest.raises(ValueError, match=r"lacks \['layers/attention/k_proj/kernel'\] and has besides nothing"):
+        load_model(path)
+
+
+def test_float_weights_where_packed_ones_belong_are_refused(mixed_file, tmp_path):
+    def unpack(tree):
+        tree["embed"]["embedding"] = tree["embed"]["embedding"].dequantize()
+
+    with pytest.raises(ValueError, match="embed/embedding"):
+        load_model(damaged(mixed_file, tmp_path / "x", change_tree=unpack))
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.95])
+def test_a_flipped_byte_is_found(mixed_file, tmp_path, where):
+    content = bytearray(mixed_file.read_bytes())
+    content[int(where * len(content))] ^= 0x10
+    (tmp_path / "flipped").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flipped is (truncated or )?corrupted"):
+        load_model(tmp_path / "flipped")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.2, 0.99])
+def test_a_truncated_file_is_refused(mixed_file, tmp_path, kept):
+    content = mixed_file.read_bytes()
+    (tmp_path / "short").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match="short is truncated or corrupted"):
+        load_model(tmp_path / "short")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing-here"):
+        load_model(tmp_path / "nothing-here")
