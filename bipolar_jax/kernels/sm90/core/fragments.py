@@ -1,8 +1,8 @@
 """What threads hold of an array, and how inline code takes it and gives it back.
 
 Mosaic's own loads and reductions know neither the end of an array nor that several warpgroups share a block. What the
-fused layers need beyond them is written for single threads (`kernels.sm90.instructions`), with a twin in jnp for
-interpret mode, chosen by `emulate`.
+kernel of the decode step needs beyond them is written for single threads (`core.ptx`), with a twin in jnp for interpret
+mode (`core.emulation`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.hardware import WARP, WARPGROUP
 
 WARPS = WARPGROUP // WARP
@@ -31,14 +32,13 @@ ALONG_ROWS = MATRIX.reduce(1)
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
-def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
+@with_twin(lambda number: number)
+def pinned(number: Int[Array, ""]) -> Int[Array, ""]:
     """The same number, of which the compiler knows nothing.
 
     What is computed from it stays in the loop where it is: addresses by the dozen, the same for every layer, would
     be computed once before it, and spilled.
     """
-    if emulate:
-        return number
 
     @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
     def inline(_, number):
@@ -47,14 +47,14 @@ def pinned(number: Int[Array, ""], *, emulate: bool) -> Int[Array, ""]:
     return inline(jnp.int32(number))
 
 
-def repeat(count: int, body: Callable[[Int[Array, ""]], None], *, emulate: bool) -> None:
+def repeat(count: int, body: Callable[[Int[Array, ""]], None]) -> None:
     """body(0), body(1), ... as a loop that the compiler cannot unroll, not knowing how long it is."""
 
     def step(index, carry):
         body(index)
         return carry
 
-    lax.fori_loop(0, pinned(count, emulate=emulate), step, ())
+    lax.fori_loop(0, pinned(count), step, ())
 
 
 def thread_index() -> ir.Value:

@@ -10,7 +10,7 @@ To the hardware's address generators both are the same, so tiles are uint32 word
 case: [rows, WORDS_PER_ROW], 128 bytes of K a row, in the 128-byte swizzle that TMA writes.
 
 The instruction is emitted by `inline_mgpu` as inline PTX with its own descriptors. Interpret
-mode knows no inline PTX; there `emulate=True` computes the same integers with a dot.
+mode knows no inline PTX; the twins there compute the same integers with a dot.
 
 Source: PTX ISA 8.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
 """
@@ -28,6 +28,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Int
+
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
 
 OperandKind = Literal["planes", "int8"]
 
@@ -64,13 +66,12 @@ def zeros(m: int, n: int) -> Int[Array, "m n"]:
     return plgpu.layout_cast(jnp.zeros((m, n), jnp.int32), ACCUMULATOR)
 
 
-def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
+@with_twin(lambda acc: acc)
+def begin(acc: Int[Array, "m n"]) -> Int[Array, "m n"]:
     """Orders ordinary writes of the accumulator before the instructions that follow.
 
     Arithmetic on registers is pure to LLVM, which would otherwise move it past their fence.
     """
-    if emulate:
-        return acc
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
     def barrier(_, acc):
@@ -79,6 +80,11 @@ def begin(acc: Int[Array, "m n"], *, emulate: bool) -> Int[Array, "m n"]:
     return barrier(acc)
 
 
+def _accumulate_twin(acc, x_tile, w_tile, kind, *, part=(0, 1), block_rows=ROWS_PER_INSTRUCTION):
+    return acc + _start_twin(acc.shape, x_tile, w_tile, kind, part=part, block_rows=block_rows)
+
+
+@with_twin(_accumulate_twin)
 def accumulate(
     acc: Int[Array, "m n"],
     x_tile,
@@ -87,7 +93,6 @@ def accumulate(
     *,
     part: tuple[int, int] = (0, 1),
     block_rows: int = ROWS_PER_INSTRUCTION,
-    emulate: bool,
 ) -> Int[Array, "m n"]:
     """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
 
@@ -102,12 +107,8 @@ def accumulate(
       part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row; i may be traced.
       block_rows: rows of x_tile for each 64 of the accumulator; of fewer the other rows' sums have no meaning,
         what follows the tile being multiplied instead, and there must be memory.
-      emulate: compute it in interpret mode.
     """
     _check_width(acc.shape[1])
-    if emulate:
-        return acc + _with_empty_rows(_emulated_product(x_tile, w_tile, kind, part), block_rows)
-
     index, parts = part
 
     @plgpu.inline_mgpu(
@@ -120,6 +121,12 @@ def accumulate(
     return instructions(acc, x_tile, w_tile, jnp.int32(index))
 
 
+def _start_twin(shape, x_tile, w_tile, kind, *, part=(0, 1), block_rows=ROWS_PER_INSTRUCTION):
+    _check_width(shape[1])
+    return _with_empty_rows(_product_in_jnp(x_tile, w_tile, kind, part), block_rows)
+
+
+@with_twin(_start_twin)
 def start(
     shape: tuple[int, int],
     x_tile,
@@ -128,13 +135,9 @@ def start(
     *,
     part: tuple[int, int] = (0, 1),
     block_rows: int = ROWS_PER_INSTRUCTION,
-    emulate: bool,
 ) -> Int[Array, "m n"]:
     """`accumulate` from zero, without registers to be cleared before."""
     _check_width(shape[1])
-    if emulate:
-        return _with_empty_rows(_emulated_product(x_tile, w_tile, kind, part), block_rows)
-
     index, parts = part
 
     @plgpu.inline_mgpu(arg_types=(*_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(shape))
@@ -147,13 +150,12 @@ def start(
     return instructions(x_tile, w_tile, jnp.int32(index))
 
 
-def settle(acc: Int[Array, "m n"], *, in_flight: int = 0, emulate: bool) -> Int[Array, "m n"]:
+@with_twin(lambda acc, *, in_flight=0: acc)
+def settle(acc: Int[Array, "m n"], *, in_flight: int = 0) -> Int[Array, "m n"]:
     """Waits for all groups of instructions but the `in_flight` last; what it returns may be read.
 
     Those last must have other accumulators.
     """
-    if emulate:
-        return acc
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
     def wait(_, acc):
@@ -177,7 +179,7 @@ def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=ACCUMULATOR)
 
 
-def _emulated_product(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
+def _product_in_jnp(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
     words = WORDS_PER_ROW // part[1]
     x, w = (
         jax.lax.dynamic_slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, words, axis=1)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
 from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, publish, store_total, sum_rows
 from bipolar_jax.kernels.sm90.decode_attention.steps import (
@@ -93,7 +94,7 @@ def decode_attention(
     plan = plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
     options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
     caches = [jax.new_ref(array) for array in (*keys, *values)]
-    out, _, _ = plgpu.kernel(
+    out, _, _ = launch_kernel(
         functools.partial(_kernel, plan, tree, len(caches), interpret is not None),
         out_type=[
             jax.ShapeDtypeStruct((batch, heads, head_dim), dtype),

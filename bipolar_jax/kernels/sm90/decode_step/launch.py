@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache, CacheRing, copies_of_chunk, slots_of_cache
@@ -89,7 +90,7 @@ def _launch(
     operands = (hidden, weights, cache, sources)
     flat, tree = jax.tree.flatten(operands)
     word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
-    outs = plgpu.kernel(
+    outs = launch_kernel(
         functools.partial(_kernel, shape, layers, tuple(phases), tree, interpret is not None),
         out_type=list(buffers_of(shape)),
         grid=(shape.blocks,),

@@ -107,7 +107,7 @@ class Phases:
         self._pin()
 
     def _pin(self) -> None:
-        self._me, self._block = (pinned(number, emulate=self._shared.emulate) for number in self._where)
+        self._me, self._block = (pinned(number) for number in self._where)
 
     def enter(self, hidden) -> None:
         """Copies this block's rows of what the first layer reads to where the next ones find theirs.
@@ -132,7 +132,7 @@ class Phases:
                 first, count = rows_of(down, self._block, chunk)
                 numbers = self._load(hidden, first, first + count)
                 store_vector(outs.hidden, numbers, first, count, 0, emulate=self._shared.emulate)
-            repeat(shape.num_layers, clear_projections, emulate=self._shared.emulate)
+            repeat(shape.num_layers, clear_projections)
             clear(outs.attended, "o", 0, 0)
             clear(outs.ffn, "up", 0, 0)
             join.clear(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)

@@ -46,11 +46,10 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
                 x_tiles.at[me, turn],
                 "planes",
                 block_rows=TILE,
-                emulate=emulate,
             )
             for tile in tiles
         ]
-        sums = [wgmma.settle(acc, emulate=emulate) for acc in sums]
+        sums = [wgmma.settle(acc) for acc in sums]
         for i in range(at_once):
             ring.release(first + load + i)
         # Planes beside each other weigh alike (ternary) or 1 and 2, times 2^plane.
@@ -61,13 +60,13 @@ def multiply(shape: LayersShape, ring: WeightRing, layer, name: str, me, x_tiles
         first = ring.number(layer, name, tile)
         total = lax.fori_loop(
             0,
-            pinned(product.turns * len(weights) // at_once, emulate=emulate),
+            pinned(product.turns * len(weights) // at_once),
             lambda index, total: add_planes(index, first, total),
             wgmma.zeros(wgmma.ROWS_PER_INSTRUCTION, 8),
         )
         write_products(products.at[me], total, shape.a_format.plane_weights, tile * TILE, emulate=emulate)
 
-    repeat(product.tiles, multiply_tile, emulate=emulate)
+    repeat(product.tiles, multiply_tile)
 
 
 def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block, *, emulate: bool):

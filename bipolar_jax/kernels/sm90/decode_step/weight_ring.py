@@ -91,9 +91,9 @@ class WeightRing:
                     source = weights[name].words.at[layers[0] + layer, plane, pl.ds(row, TILE)]
                     return self._load(source, turn * WARPGROUPS * WORDS_PER_ROW, carry)
 
-                return lax.fori_loop(0, pinned(product.turns * bits, emulate=emulate), load_plane, carry)
+                return lax.fori_loop(0, pinned(product.turns * bits), load_plane, carry)
 
-            return lax.fori_loop(0, pinned(product.tiles, emulate=emulate), load_tile, carry)
+            return lax.fori_loop(0, pinned(product.tiles), load_tile, carry)
 
         def load_layer(layer, carry):
             for name in self.names:

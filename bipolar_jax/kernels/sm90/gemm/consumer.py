@@ -117,15 +117,14 @@ def consume(
 def _sum_pairs(work: Work, step, slot, *, wait, operands, group_terms_of, release):
     """The sum over all plane pairs and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule."""
     del group_terms_of
-    emulate = work.emulate
     acc = wgmma.zeros(work.tiling.tile_m, work.tiling.tile_n)
     for factor, pairs in work.recovery.pair_groups():
-        acc = wgmma.begin(acc if factor == 1 else acc * factor, emulate=emulate)
+        acc = wgmma.begin(acc if factor == 1 else acc * factor)
 
         def multiply(position, carry):
             acc, step, slot, previous = carry
             wait(slot)
-            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind, emulate=emulate)
+            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind)
             # All but the group just issued are done, and the slot they read is free.
             plgpu.wgmma_wait(1)
             release(step - 1, previous, only_if=position > 0)
@@ -133,7 +132,7 @@ def _sum_pairs(work: Work, step, slot, *, wait, operands, group_terms_of, releas
 
         with jax.named_scope("mainloop"):
             acc, step, slot, last = lax.fori_loop(0, len(pairs) * work.k_blocks, multiply, (acc, step, slot, slot))
-            acc = wgmma.settle(acc, emulate=emulate)
+            acc = wgmma.settle(acc)
             release(step - 1, last)
     return acc
 
@@ -144,21 +143,21 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
     The next group is multiplied while one is scaled, but not across the ends of a loop: there LLVM
     copies what the loop carries, and accumulators in use must not be touched.
     """
-    emulate, parts = work.emulate, work.groups_per_step
+    parts = work.groups_per_step
     shape = (work.tiling.tile_m, work.tiling.tile_n)
 
     def start(slot, part):
         """Starts a group: its first step, or its part of a step."""
         if part == 0:
             wait(slot)
-        return wgmma.start(shape, *operands(slot), work.recovery.kind, part=(part, parts), emulate=emulate)
+        return wgmma.start(shape, *operands(slot), work.recovery.kind, part=(part, parts))
 
     def go_on(acc, step, slot):
         """The other steps of a group. Returns also its last step and slot, which has its terms."""
         for _ in range(work.steps_per_group - 1):
             before, slot, step = slot, work.next_slot(slot), step + 1
             wait(slot)
-            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind, emulate=emulate)
+            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind)
             plgpu.wgmma_wait(1)
             release(step - 1, before)
         return acc, step, slot
@@ -172,7 +171,7 @@ def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, relea
             next_step, next_slot = (step + 1, work.next_slot(slot)) if next_part == 0 else (step, slot)
             if not last:
                 next_acc = start(next_slot, next_part)
-            acc = wgmma.settle(acc, in_flight=0 if last else 1, emulate=emulate)
+            acc = wgmma.settle(acc, in_flight=0 if last else 1)
             total = add_group(acc, total, group_terms_of(slot, part), work.recovery.product_weight)
             if next_part == 0:
                 # The terms were read by ordinary loads, which the next TMA write must come after.

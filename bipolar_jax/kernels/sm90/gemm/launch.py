@@ -21,6 +21,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.config import WARPGROUP_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.consumer import consume
@@ -102,7 +103,7 @@ def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPU
     tiling = work.tiling
     scratch = scratch_of(work, sources)
     flat, tree = jax.tree.flatten(sources)
-    return plgpu.kernel(
+    return launch_kernel(
         functools.partial(_kernel, work, tree),
         out_type=out_type,
         grid=(work.clusters,),

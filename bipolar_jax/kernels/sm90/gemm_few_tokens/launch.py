@@ -33,6 +33,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, decode_tiling, token_columns, x_planes
@@ -98,7 +99,7 @@ def decode_matmul(
     tokens, columns = jax.tree.map(lambda term: fill_up(term, TMA_ALIGNMENT // 4), (tokens, columns))
     flat, tree = jax.tree.flatten((tokens, columns, terms))
     columns_unit = TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
-    out = plgpu.kernel(
+    out = launch_kernel(
         functools.partial(_kernel, m, tiles, recovery, tiling, dtype, tree, interpret is not None),
         out_type=jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype),
         grid=(min(tiles * tiling.parts, blocks),),

@@ -33,11 +33,11 @@ def multiply_part(recovery: Recovery, planes: list[int], width: int, operands, r
         if acc is None:
             w_tile, x_tile = operands(number)
             shape = (ROWS_PER_INSTRUCTION, x_tile.shape[0] * width)
-            acc = wgmma.start(shape, w_tile, x_tile, "planes", part=part, emulate=emulate)
+            acc = wgmma.start(shape, w_tile, x_tile, "planes", part=part)
         else:
-            acc = wgmma.begin(acc * (weights[number - 1] // weight), emulate=emulate)
-            acc = wgmma.accumulate(acc, *operands(number), "planes", part=part, emulate=emulate)
-        acc = wgmma.settle(acc, emulate=emulate)
+            acc = wgmma.begin(acc * (weights[number - 1] // weight))
+            acc = wgmma.accumulate(acc, *operands(number), "planes", part=part)
+        acc = wgmma.settle(acc)
         refill(number)
     return acc
 

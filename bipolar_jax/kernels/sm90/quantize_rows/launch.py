@@ -21,6 +21,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, vector_length
 from bipolar_jax.kernels.sm90.core.bit_transpose import CodeWords
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, SHARED_MEMORY_BYTES, WARP, WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.quantize_rows.emulate import emulate
@@ -195,7 +196,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
     ]
     scratch_types += [plgpu.SMEM(vector.shape, vector.dtype) for vector in inputs[1:]]
     scratch_types += [plgpu.Barrier() for _ in inputs[1:]]
-    return plgpu.kernel(
+    return launch_kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((quantizer.planes, m, quantizer.row_words), jnp.uint32),

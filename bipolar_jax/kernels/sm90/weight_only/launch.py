@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.weight_only.config import (
@@ -80,7 +81,7 @@ def weight_only_product(
         m, n, x.shape[1], w_format, group_size, groups, offset is not None, jnp.dtype(x.dtype), tiling
     )
     flat, tree = jax.tree.flatten((x, w_words, scale, offset, bias))
-    out = plgpu.kernel(
+    out = launch_kernel(
         functools.partial(_kernel, shape, tree, interpret is not None),
         out_type=jax.ShapeDtypeStruct((m, shape.tiles * tiling.rows), x.dtype),
         grid=(min(shape.tiles, blocks),),

@@ -31,6 +31,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import holds_values
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.bit_transpose import transpose_to_planes
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Value
 
@@ -66,7 +67,7 @@ def expand(
         step = _expand_block if interpret is None else _emulate_block
         step(expansion, lax.axis_index("block"), planes, out)
 
-    flat = plgpu.kernel(
+    flat = launch_kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((_BYTE_WORDS * n * words,), jnp.uint32),
         grid=(expansion.blocks,),

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.quantize_rows.emulate import pack_planes
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK
@@ -61,7 +62,7 @@ def pack_columns(
         step = _pack_block if interpret is None else _emulate_block
         step(packing, lax.axis_index("block"), *refs)
 
-    planes, sums = plgpu.kernel(
+    planes, sums = launch_kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((number_format.bits, n, packing.words), jnp.uint32),

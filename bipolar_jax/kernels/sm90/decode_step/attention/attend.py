@@ -95,7 +95,7 @@ def attend(
     shared_query = shared.columns.at[pl.ds(me * WARPS, WARPS)]
     share_query(shared_query, q, cache.keys.dtype, emulate=emulate)
     share(of_new, me, [q * k], "sum", VECTOR, emulate=emulate)
-    synchronize(emulate=emulate)
+    synchronize()
     query = load_query(shared_query, emulate=emulate)
     query_sum = None if bits is None else quantized_cache.query_sum(query, emulate=emulate)
 
@@ -179,7 +179,7 @@ def _as_cached(
     ]
     for vector, kind, exchange in extremes:
         share(exchange, me, [vector], kind, VECTOR, emulate=shared.emulate)
-    synchronize(emulate=shared.emulate)
+    synchronize()
     found = [collect_own(exchange, me, kind, emulate=shared.emulate) for _, kind, exchange in extremes]
     numbers = []
     for vector, low, high in zip(vectors, found[::2], found[1::2], strict=True):

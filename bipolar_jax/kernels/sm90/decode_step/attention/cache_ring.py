@@ -147,16 +147,16 @@ class CacheRing:
 
     def halves(self, kind: int, *, emulate: bool) -> list:
         """Refs of the lower and the upper half of every vector."""
-        slot = self._at(self._slots.numbers, kind, pinned(self._me, emulate=emulate))
+        slot = self._at(self._slots.numbers, kind, pinned(self._me))
         return [slot.at[half] for half in range(2)]
 
     def codes(self, kind: int, *, emulate: bool):
         """Ref of the codes of every vector."""
-        return self._at(self._slots.numbers, kind, pinned(self._me, emulate=emulate)).at[0]
+        return self._at(self._slots.numbers, kind, pinned(self._me)).at[0]
 
     def grid(self, kind: int, *, emulate: bool) -> tuple[Float[Array, "64"], Float[Array, "64"]]:
         """Of codes: steps, twice the scale, and signed zeros, in the layout ALONG_ROWS."""
-        me = pinned(self._me, emulate=emulate)
+        me = pinned(self._me)
         scale, zero = (
             plgpu.load(self._at(ref, kind, me).at[pl.ds(0, POSITIONS)], layout=ALONG_ROWS, optimized=False)
             for ref in self._slots.grids
@@ -165,7 +165,7 @@ class CacheRing:
 
     def refill(self, kind: int, number, *, emulate: bool) -> None:
         """Loads what comes next into the slot of the number-th chunk's keys or values, which have been read."""
-        synchronize(emulate=emulate)
+        synchronize()
         if self._slots_apart:
             self._load(kind, number + 1)
         else:

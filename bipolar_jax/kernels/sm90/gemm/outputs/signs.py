@@ -74,7 +74,7 @@ class SignPieces:
                 pieces.append(finished(start, first))
                 # Before the next piece is begun, for which there are no registers. Behind the last one the loads of
                 # the columns' and tokens' terms lie, whose place the producer then fills anew.
-                synchronize(emulate=self.emulate)
+                synchronize()
             (_emulated if self.emulate else _leave)(self.threads, pieces, row + start, column, self.targets)
 
 
