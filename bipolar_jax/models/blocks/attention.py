@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels import sm90
-from bipolar_jax.kernels.sm90.core.execution import default_device
+from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_bias, alibi_slopes
 from bipolar_jax.models.blocks.rope import Tables, rotate

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels import sm90
-from bipolar_jax.kernels.sm90.gemm.outputs.rope_tables import LARGEST_AMPLITUDE, FixedPointTables, fixed_point_tables
+from bipolar_jax.kernels.semantics.rotation import LARGEST_AMPLITUDE, FixedPointTables, fixed_point_tables
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, Projected, rotated_heads
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project

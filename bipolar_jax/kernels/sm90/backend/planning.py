@@ -7,7 +7,8 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.core.execution import default_device, interpret_params
+from bipolar_jax.kernels.device import default_device
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
 from bipolar_jax.kernels.sm90.gemm.config import Tiling

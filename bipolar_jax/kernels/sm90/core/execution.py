@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 
 if TYPE_CHECKING:
@@ -40,12 +41,6 @@ def interpret_params() -> InterpretGPUParams | None:
 def is_hopper(device: jax.Device) -> bool:
     """Whether a device has the instructions these kernels are made of."""
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
-
-
-def default_device() -> jax.Device:
-    """Where JAX puts what is not told where to go; what is lowered for another platform is not asked about."""
-    chosen = jax.config.jax_default_device
-    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def check_runnable() -> None:

@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
-from bipolar_jax.kernels.sm90.core.execution import default_device
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PRODUCTS, LayersShape

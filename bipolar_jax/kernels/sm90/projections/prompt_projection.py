@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int16, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Prologue
+from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.operations import column_terms, product_words, shared_scale
@@ -24,7 +25,6 @@ from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import launch
 from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
-from bipolar_jax.kernels.sm90.gemm.outputs.rope_tables import FixedPointTables
 from bipolar_jax.kernels.sm90.gemm.problem import Work
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported

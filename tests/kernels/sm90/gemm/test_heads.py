@@ -11,12 +11,12 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.rotation import LARGEST_AMPLITUDE, fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
-from bipolar_jax.kernels.sm90.gemm.outputs.rope_tables import LARGEST_AMPLITUDE, fixed_point_tables
 from bipolar_jax.kernels.sm90.projections.prompt_projection import project_heads
 from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.models.kv_cache.cache import KVCache

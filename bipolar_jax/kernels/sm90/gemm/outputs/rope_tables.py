@@ -1,35 +1,12 @@
-"""Rotary embeddings in a kernel's epilogue, by cosines and sines that come as 16-bit integers.
-
-Half the bytes of float32, which counts: a tile of 128 rows and a head of 128 numbers loads 128 KB to be multiplied at
-K = 4096 and one bit, and its cosines and sines are 64 KB in float32. Multiples of 2^-14 are within 2^-15 of any number
-of at most 2, an eighth of what float16 rounds numbers near 1 by, and 1/64 of what bfloat16 rounds the result by.
-"""
+"""Rotates pairs of a head in a kernel's epilogue, by the fixed-point tables of `semantics.rotation`."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int16
+from jaxtyping import Array, Float
 
-_STEPS = 2**14  # of the integers, to 1
-LARGEST_AMPLITUDE = 1.999  # of what is rotated, over what it was; more would not fit
-
-FixedPointTables = tuple[Int16[Array, "rows half"], Int16[Array, "rows half"]]
-
-
-def fixed_point_tables(
-    tables: tuple[Float[Array, "1 length half"], Float[Array, "1 length half"]], row_unit: int
-) -> FixedPointTables:
-    """Cosines and sines of at most LARGEST_AMPLITUDE as multiples of 2^-14, and zeros to whole units of rows.
-
-    Raises:
-      ValueError: tables of several sequences, each with positions of its own.
-    """
-    sequences, length, _ = tables[0].shape
-    if sequences != 1:
-        raise ValueError(f"all prompts have the same positions, got tables of {sequences}")
-    rounded = (jnp.round(table[0] * _STEPS).astype(jnp.int16) for table in tables)
-    return tuple(jnp.pad(table, ((0, -length % row_unit), (0, 0))) for table in rounded)
+from bipolar_jax.kernels.semantics.rotation import STEPS_PER_UNIT
 
 
 def rotated(
@@ -44,5 +21,5 @@ def rotated(
     first, second = halves
     cos, sin = (lax.bitcast_convert_type(table, jnp.int16).astype(jnp.float32) for table in tables)
     # The step of both is a power of two: it rounds nothing, wherever it is multiplied with.
-    first, second = first * (1 / _STEPS), second * (1 / _STEPS)
+    first, second = first * (1 / STEPS_PER_UNIT), second * (1 / STEPS_PER_UNIT)
     return [first * cos - second * sin, second * cos + first * sin]
