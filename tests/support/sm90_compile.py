@@ -1,8 +1,10 @@
-"""Compiles for the H200 on any machine: XLA and ptxas need the chip's numbers, not the chip.
+"""Compiles programs for an NVIDIA H200 on any machine: XLA and ptxas need the chip's description, not the chip.
 
-Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt and a ptxas of CUDA 13 (on the PATH, in
-/usr/local/cuda, or of the wheel nvidia-cuda-nvcc). A test that uses it asks `missing()` for
-the reason to skip.
+The compiler is JAX's CUDA plugin and the ptxas of CUDA 13, wheels that `make compiler` installs into a folder of their
+own. Only this module puts that folder on `sys.path`: JAX would start the plugin in every program, and it fails without
+a GPU. A test that compiles asks `missing()` for the reason to skip.
+
+Reports are cached on disk, in pytest's cache, by a hash of the lowered module and the compiler's versions.
 """
 
 from __future__ import annotations
@@ -10,21 +12,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gzip
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
 import tempfile
-
-# Read by the CUDA plugin when JAX's first backend starts: it is used without a GPU and without cuDNN.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+from pathlib import Path
 
 import jax
+import jaxlib
+import pytest
 from jax.experimental import topologies
 
 from tests.support.optimizations import optimizations
 
+_ROOT = Path(__file__).resolve().parents[2]
+COMPILER_FOLDER = _ROOT / ".venv" / "compiler"  # see `make compiler`
+CACHE_FOLDER = _ROOT / ".pytest_cache" / "h200_programs"
 _PLUGIN = "jax_plugins.xla_cuda13"
 
 # What XLA reads from the device, for an NVIDIA H200.
@@ -73,73 +82,148 @@ class PtxasReport:
         return re.search(r"C75\d\d|wgmma.*serializ", self.text, re.IGNORECASE) is not None
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryAnalysis:
+    """Bytes of device memory that a program allocates."""
+
+    temp_size_in_bytes: int
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program that cannot be called here: its optimized HLO and its memory, as jax.stages.Compiled has."""
+
+    hlo: str
+    memory: MemoryAnalysis
+
+    def as_text(self) -> str:
+        return self.hlo
+
+    def memory_analysis(self) -> MemoryAnalysis:
+        return self.memory
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
+    if COMPILER_FOLDER.is_dir():
+        return None
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec(_PLUGIN) is not None:
             return None
-    return "compiling for sm_90a needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt"
+    return "compiling for sm_90a needs JAX's CUDA plugin and ptxas: run make compiler"
 
 
-def compile_for_h200(fn, *avals, ptx: bool = False):
-    """Compiles fn for one H200, optimized whatever is the case around it.
+def compile_for_h200(fn, *avals, ptx: bool = False) -> tuple[Program, PtxasReport]:
+    """Compiles fn for one H200, optimized even within `optimizations(False)`, or takes the result from the cache.
 
     Args:
       fn: a function of arrays, jitted here.
       *avals: pytrees of jax.ShapeDtypeStruct.
       ptx: also put the kernels' PTX in the report's text.
 
-    Returns:
-      The compiled function, which cannot be called here, and a `PtxasReport`.
-
     Raises:
       Whatever the lowering or the compiler raises.
     """
+    topology = _topology()
     replicated = jax.sharding.NamedSharding(
-        topologies.make_mesh(_topology(), (1,), ("device",)), jax.sharding.PartitionSpec()
+        topologies.make_mesh(topology, (1,), ("device",)), jax.sharding.PartitionSpec()
     )
     avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), avals)
-    # A new function each time: a cached compilation says nothing.
-    jitted = jax.jit(lambda *args: fn(*args))
-    with tempfile.TemporaryFile() as output, _dump_to(output, ptx), optimizations(True):
-        compiled = jitted.lower(*avals).compile()
-        output.seek(0)
-        text = output.read().decode(errors="replace")
-    return compiled, PtxasReport(text)
+    with optimizations(True):
+        # A new function each time: JAX's own cache would leave nothing to report.
+        lowered = jax.jit(lambda *args: fn(*args)).lower(*avals)
+        entry = CACHE_FOLDER / f"{_fingerprint(lowered, ptx)}.json.gz"
+        if entry.exists():
+            stored = json.loads(gzip.decompress(entry.read_bytes()))
+            return Program(stored["hlo"], MemoryAnalysis(**stored["memory"])), PtxasReport(stored["ptxas"])
+        with tempfile.TemporaryFile() as output:
+            with _ptxas_output_to(output, ptx):
+                compiled = lowered.compile(compiler_options=_compiler_options())
+            output.seek(0)
+            report = PtxasReport(output.read().decode(errors="replace"))
+    memory = compiled.memory_analysis()
+    sizes = {field.name: getattr(memory, field.name) for field in dataclasses.fields(MemoryAnalysis)}
+    program = Program(compiled.as_text(), MemoryAnalysis(**sizes))
+    _store(entry, {"hlo": program.hlo, "memory": sizes, "ptxas": report.text})
+    return program, report
+
+
+def _store(entry: Path, contents: dict) -> None:
+    """Writes a cache entry; another worker that compiles the same sees all of it or nothing."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
+        file.write(gzip.compress(json.dumps(contents).encode()))
+    os.replace(file.name, entry)
+
+
+def _fingerprint(lowered, ptx: bool) -> str:
+    """A hash of all that decides the result."""
+    key = hashlib.sha256(lowered.as_text().encode())
+    key.update(f"{_H200} {ptx} {jaxlib.__version__} {_ptxas_version()}".encode())
+    return key.hexdigest()
+
+
+@functools.cache
+def _ptxas_version() -> str:
+    """Of the wheel; empty where ptxas comes from elsewhere."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("nvidia-cuda-nvcc")
+    return ""
+
+
+def _cuda_folder() -> Path:
+    return COMPILER_FOLDER / "nvidia" / "cu13"
+
+
+def _compiler_options() -> dict[str, str]:
+    """Where XLA finds ptxas for its own kernels; JAX looked for it before the folder was on `sys.path`."""
+    return {"xla_gpu_cuda_data_dir": str(_cuda_folder())} if COMPILER_FOLDER.is_dir() else {}
 
 
 @functools.cache
 def _topology():
+    """One H200, from the CUDA plugin, which is started first."""
+    jax.devices()  # starts the backends that JAX finds by itself: the plugin is none of them yet
+    if COMPILER_FOLDER.is_dir():
+        sys.path.append(str(COMPILER_FOLDER))
+        importlib.invalidate_caches()
+
     def describe():
         return topologies.get_topology_desc(platform="cuda", target_config=_H200, topology="1x1x1")
 
     try:
         return describe()
-    except NotImplementedError:
-        # A backend started before this module was imported, and its search for plugins gave CUDA up.
+    except NotImplementedError:  # no such platform yet
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin starts without a GPU and without cuDNN
         importlib.import_module(_PLUGIN).initialize()
         return describe()
 
 
 @contextlib.contextmanager
-def _dump_to(output, ptx: bool):
-    """Has Mosaic GPU, which reads these variables at every compilation, print what ptxas says; and catches it.
+def _ptxas_output_to(output, ptx: bool):
+    """Within, Mosaic GPU prints what ptxas reports, and its prints go to a file.
 
-    The compiler is C++ and prints to the process's standard output.
+    Mosaic GPU reads these variables at every compilation. It is C++ and prints to the process's standard output.
     """
-    names = ["MOSAIC_GPU_DUMP_PTXAS"] + ["MOSAIC_GPU_DUMP_PTX"] * ptx
-    before = {name: os.environ.get(name) for name in names}
+    variables = {"MOSAIC_GPU_DUMP_PTXAS": "1"}
+    if ptx:
+        variables["MOSAIC_GPU_DUMP_PTX"] = "1"
+    if COMPILER_FOLDER.is_dir():  # Mosaic GPU was imported before the folder was on `sys.path`, and found neither
+        variables["MOSAIC_GPU_CUDA_ROOT"] = str(_cuda_folder())
+        variables["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(
+            COMPILER_FOLDER / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so"
+        )
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(output.fileno(), 1)
-    os.environ.update(dict.fromkeys(names, "1"))
     try:
-        yield
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            yield
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
