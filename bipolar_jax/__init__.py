@@ -3,8 +3,7 @@
 from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
-from bipolar_jax.nn import DotGeneral
-from bipolar_jax.nn.convert import quantization_aware, quantize_model
+from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant

@@ -16,8 +16,7 @@ from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Embed, Linear, LinearGeneral
-from bipolar_jax.nn.convert import quantization_aware, quantize_model
+from bipolar_jax.nn import Embed, Linear, LinearGeneral, quantization_aware, quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn.convert import quantize_model
+from bipolar_jax.nn import quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.words import WORD_BITS, num_words
 from bipolar_jax.quantize import Precision

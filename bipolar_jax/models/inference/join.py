@@ -6,8 +6,7 @@ from flax import nnx
 
 from bipolar_jax.models.blocks.feed_forward import SwiGLU
 from bipolar_jax.models.transformer import Attention, Transformer
-from bipolar_jax.nn import Linear
-from bipolar_jax.nn.layers import joined
+from bipolar_jax.nn import Linear, joined
 
 
 def join_projections(model: Transformer) -> Transformer:

@@ -12,8 +12,7 @@ import bipolar_jax as bj
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Linear
-from bipolar_jax.nn.layers import joined
+from bipolar_jax.nn import Linear, joined
 from bipolar_jax.ops import Activation, LayerNorm, RMSNorm
 
 SIZES = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
