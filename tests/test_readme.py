@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of README.md and of the training README run as they stand."""
 
 from __future__ import annotations
 
@@ -8,20 +8,37 @@ from pathlib import Path
 import jax
 import numpy as np
 
-README = Path(__file__).parent.parent / "README.md"
+from tests.support import tiny_checkpoints
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TRAINING = ROOT / "bipolar_jax" / "nn" / "training" / "README.md"
 
 
-def names_after(having: str) -> dict:
-    """Runs the first example with these words in it."""
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def example(document: Path, having: str) -> str:
+    """The first Python example of a document that contains the text `having`."""
+    examples = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    return next(code for code in examples if having in code)
+
+
+def names_after(code: str) -> dict:
+    """Runs the code; returns the names that it defines."""
     names = {}
-    exec(next(example for example in examples if having in example), names)
+    exec(code, names)
     return names
 
 
-def test_a_plain_nnx_model_is_quantized_by_rules(tmp_path, monkeypatch):
+def test_a_loaded_model_is_quantized_and_writes(tmp_path):
+    path = tiny_checkpoints.write_gguf(tiny_checkpoints.make(), tmp_path / "model.gguf")
+    names = names_after(example(README, "load_pretrained").replace('"model.gguf"', repr(str(path))))
+    assert 1 <= len(names["tokens"]) <= 32
+    assert str(names["model"].layers.attention.qkv_proj.precision) == "W8A8"
+    assert str(names["model"].embed.precision) == "W8A16"
+
+
+def test_arrays_and_layers_are_quantized_and_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = names_after("bj.quantize(kernel")
+    names = names_after(example(README, "bj.quantize(kernel"))
     assert names["y"].shape == (2, 7, 128)
     assert names["logits"].shape == (2, 7, 10)
     assert (names["w"].bits, names["coarse"].bits, names["w3"].bits) == (4, 2, 3)
@@ -29,18 +46,31 @@ def test_a_plain_nnx_model_is_quantized_by_rules(tmp_path, monkeypatch):
     assert [str(layers[i].precision) for i in (0, 2)] == ["W8A8", "W4A8g64"]
 
 
+def test_a_student_is_distilled_and_packed():
+    names = names_after(example(README, "bj.quantization_aware(teacher"))
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
+    assert str(names["packed"].layers[0].precision) == "W2A4"
+    assert_same_logits(names)
+
+
 def test_a_linen_cnn_is_trained_and_packed():
-    names = names_after("class CNN")
+    names = names_after(example(TRAINING, "class CNN"))
     assert names["losses"][-1] < 0.5 * names["losses"][0]
     expected = jax.jit(names["model"].apply)(names["variables"], names["images"])
     np.testing.assert_array_equal(names["logits"], expected)
     assert names["packed"]["params"]["Dense_0"]["kernel"].bits == 1
 
 
-def test_layers_are_imported_into_a_model():
-    names = names_after("bj.quantization_aware(teacher")
-    assert names["distillation"][-1] < 0.7 * names["distillation"][0]
-    assert names["same"].all()
+def test_attention_is_trained_by_path_rules():
+    names = names_after(example(TRAINING, "nnx.MultiHeadAttention"))
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
     packed = names["packed"].layers
     assert str(packed[1].query.precision) == "W1.58A8"
     assert str(packed[2].precision) == "W2A4"
+    assert_same_logits(names)
+
+
+def assert_same_logits(names: dict) -> None:
+    """The packed model computes the trained model's logits to the bit."""
+    logits = [jax.jit(lambda model, x: model(x))(names[model], names["x"]) for model in ("packed", "student")]
+    np.testing.assert_array_equal(*logits)
