@@ -1,4 +1,4 @@
-"""The functions of `kernels.sm90.instructions` for the 128 threads of a warpgroup at once, in numpy.
+"""The functions of `kernels.sm90.core.ptx` for the 128 threads of a warpgroup at once, in numpy.
 
 A value is an array of 128 numbers, one for each thread; a pointer is bytes and 128 offsets. All
 threads go in lockstep, so that barriers need nothing and races are not seen; interpret mode sees
@@ -25,7 +25,7 @@ bank_conflicts = [0]  # more than the fewest possible accesses, summed over all 
 def install(monkeypatch) -> None:
     """Puts this module's functions in the place of all of the instructions'."""
     for name, function in vars(ptx).items():
-        own = inspect.isfunction(function) and function.__module__ == ptx.__name__
+        own = inspect.isfunction(function) and function.__module__.startswith(ptx.__name__)
         if own and not name.startswith("_") and not name.endswith("_type"):
             monkeypatch.setattr(ptx, name, globals()[name])
 
@@ -383,6 +383,10 @@ def store_byte(ptr, word):
 
 def order_before_copies():
     pass  # nothing is copied while threads work
+
+
+def fence_gpu():
+    pass  # one block at a time
 
 
 def _check_addresses(ptr, words):

@@ -1,4 +1,4 @@
-"""A warpgroup's threads wait for each other."""
+"""How the threads of a warpgroup wait for each other, and order their memory accesses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bipolar_jax.kernels.sm90.core.emulation import with_twin
 
 @with_twin(plgpu.commit_smem)
 def synchronize() -> None:
-    """The threads of the warpgroup wait for each other, and see what each wrote to shared memory.
+    """A barrier of the warpgroup's threads; after it each sees what the others wrote to shared memory.
 
-    `plgpu.commit_smem` waits for all loads and stores that are under way, memory's too; it is for what tensor cores
-    or copies read.
+    `plgpu.commit_smem` also waits for all loads and stores in flight, those of global memory too. It is for what tensor
+    cores or TMA read.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
@@ -22,3 +22,18 @@ def synchronize() -> None:
         ptx.synchronize()
 
     inline(jnp.int32(0))
+
+
+@with_twin(lambda: None)
+def fence_gpu() -> None:
+    """Orders this thread's accesses of global memory with those of other blocks.
+
+    A barrier of a cluster orders a block's own accesses only: a fence on either side of it makes what this block wrote
+    visible to the others, and what they wrote to this one.
+    """
+
+    @plgpu.inline_mgpu()
+    def inline(_):
+        ptx.fence_gpu()
+
+    inline()

@@ -41,6 +41,8 @@ _SWIZZLE_ROWS = 8
 
 # How many elements of K stand in one row of a tile.
 ELEMENTS_PER_ROW: dict[OperandKind, int] = {"planes": 8 * BYTES_PER_ROW, "int8": BYTES_PER_ROW}
+# Kernels for few tokens load K in slices: a row of a bit plane's tile.
+K_SLICE = ELEMENTS_PER_ROW["planes"]
 
 # Rows are as wide as the swizzle, so that no further tiling is needed, and none of its constraints
 # on the operands' sizes.

@@ -14,15 +14,14 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import (
-    PART,
-    PART_LAYOUT,
+    K_SLICE_LAYOUT,
     SPLAT,
     WARPS,
     lane_and_warp,
     numbers_of,
     thread_index,
 )
-from bipolar_jax.kernels.sm90.core.wgmma import TILE_TRANSFORMS
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE, TILE_TRANSFORMS
 
 
 def pack(
@@ -58,7 +57,7 @@ def pack(
         total = jnp.int32(0)
         for tile, part, start in zip(tiles, parts, starts, strict=True):
             codes = jnp.clip(jnp.floor(part * half_steps + half) + middle, 0.0, top).astype(jnp.int32)
-            codes = jnp.where(start + lax.iota(jnp.int32, PART) < k, codes, 0)
+            codes = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes, 0)
             for plane in range(bits):
                 by_word = ((codes >> plane) & 1).astype(jnp.uint32).reshape(-1, 32)
                 tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32), axis=1, dtype=jnp.uint32)
@@ -68,7 +67,7 @@ def pack(
         return
     count = len(parts)
     types = [plgpu.RefType(), SPLAT, SPLAT, SPLAT]
-    types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [PART_LAYOUT] * count + [SPLAT] * count
+    types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [K_SLICE_LAYOUT] * count + [SPLAT] * count
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def inline(_, sums, warpgroup, half_steps, middle, *arrays):

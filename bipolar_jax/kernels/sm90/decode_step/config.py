@@ -9,9 +9,9 @@ from typing import Literal
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.core.fragments import PART, WARPS
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.unsupported import Unsupported
 
 WARPGROUPS = 4  # that compute; another one loads weights
@@ -64,7 +64,7 @@ class Product:
     @property
     def turns(self) -> int:
         """Parts of K that a warpgroup takes; the last may be beyond K, and come as zeros."""
-        return -(-self.k // (PART * WARPGROUPS))
+        return -(-self.k // (K_SLICE * WARPGROUPS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import (
     ALONG_ROWS,
-    PART_LAYOUT,
+    K_SLICE_LAYOUT,
     SPLAT,
     VECTOR,
     WARPS,
@@ -30,7 +30,7 @@ from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR
 from bipolar_jax.kernels.sm90.decode_step.config import WARPGROUPS
 
 # Threads that hold each element of an array in these layouts.
-_COPIES = {VECTOR: 1, PART_LAYOUT: 1, ALONG_ROWS: 4}
+_COPIES = {VECTOR: 1, K_SLICE_LAYOUT: 1, ALONG_ROWS: 4}
 
 
 def share(
@@ -38,7 +38,7 @@ def share(
     warpgroup: Int[Array, ""],
     values: Sequence[Float[Array, " n"]],
     kind: Literal["sum", "max", "min"],
-    layout: plgpu.Layout = PART_LAYOUT,
+    layout: plgpu.Layout = K_SLICE_LAYOUT,
     *,
     emulate: bool,
 ) -> None:
@@ -47,7 +47,7 @@ def share(
     Args:
       exchange: float32 [warps of the block].
       warpgroup: which this is.
-      values: arrays in the layout VECTOR, PART_LAYOUT or ALONG_ROWS.
+      values: arrays in the layout VECTOR, K_SLICE_LAYOUT or ALONG_ROWS.
       kind: what is made of them; NaN of the max stays.
       layout: of the values.
     """

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.core.fragments import PART, VECTOR, pinned, repeat
+from bipolar_jax.kernels.sm90.core.fragments import VECTOR, pinned, repeat
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.attention import join
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
 from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PARTIAL, PRODUCTS, WARPGROUPS, LayersShape
@@ -240,7 +241,7 @@ class Phases:
 
     def _starts(self, phase: str):
         """Where in K the parts begin that this warpgroup multiplies."""
-        return [(self._me + turn * WARPGROUPS) * PART for turn in range(self._shape.products[phase].turns)]
+        return [(self._me + turn * WARPGROUPS) * K_SLICE for turn in range(self._shape.products[phase].turns)]
 
     def _load(self, ref, start, end):
         return load_vector(ref, start, end, emulate=self._shared.emulate)

@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import pack
-from bipolar_jax.kernels.sm90.decode_step.config import PART, WARPGROUPS
+from bipolar_jax.kernels.sm90.decode_step.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.exchange import collect, share
 from bipolar_jax.kernels.sm90.decode_step.vectors import clear_beyond
 from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
@@ -47,7 +48,7 @@ def layer_normalized(
     mean = collect(shared.exchange.at[3], "sum", emulate=emulate) * (1 / k)
 
     def cleared(turn, part):
-        return clear_beyond(part, (me + turn * WARPGROUPS) * PART, k, emulate=emulate)
+        return clear_beyond(part, (me + turn * WARPGROUPS) * K_SLICE, k, emulate=emulate)
 
     differences = [cleared(turn, part - mean) for turn, part in enumerate(parts)]
     share(shared.exchange.at[2], me, [part * part for part in differences], "sum", emulate=emulate)
@@ -94,7 +95,7 @@ def quantize_token(
     grid, half_steps = _grid(high, low, size, a_format)
     middle = jnp.float32(a_format.code_offset) if a_format.bits == 1 else grid.zero_code.astype(jnp.float32)
     tiles = [shared.x_tiles.at[me, turn] for turn in range(len(parts))]
-    starts = [(me + turn * WARPGROUPS) * PART for turn in range(len(parts))]
+    starts = [(me + turn * WARPGROUPS) * K_SLICE for turn in range(len(parts))]
     pack(tiles, shared.code_sums, me, parts, starts, k, half_steps, middle, a_format, emulate=emulate)
     plgpu.commit_smem()
     return grid

@@ -12,18 +12,18 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import (
-    PART,
-    PART_LAYOUT,
+    K_SLICE_LAYOUT,
     SPLAT,
     VECTOR,
-    as_part,
+    as_k_slice,
     as_vector,
-    loaded_part,
+    load_k_slice,
     numbers_of,
     only_word,
     thread_index,
 )
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.polling import await_words, checked, store_marked, with_mark
 
 _STORED = 32  # numbers, at least, where vectors are stored
@@ -138,9 +138,9 @@ def await_parts(
       needed: 1 to wait for it, or 0.
     """
     if emulate:
-        indices = [start + lax.iota(jnp.int32, PART) for start in starts]
+        indices = [start + lax.iota(jnp.int32, K_SLICE) for start in starts]
         return [jnp.where(i < end, checked(ref[...][jnp.where(i < end, i, 0)], mark), 0) for i in indices]
-    part = plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=PART_LAYOUT)
+    part = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts))), return_type=tuple(part for _ in starts)
@@ -156,7 +156,7 @@ def await_parts(
         fours = await_words(places, mark.registers.item(), needed.registers.item())
         parts = []
         for valid, low, high in zip(inside, fours[::2], fours[1::2], strict=True):
-            parts.append(as_part([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
+            parts.append(as_k_slice([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
         return tuple(parts)
 
     return list(inline(ref, jnp.int32(mark), jnp.int32(needed), *map(jnp.int32, starts)))
@@ -171,18 +171,18 @@ def load_part(ref, start: Int[Array, ""], end: Int[Array, ""], *, emulate: bool)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"parts are loaded of bfloat16 or float32, not of {dtype}")
     if emulate:
-        index = start + lax.iota(jnp.int32, PART)
+        index = start + lax.iota(jnp.int32, K_SLICE)
         return ref[...][jnp.where(index < end, index, end - 8)]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SPLAT, SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART,), dtype, layout=PART_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((K_SLICE,), dtype, layout=K_SLICE_LAYOUT),
     )
     def inline(_, ref, start, end):
         index, end = ptx.plus(start.registers.item(), ptx.times(thread_index(), 8)), end.registers.item()
         index = ptx.choose(ptx.less(index, end), index, ptx.plus(end, -8))
         where = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, jnp.dtype(dtype).itemsize)
-        return loaded_part(where, dtype)
+        return load_k_slice(where, dtype)
 
     return inline(ref, jnp.int32(start), jnp.int32(end))
 
@@ -211,15 +211,15 @@ def clear_beyond(
 ) -> Float[Array, "1024"]:
     """The part of an array that begins at `start`, 0 from `end` on; both are multiples of 8."""
     if emulate:
-        return jnp.where(start + lax.iota(jnp.int32, PART) < end, part, 0)
+        return jnp.where(start + lax.iota(jnp.int32, K_SLICE) < end, part, 0)
 
     @plgpu.inline_mgpu(
-        arg_types=(PART_LAYOUT, SPLAT, SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=PART_LAYOUT),
+        arg_types=(K_SLICE_LAYOUT, SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT),
     )
     def inline(_, part, start, end):
         index = ptx.plus(start.registers.item(), ptx.times(thread_index(), 8))
         inside = ptx.less(index, end.registers.item())
-        return as_part([ptx.choose(inside, number, ptx.float32(0)) for number in numbers_of(part)])
+        return as_k_slice([ptx.choose(inside, number, ptx.float32(0)) for number in numbers_of(part)])
 
     return inline(part, jnp.int32(start), jnp.int32(end))

@@ -1,0 +1,66 @@
+"""Threads: their index, control flow, and exchanges within a warp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import inline_ptx
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import scf
+
+from bipolar_jax.kernels.sm90.core.ptx.integers import bits_of
+from bipolar_jax.kernels.sm90.core.ptx.types import Value, i32_type, int32
+
+
+def thread_in_warpgroup() -> Value:
+    return bits_of(mgpu.thread_idx(), 127)
+
+
+def opaque(word: Value) -> Value:
+    """The word, of which the compiler knows nothing; what is computed from it is not moved out of loops."""
+    return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
+
+
+def synchronize() -> None:
+    """Waits for the whole warpgroup."""
+    mgpu.warpgroup_barrier()
+
+
+def when(condition: Value) -> AbstractContextManager:
+    """What is emitted within happens where the condition holds."""
+    return mgpu.when(condition)
+
+
+def repeat(count: int, values: list[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
+    """Carries values through body(0, values), body(1, values), ..."""
+    return list(mgpu.fori(int32(count), values)(body).results)
+
+
+def update_if(condition: Value, values: list[Value], body: Callable[[], list[Value]]) -> list[Value]:
+    """body() where the condition holds, the values as they are elsewhere."""
+    branch = scf.IfOp(condition, [value.type for value in values], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.YieldOp(body())
+    with ir.InsertionPoint(branch.else_block):
+        scf.YieldOp(values)
+    return list(branch.results)
+
+
+def exchange(word: Value, distance: int) -> Value:
+    """The word of the lane whose index differs in the bit `distance`; all lanes of the warp take part."""
+    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
+def from_lane(word: Value, lane: Value) -> Value:
+    """The word of another lane; all lanes of the warp take part."""
+    ptx = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+    return inline_ptx(ptx, word, lane, result_types=i32_type(), has_side_effects=True, convergent=True)
+
+
+def over_warp(kind: str, word: Value) -> Value:
+    """ "add", "max" or "min" of the signed words of all lanes of the warp, which take part."""
+    ptx = f"redux.sync.{kind}.s32 $0, $1, -1;"
+    return inline_ptx(ptx, word, result_types=i32_type(), has_side_effects=True, convergent=True)

@@ -1,0 +1,141 @@
+"""Floating-point numbers. Every rounding is explicit: the compiler neither contracts nor reorders these operations."""
+
+from __future__ import annotations
+
+import struct
+
+from jax.experimental.mosaic.gpu.utils import inline_ptx
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from bipolar_jax.kernels.sm90.core.ptx.integers import bits_of, shift_left
+from bipolar_jax.kernels.sm90.core.ptx.types import Value, f32_type, float32, i32_type
+
+
+def as_float(word: Value) -> Value:
+    return arith.bitcast(f32_type(), word)
+
+
+def as_word(number: Value) -> Value:
+    return arith.bitcast(i32_type(), number)
+
+
+def expand(number: str, word: Value) -> list[Value]:
+    """The float32 numbers that a word holds, one "f32" or two "bf16" or "f16", low one first."""
+    if number == "f32":
+        return [as_float(word)]
+    if number == "bf16":
+        return [as_float(shift_left(word, 16)), as_float(bits_of(word, 0xFFFF0000))]
+    halves = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
+    return list(inline_ptx(halves, word, result_types=(f32_type(), f32_type())))
+
+
+def extreme(kind: str, number: str, a: Value, b: Value) -> Value:
+    """ "max" or "min", NaN if either is, of words that hold numbers as in `expand`."""
+    if number == "f32":
+        return as_word(_float_op(f"{kind}.NaN.f32", as_float(a), as_float(b)))
+    return inline_ptx(f"{kind}.NaN.{number}x2 $0, $1, $2;", a, b, result_types=i32_type())
+
+
+def fma_pairs(number: str, a: Value, b: Value, c: Value) -> Value:
+    """a * b + c of words that hold two "bf16" or "f16" each."""
+    return inline_ptx(f"fma.rn.{number}x2 $0, $1, $2, $3;", a, b, c, result_types=i32_type())
+
+
+def rounded(number: str, a: Value) -> Value:
+    """A float32 as "bf16" or "f16", in the low half of a word; to nearest, ties to even."""
+    ptx = f"{{.reg .b16 h; cvt.rn.{number}.f32 h, $1; mov.b32 $0, {{h, h}};}}"
+    return inline_ptx(ptx, a, result_types=i32_type())
+
+
+def multiply_add_tiles(number: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
+    """a . b + c by the warp's tensor core: [16, 16] times [16, 8] of "bf16" or "f16", in float32.
+
+    A lane holds, with r = lane // 4 and q = lane % 4, the words of two numbers at k = 2 q and k = 2 q + 8: of a
+    those of rows r, r + 8, then both again of the second k; of b those of column r; and of c columns 2 q and 2 q + 1
+    of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+    """
+    names = [[f"${i}" for i in range(start, start + count)] for start, count in ((0, 4), (4, 4), (8, 2), (10, 4))]
+    operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{number}.{number}.f32 {operands};"
+    return list(inline_ptx(ptx, *a, *b, *c, result_types=(f32_type(),) * 4, convergent=True))
+
+
+def fma(a: Value, b: Value, c: Value) -> Value:
+    return _float_op("fma.rn.f32", a, b, c)
+
+
+def multiply(a: Value, b: Value) -> Value:
+    return _float_op("mul.rn.f32", a, b)
+
+
+def add(a: Value, b: Value) -> Value:
+    return _float_op("add.rn.f32", a, b)
+
+
+def add_down(a: Value, b: Value) -> Value:
+    """a + b rounded toward minus infinity."""
+    return _float_op("add.rm.f32", a, b)
+
+
+def subtract(a: Value, b: Value) -> Value:
+    return _float_op("sub.rn.f32", a, b)
+
+
+def divide(a: Value, b: Value) -> Value:
+    return _float_op("div.rn.f32", a, b)
+
+
+def rsqrt(a: Value) -> Value:
+    """1 / sqrt(a), good to 2 in the last place."""
+    return _float_op("rsqrt.approx.f32", a)
+
+
+def reciprocal(a: Value) -> Value:
+    """1 / a, good to 1 in the last place."""
+    return _float_op("rcp.approx.ftz.f32", a)
+
+
+def exp2(a: Value) -> Value:
+    """2^a, good to 2 in the last place; what is below 2^-126 is 0."""
+    return _float_op("ex2.approx.ftz.f32", a)
+
+
+def at_most(a: Value, limit: float) -> Value:
+    """min(a, limit); the limit where a is NaN."""
+    return _float_op("min.f32", a, limit)
+
+
+def at_least(a: Value, limit: float) -> Value:
+    """max(a, limit); the limit where a is NaN."""
+    return _float_op("max.f32", a, limit)
+
+
+def is_less(a: Value, b: float) -> Value:
+    """False where a is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OLT, a, float32(b))
+
+
+def is_greater(a: Value, b: float) -> Value:
+    """False where a is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OGT, a, float32(b))
+
+
+def floor(a: Value) -> Value:
+    return _float_op("cvt.rmi.f32.f32", a)
+
+
+def to_int(a: Value) -> Value:
+    """int32 of a float that is an integer."""
+    return arith.fptosi(i32_type(), a)
+
+
+def _float_op(mnemonic: str, *operands: Value | float) -> Value:
+    """A float32 instruction; Python floats become immediate operands."""
+    values = [v for v in operands if isinstance(v, ir.Value)]
+    names = iter(f"${i + 1}" for i in range(len(values)))
+    text = [
+        next(names) if isinstance(v, ir.Value) else "0f{:08X}".format(*struct.unpack("<I", struct.pack("<f", v)))
+        for v in operands
+    ]
+    return inline_ptx(f"{mnemonic} $0, {', '.join(text)};", *values, result_types=f32_type())
