@@ -45,7 +45,7 @@ def await_words(places: Sequence[tuple[ptx.Pointer, int]], mark: ir.Value, neede
         loads.append(f"ld.relaxed.gpu.global{vector}.b32 {tuple_}, [${pointers + i}];")
         checks += [f"lop3.b32 off, off, {word}, mark, 0xF6;" for word in words]  # off | (word ^ mark)
     mark_name, needed_name = (f"${pointers + len(places) + i}" for i in range(2))
-    ptx = f"""{{
+    code = f"""{{
       .reg .pred again;
       .reg .b32 off, mark, needed;
       mov.b32 mark, {mark_name};
@@ -60,7 +60,7 @@ def await_words(places: Sequence[tuple[ptx.Pointer, int]], mark: ir.Value, neede
     }}"""
     operands = [place for place, _ in places]
     types = (ptx.i32_type(),) * pointers
-    words = iter(inline_ptx(ptx, *operands, mark, needed, result_types=types, has_side_effects=True))
+    words = iter(inline_ptx(code, *operands, mark, needed, result_types=types, has_side_effects=True))
     return [[next(words) for _ in range(count)] for _, count in places]
 
 
