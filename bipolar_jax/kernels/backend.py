@@ -1,4 +1,12 @@
-"""What every backend offers."""
+"""The contract of every backend: products with packed weights, and operations that fuse several steps of a layer.
+
+A backend is a module (`reference`, `xla`, `sm90`) with the functions of `Backend`. Operands are arrays that `ops` has
+validated; nothing here is differentiable. A backend that cannot serve a request raises `Unsupported`, and the
+dispatcher in `ops` tries the next one.
+
+Every operation has a planner that applies the same checks and runs nothing: `plan_matmul` for the products, and
+`plan_NAME` for each fused operation NAME, which takes the operands of NAME, or anything with their shapes and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +17,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
+from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.packing import BipolarArray
+
+# Up to this many tokens a product is bound by reading the weights: kernels for few tokens take the weights as rows of
+# the instruction and read each bit plane once.
+FEW_TOKENS_LIMIT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a backend would do for one product.
+    """What a backend would run for one request.
 
     Attributes:
       kernel: in words.
-      reason: why this kernel and these tiles.
-      tiling: the kernel's tiles, if it has any to choose.
+      reason: why this kernel and this tiling.
+      tiling: the kernel's tile sizes and the like, if it has any to choose.
     """
 
     kernel: str
@@ -29,11 +42,11 @@ class Plan:
 
 
 class Layer(NamedTuple):
-    """A product with packed weights, where an operation has several.
+    """One of the products of an operation that has several.
 
     Attributes:
-      w: of logical shape [k, n].
-      a_format: what its input is quantized to.
+      w: packed weights of logical shape [k, n].
+      a_format: the grid that the input is quantized to.
       bias: added to every row, or None.
     """
 
@@ -42,13 +55,20 @@ class Layer(NamedTuple):
     bias: Float[Array, " n"] | None
 
 
+# The leaves of cached keys or of cached values: (numbers,) as floats [layers, batch, kv_heads, capacity, head_dim]; or
+# (codes, scales, zeros) of 8 or 4 bits, the last two without the axis of head_dim, as `models.kv_cache` stores them.
+CacheLeaves = tuple[Array, ...]
+Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
+Heads = Float[Array, "batch length heads head_dim"]
+
+
 class Backend(Protocol):
-    """Matrix products with a packed right operand of logical shape [k, n]; what is summed is integers."""
+    """Products with a packed right operand of logical shape [k, n]; their sums are sums of integers."""
 
     def integer_matmul(
         self, codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
     ) -> Int[Array, "m n groups"]:
-        """sum over the k of each group of value(codes) * value(w), exact in int32."""
+        """The sum over the k of each group of value(codes) * value(w), exact in int32."""
 
     def quantized_matmul(
         self,
@@ -60,16 +80,32 @@ class Backend(Protocol):
         residual: Float[Array, "m out"] | None = None,
         activation: Activation | None = None,
     ) -> Float[Array, "m out"]:
-        """Quantizes x as `activations.quantize_tokens`, multiplies integers, scales; output in x's dtype.
+        """Quantizes prologue(x) as `activations.quantize_tokens`, multiplies integers, and scales.
 
-        Of k numbers a row, x has k, or as many as the prologue makes k of. The activation is of the product with its
-        bias, in float32: it makes the output's columns of n. The residual is of x's dtype, too, and added to that.
+        Args:
+          x: bfloat16, float16 or float32; k numbers a row, or as many as the prologue reduces to k.
+          w: packed weights [k, n].
+          a_format: the grid of the tokens.
+          bias: added in float32.
+          prologue: a norm or an activation function, see `semantics.prologue`.
+          residual: in x's dtype; added after the cast to it.
+          activation: applied in float32 to the product and its bias; a gated one makes n / 2 columns.
+
+        Returns:
+          [m, n], or [m, n / 2] for a gated activation, in x's dtype.
         """
 
     def weight_only_matmul(
         self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
     ) -> Float[Array, "m n"]:
-        """x times the dequantized w, accumulated in float32; output in x's dtype."""
+        """x times the dequantized w, accumulated in float32; the output is in x's dtype."""
+
+    def plan_matmul(self, m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+        """The plan of `quantized_matmul`, or of `weight_only_matmul` if a_format is None, for m rows of `dtype`.
+
+        Raises:
+          Unsupported: as the product itself would.
+        """
 
     def pack_weights(
         self,
@@ -79,11 +115,142 @@ class Backend(Protocol):
         number_format: BipolarFormat,
         group_size: int | None,
     ) -> tuple[UInt32[Array, "planes n words"], Int[Array, "n groups"]]:
-        """See `weights.pack_weights`: the same bits."""
+        """Bit planes and row sums of the rounded weights; the bits of `semantics.weights.pack_weights`."""
 
-    def plan_matmul(self, m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
-        """What the product of m rows of `dtype` with w would run; a_format None means float activations.
+    def prompt_heads(
+        self,
+        x: Float[Array, "batch length columns"],
+        w: BipolarArray,
+        a_format: BipolarFormat,
+        bias: Float[Array, " n"] | None,
+        prologue: Prologue | None,
+        keys: Cache,
+        values: Cache,
+        layer: Int[Array, ""],
+        tables: FixedPointTables | None = None,
+    ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
+        """prologue(x) @ w + bias of whole prompts, split into heads, rotated, and written to one layer of the cache.
+
+        The product is that of `quantized_matmul` in float32. Queries and keys are rotated before the only rounding, to
+        x's dtype. Positions of the layer from `length` on become zeros.
+
+        Args:
+          x: bfloat16 or float16.
+          w: packed weights [k, n]; the columns are the heads of queries, of keys and of values, side by side.
+          a_format: the grid of the tokens.
+          bias: added to every row.
+          prologue: a norm or an activation function of x.
+          keys, values: the whole cache, in x's dtype; written in place where the caller donates them.
+          layer: index of the cache's layer.
+          tables: cosines and sines of the positions 0, 1, 2 ...; pairs are (d, d + head_dim / 2). None does not rotate.
+
+        Returns:
+          q, k and v, in x's dtype; keys; values.
 
         Raises:
-          Unsupported: as the product itself would.
+          ValueError: prompts longer than the cache; shapes that do not fit.
+          Unsupported: what the backend's kernel does not serve.
         """
+
+    def decode_attention(
+        self,
+        projected: tuple[Float[Array, "batch heads head_dim"], ...],
+        keys: CacheLeaves,
+        values: CacheLeaves,
+        layer: Int[Array, ""],
+        lengths: Int[Array, " batch"],
+        *,
+        bits: int | None = None,
+        tables: tuple[Float[Array, "batch half"], Float[Array, "batch half"]] | None = None,
+        slopes: Float[Array, " heads"] | None = None,
+    ) -> tuple[Float[Array, "batch heads head_dim"], CacheLeaves, CacheLeaves]:
+        """One new token of each sequence attends to the positions before `lengths` and to itself, and is cached.
+
+        A sequence whose length is the capacity attends to the cache alone, and the cache stays as it is.
+
+        Args:
+          projected: q, k and v of the new token, or one array with all their heads in this order; consecutive queries
+            share a key head.
+          keys, values: leaves of the whole cache; written in place where the caller donates them.
+          layer: index of the cache's layer.
+          lengths: tokens that each sequence has in the cache.
+          bits: of the cached numbers, 8 or 4; None for floats.
+          tables: float32 cosines and sines that q and k are rotated by first.
+          slopes: ALiBi's, float32; slope * position is added to the scaled scores.
+
+        Returns:
+          The context of the queries, in their dtype; keys; values.
+
+        Raises:
+          ValueError: shapes that do not fit.
+          Unsupported: what the backend's kernel does not serve.
+        """
+
+    def decode_layers(
+        self,
+        hidden: Float[Array, " hidden"],
+        kernels: dict[str, BipolarArray],
+        biases: dict[str, Float[Array, "layers n"] | None],
+        norms: dict[str, RMSNorm | LayerNorm],
+        activation: Activation,
+        keys: CacheLeaves,
+        values: CacheLeaves,
+        length: Int[Array, ""],
+        tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+        slopes: Float[Array, " heads"] | None,
+        a_format: BipolarFormat,
+        *,
+        cache_bits: int | None = None,
+    ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
+        """All layers of a pre-norm decoder for one new token of one sequence; float32 between products.
+
+        Args:
+          hidden: of the new token.
+          kernels: of the products "qkv", "o", "up" and "down", each of all layers: [layers, k, n].
+          biases: of the same products, or None.
+          norms: before attention ("qkv") and before the feed-forward block ("up"); vectors are [layers, hidden].
+          activation: of the feed-forward block.
+          keys, values: leaves of the cache, without the new token; they are not written.
+          length: tokens in the cache, which is the position of the new one.
+          tables: cosines and sines of that position; None where positions are not rotary.
+          slopes: ALiBi's; None without ALiBi.
+          a_format: the grid of the tokens, the same for all products.
+          cache_bits: of the cached numbers, 8 or 4; None for floats.
+
+        Returns:
+          float32: the hidden state after all layers, before the final norm; and for every layer the token's queries,
+          keys and values, before rotation.
+
+        Raises:
+          Unsupported: what the backend's kernel does not serve.
+        """
+
+    def feed_forward(
+        self,
+        x: Float[Array, "m columns"],
+        up: Layer,
+        down: Layer,
+        prologue: Prologue | None,
+        activation: Activation | None,
+        residual: Float[Array, "m out"],
+    ) -> Float[Array, "m out"]:
+        """residual + down(activation(up(prologue(x)))), all in x's dtype.
+
+        The numbers are those of two calls of `quantized_matmul`. Tokens of `down` whose scale is 0, Inf or NaN are the
+        exception: there both ways give zeros, NaN or Inf (and a bias), but not always the same of them.
+
+        Raises:
+          Unsupported: what the backend's kernel does not serve.
+        """
+
+    def plan_prompt_heads(self, *operands: Any, **options: Any) -> Plan:
+        """The plan of `prompt_heads` for these operands; raises as it would."""
+
+    def plan_decode_attention(self, *operands: Any, **options: Any) -> Plan:
+        """The plan of `decode_attention` for these operands; raises as it would."""
+
+    def plan_decode_layers(self, *operands: Any, **options: Any) -> Plan:
+        """The plan of `decode_layers` for these operands; raises as it would."""
+
+    def plan_feed_forward(self, *operands: Any, **options: Any) -> Plan:
+        """The plan of `feed_forward` for these operands; raises as it would."""

@@ -1,10 +1,10 @@
-"""How a backend says that it cannot serve a request."""
+"""The error by which a backend refuses a request."""
 
 from __future__ import annotations
 
 
-class Unsupported(NotImplementedError):  # noqa: N818 - what it says, not an accident
-    """This backend cannot serve the request, and the message says why: the dispatcher tries the next backend.
+class Unsupported(NotImplementedError):  # noqa: N818 - the name says what the request is, not that something broke
+    """This backend cannot serve the request; the message says why, and the dispatcher tries the next backend.
 
-    Dispatch catches this class alone, so that a NotImplementedError of Pallas or JAX never becomes a silent fallback.
+    Dispatch catches this class only: a NotImplementedError of Pallas or JAX propagates to the caller.
     """

@@ -1,7 +1,8 @@
-"""Validated, differentiable operations over whatever backend serves them."""
+"""Validated operations over the backends: differentiable products, and fused operations for inference."""
 
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.ops.explain import Explanation, explain
+from bipolar_jax.ops.fused import decode_attention, decode_layers, feed_forward, prompt_heads
 from bipolar_jax.ops.lookup import lookup
 from bipolar_jax.ops.matmul import matmul
 from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
@@ -13,8 +14,12 @@ __all__ = [
     "LayerNorm",
     "Prologue",
     "RMSNorm",
+    "decode_attention",
+    "decode_layers",
     "explain",
+    "feed_forward",
     "lookup",
     "matmul",
+    "prompt_heads",
     "trainable_matmul",
 ]

@@ -1,4 +1,4 @@
-"""Which backend serves an operation."""
+"""The choice of the backend that serves an operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sm90": sm90, "xla": xla}
 
-# Tried in this order under implementation="auto"; the reference is for comparing, not for use.
+# What "auto" tries, in this order; the reference is slow and only compared with.
 _AUTO_ORDER = ("sm90", "xla")
 
 
@@ -20,14 +20,23 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation must be one of auto, {', '.join(BACKENDS)}; got {implementation!r}")
 
 
-def first_able[Result](implementation: str, call: Callable[[ModuleType], Result]) -> tuple[Result, str, dict[str, str]]:
-    """Calls the chosen backend, or under "auto" the first that can serve the request.
+def first_able[Result](
+    implementation: str, call: Callable[[ModuleType], Result], operation: str = "this product"
+) -> tuple[Result, str, dict[str, str]]:
+    """Calls the named backend, or under "auto" the first one that serves the request.
+
+    A backend refuses by raising `Unsupported`. Any other error, a plain NotImplementedError included, propagates.
+
+    Args:
+      implementation: "auto" or the name of a backend.
+      call: runs, or plans, the operation on a backend.
+      operation: what error messages call it.
 
     Returns:
-      What the call returned, the backend's name, and those tried before with what each could not do.
+      What the call returned, the name of the backend, and the reason of each backend that refused before it.
 
     Raises:
-      Unsupported: no backend that was tried can serve it; lists each one's reason.
+      Unsupported: every backend that was tried refused; lists each one's reason.
     """
     passed_over: dict[str, str] = {}
     for name in _AUTO_ORDER if implementation == "auto" else (implementation,):
@@ -35,10 +44,12 @@ def first_able[Result](implementation: str, call: Callable[[ModuleType], Result]
             return call(BACKENDS[name]), name, passed_over
         except Unsupported as reason:
             passed_over[name] = str(reason)
-    raise Unsupported("no backend can serve this product: " + "; ".join(map(": ".join, passed_over.items())))
+    raise Unsupported(f"no backend can serve {operation}: " + "; ".join(map(": ".join, passed_over.items())))
 
 
-def dispatch[Result](implementation: str, call: Callable[[ModuleType], Result]) -> Result:
-    """What `first_able` returns of the call."""
-    result, _, _ = first_able(implementation, call)
+def dispatch[Result](
+    implementation: str, call: Callable[[ModuleType], Result], operation: str = "this product"
+) -> Result:
+    """The result of the call on the backend that `first_able` finds; raises as it does."""
+    result, _, _ = first_able(implementation, call, operation)
     return result

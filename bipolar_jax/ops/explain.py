@@ -1,14 +1,16 @@
-"""What a product would run, and why."""
+"""Which kernel an operation would run, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
 
 from bipolar_jax.ops.dispatch import check_implementation, first_able
+from bipolar_jax.ops.fused import planner
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format
@@ -16,14 +18,14 @@ from bipolar_jax.quantize.precision import activation_format
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a product.
+    """The backend that serves an operation.
 
     Attributes:
-      implementation: the backend's name.
-      kernel: what it runs.
-      tiling: the kernel's tiles, if it has any to choose.
-      reason: why these.
-      passed_over: backends tried before, with what each could not do.
+      implementation: name of the backend.
+      kernel: what it runs, in words.
+      tiling: the kernel's tile sizes and the like, if it has any to choose.
+      reason: why this kernel and this tiling.
+      passed_over: backends that refused before it, each with its reason.
     """
 
     implementation: str
@@ -41,24 +43,41 @@ class Explanation:
 
 
 def explain(
-    x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | None, *, implementation: str = "auto"
+    operation_or_x: Callable | Float[Array, "*batch k"],
+    *operands: Any,
+    implementation: str = "auto",
+    **options: Any,
 ) -> Explanation:
-    """What `matmul` would run for these operands on the default device; computes nothing.
+    """What an operation would run for these operands on the default device; compiles and computes nothing.
+
+    `explain(x, w, a_bits)` explains `matmul`. `explain(operation, *operands)` explains a fused operation of
+    `bipolar_jax.ops.fused`. Arrays may be anything with their shape and dtype, such as `jax.ShapeDtypeStruct`.
 
     Args:
-      x: an array or anything with its shape and dtype.
-      w: as for `matmul`.
-      a_bits: likewise.
-      implementation: likewise.
+      operation_or_x: a fused operation, or `x` of `matmul`.
+      *operands: of the fused operation; or `w` and `a_bits` of `matmul`.
+      implementation: "auto", or a backend by name.
+      **options: further operands, by name.
 
     Raises:
-      ValueError: as `matmul` would.
-      Unsupported: no backend that was tried can serve the product; lists each one's reason.
+      ValueError: as the operation would.
+      Unsupported: no backend that was tried serves the request; lists each one's reason.
     """
     check_implementation(implementation)
+    if callable(operation_or_x):
+        plan = planner(operation_or_x, implementation, operands, options)
+        return _explanation(implementation, plan, operation_or_x.__name__)
+    return _explanation(implementation, _product_planner(operation_or_x, *operands, **options), "this product")
+
+
+def _product_planner(x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | None) -> Callable:
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, None)
-    # Batch axes of w are mapped over; the rest of x's are rows.
+    # Batch axes of w are mapped over; the other axes of x are rows.
     m = math.prod(x.shape[w.ndim - 2 : -1])
-    plan, name, passed_over = first_able(implementation, lambda backend: backend.plan_matmul(m, x.dtype, w, a_format))
+    return lambda backend: backend.plan_matmul(m, x.dtype, w, a_format)
+
+
+def _explanation(implementation: str, call: Callable, operation: str) -> Explanation:
+    plan, name, passed_over = first_able(implementation, call, operation)
     return Explanation(name, plan.kernel, plan.tiling, plan.reason, passed_over)

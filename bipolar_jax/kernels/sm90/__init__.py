@@ -1,7 +1,7 @@
-"""Pallas kernels for NVIDIA Hopper: binary and int8 tensor cores, fed by TMA; attention of one token, whole layers.
+"""Pallas kernels for NVIDIA Hopper: products on binary and int8 tensor cores, attention to a cache, decode steps.
 
-Pallas is imported when a Hopper GPU (or a test that interprets) first wants it: it takes a
-second, and not every platform's jaxlib has it.
+Each function checks that it can run, then imports its room: importing Pallas takes a second, and not every platform's
+jaxlib has the Mosaic GPU dialect. `backend.Backend` documents operands, results and errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ __all__ = [
     "feed_forward",
     "integer_matmul",
     "pack_weights",
+    "plan_decode_attention",
+    "plan_decode_layers",
+    "plan_feed_forward",
     "plan_matmul",
+    "plan_prompt_heads",
     "prompt_heads",
     "quantized_matmul",
     "weight_only_matmul",
@@ -28,27 +32,27 @@ __all__ = [
 
 
 def integer_matmul(codes, w, a_format):
-    """See `operations.integer_matmul`."""
+    """See `Backend.integer_matmul`, and `operations` for what is not served."""
     return _operations().integer_matmul(codes, w, a_format)
 
 
 def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None, activation=None):
-    """See `operations.quantized_matmul`."""
+    """See `Backend.quantized_matmul`, and `operations` for what is not served."""
     return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
 
 
 def weight_only_matmul(x, w, bias):
-    """See `operations.weight_only_matmul`."""
+    """See `Backend.weight_only_matmul`, and `operations` for what is not served."""
     return _operations().weight_only_matmul(x, w, bias)
 
 
 def plan_matmul(m, dtype, w, a_format):
-    """See `operations.plan_matmul`."""
+    """See `Backend.plan_matmul`."""
     return _operations().plan_matmul(m, dtype, w, a_format)
 
 
 def pack_weights(w, half_steps, offset, number_format, group_size):
-    """See `Backend.pack_weights`; `weight_prep.pack` has what is not served."""
+    """See `Backend.pack_weights`, and `weight_prep.pack` for what is not served."""
     check_runnable()
     from bipolar_jax.kernels.sm90.weight_prep.pack import pack_columns
 
@@ -58,40 +62,65 @@ def pack_weights(w, half_steps, offset, number_format, group_size):
     )
     if (params := interpret_params()) is not None:
         return by_kernel(w, half_steps, offset, interpret=params)
-    # Models are packed on CPUs, too, beside a GPU that is the default.
+    # A model may be packed on the CPU although the default device is a GPU.
     return jax.lax.platform_dependent(w, half_steps, offset, cuda=by_kernel, default=by_xla)
 
 
-def decode_attention(*args, **options):
-    """See `launch.decode_attention`."""
-    check_runnable()
-    from bipolar_jax.kernels.sm90.decode_attention import launch
-
-    return launch.decode_attention(*args, **options, interpret=interpret_params())
+def prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables=None):
+    """See `Backend.prompt_heads`, and `prompt_projection` for what is not served."""
+    return _prompt_projection().prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables)
 
 
-def prompt_heads(*args, **options):
-    """See `prompt_projection.prompt_heads`."""
-    check_runnable()
-    from bipolar_jax.kernels.sm90.projections import prompt_projection
-
-    return prompt_projection.prompt_heads(*args, **options, interpret=interpret_params())
+def plan_prompt_heads(*operands, **options):
+    """See `Backend.plan_prompt_heads`."""
+    return _prompt_projection().plan_prompt_heads(*operands, **options)
 
 
-def feed_forward(*args):
-    """See `sign_projection.feed_forward`."""
-    check_runnable()
-    from bipolar_jax.kernels.sm90.projections import sign_projection
-
-    return sign_projection.feed_forward(*args)
+def feed_forward(x, up, down, prologue, activation, residual):
+    """See `Backend.feed_forward`, and `sign_projection` for what is not served."""
+    return _sign_projection().feed_forward(x, up, down, prologue, activation, residual)
 
 
-def decode_layers(*args, **options):
-    """See `layers.operation.decode_layers`."""
-    check_runnable()
-    from bipolar_jax.kernels.sm90.decode_step import api
+def plan_feed_forward(*operands, **options):
+    """See `Backend.plan_feed_forward`."""
+    return _sign_projection().plan_feed_forward(*operands, **options)
 
-    return api.decode_layers(*args, **options, interpret=interpret_params())
+
+def decode_attention(projected, keys, values, layer, lengths, *, bits=None, tables=None, slopes=None):
+    """See `Backend.decode_attention`, and `decode_attention.launch` for what is not served."""
+    options = {"bits": bits, "tables": tables, "slopes": slopes, "interpret": interpret_params()}
+    return _decode_attention().decode_attention(projected, keys, values, layer, lengths, **options)
+
+
+def plan_decode_attention(*operands, **options):
+    """See `Backend.plan_decode_attention`."""
+    return _decode_attention().plan_decode_attention(*operands, **options)
+
+
+def decode_layers(
+    hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, *, cache_bits=None
+):
+    """See `Backend.decode_layers`, and `decode_step.api` for what is not served."""
+    return _decode_step().decode_layers(
+        hidden,
+        kernels,
+        biases,
+        norms,
+        activation,
+        keys,
+        values,
+        length,
+        tables,
+        slopes,
+        a_format,
+        cache_bits=cache_bits,
+        interpret=interpret_params(),
+    )
+
+
+def plan_decode_layers(*operands, **options):
+    """See `Backend.plan_decode_layers`."""
+    return _decode_step().plan_decode_layers(*operands, **options)
 
 
 def _operations() -> ModuleType:
@@ -99,3 +128,31 @@ def _operations() -> ModuleType:
     from bipolar_jax.kernels.sm90.backend import operations
 
     return operations
+
+
+def _prompt_projection() -> ModuleType:
+    check_runnable()
+    from bipolar_jax.kernels.sm90.projections import prompt_projection
+
+    return prompt_projection
+
+
+def _sign_projection() -> ModuleType:
+    check_runnable()
+    from bipolar_jax.kernels.sm90.projections import sign_projection
+
+    return sign_projection
+
+
+def _decode_attention() -> ModuleType:
+    check_runnable()
+    from bipolar_jax.kernels.sm90.decode_attention import launch
+
+    return launch
+
+
+def _decode_step() -> ModuleType:
+    check_runnable()
+    from bipolar_jax.kernels.sm90.decode_step import api
+
+    return api

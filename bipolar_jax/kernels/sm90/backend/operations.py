@@ -1,23 +1,26 @@
-"""The three operations of a backend, on Hopper's tensor cores."""
+"""The products of a backend, on Hopper's tensor cores: plan, quantize and pack, multiply."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, weight_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery, holds_values
-from bipolar_jax.kernels.sm90.backend.planning import MOST_DECODE_TOKENS, Choice, plan_product
+from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_product
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import GROUP_SIZES, packed_matmul
+from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import WeightGroups
 from bipolar_jax.kernels.sm90.gemm_few_tokens.launch import decode_matmul
@@ -30,27 +33,41 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths
 
 
+class ProductOperands(NamedTuple):
+    """The operands of `packed_matmul` and of `decode_matmul`, in the order in which both take them.
+
+    Attributes:
+      x_words, w_words: tokens and weights, both as bit planes or both as bytes.
+      tokens, columns: what the epilogue reads for each row and for each column of the output.
+      recovery: how products of words become products of values.
+    """
+
+    x_words: UInt32[Array, "x_planes m x_words"]
+    w_words: UInt32[Array, "w_planes n w_words"]
+    tokens: TokenTerms
+    columns: ColumnTerms
+    recovery: Recovery
+
+
 def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     """See `Backend.integer_matmul`.
 
     Raises:
-      Unsupported: w has groups, whose sums do not leave the chip.
+      Unsupported: w has groups: their integer sums never leave the registers.
     """
     if w.num_groups > 1:
         raise Unsupported("the integer sums of groups do not leave the chip")
-    choice = _choose(codes.shape[0], w, a_format)
+    choice = choose_kernel(codes.shape[0], w, a_format)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=False)
     code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
-    product = multiply_words(
-        choice.tiling,
+    operands = ProductOperands(
         code_words(codes, a_format, choice.kind),
         product_words(w, choice.kind),
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
         recovery,
-        jnp.int32,
     )
-    return product[..., None]
+    return multiply_words(choice.tiling, operands, jnp.int32)[..., None]
 
 
 def quantized_matmul(
@@ -64,15 +81,15 @@ def quantized_matmul(
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`.
 
-    Sums of a group are exact, and groups add up in float32, the correction by the token's zero code last:
-    with several groups the error is up to some 2^-22 of sum_g s_g |z V_g|, below the rounding of bfloat16.
+    The sum of a group is exact; groups are added in float32, and the correction by the token's zero code comes last.
+    With several groups the error is up to about 2^-22 of sum_g s_g |z V_g|, below the rounding of bfloat16.
 
     Raises:
-      Unsupported: groups of other sizes than GROUP_SIZES; rows too long to quantize on chip.
+      Unsupported: a group size that is none of GEMM_GROUP_SIZES; rows too long to quantize on chip.
     """
-    choice = _choose(x.shape[0], w, a_format)
+    choice = choose_kernel(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
-    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
+    return tokens_matmul(tokens, w, a_format, bias, choice, x.dtype, residual, activation)
 
 
 def tokens_matmul(
@@ -80,42 +97,34 @@ def tokens_matmul(
     w: BipolarArray,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
+    choice: Choice,
     dtype: jnp.dtype,
     residual: Float[Array, "m out"] | None = None,
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
-    """The product of activations that `quantize_and_pack` quantized, in `dtype`.
+    """The product of quantized activations.
 
     Args:
-      tokens: of the kind that `plan_product` chooses for this product.
+      tokens: as `quantize_and_pack` gives them, of kind `choice.kind`.
       w: packed weights [k, n].
       a_format: of the tokens.
       bias: added to every row.
+      choice: the plan of this product, see `choose_kernel`.
       dtype: of the output, and of the residual.
       residual: added to the output.
       activation: of the product with its bias.
-
-    Raises:
-      Unsupported: groups of other sizes than GROUP_SIZES.
     """
-    choice = _choose(tokens.words.shape[1], w, a_format)
-    recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
-    operands = (tokens.words, product_words(w, choice.kind))
-    terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
-    if activation is not None and (
-        w.num_groups > 1 or residual is not None or isinstance(choice.tiling, DecodeTiling)
-    ):  # no epilogue does this
-        product = tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
+    few_tokens = isinstance(choice.tiling, DecodeTiling)
+    if activation is not None and (w.num_groups > 1 or residual is not None or few_tokens):
+        # These kernels have no activation in their epilogue.
+        product = tokens_matmul(tokens, w, a_format, bias, choice, jnp.dtype(jnp.float32))
         return epilogue.activate_and_add(product, activation, dtype, residual)
+    operands = product_operands(tokens, w, a_format, bias, choice)
     if w.num_groups == 1:
-        columns = column_terms(w, bias)
-        return multiply_words(choice.tiling, *operands, terms, columns, recovery, dtype, residual, activation)
-    if isinstance(choice.tiling, DecodeTiling):
+        return multiply_words(choice.tiling, operands, dtype, residual, activation)
+    if few_tokens:
         product = decode_matmul(
             *operands,
-            terms,
-            ColumnTerms(bias=None if bias is None else bias.astype(jnp.float32)),
-            recovery,
             dtype,
             groups=WeightGroups(w.scale, w.row_sums, w.offset, w.group_size),
             tiling=choice.tiling,
@@ -124,34 +133,57 @@ def tokens_matmul(
         return _added(residual, product)
     return packed_matmul(
         *operands,
-        terms,
-        _grouped_columns(w, bias),
-        recovery,
         choice.tiling,
         dtype,
         group_size=w.group_size,
-        group_terms=_group_terms(w, tokens, recovery),
+        group_terms=_group_terms(w, tokens, operands.recovery),
         residual=residual,
         interpret=interpret_params(),
     )
 
 
+def quantized_operands(
+    x: Float[Array, "m columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    choice: Choice,
+    prologue: Prologue | None = None,
+) -> ProductOperands:
+    """Quantizes and packs x, and brings w to the same kind of words.
+
+    Raises:
+      Unsupported: rows too long to quantize on chip.
+    """
+    tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
+    return product_operands(tokens, w, a_format, bias, choice)
+
+
+def product_operands(
+    tokens: PackedTokens,
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    choice: Choice,
+) -> ProductOperands:
+    """The operands of a product of quantized activations, for the kernel that `choice` names."""
+    recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1)
+    w_words = product_words(w, choice.kind)
+    terms = TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
+    return ProductOperands(tokens.words, w_words, terms, _column_terms(w, bias, choice), recovery)
+
+
 def multiply_words(
     tiling: Tiling | DecodeTiling,
-    x_words: UInt32[Array, "x_planes m words"],
-    w_words: UInt32[Array, "w_planes n words"],
-    tokens: TokenTerms,
-    columns: ColumnTerms,
-    recovery: Recovery,
+    operands: ProductOperands,
     dtype: jnp.dtype,
     residual: Float[Array, "m n"] | None = None,
     activation: Activation | None = None,
 ) -> Array:
-    """The product by the kernel whose tiling it is, `decode_matmul` or `packed_matmul`, plus the residual.
+    """The product plus the residual, by the kernel that the tiling is for: `decode_matmul` or `packed_matmul`.
 
-    Only the latter takes an activation, and no residual with it.
+    Only `packed_matmul` takes an activation, and then no residual.
     """
-    operands = (x_words, w_words, tokens, columns, recovery)
     options = {"dtype": dtype, "interpret": interpret_params()}
     if isinstance(tiling, DecodeTiling):
         return _added(residual, decode_matmul(*operands, tiling=tiling, **options))
@@ -159,18 +191,19 @@ def multiply_words(
 
 
 def _added(residual: Float[Array, "m n"] | None, product: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """Few tokens' residual is added by XLA: it is a few numbers beside the weights."""
+    """XLA adds the residual of few tokens: beside the weights it is a few bytes."""
     return product if residual is None else residual + product
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`.
 
-    Weights are read once for every `most_tokens`. Their values are exact in both dtypes; sums are float32.
+    The weights are read once for every `most_tokens` rows of x. Their values are exact in bfloat16 and float16; sums
+    are float32.
 
     Raises:
-      Unsupported: float32 activations; more than MOST_DECODE_TOKENS rows, for which XLA dequantizes the
-        weights; groups of other sizes than 32, 64 or a multiple of 128.
+      Unsupported: float32 activations; more than FEW_TOKENS_LIMIT rows; a group size other than 32, 64 or a multiple
+        of 128.
     """
     _plan_weight_only(x.shape[0], x.dtype, w)
     wide_bias = None if bias is None else bias.astype(jnp.float32)
@@ -196,17 +229,21 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     """See `Backend.plan_matmul`."""
     if a_format is None:
         return _plan_weight_only(m, dtype, w)
-    choice = _choose(m, w, a_format)
+    choice = choose_kernel(m, w, a_format)
     check_row(w.contracted_size, dtype)
-    if choice.kind == "planes":
-        kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
-        if isinstance(choice.tiling, DecodeTiling):
-            kernel += ", weights as rows"
-            if choice.tiling.parts > 1:
-                kernel += f", {choice.tiling.parts} times"
-    else:
-        kernel = f"int8 tensor cores, weights expanded from {w.bits} planes"
-    return Plan(kernel, choice.reason, choice.tiling)
+    return Plan(describe(choice, w, a_format), choice.reason, choice.tiling)
+
+
+def describe(choice: Choice, w: BipolarArray, a_format: BipolarFormat) -> str:
+    """The kernel of a product in words."""
+    if choice.kind == "int8":
+        return f"int8 tensor cores, weights expanded from {w.bits} planes"
+    kernel = f"binary tensor cores, {a_format.bits} x {w.bits} planes"
+    if isinstance(choice.tiling, DecodeTiling):
+        kernel += ", weights as rows"
+        if choice.tiling.parts > 1:
+            kernel += f", {choice.tiling.parts} times"
+    return kernel
 
 
 def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
@@ -214,9 +251,9 @@ def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     check_dtype(dtype)
     group_size = shared_scale(w)
     check_groups(group_size)
-    if not 1 <= m <= MOST_DECODE_TOKENS:
+    if not 1 <= m <= FEW_TOKENS_LIMIT:
         raise Unsupported(
-            f"{m} tokens of floats are not from 1 to {MOST_DECODE_TOKENS}: XLA's dot of dequantized weights serves them"
+            f"{m} tokens of floats are not from 1 to {FEW_TOKENS_LIMIT}: XLA's dot of dequantized weights serves them"
         )
     tiling = weight_only_tiling(min(m, most_tokens(group_size)), w.contracted_size, w.bits, group_size)
     kernel = f"{jnp.dtype(dtype).name} tensor cores, weights unpacked from {w.bits} planes in registers, as rows"
@@ -224,51 +261,54 @@ def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
 
 
 def product_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
-    """`weight_words`, the bytes of "int8" made by a kernel."""
+    """Weights as words of the given kind; a kernel expands planes to bytes."""
     if kind == "planes":
         return weight_words(w, kind)
     return expand(w.planes, w.format, interpret=interpret_params())
 
 
-def _choose(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
-    """The plan. Raises Unsupported for groups of other sizes than GROUP_SIZES."""
+def choose_kernel(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
+    """Kernel and tiling of the product of m tokens with w; `planning.plan_product` chooses.
+
+    Raises:
+      Unsupported: a group size that is none of GEMM_GROUP_SIZES.
+    """
     group_size = shared_scale(w)
-    if group_size is not None and group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in GEMM_GROUP_SIZES:
         raise Unsupported(f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {group_size}")
     return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, group_size)
 
 
 def shared_scale(w: BipolarArray) -> int | None:
-    """Elements of K that share a scale; None if all do."""
+    """Elements of K that share a scale; None if all of a column do."""
     return w.group_size if w.num_groups > 1 else None
 
 
-def column_terms(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
-    return ColumnTerms(
-        code_sums=w.row_sums[:, 0],
-        scale=w.scale[:, 0],
-        offset=None if w.offset is None else w.offset[:, 0],
-        bias=None if bias is None else bias.astype(jnp.float32),
-    )
-
-
-def _grouped_columns(w: BipolarArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
-    value_sums = epilogue.value_sums(w.row_sums, w.format, group_lengths(w.contracted_size, w.group_size))
-    if not holds_values(w.format):
-        # As codes, 2 S + C = 2 S + (X + z' L): see `_group_terms` for X, and here is the rest.
-        value_sums -= group_lengths(w.contracted_size, w.group_size)
-    return ColumnTerms(
-        scaled_value_sums=jnp.sum(w.scale * value_sums, axis=-1),
-        bias=None if bias is None else bias.astype(jnp.float32),
-    )
+def _column_terms(w: BipolarArray, bias: Float[Array, " n"] | None, choice: Choice) -> ColumnTerms:
+    """What the chosen kernel reads for each column; terms of groups are not among them."""
+    if w.num_groups == 1:
+        return ColumnTerms(
+            code_sums=w.row_sums[:, 0],
+            scale=w.scale[:, 0],
+            offset=None if w.offset is None else w.offset[:, 0],
+            bias=None if bias is None else bias.astype(jnp.float32),
+        )
+    scaled_value_sums = None
+    if isinstance(choice.tiling, Tiling):
+        value_sums = epilogue.value_sums(w.row_sums, w.format, group_lengths(w.contracted_size, w.group_size))
+        if not holds_values(w.format):
+            # The bytes are codes: 2 S + C = 2 S + (X + z' L). `_group_terms` accounts for X, this for the rest.
+            value_sums -= group_lengths(w.contracted_size, w.group_size)
+        scaled_value_sums = jnp.sum(w.scale * value_sums, axis=-1)
+    return ColumnTerms(scaled_value_sums=scaled_value_sums, bias=None if bias is None else bias.astype(jnp.float32))
 
 
 def _group_terms(w: BipolarArray, tokens: PackedTokens, recovery: Recovery) -> GroupTerms:
-    """Scales; and where weights have offsets, or are bytes of codes, the token's value sums X of every group.
+    """The scale of every group; with offsets, or bytes that are codes, also the token's value sums X of every group.
 
-    With codes v_w = 2 c_w + 1 a group's half product is 2 S + C - z' V, C = X + z' L being the sum of the
-    token's signed codes, z' its zero code and L the group's length: X takes the scale as one more offset,
-    and L lessens V. Likewise without a zero, where 4 S + 2 C + V = 4 S + X - L + V.
+    Bytes are codes where values do not fit int8. With v_w = 2 c_w + 1 the half product of a group is 2 S + C - z' V.
+    The sum of the token's signed codes is C = X + z' L, with z' the token's zero code and L the group's length. So X
+    takes the scale as a further offset, and V is reduced by L. Without a zero, 4 S + 2 C + V = 4 S + X - L + V.
     """
     offset = w.offset
     if not holds_values(w.format):

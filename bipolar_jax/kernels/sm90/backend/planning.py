@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
@@ -24,9 +25,6 @@ from bipolar_jax.tuning.table import nearest_entry
 # Up to here the binary tensor cores, 8 times as fast as the int8 ones and with no expansion of the
 # weights, take no longer.
 MOST_BINARY_PAIRS = 8
-
-# Up to here weights are read once, as planes; measured to pay at 1, 16 and 64, up to 4 bits.
-MOST_DECODE_TOKENS = 64
 
 # The kind of a table's entries for `decode_matmul`: their m is the columns of the instruction, steps are the weights'.
 FEW_TOKENS = "few tokens"
@@ -78,7 +76,7 @@ def plan_product(
     m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
 ) -> Choice:
     """The plan of x [m, k] times w [k, n], with one scale a column, or one a group."""
-    if m <= MOST_DECODE_TOKENS:
+    if m <= FEW_TOKENS_LIMIT:
         with contextlib.suppress(Unsupported):
             return _plan_few(m, n, k, a_format, w_format, group_size)
     if group_size is not None:
@@ -86,7 +84,7 @@ def plan_product(
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
     choice = _plan_many(m, n, k, a_format, w_format)
-    if m <= MOST_DECODE_TOKENS:
+    if m <= FEW_TOKENS_LIMIT:
         tiling = parted_tiling(m, k, a_format.bits)
         sizes = (m, n, k, a_format, w_format)
         if few_tokens_cycles(tiling, *sizes) < many_tokens_cycles(choice, *sizes):

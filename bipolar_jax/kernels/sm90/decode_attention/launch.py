@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
 from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, publish, store_total, sum_rows
@@ -82,16 +83,9 @@ def decode_attention(
       ValueError: shapes that do not fit.
       Unsupported: a cache of floats of another dtype; sizes that it does not serve, see `plan_attention`.
     """
-    batch, _, head_dim = projected[0].shape
-    dtype, (_, _, kv_heads, capacity, _) = projected[0].dtype, keys[0].shape
-    heads = sum(x.shape[1] for x in projected) - 2 * kv_heads
-    expected = [(heads, kv_heads, kv_heads), (heads + 2 * kv_heads,)]
-    if heads < 1 or heads % kv_heads or tuple(x.shape[1] for x in projected) not in expected:
-        shapes = ", ".join(str(x.shape) for x in projected)
-        raise ValueError(f"heads of shapes {shapes} do not fit a cache of shape {keys[0].shape}")
-    if bits is None and dtype != keys[0].dtype:
-        raise Unsupported(f"heads are {dtype}, the cache has {keys[0].dtype}: XLA converts them")
-    plan = plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
+    plan = _plan(projected, keys, bits, splits)
+    batch, heads, kv_heads, head_dim = plan.batch, plan.heads, plan.kv_heads, plan.head_dim
+    dtype = projected[0].dtype
     options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     out, _, _ = launch_kernel(
@@ -119,6 +113,44 @@ def decode_attention(
     )(layer.reshape(1), lengths, *options, *caches)
     arrays = [jax.freeze(ref) for ref in caches]
     return out, tuple(arrays[: len(keys)]), tuple(arrays[len(keys) :])
+
+
+def plan_decode_attention(
+    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+    *,
+    bits: int | None = None,
+    tables: tuple[Float[Array, "batch half"], Float[Array, "batch half"]] | None = None,
+    slopes: Float[Array, " heads"] | None = None,
+) -> Plan:
+    """What `decode_attention` would run for these operands; raises as it would."""
+    del values, layer, lengths, tables, slopes
+    plan = _plan(projected, keys, bits, None)
+    numbers = keys[0].dtype.name if bits is None else f"{bits}-bit"
+    kernel = f"one pass over a {numbers} cache, {plan.cluster} blocks a key head and sequence; writes the new token"
+    return Plan(kernel, f"{plan.batch} tokens: bound by reading the cache", plan)
+
+
+def _plan(
+    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    keys: tuple[Array, ...],
+    bits: int | None,
+    splits: int | None,
+) -> AttentionPlan:
+    """Raises as `decode_attention` says."""
+    batch, _, head_dim = projected[0].shape
+    dtype, (_, _, kv_heads, capacity, _) = projected[0].dtype, keys[0].shape
+    heads = sum(x.shape[1] for x in projected) - 2 * kv_heads
+    expected = [(heads, kv_heads, kv_heads), (heads + 2 * kv_heads,)]
+    if heads < 1 or heads % kv_heads or tuple(x.shape[1] for x in projected) not in expected:
+        shapes = ", ".join(str(x.shape) for x in projected)
+        raise ValueError(f"heads of shapes {shapes} do not fit a cache of shape {keys[0].shape}")
+    if bits is None and dtype != keys[0].dtype:
+        raise Unsupported(f"heads are {dtype}, the cache has {keys[0].dtype}: XLA converts them")
+    return plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
 
 
 def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
@@ -70,40 +71,8 @@ def decode_layers(
     Raises:
       Unsupported: formats that differ, groups, sizes, or dtypes that the kernel does not serve.
     """
-    w_format = kernels["qkv"].format
-    for name, kernel in kernels.items():
-        if kernel.format != w_format or kernel.num_groups != 1:
-            raise Unsupported(
-                f"weights must have one format and one scale a column, {name} is {kernel.format} in "
-                f"{kernel.num_groups} groups beside {w_format}"
-            )
-        if kernel.contracted_size > w_format.max_contraction(a_format):
-            raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
+    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks)
     (keys, *key_grids), (values, *value_grids) = keys, values
-    if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
-    layers, _, kv_heads, capacity, row = keys.shape
-    head_dim = row * 2 if cache_bits == 4 else row
-    if head_dim != HEAD_DIM:
-        raise Unsupported(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
-    if cache_bits is not None and capacity % TMA_ALIGNMENT:
-        raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
-    if blocks is None:
-        blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
-    shape = LayersShape(
-        num_layers=layers,
-        hidden=hidden.shape[0],
-        ffn=kernels["down"].contracted_size,
-        heads=kernels["o"].contracted_size // HEAD_DIM,
-        kv_heads=kv_heads,
-        a_format=a_format,
-        w_format=w_format,
-        norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
-        norm_eps=norms["qkv"].eps,
-        activation=activation,
-        blocks=blocks,
-        cache_bits=cache_bits,
-    )
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
         {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
@@ -126,6 +95,78 @@ def decode_layers(
         return run_layers(hidden, weights, cache, shape, interpret=interpret)
 
     return run(hidden.astype(jnp.float32), weights, cache)
+
+
+def plan_decode_layers(
+    hidden: Float[Array, " hidden"],
+    kernels: dict[str, BipolarArray],
+    biases: dict[str, Float[Array, "layers n"] | None],
+    norms: dict[str, RMSNorm | LayerNorm],
+    activation: Activation,
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    length: Int[Array, ""],
+    tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+    slopes: Float[Array, " heads"] | None,
+    a_format: BipolarFormat,
+    *,
+    cache_bits: int | None = None,
+) -> Plan:
+    """What `decode_layers` would run for these operands; raises as it would."""
+    del biases, values, length, tables, slopes
+    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None)
+    kernel = (
+        f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, "
+        f"{a_format.bits} x {shape.w_format.bits} planes"
+    )
+    return Plan(kernel, "one sequence: bound by reading weights and cache, and by launches", shape)
+
+
+def _shape(
+    hidden: Float[Array, " hidden"],
+    kernels: dict[str, BipolarArray],
+    norms: dict[str, RMSNorm | LayerNorm],
+    activation: Activation,
+    keys: tuple[Array, ...],
+    a_format: BipolarFormat,
+    cache_bits: int | None,
+    blocks: int | None,
+) -> LayersShape:
+    """The static shape of the kernel. Raises Unsupported as `decode_layers` says."""
+    w_format = kernels["qkv"].format
+    for name, kernel in kernels.items():
+        if kernel.format != w_format or kernel.num_groups != 1:
+            raise Unsupported(
+                f"weights must have one format and one scale a column, {name} is {kernel.format} in "
+                f"{kernel.num_groups} groups beside {w_format}"
+            )
+        if kernel.contracted_size > w_format.max_contraction(a_format):
+            raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
+    keys, *_ = keys
+    if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
+    layers, _, kv_heads, capacity, row = keys.shape
+    head_dim = row * 2 if cache_bits == 4 else row
+    if head_dim != HEAD_DIM:
+        raise Unsupported(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
+    if cache_bits is not None and capacity % TMA_ALIGNMENT:
+        raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
+    if blocks is None:
+        blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
+    return LayersShape(
+        num_layers=layers,
+        hidden=hidden.shape[0],
+        ffn=kernels["down"].contracted_size,
+        heads=kernels["o"].contracted_size // HEAD_DIM,
+        kv_heads=kv_heads,
+        a_format=a_format,
+        w_format=w_format,
+        norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
+        norm_eps=norms["qkv"].eps,
+        activation=activation,
+        blocks=blocks,
+        cache_bits=cache_bits,
+    )
 
 
 def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:

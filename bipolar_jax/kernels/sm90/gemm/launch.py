@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
@@ -31,9 +32,6 @@ from bipolar_jax.kernels.sm90.gemm.outputs.signs import SignTargets
 from bipolar_jax.kernels.sm90.gemm.problem import Work
 from bipolar_jax.kernels.sm90.gemm.producer import produce
 from bipolar_jax.kernels.sm90.gemm.smem import scratch_of
-
-# Elements of K that may share a scale; longer groups would be unrolled beyond reason.
-GROUP_SIZES = (32, 64, *range(128, 1024 + 1, 128))
 
 
 def packed_matmul(
@@ -64,7 +62,7 @@ def packed_matmul(
       recovery: how planes make products.
       tiling: shape of the work.
       dtype: of the output: float32, bfloat16, float16, or int32.
-      group_size: elements of K that share a scale, one of GROUP_SIZES; for bytes only.
+      group_size: elements of K that share a scale, one of GEMM_GROUP_SIZES; for bytes only.
       group_terms: of every group, if there is a group_size.
       residual: added to the output, in `dtype`, after the cast.
       activation: function of the product in float32, before the cast; a gated one makes one column of two.
@@ -81,7 +79,7 @@ def packed_matmul(
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
     if x_width % 4 or w_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
-    if group_size is not None and group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in GEMM_GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
     if activation is not None and (tokens.scale is None or group_size is not None or residual is not None):
         raise ValueError("an activation is of scaled products, without groups and without a residual")

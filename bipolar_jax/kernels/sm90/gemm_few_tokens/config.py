@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from bipolar_jax.kernels.sm90.arithmetic.group_sizes import FEW_TOKENS_GROUP_SIZES
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
-from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import GROUP_SIZES, PART, splits
+from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import PART, splits
 from bipolar_jax.kernels.unsupported import Unsupported
 
 TOKENS_PER_BLOCK = 8  # of columns of one plane: what the tensor cores take at least
@@ -68,8 +69,8 @@ def decode_tilings(
     Raises:
       Unsupported: more columns than an instruction has, or groups of another size.
     """
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise Unsupported(f"groups of few tokens must have {GROUP_SIZES} elements, not {group_size}")
+    if group_size is not None and group_size not in FEW_TOKENS_GROUP_SIZES:
+        raise Unsupported(f"groups of few tokens must have {FEW_TOKENS_GROUP_SIZES} elements, not {group_size}")
     columns = accumulator_columns(m, a_bits, group_size)
     if columns > MOST_COLUMNS:
         raise Unsupported(f"{m} tokens of {a_bits} planes are {columns} columns, more than {MOST_COLUMNS}")

@@ -23,7 +23,6 @@ from bipolar_jax.kernels.sm90.core.wgmma import ELEMENTS_PER_ROW
 from bipolar_jax.packing.words import WORD_BITS
 from bipolar_jax.quantize.groups import num_groups
 
-GROUP_SIZES = (64, 128, 256, 512, 1024)
 _INSTRUCTION = 256  # elements of K
 PART = ELEMENTS_PER_ROW["planes"]  # elements of K that are loaded at a time
 
@@ -37,7 +36,7 @@ class WeightGroups:
       scale: of the numbers.
       row_sums: of the codes.
       offset: of the numbers; None if all are 0.
-      group_size: one of GROUP_SIZES.
+      group_size: one of FEW_TOKENS_GROUP_SIZES.
     """
 
     scale: Float[Array, "n groups"]

@@ -13,12 +13,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int16, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.operations import column_terms, product_words, shared_scale
-from bipolar_jax.kernels.sm90.backend.planning import plan_heads
+from bipolar_jax.kernels.sm90.backend.operations import describe, quantized_operands, shared_scale
+from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_heads
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
@@ -26,7 +28,6 @@ from bipolar_jax.kernels.sm90.gemm.launch import launch
 from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.problem import Work
-from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray
 
@@ -47,8 +48,6 @@ def prompt_heads(
     values: Cache,
     layer: Int[Array, ""],
     tables: FixedPointTables | None = None,
-    *,
-    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
     """x @ w + bias as heads; those of keys and values also in the cache, at the first `length` positions of a layer.
 
@@ -64,10 +63,9 @@ def prompt_heads(
       prologue: a norm or an activation function of x.
       keys, values: of the whole cache, of x's dtype; written in place where the caller gives them away.
       layer: the cache's layer to write.
-      tables: cosines and sines of positions from 0 on, see `rotation.fixed_point_tables`, that queries and keys are
+      tables: cosines and sines of positions from 0 on, see `semantics.rotation`, that queries and keys are
         rotated by as `models.rope.rotate` does, in pairs (d, d + head_dim / 2); rows beyond `length` are ignored, but
         spare a copy where they fill up tiles. None leaves them as they are.
-      interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
       q, k and v, [batch, length, heads, head_dim] in x's dtype; keys; values.
@@ -77,7 +75,37 @@ def prompt_heads(
       Unsupported: float32, or a cache of another dtype; heads of other sizes than HEAD_SIZES; prompts of less
         than 64 tokens; weights with groups; rows too long to quantize on chip.
     """
-    batch, length, columns = x.shape
+    choice, layout = _choose(x, w, a_format, keys, values)
+    _, length, columns = x.shape
+    operands = quantized_operands(x.reshape(-1, columns), w, a_format, bias, choice, prologue)
+    return project_heads(
+        *operands, choice.tiling, layout, keys, values, layer, tables, length=length, interpret=interpret_params()
+    )
+
+
+def plan_prompt_heads(
+    x: Float[Array, "batch length columns"],
+    w: BipolarArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None,
+    keys: Cache,
+    values: Cache,
+    layer: Int[Array, ""],
+    tables: FixedPointTables | None = None,
+) -> Plan:
+    """What `prompt_heads` would run for these operands; raises as it would."""
+    del bias, prologue, layer
+    choice, _ = _choose(x, w, a_format, keys, values)
+    rotated = "" if tables is None else "rotated and "
+    return Plan(f"{describe(choice, w, a_format)}, heads {rotated}written to the cache", choice.reason, choice.tiling)
+
+
+def _choose(
+    x: Float[Array, "batch length columns"], w: BipolarArray, a_format: BipolarFormat, keys: Cache, values: Cache
+) -> tuple[Choice, HeadLayout]:
+    """The plan of `prompt_heads`. Raises as it does, except for rows too long to quantize."""
+    batch, length, _ = x.shape
     _, cache_batch, kv_heads, capacity, head_dim = keys.shape
     n, dtype = w.planes.shape[-2], x.dtype
     layout = HeadLayout(n // head_dim - 2 * kv_heads, kv_heads, head_dim, capacity)
@@ -97,24 +125,7 @@ def prompt_heads(
     if shared_scale(w) is not None:
         raise Unsupported("groups of weights leave no registers to rotate heads in")
     choice = plan_heads(batch, length, n, w.contracted_size, head_dim, a_format, w.format)
-    tokens = quantize_and_pack(
-        x.reshape(batch * length, columns), a_format, choice.kind, prologue=prologue, interpret=interpret
-    )
-    return project_heads(
-        tokens.words,
-        product_words(w, choice.kind),
-        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
-        column_terms(w, bias),
-        Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=a_format.bits > 1),
-        choice.tiling,
-        layout,
-        keys,
-        values,
-        layer,
-        tables,
-        length=length,
-        interpret=interpret,
-    )
+    return choice, layout
 
 
 def project_heads(

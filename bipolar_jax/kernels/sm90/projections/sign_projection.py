@@ -13,12 +13,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.backend import Layer
+from bipolar_jax.kernels.backend import Layer, Plan
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.operations import column_terms, product_words, shared_scale, tokens_matmul
-from bipolar_jax.kernels.sm90.backend.planning import plan_product
+from bipolar_jax.kernels.sm90.backend.operations import (
+    choose_kernel,
+    describe,
+    quantized_operands,
+    shared_scale,
+    tokens_matmul,
+)
+from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
@@ -27,7 +33,7 @@ from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
 from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, NUMBERS
 from bipolar_jax.kernels.sm90.gemm.problem import Work
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
-from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.quantize.calibration import absmax_scale
 
@@ -51,6 +57,32 @@ def feed_forward(
       Unsupported: float32; more bits for `down`; few tokens; weights with groups; rows too long to quantize on
         chip.
     """
+    up_choice, down_choice = _choose(x, up, down)
+    operands = quantized_operands(x, up.w, up.a_format, up.bias, up_choice, prologue)
+    signs = project_signs(*operands, up_choice.tiling, x.dtype, activation, interpret=interpret_params())
+    return tokens_matmul(signs, down.w, down.a_format, down.bias, down_choice, x.dtype, residual)
+
+
+def plan_feed_forward(
+    x: Float[Array, "m columns"],
+    up: Layer,
+    down: Layer,
+    prologue: Prologue | None,
+    activation: Activation | None,
+    residual: Float[Array, "m out"],
+) -> Plan:
+    """What `feed_forward` would run for these operands; raises as it would."""
+    del prologue, activation, residual
+    up_choice, down_choice = _choose(x, up, down)
+    kernel = (
+        f"{describe(up_choice, up.w, up.a_format)}, leaves one bit a number; "
+        f"then {describe(down_choice, down.w, down.a_format)}"
+    )
+    return Plan(kernel, up_choice.reason, up_choice.tiling)
+
+
+def _choose(x: Float[Array, "m columns"], up: Layer, down: Layer) -> tuple[Choice, Choice]:
+    """The plans of both products. Raises as `feed_forward` does, except for rows too long to quantize."""
     m, dtype = x.shape[0], x.dtype
     if dtype.name not in NUMBERS:
         raise Unsupported(f"signs are taken of bfloat16 or float16, not {dtype.name}")
@@ -60,22 +92,10 @@ def feed_forward(
         raise Unsupported("products with groups of weights neither leave signs nor take them")
     if down.w.contracted_size > _COUNT:
         raise Unsupported(f"ones are counted up to {_COUNT}, not {down.w.contracted_size}")
-    choice = plan_product(m, up.w.planes.shape[-2], up.w.contracted_size, up.a_format, up.w.format)
+    choice = choose_kernel(m, up.w, up.a_format)
     if isinstance(choice.tiling, DecodeTiling):
         raise Unsupported(f"{m} tokens are too few for tiles of them")
-    tokens = quantize_and_pack(x, up.a_format, choice.kind, prologue=prologue, interpret=interpret_params())
-    signs = project_signs(
-        tokens.words,
-        product_words(up.w, choice.kind),
-        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
-        column_terms(up.w, up.bias),
-        Recovery(choice.kind, up.a_format, up.w.format, up.w.contracted_size, with_zero=up.a_format.bits > 1),
-        choice.tiling,
-        dtype,
-        activation,
-        interpret=interpret_params(),
-    )
-    return tokens_matmul(signs, down.w, down.a_format, down.bias, dtype, residual)
+    return choice, choose_kernel(m, down.w, down.a_format)
 
 
 def project_signs(

@@ -15,7 +15,8 @@ from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.planning import MOST_DECODE_TOKENS, plan_product
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from bipolar_jax.kernels.sm90.backend.planning import plan_product
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
     DecodeTiling,
     decode_tiling,
@@ -179,7 +180,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
 
 def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
-        for m in range(1, MOST_DECODE_TOKENS + 1):
+        for m in range(1, FEW_TOKENS_LIMIT + 1):
             if x_planes(m, a_bits) * token_columns(m) <= 256:
                 tiling = decode_tiling(m, 4096, a_bits)
                 assert tiling.warpgroups >= 1

@@ -1,0 +1,82 @@
+"""Operations that fuse several steps of a decoder layer, over whichever backend has a kernel for them.
+
+They serve inference and are not differentiable. `kernels.backend.Backend` documents the operands and the results; each
+operation here adds the choice of the backend. Where none serves a request they raise `Unsupported`, and the caller
+composes products and attention instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bipolar_jax.kernels.backend import Backend, Layer
+from bipolar_jax.ops.dispatch import check_implementation, dispatch
+from bipolar_jax.ops.matmul import check_operands
+
+
+def prompt_heads(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
+    """Heads of whole prompts, rotated and cached, by the product that makes them; see `Backend.prompt_heads`.
+
+    Raises:
+      ValueError: operands that do not fit; an unknown implementation.
+      Unsupported: no backend serves this; lists each one's reason.
+    """
+    return _run("prompt_heads", implementation, operands, options)
+
+
+def decode_attention(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
+    """One new token of each sequence attends to the cache and enters it; see `Backend.decode_attention`.
+
+    Raises: as `prompt_heads`.
+    """
+    return _run("decode_attention", implementation, operands, options)
+
+
+def decode_layers(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
+    """All layers of a decoder for one new token of one sequence; see `Backend.decode_layers`.
+
+    Raises: as `prompt_heads`.
+    """
+    return _run("decode_layers", implementation, operands, options)
+
+
+def feed_forward(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
+    """A feed-forward block whose second product takes one bit a number; see `Backend.feed_forward`.
+
+    Raises: as `prompt_heads`.
+    """
+    return _run("feed_forward", implementation, operands, options)
+
+
+FUSED_OPERATIONS = (prompt_heads, decode_attention, decode_layers, feed_forward)
+
+
+def planner(operation: Callable, implementation: str, operands: tuple, options: dict) -> Callable[[Backend], Any]:
+    """Checks the operands of a fused operation; returns what asks a backend for its plan."""
+    return _checked(operation.__name__, "plan_", implementation, operands, options)
+
+
+def _run(name: str, implementation: str, operands: tuple, options: dict) -> Any:
+    return dispatch(implementation, _checked(name, "", implementation, operands, options), name)
+
+
+def _checked(name: str, prefix: str, implementation: str, operands: tuple, options: dict) -> Callable[[Backend], Any]:
+    check_implementation(implementation)
+    _CHECKS.get(name, lambda *_, **__: None)(*operands, **options)
+    return lambda backend: getattr(backend, prefix + name)(*operands, **options)
+
+
+def _check_prompt_heads(x, w, a_format, bias, prologue, *others, **options) -> None:
+    check_operands(x, w, a_format, bias, prologue)
+
+
+def _check_feed_forward(x, up: Layer, down: Layer, prologue, activation, residual) -> None:
+    check_operands(x, *up, prologue, activation=activation)
+    columns = up.w.shape[-1] // (1 if activation is None else activation.parts)
+    check_operands(jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype), *down, residual=residual)
+
+
+_CHECKS = {"prompt_heads": _check_prompt_heads, "feed_forward": _check_feed_forward}
