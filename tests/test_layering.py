@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN.md, section 5), files are small, and the core needs no extra."""
+"""Imports point down only, files are small, and the core needs no extra."""
 
 from __future__ import annotations
 

@@ -35,6 +35,6 @@ def get_config() -> ConfigDict:
     config.profile_most = 15
     # Other libraries to time: "transformers".
     config.peers = ""
-    # Bytes a second, measured on the H200 (DESIGN.md, section 3).
+    # Bytes a second that an H200 reads and writes.
     config.ceilings = ConfigDict({"bandwidth": 4.1e12})
     return config

@@ -1,4 +1,4 @@
-"""The laws of the number format: `BipolarFormat`'s docstring and DESIGN.md, section 2."""
+"""The laws of the number format, as `BipolarFormat` states them."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 A token's numbers are x ~ scale * (v - v0) with v on the bipolar grid, which spans from
 the token's smallest number to its largest and has zero on it (`spanning_grid`): an offset
 of -scale * v0 for each token, and one more term in the epilogue. On the plain odd grid,
-which has no zero, tokens with outliers would lose all their small numbers; WORKSPACE.md
-has the figures.
+which has no zero, tokens with outliers would lose all their small numbers.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ FEW_TOKENS = "few tokens"
 _MEMORY_BYTES_PER_CYCLE = 2300  # 4.1 TB/s at 1.755 GHz
 _L2_BYTES_PER_CYCLE = 32  # for every multiprocessor, when all load
 _LAUNCH_CYCLES = 3500  # one kernel more, 2 us
-_SETTLING = 1.4  # in the product of few tokens: for waits between planes; fits n = 22016, WORKSPACE.md has the times
+_SETTLING = 1.4  # in the product of few tokens: for waits between planes; fits n = 22016
 
 # Columns of tiles that are rotated: the registers of more would spill.
 MOST_HEAD_COLUMNS = 128
