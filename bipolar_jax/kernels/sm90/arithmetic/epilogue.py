@@ -1,10 +1,13 @@
-"""What happens to a finished accumulator: correction, scales, bias, cast, store."""
+"""From a finished accumulator to numbers of the output: correction terms, scales, offsets, bias, activation.
+
+`recovery` derives the correction. The terms are vectors over tokens and over the output's columns. Functions named
+`_transposed`, and those of groups, take accumulators whose rows are columns of the output.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +15,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.kernels.semantics.prologue import Activation, Function
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.arithmetic import activations
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
-
-# 2 sqrt(2 / pi), and that times 0.044715: arXiv 1606.08415, section 2.
-_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715 * _GELU_SLOPE
 
 _ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -27,7 +27,13 @@ _ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTerms:
-    """What the epilogue needs of each token: sums of codes, zero codes, scales (None: the product stays integer)."""
+    """The epilogue's vectors over tokens.
+
+    Attributes:
+      code_sums: sums of the unsigned codes.
+      zero_code: the code that stands for zero.
+      scale: of the token; None leaves the product an integer.
+    """
 
     code_sums: Int[Array, " m"]
     zero_code: Int[Array, " m"]
@@ -37,13 +43,13 @@ class TokenTerms:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ColumnTerms:
-    """What the epilogue needs of each column of the output; None where there is nothing to apply.
+    """The epilogue's vectors over columns of the output; None where nothing is applied.
 
     Attributes:
-      code_sums: of the column's codes, if it has one scale.
-      scale: that scale.
+      code_sums: sums of the column's codes. With one scale a column.
+      scale: of the column.
       offset: of the column's numbers.
-      scaled_value_sums: sum over groups of scale times sum of values, if it has one scale a group.
+      scaled_value_sums: sum over groups of scale times sum of values. With one scale a group.
       bias: added last.
     """
 
@@ -57,7 +63,7 @@ class ColumnTerms:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupTerms:
-    """What the mainloop needs of each group of K.
+    """The mainloop's vectors of every group of K.
 
     y = s_x (sum_g (scale_g T_g + offset_g X_g) + ...) where T_g is the group's sum of products.
 
@@ -73,12 +79,12 @@ class GroupTerms:
 
 
 def chunk_columns(dtype: jnp.dtype) -> int:
-    """Columns of the output that are staged at a time: rows of 128 bytes."""
+    """Columns of the output in one chunk of the staging buffer: rows of 128 bytes."""
     return BYTES_PER_ROW // jnp.dtype(dtype).itemsize
 
 
 def staging_transforms(width: int, dtype: jnp.dtype) -> tuple[plgpu.SwizzleTransform]:
-    """Layout in shared memory of what the TMA store reads: rows as wide as the swizzle."""
+    """Transforms of the staging buffer that TMA stores from: rows as wide as the swizzle."""
     return (plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),)
 
 
@@ -89,41 +95,31 @@ def finish(
     columns: ColumnTerms,
     dtype: jnp.dtype,
 ) -> Array:
-    """From a piece of the accumulator to the output's dtype; the terms are refs in shared memory.
+    """A chunk of the accumulator as finished numbers in `dtype`; the terms are refs in shared memory.
 
-    y = s_x (s_w t + o_w X) + bias with t the exact (half) product of values and X the sum of
-    the token's values; see `recovery`.
+    y = s_x (s_w t + o_w X) + bias, where t is the exact (half) product of values and X the sum of the token's values;
+    see `recovery`.
     """
     return _finish(product, recovery, tokens, columns, token_axis=0).astype(dtype)
 
 
-def activate(activation: Activation, parts: list[Float[Array, "tile_m width"]], dtype: jnp.dtype) -> Array:
-    """What an activation makes of one part of the product or, gated, of two: as `Activation` has it, in `dtype`."""
-    y = _function(activation.function, parts[0])
-    return (y * parts[1] if activation.gated else y).astype(dtype)
-
-
-def _function(name: Function, x: Array) -> Array:
-    """As x * logistic(t): with t = x silu, and gelu by its tanh formula as (1 + tanh(u)) / 2 = logistic(2 u)."""
-    if name == "relu":
-        return jnp.maximum(x, 0.0)
-    t = x if name == "silu" else x * (_GELU_SLOPE + _GELU_CUBIC * (x * x))
-    # The square of a root's inverse in place of a division, which has no fast instruction in Mosaic.
-    root = lax.rsqrt(1.0 + jnp.exp(-t))
-    return x * (root * root)
+def activate(activation: Activation, chunks: list[Float[Array, "tile_m width"]], dtype: jnp.dtype) -> Array:
+    """The activation of one chunk, or, gated, of a chunk of gates and one of what they multiply; in `dtype`."""
+    y = activations.apply(activation.function, chunks[0])
+    return (y * chunks[1] if activation.gated else y).astype(dtype)
 
 
 def finish_transposed(
     product: Int[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
 ) -> Array:
-    """As `finish`, of an accumulator whose rows are columns of the output; float32, or int32 without scales."""
+    """`finish` for an accumulator whose rows are columns of the output; float32, or int32 without scales."""
     return _finish(product, recovery, tokens, columns, token_axis=1)
 
 
 def finish_groups_transposed(
     total: Float[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
 ) -> Float[Array, "tile_n width"]:
-    """From the scaled sums of groups, corrected before: the tokens' scales and the bias."""
+    """Token scales and bias for sums over groups that are already scaled and corrected."""
     y = total * lax.broadcast_in_dim(load_column_vector(tokens.scale) * recovery.scale_factor, total.shape, (1,))
     if columns.bias is not None:
         y = y + lax.broadcast_in_dim(load_row_vector(columns.bias), total.shape, (0,))
@@ -135,8 +131,8 @@ def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: Col
     layouts = {0: _ALONG_ROWS, 1: _ALONG_COLUMNS}
     load_token = functools.partial(_load_term, layout=layouts[token_axis])
     load_column = functools.partial(_load_term, layout=layouts[1 - token_axis])
-    # Where all sums fit the 24 bits of a float32 they are exact there too, and float arithmetic
-    # is twice as fast as integer arithmetic.
+    # Sums that fit the 24 bits of a float32 are exact in it, and float arithmetic is twice as fast as integer
+    # arithmetic.
     number = jnp.float32 if tokens.scale is not None and recovery.fits_float32 else jnp.int32
 
     def of_tokens(vector):
@@ -164,7 +160,7 @@ def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: Col
 def add_group(
     acc: Int[Array, "tile_m tile_n"], total: Float[Array, "tile_m tile_n"], terms: GroupTerms, weight: int
 ) -> Float[Array, "tile_m tile_n"]:
-    """Adds one group's integer sums times `weight` and scale, and its offsets; terms are refs in shared memory."""
+    """total + weight * scale * acc + offset * token_sums of one group; the terms are refs in shared memory."""
     sums = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(jnp.float32)
     scale = load_column_vector(terms.scale)
     total = total + sums * lax.broadcast_in_dim(scale * float(weight), sums.shape, (1,))
@@ -181,7 +177,7 @@ def finish_grouped(
     columns: ColumnTerms,
     dtype: jnp.dtype,
 ) -> Float[Array, "tile_m width"]:
-    """From a piece of the scaled sums of groups to the output's dtype.
+    """A chunk of the scaled sums of groups as finished numbers in `dtype`.
 
     y = s_x (total + z' sum_g s_g V_g) + bias; see `recovery` for the terms.
     """

@@ -1,7 +1,7 @@
-"""From what the tensor cores sum to the product of values: the planes multiplied, the terms that complete them.
+"""From the integer sums of the tensor cores to the product of values: which planes are multiplied, which terms follow.
 
 With codes u, values v = 2 u - W, a token's zero code z (activations ~ scale * 2 (u - z)), sums
-U of codes over the true K and V_w = 2 U_w - W K, half of what a token's scale multiplies is
+U of codes over the true K and V_w = 2 U_w - W K, half of the number that a token's scale multiplies is
 
     planes:  P = sum_k u_a u_w = sum_ij p_i q_j popc(A_i & W_j)
              sum_k (u_a - z) v_w = 2 P - W U_a - z V_w
@@ -14,14 +14,13 @@ One-bit activations and integer products have no zero; with v_a = 2 u_a - A = 2 
 
     sum_k v_a v_w = 4 P - 2 W U_a - A V_w  =  2 T + V_w  =  4 S + 2 C_a + V_w.
 
-All are acc * product_weight + row_term(U_a) + column_weight(z) * V_w, exact modulo 2^32, and
-what they sum to is at most K A W, which fits (`BipolarFormat.max_contraction`). Padding with
-zero bits or bytes adds nothing.
+All are acc * product_weight + row_term(U_a) + column_weight(z) * V_w, exact modulo 2^32. The total
+is at most K A W, which fits (`BipolarFormat.max_contraction`). Padding with zero bits or bytes adds nothing.
 
-The plane weights being powers of two, P is summed by Horner's rule in one accumulator: the
-pairs of largest weight first, over all of K; then the accumulator is doubled and the next
-ones follow. An accumulator for every weight (a + w - 1 of them, as in arXiv 2409.17870) leaves tiles
-so small that loads bind; here any precision has the tiles of W1A1.
+Plane weights are powers of two, so P is summed by Horner's rule in one accumulator: the pairs of
+largest weight first, over all of K; then the accumulator is doubled and the next pairs follow. One
+accumulator for every weight (a + w - 1 of them, as in arXiv 2409.17870) leaves tiles so small that
+loads bind; with one accumulator every precision has the tiles of W1A1.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ def holds_values(w_format: BipolarFormat) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """How the product of two formats is put together again; all static.
+    """How the product of two formats is recovered from integer sums; all static.
 
     Attributes:
-      kind: what is multiplied: planes ("planes") or bytes ("int8").
+      kind: the operands: bit planes ("planes") or bytes ("int8").
       a_format: grid of the activations.
       w_format: grid of the weights.
       k: the true contracted size.
@@ -81,7 +80,7 @@ class Recovery:
 
     @property
     def num_pairs(self) -> int:
-        """How often the mainloop goes over K."""
+        """Passes of the mainloop over K."""
         return sum(len(pairs) for _, pairs in self.pair_groups())
 
     @property
@@ -91,7 +90,7 @@ class Recovery:
 
     @property
     def product_weight(self) -> int:
-        """What multiplies the accumulator."""
+        """The factor of the accumulator."""
         half = 1 if self.kind == "int8" and self.w_as_values else 2
         return half if self.with_zero else 2 * half
 
@@ -106,7 +105,7 @@ class Recovery:
         return half if self.with_zero else 2 * half
 
     def column_weight(self, zero_code):
-        """What a token multiplies the columns' value sums V_w with."""
+        """A token's factor of the columns' value sums V_w."""
         if self.with_zero:
             return (self.a_format.code_offset if self.kind == "int8" else 0) - zero_code
         return 0 * zero_code + (1 if self.kind == "int8" else -self.a_format.max_value)
@@ -116,7 +115,7 @@ class Recovery:
         return 2 * code_sums - self.w_format.max_value * self.k
 
     def token_value_sums(self, code_sums, zero_code, length=None):
-        """V_x - v0 L of a token over `length` (or all) elements, half of it `with_zero`: what offsets multiply."""
+        """V_x - v0 L of a token over `length` (or all) elements, half of it `with_zero`: the factor of offsets."""
         length = self.k if length is None else length
         if self.with_zero:
             return code_sums - length * zero_code
@@ -124,14 +123,14 @@ class Recovery:
 
     @property
     def scale_factor(self) -> float:
-        """What `with_zero` halved: the factor of a token's scale."""
+        """The factor of a token's scale: 2 where the product was halved."""
         return 2.0 if self.with_zero else 1.0
 
     @property
     def fits_float32(self) -> bool:
-        """Whether every partial sum of the correction is an integer that float32 holds exactly.
+        """Whether float32 holds every partial sum of the correction exactly.
 
-        They are 4 P, 2 W U_a and (A + 1) V_w at most, each no larger than 4 (A + 1) W K, and
-        sums of two of them no larger than twice that.
+        The terms are at most 4 P, 2 W U_a and (A + 1) V_w, each at most 4 (A + 1) W K, and sums of two at most twice
+        that.
         """
         return 8 * (self.a_format.max_value + 1) * self.w_format.max_value * self.k < _FLOAT32_EXACT

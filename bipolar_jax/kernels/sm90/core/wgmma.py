@@ -1,16 +1,16 @@
 """Hopper's warpgroup matrix instruction on packed words: bits or bytes.
 
-`wgmma.mma_async` multiplies a 64-row tile with an n-row tile, both K-major in shared memory,
-32 bytes of K at a time, and adds to int32 registers:
+`wgmma.mma_async` multiplies a tile of 64 rows with a tile of n rows, both K-major in shared memory, 32 bytes of K at a
+time, and accumulates in int32 registers:
 
 - "planes": popcount(x AND w) over 256 bits (`m64nNk256.s32.b1.b1.and.popc`);
 - "int8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`).
 
-To the hardware's address generators both are the same, so tiles are uint32 words in either
-case: [rows, WORDS_PER_ROW], 128 bytes of K a row, in the 128-byte swizzle that TMA writes.
+The hardware addresses both alike, so a tile is uint32 words [rows, WORDS_PER_ROW] in either case: 128 bytes of K a row,
+in the 128-byte swizzle that TMA writes.
 
-The instruction is emitted by `inline_mgpu` as inline PTX with its own descriptors. Interpret
-mode knows no inline PTX; the twins there compute the same integers with a dot.
+Mosaic has no 1-bit operand type: the instruction is inline PTX with its own descriptors, emitted by `inline_mgpu`. The
+twins compute the same integers with a dot.
 
 Source: PTX ISA 8.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
 """
@@ -39,18 +39,17 @@ ROWS_PER_INSTRUCTION = 64
 _BYTES_PER_INSTRUCTION = 32
 _SWIZZLE_ROWS = 8
 
-# How many elements of K stand in one row of a tile.
+# Elements of K in one row of a tile.
 ELEMENTS_PER_ROW: dict[OperandKind, int] = {"planes": 8 * BYTES_PER_ROW, "int8": BYTES_PER_ROW}
 # Kernels for few tokens load K in slices: a row of a bit plane's tile.
 K_SLICE = ELEMENTS_PER_ROW["planes"]
 
-# Rows are as wide as the swizzle, so that no further tiling is needed, and none of its constraints
-# on the operands' sizes.
+# Rows are as wide as the swizzle: no tiling transform is needed, and none of its constraints on sizes apply.
 TILE_TRANSFORMS = (plgpu.SwizzleTransform(BYTES_PER_ROW),)
 
-# The layout of the accumulator registers (PTX ISA, figure of wgmma's D fragment). The innermost
-# tile of one keeps every register a scalar: LLVM packs pairs into 64-bit registers, and taking
-# them apart before each instruction makes ptxas wait for the one before.
+# The layout of the accumulator registers (PTX ISA, figure of wgmma's D fragment). The innermost tile of size 1 keeps
+# every register a scalar. LLVM would pack pairs into 64-bit registers, and unpacking them before each instruction makes
+# ptxas wait for the previous one.
 ACCUMULATOR = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
 )
@@ -59,20 +58,20 @@ _MNEMONIC: dict[OperandKind, str] = {"planes": "k256.s32.b1.b1.and.popc", "int8"
 
 
 def is_legal_width(n: int) -> bool:
-    """Whether the integer instructions come this wide: 8, 16, 24, 32, 48, 64, ... 256."""
+    """Whether an integer wgmma has n columns: 8, 16, 24, 32, 48, 64, ... 256."""
     return 8 <= n <= 256 and n % (8 if n <= 32 else 16) == 0
 
 
 def zeros(m: int, n: int) -> Int[Array, "m n"]:
-    """An accumulator of zeros; `begin` with it before the first instruction."""
+    """An accumulator of zeros; call `begin` before the first instruction on it."""
     return plgpu.layout_cast(jnp.zeros((m, n), jnp.int32), ACCUMULATOR)
 
 
 @with_twin(lambda acc: acc)
 def begin(acc: Int[Array, "m n"]) -> Int[Array, "m n"]:
-    """Orders ordinary writes of the accumulator before the instructions that follow.
+    """Orders ordinary writes of the accumulator's registers before the following instructions.
 
-    Arithmetic on registers is pure to LLVM, which would otherwise move it past their fence.
+    LLVM treats register arithmetic as pure, and would move it past the instructions' fence.
     """
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
@@ -96,19 +95,19 @@ def accumulate(
     part: tuple[int, int] = (0, 1),
     block_rows: int = ROWS_PER_INSTRUCTION,
 ) -> Int[Array, "m n"]:
-    """Starts acc += x_tile . w_tile over one 128-byte row of K, as one group of instructions.
+    """Starts acc += x_tile . w_tile over one 128-byte row of K, as one commit group.
 
-    Asynchronous: until `settle` (or a `wgmma_wait` that covers this group) neither may the
-    result be read nor the tiles be overwritten.
+    Asynchronous: before `settle` (or a `wgmma_wait` that covers this group) the result must not be read, nor the tiles
+    overwritten.
 
     Args:
-      acc: [m, n] in the layout ACCUMULATOR, m a multiple of 64, n of a width that `is_legal_width`.
+      acc: [m, n] in the layout ACCUMULATOR; m is a multiple of 64, n a legal width (`is_legal_width`).
       x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
-      w_tile: likewise [n, WORDS_PER_ROW], or with several leading axes that make n rows.
-      kind: what the words hold.
-      part: (i, parts) multiplies only the i-th of 1, 2 or 4 equal parts of the row; i may be traced.
-      block_rows: rows of x_tile for each 64 of the accumulator; of fewer the other rows' sums have no meaning,
-        what follows the tile being multiplied instead, and there must be memory.
+      w_tile: likewise [n, WORDS_PER_ROW]; several leading axes may make up the n rows.
+      kind: the type of the words' elements.
+      part: (i, count) multiplies only the i-th of `count` (1, 2 or 4) equal parts of the row; i may be traced.
+      block_rows: rows of x_tile for every 64 rows of the accumulator. With fewer than 64, the other rows' sums are
+        meaningless: the instruction reads the memory after the tile, which must exist.
     """
     _check_width(acc.shape[1])
     index, parts = part
@@ -138,7 +137,7 @@ def start(
     part: tuple[int, int] = (0, 1),
     block_rows: int = ROWS_PER_INSTRUCTION,
 ) -> Int[Array, "m n"]:
-    """`accumulate` from zero, without registers to be cleared before."""
+    """`accumulate` from zero, without clearing registers first."""
     _check_width(shape[1])
     index, parts = part
 
@@ -154,15 +153,15 @@ def start(
 
 @with_twin(lambda acc, *, in_flight=0: acc)
 def settle(acc: Int[Array, "m n"], *, in_flight: int = 0) -> Int[Array, "m n"]:
-    """Waits for all groups of instructions but the `in_flight` last; what it returns may be read.
+    """Waits for all commit groups but the last `in_flight`, and returns the accumulator, which may then be read.
 
-    Those last must have other accumulators.
+    The groups still in flight must have other accumulators.
     """
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
     def wait(_, acc):
         nvvm.wgmma_wait_group_sync_aligned(in_flight)
-        # Nothing else ties a read of the registers to the wait: LLVM would move it up.
+        # Ties reads of the registers to the wait; LLVM would move them above it.
         return mgpu.fragmented_array.optimization_barrier(acc)
 
     return wait(acc)
@@ -187,21 +186,21 @@ def _product_in_jnp(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) ->
         jax.lax.dynamic_slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, words, axis=1)
         for tile in (x_tile, w_tile)
     )
-    # The hardware reads through the async proxy; to the race detector this was an ordinary read,
-    # which the next TMA write would not be ordered after.
+    # The hardware reads through the async proxy. The race detector sees an ordinary read here, which must be ordered
+    # before the next TMA write.
     plgpu.commit_smem()
     if kind == "planes":
         index = jax.lax.broadcasted_iota(jnp.uint32, (1, 1, 32), 2)
         x, w = ((tile[..., None] >> index) & 1 for tile in (x, w))
     else:
         x, w = (jax.lax.bitcast_convert_type(tile, jnp.int8) for tile in (x, w))
-    # A row sums at most 1024 ones or 128 * 128^2: exact in float32, whose dot is the fast one on CPUs.
+    # A row sums at most 1024 ones or 128 * 128^2: exact in float32, the fastest dot on a CPU.
     x, w = (tile.reshape(tile.shape[0], -1).astype(jnp.float32) for tile in (x, w))
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
 
 
 def _with_empty_rows(product: Int[Array, "rows n"], block_rows: int) -> Int[Array, "m n"]:
-    """Every `block_rows` of a product filled up to 64."""
+    """Every `block_rows` rows of a product, filled up to 64 with zeros."""
     blocks = product.reshape(-1, block_rows, product.shape[1])
     filled = jnp.pad(blocks, ((0, 0), (0, ROWS_PER_INSTRUCTION - block_rows), (0, 0)))
     return filled.reshape(-1, product.shape[1])
@@ -226,7 +225,7 @@ def _descriptor(tile: ir.Value) -> ir.Value:
 
 
 def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
-    """The descriptor of a tile `offset` bytes further on."""
+    """The descriptor of the tile `offset` bytes later."""
     if offset == 0:
         return descriptor
     increment = arith.constant(ir.IntegerType.get_signless(64), offset >> 4)
@@ -243,9 +242,10 @@ def _issue(
     n: int,
     block_rows: int = ROWS_PER_INSTRUCTION,
 ) -> np.ndarray:
-    """The instructions of the index-th of `parts` parts of a row; registers of None start from zero.
+    """Emits the instructions of the index-th of `parts` parts of a row; returns the new registers.
 
-    The registers' leading axis are the 64-row blocks of the accumulator.
+    Args:
+      registers: the leading axis is the accumulator's 64-row blocks. None starts from zero.
     """
     registers = registers.copy()
     i64 = ir.IntegerType.get_signless(64)
@@ -276,14 +276,14 @@ def _issue(
 def _wgmma(
     registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind
 ) -> np.ndarray:
-    """One instruction; `registers` are the n / 2 accumulators that a thread has of 64 rows, or None for zeros."""
+    """One instruction; `registers` are a thread's n / 2 accumulators of 64 rows, or None for zeros."""
     i32 = ir.IntegerType.get_signless(32)
     vector_type = ir.VectorType.get((1,), i32)
     count = n // 2
     assert registers.size == count
     add = registers.flat[0] is not None
-    # Outputs come first, then the inputs tied to them, then the descriptors and the predicate. A sum
-    # that starts has no such inputs: what the registers held before is dead, and ptxas may know it.
+    # Operands: outputs, then the inputs tied to them, then the descriptors and the predicate. A sum that starts from
+    # zero has no tied inputs, which tells ptxas that the registers' old contents are dead.
     tied = list(registers.flat) if add else []
     outputs = ",".join(f"${i}" for i in range(count))
     x_operand, w_operand, add_operand = (f"${count + len(tied) + i}" for i in range(3))

@@ -1,8 +1,8 @@
 """Activations to packed operands in one pass over memory: quantize, pack, and sum the codes.
 
-Persistent blocks, one a multiprocessor. Each of a block's warpgroups takes rows by itself: they
-arrive by TMA in a ring of slots of its own, so that the next rows are under way while it works
-on one, and leave as words from registers. `row_quantizer` has what the threads do.
+Persistent blocks, one a multiprocessor. Each warpgroup of a block takes rows independently of the others: TMA loads
+them into the warpgroup's own ring of slots, so that the next rows arrive while it works on one, and it stores words
+straight from registers. `quantizer` is what the threads do with a slot.
 """
 
 from __future__ import annotations
@@ -21,35 +21,44 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, vector_length
 from bipolar_jax.kernels.sm90.core.bit_transpose import CodeWords
-from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, SHARED_MEMORY_BYTES, WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
+from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of
+from bipolar_jax.kernels.sm90.core.hardware import (
+    ALIGNED_WORDS,
+    MULTIPROCESSORS,
+    PTX_TYPES,
+    SHARED_MEMORY_BYTES,
+    WARP,
+    WARPGROUP,
+)
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
-from bipolar_jax.kernels.sm90.quantize_rows.emulate import emulate
 from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, SCRATCH_WORDS
+from bipolar_jax.kernels.sm90.quantize_rows.twin import quantize_slot_twin
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
-_WARPGROUPS, _BARRIERS = 4, 32  # at most
-_FEW = 8  # threads, at least, for a row
-_COPY_BYTES = 128  # that Mosaic's copies to shared memory must be a multiple of
+_WARPGROUPS, _BARRIERS = 4, 32  # at most, in a block
+_LEAST_THREADS = 8  # that share a row
+# Barriers and scratch take 1 KiB less than the reserve, so that four rows of 28672 16-bit numbers fit.
+_MEMORY_BYTES = SHARED_MEMORY_BYTES + 1024
+_COPY_BYTES = 128  # Mosaic's copies to shared memory must be multiples of this
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedTokens:
-    """Activations as the tensor cores take them.
+    """Quantized activations as operands of the tensor cores.
 
-    Vectors have a multiple of 4 elements; what is in those beyond m is not defined.
+    Vectors have a multiple of 4 elements; those beyond m are undefined.
 
     Attributes:
-      words: operand "planes": bit b of words[i, row, w] is bit i of the code of element
-        32 w + b; rows are whole multiples of 16 bytes. Operand "int8": one plane of signed
-        codes u - code_offset, four to a word: byte t of words[0, row, 8 B + j] is element
-        32 B + 8 t + j. Zero where the elements have ended.
+      words: operand "planes": bit b of words[i, row, w] is bit i of the code of element 32 w + b; rows are whole
+        multiples of 16 bytes. Operand "int8": one plane of signed codes u - code_offset, four to a word: byte t of
+        words[0, row, 8 B + j] is element 32 B + 8 t + j. Zero beyond the last element.
       scale: float32, as `quantize_tokens`.
-      zero_code: the code that zero has; 0 for one bit, whose grid has no zero.
-      code_sums: of the unsigned codes u.
+      zero_code: the code of zero; 0 for one bit, whose grid has no zero.
+      code_sums: sums of the unsigned codes u.
     """
 
     words: UInt32[Array, "planes m words"]
@@ -67,14 +76,14 @@ def quantize_and_pack(
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
-    """The numbers of `quantize_tokens`, as it is when jitted, in packed form.
+    """The numbers of jitted `quantize_tokens`, packed.
 
     Args:
-      x: bfloat16, float16 or float32; k numbers a row, or as many as the prologue makes k of.
-        A copy is made where k is no multiple of 32 (64, for some shapes).
+      x: bfloat16, float16 or float32; k numbers a row, or the prologue's inputs of k numbers. Copied if k is not a
+        multiple of 32 (64, for some shapes).
       a_format: 1 to 8 bits, not ternary.
-      operand: what the words are, see `PackedTokens`.
-      prologue: what is done to x first, in float32, but sums in an order of their own.
+      operand: the kind of words, see `PackedTokens`.
+      prologue: applied to x first, in float32; its sums are in another order than XLA's.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -83,7 +92,7 @@ def quantize_and_pack(
       Unsupported: a row does not fit the shared memory.
     """
     quantizer, inputs = plan(x, a_format, operand, prologue)
-    # Jitted by itself it is lowered once: XLA then sees that layers which share x do the same, and does it once.
+    # Jitted by itself it is lowered once, so that XLA merges the calls of layers that share x.
     launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
     return PackedTokens(*launch(quantizer, inputs, blocks, interpret))
 
@@ -91,7 +100,7 @@ def quantize_and_pack(
 def plan(
     x: Float[Array, "m columns"], a_format: BipolarFormat, operand: OperandKind, prologue: Prologue | None
 ) -> tuple[RowQuantizer, list[Array]]:
-    """What the warpgroups do, and the inputs as they take them: x, and the prologue's vectors."""
+    """The quantizer, and the kernel's inputs: x and the prologue's vectors, filled up to whole blocks and copies."""
     m, columns = x.shape
     vectors = jax.tree.leaves(prologue)
     dtypes = [array.dtype.name for array in (x, *vectors)]
@@ -110,10 +119,10 @@ def plan(
     quantizer = RowQuantizer(
         m=m,
         k=k,
-        number=PTX_TYPES[x.dtype.name],
+        ptx_type=PTX_TYPES[x.dtype.name],
         prologue=jax.tree.map(lambda vector: PTX_TYPES[vector.dtype.name], prologue),
         code_words=CodeWords(a_format, signed=operand == "int8"),
-        row_words=-(-k // (4 * WORD_BITS)) * 4 if operand == "planes" else 8 * num_words(k),
+        row_words=-(-k // (ALIGNED_WORDS * WORD_BITS)) * ALIGNED_WORDS if operand == "planes" else 8 * num_words(k),
         threads=threads,
     )
     whole_copies = _COPY_BYTES * threads // WARPGROUP // x.dtype.itemsize
@@ -126,12 +135,10 @@ def plan(
 def _threads_of_row(m: int, k: int, row_bytes: int) -> int:
     """How many threads share a row.
 
-    The fewer, the less is spent on what is done once a row; the more, the sooner few or long
-    rows are finished, and the less memory a slot takes. Measured on an H200 with bfloat16 and
-    one bit: 65536 x 576 takes 23 us with 8 threads and 31 with 32; 8192 x 6144 takes 28 us with
-    32 threads and 30 with 128, 8192 x 8192 takes 38 and 37.
+    Fewer threads spend less on the reductions and stores that each row needs once. More finish few or long rows sooner,
+    and need a smaller slot.
     """
-    for threads, most_bytes in ((_FEW, 2048), (WARP, 12288)):
+    for threads, most_bytes in ((_LEAST_THREADS, 2048), (WARP, 12288)):
         if row_bytes <= most_bytes and m * threads >= WARPGROUP * MULTIPROCESSORS:
             return threads
     return WARP if k <= WARP * BLOCK else WARPGROUP
@@ -145,7 +152,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
     steps = pl.cdiv(m, rows)
     blocks = min(blocks, steps)
     workers = warpgroups * blocks
-    # With any mode but zeros it is one copy of bytes, free of the limits of TMA's boxes.
+    # In these modes a copy is one bulk copy of bytes, without the size limits of TMA's boxes.
     in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     last_slot = plgpu.OOBFillMode.UNDEFINED if m % rows else in_bounds
 
@@ -154,7 +161,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         outputs = refs[len(inputs) : len(inputs) + 4]
         ring, scratch, arrived, *vector_slots = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        worker = warpgroup * blocks + block  # few rows go to different multiprocessors
+        worker = warpgroup * blocks + block  # consecutive rows go to different multiprocessors
 
         def first_row(turn):
             return (worker + turn * workers) * rows
@@ -186,7 +193,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
             slot = lax.rem(turn, slots)
             plgpu.barrier_wait(arrived.at[warpgroup * slots + slot])
             operands = (ring.at[warpgroup, slot], scratch.at[warpgroup], *outputs, *vector_slots)
-            (_quantize if interpret is None else emulate)(quantizer, first_row(turn), *operands)
+            _quantize_slot(quantizer, first_row(turn), *operands)
             pl.when(turn + slots < turns)(functools.partial(load, turn + slots))
 
     scratch_types = [
@@ -211,7 +218,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # `row_quantizer` has those that are needed
+            unsafe_no_auto_barriers=True,  # `quantizer` has the barriers it needs
         ),
     )(*inputs)
 
@@ -224,22 +231,23 @@ def check_row(k: int, dtype: jnp.dtype) -> None:
 
 def _share_memory(slot_bytes: int, vector_bytes: int) -> tuple[int, int]:
     """Warpgroups of a block, and slots for each."""
-    fit = (SHARED_MEMORY_BYTES - vector_bytes) // slot_bytes
+    fit = (_MEMORY_BYTES - vector_bytes) // slot_bytes
     if fit < 1:
-        raise Unsupported(
-            f"a row takes {slot_bytes + vector_bytes} bytes, more than {SHARED_MEMORY_BYTES} of shared memory"
-        )
-    # With two slots a warpgroup works on one while the other fills; where rows are too long for
-    # that, others work while one waits.
+        raise Unsupported(f"a row takes {slot_bytes + vector_bytes} bytes, more than {_MEMORY_BYTES} of shared memory")
+    # With two slots a warpgroup works on one while the other fills. Where rows are too long for that, other warpgroups
+    # work while one waits.
     if fit < 6:
         return min(fit, _WARPGROUPS), 1
     warpgroups = min(fit // 2, _WARPGROUPS)
     return warpgroups, min(fit, _BARRIERS) // warpgroups
 
 
-def _quantize(quantizer: RowQuantizer, first_row: Int[Array, ""], *refs) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)))
+@with_twin(quantize_slot_twin)
+def _quantize_slot(quantizer: RowQuantizer, first_row: Int[Array, ""], *refs) -> None:
+    """`RowQuantizer.quantize` on refs."""
+
+    @plgpu.inline_mgpu(arg_types=(SPLAT, *[plgpu.RefType()] * len(refs)))
     def inline(_, first_row, *refs):
-        quantizer.quantize(first_row.registers.item(), *refs)
+        quantizer.quantize(scalar_of(first_row), *refs)
 
     inline(first_row, *refs)

@@ -1,9 +1,9 @@
-"""The numbers that a row is quantized from: those of the slot, after what the prologue does to them.
+"""Sources: the numbers that a row is quantized from, computed from the row in shared memory by its prologue.
 
-A row is gone over several times, always in shared memory: for what the prologue wants to know of all of
-it, for its extremes, and for the codes. A thread visits the same blocks every time.
+A row is visited several times, always in shared memory: for the statistics of a norm, for the extremes, and for the
+codes. A thread visits the same blocks every time.
 
-The functions are those of `kernels.prologue`, sums in an order of their own.
+The functions are those of `kernels.semantics.prologue`; sums are in another order.
 """
 
 from __future__ import annotations
@@ -18,53 +18,55 @@ from bipolar_jax.kernels.sm90.core.fragments import tree
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, HIGH, LOW, SQUARES, SUM, RowThreads
 
-Eights = list[list[Value]]  # a block's numbers in float32, 8 at a time
+Quarters = list[list[Value]]  # a block's 32 numbers in float32, eight in each quarter
 
 
 class Source:
-    """The slot's numbers as they are; others add to it."""
+    """The slot's numbers unchanged; the base of the other sources."""
 
-    def __init__(self, prologue: Prologue | None, number: str, k: int, row: RowThreads, x: Value, vectors: list[Value]):
+    def __init__(
+        self, prologue: Prologue | None, ptx_type: str, k: int, row: RowThreads, x: Value, vectors: list[Value]
+    ):
         """Of one row.
 
         Args:
-          prologue: its vectors replaced by what numbers they have.
-          number: "bf16", "f16" or "f32", of x.
+          prologue: the prologue, with each vector replaced by its PTX type.
+          ptx_type: of x, "bf16", "f16" or "f32".
           k: numbers to quantize.
           row: the row's threads.
           x: the slot in shared memory; every part of a row is filled up with zeros to whole blocks.
-          vectors: of the prologue in shared memory, likewise.
+          vectors: the prologue's vectors in shared memory, filled up likewise.
         """
-        self._prologue, self._number, self._k, self._row = prologue, number, k, row
-        self._x = row.start_in_slot(x, number, 1 if prologue is None else prologue.parts)
+        self._prologue, self._ptx_type, self._k, self._row = prologue, ptx_type, k, row
+        self._x = row.start_in_slot(x, ptx_type, 1 if prologue is None else prologue.parts)
         self._vectors = [ptx.pointer(vector, ptx.SHARED) for vector in vectors]
 
-    def numbers(self, block: Value) -> Eights:
-        """A block's numbers, less a factor of the whole row that `extremes` returns."""
-        return self._row.load_numbers(self._x, self._number, block)
+    def numbers(self, block: Value) -> Quarters:
+        """A block's numbers, without the row's factor that `extremes` returns."""
+        return self._row.load_numbers(self._x, self._ptx_type, block)
 
     def extremes(self) -> tuple[Value, Value, Value | None]:
-        """max(number, 0) and -min(number, 0) of the row in float32, NaN if it has any; and the factor, if there is one.
+        """max(number, 0) and -min(number, 0) of the row in float32, NaN if it has any; and its factor, or None.
 
-        Before `numbers`.
+        Called before `numbers`.
         """
-        row, number = self._row, self._number
-        if number == "f32":
+        row, ptx_type = self._row, self._ptx_type
+        if ptx_type == "f32":
             return *self._extremes_of(lambda block, position: self.numbers(block)), None
 
         def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            return _widen(number, values, [word for q in row.load(self._x, number, block) for word in q])
+            return _widen(ptx_type, values, [word for q in row.load(self._x, ptx_type, block) for word in q])
 
         high, low = row.over_blocks(visit, [ptx.int32(0)] * 2, wanted=row.blocks)
-        # Two numbers a word so far; from here the high one and minus the low one.
-        larger = functools.partial(ptx.extreme, "max", number)
+        # So far each word holds two numbers. From here one word holds the maximum and minus the minimum.
+        larger = functools.partial(ptx.extreme, "max", ptx_type)
         minus_low = ptx.flip_bits(low, 0x80008000)
         both = larger(ptx.pick_bytes(high, minus_low, 0x5410), ptx.pick_bytes(high, minus_low, 0x7632))
         (both,) = row.combine(larger, {HIGH: both})
-        return *ptx.expand(number, both), None
+        return *ptx.expand(ptx_type, both), None
 
     def _extremes_of(self, numbers) -> tuple[Value, Value]:
-        """Of numbers(block, position), which may give 0 for those that are not there."""
+        """Extremes of numbers(block, position), which may be 0 where the thread has no block."""
 
         def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
             return _widen("f32", values, [ptx.as_word(x) for q in numbers(block, position) for x in q])
@@ -76,68 +78,70 @@ class Source:
         words = self._row.combine(larger, {HIGH: values[0], LOW: ptx.flip_bits(values[1], 0x80000000)})
         return ptx.as_float(words[0]), ptx.as_float(words[1])
 
-    def _vector(self, which: int, block: Value) -> Eights:
-        """A block of one of the prologue's vectors, in the order of its fields."""
+    def _vector(self, which: int, block: Value) -> Quarters:
+        """A block of the prologue's vector of that index, in the order of its fields."""
         return self._row.load_numbers(self._vectors[which], jax.tree.leaves(self._prologue)[which], block)
 
-    def _sum(self, place: int, words: Value) -> Value:
-        """Of the row, from the sums that its threads made."""
+    def _sum(self, scratch_index: int, total: Value) -> Value:
+        """The sum of the threads' totals over the row."""
 
         def add_words(a: Value, b: Value) -> Value:
             return ptx.as_word(ptx.add(ptx.as_float(a), ptx.as_float(b)))
 
-        (total,) = self._row.combine(add_words, {place: ptx.as_word(words)})
+        (total,) = self._row.combine(add_words, {scratch_index: ptx.as_word(total)})
         return ptx.as_float(total)
 
-    def _size(self, squares: Value) -> Value:
-        """1 / sqrt(mean + eps), from this thread's sum of squares."""
+    def _inverse_root(self, squares: Value) -> Value:
+        """1 / sqrt(mean square + eps) of the row, from this thread's sum of squares."""
         mean = ptx.divide(self._sum(SQUARES, squares), ptx.float32(self._k))
         return ptx.rsqrt(ptx.add(mean, ptx.float32(self._prologue.eps)))
 
 
 class RMSNormSource(Source):
-    """What is quantized is r x g, r being 1 / sqrt(mean(x^2) + eps) of the row.
+    """r x g with r = 1 / sqrt(mean(x^2) + eps); r is the row's factor.
 
-    Products x g of 16-bit numbers are exact, their extremes are known as soon as r is, and r comes in
-    only where numbers are multiplied anyway.
+    One visit finds the mean square and the extremes of x g, and r costs nothing: it goes into the factor 1 / (2 scale)
+    that the numbers are multiplied with anyway. Products x g of 16-bit numbers are exact.
     """
 
-    def numbers(self, block: Value) -> Eights:
+    def numbers(self, block: Value) -> Quarters:
         """x g."""
         return each(ptx.multiply, super().numbers(block), self._vector(0, block))
 
     def extremes(self) -> tuple[Value, Value, Value]:
-        """Of x g; and r."""
+        """The extremes of x g, and r."""
         row = self._row
 
         def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            numbers = row.load_numbers(self._x, self._number, block)
-            total = present(row, position, _sum_of_squares(numbers))
+            numbers = row.load_numbers(self._x, self._ptx_type, block)
+            total = zero_without_block(row, position, _sum_of_squares(numbers))
             products = each(ptx.multiply, numbers, self._vector(0, block))
             words = [ptx.as_word(x) for q in products for x in q]
             return [*_widen("f32", values[:2], words), ptx.add(values[2], total)]
 
         start = [ptx.int32(0), ptx.int32(0), ptx.float32(0)]
         *extremes, squares = row.over_blocks(visit, start, wanted=row.blocks)
-        size = self._size(squares)
-        return *self._combined_extremes(extremes), size
+        r = self._inverse_root(squares)
+        return *self._combined_extremes(extremes), r
 
 
 class LayerNormSource(Source):
-    """(x - mean) r g + b, which wants to know the mean first, then r, then the extremes."""
+    """(x - mean) r g + b with r = 1 / sqrt(variance + eps): one visit for the mean, one for r, one for the extremes."""
 
-    def numbers(self, block: Value) -> Eights:
-        """What is quantized."""
+    def numbers(self, block: Value) -> Quarters:
+        """(x - mean) r g + b."""
         scaled = [[ptx.multiply(x, self._r) for x in q] for q in self._deviations(block)]
         return each(ptx.fma, scaled, self._vector(0, block), self._vector(1, block))
 
     def extremes(self) -> tuple[Value, Value, None]:
-        """Those of `numbers`."""
+        """The extremes of `numbers`."""
         row = self._row
 
         def add_up(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
-            numbers = row.load_numbers(self._x, self._number, block)
-            return [ptx.add(values[0], present(row, position, tree(ptx.add, [x for q in numbers for x in q])))]
+            numbers = row.load_numbers(self._x, self._ptx_type, block)
+            return [
+                ptx.add(values[0], zero_without_block(row, position, tree(ptx.add, [x for q in numbers for x in q])))
+            ]
 
         (total,) = row.over_blocks(add_up, [ptx.float32(0)], wanted=row.blocks)
         self._mean = ptx.divide(self._sum(SUM, total), ptx.float32(self._k))
@@ -145,37 +149,38 @@ class LayerNormSource(Source):
         def add_squares(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
             deviations = self._deviations(block)
             if position is not None and self._k % BLOCK:
-                # What fills up the last block differs from the mean, too.
+                # The zeros that fill up the last block differ from the mean.
                 wanted = ptx.choose(ptx.less(position, row.blocks - 1), ptx.int32(BLOCK), ptx.int32(self._k % BLOCK))
                 deviations = row.first_of(deviations, wanted)
-            return [ptx.add(values[0], present(row, position, _sum_of_squares(deviations)))]
+            return [ptx.add(values[0], zero_without_block(row, position, _sum_of_squares(deviations)))]
 
         partial = self._k % BLOCK != 0
         (squares,) = row.over_blocks(add_squares, [ptx.float32(0)], wanted=row.blocks, partial=partial)
-        self._r = self._size(squares)
+        self._r = self._inverse_root(squares)
         return *self._extremes_of(lambda block, position: self.numbers(block)), None
 
-    def _deviations(self, block: Value) -> Eights:
+    def _deviations(self, block: Value) -> Quarters:
         return [[ptx.subtract(x, self._mean) for x in q] for q in super().numbers(block)]
 
 
-def _widen(number: str, values: list[Value], words: list[Value]) -> list[Value]:
-    """The larger of the first value and all words, the smaller of the second and all."""
+def _widen(ptx_type: str, values: list[Value], words: list[Value]) -> list[Value]:
+    """The maximum of the first value and all words, and the minimum of the second value and all words."""
     return [
-        tree(functools.partial(ptx.extreme, kind, number), [value, *words])
+        tree(functools.partial(ptx.extreme, kind, ptx_type), [value, *words])
         for kind, value in zip(("max", "min"), values, strict=True)
     ]
 
 
-def each(function, *blocks: Eights) -> Eights:
-    return [[function(*numbers) for numbers in zip(*eights, strict=True)] for eights in zip(*blocks, strict=True)]
+def each(function, *blocks: Quarters) -> Quarters:
+    """function(*numbers) of the corresponding numbers of blocks."""
+    return [[function(*numbers) for numbers in zip(*quarters, strict=True)] for quarters in zip(*blocks, strict=True)]
 
 
-def _sum_of_squares(numbers: Eights) -> Value:
+def _sum_of_squares(numbers: Quarters) -> Value:
     squares = [functools.reduce(lambda total, x: ptx.fma(x, x, total), q, ptx.float32(0)) for q in numbers]
     return tree(ptx.add, squares)
 
 
-def present(row: RowThreads, position: Value | None, number: Value) -> Value:
-    """The number, 0 if the thread has no block at the position."""
+def zero_without_block(row: RowThreads, position: Value | None, number: Value) -> Value:
+    """The number, or 0 if the thread has no block at the position."""
     return number if position is None else ptx.choose(ptx.less(position, row.blocks), number, ptx.float32(0))

@@ -1,7 +1,7 @@
-"""Weights rounded and packed in one pass over memory, when their scales are known.
+"""Weights rounded and packed in one pass over memory, given their scales.
 
-XLA makes some ten kernels of it: codes as bytes, and a pass over these for every two planes. `column_packing` has what
-the threads do here. The scales, sums and maxima over columns, are left to XLA, which reads the weights once for them.
+XLA makes about ten kernels of this: codes as bytes, and a pass over the codes for every two planes. XLA still computes
+the scales, from sums and maxima over columns, in one more pass over the weights. `pack_threads` is what the threads do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
+from bipolar_jax.kernels.sm90.arithmetic.operands import pack_planes
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
+from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
-from bipolar_jax.kernels.sm90.quantize_rows.emulate import pack_planes
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK
 from bipolar_jax.kernels.sm90.weight_prep.pack_threads import COLUMNS, ROWS, ColumnPacking
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -34,7 +35,7 @@ def pack_columns(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[UInt32[Array, "planes n words"], Int[Array, "n groups"]]:
-    """What `weights.pack_weights` gives, for one matrix.
+    """`kernels.semantics.weights.pack_weights` for one matrix.
 
     Args:
       w: float32, bfloat16 or float16.
@@ -55,69 +56,71 @@ def pack_columns(
     if group_size is not None and group_size % BLOCK:
         raise Unsupported(f"groups must be multiples of {BLOCK}, not {group_size}: a word has one scale")
     packing = ColumnPacking(PTX_TYPES[w.dtype.name], number_format, k, n, group_size, offset is not None)
-    # Of one group for all columns after that of the one before: adjacent lanes load adjacent numbers.
-    by_column = [half_steps.T] if offset is None else [half_steps.T, offset.T]
+    # [groups, n]: adjacent lanes load adjacent columns of one group.
+    column_terms = [half_steps.T] if offset is None else [half_steps.T, offset.T]
 
     def kernel(*refs):
-        step = _pack_block if interpret is None else _emulate_block
-        step(packing, lax.axis_index("block"), *refs)
+        _pack_block(packing, lax.axis_index("block"), *refs)
 
     planes, sums = launch_kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((number_format.bits, n, packing.words), jnp.uint32),
-            jax.ShapeDtypeStruct((packing.parts, n), jnp.int32),
+            jax.ShapeDtypeStruct((packing.num_sums, n), jnp.int32),
         ],
         grid=(packing.blocks,),
         grid_names=("block",),
         kernel_name="pack_weights",
         interpret=interpret,
-        # Threads share nothing.
+        # No barriers: threads share no memory.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(w, *by_column)
+    )(w, *column_terms)
     if group_size is None:
         return planes, jnp.sum(sums, axis=0)[:, None]
-    of_group = group_size // packing.part_size
-    filled = jnp.pad(sums, ((0, -packing.parts % of_group), (0, 0)))
-    return planes, jnp.sum(filled.reshape(-1, of_group, n), axis=1).T
+    sums_per_group = group_size // packing.sum_length
+    filled = jnp.pad(sums, ((0, -packing.num_sums % sums_per_group), (0, 0)))
+    return planes, jnp.sum(filled.reshape(-1, sums_per_group, n), axis=1).T
 
 
-def _pack_block(packing: ColumnPacking, block: Int[Array, ""], *refs) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)))
-    def inline(_, block, *refs):
-        packing.pack_block(block.registers.item(), *refs)
-
-    inline(block, *refs)
-
-
-def _emulate_block(packing: ColumnPacking, block: Int[Array, ""], w, half_steps, *rest) -> None:
+def _pack_block_twin(packing: ColumnPacking, block: Int[Array, ""], w, half_steps, *rest) -> None:
     *offset, planes, sums = rest
     column_block, row_block = lax.div(block, packing.row_blocks), lax.rem(block, packing.row_blocks)
-    row, part = row_block * ROWS, row_block * (ROWS // packing.part_size)
+    row, first_sum = row_block * ROWS, row_block * (ROWS // packing.sum_length)
     fmt = packing.number_format
 
     def write(rows, columns):
-        taken = pl.ds(column_block * COLUMNS, columns)
+        column_slice = pl.ds(column_block * COLUMNS, columns)
         groups = jnp.zeros(rows, jnp.int32)
         if packing.group_size is not None:
             groups = (row + jnp.arange(rows)) // packing.group_size
-        numbers = w[pl.ds(row, rows), taken].astype(jnp.float32)
+        numbers = w[pl.ds(row, rows), column_slice].astype(jnp.float32)
         for array in offset:
-            numbers = numbers - array[:, taken][groups]
-        codes = fmt.encode(numbers, half_steps[:, taken][groups]).T
-        planes[:, taken, pl.ds(row // BLOCK, num_words(rows))] = pack_planes(codes, fmt)
-        filled = jnp.pad(codes.astype(jnp.int32), ((0, 0), (0, -rows % packing.part_size)))
-        totals = jnp.sum(filled.reshape(columns, -1, packing.part_size), axis=-1).T
-        sums[pl.ds(part, len(totals)), taken] = totals
+            numbers = numbers - array[:, column_slice][groups]
+        codes = fmt.encode(numbers, half_steps[:, column_slice][groups]).T
+        planes[:, column_slice, pl.ds(row // BLOCK, num_words(rows))] = pack_planes(codes, fmt)
+        filled = jnp.pad(codes.astype(jnp.int32), ((0, 0), (0, -rows % packing.sum_length)))
+        totals = jnp.sum(filled.reshape(columns, -1, packing.sum_length), axis=-1).T
+        sums[pl.ds(first_sum, len(totals)), column_slice] = totals
 
     for rows, has_rows in _sizes(row_block, packing.k, ROWS):
         for columns, has_columns in _sizes(column_block, packing.n, COLUMNS):
             pl.when(has_rows & has_columns)(functools.partial(write, rows, columns))
 
 
+@with_twin(_pack_block_twin)
+def _pack_block(packing: ColumnPacking, block: Int[Array, ""], *refs) -> None:
+    """`ColumnPacking.pack_block` on refs."""
+
+    @plgpu.inline_mgpu(arg_types=(SPLAT, *[plgpu.RefType()] * len(refs)))
+    def inline(_, block, *refs):
+        packing.pack_block(scalar_of(block), *refs)
+
+    inline(block, *refs)
+
+
 def _sizes(index: Int[Array, ""], total: int, size: int):
-    """Sizes that a block along an axis may have, and whether it has."""
+    """The sizes that a block along an axis can have, each with the condition that it has it."""
     last = (total - 1) // size
     return [(size, index < last), (total - last * size, index == last)]

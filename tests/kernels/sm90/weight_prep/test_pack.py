@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.semantics import weights
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.weight_prep.pack import pack_columns
 from bipolar_jax.kernels.sm90.weight_prep.pack_threads import ColumnPacking
 from bipolar_jax.quantize.groups import num_groups
@@ -30,7 +31,6 @@ CASES = [
     (160, 3, 96, "bfloat16"),
     (32, 70, None, "float32"),
 ]
-NUMBERS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def operands(fmt, k, n, group_size, dtype):
@@ -48,17 +48,17 @@ def by_jnp(w, half_steps, offset, fmt, group_size):
 
 
 def simulated(monkeypatch, w, half_steps, offset, fmt, group_size):
-    """Planes, and sums of groups from those of parts, as the threads write them, which write all and nothing else."""
-    packing = ColumnPacking(NUMBERS[w.dtype.name], fmt, *w.shape, group_size, offset is not None)
+    """Planes and group sums as the threads write them; checks that they write every element."""
+    packing = ColumnPacking(PTX_TYPES[w.dtype.name], fmt, *w.shape, group_size, offset is not None)
     inputs = [np.array(w), *(np.ascontiguousarray(np.array(a).T) for a in (half_steps, offset) if a is not None)]
     planes = np.full((fmt.bits, packing.n, packing.words), 0xABABABAB, np.uint32)
-    sums = np.full((packing.parts, packing.n), -1, np.int32)
+    sums = np.full((packing.num_sums, packing.n), -1, np.int32)
     with monkeypatch.context() as patch:
         warpgroup_simulator.install(patch)
         for block in range(packing.blocks):
             packing.pack_block(warpgroup_simulator.int32(block), *inputs, planes, sums)
-    group_of_part = np.arange(packing.parts) * packing.part_size // (group_size or packing.k)
-    return planes, np.stack([sums[group_of_part == g].sum(0) for g in range(num_groups(packing.k, group_size))], 1)
+    groups = np.arange(packing.num_sums) * packing.sum_length // (group_size or packing.k)
+    return planes, np.stack([sums[groups == g].sum(0) for g in range(num_groups(packing.k, group_size))], 1)
 
 
 def assert_same(got, expected):

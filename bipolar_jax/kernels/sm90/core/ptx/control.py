@@ -19,17 +19,17 @@ def thread_in_warpgroup() -> Value:
 
 
 def opaque(word: Value) -> Value:
-    """The word, of which the compiler knows nothing; what is computed from it is not moved out of loops."""
+    """The same word, opaque to the compiler: nothing computed from it moves out of a loop."""
     return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
 
 
 def synchronize() -> None:
-    """Waits for the whole warpgroup."""
+    """A barrier of the warpgroup's threads."""
     mgpu.warpgroup_barrier()
 
 
 def when(condition: Value) -> AbstractContextManager:
-    """What is emitted within happens where the condition holds."""
+    """Code emitted within runs where the condition holds."""
     return mgpu.when(condition)
 
 
@@ -39,7 +39,7 @@ def repeat(count: int, values: list[Value], body: Callable[[Value, list[Value]],
 
 
 def update_if(condition: Value, values: list[Value], body: Callable[[], list[Value]]) -> list[Value]:
-    """body() where the condition holds, the values as they are elsewhere."""
+    """body() where the condition holds, else the values unchanged."""
     branch = scf.IfOp(condition, [value.type for value in values], has_else=True)
     with ir.InsertionPoint(branch.then_block):
         scf.YieldOp(body())

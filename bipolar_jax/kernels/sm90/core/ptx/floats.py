@@ -20,44 +20,44 @@ def as_word(number: Value) -> Value:
     return arith.bitcast(i32_type(), number)
 
 
-def expand(number: str, word: Value) -> list[Value]:
-    """The float32 numbers that a word holds, one "f32" or two "bf16" or "f16", low one first."""
-    if number == "f32":
+def expand(ptx_type: str, word: Value) -> list[Value]:
+    """The floats that a word holds, one "f32" or two "bf16" or "f16", low half first, as float32."""
+    if ptx_type == "f32":
         return [as_float(word)]
-    if number == "bf16":
+    if ptx_type == "bf16":
         return [as_float(shift_left(word, 16)), as_float(bits_of(word, 0xFFFF0000))]
     halves = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
     return list(inline_ptx(halves, word, result_types=(f32_type(), f32_type())))
 
 
-def extreme(kind: str, number: str, a: Value, b: Value) -> Value:
-    """ "max" or "min", NaN if either is, of words that hold numbers as in `expand`."""
-    if number == "f32":
+def extreme(kind: str, ptx_type: str, a: Value, b: Value) -> Value:
+    """ "max" or "min" of words that hold floats as in `expand`; NaN if either is."""
+    if ptx_type == "f32":
         return as_word(_float_op(f"{kind}.NaN.f32", as_float(a), as_float(b)))
-    return inline_ptx(f"{kind}.NaN.{number}x2 $0, $1, $2;", a, b, result_types=i32_type())
+    return inline_ptx(f"{kind}.NaN.{ptx_type}x2 $0, $1, $2;", a, b, result_types=i32_type())
 
 
-def fma_pairs(number: str, a: Value, b: Value, c: Value) -> Value:
+def fma_pairs(ptx_type: str, a: Value, b: Value, c: Value) -> Value:
     """a * b + c of words that hold two "bf16" or "f16" each."""
-    return inline_ptx(f"fma.rn.{number}x2 $0, $1, $2, $3;", a, b, c, result_types=i32_type())
+    return inline_ptx(f"fma.rn.{ptx_type}x2 $0, $1, $2, $3;", a, b, c, result_types=i32_type())
 
 
-def rounded(number: str, a: Value) -> Value:
+def rounded(ptx_type: str, a: Value) -> Value:
     """A float32 as "bf16" or "f16", in the low half of a word; to nearest, ties to even."""
-    ptx = f"{{.reg .b16 h; cvt.rn.{number}.f32 h, $1; mov.b32 $0, {{h, h}};}}"
+    ptx = f"{{.reg .b16 h; cvt.rn.{ptx_type}.f32 h, $1; mov.b32 $0, {{h, h}};}}"
     return inline_ptx(ptx, a, result_types=i32_type())
 
 
-def multiply_add_tiles(number: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
-    """a . b + c by the warp's tensor core: [16, 16] times [16, 8] of "bf16" or "f16", in float32.
+def multiply_add_tiles(ptx_type: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
+    """a . b + c on the warp's tensor core: [16, 16] times [16, 8] of "bf16" or "f16", accumulated in float32.
 
-    A lane holds, with r = lane // 4 and q = lane % 4, the words of two numbers at k = 2 q and k = 2 q + 8: of a
-    those of rows r, r + 8, then both again of the second k; of b those of column r; and of c columns 2 q and 2 q + 1
-    of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+    With r = lane // 4 and q = lane % 4, a lane's words each hold two elements, at k = 2 q or at k = 2 q + 8. Of a: rows
+    r and r + 8 at the first k, then both at the second. Of b: column r at both k. Of c: columns 2 q and 2 q + 1 of row
+    r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
     """
     names = [[f"${i}" for i in range(start, start + count)] for start, count in ((0, 4), (4, 4), (8, 2), (10, 4))]
     operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
-    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{number}.{number}.f32 {operands};"
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{ptx_type}.{ptx_type}.f32 {operands};"
     return list(inline_ptx(ptx, *a, *b, *c, result_types=(f32_type(),) * 4, convergent=True))
 
 
@@ -87,17 +87,17 @@ def divide(a: Value, b: Value) -> Value:
 
 
 def rsqrt(a: Value) -> Value:
-    """1 / sqrt(a), good to 2 in the last place."""
+    """1 / sqrt(a), with an error of at most 2 in the last place."""
     return _float_op("rsqrt.approx.f32", a)
 
 
 def reciprocal(a: Value) -> Value:
-    """1 / a, good to 1 in the last place."""
+    """1 / a, with an error of at most 1 in the last place."""
     return _float_op("rcp.approx.ftz.f32", a)
 
 
 def exp2(a: Value) -> Value:
-    """2^a, good to 2 in the last place; what is below 2^-126 is 0."""
+    """2^a, with an error of at most 2 in the last place; 0 below 2^-126."""
     return _float_op("ex2.approx.ftz.f32", a)
 
 
@@ -126,7 +126,7 @@ def floor(a: Value) -> Value:
 
 
 def to_int(a: Value) -> Value:
-    """int32 of a float that is an integer."""
+    """The int32 of a float that is an integer."""
     return arith.fptosi(i32_type(), a)
 
 

@@ -33,7 +33,7 @@ def times(a: Value, b: Value | int) -> Value:
 
 
 def divided(a: Value, b: int) -> Value:
-    """a // b of numbers that are not negative."""
+    """a // b, neither of them negative."""
     return arith.divui(a, int32(b))
 
 
@@ -62,17 +62,17 @@ def shift_right(word: Value, count: Value | int) -> Value:
 
 
 def choose_bits(mask: int, ones: Value, zeros: Value) -> Value:
-    """Bits of `ones` where the mask has ones, else of `zeros`: one instruction."""
+    """Bits of `ones` where the mask is 1, of `zeros` where it is 0: one LOP3."""
     return inline_ptx("lop3.b32 $0, $1, $2, $3, 0xCA;", int32(mask), ones, zeros, result_types=i32_type())
 
 
 def masked_or(word: Value, mask: int, ones: int) -> Value:
-    """The word's bits where the mask has ones, and `ones`: one instruction."""
+    """(word & mask) | ones: one LOP3."""
     return inline_ptx("lop3.b32 $0, $1, $2, $3, 0xEA;", word, int32(mask), int32(ones), result_types=i32_type())
 
 
 def pick_bytes(a: Value, b: Value, selector: Value | int) -> Value:
-    """PRMT: nibble t of the selector names what byte t of the result is, 0-3 of a or 4-7 of b."""
+    """PRMT: nibble t of the selector is the source of byte t of the result, 0 to 3 in a, 4 to 7 in b."""
     return inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, _value(selector), result_types=i32_type())
 
 

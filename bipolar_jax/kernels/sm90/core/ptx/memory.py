@@ -11,18 +11,18 @@ from bipolar_jax.kernels.sm90.core.ptx.types import Pointer, Value, i32_type, in
 
 
 def pointer(memref: Value, space: int) -> Pointer:
-    """Where an array in GLOBAL or SHARED memory begins."""
+    """The address of an array in GLOBAL or SHARED memory."""
     ptr, wanted = memref_ptr(memref), llvm.PointerType.get(space)
     return ptr if ptr.type == wanted else llvm.addrspacecast(wanted, ptr)
 
 
 def advance(ptr: Pointer, offset: Value | int) -> Pointer:
-    """The pointer moved by so many bytes, below 2^31."""
+    """The pointer moved by `offset` bytes, fewer than 2^31."""
     return getelementptr(ptr, [offset], ir.IntegerType.get_signless(8))
 
 
 def advance_far(ptr: Pointer, count: Value | int, size: int) -> Pointer:
-    """The pointer moved by count * size bytes, however many they are; count is not negative."""
+    """The pointer moved by count * size bytes, computed in 64 bits; count is not negative."""
     i64 = ir.IntegerType.get_signless(64)
     if isinstance(count, int):
         return advance(ptr, mgpu.c(count * size, i64))
@@ -30,13 +30,13 @@ def advance_far(ptr: Pointer, count: Value | int, size: int) -> Pointer:
 
 
 def load(ptr: Pointer, words: int) -> list[Value]:
-    """That many words in a row, aligned as a whole."""
+    """Consecutive words in one load, aligned to their total size."""
     loaded = llvm.load(ir.VectorType.get((words,), i32_type()), ptr, alignment=4 * words)
     return [llvm.extractelement(loaded, int32(i)) for i in range(words)]
 
 
 def store(ptr: Pointer, words: list[Value]) -> None:
-    """Writes words in a row, aligned as a whole."""
+    """Writes consecutive words in one store, aligned to their total size."""
     if len(words) == 1:
         llvm.store(words[0], ptr, alignment=4)
         return
@@ -47,22 +47,22 @@ def store(ptr: Pointer, words: list[Value]) -> None:
 
 
 def load_transposed(ptr: Pointer) -> list[Value]:
-    """Four matrices of 8 x 8 numbers of 16 bits in shared memory, each transposed; all lanes take part.
+    """Loads four matrices of 8 x 8 16-bit elements from shared memory, each transposed; all lanes take part.
 
-    Lane 8 i + r points to row r of matrix i, 16 bytes. Word i of lane 4 c + q holds numbers 2 q and 2 q + 1 of column c
-    of matrix i.
+    Lane 8 i + r points to row r of matrix i, 16 bytes. Word i of lane 4 c + q holds elements 2 q and 2 q + 1 of column
+    c of matrix i.
     """
     ptx = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     return list(inline_ptx(ptx, ptr, result_types=(i32_type(),) * 4, has_side_effects=True, convergent=True))
 
 
 def prefetch(ptr: Pointer) -> None:
-    """Has the L2 cache load what is there in global memory."""
+    """Prefetches the line at an address of global memory into the L2 cache."""
     inline_ptx("prefetch.global.L2 [$0];", ptr, has_side_effects=True)
 
 
 def load_half(ptr: Pointer) -> Value:
-    """A word of the 16 bits there, aligned, and zeros above."""
+    """Loads 16 bits, aligned, zero-extended to a word."""
     return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
 
 
@@ -77,7 +77,7 @@ def store_byte(ptr: Pointer, word: Value) -> None:
 
 
 def order_before_copies() -> None:
-    """What this thread wrote to shared memory so far comes before what TMA writes there later."""
+    """Orders this thread's accesses of shared memory before later ones of the async proxy (TMA, wgmma)."""
     inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
 
 

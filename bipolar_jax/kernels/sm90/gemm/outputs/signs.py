@@ -19,12 +19,11 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, pack_planes
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, SignThreads
-from bipolar_jax.kernels.sm90.quantize_rows.emulate import pack_planes
 from bipolar_jax.packing.words import WORD_BITS
 
 

@@ -1,4 +1,4 @@
-"""The row quantizer in jnp, for interpret mode, which knows no inline code."""
+"""The twin in jnp of the row quantizer's device function, for interpret mode."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int, UInt8, UInt32
+from jaxtyping import Array, Int, UInt32
 
-from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
-from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, join_fields, pack_planes
 from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK
-from bipolar_jax.packing.words import WORD_BITS
 
 
-def emulate(
+def quantize_slot_twin(
     quantizer: RowQuantizer, first_row: Int[Array, ""], x, scratch, words, scale, zero_code, code_sums, *vectors
 ) -> None:
     """`RowQuantizer.quantize` on refs."""
@@ -42,22 +40,10 @@ def emulate(
             zero_code[first_row + i] = zero_codes[i]
             code_sums[first_row + i] = sums[i]
 
-    plgpu.commit_smem()  # what was read may be overwritten by TMA
-
-
-def pack_planes(codes: UInt8[Array, "m k"], a_format: BipolarFormat) -> UInt32[Array, "planes m words"]:
-    # As `pack_codes`, which holds a constant array, as no kernel may.
-    bits = fill_up(jnp.stack([a_format.bit(codes, plane) for plane in range(a_format.bits)]), WORD_BITS)
-    return _join(bits.reshape(*bits.shape[:2], -1, WORD_BITS), 1)
+    plgpu.commit_smem()  # TMA may overwrite the slot from here on
 
 
 def _pack_bytes(signed_codes: Int[Array, "m k"]) -> UInt32[Array, "1 m words"]:
     in_bytes = fill_up(signed_codes.astype(jnp.uint8), BLOCK)
     by_word = jnp.swapaxes(in_bytes.reshape(1, in_bytes.shape[0], -1, 4, 8), 3, 4)
-    return _join(by_word, 8).reshape(1, in_bytes.shape[0], -1)
-
-
-def _join(fields: UInt8[Array, "*shape fields"], width: int) -> UInt32[Array, "*shape"]:
-    """Words of fields of so many bits, the first in the lowest."""
-    shifts = jnp.arange(0, WORD_BITS, width, dtype=jnp.uint32)
-    return jnp.sum(fields.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
+    return join_fields(by_word, 8).reshape(1, in_bytes.shape[0], -1)
