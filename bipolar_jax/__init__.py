@@ -3,6 +3,7 @@
 from bipolar_jax import nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
+from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
@@ -16,6 +17,7 @@ __all__ = [
     "GradientPrecision",
     "Precision",
     "explain",
+    "explain_model",
     "fake_quant",
     "from_codes",
     "load",

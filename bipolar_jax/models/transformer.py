@@ -1,9 +1,7 @@
 """A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, an OPT or a BLOOM.
 
-Every parameter of `layers` carries a leading layer axis, so that the whole stack
-compiles as one layer. What attends to what is a function given to each layer:
-training and prefill attend causally within the sequence, decoding attends to a
-`KVCache`; the layer is the same.
+Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Each layer is given the
+function that attends: training and prefill attend causally within the sequence, decoding attends to a `KVCache`.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ Attend = Callable[[Projections], Heads]
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError if a token id is no integer, or outside the vocabulary."""
+    """Raises ValueError if a token id is not an integer, or outside the vocabulary."""
     found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"token ids must be a sequence of integers, got {ids!r}: encode the text with a tokenizer")
@@ -44,7 +42,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(nnx.Module):
-    """x + grouped-query self-attention of norm(x); positions come with `x` or with `attend`."""
+    """x + grouped-query self-attention of norm(x); positions enter by `x` or by `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -60,10 +58,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend
     ) -> Float[Array, "batch length hidden"]:
-        joined = hasattr(self, "qkv_proj")  # see `join_projections`
-        projections = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
-        context = attend(Projections(projections, norm, x, self.head_dim))
+        context = attend(self.projections(x, norm))
         return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1))
+
+    def projections(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Projections:
+        """Queries, keys and values of norm(x), for `attend` to compute."""
+        joined = hasattr(self, "qkv_proj")  # see `join_projections`
+        layers = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
+        return Projections(layers, norm, x, self.head_dim)
 
 
 class DecoderLayer(nnx.Module):
@@ -83,8 +85,8 @@ class DecoderLayer(nnx.Module):
 class Transformer(nnx.Module):
     """Token ids to next-token logits.
 
-    `model(ids)` is the full forward pass. Generation runs in two steps that share
-    a `KVCache`: `prefill` reads whole prompts, `decode` one token for each.
+    `model(ids)` is the full forward pass. Generation has two steps that share a `KVCache`: `prefill` reads whole
+    prompts, `decode` one token of each sequence.
     """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -113,18 +115,23 @@ class Transformer(nnx.Module):
             )
 
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
-        """Logits of every position, each attending to itself and all before it."""
+        """Logits of every position, which attends to itself and to all before it; float32."""
         return self.logits(self.hidden_states(ids))
 
     def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
-        """Final normalized hidden states of every position: `__call__` without the logits."""
-        hidden, _ = self._causal_layers(*self._enter_prompts(ids))
+        """Hidden states of every position after the final norm: `__call__` without the output layer."""
+        hidden, _ = self._causal_layers(*self.enter_prompts(ids))
         return self.final_norm(hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        """Output projection in float32, of hidden states that are already normalized."""
+        """The output layer, for hidden states after the final norm; float32."""
         project = self.embed.attend if self.config.tie_embeddings else self.lm_head
         return project(hidden).astype(jnp.float32)
+
+    @property
+    def output_layer(self) -> nnx.Module:
+        """The layer that `logits` multiplies with: the embedding where it is tied."""
+        return self.embed if self.config.tie_embeddings else self.lm_head
 
     def prefill(
         self,
@@ -133,33 +140,33 @@ class Transformer(nnx.Module):
         capacity: int,
         cache_bits: int | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """Reads prompts padded on the right.
+        """Reads prompts that are padded on the right.
+
+        Not differentiable on Hopper GPUs, like `decode`; train through `__call__`.
 
         Args:
           ids: prompts; entries from `lengths` on are ignored.
           lengths: true length of each prompt, at least 1.
-          capacity: positions the cache can hold, prompt and new tokens together.
-          cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype. The prompts
-            themselves are read without it.
-
-        Not differentiable on Hopper GPUs, as `decode` is not: `__call__` is what to train through.
+          capacity: positions of the cache, for prompt and new tokens together.
+          cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype. Attention within the
+            prompts uses the numbers before they are quantized.
 
         Returns:
-          Logits after the last token of each prompt, and the cache to decode from.
+          Logits after the last token of each prompt, float32; and the cache to decode from.
 
         Raises:
           ValueError: other cache_bits, or prompts longer than `capacity`.
         """
         config = self.config
-        hidden, tables = self._enter_prompts(ids)
+        hidden, tables = self.enter_prompts(ids)
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
         hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.final_norm(last)), cache
 
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """Appends one token to every sequence; returns the next logits and the grown cache."""
-        hidden, tables = self._enter(ids[:, None], cache.lengths[:, None])
+        """Appends one token to every sequence; returns the next logits, float32, and the cache with the token."""
+        hidden, tables = self.enter_tokens(ids, cache)
         try:
             hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
         except Unsupported:
@@ -169,7 +176,7 @@ class Transformer(nnx.Module):
     def _decode_layers(
         self, hidden: Float[Array, "batch 1 hidden"], tables: Tables | None, cache: KVCache
     ) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
-        """Layer by layer: hidden states before the final norm, and the cache with the tokens not counted."""
+        """Layer by layer: hidden states before the final norm; and the cache with the tokens, not yet counted."""
         alibi = self.config.positions == "alibi"
 
         def attend(projections, cache, index):
@@ -181,9 +188,7 @@ class Transformer(nnx.Module):
         self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
-        heads = (*hidden.shape[:2], self.config.num_heads, self.config.head_dim)
-        queries = jax.ShapeDtypeStruct(heads, hidden.dtype)
-        bias = prompts_alibi(queries) if self.config.positions == "alibi" else None
+        bias = prompts_alibi(self.queries(hidden)) if self.config.positions == "alibi" else None
         prompt = None if tables is None else prompt_tables(self.config, tables)
 
         def attend(projections, cache, index):
@@ -192,13 +197,17 @@ class Transformer(nnx.Module):
 
         return self._through_layers(hidden, cache, attend)
 
+    def queries(self, hidden: Float[Array, "batch length hidden"]) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a layer's queries."""
+        return jax.ShapeDtypeStruct((*hidden.shape[:2], self.config.num_heads, self.config.head_dim), hidden.dtype)
+
     def _through_layers(
         self,
         hidden: Float[Array, "batch length hidden"],
         cache: KVCache | None,
         attend: Callable[[Projections, KVCache | None, Int[Array, ""]], tuple[Heads, KVCache | None]],
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
-        """Hidden states and cache after all layers; `attend` gets what each projects, the cache, and its index."""
+        """Hidden states and cache after all layers; `attend` takes a layer's projections, the cache, and its index."""
 
         def step(carry, layer):
             hidden, cache, index = carry
@@ -212,20 +221,25 @@ class Transformer(nnx.Module):
             hidden = layer(hidden, attend_here)
             return (hidden, written, index + 1), None
 
-        # Carried, the index is where kernels can read it; of an array that is scanned XLA slices it by one more.
+        # Kernels read the index from memory, where a carry is; XLA would slice a scanned array by one more kernel.
         (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(0)), self.layers)
         return hidden, cache
 
-    def _enter_prompts(
+    def enter_prompts(
         self, ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
-        """`_enter` of texts from their first token on."""
+        """The input of the first layer, and the rotary tables where positions are rotary, of whole texts."""
         return self._enter(ids, jnp.arange(ids.shape[1])[None])
+
+    def enter_tokens(
+        self, ids: Int[Array, " batch"], cache: KVCache
+    ) -> tuple[Float[Array, "batch 1 hidden"], Tables | None]:
+        """Likewise of one new token of each sequence, at the next position of the cache."""
+        return self._enter(ids[:, None], cache.lengths[:, None])
 
     def _enter(
         self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
     ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
-        """What the first layer reads, and the rotary tables where positions are rotary."""
         config = self.config
         if config.positions == "learned" and ids.shape[1] > config.context_length:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What attends to what: whole prompts causally, and one new token of each sequence to its cache."""
+"""Attention: of whole prompts, causal; and of one new token of each sequence, to its cache."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.kernels import sm90
+from bipolar_jax import ops
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_bias, alibi_slopes
 from bipolar_jax.models.blocks.rope import Tables, rotate
+from bipolar_jax.models.blocks.step import Step, by_xla
 from bipolar_jax.models.kv_cache.cache import Kept, KVCache, row_major
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+from bipolar_jax.ops import Explanation
 
-# Positions whose values are summed by themselves, and their sums after: one sum over all has too few columns to fill a
-# GPU, and XLA, which knows, rather writes all products to memory. Compiled for the H200, 32 and 128 gave it no less.
-_RUN = 64
+# Positions are summed in runs of this length, then the runs: one sum over all has too few columns to fill a GPU, and
+# XLA then writes all products to memory.
+_POSITIONS_PER_SUM = 64
 
 Heads = Float[Array, "batch length heads head_dim"]
 # Queries, keys and values, or one array of them all, side by side in this order.
@@ -33,25 +35,28 @@ def causal_attention(
     v: Float[Array, "batch length kv_heads head_dim"],
     bias: Float[Array, "#batch #heads #length length"] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Every position attends to itself and to all before it, through cuDNN's flash attention where that can serve.
+    """Every position attends to itself and to all before it, by cuDNN's flash attention where it serves the operands.
 
     Args:
       q: queries; consecutive ones share a key head.
       k: keys.
       v: values.
-      bias: added to the scores after their scaling, such as ALiBi's; axes of 1 are repeated.
+      bias: added to the scaled scores, such as ALiBi's; axes of size 1 are broadcast.
+
+    Returns:
+      The context of each query, in q's dtype.
     """
     implementation = causal_implementation(default_device(), q, bias)
     if bias is not None and implementation == "cudnn":
-        bias = whole_bias(bias).astype(q.dtype)  # nothing is left to do if `prompts_alibi` made it
+        bias = whole_bias(bias).astype(q.dtype)  # a no-op for the bias of `prompts_alibi`
     return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation=implementation)
 
 
 def prompts_alibi(q: Any) -> Float[Array, "1 heads #length length"]:
-    """ALiBi's biases as `causal_attention` hands them on: for cuDNN of every query and key, else one row.
+    """ALiBi's biases in the form that `causal_attention` passes on: [heads, length, length] for cuDNN, else one row.
 
-    They are to be made before a loop over layers: cuDNN's heads * length^2 numbers, made in its body, are made anew
-    in every turn.
+    Call it before a loop over layers: cuDNN's heads * length^2 numbers, computed in the body, would be computed again
+    in every iteration.
 
     Args:
       q: queries or their shape and dtype, [batch, length, heads, head_dim].
@@ -60,22 +65,22 @@ def prompts_alibi(q: Any) -> Float[Array, "1 heads #length length"]:
     row = alibi_bias(heads, length)
     if causal_implementation(default_device(), q, row) != "cudnn":
         return row
-    # What is made of a constant XLA moves into the loop again.
+    # Without the barrier XLA moves the computation, of constants alone, into the loop.
     return whole_bias(jax.lax.optimization_barrier(row)).astype(q.dtype)
 
 
 def causal_implementation(device: jax.Device, q: Any, bias: Any | None) -> Literal["cudnn", "xla"]:
     """The implementation of `jax.nn.dot_product_attention` that serves these queries on this device.
 
-    cuDNN's takes bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on, heads of at most 128 numbers
-    (256 from 9.0 on) and a multiple of 8, and, because of the gradient, a bias only for an even number of positions.
+    cuDNN's takes bfloat16 and float16 on NVIDIA GPUs from compute capability 8.0 on; head sizes that are a multiple of
+    8, up to 128 (256 from 9.0 on); and, because of its gradient, a bias only for an even number of positions.
 
     Args:
       device: where it will run.
       q: array or its shape and dtype, [batch, length, heads, head_dim].
       bias: likewise, [batch or 1, heads or 1, length or 1, length], or None.
     """
-    # AMD's GPUs, of the same platform, have names such as gfx90a there.
+    # AMD's GPUs have the same platform; their capability is a name such as gfx90a.
     capability = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or capability is None:
         return "xla"
@@ -92,16 +97,17 @@ def causal_implementation(device: jax.Device, q: Any, bias: Any | None) -> Liter
 
 
 def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array, "batch heads length length"]:
-    """A bias of which each query has a row of its own, as cuDNN wants it.
+    """The bias with a row for each query, as cuDNN needs it.
 
-    One row for all is shifted to 0 where a query meets its own position. Softmax ignores what is the same for all keys
-    of a query, and ALiBi's slope * key, large where the text is long, would not survive bfloat16: its distances do.
+    One row for all queries is shifted by query so that the bias of its own position is 0; softmax ignores a shift
+    that all keys of a query share. In long texts ALiBi's slope * key is too large for bfloat16; slope * distance is
+    not.
     """
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
 
 
 def rotated_heads(projected: Projected, kv_heads: int, tables: Tables | None) -> tuple[Heads, Heads, Heads]:
-    """Queries, keys and values, the first two rotated if there are tables."""
+    """Queries, keys and values as three arrays; q and k rotated if there are tables."""
     if len(projected) == 3:
         q, k, v = projected
     else:
@@ -119,41 +125,66 @@ def attend_to_cache(
     *,
     alibi: bool = False,
 ) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
-    """One token of each sequence enters the cache and attends to it: a kernel of its own on Hopper GPUs, else XLA's.
+    """One token of each sequence enters the cache and attends to it: by one kernel where a backend has it, else by XLA.
 
-    Both give the same numbers but for rounding. A sequence that fills the cache attends to what is in there.
+    Both give the same numbers up to rounding. A sequence that fills the cache attends to the cache alone.
 
     Args:
       projected: of the token, [batch, 1, heads, head_dim] each; consecutive queries share a key head.
       cache: `lengths` are the token's positions.
-      layer: the cache's layer to write and to read.
+      layer: index of the cache's layer to write and to read.
       tables: cosines and sines that q and k are rotated by first, see `rope.rope_tables`.
       alibi: whether to add ALiBi's biases to the scores.
 
     Returns:
-      What the queries get, and the cache with the token written and not yet counted.
+      The context of the queries; and the cache with the token written and not yet counted.
     """
     try:
-        return _attend_on_sm90(projected, cache, layer, tables, alibi)
+        return attend_in_one_kernel(projected, cache, layer, tables, alibi)
     except Unsupported:
         return _attend_on_xla(projected, cache, layer, tables, alibi)
 
 
-def _attend_on_sm90(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
-    (keys, values), trees = zip(*map(jax.tree.flatten, (cache.keys, cache.values)), strict=True)
-    heads = sum(x.shape[2] for x in projected) - 2 * keys[0].shape[2]
-    context, *kept = sm90.decode_attention(
-        tuple(x[:, 0] for x in projected),
-        tuple(keys),
-        tuple(values),
-        layer,
-        cache.lengths,
+def attend_in_one_kernel(
+    projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None, alibi: bool
+) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
+    """`attend_to_cache` by `ops.decode_attention`. Raises Unsupported as that does."""
+    operands, options = _fused_operands(projected, cache, layer, tables, alibi)
+    context, *leaves = ops.decode_attention(*operands, **options)
+    keys, values = map(jax.tree.unflatten, map(jax.tree.structure, (cache.keys, cache.values)), leaves)
+    return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
+
+
+def explain_attention_to_cache(
+    projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None = None, *, alibi: bool = False
+) -> Step:
+    """What `attend_to_cache` runs for these operands."""
+    operands, options = _fused_operands(projected, cache, layer, tables, alibi)
+    name = "attention" if tables is None else "rotation, attention"
+    try:
+        return Step(f"{name}, cache write", ops.explain(ops.decode_attention, *operands, **options))
+    except Unsupported as reason:
+        runs = by_xla("cache write, then multiplications and sums in float32", "serves every cache")
+        return Step(f"{name}, cache write", runs, str(reason))
+
+
+def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: bool) -> tuple[tuple, dict[str, Any]]:
+    """Operands and options of `ops.decode_attention`."""
+    keys, values = (tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values))
+    heads = sum(x.shape[2] for x in projected) - 2 * cache.kv_heads
+    options = dict(
         bits=cache.bits,
         tables=None if tables is None else tuple(table[:, 0] for table in tables),
         slopes=jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None,
     )
-    keys, values = map(jax.tree.unflatten, trees, kept)
-    return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
+    return (tuple(x[:, 0] for x in projected), keys, values, layer, cache.lengths), options
+
+
+def explain_causal(q: Any, bias: Any | None) -> Step:
+    """What `causal_attention` runs for queries and a bias, or their shapes and dtypes."""
+    if causal_implementation(default_device(), q, bias) == "cudnn":
+        return Step("attention", Explanation("cudnn", "flash attention", None, "fused on NVIDIA GPUs", {}))
+    return Step("attention", by_xla("dot products and softmax", "cuDNN does not serve these heads or this device"))
 
 
 def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
@@ -170,19 +201,22 @@ def decode_attention(
     lengths: Int[Array, " batch"],
     bias: Float[Array, "#batch #heads 1 capacity"] | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
-    """One token of each sequence attends to the positions 0 ... lengths of a cache that holds it already.
+    """One token of each sequence attends to the positions 0 ... lengths of a cache that already holds it.
 
-    Both products are a multiplication and a sum in float32, which XLA makes one kernel that reads the cache once, where
-    it lies, and widens its numbers in registers. As a dot, compiled for the H200, each came after a kernel that copies
-    the layer's part of the cache, quantized codes as bfloat16; for the few rows of one token tensor cores gain nothing.
-    Where query heads share a key head, the layer's values are still copied, as codes.
+    Both products are a multiplication and a sum in float32: XLA fuses each into one kernel, which reads the cache in
+    place and widens its numbers in registers. Before a dot XLA copies the layer's part of the cache, quantized codes as
+    bfloat16; and the few rows of one token gain nothing from tensor cores. Where query heads share a key head, the
+    layer's values are still copied, as codes.
 
     Args:
       q: queries; consecutive ones share a key head.
       keys: of one layer, [batch, kv_heads, capacity, head_dim].
       values: likewise.
       lengths: position of the token in each sequence.
-      bias: added to the scores after their scaling, such as ALiBi's; axes of 1 are repeated.
+      bias: added to the scaled scores, such as ALiBi's; axes of size 1 are broadcast.
+
+    Returns:
+      The context of the queries, in their dtype.
     """
     keys, values = _numbers(keys), _numbers(values)
     batch, _, heads, head_dim = q.shape
@@ -195,12 +229,12 @@ def decode_attention(
     visible = jnp.arange(capacity) <= lengths[:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     products = row_major(weights[..., None] * values[:, :, None])
-    run = _RUN if capacity % _RUN == 0 else capacity
+    run = _POSITIONS_PER_SUM if capacity % _POSITIONS_PER_SUM == 0 else capacity
     sums = jnp.sum(products.reshape(*products.shape[:3], -1, run, head_dim), axis=-2)
     context = jnp.sum(jax.lax.optimization_barrier(sums), axis=-2)
     return context.reshape(batch, 1, heads, head_dim).astype(q.dtype)
 
 
 def _numbers(kept: Kept) -> Float[Array, "batch kv_heads capacity head_dim"]:
-    """As float32, which XLA fuses into what reads it."""
+    """The numbers in float32; XLA fuses the conversion into the kernel that reads them."""
     return kept.dequantize() if isinstance(kept, QuantizedHeads) else kept.astype(jnp.float32)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels import sm90
-from bipolar_jax.kernels.backend import Layer
+from bipolar_jax import ops
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Layer
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_onto
+from bipolar_jax.models.blocks.step import Step, product_step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.nn import Linear
 from bipolar_jax.ops import Activation
-from bipolar_jax.ops.matmul import check_operands, vary_alike
+from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.quantize.precision import activation_format
 
-# Gates and what they belong to are worth finishing where the product has them in registers, which halves what it
-# writes and what is read again. Not for few tokens: those products leave it to a kernel of its own on Hopper, and the
-# quantizer that follows does it on the way.
-_FEW_TOKENS = 64
 _GATE = Activation("silu", gated=True)
 
 
@@ -42,37 +40,67 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
-        if hasattr(self, "gate_up_proj"):  # see `join_projections`
-            if x.size // x.shape[-1] <= _FEW_TOKENS and isinstance(self.down_proj, Linear):
-                return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), _GATE)
-            return _of_prompts(x, norm, self.gate_up_proj, self.down_proj)
-        gate, up = project([self.gate_proj, self.up_proj], norm, x)
-        return project_onto(x, self.down_proj, jax.nn.silu(gate) * up)
+        if not self._joined:
+            gate, up = project([self.gate_proj, self.up_proj], norm, x)
+            return project_onto(x, self.down_proj, jax.nn.silu(gate) * up)
+        if self._gates_in_quantizer(x):
+            return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), _GATE)
+        try:
+            return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)))
+        except Unsupported:
+            return _gated_up(x, norm, self.gate_up_proj, self.down_proj)
+
+    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
+        """What `__call__` runs for these operands."""
+        if not self._joined:
+            products = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
+            return [product_step(name, layer, x) for name, layer in products.items()]
+        reason = None
+        if not self._gates_in_quantizer(x):
+            try:
+                implementation, operands = _one_bit_operands(x, norm, self.gate_up_proj, self.down_proj)
+                return [Step("gate/up, down", ops.explain(ops.feed_forward, *operands, implementation=implementation))]
+            except Unsupported as unsupported:
+                reason = str(unsupported)
+        return [product_step("gate/up", self.gate_up_proj, x, reason), product_step("down", self.down_proj, x)]
+
+    @property
+    def _joined(self) -> bool:
+        """Whether gate and up are one layer, see `join_projections`."""
+        return hasattr(self, "gate_up_proj")
+
+    def _gates_in_quantizer(self, x: Float[Array, "batch length hidden"]) -> bool:
+        """Whether the quantizer of `down` computes the gates, and not the epilogue of the product before it.
+
+        The epilogue halves what the product writes and what is read again. The product of few tokens has no activation
+        in its epilogue on Hopper, and the quantizer that follows computes it on the way.
+        """
+        return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and isinstance(self.down_proj, Linear)
 
 
-def _of_prompts(
-    x: Float[Array, "batch length hidden"], norm: Norm, gate_up: Linear, down: nnx.Linear | Linear
-) -> Float[Array, "batch length hidden"]:
-    """SwiGLU of joined layers; where `down` takes one bit, on Hopper GPUs the product before it leaves no more."""
-    try:
-        return _by_signs(*vary_alike((x, norm, gate_up, down)))
-    except Unsupported:
-        return _by_layers(x, norm, gate_up, down)
-
-
-def _by_layers(x, norm, gate_up, down):
+def _gated_up(x, norm, gate_up, down):
     return project_onto(x, down, gate_up(x, as_prologue(norm), activation=_GATE))
 
 
 @jax.custom_vjp
-def _by_signs(x, norm, gate_up, down):
-    """The same numbers. Raises Unsupported where layers are not packed, or as `sm90.feed_forward`."""
-    if not all(isinstance(layer, Linear) and layer.implementation in ("auto", "sm90") for layer in (gate_up, down)):
-        raise Unsupported("signs leave a product of packed layers for another")
+def _one_bit_down(x, norm, gate_up, down):
+    """The numbers of `_gated_up` by the fused operation. Raises Unsupported as `_one_bit_operands` and that do."""
+    implementation, operands = _one_bit_operands(x, norm, gate_up, down)
+    return ops.feed_forward(*operands, implementation=implementation).reshape(x.shape)
+
+
+def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any) -> tuple[str, tuple]:
+    """The backend and the operands of `ops.feed_forward`.
+
+    Raises:
+      Unsupported: layers that are not packed; float activations, or more than one bit for `down`.
+    """
+    if not (isinstance(gate_up, Linear) and isinstance(down, Linear)):
+        raise Unsupported("the fused feed-forward block takes packed layers")
     if gate_up.precision.a_bits is None or down.precision.a_bits != 1:
-        raise Unsupported("signs leave a product of integers for one of one-bit tokens")
-    prologue, rows = as_prologue(norm), x.reshape(-1, x.shape[-1])
-    up, down = (
+        raise Unsupported("the fused feed-forward block takes integer activations, of one bit for down")
+    rows = x.reshape(-1, x.shape[-1])
+    first, second = (
         Layer(
             layer.kernel.get_value(),
             activation_format(layer.precision.a_bits),
@@ -80,22 +108,20 @@ def _by_signs(x, norm, gate_up, down):
         )
         for layer in (gate_up, down)
     )
-    check_operands(rows, *up, prologue, activation=_GATE)
-    check_operands(jax.ShapeDtypeStruct((rows.shape[0], up.w.shape[-1] // 2), x.dtype), *down, residual=rows)
-    return sm90.feed_forward(rows, up, down, prologue, _GATE, rows).reshape(x.shape)
+    return shared_implementation((gate_up, down)), (rows, first, second, as_prologue(norm), _GATE, rows)
 
 
 def _forward(*operands):
-    return _by_signs(*operands), operands
+    return _one_bit_down(*operands), operands
 
 
 def _backward(operands, cotangent):
-    """That of the layers, which are computed once more for it."""
-    _, pull_back = jax.vjp(_by_layers, *operands)
+    """The gradient of `_gated_up`, which is computed once more for it."""
+    _, pull_back = jax.vjp(_gated_up, *operands)
     return pull_back(cotangent)
 
 
-_by_signs.defvjp(_forward, _backward)
+_one_bit_down.defvjp(_forward, _backward)
 
 
 class MLP(nnx.Module):
@@ -115,3 +141,8 @@ class MLP(nnx.Module):
         if isinstance(self.down_proj, Linear):
             return project_onto(x, self.down_proj, up, self.activation)
         return project_onto(x, self.down_proj, self.activation(up).astype(up.dtype))
+
+    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
+        """What `__call__` runs for these operands."""
+        del norm
+        return [product_step("up", self.up_proj, x), product_step("down", self.down_proj, x)]

@@ -1,18 +1,21 @@
-"""A decode step whose layers are one kernel: of one sequence, on a Hopper GPU."""
+"""A decode step of one sequence whose layers run as one kernel, where a backend has it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bipolar_jax import ops
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.blocks.norm import as_prologue
 from bipolar_jax.models.blocks.rope import rotate
+from bipolar_jax.models.blocks.step import Step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear
@@ -26,10 +29,10 @@ def fused_layers(
     tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
     cache: KVCache,
 ) -> tuple[Float[Array, "1 1 hidden"], KVCache]:
-    """All layers for the new token of one sequence.
+    """All layers for the new token of one sequence, by `ops.decode_layers`.
 
-    The numbers are those of the layers one after the other but for rounding: what they leave in the model's dtype
-    stays float32 here.
+    The numbers are those of the layers one after the other up to rounding: between products they stay float32 here,
+    where layers round them to the model's dtype.
 
     Args:
       layers: the stack of `transformer.DecoderLayer`.
@@ -39,13 +42,36 @@ def fused_layers(
       cache: its length is the token's position.
 
     Returns:
-      The hidden state before the final norm, in the dtype it came in; and the cache with the token written and not
-      counted.
+      The hidden state before the final norm, in the dtype of `hidden`; and the cache with the token written and not
+      yet counted.
 
     Raises:
-      Unsupported: more sequences, another device, layers that are not packed and joined (`join_projections`),
-        or that the kernel does not serve.
+      Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
+        bits or backend; and as `ops.decode_layers`.
     """
+    operands, options = _fused_operands(layers, config, hidden, tables, cache)
+    outcome, qkv = ops.decode_layers(*operands, **options)
+    heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
+    keys, values = jnp.split(heads, 2, axis=2)
+    if tables is not None:
+        keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
+    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None])
+
+
+def explain_fused_layers(
+    layers: nnx.Module,
+    config: TransformerConfig,
+    hidden: Float[Array, "batch 1 hidden"],
+    tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
+    cache: KVCache,
+) -> Step:
+    """What `fused_layers` runs for these operands. Raises Unsupported as it does."""
+    operands, options = _fused_operands(layers, config, hidden, tables, cache)
+    return Step("all layers, cache write", ops.explain(ops.decode_layers, *operands, **options))
+
+
+def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KVCache) -> tuple[tuple, dict[str, Any]]:
+    """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
     if hidden.shape[0] != 1:
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
     gated = config.ffn == "swiglu"
@@ -55,9 +81,12 @@ def fused_layers(
         "up": getattr(layers.ffn, "gate_up_proj" if gated else "up_proj", None),
         "down": layers.ffn.down_proj,
     }
-    outcome, qkv = sm90.decode_layers(
+    for name, layer in products.items():
+        if not isinstance(layer, Linear):
+            raise Unsupported(f"the {name} projections must be one packed layer")
+    operands = (
         hidden[0, 0],
-        {name: layer.kernel.get_value() for name, layer in products.items() if _is_served(name, layer)},
+        {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
         Activation("silu", gated=True) if gated else Activation(config.ffn),
@@ -66,19 +95,8 @@ def fused_layers(
         None if tables is None else tuple(table[0, 0] for table in tables),
         jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None,
         _activation_format(products),
-        cache_bits=cache.bits,
     )
-    heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
-    keys, values = jnp.split(heads, 2, axis=2)
-    if tables is not None:
-        keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
-    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None])
-
-
-def _is_served(name: str, layer: object) -> bool:
-    if not isinstance(layer, Linear) or layer.implementation not in ("auto", "sm90"):
-        raise Unsupported(f"the {name} projections must be one packed layer")
-    return True
+    return operands, {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
 
 
 def _activation_format(products: dict[str, Linear]) -> BipolarFormat:

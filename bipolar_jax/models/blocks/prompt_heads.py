@@ -1,4 +1,4 @@
-"""Queries, keys and values of prompts, rotated and cached: on Hopper by the product that makes them, else after it."""
+"""Queries, keys and values of prompts, rotated and cached in the product that makes them, or after it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.kernels import sm90
+from bipolar_jax import ops
 from bipolar_jax.kernels.semantics.rotation import LARGEST_AMPLITUDE, FixedPointTables, fixed_point_tables
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, Projected, rotated_heads
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project
 from bipolar_jax.models.blocks.rope import Tables, rope_frequencies
+from bipolar_jax.models.blocks.step import Step, by_xla, product_step
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear
-from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.quantize.precision import activation_format
 
+# Rows of the largest tile of the fused operation's kernel: tables padded to it need no copy in each layer.
 _TILE_ROWS = 128
 
 
@@ -29,9 +30,9 @@ class Projections:
     """A layer's queries, keys and values before they are computed.
 
     Attributes:
-      layers: for each of them, or the one that makes all, see `join_projections`.
+      layers: the layer of each of the three, or the one that makes all, see `join_projections`.
       norm: of their input.
-      x: that input before the norm.
+      x: the input, before the norm.
       head_dim: numbers of a head.
     """
 
@@ -41,17 +42,29 @@ class Projections:
     head_dim: int
 
     def heads(self) -> Projected:
-        """Computed, and not rotated."""
+        """The projections, not rotated."""
         products = project(self.layers, self.norm, self.x)
         return tuple(product.reshape(*product.shape[:2], -1, self.head_dim) for product in products)
 
+    def empty_heads(self) -> Projected:
+        """Arrays of the shapes and dtype of `heads`, to plan with: nothing is computed."""
+        sizes = [layer.kernel.get_value().shape[-1] for layer in self.layers]
+        shape = self.x.shape[:2]
+        return tuple(jnp.zeros((*shape, size // self.head_dim, self.head_dim), self.x.dtype) for size in sizes)
+
+    def explain(self, not_fused: str | None = None) -> list[Step]:
+        """What `heads` runs."""
+        names = ("qkv",) if len(self.layers) == 1 else ("q", "k", "v")
+        first, *others = (product_step(name, layer, self.x) for name, layer in zip(names, self.layers, strict=True))
+        return [dataclasses.replace(first, not_fused=not_fused), *others]
+
 
 class PromptTables(NamedTuple):
-    """Cosines and sines of prompts' positions.
+    """Cosines and sines of the positions of prompts.
 
     Attributes:
       exact: float32.
-      fixed_point: as the Hopper kernel takes them, made once in place of in every layer; None if they do not fit.
+      fixed_point: as `ops.prompt_heads` takes them, made once for all layers; None if the amplitude does not fit.
     """
 
     exact: Tables
@@ -59,7 +72,7 @@ class PromptTables(NamedTuple):
 
 
 def prompt_tables(config: TransformerConfig, tables: Tables) -> PromptTables:
-    """Both kinds of what `rope_tables` gives for the positions 0, 1, 2 ... of any number of prompts."""
+    """Both forms of the tables that `rope_tables` gives for the positions 0, 1, 2 ... of any number of prompts."""
     _, amplitude = rope_frequencies(config)
     fits = abs(amplitude) <= LARGEST_AMPLITUDE
     return PromptTables(tables, fixed_point_tables(tables, _TILE_ROWS) if fits else None)
@@ -70,43 +83,69 @@ def prompt_heads(
 ) -> tuple[Heads, Heads, Heads, KVCache | None]:
     """Queries, keys and values, the first two rotated if there are tables; and the cache with the layer filled.
 
-    On Hopper GPUs one kernel does it (`sm90.prompt_heads`) where projections are packed and joined and the cache is
-    one of floats; it rounds rotated numbers to their dtype once, where else they are rounded before the rotation, too,
-    and cosines and sines to multiples of 2^-14.
+    `ops.prompt_heads` does it in one kernel where the projections are packed and joined and the cache holds floats. It
+    rounds rotated numbers once, and cosines and sines to multiples of 2^-14; otherwise projections are rounded before
+    the rotation, too.
 
     Args:
-      projections: of prompts from their first tokens on.
+      projections: of prompts, from their first tokens on.
       kv_heads: heads of keys, and of values.
       tables: of positions, see `prompt_tables`.
       cache: of all layers, or None to keep nothing.
-      layer: the cache's layer to fill.
+      layer: index of the cache's layer to fill.
 
     Raises:
       ValueError: prompts longer than the cache.
     """
     try:
-        return _on_sm90(projections, tables, cache, layer)
+        implementation, operands = _fused_operands(projections, tables, cache, layer)
+        q, k, v, keys, values = ops.prompt_heads(*operands, implementation=implementation)
     except Unsupported:
         q, k, v = rotated_heads(projections.heads(), kv_heads, None if tables is None else tables.exact)
         return q, k, v, cache if cache is None else cache.write_prompts(layer, k, v)
+    return q, k, v, dataclasses.replace(cache, keys=keys, values=values)
 
 
-def _on_sm90(projections: Projections, tables: PromptTables | None, cache: KVCache | None, index):
+def explain_prompt_heads(
+    projections: Projections, tables: PromptTables | None, cache: KVCache | None, layer: Int[Array, ""]
+) -> list[Step]:
+    """What `prompt_heads` runs for these operands."""
+    try:
+        implementation, operands = _fused_operands(projections, tables, cache, layer)
+        runs = ops.explain(ops.prompt_heads, *operands, implementation=implementation)
+    except Unsupported as reason:
+        rotation = "cache write" if tables is None else "rotation, cache write"
+        return [*projections.explain(str(reason)), Step(rotation, by_xla("elementwise kernels", "after the product"))]
+    return [Step("qkv, cache write" if tables is None else "qkv, rotation, cache write", runs)]
+
+
+def _fused_operands(
+    projections: Projections, tables: PromptTables | None, cache: KVCache | None, index: Int[Array, ""]
+) -> tuple[str, tuple]:
+    """The backend and the operands of `ops.prompt_heads`.
+
+    Raises:
+      Unsupported: no cache, or a quantized one; projections that are not joined or not packed; float activations;
+        tables that do not fit 16 bits.
+    """
     if cache is None or cache.bits is not None:
         raise Unsupported("heads leave a product to a cache of floats")
     (layer, *others) = projections.layers
-    if others or not isinstance(layer, Linear) or layer.implementation not in ("auto", "sm90"):
+    if others or not isinstance(layer, Linear):
         raise Unsupported("heads leave one product, of one packed layer")
     if layer.precision.a_bits is None:
         raise Unsupported("heads leave a product of integers")
     if tables is not None and tables.fixed_point is None:
-        raise Unsupported("cosines and sines are too large for the kernel's integers")
-    x, w = projections.x, layer.kernel.get_value()
-    a_format, prologue = activation_format(layer.precision.a_bits), as_prologue(projections.norm)
+        raise Unsupported("cosines and sines are too large for the kernel's 16-bit integers")
     bias = None if layer.bias is None else jnp.asarray(layer.bias[...])
-    check_operands(x, w, a_format, bias, prologue)
-    fixed_point = None if tables is None else tables.fixed_point
-    q, k, v, keys, values = sm90.prompt_heads(
-        x, w, a_format, bias, prologue, cache.keys, cache.values, index, fixed_point
+    return layer.implementation, (
+        projections.x,
+        layer.kernel.get_value(),
+        activation_format(layer.precision.a_bits),
+        bias,
+        as_prologue(projections.norm),
+        cache.keys,
+        cache.values,
+        index,
+        None if tables is None else tables.fixed_point,
     )
-    return q, k, v, dataclasses.replace(cache, keys=keys, values=values)

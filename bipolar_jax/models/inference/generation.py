@@ -75,7 +75,9 @@ def generate(
     """
     ids, lengths, keys, capacity = _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits)
     tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
-    steps, _ = _all_tokens(model, tokens, cache, sampling, jnp.resize(keys, _round_up(max_new_tokens)), max_new_tokens)
+    steps, _ = _all_tokens(
+        model, tokens, cache, sampling, jnp.resize(keys, round_up_length(max_new_tokens)), max_new_tokens
+    )
     return [[int(token) for token in column if token >= 0] for column in np.asarray(steps).T]
 
 
@@ -122,7 +124,7 @@ def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits):
     if key is None:
         sample(jnp.zeros((1, 1)), sampling)  # raises unless it is greedy
         key = jax.random.key(0)
-    capacity = min(_round_up(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
+    capacity = min(round_up_length(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
     return jnp.asarray(ids), jnp.asarray(lengths), jax.random.split(key, max_new_tokens), capacity
 
 
@@ -147,11 +149,12 @@ def _padded(
         )
     for prompt in prompts:
         check_ids(prompt, config.vocab_size)
-    ids = np.zeros((len(prompts), min(_round_up(longest), config.context_length)), np.int32)
+    ids = np.zeros((len(prompts), min(round_up_length(longest), config.context_length)), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     return ids, lengths
 
 
-def _round_up(length: int) -> int:
+def round_up_length(length: int) -> int:
+    """The length that prompts are padded to, and the capacity that caches have, for at least `length` positions."""
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP

@@ -76,7 +76,7 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         q, k, v, cache, tables = operands
         projected = (jnp.concatenate([q, k, v], axis=2),) if joined else (q, k, v)
-        result = attention._attend_on_sm90(projected, cache, jnp.int32(LAYER), tables, case.alibi)
+        result = attention.attend_in_one_kernel(projected, cache, jnp.int32(LAYER), tables, case.alibi)
     assert not interpret_pallas_call.get_races().races_found
     return result
 
@@ -270,7 +270,7 @@ def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi,
     def attend(projected, cache, layer, tables):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(execution, "is_hopper", lambda device: True)
-            return attention._attend_on_sm90(projected, cache, layer, tables, alibi)
+            return attention.attend_in_one_kernel(projected, cache, layer, tables, alibi)
 
     *projected, cache, tables = case.shapes()
     _, report = sm90_compile.compile_for_h200(

@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision, quantize
+from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.core.execution import interpreted
@@ -230,7 +231,7 @@ def test_a_model_decodes_the_same(cache_bits, monkeypatch):
     monkeypatch.setattr(api, "default_device", lambda: None)
     monkeypatch.setattr(api, "MULTIPROCESSORS", 3)
     reached = []
-    monkeypatch.setattr(fused_decode.sm90, "decode_layers", recording(fused_decode.sm90.decode_layers, reached))
+    monkeypatch.setattr(sm90, "decode_layers", recording(sm90.decode_layers, reached))
     with interpreted(plgpu.InterpretGPUParams()):
         fused, fused_cache = model.decode(jnp.array([5]), cache)
     assert reached == ["done"]
@@ -275,7 +276,7 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
     def refused():
         there, ids = model(), jnp.ones((batch, 8), jnp.int32)
         _, cache = there.prefill(ids, jnp.full(batch, 8), 64 if cache_bits is None else 40, cache_bits)
-        hidden, tables = there._enter(ids[:, :1], cache.lengths[:, None])
+        hidden, tables = there.enter_tokens(ids[:, 0], cache)
         with interpreted(plgpu.InterpretGPUParams()), pytest.raises(NotImplementedError, match=message):
             fused_decode.fused_layers(there.layers, there.config, hidden, tables, cache)
 

@@ -1,0 +1,67 @@
+"""What one step of a model would run, for `inference.explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.nn import Embed, Linear, LinearGeneral
+from bipolar_jax.ops import Explanation, explain
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One or several fused operations of a model.
+
+    Attributes:
+      name: of the products or of attention, such as "qkv" or "gate/up".
+      runs: backend, kernel and reason.
+      not_fused: why the kernel that fuses this step with the next ones is not taken; None if it is, or none exists.
+    """
+
+    name: str
+    runs: Explanation
+    not_fused: str | None = None
+
+
+def shared_implementation(layers: Iterable[Linear]) -> str:
+    """The backend that an operation which fuses several layers is asked of: the one they name, else "auto".
+
+    Raises:
+      Unsupported: layers that name different backends.
+    """
+    named = sorted({layer.implementation for layer in layers} - {"auto"})
+    if len(named) > 1:
+        raise Unsupported(f"layers of one fused operation need one backend, not {' and '.join(named)}")
+    return named[0] if named else "auto"
+
+
+def by_xla(kernel: str, reason: str, passed_over: dict[str, str] | None = None) -> Explanation:
+    """A step that is left to XLA."""
+    return Explanation("xla", kernel, None, reason, passed_over or {})
+
+
+def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = None) -> Step:
+    """The product of a linear layer, or of an embedding that makes logits.
+
+    Args:
+      name: of the step.
+      layer: packed or float.
+      x: array or its shape and dtype; its last axis may be any.
+      not_fused: see `Step`.
+    """
+    if isinstance(layer, Linear | LinearGeneral | Embed):
+        w = layer.embedding.get_value().T if isinstance(layer, Embed) else layer.kernel.get_value()
+        backend = layer.dot_general if isinstance(layer, LinearGeneral) else layer
+        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), w.shape[-2]), x.dtype)
+        runs = explain(rows, w, layer.precision.a_bits, implementation=backend.implementation)
+        return Step(name, runs, not_fused)
+    dtype = jnp.dtype(layer.dtype or x.dtype).name
+    return Step(name, by_xla(f"{dtype} dot", "the layer is not packed"), not_fused)

@@ -1,0 +1,162 @@
+"""Which kernels a model runs, step by step, and why the fused ones are not taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.device import default_device
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.models.blocks.attention import explain_attention_to_cache, explain_causal, prompts_alibi
+from bipolar_jax.models.blocks.fused_decode import explain_fused_layers
+from bipolar_jax.models.blocks.prompt_heads import explain_prompt_heads, prompt_tables
+from bipolar_jax.models.blocks.rope import Tables
+from bipolar_jax.models.blocks.step import Step, product_step
+from bipolar_jax.models.inference.generation import round_up_length
+from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.models.transformer import DecoderLayer, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelExplanation:
+    """The kernels of a model; its `str` is a table.
+
+    Attributes:
+      workload: model, batch, lengths, cache and device in words.
+      num_layers: layers, which are equal: they are one scanned stack.
+      prefill, decode: steps of one layer, in order; or in decode the one step of all layers.
+      output: the output layer of both phases, which make logits of one position of each sequence.
+      not_one_kernel: why the layers of a decode step do not run as one kernel; None if they do.
+    """
+
+    workload: str
+    num_layers: int
+    prefill: tuple[Step, ...]
+    decode: tuple[Step, ...]
+    output: Step
+    not_one_kernel: str | None
+
+    def __str__(self) -> str:
+        last = self.num_layers - 1
+        layers = f"layers 0-{last}" if last else "layer 0"
+        rows = [("prefill", layers, self.prefill), ("prefill", "output", (self.output,))]
+        rows += [("decode", layers, self.decode), ("decode", "output", (self.output,))]
+        cells = [(phase, where, *_cells(step)) for phase, where, steps in rows for step in steps]
+        notes = [(phase, _notes(step)) for phase, _, steps in rows for step in steps]
+        if self.not_one_kernel is not None:
+            first = next(i for i, (phase, _) in enumerate(notes) if phase == "decode")
+            notes[first] = ("decode", [f"not one kernel for all layers: {self.not_one_kernel}", *notes[first][1]])
+        return "\n".join([self.workload, *_table(cells, [note for _, note in notes])])
+
+
+def _cells(step: Step) -> tuple[str, str, str]:
+    return step.name, step.runs.implementation, f"{step.runs.kernel} ({step.runs.reason})"
+
+
+def _notes(step: Step) -> list[str]:
+    notes = [] if step.not_fused is None else [f"not fused: {step.not_fused}"]
+    return notes + [f"not {name}: {why}" for name, why in step.runs.passed_over.items()]
+
+
+def _table(rows: list[tuple[str, ...]], notes: list[list[str]]) -> Iterator[str]:
+    """Aligned rows, each followed by its notes, which are indented; a note that repeats the one before is left out."""
+    header = ("phase", "where", "step", "backend", "kernel (reason)")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    previous: list[str] = []
+    yield "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
+    for row, row_notes in zip(rows, notes, strict=True):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield from (f"      {note}" for note in row_notes if note not in previous)
+        previous = row_notes
+
+
+def explain_model(
+    model: Transformer, batch: int, length: int, *, capacity: int | None = None, cache_bits: int | None = None
+) -> ModelExplanation:
+    """Which kernels would read prompts and write text on the default device; compiles and computes nothing.
+
+    The functions that plan each step are those that run it; see `explain` for a single product.
+
+    Args:
+      model: the model, or its shapes alone (`nnx.eval_shape`).
+      batch: sequences.
+      length: tokens that the prompts are padded to; `generate` rounds them up to a multiple of 64.
+      capacity: positions of the cache; None takes the next multiple of 64 above `length`, within the model's context.
+      cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
+
+    Raises:
+      ValueError: operands that do not fit, such as other cache_bits, or prompts longer than the capacity.
+      Unsupported: a layer names a backend that does not serve its product.
+    """
+    config = model.config
+    if capacity is None:
+        capacity = max(length, min(round_up_length(length + 1), config.context_length))
+    found: list[ModelExplanation] = []
+
+    def trace(model, ids, lengths):
+        hidden, tables = model.enter_prompts(ids)
+        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
+        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths)
+        layer = jax.tree.map(lambda leaf: leaf[0], model.layers)
+        prefill = tuple(_prefill_steps(model, layer, hidden, tables, cache))
+        token, token_tables = model.enter_tokens(ids[:, 0], cache)
+        not_one_kernel = None
+        try:
+            decode = (explain_fused_layers(model.layers, config, token, token_tables, cache),)
+        except Unsupported as reason:
+            decode, not_one_kernel = tuple(_decode_steps(model, layer, token, token_tables, cache)), str(reason)
+        numbers = hidden.dtype.name if cache_bits is None else f"{cache_bits}-bit numbers"
+        found.append(
+            ModelExplanation(
+                f"{config.num_layers} layers, batch {batch}, prompts of {length} tokens, cache of {capacity} positions "
+                f"in {numbers}, {default_device().device_kind}",
+                config.num_layers,
+                prefill,
+                decode,
+                product_step("logits", model.output_layer, token[:, 0]),
+                not_one_kernel,
+            )
+        )
+
+    jax.eval_shape(
+        trace, model, jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    )
+    return found[0]
+
+
+def _prefill_steps(
+    model: Transformer,
+    layer: DecoderLayer,
+    hidden: Float[Array, "batch length hidden"],
+    tables: Tables | None,
+    cache: KVCache,
+) -> Iterable[Step]:
+    """The steps of one layer in `Transformer.prefill`."""
+    alibi = model.config.positions == "alibi"
+    queries = model.queries(hidden)
+    projections = layer.attention.projections(hidden, layer.attention_norm)
+    prompt = None if tables is None else prompt_tables(model.config, tables)
+    yield from explain_prompt_heads(projections, prompt, cache, jnp.int32(0))
+    yield explain_causal(queries, prompts_alibi(queries) if alibi else None)
+    yield product_step("o", layer.attention.o_proj, hidden)
+    yield from layer.ffn.explain(hidden, layer.ffn_norm)
+
+
+def _decode_steps(
+    model: Transformer,
+    layer: DecoderLayer,
+    hidden: Float[Array, "batch 1 hidden"],
+    tables: Tables | None,
+    cache: KVCache,
+) -> Iterable[Step]:
+    """The steps of one layer in `Transformer.decode`, where the layers are not one kernel."""
+    projections = layer.attention.projections(hidden, layer.attention_norm)
+    yield from projections.explain()
+    alibi = model.config.positions == "alibi"
+    yield explain_attention_to_cache(projections.empty_heads(), cache, jnp.int32(0), tables, alibi=alibi)
+    yield product_step("o", layer.attention.o_proj, hidden)
+    yield from layer.ffn.explain(hidden, layer.ffn_norm)

@@ -1,0 +1,157 @@
+"""Which kernels a model runs: the table names what execution chooses, and compiles and computes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import bipolar_jax as bj
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.random_weights import random_float, random_packed
+from bipolar_jax.ops import dispatch
+
+CONFIG = TransformerConfig(
+    vocab_size=64,
+    hidden_size=128,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=128,
+    ffn_size=256,
+    context_length=512,
+)
+
+
+def packed(precision: str, *, joined: bool = True, **changes):
+    """Shapes of a packed model, of which no weight exists."""
+    config = dataclasses.replace(CONFIG, **changes)
+    options = {"dtype": jnp.bfloat16, "key": jax.random.key(0), "embed_bits": None}
+    model = nnx.eval_shape(lambda: random_packed(config, bj.Precision.parse(precision), **options))
+    return nnx.eval_shape(join_projections, model) if joined else model
+
+
+def on_hopper(model, batch: int, length: int, **options):
+    with interpreted(plgpu.InterpretGPUParams()):
+        return bj.explain_model(model, batch, length, **options)
+
+
+def names(steps) -> list[str]:
+    return [step.name for step in steps]
+
+
+def by(steps) -> dict[str, str]:
+    return {step.name: step.runs.implementation for step in steps}
+
+
+def test_a_joined_model_of_one_bit_runs_every_fused_kernel():
+    found = on_hopper(packed("W1A1"), 1, 128)
+    assert by(found.prefill) == {
+        "qkv, rotation, cache write": "sm90",
+        "attention": "xla",
+        "o": "sm90",
+        "gate/up, down": "sm90",
+    }
+    assert names(found.decode) == ["all layers, cache write"]
+    assert "all 3 layers in one persistent kernel" in found.decode[0].runs.kernel
+    assert found.not_one_kernel is None
+    assert all(step.not_fused is None for step in (*found.prefill, *found.decode))
+    assert (found.output.name, found.output.runs.kernel) == ("logits", "bfloat16 dot")
+
+
+def test_two_sequences_decode_layer_by_layer():
+    found = on_hopper(packed("W1A1"), 2, 128)
+    assert found.not_one_kernel == "layers are one kernel for one sequence, not for 2"
+    assert by(found.decode) == dict.fromkeys(
+        ["qkv", "rotation, attention, cache write", "o", "gate/up", "down"], "sm90"
+    )
+
+
+def test_an_unjoined_model_says_what_joining_would_give():
+    found = on_hopper(packed("W4A8", joined=False), 1, 128)
+    assert names(found.prefill) == ["q", "k", "v", "rotation, cache write", "attention", "o", "gate", "up", "down"]
+    assert found.prefill[0].not_fused == "heads leave one product, of one packed layer"
+    assert found.not_one_kernel == "the qkv projections must be one packed layer"
+    assert "weights expanded from 4 planes" in found.prefill[0].runs.kernel
+    assert "weights as rows" in found.decode[0].runs.kernel
+
+
+def test_groups_and_a_quantized_cache_are_named_as_reasons():
+    found = on_hopper(packed("W4A8g64"), 1, 128, cache_bits=8)
+    assert found.prefill[0].not_fused == "heads leave a product to a cache of floats"
+    assert "gate/up" in names(found.prefill)
+    assert "one scale a column" in found.not_one_kernel
+    assert "8-bit cache" in next(step for step in found.decode if "attention" in step.name).runs.kernel
+
+
+def test_few_tokens_have_no_heads_to_leave_and_no_signs():
+    found = on_hopper(packed("W1A1"), 1, 32)
+    assert "prompts of 32 tokens" in found.prefill[0].not_fused
+    gates = next(step for step in found.prefill if step.name == "gate/up")
+    assert gates.not_fused is None  # nothing to fuse: the quantizer of `down` computes the gates
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_float_model_is_left_to_xla_but_for_attention(batch):
+    model = nnx.eval_shape(lambda: random_float(CONFIG, jnp.bfloat16, jax.random.key(0)))
+    found = on_hopper(model, batch, 128)
+    products = [step for step in (*found.prefill, *found.decode) if step.name in ("q", "k", "v", "o", "gate", "down")]
+    assert {step.runs.kernel for step in products} == {"bfloat16 dot"}
+    assert by(found.decode)["rotation, attention, cache write"] == "sm90"
+    assert found.not_one_kernel is not None
+
+
+def test_other_architectures_are_explained():
+    bloom = packed("W2A2", positions="alibi", norm="layer", ffn="gelu", linear_bias=True, embed_norm=True)
+    found = on_hopper(bloom, 2, 128)
+    assert names(found.prefill) == ["qkv, cache write", "attention", "o", "up", "down"]
+    assert names(found.decode) == ["qkv", "attention, cache write", "o", "up", "down"]
+
+
+def test_without_a_hopper_gpu_every_step_says_why():
+    found = bj.explain_model(packed("W1A1"), 1, 128)
+    assert {step.runs.implementation for step in (*found.prefill, *found.decode)} == {"xla"}
+    text = str(found)
+    assert "need an NVIDIA GPU of compute capability 9.0, not cpu" in text
+    assert "not one kernel for all layers" in text
+
+
+def test_the_table_has_a_line_for_each_step_and_each_reason():
+    found = on_hopper(packed("W4A8", joined=False), 1, 128)
+    lines = str(found).splitlines()
+    assert lines[0] == "3 layers, batch 1, prompts of 128 tokens, cache of 192 positions in bfloat16, cpu"
+    assert lines[1].split() == ["phase", "where", "step", "backend", "kernel", "(reason)"]
+    steps = [line for line in lines[2:] if not line.startswith(" ")]
+    assert len(steps) == len(found.prefill) + len(found.decode) + 2
+    assert sum("layers 0-2" in line for line in steps) == len(found.prefill) + len(found.decode)
+    assert "      not fused: heads leave one product, of one packed layer" in lines
+    assert "      not one kernel for all layers: the qkv projections must be one packed layer" in lines
+
+
+def test_nothing_runs(monkeypatch):
+    """Only planners are called: every other function of a backend fails here."""
+
+    class Planners:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def __getattr__(self, name):
+            assert name.startswith("plan_"), name
+            return getattr(self.backend, name)
+
+    for name, backend in list(dispatch.BACKENDS.items()):
+        monkeypatch.setitem(dispatch.BACKENDS, name, Planners(backend))
+    for batch in (1, 2):
+        on_hopper(packed("W1A1"), batch, 128)
+        bj.explain_model(packed("W4A8"), batch, 128)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="cache_bits must be 8 or 4"):
+        bj.explain_model(packed("W1A1"), 1, 128, cache_bits=3)
