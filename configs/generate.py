@@ -1,8 +1,8 @@
-"""Text from a prompt, greedily, by SmolLM2-135M in float32; about 15 tokens a second on 2 CPU cores.
+"""Greedy text generation with SmolLM2-135M in float32; about 15 tokens per second on 2 CPU cores.
 
     python -m experiments.generate --config=configs/generate.py --config.prompt="The capital of France is"
 
-Any other model by --config.model, such as a packed checkpoint that experiments/quantize.py wrote.
+For another model, such as a packed checkpoint of experiments/quantize.py, set --config.model.
 """
 
 from ml_collections import ConfigDict
@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    # "smollm2" (from the package index), a GGUF file, a Hugging Face directory, a packed checkpoint.
+    # "smollm2" (from the package index), a GGUF file, a Hugging Face directory, or a packed checkpoint.
     config.model = "smollm2"
-    # Quantize the decoder's linear layers first, for example "W8A8"; "" takes the model as it is.
+    # Precision to quantize the decoder's linear layers to, for example "W8A8"; "" leaves the model unchanged.
     config.precision = ""
     config.calibration = "minmax"
-    # Read a packed checkpoint at no more than this many weight bits; 0 reads all.
+    # Most weight bits to read from a packed checkpoint; 0 reads all.
     config.bits = 0
     config.prompt = "The capital of France is"
     config.max_new_tokens = 64

@@ -1,6 +1,6 @@
-"""SmolLM2-135M writes 6144 texts of up to 512 tokens, for configs/smollm2_w2a8_finetune.py to learn from.
+"""6144 texts of up to 512 tokens, sampled from SmolLM2-135M as training text for configs/smollm2_w2a8_finetune.py.
 
-Claim: 2.5 million tokens of English in 80 seconds on one H100, with 30 GB of cache.
+Claim: 2.5 million tokens in 80 seconds on one H100.
 
     python -m experiments.sample_text --config=configs/sample_text.py --workdir=runs/sample_text
 """
@@ -12,12 +12,12 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     # "smollm2" (from the package index), a GGUF file or a Hugging Face directory.
     config.model = "smollm2"
-    # At least so many texts: whole batches are written.
+    # Number of texts, rounded up to whole batches.
     config.texts = 6144
     config.batch_size = 1024
-    # Tokens of a text at most; it ends sooner where the model ends it.
+    # Most tokens per text; the model may end it earlier.
     config.length = 512
-    # What every text begins with, before its random token; it is not written down.
+    # Prompt before the random first token of every text; not part of the written text.
     config.prefix = "<|endoftext|>"
     config.temperature = 1.0
     # 0 keeps all tokens.

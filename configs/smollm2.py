@@ -1,8 +1,7 @@
-"""SmolLM2-135M quantized to W1 ... W8, evaluated on CPython's help topics.
+"""SmolLM2-135M quantized to 1 to 8 weight bits, evaluated on CPython's help topics.
 
-Claim: W8A8 stays within 3% of the unquantized perplexity, per channel and in groups of 64;
-below 4 bits round-to-nearest collapses. About five minutes and 2.2 GB of
-memory on 2 CPU cores.
+Claim: W8A8 stays within 3% of the unquantized perplexity, per channel and in groups of 64; below 4 bits
+round-to-nearest collapses. About five minutes on 2 CPU cores.
 
     python -m experiments.quantize --config=configs/smollm2.py --workdir=runs/smollm2
 """
@@ -14,20 +13,20 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     # "smollm2" (from the package index), a GGUF file or a Hugging Face directory.
     config.model = "smollm2"
-    # "pydoc_topics" (CPython's help topics) or a UTF-8 file.
+    # "pydoc_topics" (CPython's help topics), "python_stdlib" (its source) or a UTF-8 file.
     config.text = "pydoc_topics"
-    # Windows of the text that are scored, and tokens in each.
+    # Number of scored windows, and tokens per window.
     config.windows = 8
     config.window_length = 512
-    # Of every linear layer of the decoder, comma separated; per channel, or gN for groups of N.
+    # Precisions of the decoder's linear layers, comma separated; per channel, or gN for groups of N.
     config.precisions = "W8A8,W6A8,W4A8,W4A4,W2A8,W1A8,W8A8g64,W6A8g64,W4A8g64,W4A4g64,W2A8g64,W1A8g64"
-    # Of the embedding, and of the output layer, whose input stays float.
+    # Precision of the embedding and of the output layer, whose input stays float.
     config.embedding_precision = "W8A16"
-    # How weight scales are chosen: "minmax", "mse" or "absmax".
+    # Calibration of the weight scales: "minmax", "mse" or "absmax".
     config.calibration = "minmax"
-    # A sample of what every model writes; 0 tokens for none.
+    # Prompt of a greedy sample from every model, and its length; 0 tokens for none.
     config.prompt = "The capital of France is"
     config.sample_tokens = 12
-    # Write a packed checkpoint of every precision.
+    # Whether to write a packed checkpoint of every precision.
     config.checkpoints = True
     return config

@@ -1,60 +1,61 @@
-"""What the configs of training share: every field of experiments/train.py, and a model of a few million parameters.
+"""Shared by the training configs: every field of experiments/train.py, and a Llama of 12 million parameters.
 
-The configs beside it make claims; this one makes none and is not run by itself.
+Not a config itself: it has no get_config().
 """
 
 from ml_collections import ConfigDict
 
 
 def training_config(name: str) -> ConfigDict:
-    """All fields, without a model."""
+    """Every field with its default; `model` is empty."""
     config = ConfigDict()
     config.name = name
-    # Start from "smollm2" (the package index), a GGUF file or a Hugging Face directory; "" starts from random weights.
+    # Initial model: "smollm2" (from the package index), a GGUF file or a Hugging Face directory; "" for random weights.
     config.pretrained = ""
-    # Fields of TransformerConfig but vocab_size, for models that start from random weights.
+    # Fields of TransformerConfig except vocab_size, for random initial weights.
     config.model = ConfigDict()
-    # Random weights are multiplied by these first: the embedding's, and those of the layers that add to the residual
-    # stream (o_proj and down_proj). Rounded layers say more than float ones to begin with, and drown the embedding.
+    # Factors on the random initial weights of the embedding and of the layers that add to the residual stream (o_proj
+    # and down_proj). Quantized layers have larger initial outputs than float ones, which would dominate the embedding.
     config.initial_embedding = 1.0
     config.initial_residual = 1.0
-    # What layers compute in, "bfloat16" or "float32"; parameters are float32.
+    # Dtype of the computation, "bfloat16" or "float32"; parameters are float32.
     config.dtype = "bfloat16"
     config.seed = 0
 
-    # Texts joined by commas: "python_stdlib" (source of CPython's standard library), "pydoc_topics" (its help topics),
-    # UTF-8 files. Or one .npy file of token ids.
+    # Training text: "python_stdlib" (source of CPython's standard library), "pydoc_topics" (its help topics), UTF-8
+    # files, or several of these, comma separated. Or one .npy file of token ids.
     config.text = "python_stdlib"
-    # What to evaluate on, named likewise; "" keeps a part of the text for that.
+    # Validation text, in the same notation; "" holds out a share of the training text.
     config.validation_text = ""
-    # A tokenizer.json; "" takes the pretrained model's, or trains one of vocab_size tokens.
+    # A tokenizer.json; "" uses the pretrained model's, or trains one with vocab_size tokens.
     config.tokenizer = ""
     config.vocab_size = 4096
     config.window_length = 256
-    # One of so many blocks of the text (8192 characters, or a window of token ids) is never trained on; unused where
-    # validation_text names another text.
+    # One in this many blocks of the text (8192 characters, or a window of token ids) is held out for validation;
+    # unused with validation_text.
     config.validation_every = 20
 
-    # (pattern, precisions) pairs over layer paths, the first that matches decides, () for a float model. Precisions
-    # are one ("W2A8", "W1.58A8g64") or begin at steps: "0:float,500:W4A8,1000:W2A8".
+    # (pattern, precision) pairs over layer paths; the first match decides; () for a float model. A precision is fixed
+    # ("W2A8", "W1.58A8g64") or a schedule by first step ("0:float,500:W4A8,1000:W2A8").
     config.rules = ()
     config.quantization = ConfigDict()
-    # How weight scales are chosen: "mse", "absmax", "minmax", or "absmean" for 1 bit and ternary; or learned (LSQ).
+    # Calibration of weight scales: "mse", "absmax", "minmax", or "absmean" (1 bit and ternary). Only the initial value
+    # with learned_steps, which trains the scales (LSQ).
     config.quantization.calibration = "mse"
     config.quantization.learned_steps = False
-    # "center", "standardize" or "" for none.
+    # Normalization of weights: "center", "standardize" or "" for none.
     config.quantization.weight_norm = ""
-    # No gradient for weights beyond the grid.
+    # Whether weights outside the grid get no gradient.
     config.quantization.clip_gradient = False
-    # Bounds activations by so many times their token's mean magnitude before they are quantized; 0 does not.
+    # Clips activations at this multiple of their token's mean magnitude before they are quantized; 0 for no clipping.
     config.quantization.clip_activations = 0.0
-    # 2 to 8: stochastic rounding of what comes from above in the backward pass; 0 for none.
+    # Bits (2 to 8) of stochastically rounded output gradients in the backward pass; 0 for none.
     config.quantization.gradient_bits = 0
 
     config.distillation = ConfigDict()
-    # A float model of the same vocabulary, named as `pretrained` is; "" for none.
+    # A float model with the same vocabulary, in the notation of `pretrained`; "" for none.
     config.distillation.teacher = ""
-    # Its part of the loss; cross entropy has the rest.
+    # Weight of the distillation loss; cross entropy has weight 1 - weight.
     config.distillation.weight = 0.5
     config.distillation.temperature = 1.0
 
@@ -63,28 +64,28 @@ def training_config(name: str) -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
-    # Of the learning rate, at the end of the cosine.
+    # Final learning rate as a fraction of the peak.
     config.optimizer.final_fraction = 0.1
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay_embeddings = False
-    # Of the learning rate, for learned step sizes: Adam's updates are as large as the learning rate, however small the
-    # gradient, and step sizes are a hundredth or less.
+    # Factor on the updates of learned step sizes. Adam's updates have the size of the learning rate, which is large
+    # compared with a step size.
     config.optimizer.step_size_rate = 1.0
     config.optimizer.clip_norm = 1.0
 
-    # Metrics are fetched every so many steps, and written for each of them.
+    # Steps between fetching metrics, which are logged for every step.
     config.log_every = 20
     config.evaluate_every = 250
-    # Of the validation windows, the first so many; 0 for all.
+    # Number of validation windows to use; 0 for all.
     config.evaluate_windows = 256
     config.evaluate_batch = 32
     config.checkpoint_every = 500
     config.keep_checkpoints = 2
-    # Train on while a checkpoint is written.
+    # Whether to write checkpoints in the background.
     config.asynchronous = True
-    # What the packed model is to continue at the end; 0 tokens for nothing.
+    # Prompt of a greedy sample from the packed model at the end, and its length; 0 tokens for none.
     config.prompt = "def "
     config.sample_tokens = 64
     return config
@@ -104,10 +105,8 @@ def tiny_config(name: str) -> ConfigDict:
     config.model.norm = "rms"
     config.model.qkv_bias = False
     config.model.linear_bias = False
-    # On a model of 0.8 million parameters, after 250 steps of 1024 tokens on a CPU, W2A2 had a validation loss of 4.74
-    # with these factors of the first weights and of 5.5 to 5.6 without (at other learning rates, or clipped); bf16 had
-    # 3.94, and 4.36 without (after 300 steps, at half the learning rate).
-    # On a model 256 wide, 2000 steps, an H100: bf16 1.85 at this rate, 1.99 at half of it and 2.06 at a quarter.
+    # Half and a quarter of this rate gave bf16 higher losses, on a model with hidden_size=256 after 2000 steps
+    # (experiments/results/nvidia_h100/train_tiny_others.json).
     config.optimizer.learning_rate = 4e-3
     config.steps = 6000
     config.evaluate_every = 500

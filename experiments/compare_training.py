@@ -1,9 +1,9 @@
-"""Compares runs of experiments/train.py on the same data: validation losses, and how far they are from one of them.
+"""Compares the validation losses of several runs of experiments/train.py on the same data with one baseline run.
 
     python -m experiments.compare_training --config=configs/compare_training.py --workdir=DIR
 
-A small text read many times is learnt by heart, by floats sooner than by few bits: so losses are compared with the
-baseline's last one, and with the least that it ever had. Under --workdir come result.json and losses.png.
+Over many epochs of a small text the float baseline overfits sooner than a low-bit model. Losses are therefore compared
+with both the baseline's final loss and its least. Writes result.json and losses.png to --workdir.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from experiments.support import app
-from experiments.support.figures import colour, save
+from experiments.support.plotting import colour, save
 from experiments.support.progress import console
 from experiments.support.workdir import RESULT_NAME, write_json
 
-# What two runs must share for their losses to be comparable.
+# Settings that must be equal for two losses to be comparable.
 _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_windows")
 
 
@@ -30,13 +30,13 @@ def main(config: ConfigDict, workdir: Path) -> None:
     results = [_read(Path(folder.strip())) for folder in config.runs.split(",")]
     runs = {result["settings"]["name"]: summary(result) for result in results}
     if config.baseline not in runs:
-        raise ValueError(f"baseline {config.baseline} is none of the runs: {', '.join(runs)}")
+        raise ValueError(f"baseline {config.baseline} is not among the runs: choose one of {', '.join(runs)}")
     for result in results:
         for name in _SHARED:
             mine, other = result["settings"][name], results[0]["settings"][name]
             if mine != other:
                 names = result["settings"]["name"], results[0]["settings"]["name"]
-                raise ValueError(f"{names[0]} has {name}={mine}, {names[1]} has {other}: train them alike")
+                raise ValueError(f"{names[0]} has {name}={mine}, {names[1]} has {other}: train both with the same")
     baseline = runs[config.baseline]
     for run in runs.values():
         run["above_final"] = round(run["final"] - baseline["final"], 4)
@@ -49,14 +49,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of a run.
+    """The compared values of one run's result.json; losses in nats per token.
 
     Raises:
-      ValueError: it is not finished.
+      ValueError: the run has not finished.
     """
     name, evaluations = result["settings"]["name"], result["evaluations"]
     if "packed" not in result:
-        raise ValueError(f"the run {name} stopped at step {evaluations[-1]['step']}: finish it by the same command")
+        raise ValueError(
+            f"the run {name} stopped at step {evaluations[-1]['step']}: run its command again to finish it"
+        )
     least = min(evaluations, key=lambda row: row["loss"])
     return {
         "rules": result["settings"]["rules"],
@@ -76,13 +78,13 @@ def _read(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no result at {path}: name workdirs of experiments/train.py")
     result = json.loads(path.read_text())
     if "evaluations" not in result:
-        raise ValueError(f"{path} is of another experiment: name workdirs of experiments/train.py")
+        raise ValueError(f"{path} is the result of another experiment: name workdirs of experiments/train.py")
     return result
 
 
 def _print_table(runs: dict[str, dict[str, Any]], baseline: str) -> None:
-    table = Table(title=f"validation loss, nats a token; differences to {baseline}")
-    for heading in ("run", "final", "packed", "to its final", "to its least", "own least", "at step"):
+    table = Table(title=f"validation loss, nats per token; differences to {baseline}")
+    for heading in ("run", "final", "packed", "above final", "above least", "own least", "at step"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for name, run in runs.items():
         numbers = [run[key] for key in ("final", "packed", "above_final", "above_least", "least")]
@@ -94,7 +96,7 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index, result in enumerate(results):
-        rows = [row for row in result["evaluations"] if row["step"]]  # rounded random weights are off the scale
+        rows = [row for row in result["evaluations"] if row["step"]]  # step 0, rounded random weights, is off the scale
         axes.plot(
             [row["step"] for row in rows],
             [row["loss"] for row in rows],
@@ -102,7 +104,7 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
             color=colour(2 * index),
             label=result["settings"]["name"],
         )
-    axes.set(xlabel="step", ylabel="validation loss (nats a token)")
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)

@@ -1,9 +1,9 @@
-"""Continues a prompt and streams the text to the terminal.
+"""Generates text from a prompt and streams it to the terminal.
 
     python -m experiments.generate --config=configs/generate.py --config.model=PATH --config.prompt=TEXT
 
-The model may be a packed checkpoint, a GGUF file or a Hugging Face directory. With
---workdir the text and its speed are also written to result.json there.
+The model is a packed checkpoint, a GGUF file or a Hugging Face directory. With --workdir the
+text and the speed are also written to result.json.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     for step in stream(model, [prompt], config.max_new_tokens, sampling, jax.random.key(config.seed)):
         seconds.append(time.perf_counter() - started)
         tokens.append(int(step[0]))
-        piece = decoder.step(tokenizer, tokens[-1]) or ""
-        text += piece
-        sys.stdout.write(piece)
+        new_text = decoder.step(tokenizer, tokens[-1]) or ""
+        text += new_text
+        sys.stdout.write(new_text)
         sys.stdout.flush()
     console.print()
     rate = (len(tokens) - 2) / (seconds[-1] - seconds[1]) if len(tokens) > 2 else None
     if rate is not None:
-        console.print(f"{len(tokens)} tokens, {rate:.1f} a second once compiled", style="dim")
+        console.print(f"{len(tokens)} tokens, {rate:.1f} tokens/s after compilation", style="dim")
     if workdir is not None:
         result = {
             "settings": config.to_dict(),
@@ -62,7 +62,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
 
 
 def _text_stream(prompt: list[int]):
-    """Turns ids into text as they come, holding back what is not yet whole characters."""
+    """Decodes ids one by one, and holds back bytes until they complete a character."""
     from tokenizers.decoders import DecodeStream
 
     return DecodeStream(ids=prompt, skip_special_tokens=True)

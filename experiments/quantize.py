@@ -1,10 +1,10 @@
-"""Quantizes a language model to several precisions and reports what each costs.
+"""Quantizes a language model to several precisions and measures the perplexity and size of each.
 
     python -m experiments.quantize --config=configs/smollm2.py --workdir=DIR \\
         --config.text=PATH --config.windows=20 --config.precisions=W8A8,W4A8g64
 
-Under --workdir come result.json, perplexity.png and, for every precision, a packed
-checkpoint that experiments/generate.py reads. A run that was stopped goes on where it was.
+Writes to --workdir result.json, perplexity.png and, per precision, a packed checkpoint that
+experiments/generate.py reads. A stopped run resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from experiments.support.sources import load_model_source, load_text_source, mod
 from experiments.support.workdir import RESULT_NAME, environment, read_result, write_json
 
 _EMBEDDING, _LAYERS = "^(embed|lm_head)$", "^layers/"
-# What a perplexity depends on; a workdir holds results of one choice of these.
+# Settings that the perplexity depends on; all results in a workdir share them.
 _SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision", "calibration")
 
 
@@ -51,7 +51,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     result = read_result(workdir, settings) or {"settings": settings, "precisions": {}}
     embedding_rules = [(_EMBEDDING, embedding_precision)]
-    for precision in precisions:  # what cannot be done is refused before anything is measured
+    for precision in precisions:  # reject impossible precisions before measuring
         jax.eval_shape(
             lambda model, rules=[*embedding_rules, (_LAYERS, precision)]: bj.quantize_model(model, rules),
             pretrained.model,
@@ -66,7 +66,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     for precision in precisions:
         checkpoint = workdir / f"{precision}.safetensors" if config.checkpoints else None
         if _is_done(result["precisions"].get(str(precision)), checkpoint):
-            console.print(f"{precision}: taken from {workdir / RESULT_NAME}")
+            console.print(f"{precision}: already in {workdir / RESULT_NAME}")
             continue
         started = time.perf_counter()
         with progress_bar(f"{precision}: quantizing"):
@@ -95,9 +95,9 @@ def _is_done(row: dict[str, Any] | None, checkpoint: Path | None) -> bool:
 
 
 def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
-    """Perplexity, size and a sample of text."""
+    """Perplexity, size in bytes, and a greedy sample of text."""
     started = time.perf_counter()
-    with progress_bar(f"{name}: windows scored", config.windows) as advance:
+    with progress_bar(f"{name}: scoring windows", config.windows) as advance:
         scored = perplexity(
             pretrained.model,
             ids,
@@ -109,7 +109,7 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
     sample, margins = "", []
     if config.sample_tokens:
         prompt = pretrained.tokenizer.encode(config.prompt).ids
-        with progress_bar(f"{name}: writing"):
+        with progress_bar(f"{name}: generating"):
             (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
             margins = _margins(pretrained.model, jnp.asarray([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
         sample = pretrained.tokenizer.decode(tokens)
@@ -130,13 +130,13 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
 
 @jax.jit
 def _margins(model: nnx.Module, ids: jax.Array) -> jax.Array:
-    """By how much the likeliest next token's logit exceeds the second's: where it is small, rounding may change it."""
+    """Largest minus second largest logit at each position; where it is small, rounding may change the token."""
     largest, _ = jax.lax.top_k(model(ids), 2)
     return largest[..., 0] - largest[..., 1]
 
 
 def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
-    """What was scored: `tokens` predicted, and the digest of the windows' ids (int32, little endian)."""
+    """The scored text: number of predicted tokens, and SHA-256 of the windows' ids as little-endian int32."""
     used = np.asarray(ids[: config.windows * config.window_length], "<i4")
     return {
         "tokens": config.windows * (config.window_length - 1),
@@ -146,7 +146,7 @@ def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
 
 
 def _json_number(x: float) -> float | None:
-    """JSON has neither NaN (the standard error of one window) nor Inf (a loss above 709 nats)."""
+    """None for NaN (the standard error of one window) and Inf (a loss above 709 nats), which JSON does not have."""
     return x if math.isfinite(x) else None
 
 

@@ -1,15 +1,14 @@
-"""Has a model write texts of its own, for training when no text like those that it was trained on is at hand.
+"""Samples a training text from a model itself, for distillation without the data that it was trained on.
 
     python -m experiments.sample_text --config=configs/sample_text.py --workdir=DIR
 
-A quantized model learns from its float self on what that writes (data-free distillation; LLM-QAT, arXiv 2305.17888):
-each text begins with a random token, which keeps them apart. Under --workdir come text.txt, for `text` of the configs
-of training, and result.json.
+Data-free distillation (LLM-QAT, arXiv 2305.17888) trains a quantized model on text that its float original generates.
+Each text starts from a random token, so that texts differ. Writes result.json and text.txt to --workdir; name text.txt
+in `text` of a training config.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from bipolar_jax.models.inference.sampling import Sampling
 from experiments.support import app
 from experiments.support.progress import console, progress_bar
 from experiments.support.sources import load_model_source, model_fingerprint
-from experiments.support.workdir import RESULT_NAME, environment, write_json
+from experiments.support.workdir import RESULT_NAME, environment, replaces, write_json
 
 TEXT_NAME = "text.txt"
 
@@ -35,9 +34,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
     prefix = pretrained.tokenizer.encode(config.prefix, add_special_tokens=False).ids if config.prefix else []
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
-    workdir.mkdir(parents=True, exist_ok=True)
     texts, tokens, started = [], 0, time.perf_counter()
-    with progress_bar("writing texts", config.texts) as advance:
+    with progress_bar("generating texts", config.texts) as advance:
         while len(texts) < config.texts:
             first = rng.integers(0, pretrained.model.config.vocab_size, config.batch_size)
             prompts = [[*prefix, int(token)] for token in first]
@@ -47,9 +45,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
             tokens += sum(map(len, ids))
             texts += pretrained.tokenizer.decode_batch(ids)
             advance(len(texts), f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
-    partial = workdir / f".{TEXT_NAME}.partial"
-    partial.write_text("\n\n".join(texts), encoding="utf-8")
-    os.replace(partial, workdir / TEXT_NAME)
+    with replaces(workdir / TEXT_NAME) as partial:
+        partial.write_text("\n\n".join(texts), encoding="utf-8")
     result = {
         "settings": config.to_dict() | {"model_fingerprint": model_fingerprint(config.model)},
         "environment": environment(),

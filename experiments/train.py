@@ -1,10 +1,10 @@
-"""Trains a language model at any precision, from random weights or from a pretrained model's.
+"""Trains a language model at any precision, from random or pretrained weights.
 
     python -m experiments.train --config=configs/tiny_w2a2.py --workdir=DIR
 
-Under --workdir come result.json, metrics.jsonl (a line a step), loss.png, tensorboard/, the
-packed model model.safetensors, which experiments/generate.py reads, and checkpoints/. A run
-that was stopped goes on where it was, with the losses it would have had.
+Writes to --workdir result.json, metrics.jsonl (one line per step), loss.png, tensorboard/,
+checkpoints/, and the packed model model.safetensors, which experiments/generate.py reads. A
+stopped run resumes from its last checkpoint and has the same losses as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ from experiments.training.loop import TrainingRun
 from experiments.training.model import Student, float_params, shapes_of
 
 MODEL_NAME = "model.safetensors"
-# A stopped run may go on with other values of these: they say when to look, not what to compute.
-_FREE = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "asynchronous", "evaluate_batch")
-_FREE += ("prompt", "sample_tokens")
+# Settings that do not affect the losses: a run may be resumed with other values.
+_NOT_COMPARED = (
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "asynchronous",
+    "evaluate_batch",
+)
+_NOT_COMPARED += ("prompt", "sample_tokens")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -56,7 +63,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 def _check(config: ConfigDict) -> None:
-    """Raises ValueError where a number of steps or of windows is none."""
+    """Raises ValueError if a count is below 1 or a weight outside 0..1."""
     for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
@@ -65,8 +72,8 @@ def _check(config: ConfigDict) -> None:
 
 
 def _settings(config: ConfigDict, data: TrainingData) -> dict[str, Any]:
-    """All that the losses depend on, as JSON has it."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    """All that the losses depend on, in the form that JSON returns (lists for tuples)."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
     for name in ("pretrained", "teacher"):
         source = config.pretrained if name == "pretrained" else config.distillation.teacher
         settings[f"{name}_fingerprint"] = model_fingerprint(source) if source else None
@@ -86,35 +93,35 @@ def _data_facts(data: TrainingData) -> dict[str, int]:
 def _teacher(
     config: ConfigDict, student: Student, data: TrainingData, pretrained: PretrainedModel | None
 ) -> Transformer | None:
-    """The float teacher, in the dtype that the student computes in.
+    """The float teacher in the student's dtype; None if the config names none.
 
     Raises:
-      ValueError: it has another vocabulary than the student.
+      ValueError: teacher and student have different vocabularies.
     """
     name = config.distillation.teacher
     if not name:
         return None
-    found = pretrained if name == config.pretrained else load_model_source(name)
-    sizes = found.model.config.vocab_size, student.config.vocab_size
-    if sizes[0] != sizes[1] or found.tokenizer.get_vocab() != data.tokenizer.get_vocab():
+    loaded = pretrained if name == config.pretrained else load_model_source(name)
+    sizes = loaded.model.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1] or loaded.tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise ValueError(
             f"the teacher {name} has another vocabulary ({sizes[0]} tokens) than the student ({sizes[1]}): "
             "distillation compares their logits, so give both the same tokenizer"
         )
-    in_float = Student(found.model.config, student.dtype, (), {})
-    stage, params = in_float.stage(0, float_params(found.model, name))
+    float_student = Student(loaded.model.config, student.dtype, (), {})
+    stage, params = float_student.stage(0, float_params(loaded.model, name))
     return stage.model(params)
 
 
 def pack(model: Transformer) -> Transformer:
-    """The model with packed layers where it was trained with few bits; itself if it was trained in float."""
+    """The model with every layer packed that was trained at low precision; a float model is returned as it is."""
     kinds = (bj.DotGeneral, bj.nn.StatefulDotGeneral)
     trained = any(isinstance(getattr(layer, "dot_general", None), kinds) for _, layer in nnx.iter_modules(model))
     return bj.quantize_model(model) if trained else model
 
 
 def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingData) -> None:
-    """Packs what was trained, saves and evaluates it, and writes the result."""
+    """Packs, saves and evaluates the trained model, and writes the result."""
     result = run.result
     with progress_bar(f"packing and writing {MODEL_NAME}"):
         packed = jax.block_until_ready(pack(run.model()))
@@ -122,7 +129,7 @@ def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingD
     size = (workdir / MODEL_NAME).stat().st_size
     result["packed"] = run.score(packed) | {"checkpoint": MODEL_NAME, "checkpoint_bytes": size}
     if config.sample_tokens:
-        with progress_bar("writing a sample"):
+        with progress_bar("generating a sample"):
             (tokens,) = generate(packed, [data.tokenizer.encode(config.prompt).ids], config.sample_tokens)
         result |= {"prompt": config.prompt, "sample": data.tokenizer.decode(tokens)}
     if run.tokens_per_second is not None:

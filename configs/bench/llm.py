@@ -1,9 +1,9 @@
-"""Llama-2-7B's prefill and decoding at 1 to 8 bits on one NVIDIA H200, against bf16 in the same run.
+"""Prefill and decoding of Llama-2-7B at 1 to 8 bits on one NVIDIA H200, against bf16 in the same run.
 
-Claim: a decode step after 1024 tokens takes 0.86 ms at W1A1, 1.12 at W2A8, 1.48 at W4A8 and 2.28 at W8A8, where bf16
-takes 4.57; a prompt of 2048 tokens is read 5.1 times as fast as in bf16 at W1A1, 3.1 at W2A2 and 1.8 at W4A8, and 16
-of 480 tokens 7.3 times at W1A1. Measured with --config.workloads=1x1024+64,1x2048+64 and 16x480+32; the default
-workloads were not run yet.
+Claim, with --config.workloads=1x1024+64,1x2048+64: a decode step after 1024 tokens takes 0.86 ms at W1A1, 1.12 ms at
+W2A8, 1.48 ms at W4A8 and 2.27 ms at W8A8, against 4.57 ms in bf16. Prefill of 2048 tokens is 5.1 times as fast as bf16
+at W1A1, 3.1 times at W2A2 and 1.8 times at W4A8. With --config.workloads=16x480+32 prefill at W1A1 is 7.3 times as
+fast. The default workloads have not been measured.
 
     python -m experiments.bench.llm --config=configs/bench/llm.py --workdir=runs/bench_llm
 """
@@ -13,28 +13,28 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    # A name of bipolar_jax/models/presets.py.
+    # A preset of bipolar_jax/models/presets.py.
     config.model = "llama-2-7b"
-    # Of the decoder's linear layers, comma separated.
+    # Precisions of the decoder's linear layers.
     config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
-    # What they are compared with; one of several runs that share a workdir measures it, the others none.
+    # Baselines; of several runs that share a workdir one measures them, the others set "".
     config.baselines = "bf16,bf16 cuBLAS"
-    # Batch x prompt + new tokens.
+    # Batch x prompt length + new tokens.
     config.workloads = "1x512+128,8x512+128,1x2048+128,8x2048+128"
-    # Bits of the embedding and the output layer in the packed models; 0 leaves them in bf16, as bf16's are.
+    # Weight bits of the embedding and the output layer in packed models; 0 keeps them in bf16, as in the baselines.
     config.embed_bits = 0
-    # Bits of cached keys and values, 8 or 4; 0 keeps them in bf16. The same for bf16's.
+    # Bits of cached keys and values in all models: 8, 4, or 0 for bf16.
     config.cache_bits = 0
-    # The packed layers' backend.
+    # Backend of the packed layers: "auto", "sm90", "xla" or "reference".
     config.implementation = "auto"
-    # Timed runs of each function; their median is reported.
+    # Timed runs of each function; the median is reported.
     config.iterations = 10
     config.seed = 0
-    # Precisions whose kernels are listed, on the first workload; "bf16" and "bf16 cuBLAS" can be among them.
+    # Precisions and baselines whose kernels are listed, for the first workload.
     config.profile = "W2A2"
     config.profile_most = 15
-    # Other libraries to time: "transformers".
+    # Other libraries to time: "transformers", or "" for none.
     config.peers = ""
-    # Bytes a second that an H200 reads and writes.
+    # Memory bandwidth of the H200 in bytes per second, for the bandwidth share in the result.
     config.ceilings = ConfigDict({"bandwidth": 4.1e12})
     return config

@@ -1,8 +1,8 @@
 """Tilings of the Hopper kernel for the shapes and precisions of configs/bench/matmul.py.
 
-Claim: the best tiling is at most 15% faster than what the planner's estimate chooses without a table.
-With one process a shape (see `experiments.support.turns`) 36 problems with 13 tilings each take two minutes on one
-NVIDIA H200. The table goes to bipolar_jax/tuning/, or to --config.table.
+Claim: the best tiling is at most 15% faster than the one that the planner's estimate chooses without a table. 36
+problems with 13 tilings each take two minutes on one NVIDIA H200 with one process per shape (see
+experiments/support/device_lock.py).
 
     python -m experiments.bench.tune --config=configs/bench/tune.py --workdir=runs/tune_matmul
 
@@ -17,15 +17,15 @@ from configs.bench import matmul
 def get_config() -> ConfigDict:
     config = ConfigDict()
     bench = matmul.get_config()
-    # As in configs/bench/matmul.py; products of as many pairs of planes, and all of more than 8, are one problem.
+    # Products with equally many pairs of planes are one problem, and so are all int8 products.
     config.shapes = bench.shapes
     config.precisions = "W1A1,W1A2,W2A2,W2A3,W2A4,W4A8"
-    # Where tile shapes come from: "planner" (the planner's own list) or "all" (every tile and schedule too).
+    # Tilings to choose from: "planner" (the planner's list) or "all" (every tile shape and schedule in addition).
     config.candidates = "all"
-    # Tile shapes that are timed for each problem, best estimates first; then variations of the fastest, 0 for none.
+    # Tilings to time per problem, best estimates first, and variations of the fastest one.
     config.per_problem = 6
     config.variations = 10
-    # The JSON table to update; "" is the one that the package reads for this device.
+    # JSON table to update; "" is this device's table in bipolar_jax/tuning/.
     config.table = ""
     config.iterations = 20
     config.compile_threads = 8

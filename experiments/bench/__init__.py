@@ -1,1 +1,1 @@
-"""Benchmarks: matrix products, language models, training steps; the tuner and the ablation."""
+"""Benchmarks of matrix products, language models and training steps; the tuner; the ablation."""

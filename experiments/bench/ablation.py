@@ -1,16 +1,15 @@
-"""What each of the four parts of the scheme is worth: one switched off at a time, on the same operands.
+"""Times the Hopper matmul with each of its four optimizations disabled in turn, on the same operands.
 
     python -m experiments.bench.ablation --config=configs/bench/ablation.py --workdir=DIR --config.shapes=4096
 
-- "signed planes": two's complement planes instead of bipolar ones, so that pairs with one top plane
-  are subtracted;
-- "packed in the call": no preprocessing, both operands are bytes that every call packs;
-- "recovered in memory": every pair of planes is a product of its own, in int32 through memory;
+- "signed planes": two's complement instead of bipolar planes; products of one sign plane are subtracted;
+- "packed in the call": both operands are stored as bytes, and every call packs them into planes;
+- "recovered in memory": every pair of planes is a separate matmul, whose int32 result goes through memory;
 - "fixed tiling": one tile shape for all problems.
 
-Each variant's product is compared with the exact one before it is timed. Under --workdir come
-result.json and ablation.png. A run that was stopped goes on where it was, and tries again what failed;
-several runs at once may share a workdir, each with shapes of its own (see `turns`).
+Each variant is checked against the exact product before it is timed. Writes result.json and ablation.png to
+--workdir. A stopped run resumes and retries failed variants; concurrent runs with different shapes may share a
+workdir (see `device_lock`).
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from rich.table import Table
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from experiments.bench.products import ablation_variants as variants
-from experiments.bench.products.candidates import Product, check_device, parse_products, raise_if_error
 from experiments.bench.products.operands import Operands, check_output
 from experiments.bench.products.plots import plot_ablation
+from experiments.bench.products.product import Product, check_device, parse_products
 from experiments.bench.products.shapes import parse_shapes
 from experiments.support import app
+from experiments.support.device_lock import device_lock, device_unlocked
 from experiments.support.progress import console, progress_bar
-from experiments.support.timing import compile_all, measure, one_line
-from experiments.support.turns import device_turn, others_turn
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
 FULL = "full system"
@@ -53,11 +52,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
     ]
     for name, product in products:
         if isinstance(product.choice.tiling, DecodeTiling):
-            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
+            raise ValueError(
+                f"{name} runs the few-token kernel, which has no such variants: ask for more than 64 tokens"
+            )
         if product.kind != "planes" or product.w_format.ternary or product.group_size is not None:
-            raise ValueError(f"{name} does not multiply planes of two's complement: ask for 1 to 8 pairs of planes")
+            raise ValueError(
+                f"{name} has no variant with two's complement planes: ask for 1 to 8 pairs of planes, without ternary "
+                "weights and groups"
+            )
     check_device("sm90")
-    with device_turn():
+    with device_lock():
         _measure(products, fixed, config, workdir)
 
 
@@ -69,8 +73,6 @@ def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigD
     result["environment"] = environment()
     operands: Operands | None = None
     for name, product in products:
-        if isinstance(product.choice.tiling, DecodeTiling):
-            raise ValueError(f"{name}: a product of so few tokens has none of these parts; ask for more than 64")
         if operands is None or operands.shape != product.shape:
             operands = Operands(product.shape, config.seed)
         row = result["products"].setdefault(name, {"variants": {}})
@@ -84,7 +86,7 @@ def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigD
 def _measure_product(
     name: str, product: Product, row: dict[str, Any], operands: Operands, fixed: Tiling, config: ConfigDict
 ) -> None:
-    """Times the full system, every variant, and XLA's bf16 product."""
+    """Times the full system, every variant and XLA's bf16 product; skips those that have a time already."""
     calls = {
         FULL: variants.full(product, operands),
         "signed planes": variants.signed_planes(product, operands),
@@ -95,8 +97,8 @@ def _measure_product(
     }
     todo = {variant: call for variant, call in calls.items() if "microseconds" not in row["variants"].get(variant, {})}
     bf16 = {variant: call for variant, call in todo.items() if variant == _BF16}
-    compiled = compile_all(bf16, threads=1)  # XLA tries its variants on the device while it compiles
-    with progress_bar(f"{name}: compiling {len(todo)} variants"), others_turn():
+    compiled = compile_all(bf16, threads=1)  # with the device locked: XLA autotunes on it
+    with progress_bar(f"{name}: compiling {len(todo)} variants"), device_unlocked():
         compiled |= compile_all(
             {variant: call for variant, call in todo.items() if variant not in bf16}, config.compile_threads
         )
@@ -122,9 +124,7 @@ def _measure_product(
 
 def _print_table(result: dict[str, Any]) -> None:
     names = list(dict.fromkeys(variant for row in result["products"].values() for variant in row["variants"]))
-    table = Table(
-        title=f"one part switched off at a time, {result['settings']['device']}: microseconds, and times full"
-    )
+    table = Table(title=f"one optimization disabled at a time, {result['settings']['device']}: microseconds (slowdown)")
     table.add_column("product")
     for variant in names:
         table.add_column(variant, justify="right")

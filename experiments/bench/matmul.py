@@ -3,13 +3,16 @@
     python -m experiments.bench.matmul --config=configs/bench/matmul.py --workdir=DIR \\
         --config.shapes=4096,llama2-7b@2048 --config.precisions=W1A1,W2A4
 
-For every shape and precision three things are timed: the kernel alone, from operands as it takes them
-to bf16 (of up to 64 tokens with the weights in turn from as many places that they are not in the L2
-cache); where that is bytes the product, which expands weights from their packed planes first; and the
-whole operation, which quantizes bf16 activations besides. Each is compared with the exact product first.
-Under --workdir come result.json, speedup.png and roofline.png. A run that was stopped goes on where it
-was, and tries again what failed; several runs at once may share a workdir, each with shapes of its own
-(see `turns`).
+Times for every shape and precision:
+
+- "kernel": the matmul kernel, from prepared operands to bf16;
+- "product", for int8 kernels only: the same from packed weights, which are expanded to bytes first;
+- "operation": `bj.matmul`, which also quantizes the bf16 activations.
+
+Each is checked against the exact product first. Products of few tokens rotate through enough copies of the weights
+that these come from memory, not from the L2 cache. Writes result.json, speedup.png and roofline.png to --workdir. A
+stopped run resumes and retries failed precisions; concurrent runs with different shapes may share a workdir (see
+`device_lock`).
 """
 
 from __future__ import annotations
@@ -23,28 +26,28 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bipolar_jax.ops.dispatch import check_implementation
-from experiments.bench.products.candidates import Call, Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.bench.products.cold_weights import few_tokens, with_cold_weights
 from experiments.bench.products.exactness import measure_exactness
 from experiments.bench.products.operands import Operands, int8_product
-from experiments.bench.products.peers import PEERS, measure_peers, parse_peers
+from experiments.bench.products.peers import PEERS, measure_peers
 from experiments.bench.products.plots import plot_roofline, plot_speedup
+from experiments.bench.products.product import Call, Ceilings, Product, check_device, parse_products
 from experiments.bench.products.quantize_bandwidth import measure_quantizers
 from experiments.bench.products.report import line, print_tables
 from experiments.bench.products.shapes import Shape, parse_shapes
 from experiments.support import app
+from experiments.support.device_lock import device_lock, device_unlocked
 from experiments.support.progress import console, progress_bar
-from experiments.support.timing import compile_all, measure, one_line
-from experiments.support.turns import device_turn, others_turn
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
-# What a figure depends on; a workdir holds results of one choice of these.
+# Settings that the figures depend on; all results in a workdir share them.
 _SETTINGS = ("implementation", "iterations", "seed")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
-    with device_turn():
+    with device_lock():
         _measure(config, workdir)
 
 
@@ -53,7 +56,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     products_of = {shape.name: parse_products(shape, config.precisions, config.implementation) for shape in shapes}
     check_implementation(config.implementation)
     check_device(config.implementation)
-    peers = parse_peers(config.peers, PEERS)
+    peers = app.parse_names("peers", config.peers, PEERS)
     ceilings = Ceilings.of(config.ceilings)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}
@@ -62,10 +65,10 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     result["environment"] = environment()
 
     names = [shape.name for shape in shapes]
-    activations = [f"{shape.m}x{shape.k}" for shape in shapes]
+    activation_sizes = [f"{shape.m}x{shape.k}" for shape in shapes]
 
     def save() -> None:
-        save_result(workdir, result, shapes=names, quantizers=activations)
+        save_result(workdir, result, shapes=names, quantizers=activation_sizes)
 
     for shape in shapes:
         products = products_of[shape.name]
@@ -79,7 +82,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
             measure_quantizers(operands, products.values(), result["quantizers"], config)
             save()
     measure_exactness(config, result, save)
-    for shape in shapes:  # last, since other libraries may disturb the profiler
+    for shape in shapes:  # last, because other libraries may disturb the profiler
         measure_peers(peers, shape, result["shapes"][shape.name], config)
     save()
     plot_speedup(result, workdir / "speedup.png")
@@ -91,14 +94,14 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
 def _measure_references(
     shape: Shape, row: dict[str, Any], operands: Operands, ceilings: Ceilings, config: ConfigDict
 ) -> None:
-    """XLA's bf16 product, x [m, k] times w [k, n], and its int8 product with int32 output, k last in both."""
+    """Times XLA's bf16 product, x [m, k] times w [k, n], and its int8 product with int32 output, k last in both."""
     calls = {"bf16": (jnp.dot, (operands.x, operands.dense_w)), "int8": (int8_product, operands.int8)}
     count = dict.fromkeys(calls, 1)
     if few_tokens(shape):
         for name, call in calls.items():
             calls[name], count[name] = with_cold_weights(call, 1)
     todo = {name: call for name, call in calls.items() if "microseconds" not in row[name]}
-    compiled = compile_all(todo, threads=1)  # XLA tries its variants on the device while it compiles
+    compiled = compile_all(todo, threads=1)  # with the device locked: XLA autotunes on it
     for name, (_, args) in todo.items():
         try:
             timing = measure(raise_if_error(compiled[name]), *args, iterations=config.iterations).divided(count[name])
@@ -111,29 +114,36 @@ def _measure_references(
         console.print(f"{shape} XLA {name}: {timing.median:.1f} us, {share:.0%} of the ceiling")
 
 
-class _Part(NamedTuple):
-    """One function of a product as it is checked, and as it is timed, where it may be called several times."""
+class _TimedCall(NamedTuple):
+    """A function of a product in the form that is checked and in the form that is timed.
+
+    Attributes:
+      checked: the function with its arguments.
+      timed: the same, or a function that calls it `calls` times on copies of the arguments.
+      calls: number of calls in one timed run.
+    """
 
     checked: Call
     timed: Call
     calls: int
 
 
-def _parts_of(product: Product, operands: Operands) -> dict[str, _Part]:
+def _timed_calls(product: Product, operands: Operands) -> dict[str, _TimedCall]:
+    """The functions to check ("integers" too) and to time (all others), by name."""
     calls = {"operation": product.operation(operands)}
     if product.implementation == "sm90":
-        if product.kind == "int8":  # else the kernel takes the weights as they are
+        if product.kind == "int8":  # kernels on planes take the packed weights directly
             calls["product"] = product.product(operands)
         if product.group_size is None:
             calls["kernel"] = product.kernel(operands)
     if few_tokens(operands.shape):
-        parts = {name: _Part(call, *with_cold_weights(call, 1)) for name, call in calls.items()}
+        timed_calls = {name: _TimedCall(call, *with_cold_weights(call, 1)) for name, call in calls.items()}
     else:
-        parts = {name: _Part(call, call, 1) for name, call in calls.items()}
+        timed_calls = {name: _TimedCall(call, call, 1) for name, call in calls.items()}
     if product.group_size is None:
         integers = product.integers(operands)
-        parts["integers"] = _Part(integers, integers, 1)
-    return parts
+        timed_calls["integers"] = _TimedCall(integers, integers, 1)
+    return timed_calls
 
 
 def _measure_precisions(
@@ -144,24 +154,26 @@ def _measure_precisions(
     config: ConfigDict,
     save,
 ) -> None:
-    """Every precision of one shape: compiled together, then checked and timed one by one."""
+    """Compiles all precisions of one shape together, then checks and times them one by one."""
     todo = {name: product for name, product in products.items() if "operation" not in row["precisions"].get(name, {})}
-    parts = {name: _parts_of(product, operands) for name, product in todo.items()}
+    timed_calls = {name: _timed_calls(product, operands) for name, product in todo.items()}
     calls = {}
-    for name, some in parts.items():
-        for part, (checked, timed, _) in some.items():
-            calls[name, part, "checked"] = checked
+    for name, functions in timed_calls.items():
+        for function_name, (checked, timed, _) in functions.items():
+            calls[name, function_name, "checked"] = checked
             if timed is not checked:
-                calls[name, part, "timed"] = timed
-    with progress_bar(f"compiling {len(calls)} functions"), others_turn():
+                calls[name, function_name, "timed"] = timed
+    with progress_bar(f"compiling {len(calls)} functions"), device_unlocked():
         compiled = compile_all(calls, config.compile_threads)
     for name, product in todo.items():
-        functions = {
-            part: [compiled.get((name, part, use), compiled[name, part, "checked"]) for use in ("checked", "timed")]
-            for part in parts[name]
+        compiled_calls = {
+            function: [
+                compiled.get((name, function, use), compiled[name, function, "checked"]) for use in ("checked", "timed")
+            ]
+            for function in timed_calls[name]
         }
         try:
-            measured = _measure_product(product, parts[name], functions, operands, ceilings, row, config)
+            measured = _measure_product(product, timed_calls[name], compiled_calls, operands, ceilings, row, config)
         except Exception as error:
             measured = {"error": one_line(error)}
         row["precisions"][name] = measured
@@ -169,25 +181,25 @@ def _measure_precisions(
         save()
 
 
-def _measure_product(product, parts, functions, operands, ceilings, row, config) -> dict[str, Any]:
-    """Checks, then timings, of one precision of one shape.
+def _measure_product(product, timed_calls, compiled_calls, operands, ceilings, row, config) -> dict[str, Any]:
+    """Checks and times one precision of one shape.
 
     Raises:
-      Exception: whatever compiling, checking or running raises.
+      Exception: an error of compiling, checking or running.
     """
     measured: dict[str, Any] = {"compared": 0, "kind": None, "kernel": None, "product": None}
-    if "integers" in parts:
-        measured["compared"] = product.check_integers(operands, raise_if_error(functions["integers"][0]))
+    if "integers" in timed_calls:
+        measured["compared"] = product.check_integers(operands, raise_if_error(compiled_calls["integers"][0]))
     bf16 = row["bf16"].get("microseconds")
-    for part in ("kernel", "product", "operation"):
-        if part not in parts:
+    for name in ("kernel", "product", "operation"):
+        if name not in timed_calls:
             continue
-        (_, args), (_, timed_args), calls = parts[part]
-        checked, timed = map(raise_if_error, functions[part])
-        check = product.check_kernel if part == "kernel" else product.check_operation
+        (_, args), (_, timed_args), calls = timed_calls[name]
+        checked, timed = map(raise_if_error, compiled_calls[name])
+        check = product.check_kernel if name == "kernel" else product.check_operation
         error = check(operands, checked(*args))
         timing = measure(timed, *timed_args, iterations=config.iterations).divided(calls)
-        measured[part] = timing.to_json() | {
+        measured[name] = timing.to_json() | {
             "error": float(f"{error:.3g}"),
             "speedup": None if bf16 is None else round(bf16 / timing.median, 3),
         }
@@ -196,18 +208,15 @@ def _measure_product(product, parts, functions, operands, ceilings, row, config)
         measured |= {"kind": choice.kind, "tiling": dataclasses.asdict(choice.tiling), "reason": choice.reason}
     if measured["kernel"] is not None:
         median = measured["kernel"]["microseconds"]
+        # A kernel on planes multiplies every pair of planes.
+        operations = product.shape.operations * (product.pairs if product.kind == "planes" else 1)
         measured["kernel"] |= {
             "ceiling_share": round(ceilings.compute_microseconds(product) / median, 4),
             "roofline_share": round(ceilings.roofline_microseconds(product) / median, 4),
-            "operations_per_second": product.shape.operations * _passes(product) / median * 1e6,
-            "operations_per_byte": product.shape.operations * _passes(product) / product.kernel_bytes,
+            "operations_per_second": operations / median * 1e6,
+            "operations_per_byte": operations / product.kernel_bytes,
         }
     return measured
-
-
-def _passes(product: Product) -> int:
-    """How often the tensor cores go over K."""
-    return product.pairs if product.kind == "planes" else 1
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Times training of one feed-forward block at many precisions: the forward pass, and a whole step, against bf16.
+"""Times the forward pass and the training step of one feed-forward block at many precisions against bf16.
 
     python -m experiments.bench.training_step --config=configs/bench/training_step.py --workdir=DIR \\
         --config.tokens=8192 --config.precisions=W8A8,W4A4
 
-The block is a Llama's, norm, gate and up, down; its parameters are float32, the layers compute in bf16, and low
-precisions multiply through `DotGeneral`, which rounds and packs the weights in every call. bf16 is the same block with
-`nnx.Linear`, jitted alike and timed in the same run. A step is the forward and the backward pass and AdamW's update.
-Before anything is timed the block that `quantize_model` packs must give what the one in training gives, to the bit, and
-the integers of its products must be the exact ones. Under --workdir come result.json and speedup.png. A run that was
-stopped goes on where it was, and tries again what failed.
+The block is a Llama's (norm, gate, up, down) with float32 parameters, computed in bf16. Low precisions multiply through
+`DotGeneral`, which quantizes and packs the weights in every call. The baseline is the same block with `nnx.Linear`,
+jitted and timed in the same run. A step is forward pass, backward pass and AdamW's update. Before timing, the block
+packed by `quantize_model` must give the same output as the block in training, bit for bit, and its integer products
+must be exact. Writes result.json and speedup.png to --workdir. A stopped run resumes and retries failed precisions.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.precision import activation_format
 from experiments.bench.products.operands import check_integers
 from experiments.support import app
-from experiments.support.figures import bars, legend, save
+from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
+from experiments.support.plotting import bars, legend, save
 from experiments.support.progress import console
 from experiments.support.timing import Timing, measure, one_line
-from experiments.support.turns import device_turn
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
-# What a figure depends on; a workdir holds results of one choice of these.
+# Settings that the figures depend on; all results in a workdir share them.
 _SETTINGS = ("hidden_size", "ffn_size", "tokens", "calibration", "implementation", "iterations", "seed")
-_PARTS = ("forward", "step")
+_TIMED = ("forward", "step")
 _BASELINE = "bf16"
-_CHECKED = 64  # rows, and columns, of each product that are compared with the exact one
+_CHECKED = 64  # sampled rows and columns of each product that are compared with the exact one
 
 
 class Block(nnx.Module):
@@ -66,12 +65,12 @@ class Block(nnx.Module):
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
-    with device_turn():
+    with device_lock():
         _measure(config, workdir)
 
 
 def make_block(config: ConfigDict, precision: bj.Precision | None) -> Block:
-    """The block with random weights; to be trained at that precision, or in bf16 where it is None."""
+    """The block with random weights, for training at `precision`, or in bf16 if that is None."""
     shapes = TransformerConfig(
         vocab_size=1,
         hidden_size=config.hidden_size,
@@ -109,10 +108,10 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         result["precisions"][name] = measured
         console.print(f"{name}: {line(measured)}")
         save_result(workdir, result, add_speedups, precisions=[_BASELINE, *precisions])
-    # At last: where JAX's profiler has been, `measure`, which uses the same interface of the GPU, gets no times.
+    # Last: after JAX's profiler has run, `measure`, which uses the same GPU interface (CUPTI), gets no times.
     for name, runs in to_profile.items() if config.profile_most else ():
-        for part, run in runs.items():
-            result["precisions"][name][part]["kernels"] = profile_kernels(run, 1, config.profile_most)["kernels"]
+        for label, run in runs.items():
+            result["precisions"][name][label]["kernels"] = profile_kernels(run, 1, config.profile_most)["kernels"]
         save_result(workdir, result, add_speedups, precisions=[_BASELINE, *precisions])
     _plot(result, workdir / "speedup.png")
     print_table(result)
@@ -122,7 +121,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
 def _measure_one(
     config: ConfigDict, precision: bj.Precision | None, x: Array
 ) -> tuple[dict[str, Any], dict[str, Callable[[], None]]]:
-    """Figures of one precision, and for the profiler what was timed, by part."""
+    """Figures of one precision, and the timed functions by name, for the profiler."""
     block = make_block(config, precision)
     measured = {} if precision is None else check_block(block, x, config)
     graph, state = nnx.split(block)
@@ -142,11 +141,11 @@ def _measure_one(
 
     calls = {"forward": (forward, (params, x)), "step": (step, (params, optimizer.init(params), x))}
     runs = {}
-    for part, (function, args) in calls.items():
+    for label, (function, args) in calls.items():
         compiled = jax.jit(function).lower(*args).compile()
         timing = measure(compiled, *args, iterations=config.iterations)
-        measured[part] = timing.to_json() | {"wall": queued(compiled, args, config.iterations).to_json()}
-        runs[part] = functools.partial(_run, compiled, args)
+        measured[label] = timing.to_json() | {"wall": queued(compiled, args, config.iterations).to_json()}
+        runs[label] = functools.partial(_run, compiled, args)
     return measured, runs
 
 
@@ -154,10 +153,10 @@ def check_block(block: Block, x: Float[Array, "1 tokens hidden"], config: Config
     """Compares a block in training with the packed one that `quantize_model` makes of it.
 
     Returns:
-      How many numbers of the output, and how many integers of the products, were compared.
+      The number of compared outputs and of compared integers of products.
 
     Raises:
-      ValueError: an output that differs in a bit, or integers that are not exact.
+      ValueError: an output differs in any bit, or an integer is not exact.
     """
     packed = bj.quantize_model(block)
     run = nnx.jit(lambda block, x: block(x))
@@ -191,7 +190,7 @@ def _check_integers(rows: Array, w: bj.BipolarArray, a_bits: int, config: Config
 
 
 def queued(function: Callable[..., Any], args: tuple[Any, ...], iterations: int) -> Timing:
-    """Time on the wall of a call among calls that wait for the device one behind the other, as in training."""
+    """Wall time per call of calls that are queued on the device without waiting for each other, as in training."""
     jax.block_until_ready(function(*args))
     calls, microseconds = 5, []
     for _ in range(iterations):
@@ -204,27 +203,27 @@ def queued(function: Callable[..., Any], args: tuple[Any, ...], iterations: int)
 
 
 def add_speedups(result: dict[str, Any]) -> None:
-    """Sets "speedup" of every figure: bf16's time over its own, on the same clock."""
+    """Sets "speedup" of every figure: bf16's time divided by its own, on the same clock."""
     baseline = result["precisions"].get(_BASELINE, {})
     for measured in result["precisions"].values():
-        for part in _PARTS:
-            if part in measured and part in baseline:
+        for label in _TIMED:
+            if label in measured and label in baseline:
                 for mine, other in (
-                    (measured[part], baseline[part]),
-                    (measured[part]["wall"], baseline[part]["wall"]),
+                    (measured[label], baseline[label]),
+                    (measured[label]["wall"], baseline[label]["wall"]),
                 ):
                     mine["speedup"] = round(other["microseconds"] / mine["microseconds"], 3)
 
 
 def line(measured: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """The figures of one precision in one line."""
     if "error" in measured:
         return measured["error"]
-    return ", ".join(f"{part} {measured[part]['microseconds'] / 1e3:.3f} ms" for part in _PARTS)
+    return ", ".join(f"{label} {measured[label]['microseconds'] / 1e3:.3f} ms" for label in _TIMED)
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Milliseconds by precision, on the device and on the wall."""
+    """Prints milliseconds by precision, as device time and as wall time."""
     settings = result["settings"]
     sizes = f"{settings['tokens']} tokens, {settings['hidden_size']} x {settings['ffn_size']}"
     table = Table(title=f"feed-forward block, {sizes}, on {settings['device']}: medians in ms")
@@ -234,7 +233,7 @@ def print_table(result: dict[str, Any]) -> None:
         if "error" in measured:
             table.add_row(name, measured["error"][:60])
             continue
-        timings = [measured[part] for part in _PARTS] + [measured[part]["wall"] for part in _PARTS]
+        timings = [measured[label] for label in _TIMED] + [measured[label]["wall"] for label in _TIMED]
         cells = [(f"{some['microseconds'] / 1e3:.3f}", f"{some.get('speedup', np.nan):.2f}") for some in timings]
         table.add_row(name, *(text for cell in cells for text in cell))
     console.print(table)
@@ -242,7 +241,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def _plot(result: dict[str, Any], path: Path) -> None:
     names = [name for name, measured in result["precisions"].items() if "step" in measured]
-    series = {part: {name: result["precisions"][name][part].get("speedup") for name in names} for part in _PARTS}
+    series = {label: {name: result["precisions"][name][label].get("speedup") for name in names} for label in _TIMED}
     figure = matplotlib.figure.Figure(figsize=(0.9 * len(names) + 4, 4), layout="constrained")
     axes = figure.subplots()
     bars(axes, names, series)

@@ -1,13 +1,12 @@
-"""Measures tilings of the Hopper kernel and writes the table that the planner reads.
+"""Times tilings of the Hopper matmul and writes the fastest into the table that the planner reads.
 
     python -m experiments.bench.tune --config=configs/bench/tune.py --workdir=DIR --config.table=DIR/nvidia_h200.json
 
-Products that differ only in which planes meet (W1A4, W4A1, W2A2) are one problem. For each, the tile shapes that the
-planner's estimate likes best are timed, then variations of the fastest in one field at a time; for few tokens all ways
-to share out K, on weights that come from memory. What a tiling gives is compared with the exact product before it is
-timed. Under --workdir comes result.json with every measurement; the best of each problem goes into the table, whose
-other entries stay. A run that was stopped goes on where it was; several runs at once may share a workdir and a table,
-each with shapes of its own (see `turns`).
+Products with equal sizes and equally many pairs of planes (W1A4, W4A1, W2A2) are one problem. For each problem the
+tilings with the best estimates are timed, then variations of the fastest in one field at a time; for few tokens every
+split of K, on weights that come from memory. Each tiling is checked against the exact product before it is timed.
+Writes all timings to result.json in --workdir and the fastest tiling of each problem to the table; its other entries
+stay. A stopped run resumes; concurrent runs with different shapes may share a workdir and a table (see `device_lock`).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, FEW_TOKENS, es
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, accumulator_columns, decode_tilings
 from bipolar_jax.tuning.table import table_name
-from experiments.bench.products.candidates import Ceilings, Product, check_device, parse_products, raise_if_error
 from experiments.bench.products.cold_weights import with_cold_weights
 from experiments.bench.products.operands import Operands
+from experiments.bench.products.product import Ceilings, Product, check_device, parse_products
 from experiments.bench.products.shapes import parse_shapes
 from experiments.support import app
+from experiments.support.device_lock import device_lock, device_unlocked
 from experiments.support.progress import console
-from experiments.support.timing import compile_all, measure, one_line
-from experiments.support.turns import device_turn, others_turn
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
 from experiments.support.workdir import RESULT_NAME, environment, read_result, save_result, write_json
 
 _SETTINGS = ("iterations", "seed")
@@ -46,7 +45,7 @@ _MOST_SLOTS = 8
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the whole experiment; see the module's docstring."""
-    with device_turn():
+    with device_lock():
         _measure(config, workdir)
 
 
@@ -56,10 +55,12 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     for shape in parse_shapes(config.shapes):
         for name, product in parse_products(shape, config.precisions, "sm90").items():
             if product.group_size is not None:
-                raise ValueError(f"precision {name}: the table has no products with groups")
+                raise ValueError(f"precision {name} has groups, whose products the table does not cover: leave it out")
             tiling = product.choice.tiling
             if isinstance(tiling, DecodeTiling) and tiling.parts > 1:
-                raise ValueError(f"{shape} {name}: tokens in {tiling.parts} parts have one tiling")
+                raise ValueError(
+                    f"{shape} {name} splits its tokens into {tiling.parts} launches and cannot be tuned: leave it out"
+                )
             problems.setdefault(Problem.of(product).name, []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}
@@ -85,7 +86,14 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the table keys tilings by; see `tuning.table.nearest_entry`."""
+    """The key of a tiling in the table; see `tuning.table.nearest_entry`.
+
+    Attributes:
+      kind: "planes", "int8" or `FEW_TOKENS`.
+      m: rows of x; for few tokens the accumulator's columns.
+      n: columns of w.
+      steps: length of the main loop, see `mainloop_steps`.
+    """
 
     kind: str
     m: int
@@ -94,7 +102,7 @@ class Problem:
 
     @classmethod
     def of(cls, product: Product) -> Problem:
-        """The problem that a product is."""
+        """The problem of a product."""
         shape = product.shape
         if isinstance(product.choice.tiling, DecodeTiling):
             columns = accumulator_columns(shape.m, product.a_format.bits)
@@ -107,28 +115,28 @@ class Problem:
 
 
 def first_tilings(product: Product, candidates: str, count: int) -> list[Tiling]:
-    """The legal tilings that the estimate likes best, the planner's own first choice among them.
+    """The planner's choice, followed by the legal tilings with the best estimates.
 
     Args:
       product: the problem.
-      candidates: "planner" for the planner's list, "all" for every tile and schedule beside it.
-      count: how many.
+      candidates: "planner" for the planner's list, "all" to add every tile shape and schedule.
+      count: number of tilings.
 
     Raises:
-      ValueError: other candidates.
+      ValueError: unknown `candidates`.
     """
     if candidates not in ("planner", "all"):
         raise ValueError(f'candidates must be "planner" or "all", got {candidates!r}')
     tilings = list(CANDIDATES)
     if candidates == "all":
-        tilings += [_with_most_slots(Tiling(m, n, schedule)) for m, n in _TILES for schedule in _SCHEDULES]
+        tilings += [_with_deepest_ring(Tiling(m, n, schedule)) for m, n in _TILES for schedule in _SCHEDULES]
     m, n = product.shape.m, product.shape.n
     by_estimate = sorted(_legal(tilings), key=lambda tiling: estimated_cycles(tiling, m, n, product.steps))
     return list(dict.fromkeys([product.choice.tiling, *by_estimate]))[:count]
 
 
 def variations(tiling: Tiling) -> list[Tiling]:
-    """Legal tilings that differ in one field: slots, order of tiles, or a cluster that shares its loads."""
+    """Legal tilings that differ in one field: ring buffer slots, order of tiles, or cluster shape."""
     others = [dataclasses.replace(tiling, slots=tiling.slots + change) for change in (-1, 1)]
     others += [
         dataclasses.replace(tiling, band=band, band_axis=axis)
@@ -149,14 +157,14 @@ def _legal(tilings: Iterable[Tiling]) -> list[Tiling]:
     return legal
 
 
-def _with_most_slots(tiling: Tiling) -> Tiling:
-    """The deepest ring that fits."""
+def _with_deepest_ring(tiling: Tiling) -> Tiling:
+    """The tiling with as many ring buffer slots as fit; unchanged if none is legal."""
     deeper = [dataclasses.replace(tiling, slots=slots) for slots in range(2, _MOST_SLOTS + 1)]
     return _legal(deeper)[-1] if _legal(deeper) else tiling
 
 
 def _time_tilings_of(product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict) -> None:
-    """Times the first tilings, then variations of the fastest."""
+    """Times the first tilings, then variations of the fastest; for few tokens all tilings."""
     if isinstance(product.choice.tiling, DecodeTiling):
         shape = product.shape
         tilings = decode_tilings(shape.m, shape.k, product.a_format.bits, product.w_format.bits)
@@ -181,7 +189,7 @@ def _time_tilings(
     if isinstance(product.choice.tiling, DecodeTiling):
         for tiling, call in calls.items():
             calls[tiling], count = with_cold_weights(call, 1)
-    with others_turn():
+    with device_unlocked():
         compiled = compile_all(calls, config.compile_threads)
     for tiling, (_, args) in calls.items():
         try:
@@ -209,13 +217,13 @@ def _name(tiling: Tiling | DecodeTiling) -> str:
 
 
 def _best(tilings: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest of those that ran."""
+    """The fastest tiling that ran, or None."""
     measured = [figures for figures in tilings.values() if "microseconds" in figures]
     return min(measured, key=lambda figures: figures["microseconds"], default=None)
 
 
 def _write_table(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the entries of the problems measured, and leaves the others."""
+    """Replaces the entries of the measured problems and keeps the others."""
     entries = json.loads(path.read_text())["entries"] if path.is_file() else []
     by_problem = {tuple(entry[key] for key in ("kind", "m", "n", "steps")): entry for entry in entries}
     for row in result["problems"].values():

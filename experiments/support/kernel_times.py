@@ -1,4 +1,4 @@
-"""Time on the device by kernel, read from the trace that JAX's profiler writes."""
+"""Device time per kernel, from the trace that JAX's profiler writes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def profile_kernels(run: Callable[[], Any], steps: int, most: int) -> dict[str, 
     """Runs a function under the profiler.
 
     Args:
-      run: what to run; it waits for its result.
-      steps: equal steps that it makes, by which all figures are divided.
-      most: how many kernels to list, those that took longest.
+      run: the function; it must block until its result is ready.
+      steps: equal steps in one run; all figures are per step.
+      most: number of kernels to list, slowest first.
 
     Returns:
-      "microseconds" of all kernels together, gaps between them left out, and "kernels", each with its name,
-      "microseconds" and "calls". Nothing and an empty list where no GPU ran.
+      "microseconds": sum over all kernels, without the gaps between them; "kernels": a list of dicts with "name",
+      "microseconds" and "calls". 0 and an empty list if no GPU ran.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -40,9 +40,12 @@ def profile_kernels(run: Callable[[], Any], steps: int, most: int) -> dict[str, 
 
 
 def read_kernel_times(folder: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Microseconds and number of runs by name of kernel, over all GPUs, of the traces under a folder.
+    """Sums the traces under a folder over all GPUs.
 
-    Only streams count: lines such as "XLA Modules", which some readers of traces add, span the same kernels again.
+    Only events of streams are counted: other lines of a trace, such as "XLA Modules", span the same kernels again.
+
+    Returns:
+      Microseconds and number of launches, each by kernel name.
     """
     times, calls = collections.defaultdict(float), collections.Counter()
     for file in folder.rglob("*.trace.json.gz"):

@@ -1,4 +1,4 @@
-"""Perplexity against bytes."""
+"""The plot of perplexity against model size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from bipolar_jax import Precision
+from experiments.support.plotting import save
 
 
 def plot_perplexity(result: dict[str, Any], path: Path) -> None:
-    """Draws what `experiments.quantize` found; one line for each activation precision and grouping."""
+    """Draws the result of `experiments.quantize`: one line per activation precision and group size."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     series: dict[str, list[tuple[float, float, str]]] = {}
@@ -44,6 +45,4 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.xaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.legend(fontsize=8)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    save(figure, path)

@@ -1,4 +1,4 @@
-"""Progress bars on the terminal; plain lines where the output is none."""
+"""Progress bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# Wide enough for the tables even where the output is a file.
+# 120 columns where the output is a file, so that the tables fit.
 console = Console(width=None if Console().is_terminal else 120)
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Shows a bar while the block runs; yields the function that sets how much is done, and what is said of it.
+    """Shows a bar while the block runs; yields a function that takes the steps done and an optional note.
 
     Args:
-      what: shown before the bar.
-      total: steps until it is done; None shows only that time passes.
+      what: description, shown before the bar.
+      total: number of steps; None shows a spinner and the elapsed time.
     """
     if not console.is_terminal:
         console.print(what)

@@ -1,4 +1,4 @@
-"""Models and texts by the names that configs use."""
+"""Loads models and texts by the names that configs use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from experiments.support.fetch import SHA256, fetch_smollm2
 from experiments.support.progress import progress_bar
 
-_NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def load_model_source(name: str, bits: int | None = None) -> PretrainedModel:
-    """A model: in float32, or as it was packed.
+    """Loads a model; packed checkpoints stay packed, others are read as float32.
 
     Args:
-      name: "smollm2" for the one that the package index serves, or the path of a GGUF
-        file, a Hugging Face directory or a packed checkpoint.
-      bits: weight bits to read of a packed checkpoint at most; None reads all.
+      name: "smollm2", which is downloaded from the package index, or the path of a GGUF file, a
+        Hugging Face directory or a packed checkpoint.
+      bits: most weight bits to read from a packed checkpoint; None reads all.
 
     Raises:
       ValueError, FileNotFoundError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
@@ -32,7 +32,7 @@ def load_model_source(name: str, bits: int | None = None) -> PretrainedModel:
 
 
 def model_fingerprint(name: str) -> str:
-    """Changes when the files of a model do: their digest where it is known, else names, sizes and times."""
+    """A digest that changes with the model's files: SHA-256 of "smollm2", else of names, sizes and times."""
     if name == "smollm2":
         return SHA256
     path = Path(name)
@@ -42,16 +42,15 @@ def model_fingerprint(name: str) -> str:
 
 
 def load_text_source(name: str) -> str:
-    """A text to evaluate or to train on.
+    """Loads a text to evaluate or train on.
 
     Args:
-      name: "pydoc_topics" for CPython's help topics, "python_stdlib" for the source of its
-        standard library without tests (12 MB in 3.12.1; other releases differ), or the path
-        of a UTF-8 file.
+      name: "pydoc_topics" (CPython's help topics), "python_stdlib" (source of its standard library
+        without tests), or the path of a UTF-8 file. The first two depend on the Python release.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an empty file, or one that is not UTF-8.
+      ValueError: the file is empty or not UTF-8.
     """
     if name == "pydoc_topics":
         from pydoc_data.topics import topics
@@ -75,11 +74,11 @@ def load_text_source(name: str) -> str:
 
 
 def _standard_library() -> str:
-    """Source files by path, those that are UTF-8; what was installed beside them and tests are left out."""
+    """All UTF-8 source files in order of path, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = []
     for file in sorted(root.rglob("*.py")):
-        if not _NOT_STANDARD.intersection(file.relative_to(root).parts):
+        if not _EXCLUDED_FOLDERS.intersection(file.relative_to(root).parts):
             with contextlib.suppress(UnicodeDecodeError):
                 texts.append(file.read_bytes().decode("utf-8"))
     if not texts:

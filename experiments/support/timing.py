@@ -1,4 +1,4 @@
-"""Medians of device time, and compilation of many functions at once."""
+"""Device timings of functions, and parallel compilation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 import jax
 
-# The clocks of an idle GPU are low and take milliseconds of work to rise.
+# An idle GPU runs at low clocks, which rise within milliseconds under load.
 _WARM_UP_SECONDS = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Microseconds of several runs of one function.
+    """Statistics over several runs of one function, in microseconds.
 
     Attributes:
-      median: of all runs.
+      median: median of all runs.
       low: first quartile.
       high: third quartile.
       iterations: number of runs.
-      clock: "device" (sum of the times of all kernels of a run, gaps between them left out) or
-        "wall" (from the call until the result is there).
+      clock: "device" (sum over the kernels of a run, without the gaps between them), "wall" (from the call
+        until the result is ready), or a description of another clock.
     """
 
     median: float
@@ -44,13 +44,13 @@ class Timing:
         return cls(round(median, 3), round(low, 3), round(high, 3), len(microseconds), clock)
 
     def divided(self, calls: int) -> Timing:
-        """Of one call, where every run made several."""
+        """The time of one call, for runs of several calls each."""
         return dataclasses.replace(
             self, **{name: round(getattr(self, name) / calls, 3) for name in ("median", "low", "high")}
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What result files hold."""
+        """The fields that result files store."""
         return {
             "microseconds": self.median,
             "quartiles": [self.low, self.high],
@@ -60,11 +60,10 @@ class Timing:
 
 
 def measure(function: Callable[..., Any], *args: Any, iterations: int) -> Timing:
-    """Times a jitted or compiled function, warmed up.
+    """Times a jitted or compiled function after a warm-up.
 
-    On a GPU CUPTI times every kernel, which leaves out launches and whatever else the
-    host does; elsewhere it is the time on the wall. Runs follow each other on the same
-    operands, so that what fits the cache stays there.
+    On a GPU, CUPTI times every kernel; launches and host work do not count. Elsewhere the clock is
+    wall time. All runs use the same operands, so operands that fit the L2 cache stay in it.
 
     Raises:
       RuntimeError: no kernel ran, or runs differ in their kernels.
@@ -94,11 +93,14 @@ def _wall_microseconds(function: Callable[..., Any], args: tuple[Any, ...]) -> f
 def compile_all[Name](
     functions: Mapping[Name, tuple[Callable[..., Any], tuple[Any, ...]]], threads: int
 ) -> dict[Name, jax.stages.Compiled | Exception]:
-    """Compiles functions of arrays, several at a time; what fails is returned in place of the function.
+    """Compiles several functions of arrays in parallel.
 
     Args:
-      functions: (function, its arguments) by name.
-      threads: compilations at a time.
+      functions: (function, arguments) by name.
+      threads: number of concurrent compilations.
+
+    Returns:
+      The compiled function by name, or the exception that its compilation raised; see `raise_if_error`.
     """
 
     def attempt(function, args):
@@ -108,7 +110,7 @@ def compile_all[Name](
             return error
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        # A copy of the context each, so that interpret mode, where it is on, is on in the threads too.
+        # Threads do not inherit the context, which holds the interpret mode: copy it.
         futures = {
             name: pool.submit(contextvars.copy_context().run, attempt, function, args)
             for name, (function, args) in functions.items()
@@ -116,7 +118,14 @@ def compile_all[Name](
         return {name: future.result() for name, future in futures.items()}
 
 
+def raise_if_error[Function](compiled: Function | Exception) -> Function:
+    """An entry of `compile_all`'s result; raises it if it is an exception."""
+    if isinstance(compiled, Exception):
+        raise compiled
+    return compiled
+
+
 def one_line(error: Exception) -> str:
-    """An exception's kind and the first line of what it says, for result files."""
+    """The exception's type and the first line of its message, for result files."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

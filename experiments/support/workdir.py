@@ -1,13 +1,15 @@
-"""Results on disk: written whole or not at all, and taken up again where a run stopped."""
+"""Results on disk: atomic writes, resuming a stopped run, merging concurrent runs, and what figures depend on."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,34 @@ import bipolar_jax
 RESULT_NAME = "result.json"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by the JSON of `value`, atomically. NaN and Inf are not JSON and raise ValueError."""
+@contextlib.contextmanager
+def replaces(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, and renames it to `path` after the block.
+
+    A reader, or a run that is killed, sees the old file or the whole new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically.
+
+    Raises:
+      ValueError: NaN or Inf, which JSON does not have.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with replaces(path) as partial:
+        partial.write_text(text)
 
 
 def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run, or None if there was none.
+    """The result.json of an earlier run with the same settings; None if there is no file.
 
     Raises:
-      ValueError: the workdir's result is of other settings, or not a result.
+      ValueError: the file is no result of an experiment, or has other settings.
     """
     path = workdir / RESULT_NAME
     if not path.is_file():
@@ -41,18 +58,18 @@ def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): delete it, or choose another --workdir") from error
     if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
-        raise ValueError(f"{path} is no result of this experiment: delete it, or choose another --workdir")
+        raise ValueError(f"{path} is not a result of an experiment: delete it, or choose another --workdir")
     if other := differences(result["settings"], settings):
         raise ValueError(f"{path} was measured with other settings ({other}): choose another --workdir, or delete it")
     return result
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Settings that differ, in words; empty if none does."""
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    """The settings that differ, such as "seed: stored 0, now 1"; empty if all are equal."""
     return "; ".join(
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there | here)
-        if there.get(name) != here.get(name)
+        f"{name}: stored {stored.get(name)!r}, now {current.get(name)!r}"
+        for name in sorted(stored | current)
+        if stored.get(name) != current.get(name)
     )
 
 
@@ -62,41 +79,48 @@ def save_result(
     complete: Callable[[dict[str, Any]], None] = lambda _: None,
     **own: Iterable[str],
 ) -> None:
-    """Writes result.json; what runs beside this one put there meanwhile stays, and appears in `result`.
+    """Merges this run's result into result.json, which concurrent runs share; `result` becomes the merged one.
 
     Args:
       workdir: folder of the result.
-      result: what this run has.
-      complete: adds what follows from the whole result, before it is written.
-      own: of each section of the result, the names that this run measures.
+      result: this run's result.
+      complete: adds derived values, such as speed-ups, to the merged result before it is written.
+      **own: section -> names in it that this run measures; all other names are kept as stored.
 
     Raises:
       ValueError: see `read_result`.
     """
-    there = read_result(workdir, result["settings"]) or {}
+    stored = read_result(workdir, result["settings"]) or {}
     for section, names in own.items():
         mine = {name: result[section][name] for name in names if name in result[section]}
-        result[section] = there.get(section, {}) | mine
-    for name, value in there.items():
+        result[section] = stored.get(section, {}) | mine
+    for name, value in stored.items():
         result.setdefault(name, value)
     complete(result)
     write_json(workdir / RESULT_NAME, result)
 
 
-def kernels_fingerprint(*beside: str) -> str:
-    """SHA-256 over the Hopper kernels' source and tables: figures of other ones must not be mixed with these.
+@functools.cache
+def kernels_fingerprint(*folders: str) -> str:
+    """SHA-256 of the sources and tuning tables of the Hopper kernels, so that a workdir never mixes two versions.
+
+    Cached, because a process keeps the versions that it has imported.
 
     Args:
-      *beside: other folders of the package that the figures depend on.
+      *folders: further folders of the package that the figures depend on.
     """
     package = Path(bipolar_jax.__file__).parent
-    files = [*sorted((package / "kernels" / "sm90").rglob("*.py")), *sorted((package / "tuning").glob("*.json"))]
-    files += [file for folder in beside for file in sorted((package / folder).glob("*.py"))]
+    files = [
+        file
+        for folder in ("kernels/semantics", "kernels/sm90", *folders)
+        for file in sorted((package / folder).rglob("*.py"))
+    ]
+    files += sorted((package / "tuning").glob("*.json"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on besides the settings."""
+    """Device, library versions and command line of this run."""
     device = jax.devices()[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
@@ -104,5 +128,12 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
-        "command": " ".join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line, with the module's name where Python was started with -m."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec else sys.argv[:1]
+    return " ".join(["python", *program, *sys.argv[1:]])

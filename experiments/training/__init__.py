@@ -1,1 +1,1 @@
-"""Parts of experiments/train.py."""
+"""The implementation of experiments/train.py: data, model, step, loop, checkpoints, log."""

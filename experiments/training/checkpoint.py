@@ -1,4 +1,4 @@
-"""Checkpoints of a run in training: written whole or not at all, and refused where they are damaged or another's."""
+"""Checkpoints of a training run: written atomically; damaged ones and those of another run are rejected."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """Where a run goes on.
+    """The contents of a checkpoint.
 
     Attributes:
-      step: updates made so far.
-      state: parameters, optimizer and key.
-      data: state of the iterator over batches.
+      step: number of updates made.
+      state: parameters, optimizer state and PRNG key.
+      data: state of the batch iterator.
     """
 
     step: int
@@ -35,21 +35,20 @@ class Restored:
 
 
 class TrainingCheckpoints:
-    """The last checkpoints of a run, in a folder of its workdir.
+    """The latest checkpoints of a run, in a folder of its workdir.
 
-    Orbax writes each into a temporary folder and renames it when it is complete, so that
-    a process that is killed leaves the one before. Their checksums are our own: a flipped
-    bit in an array would otherwise be trained on.
+    Orbax writes each into a temporary folder and renames it when complete, so a killed process
+    leaves the previous one intact. Checksums of the arrays are added, which detect flipped bits.
     """
 
     def __init__(self, workdir: Path, settings: dict[str, Any], keep: int, asynchronous: bool):
-        """Opens the folder; nothing in it is changed.
+        """Opens the folder and changes nothing in it.
 
         Args:
           workdir: folder of the run.
-          settings: what the run depends on; checkpoints of other settings are refused.
-          keep: how many to keep.
-          asynchronous: go on training while one is written.
+          settings: settings that the losses depend on; checkpoints with other settings are rejected.
+          keep: number of checkpoints to keep.
+          asynchronous: write in the background while training continues.
         """
         self._folder = (workdir / FOLDER).absolute()
         self._settings = settings
@@ -58,8 +57,8 @@ class TrainingCheckpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Writes what a run needs to go on after `step` updates."""
-        # Copies: the next step takes the buffers over while these are written.
+        """Writes a checkpoint after `step` updates."""
+        # Copies, because the next step donates the buffers while these are still being written.
         arrays = {name: np.array(array) for name, array in _named(state).items()}
         about = {
             "settings": self._settings,
@@ -71,30 +70,30 @@ class TrainingCheckpoints:
         )
 
     def steps(self) -> list[int]:
-        """Those there are, complete ones only."""
+        """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore(self, like: TrainState, step: int) -> Restored:
         """Reads the checkpoint of a step.
 
         Args:
-          like: a state of the shapes and dtypes to expect.
+          like: a state with the expected shapes and dtypes.
           step: one of `steps`.
 
         Raises:
-          ValueError: it is damaged, of other settings or of another model. Nothing is deleted.
+          ValueError: it is damaged, or belongs to other settings or another model. Nothing is deleted.
         """
         about = self._about(step)
         expected = _named(like)
         if other := differences(about["settings"], self._settings):
             raise ValueError(
-                f"{self._folder / str(step)} is of a run with other settings ({other}): choose another --workdir, or "
-                "the settings it was begun with"
+                f"{self._folder / str(step)} belongs to a run with other settings ({other}): choose another --workdir, "
+                "or use the stored settings"
             )
         if set(about["checksums"]) != set(expected):
             different = sorted(set(about["checksums"]) ^ set(expected))
             raise ValueError(
-                f"{self._folder / str(step)} is of another model or optimizer (they differ in {different[0]}): "
+                f"{self._folder / str(step)} belongs to another model or optimizer (they differ in {different[0]}): "
                 "choose another --workdir"
             )
         template = {name: np.zeros(array.shape, array.dtype) for name, array in expected.items()}
@@ -102,13 +101,13 @@ class TrainingCheckpoints:
             arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))[
                 "state"
             ]
-        except Exception as error:  # whatever its files hold
-            _hush_unfinished_reads()
+        except Exception as error:  # damaged files raise many types
+            _silence_unfinished_reads()
             raise self._damaged(step, error) from error
         for name, array in arrays.items():
             if array.shape != template[name].shape or array.dtype != template[name].dtype:
                 raise ValueError(
-                    f"{self._folder / str(step)} has {name} of {array.dtype}{list(array.shape)}, this run's model "
+                    f"{self._folder / str(step)} has {name} {array.dtype}{list(array.shape)}, this run's model "
                     f"needs {template[name].dtype}{list(template[name].shape)}: choose another --workdir"
                 )
             if checksum(np.asarray(array)) != about["checksums"][name]:
@@ -117,7 +116,7 @@ class TrainingCheckpoints:
         return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), about["data"])
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits for pending writes."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -125,35 +124,35 @@ class TrainingCheckpoints:
         try:
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
             if not all(isinstance(about[name], dict) for name in ("settings", "data", "checksums")):
-                raise TypeError("its facts are of another form")
+                raise TypeError("its metadata has an unexpected form")
         except Exception as error:
             raise self._damaged(step, error) from error
         return about
 
     def _damaged(self, step: int, problem: object) -> ValueError:
-        before = [found for found in self.steps() if found < step]
+        earlier = [other for other in self.steps() if other < step]
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         return ValueError(
-            f"checkpoint {self._folder / str(step)} is damaged or no checkpoint of this program ({reason[:200]}): move "
-            f"it away to go on from {f'step {before[-1]}' if before else 'the beginning'}"
+            f"checkpoint {self._folder / str(step)} is damaged or not a checkpoint of this program ({reason[:200]}): "
+            f"move it away to resume from {f'step {earlier[-1]}' if earlier else 'the beginning'}"
         )
 
 
 def _named(state: TrainState) -> dict[str, Any]:
-    """Leaves by the way to them, in the tree's order."""
+    """Leaves by their path in the tree, in the tree's order."""
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
-def _hush_unfinished_reads() -> None:
-    """Keeps one error one line: where one array cannot be read, Orbax leaves the reads of the others, and each of
-    them tells the terminal that nobody waits for it any more."""
-    hook = sys.unraisablehook
+def _silence_unfinished_reads() -> None:
+    """Keeps the error to one line: after one failed read Orbax abandons the others, and each prints that its event
+    loop is closed."""
+    previous = sys.unraisablehook
 
-    def quiet(found):
-        if str(found.exc_value) != "Event loop is closed":
-            hook(found)
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
 
-    sys.unraisablehook = quiet
+    sys.unraisablehook = hook

@@ -1,4 +1,4 @@
-"""What training reads: a text or token ids, split once and for all, as windows in an order that can be resumed."""
+"""Training data: a text or token ids, split into training and validation windows, in a resumable shuffled order."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import check_ids
 from experiments.support.progress import progress_bar
 from experiments.support.sources import load_text_source
+from experiments.support.workdir import replaces
 
 _END_OF_TEXT = "<|endoftext|>"
-# A text is split in blocks of so many characters: as long as a page or two, so that both parts have all of its kinds.
-_BLOCK = 8192
+# Unit of the split, in characters: short enough that both sides contain every kind of text in the source.
+_BLOCK_CHARACTERS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """Token ids for training and for validation.
+    """Token ids for training and validation.
 
     Attributes:
-      tokenizer: text to ids.
-      train: windows to train on.
-      validation: windows to evaluate on, none of which is trained on.
-      fingerprint: SHA-256 of all of them.
+      tokenizer: the tokenizer that made the ids.
+      train: int32 windows to train on.
+      validation: int32 windows to evaluate on, disjoint from `train`.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -39,39 +39,41 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of all windows."""
         return hashlib.sha256(self.train.tobytes() + self.validation.tobytes()).hexdigest()
 
     def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        """Batches [batch_size, length] without end, shuffled anew every epoch; `get_state` says where it stands.
+        """An endless iterator over batches [batch_size, length], reshuffled every epoch; resumable by `set_state`.
 
         Raises:
-          ValueError: fewer windows than a batch has.
+          ValueError: there are fewer windows than `batch_size`.
         """
         if not 1 <= batch_size <= len(self.train):
-            raise ValueError(f"batch_size={batch_size} must be from 1 to the {len(self.train)} windows there are")
-        epochs = 2**62 // len(self.train)  # not None, which overflows the length where batches are of one window
+            raise ValueError(
+                f"batch_size={batch_size} must be from 1 to {len(self.train)}, the number of training windows"
+            )
+        epochs = 2**62 // len(self.train)  # None would overflow the length at batch_size=1
         dataset = grain.MapDataset.source(self.train).seed(seed).shuffle().repeat(epochs).batch(batch_size)
-        # The arrays are in memory: threads that read ahead would gain nothing.
+        # No prefetching: the arrays are in memory.
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def load_training_data(config: ConfigDict, workdir: Path, pretrained: PretrainedModel | None = None) -> TrainingData:
-    """Reads and splits the text, and trains its tokenizer or takes the one there is.
+    """Reads and splits the text, and loads or trains the tokenizer.
 
-    Every `config.validation_every`-th block of the text is for validation; a trained
-    tokenizer sees the others only. It is kept in the workdir, where a resumed run finds it.
-    Where `config.validation_text` names another text, that is for validation and all of the
-    first for training.
+    Every `config.validation_every`-th block of the text is for validation, unless
+    `config.validation_text` names a text of its own for that. A tokenizer is trained on the
+    training blocks only, and saved in the workdir for resumed runs.
 
     Args:
-      config: `text`, `validation_text`, `tokenizer`, `vocab_size`, `window_length` and `validation_every`, see
-        configs/tiny_base.py.
+      config: the fields `text`, `validation_text`, `tokenizer`, `vocab_size`, `window_length` and
+        `validation_every` of configs/tiny_base.py.
       workdir: folder of the run.
-      pretrained: the model that is trained further, whose tokenizer is taken; or None.
+      pretrained: the model to train further, whose tokenizer is used; or None.
 
     Raises:
       ValueError: ids outside the vocabulary, a tokenizer that does not fit the model, or
-        a text too short for a window of each part.
+        a text too short for one window of training and one of validation.
       FileNotFoundError: no such text or tokenizer.
     """
     if config.validation_every < 2 or config.window_length < 2:
@@ -80,19 +82,21 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
         )
     if config.text.endswith(".npy"):
         if config.validation_text:
-            raise ValueError(f"validation_text={config.validation_text} needs a text to train on, got token ids")
-        parts = _split(_load_ids(Path(config.text)), config.validation_every, config.window_length)
+            raise ValueError(
+                f"validation_text={config.validation_text} needs a text to train on, but {config.text} holds token ids"
+            )
+        splits = _split(_load_ids(Path(config.text)), config.validation_every, config.window_length)
         tokenizer = _tokenizer(config, workdir, pretrained, None)
     else:
         if config.validation_text:
-            texts = [_blocks(_load_texts(names), _BLOCK) for names in (config.text, config.validation_text)]
+            texts = [_blocks(_load_texts(names), _BLOCK_CHARACTERS) for names in (config.text, config.validation_text)]
         else:
-            texts = _split(_load_texts(config.text), config.validation_every, _BLOCK)
+            texts = _split(_load_texts(config.text), config.validation_every, _BLOCK_CHARACTERS)
         tokenizer = _tokenizer(config, workdir, pretrained, texts[0])
         with progress_bar("encoding the text"):
             encode = tokenizer.encode_batch
-            parts = [
-                [np.asarray(found.ids, np.int32) for found in encode(blocks, add_special_tokens=False)]
+            splits = [
+                [np.asarray(encoding.ids, np.int32) for encoding in encode(blocks, add_special_tokens=False)]
                 for blocks in texts
             ]
     vocab_size = pretrained.model.config.vocab_size if pretrained else tokenizer.get_vocab_size()
@@ -101,26 +105,30 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {vocab_size}: "
             "use the tokenizer that the model was trained with"
         )
-    windows = [_windows(part, config.window_length) for part in parts]
-    for name, found in zip(("training", "validation"), windows, strict=True):
-        if not len(found):
+    windows = [_windows(split, config.window_length) for split in splits]
+    for name, ids in zip(("training", "validation"), windows, strict=True):
+        if not len(ids):
             raise ValueError(
-                f"the text leaves no window of {config.window_length} tokens for {name}: give a longer text, or lower "
-                "validation_every or window_length"
+                f"the text is too short for one {name} window of {config.window_length} tokens: give a longer text, or "
+                "lower validation_every or window_length"
             )
-        check_ids(found.reshape(-1), vocab_size)
+        check_ids(ids.reshape(-1), vocab_size)
     return TrainingData(tokenizer, *windows)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (as GPT-2's) of at most `vocab_size` tokens, the first of them the end of a text.
+    """Trains a byte-level BPE tokenizer, as GPT-2's; id 0 is <|endoftext|>.
+
+    Args:
+      texts: training text.
+      vocab_size: largest number of tokens.
 
     Raises:
-      ValueError: no room for all bytes.
+      ValueError: `vocab_size` has no room for the 256 bytes and <|endoftext|>.
     """
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise ValueError(f"vocab_size={vocab_size} must be above {len(alphabet)}: every byte has a token of its own")
+        raise ValueError(f"vocab_size={vocab_size} must be above {len(alphabet)}, the tokens of single bytes")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -140,55 +148,54 @@ def _tokenizer(config, workdir, pretrained, texts) -> tokenizers.Tokenizer:
         raise ValueError(
             f"{config.text} holds token ids: name the tokenizer.json they were made with in config.tokenizer"
         )
-    made_of = hashlib.sha256(f"{config.vocab_size} {''.join(texts)}".encode()).hexdigest()
-    kept = workdir / f"tokenizer-{made_of[:16]}.json"
-    if kept.is_file():
-        return _read_tokenizer(kept)
+    digest = hashlib.sha256(f"{config.vocab_size} {''.join(texts)}".encode()).hexdigest()
+    path = workdir / f"tokenizer-{digest[:16]}.json"
+    if path.is_file():
+        return _read_tokenizer(path)
     with progress_bar(f"training a tokenizer of {config.vocab_size} tokens"):
         tokenizer = train_tokenizer(texts, config.vocab_size)
-    partial = kept.with_name(f".{kept.name}.partial")
-    partial.write_text(tokenizer.to_str())
-    partial.replace(kept)
+    with replaces(path) as partial:
+        partial.write_text(tokenizer.to_str())
     return tokenizer
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json, or leave it empty to train one")
+        raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json, or leave the field empty to train one")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{path} is no tokenizer.json ({error}): give another, or leave it empty") from error
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json ({error}): give another, or leave the field empty") from error
 
 
 def _load_ids(path: Path) -> Int[np.ndarray, " tokens"]:
     if not path.is_file():
-        raise FileNotFoundError(f"no token ids at {path}: write them with numpy.save, as one axis of integers")
+        raise FileNotFoundError(f"no token ids at {path}: write them with numpy.save, as a 1-D integer array")
     try:
         ids = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array of numpy ({error}): write it with numpy.save") from error
+        raise ValueError(f"{path} is not a NumPy array ({error}): write it with numpy.save") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
-        raise ValueError(f"{path} holds {ids.dtype.name}{list(ids.shape)}: token ids are one axis of integers")
+        raise ValueError(f"{path} holds {ids.dtype.name}{list(ids.shape)}: token ids are a 1-D integer array")
     return ids
 
 
-def _split(whole, every: int, block: int) -> tuple[list, list]:
-    """Blocks of a text or of ids; the last of each `every` is for validation, the others for training."""
-    blocks = _blocks(whole, block)
+def _split(sequence, every: int, block_length: int) -> tuple[list, list]:
+    """Training and validation blocks of a text or of ids; the last of every `every` blocks is for validation."""
+    blocks = _blocks(sequence, block_length)
     validation = blocks[every - 1 :: every]
     return [blocks[i] for i in range(len(blocks)) if i % every != every - 1], validation
 
 
-def _blocks(whole, block: int) -> list:
-    return [whole[start : start + block] for start in range(0, len(whole), block)]
+def _blocks(sequence, length: int) -> list:
+    return [sequence[start : start + length] for start in range(0, len(sequence), length)]
 
 
 def _load_texts(names: str) -> str:
     return "\n\n".join(load_text_source(name) for name in names.split(","))
 
 
-def _windows(parts: list[np.ndarray], length: int) -> Int[np.ndarray, "windows length"]:
-    ids = np.concatenate([np.zeros(0, np.int32), *parts])
+def _windows(blocks: list[np.ndarray], length: int) -> Int[np.ndarray, "windows length"]:
+    ids = np.concatenate([np.zeros(0, np.int32), *blocks])
     used = ids[: len(ids) // length * length]
     return used.reshape(-1, length)

@@ -1,10 +1,9 @@
-"""What a run in training writes down while it goes: metrics.jsonl, TensorBoard's events, a plot."""
+"""The log of a training run: metrics.jsonl, TensorBoard events, the loss plot."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,30 @@ from typing import Any
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
-from experiments.support.figures import save
+from experiments.support.plotting import save
+from experiments.support.workdir import replaces
 
 METRICS_NAME = "metrics.jsonl"
 
 
 class TrainingLog:
-    """One line of JSON for every training step, and the same numbers for TensorBoard.
+    """One line of JSON per training step, and the same numbers as TensorBoard events.
 
-    A run that goes on from step n drops what was written of later steps, so that every
-    step appears once.
+    A run that resumes at step n drops the lines of later steps, so that every step appears once.
     """
 
     def __init__(self, workdir: Path, step: int):
-        """Opens the files, to go on after `step` updates."""
+        """Opens the files to append steps after `step`."""
         self._path = workdir / METRICS_NAME
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, self._path)
+        with replaces(self._path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a")
-        # TensorBoard leaves out what older files have from purge_step on.
+        # TensorBoard ignores events of older files from purge_step on.
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, rows: Sequence[dict[str, Any]], prefix: str = "train") -> None:
-        """Appends rows, each with its `step`; those of training become lines of metrics.jsonl."""
+        """Appends rows, each with a "step"; rows with the prefix "train" also become lines of metrics.jsonl."""
         for row in rows:
             if prefix == "train":
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -53,7 +51,7 @@ class TrainingLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl that are whole: the last of a process that was killed may not be."""
+    """Complete rows of metrics.jsonl; a killed process may leave its last line incomplete."""
     path, rows = workdir / METRICS_NAME, []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -64,16 +62,16 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def perplexity_of(loss: float) -> float | None:
-    """exp of nats a token; None where it is too large for JSON."""
+    """exp(loss), for a loss in nats per token; None where it is too large for JSON."""
     return math.exp(loss) if loss < 700 else None
 
 
 def plot_losses(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Cross entropy of training and of validation against the step."""
+    """Plots the cross entropy of training and validation over steps."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["step"] for row in rows], [row["cross_entropy"] for row in rows], linewidth=0.7, label="training")
     axes.plot([row["step"] for row in evaluations], [row["loss"] for row in evaluations], "o-", label="validation")
-    axes.set(xlabel="step", ylabel="cross entropy (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="cross entropy (nats per token)", title=title)
     axes.legend()
     save(figure, path)

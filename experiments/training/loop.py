@@ -1,4 +1,4 @@
-"""The loop over training steps: metrics, evaluations and checkpoints in their turn."""
+"""The training loop: updates, metrics, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from experiments.training.step import as_batch, initial_state, make_optimizer, m
 
 
 class TrainingRun:
-    """A run, from where it stands to its last step.
+    """A training run, from its start or last checkpoint to its last step.
 
     Attributes:
-      step: updates made so far.
-      state: parameters, optimizer and key.
-      result: what becomes result.json; `evaluations` grows here.
+      step: number of updates made.
+      state: parameters, optimizer state and PRNG key.
+      result: the contents of result.json; the run appends to `evaluations`.
     """
 
     def __init__(
@@ -42,11 +42,20 @@ class TrainingRun:
         teacher: Transformer | None,
         result: dict[str, Any],
     ):
-        """Begins, or goes on after the last checkpoint in the workdir.
+        """Starts from `params`, or resumes from the last checkpoint in the workdir.
+
+        Args:
+          config: the fields of configs/tiny_base.py.
+          workdir: folder of the run.
+          student: the model and its precisions.
+          data: windows for training and validation.
+          params: initial parameters, float32.
+          teacher: float model to distill from, or None.
+          result: contents of result.json so far, with "settings".
 
         Raises:
-          ValueError: a checkpoint that is damaged or another run's; a config that does not
-            fit itself or the data.
+          ValueError: a checkpoint that is damaged or belongs to another run; a config that
+            contradicts itself or does not fit the data.
         """
         self.result, self._config, self._workdir = result, config, workdir
         self._student, self._data, self._teacher = student, data, teacher
@@ -62,9 +71,9 @@ class TrainingRun:
                 restored = self._checkpoints.restore(self.state, steps[-1])
             self.step, self.state = restored.step, restored.state
             self._batches.set_state(restored.data)
-            console.print(f"goes on after step {self.step}")
+            console.print(f"resuming after step {self.step}")
         result["parameters"] = sum(value.size for value in params.values())
-        # One that starts anew, since it was stopped before its first checkpoint, evaluates the beginning again.
+        # A run without a checkpoint starts over, and evaluates step 0 again.
         last = self.step if self.step else -1
         result["evaluations"] = [row for row in result.get("evaluations", []) if row["step"] <= last]
         self._log = TrainingLog(workdir, self.step)
@@ -72,10 +81,10 @@ class TrainingRun:
         self._rates: list[float] = []
 
     def train(self) -> None:
-        """Takes all steps that are left.
+        """Runs all remaining steps.
 
         Raises:
-          RuntimeError: a loss or gradient that is not finite.
+          RuntimeError: a loss or gradient is not finite.
         """
         config = self._config
         try:
@@ -92,47 +101,47 @@ class TrainingRun:
                     self.state, metrics = self._update(self.state, batch, self._teacher)
                     self.step += 1
                     self._pending.append(metrics)
-                    self._look(advance)
+                    self._after_update(advance)
         finally:
             self._checkpoints.close()
             self._log.close()
 
     def model(self) -> Transformer:
-        """The model of the last step that was taken."""
+        """The model with the current parameters."""
         return self._stage.model(self.state.params)
 
     def score(self, model: Transformer) -> dict[str, Any]:
-        """Loss and perplexity of a model on the validation windows."""
+        """Loss (nats per token) and perplexity on the validation windows."""
         windows = self._data.validation[: self._config.evaluate_windows or None]
-        found = perplexity(
+        scored = perplexity(
             model,
             windows.reshape(-1),
             windows=len(windows),
             window_length=windows.shape[1],
             windows_per_step=self._config.evaluate_batch,
         )
-        finite = math.isfinite(found.perplexity)  # JSON has no other numbers
+        finite = math.isfinite(scored.perplexity)  # JSON has neither NaN nor Inf
         return {
-            "loss": math.log(found.perplexity) if finite else None,
-            "perplexity": found.perplexity if finite else None,
-            "standard_error": found.standard_error if math.isfinite(found.standard_error) else None,
-            "windows": found.windows,
+            "loss": math.log(scored.perplexity) if finite else None,
+            "perplexity": scored.perplexity if finite else None,
+            "standard_error": scored.standard_error if math.isfinite(scored.standard_error) else None,
+            "windows": scored.windows,
         }
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Median over the times that metrics were fetched, without the first, which compiled."""
+        """Median over the intervals between metrics, without the first, which includes compilation."""
         return round(statistics.median(self._rates[1:]), 1) if len(self._rates) > 1 else None
 
     def _begin_stage(self) -> None:
-        """The model of the coming step, and its compiled update; the parameters are those there are."""
+        """Builds the model and update function of the next step's precision; the parameters stay."""
         step = min(self.step, self._config.steps - 1)
         self._stage, _ = self._student.stage(step, without_step_sizes(self.state.params))
         self._update = make_step(self._stage, self._optimizer, self._config.distillation)
         self._clock = time.perf_counter()
 
-    def _look(self, advance: Callable[..., None]) -> None:
-        """Metrics, evaluation and checkpoint, where it is time for them."""
+    def _after_update(self, advance: Callable[..., None]) -> None:
+        """Writes metrics, evaluates and saves a checkpoint if this step is due for them."""
         config, last = self._config, self.step == self._config.steps
         evaluates = last or self.step % config.evaluate_every == 0
         saves = last or self.step % config.checkpoint_every == 0
@@ -140,20 +149,20 @@ class TrainingRun:
             self._flush(advance)
         if evaluates:
             self._evaluate()
-        if saves:  # all steps so far were found finite
+        if saves:  # _flush has checked that all metrics up to here are finite
             self._checkpoints.save(self.step, self.state, self._batches.get_state())
         if evaluates or saves:
             self._clock = time.perf_counter()
 
     def _flush(self, advance: Callable[..., None]) -> None:
-        """Fetches and writes the metrics of the steps since the last time."""
-        found = jax.device_get(self._pending)
-        if not found:
+        """Fetches, checks and writes the metrics of the steps since the last call."""
+        fetched = jax.device_get(self._pending)
+        if not fetched:
             return
-        seconds, first = time.perf_counter() - self._clock, self.step - len(found) + 1
-        rate = len(found) * self._config.batch_size * self._config.window_length / seconds
+        seconds, first = time.perf_counter() - self._clock, self.step - len(fetched) + 1
+        rate = len(fetched) * self._config.batch_size * self._config.window_length / seconds
         rows = []
-        for step, metrics in enumerate(found, first):
+        for step, metrics in enumerate(fetched, first):
             row = {"step": step} | {name: float(value) for name, value in metrics.items()}
             for name, value in row.items():
                 if not math.isfinite(value):
@@ -170,14 +179,14 @@ class TrainingRun:
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         steps = self._checkpoints.steps()
-        kept = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        remedy = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
         return (
-            f"the {name.replace('_', ' ')} of step {step} is {value}: training stopped, {kept}; lower "
-            "optimizer.learning_rate or optimizer.clip_norm, in another --workdir"
+            f"the {name.replace('_', ' ')} of step {step} is {value}: training stopped, {remedy}; lower "
+            "optimizer.learning_rate or optimizer.clip_norm, and use another --workdir"
         )
 
     def _evaluate(self) -> None:
-        """Perplexity on the validation windows, of the parameters as they are."""
+        """Scores the current parameters, and once the teacher, on the validation windows; writes the result."""
         row = {"step": self.step} | self.score(self.model())
         self.result["evaluations"].append(row)
         self._log.write([row], "validation")

@@ -1,4 +1,4 @@
-"""The model in training: float32 parameters by name, of which each stage of a run makes its quantized model."""
+"""The model in training: float32 parameters by name, and the quantized model that each stage builds from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import BitSchedule
 
-# Names are paths such as "layers/attention/q_proj/kernel"; arrays are float32 and stacked over layers.
+# By path, such as "layers/attention/q_proj/kernel"; float32, stacked over layers.
 Params = dict[str, Array]
 
 _DTYPES = ("float32", "bfloat16")
@@ -26,23 +26,23 @@ _PACKED = (bj.nn.Linear, bj.nn.LinearGeneral, bj.nn.Embed)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A model without its parameters: what layers there are and what they multiply with.
+    """The structure of a model at one precision, without parameter values.
 
     Attributes:
-      graph: of the NNX model.
-      variables: its variables by path; the values of parameters are shapes.
+      graph: NNX graph definition.
+      variables: (path, variable) pairs; parameters hold shapes and dtypes in place of values.
     """
 
     graph: nnx.GraphDef
     variables: tuple[tuple[tuple, nnx.Variable], ...]
 
     def model(self, params: Params, key: Array | None = None) -> Transformer:
-        """The model of these parameters, rounded to what its layers compute in; differentiable by them.
+        """Builds the model, differentiable with respect to `params`.
 
         Args:
-          params: float32.
-          key: for quantized gradients: each layer that draws gets keys of its own. None leaves
-            those of the beginning, for models that are not differentiated.
+          params: float32 parameters, which are cast to the dtype of the layers.
+          key: PRNG key for stochastic rounding of gradients; each layer gets keys of its own. None
+            keeps the initial keys, for a model that is not differentiated.
         """
         flat = []
         for index, (path, variable) in enumerate(self.variables):
@@ -58,16 +58,16 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """What is trained, and at which precision when.
+    """The trained model's shapes, precisions over time, and options.
 
     Attributes:
       config: shapes of the Transformer.
-      dtype: what layers compute in. Parameters are kept in float32 and rounded to it in every
-        step, since updates are smaller than bfloat16's steps. Learned step sizes stay float32.
-      rules: (pattern, schedule) pairs, the first that matches a layer decides; none for a float model.
-      options: of `quantization_aware`.
-      initial_embedding: factor of the embedding's random weights.
-      initial_residual: likewise of the layers that add to the residual stream.
+      dtype: dtype of the computation. Parameters stay float32 and are cast in every step, because
+        updates are smaller than bfloat16's resolution. Learned step sizes are not cast.
+      rules: (pattern, schedule) pairs; the first match decides a layer's precision. Empty for a float model.
+      options: keyword arguments of `quantization_aware`.
+      initial_embedding: factor on the embedding's random initial weights.
+      initial_residual: factor on the random initial weights of layers that add to the residual stream.
     """
 
     config: TransformerConfig
@@ -79,42 +79,46 @@ class Student:
 
     @classmethod
     def of(cls, config: ConfigDict, shapes: TransformerConfig) -> Student:
-        """Reads `dtype`, `rules` and `quantization`, see configs/tiny_base.py.
+        """Reads a training config.
+
+        Args:
+          config: the fields of configs/tiny_base.py.
+          shapes: shapes of the Transformer.
 
         Raises:
-          ValueError: values that they cannot have, or layers that cannot be quantized so.
+          ValueError: an invalid field, or a rule that a layer cannot be quantized by.
         """
         if config.dtype not in _DTYPES:
             raise ValueError(f"dtype {config.dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
-        how = config.quantization
-        rules = tuple((pattern, parse_stages(stages, how.calibration)) for pattern, stages in config.rules)
+        quantization = config.quantization
+        rules = tuple((pattern, parse_stages(stages, quantization.calibration)) for pattern, stages in config.rules)
         options = {
-            "weight_norm": how.weight_norm or None,
-            "clip_gradient": how.clip_gradient,
-            "clip_activations": how.clip_activations or None,
-            "gradient": bj.GradientPrecision(bits=how.gradient_bits or None),
-            "learned_steps": how.learned_steps,
+            "weight_norm": quantization.weight_norm or None,
+            "clip_gradient": quantization.clip_gradient,
+            "clip_activations": quantization.clip_activations or None,
+            "gradient": bj.GradientPrecision(bits=quantization.gradient_bits or None),
+            "learned_steps": quantization.learned_steps,
         }
         student = cls(
             shapes, jnp.dtype(config.dtype), rules, options, config.initial_embedding, config.initial_residual
         )
-        if how.learned_steps and len(student.changes) > 1:
+        if quantization.learned_steps and len(student.changes) > 1:
             raise ValueError(
-                "learned_steps begin anew at every change of bits, and their optimizer's state with them: "
+                "learned step sizes and their optimizer state would be reset at every change of bits: "
                 "give each rule one precision, or set quantization.learned_steps=False"
             )
         params = jax.eval_shape(lambda: student.initial(0))
-        for step in student.changes:  # what cannot be done is refused before anything is trained
+        for step in student.changes:  # reject impossible precisions before training
             jax.eval_shape(lambda params, step=step: _run_once(*student.stage(step, params)), params)
         return student
 
     @property
     def changes(self) -> tuple[int, ...]:
-        """Steps at which the precision of a layer changes, 0 among them."""
+        """Steps at which the precision of a layer changes, including 0."""
         return tuple(sorted({0} | {step for _, schedule in self.rules for step in schedule.changes}))
 
     def initial(self, seed: int) -> Params:
-        """Random parameters, without step sizes."""
+        """Random parameters of the float model (no step sizes)."""
         params = params_of(Transformer(self.config, rngs=nnx.Rngs(seed)))
         return {name: value * self._initial_factor(name) for name, value in params.items()}
 
@@ -125,11 +129,14 @@ class Student:
         return self.initial_residual if module in ("o_proj", "down_proj") and kind == "kernel" else 1.0
 
     def stage(self, step: int, params: Params) -> tuple[Stage, Params]:
-        """The model of a training step, and its parameters: with step sizes, if they are learned.
+        """The model at a training step's precision, and its parameters.
 
         Args:
-          step: updates made so far.
-          params: of the float model.
+          step: number of updates made.
+          params: parameters of the float model.
+
+        Returns:
+          The stage, and `params` with initial step sizes added if they are learned.
         """
         abstract = nnx.eval_shape(lambda: Transformer(self.config, param_dtype=self.dtype, rngs=nnx.Rngs(0)))
         graph, state = nnx.split(abstract)
@@ -141,7 +148,7 @@ class Student:
             model = bj.quantization_aware(model, rules, rngs=rngs, **self.options)
             for path, module in nnx.iter_modules(model):
                 if path and path[0] == "layers" and getattr(module, "rngs", None) is not None:
-                    module.rngs = module.rngs.split(self.config.num_layers)  # keys for each layer of the stack
+                    module.rngs = module.rngs.split(self.config.num_layers)  # one set of keys per stacked layer
         params = params_of(model)
         graph, state = nnx.split(model)
         variables = tuple((path, self._without_value(path, variable)) for path, variable in nnx.to_flat_state(state))
@@ -157,20 +164,20 @@ class Student:
 
 
 def params_of(model: nnx.Module) -> Params:
-    """Parameters by name."""
+    """A model's parameters by path."""
     return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def without_step_sizes(params: Params) -> Params:
-    """Parameters of the float model."""
+    """The parameters of the float model: all but learned step sizes."""
     return {name: value for name, value in params.items() if not name.endswith("/step_size")}
 
 
 def parse_stages(text: str, calibration: str) -> BitSchedule:
-    """`W2A8`, or `0:float,1000:W4A8,2000:W2A8`: precisions by the steps at which they begin.
+    """Reads one precision, "W2A8", or a schedule by first step, "0:float,1000:W4A8,2000:W2A8".
 
     Raises:
-      ValueError: another form, or steps that do not begin at 0 and increase.
+      ValueError: another form, or steps that do not start at 0 and increase.
     """
     stages = []
     for stage in text.split(","):
@@ -183,10 +190,10 @@ def parse_stages(text: str, calibration: str) -> BitSchedule:
 
 
 def shapes_of(config: ConfigDict, pretrained: PretrainedModel | None, vocab_size: int) -> TransformerConfig:
-    """The model's config: a pretrained one's, or that of `config.model` with the tokenizer's vocabulary.
+    """The config of the model: the pretrained one's, or `config.model` with the tokenizer's vocabulary size.
 
     Raises:
-      ValueError: fields that are unknown or missing, or windows longer than the context.
+      ValueError: unknown or missing fields, or a window longer than the model's context.
     """
     if pretrained is not None:
         shapes = pretrained.model.config
@@ -198,15 +205,19 @@ def shapes_of(config: ConfigDict, pretrained: PretrainedModel | None, vocab_size
 
 
 def float_params(model: Transformer, name: str) -> Params:
-    """Parameters of a model that was loaded by that name, float32.
+    """The parameters of a loaded model as float32.
+
+    Args:
+      model: a float model.
+      name: its name in the config, for the error message.
 
     Raises:
-      ValueError: some of its layers are packed.
+      ValueError: a layer is packed.
     """
     packed = [path for path, module in nnx.iter_modules(model) if isinstance(module, _PACKED)]
     if packed:
         raise ValueError(
-            f"{name} has packed layers ({'/'.join(map(str, packed[0]))} for one): training starts from a float model"
+            f"{name} has packed layers (such as {'/'.join(map(str, packed[0]))}): training starts from a float model"
         )
     return {path: value.astype(jnp.float32) for path, value in params_of(model).items()}
 

@@ -1,4 +1,4 @@
-"""One step of training: the loss, its gradient and the update."""
+"""One training step: loss, gradient, update."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from experiments.training.model import Params, Stage
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a step changes.
+    """Everything that a step updates.
 
     Attributes:
-      params: float32, by name.
-      optimizer: optax's state, the step of the learning rate's schedule in it.
-      key: the PRNG key (uint32 data of Threefry), a new one after every step.
+      params: float32, by path.
+      optimizer: optax state, including the step count of the learning-rate schedule.
+      key: PRNG key as uint32 Threefry data; replaced by every step.
     """
 
     params: Params
@@ -34,13 +34,15 @@ class TrainState:
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-    """Linear warmup, then a cosine down to `final_fraction` of the peak (arXiv 1608.03983, without restarts).
+    """Linear warmup, then cosine decay to `final_fraction` of the peak (arXiv 1608.03983, without restarts).
 
     Raises:
-      ValueError: a warmup as long as the run.
+      ValueError: `warmup_steps` is negative or not below `steps`.
     """
     if not 0 <= config.optimizer.warmup_steps < config.steps:
-        raise ValueError(f"warmup_steps={config.optimizer.warmup_steps} must be from 0 to below steps={config.steps}")
+        raise ValueError(
+            f"warmup_steps={config.optimizer.warmup_steps} must be at least 0 and below steps={config.steps}"
+        )
     peak = config.optimizer.learning_rate
     return optax.warmup_cosine_decay_schedule(
         0.0 if config.optimizer.warmup_steps else peak,
@@ -52,10 +54,10 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) of gradients clipped by their global norm.
+    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm.
 
-    Matrices decay; norms, biases and learned step sizes never do, embeddings if so configured. Updates of step sizes
-    are multiplied by `step_size_rate`.
+    Weight decay applies to kernels, and to embeddings if `decay_embeddings`; never to norms, biases or learned step
+    sizes. Updates of step sizes are multiplied by `step_size_rate`.
     """
 
     def decays(params: Params) -> dict[str, bool]:
@@ -79,7 +81,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, in arrays of its own: steps use them up, and a teacher may hold the others."""
+    """The state before the first step. Copies `params`: steps donate their buffers, which a teacher may share."""
     params = {name: jnp.array(value) for name, value in params.items()}
     return TrainState(params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
 
@@ -87,11 +89,11 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, seed:
 def make_step(
     stage: Stage, optimizer: optax.GradientTransformation, distillation: ConfigDict
 ) -> Callable[[TrainState, Int[Array, "batch length"], Transformer | None], tuple[TrainState, dict[str, Array]]]:
-    """A compiled step; it takes the state, which it uses up, a batch and the teacher if there is one.
+    """A jitted function (state, ids, teacher) -> (state, metrics), which donates the state.
 
-    The loss is the cross entropy of every token but the first of a window. With a teacher
-    it is a part of the loss, 1 - distillation.weight, and `distillation_loss` the rest.
-    The metrics are float32 scalars, all of them of the parameters before the update.
+    The loss is the mean cross entropy over all tokens but the first of each window. With a teacher it is
+    (1 - weight) * cross entropy + weight * `distillation_loss`, with weight = distillation.weight.
+    The metrics are float32 scalars and refer to the parameters before the update.
     """
 
     def loss_of(params, key, ids, teacher):

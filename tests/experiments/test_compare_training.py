@@ -1,4 +1,4 @@
-"""Runs in training, compared."""
+"""experiments/compare_training.py on results of tiny runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.support.workdir import RESULT_NAME
 
 
 def write_run(folder, name, losses, packed=True, **settings):
-    """A result of experiments/train.py, as far as it is read."""
+    """Writes the fields of a result of experiments/train.py that are read."""
     settings = {"name": name, "rules": [], "seed": 0, "data_sha256": "d", "steps": 20, "batch_size": 4} | settings
     settings |= {"window_length": 16, "evaluate_windows": 4}
     evaluations = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
@@ -29,7 +29,7 @@ def config_of(folder, *names):
     return config
 
 
-def test_losses_are_compared_with_the_last_and_with_the_least(tmp_path):
+def test_losses_are_compared_with_the_final_and_the_least_loss(tmp_path):
     write_run(tmp_path, "bf16", [9.0, 1.5, 1.75])
     write_run(tmp_path, "w2a2", [9.0, 2.0, 1.625])
     compare_training.main(config_of(tmp_path, "bf16", "w2a2"), tmp_path / "out")
@@ -41,18 +41,18 @@ def test_losses_are_compared_with_the_last_and_with_the_least(tmp_path):
     assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_incomparable_runs_are_rejected(tmp_path):
     write_run(tmp_path, "bf16", [9.0, 1.5])
     write_run(tmp_path, "longer", [9.0, 1.5], steps=40)
     write_run(tmp_path, "stopped", [9.0, 1.5], packed=False)
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="longer has steps=40, bf16 has 20: train them alike"):
+    with pytest.raises(ValueError, match="longer has steps=40, bf16 has 20: train both with the same"):
         compare_training.main(config_of(tmp_path, "bf16", "longer"), out)
-    with pytest.raises(ValueError, match="stopped stopped at step 10: finish it"):
+    with pytest.raises(ValueError, match="stopped stopped at step 10: run its command again"):
         compare_training.main(config_of(tmp_path, "bf16", "stopped"), out)
     with pytest.raises(FileNotFoundError, match="name workdirs of experiments/train.py"):
         compare_training.main(config_of(tmp_path, "bf16", "none"), out)
     config = config_of(tmp_path, "bf16")
     config.baseline = "w1a1"
-    with pytest.raises(ValueError, match="baseline w1a1 is none of the runs: bf16"):
+    with pytest.raises(ValueError, match="baseline w1a1 is not among the runs: choose one of bf16"):
         compare_training.main(config, out)

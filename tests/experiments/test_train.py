@@ -1,4 +1,4 @@
-"""experiments/train.py on tiny models: it learns, what it exports is what it trained, and what it refuses."""
+"""experiments/train.py on tiny models: losses fall, the exported model equals the trained one, bad configs fail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("compiled_programs")
 logits = jax.jit(lambda model, ids: model(ids))
 
 
-def test_it_learns_and_writes_down_what_it_did(tiny_run):
+def test_the_loss_falls_and_is_logged(tiny_run):
     rows, result = read_metrics(tiny_run), result_of(tiny_run)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
@@ -40,13 +40,13 @@ def test_it_learns_and_writes_down_what_it_did(tiny_run):
     assert b"validation/perplexity" in events.read_bytes()
 
 
-def test_the_packed_model_scores_what_the_trained_one_did(tiny_run):
+def test_the_packed_model_scores_as_the_trained_one(tiny_run):
     result = result_of(tiny_run)
     assert result["packed"]["perplexity"] == result["evaluations"][-1]["perplexity"]
 
 
 @pytest.mark.parametrize("learned_steps", [False, True])
-def test_the_exported_model_gives_the_trained_logits_to_the_bit(tiny_text, tmp_path, monkeypatch, learned_steps):
+def test_the_exported_model_has_the_trained_logits_bit_for_bit(tiny_text, tmp_path, monkeypatch, learned_steps):
     config = whole_config(tiny_text)
     config.steps, config.optimizer.warmup_steps, config.model.tie_embeddings = 3, 1, False
     config.rules = (("ffn/down", "W3A16"), ("^layers/", "W2A4g16"), ("lm_head", "W4A8"))
@@ -72,7 +72,7 @@ def test_the_exported_model_gives_the_trained_logits_to_the_bit(tiny_text, tmp_p
     np.testing.assert_array_equal(logits(loaded.model, ids), expected)
 
 
-def test_step_sizes_move_at_a_rate_of_their_own():
+def test_step_sizes_have_their_own_rate():
     config = tiny_w2a2.get_config()
     config.optimizer.warmup_steps, config.optimizer.weight_decay, config.optimizer.step_size_rate = 0, 0.0, 0.25
     params = {
@@ -99,7 +99,7 @@ def test_generate_runs_the_exported_model(tiny_run, tmp_path):
     assert len(result_of(tmp_path)["tokens"]) == 4
 
 
-def test_a_model_writes_the_text_that_another_is_trained_on(tiny_run, tiny_text, tmp_path):
+def test_a_model_trains_on_text_sampled_from_another(tiny_run, tiny_text, tmp_path):
     config = sample_config.get_config()
     config.model, config.texts, config.batch_size, config.length = str(tiny_run / train.MODEL_NAME), 6, 4, 12
     config.prefix = "It"
@@ -114,7 +114,7 @@ def test_a_model_writes_the_text_that_another_is_trained_on(tiny_run, tiny_text,
     assert data.tokenizer.decode(data.validation[0].tolist()) in tiny_text.read_text()
 
 
-def test_another_vocabulary_is_refused(tiny_run, tiny_text, tmp_path):
+def test_another_vocabulary_is_rejected(tiny_run, tiny_text, tmp_path):
     model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
     config = whole_config(tiny_text)
     config.distillation.teacher = str(model)
@@ -156,7 +156,7 @@ def test_another_vocabulary_is_refused(tiny_run, tiny_text, tmp_path):
         ("tokenizer", "/nowhere.json", "no tokenizer at /nowhere.json"),
     ],
 )
-def test_impossible_configs_are_one_sentence(tiny_text, tmp_path, field, value, message):
+def test_impossible_configs_are_rejected(tiny_text, tmp_path, field, value, message):
     config = whole_config(tiny_text)
     config.update_from_flattened_dict({field: value})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -164,7 +164,7 @@ def test_impossible_configs_are_one_sentence(tiny_text, tmp_path, field, value, 
     assert not (tmp_path / METRICS_NAME).exists()
 
 
-def test_packed_models_are_not_trained_further(tiny_run, tiny_text, tmp_path):
+def test_packed_models_are_rejected(tiny_run, tiny_text, tmp_path):
     config = whole_config(tiny_text)
     config.pretrained = str(tiny_run / train.MODEL_NAME)
     with pytest.raises(ValueError, match="has packed layers .*: training starts from a float model"):
@@ -181,7 +181,7 @@ def test_each_config_takes_its_first_steps(module, tiny_text, tmp_path):
     assert result_of(tmp_path)["packed"]["loss"] == result_of(tmp_path)["evaluations"][-1]["loss"]
 
 
-def test_an_unknown_config_is_one_line(tmp_path):
+def test_an_unknown_config_is_reported_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "experiments.train", "--config=configs/tiny_w0a0.py", f"--workdir={tmp_path}"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A run of experiments/train.py that stopped goes on with the losses it would have had, or says why it cannot."""
+"""A stopped run of experiments/train.py resumes with identical losses, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny_training import STEPS, losses, result_of, shrink, whole_
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled_programs(compiled_programs):
-    """Here and in processes of their own: what is compared went through the same programs."""
+    """Compared runs use the same compiled programs, in this process and in subprocesses."""
     with optimizations(False), pytest.MonkeyPatch.context() as environment:
         environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
@@ -32,12 +32,12 @@ def quickly_compiled_programs(compiled_programs):
 
 @pytest.fixture
 def copied(tiny_run, tmp_path):
-    """A copy of a whole run, for a test to damage."""
+    """A copy of a complete run, for a test to damage."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 def interrupt_at(monkeypatch, step):
-    """The next run ends when it writes the metrics of that step."""
+    """Makes the next run end when it writes the metrics of that step."""
     original = TrainingLog.write
 
     def write(self, rows, prefix="train"):
@@ -48,8 +48,8 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(TrainingLog, "write", write)
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(tiny_run, tiny_text, tmp_path):
-    """SIGKILL while metrics are written, at a step that is another one in every session of tests."""
+def test_a_killed_run_resumes_with_the_same_losses(tiny_run, tiny_text, tmp_path):
+    """SIGKILL while metrics are written, at a random step."""
     at = random.randint(6, STEPS - 1)
     code = (
         "import os, signal, sys\n"
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(tiny_run, tiny_text, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["bit schedule", "distilled, learned steps, random gradients"])
-def test_an_interrupted_run_goes_on_with_the_same_losses(tiny_text, tmp_path, monkeypatch, kind):
+def test_an_interrupted_run_resumes_with_the_same_losses(tiny_text, tmp_path, monkeypatch, kind):
     without_evaluation(monkeypatch)
     if kind == "bit schedule":
         config = whole_config(tiny_text)
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(tiny_text, tmp_path, mo
         config = shrink(smollm2_w2a8_finetune.get_config(), tiny_text)
         config.pretrained = config.distillation.teacher = str(model)
         config.rules, config.quantization.gradient_bits = (("^layers/", "W2A8g16"),), 8
-        config.dtype = "float32"  # in which teacher and student begin with the same arrays
+        config.dtype = "float32"  # teacher and student start with the same arrays
     train.main(config, tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1]["loss"] < losses(tmp_path / "whole")[0]["loss"]
     with monkeypatch.context() as context:
@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_trained_again(copied, tiny_text):
     assert losses(copied) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_text, tmp_path):
+def test_a_nonfinite_loss_stops_the_run(tiny_text, tmp_path):
     config = whole_config(tiny_text)
     config.rules, config.optimizer.learning_rate, config.optimizer.warmup_steps = (), 1e38, 7
     config.checkpoint_every = 1
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_text, tmp_path):
         train.main(config, tmp_path)
     bad = int(str(caught.value).split(" of step ")[1].split()[0])
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, bad))
-    assert f"last good checkpoint is that of step {bad - 1};" in str(caught.value)
+    assert f"last good checkpoint is of step {bad - 1};" in str(caught.value)
     assert str(bad - 1) in {path.name for path in (tmp_path / FOLDER).iterdir()}
 
 
@@ -132,25 +132,25 @@ def test_a_damaged_checkpoint_is_named_and_kept(copied, tiny_text, what):
         shutil.rmtree(checkpoint / "about")
     else:
         (checkpoint / "about" / "metadata").write_text('{"settings": 1}')
-    with pytest.raises(ValueError, match=f"{STEPS} is damaged or no checkpoint .* to go on from step 15"):
+    with pytest.raises(ValueError, match=f"{STEPS} is damaged or not a checkpoint .* to resume from step 15"):
         train.main(whole_config(tiny_text), copied)
-    gc.collect()  # what Orbax left behind must not speak up in other tests
+    gc.collect()  # reads that Orbax abandoned must not warn in other tests
     assert arrays.is_file()
     assert len(losses(copied)) == STEPS
 
 
-def test_after_moving_a_damaged_checkpoint_the_run_goes_on(copied, tiny_run, tiny_text):
+def test_after_moving_a_damaged_checkpoint_the_run_resumes(copied, tiny_run, tiny_text):
     (copied / FOLDER / str(STEPS)).rename(copied / "damaged")
     train.main(whole_config(tiny_text), copied)
     assert losses(copied) == losses(tiny_run)
 
 
-def test_checkpoints_of_another_run_are_refused(copied, tiny_text):
+def test_checkpoints_of_another_run_are_rejected(copied, tiny_text):
     config = whole_config(tiny_text)
     config.optimizer.learning_rate = 5e-3
     with pytest.raises(ValueError, match="was measured with other settings .*'learning_rate': 0.01"):
         train.main(config, copied)
     (copied / RESULT_NAME).unlink()
-    with pytest.raises(ValueError, match="16 is of a run with other settings .*'learning_rate': 0.01"):
+    with pytest.raises(ValueError, match="16 belongs to a run with other settings .*'learning_rate': 0.01"):
         train.main(config, copied)
     assert len(losses(copied)) == STEPS

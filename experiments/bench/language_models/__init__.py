@@ -1,1 +1,1 @@
-"""What the benchmark of language models is made of."""
+"""The implementation of experiments/bench/llm.py."""

@@ -1,4 +1,4 @@
-"""Has XLA launch the kernels of a decode step as CUDA graphs; must be called before JAX starts its GPU backend."""
+"""Makes XLA launch the kernels of a decode step as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import pkgutil
 
 _FLAG = "xla_gpu_enable_command_buffer"
-# Beside XLA's own choice, slices of stacked layers' weights and the loop over layers, without which each layer's
-# kernels are launched one by one: DESIGN.md, section 3, has 15 and 8 microseconds for a link of two kernels.
+# XLA's defaults plus DYNAMIC_SLICE_FUSION and WHILE: without slices of the stacked weights and the loop over layers in
+# the graph, the kernels of every layer are launched one by one.
 _COMMANDS = "+FUSION,+CUSTOM_CALL,+CUBLAS,+CUBLASLT,+DYNAMIC_SLICE_FUSION,+WHILE"
 
 
 def launch_graphs() -> None:
-    """Adds the flag to XLA_FLAGS where a plugin for NVIDIA GPUs is installed and the flag is not set already."""
+    """Adds the flag to XLA_FLAGS, unless it is set or no CUDA plugin is installed.
+
+    Call it before JAX initializes its backend.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG not in flags and _has_cuda_plugin():
         os.environ["XLA_FLAGS"] = f"{flags} --{_FLAG}={_COMMANDS}".strip()

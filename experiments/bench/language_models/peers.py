@@ -1,9 +1,10 @@
-"""The same model in other libraries, where they are installed.
+"""Times the same model in other libraries, if they are installed.
 
-- transformers: `LlamaForCausalLM` with random bf16 weights; its `generate` with a static cache compiles the decode step
-  with torch.compile into CUDA graphs.
+- transformers: `LlamaForCausalLM` with random bf16 weights. Its `generate` with a static cache compiles the decode step
+  into CUDA graphs by torch.compile.
 
-Times are on the wall, around `generate`: prefill is what one new token takes, a decode step what each further one adds.
+Times are wall times of `generate`. Prefill is the time for one new token; a decode step is the time that each further
+token adds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 from bipolar_jax.models.config import TransformerConfig
 from experiments.bench.language_models.report import line
-from experiments.bench.language_models.runs import Workload
+from experiments.bench.language_models.workload import Workload
 from experiments.support.progress import console
 from experiments.support.timing import Timing, one_line
 
-_WARM_UPS = 3  # torch.compile runs a function eagerly, compiles it, and records its graph
+_WARM_UPS = 3  # torch.compile: one eager run, one that compiles, one that records the graph
 
 
 def measure_peers(
@@ -30,7 +31,7 @@ def measure_peers(
     results: dict[str, Any],
     iterations: int,
 ) -> None:
-    """Adds results["transformers"]["workloads"]["8x512+128"] and so on: figures, or the reason why there are none."""
+    """Sets results[peer]["workloads"][workload.name] to figures, or to {"error": reason}; skips those with figures."""
     for peer in peers:
         rows = results.setdefault(peer, {"workloads": {}})["workloads"]
         todo = [workload for workload in workloads if "decode" not in rows.get(workload.name, {})]
@@ -76,17 +77,17 @@ def _wall_microseconds(call: Callable[[], None], iterations: int) -> list[float]
 
 
 def _transformers(config: TransformerConfig) -> Callable[[Workload, int], None]:
-    """A function that writes so many tokens after random prompts.
+    """A function (workload, new_tokens) that generates from arbitrary prompts.
 
     Raises:
-      ValueError: a model that is no Llama.
-      RuntimeError: no GPU.
+      ValueError: the model is not a Llama.
+      RuntimeError: torch sees no GPU.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if config.qkv_bias:
-        raise ValueError("only Llama's layers are built here, which have no biases")
+        raise ValueError("transformers is only built as a Llama, which has no biases; this model has qkv_bias")
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU")
     llama = LlamaConfig(
@@ -100,7 +101,7 @@ def _transformers(config: TransformerConfig) -> Callable[[Workload, int], None]:
         max_position_embeddings=config.context_length,
         tie_word_embeddings=config.tie_embeddings,
         rms_norm_eps=config.norm_eps,
-        # No token ends a text, so that all are written.
+        # Without EOS, so that all tokens are generated.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,

@@ -1,4 +1,4 @@
-"""Tables and the plot of the language model benchmark."""
+"""Speed-ups, tables and the plot of the language model benchmark."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 import matplotlib.figure
 from rich.table import Table
 
-from experiments.support.figures import bars, legend, save
+from experiments.support.plotting import bars, legend, save
 from experiments.support.progress import console
 
-_PARTS = ("prefill", "decode")
+_PHASES = ("prefill", "decode")
 
 
 def add_speedups(result: dict[str, Any], baselines: list[str]) -> None:
-    """Sets "speedup" of every figure: the time of the fastest baseline that was measured, over its own."""
+    """Sets "speedup" of every figure: time of the fastest measured baseline divided by its own time."""
     sections = [result["models"], result["peers"]]
     for workloads in (rows["workloads"] for section in sections for rows in section.values()):
         for name, measured in workloads.items():
-            for part in _PARTS:
-                there = [result["models"].get(baseline, {}).get("workloads", {}) for baseline in baselines]
-                times = [rows[name][part]["microseconds"] for rows in there if part in rows.get(name, {})]
-                if times and part in measured:
-                    measured[part]["speedup"] = round(min(times) / measured[part]["microseconds"], 3)
+            for phase in _PHASES:
+                baseline_rows = [result["models"].get(baseline, {}).get("workloads", {}) for baseline in baselines]
+                times = [rows[name][phase]["microseconds"] for rows in baseline_rows if phase in rows.get(name, {})]
+                if times and phase in measured:
+                    measured[phase]["speedup"] = round(min(times) / measured[phase]["microseconds"], 3)
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """Times, speed-ups and memory by workload and precision; then the kernels of the profiled precisions."""
+    """Prints times, speed-ups and memory by workload and precision, then the kernels of the profiled precisions."""
     settings = result["settings"]
     table = Table(title=f"{settings['model']} on {settings['device']}, medians")
     columns = ("workload", "precision", "prefill ms", "x bf16", "decode ms", "x bf16", "tokens/s", "bandwidth", "GB")
@@ -40,24 +40,24 @@ def print_tables(result: dict[str, Any]) -> None:
                     table.add_row(name, precision, *_cells(rows["workloads"][name]))
     console.print(table)
     for precision, profile in result["profiles"].items():
-        for part in _PARTS:
-            _print_kernels(f"{precision}, {profile['workload']}, {part}", profile[part])
+        for phase in _PHASES:
+            _print_kernels(f"{precision}, {profile['workload']}, {phase}", profile[phase])
 
 
 def plot_speedup(result: dict[str, Any], path: Path) -> None:
-    """Bars of the speed-up over bf16 of prefill and of decoding, one group a precision and one colour a workload."""
+    """Plots the speed-up over bf16 of prefill and decoding: one group per precision, one colour per workload."""
     names = [*result["models"], *result["peers"]]
-    everything = result["models"] | result["peers"]
+    rows_of = result["models"] | result["peers"]
     figure = matplotlib.figure.Figure(figsize=(0.9 * len(names) + 4, 8), layout="constrained")
-    for axes, part in zip(figure.subplots(2, 1, sharex=True), _PARTS, strict=True):
+    for axes, phase in zip(figure.subplots(2, 1, sharex=True), _PHASES, strict=True):
         series = {
             workload: {
-                name: everything[name]["workloads"].get(workload, {}).get(part, {}).get("speedup") for name in names
+                name: rows_of[name]["workloads"].get(workload, {}).get(phase, {}).get("speedup") for name in names
             }
             for workload in _workloads(result)
         }
         bars(axes, names, series)
-        axes.set(ylabel="times as fast as bf16", title=part)
+        axes.set(ylabel="times as fast as bf16", title=phase)
     settings = result["settings"]
     figure.suptitle(f"{settings['model']} on {settings['device']}; batch x prompt + new tokens")
     legend(figure)
@@ -65,11 +65,11 @@ def plot_speedup(result: dict[str, Any], path: Path) -> None:
 
 
 def line(measured: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """The figures of one workload in one line."""
     if "error" in measured:
         return measured["error"]
-    parts = [f"{part} {measured[part]['microseconds'] / 1e3:.3f} ms" for part in _PARTS]
-    return f"{', '.join(parts)} a token, {measured['decode']['tokens_per_second']:.0f} tokens/s"
+    times = [f"{phase} {measured[phase]['microseconds'] / 1e3:.3f} ms" for phase in _PHASES]
+    return f"{', '.join(times)} per token, {measured['decode']['tokens_per_second']:.0f} tokens/s"
 
 
 def _workloads(result: dict[str, Any]) -> list[str]:
@@ -82,7 +82,7 @@ def _cells(measured: dict[str, Any]) -> list[str]:
         return [measured["error"][:60]]
     prefill, decode, memory = measured["prefill"], measured["decode"], measured["memory"]
     needed = None
-    if "weight_bytes" in memory:  # peers give no more than their peak
+    if "weight_bytes" in memory:  # peers report their peak memory only
         temporary = max(memory["prefill_temporary_bytes"], memory["decode_temporary_bytes"])
         needed = memory["weight_bytes"] + memory["cache_bytes"] + temporary
     return [

@@ -1,1 +1,1 @@
-"""What the benchmarks of matrix products share."""
+"""Shared by the benchmarks of matrix products: shapes, operands, timed functions, checks, tables, plots."""

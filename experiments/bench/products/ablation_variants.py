@@ -1,7 +1,7 @@
-"""The Hopper matmul with one of its four parts switched off.
+"""Variants of the Hopper matmul with one of its four optimizations disabled.
 
-Every variant is a function of arrays from operands to the bf16 product, finished in the same way: scales
-and zero codes applied. What each one costs beside the full system is what its part is worth.
+Every variant maps the same operands to the same bf16 product, including scales and zero codes, so that its slowdown
+is the gain of the optimization.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
-from experiments.bench.products.candidates import Call, Product
 from experiments.bench.products.operands import Operands
+from experiments.bench.products.product import Call, Product
 
 _BINARY = BipolarFormat(1)
 
 
 def full(product: Product, operands: Operands) -> Call:
-    """Everything on."""
+    """The matmul with all optimizations."""
     return product.kernel(operands)
 
 
 def fixed_tiling(product: Product, operands: Operands, tiling: Tiling) -> Call:
-    """One tile shape for all problems."""
+    """One tiling for all problems."""
     return product.kernel(operands, tiling)
 
 
 def signed_planes(product: Product, operands: Operands) -> Call:
-    """Two's complement instead of bipolar planes: the top plane weighs -2^(b-1)."""
+    """Two's complement instead of bipolar planes: the top plane has weight -2^(bits-1)."""
     recovery = _SignedRecovery("planes", product.a_format, product.w_format, product.shape.k, with_zero=True)
     tiling = product.choice.tiling
 
@@ -60,7 +60,7 @@ def signed_planes(product: Product, operands: Operands) -> Call:
 
 
 def packed_in_the_call(product: Product, operands: Operands) -> Call:
-    """No preprocessing: both operands are kept as a byte a code and packed by XLA in every call."""
+    """No preprocessing: both operands are stored as one byte per code, and XLA packs them in every call."""
     kernel, (_, _, tokens, columns) = product.kernel(operands)
     a_format, w_format = product.a_format, product.w_format
 
@@ -71,20 +71,20 @@ def packed_in_the_call(product: Product, operands: Operands) -> Call:
 
 
 def recovered_in_memory(product: Product, operands: Operands) -> Call:
-    """Every pair of planes is a product of its own, written to memory as int32; XLA shifts, adds and scales them."""
+    """Every pair of planes is a separate matmul with int32 output; XLA shifts, adds and scales the results."""
     m, n, k = product.shape.m, product.shape.n, product.shape.k
     a_format, w_format = product.a_format, product.w_format
     recovery = _CountRecovery("planes", _BINARY, _BINARY, k, with_zero=True)
     tiling = dataclasses.replace(product, a_format=_BINARY, w_format=_BINARY).choice.tiling
-    nothing = TokenTerms(jnp.zeros(m, jnp.int32), jnp.zeros(m, jnp.int32), None), ColumnTerms(jnp.zeros(n, jnp.int32))
+    no_terms = TokenTerms(jnp.zeros(m, jnp.int32), jnp.zeros(m, jnp.int32), None), ColumnTerms(jnp.zeros(n, jnp.int32))
 
-    def function(x_words, w_words, tokens, columns, nothing):
+    def function(x_words, w_words, tokens, columns, no_terms):
         counts = 0
         for i, j in itertools.product(range(a_format.bits), range(w_format.bits)):
             count = packed_matmul(
                 x_words[i : i + 1],
                 w_words[j : j + 1],
-                *nothing,
+                *no_terms,
                 recovery,
                 tiling,
                 jnp.int32,
@@ -93,16 +93,16 @@ def recovered_in_memory(product: Product, operands: Operands) -> Call:
             counts += count * np.int32(a_format.plane_weights[i] * w_format.plane_weights[j])
         return _finish(counts, product.recovery(), tokens, columns)
 
-    return function, (*product.kernel(operands)[1], nothing)
+    return function, (*product.kernel(operands)[1], no_terms)
 
 
 def expected_output(variant: str, product: Product, operands: Operands) -> Float[np.ndarray, "rows columns"]:
-    """What a variant's sample must be, in float64: the same for all but the signed planes, whose numbers differ."""
+    """The exact sample of a variant's output, in float64. Signed planes decode the same bits to other values."""
     if variant != "signed planes":
         return operands.exact_output(product.a_format, product.w_format)
     bits = operands.sampled_bits(product.a_format, product.w_format)
     formats = (product.a_format, product.w_format)
-    x, w = (np.tensordot(_signed_weights(fmt), some, axes=1) for fmt, some in zip(formats, bits, strict=True))
+    x, w = (np.tensordot(_signed_weights(fmt), planes, axes=1) for fmt, planes in zip(formats, bits, strict=True))
     tokens, columns = operands.tokens(product.a_format), operands.column_terms(product.w_format)
     zero_code, token_scale = (
         np.asarray(term, np.float64)[operands.rows, None] for term in (tokens.zero_code, tokens.scale)
@@ -113,7 +113,7 @@ def expected_output(variant: str, product: Product, operands: Operands) -> Float
 def _finish(
     counts: Int[Array, "m n"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
 ) -> Float[Array, "m n"]:
-    """The kernel's epilogue, in XLA."""
+    """The kernel's epilogue in XLA."""
     tokens = jax.tree.map(lambda term: term[: counts.shape[0]], tokens)
     total = counts * recovery.product_weight + recovery.row_term(tokens.code_sums)[:, None]
     total += recovery.column_weight(tokens.zero_code)[:, None] * recovery.column_value_sums(columns.code_sums)
@@ -127,14 +127,14 @@ def _signed_sums(words: Array, number_format: BipolarFormat) -> Int[Array, " row
 
 
 def _signed_weights(number_format: BipolarFormat) -> list[int]:
-    """Of the planes of two's complement, low plane first."""
+    """Weights of two's complement planes, low plane first."""
     *low, top = number_format.plane_weights
     return [*low, -top]
 
 
 @dataclasses.dataclass(frozen=True)
 class _CountRecovery(Recovery):
-    """The bare count of common ones: nothing is completed."""
+    """Identity recovery: the output is the popcount sum itself, without row and column terms."""
 
     @property
     def product_weight(self) -> int:
@@ -151,15 +151,16 @@ class _CountRecovery(Recovery):
 class _SignedRecovery(Recovery):
     """Products of two's complement codes c: sum_k (c_a - z) c_w = sum_ij p_i q_j popc(A_i & W_j) - z sum_k c_w.
 
-    The instruction has no sign: pairs of one top plane and a lower one must be subtracted. Their
-    group of equal weight is summed into the negated accumulator, which is negated back after it.
+    Here p and q are the planes' weights and z the zero code. The instruction can only add, but products of one top
+    plane and one lower plane have negative weight. They are summed into the negated accumulator, which is negated
+    back afterwards.
     """
 
     def pair_groups(self) -> list[tuple[int, list[tuple[int, int]]]]:
         a_weights, w_weights = _signed_weights(self.a_format), _signed_weights(self.w_format)
         groups, negated = [], False
         for factor, pairs in super().pair_groups():
-            for negative in (negated, not negated):  # the sign that the accumulator has comes first
+            for negative in (negated, not negated):  # the accumulator's current sign first
                 members = [(i, j) for i, j in pairs if (a_weights[i] * w_weights[j] < 0) == negative]
                 if members:
                     groups.append((-factor if negative != negated else factor, members))
@@ -168,7 +169,7 @@ class _SignedRecovery(Recovery):
 
     @property
     def ends_negated(self) -> bool:
-        """Whether the last group, which weighs least, is a negative one."""
+        """Whether the accumulator is negated after the last group of pairs."""
         (_, pairs), *_ = reversed(self.pair_groups())
         a_weights, w_weights = _signed_weights(self.a_format), _signed_weights(self.w_format)
         i, j = pairs[0]

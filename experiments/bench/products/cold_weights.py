@@ -1,7 +1,7 @@
-"""Products whose weights come from memory: as many copies in turn as the L2 cache cannot hold.
+"""Products of few tokens with weights from memory: calls rotate through more copies than the L2 cache holds.
 
-With many tokens the weights of a product are read once and used often, and where they come from
-matters little. With few it is all there is to measure, and a model's weights are never in the cache.
+With few tokens a product is bound by reading its weights. Repeated on one copy it would read them from the L2 cache,
+which a whole model's weights exceed.
 """
 
 from __future__ import annotations
@@ -9,40 +9,42 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bipolar_jax.kernels.sm90.backend.planning import MOST_DECODE_TOKENS
-from experiments.bench.products.candidates import Call
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
 
-_CACHE_BYTES = 50 * 2**20  # of an H100 or H200
-_MOST_COPIES = 12  # each is compiled
+L2_BYTES = 50 * 2**20  # H100 and H200
+_MOST_COPIES = 12  # compile time grows with each
 
 
 def few_tokens(shape: Shape) -> bool:
-    """Whether a product is bound by reading its weights."""
-    return shape.m <= MOST_DECODE_TOKENS
+    """Whether a product has so few tokens that reading its weights bounds it."""
+    return shape.m <= FEW_TOKENS_LIMIT
 
 
 def copies_of(weights) -> int:
-    """Copies that are at least twice what the cache holds."""
+    """Number of copies that together are at least twice the L2 cache, from 2 to 12."""
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    return max(2, min(_MOST_COPIES, -(-2 * _CACHE_BYTES // nbytes)))
+    return max(2, min(_MOST_COPIES, -(-2 * L2_BYTES // nbytes)))
 
 
 def with_cold_weights(call: Call, position: int) -> tuple[Call, int]:
-    """The function applied to several copies of its operands; of all, or XLA would do once what copies have in common.
+    """The function applied to several copies of its operands.
+
+    All operands are copied, not only the weights: XLA would otherwise share work between the calls.
 
     Args:
       call: a function and its operands.
-      position: of the weights among them.
+      position: index of the weights among the operands.
 
     Returns:
-      A function that gives the list of products, with its operands; and how many they are.
+      A call that returns the list of products, and their number.
     """
     function, args = call
     count = copies_of(args[position])
-    once = jax.jit(function)  # traced and lowered once
+    jitted = jax.jit(function)  # traced and lowered once for all copies
 
-    def products(*several):
-        return [once(*args) for args in several]
+    def products(*copies):
+        return [jitted(*args) for args in copies]
 
     return (products, tuple(jax.tree.map(jnp.copy, args) for _ in range(count))), count

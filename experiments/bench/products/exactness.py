@@ -1,4 +1,4 @@
-"""Whole integer products of every pair of precisions on ragged shapes, compared with exact ones."""
+"""Checks whole integer products of every pair of formats on ragged shapes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from jaxtyping import UInt8, UInt32
 from ml_collections import ConfigDict
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat
-from bipolar_jax.kernels.sm90.backend.planning import MOST_DECODE_TOKENS
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.words import WORD_BITS
-from experiments.bench.products.candidates import raise_if_error
+from experiments.support.device_lock import device_unlocked
 from experiments.support.progress import console, progress_bar
-from experiments.support.timing import compile_all, one_line
-from experiments.support.turns import others_turn
+from experiments.support.timing import compile_all, one_line, raise_if_error
 
-_BATCH = 32  # products compiled and compared at a time
+_BATCH = 32  # products compiled together
 
 
 def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable[[], None]) -> None:
-    """Adds result["exactness"]: `products` compared, `numbers` in them, `wrong` products, and their `failures`.
+    """Sets result["exactness"]: number of compared `products` and `numbers`, of `wrong` products, and `failures`.
 
-    Every pair of 1 to 8 bits, and ternary weights with 1 to 8 bits, meets `config.exactness_shapes` random
-    shapes of its own with sizes up to `config.exactness_size`: in turn one that is no multiple of 8 in any size, and
-    one of few tokens.
+    Covers weights of 1 to 8 bits and ternary weights with activations of 1 to 8 bits. Each pair gets
+    `config.exactness_shapes` random shapes with sizes up to about `config.exactness_size`, alternating between shapes
+    without any multiple of 8 and shapes of few tokens.
     """
     if not config.exactness_shapes:
         return
-    asked = {"shapes": config.exactness_shapes, "size": config.exactness_size}
-    there = result.get("exactness", {})
-    if there.get("asked") == asked and there.get("wrong") == 0:
+    requested = {"shapes": config.exactness_shapes, "size": config.exactness_size}
+    previous = result.get("exactness", {})
+    if previous.get("asked") == requested and previous.get("wrong") == 0:
         return
     rng = np.random.default_rng(config.seed)
     formats = [BipolarFormat(bits) for bits in range(1, 9)]
@@ -46,10 +45,10 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
     for start in range(0, len(cases), _BATCH):
         batch = cases[start : start + _BATCH]
         with progress_bar(f"exactness: products {start + 1} to {start + len(batch)} of {len(cases)}"):
-            made = {case: _make(rng, config.implementation, *case[1:]) for case in batch}
-            with others_turn():
-                compiled = compile_all({case: call for case, (call, _) in made.items()}, config.compile_threads)
-            for case, ((_, args), expected) in made.items():
+            products = {case: _make_product(rng, config.implementation, *case[1:]) for case in batch}
+            with device_unlocked():
+                compiled = compile_all({case: call for case, (call, _) in products.items()}, config.compile_threads)
+            for case, ((_, args), expected) in products.items():
                 _, a_format, w_format, sizes = case
                 try:
                     wrong = np.count_nonzero(np.asarray(raise_if_error(compiled[case])(*args)) != expected)
@@ -61,7 +60,7 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
                 else:
                     numbers += expected.size
     result["exactness"] = {
-        "asked": asked,
+        "asked": requested,
         "products": len(cases),
         "exact": len(cases) - len(failures),
         "wrong": len(failures),
@@ -76,20 +75,20 @@ def measure_exactness(config: ConfigDict, result: dict[str, Any], save: Callable
 
 
 def _ragged_sizes(rng: np.random.Generator, largest: int, few_tokens: bool) -> tuple[int, int, int]:
-    """m, n, k: any with few tokens, or none of them a multiple of 8 (and so not of 32 or 128)."""
+    """m, n, k; without few_tokens none is a multiple of 8 (and so not of 32 or 128)."""
     sizes = rng.integers(1, largest + 1, 3)
     if few_tokens:
-        sizes[0] = rng.integers(1, min(largest, MOST_DECODE_TOKENS) + 1)
+        sizes[0] = rng.integers(1, min(largest, FEW_TOKENS_LIMIT) + 1)
     else:
         sizes += sizes % 8 == 0
     return tuple(int(size) for size in sizes)
 
 
-def _make(rng: np.random.Generator, implementation: str, a_format, w_format, sizes):
-    """The product to compile with its operands, and what it must be.
+def _make_product(rng: np.random.Generator, implementation: str, a_format, w_format, sizes):
+    """A random product as (function, operands), and its exact int64 result.
 
-    All in numpy: every operation of JAX would compile anew for every shape. Values are exact in
-    float64, and so are sums of their products.
+    Uses NumPy only, since JAX would compile every operation for every shape. The values and the sums of
+    their products are exact in float64.
     """
     m, n, k = sizes
     codes = rng.integers(0, a_format.max_value + 1, (m, k), np.uint8)

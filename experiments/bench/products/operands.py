@@ -1,4 +1,4 @@
-"""Random operands of one shape, made on the device and shared by all precisions; exact products of parts of them."""
+"""Random operands of one shape, shared by all precisions, and exact products of sampled rows and columns."""
 
 from __future__ import annotations
 
@@ -28,19 +28,25 @@ _code_words = jax.jit(code_words, static_argnums=(1, 2))
 _weight_words = jax.jit(weight_words, static_argnums=1)
 _quantize_tokens = jax.jit(quantize_tokens, static_argnums=1)
 
-_CHECKED = 64  # rows, and columns, of a product that are compared with the exact one
-# Half a step of bf16, and a few roundings to float32.
+_CHECKED = 64  # sampled rows and columns of a product that are compared with the exact one
+# Relative rounding error: bf16's half step plus a few float32 roundings.
 _ROUNDING = 2.0**-8 + 2.0**-20
 
 
 class Operands:
-    """Codes whose bits are all random, and normal bf16 numbers.
+    """Codes with uniformly random bits, and normal bf16 activations and weights, made on the device when first used.
 
-    A precision of n bits has the first n of eight random planes, so that all share the
-    same memory; of the exact product a sample of rows and columns is compared.
+    An n-bit operand is the first n of eight random planes. Checks compare a random sample of rows and
+    columns of a product with the exact one, which is computed on the host.
+
+    Attributes:
+      shape: sizes.
+      rows: sampled rows of x.
+      columns: sampled columns of w.
     """
 
     def __init__(self, shape: Shape, seed: int):
+        """Chooses the sample; `seed` decides it and the operands."""
         self.shape = shape
         self._keys = jax.random.split(jax.random.key(seed), 6)
         rng = np.random.default_rng(seed)
@@ -50,12 +56,12 @@ class Operands:
 
     @functools.cached_property
     def x(self) -> Float[Array, "m k"]:
-        """Activations, bf16."""
+        """bf16 activations."""
         return jax.random.normal(self._keys[0], (self.shape.m, self.shape.k), jnp.bfloat16)
 
     @functools.cached_property
     def dense_w(self) -> Float[Array, "k n"]:
-        """Weights of the bf16 product."""
+        """bf16 weights."""
         return jax.random.normal(self._keys[1], (self.shape.k, self.shape.n), jnp.bfloat16)
 
     @functools.cached_property
@@ -71,20 +77,21 @@ class Operands:
         return tuple(_random_planes(key, count, self.shape.k) for key, count in zip(keys, rows, strict=True))
 
     def _once(self, *key: Any, make: Callable[[], Any]) -> Any:
-        """make(), the first time that the key is asked for."""
+        """The cached value of `key`, made by `make` when first requested."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def codes(self, a_format: BipolarFormat) -> UInt8[Array, "m k"]:
-        """Codes of activations."""
+        """Activation codes."""
         return self._once("codes", a_format, make=lambda: _unpack(self.planes_of_x(a_format), a_format, self.shape.k))
 
     def planes_of_x(self, a_format: BipolarFormat) -> UInt32[Array, "bits m words"]:
+        """Bit planes of the activation codes."""
         return _first_planes(self._planes[0], a_format)
 
     def weights(self, w_format: BipolarFormat, group_size: int | None = None) -> BipolarArray:
-        """Packed weights [k, n], one scale a column, or one for every `group_size` of a column."""
+        """Packed weights [k, n] with one scale per column, or per `group_size` weights of a column."""
         return self._once("weights", w_format, group_size, make=lambda: self._pack_weights(w_format, group_size))
 
     def _pack_weights(self, w_format: BipolarFormat, group_size: int | None) -> BipolarArray:
@@ -102,7 +109,7 @@ class Operands:
         )
 
     def packed_tokens(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
-        """The activations x, quantized and packed by the kernel."""
+        """`x`, quantized and packed by the Hopper kernel."""
         return self._once("tokens of x", a_format, kind, make=lambda: self._quantize(a_format, kind))
 
     def _quantize(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
@@ -110,32 +117,32 @@ class Operands:
         return jax.jit(lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret))(self.x)
 
     def x_words(self, a_format: BipolarFormat, kind: OperandKind) -> UInt32[Array, "planes m words"]:
-        """The codes as the kernel takes them."""
+        """The activation codes in the kernel's layout."""
         return self._once("x", a_format, kind, make=lambda: _code_words(self.codes(a_format), a_format, kind))
 
     def w_words(self, w_format: BipolarFormat, kind: OperandKind) -> UInt32[Array, "planes n words"]:
-        """The weights as the kernel takes them."""
+        """The weights in the kernel's layout."""
         return self._once("w", w_format, kind, make=lambda: _weight_words(self.weights(w_format), kind))
 
     def tokens(self, a_format: BipolarFormat) -> TokenTerms:
-        """Sums of the codes, random zero codes and scales; as long as the quantizer's, or XLA would fill them up."""
+        """Sums of the activation codes, random zero codes and scales, padded to the length that the quantizer gives."""
         return self._once("tokens", a_format, make=lambda: self._token_terms(a_format))
 
     def _token_terms(self, a_format: BipolarFormat) -> TokenTerms:
         m, key = self.shape.m, self._keys[4]
         zero_code = jax.random.randint(key, (m,), 0, a_format.max_value + 1, jnp.int32)
-        if a_format.bits == 1:  # no zero on that grid
+        if a_format.bits == 1:  # the 1-bit grid has no zero code
             zero_code = jnp.zeros_like(zero_code)
         sums = _code_sums(self.planes_of_x(a_format), a_format)
-        beyond = vector_length(m) - m
-        return jax.tree.map(lambda term: jnp.pad(term, (0, beyond)), TokenTerms(sums, zero_code, _scales(key, (m,))))
+        padding = vector_length(m) - m
+        return jax.tree.map(lambda term: jnp.pad(term, (0, padding)), TokenTerms(sums, zero_code, _scales(key, (m,))))
 
     def column_terms(self, w_format: BipolarFormat) -> ColumnTerms:
         """Code sums and scales of the weights."""
         w = self.weights(w_format)
         return ColumnTerms(code_sums=w.row_sums[:, 0], scale=w.scale[:, 0])
 
-    # What the sample of rows and columns must be, computed on the host.
+    # The exact sample, computed on the host.
 
     def sampled(self, product: Array) -> np.ndarray:
         """The sampled rows and columns of a product [m, n]."""
@@ -146,23 +153,23 @@ class Operands:
         planes = self.planes_of_x(a_format)[:, self.rows], self.weights(w_format).planes[:, self.columns]
         as_bytes = (np.ascontiguousarray(words).view(np.uint8) for words in planes)
         return [
-            np.unpackbits(some, axis=-1, count=self.shape.k, bitorder="little").astype(np.float64) for some in as_bytes
+            np.unpackbits(data, axis=-1, count=self.shape.k, bitorder="little").astype(np.float64) for data in as_bytes
         ]
 
     def _sampled_codes(self, a_format: BipolarFormat, w_format: BipolarFormat) -> list[Float[np.ndarray, "rows k"]]:
         bits = self.sampled_bits(a_format, w_format)
         return [
-            np.tensordot(np.array(fmt.plane_weights, np.float64), some, axes=1)
-            for fmt, some in zip((a_format, w_format), bits, strict=True)
+            np.tensordot(np.array(fmt.plane_weights, np.float64), planes, axes=1)
+            for fmt, planes in zip((a_format, w_format), bits, strict=True)
         ]
 
     def exact_integers(self, a_format: BipolarFormat, w_format: BipolarFormat) -> Int[np.ndarray, "rows columns"]:
-        """sum_k v_a v_w of the sample; float64 is exact, sums being below 2^53."""
+        """sum_k v_a v_w of the sample; exact in float64, because sums are below 2^53."""
         x, w = self._sampled_codes(a_format, w_format)
         return ((2 * x - a_format.max_value) @ (2 * w - w_format.max_value).T).astype(np.int64)
 
     def exact_output(self, a_format: BipolarFormat, w_format: BipolarFormat) -> Float[np.ndarray, "rows columns"]:
-        """s_x s_w sum_k (v_a - v0) v_w of the sample, in float64; one-bit activations have no zero."""
+        """The kernel's exact sample in float64: s_x s_w sum_k (v_a - v0) v_w, with v0 = 0 for 1-bit activations."""
         return self._once("output", a_format, w_format, make=lambda: self._exact_output(a_format, w_format))
 
     def _exact_output(self, a_format: BipolarFormat, w_format: BipolarFormat) -> Float[np.ndarray, "rows columns"]:
@@ -176,20 +183,20 @@ class Operands:
     def exact_operation(
         self, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
     ) -> tuple[Float[np.ndarray, "rows columns"], Float[np.ndarray, "rows columns"]]:
-        """The whole operation of the sample, in float64, and how far codes that round the other way may take it."""
+        """The operation's exact sample in float64, and its tolerance for activations halfway between two codes."""
         tokens = _quantize_tokens(self.x[self.rows], a_format)
         steps = a_format.values(tokens.codes) - tokens.zero_value[:, None]
         x = np.asarray(steps, np.float64) * np.asarray(tokens.scale, np.float64)[:, None]
         _, codes = self._sampled_codes(a_format, w_format)
         w_scale = np.asarray(self.weights(w_format, group_size).scale, np.float64)[self.columns]
         w = (2 * codes - w_format.max_value) * np.repeat(w_scale, group_lengths(self.shape.k, group_size), axis=1)
-        # A number halfway between two codes may get either, a step of 2 scale; two of them in a row are rare.
+        # An activation halfway between two codes may get either; they differ by 2 * scale. Allows two per row.
         tolerance = 4 * np.asarray(tokens.scale, np.float64)[:, None] * np.abs(w).max(axis=1)
         return x @ w.T, tolerance
 
 
 def check_integers(got: np.ndarray, expected: np.ndarray) -> None:
-    """Raises ValueError unless the integers are equal."""
+    """Raises ValueError if any integer differs."""
     wrong = int(np.count_nonzero(got != expected))
     if wrong:
         first = tuple(np.argwhere(got != expected)[0])
@@ -200,10 +207,19 @@ def check_integers(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def check_output(product: Array, got: np.ndarray, expected: np.ndarray, tolerance: np.ndarray | float = 0.0) -> float:
-    """The largest error of a sample of a bf16 product, in units of the largest number of the sample.
+    """Checks a bf16 product.
+
+    Args:
+      product: the whole product.
+      got: its sample.
+      expected: the exact sample.
+      tolerance: allowed error beside rounding.
+
+    Returns:
+      The largest error, relative to the largest number of the exact sample.
 
     Raises:
-      ValueError: a number is not finite, or further from what it should be than rounding and `tolerance` explain.
+      ValueError: a number is not finite, or its error exceeds rounding plus `tolerance`.
     """
     if not bool(jnp.all(jnp.isfinite(product))):
         raise ValueError("wrong output: not all numbers are finite")
@@ -211,7 +227,7 @@ def check_output(product: Array, got: np.ndarray, expected: np.ndarray, toleranc
     worst = float(np.max(error - tolerance - _ROUNDING * np.abs(expected)))
     if worst > 0:
         raise ValueError(
-            f"wrong output: {worst:.3g} beyond what rounding explains, of numbers up to {np.abs(expected).max():.3g}"
+            f"wrong output: an error exceeds rounding by {worst:.3g} (exact numbers up to {np.abs(expected).max():.3g})"
         )
     return float(error.max() / np.abs(expected).max())
 
@@ -225,7 +241,7 @@ def _random_planes(key, rows: int, k: int) -> UInt32[Array, "8 rows words"]:
 
 
 def _first_planes(planes: UInt32[Array, "8 rows words"], number_format: BipolarFormat) -> UInt32[Array, "..."]:
-    if number_format.ternary:  # its codes 0, 1, 2 are the planes 00, 10, 11
+    if number_format.ternary:  # codes 0, 1, 2 have (low, high) plane bits 00, 10, 11
         return jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
     return planes[: number_format.bits]
 
@@ -249,5 +265,5 @@ def _scales(key, size: tuple[int, ...]) -> Float[Array, "..."]:
 
 
 def int8_product(x: Int[Array, "m k"], w: Int[Array, "n k"]) -> Int[Array, "m n"]:
-    """XLA's int8 dot, both operands with k last."""
+    """XLA's int8 product with int32 output; k is last in both operands."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)

@@ -1,17 +1,17 @@
-"""Other libraries' products on the same shapes, where they are installed.
+"""Times products of other libraries on the same shapes, if they are installed.
 
 - torch: `torch.matmul` in bf16 and fp16;
-- humming: fp16 activations quantized to int8 on the way where its layer does so, weights of 8, 4, 2 and 1 bits;
-- gemlite: weights of 4, 2 and 1 bits with fp16 activations, of 8 bits with int8 activations.
+- humming: weights of 8, 4, 2 and 1 bits with fp16 activations, which its layer quantizes to int8 for "A8";
+- gemlite: weights of 4, 2 and 1 bits with fp16 activations, 8-bit weights with int8 activations.
 
-All are timed with CUDA events around runs of many calls, after a warm-up: unlike the sums of kernel times that
-our own figures are, these have the gaps between launches in them, as far as the queue does not hide them.
+The clock is CUDA events around many queued calls after a warm-up. Unlike the sums of kernel times of this project's
+figures, these include gaps between launches that the queue does not hide.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,24 +25,11 @@ _RUNS = 5  # of many calls each
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 
-def parse_peers(text: str, known: Iterable[str]) -> list[str]:
-    """Reads "torch,gemlite", any of the known ones or "".
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    peers = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in peers if name not in known]
-    if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}: there are {', '.join(known)}")
-    return peers
-
-
 def measure_peers(peers: list[str], shape: Shape, row: dict[str, Any], config: ConfigDict) -> None:
-    """Adds row["peers"]["torch bf16"] and so on: microseconds, or the reason why there are none."""
+    """Sets row["peers"]["torch bf16"] and so on to figures, or to {"error": reason}; skips peers that have figures."""
     for peer in peers:
-        there = [name for name in row["peers"] if name.partition(" ")[0] == peer]
-        if there and all("microseconds" in row["peers"][name] for name in there):
+        measured = [name for name in row["peers"] if name.partition(" ")[0] == peer]
+        if measured and all("microseconds" in row["peers"][name] for name in measured):
             continue
         row["peers"].pop(peer, None)
         missing = [name for name in ("torch", peer) if importlib.util.find_spec(name) is None]

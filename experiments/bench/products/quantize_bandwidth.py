@@ -1,4 +1,4 @@
-"""Bandwidth of the kernel that quantizes and packs activations, beside that of a copy of the same numbers."""
+"""Bandwidth of the kernel that quantizes and packs activations, beside that of a device copy."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
-from experiments.bench.products.candidates import Product, raise_if_error
+from experiments.bench.products.cold_weights import L2_BYTES
 from experiments.bench.products.operands import Operands
+from experiments.bench.products.product import Product
+from experiments.support.device_lock import device_unlocked
 from experiments.support.progress import console
-from experiments.support.timing import compile_all, measure, one_line
-from experiments.support.turns import others_turn
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
 
 _CHECKED_ROWS = 64
-_COLD_BYTES, _MOST_TURNS = 4 * 50 * 2**20, 8  # four times the L2 cache; small activations stay in it
-# Of a row's codes: numbers halfway between two may get either, as XLA fuses the arithmetic in one way or another.
+_COLD_BYTES, _MOST_COPIES = 4 * L2_BYTES, 8  # small activations stay in the cache
+# Share of a row's codes that may differ by one: activations halfway between two codes round either way.
 _HALFWAY_SHARE = 1e-3
 
 
 def measure_quantizers(
     operands: Operands, products: Iterable[Product], results: dict[str, Any], config: ConfigDict
 ) -> None:
-    """Adds results["8192x8192"]["2 bits, planes"] and so on, for the operands that the products take, and ["copy"]."""
+    """Sets results["8192x8192"]["2 bits, planes"] and so on, for all operand kinds of the products, and ["copy"]."""
     m, k = operands.x.shape
     rows = results.setdefault(f"{m}x{k}", {})
     wanted = sorted({(product.kind, product.a_format.bits) for product in products})
-    # Several activations in turn, or what is read would be in the L2 cache from the time before.
-    turns = min(_MOST_TURNS, -(-_COLD_BYTES // operands.x.nbytes))
-    xs = tuple(jnp.roll(operands.x, turn, axis=0) for turn in range(turns))
-    calls = {"copy": (_each(jnp.negative), xs)}  # reads and writes every number; XLA would leave a mere copy out
+    # Several copies, so that activations are read from memory and not from the L2 cache.
+    copies = min(_MOST_COPIES, -(-_COLD_BYTES // operands.x.nbytes))
+    xs = tuple(jnp.roll(operands.x, shift, axis=0) for shift in range(copies))
+    calls = {"copy": (_each(jnp.negative), xs)}  # negation, because XLA would remove a plain copy
     formats = {f"{bits} bits, {kind}": (BipolarFormat(bits), kind) for kind, bits in wanted}
     for name, (a_format, kind) in formats.items():
         calls[name] = _each(_quantizer(a_format, kind)), xs
     todo = {name: call for name, call in calls.items() if "microseconds" not in rows.get(name, {})}
-    with others_turn():
+    with device_unlocked():
         compiled = compile_all(todo, config.compile_threads)
     for name, (_, args) in todo.items():
         try:
@@ -74,10 +75,10 @@ def _quantizer(a_format: BipolarFormat, kind: OperandKind):
 
 
 def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: OperandKind) -> None:
-    """Compares the first rows with `quantize_tokens`, by scales and by sums of codes.
+    """Compares scales and sums of codes of the first rows with `quantize_tokens`.
 
     Raises:
-      ValueError: scales differ, or more codes than numbers between two codes explain.
+      ValueError: a scale differs, or a sum by more than ties in rounding explain.
     """
     tokens = jax.jit(quantize_tokens, static_argnums=1)(x[:_CHECKED_ROWS], a_format)
     if not np.array_equal(packed.scale[:_CHECKED_ROWS], tokens.scale):
@@ -86,5 +87,5 @@ def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: Op
     differing = np.abs(np.asarray(packed.code_sums[:_CHECKED_ROWS]) - sums).max()
     if differing > max(1, _HALFWAY_SHARE * x.shape[1]):
         raise ValueError(
-            f"wrong codes from the quantizer to {a_format.bits} bits ({kind}): a sum is off by {differing}"
+            f"wrong codes from the quantizer to {a_format.bits} bits ({kind}): a sum of codes is off by {differing}"
         )

@@ -1,4 +1,4 @@
-"""Lines and tables of the matmul benchmark on the terminal."""
+"""Terminal output of the matmul benchmark."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from experiments.support.progress import console
 
 
 def line(measured: dict[str, Any]) -> str:
-    """The figures of one precision in a line."""
+    """The figures of one precision in one line."""
     if "operation" not in measured:
         return measured["error"]
-    words = []
-    for part in ("kernel", "product", "operation"):
-        figures = measured[part]
+    texts = []
+    for name in ("kernel", "product", "operation"):
+        figures = measured[name]
         if figures is not None:
             speedup = "" if figures["speedup"] is None else f" ({figures['speedup']:.2f}x bf16)"
-            words.append(f"{part} {figures['microseconds']:.1f} us{speedup}")
+            texts.append(f"{name} {figures['microseconds']:.1f} us{speedup}")
     if measured["kernel"] is not None:
-        words.append(f"{measured['kind']}, {measured['kernel']['ceiling_share']:.0%} of the ceiling")
-    return ", ".join(words)
+        texts.append(f"{measured['kind']}, {measured['kernel']['ceiling_share']:.0%} of the ceiling")
+    return ", ".join(texts)
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """All products, and the quantizers beside a copy."""
+    """Prints all products, and the quantizers beside a device copy."""
     table = Table(title=f"matrix products on {result['settings']['device']}, median microseconds")
     for heading in (
         "shape",

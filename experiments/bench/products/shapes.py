@@ -1,11 +1,11 @@
-"""Named sizes of matrix products: squares, and the linear layers of three language models."""
+"""Named shapes of matrix products: squares, and the linear layers of three language models."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-# N x K of the four products of one decoder layer; q, k and v are one product, and so are gate and up.
+# (n, k) of the four products of one decoder layer; q, k and v are fused, and so are gate and up.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "llama2-7b": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},
     "opt-6.7b": {"qkv": (12288, 4096), "o": (4096, 4096), "fc1": (16384, 4096), "fc2": (4096, 16384)},
@@ -22,10 +22,10 @@ class Shape:
     """x [m, k] times w [k, n].
 
     Attributes:
-      name: as it is asked for and reported.
+      name: its notation in configs and results.
       m: rows of x.
       n: columns of w.
-      k: what is contracted.
+      k: contracted size.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
+        """Multiplications plus additions of one product."""
         return 2 * self.m * self.n * self.k
 
     def __str__(self) -> str:
@@ -50,20 +50,20 @@ SQUARES = tuple(
 
 
 def model_shapes(model: str, tokens: int) -> list[Shape]:
-    """The four products of a model's decoder layer, for so many tokens."""
+    """The four products of a model's decoder layer with m = tokens. Raises ValueError for an unknown model."""
     if model not in MODELS:
-        raise ValueError(f"no model {model!r}: there are {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {model!r}: choose from {', '.join(MODELS)}")
     return [Shape(f"{model}/{layer}@{tokens}", tokens, n, k) for layer, (n, k) in MODELS[model].items()]
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Reads a comma-separated list; shapes named twice come once.
+    """Reads a comma-separated list of shapes, without duplicates.
 
-    Each is a square "4096", sizes "8192x8192x16384" (m x n x k), a model's four products
-    "llama2-7b@2048" at so many tokens, one of them "llama2-7b/down@2048", "squares", or "all".
+    Items: "4096" (a square), "8192x8192x16384" (m x n x k), "llama2-7b@2048" (a model's four products at 2048
+    tokens), "llama2-7b/down@2048" (one of them), "squares", "all".
 
     Raises:
-      ValueError: a name that is none of these.
+      ValueError: any other item.
     """
     shapes = {shape.name: shape for item in text.split(",") for shape in _parse_item(item.strip())}
     return list(shapes.values())

@@ -1,4 +1,4 @@
-"""The benchmark of training steps on a tiny block, through XLA."""
+"""experiments/bench/training_step.py on a tiny block and XLA."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_forward_and_step_are_timed_and_compared_with_bf16(tmp_path):
     assert list(result["precisions"]) == ["bf16", "W2A2"]
     bf16 = result["precisions"]["bf16"]
     for name, measured in result["precisions"].items():
-        for part in ("forward", "step"):
-            timing = measured[part]
+        for function in ("forward", "step"):
+            timing = measured[function]
             assert timing["microseconds"] > 0
-            assert timing["speedup"] == pytest.approx(bf16[part]["microseconds"] / timing["microseconds"], abs=1e-3)
+            assert timing["speedup"] == pytest.approx(bf16[function]["microseconds"] / timing["microseconds"], abs=1e-3)
             assert timing["wall"]["speedup"] > 0
         if name != "bf16":
             assert measured["outputs_compared"] == 24 * 64
@@ -50,7 +50,7 @@ def test_a_packed_block_that_differs_is_found(monkeypatch):
         training_step.check_block(block, x, config)
 
 
-def test_float_activations_are_refused(tmp_path):
+def test_float_activations_are_rejected(tmp_path):
     config = tiny()
     config.precisions = "W4A16"
     with pytest.raises(ValueError, match="W4A16 has float activations"):

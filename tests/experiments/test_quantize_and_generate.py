@@ -1,4 +1,4 @@
-"""The programs, on a tiny model: what they write, that they go on where they stopped, and how they fail."""
+"""experiments/quantize.py and generate.py on a tiny model: results, resuming, errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny_config(model, text, precisions="W8A8,W2A8g32", sample_tokens=0):
 
 @pytest.fixture(scope="module")
 def run(model, text, tmp_path_factory):
-    """Folder of one whole run."""
+    """Workdir of one complete run."""
     folder = tmp_path_factory.mktemp("run")
     quantize.main(tiny_config(model, text, sample_tokens=3), folder)
     return folder
@@ -54,7 +54,7 @@ def read(folder):
     return json.loads((folder / workdir.RESULT_NAME).read_text())
 
 
-def test_result_has_the_fields_that_scripts_read(run, model, text):
+def test_the_result_describes_text_and_models(run, model, text):
     result = read(run)
     ids = load_pretrained(model).tokenizer.encode(text.read_text(), add_special_tokens=False).ids
     used = np.array(ids[: WINDOWS * LENGTH], "<i4")
@@ -90,7 +90,7 @@ def test_checkpoints_give_the_reported_perplexity(run, text, name):
     assert again.perplexity == read(run)["precisions"][name]["perplexity"]
 
 
-def test_a_stopped_run_goes_on(model, text, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(model, text, tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
@@ -107,11 +107,11 @@ def test_a_stopped_run_goes_on(model, text, tmp_path, monkeypatch):
     assert measured == ["W4A8"]
 
 
-def test_results_of_other_settings_are_kept_and_named(run, model, text):
+def test_results_with_other_settings_are_kept_and_named(run, model, text):
     before = read(run)
     config = tiny_config(model, text, "W8A8")
     config.windows, config.calibration = WINDOWS - 1, "mse"
-    with pytest.raises(ValueError, match="calibration: 'minmax' there, 'mse' here; windows: 3 there, 2 here"):
+    with pytest.raises(ValueError, match="calibration: stored 'minmax', now 'mse'; windows: stored 3, now 2"):
         quantize.main(config, run)
     assert read(run) == before
 
@@ -125,18 +125,18 @@ def test_a_missing_checkpoint_is_written_again(model, text, tmp_path):
     assert read(tmp_path)["precisions"]["W8A8"]["checkpoint_bytes"] == (tmp_path / "W8A8.safetensors").stat().st_size
 
 
-def test_impossible_precisions_are_refused_before_anything_is_measured(model, text, tmp_path):
+def test_impossible_precisions_are_rejected_before_measuring(model, text, tmp_path):
     with pytest.raises(ValueError, match="cannot quantize layer .* to W4A8g4096: group_size must be"):
         quantize.main(tiny_config(model, text, "W8A8,W4A8g4096"), tmp_path)
     assert not (tmp_path / workdir.RESULT_NAME).exists()
 
 
-def test_a_packed_model_is_not_packed_again(run, text, tmp_path):
+def test_a_packed_model_is_rejected(run, text, tmp_path):
     with pytest.raises(ValueError, match="packed already are not packed again"):
         quantize.main(tiny_config(run / "W8A8.safetensors", text, "W4A8"), tmp_path)
 
 
-def test_generate_streams_what_it_writes_down(run, tmp_path, capsys):
+def test_generate_prints_the_text_of_its_result(run, tmp_path, capsys):
     config = generate_config.get_config()
     config.model, config.prompt, config.max_new_tokens = str(run / "W8A8.safetensors"), "It was", 4
     generate.main(config, tmp_path)
@@ -181,7 +181,7 @@ def test_command_line_overrides_the_config(model, text, tmp_path):
         ("--config.model=/nowhere/model.gguf", "no checkpoint at /nowhere/model.gguf"),
     ],
 )
-def test_bad_input_is_one_line(text, tmp_path, flag, message):
+def test_bad_input_is_reported_in_one_line(text, tmp_path, flag, message):
     done = command("quantize", "--config=configs/smollm2.py", f"--workdir={tmp_path}", f"--config.text={text}", flag)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
@@ -189,7 +189,7 @@ def test_bad_input_is_one_line(text, tmp_path, flag, message):
     assert message in line
 
 
-def test_text_that_is_too_short_names_what_fits(model, text, tmp_path):
+def test_too_short_a_text_names_the_number_of_windows(model, text, tmp_path):
     config = tiny_config(model, text)
     config.windows = 10**6
     with pytest.raises(ValueError, match="ask for at most"):

@@ -1,4 +1,4 @@
-"""What the language model benchmark runs and times: one model on one workload."""
+"""Workloads of the language model benchmark, and a model compiled for one: its check, timings and memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from flax import nnx
 
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import Transformer
+from experiments.support.device_lock import device_unlocked
 from experiments.support.timing import Timing
-from experiments.support.turns import others_turn
 
-_LENGTH_STEP = 64  # attention sums values in runs of as many positions
+_LENGTH_STEP = 64  # cache capacity is a multiple of attention's step over positions
 _WORKLOAD = re.compile(r"(\d+)x(\d+)\+(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Prompts of one length, and how many tokens are written for each.
+    """A batch of prompts of one length, and the number of tokens to generate.
 
     Attributes:
-      batch: prompts at a time.
-      prompt: tokens of each.
+      batch: number of prompts.
+      prompt: tokens per prompt.
       new_tokens: decode steps.
     """
 
@@ -38,20 +38,20 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """As it is asked for: "8x512+128"."""
+        """Its notation in configs: "8x512+128"."""
         return f"{self.batch}x{self.prompt}+{self.new_tokens}"
 
     @property
     def capacity(self) -> int:
-        """Positions of the cache, rounded up as `generate` does."""
+        """Positions of the cache, rounded up as in `generate`."""
         return -(-(self.prompt + self.new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def parse_workloads(text: str, context_length: int) -> list[Workload]:
-    """Reads "1x512+128,8x512+128": batch x prompt + new tokens; those named twice come once.
+    """Reads "1x512+128,8x512+128": batch x prompt + new tokens, without duplicates.
 
     Raises:
-      ValueError: other notation, sizes of zero, a prompt of one token, or more than the model's context.
+      ValueError: other notation, a size of zero, a prompt of one token, or more tokens than the model's context.
     """
     workloads = {}
     for item in text.split(","):
@@ -67,11 +67,10 @@ def parse_workloads(text: str, context_length: int) -> list[Workload]:
     return list(workloads.values())
 
 
-class Runs:
-    """A model's prefill and its loop of decode steps, compiled for one workload.
+class CompiledWorkload:
+    """A model's prefill and decode loop, compiled for one workload.
 
-    Prefill reads the prompts once. The loop, one call on the device, decodes `new_tokens` steps, each token
-    the likeliest after the one before; the cache is donated to it.
+    The decode loop is one call on the device, which decodes `new_tokens` steps greedily; the cache is donated to it.
     """
 
     def __init__(
@@ -87,10 +86,10 @@ class Runs:
 
         Args:
           model: the model.
-          workload: sizes.
-          cache_bits: as `Transformer.prefill` has it.
-          options: XLA's flags for both.
-          seed: of the prompts.
+          workload: batch, prompt length and decode steps.
+          cache_bits: see `Transformer.prefill`.
+          options: XLA compiler options.
+          seed: seed of the random prompts.
         """
         self.model, self.workload = model, workload
         rng = np.random.default_rng(seed)
@@ -110,37 +109,37 @@ class Runs:
             (_, cache), largest = jax.lax.scan(step, (tokens, cache), length=workload.new_tokens)
             return largest, cache
 
-        with others_turn():
+        with device_unlocked():
             lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
             _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
             lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
         self.cache_bytes = cache.nbytes
-        # With the device held: XLA tries its variants of float products on it.
+        # With the device locked: XLA autotunes float products on it.
         self._prefill, self._decode = (lowered.compile(options) for lowered in (lowered_prefill, lowered_decode))
 
     def check(self) -> float:
-        """Reads the last token of the prompts once among them and once by itself, from the cache.
+        """Compares the logits after the last prompt token from prefill with those from a decode step.
 
-        Both are the same in exact arithmetic, through other kernels. Activations of few bits turn a number's
-        rounding into a step, so that what is close depends on the precision: it is for the reader to judge.
+        Both are equal in exact arithmetic, but use different kernels. There is no tolerance: low-bit activations
+        amplify a rounding difference to a whole quantization step, so the expected error depends on the precision.
 
         Returns:
-          Largest difference of the largest logits, as a share of the largest of them.
+          Largest difference of each prompt's largest logit, relative to the largest of them.
 
         Raises:
-          ValueError: logits that are not finite.
+          ValueError: logits are not finite.
         """
-        whole, _ = self._prefill(self.model, self.ids, self.lengths)
+        prefilled, _ = self._prefill(self.model, self.ids, self.lengths)
         _, cache = self._prefill(self.model, self.ids, self.lengths - 1)
-        stepped, _ = self._decode(self.model, self.ids[:, -1], cache)
-        whole, stepped = np.asarray(whole, np.float64), np.asarray(stepped, np.float64)
-        for name, logits in (("prefill", whole), ("decoding", stepped)):
+        decoded, _ = self._decode(self.model, self.ids[:, -1], cache)
+        prefilled, decoded = np.asarray(prefilled, np.float64), np.asarray(decoded, np.float64)
+        for name, logits in (("prefill", prefilled), ("decoding", decoded)):
             if not np.isfinite(logits).all():
                 raise ValueError(f"{name} gives logits that are not finite")
-        return float(np.abs(stepped[0] - whole).max() / np.abs(whole).max())
+        return float(np.abs(decoded[0] - prefilled).max() / np.abs(prefilled).max())
 
     def time_prefill(self, iterations: int) -> Timing:
-        """Wall time of a call."""
+        """Wall time of one prefill."""
         microseconds = []
         for _ in range(iterations + 1):  # the first warms up
             started = time.perf_counter()
@@ -149,7 +148,7 @@ class Runs:
         return Timing.of(microseconds[1:], "wall")
 
     def time_decode(self, iterations: int) -> Timing:
-        """Wall time of a step: of the loop, divided by its steps."""
+        """Wall time of the decode loop, divided by its steps."""
         _, cache = self._prefill(self.model, self.ids, self.lengths)
         last = jax.block_until_ready(self.ids[:, -1])
         microseconds = []
@@ -160,8 +159,8 @@ class Runs:
             microseconds.append(1e6 * (time.perf_counter() - started))
         return Timing.of(microseconds[1:], "wall").divided(self.workload.new_tokens)
 
-    def once(self) -> dict[str, tuple[Callable[[], Any], int]]:
-        """For the profiler: functions to be called once, which run a part and wait, and how many steps it makes."""
+    def profiled_calls(self) -> dict[str, tuple[Callable[[], Any], int]]:
+        """For the profiler: (blocking function to call once, number of its steps) of "prefill" and "decode"."""
         _, cache = self._prefill(self.model, self.ids, self.lengths)
         cache = jax.block_until_ready(self._rewound(cache))
         last = jax.block_until_ready(self.ids[:, -1])
@@ -171,7 +170,7 @@ class Runs:
         }
 
     def memory(self) -> dict[str, int]:
-        """Bytes: of weights, of those that a decode step reads, of the cache, and what XLA needs beside them."""
+        """Bytes of all weights, of the weights that a decode step reads, of the cache, and of XLA's temporaries."""
         return {
             "weight_bytes": _nbytes(nnx.state(self.model)),
             "read_bytes": read_bytes(self.model),
@@ -181,19 +180,19 @@ class Runs:
         }
 
     def _rewound(self, cache: KVCache) -> KVCache:
-        """Ready for the loop once more: the prompts alone, less their last token, which the loop reads first."""
+        """The cache with all prompt tokens but the last, which the decode loop reads first."""
         return dataclasses.replace(cache, lengths=self.lengths - 1)
 
 
 def read_bytes(model: Transformer) -> int:
-    """Bytes of all weights that a decode step reads: tables of which it looks up single rows left out."""
+    """Bytes of the weights that a decode step reads; excludes tables of which it reads single rows."""
     tables = {"positions"} | (set() if model.config.tie_embeddings else {"embed"})
     flat = nnx.to_flat_state(nnx.state(model))
     return sum(_nbytes(variable) for path, variable in flat if path[0] not in tables)
 
 
 def peak_bytes() -> int | None:
-    """The most that this process has ever held on the device, or None where JAX does not know."""
+    """Peak device memory of this process, or None if JAX does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

