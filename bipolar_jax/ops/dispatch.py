@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-from bipolar_jax.kernels import reference, sm90, xla
+from bipolar_jax.kernels import reference, xla
+from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.unsupported import Unsupported
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sm90": sm90, "xla": xla}

@@ -51,9 +51,6 @@ def feed_forward(*operands: Any, implementation: str = "auto", **options: Any) -
     return _run("feed_forward", implementation, operands, options)
 
 
-FUSED_OPERATIONS = (prompt_heads, decode_attention, decode_layers, feed_forward)
-
-
 def planner(operation: Callable, implementation: str, operands: tuple, options: dict) -> Callable[[Backend], Any]:
     """Checks the operands of a fused operation; returns what asks a backend for its plan."""
     return _checked(operation.__name__, "plan_", implementation, operands, options)

@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
-from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.projections import prompt_projection
 from bipolar_jax.models import transformer

@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.kernels import sm90
+from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
