@@ -36,11 +36,11 @@ def few_compiled_programs():
 
 @pytest.fixture
 def clean_interpreter():
-    """For tests that interpret GPU kernels: an error leaves the interpreter's state behind."""
+    """Resets the GPU interpreter after a test: a kernel that raised leaves buffers and barriers behind."""
     yield
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # takes a while, and few tests need it
+    from tests.support import interpreter  # slow to import, and few tests need it
 
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    interpreter.reset()
 
 
 @pytest.fixture

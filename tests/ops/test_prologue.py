@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.ops import Activation, LayerNorm, Prologue, RMSNorm
+from tests.support.interpreter import races_found
 
 M, K, N = 5, 44, 6
 NAMES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
@@ -120,7 +120,7 @@ def test_hopper_kernels_give_what_xla_does(name):
     expected = run("xla")
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         np.testing.assert_allclose(run("sm90"), expected, rtol=1e-5, atol=1e-5)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 def test_nothing_is_rounded_to_the_dtype_of_x_before_it_is_quantized(w):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -15,6 +14,7 @@ from bipolar_jax import BipolarArray, matmul, quantize
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.ops import RMSNorm
 from tests.support.backends import PORTABLE
+from tests.support.interpreter import races_found
 
 K, N = 40, 6
 
@@ -52,7 +52,7 @@ def test_hopper_kernels_add_the_same(m, group_size):
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         product = matmul(x, w, 2, implementation="sm90")
         found = matmul(x, w, 2, residual=residual, implementation="sm90")
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     np.testing.assert_array_equal(found, residual + product)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -20,6 +19,7 @@ from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.transformer import Transformer
 from tests.support import sm90_compile
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -64,7 +64,7 @@ def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch
     monkeypatch.setattr(prompt_heads, "rotated_heads", None)
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found, cache = prefill(model, ids, lengths)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     np.testing.assert_array_equal(cache.lengths, written.lengths)
     for some, others in ((cache.keys, written.keys), (cache.values, written.values)):
         some, others = (np.asarray(array, np.float32) for array in (some, others))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -21,6 +20,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.transformer import DecoderLayer, Transformer
 from tests.support import sm90_compile
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -62,7 +62,7 @@ def test_a_model_has_the_logits_of_layers_by_themselves(monkeypatch):
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found = jax.jit(lambda model: model(ids))(model)
         assert len(launched) == 1  # of a loop over layers
-        assert not interpret_pallas_call.get_races().races_found
+        assert not races_found()
         without_signs(monkeypatch)
         np.testing.assert_array_equal(found, jax.jit(lambda model: model(ids))(model))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -13,6 +12,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import expand_planes
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.packing.words import pack_codes
 from tests.support.integer_products import W_FORMATS, random_codes
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -56,7 +56,7 @@ def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dt
     tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}[dtype]
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=tolerance * np.abs(expected).max())
     np.testing.assert_array_equal(y[3], bias)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 def test_what_is_not_served_goes_to_xla():

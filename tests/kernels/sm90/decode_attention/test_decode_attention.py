@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core import execution
@@ -21,6 +20,7 @@ from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 from bipolar_jax.models.transformer import Transformer
 from tests.support import sm90_compile
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -77,7 +77,7 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
         q, k, v, cache, tables = operands
         projected = (jnp.concatenate([q, k, v], axis=2),) if joined else (q, k, v)
         result = attention.attend_in_one_kernel(projected, cache, jnp.int32(LAYER), tables, case.alibi)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     return result
 
 

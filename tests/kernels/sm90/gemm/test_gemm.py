@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
@@ -28,6 +27,7 @@ from tests.support.integer_products import (
     packed,
     random_codes,
 )
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -38,7 +38,7 @@ def detecting_races() -> plgpu.InterpretGPUParams:
 
 
 def no_races() -> bool:
-    return not interpret_pallas_call.get_races().races_found
+    return not races_found()
 
 
 def operand(codes: np.ndarray, fmt: BipolarFormat, kind: str, *, weights: bool = False):

@@ -7,7 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
@@ -22,6 +21,7 @@ from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.packing.words import pack_codes
 from tests.support.integer_products import expected_product, random_codes
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -141,7 +141,7 @@ def test_heads_are_those_of_xla(case):
         found, expected = (np.asarray(array, np.float32) for array in (found, expected))
         # A sum rounded otherwise in float32 may be rounded to the next number of 16 bits, near 0 by little more.
         np.testing.assert_allclose(found, expected, rtol=float(jnp.finfo(case.dtype).eps), atol=1e-4)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 @pytest.mark.parametrize(("slots", "fit"), [(6, 1), (5, 3)])

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -27,6 +26,7 @@ from bipolar_jax.kernels.sm90.projections.sign_projection import project_signs
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.packing.words import pack_codes
 from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -132,7 +132,7 @@ def test_tokens_are_those_of_the_product_quantized(case):
     )
     options = dict(activation=case.activation, blocks=2 * case.tiling.cluster_size, interpret=interpret)
     found = project_signs(*args, **options)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     expected = quantize_and_pack(packed_matmul(*args, **options), ONE_BIT, "planes", interpret=interpret)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
     rows = np.delete(np.arange(case.m), 5)

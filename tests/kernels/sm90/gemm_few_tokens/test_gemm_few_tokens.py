@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend.planning import plan_product
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
     DecodeTiling,
@@ -29,6 +28,7 @@ from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import WeightGroups
 from bipolar_jax.kernels.sm90.gemm_few_tokens.launch import decode_matmul
 from tests.support import sm90_compile
 from tests.support.integer_products import expected_product, random_codes
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -48,7 +48,7 @@ def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.n
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         **fields,
     )
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     return np.asarray(product)
 
 
@@ -166,7 +166,7 @@ def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, of
         blocks=1,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     zero = a_format.max_value / 2 if a_bits == 1 else zero_code[:, None]
     x_hat = 2.0 * (x - zero) * x_scale[:, None]
     of_elements = [np.repeat(term, group_size, axis=1)[:, :k].astype(float) for term in (scale, offset)]

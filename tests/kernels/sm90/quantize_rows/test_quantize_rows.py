@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY
@@ -24,6 +23,7 @@ from bipolar_jax.kernels.sm90.quantize_rows import launch
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import SCRATCH_WORDS
 from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.interpreter import races_found
 
 pytestmark = pytest.mark.usefixtures("clean_interpreter")
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -211,7 +211,7 @@ def interpreted(x, a_format, operand, prologue=None, blocks=2) -> PackedTokens:
         quantize_and_pack, a_format=a_format, operand=operand, prologue=prologue, blocks=blocks, interpret=params
     )
     packed = jax.block_until_ready(jax.jit(run)(x))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     return packed
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
@@ -15,6 +14,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import expand_planes
 from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.weight_prep.expand import Expansion, expand
 from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -59,7 +59,7 @@ def test_blocks_write_what_is_theirs(fmt, size):
     planes = random_planes(fmt, *size)
     expanded = expand(planes, fmt, interpret=plgpu.InterpretGPUParams(detect_races=True))
     np.testing.assert_array_equal(expanded, expand_planes(planes, fmt))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 def test_a_batch_of_planes_is_expanded():
@@ -68,7 +68,7 @@ def test_a_batch_of_planes_is_expanded():
     params = plgpu.InterpretGPUParams(detect_races=True)
     expanded = jax.vmap(lambda some: expand(some, fmt, interpret=params))(planes)
     np.testing.assert_array_equal(expanded, jax.vmap(lambda some: expand_planes(some, fmt))(planes))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 def test_planes_that_the_format_does_not_have_are_an_error():

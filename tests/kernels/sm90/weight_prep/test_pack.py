@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
@@ -16,6 +15,7 @@ from bipolar_jax.kernels.sm90.weight_prep.pack import pack_columns
 from bipolar_jax.kernels.sm90.weight_prep.pack_threads import ColumnPacking
 from bipolar_jax.quantize.groups import num_groups
 from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -105,7 +105,7 @@ def test_blocks_write_what_is_theirs(fmt):
     case = operands(fmt, 269, 71, 32, "float32" if fmt.bits % 2 else "bfloat16")
     packed = pack_columns(*case, fmt, 32, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert_same(packed, by_jnp(*case, fmt, 32))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
 def test_what_the_kernel_does_not_pack_is_said():
