@@ -1,4 +1,4 @@
-"""The static side of a product of float activations with packed weights: sizes, and how a block shares them out."""
+"""Static description of the weight-only product: its shape, and how a block divides its tiles."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ import dataclasses
 import jax.numpy as jnp
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
-from bipolar_jax.kernels.sm90.weight_only.unpack import BF16, F16, Number
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
+from bipolar_jax.kernels.sm90.weight_only.unpack import FLOATS, FloatType
 from bipolar_jax.kernels.unsupported import Unsupported
 
-PART = 1024  # elements of K that are loaded at a time: of each plane 128 bytes a row
 CHUNK = 128  # elements of K that a warp takes at a time: a word for each of four lanes
+TILE_ROWS = 16  # rows of the warp's instruction
 _MOST_TOKENS = 32
-WARPS = 4  # of a warpgroup
-TILE_ROWS = 16  # of the warp's instruction
-_TERMS_BYTES = 1024  # barriers
-_MOST_SLOTS = 8  # barriers of four warpgroups: Mosaic has up to 32 in a group
-_NUMBERS = {jnp.dtype(jnp.bfloat16): BF16, jnp.dtype(jnp.float16): F16}
+_BARRIER_BYTES = 1024
+_MOST_SLOTS = 8  # four warpgroups then have the 32 barriers that Mosaic allows in a group
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightOnlyTiling:
-    """How a block shares out its tiles.
+    """How a block divides its tiles among warpgroups.
 
     Attributes:
-      rows: of weights in a tile, a multiple of 16.
-      warpgroups: that take parts of K in turn.
-      slots: parts of a tile, all planes, that each warpgroup has in shared memory or on their way.
-      buffers: tiles whose sums may wait in shared memory; as many warpgroups finish tiles.
+      rows: rows of weights in a tile, a multiple of 16.
+      warpgroups: they take slices of K in turn.
+      slots: stages of each warpgroup's ring buffer; a stage holds one slice of a tile, all planes.
+      buffers: tiles whose sums shared memory holds at a time; the first `buffers` warpgroups finish tiles in turn.
     """
 
     rows: int
@@ -41,17 +39,17 @@ class WeightOnlyTiling:
 
 @dataclasses.dataclass(frozen=True)
 class WeightOnlyShape:
-    """What the threads of a kernel agree on.
+    """The static shape of a product.
 
     Attributes:
       m: tokens.
       n: columns of the output.
       k: contracted size, a multiple of CHUNK.
-      w_format: of the weights.
+      w_format: format of the weights.
       group_size: elements of K that share a scale: 32, 64 or a multiple of 128; None for all.
-      groups: how many.
+      groups: number of groups in a row of weights.
       offset: whether weights have offsets.
-      dtype: of activations and output.
+      dtype: of activations and output, bfloat16 or float16.
       tiling: of a block.
     """
 
@@ -66,28 +64,29 @@ class WeightOnlyShape:
     tiling: WeightOnlyTiling
 
     @property
-    def number(self) -> Number:
-        return _NUMBERS[jnp.dtype(self.dtype)]
+    def float_type(self) -> FloatType:
+        """The type of the instruction's operands: that of the activations."""
+        return FLOATS[PTX_TYPES[jnp.dtype(self.dtype).name]]
 
     @property
     def width(self) -> int:
-        """Columns of the sums: the tokens filled up."""
+        """Columns of the sums: the tokens, filled up to a legal width."""
         return token_width(self.m)
 
     @property
     def row_tiles(self) -> int:
-        """Instructions' rows in a tile."""
+        """Instructions that cover the rows of a tile."""
         return self.tiling.rows // TILE_ROWS
 
     @property
     def sums_rows(self) -> int:
-        """Rows of a warpgroup's sums: each of its warps has sums of its own of every row of the tile."""
+        """Rows of a warpgroup's partial sums: one per warp and row of the tile."""
         return self.tiling.rows * WARPS
 
     @property
-    def splits(self) -> int:
-        """Groups that share a chunk."""
-        return _splits(self.group_size)
+    def groups_per_chunk(self) -> int:
+        """Groups that share a chunk; 1 if a group has at least one chunk."""
+        return _groups_per_chunk(self.group_size)
 
     @property
     def tiles(self) -> int:
@@ -95,20 +94,20 @@ class WeightOnlyShape:
 
 
 def token_width(m: int) -> int:
-    """8, 16 or 32."""
+    """Columns of the sums for m tokens: 8, 16 or 32."""
     return max(8, 1 << (m - 1).bit_length())
 
 
 def check_dtype(dtype: jnp.dtype) -> None:
     """Raises Unsupported unless activations are bfloat16 or float16."""
-    if jnp.dtype(dtype) not in _NUMBERS:
+    if PTX_TYPES.get(jnp.dtype(dtype).name) not in FLOATS:
         raise Unsupported(
             f"float activations must be bfloat16 or float16 for the tensor cores to multiply exactly, not {dtype}"
         )
 
 
 def check_groups(group_size: int | None) -> None:
-    """Raises Unsupported for groups that do not fit a warp's part of K."""
+    """Raises Unsupported for groups that neither divide a warp's chunk of K nor are multiples of it."""
     if group_size not in (None, 32, 64) and group_size % CHUNK:
         raise Unsupported(
             f"groups under float activations must have 32, 64 or a multiple of {CHUNK} elements, not {group_size}"
@@ -116,19 +115,19 @@ def check_groups(group_size: int | None) -> None:
 
 
 def most_tokens(group_size: int | None) -> int:
-    """Tokens that are multiplied at a time: fewer where groups share a chunk, each with the tokens in registers."""
-    return _MOST_TOKENS // _splits(group_size)
+    """Tokens of one product: fewer where groups share a chunk, as each has its own copy of the tokens in registers."""
+    return _MOST_TOKENS // _groups_per_chunk(group_size)
 
 
-def _splits(group_size: int | None) -> int:
+def _groups_per_chunk(group_size: int | None) -> int:
     return 1 if group_size is None else max(1, CHUNK // group_size)
 
 
 def weight_only_tiling(m: int, k: int, w_bits: int, group_size: int | None = None) -> WeightOnlyTiling:
-    """As many warpgroups as have work, and registers and shared memory enough for all planes of a part.
+    """As many warpgroups as have work, and enough registers and shared memory for all planes of a slice.
 
-    Tiles of few tokens have few rows, so that there are enough of them for all multiprocessors; where the
-    tokens' numbers are more bytes than the weights', more rows share them if two slots fit.
+    With few tokens tiles have few rows, so that there are enough tiles for all multiprocessors. With 16 columns a
+    tile's tokens are more bytes than its weights: then more rows share the tokens, if two slots fit.
 
     Args:
       m: tokens, up to `most_tokens`.
@@ -144,13 +143,13 @@ def weight_only_tiling(m: int, k: int, w_bits: int, group_size: int | None = Non
     width = token_width(m)
     buffers = 2 if width == 8 else 1
     # 512 threads have 128 registers each, 384 have 168 and 256 have 255.
-    columns = width * _splits(group_size)  # that a warp has in registers
+    columns = width * _groups_per_chunk(group_size)  # in a warp's registers
     most = 2 if columns >= 32 else 3 if columns == 16 else 4
-    most = min(most, -(-k // PART))
+    most = min(most, -(-k // K_SLICE))
     for rows in (64, 32) if width == 16 else (32,):
         for warpgroups in range(most, min(most, 2) - 1, -1):
             sums = min(buffers, warpgroups) * warpgroups * rows * WARPS * width * 4
-            left = SHARED_MEMORY_BYTES - _TERMS_BYTES - sums
+            left = SHARED_MEMORY_BYTES - _BARRIER_BYTES - sums
             slots = min(_MOST_SLOTS, left // (warpgroups * w_bits * rows * BYTES_PER_ROW))
             if slots >= 2:
                 return WeightOnlyTiling(rows, warpgroups, slots, min(buffers, warpgroups))

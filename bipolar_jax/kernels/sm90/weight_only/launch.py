@@ -1,10 +1,10 @@
-"""Matrix product of few tokens of floats with packed weights, bound by reading the weights, once.
+"""Weight-only product: float activations of few tokens times packed weights, bound by reading the weights once.
 
-Weights are the rows of the tensor cores' instruction and tokens its columns. Persistent blocks; each of a block's
-warpgroups has its own parts of K, planes of which TMA loads into a ring that runs ahead across tiles. Its warps make
-numbers of the planes in registers, where the instruction takes them from, so that they are in shared memory only
-packed; values are exact, and scales are applied to float32 sums. The warps' sums of a tile meet in shared memory,
-and one warpgroup finishes the tile while the others go on. Tokens are read where they lie, through the L1 cache.
+Weights are the rows of the tensor cores' instruction and tokens its columns. Blocks are persistent. Each warpgroup of a
+block has its own slices of K: TMA loads their planes into the warpgroup's ring buffer, which runs ahead across tiles.
+Its warps unpack the planes to floats in registers, the instruction's operand, so that shared memory holds packed
+weights only. Values are exact; scales are applied to float32 sums. The warps' sums of a tile meet in shared memory, and
+one warpgroup finishes the tile while the others go on. Tokens are read from global memory, through the L1 cache.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS, MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.weight_only.config import (
     CHUNK,
-    PART,
     WeightOnlyShape,
     WeightOnlyTiling,
     check_dtype,
     check_groups,
     weight_only_tiling,
 )
-from bipolar_jax.kernels.sm90.weight_only.steps import add_part, finish, no_sums, prefetch_groups, row_terms, scale_rows
+from bipolar_jax.kernels.sm90.weight_only.steps import (
+    add_slice,
+    finish,
+    prefetch_groups,
+    row_terms,
+    scale_rows,
+    zero_sums,
+)
 
 
 def weight_only_product(
@@ -49,17 +55,17 @@ def weight_only_product(
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "m n"]:
-    """x times scale * value + offset, summed in float32; in x's dtype.
+    """x @ (scale * value + offset)^T + bias, summed in float32; in x's dtype.
 
     Args:
       x: bfloat16 or float16, 1 to `most_tokens` rows.
       w_words: bit planes of the weights; a multiple of 4 words.
-      scale: of the weights, float32.
-      offset: likewise; None if all are 0.
+      scale: scales of the weights, float32.
+      offset: their offsets, float32; None if all are 0.
       bias: added last, float32.
-      w_format: of the weights.
-      group_size: elements of K that share a scale; of no matter if there is one group.
-      tiling: how a block shares out its work; None chooses.
+      w_format: format of the weights.
+      group_size: elements of K that share a scale; ignored if there is one group.
+      tiling: how a block divides its tiles; None chooses.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -68,8 +74,8 @@ def weight_only_product(
       Unsupported: activations of another dtype; groups of another size than 32, 64 or a multiple of 128.
     """
     (m, k), (planes, n, words) = x.shape, w_words.shape
-    if words % 4:
-        raise ValueError(f"rows must be multiples of 4 words, got {words} words of w")
+    if words % ALIGNED_WORDS:
+        raise ValueError(f"rows must be multiples of {ALIGNED_WORDS} words, got {words} words of w")
     check_dtype(x.dtype)
     groups = scale.shape[1]
     group_size = group_size if groups > 1 else None
@@ -82,7 +88,7 @@ def weight_only_product(
     )
     flat, tree = jax.tree.flatten((x, w_words, scale, offset, bias))
     out = launch_kernel(
-        functools.partial(_kernel, shape, tree, interpret is not None),
+        functools.partial(_kernel, shape, tree),
         out_type=jax.ShapeDtypeStruct((m, shape.tiles * tiling.rows), x.dtype),
         grid=(min(shape.tiles, blocks),),
         grid_names=("block",),
@@ -97,6 +103,7 @@ def weight_only_product(
 
 
 def _scratch(shape: WeightOnlyShape) -> dict:
+    """Scratch specifications, keyed by the kernel's keyword arguments."""
     tiling = shape.tiling
     return dict(
         ring=plgpu.SMEM(
@@ -111,33 +118,35 @@ def _scratch(shape: WeightOnlyShape) -> dict:
     )
 
 
-def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken):
+def _kernel(shape, tree, *refs, ring, arrived, sums, handed_over, taken):
+    """The kernel of one warpgroup; `_scratch` describes the keyword arguments."""
     *flat, out = refs
     x, w, scale, offset, bias = jax.tree.unflatten(tree, flat)
     tiling = shape.tiling
     me, block, blocks = lax.axis_index("warpgroup"), lax.axis_index("block"), lax.axis_size("block")
     my_tiles = lax.div(shape.tiles - block + blocks - 1, blocks)
-    # Parts of K that each warpgroup takes; the last ones may be beyond K.
-    turns = -(-shape.k // (PART * tiling.warpgroups))
+    # Slices of K that each warpgroup takes; the last ones may be beyond K.
+    turns = -(-shape.k // (K_SLICE * tiling.warpgroups))
 
     def first_row(tile):
         return (block + tile * blocks) * tiling.rows
 
-    def part(turn):
+    def k_slice(turn):
         return me + turn * tiling.warpgroups
 
     def load(position):
-        """Loads what is at a position, counted in parts over tiles."""
+        """Loads the slice at a position; positions count slices across tiles."""
         slot = lax.rem(position, tiling.slots)
 
         @pl.when(position < my_tiles * turns)
         def _():
-            # [planes, rows, 32 words]; the whole warpgroup arrives first, so no thread still reads the slot
+            # [planes, rows, 32 words]. Mosaic has the whole warpgroup arrive before the copy: no thread reads the slot
+            # any more.
             plgpu.copy_gmem_to_smem(
                 w.at[
                     :,
                     pl.ds(first_row(lax.div(position, turns)), tiling.rows),
-                    pl.ds(part(lax.rem(position, turns)) * WORDS_PER_ROW, WORDS_PER_ROW),
+                    pl.ds(k_slice(lax.rem(position, turns)) * WORDS_PER_ROW, WORDS_PER_ROW),
                 ],
                 ring.at[me, slot],
                 arrived.at[me * tiling.slots + slot],
@@ -147,30 +156,23 @@ def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken
         load(0 * me + position)
 
     def tile(index, carry):
-        terms = row_terms(shape, scale, offset, first_row(index), emulate=emulate)
+        terms = row_terms(shape, scale, offset, first_row(index))
 
         def add(turn, total):
             position = index * turns + turn
             slot = lax.rem(position, tiling.slots)
-            # What comes next; after the last tile it is beyond n, where the last row is.
+            # After the last tile the next rows are beyond n: the last row is prefetched instead.
             following = position + 1
             prefetch_groups(
-                shape,
-                scale,
-                offset,
-                part(lax.rem(following, turns)),
-                first_row(lax.div(following, turns)),
-                emulate=emulate,
+                shape, scale, offset, k_slice(lax.rem(following, turns)), first_row(lax.div(following, turns))
             )
             plgpu.barrier_wait(arrived.at[me * tiling.slots + slot])
-            total = add_part(
-                shape, total, ring.at[me, slot], x, scale, offset, part(turn), first_row(index), emulate=emulate
-            )
+            total = add_slice(shape, total, ring.at[me, slot], x, scale, offset, k_slice(turn), first_row(index))
             load(position + tiling.slots)
             return total
 
-        mine = lax.fori_loop(0, turns, add, no_sums(shape))
-        mine = scale_rows(shape, mine, terms, emulate=emulate)
+        mine = lax.fori_loop(0, turns, add, zero_sums(shape))
+        mine = scale_rows(shape, mine, terms)
         buffer = lax.rem(index, tiling.buffers)
 
         @pl.when(index >= tiling.buffers)
@@ -183,7 +185,7 @@ def _kernel(shape, tree, emulate, *refs, ring, arrived, sums, handed_over, taken
         @pl.when(me == buffer)
         def _():
             plgpu.barrier_wait(handed_over.at[buffer])
-            finish(shape, sums.at[buffer], bias, out, first_row(index), emulate=emulate)
+            finish(shape, sums.at[buffer], bias, out, first_row(index))
             plgpu.barrier_arrive(taken.at[buffer], predicate=index + tiling.buffers < my_tiles)
 
         return carry

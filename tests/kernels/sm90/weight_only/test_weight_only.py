@@ -9,16 +9,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.weight_only import threads
 from bipolar_jax.kernels.sm90.weight_only.config import (
-    PART,
     WeightOnlyShape,
     WeightOnlyTiling,
     most_tokens,
@@ -28,6 +27,7 @@ from bipolar_jax.kernels.sm90.weight_only.launch import weight_only_product
 from bipolar_jax.kernels.sm90.weight_only.unpack import BF16, F16, unpack
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.integer_products import random_codes
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -62,17 +62,17 @@ def check(got, x, w, bias=None):
     assert np.all(error <= float(jnp.finfo(x.dtype).eps) * exact + 2**-19 * size)
 
 
-@pytest.mark.parametrize("number", [BF16, F16], ids=lambda number: number.name)
+@pytest.mark.parametrize("float_type", [BF16, F16], ids=lambda float_type: float_type.name)
 @pytest.mark.parametrize("w_format", FORMATS, ids=lambda fmt: fmt.name)
-def test_values_are_unpacked_exactly(w_format, number, monkeypatch):
+def test_values_are_unpacked_exactly(w_format, float_type, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     codes = random_codes(w_format, 128, 32, 0)
     planes = [
         np.sum(np.asarray(w_format.bit(codes, i), np.uint32) << np.arange(32, dtype=np.uint32), 1, dtype=np.uint32)
         for i in range(w_format.bits)
     ]
-    pairs = unpack([plane.view(np.int32) for plane in planes], w_format, number)
-    got = np.stack([pair.copy().view(_NUMPY[number.name]).reshape(128, 2) for pair in pairs], 2).reshape(128, 32)
+    pairs = unpack([plane.view(np.int32) for plane in planes], w_format, float_type)
+    got = np.stack([pair.copy().view(_NUMPY[float_type.name]).reshape(128, 2) for pair in pairs], 2).reshape(128, 32)
     np.testing.assert_array_equal(got.astype(int), 2 * codes.astype(int) - w_format.max_value)
 
 
@@ -96,14 +96,14 @@ def swizzled(rows: np.ndarray) -> np.ndarray:
 )
 def test_threads_multiply_scale_and_finish(m, w_bits, group_size, offset, dtype, monkeypatch):
     """A tile whose last rows are beyond n, two warpgroups, the second of which has a part that K ends in."""
-    n, k, first_row = 61 + 32, PART + 384, 64
+    n, k, first_row = 61 + 32, K_SLICE + 384, 64
     w, x = packed(BipolarFormat(w_bits), n, k, group_size, offset=offset), activations(m, k, dtype)
     rows = weight_only_tiling(m, k, w_bits, group_size).rows
     shape = WeightOnlyShape(
         m, n, k, w.format, group_size, w.num_groups, offset, jnp.dtype(dtype), WeightOnlyTiling(rows, 2, 8, 1)
     )
     bias = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    words = np.zeros((w_bits, first_row + rows, 2 * PART // 32), np.uint32)
+    words = np.zeros((w_bits, first_row + rows, 2 * K_SLICE // 32), np.uint32)
     words[:, :n, : k // 32] = w.planes
     x_words, scale = np.array(x).view(np.uint16), np.array(w.scale)
     offsets = np.array(w.offset) if offset else None
@@ -118,7 +118,7 @@ def test_threads_multiply_scale_and_finish(m, w_bits, group_size, offset, dtype,
         part = words[:, first_row : first_row + rows, 32 * warpgroup : 32 * (warpgroup + 1)]
         planes = swizzled(part)
         operands = (scale, offsets)
-        sums, x_sums = threads.add_part(
+        sums, x_sums = threads.add_slice(
             shape, sums, x_sums, planes, x_words, *operands, int32(warpgroup), int32(first_row)
         )
         if group_size is None:
@@ -151,7 +151,7 @@ def interpreted_product(x, w, bias=None, **fields):
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         **fields,
     )
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     return product
 
 
