@@ -1,4 +1,4 @@
-"""The dimension numbers of `lax.dot_general`, brought to those of `matmul` and back."""
+"""Operands of `lax.dot_general`, transposed and merged to the layout of `matmul`, and its result back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Contraction:
     """How activations x and weights w of any layout fold into x [*batch, *free, k] and w [*batch, k, n].
 
     Attributes:
-      x_order, w_order: the axes of x and w in that order, before axes are merged.
-      batch: sizes of the axes that both have.
-      x_free, w_free: sizes of the axes that only one has and the product keeps.
-      k: product of the contracted sizes, 1 if there are none.
+      x_order, w_order: the permutations of the axes of x and of w, before axes are merged.
+      batch: sizes of the batch axes.
+      x_free, w_free: sizes of the axes of one operand that the product keeps.
+      k: product of the contracted sizes, 1 if none is contracted.
     """
 
     x_order: tuple[int, ...]
@@ -31,7 +31,7 @@ class Contraction:
 
     @classmethod
     def of(cls, x_shape: Sequence[int], w_shape: Sequence[int], dimension_numbers: DimensionNumbers) -> Contraction:
-        """From dimension numbers that `lax.dot_general` accepts for x as its lhs and w as its rhs."""
+        """From the dimension numbers of `lax.dot_general` with x as its lhs and w as its rhs."""
         (x_contracting, w_contracting), (x_batch, w_batch) = dimension_numbers
         x_free = tuple(i for i in range(len(x_shape)) if i not in {*x_contracting, *x_batch})
         w_free = tuple(i for i in range(len(w_shape)) if i not in {*w_contracting, *w_batch})
@@ -50,11 +50,11 @@ class Contraction:
         return math.prod(self.w_free)
 
     def fold_x(self, x: Shaped[Array, "*x_shape"]) -> Shaped[Array, "*batch_and_free k"]:
-        """x with the contracted axes last, as one."""
+        """x with the contracted axes merged into the last one."""
         return x.transpose(self.x_order).reshape(*self.batch, *self.x_free, self.k)
 
     def fold_w(self, w: Shaped[Array, "*w_shape"]) -> Shaped[Array, "*batch k n"]:
-        """w with the contracted axes as one before the kept ones as one."""
+        """w with the contracted axes merged into the last but one, and the kept ones into the last."""
         return w.transpose(self.w_order).reshape(*self.batch, self.k, self.n)
 
     def unfold(self, y: Shaped[Array, "*batch_and_free n"]) -> Shaped[Array, "*y_shape"]:

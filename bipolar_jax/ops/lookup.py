@@ -1,4 +1,4 @@
-"""Rows of a packed table by index."""
+"""Rows of a packed table, by index."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bipolar_jax.packing import BipolarArray
 
 
 def lookup(table: BipolarArray, ids: Int[Array, "*batch"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*batch d"]:
-    """Decodes the rows `ids` of a table, and no others.
+    """Decodes the rows `ids` of a table; the other rows stay packed.
 
     Args:
-      table: logical shape (rows, d), packed along its last axis.
-      ids: row numbers; those below 0 or past the end give rows of NaN.
+      table: logical shape (rows, d), packed along the last axis.
+      ids: row indices; one below 0 or past the end gives a row of NaN.
       dtype: of the result.
 
     Raises:
-      ValueError: ids that are not integers, or a table that is not packed along its last of two axes.
+      ValueError: ids that are not integers; a table without two axes, or not packed along the last one.
     """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
@@ -29,7 +29,7 @@ def lookup(table: BipolarArray, ids: Int[Array, "*batch"], dtype: jnp.dtype = jn
             "it must have two axes and be quantized with axis=-1"
         )
     table.check()
-    flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type could not hold the number of rows
+    flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type may not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
     rows = dataclasses.replace(
         table,

@@ -1,4 +1,4 @@
-"""Matrix product of float activations with packed weights, differentiable."""
+"""The differentiable product of float activations with packed weights."""
 
 from __future__ import annotations
 
@@ -32,44 +32,40 @@ def matmul(
     activation: Activation | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch out"]:
-    """x @ w, with x quantized to `a_bits` per token on the way.
+    """prologue(x) @ w, with the rows of prologue(x) quantized to `a_bits`; plus bias, activation and residual.
 
-    With a prologue it is prologue(x) @ w: a norm or an activation function of x, computed in float32 and
-    quantized from there (or, where activations stay float, rounded to x's dtype), in one pass over x.
+    Every row (token) is rounded to the a-bit grid that spans from its smallest to its largest number, zero included;
+    one bit rounds to plus or minus its largest magnitude. See `kernels.semantics.activations`. The integer product of
+    the values is exact. Scales, offsets, bias and activation follow in float32; the result is cast to x's dtype, in
+    which the residual is added. NaN or Inf in a row of x makes that row of the result NaN or Inf. A row whose numbers
+    are all below 2^-126 times the largest value counts as zeros.
 
-    Every row of x (token) is rounded to the a-bit grid that spans from its smallest to its
-    largest number, zero included (one bit: to plus or minus its largest magnitude); see
-    `kernels.activations`. The integer product of the values is exact; scales, offsets and
-    bias follow in float32, and the result is cast to x's dtype, in which a residual is added.
-    NaN or Inf in a row of x makes that row of the result NaN or Inf; a row whose numbers are
-    all below 2^-126 times the largest value counts as zeros.
-
-    The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset,
-    the function differentiated is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias:
+    The gradient is straight-through. With x^ the quantized x and w^ = scale * v + offset, the differentiated function
+    is (x + stop_gradient(x^ - x)) @ w^(scale, offset) + bias. With g the cotangent,
 
     - dx = g @ w^T, as if x had not been quantized;
-    - dscale and doffset are those of w^, multiplied with x^;
+    - dscale and doffset are those of w^ in the product with x^;
     - the packed bits have no gradient (float0);
-    - with a prologue, dx as above is that of prologue(x), which is differentiated as it is;
-    - the residual's is g;
-    - with an activation, g above is its gradient; the product is made once more for it.
+    - a prologue is differentiated as it is, with dx above as its cotangent;
+    - the residual's gradient is g;
+    - an activation is differentiated at the product, which is computed again; its gradient takes the place of g.
 
-    Over several devices, call it within `jax.shard_map`: a GPU kernel is one operation to XLA, which under
-    a plain `jit` gathers sharded operands and repeats it on every device.
+    On several devices, call it within `jax.shard_map`: XLA cannot partition a GPU kernel, and under a plain `jit`
+    gathers sharded operands and repeats the product on every device.
 
     Args:
-      x: float32, bfloat16 or float16; its last axis, or what the prologue makes of it, is contracted.
-        If w has batch axes, x's leading axes must equal them.
-      w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T`
-        of an array quantized with axis=-1.
+      x: float32, bfloat16 or float16; the last axis has k numbers, or as many as the prologue reduces to k. If w has
+        batch axes, x's leading axes must equal them.
+      w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T` of an array quantized with
+        axis=-1.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
-      prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, their vectors of shape (k,), or
-        with w's batch axes before it.
-      residual: added to the result while it is made, of its shape and dtype.
-      activation: `Activation` of the product and its bias, computed in float32 before the cast, where they
-        are in registers (where activations stay float, after it); a gated one makes n / 2 columns, and takes
-        their gates first.
+      prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, computed in float32 in the pass over x
+        that quantizes it; float activations are rounded to x's dtype after it. Its vectors have shape (k,), or w's
+        batch axes before that.
+      residual: of the shape and dtype of the result; added in the epilogue.
+      activation: `Activation` of the product and its bias, in float32 before the cast (with float activations, after
+        it). A gated one takes the first n / 2 columns as gates of the others, and makes n / 2 columns.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
@@ -96,7 +92,7 @@ def matmul(
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What of a product is known before tracing."""
+    """The static operands of a product."""
 
     w_format: BipolarFormat
     contracted_size: int
@@ -123,9 +119,8 @@ def _rows_matmul(static, *operands):
 def vary_alike(operands):
     """Under shard_map, makes all operands vary over the same mesh axes.
 
-    A custom_vjp must give each operand a cotangent that varies as the operand does. Where x
-    is sharded and w is not, the gradient of w is a sum over devices; cast outside the
-    custom_vjp, JAX's own transpose makes that sum.
+    A custom_vjp must give each operand a cotangent that varies over the same axes as the operand. Where x is sharded
+    and w is not, the gradient of w is a sum over devices: the transpose of this cast, outside the custom_vjp, makes it.
     """
     varying = frozenset().union(*map(_varying_axes, jax.tree.leaves(operands)))
 
@@ -157,7 +152,7 @@ def _matmul(static: _Static, x, residual, scale, offset, planes, row_sums, bias,
 
 
 def _contracted(prologue, x):
-    """What is quantized, float32."""
+    """The numbers that are quantized, float32."""
     return x.astype(jnp.float32) if prologue is None else prologue(x)
 
 
@@ -166,7 +161,7 @@ def _forward(static, *operands):
 
 
 def _activated(static, x, residual, *others):
-    """The activation after the product, in place of within."""
+    """The product with its activation as a step of its own, which `jax.vjp` differentiates."""
     product = _matmul(dataclasses.replace(static, activation=None), x, None, *others)
     return activate_and_add(product, static.activation, x.dtype, residual)
 
@@ -204,7 +199,7 @@ def check_operands(x, w, a_format, bias, prologue=None, residual=None, activatio
     w.check()
     if w.axis != -2:
         raise ValueError(
-            f"w of shape {w.shape} is packed along its last axis, which is not the one that x @ w contracts: "
+            f"w of shape {w.shape} is packed along its last axis, but x @ w contracts the one before: "
             "pass w.T, or quantize with axis=-2"
         )
     *w_batch, k, n = w.shape

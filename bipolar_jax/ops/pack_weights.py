@@ -1,4 +1,4 @@
-"""Weights rounded and packed by scales that are known."""
+"""Rounds and packs weights by given scales."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pack_weights(
     *,
     implementation: str = "auto",
 ) -> BipolarArray:
-    """What `quantize` gives with these scales and offsets, to the bit. Not differentiable.
+    """The bits that `quantize` gives with these scales and offsets. Not differentiable.
 
     Args:
       w: float32, bfloat16 or float16.
@@ -33,10 +33,10 @@ def pack_weights(
       scale: float32.
       offset: float32, or None.
       group_size: as for `quantize`.
-      implementation: as for `matmul`. What a backend cannot pack XLA does, whatever backend multiplies it.
+      implementation: as for `matmul`; XLA packs what the named backend does not serve.
 
     Raises:
-      ValueError: an implementation that there is not.
+      ValueError: an unknown implementation.
     """
     w, half_steps, offsets = vary_alike(jax.lax.stop_gradient((w, half_steps_per_unit(scale), offset)))
 

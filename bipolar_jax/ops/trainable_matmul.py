@@ -1,4 +1,4 @@
-"""The packed product with a gradient that reaches the floats that were packed."""
+"""The packed product, with a gradient for the floats that were packed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class GradientPrecision:
 
     Attributes:
       dtype: of their operands, float32 or bfloat16; None takes that of x. Sums are float32.
-      bits: 2 to 8 rounds what comes from above stochastically, once for each product along
-        the axis that it contracts; the products themselves stay floating point. None does not.
-      precision: as `lax.dot_general` has it; None is the highest, of float32.
+      bits: 2 to 8 rounds the cotangent stochastically, once for each product, along the axis that it contracts; the
+        products stay floating point. None does not round.
+      precision: as for `lax.dot_general`; None is the highest for float32 operands.
 
     Raises:
       ValueError: other dtypes or bits.
@@ -55,21 +55,21 @@ def trainable_matmul(
 ) -> Float[Array, "*batch_and_free n"]:
     """`matmul(x, packed, a_bits)`, differentiable by x and by w_hat.
 
-    The value is that of `matmul` to the bit: training sees what inference computes. The
-    gradient is straight-through. With x^ the quantized x, the function differentiated is
+    The value is that of `matmul` to the bit, so that training sees what inference computes. The gradient is
+    straight-through. With x^ the quantized x and g the cotangent, the differentiated function is
     (x + stop_gradient(x^ - x)) @ w_hat:
 
     - dx = g @ packed^T, as if x had not been quantized;
-    - dw_hat = x^^T @ g, in float32, which the caller's quantizer takes to the weights.
+    - dw_hat = x^^T @ g, in float32, which the caller's quantizer propagates to the weights.
 
     Args:
       x: as for `matmul`.
-      w_hat: what `packed` stands for, as a differentiable function of the weights that are
-        trained. Only its gradient is used; its numbers are not, and under `jit` are never computed.
+      w_hat: the numbers that `packed` represents, as a differentiable function of the trained weights. Only the
+        gradient goes through it; its values are not used, and under `jit` never computed.
       packed: weights of w_hat's shape, axis -2.
       a_bits: as for `matmul`.
       gradient: precision of the backward pass.
-      key: a PRNG key, for `gradient.bits`; each call wants its own.
+      key: a PRNG key, for `gradient.bits`; a new one for each call.
       implementation: as for `matmul`.
 
     Returns:
@@ -93,7 +93,7 @@ def trainable_matmul(
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What of a product is known before tracing."""
+    """The static operands of a product."""
 
     a_bits: int | None
     gradient: GradientPrecision
@@ -108,18 +108,18 @@ def _product(static, x, w_hat, packed, key):
 def fenced_matmul(
     x: Float[Array, "*batch_and_free k"], packed: BipolarArray, a_bits: int | None, implementation: str
 ) -> Float[Array, "*batch_and_free n"]:
-    """`matmul` compiled by itself, whatever stands before and after it.
+    """`matmul`, which XLA may not fuse with the operations around it.
 
-    Fused with its neighbours, XLA may round the epilogue's multiplications and additions
-    once or twice; so that training and inference agree to the bit, neither may choose.
+    In a fusion XLA may contract a multiplication and an addition of the epilogue, and round once where it otherwise
+    rounds twice. Barriers keep training and inference equal to the bit.
     """
-    # Each by itself: then layers that share x have the same operand, and what quantizes it is done once.
+    # A barrier for each operand: layers that share x then have one operand, which is quantized once.
     x, packed = jax.lax.optimization_barrier(x), jax.lax.optimization_barrier(packed)
     return jax.lax.optimization_barrier(matmul(x, packed, a_bits, implementation=implementation))
 
 
 def _forward(static, x, w_hat, packed, key):
-    # The planes are what is kept for the backward pass, n bits a weight.
+    # The backward pass keeps the packed weights, not their floats.
     return _product(static, x, w_hat, packed, key), (x, packed, key)
 
 
@@ -139,11 +139,11 @@ def _backward(static, residuals, cotangent):
 
     precision = static.gradient.precision
     if precision is None and jnp.dtype(dtype) == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST  # shorter numbers multiply exactly anyway
+        precision = jax.lax.Precision.HIGHEST  # products of bfloat16 numbers are exact at every precision
     dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
     with jax.named_scope("bipolar_matmul_gradient"):
         dx = dot(by_token.astype(dtype), packed.dequantize().T.astype(dtype))
-        # Fenced: XLA's CPU backend (jaxlib 0.11.2) has no bfloat16 product with a constant that it transposed.
+        # The barrier: XLA's CPU backend (jaxlib 0.11.2) has no bfloat16 product with a transposed constant.
         x_hat, by_column = jax.lax.optimization_barrier((x_hat.astype(dtype), by_column.astype(dtype)))
         dw_hat = dot(x_hat.T, by_column)
     return dx.astype(x.dtype).reshape(x.shape), dw_hat, None, None

@@ -137,7 +137,7 @@ def test_what_is_no_activation_or_does_not_divide_is_refused(w):
     with pytest.raises(ValueError, match="the activation must be an Activation, got function"):
         matmul(normal(3, K), w, 2, activation=lambda x: x)
     odd = quantize(normal(K, 7), 2, 0)
-    with pytest.raises(ValueError, match="as many gates as other columns, got 7 columns together"):
+    with pytest.raises(ValueError, match="an even number of columns, half of them gates; got 7"):
         matmul(normal(3, K), odd, 2, activation=SWIGLU)
     with pytest.raises(ValueError, match=r"the product float32 of shape \(3, 6\): they must be the same"):
         matmul(normal(3, K), w, 2, activation=SWIGLU, residual=normal(3, N))

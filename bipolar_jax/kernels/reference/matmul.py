@@ -1,4 +1,4 @@
-"""The definition: pure jnp over bit planes, written to be read and compared with."""
+"""The definition of the products: pure jnp over bit planes, written to be read and compared with."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from bipolar_jax.quantize.groups import group_lengths, num_groups
 
 
 def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
-    """Exact integer products by binary AND-popcount, the product binary tensor cores make.
+    """Exact integer products by AND and popcount, as binary tensor cores compute them.
 
-    With codes u_a = sum_i p_i a_i and u_w = sum_j q_j b_j over bits, values v = 2 u - W and
-    A, W the largest values, a group of true length L gives
+    Codes are sums over bits, u_a = sum_i p_i a_i and u_w = sum_j q_j b_j; values are v_a = 2 u_a - A and
+    v_w = 2 u_w - W, with A and W the largest values. For a group of true length L
 
         sum v_a v_w = 4 sum u_a u_w - 2 W sum u_a - 2 A sum u_w + L A W,
         sum u_a u_w = sum_ij p_i q_j popcount(a_i & b_j).
 
-    The partial terms may wrap around in int32; the sum is exact all the same, because it
-    fits (`BipolarFormat.max_contraction`) and wrap-around is arithmetic modulo 2^32.
+    Terms may wrap around in int32. The sum is exact nevertheless: it fits int32 (`BipolarFormat.max_contraction`), and
+    wrap-around is arithmetic modulo 2^32.
     """
     a_planes = pack_codes(codes, a_format)
     masks = _group_masks(w.contracted_size, w.group_size)
@@ -74,8 +74,8 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
     if a_format is None:
-        return Plan("float32 matmul of dequantized weights", "the definition, for comparing with")
-    return Plan(f"AND-popcount of {a_format.bits} x {w.bits} planes in jnp", "the definition, for comparing with")
+        return Plan("float32 matmul of dequantized weights", "the definition, to compare with")
+    return Plan(f"AND-popcount of {a_format.bits} x {w.bits} planes in jnp", "the definition, to compare with")
 
 
 def _and_popcount(
@@ -86,7 +86,7 @@ def _and_popcount(
 
 
 def _group_masks(k: int, group_size: int | None) -> UInt32[np.ndarray, "groups words"]:
-    """Word masks of the bits that belong to each group; groups need not end on a word."""
+    """For each group, masks of the bits that belong to it; groups need not end on a word boundary."""
     groups = num_groups(k, group_size)
     bits = np.arange(num_words(k) * WORD_BITS)
     member = (bits // (group_size or k) == np.arange(groups)[:, None]) & (bits < k)

@@ -1,1 +1,8 @@
-"""What all backends agree on: how activations are quantized, weights packed, and products finished."""
+"""The numbers that all backends agree on, as readable jnp functions; each rule is explained in one place.
+
+- `prologue`: what is computed before activations are quantized (norms, activation functions).
+- `activations`: how a token is quantized.
+- `weights`: how weights are rounded and packed by given scales.
+- `epilogue`: from integer products to the output.
+- `rotation`: rotary tables as fixed-point numbers.
+"""

@@ -1,9 +1,8 @@
-"""Per-token quantization of activations: the numbers every backend's quantizer must give.
+"""Quantization of activations, token by token: the numbers that the quantizer of every backend gives.
 
-A token's numbers are x ~ scale * (v - v0) with v on the bipolar grid, which spans from
-the token's smallest number to its largest and has zero on it (`spanning_grid`): an offset
-of -scale * v0 for each token, and one more term in the epilogue. On the plain odd grid,
-which has no zero, tokens with outliers would lose all their small numbers.
+A token's numbers are x ~ scale * (v - v0) with v on the bipolar grid. The grid spans from the token's smallest number
+to its largest and contains zero (`quantize.calibration.spanning_grid`), at the cost of one term in the epilogue for v0.
+The plain odd grid has no zero: where an outlier sets the scale, all small numbers of the token would become +-scale.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from bipolar_jax.quantize.calibration import half_steps_per_unit, spanning_grid
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTokens:
-    """Activations ~ scale * (value - zero_value), one scale and zero for each row.
+    """Activations ~ scale * (value(codes) - zero_value), with one scale and one zero for each row.
 
     Attributes:
       codes: unsigned codes.
-      scale: float32; 0 for rows of zeros, NaN or Inf for rows that hold any.
-      zero_value: the value v0 that stands for zero, 0 for the symmetric grid of one bit.
+      scale: float32; 0 for rows of zeros, NaN or Inf for rows that contain such numbers.
+      zero_value: int32; the value v0 that stands for zero. It is 0 on the symmetric grid of one bit.
     """
 
     codes: UInt8[Array, "m k"]
@@ -35,7 +34,7 @@ class QuantizedTokens:
     zero_value: Int[Array, " m"]
 
     def dequantize(self, a_format: BipolarFormat) -> Float[Array, "m k"]:
-        """What the codes stand for, float32."""
+        """The numbers that the codes stand for, float32."""
         steps = a_format.values(self.codes) - self.zero_value[:, None]
         return steps.astype(jnp.float32) * self.scale[:, None]
 
@@ -43,10 +42,16 @@ class QuantizedTokens:
 def quantize_tokens(
     x: Float[Array, "m columns"], a_format: BipolarFormat, prologue: Prologue | None = None
 ) -> QuantizedTokens:
-    """Rounds every row, after what the prologue does to it, to nearest on a grid that its extremes span."""
+    """Rounds every row of prologue(x) to nearest, on the grid that the row's extremes and zero span.
+
+    Args:
+      x: bfloat16, float16 or float32; computed in float32.
+      a_format: the grid, 1 to 8 bits.
+      prologue: see `semantics.prologue`; None quantizes x itself.
+    """
     x = x.astype(jnp.float32) if prologue is None else prologue(x)
     scale, zero_value = spanning_grid(x, a_format)
-    # Steps from zero, whose value is v0: the nearest value is v0 + 2 round(x / (2 scale)).
+    # Zero has the value v0 and values are 2 apart, so the nearest value is v0 + 2 round(x / (2 scale)).
     half_steps = half_steps_per_unit(scale)[:, None]
     if a_format.bits == 1:
         codes = a_format.encode(x, half_steps)

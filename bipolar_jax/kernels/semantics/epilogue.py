@@ -1,12 +1,13 @@
-"""From integer products to the output: the arithmetic that follows every mainloop.
+"""From integer products to the output: the arithmetic after the mainloop of every backend.
 
-With activations s_x (v_x - v0) per token and weights s_w v_w + o_w per output row n and
-group g of true length L,
+Activations are s_x (v_x - v0), with a scale s_x and a zero v0 for each token m. Weights are s_w v_w + o_w, with a scale
+and an offset for each column n and each group g of K. With L the true length of a group,
 
     y[m, n] = s_x[m] * sum_g (s_w[n, g] * (I[m, n, g] - v0[m] * V_w[n, g])
                               + o_w[n, g] * (V_x[m, g] - v0[m] * L[g])) + bias[n],
 
-where I is the integer product of the values, and V_w and V_x are their sums over the group.
+where I is the integer product of the values, and V_w and V_x are sums of values over the group. The activation, the
+cast and the residual follow (`finish`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 def value_sums(
     code_sums: Int[Array, "*rows"], number_format: BipolarFormat, length: int | Int[Array, "..."]
 ) -> Int[Array, "*rows"]:
-    """Sums of values from sums of codes over groups of `length` elements: v = 2 u - W."""
+    """Sums of values from sums of codes over groups of `length` elements, by v = 2 u - W."""
     return 2 * code_sums - number_format.max_value * length
 
 
@@ -31,7 +32,7 @@ def scale_group(
     w_value_sums: Int[Array, " n"],
     scale: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
-    """s_w * (I - v0 V_w) of one group, float32."""
+    """The term s_w * (I - v0 V_w) of one group, float32."""
     return _difference(integers, zero_value[:, None] * w_value_sums) * scale
 
 
@@ -41,15 +42,15 @@ def offset_group(
     length: int | Int[Array, ""],
     offset: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
-    """o_w * (V_x - v0 L) of one group, float32."""
+    """The term o_w * (V_x - v0 L) of one group, float32."""
     return _difference(x_value_sums, zero_value * length)[:, None] * offset
 
 
 def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """a - b, rounded once to float32.
+    """a - b for int32 operands, in float32, as exact as float32 allows.
 
-    Both fit int32, their difference need not, and rounding them first would lose all the
-    digits they share. Their halves differ by no more than int32 holds; the odd bits follow.
+    The difference may exceed int32, and rounding a and b to float32 first would cancel their leading digits. So halves
+    are subtracted as integers, which cannot overflow, and the lowest bits separately.
     """
     halves = (a >> 1) - (b >> 1)
     odd = (a & 1) - (b & 1)
@@ -64,7 +65,16 @@ def finish(
     residual: Float[Array, "m out"] | None = None,
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
-    """Token scale, bias, activation and cast; then the residual, in that dtype."""
+    """Token scale, bias, activation, cast to `dtype`, and the residual, in this order.
+
+    Args:
+      total: float32; the sum over groups.
+      token_scale: s_x; None where activations are floats.
+      bias: added in float32.
+      dtype: of the output and of the residual.
+      residual: added after the cast.
+      activation: applied in float32; a gated one makes n / 2 columns.
+    """
     y = total if token_scale is None else total * token_scale[:, None]
     y = y if bias is None else y + bias.astype(jnp.float32)
     return activate_and_add(y, activation, dtype, residual)
@@ -73,6 +83,6 @@ def finish(
 def activate_and_add(
     y: Float[Array, "m n"], activation: Activation | None, dtype: jnp.dtype, residual: Float[Array, "m out"] | None
 ) -> Float[Array, "m out"]:
-    """The end of `finish`."""
+    """Activation in float32, cast to `dtype`, residual in `dtype`: the last three steps of `finish`."""
     y = (y if activation is None else activation(y)).astype(dtype)
     return y if residual is None else residual + y

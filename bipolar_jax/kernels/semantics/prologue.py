@@ -1,8 +1,8 @@
-"""What is done to activations before they are quantized, in one step with it: a norm, or an activation function.
+"""Prologues: the norm or activation function that a quantizer computes on its input before it rounds.
 
-Each is a function from rows of x to the float32 numbers that are quantized; nothing is rounded to x's
-dtype in between. The functions here are the definition; a backend may compute them in another order.
-Their arrays are leaves of a pytree, the rest is static, so that `jax.vjp` of them is their gradient.
+A prologue maps rows of x to the float32 numbers that are quantized, with no rounding to x's dtype in between. The
+functions here are the definition; a backend may sum in another order. Arrays are leaves of a pytree and the rest is
+static, so that `jax.vjp` differentiates a prologue.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RMSNorm:
-    """x * rsqrt(mean(x^2) + eps) * gain. Source: arXiv 1910.07467."""
+    """x * rsqrt(mean(x^2) + eps) * gain. Source: arXiv 1910.07467.
+
+    Attributes:
+      gain: float; may lead with the batch axes of the weights.
+      eps: added to the mean square.
+      parts: numbers of x for each number that is quantized.
+    """
 
     gain: Float[Array, "*batch k"]
     eps: float = dataclasses.field(metadata=_STATIC)
-    parts: ClassVar[int] = 1  # numbers of x for each number that is quantized
+    parts: ClassVar[int] = 1
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
         """float32."""
@@ -36,7 +42,10 @@ class RMSNorm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerNorm:
-    """(x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps) * gain + bias. Source: arXiv 1607.06450."""
+    """(x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps) * gain + bias. Source: arXiv 1607.06450.
+
+    Attributes are those of `RMSNorm`, and `bias`, which is added last.
+    """
 
     gain: Float[Array, "*batch k"]
     bias: Float[Array, "*batch k"]
@@ -58,11 +67,14 @@ Function = Literal["silu", "gelu", "relu"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """function(x); or, gated, function(first half of x) * second half. Source of the gates: arXiv 2002.05202.
+    """function(x); or gated, function(first half of x) * second half of x. Source of gates: arXiv 2002.05202.
 
     Attributes:
-      function: "silu", "gelu" by its tanh formula, or "relu".
-      gated: x has twice as many numbers as are quantized, gates first.
+      function: "silu"; "gelu", by its tanh formula; or "relu".
+      gated: x has twice as many numbers as the result: the gates, then the numbers that they multiply.
+
+    Raises:
+      ValueError: another function.
     """
 
     function: Function = dataclasses.field(metadata=_STATIC)
@@ -74,7 +86,7 @@ class Activation:
 
     @property
     def parts(self) -> int:
-        """As `RMSNorm.parts`."""
+        """Numbers of x for each number of the result."""
         return 2 if self.gated else 1
 
     def __call__(self, x: Float[Array, "*rows columns"]) -> Float[Array, "*rows k"]:
@@ -92,13 +104,13 @@ Prologue = RMSNorm | LayerNorm | Activation
 
 
 def check_activation(activation: Activation, columns: int) -> None:
-    """Raises ValueError unless it is an activation of so many columns."""
+    """Raises ValueError unless it is an `Activation` that fits a product of `columns` columns."""
     if not isinstance(activation, Activation):
         raise ValueError(
             f"the activation must be an Activation, got {type(activation).__name__}: make one with bipolar_jax.ops"
         )
     if columns % activation.parts:
-        raise ValueError(f"a gated activation needs as many gates as other columns, got {columns} columns together")
+        raise ValueError(f"a gated activation needs an even number of columns, half of them gates; got {columns}")
 
 
 def check_prologue(prologue: Prologue, k: int, w_batch: tuple[int, ...]) -> None:

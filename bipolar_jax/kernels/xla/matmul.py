@@ -1,8 +1,7 @@
-"""Portable and fast: planes unpacked to signed codes, multiplied by XLA's int8 dot.
+"""Products on any device: bit planes are unpacked to signed codes, which XLA's int8 dot multiplies.
 
-Codes of any precision fit int8, and an int8 dot with int32 accumulation is exact on every
-platform, once K is a multiple of 4. Groups are scanned over, one dot each, so that no [m, n, groups]
-array of partial products is ever in memory.
+Signed codes of every precision fit int8, and an int8 dot with int32 accumulation is exact on every platform if K is a
+multiple of 4. A scan over groups makes one dot each, so that no [m, n, groups] array is in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
-_NT = (((1,), (1,)), ((), ()))  # both operands have the contracted axis last
+_NT = (((1,), (1,)), ((), ()))  # dimension numbers: both operands have the contracted axis last
 
-# On GPUs the int8 dot of jaxlib 0.11.2 is wrong for a K that is no multiple of 4 (seen on an H100).
+# On GPUs the int8 dot of jaxlib 0.11.2 is wrong for other K.
 _K_ALIGNMENT = 4
 
 
@@ -67,9 +66,9 @@ def quantized_matmul(
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`.
 
-    The dot multiplies x by the integer values of the weights, which bfloat16 and float16
-    hold exactly (8 significant bits), brought below 1 by a power of two so that it
-    overflows no sooner than the result; scales come after. No weight is rounded.
+    The dot multiplies x by the integer values of the weights, which bfloat16 and float16 represent exactly (8
+    significant bits), times a power of two that makes them less than 1, so that the dot overflows no sooner than the
+    result. Scales follow. No weight is rounded.
     """
     shrink = 2.0**-w.bits
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -93,12 +92,12 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
     dot = "float dot of integer values" if a_format is None else "int8 dot of signed codes"
-    groups = "" if w.num_groups == 1 else f", one of each of {w.num_groups} groups"
-    return Plan(f"XLA's {dot}{groups}", "it runs everywhere")
+    groups = "" if w.num_groups == 1 else f", one dot for each of {w.num_groups} groups"
+    return Plan(f"XLA's {dot}{groups}", "runs on every device")
 
 
 def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:
-    """A sum to start from; made of an operand, so that under shard_map it varies over the mesh as they do."""
+    """Zeros [m, n] to sum into; computed from an operand, so that they vary over a shard_map's mesh as operands do."""
     return jnp.broadcast_to((0 * row_sums[:, 0]).astype(jnp.float32), (m, row_sums.shape[0]))
 
 
@@ -106,9 +105,9 @@ _Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], I
 
 
 def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> _Group:
-    """Signed codes of both operands, w's code sums and the true length, with a leading group axis.
+    """Signed codes of both operands, w's code sums and the true length, each with a leading group axis.
 
-    What fills a short last group is the signed code 0, which adds nothing.
+    A short last group is padded with the signed code 0, which adds nothing.
     """
     x_signed = _aligned_groups(a_format.signed_codes(codes), w.group_size)
     w_signed = _aligned_groups(w.format.signed_codes(w.codes()), w.group_size)
@@ -116,7 +115,7 @@ def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
 
 
 def _aligned_groups(signed: Int8[Array, "rows k"], group_size: int | None) -> Int8[Array, "groups rows size"]:
-    """Groups first, each filled up with zeros to a size that XLA multiplies exactly everywhere."""
+    """The group axis first, each group padded with zeros to a multiple of _K_ALIGNMENT."""
     groups = jnp.moveaxis(split_groups(signed, group_size), -2, 0)
     return jnp.pad(groups, ((0, 0), (0, 0), (0, -groups.shape[-1] % _K_ALIGNMENT)))
 

@@ -1,1 +1,1 @@
-"""What the dispatcher calls: operations, and the choice of kernel and tiles."""
+"""The products of the backend, and the choice of kernel and tiling for each."""

@@ -1,4 +1,4 @@
-"""Which kernel and tiling a product gets: the device's table where it knows the problem, else an estimate."""
+"""The choice of kernel and tiling for a product: from the device's table of measured problems, else by an estimate."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.tuning.table import nearest_entry
 
-# Up to here the binary tensor cores, 8 times as fast as the int8 ones and with no expansion of the
-# weights, take no longer.
+# Pairs of planes up to which products run on the binary tensor cores: they are 8 times as fast as the int8 ones, and
+# weights need no expansion.
 MOST_BINARY_PAIRS = 8
 
-# The kind of a table's entries for `decode_matmul`: their m is the columns of the instruction, steps are the weights'.
+# The kind of the table's entries for `decode_matmul`; their m is the columns of the instruction, their steps count the
+# planes of the weights alone.
 FEW_TOKENS = "few tokens"
 
-# Of an H100 or H200, for estimates.
+# An H100 or H200, for estimates.
 _MEMORY_BYTES_PER_CYCLE = 2300  # 4.1 TB/s at 1.755 GHz
-_L2_BYTES_PER_CYCLE = 32  # for every multiprocessor, when all load
-_LAUNCH_CYCLES = 3500  # one kernel more, 2 us
+_L2_BYTES_PER_CYCLE = 32  # of each multiprocessor, when all load
+_LAUNCH_CYCLES = 3500  # 2 us, for an additional kernel
 _SETTLING = 1.4  # in the product of few tokens: for waits between planes; fits n = 22016
 
-# Columns of tiles that are rotated: the registers of more would spill.
+# Columns of a tile whose heads are rotated: wider accumulators would spill.
 MOST_HEAD_COLUMNS = 128
 
 CANDIDATES = (
@@ -49,7 +50,7 @@ CANDIDATES = (
     Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# With two accumulators and a float sum, which leaves a third of the tile.
+# With groups a consumer holds two accumulators and a float sum, so tiles are smaller.
 GROUPED_CANDIDATES = (
     Tiling(64, 128, "split_m", slots=5, band=8, band_axis="n"),
     Tiling(128, 64, "split_n", slots=5, band=8, band_axis="n"),
@@ -59,11 +60,11 @@ GROUPED_CANDIDATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs.
+    """The kernel and tiling of a product.
 
     Attributes:
-      kind: planes on the binary tensor cores ("planes") or bytes on the int8 ones ("int8").
-      tiling: shape of the work of one block, of `decode_matmul` or of `packed_matmul`.
+      kind: "planes" for the binary tensor cores, "int8" for bytes on the int8 ones.
+      tiling: of `packed_matmul`, or of `decode_matmul` (a `DecodeTiling`).
       reason: where the tiling comes from.
     """
 
@@ -75,7 +76,7 @@ class Choice:
 def plan_product(
     m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
 ) -> Choice:
-    """The plan of x [m, k] times w [k, n], with one scale a column, or one a group."""
+    """The plan of x [m, k] times w [k, n], with one scale for each column, or one for each group of `group_size`."""
     if m <= FEW_TOKENS_LIMIT:
         with contextlib.suppress(Unsupported):
             return _plan_few(m, n, k, a_format, w_format, group_size)
@@ -101,14 +102,14 @@ def _plan_few(
         columns, steps = accumulator_columns(m, a_format.bits), mainloop_steps(k, "planes", w_format.bits)
         entry = nearest_entry(default_device().device_kind, FEW_TOKENS, columns, n, steps)
         for tiling in tilings if entry is not None else ():
-            # Rings as deep as fit this product's tokens.
+            # The measured problem may have other ring depths: those that fit this product's tokens are taken.
             if all(getattr(tiling, name) == entry["tiling"][name] for name in ("warpgroups", "x_slots")):
                 return Choice("planes", tiling, f"measured at {entry['shape']}")
     return Choice("planes", tilings[0], f"{m} tokens: bound by reading the weights")
 
 
 def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
-    """The plan of `packed_matmul`, with one scale a column."""
+    """The plan of `packed_matmul` with one scale for each column."""
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = mainloop_steps(k, kind, pairs)
@@ -123,10 +124,10 @@ def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: Bipola
 def few_tokens_cycles(
     tiling: DecodeTiling, m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat
 ) -> float:
-    """Cycles of `decode_matmul`: reading the weights from memory, or the busiest block.
+    """Estimated cycles of `decode_matmul`: the longer of reading the weights from memory, and the busiest block.
 
-    For every part of the tokens, plane and 1024 elements of K that takes as long as the tensor cores, or as loading
-    from L2 a plane's tile of weights and its share of the tokens'.
+    A block's step is one part of the tokens, one plane and 1024 elements of K. It takes the longer of the tensor cores'
+    time, and of loading the plane's tile of weights and its share of the tokens from L2.
     """
     tokens = tiling.part_tokens(m)
     columns = accumulator_columns(tokens, a_format.bits)
@@ -140,7 +141,7 @@ def few_tokens_cycles(
 def many_tokens_cycles(
     choice: Choice, m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat
 ) -> float:
-    """Cycles of `packed_matmul`, after the weights' expansion if it multiplies bytes: they are written, and read."""
+    """Estimated cycles of `packed_matmul`; for bytes with the expansion of the weights, which are written and read."""
     pairs = a_format.bits * w_format.bits
     cycles = estimated_cycles(choice.tiling, m, n, mainloop_steps(k, choice.kind, pairs))
     if choice.kind == "planes":
@@ -152,10 +153,10 @@ def many_tokens_cycles(
 def plan_heads(
     sequences: int, length: int, n: int, k: int, head_dim: int, a_format: BipolarFormat, w_format: BipolarFormat
 ) -> Choice:
-    """The plan of a product whose columns are heads, see `prompt_projection`: the measured one if its tiles are heads.
+    """The plan of a product whose tiles are whole heads, see `prompt_projection`; the measured one if its tiles are.
 
     Raises:
-      Unsupported: few tokens, whose product has weights as rows.
+      Unsupported: few tokens: their kernel has weights as rows.
     """
     choice = plan_product(sequences * length, n, k, a_format, w_format)
     if isinstance(choice.tiling, DecodeTiling):
@@ -170,7 +171,7 @@ def plan_heads(
 
 
 def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
-    """Whether tiles are whole heads and leave registers to rotate them."""
+    """Whether tiles are whole heads, and leave registers to rotate them."""
     return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS
 
 
@@ -182,29 +183,28 @@ def _with_staging_of_heads(choice: Choice) -> Choice:
 
 
 def with_staging(tiling: Tiling) -> Tiling:
-    """With as few slots for operands as leave one for every piece of a tile.
+    """The tiling with fewer operand slots, so that every store chunk of a tile has a staging slot.
 
-    Cosines and sines of all of it come there under the mainloop; where there are none, it may be a little slower.
+    The cosines and sines of a tile arrive in the staging slots during the mainloop.
     """
-    pieces = dataclasses.replace(tiling, slots=2).staging_slots()
-    while tiling.slots > 2 and tiling.staging_slots() < pieces:
+    store_chunks = dataclasses.replace(tiling, slots=2).staging_slots()
+    while tiling.slots > 2 and tiling.staging_slots() < store_chunks:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
     return tiling
 
 
 def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:
-    """Length of the mainloop, in 128-byte rows of K over all pairs of planes; what tables are keyed by."""
+    """Length of the mainloop in 128-byte rows of K, over all pairs of planes; tables are keyed by it."""
     return -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)
 
 
 def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:
-    """Cycles of the busiest block.
+    """Estimated cycles of the busiest block.
 
-    A step multiplies one 128-byte row of K. It takes as long as the slowest of: the tensor
-    cores (128 cycles for 64 x 256 x 32 bytes), reads of operands and writes of loads in shared
-    memory (128 bytes a cycle), and loads from L2 (64 bytes a cycle). Finishing a tile takes about
-    20 cycles for each of a thread's numbers, under the other consumer's steps if the schedule
-    alternates.
+    A step multiplies one 128-byte row of K. It takes the longest of: the tensor cores (128 cycles for 64 x 256 x 32
+    bytes), shared memory (operand reads and load writes, 128 bytes a cycle), and loads from L2 (64 bytes a cycle). The
+    epilogue of a tile takes about 20 cycles for each accumulator of a thread; in the alternating schedule it overlaps
+    the other consumer's mainloop.
     """
     blocks_of_rows = tiling.tile_m // ROWS_PER_INSTRUCTION
     multiply = blocks_of_rows * 2 * tiling.tile_n
