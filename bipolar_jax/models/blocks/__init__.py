@@ -1,1 +1,1 @@
-"""Parts of a decoder layer."""
+"""Blocks of a decoder layer: attention, feed-forward, norms, positions, and the operations that fuse them."""

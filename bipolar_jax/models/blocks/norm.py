@@ -1,4 +1,4 @@
-"""The norm that a config asks for, and what layers make of its output."""
+"""Norms, and linear layers applied to their output: packed layers take the norm as a prologue."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Norm = nnx.RMSNorm | nnx.LayerNorm
 
 
 def make_norm(config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs) -> Norm:
-    """A norm over the hidden size: arXiv 1910.07467 without, arXiv 1607.06450 with a bias."""
+    """A norm over the hidden size: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450), as the config says."""
     kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
     return kind(
         config.hidden_size,
         epsilon=config.norm_eps,
-        use_fast_variance=False,  # mean of squares less square of mean cancels where the mean is large
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
         param_dtype=param_dtype,
         dtype=param_dtype,
         rngs=rngs,
@@ -31,7 +31,7 @@ def make_norm(config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.R
 def project(
     layers: Sequence[nnx.Linear | Linear], norm: Norm, x: Float[Array, "*batch hidden"]
 ) -> list[Float[Array, "*batch out"]]:
-    """What each layer makes of norm(x): packed ones normalize while they quantize, float ones share one norm(x)."""
+    """Each layer's output for norm(x): packed layers normalize while they quantize, float layers share one norm(x)."""
     normalized = norm(x) if any(not isinstance(layer, Linear) for layer in layers) else None
     prologue = as_prologue(norm)
     return [layer(x, prologue) if isinstance(layer, Linear) else layer(normalized) for layer in layers]
@@ -43,12 +43,12 @@ def project_onto(
     x: Float[Array, "*batch columns"],
     prologue: Prologue | None = None,
 ) -> Float[Array, "*batch out"]:
-    """residual + layer(x): packed layers add it while they finish their product, and take a prologue."""
+    """residual + layer(x); packed layers add the residual in the epilogue of their product, and take a prologue."""
     return layer(x, prologue, residual) if isinstance(layer, Linear) else residual + layer(x)
 
 
 def as_prologue(norm: Norm) -> RMSNorm | LayerNorm:
-    """The norm as `bipolar_jax.matmul` takes it."""
+    """The norm as a prologue of `bipolar_jax.matmul`."""
     if isinstance(norm, nnx.RMSNorm):
         return RMSNorm(norm.scale[...], norm.epsilon)
     return LayerNorm(norm.scale[...], norm.bias[...], norm.epsilon)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, half-split layout, with the published ways to stretch them."""
+"""Rotary position embeddings in the half-split layout, with the published ways to extend the context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 
-# Cosines and sines of every position.
+# Cosines and sines for every position.
 Tables = tuple[Float[Array, "#batch length half"], Float[Array, "#batch length half"]]
 
 
@@ -44,7 +44,7 @@ def rope_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
 
 
 def _llama3_frequencies(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Long waves are stretched, short ones kept, those between interpolated."""
+    """Llama 3's scaling: low frequencies are divided by the factor, high ones kept, those between interpolated."""
     rotations = scaling.original_context_length * base / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)

@@ -1,1 +1,1 @@
-"""Generation, sampling, perplexity, and preparing a model for them."""
+"""Generation, sampling, perplexity; preparing a model for them, and explaining which kernels it runs."""

@@ -1,4 +1,4 @@
-"""Writing text: prompts in, tokens out; token by token, or all of them without leaving the device."""
+"""Generation: from prompts to new tokens, streamed one by one, or all in one loop on the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bipolar_jax.models.inference.sampling import Sampling, sample
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.transformer import Transformer, check_ids
 
-# Prompt lengths and cache capacities are rounded up to this, so that prompts of about
-# the same length share one compilation.
+# Prompt lengths and cache capacities are rounded up to a multiple of this, so that prompts of similar lengths share one
+# compilation.
 _LENGTH_STEP = 64
 
 
@@ -26,20 +26,20 @@ def stream(
     key: PRNGKeyArray | None = None,
     cache_bits: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the next token of every prompt, until all have ended.
+    """Yields the next token of every prompt until all texts have ended.
 
-    Arguments are checked at the call, before the first token is asked for.
+    The call itself checks the arguments, before the first token is requested.
 
     Args:
       model: the model; its config says which tokens end a text.
-      prompts: token ids, of any lengths; under greedy sampling each is continued as if it were alone.
-      max_new_tokens: tokens to write for each prompt at most.
+      prompts: token ids, of any lengths; with greedy sampling each is continued as if it were alone.
+      max_new_tokens: limit of new tokens for each prompt.
       sampling: how to choose.
-      key: PRNG key, needed where `sampling` draws at random.
+      key: PRNG key, needed if `sampling` draws at random.
       cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
 
     Yields:
-      int32 [batch] ids; -1 for a prompt that has ended. The token that ends a text is yielded.
+      int32 [batch] ids; -1 for a text that has ended. The token that ends a text is yielded.
 
     Raises:
       ValueError: no prompts, an empty one, ids outside the vocabulary, prompt and new
@@ -69,9 +69,9 @@ def generate(
     key: PRNGKeyArray | None = None,
     cache_bits: int | None = None,
 ) -> list[list[int]]:
-    """All that `stream` yields: the new tokens of every prompt, the one that ends the text included.
+    """The new tokens of every prompt, including the one that ends the text: all that `stream` yields.
 
-    The loop over tokens runs on the device and ends there when all prompts have ended.
+    The loop over tokens runs on the device, and ends when all texts have ended.
     """
     ids, lengths, keys, capacity = _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits)
     tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
@@ -92,7 +92,7 @@ def _next(model, tokens, cache, sampling, key):
 
 
 def _all(model, tokens, cache, sampling, keys, max_new_tokens):
-    """Tokens of every step, -1 where a text has ended, from the first step's on; and the cache."""
+    """Tokens of every step, the first included, with -1 where a text has ended; and the cache."""
     eos = jnp.asarray(model.config.eos_ids, jnp.int32)
 
     def unfinished(state):
@@ -112,13 +112,13 @@ def _all(model, tokens, cache, sampling, keys, max_new_tokens):
 
 
 _first_token = jax.jit(_first, static_argnums=(3, 4, 5))
-# The cache is donated: every step writes one position of it in place.
+# The cache is donated, so that every step writes its position in place.
 _next_token = jax.jit(_next, static_argnums=3, donate_argnums=2)
 _all_tokens = jax.jit(_all, static_argnums=3, donate_argnums=2)
 
 
 def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits):
-    """Padded ids, their lengths, a key for each step, and the cache's capacity."""
+    """Padded ids, their lengths, a key for each step, and the capacity of the cache."""
     ids, lengths = _padded(model, prompts, max_new_tokens)
     check_cache_bits(cache_bits, model.config.head_dim)
     if key is None:

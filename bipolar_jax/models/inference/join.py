@@ -1,4 +1,4 @@
-"""Fewer and larger products for inference: query, key and value as one, gate and up as one."""
+"""Joins layers of the same input into larger products: query, key and value; gate and up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bipolar_jax.nn import Linear, joined
 
 
 def join_projections(model: Transformer) -> Transformer:
-    """The model with packed layers of the same input joined, where they are alike; the given one is unchanged.
+    """A copy of the model whose packed layers of the same input are joined, where precision and backend agree.
 
-    Its numbers are the same. `save_model` takes models before they are joined: files have the layers by themselves.
+    The numbers stay the same. `save_model` takes the model before it is joined: files store the layers one by one.
     """
     model = nnx.clone(model)
     for module in [module for _, module in nnx.iter_modules(model)]:
@@ -29,7 +29,7 @@ def _join(module: nnx.Module, names: tuple[str, ...], whole: str) -> None:
         return
     try:
         layer = joined(layers)
-    except ValueError:  # rules may have given them different precisions
+    except ValueError:  # layers that differ, for example in precision, stay apart
         return
     for name in names:
         delattr(module, name)

@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of a text."""
+"""Perplexity of a model, on windows of a text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Perplexity:
     """exp of the mean negative log-likelihood of a token.
 
     Attributes:
-      perplexity: over all tokens that were predicted.
+      perplexity: over all predicted tokens.
       standard_error: of the perplexity, from the spread of the windows' means; NaN for one window.
-      windows: how many.
-      scored_tokens: tokens predicted, all but the first of every window.
+      windows: number of windows.
+      scored_tokens: number of predicted tokens, which are all but the first of every window.
     """
 
     perplexity: float
@@ -42,15 +42,15 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity on the first windows of a text.
 
-    Window i is ids[window_length * i : window_length * (i + 1)]; within it every token but
-    the first is predicted from those before it in the window.
+    Window i is ids[window_length * i : window_length * (i + 1)]. Every token of it but the first is predicted from
+    those before it in the window.
 
     Args:
       model: the model.
       ids: the whole text's token ids.
-      windows: how many windows to score.
-      window_length: tokens a window, at least 2.
-      windows_per_step: windows a forward pass; more is faster and takes more memory.
+      windows: number of windows to score.
+      window_length: tokens of a window, at least 2.
+      windows_per_step: windows of a forward pass; more is faster and takes more memory.
       on_window: called with the number of windows scored so far.
 
     Raises:
@@ -92,7 +92,7 @@ def _window_losses(model: Transformer, ids: Int[Array, "windows length"]) -> Flo
     """Mean negative log-likelihood of every window, in nats."""
     hidden = model.hidden_states(ids)
 
-    def one_window(window):  # logits of one window at a time: they are the largest array by far
+    def one_window(window):  # the logits, the largest array by far, of one window at a time
         hidden, ids = window
         log_probabilities = jax.nn.log_softmax(model.logits(hidden[:-1]), axis=-1)
         return -jnp.mean(jnp.take_along_axis(log_probabilities, ids[1:, None], axis=-1))

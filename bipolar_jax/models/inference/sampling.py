@@ -13,13 +13,16 @@ _SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits overflow when divided
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose; temperature 0 is greedy, and needs no key.
+    """How the next token is chosen.
 
     Attributes:
-      temperature: divides the logits, at least 1e-6; 0 takes the largest.
-      top_k: keep only the k most likely tokens, and those as likely as the k-th; None keeps all.
-      top_p: of these keep the fewest that reach this much probability (Holtzman et al.
-        2019, arXiv 1904.09751); 1 keeps all.
+      temperature: divides the logits, at least 1e-6; 0 is greedy: it takes the largest logit, and needs no key.
+      top_k: keeps the k most likely tokens, and those as likely as the k-th; None keeps all.
+      top_p: keeps the fewest of these whose probabilities add up to it (Holtzman et al. 2019, arXiv 1904.09751); 1
+        keeps all.
+
+    Raises:
+      ValueError: values outside these ranges.
     """
 
     temperature: float = 0.0
@@ -40,7 +43,7 @@ class Sampling:
 def sample(
     logits: Float[Array, "batch vocab"], sampling: Sampling, key: PRNGKeyArray | None = None
 ) -> Int[Array, " batch"]:
-    """One token id for every row, int32.
+    """One token id for each row, int32.
 
     Raises:
       ValueError: temperature above 0 without a key.
@@ -59,7 +62,7 @@ def sample(
 
 
 def _nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
-    """True for the likeliest tokens up to and including the one that reaches top_p."""
+    """True for the most likely tokens, up to and including the one at which their probability reaches top_p."""
     order = jnp.argsort(-logits, axis=-1)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -1,1 +1,1 @@
-"""Cached keys and values, as floats or in 8 or 4 bits."""
+"""The cache of keys and values, in floats or in 8 or 4 bits."""

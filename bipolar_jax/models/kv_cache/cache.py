@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far."""
+"""The cache: keys and values of the tokens read so far, of all layers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 
-# Keys or values, in the model's dtype or in bipolar-INT; a vector of every head and token, tokens beside each other.
+# Keys or values, in the model's dtype or in bipolar-INT: a vector for each head and token; the tokens of a head are
+# contiguous.
 Kept = Float[Array, "*layers batch kv_heads length head_dim"] | QuantizedHeads
 
 
 def row_major(x: Array) -> Array:
-    """The same array, its last axis innermost in memory: XLA for GPUs, left to choose, copies whole caches."""
+    """The same array, constrained to row-major layout: XLA for GPUs chooses other layouts and copies whole caches."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def keep(heads: Float[Array, "*layers batch length kv_heads head_dim"], bits: int | None) -> Kept:
-    """Keys or values as a cache holds them.
+    """Keys or values in the form in which a cache stores them.
 
     Args:
-      heads: what a layer computed, or all of them.
-      bits: 8 or 4, or None for the dtype they have.
+      heads: of one layer, or of all.
+      bits: 8 or 4; None keeps the dtype.
 
     Raises:
       ValueError: other bits, or an odd head_dim with 4.
@@ -37,10 +38,10 @@ def keep(heads: Float[Array, "*layers batch length kv_heads head_dim"], bits: in
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, and how many positions of each sequence hold a token.
+    """Keys and values of every layer, and the number of tokens of each sequence.
 
-    Positions from `lengths` on hold padding; `decode` overwrites them one by one,
-    and until then the mask hides them, so prompts of different lengths share a batch.
+    Positions from `lengths` on hold padding, which the attention mask hides until `decode` overwrites it: prompts of
+    different lengths share a batch.
 
     Attributes:
       keys, values: [layers, batch, kv_heads, capacity, head_dim], floats or `QuantizedHeads`.
@@ -55,12 +56,12 @@ class KVCache:
     def empty(
         cls, shape: tuple[int, int, int, int, int], dtype: jnp.dtype, bits: int | None, lengths: Int[Array, " batch"]
     ) -> KVCache:
-        """Room for keys and values, whatever numbers are there: `write_prompts` is to fill every layer of it.
+        """A cache of uninitialized numbers; `write_prompts` must fill every layer.
 
         Args:
           shape: layers, batch, kv_heads, capacity, head_dim.
           dtype: of the heads.
-          bits: 8 or 4, or None to keep them as they are.
+          bits: 8 or 4; None keeps the dtype.
           lengths: tokens of each sequence.
 
         Raises:
@@ -86,12 +87,12 @@ class KVCache:
 
     @property
     def bits(self) -> int | None:
-        """Bits a number, or None for floats."""
+        """Bits of a cached number; None for floats."""
         return self.keys.bits if isinstance(self.keys, QuantizedHeads) else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it occupies: codes, scales and zeros, or floats, and the lengths."""
+        """Bytes of all arrays: floats, or codes, scales and zeros; and the lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def write_prompts(
@@ -100,10 +101,10 @@ class KVCache:
         keys: Float[Array, "batch length kv_heads head_dim"],
         values: Float[Array, "batch length kv_heads head_dim"],
     ) -> KVCache:
-        """Fills a layer, in place where XLA may: the first `length` positions of every sequence, then zeros.
+        """Fills a layer: the first `length` positions of every sequence, then zeros; in place if the cache is donated.
 
         Raises:
-          ValueError: there are more positions than the cache has.
+          ValueError: more positions than the cache has.
         """
         if keys.shape[1] > self.capacity:
             raise ValueError(
@@ -115,7 +116,7 @@ class KVCache:
             filled = jnp.pad(prompts, filler)[None]
             return row_major(jax.lax.dynamic_update_slice(rows, filled, (layer,) + (0,) * prompts.ndim))
 
-        # Left to choose, XLA computes them in the order of the cache, too, and transposes them for attention.
+        # Otherwise XLA computes them in the order of the cache, and transposes them for attention.
         keys, values = row_major(keys), row_major(values)
         kept = keep(keys, self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
@@ -127,10 +128,10 @@ class KVCache:
         keys: Float[Array, "batch 1 kv_heads head_dim"],
         values: Float[Array, "batch 1 kv_heads head_dim"],
     ) -> KVCache:
-        """Stores one token of each sequence at its next free position.
+        """Writes one token of each sequence at its next free position.
 
-        A sequence that already fills the cache keeps what it has: sizes are fixed under jit,
-        so it is for the caller to stop at `capacity`, as `generation` does.
+        A sequence that fills the cache is left unchanged: sizes are fixed under jit, so the caller must stop at
+        `capacity`, as `generation` does.
         """
         batch, _, kv_heads, _ = keys.shape
         at = (layer, jnp.arange(batch)[:, None], jnp.arange(kv_heads), self.lengths[:, None])
@@ -147,7 +148,7 @@ class KVCache:
         keys: Float[Array, "layers batch 1 kv_heads head_dim"],
         values: Float[Array, "layers batch 1 kv_heads head_dim"],
     ) -> KVCache:
-        """`write` of all layers, for a batch of one sequence."""
+        """`write` for all layers at once, for a batch of one sequence."""
 
         def put(rows, token):
             at = (0, 0, 0, self.lengths[0], 0)[: rows.ndim]
@@ -164,10 +165,10 @@ class KVCache:
         return jax.tree.map(lambda leaf: leaf[layer], (self.keys, self.values))
 
     def advance(self) -> KVCache:
-        """Counts the token that every layer has now written."""
+        """Counts the token that all layers have written."""
         return dataclasses.replace(self, lengths=self.lengths + 1)
 
 
 def _positions(kept: Kept) -> int:
-    """Positions that a stack of layers has."""
+    """The capacity of keys or values of all layers."""
     return (kept.codes if isinstance(kept, QuantizedHeads) else kept).shape[3]

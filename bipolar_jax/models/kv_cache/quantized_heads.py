@@ -1,4 +1,4 @@
-"""Keys and values in bipolar-INT: 8 or 4 bits a number, one scale and zero for each vector of a head."""
+"""Keys and values in bipolar-INT: 8 or 4 bits a number, with a scale and a zero for each vector of a head."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ CACHE_BITS = (8, 4)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedHeads:
-    """Vectors of `head_dim` numbers, each vector on a grid of its own that its extremes span; these always hold:
+    """Vectors of `head_dim` numbers, each quantized to a grid that its extremes and zero span. These always hold:
 
-    - number[..., d] = 2 * scale[...] * (code[..., d] - zero[...]), so that 0 is on the grid: it has the code `zero`;
-    - a number differs from the one it was made of by at most half a step, which is `scale`, and by float32 rounding;
-    - of 8 bits, byte d is the code of element d; of 4 bits, byte d has that of element d in its lower half and
-      that of element d + head_dim / 2 in its upper one.
+    - number[..., d] = 2 * scale[...] * (code[..., d] - zero[...]); so 0 is on the grid, with the code `zero`;
+    - a number differs from its original by at most half a step, which is `scale`, and by float32 rounding;
+    - with 8 bits, byte d is the code of element d; with 4 bits, the lower half of byte d is the code of element d, and
+      the upper half that of element d + head_dim / 2.
 
     Attributes:
       codes: bytes.
-      scale: float32, half the grid's step; 0 for vectors of zeros, NaN or Inf for those that hold any.
+      scale: float32, half a step; 0 for vectors of zeros, NaN or Inf for vectors that contain such numbers.
       zero: the code of 0.
       bits: 8 or 4.
     """
@@ -38,7 +38,7 @@ class QuantizedHeads:
 
     @classmethod
     def quantize(cls, heads: Float[Array, "*vectors head_dim"], bits: int) -> QuantizedHeads:
-        """Rounds every vector to nearest, as activations are (`kernels.activations`).
+        """Rounds every vector to nearest, like a token (`kernels.semantics.activations`).
 
         Raises:
           ValueError: bits other than 8 and 4, or an odd head_dim with 4.
@@ -55,10 +55,10 @@ class QuantizedHeads:
         return cls(codes.reshape(*vectors, -1), tokens.scale.reshape(vectors), zero.reshape(vectors), bits)
 
     def dequantize(self) -> Float[Array, "*vectors head_dim"]:
-        """The numbers, float32; elementwise in bytes, scale and zero, so that XLA fuses it into what reads it."""
+        """The numbers, float32; elementwise in codes, scale and zero, so that XLA fuses it into their reader."""
         codes = self.codes
         if self.bits == 4:
-            # A broadcast and a shift rather than two halves put together: XLA would write those to memory.
+            # A broadcast and a shift: XLA would write a concatenation of halves to memory.
             halves = (codes[..., None, :] >> jnp.array([[0], [4]], jnp.uint8)) & 15
             codes = halves.reshape(*codes.shape[:-1], -1)
         steps = codes.astype(jnp.float32) - self.zero[..., None].astype(jnp.float32)
@@ -66,7 +66,7 @@ class QuantizedHeads:
 
 
 def check_cache_bits(bits: int | None, head_dim: int) -> None:
-    """Raises ValueError unless a cache can hold heads of this size at `bits`; None is the model's own dtype."""
+    """Raises ValueError unless a cache can store heads of this size in `bits` bits; None is the model's own dtype."""
     if bits is not None and bits not in CACHE_BITS:
         raise ValueError(
             f"cache_bits must be {' or '.join(map(str, CACHE_BITS))}, or None to keep floats, got {bits!r}"
