@@ -16,7 +16,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNor
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
-from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights

@@ -1,11 +1,11 @@
-"""All layers of a decoder for one new token, in one kernel.
+"""All layers of a decoder for one new token, as one persistent kernel.
 
-Persistent blocks, one a multiprocessor, go through the layers together and wait for each other six times in each: after
-the query, key and value projections, after attention and once it is joined, after the output projection, after gate and
-up, and after down. What passes from one to the next is a few vectors in memory, of numbers that say themselves that
-they have come (`marks`). Every block makes the whole token's operand for itself, the norm and the quantization
-included, since that is quicker than to wait for another. Weights and the cache depend on nothing that is computed: they
-are on their way to shared memory while blocks compute, and wait for each other.
+One block a multiprocessor; all blocks go through the layers together. They wait for each other six times in each: after
+the projections of queries, keys and values, after attention, after its combination, after the output projection, after
+gate and up, and after down. Only a few vectors pass from one phase to the next, in global memory and self-flagging
+(`cooperative.polling`). Every block normalizes and quantizes the whole token itself, which is quicker than waiting for
+another block to do it. Weights and the cache depend on nothing that is computed: they keep arriving in shared memory
+while blocks compute and while they wait.
 """
 
 from __future__ import annotations
@@ -21,17 +21,38 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.fragments import WARPS
+from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache, CacheRing, copies_of_chunk, slots_of_cache
-from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PRODUCTS, TILE, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.phases import PHASES, Buffers, LayersWeights, Phases, Shared, buffers_of
-from bipolar_jax.kernels.sm90.decode_step.polling import with_mark
+from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
+    Cache,
+    CacheRing,
+    cache_slot_types,
+    copies_of_chunk,
+)
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
+    HEAD_DIM,
+    PRODUCTS,
+    TILE,
+    WARPGROUPS,
+    Layers,
+    LayersShape,
+)
+from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import in_phase
+from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import BLOCK_WARPS
+from bipolar_jax.kernels.sm90.decode_step.phases import (
+    PHASES,
+    WRITTEN,
+    Buffers,
+    LayersWeights,
+    Phases,
+    SharedMemory,
+    buffers_of,
+)
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import WeightRing
 
-# Of a thread. A block of 5 warpgroups starts with 96 each, the most that 65536 allow, and shares out no others.
-_LOADING_REGISTERS, _COMPUTING_REGISTERS = 24, 112
+# Registers a thread. A block of 5 warpgroups starts with 96 each, the most that 65536 allow; setmaxnreg moves them from
+# the producer to the consumers.
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 112
 
 
 def run_layers(
@@ -42,38 +63,41 @@ def run_layers(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
-    """The hidden state after all layers, and their projections.
+    """The hidden state after all layers, and the projections of every layer.
 
     Args:
       hidden: of the new token, float32.
       weights: arrays.
       cache: arrays; the new token's keys and values are not in it, and are not written.
       shape: static.
-      interpret: parameters of interpret mode, for tests on a CPU. It knows no blocks that wait for each other: every
-        phase of every layer is a kernel then.
+      interpret: parameters of interpret mode, for tests on a CPU. Interpret mode runs blocks one after the other, so
+        they cannot wait for each other: every phase is a kernel there, in a loop over layers.
 
     Returns:
-      [hidden] float32; and queries, keys and values of the token before they are rotated.
+      [hidden] float32; and queries, keys and values of the token before rotation.
     """
-    run = functools.partial(_launch, shape, weights, cache, interpret=interpret)
     if interpret is None:
-        buffers = run(hidden, None, range(shape.num_layers), PHASES)
+        buffers = _launch(shape, weights, cache, hidden, None, None, PHASES, None)
     else:
-        buffers = Buffers(with_mark(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
-        for layer in range(shape.num_layers):
+
+        def layer(index, buffers):
             for phase in PHASES:
-                buffers = _merged(shape, layer, phase, buffers, run(hidden, buffers, range(layer, layer + 1), (phase,)))
+                after = _launch(shape, weights, cache, hidden, buffers, jnp.reshape(index, (1,)), (phase,), interpret)
+                buffers = _with_written(shape, index, phase, buffers, after)
+            return buffers
+
+        empty = Buffers(in_phase(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
+        buffers = lax.fori_loop(0, shape.num_layers, layer, empty)
     return buffers.hidden, buffers.qkv.reshape(shape.num_layers, -1)
 
 
-def _merged(shape: LayersShape, layer: int, phase: str, before: Buffers, after: Buffers) -> Buffers:
-    """The buffers after a phase that was a kernel of its own: it wrote one of them, or its layer's part."""
-    written = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "hidden"), strict=True))[phase]
-    new = getattr(after, written)
-    if written == "qkv":
-        mine = jnp.arange(new.size) // shape.products["qkv"].n == layer
-        new = jnp.where(mine, new, before.qkv)
-    return before._replace(**{written: new})
+def _with_written(shape: LayersShape, layer, phase: str, before: Buffers, after: Buffers) -> Buffers:
+    """The buffers after a phase that was a kernel of its own: it wrote one of them, of "qkv" its layer's values."""
+    name = WRITTEN[phase]
+    new = getattr(after, name)
+    if name == "qkv":
+        new = jnp.where(jnp.arange(new.size) // shape.products["qkv"].n == layer, new, before.qkv)
+    return before._replace(**{name: new})
 
 
 def _launch(
@@ -82,16 +106,19 @@ def _launch(
     cache: Cache,
     hidden,
     sources: Buffers | None,
-    layers: range,
+    layer,
     phases: Sequence[str],
-    interpret,
+    interpret: plgpu.InterpretGPUParams | None,
 ) -> Buffers:
-    """Runs phases of layers; without `sources` they read what they write."""
-    operands = (hidden, weights, cache, sources)
+    """Runs phases of all layers; or, if `layer` is given as int32 [1], of that one.
+
+    Phases read `sources`, or without these the buffers that they write.
+    """
+    operands = (hidden, weights, cache, sources, layer)
     flat, tree = jax.tree.flatten(operands)
     word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
     outs = launch_kernel(
-        functools.partial(_kernel, shape, layers, tuple(phases), tree, interpret is not None),
+        functools.partial(_kernel, shape, tuple(phases), tree),
         out_type=list(buffers_of(shape)),
         grid=(shape.blocks,),
         grid_names=("block",),
@@ -101,13 +128,13 @@ def _launch(
             w_slots=word_tiles((WARPGROUPS * shape.w_slots + 1, TILE, WORDS_PER_ROW)),
             w_arrived=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
-            x_tiles=word_tiles((WARPGROUPS, shape.most_turns, 8, WORDS_PER_ROW)),
-            cache_slots=slots_of_cache(shape, cache.keys.dtype),
+            x_tiles=word_tiles((WARPGROUPS, shape.max_k_slices, 8, WORDS_PER_ROW)),
+            cache_slots=cache_slot_types(shape, cache.keys.dtype),
             cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
-            products=plgpu.SMEM((WARPGROUPS, shape.most_rows), jnp.int32),
-            exchange=plgpu.SMEM((8, WARPGROUPS * WARPS), jnp.float32),
-            code_sums=plgpu.SMEM((WARPGROUPS * WARPS,), jnp.int32),
-            columns=plgpu.SMEM((WARPGROUPS * WARPS, HEAD_DIM), jnp.float32),
+            product_sums=plgpu.SMEM((WARPGROUPS, shape.max_rows), jnp.int32),
+            warp_results=plgpu.SMEM((8, BLOCK_WARPS), jnp.float32),
+            code_sums=plgpu.SMEM((BLOCK_WARPS,), jnp.int32),
+            context_sums=plgpu.SMEM((BLOCK_WARPS, HEAD_DIM), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
             released=plgpu.Barrier(),
         ),
@@ -118,25 +145,26 @@ def _launch(
     return Buffers(*outs)
 
 
-def _kernel(shape, layers, phases, tree, emulate, *refs, w_slots, w_arrived, w_emptied, **shared):
+def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared):
     operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
-    hidden, weights, cache, sources = jax.tree.unflatten(tree, operands)
-    me, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    hidden, weights, cache, sources, layer = jax.tree.unflatten(tree, operands)
+    layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     ring = WeightRing(shape, [name for name in PRODUCTS if name in phases], w_slots, w_arrived, w_emptied)
 
-    @pl.when(me == WARPGROUPS)
+    @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
-        ring.fill(weights.products, layers, block, emulate=emulate)
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        ring.fill(weights.products, layers, block)
 
-    @pl.when(me < WARPGROUPS)
+    @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
-        where = (me, block)
-        _compute(shape, layers, phases, ring, weights, cache, hidden, sources or outs, outs, where, emulate, **shared)
+        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        indices = (warpgroup, block)
+        _consume(shape, layers, phases, ring, weights, cache, hidden, sources or outs, outs, indices, **shared)
 
 
-def _compute(
+def _consume(
     shape,
     layers,
     phases,
@@ -146,8 +174,7 @@ def _compute(
     hidden,
     sources,
     outs,
-    where,
-    emulate,
+    indices,
     *,
     cache_slots,
     cache_arrived,
@@ -155,37 +182,43 @@ def _compute(
     released,
     **shared_refs,
 ):
-    """What the warpgroups do that do not load weights."""
-    me, block = where
+    """A consumer warpgroup: all phases of all layers.
+
+    Two barriers order the uses of shared memory within a block. All warpgroups arrive at `met`, at least twice a phase:
+    what all of them read (rows of `warp_results`) is written before one meeting, read after it, and overwritten after
+    the next. The first warpgroup alone reads after a phase's last meeting: `product_sums`, `code_sums`,
+    `context_sums`, and the rows of `warp_results` that attention ends with. It arrives at `released` when it has read
+    all of these, and every warpgroup waits for that before it runs the next phase, which overwrites them.
+    """
+    warpgroup, block = indices
 
     def meet():
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
 
-    shared = Shared(meet=meet, emulate=emulate, **shared_refs)
+    shared = SharedMemory(meet=meet, **shared_refs)
     cache_ring = None
     if "attention" in phases:
-        cache_ring = CacheRing(shape, cache, layers, me, block, cache_slots, cache_arrived)
-    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block)
-    if emulate:
-        index = 0 * me
-        steps.run(phases[0], index, layers[0], steps.prepare(phases[0], layers[0]))
+        cache_ring = CacheRing(shape, cache, layers, warpgroup, block, cache_slots, cache_arrived)
+    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block)
+    if is_interpreted():  # one phase of one layer, whose inputs are complete
+        steps.run(phases[0], 0 * warpgroup, layers.first, steps.prepare(phases[0], layers.first))
         return
 
     def release():
-        @pl.when(me == 0)
+        @pl.when(warpgroup == 0)
         def _():
             plgpu.barrier_arrive(released)
 
     steps.enter(hidden)
-    _meet_blocks(shape.blocks, me, meet)
+    _meet_blocks(shape.blocks, warpgroup, meet)
 
     def layer(index, carry):
         for phase in phases:
             prepared = steps.prepare(phase, index)
-            # While the first warpgroup finishes a phase the others must not keep memory busy by looking for what
-            # comes next; it alone joins what it has left.
-            if phase != "join":
+            # Also keeps the other warpgroups from polling, and loading memory, while the first one finishes a phase.
+            # The first one alone combines what it wrote in "attention", so that these two count as one phase.
+            if phase != "combine":
                 plgpu.barrier_wait(released)
             steps.run(phase, index, index, prepared)
             if phase != "attention":
@@ -193,14 +226,14 @@ def _compute(
         return carry
 
     release()
-    lax.fori_loop(0, len(layers), layer, ())
+    lax.fori_loop(0, layers.count, layer, ())
 
 
-def _meet_blocks(blocks: int, me, meet) -> None:
+def _meet_blocks(blocks: int, warpgroup, meet) -> None:
     """Waits for all blocks, and for what their first warpgroups wrote."""
     blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
-    @pl.when(me == 0)
+    @pl.when(warpgroup == 0)
     def _():
         plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
         plgpu.semaphore_wait(blocks_met, blocks, decrement=False, memory_scope="gpu")

@@ -1,9 +1,8 @@
-"""The phases of a layer, as a warpgroup goes through them: what it reads, computes and leaves for other blocks."""
+"""The phases of a layer, for one consumer warpgroup: what each reads, computes, and writes for other blocks."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,43 +10,38 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.sm90.arithmetic import activations
 from bipolar_jax.kernels.sm90.core.fragments import VECTOR, pinned, repeat
-from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
-from bipolar_jax.kernels.sm90.decode_step.attention import join
+from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
-from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, PARTIAL, PRODUCTS, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.polling import written_mark
-from bipolar_jax.kernels.sm90.decode_step.products import column_terms, finish, multiply, prefetch_terms, rows_of
-from bipolar_jax.kernels.sm90.decode_step.quantize_token import layer_normalized, quantize_token
-from bipolar_jax.kernels.sm90.decode_step.vectors import (
-    await_parts,
-    load_part,
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PARTIAL_SIZE, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
+from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
+    load_slice,
     load_vector,
-    prefetch_vector,
+    poll_slices,
+    prefetch,
     store_vector,
 )
+from bipolar_jax.kernels.sm90.decode_step.products import chunk_rows, column_terms, finish, multiply, prefetch_terms
+from bipolar_jax.kernels.sm90.decode_step.quantize_token import layer_normalized, quantize_token, slice_starts
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
-PHASES = ("qkv", "attention", "join", "o", "up", "down")
-# As `kernels.prologue`'s, of what Mosaic can lower.
-_FUNCTIONS = {
-    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
-    "gelu": lambda x: 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
-    "relu": lambda x: jnp.maximum(x, 0.0),
-}
+PHASES = ("qkv", "attention", "combine", "o", "up", "down")
 
 
 class Buffers(NamedTuple):
-    """What passes between phases: flat float32 arrays in memory, of marked numbers.
+    """Values that pass between phases: flat float32 arrays in global memory, self-flagging (`cooperative.polling`).
 
     Attributes:
-      hidden: what a layer reads.
-      attended: what its feed-forward reads.
+      hidden: input of the layer.
+      attended: input of the feed-forward block.
       qkv: projections of every layer.
-      partials: of attention, for every head `splits` of PARTIAL numbers.
-      context: the heads' attention.
-      ffn: activations between up, and its gate, and down.
+      partials: partial attentions, `splits` of PARTIAL_SIZE for every head.
+      context: output of attention, by head.
+      ffn: activations, input of the down projection.
     """
 
     hidden: Any
@@ -58,6 +52,13 @@ class Buffers(NamedTuple):
     ffn: Any
 
 
+# The buffer that each phase writes.
+WRITTEN = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "hidden"), strict=True))
+# The buffer that each product multiplies, and the one that it is added to.
+_INPUTS = {"qkv": "hidden", "o": "context", "up": "attended", "down": "ffn"}
+_RESIDUALS = {"o": "hidden", "down": "attended"}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayersWeights:
@@ -65,7 +66,7 @@ class LayersWeights:
 
     Attributes:
       products: by name, of PRODUCTS.
-      norms: by the product that follows, flat gains and, of LayerNorms, biases [layers * hidden].
+      norms: by the name of the product that follows: flat gains and, for LayerNorm, biases, [layers * hidden].
     """
 
     products: dict[str, ProductWeights]
@@ -78,7 +79,7 @@ def buffers_of(shape: LayersShape) -> Buffers:
         shape.hidden,
         shape.hidden,
         shape.num_layers * shape.products["qkv"].n,
-        PARTIAL * shape.heads * shape.splits,
+        PARTIAL_SIZE * shape.heads * shape.splits,
         shape.heads * HEAD_DIM,
         shape.ffn,
     )
@@ -86,162 +87,165 @@ def buffers_of(shape: LayersShape) -> Buffers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
-    """What the warpgroups of a block share: refs, `meet` to wait for each other, and whether this is interpret mode."""
+class SharedMemory:
+    """Shared memory through which the consumer warpgroups of a block pass values, and their barrier.
 
-    products: Any
-    exchange: Any
+    Attributes:
+      product_sums: of a product, int32 [warpgroups, rows].
+      warp_results: float32 [8, warps]: rows for `reductions`.
+      code_sums: of the token, int32 [warps].
+      context_sums: of attention, float32 [warps, HEAD_DIM].
+      x_tiles: bit planes of the token, uint32 [warpgroups, K slices, 8, 32].
+      meet: waits for all consumer warpgroups of the block.
+    """
+
+    product_sums: Any
+    warp_results: Any
     code_sums: Any
-    columns: Any
+    context_sums: Any
     x_tiles: Any
     meet: Callable[[], None]
-    emulate: bool
 
 
 class Phases:
-    """The phases of a layer, of one warpgroup. What is left in memory for other blocks, the first one leaves."""
+    """The phases of a layer, for one warpgroup. Only the first warpgroup writes to global memory."""
 
-    def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, me, block):
+    def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block):
         self._shape, self._weights, self._cache = shape, weights, cache
         self._ring, self._cache_ring, self._shared = ring, cache_ring, shared
-        self._sources, self._outs, self._where = sources, outs, (me, block)
+        self._sources, self._outs, self._indices = sources, outs, (warpgroup, block)
         self._pin()
 
     def _pin(self) -> None:
-        self._me, self._block = (pinned(number) for number in self._where)
+        self._warpgroup, self._block = (pinned(index) for index in self._indices)
 
     def enter(self, hidden) -> None:
-        """Copies this block's rows of what the first layer reads to where the next ones find theirs.
+        """Copies this block's rows of the first layer's input to `Buffers.hidden`.
 
-        All that other blocks will wait for is cleared of the mark that they wait for.
+        All other values that blocks will poll for get the opposite phase bit: the buffers are not initialized.
         """
         shape, outs = self._shape, self._outs
-        nothing = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
+        zeros = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
 
-        def clear(ref, name: str, start, mark) -> None:
+        def clear(ref, name: str, start, phase) -> None:
             for chunk in range(shape.products[name].chunks):
-                first, count = rows_of(shape.products[name], self._block, chunk)
-                store_vector(ref, nothing, start + first, count, mark, emulate=self._shared.emulate)
+                first, count = chunk_rows(shape.products[name], self._block, chunk)
+                store_vector(ref, zeros, start + first, count, phase)
 
         def clear_projections(layer) -> None:
-            clear(outs.qkv, "qkv", layer * shape.products["qkv"].n, 1 - written_mark(layer))
+            clear(outs.qkv, "qkv", layer * shape.products["qkv"].n, 1 - phase_bit(layer))
 
-        @pl.when(self._me == 0)
+        @pl.when(self._warpgroup == 0)
         def _():
             down = shape.products["down"]
             for chunk in range(down.chunks):
-                first, count = rows_of(down, self._block, chunk)
-                numbers = self._load(hidden, first, first + count)
-                store_vector(outs.hidden, numbers, first, count, 0, emulate=self._shared.emulate)
+                first, count = chunk_rows(down, self._block, chunk)
+                store_vector(outs.hidden, load_vector(hidden, first, first + count), first, count, 0)
             repeat(shape.num_layers, clear_projections)
             clear(outs.attended, "o", 0, 0)
             clear(outs.ffn, "up", 0, 0)
-            join.clear(shape, self._block, outs.partials, outs.context, emulate=self._shared.emulate)
+            combine.clear(shape, self._block, outs.partials, outs.context)
 
-    def prepare(self, phase: str, layer):
-        """What a phase of a layer reads first, of what no other block computes: the norm's vectors, or of attention.
-
-        What the next product will read of that kind is sent for.
-        """
+    def prepare(self, phase: str, layer) -> Any:
+        """Loads the phase's static inputs (norm weights, RoPE tables), and prefetches the next product's terms."""
         self._pin()
-        emulate = self._shared.emulate
         if phase == "attention":
-            return load_tables(self._cache, emulate=emulate)
-        if phase == "join":
+            return load_tables(self._cache)
+        if phase == "combine":
             return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
         self._prefetch(following, jnp.minimum(layer + (following == PRODUCTS[0]), self._shape.num_layers - 1))
         start = layer * self._shape.hidden
         end = start + self._shape.hidden
         return [
-            [load_part(vector, start + at, end, emulate=emulate) for at in self._starts(phase)]
+            [load_slice(vector, start + first, end) for first in self._slice_starts(phase)]
             for vector in self._weights.norms.get(phase, ())
         ]
 
     def _prefetch(self, phase: str, layer) -> None:
-        shape, emulate = self._shape, self._shared.emulate
+        shape = self._shape
 
-        @pl.when(self._me == 1)
+        @pl.when(self._warpgroup == 1)
         def _():
-            prefetch_terms(shape, self._weights.products[phase], layer, phase, self._block, emulate=emulate)
+            prefetch_terms(shape, self._weights.products[phase], layer, phase, self._block)
             if phase in self._weights.norms:
 
-                @pl.when(self._block == 0)  # for all
+                @pl.when(self._block == 0)  # for all blocks
                 def _():
                     for vector in self._weights.norms[phase]:
-                        prefetch_vector(vector, layer * shape.hidden, shape.hidden, emulate=emulate)
-
-    def _residual(self, phase: str):
-        """What a product is added to, in chunks of 128: this block left it itself."""
-        source = {"o": self._sources.hidden, "down": self._sources.attended}.get(phase)
-        if source is None:
-            return None
-        product = self._shape.products[phase]
-        rows = [rows_of(product, self._block, chunk) for chunk in range(product.chunks)]
-        return [self._load(source, first, first + count) for first, count in rows]
+                        prefetch(vector, layer * shape.hidden, shape.hidden)
 
     def run(self, phase: str, index, layer, prepared) -> None:
-        """One phase of a layer, which is the index-th that is computed."""
+        """Runs one phase of a layer, which is the index-th that the launch computes."""
         self._pin()
-        shape, shared = self._shape, self._shared
         if phase == "attention":
-            start, partials, mark = layer * shape.products["qkv"].n, self._outs.partials, written_mark(layer)
-            ring, qkv, where = self._cache_ring, self._sources.qkv, (self._me, self._block)
-            attend(shape, self._cache, ring, index, prepared, qkv, start, mark, *where, shared, partials)
-            return
-        if phase == "join":
+            self._attend(index, layer, prepared)
+        elif phase == "combine":
 
-            @pl.when(self._me == 0)
+            @pl.when(self._warpgroup == 0)
             def _():
                 partials, context = self._sources.partials, self._outs.context
-                join.join(shape, self._block, partials, context, written_mark(layer), emulate=shared.emulate)
+                combine.combine(self._shape, self._block, partials, context, phase_bit(layer))
 
-            return
-        product, parts, squares = shape.products[phase], self._inputs(phase, layer), None
-        norm = [[part.astype(jnp.float32) for part in vector] for vector in prepared]
+        else:
+            self._multiply(phase, index, layer, prepared)
+
+    def _attend(self, index, layer, tables) -> None:
+        qkv_start, partials, phase = layer * self._shape.products["qkv"].n, self._outs.partials, phase_bit(layer)
+        ring, qkv, indices = self._cache_ring, self._sources.qkv, (self._warpgroup, self._block)
+        attend(self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, self._shared, partials)
+
+    def _multiply(self, name: str, index, layer, norm) -> None:
+        """A product: norm, quantization, integer sums, and the rest by the first warpgroup."""
+        shape, shared = self._shape, self._shared
+        product, k_slices, squares = shape.products[name], self._inputs(name, layer), None
+        norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
         if norm and shape.norm == "rms":
-            squares = [part * part for part in parts]
-            parts = [part * gain for part, gain in zip(parts, *norm, strict=True)]
+            squares = [x * x for x in k_slices]
+            k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
         elif norm:
-            parts = layer_normalized(parts, *norm, product.k, shape.norm_eps, self._me, shared)
-        grid = quantize_token(parts, squares, product.k, shape.norm_eps, shape.a_format, self._me, shared)
-        # Not before: what the quantizer leaves for the tensor cores waits for all loads that are under way.
-        weights = self._weights.products[phase]
-        terms = column_terms(shape, weights, layer, phase, self._block, emulate=shared.emulate)
-        residual = self._residual(phase)
-        multiply(shape, self._ring, index, phase, self._me, shared.x_tiles, shared.products, emulate=shared.emulate)
+            k_slices = layer_normalized(k_slices, *norm, product.k, shape.norm_eps, self._warpgroup, shared)
+        grid = quantize_token(k_slices, squares, product.k, shape.norm_eps, shape.a_format, self._warpgroup, shared)
+        # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
+        weights = self._weights.products[name]
+        terms = column_terms(shape, weights, layer, name, self._block)
+        residual = self._residual(name)
+        multiply(shape, self._ring, index, name, self._warpgroup, shared.x_tiles, shared.product_sums)
         shared.meet()
 
-        @pl.when(self._me == 0)
+        @pl.when(self._warpgroup == 0)
         def _():
             for chunk in range(product.chunks):
-                halves = [finish(shape, phase, terms[i][chunk], shared, grid, i, chunk) for i in range(product.halves)]
+                halves = [finish(shape, name, terms[i][chunk], shared, grid, i, chunk) for i in range(product.halves)]
                 if residual is not None:
                     halves = [halves[0] + residual[chunk]]
-                self._leave(phase, layer, halves, *rows_of(product, self._block, chunk))
+                self._store(name, layer, halves, *chunk_rows(product, self._block, chunk))
 
-    def _inputs(self, phase: str, layer):
-        """The parts of the token that this warpgroup multiplies, once they are there."""
-        sources, product = self._sources, self._shape.products[phase]
-        source = {"qkv": sources.hidden, "o": sources.context, "up": sources.attended, "down": sources.ffn}[phase]
-        mark = written_mark(layer - 1 if phase == "qkv" else layer)
-        needed = rows_of(product, self._block, 0)[1] > 0
-        return await_parts(source, self._starts(phase), product.k, mark, needed, emulate=self._shared.emulate)
+    def _inputs(self, name: str, layer) -> list[Float[Array, "1024"]]:
+        """The K slices of the token that this warpgroup multiplies, once other blocks have written them."""
+        product = self._shape.products[name]
+        source = getattr(self._sources, _INPUTS[name])
+        phase = phase_bit(layer - 1 if name == "qkv" else layer)
+        needed = chunk_rows(product, self._block, 0)[1] > 0
+        return poll_slices(source, self._slice_starts(name), product.k, Awaited(phase, needed))
 
-    def _leave(self, phase: str, layer, halves, first, count) -> None:
-        """Stores what a product gives."""
-        outs, numbers = self._outs, halves[0]
-        if phase == "qkv":
+    def _residual(self, name: str) -> list[Float[Array, "128"]] | None:
+        """What the product is added to, by chunk. This block wrote it itself, so there is nothing to poll for."""
+        if name not in _RESIDUALS:
+            return None
+        source, product = getattr(self._sources, _RESIDUALS[name]), self._shape.products[name]
+        rows = [chunk_rows(product, self._block, chunk) for chunk in range(product.chunks)]
+        return [load_vector(source, first, first + count) for first, count in rows]
+
+    def _store(self, name: str, layer, halves, first, count) -> None:
+        """Stores a chunk of a product; `halves` are gate and up, or one chunk."""
+        values = halves[0]
+        if name == "qkv":
             first += layer * self._shape.products["qkv"].n
-        elif phase == "up":
-            numbers = _FUNCTIONS[self._shape.activation.function](numbers)
-            numbers = (numbers * halves[1] if len(halves) == 2 else numbers) + 0.0  # a mark would make -0 negative
-        target = {"qkv": outs.qkv, "o": outs.attended, "up": outs.ffn, "down": outs.hidden}[phase]
-        store_vector(target, numbers, first, count, written_mark(layer), emulate=self._shared.emulate)
+        elif name == "up":
+            values = activations.ACCURATE[self._shape.activation.function](values)
+            values = (values * halves[1] if len(halves) == 2 else values) + 0.0  # -0 with phase bit 1 would be negative
+        store_vector(getattr(self._outs, WRITTEN[name]), values, first, count, phase_bit(layer))
 
-    def _starts(self, phase: str):
-        """Where in K the parts begin that this warpgroup multiplies."""
-        return [(self._me + turn * WARPGROUPS) * K_SLICE for turn in range(self._shape.products[phase].turns)]
-
-    def _load(self, ref, start, end):
-        return load_vector(ref, start, end, emulate=self._shared.emulate)
+    def _slice_starts(self, name: str):
+        return slice_starts(self._warpgroup, self._shape.products[name].k_slices)

@@ -1,6 +1,6 @@
-"""The token's numbers to bit planes: every block quantizes all, every warpgroup the parts of K that it multiplies.
+"""Normalizes and quantizes the token: every block the whole token, every warpgroup the K slices that it multiplies.
 
-The arithmetic is that of `kernels.activations.quantize_tokens`, where the reasons are.
+The arithmetic is that of `kernels.semantics.activations.quantize_tokens`, which gives the reasons.
 """
 
 from __future__ import annotations
@@ -14,106 +14,97 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.grid import spanning_scale, zero_code_of
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
-from bipolar_jax.kernels.sm90.decode_step.bit_planes import pack
-from bipolar_jax.kernels.sm90.decode_step.config import WARPGROUPS
-from bipolar_jax.kernels.sm90.decode_step.exchange import collect, share
-from bipolar_jax.kernels.sm90.decode_step.vectors import clear_beyond
-from bipolar_jax.quantize.calibration import LARGEST_SCALE, SMALLEST_SCALE
+from bipolar_jax.kernels.sm90.decode_step.bit_planes import store_bit_planes
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
+from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block, reduce_warps
+from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import zero_beyond
+
+# Rows of `SharedMemory.warp_results`.
+_MAX, _MIN, _SQUARES, _SUM = range(4)
 
 
-class Grid(NamedTuple):
-    """The token's grid, scalars: numbers are 2 scale (code - zero_code), or scale (2 code - 1) of one bit."""
+class TokenGrid(NamedTuple):
+    """The token's grid: numbers are 2 scale (code - zero_code), or scale (2 code - 1) for one bit."""
 
     scale: Float[Array, ""]
     zero_code: Int[Array, ""]
 
 
+def slice_starts(warpgroup: Int[Array, ""], count: int) -> list[Int[Array, ""]]:
+    """Index in K of the first element of each of a warpgroup's K slices."""
+    return [(warpgroup + i * WARPGROUPS) * K_SLICE for i in range(count)]
+
+
 def layer_normalized(
-    parts: Sequence[Float[Array, "1024"]],
+    k_slices: Sequence[Float[Array, "1024"]],
     gains: Sequence[Float[Array, "1024"]],
     biases: Sequence[Float[Array, "1024"]],
     k: int,
     eps: float,
-    me: Int[Array, ""],
+    warpgroup: Int[Array, ""],
     shared,
 ) -> list[Float[Array, "1024"]]:
-    """This warpgroup's parts of (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, 0 beyond K.
+    """This warpgroup's K slices of (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, 0 beyond K.
 
-    The variance is of the differences: mean of squares less square of mean cancels where the mean is large.
+    The variance is the mean of squared differences: the mean of squares less the squared mean cancels where the mean is
+    large.
     """
-    emulate = shared.emulate
-    share(shared.exchange.at[3], me, parts, "sum", emulate=emulate)
+    starts = slice_starts(warpgroup, len(k_slices))
+    results = shared.warp_results.at[_SUM]
+    reduce_warps(results, warpgroup, k_slices, "sum")
     shared.meet()
-    mean = collect(shared.exchange.at[3], "sum", emulate=emulate) * (1 / k)
-
-    def cleared(turn, part):
-        return clear_beyond(part, (me + turn * WARPGROUPS) * K_SLICE, k, emulate=emulate)
-
-    differences = [cleared(turn, part - mean) for turn, part in enumerate(parts)]
-    share(shared.exchange.at[2], me, [part * part for part in differences], "sum", emulate=emulate)
+    mean = reduce_block(results, "sum") * (1 / k)
+    differences = [zero_beyond(x - mean, start, k) for x, start in zip(k_slices, starts, strict=True)]
+    results = shared.warp_results.at[_SQUARES]
+    reduce_warps(results, warpgroup, [x * x for x in differences], "sum")
     shared.meet()
-    size = lax.rsqrt(collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / k) + eps)
+    factor = lax.rsqrt(reduce_block(results, "sum") * (1 / k) + eps)
     return [
-        cleared(turn, part * size * gain + bias)
-        for turn, (part, gain, bias) in enumerate(zip(differences, gains, biases, strict=True))
+        zero_beyond(x * factor * gain + bias, start, k)
+        for x, gain, bias, start in zip(differences, gains, biases, starts, strict=True)
     ]
 
 
 def quantize_token(
-    parts: Sequence[Float[Array, "1024"]],
+    k_slices: Sequence[Float[Array, "1024"]],
     squares: Sequence[Float[Array, "1024"]] | None,
     k: int,
     eps: float,
     a_format: BipolarFormat,
-    me: Int[Array, ""],
+    warpgroup: Int[Array, ""],
     shared,
-) -> Grid:
-    """Packs this warpgroup's parts of the token into its tiles, and leaves the sums of codes.
+) -> TokenGrid:
+    """Stores the bit planes of this warpgroup's K slices of the token in its tiles, and its warps' sums of codes.
 
     Args:
-      parts: this warpgroup's, 0 beyond K.
-      squares: with an RMSNorm: x^2, the parts being x * gain; what is quantized is these times
-        r = 1 / sqrt(mean(x^2) + eps).
-      k: elements that count.
+      k_slices: this warpgroup's, 0 beyond K.
+      squares: for an RMSNorm: x^2, where the K slices are x * gain; these times 1 / sqrt(mean(x^2) + eps) are
+        quantized.
+      k: the contracted size.
       eps: of the norm.
       a_format: 1 to 8 bits.
-      me: the warpgroup.
-      shared: `exchange` float32 [8, warps], `code_sums` int32 [warps], `x_tiles` [warpgroups, parts, 8, 32], `meet`.
+      warpgroup: of the calling threads.
+      shared: `phases.SharedMemory`.
     """
-    emulate = shared.emulate
-    share(shared.exchange.at[0], me, parts, "max", emulate=emulate)
-    share(shared.exchange.at[1], me, parts, "min", emulate=emulate)
+    results = shared.warp_results
+    reduce_warps(results.at[_MAX], warpgroup, k_slices, "max")
+    reduce_warps(results.at[_MIN], warpgroup, k_slices, "min")
     if squares is not None:
-        share(shared.exchange.at[2], me, squares, "sum", emulate=emulate)
+        reduce_warps(results.at[_SQUARES], warpgroup, squares, "sum")
     shared.meet()
-    high = jnp.maximum(collect(shared.exchange.at[0], "max", emulate=emulate), 0.0)
-    low = jnp.minimum(collect(shared.exchange.at[1], "min", emulate=emulate), 0.0)
-    size = None
+    high = jnp.maximum(reduce_block(results.at[_MAX], "max"), 0.0)
+    low = jnp.minimum(reduce_block(results.at[_MIN], "min"), 0.0)
+    factor = None
     if squares is not None:
-        size = lax.rsqrt(collect(shared.exchange.at[2], "sum", emulate=emulate) * (1 / k) + eps)
-    grid, half_steps = _grid(high, low, size, a_format)
-    middle = jnp.float32(a_format.code_offset) if a_format.bits == 1 else grid.zero_code.astype(jnp.float32)
-    tiles = [shared.x_tiles.at[me, turn] for turn in range(len(parts))]
-    starts = [(me + turn * WARPGROUPS) * K_SLICE for turn in range(len(parts))]
-    pack(tiles, shared.code_sums, me, parts, starts, k, half_steps, middle, a_format, emulate=emulate)
+        factor = lax.rsqrt(reduce_block(results.at[_SQUARES], "sum") * (1 / k) + eps)
+    scale, half_steps = spanning_scale(high, low, a_format, factor)
+    one_bit = a_format.bits == 1
+    zero_code = jnp.int32(0) if one_bit else zero_code_of(low, half_steps, a_format)
+    middle = jnp.float32(a_format.code_offset) if one_bit else zero_code.astype(jnp.float32)
+    tiles = [shared.x_tiles.at[warpgroup, i] for i in range(len(k_slices))]
+    starts = slice_starts(warpgroup, len(k_slices))
+    store_bit_planes(tiles, shared.code_sums, warpgroup, k_slices, starts, k, half_steps, middle, a_format)
     plgpu.commit_smem()
-    return grid
-
-
-def _grid(high, low, size, a_format: BipolarFormat) -> tuple[Grid, Float[Array, ""]]:
-    """`spanning_grid` of numbers from low to high, times the size if there is one; and 1 / (2 scale)."""
-    top = a_format.max_value
-    scale = jnp.maximum(high, -low) if top == 1 else (high * 0.5 - low * 0.5) * (1 / top)
-    if size is not None:
-        scale = scale * size
-    scale = jnp.where(scale > LARGEST_SCALE, jnp.float32(float("inf")), scale)
-    vanishes = scale < SMALLEST_SCALE
-    scale = jnp.where(vanishes, 0.0, scale)
-    half_steps = jnp.where(vanishes, 0.0, 0.5 / jnp.where(vanishes, 1.0, scale))
-    if size is not None:
-        half_steps = half_steps * size
-    if top == 1:
-        return Grid(scale, jnp.int32(0)), half_steps
-    zero_code = jnp.minimum(jnp.maximum(0.5 - low * half_steps, 0.0), float(top)).astype(jnp.int32)
-    return Grid(scale, zero_code), half_steps
+    return TokenGrid(scale, zero_code)

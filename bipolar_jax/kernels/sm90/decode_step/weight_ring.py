@@ -1,8 +1,7 @@
-"""The way of all weights through shared memory: a ring of slots that a warpgroup of its own keeps filling.
+"""The weight ring: slots of shared memory that a producer warpgroup keeps filling with all weights of all layers.
 
-A slot has one plane of a tile of 32 columns and, for each of the other warpgroups, 1024 elements of K. What is loaded
-depends on nothing that is computed, so that it runs ahead over products and layers, while blocks wait for each other
-too.
+A slot holds one bit plane of a tile of 32 output rows: a K slice for each consumer warpgroup. The loads depend on
+nothing that is computed, so the producer runs ahead across products and layers, also while blocks wait for each other.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.decode_step.config import TILE, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TILE, WARPGROUPS, Layers, LayersShape
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductWeights:
-    """Weights of one of the four products of every layer.
+    """Weights of one of the four products, of every layer.
 
     Attributes:
-      words: bit planes, rows of words, uint32 [layers, planes, n, words].
-      code_sums, scale, offset, bias: of the columns, flat [layers * n]; None for what there is not.
+      words: bit planes, uint32 [layers, planes, n, words].
+      code_sums, scale, offset, bias: of the columns, flat [layers * n]; None if there is none.
     """
 
     words: Any
@@ -42,14 +41,14 @@ class ProductWeights:
 
 @dataclasses.dataclass(frozen=True)
 class WeightRing:
-    """The slots, and the order in which weights go through them.
+    """The slots, and the order in which weights pass through them.
 
     Attributes:
       shape: of the layers.
       names: of the products that are computed, in order.
-      slots: shared memory, uint32 [w_slots * warpgroups + 1, 32, 32]; the last is never written.
-      arrived: barriers [w_slots], of a load for each warpgroup.
-      emptied: barriers [w_slots], of each warpgroup.
+      slots: shared memory, uint32 [w_slots * warpgroups + 1, 32, 32]; the last entry is never written.
+      arrived: barriers [w_slots], one arrival for each warpgroup's load.
+      emptied: barriers [w_slots], one arrival for each warpgroup.
     """
 
     shape: LayersShape
@@ -58,40 +57,40 @@ class WeightRing:
     arrived: Any
     emptied: Any
 
-    def number(self, layer, name: str, tile) -> Int[Array, ""]:
-        """The count of slots filled before a tile; layers are counted from the first that is computed."""
+    def first_load(self, layer, name: str, tile) -> Int[Array, ""]:
+        """The index of a tile's first load; layers are counted from the first that is computed."""
         loads = {name: self._loads(name) for name in self.names}
         before = sum(loads[other] for other in self.names[: self.names.index(name)])
         return layer * sum(loads.values()) + before + tile * (loads[name] // self.shape.products[name].tiles)
 
-    def wait(self, number, me):
-        """Waits for the number-th filling; gives the warpgroup's [32, 32 words], behind which there is memory."""
-        slot = lax.rem(number, self.shape.w_slots)
+    def wait(self, load, warpgroup):
+        """Waits for a load; returns the warpgroup's K slice of it, [32, 32 words], behind which there is memory."""
+        slot = lax.rem(load, self.shape.w_slots)
         plgpu.barrier_wait(self.arrived.at[slot])
-        return self.slots.at[slot * WARPGROUPS + me]
+        return self.slots.at[slot * WARPGROUPS + warpgroup]
 
-    def release(self, number) -> None:
-        """What was waited for is done with."""
-        plgpu.barrier_arrive(self.emptied.at[lax.rem(number, self.shape.w_slots)])
+    def release(self, load) -> None:
+        """The warpgroup no longer reads what it waited for."""
+        plgpu.barrier_arrive(self.emptied.at[lax.rem(load, self.shape.w_slots)])
 
-    def fill(self, weights: dict[str, ProductWeights], layers: range, block, *, emulate: bool) -> None:
-        """Loads everything, as slots become free, and waits until the last ones are."""
+    def fill(self, weights: dict[str, ProductWeights], layers: Layers, block) -> None:
+        """Loads all weights as slots become free, and waits until the last slots are free."""
 
         def load_product(name: str, layer, carry):
             product, bits = self.shape.products[name], self.shape.w_format.bits
 
             def load_tile(tile, carry):
                 half, tile = lax.div(tile, product.rows // TILE), lax.rem(tile, product.rows // TILE)
-                within = block * product.rows + tile * TILE
-                # What is beyond a half is not the next one's: it comes as zeros, and from no memory.
-                row = jnp.where(within < product.size, half * product.size + within, product.n)
+                row_in_half = block * product.rows + tile * TILE
+                # Rows beyond a half must not be the next half's: from row n on TMA fills in zeros and reads nothing.
+                row = jnp.where(row_in_half < product.half_size, half * product.half_size + row_in_half, product.n)
 
                 def load_plane(index, carry):
-                    turn, plane = lax.div(index, bits), lax.rem(index, bits)
-                    source = weights[name].words.at[layers[0] + layer, plane, pl.ds(row, TILE)]
-                    return self._load(source, turn * WARPGROUPS * WORDS_PER_ROW, carry)
+                    k_slice, plane = lax.div(index, bits), lax.rem(index, bits)
+                    source = weights[name].words.at[layers.first + layer, plane, pl.ds(row, TILE)]
+                    return self._load(source, k_slice * WARPGROUPS * WORDS_PER_ROW, carry)
 
-                return lax.fori_loop(0, pinned(product.turns * bits), load_plane, carry)
+                return lax.fori_loop(0, pinned(product.k_slices * bits), load_plane, carry)
 
             return lax.fori_loop(0, pinned(product.tiles), load_tile, carry)
 
@@ -100,12 +99,12 @@ class WeightRing:
                 carry = load_product(name, layer, carry)
             return carry
 
-        lax.fori_loop(0, len(layers), load_layer, (jnp.int32(0), jnp.int32(0)))
-        for slot in range(min(self.shape.w_slots, len(layers) * sum(map(self._loads, self.names)))):
+        lax.fori_loop(0, layers.count, load_layer, (jnp.int32(0), jnp.int32(0)))
+        for slot in range(min(self.shape.w_slots, layers.count * sum(map(self._loads, self.names)))):
             plgpu.barrier_wait(self.emptied.at[slot])
 
-    def _load(self, rows, word, carry):
-        """Loads a plane of a tile from a word on: the carry is how many were loaded, and where the next goes."""
+    def _load(self, plane_rows, first_word, carry):
+        """Loads a plane of a tile, from a word on. The carry is the number of loads so far, and the next slot."""
         count, slot = carry
 
         @pl.when(count >= self.shape.w_slots)
@@ -113,9 +112,9 @@ class WeightRing:
             plgpu.barrier_wait(self.emptied.at[slot])
 
         for warpgroup in range(WARPGROUPS):
-            # [32, 32 words]; what is beyond K, and rows beyond the last, come as zeros.
+            # [32, 32 words]; zeros beyond K and beyond the last row.
             plgpu.copy_gmem_to_smem(
-                rows.at[:, pl.ds(word + warpgroup * WORDS_PER_ROW, WORDS_PER_ROW)],
+                plane_rows.at[:, pl.ds(first_word + warpgroup * WORDS_PER_ROW, WORDS_PER_ROW)],
                 self.slots.at[slot * WARPGROUPS + warpgroup],
                 self.arrived.at[slot],
             )
@@ -123,4 +122,4 @@ class WeightRing:
 
     def _loads(self, name: str) -> int:
         product = self.shape.products[name]
-        return product.tiles * product.turns * self.shape.w_format.bits
+        return product.tiles * product.k_slices * self.shape.w_format.bits

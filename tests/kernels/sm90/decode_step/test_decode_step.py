@@ -10,19 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision, quantize
-from bipolar_jax.kernels import sm90
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.decode_step import api
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
-from bipolar_jax.kernels.sm90.decode_step.bit_planes import transposed_bytes
-from bipolar_jax.kernels.sm90.decode_step.config import HEAD_DIM, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.exchange import in_order
+from bipolar_jax.kernels.sm90.decode_step.bit_planes import transpose_bits
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import ordered_bits
 from bipolar_jax.models.blocks import fused_decode
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.config import TransformerConfig
@@ -33,6 +32,7 @@ from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
@@ -199,7 +199,7 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
@@ -375,7 +375,7 @@ def test_bits_of_eight_bytes_are_transposed(monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     rows = np.random.default_rng(0).integers(0, 256, (128, 8), np.uint8)
     words = [np.ascontiguousarray(rows[:, i : i + 4]).view(np.int32)[:, 0] for i in (0, 4)]
-    low, high = transposed_bytes(*words)
+    low, high = transpose_bits(*words)
     planes = np.stack([low, high], axis=1).view(np.uint8)
     bits = np.unpackbits(rows[..., None], axis=2, bitorder="little")  # [thread, byte, bit]
     np.testing.assert_array_equal(planes, np.packbits(bits, axis=1, bitorder="little")[:, 0])
@@ -385,6 +385,6 @@ def test_floats_in_order_as_integers(monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     numbers = np.sort(np.random.default_rng(0).standard_normal(128)).astype(np.float32)
     numbers[[0, -2, -1]] = -np.inf, np.inf, np.nan
-    words = in_order(numbers.view(np.int32))
+    words = ordered_bits(numbers.view(np.int32))
     assert (np.diff(words.astype(np.int64)) > 0).all()
-    np.testing.assert_array_equal(in_order(words), numbers.view(np.int32))
+    np.testing.assert_array_equal(ordered_bits(words), numbers.view(np.int32))

@@ -1,1 +1,1 @@
-"""Attention inside the decode step's kernel."""
+"""Attention to the cache within the kernel of the decode step."""

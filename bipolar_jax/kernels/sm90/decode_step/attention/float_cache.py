@@ -1,4 +1,7 @@
-"""What of attention is written for threads, as functions of arrays: scores, sums of values, partial results joined."""
+"""Attention to a cache of 16-bit floats: scores and sums of values, as functions of arrays.
+
+`float_fragments` has the code of one thread; here it is applied to arrays, and paired with twins.
+"""
 
 from __future__ import annotations
 
@@ -6,81 +9,83 @@ import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     ALONG_ROWS,
     MATRIX,
     SPLAT,
     VECTOR,
     WARPS,
-    in_register,
+    as_array,
     lane_and_warp,
     numbers_of,
     only_word,
+    packed_word,
+    scalar_of,
     thread_index,
     word_of,
 )
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
-from bipolar_jax.kernels.sm90.decode_step.attention import float_cache_threads as threads
-from bipolar_jax.kernels.sm90.decode_step.attention import quantized_cache_threads
-from bipolar_jax.kernels.sm90.decode_step.exchange import in_order
+from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
+from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import ordered_bits
 
 _QUERY_WORDS = 16 * WARPGROUP
-HALF_SUMS = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, layout=MATRIX)
 QUERY_LAYOUT = plgpu.Layout.WG_STRIDED((_QUERY_WORDS,), vec_size=4)  # 16 words a thread
+SUMS_SHAPE = (64, 32)  # of the sums of values over half of the elements: 16 floats a thread
+SUMS_TYPE = plgpu.ShapeDtypeStruct(SUMS_SHAPE, jnp.float32, layout=MATRIX)
+ROWS_TYPE = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS)
 
 
-def warp_max(values: Float[Array, "64"], *, emulate: bool) -> Float[Array, "64"]:
-    """The largest of the 16 rows of a warp, in all of them; layout ALONG_ROWS."""
-    if emulate:
-        rows = values.reshape(WARPS, -1)
-        return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(-1)
+def _warp_max_twin(values):
+    by_warp = values.reshape(WARPS, -1)
+    return jnp.broadcast_to(jnp.max(by_warp, axis=1, keepdims=True), by_warp.shape).reshape(-1)
 
-    @plgpu.inline_mgpu(
-        arg_types=(ALONG_ROWS,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS)
-    )
+
+@with_twin(_warp_max_twin)
+def warp_max(values: Float[Array, "64"]) -> Float[Array, "64"]:
+    """The largest of the 16 rows of a warp, in all of these rows; layout ALONG_ROWS."""
+
+    @plgpu.inline_mgpu(arg_types=(ALONG_ROWS,), return_type=ROWS_TYPE)
     def inline(_, values):
         larger = functools.partial(ptx.extreme, "max", "f32")
         word = larger(*(word_of(register) for register in values.registers.flat))
-        word = in_order(ptx.over_warp("max", in_order(word)))
-        return along_rows([ptx.as_float(word)] * 2)
+        word = ordered_bits(ptx.over_warp("max", ordered_bits(word)))
+        return as_array([ptx.as_float(word)] * 2, (64,), ALONG_ROWS)
 
     return inline(values)
 
 
-def share_query(target, query: Float[Array, "128"], dtype: jnp.dtype, *, emulate: bool) -> None:
-    """Leaves a query in shared memory, for keys of that dtype.
+def _store_query_twin(target, query, dtype):
+    target[0] = query
+
+
+@with_twin(_store_query_twin)
+def store_query(target, query: Float[Array, "128"], dtype: jnp.dtype) -> None:
+    """Stores a query in shared memory, in the order and type that keys of a dtype need.
 
     Args:
       target: float32 [at least 2, 128].
       query: in the layout VECTOR.
-      dtype: bfloat16 or float16; or uint8, of keys as codes.
+      dtype: of the keys: bfloat16 or float16; or uint8, of codes.
     """
     codes = dtype == jnp.uint8
-    name = quantized_cache_threads.NUMBER if codes else PTX_TYPES[jnp.dtype(dtype).name]
-    if emulate:
-        target[0] = query
-        return
+    number = quantized_fragments.NUMBER if codes else PTX_TYPES[jnp.dtype(dtype).name]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR))
     def inline(_, target, query):
-        number = ptx.as_float(only_word(query))
-        threads.store_query(name, ptx.pointer(target, ptx.SHARED), thread_index(), number, codes=codes)
+        element = ptx.as_float(only_word(query))
+        float_fragments.store_query(number, ptx.pointer(target, ptx.SHARED), thread_index(), element, codes=codes)
 
     inline(target, query)
 
 
-def load_query(source, *, emulate: bool) -> Array:
-    """What `share_query` left, for `row_scores`."""
-    if emulate:
-        return source[0]
+@with_twin(lambda source: source[0])
+def load_query(source) -> Array:
+    """What `store_query` stored, as the operand of `row_scores`."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -88,87 +93,43 @@ def load_query(source, *, emulate: bool) -> Array:
     )
     def inline(_, source):
         lane, _ = lane_and_warp()
-        words = threads.load_query(ptx.pointer(source, ptx.SHARED), lane)
-        layout = QUERY_LAYOUT.to_mgpu()
-        registers = np.empty(layout.registers_shape((_QUERY_WORDS,)), dtype=object)
-        registers.flat = [in_register(*words[i : i + 4]) for i in range(0, len(words), 4)]
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+        words = float_fragments.load_query(ptx.pointer(source, ptx.SHARED), lane)
+        return as_array(words, (_QUERY_WORDS,), QUERY_LAYOUT, is_signed=True)
 
     return inline(source)
 
 
-def row_scores(keys: Sequence[Float[Array, "64 64"]], query: Array, *, emulate: bool) -> Float[Array, "64"]:
+def _row_scores_twin(keys, query):
+    halves = zip(keys, jnp.split(query, 2), strict=True)
+    return sum(jnp.sum(key.astype(jnp.float32) * half, axis=1) for key, half in halves)
+
+
+@with_twin(_row_scores_twin)
+def row_scores(keys: Sequence[Float[Array, "64 64"]], query: Array) -> Float[Array, "64"]:
     """keys . query, float32, in the layout ALONG_ROWS.
 
     Args:
       keys: both halves of every row, 16-bit floats in the layout MATRIX.
-      query: of `load_query`.
+      query: from `load_query`.
     """
-    if emulate:
-        return sum(
-            jnp.sum(key.astype(jnp.float32) * part, axis=1) for key, part in zip(keys, jnp.split(query, 2), strict=True)
-        )
     number = PTX_TYPES[jnp.dtype(keys[0].dtype).name]
 
-    @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * len(keys), QUERY_LAYOUT),
-        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS),
-    )
+    @plgpu.inline_mgpu(arg_types=(*[MATRIX] * len(keys), QUERY_LAYOUT), return_type=ROWS_TYPE)
     def inline(_, *arrays):
         *keys, query = arrays
-        blocks = [tuple(map(_two_halves, pair)) for key in keys for pair in key.registers.reshape(-1, 2)]
-        return along_rows(threads.scores(number, blocks, numbers_of(query)))
+        tiles = [tuple(map(packed_word, pair)) for key in keys for pair in key.registers.reshape(-1, 2)]
+        return as_array(float_fragments.scores(number, tiles, numbers_of(query)), (64,), ALONG_ROWS)
 
     return inline(*keys, query)
 
 
-def add_values(
-    sums: Sequence[Float[Array, "64 32"]],
-    before: Float[Array, "64"],
-    values: Sequence,
-    weights: Float[Array, "64"],
-    *,
-    emulate: bool,
-) -> tuple[Float[Array, "64 32"], ...]:
-    """sums * before + weights . values, for both halves of the values.
-
-    Args:
-      sums: of the 16 rows of every warp and 64 numbers; which element is where is known to `share_columns` alone.
-      before: of the rows, alike within a warp.
-      values: refs in shared memory, 16-bit floats [64, 64] in the 128-byte swizzle.
-      weights: of the rows.
-    """
-    if emulate:
-        return emulated_sums(sums, before, [half[...].astype(jnp.float32) for half in values], weights)
-    number = PTX_TYPES[jnp.dtype(values[0].dtype).name]
-
-    @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * 2),
-        return_type=(HALF_SUMS, HALF_SUMS),
-    )
-    def inline(_, *arrays):
-        sums, (before, weights), values = arrays[:2], arrays[2:4], arrays[4:]
-        factor = ptx.as_float(word_of(before.registers.flat[0]))
-        lane, warp = lane_and_warp()
-        both = [ptx.as_float(word_of(register)) for register in weights.registers.flat]
-        words = threads.spread_weights(number, both, lane)
-        new = []
-        for old, half in zip(sums, values, strict=True):
-            numbers = [ptx.multiply(x, factor) for x in numbers_of(old)]
-            numbers = threads.add_values(number, ptx.pointer(half, ptx.SHARED), words, lane, warp, numbers)
-            new.append(half_of_sums(numbers))
-        return tuple(new)
-
-    return inline(*sums, before, weights, *values)
-
-
-def emulated_sums(
+def add_values_twin(
     sums: Sequence[Float[Array, "64 32"]],
     before: Float[Array, "64"],
     values: Sequence[Float[Array, "64 64"]],
     weights: Float[Array, "64"],
 ) -> tuple[Float[Array, "64 32"], ...]:
-    """`add_values` in interpret mode: a warp's 64 sums are in the first two of its rows."""
+    """The twin of `add_values`, for arrays of values. The first two rows of a warp hold its 64 sums."""
     by_warp = weights.reshape(WARPS, 1, -1)
     factor = before.reshape(WARPS, -1)[:, :1, None]
     new = []
@@ -179,61 +140,80 @@ def emulated_sums(
     return tuple(new)
 
 
-def share_columns(
-    exchange,
+def _add_values_twin(sums, before, values, weights):
+    return add_values_twin(sums, before, [half[...].astype(jnp.float32) for half in values], weights)
+
+
+@with_twin(_add_values_twin)
+def add_values(
+    sums: Sequence[Float[Array, "64 32"]], before: Float[Array, "64"], values: Sequence, weights: Float[Array, "64"]
+) -> tuple[Float[Array, "64 32"], ...]:
+    """sums * before + weights . values, for both halves of the values.
+
+    Args:
+      sums: for each warp, over its 16 rows, of 64 elements; only `store_context_sums` knows which sum is where.
+      before: [rows], equal within a warp.
+      values: refs in shared memory, 16-bit floats [64, 64] in the 128-byte swizzle.
+      weights: [rows].
+    """
+    number = PTX_TYPES[jnp.dtype(values[0].dtype).name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * 2),
+        return_type=(SUMS_TYPE, SUMS_TYPE),
+    )
+    def inline(_, *arrays):
+        sums, (before, weights), values = arrays[:2], arrays[2:4], arrays[4:]
+        factor = ptx.as_float(word_of(before.registers.flat[0]))
+        lane, warp = lane_and_warp()
+        two_rows = [ptx.as_float(word_of(register)) for register in weights.registers.flat]
+        words = float_fragments.spread_weights(number, two_rows, lane)
+        new = []
+        for old, half in zip(sums, values, strict=True):
+            numbers = [ptx.multiply(x, factor) for x in numbers_of(old)]
+            numbers = float_fragments.add_values(number, ptx.pointer(half, ptx.SHARED), words, lane, warp, numbers)
+            new.append(as_array(numbers, SUMS_SHAPE, MATRIX))
+        return tuple(new)
+
+    return inline(*sums, before, weights, *values)
+
+
+def _store_context_sums_twin(target, warpgroup, sums, weights, *, codes=False):
+    for half, half_sums in enumerate(sums):
+        weighted = half_sums.reshape(WARPS, 16, 32)[:, :2].reshape(WARPS, 64) * weights.reshape(WARPS, 16)[:, :1]
+        for warp in range(WARPS):
+            target[warpgroup * WARPS + warp, 64 * half : 64 * (half + 1)] = weighted[warp]
+
+
+@with_twin(_store_context_sums_twin)
+def store_context_sums(
+    target,
     warpgroup: Int[Array, ""],
     sums: Sequence[Float[Array, "64 32"]],
     weights: Float[Array, "64"],
     *,
     codes: bool = False,
-    emulate: bool,
 ) -> None:
-    """Every warp leaves its sums, weighted.
+    """Every warp stores its sums of values, times its weight.
 
     Args:
-      exchange: float32 in shared memory, [warps of the block, 128].
-      warpgroup: which this is.
-      sums: of `add_values`.
-      weights: of the rows, alike within a warp, in the layout ALONG_ROWS.
-      codes: whether the sums are `code_rows.add_values`'.
+      target: shared memory, float32 [warps of the block, 128].
+      warpgroup: of the calling threads.
+      sums: from `add_values`.
+      weights: [rows], equal within a warp, in the layout ALONG_ROWS.
+      codes: whether the sums are from `quantized_cache.add_values`.
     """
-    if emulate:
-        for half, part in enumerate(sums):
-            whole = part.reshape(WARPS, 16, 32)[:, :2].reshape(WARPS, 64) * weights.reshape(WARPS, 16)[:, :1]
-            for warp in range(WARPS):
-                exchange[warpgroup * WARPS + warp, 64 * half : 64 * (half + 1)] = whole[warp]
-        return
-    stride = 4 * exchange.shape[1]
+    row_bytes = 4 * target.shape[1]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, *[MATRIX] * 2, ALONG_ROWS))
-    def inline(_, exchange, warpgroup, *arrays):
+    def inline(_, target, warpgroup, *arrays):
         *sums, weights = arrays
         weight = ptx.as_float(word_of(weights.registers.flat[0]))
         lane, warp = lane_and_warp()
-        row = ptx.plus(ptx.times(warpgroup.registers.item(), WARPS), warp)
-        target = ptx.advance_far(ptx.pointer(exchange, ptx.SHARED), row, stride)
-        for half, part in enumerate(sums):
-            threads.leave_sums(ptx.advance(target, 256 * half), numbers_of(part), weight, lane, codes=codes)
+        row = ptx.plus(ptx.times(scalar_of(warpgroup), WARPS), warp)
+        pointer = ptx.advance_far(ptx.pointer(target, ptx.SHARED), row, row_bytes)
+        for half, half_sums in enumerate(sums):
+            half_pointer = ptx.advance(pointer, 256 * half)
+            float_fragments.store_sums(half_pointer, numbers_of(half_sums), weight, lane, codes=codes)
 
-    inline(exchange, jnp.int32(warpgroup), *sums, weights)
-
-
-def half_of_sums(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
-    """The array of a thread's 16 sums."""
-    layout = MATRIX.to_mgpu()
-    registers = np.empty(layout.registers_shape((64, 32)), dtype=object)
-    registers.flat = [in_register(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _two_halves(register: ir.Value) -> ir.Value:
-    """A register of two 16-bit floats, as a word."""
-    return llvm.bitcast(ptx.i32_type(), register)
-
-
-def along_rows(numbers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
-    """The array of a thread's two rows."""
-    layout = ALONG_ROWS.to_mgpu()
-    registers = np.empty(layout.registers_shape((64,)), dtype=object)
-    registers.flat = [in_register(number) for number in numbers]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    inline(target, jnp.int32(warpgroup), *sums, weights)

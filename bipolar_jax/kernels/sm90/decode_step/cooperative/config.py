@@ -1,10 +1,10 @@
-"""How the layers of a decode step are cut up: rows of the output over blocks, parts of K over warpgroups, memory."""
+"""How the layers are divided: rows of the output over blocks, K over warpgroups, shared memory over its uses."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
@@ -14,25 +14,32 @@ from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.unsupported import Unsupported
 
-WARPGROUPS = 4  # that compute; another one loads weights
-TILE = 32  # columns of the output
-POSITIONS = 64  # of the cache, in a chunk
+WARPGROUPS = 4  # that compute; a fifth loads weights
+TILE = 32  # rows of the output (columns of the weights) in a tile
+CHUNK_POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
-PARTIAL = HEAD_DIM + TILE  # numbers that a block leaves of its head's attention
+PARTIAL_SIZE = HEAD_DIM + TILE  # floats of a block's partial attention
 PRODUCTS = ("qkv", "o", "up", "down")
-_MOST_SPLITS = 16  # whose results one thread puts together
+_MAX_SPLITS = 16  # partial attentions that one thread combines
+
+
+class Layers(NamedTuple):
+    """The consecutive layers that a launch computes: `first` may be traced, `count` is static."""
+
+    first: Any
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One of a layer's four products, as blocks and warpgroups share it out.
+    """One of a layer's four products, divided over blocks and warpgroups.
 
-    A block has the rows block * rows ... of each half of the output, in tiles of 32; its warpgroups take
-    parts of K in turn.
+    A block computes `rows` consecutive rows of each half of the output, in tiles of 32. Its warpgroups take K slices
+    round-robin.
 
     Attributes:
       n, k: sizes.
-      halves: 2 where the output is gate and up, of which a block wants the same rows.
+      halves: 2 where the output is gate and up, of which a block computes the same rows; else 1.
       blocks: of the kernel.
     """
 
@@ -42,28 +49,27 @@ class Product:
     blocks: int
 
     @property
-    def size(self) -> int:
-        """Of a half of the output."""
+    def half_size(self) -> int:
         return self.n // self.halves
 
     @property
     def rows(self) -> int:
-        """Of a half that a block has; the last blocks may have fewer, or none."""
-        return -(-self.size // (self.blocks * TILE)) * TILE
+        """Rows of a half for each block; the last blocks may have fewer, or none."""
+        return -(-self.half_size // (self.blocks * TILE)) * TILE
 
     @property
     def tiles(self) -> int:
-        """Of a block."""
+        """Tiles of a block."""
         return self.halves * self.rows // TILE
 
     @property
     def chunks(self) -> int:
-        """Vectors of 128 rows of a half."""
+        """Vectors of 128 rows that cover a block's rows of a half."""
         return -(-self.rows // HEAD_DIM)
 
     @property
-    def turns(self) -> int:
-        """Parts of K that a warpgroup takes; the last may be beyond K, and come as zeros."""
+    def k_slices(self) -> int:
+        """K slices of a warpgroup; the last may lie beyond K, and is loaded as zeros."""
         return -(-self.k // (K_SLICE * WARPGROUPS))
 
 
@@ -78,9 +84,9 @@ class LayersShape:
       a_format, w_format: of all products.
       norm: "rms" or "layer".
       norm_eps: of the norms.
-      activation: in the feed-forward block: of the gate if it is gated, whose rows come before up's.
-      blocks: one a multiprocessor.
-      cache_bits: of the cache's codes, 8 or 4; or None where it has floats of 16 bits.
+      activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
+      blocks: of the grid, at most one a multiprocessor.
+      cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
     """
 
     num_layers: int
@@ -120,45 +126,48 @@ class LayersShape:
 
     @property
     def splits(self) -> int:
-        """Blocks that share the positions of a head."""
-        return min(self.blocks // self.heads, _MOST_SPLITS)
+        """Blocks among which a head's positions are split."""
+        return min(self.blocks // self.heads, _MAX_SPLITS)
 
     @property
-    def joined(self) -> int:
-        """Of a head's numbers, those that one of these blocks puts together: a power of two; the last have none."""
+    def combined(self) -> int:
+        """Elements of a head's context that each of its blocks combines: a power of two; the last blocks get none."""
         return max(TILE, HEAD_DIM >> (self.splits.bit_length() - 1))
 
     @property
     def cache_slots(self) -> int:
-        """Chunks that a warpgroup has room for; where weights are many, floats of keys and values take turns in one."""
+        """Chunks that a warpgroup has room for: one of keys and one of values, or one for both in turn.
+
+        Floats beside wide weights leave room for one only.
+        """
         return 2 if self.w_format.bits <= 2 or self.cache_bits is not None else 1
 
     @property
     def cache_row_bytes(self) -> int:
-        """Of a vector in the cache, without its scale and zero."""
+        """Of one position's key or value, without scale and zero."""
         return HEAD_DIM * (self.cache_bits or 16) // 8
 
     @property
-    def most_turns(self) -> int:
-        return max(product.turns for product in self.products.values())
+    def max_k_slices(self) -> int:
+        return max(product.k_slices for product in self.products.values())
 
     @property
-    def most_rows(self) -> int:
-        """Of all tiles of a block, filled up for vectors of 128 from any half's start."""
+    def max_rows(self) -> int:
+        """Rows of all tiles of a block, padded so that a vector of 128 may start at any row of a half."""
         return max(product.tiles * TILE for product in self.products.values()) + HEAD_DIM
 
     @property
     def w_slots(self) -> int:
-        """Slots of the weights' ring: a plane of a tile, and a part of K for every warpgroup."""
+        """Slots of the weight ring; each holds a plane of a tile, a K slice for every warpgroup."""
         left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
         return left // (WARPGROUPS * TILE * BYTES_PER_ROW)
 
     @property
     def _other_bytes(self) -> int:
-        """Of shared memory besides the ring; where the cache has codes it has 6 bytes a vector for scales and zeros."""
-        tokens = WARPGROUPS * self.most_turns * 8 * BYTES_PER_ROW
-        sums = 4 * WARPGROUPS * self.most_rows
+        """Shared memory besides the weight ring; a position of a quantized cache has 6 more bytes, scale and zero."""
+        tokens = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW
+        sums = 4 * WARPGROUPS * self.max_rows
         grid = 0 if self.cache_bits is None else 4 + 2
-        cache = self.cache_slots * WARPGROUPS * POSITIONS * (self.cache_row_bytes + grid)
-        columns = 4 * WARPGROUPS * WARPS * HEAD_DIM
-        return tokens + sums + cache + columns + 2 * 1024
+        cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
+        context_sums = 4 * WARPGROUPS * WARPS * HEAD_DIM
+        return tokens + sums + cache + context_sums + 2 * 1024

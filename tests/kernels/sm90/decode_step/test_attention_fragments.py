@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.decode_step.attention import float_cache_threads as threads
-from bipolar_jax.kernels.sm90.decode_step.attention import quantized_cache_threads
+from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
 from tests.support import warpgroup_simulator
 
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -27,15 +26,15 @@ def test_scores_are_those_of_float32(number, monkeypatch):
     query = rng.standard_normal(128).astype(np.float32)
     keys = rng.standard_normal((64, 128)).astype(DTYPES[number])
     memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
-    threads.store_query(number, memory, THREAD, query)
-    words = threads.load_query(memory, LANE)
+    float_fragments.store_query(number, memory, THREAD, query)
+    words = float_fragments.load_query(memory, LANE)
     rows, pairs = 16 * WARP + LANE // 4, 2 * (LANE % 4)
     blocks = [
         tuple(words_of(np.stack([keys[rows + below, 8 * i + pairs + j] for j in range(2)], axis=1)) for below in (0, 8))
         for i in range(16)
     ]
     expected = keys.astype(np.float64) @ query
-    for below, found in zip((0, 8), threads.scores(number, blocks, words), strict=True):
+    for below, found in zip((0, 8), float_fragments.scores(number, blocks, words), strict=True):
         np.testing.assert_allclose(found, expected[rows + below], atol=3e-6)
 
 
@@ -47,7 +46,7 @@ def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
     weights = rng.random(64).astype(np.float32)
     before = rng.standard_normal(128).astype(np.float32)
     rows = 16 * WARP + LANE // 4
-    words = threads.spread_weights(number, [weights[rows], weights[rows + 8]], LANE)
+    words = float_fragments.spread_weights(number, [weights[rows], weights[rows + 8]], LANE)
     # The 128-byte swizzle: piece p of 16 bytes of row r is where piece p ^ (r % 8) would be.
     pieces = values.reshape(2, 64, 8, 8)
     swizzled = np.stack([pieces[:, row, np.arange(8) ^ (row % 8)] for row in range(64)], axis=1)
@@ -59,9 +58,9 @@ def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
         ]
         sums = [np.where(i % 2 == 0, x, 0).astype(np.float32) for i, x in enumerate(sums)]
         source = ptx.pointer(np.ascontiguousarray(swizzled[half]), ptx.SHARED)
-        sums = threads.add_values(number, source, words, LANE, WARP, sums)
+        sums = float_fragments.add_values(number, source, words, LANE, WARP, sums)
         target = ptx.advance(ptx.pointer(left, ptx.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
-        threads.leave_sums(target, sums, ptx.float32(0.5), LANE)
+        float_fragments.store_sums(target, sums, ptx.float32(0.5), LANE)
     by_warp = (weights.reshape(4, 1, 16) @ np.concatenate(values, axis=1).astype(np.float64).reshape(4, 16, 128))[:, 0]
     np.testing.assert_allclose(left, 0.5 * (by_warp + before), atol=3e-6)
 
@@ -84,15 +83,15 @@ def test_scores_of_codes_are_those_of_float32(bits, monkeypatch):
     codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
     codes[0], codes[9] = 0, 2**bits - 1
     memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
-    threads.store_query("bf16", memory, THREAD, query, codes=True)
-    words = threads.load_query(memory, LANE)
+    float_fragments.store_query("bf16", memory, THREAD, query, codes=True)
+    words = float_fragments.load_query(memory, LANE)
     source = ptx.pointer(swizzled(codes, bits), ptx.SHARED)
     expected = (codes.astype(np.float64) - 2 ** (bits - 1)) @ query
     rows = 16 * WARP + LANE // 4
-    for below, found in zip((0, 8), quantized_cache_threads.scores(bits, source, words, LANE, WARP), strict=True):
+    for below, found in zip((0, 8), quantized_fragments.scores(bits, source, words, LANE, WARP), strict=True):
         np.testing.assert_allclose(found, expected[rows + below], atol=3e-6 * 2**bits)
     np.testing.assert_allclose(
-        quantized_cache_threads.query_sum(words), np.full(128, query.sum(dtype=np.float64)), atol=3e-6
+        quantized_fragments.query_sum(words), np.full(128, query.sum(dtype=np.float64)), atol=3e-6
     )
 
 
@@ -103,14 +102,12 @@ def test_values_of_codes_are_summed_by_weights_of_float32(bits, monkeypatch):
     codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
     weights = rng.random(64).astype(np.float32)
     rows = 16 * WARP + LANE // 4
-    words = threads.spread_weights("bf16", [weights[rows], weights[rows + 8]], LANE)
+    words = float_fragments.spread_weights("bf16", [weights[rows], weights[rows + 8]], LANE)
     sums = [np.zeros(128, np.float32)] * 32
-    sums = quantized_cache_threads.add_values(
-        bits, ptx.pointer(swizzled(codes, bits), ptx.SHARED), words, LANE, WARP, sums
-    )
+    sums = quantized_fragments.add_values(bits, ptx.pointer(swizzled(codes, bits), ptx.SHARED), words, LANE, WARP, sums)
     left = np.zeros((4, 128), np.float32)
     for half in range(2):
         target = ptx.advance(ptx.pointer(left, ptx.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
-        threads.leave_sums(target, sums[16 * half : 16 * half + 16], ptx.float32(0.5), LANE, codes=True)
+        float_fragments.store_sums(target, sums[16 * half : 16 * half + 16], ptx.float32(0.5), LANE, codes=True)
     signed = codes.reshape(4, 16, 128).astype(np.float64) - 2 ** (bits - 1)
     np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)

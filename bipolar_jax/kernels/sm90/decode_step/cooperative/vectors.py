@@ -1,0 +1,250 @@
+"""Flat arrays in global memory: bounds-checked loads, polling loads, stores with a phase bit, and prefetches.
+
+A vector is 128 elements, one a thread of the warpgroup. A K slice is 1024 elements, eight a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
+from bipolar_jax.kernels.sm90.core.fragments import (
+    K_SLICE_LAYOUT,
+    SPLAT,
+    VECTOR,
+    as_k_slice,
+    as_vector,
+    load_k_slice,
+    numbers_of,
+    only_word,
+    scalar_of,
+    thread_index,
+)
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
+from bipolar_jax.kernels.sm90.core.polling import poll_words, store_in_phase
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
+from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
+
+_STORE_UNIT = 32  # elements; the count of a stored vector is a multiple
+_CACHE_LINE = 128  # bytes
+_VECTOR_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
+_K_SLICE_TYPE = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT)
+
+
+def _load_vector_twin(ref, start, end):
+    index = start + lax.iota(jnp.int32, WARPGROUP)
+    return jnp.where(index < end, ref[...][jnp.where(index < end, index, 0)].astype(_loaded_dtype(ref)), 0)
+
+
+@with_twin(_load_vector_twin)
+def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int) -> Array:
+    """ref[start : start + 128], with 0 from `end` on: float32, or int32 of integers.
+
+    Args:
+      ref: flat, in global memory; bfloat16, or 4 bytes an element.
+    """
+    dtype, size = _loaded_dtype(ref), jnp.dtype(ref.dtype).itemsize
+    integers = dtype == jnp.int32
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), dtype, layout=VECTOR),
+    )
+    def inline(_, ref, start, end):
+        index = ptx.plus(scalar_of(start), thread_index())
+        valid = ptx.less(index, scalar_of(end))
+        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), ptx.choose(valid, index, ptx.int32(0)), size)
+        word = ptx.shift_left(ptx.load_half(pointer), 16) if size == 2 else ptx.load(pointer, 1)[0]
+        word = ptx.choose(valid, word, ptx.int32(0))
+        return as_vector(word if integers else ptx.as_float(word), dtype)
+
+    return inline(ref, jnp.int32(start), jnp.int32(end))
+
+
+def _loaded_dtype(ref) -> jnp.dtype:
+    if ref.dtype != jnp.bfloat16 and jnp.dtype(ref.dtype).itemsize != 4:
+        raise ValueError(f"vectors are bfloat16 or have 4 bytes an element, got {ref.dtype}")
+    return jnp.int32 if jnp.issubdtype(ref.dtype, jnp.integer) else jnp.float32
+
+
+def _poll_vectors_twin(ref, starts, rotations, awaited):
+    lanes = lax.iota(jnp.int32, WARPGROUP)
+    return [
+        nan_unless_in_phase(ref[...][start + (lanes + rotation) % WARPGROUP], awaited.phase)
+        for start, rotation in zip(starts, rotations, strict=True)
+    ]
+
+
+@with_twin(_poll_vectors_twin)
+def poll_vectors(
+    ref, starts: Sequence[Int[Array, ""]], rotations: Sequence[int], awaited: Awaited
+) -> list[Float[Array, "128"]]:
+    """Vectors that other blocks write; all loads are in flight at once.
+
+    Args:
+      ref: flat float32 in global memory.
+      starts: index of each vector's first element.
+      rotations: for each vector r: its element i is ref[start + (i + r) mod 128].
+      awaited: what to poll for.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts))), return_type=tuple(_VECTOR_TYPE for _ in starts)
+    )
+    def inline(_, ref, phase, needed, *starts):
+        thread, base = thread_index(), ptx.pointer(ref, ptx.GLOBAL)
+        pointers = []
+        for start, rotation in zip(starts, rotations, strict=True):
+            element = ptx.bits_of(ptx.plus(thread, rotation), WARPGROUP - 1)
+            pointers.append(ptx.advance_far(base, ptx.plus(scalar_of(start), element), 4))
+        words = poll_words([(pointer, 1) for pointer in pointers], scalar_of(phase), scalar_of(needed))
+        return tuple(as_vector(ptx.as_float(word), jnp.float32) for (word,) in words)
+
+    return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
+
+
+def _store_vector_twin(ref, values, start, count, phase):
+    for i in range(0, WARPGROUP, _STORE_UNIT):
+
+        @pl.when(i < count)
+        def _(i=i):
+            ref[pl.ds(start + i, _STORE_UNIT)] = in_phase(values[i : i + _STORE_UNIT], phase)
+
+
+@with_twin(_store_vector_twin)
+def store_vector(
+    ref, values: Float[Array, "128"], start: Int[Array, ""], count: Int[Array, ""] | int, phase: Int[Array, ""] | int
+) -> None:
+    """ref[start : start + count] = values[:count], each with the phase bit.
+
+    Args:
+      ref: flat float32 in global memory.
+      values: in the layout VECTOR.
+      count: a multiple of 32; nothing is stored if it is not positive.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR, SPLAT, SPLAT, SPLAT))
+    def inline(_, ref, values, start, count, phase):
+        thread = thread_index()
+        with ptx.when(ptx.less(thread, scalar_of(count))):
+            pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), ptx.plus(scalar_of(start), thread), 4)
+            store_in_phase(pointer, only_word(values), scalar_of(phase))
+
+    inline(ref, values, jnp.int32(start), jnp.int32(count), jnp.int32(phase))
+
+
+def _poll_slices_twin(ref, starts, end, awaited):
+    indices = [start + lax.iota(jnp.int32, K_SLICE) for start in starts]
+    return [
+        jnp.where(i < end, nan_unless_in_phase(ref[...][jnp.where(i < end, i, 0)], awaited.phase), 0) for i in indices
+    ]
+
+
+@with_twin(_poll_slices_twin)
+def poll_slices(ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaited) -> list[Float[Array, "1024"]]:
+    """K slices that other blocks write; all loads are in flight at once.
+
+    Args:
+      ref: flat float32 in global memory.
+      starts: index of each slice's first element, a multiple of 8.
+      end: a multiple of 8; elements from there on are 0.
+      awaited: what to poll for.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts))), return_type=tuple(_K_SLICE_TYPE for _ in starts)
+    )
+    def inline(_, ref, phase, needed, *starts):
+        first, base = ptx.times(thread_index(), 8), ptx.pointer(ref, ptx.GLOBAL)
+        indices = [ptx.plus(scalar_of(start), first) for start in starts]
+        inside = [ptx.less(index, end) for index in indices]
+        loads = []
+        for index, valid in zip(indices, inside, strict=True):
+            pointer = ptx.advance_far(base, ptx.choose(valid, index, ptx.int32(0)), 4)
+            loads += [(pointer, 4), (ptx.advance(pointer, 16), 4)]
+        quads = poll_words(loads, scalar_of(phase), scalar_of(needed))
+        slices = []
+        for valid, low, high in zip(inside, quads[::2], quads[1::2], strict=True):
+            slices.append(as_k_slice([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
+        return tuple(slices)
+
+    return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
+
+
+def _load_slice_twin(ref, start, end):
+    _check_slice_dtype(ref)
+    index = start + lax.iota(jnp.int32, K_SLICE)
+    return ref[...][jnp.where(index < end, index, end - 8)]
+
+
+@with_twin(_load_slice_twin)
+def load_slice(ref, start: Int[Array, ""], end: Int[Array, ""]) -> Float[Array, "1024"]:
+    """ref[start : start + 1024] in its dtype; elements from `end` on are undefined.
+
+    The values are not touched, not even zeroed: that would wait for the loads.
+
+    Args:
+      ref: flat float32 or bfloat16 in global memory.
+      start, end: multiples of 8.
+    """
+    _check_slice_dtype(ref)
+    dtype = ref.dtype
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((K_SLICE,), dtype, layout=K_SLICE_LAYOUT),
+    )
+    def inline(_, ref, start, end):
+        index, end = ptx.plus(scalar_of(start), ptx.times(thread_index(), 8)), scalar_of(end)
+        index = ptx.choose(ptx.less(index, end), index, ptx.plus(end, -8))
+        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, jnp.dtype(dtype).itemsize)
+        return load_k_slice(pointer, dtype)
+
+    return inline(ref, jnp.int32(start), jnp.int32(end))
+
+
+def _check_slice_dtype(ref) -> None:
+    if ref.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"K slices are loaded from bfloat16 or float32, not from {ref.dtype}")
+
+
+@with_twin(lambda ref, start, count: None)
+def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int) -> None:
+    """Prefetches ref[start : start + count] of a flat array to the L2 cache: one line a thread, at most 128 lines.
+
+    A partial line at the end, where `start` is not aligned to lines, is not prefetched.
+    """
+    line = _CACHE_LINE // jnp.dtype(ref.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
+    def inline(_, ref, start, count):
+        element = ptx.times(thread_index(), line)
+        with ptx.when(ptx.less(element, scalar_of(count))):
+            index = ptx.plus(scalar_of(start), element)
+            ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, _CACHE_LINE // line))
+
+    inline(ref, jnp.int32(start), jnp.int32(count))
+
+
+def _zero_beyond_twin(values, start, end):
+    return jnp.where(start + lax.iota(jnp.int32, K_SLICE) < end, values, 0)
+
+
+@with_twin(_zero_beyond_twin)
+def zero_beyond(values: Float[Array, "1024"], start: Int[Array, ""], end: Int[Array, ""] | int) -> Float[Array, "1024"]:
+    """A K slice whose first element has the index `start`, with 0 from the index `end` on; both are multiples of 8."""
+
+    @plgpu.inline_mgpu(arg_types=(K_SLICE_LAYOUT, SPLAT, SPLAT), return_type=_K_SLICE_TYPE)
+    def inline(_, values, start, end):
+        index = ptx.plus(scalar_of(start), ptx.times(thread_index(), 8))
+        inside = ptx.less(index, scalar_of(end))
+        return as_k_slice([ptx.choose(inside, number, ptx.float32(0)) for number in numbers_of(values)])
+
+    return inline(values, jnp.int32(start), jnp.int32(end))
