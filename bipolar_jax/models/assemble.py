@@ -1,4 +1,4 @@
-"""From a stream of named tensors to a `Transformer`, checked, and without a second copy of the weights."""
+"""Builds a `Transformer` from a stream of named tensors, with checks and without a second copy of the weights."""
 
 from __future__ import annotations
 
@@ -14,57 +14,56 @@ from flax import nnx
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 
-# What is known of a tensor before it is read: module path joined by "/", layer or None, shape in our orientation.
+# Description of a tensor: parameter path joined by "/", layer or None, shape in our orientation.
 Entry = tuple[str, int | None, tuple[int, ...]]
-# How many tensors an error message names; a wrong model can miss hundreds.
-_NAMED_AT_MOST = 6
+# Most missing tensors that an error message names.
+_MOST_NAMED = 6
 
 
 def check_layout(config: TransformerConfig, layout: Iterable[Entry]) -> None:
-    """Checks the names and shapes of a file's tensors before any of them is read or allocated.
+    """Checks the names and shapes of all tensors before any of them is read or allocated.
 
     Args:
-      config: what the file says about itself.
-      layout: (path, layer, shape) of every tensor, as `assemble` will get them.
+      config: the model's config.
+      layout: (path, layer, shape) of every tensor, as for `assemble`.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, there twice, of another shape, or of a layer out of range.
+      ValueError: a tensor is missing, unexpected or duplicate, or has the wrong shape or a layer out of range.
     """
-    arrivals = _Arrivals(config)
+    checklist = _Checklist(config)
     for path, layer, shape in layout:
-        arrivals.admit(path, layer, shape)
-    arrivals.finish()
+        checklist.add(path, layer, shape)
+    checklist.check_complete()
 
 
 def assemble(
     config: TransformerConfig, tensors: Iterable[tuple[str, int | None, np.ndarray]], param_dtype: Any = jnp.float32
 ) -> Transformer:
-    """Builds a model from tensors that arrive one by one, in any order.
+    """Builds a model from tensors in any order.
 
-    Each parameter has one host buffer in `param_dtype`, made when its first tensor
-    arrives and handed to JAX when its last one has. Tensors sorted by path
-    therefore never hold more than one parameter twice.
+    Each parameter has one host buffer in `param_dtype`, allocated with its first tensor and
+    moved to JAX after its last. If tensors are sorted by path, at most one parameter is in
+    memory twice.
 
     Args:
-      config: fixes which tensors must arrive, and their shapes.
-      tensors: (path, layer, array): path of the parameter in the model joined by
-        "/" (for example "layers/attention/q_proj/kernel"), the layer for those
-        under "layers/" and None for the others, and a float array in the
-        parameter's orientation (kernels are [in, out]), without the layer axis.
+      config: the model's config, which determines the required tensors and their shapes.
+      tensors: (path, layer, array). The path of the parameter is joined by "/", such as
+        "layers/attention/q_proj/kernel"; the layer is None outside "layers/"; the float array
+        has the parameter's orientation (kernels are [in, out]) without the layer axis.
       param_dtype: dtype of the parameters and of the computation.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, there twice, of another shape,
-        of a layer out of range, or holds values that are not finite in `param_dtype`.
+      ValueError: a tensor is missing, unexpected or duplicate, has the wrong shape or a layer
+        out of range, or holds values that are not finite in `param_dtype`.
     """
-    arrivals = _Arrivals(config, param_dtype)
+    checklist = _Checklist(config, param_dtype)
     buffers: dict[str, np.ndarray] = {}
     arrays: dict[str, Any] = {}
     for path, layer, array in tensors:
-        arrivals.admit(path, layer, array.shape)
+        checklist.add(path, layer, array.shape)
         if path not in buffers:
-            # Only now that a tensor of the right shape exists: a wrong config costs no memory.
-            buffers[path] = np.empty(arrivals.stacked_shape(path), param_dtype)
+            # Allocated after the check, so that a wrong config allocates no memory.
+            buffers[path] = np.empty(checklist.stacked_shape(path), param_dtype)
         target = buffers[path] if layer is None else buffers[path][layer]
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
             target[...] = array
@@ -74,17 +73,17 @@ def assemble(
                 f"tensor {_name(path, layer)} has {bad} values of {target.size} that are not finite in "
                 f"{np.dtype(param_dtype).name}: the file is damaged, or needs a wider param_dtype"
             )
-        if arrivals.is_full(path):
-            # May share the buffer's memory, as jnp.asarray would not: nobody else holds it.
+        if checklist.is_complete(path):
+            # device_put may alias the buffer, unlike jnp.asarray; there is no other reference to it.
             arrays[path] = jax.device_put(buffers.pop(path))
-    arrivals.finish()
-    graph, state = nnx.split(arrivals.abstract)
+    checklist.check_complete()
+    graph, state = nnx.split(checklist.abstract)
     filled = [(path, variable.replace(arrays["/".join(path)])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-class _Arrivals:
-    """Which tensors a model needs, and which have come."""
+class _Checklist:
+    """The tensors that a model requires, and which of them have been added."""
 
     def __init__(self, config: TransformerConfig, param_dtype: Any = jnp.float32):
         self.abstract = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
@@ -98,16 +97,17 @@ class _Arrivals:
         """Shape of the whole parameter, layer axis included."""
         return self._shapes[path]
 
-    def is_full(self, path: str) -> bool:
+    def is_complete(self, path: str) -> bool:
+        """Whether all tensors of a parameter have been added."""
         return len(self._seen[path]) == (self._num_layers if _is_stacked(path) else 1)
 
-    def admit(self, path: str, layer: int | None, shape: tuple[int, ...]) -> None:
-        """Counts one tensor. Raises ValueError where it does not belong."""
+    def add(self, path: str, layer: int | None, shape: tuple[int, ...]) -> None:
+        """Adds one tensor. Raises ValueError if the model does not require it."""
         name = _name(path, layer)
         if path not in self._shapes:
             raise ValueError(f"unexpected tensor {name}: the model has only {', '.join(sorted(self._shapes))}")
         if _is_stacked(path) != (layer is not None):
-            raise ValueError(f"tensor {path} came with {layer=}: those under 'layers/' need a layer, others none")
+            raise ValueError(f"tensor {path} has {layer=}: tensors under 'layers/' need a layer, others must have None")
         if layer is not None and not 0 <= layer < self._num_layers:
             raise ValueError(f"tensor {name} is of layer {layer}, but the config has num_layers={self._num_layers}")
         expected = self._shapes[path][1:] if _is_stacked(path) else self._shapes[path]
@@ -117,20 +117,20 @@ class _Arrivals:
                 "the file's config and its weights disagree"
             )
         if layer in self._seen[path]:
-            raise ValueError(f"tensor {name} came twice: every parameter must come exactly once")
+            raise ValueError(f"tensor {name} occurs twice: every parameter must occur once")
         self._seen[path].add(layer)
 
-    def finish(self) -> None:
-        """Raises ValueError unless every tensor has come."""
-        # Lazy, and cut short: a damaged config can ask for billions of layers.
+    def check_complete(self) -> None:
+        """Raises ValueError if a tensor is missing."""
+        # Lazy, because a damaged config can ask for billions of layers.
         missing = (
             _name(path, layer)
             for path in self._shapes
-            if not self.is_full(path)
+            if not self.is_complete(path)
             for layer in (range(self._num_layers) if _is_stacked(path) else (None,))
             if layer not in self._seen[path]
         )
-        named = list(itertools.islice(missing, _NAMED_AT_MOST))
+        named = list(itertools.islice(missing, _MOST_NAMED))
         if named:
             count = sum((self._num_layers if _is_stacked(path) else 1) - len(seen) for path, seen in self._seen.items())
             more = f" and {count - len(named)} more" if count > len(named) else ""
@@ -144,5 +144,5 @@ def _is_stacked(path: str) -> bool:
 
 
 def _name(path: str, layer: int | None) -> str:
-    """The tensor's name in messages: "layers/7/attention/q_proj/kernel"."""
+    """Name for messages, such as "layers/7/attention/q_proj/kernel"."""
     return path if layer is None else path.replace("layers/", f"layers/{layer}/", 1)

@@ -1,4 +1,4 @@
-"""Whole models on disk: packed weights, config, precisions and tokenizer in one file."""
+"""Models on disk: packed weights, config, precisions and tokenizer in one .safetensors file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from bipolar_jax.quantize import Precision
 
 
 def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source: str = "") -> None:
-    """Writes a model, quantized or not, and all that is needed to run it.
+    """Writes a model, quantized or not, with everything needed to run it.
 
     Args:
-      path: file to write, by custom ending in .safetensors; it appears only when whole.
+      path: file to write, by convention ending in .safetensors; it is written atomically.
       pretrained: the model and its tokenizer.
-      source: where the weights come from, in a few words.
+      source: free text on the origin of the weights.
     """
     model = pretrained.model
     tree: dict[str, Any] = {}
@@ -52,16 +52,16 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
 
 
 def load_model(path: str | os.PathLike[str], bits: int | None = None) -> PretrainedModel:
-    """Reads what `save_model` wrote.
+    """Reads a file written by `save_model`.
 
     Args:
       path: the file.
-      bits: weight bits to read at most; every packed array that has more is truncated to
-        its top planes, whose file alone is read.
+      bits: most weight bits to read; packed arrays with more bits are truncated to their top
+        planes, and only those planes are read.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not such a file, truncated, corrupted, or of another version.
+      ValueError: the file has no model, is truncated or corrupted, or is from another version.
     """
     tokenizers = require("tokenizers", "models")
     user = read_user(path)
@@ -82,48 +82,49 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
 
 
 def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:
-    """The model with layers of the kinds and layouts that `_describe` found."""
-    ways = [described["trained"] for described in precisions.values() if "trained" in described]
-    for index, way in enumerate(ways):
-        if way in ways[:index]:
+    """The model with the packed layers that `_describe` described."""
+    all_options = [description["trained"] for description in precisions.values() if "trained" in description]
+    for index, options in enumerate(all_options):
+        if options in all_options[:index]:
             continue
         rules = [
-            (f"^{re.escape(path)}$", _precision(described, bits))
-            for path, described in precisions.items()
-            if described.get("trained") == way
+            (f"^{re.escape(path)}$", _precision(description, bits))
+            for path, description in precisions.items()
+            if description.get("trained") == options
         ]
-        model = quantization_aware(model, rules, **way)
-    rules = [(f"^{re.escape(path)}$", _precision(described, bits)) for path, described in precisions.items()]
+        model = quantization_aware(model, rules, **options)
+    rules = [(f"^{re.escape(path)}$", _precision(description, bits)) for path, description in precisions.items()]
     return quantize_model(model, rules)
 
 
 def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
+    """The JSON description of a packed layer, from which `_packed` rebuilds its structure."""
     precision = layer.precision
     number_format = as_format(precision.w_bits)
-    described = {
+    description = {
         "bits": number_format.bits,
         "ternary": number_format.ternary,
         "a_bits": precision.a_bits,
         "group_size": precision.group_size,
         "calibration": precision.calibration,
     }
-    if isinstance(layer, LinearGeneral):  # what was trained with DotGeneral
-        described["trained"] = {
+    if isinstance(layer, LinearGeneral):  # trained with DotGeneral
+        description["trained"] = {
             "learned_steps": layer.learned_steps,
             "clip_activations": layer.dot_general.clip_activations,
         }
-    return described
+    return description
 
 
-def _precision(described: dict[str, Any], bits: int | None) -> Precision:
-    number_format = BipolarFormat(described["bits"], ternary=described["ternary"])
+def _precision(description: dict[str, Any], bits: int | None) -> Precision:
+    number_format = BipolarFormat(description["bits"], ternary=description["ternary"])
     if bits is not None and not number_format.ternary and bits < number_format.bits:
         number_format = number_format.truncate(bits)
-    return Precision(number_format, described["a_bits"], described["group_size"], described["calibration"])
+    return Precision(number_format, description["a_bits"], description["group_size"], description["calibration"])
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by their keys joined by "/"."""
+    """Leaves by path joined by "/"."""
     flat = {}
     for key, node in tree.items():
         flat |= _flatten(node, f"{prefix}{key}/") if isinstance(node, dict) else {f"{prefix}{key}": node}
@@ -134,12 +135,14 @@ def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected
     missing, surplus = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or surplus:
         raise ValueError(
-            f"{path} does not fit its own config: it lacks {missing or 'nothing'} and has besides "
+            f"{path} contradicts its own config: it lacks {missing or 'nothing'} and has in excess "
             f"{surplus or 'nothing'}; write it again"
         )
     for name, leaf in stored.items():
         if _layout(leaf) != _layout(expected[name]):
-            raise ValueError(f"{path} has {name} of {_layout(leaf)}, its config calls for {_layout(expected[name])}")
+            raise ValueError(
+                f"{path} has {name} {_layout(leaf)}, but its config asks for {_layout(expected[name])}: write it again"
+            )
 
 
 def _layout(leaf: Any) -> str:

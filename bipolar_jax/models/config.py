@@ -1,11 +1,11 @@
-"""Shapes and constants of a decoder-only Transformer: Llama and its kin, OPT, BLOOM."""
+"""The configuration of a decoder-only Transformer: Llama, Mistral, Qwen2, OPT, BLOOM."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-# What a config can choose between; the first of each is what Llama has.
+# Allowed values of `norm`, `positions` and `ffn`; the first is Llama's.
 NORMS = ("rms", "layer")
 POSITIONS = ("rope", "learned", "alibi")
 FFNS = ("swiglu", "relu", "gelu")
@@ -13,17 +13,17 @@ FFNS = ("swiglu", "relu", "gelu")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the context a model was trained on.
+    """How rotary frequencies are rescaled for contexts longer than the trained one.
 
     Attributes:
       kind: "linear" (Chen et al. 2023, arXiv 2306.15595), "llama3" (Llama 3.1's
-        smooth interpolation), "yarn" (Peng et al. 2023, arXiv 2309.00071) or
-        "factors" (one explicit divisor per frequency, as GGUF's `rope_freqs`).
-      factor: by how much the context is stretched; unused by "factors".
-      original_context_length: context length before stretching (llama3, yarn).
+        interpolation by bands), "yarn" (Peng et al. 2023, arXiv 2309.00071) or
+        "factors" (one divisor per frequency, as in GGUF's `rope_freqs`).
+      factor: ratio of the new to the trained context length, at least 1; unused by "factors".
+      original_context_length: trained context length (llama3, yarn).
       low_freq_factor, high_freq_factor: band limits of llama3.
       beta_fast, beta_slow: band limits of yarn, in rotations.
-      attention_factor: multiplies cos and sin (yarn); None derives 0.1 ln(factor) + 1.
+      attention_factor: factor on cos and sin (yarn); None is 0.1 ln(factor) + 1.
       factors: divisors of the head_dim // 2 frequencies (kind "factors").
     """
 
@@ -57,34 +57,34 @@ class RopeScaling:
         if self.kind != "factors" and not 1 <= self.factor < float("inf"):
             raise ValueError(f"RoPE scaling factor must be at least 1, got {self.factor}")
         if self.kind in ("llama3", "yarn") and not self.original_context_length:
-            raise ValueError(f"RoPE scaling {self.kind!r} needs original_context_length, the context before stretching")
+            raise ValueError(f"RoPE scaling {self.kind!r} needs original_context_length, the trained context length")
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that fixes the shapes and the mathematics of a `Transformer`.
+    """The shapes and the choice of layers of a `Transformer`.
 
     Attributes:
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      num_layers: decoder layers, scanned.
-      num_heads, num_kv_heads: query heads, and key/value heads they share in equal groups.
+      num_layers: decoder layers.
+      num_heads, num_kv_heads: query heads, and key/value heads, each shared by num_heads / num_kv_heads query heads.
       head_dim: width of one head.
       ffn_size: inner width of the feed-forward block.
-      context_length: positions the model was made for; longer prompts are refused.
+      context_length: largest number of positions; longer prompts are rejected.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: stretching of those frequencies, or None.
+      rope_scaling: rescaling of those frequencies, or None.
       norm_eps: epsilon of every norm.
-      tie_embeddings: the output projection is the transposed embedding.
-      qkv_bias: biases on the query, key and value projections (Qwen2, OPT, BLOOM).
-      norm: "rms" or "layer", the latter with biases (OPT, BLOOM).
+      tie_embeddings: whether the output projection is the transposed embedding.
+      qkv_bias: whether query, key and value projections have biases (Qwen2, OPT, BLOOM).
+      norm: "rms", or "layer" with biases (OPT, BLOOM).
       positions: "rope", "learned" (a table of context_length rows added to the embeddings;
         OPT) or "alibi" (a bias on the attention scores; BLOOM).
-      ffn: "swiglu", or two projections with "relu" (OPT) or tanh-approximated "gelu" (BLOOM) between.
-      linear_bias: biases on all other projections of a layer (OPT, BLOOM).
-      embed_norm: a norm on the embeddings, before the first layer (BLOOM).
-      bos_id: token that starts a text, or None.
-      eos_ids: tokens that end a text.
+      ffn: "swiglu", or two projections around "relu" (OPT) or tanh-approximated "gelu" (BLOOM).
+      linear_bias: whether all other projections of a layer have biases (OPT, BLOOM).
+      embed_norm: whether a norm follows the embedding (BLOOM).
+      bos_id: id of the token that starts a text, or None.
+      eos_ids: ids of the tokens that end a text.
     """
 
     vocab_size: int
@@ -139,7 +139,7 @@ class TransformerConfig:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` restores it."""
+        """A dict of JSON values, which `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Configs of published models, by name; no weights."""
+"""Configs of published models by name, without weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _smollm2(
     )
 
 
-# Figures of each model's published config.json.
+# From each model's published config.json.
 _PRESETS = {
     "llama-2-7b": _llama2(4096, 32, 32, 32, 11008),
     "llama-2-13b": _llama2(5120, 40, 40, 40, 13824),
@@ -121,7 +121,7 @@ def preset(name: str) -> TransformerConfig:
     """The config of a published model, such as "llama-2-7b".
 
     Raises:
-      ValueError: no preset of that name; the message lists all.
+      ValueError: unknown name; the message lists all names.
     """
     if name not in _PRESETS:
         raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(_PRESETS)}")

@@ -1,4 +1,4 @@
-"""A model and the tokenizer it was trained with."""
+"""A model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 from bipolar_jax.models.transformer import Transformer
 
-if TYPE_CHECKING:  # an optional dependency: whoever has a PretrainedModel has it
+if TYPE_CHECKING:  # optional dependency
     import tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """What a checkpoint holds.
+    """A model and the tokenizer that it was trained with.
 
     Attributes:
       model: the Transformer; `model.config` has the shapes and the BOS and EOS ids.
-      tokenizer: text to ids and back. It has at most `model.config.vocab_size` ids.
+      tokenizer: converts text to ids and back; its ids are below `model.config.vocab_size`.
     """
 
     model: Transformer

@@ -1,7 +1,7 @@
-"""Models of random weights, made in the form in which they run: for measuring speed and memory without a checkpoint.
+"""Models with random weights, float or packed, for measuring speed and memory without a checkpoint.
 
-A float model is never there: arrays are drawn one after the other, layer by layer and each
-layer some rows at a time, so that beside the result less than one layer is held.
+Packed models are drawn directly, without a float model: one parameter at a time, layer by layer and in blocks of rows,
+so that temporaries stay smaller than one layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from bipolar_jax.packing.words import WORD_BITS, num_words
 from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import group_lengths
 
-# State of XLA's own generator: threefry would need several times the memory of what it draws.
+# State of XLA's RngBitGenerator; threefry would need several times the memory of its output.
 Generator = UInt32[Array, "4"]
-_MOST_BLOCKS = 64
-# Their outputs are summed into the residual stream, 2 a layer.
+_MOST_BLOCKS = 64  # blocks of rows per layer
+# Layers whose output is added to the residual stream, 2 per decoder layer.
 _RESIDUAL = ("o_proj", "down_proj")
 
 
@@ -42,22 +42,22 @@ def random_packed(
     embed_bits: int | None = 8,
     implementation: str = "auto",
 ) -> Transformer:
-    """A quantized model with random bits, in structure what `quantize_model` makes of a loaded one.
+    """A packed model with random bits and the structure of `quantize_model`'s result.
 
-    Every code is as likely as its bits are by fair coins; scales keep activations of order one
-    through all layers (1-bit activations, which are rounded to their largest, grow further).
+    The bits are independent and uniform. Scales keep activations of order one through all layers,
+    except 1-bit activations, which grow because they are rounded to their largest magnitude.
 
     Args:
       config: the model, such as one of `presets`.
-      precision: of every linear layer of the decoder.
-      key: decides the bits, on one kind of device; XLA's generators differ between kinds.
-      dtype: of norms, biases and all else that is not packed, and of the computation.
-      embed_bits: weight bits of the embedding and of the output layer, whose input stays
-        float; None leaves both float.
+      precision: precision of every linear layer of the decoder.
+      key: PRNG key. Bits are reproducible on one kind of device; XLA's generators differ between kinds.
+      dtype: dtype of the computation and of everything that is not packed, such as norms and biases.
+      embed_bits: weight bits of the embedding and the output layer, whose input stays float; None
+        leaves both float.
       implementation: backend of the packed layers, see `bipolar_jax.matmul`.
 
     Raises:
-      ValueError: bits outside 1..8, or a group size that does not fit the layers.
+      ValueError: bits outside 1..8, or a group size that does not fit a layer.
     """
     rules = [("^layers/", precision)]
     if embed_bits is not None:
@@ -66,7 +66,7 @@ def random_packed(
 
 
 def random_float(config: TransformerConfig, dtype: Any, key: PRNGKeyArray) -> Transformer:
-    """The float model with weights of the same spread, uniformly distributed, made in `dtype`."""
+    """A float model in `dtype` with uniform weights of the same standard deviation as `random_packed`."""
     return _fill(lambda: _float_model(config, dtype), config, key)
 
 
@@ -75,7 +75,7 @@ def _float_model(config: TransformerConfig, dtype: Any) -> Transformer:
 
 
 def _fill(make_model: Callable[[], Transformer], config: TransformerConfig, key: PRNGKeyArray) -> Transformer:
-    """The model that `make_model` would make, every array drawn in its place."""
+    """The model that `make_model` describes, with random arrays; `make_model` itself is only traced."""
     graph, state = nnx.split(nnx.eval_shape(make_model))
     flat = nnx.to_flat_state(state)
     generator_states = jax.random.bits(key, (len(flat), 4), jnp.uint32)
@@ -92,15 +92,15 @@ def _fill(make_model: Callable[[], Transformer], config: TransformerConfig, key:
 
 
 def _deviation(config: TransformerConfig, path: tuple[str, ...], leaf: Any) -> float:
-    """Standard deviation of a parameter that keeps activations of order one."""
+    """The standard deviation of a parameter with which activations keep order one."""
     if path[-1] == "embedding":
-        # Tied rows are also output weights; norms take care of the small residual stream that they begin.
+        # Tied rows are also output weights; the first norm rescales the small residual stream.
         return config.hidden_size**-0.5 if config.tie_embeddings else 1.0
     summed = 2 * config.num_layers if path[-2] in _RESIDUAL else 1
     return (leaf.shape[-2] * summed) ** -0.5
 
 
-# Each parameter is a call of its own: in one function XLA would begin all of one shape as copies of one more of zeros.
+# One call per parameter: in one function XLA would start all arrays of one shape as copies of another array of zeros.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
     arrays: tuple[jax.ShapeDtypeStruct, ...],
@@ -109,7 +109,7 @@ def _draw(
     deviation: float,
     generator: Generator,
 ) -> Any:
-    """Numbers in place of one abstract parameter; of a stack, one layer after the other."""
+    """Random numbers for one abstract parameter; for a stack one layer after the other."""
     if not is_stack:
         return _draw_one(structure.unflatten(arrays), deviation, generator)[1]
     one_layer = structure.unflatten([jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in arrays])
@@ -122,30 +122,30 @@ def _draw_one(leaf: Any, deviation: float, generator: Generator) -> tuple[Genera
     if isinstance(leaf, BipolarArray):
         return _packed(leaf, deviation, generator)
 
-    def uniform(bits):  # of standard deviation 1 from -sqrt(3) to sqrt(3)
+    def uniform(bits):  # a uniform variable on [-sqrt(3), sqrt(3)] has standard deviation 1
         return (math.sqrt(3) * deviation * (bits.astype(jnp.float32) * 2.0**-31 - 1)).astype(leaf.dtype)
 
     return _in_blocks(leaf.shape, generator, uniform)
 
 
 def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple[Generator, BipolarArray]:
-    """Random codes whose numbers have this standard deviation. Fair bits +-p_i add up to a variance of sum p_i^2."""
+    """Random codes with the given standard deviation. Independent bits +-p_i have the variance sum_i p_i^2."""
     number_format, k = leaf.format, leaf.contracted_size
-    used = np.full(num_words(k), 0xFFFFFFFF, np.uint32)
-    used[-1] >>= np.uint32(-k % WORD_BITS)
+    word_mask = np.full(num_words(k), 0xFFFFFFFF, np.uint32)
+    word_mask[-1] >>= np.uint32(-k % WORD_BITS)
 
     def words_and_sums(bits):
-        words = bits & jnp.asarray(used)
-        return words, _bits_set(words, k, leaf.group_size)
+        words = bits & jnp.asarray(word_mask)
+        return words, _group_popcounts(words, k, leaf.group_size)
 
-    generator, (planes, bits_set) = _in_blocks(leaf.planes.shape, generator, words_and_sums)
+    generator, (planes, popcounts) = _in_blocks(leaf.planes.shape, generator, words_and_sums)
     weights = np.asarray(number_format.plane_weights, np.int32)[:, None, None]
     if number_format.ternary:  # code 1 has its bit in the low plane
         planes = jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
     scale = deviation / math.sqrt(np.sum(weights**2))
     offset = None
     if leaf.offset is not None:
-        # Zero is a value next to the middle, as "minmax" has it for numbers of which as many are below as above.
+        # Zero is one of the two middle values, as with "minmax" on symmetric data.
         zero_value = number_format.value_shift if number_format.bits > 1 else 0
         generator, bits = jax.lax.rng_bit_generator(generator, leaf.offset.shape, jnp.uint32)
         offset = scale * zero_value * (2.0 * (bits & 1).astype(jnp.float32) - 1)
@@ -154,12 +154,12 @@ def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple
         planes=planes,
         scale=jnp.full(leaf.scale.shape, scale, jnp.float32),
         offset=offset,
-        row_sums=jnp.sum(weights * bits_set, axis=0),
+        row_sums=jnp.sum(weights * popcounts, axis=0),
     )
 
 
 def _in_blocks(shape: tuple[int, ...], generator: Generator, make: Callable) -> tuple[Generator, Any]:
-    """Arrays made some rows at a time of random words; `make` keeps the rows and may change the last axis."""
+    """Applies `make` to random uint32 words in blocks of rows; `make` keeps the rows and may change the last axis."""
     rows = math.prod(shape[:-1])
     blocks = math.gcd(rows, _MOST_BLOCKS)
 
@@ -171,11 +171,11 @@ def _in_blocks(shape: tuple[int, ...], generator: Generator, make: Callable) -> 
     return generator, jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), made)
 
 
-def _bits_set(words: UInt32[Array, "rows words"], k: int, group_size: int | None) -> Int[Array, "rows groups"]:
-    """How many bits each group has, wherever it ends: bits before its end less those before its start."""
+def _group_popcounts(words: UInt32[Array, "rows words"], k: int, group_size: int | None) -> Int[Array, "rows groups"]:
+    """Set bits per group, whose ends need not be word boundaries: bits before its end minus bits before its start."""
     ends = np.cumsum(group_lengths(k, group_size))
     word, bit = np.divmod(ends, WORD_BITS)
     before = jnp.cumsum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)
     before = jnp.pad(before, ((0, 0), (1, 0)))[:, word]
-    begun = words[:, np.minimum(word, words.shape[-1] - 1)] & jnp.asarray((1 << bit) - 1, jnp.uint32)
-    return jnp.diff(before + jax.lax.population_count(begun).astype(jnp.int32), axis=-1, prepend=0)
+    partial_word = words[:, np.minimum(word, words.shape[-1] - 1)] & jnp.asarray((1 << bit) - 1, jnp.uint32)
+    return jnp.diff(before + jax.lax.population_count(partial_word).astype(jnp.int32), axis=-1, prepend=0)

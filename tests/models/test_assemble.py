@@ -93,7 +93,7 @@ def test_refuses_an_unexpected_tensor(tensors):
 
 
 def test_refuses_a_tensor_that_comes_twice(tensors):
-    with pytest.raises(ValueError, match="layers/2/attention/q_proj/kernel came twice"):
+    with pytest.raises(ValueError, match="layers/2/attention/q_proj/kernel occurs twice"):
         assemble(CONFIG, [*tensors, tensors[position(tensors, KERNEL, 2)]])
 
 
@@ -113,7 +113,7 @@ def test_refuses_a_layer_out_of_range(layer):
 
 @pytest.mark.parametrize(("path", "layer"), [(KERNEL, None), ("final_norm/scale", 0)])
 def test_refuses_a_layer_where_none_belongs_and_the_reverse(path, layer):
-    with pytest.raises(ValueError, match=f"{path} came with layer={layer}"):
+    with pytest.raises(ValueError, match=f"{path} has layer={layer}"):
         assemble(CONFIG, [(path, layer, np.zeros(8))])
 
 

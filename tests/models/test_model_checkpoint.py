@@ -214,7 +214,7 @@ def test_packed_arrays_without_a_model_are_refused(mixed_file, tmp_path, field):
         ({"num_layers": 3}, r"of float32\[2, .* calls for float32\[3, "),
         ({"vocab_size": 100}, "embed/embedding of .* calls for"),
         ({"tie_embeddings": True}, "lm_head/kernel"),
-        ({"qkv_bias": True}, r"lacks \[.*layers/attention/k_proj/bias.*\] and has besides nothing"),
+        ({"qkv_bias": True}, r"lacks \[.*layers/attention/k_proj/bias.*\] and has in excess nothing"),
         ({"num_heads": 3}, "num_heads=3 must be a multiple of num_kv_heads=2"),
         ({"window": 4}, r"unknown fields \['window'\]"),
     ],
@@ -231,7 +231,7 @@ def test_missing_tensors_are_named(mixed_file, tmp_path):
         del tree["layers"]["attention"]["k_proj"]["kernel"]
 
     path = damaged(mixed_file, tmp_path / "x", change_tree=drop)
-    with pytest.raises(ValueError, match=r"lacks \['layers/attention/k_proj/kernel'\] and has besides nothing"):
+    with pytest.raises(ValueError, match=r"lacks \['layers/attention/k_proj/kernel'\] and has in excess nothing"):
         load_model(path)
 
 

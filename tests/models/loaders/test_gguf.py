@@ -1,4 +1,4 @@
-"""GGUF files: the same weights as a Hugging Face directory give the same model."""
+"""GGUF files: equal weights in a GGUF file and a Hugging Face directory give equal models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bipolar_jax.models.loaders import load_gguf, load_huggingface, load_pretrai
 from tests.support import tiny_checkpoints as tiny
 
 IDS = jnp.array([[5, 300, 17, 42, 8, 8, 101], [1, 2, 3, 4, 5, 6, 7]])
-# One compilation for all models of one config.
+# Compiled once per config.
 logits = jax.jit(lambda model: model(IDS))
 
 
@@ -51,13 +51,13 @@ def test_every_tensor_type_dequantizes_to_the_same_weights(tmp_path, type_name):
     rounded = checkpoint.rounded(type_name)
     theirs = load_huggingface(tiny.write_huggingface(rounded, tmp_path / "hf"))
     assert_same_parameters(ours.model, theirs.model)
-    if type_name != "F32":  # the type was really used
+    if type_name != "F32":  # the type changes the weights
         name = "model.layers.1.mlp.up_proj.weight"
         assert np.any(rounded.weights[name] != checkpoint.weights[name])
 
 
 def test_biases_of_llama_are_unpermuted_like_the_rows(tmp_path):
-    """Llama with q, k and v biases has no Hugging Face twin here: compare with Qwen2's layout."""
+    """The Hugging Face loader rejects Llama with biases, so compare with Qwen2."""
     checkpoint = tiny.make("qwen2")
     as_llama = dataclasses.replace(checkpoint, arch="llama")
     ours = load_gguf(tiny.write_gguf(as_llama, tmp_path / "llama.gguf"))
@@ -118,7 +118,7 @@ def test_yarn_attention_factor_multiplies_the_derived_one(tmp_path):
 
 
 def llama3_factors() -> np.ndarray:
-    """As llama.cpp's converter computes rope_freqs for factor 8, bands 1 and 4, original context 64."""
+    """rope_freqs as computed by llama.cpp's converter for factor 8, bands 1 and 4, original context 64."""
     factors = []
     for frequency in 10000.0 ** (-np.arange(0, tiny.HEAD_DIM, 2) / tiny.HEAD_DIM):
         wavelength = 2 * np.pi / frequency
@@ -141,7 +141,7 @@ def test_rope_factors_tensor_is_llama3_scaling(tmp_path):
         "original_max_position_embeddings": 64,
     }
     factors = llama3_factors()
-    assert len(set(factors.tolist())) > 2, "the case must reach the band between kept and stretched"
+    assert len(set(factors.tolist())) > 2, "the factors must include the interpolated band"
     checkpoint = tiny.make(config={"rope_scaling": scaling}, extra={"rope_freqs.weight": factors})
     ours = load_gguf(tiny.write_gguf(checkpoint, tmp_path / "model.gguf")).model
     theirs = load_huggingface(tiny.write_huggingface(checkpoint, tmp_path / "hf")).model
@@ -183,14 +183,14 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_refuses_what_it_does_not_support(tmp_path, case):
+def test_unsupported_metadata_is_rejected(tmp_path, case):
     metadata, message = UNSUPPORTED[case]
     with pytest.raises(ValueError, match=message) as caught:
         load_gguf(tiny.write_gguf(tiny.make(metadata=metadata), tmp_path / "model.gguf"))
     assert str(tmp_path / "model.gguf") in str(caught.value)
 
 
-def test_refuses_missing_unexpected_and_misshaped_tensors(tmp_path):
+def test_missing_unexpected_and_misshaped_tensors_are_rejected(tmp_path):
     checkpoint = tiny.make()
     name = "model.layers.1.self_attn.q_proj.weight"
     without = {key: array for key, array in checkpoint.weights.items() if key != name}
@@ -209,12 +209,12 @@ def test_refuses_missing_unexpected_and_misshaped_tensors(tmp_path):
             load_gguf(path)
 
 
-def test_refuses_an_unsupported_tensor_type(tmp_path):
+def test_an_unsupported_tensor_type_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"type F64 \(28\), supported are F32, F16, Q4_0, Q4_1, Q8_0, BF16"):
         load_gguf(tiny.write_gguf(tiny.make(extra={"blk.0.attn_q.bias": np.ones(96)}), tmp_path / "model.gguf"))
 
 
-def test_says_where_no_checkpoint_is(tmp_path):
+def test_a_path_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GGUF file at .*none.gguf"):
         load_gguf(tmp_path / "none.gguf")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.gguf"):
@@ -227,7 +227,7 @@ def test_says_where_no_checkpoint_is(tmp_path):
 
 
 @pytest.mark.parametrize("library", ["gguf", "tokenizers", "safetensors"])
-def test_says_how_to_install_the_libraries(tmp_path, monkeypatch, library):
+def test_missing_libraries_name_the_extra(tmp_path, monkeypatch, library):
     write = tiny.write_huggingface if library == "safetensors" else tiny.write_gguf
     path = write(tiny.make(), tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, library, None)

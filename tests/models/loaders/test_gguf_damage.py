@@ -1,4 +1,4 @@
-"""Damaged GGUF files: one clear ValueError, at once, whatever is wrong with them."""
+"""Damaged GGUF files raise one ValueError without delay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bipolar_jax.models.loaders import load_gguf
 from bipolar_jax.models.loaders.gguf.header import check_gguf
 from tests.support import tiny_checkpoints as tiny
 
-# Finding damage takes no longer than reading a header; hanging is the failure this guards against.
+# Guards against hanging: damage is found while the header is read.
 SECONDS = 5.0
 
 
@@ -24,7 +24,7 @@ def whole(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def header_size(whole) -> int:
-    """Where the last tensor's description ends, to the byte's neighbourhood."""
+    """Approximate end of the last tensor's description, in bytes."""
     return whole.index(b"output.weight") + 64
 
 
@@ -34,7 +34,7 @@ def scratch(tmp_path_factory):
 
 
 def refusal(path, data: bytes) -> str:
-    """Message of the ValueError that loading these bytes raises."""
+    """The message of the ValueError that loading these bytes raises."""
     path.write_bytes(data)
     start = time.monotonic()
     with pytest.raises(ValueError) as caught:
@@ -52,11 +52,11 @@ def patched(data: bytes, position: int, layout: str, value: int) -> bytes:
 
 
 def after(data: bytes, key: str) -> int:
-    """Position of what follows a key or a tensor's name."""
+    """The position after a key or a tensor's name."""
     return data.index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key)
 
 
-def test_cut_anywhere_in_the_header(whole, header_size, scratch):
+def test_truncated_in_the_header(whole, header_size, scratch):
     for size in [*range(0, 64), *range(64, header_size, 61)]:
         message = refusal(scratch, whole[:size])
         assert "download it again" in message
@@ -65,12 +65,12 @@ def test_cut_anywhere_in_the_header(whole, header_size, scratch):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_cut_at_random(whole, scratch, data):
+def test_truncated_at_random(whole, scratch, data):
     size = data.draw(st.integers(0, len(whole) - 1))
     assert "download it again" in refusal(scratch, whole[:size])
 
 
-def test_cut_inside_the_weights_names_the_tensor_and_the_sizes(whole, scratch):
+def test_truncated_weights_name_the_tensor_and_the_sizes(whole, scratch):
     cut = len(whole) - 1000
     message = refusal(scratch, whole[:cut])
     assert f"the file has {cut:,} bytes" in message
@@ -80,7 +80,7 @@ def test_cut_inside_the_weights_names_the_tensor_and_the_sizes(whole, scratch):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_flipped_bits_in_the_header_are_found_or_harmless(whole, header_size, scratch, data):
-    """The walk never raises anything but ValueError, and never hangs."""
+    """`check_gguf` raises only ValueError, and never hangs."""
     flipped = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         flipped[data.draw(st.integers(0, header_size - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -96,9 +96,9 @@ def test_flipped_bits_in_the_header_are_found_or_harmless(whole, header_size, sc
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_flipped_bits_load_or_raise_one_value_error(whole, header_size, scratch, data):
-    """Through the whole loader: what survives the walk is met by the config, the tokenizer or the shapes."""
+    """Damage that `check_gguf` does not find is found by the config, the tokenizer or the shapes."""
     flipped = bytearray(whole)
-    # Most of the header is the vocabulary; half of the flips go to the model's own keys before it.
+    # Most of the header is the vocabulary, so half of the flips are in the keys before it.
     own_keys = st.integers(0, whole.index(b"tokenizer.ggml.tokens"))
     flipped[data.draw(own_keys | st.integers(0, header_size - 1))] ^= 1 << data.draw(st.integers(0, 7))
     scratch.write_bytes(flipped)
@@ -114,7 +114,7 @@ HUGE = (2**20, 2**40, 2**63, 2**64 - 1)
 @pytest.mark.parametrize("count", HUGE)
 def test_huge_array_lengths(whole, scratch, count):
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"):
-        # Behind the key: uint32 "array", uint32 type of the items, uint64 count.
+        # After the key: uint32 "array", uint32 type of the items, uint64 count.
         message = refusal(scratch, patched(whole, after(whole, key) + 8, "<Q", count))
         assert f"{count:,}" in message
         assert key in message
@@ -137,7 +137,7 @@ def test_other_files(whole, scratch):
 
 
 def test_damaged_tensor_descriptions(whole, scratch):
-    # Behind the name: uint32 rank, two uint64 dimensions, uint32 type, uint64 offset.
+    # After the name: uint32 rank, two uint64 dimensions, uint32 type, uint64 offset.
     at = after(whole, "blk.1.ffn_up.weight")
     assert "has 0 dimensions" in refusal(scratch, patched(whole, at, "<I", 0))
     assert "dimensions, allowed are 1 to 4" in refusal(scratch, patched(whole, at, "<I", 2**31))
@@ -151,9 +151,9 @@ def test_damaged_tensor_descriptions(whole, scratch):
 
 def test_duplicates(whole, scratch):
     twice = whole.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight")
-    assert "tensor 'blk.0.ffn_up.weight' is there twice" in refusal(scratch, twice)
+    assert "tensor 'blk.0.ffn_up.weight' occurs twice" in refusal(scratch, twice)
     twice = whole.replace(b"tokenizer.ggml.eot_token_id", b"tokenizer.ggml.eos_token_id")
-    assert "metadata key 'tokenizer.ggml.eos_token_id' is there twice" in refusal(scratch, twice)
+    assert "metadata key 'tokenizer.ggml.eos_token_id' occurs twice" in refusal(scratch, twice)
 
 
 def test_text_that_is_not_utf8(whole, scratch):

@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata: the same ids as the model's own tokenizer.json."""
+"""Tokenizers built from GGUF metadata give the ids of the model's own tokenizer.json."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_agrees_with_the_original(pre, text):
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(), pre=st.sampled_from(KINDS))
-def test_any_text_survives_the_round_trip(text, pre):
+def test_any_text_round_trips(text, pre):
     tokenizer = built(pre)
     again = tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False)
     assert again == (tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text)
 
 
 @pytest.mark.parametrize(
-    ("pre", "pieces"),
+    ("pre", "pre_tokens"),
     [
         ("smollm", ["In", "Ġ", "1", "9", "8", "4", ",", "Ġit", "'s"]),
         ("gpt-2", ["In", "Ġ1984", ",", "Ġit", "'s"]),
@@ -69,22 +69,22 @@ def test_any_text_survives_the_round_trip(text, pre):
         ("qwen2", ["In", "Ġ", "1", "9", "8", "4", ",", "Ġit", "'s"]),
     ],
 )
-def test_pieces_of_digits(pre, pieces):
-    assert [piece for piece, _ in built(pre).pre_tokenizer.pre_tokenize_str("In 1984, it's")] == pieces
+def test_digits_are_split(pre, pre_tokens):
+    assert [text for text, _ in built(pre).pre_tokenizer.pre_tokenize_str("In 1984, it's")] == pre_tokens
 
 
 def test_control_and_user_tokens_are_never_split():
     ids = built("smollm").encode("x<|begin|><tool>").ids
     assert ids[1] == 0
     assert built("smollm").id_to_token(ids[2]) == tiny.USER_TOKEN
-    assert built("smollm").decode(ids) == f"x{tiny.USER_TOKEN}", "decoding drops control tokens only"
+    assert built("smollm").decode(ids) == f"x{tiny.USER_TOKEN}", "decoding skips control tokens only"
 
 
 @pytest.mark.parametrize(
     ("pre", "flag", "prepends"),
     [("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
 )
-def test_bos_goes_first_where_the_file_says_so(pre, flag, prepends):
+def test_bos_is_prepended_if_the_file_asks_for_it(pre, flag, prepends):
     ids = built(pre, add_bos_token=flag).encode("hello").ids
     assert (ids[0] == 0) == prepends
 
@@ -100,21 +100,21 @@ def test_bos_goes_first_where_the_file_says_so(pre, flag, prepends):
         ({"token_type": None}, "no metadata key 'tokenizer.ggml.token_type'"),
         ({"token_type": [1, 2]}, "tokens but 2 token types"),
         ({"tokens": [1, 2]}, "expected an array of str"),
-        ({"merges": ["a b c"]}, "the merge 'a b c', which is no pair"),
+        ({"merges": ["a b c"]}, "the merge 'a b c', which is not a pair"),
         ({"merges": ["<no> <such>"]}, "inconsistent tokenizer .*download it again"),
         ({"add_bos_token": True, "bos_token_id": None}, "no metadata key 'tokenizer.ggml.bos_token_id'"),
         ({"add_bos_token": True, "bos_token_id": 5000}, "BOS token 5000, but"),
     ],
 )
-def test_refuses(changes, message):
+def test_unsupported_tokenizers_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         built("smollm", **changes)
     assert "model.gguf" in str(caught.value)
 
 
-def test_refuses_more_tokens_than_rows_and_tokens_that_are_there_twice():
+def test_too_many_and_duplicate_tokens_are_rejected():
     tokens = values("smollm")["tokenizer.ggml.tokens"]
     with pytest.raises(ValueError, match=f"{len(tokens)} tokens but vocab_size=100"):
         build_tokenizer(Metadata(values("smollm"), "model.gguf"), vocab_size=100)
-    with pytest.raises(ValueError, match="1 tokens that are there twice"):
+    with pytest.raises(ValueError, match="1 duplicate tokens"):
         built("smollm", tokens=[*tokens[:-1], tokens[5]])

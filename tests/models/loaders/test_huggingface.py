@@ -1,4 +1,4 @@
-"""Hugging Face directories: what loads, how configs translate, and what every damage says."""
+"""Hugging Face directories: weights, configs, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def sharded(checkpoint, tmp_path):
 
 
 def config_of(directory, **fields):
-    """The config that these fields of config.json give."""
+    """The config for a config.json with these fields."""
     (directory / "config.json").write_text(json.dumps(tiny.hf_config(tiny.make()) | fields))
     return read_config(directory)[1]
 
 
-def test_parameters_are_where_they_belong(checkpoint, directory):
+def test_weights_load_into_their_parameters(checkpoint, directory):
     loaded = load_huggingface(directory)
     found, weights = parameters(loaded.model), checkpoint.weights
     np.testing.assert_array_equal(found["embed", "embedding"], weights["model.embed_tokens.weight"])
@@ -58,7 +58,7 @@ def test_parameters_are_where_they_belong(checkpoint, directory):
     assert loaded.tokenizer.encode("a 12<|end|>").ids == tiny.make_tokenizer("smollm").encode("a 12<|end|>").ids
 
 
-def test_shards_are_the_same_as_one_file(directory, sharded):
+def test_shards_equal_one_file(directory, sharded):
     one, many = load_pretrained(directory).model, load_pretrained(sharded).model
     for path, array in parameters(one).items():
         np.testing.assert_array_equal(array, parameters(many)[path])
@@ -132,7 +132,7 @@ def test_rope_scaling_in_the_old_and_the_new_form(tmp_path, case):
     assert old.rope_theta == 5000.0
 
 
-def test_fields_that_may_be_left_out(tmp_path):
+def test_defaults_of_absent_fields(tmp_path):
     config = config_of(tmp_path, head_dim=None, num_key_value_heads=None, num_attention_heads=4, rope_theta=None)
     assert (config.head_dim, config.num_kv_heads, config.rope_theta) == (16, 4, 10000.0)
 
@@ -170,7 +170,7 @@ def test_token_ids(tmp_path):
         ({"eos_token_id": "x"}, "eos_token_id is"),
     ],
 )
-def test_refuses_configs(tmp_path, fields, message):
+def test_unsupported_configs_are_rejected(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         config_of(tmp_path, **fields)
     assert str(tmp_path / "config.json") in str(caught.value)
@@ -222,7 +222,7 @@ def test_index_that_names_a_tensor_its_shard_lacks(sharded):
         load_huggingface(sharded)
 
 
-def test_cut_and_damaged_weights(directory):
+def test_truncated_and_damaged_weights(directory):
     path = directory / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -235,7 +235,7 @@ def test_cut_and_damaged_weights(directory):
             load_huggingface(directory)
 
 
-def test_refuses_missing_unexpected_and_misshaped_tensors(checkpoint, directory):
+def test_missing_unexpected_and_misshaped_tensors_are_rejected(checkpoint, directory):
     path = directory / "model.safetensors"
     name = "model.layers.1.self_attn.q_proj.weight"
     whole = checkpoint.weights

@@ -1,1 +1,1 @@
-"""GGUF files."""
+"""Loader of GGUF files."""

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says about the model's shapes and constants."""
+"""Reads the model's config from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,64 +8,74 @@ from typing import Any
 import numpy as np
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
-from bipolar_jax.models.loaders.naming import naming
+from bipolar_jax.models.loaders.error_source import errors_name
 
 ARCHITECTURES = ("llama", "qwen2")
 
 
 class Metadata:
-    """Typed look-ups: a damaged file must not put a float or a string where a size belongs."""
+    """Typed lookups in a GGUF file's metadata.
+
+    A missing key gives the default; a value of another type or range, as in a damaged file, raises ValueError.
+    """
 
     def __init__(self, values: dict[str, Any], source: str):
+        """Wraps `values`; `source` is the file named in errors."""
         self._values, self.source = values, source
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
     def integer(self, key: str, default: int | None = None, least: int = 0) -> int | None:
+        """An integer of at least `least`."""
         return self._get(key, default, int, lambda value: value >= least, f"an integer of at least {least}")
 
     def positive(self, key: str, default: float | None = None) -> float | None:
+        """A positive finite number."""
         good = lambda value: math.isfinite(value) and value > 0  # noqa: E731
         return self._get(key, default, (float, int), good, "a positive number")
 
     def text(self, key: str, default: str | None = None) -> str | None:
+        """A string."""
         return self._get(key, default, str, lambda value: True, "a string")
 
     def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
         return self._get(key, default, bool, lambda value: True, "a bool")
 
     def array(self, key: str, kind: type) -> list | None:
+        """A list with items of type `kind`."""
         good = lambda value: all(isinstance(item, kind) for item in value)  # noqa: E731
         return self._get(key, None, list, good, f"an array of {kind.__name__}")
 
     def require(self, value: Any, key: str) -> Any:
-        """Raises ValueError where a look-up found nothing."""
+        """`value`, the result of a lookup of `key`; raises ValueError if it is None."""
         if value is None:
             raise ValueError(f"{self.source} has no metadata key {key!r}: convert the model again")
         return value
 
-    def _get(self, key, default, kinds, good, wanted):
+    def _get(self, key, default, kinds, good, expected):
         if key not in self._values:
             return default
         value = self._values[key]
-        # bool is an int in Python; a size is never one.
+        # bool is a subclass of int.
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or not good(value):
-            shown = f"{value!r:.60}"
-            raise ValueError(f"{self.source}: metadata key {key!r} is {shown}, expected {wanted}; download it again")
+            raise ValueError(
+                f"{self.source}: metadata key {key!r} is {value!r:.60}, expected {expected}; download it again"
+            )
         return value
 
 
 def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[float, ...]) -> TransformerConfig:
-    """Translates the metadata.
+    """Translates the metadata into a config.
 
     Args:
-      metadata: of the file.
-      tensor_names: say whether embeddings are tied and whether q, k and v have biases.
+      metadata: the file's metadata.
+      tensor_names: names of the file's tensors, which show tied embeddings and biases of q, k and v.
       rope_factors: values of the tensor "rope_freqs.weight"; empty without one.
 
     Raises:
-      ValueError: an architecture or feature we do not support, or a key that is missing or makes no sense.
+      ValueError: an unsupported architecture or feature, or a missing or invalid key.
     """
     arch = metadata.require(metadata.text("general.architecture"), "general.architecture")
     if arch not in ARCHITECTURES:
@@ -106,7 +116,7 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
         bos_id=metadata.integer("tokenizer.ggml.bos_token_id"),
         eos_ids=_eos_ids(metadata),
     )
-    with naming(metadata.source):
+    with errors_name(metadata.source):
         return TransformerConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
@@ -129,22 +139,22 @@ def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: in
 
 
 def _norm_eps(metadata: Metadata, key: str) -> float:
-    """The shortest decimal of the float32 in the file: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal of the stored float32: 1e-05 instead of 9.999999747378752e-06."""
     value = metadata.require(metadata.positive(key), key)
     return float(str(np.float32(value)))
 
 
 def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
-    """End of text, and end of turn where the file names one."""
+    """Ids of the end of text, and of the end of a chat turn if the file has one."""
     found = (metadata.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[float, ...]) -> dict[str, Any] | None:
-    """Fields of a RopeScaling."""
+    """Keyword arguments of RopeScaling, or None without scaling."""
     prefix = f"{arch}.rope.scaling"
     factor = metadata.positive(f"{prefix}.factor", metadata.positive(f"{arch}.rope.scale_linear", 1.0))
-    # llama.cpp, too, takes a factor without a type for a linear one.
+    # As in llama.cpp, a factor without a type is linear scaling.
     kind = metadata.text(f"{prefix}.type", "linear" if factor != 1 else "none")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{metadata.source} has RoPE scaling {kind!r}, supported are none, linear, yarn")
@@ -154,13 +164,13 @@ def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[fl
         raise ValueError(f"{metadata.source} has both RoPE scaling {kind!r} and rope_freqs.weight: one is supported")
     if kind == "linear":
         return dict(kind="linear", factor=factor)
-    # llama.cpp multiplies its own 0.1 ln(factor) + 1 by this; 1 leaves that formula as it is.
-    extra = metadata.positive(f"{prefix}.yarn_attn_factor", metadata.positive(f"{prefix}.attn_factor", 1.0))
+    # llama.cpp multiplies 0.1 ln(factor) + 1 by this value.
+    multiplier = metadata.positive(f"{prefix}.yarn_attn_factor", metadata.positive(f"{prefix}.attn_factor", 1.0))
     return dict(
         kind="yarn",
         factor=factor,
         original_context_length=metadata.integer(f"{prefix}.original_context_length", context, least=1),
         beta_fast=metadata.positive(f"{prefix}.yarn_beta_fast", 32.0),
         beta_slow=metadata.positive(f"{prefix}.yarn_beta_slow", 1.0),
-        attention_factor=None if extra == 1 else extra * (0.1 * math.log(factor) + 1.0),
+        attention_factor=None if multiplier == 1 else multiplier * (0.1 * math.log(factor) + 1.0),
     )

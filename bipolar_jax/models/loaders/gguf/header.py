@@ -1,9 +1,8 @@
-"""A strict walk over the header of a GGUF file, before anything else reads it.
+"""Validates the header of a GGUF file before the gguf library reads it.
 
-GGUFReader trusts the counts in the file: a damaged array length makes it loop
-for ever, a damaged tensor size makes it allocate. This walk holds each length,
-count and offset against the bytes that are there, and each tensor against the
-place where the one before it ends. It allocates nothing that grows with them.
+GGUFReader trusts the file: a damaged array length makes it loop forever, a damaged tensor size makes it
+allocate. This check compares each length, count and offset with the file's size, and each tensor's offset
+with the end of the previous tensor. It allocates nothing in proportion to stored lengths.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -17,7 +16,7 @@ import os
 import struct
 from pathlib import Path
 
-# Tensor types we dequantize: number in the file -> (name, weights in a block, bytes of a block).
+# Supported tensor types: number in the file -> (name, weights per block, bytes per block).
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -26,23 +25,23 @@ TENSOR_TYPES = {
     8: ("Q8_0", 32, 34),
     30: ("BF16", 1, 2),
 }
-# Metadata value types of fixed size: number in the file -> bytes. 8 is a string, 9 an array.
+# Metadata value types of fixed size: number in the file -> bytes.
 _FIXED_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _DEFAULT_ALIGNMENT = 32
-# Fewest bytes of a key with its value, and of a tensor's description: bound the two counts.
+# Least bytes of a key with its value, and of a tensor's description; they bound the two counts.
 _MIN_KEY_VALUE, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor's description. Its data lies wholly within the file.
+    """The description of a tensor whose data lies within the file.
 
     Attributes:
-      name: as in the file.
-      shape: numpy order, outermost first: the reverse of the file's.
+      name: name in the file.
+      shape: outermost dimension first, the reverse of the file's order.
       type_name: one of TENSOR_TYPES.
     """
 
@@ -52,11 +51,11 @@ class GGUFTensor:
 
 
 def check_gguf(path: str | os.PathLike[str]) -> list[GGUFTensor]:
-    """Walks the header and returns what it says of the tensors.
+    """Validates the header and returns the descriptions of the tensors.
 
     Raises:
       FileNotFoundError: no file at `path`.
-      ValueError: the file is not GGUF, is damaged or cut short, or has a tensor of a type we do not read.
+      ValueError: the file is not GGUF, is damaged or truncated, or has a tensor of an unsupported type.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,18 +65,19 @@ def check_gguf(path: str | os.PathLike[str]) -> list[GGUFTensor]:
         if not size:
             raise ValueError(f"{path} is empty: download it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Walk(path, data, size).run()
+            return _HeaderReader(path, data, size).read()
 
 
-class _Walk:
-    """A position in the mapped file; every step checks that it stays inside."""
+class _HeaderReader:
+    """Reads the mapped file from a position that every read advances, with bounds checks."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int):
         self._path, self._data, self._size = path, data, size
-        self._at = 0
+        self._position = 0
         self._alignment = _DEFAULT_ALIGNMENT
 
-    def run(self) -> list[GGUFTensor]:
+    def read(self) -> list[GGUFTensor]:
+        """The descriptions of all tensors."""
         magic = self._take(4, "magic")
         if magic != b"GGUF":
             raise ValueError(f"{self._path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
@@ -102,14 +102,14 @@ class _Walk:
         for _ in range(count):
             tensor, offset, nbytes = self._tensor()
             if tensor.name in tensors:
-                raise self._damaged(f"tensor {tensor.name!r} is there twice")
-            # Tensors lie in order, each at the next aligned place, as llama.cpp demands too.
+                raise self._damaged(f"tensor {tensor.name!r} occurs twice")
+            # Each tensor starts at the next aligned offset after the previous one, as llama.cpp requires.
             if offset != expected_offset:
                 raise self._damaged(f"tensor {tensor.name!r} is at offset {offset}, expected {expected_offset}")
             tensors[tensor.name] = tensor
             ends.append((tensor.name, offset + nbytes))
             expected_offset = self._aligned(offset + nbytes)
-        start = self._aligned(self._at)
+        start = self._aligned(self._position)
         for name, end in ends:
             if start + end > self._size:
                 raise self._damaged(
@@ -118,7 +118,7 @@ class _Walk:
         return list(tensors.values())
 
     def _tensor(self) -> tuple[GGUFTensor, int, int]:
-        """Description, offset in the data section and bytes of one tensor."""
+        """A tensor's description, its offset in the data section, and its size in bytes."""
         name = self._string("tensor name")
         (rank,) = self._unpack("<I", f"rank of tensor {name!r}")
         if not 1 <= rank <= _MAX_DIMS:
@@ -139,7 +139,7 @@ class _Walk:
     def _key_value(self, known: set[str]) -> str:
         key = self._string("metadata key")
         if key in known:
-            raise self._damaged(f"metadata key {key!r} is there twice")
+            raise self._damaged(f"metadata key {key!r} occurs twice")
         (kind,) = self._unpack("<I", f"type of metadata key {key!r}")
         if key == "general.alignment":
             self._alignment = self._read_alignment(kind)
@@ -161,7 +161,7 @@ class _Walk:
         kind, count = self._unpack("<IQ", f"array of metadata key {key!r}")
         if kind in _FIXED_SIZES:
             self._check_count(count, _FIXED_SIZES[kind], f"values of metadata key {key!r}")
-            self._at += count * _FIXED_SIZES[kind]
+            self._position += count * _FIXED_SIZES[kind]
         elif kind == _STRING:
             self._check_count(count, 8, f"strings of metadata key {key!r}")
             for _ in range(count):
@@ -177,38 +177,42 @@ class _Walk:
         else:
             raise self._damaged(f"metadata key {key!r} has unknown value type {kind}")
 
-    def _string(self, what: str) -> str:
-        (length,) = self._unpack("<Q", what)
-        self._check_count(length, 1, f"bytes of {what}")
+    def _string(self, item: str) -> str:
+        (length,) = self._unpack("<Q", item)
+        self._check_count(length, 1, f"bytes of {item}")
         try:
-            return self._take(length, what).decode()
+            return self._take(length, item).decode()
         except UnicodeDecodeError as error:
-            raise self._damaged(f"{what} at byte {self._at - length:,} is not UTF-8 ({error.reason})") from error
+            raise self._damaged(f"{item} at byte {self._position - length:,} is not UTF-8 ({error.reason})") from error
 
-    def _unpack(self, layout: str, what: str) -> tuple[int, ...]:
-        return struct.unpack(layout, self._take(struct.calcsize(layout), what))
+    def _unpack(self, layout: str, item: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self._take(struct.calcsize(layout), item))
 
-    def _take(self, count: int, what: str) -> bytes:
-        if count > self._size - self._at:
-            raise self._damaged(f"it ends after {self._size:,} bytes, inside {what} at byte {self._at:,}")
-        self._at += count
-        return self._data[self._at - count : self._at]
+    @property
+    def _remaining(self) -> int:
+        return self._size - self._position
 
-    def _check_count(self, count: int, min_bytes: int, what: str) -> None:
-        if count * min_bytes > self._size - self._at:
+    def _take(self, count: int, item: str) -> bytes:
+        if count > self._remaining:
+            raise self._damaged(f"it ends after {self._size:,} bytes, inside {item} at byte {self._position:,}")
+        self._position += count
+        return self._data[self._position - count : self._position]
+
+    def _check_count(self, count: int, min_bytes: int, item: str) -> None:
+        if count * min_bytes > self._remaining:
             raise self._damaged(
-                f"it announces {count:,} {what} at byte {self._at:,}, but only {self._size - self._at:,} bytes follow"
+                f"it announces {count:,} {item} at byte {self._position:,}, but only {self._remaining:,} bytes follow"
             )
 
     def _aligned(self, position: int) -> int:
         return -(-position // self._alignment) * self._alignment
 
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self._path} is a damaged or incomplete GGUF file: {what}; download it again")
+    def _damaged(self, problem: str) -> ValueError:
+        return ValueError(f"{self._path} is a damaged or incomplete GGUF file: {problem}; download it again")
 
 
 def _type_name(number: int) -> str:
-    """The type's name where the gguf library knows it, with its number."""
+    """The type's name, if the gguf library knows it, and number."""
     from bipolar_jax.extras import require
 
     try:

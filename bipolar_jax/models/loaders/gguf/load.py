@@ -1,4 +1,4 @@
-"""Pretrained models from GGUF files, dequantized."""
+"""Loads pretrained models from GGUF files, dequantized."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxtyping import Float
 from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.gguf.config import Metadata, read_config
 from bipolar_jax.models.loaders.gguf.header import GGUFTensor, check_gguf
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
-from bipolar_jax.models.loaders.naming import naming
 from bipolar_jax.models.pretrained import PretrainedModel
 
-# Tensor names in the file -> module paths of the Transformer.
+# Tensor names in the file -> parameter paths of the Transformer.
 _TOP = {
     "token_embd.weight": "embed/embedding",
     "output_norm.weight": "final_norm/scale",
@@ -34,9 +34,9 @@ _IN_LAYER = {
     "ffn_up.weight": "ffn/up_proj/kernel",
     "ffn_down.weight": "ffn/down_proj/kernel",
 } | {
-    f"attn_{projection}.{ours[0]}": f"attention/{projection}_proj/{ours[1]}"
+    f"attn_{projection}.{kind}": f"attention/{projection}_proj/{variable}"
     for projection in "qkv"
-    for ours in (("weight", "kernel"), ("bias", "bias"))
+    for kind, variable in (("weight", "kernel"), ("bias", "bias"))
 }
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)")
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -45,39 +45,39 @@ _ROPE_FACTORS = "rope_freqs.weight"
 def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
     """Loads a Llama or Qwen2 model and its tokenizer, tensor by tensor.
 
-    The header is checked against the file, and the tensors' shapes against the
-    metadata, before any weight is read.
+    The header is validated, and the tensors' shapes are compared with the metadata, before any weight is read.
 
     Args:
       path: a file whose tensors are F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
-      param_dtype: dtype of the parameters; the quantized types are exact in float32 only.
+      param_dtype: dtype of the parameters; only float32 represents the quantized types exactly.
 
     Raises:
       FileNotFoundError: no file at `path`.
-      ValueError: the file is damaged, cut short, contradicts itself, or is of a kind we do not support.
+      ValueError: the file is damaged, truncated, contradicts itself, or is of an unsupported kind.
       ModuleNotFoundError: the extra "models" is not installed.
     """
-    described = {tensor.name: tensor for tensor in check_gguf(path)}
+    descriptions = {tensor.name: tensor for tensor in check_gguf(path)}
     reader = require("gguf", "models").GGUFReader(path)
     metadata = Metadata({key: field.contents() for key, field in reader.fields.items()}, str(path))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     factors = ()
     if _ROPE_FACTORS in stored:
         factors = tuple(_dequantize(stored.pop(_ROPE_FACTORS)).ravel().tolist())
-        del described[_ROPE_FACTORS]
+        del descriptions[_ROPE_FACTORS]
     config = read_config(metadata, set(stored), factors)
     tokenizer = build_tokenizer(metadata, config.vocab_size)
-    # In the order of the parameters, so that each is complete before the next begins.
-    places = sorted((*_place(name, path), name) for name in stored)
-    with naming(path):
-        check_layout(config, ((where, _layer(layer), _our_shape(described[name])) for where, layer, name in places))
+    # In the order of parameters, so that `assemble` completes one before it starts the next.
+    targets = sorted((*_target(name, path), name) for name in stored)
+    with errors_name(path):
+        layout = ((target, _layer(layer), _our_shape(descriptions[name])) for target, layer, name in targets)
+        check_layout(config, layout)
         permuted = metadata.text("general.architecture") == "llama"
-        model = assemble(config, _read(config, stored, places, permuted), param_dtype)
+        model = assemble(config, _read(config, stored, targets, permuted), param_dtype)
     return PretrainedModel(model, tokenizer)
 
 
-def _place(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:
-    """Module path of a tensor and its layer, -1 outside the layers."""
+def _target(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:
+    """The parameter path of a tensor, and its layer or -1 outside the layers."""
     if name in _TOP:
         return _TOP[name], -1
     match = _BLOCK.fullmatch(name)
@@ -91,31 +91,32 @@ def _layer(layer: int) -> int | None:
 
 
 def _our_shape(tensor: GGUFTensor) -> tuple[int, ...]:
-    """Kernels are stored [out, in], ours are [in, out]; embeddings stay."""
+    """Shape in the parameter's orientation: kernels are stored as [out, in], ours are [in, out]."""
     return tensor.shape if tensor.name == "token_embd.weight" else tensor.shape[::-1]
 
 
 def _read(
-    config: TransformerConfig, stored: dict[str, Any], places: list[tuple[str, int, str]], permuted: bool
+    config: TransformerConfig, stored: dict[str, Any], targets: list[tuple[str, int, str]], permuted: bool
 ) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    for where, layer, name in places:
+    """The tensors for `assemble`; `permuted` says that rows of q and k have llama.cpp's order."""
+    for target, layer, name in targets:
         array = _dequantize(stored[name])
-        if permuted and "attention/q_proj/" in where:
+        if permuted and "attention/q_proj/" in target:
             array = _unpermute(array, config.num_heads)
-        elif permuted and "attention/k_proj/" in where:
+        elif permuted and "attention/k_proj/" in target:
             array = _unpermute(array, config.num_kv_heads)
-        yield where, _layer(layer), array.T if where.endswith("/kernel") else array
+        yield target, _layer(layer), array.T if target.endswith("/kernel") else array
 
 
 def _dequantize(tensor: Any) -> np.ndarray:
-    """float32 values, exact for every type we read; shape as stored."""
+    """float32 values in the stored shape, exact for every supported type."""
     return require("gguf.quants", "models").dequantize(tensor.data, tensor.tensor_type)
 
 
 def _unpermute(rows: Float[np.ndarray, "out ..."], heads: int) -> Float[np.ndarray, "out ..."]:
-    """Undoes the row order of llama.cpp's converter.
+    """Restores the row order that llama.cpp's converter changes.
 
-    It rotates pairs (2i, 2i + 1) of a head where we rotate (i, i + head_dim // 2),
-    so its converter interleaves the two halves of each head's rows of q and k.
+    llama.cpp rotates pairs (2i, 2i + 1) of a head where we rotate (i, i + head_dim // 2), so its
+    converter interleaves the two halves of each head's rows in q and k.
     """
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, built with the tokenizers library."""
+"""Builds the tokenizer that a GGUF file describes, with the tokenizers library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bipolar_jax.models.loaders.gguf.config import Metadata
 if TYPE_CHECKING:
     import tokenizers
 
-# Splitting patterns of the models' own tokenizer.json files; they differ in how many digits make a piece.
+# Splitting patterns of the models' own tokenizer.json files, which differ in the digits per pre-token.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,10 +23,14 @@ _REMEDY = "load the model's Hugging Face directory, with its tokenizer.json, ins
 
 
 def build_tokenizer(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE from tokens and merges; control and user-defined tokens are never split.
+    """A byte-level BPE tokenizer, which never splits control and user-defined tokens.
+
+    Args:
+      metadata: the file's metadata.
+      vocab_size: the model's vocabulary size.
 
     Raises:
-      ValueError: a tokenizer of another kind, one that contradicts itself, or none.
+      ValueError: no tokenizer, an unsupported one, or one that contradicts itself.
     """
     library = require("tokenizers", "models")
     kind = metadata.text("tokenizer.ggml.model")
@@ -39,7 +43,7 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer
         supported = ", ".join(_PRE_TOKENIZERS)
         raise ValueError(f"{metadata.source} has pre-tokenizer {pre!r}, supported are {supported}: {_REMEDY}")
     tokens, types, merges = _vocabulary(metadata, vocab_size)
-    # llama.cpp puts BOS before Llama 3's texts unless the file says otherwise.
+    # As in llama.cpp, Llama 3's texts start with BOS unless the file sets this key.
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
     bos = _bos(metadata, tokens) if add_bos else None
     try:
@@ -51,14 +55,14 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer
 def _assemble(
     library: Any, pre: str, tokens: list[str], types: list[int], merges: list[tuple[str, ...]], bos: int | None
 ) -> tokenizers.Tokenizer:
-    # Llama 3 takes a piece that is itself a token whole, whatever the merges say.
+    # Llama 3 uses a token for a whole pre-token even if the merges do not produce it.
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = library.Tokenizer(library.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(library, pre)
     tokenizer.decoder = library.decoders.ByteLevel()
-    # These are in the vocabulary and keep their ids; decoding skips control tokens unless asked not to.
+    # These keep their ids from the vocabulary; decoding skips control tokens by default.
     for kind in (_CONTROL, _USER_DEFINED):
         tokenizer.add_tokens(
             [
@@ -75,7 +79,7 @@ def _assemble(
 
 
 def _vocabulary(metadata: Metadata, vocab_size: int) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
-    """Tokens by id, their types, and the merges in order of rank."""
+    """Tokens by id, their types, and the merges by rank."""
     lists = {
         name: metadata.require(metadata.array(f"tokenizer.ggml.{name}", kind), f"tokenizer.ggml.{name}")
         for name, kind in (("tokens", str), ("token_type", int), ("merges", str))
@@ -88,9 +92,9 @@ def _vocabulary(metadata: Metadata, vocab_size: int) -> tuple[list[str], list[in
     elif len(tokens) > vocab_size:
         problem = f"{len(tokens)} tokens but {vocab_size=}"
     elif len(set(tokens)) != len(tokens):
-        problem = f"{len(tokens) - len(set(tokens))} tokens that are there twice"
+        problem = f"{len(tokens) - len(set(tokens))} duplicate tokens"
     elif bad := [merge for merge in merges if len(merge) != 2]:
-        problem = f"the merge {' '.join(bad[0])!r}, which is no pair"
+        problem = f"the merge {' '.join(bad[0])!r}, which is not a pair"
     if problem:
         raise ValueError(f"{metadata.source} has a tokenizer with {problem}: download it again")
     return tokens, types, merges

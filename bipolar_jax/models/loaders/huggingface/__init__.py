@@ -1,1 +1,1 @@
-"""Hugging Face directories."""
+"""Loader of Hugging Face directories."""

@@ -1,4 +1,4 @@
-"""How one architecture is stored in a Hugging Face directory: its config's fields and its tensors' names."""
+"""Maps a Hugging Face architecture to the Transformer: config fields, and tensor names to parameters."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from bipolar_jax.models.loaders.json_fields import Fields
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
-# Query, key and value, in the order in which a fused tensor has them.
-_FUSED = 3
+_FUSED = 3  # query, key and value, in the order of a fused tensor
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Place:
-    """Where a stored tensor, or some of its rows, go. Ordered as the parameters are.
+class Target:
+    """The parameter that a stored tensor, or some of its rows, is loaded into. Sorts in the order of parameters.
 
     Attributes:
-      path: of the parameter in the Transformer, joined by "/".
-      layer: -1 outside the layers.
-      name: of the stored tensor.
-      first_row: rows before it are left out.
-      fused: which of query, key and value to take of rows laid out [heads, 3, head_dim]; -1 takes all rows.
+      path: path of the parameter in the Transformer, joined by "/".
+      layer: decoder layer, or -1 outside the layers.
+      name: name of the stored tensor.
+      first_row: first row to load.
+      fused: index of query, key or value in rows laid out as [heads, 3, head_dim]; -1 loads all rows.
     """
 
     path: str
@@ -35,24 +34,24 @@ class Place:
     fused: int = -1
 
     def shape(self, stored: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
-        """Shape in our orientation: kernels are stored [out, in], ours are [in, out].
+        """Shape of `extract`'s result for a stored shape.
 
         Raises:
-          ValueError: rows that `num_heads` heads cannot share as query, key and value.
+          ValueError: rows of a fused tensor that do not divide into query, key and value of `num_heads` heads.
         """
         if self.fused >= 0:
             if not stored or stored[0] % (_FUSED * num_heads):
                 raise ValueError(
-                    f"tensor {self.name!r} has shape {stored}, its rows are no query, key and value of "
-                    f"{num_heads} heads: the file's config and its weights disagree"
+                    f"tensor {self.name!r} has shape {stored}, its rows do not divide into query, key "
+                    f"and value of {num_heads} heads: the file's config and its weights disagree"
                 )
             stored = (stored[0] // _FUSED, *stored[1:])
         if self.first_row and stored:
             stored = (max(stored[0] - self.first_row, 0), *stored[1:])
         return stored[::-1] if self.path.endswith("/kernel") else stored
 
-    def cut(self, stored: Shaped[np.ndarray, "rows *rest"], num_heads: int) -> Shaped[np.ndarray, "*ours"]:
-        """The part, in our orientation."""
+    def extract(self, stored: Shaped[np.ndarray, "rows *rest"], num_heads: int) -> Shaped[np.ndarray, "*ours"]:
+        """The selected rows in the parameter's orientation: kernels are stored as [out, in], ours are [in, out]."""
         if self.fused >= 0:
             by_head = stored.reshape(num_heads, _FUSED, -1, *stored.shape[1:])
             stored = by_head[:, self.fused].reshape(-1, *stored.shape[1:])
@@ -63,17 +62,17 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the loader knows of an architecture. Modules are named as a file's "weight" and "bias" belong to them.
+    """The stored form of an architecture. A module's tensors are named MODULE.weight and MODULE.bias.
 
     Attributes:
-      translate: from config.json to fields of a TransformerConfig, token ids left out; raises
-        ValueError for what would load and then compute something else.
-      prefix: begins every name but the head's, or none: that of the model without its head.
-      layers: begins the names in a layer, before the layer's number.
+      translate: maps config.json to fields of TransformerConfig, except token ids; raises ValueError
+        for features that the Transformer does not compute.
+      prefix: prefix of tensor names; optional, since files of the model without its head lack it.
+      layers: prefix of names in a layer, before the layer's number.
       top: modules outside the layers -> modules of the Transformer.
-      in_layer: modules in a layer -> modules of a DecoderLayer; three share a fused tensor.
-      first_rows: rows at the start of a module's weight that are never used.
-      ignored: ends of names that say nothing new.
+      in_layer: modules in a layer -> modules of a DecoderLayer, or three of them for a fused tensor.
+      first_rows: module -> number of unused rows at the start of its weight.
+      ignored: suffixes of tensor names to skip.
     """
 
     translate: Callable[[Fields], dict[str, Any]]
@@ -84,8 +83,12 @@ class Architecture:
     first_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
-    def places(self, name: str, tied: bool) -> list[Place]:
-        """Where a stored tensor goes; nowhere, if it is ignored or a copy of tied embeddings.
+    def targets(self, name: str, tied: bool) -> list[Target]:
+        """The parameters that a stored tensor is loaded into; none if it is ignored or a copy of tied embeddings.
+
+        Args:
+          name: name of the tensor.
+          tied: whether the embeddings are tied.
 
         Raises:
           ValueError: the architecture has no such tensor.
@@ -99,14 +102,15 @@ class Architecture:
             raise ValueError(f"unexpected tensor {name!r}: no supported model of this type has one")
         start = "layers/" if match else ""
         if isinstance(ours, str):
-            return [Place(f"{start}{ours}/{_variable(ours, kind)}", layer, name, self.first_rows.get(module, 0))]
+            return [Target(f"{start}{ours}/{_variable(ours, kind)}", layer, name, self.first_rows.get(module, 0))]
         return [
-            Place(f"{start}{one}/{_variable(one, kind)}", layer, name, fused=index) for index, one in enumerate(ours)
+            Target(f"{start}{module}/{_variable(module, kind)}", layer, name, fused=index)
+            for index, module in enumerate(ours)
         ]
 
 
 def _variable(module: str, kind: str) -> str:
-    """Our name for a module's weight or bias."""
+    """Name of a module's weight or bias in the Transformer."""
     if kind == "bias":
         return "bias"
     if module.endswith("norm"):

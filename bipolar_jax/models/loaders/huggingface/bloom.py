@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bipolar_jax.models.loaders.huggingface.architecture import Architecture
-from bipolar_jax.models.loaders.json_fields import Fields
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
 
 def _translate(fields: Fields) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
             f"{fields.source} has apply_residual_connection_post_layernorm true: "
             "only residuals from before the norm are supported"
         )
-    # The published configs use either name of each.
+    # Published configs use either name.
     hidden = fields.size("n_embed" if fields.get("n_embed") else "hidden_size")
     heads = fields.size("num_attention_heads" if fields.get("num_attention_heads") else "n_head")
     layers = fields.size("num_hidden_layers" if fields.get("num_hidden_layers") else "n_layer")
@@ -25,7 +25,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
         num_kv_heads=heads,
         head_dim=max(hidden // heads, 1),
         ffn_size=4 * hidden,
-        # ALiBi needs no limit; this is the length it was trained at.
+        # ALiBi has no limit; this is the trained length.
         context_length=fields.size("seq_length", 2048),
         norm="layer",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),

@@ -1,30 +1,30 @@
-"""What a Hugging Face config.json says about the model's shapes and constants."""
+"""Reads config.json of a Hugging Face directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import Architecture
 from bipolar_jax.models.loaders.huggingface.bloom import BLOOM
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields, read_json
 from bipolar_jax.models.loaders.huggingface.llama import LLAMA
 from bipolar_jax.models.loaders.huggingface.opt import OPT
-from bipolar_jax.models.loaders.json_fields import Fields, read_json
-from bipolar_jax.models.loaders.naming import naming
 
 # By the model_type of config.json.
 ARCHITECTURES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "opt": OPT, "bloom": BLOOM}
 
 
 def read_config(directory: Path) -> tuple[Architecture, TransformerConfig]:
-    """Translates config.json, and the token ids of generation_config.json where there is one.
+    """Reads config.json, and token ids from generation_config.json if it exists.
 
     Returns:
-      How the model is stored, and what it is.
+      The stored form of the architecture, and the model's config.
 
     Raises:
       FileNotFoundError: no config.json.
-      ValueError: a model or feature we do not support, or a field that is missing or makes no sense.
+      ValueError: an unsupported model or feature, or a missing or invalid field.
     """
     path = directory / "config.json"
     fields = Fields(read_json(path), path)
@@ -36,14 +36,14 @@ def read_config(directory: Path) -> tuple[Architecture, TransformerConfig]:
     architecture = ARCHITECTURES[model_type]
     translated = architecture.translate(fields)
     bos_id, eos_ids = _token_ids(fields, directory)
-    with naming(path):
+    with errors_name(path):
         return architecture, TransformerConfig(
             **translated, vocab_size=fields.size("vocab_size"), bos_id=bos_id, eos_ids=eos_ids
         )
 
 
 def _token_ids(fields: Fields, directory: Path) -> tuple[int | None, tuple[int, ...]]:
-    """BOS and EOS; generation_config.json knows the end of a chat turn, so it goes first."""
+    """BOS and EOS ids; generation_config.json goes first, because it includes the end of a chat turn."""
     sources = [fields]
     path = directory / "generation_config.json"
     if path.is_file():

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from bipolar_jax.models.config import RopeScaling
+from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import Architecture
-from bipolar_jax.models.loaders.json_fields import Fields
-from bipolar_jax.models.loaders.naming import naming
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
 
 def _translate(fields: Fields) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
     _refuse_unsupported(fields, model_type, context)
     rope = _rope_fields(fields)
     scaling = _rope_scaling(rope, context)
-    with naming(fields.source):
+    with errors_name(fields.source):
         rope_scaling = RopeScaling(**scaling) if scaling else None
     return dict(
         hidden_size=hidden,
@@ -32,13 +32,13 @@ def _translate(fields: Fields) -> dict[str, Any]:
         rope_scaling=rope_scaling,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        # Qwen2 has these three biases without saying so.
+        # Qwen2 has these biases, but no field for them.
         qkv_bias=model_type == "qwen2",
     )
 
 
 def _refuse_unsupported(fields: Fields, model_type: str, context: int) -> None:
-    """Raises ValueError for what would load and then compute something else."""
+    """Raises ValueError for features that the Transformer does not compute."""
     path = fields.source
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
@@ -47,7 +47,7 @@ def _refuse_unsupported(fields: Fields, model_type: str, context: int) -> None:
         raise ValueError(f"{path} has attention_bias true, which adds a bias to o_proj too: that is not supported")
     if fields.flag("mlp_bias", False):
         raise ValueError(f"{path} has mlp_bias true: biases in the feed-forward block are not supported")
-    # Qwen2 states a window even where it does not use it.
+    # Qwen2 configs have sliding_window even if it is disabled.
     uses_window = fields.flag("use_sliding_window", False) if model_type == "qwen2" else model_type == "mistral"
     window = fields.get("sliding_window")
     if uses_window and (model_type == "qwen2" or (window is not None and window < context)):
@@ -57,17 +57,17 @@ def _refuse_unsupported(fields: Fields, model_type: str, context: int) -> None:
 
 
 def _rope_fields(fields: Fields) -> Fields:
-    """Both published forms as one: rope_parameters (new), or rope_scaling beside rope_theta (old)."""
+    """The RoPE fields of either form: rope_parameters (new), or rope_scaling beside rope_theta (old)."""
     rope = fields.nested("rope_parameters") if fields.get("rope_parameters") else fields.nested("rope_scaling")
     shared = {name: fields.get(name) for name in ("rope_theta", "original_max_position_embeddings")}
     return Fields({**{k: v for k, v in shared.items() if v is not None}, **rope.values}, fields.source)
 
 
 def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
-    """Fields of a RopeScaling."""
+    """Keyword arguments of RopeScaling, or None without scaling."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.number("partial_rotary_factor", 1.0) != 1:
-        raise ValueError(f"{rope.source} rotates only a part of each head (partial_rotary_factor): not supported")
+        raise ValueError(f"{rope.source} has a partial_rotary_factor: only rotation of whole heads is supported")
     if kind in ("default", "none"):
         return None
     if kind == "linear":
@@ -97,13 +97,13 @@ def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
 
 
 def _yarn_attention_factor(rope: Fields, factor: float) -> float | None:
-    """Explicit, or the ratio of DeepSeek's two scales, or None: derived from `factor` alone."""
+    """attention_factor, or DeepSeek's ratio of mscale and mscale_all_dim, or None (derived from `factor`)."""
     if rope.get("attention_factor") is not None:
         return rope.number("attention_factor")
     if not (rope.get("mscale") and rope.get("mscale_all_dim")):
         return None
-    above, below = (0.1 * rope.number(name) * math.log(factor) + 1.0 for name in ("mscale", "mscale_all_dim"))
-    return above / below
+    numerator, denominator = (0.1 * rope.number(name) * math.log(factor) + 1.0 for name in ("mscale", "mscale_all_dim"))
+    return numerator / denominator
 
 
 LLAMA = Architecture(
@@ -122,6 +122,6 @@ LLAMA = Architecture(
         "mlp.up_proj": "ffn/up_proj",
         "mlp.down_proj": "ffn/down_proj",
     },
-    # Frequencies that old checkpoints stored; they follow from the config.
+    # Old checkpoints store these frequencies, which follow from the config.
     ignored=("rotary_emb.inv_freq",),
 )

@@ -1,4 +1,4 @@
-"""Pretrained models from Hugging Face directories."""
+"""Loads pretrained models from Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
-from bipolar_jax.models.loaders.huggingface.architecture import Place
+from bipolar_jax.models.loaders.error_source import errors_name
+from bipolar_jax.models.loaders.huggingface.architecture import Target
 from bipolar_jax.models.loaders.huggingface.config import read_config
-from bipolar_jax.models.loaders.naming import naming
-from bipolar_jax.models.loaders.safetensors_files import SafetensorsFiles
+from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
@@ -24,14 +24,13 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
     """Loads a Llama, Mistral, Qwen2, OPT or BLOOM model and its tokenizer, tensor by tensor.
 
     Args:
-      directory: holds config.json, tokenizer.json and model.safetensors, or the
-        shards that model.safetensors.index.json names. generation_config.json
-        is read where it is there.
+      directory: folder with config.json, tokenizer.json, optionally generation_config.json, and
+        model.safetensors or the shards that model.safetensors.index.json names.
       param_dtype: dtype of the parameters.
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
-      ValueError: a file is damaged, contradicts another, or is of a kind we do not support.
+      ValueError: a file is damaged, contradicts another, or is of an unsupported kind.
       ModuleNotFoundError: the extra "models" is not installed.
     """
     directory = Path(directory)
@@ -40,13 +39,13 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
     architecture, config = read_config(directory)
     tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
     with SafetensorsFiles(directory) as files:
-        with naming(directory):
-            # In the order of the parameters, so that each is complete before the next begins.
-            places = sorted(place for name in files for place in architecture.places(name, config.tie_embeddings))
-        shapes = {place.name: files.shape(place.name) for place in places}
-        with naming(directory):
-            check_layout(config, ((p.path, _layer(p), p.shape(shapes[p.name], config.num_heads)) for p in places))
-            tensors = ((p.path, _layer(p), p.cut(files.read(p.name), config.num_heads)) for p in places)
+        with errors_name(directory):
+            # In the order of parameters, so that `assemble` completes one before it starts the next.
+            targets = sorted(target for name in files for target in architecture.targets(name, config.tie_embeddings))
+        shapes = {target.name: files.shape(target.name) for target in targets}
+        with errors_name(directory):
+            check_layout(config, ((t.path, _layer(t), t.shape(shapes[t.name], config.num_heads)) for t in targets))
+            tensors = ((t.path, _layer(t), t.extract(files.read(t.name), config.num_heads)) for t in targets)
             return PretrainedModel(assemble(config, tensors, param_dtype), tokenizer)
 
 
@@ -67,5 +66,5 @@ def _read_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _layer(place: Place) -> int | None:
-    return None if place.layer < 0 else place.layer
+def _layer(target: Target) -> int | None:
+    return None if target.layer < 0 else target.layer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bipolar_jax.models.loaders.huggingface.architecture import Architecture
-from bipolar_jax.models.loaders.json_fields import Fields
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
-# Position p is row p + 2 of the stored table; the rows before were for padding.
+# Position p is row p + 2 of the stored table; the first two rows are unused.
 _POSITION_OFFSET = 2
 
 

@@ -1,4 +1,4 @@
-"""Errors that name the file they are about."""
+"""Error messages that start with the name of the file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def naming(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts `source` before the ValueErrors of code that does not know which file it works for."""
+def errors_name(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Prefixes the message of a ValueError in the block with `source`."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The tensors of one model, over one safetensors file or many, memory mapped."""
+"""The tensors of one model in one or several memory-mapped safetensors files."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 
 from bipolar_jax.extras import require
-from bipolar_jax.models.loaders.json_fields import read_json
+from bipolar_jax.models.loaders.huggingface.json_fields import read_json
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 
 
 class SafetensorsFiles:
-    """Every tensor by name: shapes from the headers, values one at a time.
+    """The tensors by name: shapes from the headers, values read on request. Iterates over the names.
 
-    A context manager: the files stay mapped until it ends.
+    A context manager, which keeps the files mapped.
     """
 
     def __init__(self, directory: Path):
         """Opens the files.
 
         Raises:
-          FileNotFoundError: there are no weights, or a shard is missing.
+          FileNotFoundError: no weights, or a missing shard.
           ValueError: a file is damaged, or lacks a tensor that the index names.
         """
         self._open = contextlib.ExitStack()
@@ -47,7 +47,7 @@ class SafetensorsFiles:
         return iter(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored, from the header. Raises ValueError for a dtype we do not read."""
+        """Shape as stored. Raises ValueError for an unsupported dtype."""
         path, file = self._file_of[name]
         stored = file.get_slice(name)
         if stored.get_dtype() not in _DTYPES:
@@ -58,7 +58,7 @@ class SafetensorsFiles:
         return tuple(stored.get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """The values, in the stored dtype."""
+        """Values in the stored dtype and shape."""
         path, file = self._file_of[name]
         try:
             return file.get_tensor(name)
@@ -66,7 +66,7 @@ class SafetensorsFiles:
             raise _damaged(path, error) from error
 
     def _add(self, path: Path, names: list[str] | None) -> None:
-        """Opens one file and takes `names` from it, or all of them."""
+        """Opens a file for the tensors `names`; None is all of its tensors."""
         library = require("safetensors", "models")
         if not path.is_file():
             raise FileNotFoundError(f"shard {path.name} of {path.parent / _INDEX} is missing: download it again")
@@ -74,28 +74,28 @@ class SafetensorsFiles:
             file = self._open.enter_context(library.safe_open(path, framework="np"))
         except (library.SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
-        held = set(file.keys())
-        absent = sorted(set(names or ()) - held)
-        if absent:
-            raise ValueError(f"{path} lacks the tensor {absent[0]!r} that {_INDEX} places in it: download both again")
-        self._file_of.update({name: (path, file) for name in (names or sorted(held))})
+        stored = set(file.keys())
+        missing = sorted(set(names or ()) - stored)
+        if missing:
+            raise ValueError(f"{path} lacks the tensor {missing[0]!r} that {_INDEX} places in it: download both again")
+        self._file_of.update({name: (path, file) for name in (names or sorted(stored))})
 
 
 def _files(directory: Path) -> dict[Path, list[str] | None]:
-    """Files to open, and the tensors to take from each; None is all of them."""
-    if (directory / _WHOLE).is_file():
-        return {directory / _WHOLE: None}
+    """Files to open -> names of the tensors to read from each; None is all of them."""
+    if (directory / _SINGLE_FILE).is_file():
+        return {directory / _SINGLE_FILE: None}
     index_path = directory / _INDEX
     if not index_path.is_file():
         raise FileNotFoundError(
-            f"neither {_WHOLE} nor {_INDEX} in {directory}: download the weights in the safetensors format"
+            f"neither {_SINGLE_FILE} nor {_INDEX} in {directory}: download the weights in the safetensors format"
         )
-    placed = read_json(index_path).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
+    file_names = read_json(index_path).get("weight_map")
+    if not isinstance(file_names, dict) or not file_names:
         raise ValueError(f"{index_path} has no weight_map: download it again")
     files: dict[Path, list[str] | None] = {}
-    for name, file_name in placed.items():
-        # A name with folders in it could point anywhere.
+    for name, file_name in file_names.items():
+        # Reject paths, which could point outside the directory.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise ValueError(f"{index_path} places {name!r} in {file_name!r}, expected a file name: download it again")
         files.setdefault(directory / file_name, []).append(name)

@@ -1,4 +1,4 @@
-"""JSON objects of a Hugging Face directory, and typed look-ups in them."""
+"""JSON files of a Hugging Face directory, and typed lookups in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError where the file is not one."""
+    """Reads a JSON object. Raises FileNotFoundError, or ValueError if the file is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: download the whole model directory")
     try:
@@ -22,39 +22,49 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """Typed look-ups in one JSON object; null is the same as absent."""
+    """Typed lookups in a JSON object; null counts as absent.
+
+    All but `get` raise ValueError for a value of another type or a missing field without default.
+    """
 
     def __init__(self, values: dict[str, Any], source: Path):
+        """Wraps `values`; `source` is the file named in errors."""
         self.values, self.source = values, source
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value of any type."""
         value = self.values.get(name)
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
+        """An integer of at least 1."""
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.wrong(name, value, "an integer of at least 1")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A positive finite number."""
         value = self.get(name, default)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value <= 0:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= 0:
             raise self.wrong(name, value, "a positive number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """A boolean."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, value, "true or false")
         return value
 
     def nested(self, name: str) -> Fields:
+        """An object; empty if absent."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, value, "an object")
         return Fields(value, self.source)
 
-    def wrong(self, name: str, value: Any, wanted: str) -> ValueError:
-        return ValueError(f"{self.source}: {name} is {value!r:.60}, expected {wanted}")
+    def wrong(self, name: str, value: Any, expected: str) -> ValueError:
+        """The error for a field with an unexpected value."""
+        return ValueError(f"{self.source}: {name} is {value!r:.60}, expected {expected}")
