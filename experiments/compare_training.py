@@ -26,7 +26,7 @@ _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_wind
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     results = [_read(Path(folder.strip())) for folder in config.runs.split(",")]
     runs = {result["settings"]["name"]: summary(result) for result in results}
     if config.baseline not in runs:

@@ -25,7 +25,7 @@ from experiments.support.workdir import RESULT_NAME, environment, write_json
 
 
 def main(config: ConfigDict, workdir: Path | None) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
     precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
     pretrained = load_model_source(config.model, config.bits or None)

@@ -40,7 +40,7 @@ _SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision",
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     precisions = [bj.Precision.parse(text, config.calibration) for text in config.precisions.split(",")]
     embedding_precision = bj.Precision.parse(config.embedding_precision, config.calibration)
     text = load_text_source(config.text)

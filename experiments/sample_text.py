@@ -27,7 +27,7 @@ TEXT_NAME = "text.txt"
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     if config.texts < 1 or config.batch_size < 1:
         raise ValueError(f"texts={config.texts} and batch_size={config.batch_size} must be at least 1")
     pretrained = load_model_source(config.model)

@@ -46,7 +46,7 @@ _NOT_COMPARED += ("prompt", "sample_tokens")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     _check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     pretrained = load_model_source(config.pretrained) if config.pretrained else None

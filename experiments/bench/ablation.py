@@ -23,8 +23,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from experiments.bench.products import ablation_variants as variants
 from experiments.bench.products.operands import Operands, check_output
 from experiments.bench.products.plots import plot_ablation
@@ -42,16 +40,15 @@ _SETTINGS = ("iterations", "seed")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
-    fixed = Tiling(**config.fixed_tiling)
-    fixed.check()
+    """Runs the experiment; see the module docstring."""
+    fixed = variants.parse_tiling(config.fixed_tiling)
     products = [
         (f"{shape.name} {name}", product)
         for shape in parse_shapes(config.shapes)
         for name, product in parse_products(shape, config.precisions, "sm90").items()
     ]
     for name, product in products:
-        if isinstance(product.choice.tiling, DecodeTiling):
+        if product.has_few_tokens:
             raise ValueError(
                 f"{name} runs the few-token kernel, which has no such variants: ask for more than 64 tokens"
             )
@@ -65,7 +62,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         _measure(products, fixed, config, workdir)
 
 
-def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigDict, workdir: Path) -> None:
+def _measure(products: list[tuple[str, Product]], fixed: variants.Tiling, config: ConfigDict, workdir: Path) -> None:
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"fixed_tiling": dataclasses.asdict(fixed), "device": jax.devices()[0].device_kind}
     settings["kernels_sha256"] = kernels_fingerprint()
@@ -84,7 +81,7 @@ def _measure(products: list[tuple[str, Product]], fixed: Tiling, config: ConfigD
 
 
 def _measure_product(
-    name: str, product: Product, row: dict[str, Any], operands: Operands, fixed: Tiling, config: ConfigDict
+    name: str, product: Product, row: dict[str, Any], operands: Operands, fixed: variants.Tiling, config: ConfigDict
 ) -> None:
     """Times the full system, every variant and XLA's bf16 product; skips those that have a time already."""
     calls = {

@@ -52,7 +52,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     with device_lock():
         _measure(config, workdir)
 

@@ -64,7 +64,7 @@ class Block(nnx.Module):
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     with device_lock():
         _measure(config, workdir)
 

@@ -44,7 +44,7 @@ _MOST_SLOTS = 8
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the whole experiment; see the module's docstring."""
+    """Runs the experiment; see the module docstring."""
     with device_lock():
         _measure(config, workdir)
 
@@ -104,7 +104,7 @@ class Problem:
     def of(cls, product: Product) -> Problem:
         """The problem of a product."""
         shape = product.shape
-        if isinstance(product.choice.tiling, DecodeTiling):
+        if product.has_few_tokens:
             columns = accumulator_columns(shape.m, product.a_format.bits)
             return cls(FEW_TOKENS, columns, shape.n, mainloop_steps(shape.k, "planes", product.w_format.bits))
         return cls(product.kind, shape.m, shape.n, product.steps)
@@ -165,7 +165,7 @@ def _with_deepest_ring(tiling: Tiling) -> Tiling:
 
 def _time_tilings_of(product: Product, row: dict[str, Any], operands: Operands, config: ConfigDict) -> None:
     """Times the first tilings, then variations of the fastest; for few tokens all tilings."""
-    if isinstance(product.choice.tiling, DecodeTiling):
+    if product.has_few_tokens:
         shape = product.shape
         tilings = decode_tilings(shape.m, shape.k, product.a_format.bits, product.w_format.bits)
         _time_tilings(list(tilings), product, row, operands, config)
@@ -186,7 +186,7 @@ def _time_tilings(
 ) -> None:
     todo = [tiling for tiling in tilings if "microseconds" not in row["tilings"].get(_name(tiling), {})]
     calls, count = {tiling: product.kernel(operands, tiling) for tiling in todo}, 1
-    if isinstance(product.choice.tiling, DecodeTiling):
+    if product.has_few_tokens:
         for tiling, call in calls.items():
             calls[tiling], count = with_cold_weights(call, 1)
     with device_unlocked():

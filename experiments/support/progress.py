@@ -13,15 +13,15 @@ console = Console(width=None if Console().is_terminal else 120)
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Shows a bar while the block runs; yields a function that takes the steps done and an optional note.
 
     Args:
-      what: description, shown before the bar.
+      description: shown before the bar.
       total: number of steps; None shows a spinner and the elapsed time.
     """
     if not console.is_terminal:
-        console.print(what)
+        console.print(description)
         yield lambda done, note="": console.print(f"{done}/{total} {note}") if note else None
         return
     count = [BarColumn(), MofNCompleteColumn()] if total else []
@@ -33,5 +33,5 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., 
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total, note="")
+        task = progress.add_task(description, total=total, note="")
         yield lambda done, note="": progress.update(task, completed=done, **({"note": note} if note else {}))

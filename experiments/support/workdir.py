@@ -102,7 +102,7 @@ def save_result(
 
 @functools.cache
 def kernels_fingerprint(*folders: str) -> str:
-    """SHA-256 of the sources and tuning tables of the Hopper kernels, so that a workdir never mixes two versions.
+    """SHA-256 of the sources and tuning tables of the kernels, so that a workdir never mixes two versions.
 
     Cached, because a process keeps the versions that it has imported.
 
@@ -110,11 +110,7 @@ def kernels_fingerprint(*folders: str) -> str:
       *folders: further folders of the package that the figures depend on.
     """
     package = Path(bipolar_jax.__file__).parent
-    files = [
-        file
-        for folder in ("kernels/semantics", "kernels/sm90", *folders)
-        for file in sorted((package / folder).rglob("*.py"))
-    ]
+    files = [file for folder in ("kernels", *folders) for file in sorted((package / folder).rglob("*.py"))]
     files += sorted((package / "tuning").glob("*.json"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -118,17 +118,17 @@ def test_a_nonfinite_loss_stops_the_run(tiny_text, tmp_path):
     assert str(bad - 1) in {path.name for path in (tmp_path / FOLDER).iterdir()}
 
 
-@pytest.mark.parametrize("what", ["a flipped bit", "truncated", "no facts", "facts of another form"])
-def test_a_damaged_checkpoint_is_named_and_kept(copied, tiny_text, what):
+@pytest.mark.parametrize("damage", ["a flipped bit", "truncated", "no metadata", "metadata of another form"])
+def test_a_damaged_checkpoint_is_named_and_kept(copied, tiny_text, damage):
     checkpoint = copied / FOLDER / str(STEPS)
     arrays = max((path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    if what == "a flipped bit":
+    if damage == "a flipped bit":
         content = bytearray(arrays.read_bytes())
         content[len(content) // 2] ^= 1
         arrays.write_bytes(content)
-    elif what == "truncated":
+    elif damage == "truncated":
         arrays.write_bytes(arrays.read_bytes()[:100])
-    elif what == "no facts":
+    elif damage == "no metadata":
         shutil.rmtree(checkpoint / "about")
     else:
         (checkpoint / "about" / "metadata").write_text('{"settings": 1}')

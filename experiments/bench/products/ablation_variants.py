@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,13 @@ from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call, Product
 
 _BINARY = BipolarFormat(1)
+
+
+def parse_tiling(fields: Mapping[str, Any]) -> Tiling:
+    """The tiling of "fixed tiling" from a config. Raises ValueError if the kernel cannot run it."""
+    tiling = Tiling(**fields)
+    tiling.check()
+    return tiling
 
 
 def full(product: Product, operands: Operands) -> Call:

@@ -113,8 +113,7 @@ class Operands:
         return self._once("tokens of x", a_format, kind, make=lambda: self._quantize(a_format, kind))
 
     def _quantize(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
-        interpret = interpret_params()
-        return jax.jit(lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret))(self.x)
+        return jax.jit(quantizer(a_format, kind))(self.x)
 
     def x_words(self, a_format: BipolarFormat, kind: OperandKind) -> UInt32[Array, "planes m words"]:
         """The activation codes in the kernel's layout."""
@@ -193,6 +192,12 @@ class Operands:
         # An activation halfway between two codes may get either; they differ by 2 * scale. Allows two per row.
         tolerance = 4 * np.asarray(tokens.scale, np.float64)[:, None] * np.abs(w).max(axis=1)
         return x @ w.T, tolerance
+
+
+def quantizer(a_format: BipolarFormat, kind: OperandKind) -> Callable[[Array], PackedTokens]:
+    """The Hopper kernel that quantizes and packs activations, as a function of x."""
+    interpret = interpret_params()
+    return lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret)
 
 
 def check_integers(got: np.ndarray, expected: np.ndarray) -> None:

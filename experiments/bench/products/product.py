@@ -97,6 +97,11 @@ class Product:
         return self.choice.kind
 
     @property
+    def has_few_tokens(self) -> bool:
+        """Whether the planner chooses the few-token kernel."""
+        return isinstance(self.choice.tiling, DecodeTiling)
+
+    @property
     def steps(self) -> int:
         """Length of the main loop, in 128-byte rows of K over all pairs of planes; see `tuning.table`."""
         return mainloop_steps(self.shape.k, self.kind, self.pairs)

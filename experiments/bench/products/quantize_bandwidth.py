@@ -12,11 +12,8 @@ from ml_collections import ConfigDict
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
-from bipolar_jax.kernels.sm90.core.execution import interpret_params
-from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
-from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
 from experiments.bench.products.cold_weights import L2_BYTES
-from experiments.bench.products.operands import Operands
+from experiments.bench.products.operands import OperandKind, Operands, PackedTokens, quantizer
 from experiments.bench.products.product import Product
 from experiments.support.device_lock import device_unlocked
 from experiments.support.progress import console
@@ -41,7 +38,7 @@ def measure_quantizers(
     calls = {"copy": (_each(jnp.negative), xs)}  # negation, because XLA would remove a plain copy
     formats = {f"{bits} bits, {kind}": (BipolarFormat(bits), kind) for kind, bits in wanted}
     for name, (a_format, kind) in formats.items():
-        calls[name] = _each(_quantizer(a_format, kind)), xs
+        calls[name] = _each(quantizer(a_format, kind)), xs
     todo = {name: call for name, call in calls.items() if "microseconds" not in rows.get(name, {})}
     with device_unlocked():
         compiled = compile_all(todo, config.compile_threads)
@@ -68,10 +65,6 @@ def measure_quantizers(
 
 def _each(function):
     return lambda *xs: [function(x) for x in xs]
-
-
-def _quantizer(a_format: BipolarFormat, kind: OperandKind):
-    return lambda x: quantize_and_pack(x, a_format, kind, interpret=interpret_params())
 
 
 def _check(x: jax.Array, packed: PackedTokens, a_format: BipolarFormat, kind: OperandKind) -> None:

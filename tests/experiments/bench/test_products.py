@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.mosaic.gpu import profiler
 
 from bipolar_jax import TERNARY, BipolarFormat
 from experiments.bench.products.operands import Operands, check_integers, check_output
@@ -83,12 +82,13 @@ def test_on_a_gpu_kernels_are_timed(monkeypatch, iterations):
         times = [0.25] * iterations
         return lambda *args: (function(*args), times[0] if iterations == 1 else times)
 
+    measure = "jax.experimental.mosaic.gpu.profiler.measure"
     monkeypatch.setattr(timing.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
     monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.0)
-    monkeypatch.setattr(profiler, "measure", profiled)
+    monkeypatch.setattr(measure, profiled)
     measured = timing.measure(lambda: 0, iterations=iterations)
     assert measured == timing.Timing(250.0, 250.0, 250.0, iterations, "device")
-    monkeypatch.setattr(profiler, "measure", lambda function, *, iterations: lambda *args: (0, None))
+    monkeypatch.setattr(measure, lambda function, *, iterations: lambda *args: (0, None))
     with pytest.raises(RuntimeError, match="no kernel ran"):
         timing.measure(lambda: 0, iterations=iterations)
 
