@@ -1,7 +1,7 @@
-"""Device functions, their twins for interpret mode, and the launch that says which of the two a kernel runs.
+"""Pairs device functions with twins for interpret mode; the kernel's launch selects which of the two run.
 
-Interpret mode runs a kernel on a CPU and knows no inline PTX or MLIR. A function that uses them is paired with a twin:
-plain jnp with the same arguments and results. `launch_kernel` decides for everything that its kernel's body calls.
+Interpret mode runs a kernel on a CPU and has no inline PTX or MLIR. A function that uses them is paired with a twin:
+plain jnp with the same arguments and results. `launch_kernel` selects for everything that the kernel's body calls.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted
 
 
 def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None, **options: Any) -> Callable:
-    """`plgpu.kernel(body, ...)`; where `interpret` is given, `body` calls the twins of device functions.
+    """`plgpu.kernel(body, ...)`; if `interpret` is given, the body calls the twins of device functions.
 
     Args:
-      body: of the kernel.
+      body: the kernel's body.
       interpret: parameters of interpret mode, or None on a GPU.
-      **options: of `plgpu.kernel`.
+      **options: passed to `plgpu.kernel`.
     """
 
     def traced(*refs, **scratch):
@@ -36,12 +36,12 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
 
 
 def is_interpreted() -> bool:
-    """Whether the kernel whose body is traced runs in interpret mode. For code that has to differ beyond a twin."""
+    """Whether the kernel being traced runs in interpret mode; for the few places where a twin is not enough."""
     return _interpreted.get()
 
 
 def with_twin(twin: Callable) -> Callable[[Callable], Callable]:
-    """Pairs the device function that it decorates with its twin for interpret mode, of the same signature."""
+    """Decorates a device function with its twin, which has the same signature and runs in interpret mode."""
 
     def pair(device: Callable) -> Callable:
         @functools.wraps(device)

@@ -22,9 +22,9 @@ _interpret_params: contextvars.ContextVar[InterpretGPUParams | None] = contextva
 
 @contextlib.contextmanager
 def interpreted(params: InterpretGPUParams) -> Iterator[None]:
-    """Kernels traced within run in Pallas' GPU interpret mode, on any device and slowly: for tests.
+    """Runs kernels that are traced within in Pallas' GPU interpret mode, slowly, on any device: for tests.
 
-    What is jitted within stays interpreted after, JAX's cache not knowing of it.
+    A function jitted within stays interpreted afterwards: JAX's cache does not know of this setting.
     """
     token = _interpret_params.set(params)
     try:
@@ -34,12 +34,12 @@ def interpreted(params: InterpretGPUParams) -> Iterator[None]:
 
 
 def interpret_params() -> InterpretGPUParams | None:
-    """Parameters of the interpret mode that is on, if any."""
+    """Parameters of interpret mode, or None if it is off."""
     return _interpret_params.get()
 
 
 def is_hopper(device: jax.Device) -> bool:
-    """Whether a device has the instructions these kernels are made of."""
+    """Whether a device has the instructions that these kernels use."""
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
