@@ -1,4 +1,4 @@
-"""How the product of few tokens is cut up: columns of the accumulator, warpgroups, rings in shared memory."""
+"""How the product of few tokens is divided: columns of the accumulator, warpgroups, ring buffers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import itertools
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import FEW_TOKENS_GROUP_SIZES
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
-from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import PART, splits
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE, ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import groups_per_instruction
 from bipolar_jax.kernels.unsupported import Unsupported
 
-TOKENS_PER_BLOCK = 8  # of columns of one plane: what the tensor cores take at least
+TOKENS_PER_BLOCK = 8  # columns of one plane come in multiples of this, the narrowest instruction
 MOST_COLUMNS = 256  # of an instruction
 _MOST_WARPGROUPS, _LEAST_SLOTS, _MOST_SLOTS = 4, 3, 8
-_TERMS_BYTES = 4 * 1024
+_TERMS_BYTES = 4 * 1024  # shared memory for the epilogue's vectors, the output's staging buffer, and barriers
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTiling:
-    """How a block shares out K.
+    """How a block divides K among warpgroups.
 
     Attributes:
-      warpgroups: 1 to 4, which take 1024 elements of K in turn.
-      w_slots: tiles of one plane, 64 x 1024 bits, that each has in shared memory at a time.
-      x_slots: tiles of all planes of all tokens of a part, likewise.
-      parts: of the tokens, each of which is multiplied by itself.
+      warpgroups: 1 to 4; they take slices of 1024 elements of K in turn.
+      w_slots: stages of each warpgroup's ring buffer of weights: tiles of one plane, 64 x 1024 bits.
+      x_slots: stages of its ring buffer of tokens: tiles of all planes of the tokens, 1024 bits wide.
+      parts: the tokens are cut into this many parts, each multiplied by itself. The name is that of tuning tables.
     """
 
     warpgroups: int
@@ -45,8 +45,8 @@ def token_columns(m: int) -> int:
 
 
 def x_planes(m: int, a_bits: int, group_size: int | None = None) -> int:
-    """Planes of the tokens' tiles: those of the activations, and one of whatever where no instruction is so wide."""
-    planes = splits(group_size) * a_bits
+    """Activation planes, plus one ignored plane when their columns are not a legal wgmma width."""
+    planes = groups_per_instruction(group_size) * a_bits
     return planes if wgmma.is_legal_width(planes * token_columns(m)) else planes + 1
 
 
@@ -58,12 +58,12 @@ def decode_tiling(m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int 
 def decode_tilings(
     m: int, k: int, a_bits: int, w_bits: int = 1, group_size: int | None = None
 ) -> tuple[DecodeTiling, ...]:
-    """All that fit, each with as deep rings as do: most warpgroups that have enough registers and work first.
+    """All tilings that fit, with ring buffers as deep as fit; those with more warpgroups first.
 
     Args:
-      m, k: sizes.
-      a_bits: of the activations.
-      w_bits: of the weights; matters for groups, which take all planes of a part at a time.
+      m, k: tokens, and contracted size.
+      a_bits: bits of the activations.
+      w_bits: bits of the weights; with groups all planes of a slice are in the ring at once.
       group_size: elements of K that share a scale, or None.
 
     Raises:
@@ -78,21 +78,21 @@ def decode_tilings(
     # 512 threads have 128 registers each: too few for the widest accumulator.
     most = _MOST_WARPGROUPS if columns <= MOST_COLUMNS // (2 if group_size is None else 4) else 2
     tilings = []
-    for warpgroups, x_slots in itertools.product(range(min(most, -(-k // PART)), 0, -1), (2, 1)):
-        handed_over = 4 * ROWS_PER_INSTRUCTION * token_columns(m) * warpgroups  # and the output
-        left = (SHARED_MEMORY_BYTES - _TERMS_BYTES - handed_over) // (warpgroups * BYTES_PER_ROW)  # rows of tiles
+    for warpgroups, x_slots in itertools.product(range(min(most, -(-k // K_SLICE)), 0, -1), (2, 1)):
+        partial_sums = 4 * ROWS_PER_INSTRUCTION * token_columns(m) * warpgroups  # and the output
+        left = (SHARED_MEMORY_BYTES - _TERMS_BYTES - partial_sums) // (warpgroups * BYTES_PER_ROW)  # rows of tiles
         w_slots = min(_MOST_SLOTS, (left - x_slots * columns) // ROWS_PER_INSTRUCTION)
         if w_slots >= least_slots:
             tilings.append(DecodeTiling(warpgroups, w_slots, x_slots))
-    return tuple(tilings)  # one warpgroup with one slot of tokens always fits
+    return tuple(tilings)  # not empty: one warpgroup with one slot of tokens always fits
 
 
 def parted_tiling(m: int, k: int, a_bits: int) -> DecodeTiling:
-    """`decode_tiling` of as large parts of the tokens as have no more columns than an instruction."""
+    """`decode_tiling` with the fewest parts of the tokens whose columns fit an instruction."""
     parts = next(n for n in range(1, m + 1) if accumulator_columns(-(-m // n), a_bits) <= MOST_COLUMNS)
     return dataclasses.replace(decode_tiling(-(-m // parts), k, a_bits), parts=parts)
 
 
 def accumulator_columns(m: int, a_bits: int, group_size: int | None = None) -> int:
-    """Of an instruction: all planes of all tokens."""
+    """Columns of the accumulator: all planes of all tokens."""
     return x_planes(m, a_bits, group_size) * token_columns(m)

@@ -1,8 +1,8 @@
-"""Groups of K with scales of their own, in the product of few tokens.
+"""Groups of K with their own scales, in the product of few tokens.
 
-An instruction covers 256 elements of K. Of groups shorter than that, each has columns of its own in
-the tokens' operand, zero outside the group; so a product of 256 elements has the sums of all its
-groups side by side, and scaling them is all that groups cost.
+An instruction covers 256 elements of K. Shorter groups each have their own columns in the tokens' operand, zero outside
+the group: one product of 256 elements has the sums of all its groups side by side, and groups cost no more than their
+scaling.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import load_column_vector, load_row_vector
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.core.wgmma import ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.packing.words import WORD_BITS
 from bipolar_jax.quantize.groups import num_groups
 
-_INSTRUCTION = 256  # elements of K
-PART = ELEMENTS_PER_ROW["planes"]  # elements of K that are loaded at a time
+_INSTRUCTION_K = 256  # elements of K
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightGroups:
-    """What packed weights have of every group.
+    """Scales, sums and offsets of the weights' groups.
 
     Attributes:
-      scale: of the numbers.
-      row_sums: of the codes.
-      offset: of the numbers; None if all are 0.
+      scale: of each group of each row of weights.
+      row_sums: sums of the codes of each group.
+      offset: of the numbers of each group; None if all are 0.
       group_size: one of FEW_TOKENS_GROUP_SIZES.
     """
 
@@ -48,11 +47,11 @@ class WeightGroups:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeGroups:
-    """The kernel's terms of groups, read from memory where they lie.
+    """The kernel's terms of groups, which it reads from global memory.
 
     Attributes:
       weights: rows filled up to whole tiles.
-      token_sums: of the tokens' codes.
+      token_sums: sums of each token's codes over each group.
     """
 
     weights: WeightGroups
@@ -63,40 +62,43 @@ class DecodeGroups:
         return self.weights.group_size
 
     @property
-    def pieces(self) -> int:
-        """Products of one plane that a part of K takes: each of whole groups."""
-        return PART // max(_INSTRUCTION, self.group_size)
+    def products_per_slice(self) -> int:
+        """Products that a slice of K is divided into: each covers whole groups."""
+        return K_SLICE // max(_INSTRUCTION_K, self.group_size)
 
     @property
-    def splits(self) -> int:
-        return splits(self.group_size)
+    def groups_per_instruction(self) -> int:
+        """Groups that share an instruction."""
+        return groups_per_instruction(self.group_size)
 
 
-def splits(group_size: int | None) -> int:
+def groups_per_instruction(group_size: int | None) -> int:
     """Groups that share an instruction."""
-    return 1 if group_size is None else max(1, _INSTRUCTION // group_size)
+    return 1 if group_size is None else max(1, _INSTRUCTION_K // group_size)
 
 
 def decode_groups(
     x_words: UInt32[Array, "planes m words"], weights: WeightGroups, recovery: Recovery, rows: int, width: int
 ) -> DecodeGroups:
-    """The terms for so many rows of weights and columns of tokens."""
+    """The terms, filled up to `rows` rows of weights and `width` columns of tokens."""
     filled = jax.tree.map(lambda term: jnp.pad(term, ((0, rows - term.shape[0]), (0, 0))), weights)
     sums = token_group_sums(x_words, recovery.a_format, recovery.k, weights.group_size, width)
     return DecodeGroups(filled, sums)
 
 
-def split_words(x_words: UInt32[Array, "planes m words"], group_size: int) -> UInt32[Array, "splits*planes m words"]:
+def words_by_group(
+    x_words: UInt32[Array, "planes m words"], group_size: int
+) -> UInt32[Array, "group_in_instruction*planes m words"]:
     """The tokens' words once for every group of an instruction, zero outside the group."""
-    count = splits(group_size)
-    owner = jnp.arange(x_words.shape[-1]) * WORD_BITS % _INSTRUCTION // group_size
-    return jnp.concatenate([jnp.where(owner == split, x_words, 0) for split in range(count)])
+    count = groups_per_instruction(group_size)
+    owner = jnp.arange(x_words.shape[-1]) * WORD_BITS % _INSTRUCTION_K // group_size
+    return jnp.concatenate([jnp.where(owner == i, x_words, 0) for i in range(count)])
 
 
 def token_group_sums(
     x_words: UInt32[Array, "planes m words"], a_format: BipolarFormat, k: int, group_size: int, width: int
 ) -> Int[Array, "groups width"]:
-    """Sums of codes of every group; zero for the tokens that are not there."""
+    """Sums of codes over every group; zero in the columns beyond m."""
     counts = lax.population_count(x_words).astype(jnp.int32)
     weights = jnp.asarray(a_format.plane_weights, jnp.int32)[:, None, None]
     groups, words = num_groups(k, group_size), group_size // WORD_BITS
@@ -106,24 +108,26 @@ def token_group_sums(
 
 
 def load_group_terms(
-    groups: DecodeGroups, recovery: Recovery, part: Int[Array, ""], piece: Int[Array, ""], rows
+    groups: DecodeGroups, recovery: Recovery, k_slice: Int[Array, ""], product: Int[Array, ""], rows
 ) -> list[tuple]:
-    """Of every group in a piece of a part of K: the weights' scale, value sums, offset; length; the tokens' code sums.
+    """Terms of every group in the product-th product of a slice of K.
 
-    Beyond K scales and offsets are zero, and whatever they multiply is finite.
+    Returns:
+      (scale, value sums, offset or None) of the weights, the group's length, code sums of the tokens; for each group.
+      Groups beyond K have the last group's sums and zero scales and offsets.
     """
     last = num_groups(recovery.k, groups.group_size) - 1
     terms = []
-    for split in range(groups.splits):
-        group = part * (PART // groups.group_size) + piece * groups.splits + split
-        is_there = (group <= last).astype(jnp.float32)
+    for i in range(groups.groups_per_instruction):
+        group = k_slice * (K_SLICE // groups.group_size) + product * groups.groups_per_instruction + i
+        exists = (group <= last).astype(jnp.float32)
         group = jnp.minimum(group, last)
         length = jnp.minimum(groups.group_size, recovery.k - group * groups.group_size)
         row_sums = load_row_vector(groups.weights.row_sums.at[rows, group])
         value_sums = 2 * row_sums - recovery.w_format.max_value * length
-        scale = load_row_vector(groups.weights.scale.at[rows, group]) * is_there
+        scale = load_row_vector(groups.weights.scale.at[rows, group]) * exists
         offset = (
-            None if groups.weights.offset is None else load_row_vector(groups.weights.offset.at[rows, group]) * is_there
+            None if groups.weights.offset is None else load_row_vector(groups.weights.offset.at[rows, group]) * exists
         )
         terms.append((scale, value_sums, offset, length, load_column_vector(groups.token_sums.at[group])))
     return terms
@@ -136,7 +140,7 @@ def add_decode_group(
     zero_code: Int[Array, " width"],
     recovery: Recovery,
 ) -> Float[Array, "64 width"]:
-    """Adds a group: its scale times the exact (half) product of values, its offset times the sum of the tokens'."""
+    """Adds a group: scale times the exact (half) product of values, plus offset times the sum of the tokens' values."""
     scale, value_sums, offset, length, code_sums = terms
 
     def of_rows(vector):

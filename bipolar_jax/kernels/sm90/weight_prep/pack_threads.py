@@ -142,8 +142,8 @@ class ColumnPacking:
     def _planes_of(self, numbers: list[Value], half_steps: Value, offset: Value | None = None) -> list[Value]:
         """One word of every plane, from 32 numbers."""
         fmt = self.number_format
-        # Ternary numbers are compared with -0.5 and 0.5 steps by rounding doubled steps to codes of two bits: 0 below, 1
-        # or 2 between, 3 above. OR and AND of the planes of these codes are the ternary planes.
+        # Ternary numbers are compared with -0.5 and 0.5 steps by rounding doubled steps to codes of two bits: 0 below,
+        # 1 or 2 between, 3 above. OR and AND of the planes of these codes are the ternary planes.
         rounded_to = BipolarFormat(2) if fmt.ternary else fmt
         codes, middle = CodeWords(rounded_to, signed=False), rounded_to.code_offset
         if fmt.ternary:
