@@ -211,7 +211,7 @@ def _name(tiling: Tiling | DecodeTiling) -> str:
     if isinstance(tiling, DecodeTiling):
         return f"{tiling.warpgroups} warpgroups, slots {tiling.w_slots} and {tiling.x_slots}"
     return (
-        f"{tiling.consumers} x {tiling.tile_m}x{tiling.tile_n} {tiling.schedule} slots {tiling.slots} "
+        f"{tiling.tile_m}x{tiling.tile_n} {tiling.schedule} slots {tiling.slots} "
         f"band {tiling.band}{tiling.band_axis} cluster {tiling.cluster_m}x{tiling.cluster_n}"
     )
 

@@ -21,8 +21,8 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call, Product
 

@@ -19,8 +19,8 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery, holds_values
 from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_product
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import WeightGroups
 from bipolar_jax.kernels.sm90.gemm_few_tokens.launch import decode_matmul

@@ -12,7 +12,7 @@ from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
-from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
     DecodeTiling,
     accumulator_columns,
@@ -210,12 +210,12 @@ def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:
     multiply = blocks_of_rows * 2 * tiling.tile_n
     loaded = (tiling.block_m + tiling.block_n) * BYTES_PER_ROW
     alternate = tiling.schedule == "alternate"
-    share = loaded if alternate else loaded / tiling.consumers
+    share = loaded if alternate else loaded / CONSUMERS
     read = blocks_of_rows * (ROWS_PER_INSTRUCTION + tiling.tile_n) * BYTES_PER_ROW
     mainloop = steps * max(multiply, (read + share) / 128, share / 64)
     epilogue = 20 * tiling.tile_m * tiling.tile_n / 128
     tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
     turns = math.ceil(tiles / MULTIPROCESSORS)
     if not alternate:
-        return turns * (tiling.consumers * mainloop + epilogue)
-    return max(turns * mainloop, math.ceil(turns / tiling.consumers) * (mainloop + epilogue)) + epilogue
+        return turns * (CONSUMERS * mainloop + epilogue)
+    return max(turns * mainloop, math.ceil(turns / CONSUMERS) * (mainloop + epilogue)) + epilogue

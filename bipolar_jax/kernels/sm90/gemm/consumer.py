@@ -1,4 +1,8 @@
-"""The warpgroups that multiply and finish tiles."""
+"""The consumer warpgroups: they multiply tiles, finish the numbers in registers, and hand them to the output.
+
+Between the mainloop and the output stands one place where numbers are finished, `_finisher`: correction, scales, bias
+and activation. What follows, such as a residual, is the output's (`outputs/`).
+"""
 
 from __future__ import annotations
 
@@ -10,213 +14,196 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
 from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.gemm.outputs.dense import OutputPieces
-from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import clear_rest
-from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadPieces
-from bipolar_jax.kernels.sm90.gemm.outputs.signs import SignPieces
-from bipolar_jax.kernels.sm90.gemm.problem import Work
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
+from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 
 
-def consume(
-    work: Work, out, staging, residual, arrived, *, tiles, group_terms, terms, full, empty, terms_full, terms_empty
-):
+def consume(problem: Problem, output: Output, targets, scratch, output_scratch: dict) -> None:
     """Multiplies and finishes this consumer's tiles.
 
     Args:
-      work: the static side.
-      out: [m, n] in memory; or `HeadTargets`, for `work.heads`; or `SignTargets`, for `work.as_signs`.
-      staging: [consumers, slots, 64, width] in shared memory, for pieces of the output; None for signs.
-      residual: [m, n] in memory, or None.
-      arrived: barriers of all consumers' staging slots, of what arrives there, if anything does.
-      **shared: with the producer, see `producer.produce`.
+      problem: sizes and order.
+      output: what becomes of finished numbers; its arrays are refs in memory.
+      targets: refs of the arrays that `output.out_types` names.
+      scratch: `smem.Scratch`.
+      output_scratch: refs of what `output.scratch` names.
     """
-    tiling = work.tiling
-    me = lax.axis_index("warpgroup")
-    # This consumer's part of a block's tile.
-    rows = pl.ds(me * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
-    columns = pl.ds(me * tiling.tile_n if tiling.schedule == "split_n" else 0, tiling.tile_n)
-    first = me if work.tiles_at_a_time > 1 else 0
-    total_steps = work.my_tiles() * work.steps_per_tile
+    tiling = problem.tiling
+    consumer = lax.axis_index("warpgroup")
+    writer = output.writer(problem, targets, output_scratch, consumer)
+    # This consumer's share of a block's tile.
+    rows = pl.ds(consumer * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
+    columns = pl.ds(consumer * tiling.tile_n if tiling.schedule == "split_n" else 0, tiling.tile_n)
+    first = consumer if tiling.tiles_in_progress > 1 else 0
+    total_steps = problem.tiles_of_cluster() * problem.steps_per_tile
 
     def release(step, slot, *, only_if=True):
-        """Lets the producer refill the slot, if it will: nobody must arrive on a block that is gone.
+        """Lets the producer refill a stage, if a later step needs it: nobody may arrive at a block that has ended.
 
-        Predicated, not branched over: LLVM would peel a loop whose first turn differs, and the copies
+        Predicated rather than branched over: LLVM would peel a loop whose first iteration differs, and the copies
         cost registers.
         """
-        plgpu.barrier_arrive(empty.at[slot], predicate=(step + tiling.slots < total_steps) & only_if)
+        plgpu.barrier_arrive(scratch.empty.at[slot], predicate=(step + tiling.slots < total_steps) & only_if)
 
     def operands(slot):
-        return tiles[0].at[slot, rows], tiles[1].at[slot, columns]
+        return scratch.tiles[0].at[slot, rows], scratch.tiles[1].at[slot, columns]
 
-    mainloop = _sum_pairs if group_terms is None else _sum_groups
-    if work.heads is not None:
-        clear_rest(work.heads, work.sequences, work.covered_rows, staging.at[me], out, *work.consumer_of_all(me))
+    def group_terms(slot, group):
+        terms = scratch.group_terms
+        return GroupTerms(
+            scale=terms.scale.at[slot, group, columns],
+            offset=None if terms.offset is None else terms.offset.at[slot, group, columns],
+            token_sums=None if terms.token_sums is None else terms.token_sums.at[slot, group, rows],
+        )
 
-    def tile(turn, carry):
-        index = first + turn * work.tiles_at_a_time
-        step = index * work.steps_per_tile
-        sequence, m_start, n_start = work.origin(index)
-        row, column = m_start + rows.start, n_start + columns.start // work.parts
-        arrivals = None
-        if arrived is not None:
-            slots = staging.shape[1]
-            arrivals = [arrived.at[me * slots + slot] for slot in range(slots)]
-        if work.heads is not None:
-            length = work.m if work.m < work.covered_rows else None
-            origin = (sequence, row, column)
-            pieces = HeadPieces(work.heads, rows.size, columns.size, staging.at[me], out, origin, length, arrivals)
-        elif work.as_signs:
-            pieces = SignPieces(work.sign_threads, tiling.tile_m, out, (row, column), work.emulate)
-        else:
-            at = pl.ds(row, rows.size), pl.ds(column, work.out_tile_n)
-            added = None if residual is None else residual.at[at]
-            pieces = OutputPieces(
-                tiling.tile_m, work.out_tile_n, work.parts, staging.at[me], out.at[at], added, arrivals
-            )
-        if arrived is not None:
-            pieces.start()
+    mainloop = _sum_pairs if scratch.group_terms is None else _sum_groups
+    writer.start()
+
+    def tile(iteration, carry):
+        index = first + iteration * tiling.tiles_in_progress
+        step = index * problem.steps_per_tile
+        sequence, token, column = problem.block_origin(index)
+        origin = TileOrigin(sequence, token + rows.start, column + columns.start // problem.factors)
+        writer.preload(origin)
         total = mainloop(
-            work,
+            problem,
             step,
             lax.rem(step, tiling.slots),
-            wait=lambda slot: plgpu.barrier_wait(full.at[work.full_barrier(index, slot)]),
+            wait=lambda slot: plgpu.barrier_wait(scratch.full.at[problem.full_barrier(index, slot)]),
             operands=operands,
-            group_terms_of=lambda slot, part: GroupTerms(
-                scale=group_terms.scale.at[slot, part, columns],
-                offset=None if group_terms.offset is None else group_terms.offset.at[slot, part, columns],
-                token_sums=None if group_terms.token_sums is None else group_terms.token_sums.at[slot, part, rows],
-            ),
+            group_terms=group_terms,
             release=release,
         )
         with jax.named_scope("epilogue"):
-            buffer = work.buffer(index)
-            plgpu.barrier_wait(terms_full.at[buffer])
-            _store(
-                work,
-                total,
-                [
-                    jax.tree.map(lambda ref, part=part: ref.at[buffer, part], some)
-                    for some, part in zip(terms, (rows, columns), strict=True)
-                ],
-                pieces,
+            buffer = problem.terms_buffer(index)
+            plgpu.barrier_wait(scratch.terms_full.at[buffer])
+            tokens, out_columns = (
+                jax.tree.map(lambda ref, part=part: ref.at[buffer, part], terms)
+                for terms, part in zip(scratch.terms, (rows, columns), strict=True)
             )
+            writer.store(origin, _finisher(problem, output, writer.finish_shape, total, tokens, out_columns))
 
-            @pl.when(index + work.tiles_at_a_time < work.my_tiles())
+            @pl.when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
             def _():
-                plgpu.barrier_arrive(terms_empty.at[buffer])
+                plgpu.barrier_arrive(scratch.terms_empty.at[buffer])
 
         return carry
 
-    my_turns = (work.my_tiles() - first + work.tiles_at_a_time - 1) // work.tiles_at_a_time
-    lax.fori_loop(0, my_turns, tile, ())
-    # Shared memory must outlive the copies that read it; what they write is there when the kernel ends.
+    my_tiles = (problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1) // tiling.tiles_in_progress
+    lax.fori_loop(0, my_tiles, tile, ())
+    # Shared memory must outlive the copies that read it. The end of the kernel waits for what they write.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _sum_pairs(work: Work, step, slot, *, wait, operands, group_terms_of, release):
-    """The sum over all plane pairs and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule."""
-    del group_terms_of
-    acc = wgmma.zeros(work.tiling.tile_m, work.tiling.tile_n)
-    for factor, pairs in work.recovery.pair_groups():
+def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], total, tokens, columns) -> Finish:
+    """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
+
+    Args:
+      problem: the static side.
+      output: whose dtype the numbers have.
+      finish_shape: rows and columns of the accumulator to finish at once.
+      total: [tile_m, tile_n], the sums.
+      tokens, columns: terms, refs [tile_m] and [tile_n] in shared memory.
+    """
+    finish_sums = finish if problem.group_size is None else finish_grouped
+
+    def scaled(row, column):
+        end = row + finish_shape[0], column + finish_shape[1]
+        row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
+        return finish_sums(
+            plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA),
+            problem.recovery,
+            jax.tree.map(lambda ref: ref.at[row_range], tokens),
+            jax.tree.map(lambda ref: ref.at[column_range], columns),
+            output.dtype if problem.activation is None else jnp.float32,
+        )
+
+    def finished(row, column):
+        factors = [scaled(row, column + factor * problem.out_tile_n) for factor in range(problem.factors)]
+        return factors[0] if problem.activation is None else activate(problem.activation, factors, output.dtype)
+
+    return finished
+
+
+def _sum_pairs(problem: Problem, step, slot, *, wait, operands, group_terms, release):
+    """The sum over all pairs of planes and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule.
+
+    Args:
+      problem: the static side.
+      step, slot: the tile's first step, and the stage that it is in.
+      wait: waits until a stage is loaded.
+      operands: refs of a stage's operand tiles.
+      group_terms: for the signature of `_sum_groups`.
+      release: lets the producer refill a stage.
+    """
+    del group_terms
+    acc = wgmma.zeros(problem.tiling.tile_m, problem.tiling.tile_n)
+    for factor, pairs in problem.recovery.pair_groups():
         acc = wgmma.begin(acc if factor == 1 else acc * factor)
 
         def multiply(position, carry):
             acc, step, slot, previous = carry
             wait(slot)
-            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind)
-            # All but the group just issued are done, and the slot they read is free.
+            acc = wgmma.accumulate(acc, *operands(slot), problem.recovery.kind)
+            # All instructions but the group just issued are done: the stage they read is free.
             plgpu.wgmma_wait(1)
             release(step - 1, previous, only_if=position > 0)
-            return acc, step + 1, work.next_slot(slot), slot
+            return acc, step + 1, problem.next_slot(slot), slot
 
         with jax.named_scope("mainloop"):
-            acc, step, slot, last = lax.fori_loop(0, len(pairs) * work.k_blocks, multiply, (acc, step, slot, slot))
+            steps = len(pairs) * problem.steps_over_k
+            acc, step, slot, last = lax.fori_loop(0, steps, multiply, (acc, step, slot, slot))
             acc = wgmma.settle(acc)
             release(step - 1, last)
     return acc
 
 
-def _sum_groups(work: Work, step, slot, *, wait, operands, group_terms_of, release):
-    """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n].
+def _sum_groups(problem: Problem, step, slot, *, wait, operands, group_terms, release):
+    """sum_g scale_g * (sum over the K of group g) of one tile, float32 [tile_m, tile_n]; arguments as `_sum_pairs`.
 
-    The next group is multiplied while one is scaled, but not across the ends of a loop: there LLVM
-    copies what the loop carries, and accumulators in use must not be touched.
+    The tensor cores multiply the next group while one is scaled, but not across the back edge of a loop: there LLVM
+    copies what the loop carries, and accumulators in flight must not be touched.
     """
-    parts = work.groups_per_step
-    shape = (work.tiling.tile_m, work.tiling.tile_n)
+    groups_per_step = problem.groups_per_step
+    shape = (problem.tiling.tile_m, problem.tiling.tile_n)
 
-    def start(slot, part):
+    def start(slot, group):
         """Starts a group: its first step, or its part of a step."""
-        if part == 0:
+        if group == 0:
             wait(slot)
-        return wgmma.start(shape, *operands(slot), work.recovery.kind, part=(part, parts))
+        return wgmma.start(shape, *operands(slot), problem.recovery.kind, part=(group, groups_per_step))
 
-    def go_on(acc, step, slot):
-        """The other steps of a group. Returns also its last step and slot, which has its terms."""
-        for _ in range(work.steps_per_group - 1):
-            before, slot, step = slot, work.next_slot(slot), step + 1
+    def finish_group(acc, step, slot):
+        """Issues the other steps of a group. Returns also its last step and that step's stage, which has its terms."""
+        for _ in range(problem.steps_per_group - 1):
+            before, slot, step = slot, problem.next_slot(slot), step + 1
             wait(slot)
-            acc = wgmma.accumulate(acc, *operands(slot), work.recovery.kind)
+            acc = wgmma.accumulate(acc, *operands(slot), problem.recovery.kind)
             plgpu.wgmma_wait(1)
             release(step - 1, before)
         return acc, step, slot
 
-    def turn(_, carry):
+    def add_groups(_, carry):
         total, step, slot = carry
-        acc, step, slot = go_on(start(slot, 0), step, slot)
-        for number in range(work.groups_per_turn):
-            part, next_part = number % parts, (number + 1) % parts
-            last = number == work.groups_per_turn - 1
-            next_step, next_slot = (step + 1, work.next_slot(slot)) if next_part == 0 else (step, slot)
-            if not last:
-                next_acc = start(next_slot, next_part)
-            acc = wgmma.settle(acc, in_flight=0 if last else 1)
-            total = add_group(acc, total, group_terms_of(slot, part), work.recovery.product_weight)
-            if next_part == 0:
-                # The terms were read by ordinary loads, which the next TMA write must come after.
+        acc, step, slot = finish_group(start(slot, 0), step, slot)
+        for number in range(problem.groups_per_iteration):
+            group, next_group = number % groups_per_step, (number + 1) % groups_per_step
+            is_last = number == problem.groups_per_iteration - 1
+            next_step, next_slot = (step + 1, problem.next_slot(slot)) if next_group == 0 else (step, slot)
+            if not is_last:
+                next_acc = start(next_slot, next_group)
+            acc = wgmma.settle(acc, in_flight=0 if is_last else 1)
+            total = add_group(acc, total, group_terms(slot, group), problem.recovery.product_weight)
+            if next_group == 0:
+                # The terms were read by ordinary loads, which the producer's next TMA write must come after.
                 plgpu.commit_smem()
                 release(step, slot)
             step, slot = next_step, next_slot
-            if not last:
-                acc, step, slot = go_on(next_acc, step, slot)
+            if not is_last:
+                acc, step, slot = finish_group(next_acc, step, slot)
         return total, step, slot
 
     total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     with jax.named_scope("mainloop"):
-        total, _, _ = lax.fori_loop(0, work.turns, turn, (total, step, slot))
+        total, _, _ = lax.fori_loop(0, problem.group_iterations, add_groups, (total, step, slot))
     return total
-
-
-def _store(work: Work, total, terms, pieces: OutputPieces | HeadPieces | SignPieces):
-    """Finishes a tile piece by piece.
-
-    Args:
-      work: the static side.
-      total: [tile_m, tile_n], what the mainloop summed.
-      terms: of tokens and columns, refs [tile_m] and [tile_n] in shared memory.
-      pieces: where they go.
-    """
-    tokens, columns = terms
-
-    stored_as_finished = work.activation is None and work.heads is None
-
-    def scaled(row, column):
-        """What begins there of the product, [rows_at_once, width]."""
-        part = (pl.ds(row, pieces.rows_at_once), pl.ds(column, pieces.width))
-        return (finish if work.group_size is None else finish_grouped)(
-            plgpu.layout_cast(
-                lax.slice(total, (row, column), (row + pieces.rows_at_once, column + pieces.width)), plgpu.Layout.WGMMA
-            ),
-            work.recovery,
-            jax.tree.map(lambda ref: ref.at[part[0]], tokens),
-            jax.tree.map(lambda ref: ref.at[part[1]], columns),
-            work.dtype if stored_as_finished else jnp.float32,
-        )
-
-    def finished(row, column):
-        """What begins there of the output."""
-        parts = [scaled(row, column + part * work.out_tile_n) for part in range(work.parts)]
-        return parts[0] if work.activation is None else activate(work.activation, parts, work.dtype)
-
-    pieces.store(finished)

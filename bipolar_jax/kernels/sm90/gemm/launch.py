@@ -1,156 +1,111 @@
-"""Matrix product of packed operands on Hopper's tensor cores.
+"""Matrix product of packed operands on Hopper's tensor cores: the kernel and its launch.
 
-One persistent block a multiprocessor. A producer warpgroup loads blocks of both operands by
-TMA into a ring of slots and runs ahead across output tiles; two or three consumer warpgroups multiply
-and finish tiles independently, so that while one is in its epilogue the others, and the loads,
-go on. Products never leave registers before they are finished numbers.
+A persistent kernel: one block a multiprocessor, each with one producer and two consumer warpgroups.
+
+- The producer (`producer.py`) loads tiles of both operands by TMA into a ring buffer, and runs ahead across output
+  tiles.
+- The consumers (`consumer.py`) multiply and finish tiles independently: while one is in its epilogue, the other and the
+  loads go on. Sums stay in registers until they are finished numbers.
+- An output (`outputs/protocol.py`), handed in by the caller, takes the finished numbers to memory. `api.py` has the
+  product as a matrix; `projections/` has others.
+
+`problem.py` says which tiles there are and in which order, `smem.py` what is in shared memory.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, UInt32
 
-from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
-from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
-from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
-from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
-from bipolar_jax.kernels.sm90.gemm.config import WARPGROUP_REGISTERS, Tiling
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
 from bipolar_jax.kernels.sm90.gemm.consumer import consume
-from bipolar_jax.kernels.sm90.gemm.loads import Sources, aligned, terms_of_parts
-from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadTargets
-from bipolar_jax.kernels.sm90.gemm.outputs.signs import SignTargets
-from bipolar_jax.kernels.sm90.gemm.problem import Work
-from bipolar_jax.kernels.sm90.gemm.producer import produce
-from bipolar_jax.kernels.sm90.gemm.smem import scratch_of
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
+from bipolar_jax.kernels.sm90.gemm.producer import arrange, produce
+from bipolar_jax.kernels.sm90.gemm.smem import Scratch, scratch_types
 
 
-def packed_matmul(
-    x_words: UInt32[Array, "x_planes m x_words"],
-    w_words: UInt32[Array, "w_planes n w_words"],
+def launch(
+    problem: Problem,
+    operands: tuple[jax.Array, jax.Array],
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: Recovery,
-    tiling: Tiling,
-    dtype: jnp.dtype,
+    output: Output,
     *,
-    group_size: int | None = None,
     group_terms: GroupTerms | None = None,
-    residual: Float[Array, "m n"] | None = None,
-    activation: Activation | None = None,
-    blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Array:
-    """x . w^T of packed numbers, finished by the epilogue.
+) -> list[jax.Array]:
+    """Runs the kernel.
 
     Args:
-      x_words: bit planes (kind "planes": bit b of word w is element 32 w + b) or signed bytes
-        (kind "int8", one plane, elements in the same order as w's), zero where k is not below the
-        true K; the number of words a multiple of 4.
-      w_words: likewise.
-      tokens: terms of rows; scale None makes the output the int32 product.
-      columns: terms of columns.
-      recovery: how planes make products.
-      tiling: shape of the work.
-      dtype: of the output: float32, bfloat16, float16, or int32.
-      group_size: elements of K that share a scale, one of GEMM_GROUP_SIZES; for bytes only.
-      group_terms: of every group, if there is a group_size.
-      residual: added to the output, in `dtype`, after the cast.
-      activation: function of the product in float32, before the cast; a gated one makes one column of two.
-      blocks: persistent thread blocks, at most one a multiprocessor.
+      problem: sizes and order.
+      operands: rows of x and of w, uint32 [planes, rows, words], see `api.packed_matmul`.
+      tokens: terms of tokens, vectors over sequences * m.
+      columns: terms of columns, vectors over factors * n.
+      output: what becomes of finished numbers.
+      group_terms: terms of groups, if the problem has a group size.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      [m, n] in `dtype`, or [m, n / 2] if gated.
+      the arrays that `output.out_types` names.
 
     Raises:
-      ValueError: a tiling that does not fit, words that TMA cannot address, groups of another size,
-        or an activation of integers or with groups or a residual.
+      ValueError: tokens along another axis than the output's; what does not fit shared memory or registers.
     """
-    (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
-    if x_width % 4 or w_width % 4:
-        raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
-    if group_size is not None and group_size not in GEMM_GROUP_SIZES:
-        raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
-    if activation is not None and (tokens.scale is None or group_size is not None or residual is not None):
-        raise ValueError("an activation is of scaled products, without groups and without a residual")
-    n //= 1 if activation is None else activation.parts  # from here on, columns of the output
-    max_clusters = blocks // tiling.cluster_size
-    work = Work(m, n, recovery, tiling, dtype, max_clusters, group_size, activation, interpret is not None)
-    # What TMA stores, and loads, has rows of whole 16 bytes.
-    columns_unit = TMA_ALIGNMENT // jnp.dtype(dtype).itemsize
-    if residual is not None:
-        residual = fill_up(residual.astype(dtype), columns_unit)
-    terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
-    sources = Sources((x_words, w_words), aligned(group_terms), terms, residual)
-    out = launch(work, sources, jax.ShapeDtypeStruct((m, -(-n // columns_unit) * columns_unit), dtype), interpret)
-    return out[:, :n]
-
-
-def launch(work: Work, sources: Sources, out_type, interpret: plgpu.InterpretGPUParams | None):
-    """Runs the kernel; returns what it writes, of `out_type`: one array, or for heads three, for signs two."""
-    tiling = work.tiling
-    scratch = scratch_of(work, sources)
-    flat, tree = jax.tree.flatten(sources)
+    if output.token_axis != problem.token_axis:
+        raise ValueError(
+            f"tokens are axis {problem.token_axis} of the accumulator, but {type(output).__name__} takes them "
+            f"along axis {output.token_axis}"
+        )
+    sources = arrange(problem, operands, tokens, columns, group_terms)
+    arrays, tree = jax.tree.flatten((sources, output))
     return launch_kernel(
-        functools.partial(_kernel, work, tree),
-        out_type=out_type,
-        grid=(work.clusters,),
+        functools.partial(_kernel, problem, tree),
+        out_type=output.out_types(problem),
+        grid=(problem.clusters,),
         grid_names=("cluster",),
-        cluster=(tiling.cluster_m, tiling.cluster_n),
+        cluster=(problem.tiling.cluster_m, problem.tiling.cluster_n),
         cluster_names=("cluster_m", "cluster_n"),
-        num_threads=tiling.consumers + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
-        scratch_types=scratch,
-        # No thread reads what it or an async copy then overwrites without a barrier in between.
+        scratch_types=scratch_types(problem, sources, output),
+        # No automatic barriers: every write of shared memory, by threads or TMA, follows a barrier of our own behind
+        # the reads of what it overwrites.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
-            approx_math=work.activation is not None,
+            approx_math=problem.activation is not None,
         ),
-        kernel_name=_name(work, sources),
+        kernel_name=_name(problem, output),
         interpret=interpret,
-    )(*flat)
+    )(*arrays)
 
 
-def _name(work: Work, sources: Sources) -> str:
+def _name(problem: Problem, output: Output) -> str:
     """As profilers show it."""
-    endings = {
-        "heads": work.heads is not None,
-        "residual": sources.residual is not None,
-        "activation": work.activation is not None,
-        "signs": work.as_signs,
-    }
-    return "_".join(["packed_matmul", *(name for name, there in endings.items() if there)])
+    activation = [] if problem.activation is None else ["activation"]
+    return "_".join(["packed_matmul", *activation, *output.name_endings])
 
 
-def _kernel(work: Work, tree, *sources_and_out, staging=None, arrived=None, **shared):
-    sources = jax.tree.unflatten(tree, sources_and_out[: tree.num_leaves])
-    outputs = sources_and_out[tree.num_leaves :]
+def _kernel(problem: Problem, tree: Any, *refs: Any, **scratch: Any) -> None:
+    sources, output = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+    targets = refs[tree.num_leaves :]
+    shared = Scratch(**{name: scratch.pop(name) for name in Scratch._fields})
     warpgroup = lax.axis_index("warpgroup")
-    producer_registers, consumer_registers = WARPGROUP_REGISTERS[work.tiling.consumers]
 
-    @pl.when(warpgroup == work.tiling.consumers)
+    @pl.when(warpgroup == CONSUMERS)
     def _():
-        plgpu.set_max_registers(producer_registers, action="decrease")
-        produce(work, sources, **shared)
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        produce(problem, sources, shared)
 
-    @pl.when(warpgroup < work.tiling.consumers)
+    @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(consumer_registers, action="increase")
-        consume(work, _targets(work, outputs, sources.heads), staging, sources.residual, arrived, **shared)
-
-
-def _targets(work: Work, outputs, heads: dict | None):
-    if work.as_signs:
-        return SignTargets(*outputs)
-    return outputs[0] if heads is None else HeadTargets(*outputs, **heads | {"layer": heads["layer"][0]})
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        consume(problem, output, targets, shared, scratch)

@@ -25,9 +25,9 @@ from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import launch
-from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
-from bipolar_jax.kernels.sm90.gemm.problem import Work
+from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray
 
@@ -145,43 +145,25 @@ def project_heads(
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
-    """`packed_matmul` that leaves heads, of prompts of `length` rows each; see there and `prompt_heads`.
+    """`packed_matmul` of prompts of `length` rows each, whose output is heads; see there and `prompt_heads`.
 
-    Tiles have whole heads, and at most `plan.MOST_HEAD_COLUMNS` columns.
+    Tiles have whole heads, and at most `planning.MOST_HEAD_COLUMNS` columns.
     """
     batch = keys.shape[1]
-    clusters = blocks // tiling.cluster_size
-    work = Work(
-        length,
-        layout.columns,
-        recovery,
-        tiling,
-        keys.dtype,
-        clusters,
-        group_size=None,
-        activation=None,
-        emulate=interpret is not None,
-        sequences=batch,
-        heads=layout,
-    )
+    problem = Problem(length, layout.columns, recovery, tiling, blocks, sequences=batch)
     if batch > 1:  # vectors may be longer than there are tokens
         tokens = jax.tree.map(lambda term: term[: batch * length], tokens)
     if tables is not None:
-        tables = tuple(_as_pieces(table, work.covered_rows, keys.dtype) for table in tables)
+        tables = tuple(_padded_table(table, problem.covered_tokens, keys.dtype) for table in tables)
     caches = [jax.new_ref(array) for array in (keys, values)]
-    heads = dict(layer=layer.reshape(1), tables=tables, keys=caches[0], values=caches[1])
-    sources = Sources(
-        (x_words, w_words), None, (terms_of_parts(tokens, batch), terms_of_parts(columns, 1)), heads=heads
-    )
-    counts = (layout.queries, layout.keys, layout.keys)
-    # Side by side, as the cache has them, and as a TMA store that ends with each sequence needs them.
-    outputs = [jax.ShapeDtypeStruct((batch, length, count * layout.size), keys.dtype) for count in counts]
-    q, k, v = (heads.reshape(batch, length, -1, layout.size) for heads in launch(work, sources, outputs, interpret))
+    output = HeadOutput(keys=caches[0], layer=layer.reshape(1), tables=tables, values=caches[1], layout=layout)
+    joined = launch(problem, (x_words, w_words), tokens, columns, output, interpret=interpret)
+    q, k, v = (heads.reshape(batch, length, -1, layout.size) for heads in joined)
     return q, k, v, *(jax.freeze(ref) for ref in caches)
 
 
-def _as_pieces(table: Int16[Array, "length half"], rows: int, dtype: jnp.dtype) -> Float[Array, "rows half"]:
-    """With zeros to so many rows, if need be; by name of the dtype of the slots that it arrives in."""
+def _padded_table(table: Int16[Array, "length half"], rows: int, dtype: jnp.dtype) -> Float[Array, "rows half"]:
+    """A table with zeros up to `rows`, its bits as numbers of the dtype of the staging slots that it arrives in."""
     missing = rows - table.shape[0]
     table = jnp.pad(table, ((0, missing), (0, 0))) if missing > 0 else table
     return lax.bitcast_convert_type(table, dtype)

@@ -6,7 +6,6 @@ be read by a quantizer.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,9 +28,9 @@ from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import launch
-from bipolar_jax.kernels.sm90.gemm.loads import Sources, terms_of_parts
-from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, NUMBERS
-from bipolar_jax.kernels.sm90.gemm.problem import Work
+from bipolar_jax.kernels.sm90.gemm.outputs.sign_packing import COUNT_BITS, DTYPES
+from bipolar_jax.kernels.sm90.gemm.outputs.signs import SignOutput
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -84,7 +83,7 @@ def plan_feed_forward(
 def _choose(x: Float[Array, "m columns"], up: Layer, down: Layer) -> tuple[Choice, Choice]:
     """The plans of both products. Raises as `feed_forward` does, except for rows too long to quantize."""
     m, dtype = x.shape[0], x.dtype
-    if dtype.name not in NUMBERS:
+    if dtype.name not in DTYPES:
         raise Unsupported(f"signs are taken of bfloat16 or float16, not {dtype.name}")
     if down.a_format.bits != 1:
         raise Unsupported(f"signs are tokens of one bit, not {down.a_format.bits}")
@@ -121,15 +120,12 @@ def project_signs(
       dtype: bfloat16 or float16, to which numbers are rounded before.
     """
     m, n = x_words.shape[1], w_words.shape[1] // (1 if activation is None else activation.parts)
-    clusters = blocks // tiling.cluster_size
-    work = Work(m, n, recovery, tiling, dtype, clusters, None, activation, emulate=interpret is not None, as_signs=True)
-    threads = work.sign_threads
-    terms = (terms_of_parts(tokens, 1), terms_of_parts(columns, work.parts))
-    shapes = (1, m, threads.row_words), (threads.tiles, threads.filled_rows)
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in shapes]
-    words, partials = launch(work, Sources((x_words, w_words), None, terms), outputs, interpret)
-    # One reduction, and not one of each part, each a kernel.
-    summaries = lax.reduce(partials, jnp.uint32(0), _summary_of_both, (0,))
+    problem = Problem(m, n, recovery, tiling, blocks, activation=activation)
+    words, tile_summaries = launch(
+        problem, (x_words, w_words), tokens, columns, SignOutput(jnp.dtype(dtype)), interpret=interpret
+    )
+    # One reduction of whole summaries: a reduction of each of their fields would be a kernel of its own.
+    summaries = lax.reduce(tile_summaries, jnp.uint32(0), _joined_summary, (0,))
     largest, code_sums = summaries >> COUNT_BITS, (summaries & _COUNT).astype(jnp.int32)
     scale = absmax_scale(lax.bitcast_convert_type(largest.astype(jnp.uint16), dtype)[:, None], BipolarFormat(1))
     # Tokens of one bit have zeros for zero codes already.
@@ -137,5 +133,5 @@ def project_signs(
     return PackedTokens(words, scale, zero_code, code_sums)
 
 
-def _summary_of_both(a: UInt32[Array, "*rows"], b: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
+def _joined_summary(a: UInt32[Array, "*rows"], b: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
     return (jnp.maximum(a >> COUNT_BITS, b >> COUNT_BITS) << COUNT_BITS) | ((a & _COUNT) + (b & _COUNT))

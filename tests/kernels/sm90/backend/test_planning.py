@@ -20,8 +20,8 @@ from bipolar_jax.kernels.sm90.backend import planning
 from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, GROUPED_CANDIDATES, estimated_cycles, plan_product
 from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.core.wgmma import ELEMENTS_PER_ROW
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, decode_tilings
 from bipolar_jax.tuning.table import entries_of_kind, nearest_entry
 from tests.support import sm90_compile

@@ -16,8 +16,8 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
 from bipolar_jax.packing.words import pack_codes
 from tests.support.integer_products import (
     A_FORMATS,
@@ -79,18 +79,18 @@ def test_every_pair_is_exact(a_format, w_format):
 
 
 @pytest.mark.parametrize(
-    ("cluster_m", "cluster_n", "consumers", "schedule"),
+    ("cluster_m", "cluster_n", "schedule"),
     [
-        *itertools.product((1,), (1,), (2, 3), ("split_m", "split_n", "alternate")),
-        *itertools.product((2,), (2,), (2,), ("split_m", "split_n", "alternate")),
-        # Which axis is shared concerns the loads, which are those of every schedule.
-        (2, 1, 2, "alternate"),
-        (1, 2, 2, "alternate"),
+        *itertools.product((1,), (1,), ("split_m", "split_n", "alternate")),
+        *itertools.product((2,), (2,), ("split_m", "split_n", "alternate")),
+        # Which axis is shared concerns the loads, which are the same in every schedule.
+        (2, 1, "alternate"),
+        (1, 2, "alternate"),
     ],
 )
-def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_m, cluster_n, consumers):
+def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_m, cluster_n):
     """More tiles than blocks, more steps than slots, ragged in every direction, two pairs of one weight."""
-    tiling = Tiling(64, 64, schedule, 2, cluster_m, cluster_n, band=2, band_axis="m", consumers=consumers)
+    tiling = Tiling(64, 64, schedule, 2, cluster_m, cluster_n, band=2, band_axis="m")
     a_format, w_format = BipolarFormat(1), TERNARY
     x, w = random_codes(a_format, 300, 1100, 0), random_codes(w_format, 210, 1100, 1)
     product = integer_product(x, a_format, w, w_format, "planes", tiling, blocks=2 * tiling.cluster_size)
@@ -108,8 +108,8 @@ def test_every_kind_of_operand_and_tile_is_exact(kind, tile_m, tile_n):
     assert no_races()
 
 
-def test_no_piece_of_output_overwrites_one_on_its_way():
-    """3 slots for 8 pieces, several tiles a consumer: the next tile starts where the last did not end."""
+def test_no_chunk_of_output_overwrites_one_in_flight():
+    """3 slots for 8 chunks, several tiles a consumer: the next tile starts where the last did not end."""
     tiling = Tiling(128, 128, "alternate", slots=5)
     assert tiling.staging_slots() == 3
     fmt = BipolarFormat(1)
@@ -132,8 +132,8 @@ def test_no_piece_of_output_overwrites_one_on_its_way():
     ],
     ids=str,
 )
-def test_a_residual_arrives_before_its_piece_and_is_added(tiling, dtype, staging):
-    """More pieces than slots, several tiles a consumer, ragged in every direction."""
+def test_a_residual_arrives_before_its_chunk_and_is_added(tiling, dtype, staging):
+    """More chunks than slots, several tiles a consumer, ragged in every direction."""
     assert tiling.staging_slots() == staging
     m, n, k, a_format, w_format = 300, 203, 200, BipolarFormat(1), BipolarFormat(2)
     x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
@@ -215,7 +215,7 @@ def test_tilings_that_do_not_fit_are_refused():
         (Tiling(128, 256), "does not fit a warpgroup's registers"),
         (Tiling(128, 192, slots=9), "bytes of shared memory"),
         (Tiling(64, 64, slots=1), "at least 2 slots"),
-        (Tiling(128, 64, "split_m", slots=2, consumers=3), "at most 256 rows"),
+        (Tiling(64, 192, "split_n", slots=2), "at most 256 rows"),
         (Tiling(64, 64, "both"), "schedule must be one of split_m, split_n, alternate"),
         (Tiling(64, 64, cluster_m=4), "clusters have 1 or 2 blocks"),
     ]:
@@ -223,5 +223,3 @@ def test_tilings_that_do_not_fit_are_refused():
             tiling.check()
     with pytest.raises(ValueError, match="registers"):
         Tiling(128, 128).check(group_bytes=512)
-    with pytest.raises(ValueError, match="2 or 3 consumers"):
-        Tiling(64, 64, consumers=4).check()

@@ -17,11 +17,10 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.operations import column_terms
 from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, plan_product
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import packed_matmul
-from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, SignThreads
+from bipolar_jax.kernels.sm90.gemm.outputs.sign_packing import COUNT_BITS, SignPacking
 from bipolar_jax.kernels.sm90.projections.sign_projection import project_signs
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.packing.words import pack_codes
@@ -36,33 +35,33 @@ SWIGLU = Activation("silu", gated=True)
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
 
-def simulated(threads: SignThreads, numbers: np.ndarray, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
-    """Words and partials of [m, n] numbers of 16 bits, tile by tile; what is not written is 0xAB.."""
-    words, partials = (
+def simulated(packing: SignPacking, numbers: np.ndarray, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+    """Signs and summaries of [m, n] numbers of 16 bits, tile by tile; memory that is not written is 0xAB.."""
+    signs, summaries = (
         np.full(shape, 0xABABABAB, np.uint32)
-        for shape in ((1, threads.m, threads.row_words), (threads.tiles, threads.filled_rows))
+        for shape in ((1, packing.m, packing.row_words), (packing.tiles, packing.vector_length))
     )
-    # Tiles, of which clusters have one too many, beside numbers that nobody may count.
-    filled = np.full((-(-threads.m // 64) * 64, (threads.tiles + 1) * threads.tile_n), np.inf, numbers.dtype)
-    filled[: threads.m, : threads.n] = numbers
+    # One tile more than there are, as in clusters; numbers beyond m and n are infinite: counted, they would show.
+    filled = np.full((-(-packing.m // 64) * 64, (packing.tiles + 1) * packing.tile_n), np.inf, numbers.dtype)
+    filled[: packing.m, : packing.n] = numbers
     thread = np.arange(128)
     rows, columns = thread // 32 * 16 + thread % 32 // 4, 2 * (thread % 4)
     with monkeypatch.context() as patch:
         warpgroup_simulator.install(patch)
         for row in range(0, len(filled), 64):
-            for column in range(0, filled.shape[1], threads.tile_n):
+            for column in range(0, filled.shape[1], packing.tile_n):
                 pairs = [
                     [
                         np.stack([filled[row + rows + half, column + j + columns + i] for i in range(2)], 1)
                         .view(np.int32)
                         .reshape(-1)
-                        for j in range(0, threads.tile_n, 8)
+                        for j in range(0, packing.tile_n, 8)
                     ]
                     for half in (0, 8)
                 ]
-                where = (warpgroup_simulator.int32(start) for start in (row, column))
-                threads.leave(pairs, *where, words, partials)
-    return words, partials
+                origin = (warpgroup_simulator.int32(start) for start in (row, column))
+                packing.store(pairs, *origin, signs, summaries)
+    return signs, summaries
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
@@ -73,20 +72,20 @@ def test_threads_write_signs_and_summaries(m, n, tile_n, dtype, monkeypatch):
     numbers = np.random.default_rng(0).standard_normal((m, n)).astype(dtype)
     numbers[0, :9] = [0.0, -0.0, np.inf, -np.inf, *np.array([1, -1], dtype) * np.finfo(np.float16).tiny, 1, -1, 2]
     numbers[1, n - 1], numbers[-1, 0] = np.nan, -700
-    threads = SignThreads(numbers.dtype.name, m, n, tile_n)
-    words, partials = simulated(threads, numbers, monkeypatch)
+    packing = SignPacking(numbers.dtype.name, m, n, tile_n)
+    words, summaries = simulated(packing, numbers, monkeypatch)
     wide = numbers.astype(np.float32)
     codes = ~(wide < 0)
     expected = np.zeros_like(words)
     packed = np.asarray(pack_codes(jnp.asarray(codes, jnp.uint8), ONE_BIT))
     expected[..., : packed.shape[-1]] = packed
     np.testing.assert_array_equal(words, expected)
-    magnitudes = (partials[:, :m] >> COUNT_BITS).astype(np.uint16).view(numbers.dtype).astype(np.float32)
+    magnitudes = (summaries[:, :m] >> COUNT_BITS).astype(np.uint16).view(numbers.dtype).astype(np.float32)
     for tile, start in enumerate(range(0, n, tile_n)):
         part = slice(start, start + tile_n)
         np.testing.assert_array_equal(magnitudes[tile], np.abs(wide[:, part]).max(axis=1))
-        np.testing.assert_array_equal(partials[tile, :m] & ((1 << COUNT_BITS) - 1), codes[:, part].sum(axis=1))
-    assert (partials[:, m:] == 0xABABABAB).all()
+        np.testing.assert_array_equal(summaries[tile, :m] & ((1 << COUNT_BITS) - 1), codes[:, part].sum(axis=1))
+    assert (summaries[:, m:] == 0xABABABAB).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def test_tokens_are_those_of_the_product_quantized(case):
         tokens.words,
         weight_words(w, case.kind),
         TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
-        column_terms(w, None),
+        ColumnTerms(code_sums=w.row_sums[:, 0], scale=w.scale[:, 0], offset=w.offset[:, 0]),
         Recovery(case.kind, a_format, w.format, k, with_zero=case.a_bits > 1),
         case.tiling,
         case.dtype,

@@ -1,118 +1,178 @@
-"""A tile of the output on its way to memory, piece by piece, each 64 rows of up to 128 bytes; and what is added to it.
+"""The product as a matrix in memory, and a residual that is added to it.
 
-Pieces pass through a few slots of shared memory in turn. A residual arrives in the same slots: those of the first
-pieces under the mainloop, each other one while the piece between is finished. A thread adds to its own numbers, where
-they lie.
+A consumer's tile leaves in chunks of 64 rows of up to 128 bytes, which pass through a few staging slots of shared
+memory in turn and are stored by TMA. A residual arrives in the same slots: that of the first chunks under the mainloop,
+that of every later chunk while the one before is finished. Each thread adds to its own numbers in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-_ROOMY_TILE = 128 * 128  # up to here a consumer has as many registers for its epilogue as for the accumulator
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import chunk_columns, staging_transforms
+from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
+from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
+from bipolar_jax.kernels.sm90.gemm.producer import aligned
+
+# Up to here, a consumer has as many registers for its epilogue as for its accumulator.
+_ROOMY_ACCUMULATOR = 128 * 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseOutput:
+    """[m, n] in memory; rows are stored to a multiple of 16 bytes, for TMA, and the caller cuts them off.
+
+    Attributes:
+      residual: added to the numbers after they are rounded to `dtype`: of the same dtype and the shape that is stored;
+        or None.
+      dtype: float32, bfloat16, float16, or int32.
+    """
+
+    residual: Any
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    token_axis: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, dtype: jnp.dtype, residual: Float[Array, "m n"] | None) -> DenseOutput:
+        """With the residual as the kernel loads it."""
+        return cls(None if residual is None else aligned(residual.astype(dtype)), dtype)
+
+    @property
+    def name_endings(self) -> tuple[str, ...]:
+        return () if self.residual is None else ("residual",)
+
+    def out_types(self, problem: Problem) -> list[jax.ShapeDtypeStruct]:
+        columns_unit = TMA_ALIGNMENT // self.dtype.itemsize
+        return [jax.ShapeDtypeStruct((problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
+
+    def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
+        """Staging slots [consumers, slots, 64, width]; with a residual, a barrier of each, of its arrival."""
+        width = math.gcd(problem.out_tile_n, chunk_columns(self.dtype))
+        staging = plgpu.SMEM(
+            (CONSUMERS, staging_slots, ROWS_PER_INSTRUCTION, width),
+            self.dtype,
+            transforms=staging_transforms(width, self.dtype),
+        )
+        if self.residual is None:
+            return {"staging": staging}
+        return {"staging": staging, "arrived": plgpu.Barrier(num_barriers=CONSUMERS * staging_slots)}
+
+    def writer(self, problem: Problem, targets, scratch: dict[str, Any], consumer) -> DenseWriter:
+        staging, arrived = scratch["staging"].at[consumer], scratch.get("arrived")
+        return DenseWriter(problem, self.residual, targets[0], staging, arrived, consumer)
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputPieces:
-    """Of one consumer's tile.
+class DenseWriter:
+    """Stores the tiles of one consumer.
 
     Attributes:
-      tile_m, tile_n: of the tile.
-      parts: columns of the product that make one of it.
+      problem: the product.
+      residual: ref in memory, or None.
+      out: [m, n] in memory.
       staging: [slots, 64, width] in shared memory.
-      out: [tile_m, tile_n] in memory.
-      residual: likewise, or None.
-      arrived: barriers, one a slot, of a residual.
+      arrived: barriers of the residual's arrival, one for every slot of all consumers, or None.
+      consumer: index of this warpgroup.
     """
 
-    tile_m: int
-    tile_n: int
-    parts: int
-    staging: Any
+    problem: Problem
+    residual: Any
     out: Any
-    residual: Any = None
-    arrived: Any = None
+    staging: Any
+    arrived: Any
+    consumer: Any
 
     @property
-    def _height(self) -> int:
-        return self.staging.shape[1]
+    def finish_shape(self) -> tuple[int, int]:
+        """All rows of the tile if registers suffice."""
+        tiling = self.problem.tiling
+        registers_suffice = self.problem.factors * tiling.tile_m * tiling.tile_n <= _ROOMY_ACCUMULATOR
+        _, height, width = self.staging.shape
+        return tiling.tile_m if registers_suffice else height, width
 
-    @property
-    def width(self) -> int:
-        """Columns of a piece."""
-        return self.staging.shape[2]
+    def _finish_origins(self) -> list[tuple[int, int]]:
+        """Where the numbers that are finished at once begin in the tile, in order."""
+        (rows, columns), problem = self.finish_shape, self.problem
+        return list(itertools.product(range(0, problem.tiling.tile_m, rows), range(0, problem.out_tile_n, columns)))
 
-    @property
-    def rows_at_once(self) -> int:
-        """Rows to finish at once: all read the columns' terms once, but need registers for all their numbers."""
-        return self.tile_m if self.parts * self.tile_m * self.tile_n <= _ROOMY_TILE // self.parts else self._height
-
-    def _groups(self) -> list[tuple[int, int]]:
-        """First rows and columns of what is finished at once, in order."""
-        return list(itertools.product(range(0, self.tile_m, self.rows_at_once), range(0, self.tile_n, self.width)))
-
-    def _origins(self) -> list[tuple[int, int]]:
-        """Of all pieces, in order."""
-        inner = range(0, self.rows_at_once, self._height)
-        return [(row + offset, column) for row, column in self._groups() for offset in inner]
+    def _chunk_origins(self) -> list[tuple[int, int]]:
+        """Where the chunks begin in the tile, in order."""
+        offsets = range(0, self.finish_shape[0], self.staging.shape[1])
+        return [(row + offset, column) for row, column in self._finish_origins() for offset in offsets]
 
     def start(self) -> None:
-        """Before the mainloop: has the residual of the first pieces loaded."""
+        pass
+
+    def preload(self, origin: TileOrigin) -> None:
+        """Loads the residual of the first chunks, one a slot."""
+        if self.residual is None:
+            return
+        arrivals = self._arrivals()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for number in range(min(self.staging.shape[0], len(self._origins()))):
-            self._load(number)
+        for chunk in range(min(self.staging.shape[0], len(self._chunk_origins()))):
+            self._load_residual(origin, chunk, arrivals)
 
-    def store(self, finished: Callable[[int, int], Float[Array, "rows_at_once width"]]) -> None:
-        """Sends all of the tile.
+    def store(self, origin: TileOrigin, finished: Finish) -> None:
+        chunks_at_once = self.finish_shape[0] // self.staging.shape[1]
+        for number, (row, column) in enumerate(self._finish_origins()):
+            self._store_chunks(origin, number * chunks_at_once, finished(row, column))
 
-        Args:
-          finished: numbers of the output, from the row and column of the tile where they begin.
-        """
-        for group, (row, column) in enumerate(self._groups()):
-            self._send(group, finished(row, column))
-
-    def _send(self, group: int, finished: Float[Array, "rows_at_once width"]) -> None:
-        """Sends what was finished at once, the group-th."""
-        slots, origins = self.staging.shape[0], self._origins()
-        inner = self.rows_at_once // self._height
-        # Small pieces, each on its way before the next is made: larger ones were measured to be slower.
-        for i in range(inner):
-            number = group * inner + i
+    def _store_chunks(self, origin: TileOrigin, first: int, numbers: Float[Array, "rows width"]) -> None:
+        """Stores numbers that were finished at once, in chunks; `first` is the first chunk's number in the tile."""
+        slots, height, width = self.staging.shape
+        arrivals = None if self.residual is None else self._arrivals()
+        # Small chunks, each on its way before the next is made, are faster than large ones.
+        for i in range(numbers.shape[0] // height):
+            number = first + i
             slot = number % slots
-            piece = lax.slice(finished, (i * self._height, 0), ((i + 1) * self._height, self.width))
-            # What was in this slot must have been read: by the tile before, which may have ended in any
-            # slot, or by the piece that had it `slots` pieces ago. A residual there came after that.
+            chunk = lax.slice(numbers, (i * height, 0), ((i + 1) * height, width))
+            # The store that read this slot before must be done with it: one of the tile before, which may have ended
+            # in any slot, or that of the chunk `slots` before. A residual has arrived after that.
             if self.residual is not None:
-                plgpu.barrier_wait(self.arrived[slot])
+                plgpu.barrier_wait(arrivals[slot])
                 residual = plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA)
-                piece = (piece.astype(jnp.float32) + residual.astype(jnp.float32)).astype(piece.dtype)
+                chunk = (chunk.astype(jnp.float32) + residual.astype(jnp.float32)).astype(chunk.dtype)
             elif number == 0:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             elif number >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            self.staging[slot] = piece
+            self.staging[slot] = chunk
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.staging.at[slot], self._part(self.out, number))
-            # The slot of the piece before this one, which has been read about now, if there are two.
+            plgpu.copy_smem_to_gmem(self.staging.at[slot], self._in_memory(self.out, origin, number))
+            # Refills the slot of the chunk before this one, whose store has read it by now; with a single slot, this
+            # one's.
             lag = min(1, slots - 1)
-            if self.residual is not None and number >= lag and number - lag + slots < len(origins):
+            following = number - lag + slots
+            if self.residual is not None and number >= lag and following < len(self._chunk_origins()):
                 plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
-                self._load(number - lag + slots)
+                self._load_residual(origin, following, arrivals)
 
-    def _load(self, number: int) -> None:
-        """Has a piece of the residual loaded to its slot."""
-        slot = number % self.staging.shape[0]
-        plgpu.copy_gmem_to_smem(self._part(self.residual, number), self.staging.at[slot], self.arrived[slot])
+    def _load_residual(self, origin: TileOrigin, chunk: int, arrivals: list[Any]) -> None:
+        """Starts the load of a chunk's residual to its slot."""
+        slot = chunk % self.staging.shape[0]
+        plgpu.copy_gmem_to_smem(self._in_memory(self.residual, origin, chunk), self.staging.at[slot], arrivals[slot])
 
-    def _part(self, tile, number: int):
-        row, column = self._origins()[number]
-        return tile.at[pl.ds(row, self._height), pl.ds(column, self.width)]
+    def _arrivals(self) -> list[Any]:
+        """The barriers of this consumer's slots."""
+        slots = self.staging.shape[0]
+        return [self.arrived.at[self.consumer * slots + slot] for slot in range(slots)]
+
+    def _in_memory(self, array, origin: TileOrigin, chunk: int):
+        """A chunk's part of [m, n] in memory."""
+        tile = array.at[pl.ds(origin.token, self.problem.tiling.tile_m), pl.ds(origin.column, self.problem.out_tile_n)]
+        row, column = self._chunk_origins()[chunk]
+        return tile.at[pl.ds(row, self.staging.shape[1]), pl.ds(column, self.staging.shape[2])]

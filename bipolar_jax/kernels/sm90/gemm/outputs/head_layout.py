@@ -1,9 +1,9 @@
-"""Heads as columns of a product, where they go, and what of the caches no head fills."""
+"""Heads as columns of a product, and the positions of the cache that no head of a prompt fills."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,11 +15,11 @@ from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ROWS_PER_INSTRUCT
 
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
-    """What the columns of the joined product are: heads of queries, then of keys, then of values.
+    """The columns of the joined product: heads of queries, then of keys, then of values.
 
     Attributes:
-      queries: heads.
-      keys: heads, and as many of values.
+      queries: heads of queries.
+      keys: heads of keys, and as many of values.
       size: numbers of a head.
       capacity: positions of the cache.
     """
@@ -31,70 +31,57 @@ class HeadLayout:
 
     @property
     def half(self) -> int:
-        """Columns of a piece: what is rotated, at most 128 bytes."""
+        """Columns of a chunk: the unit that a rotation pairs, at most 128 bytes wide."""
         return self.size // 2
 
     @property
     def columns(self) -> int:
+        """Columns of the joined product."""
         return (self.queries + 2 * self.keys) * self.size
 
-    def pieces(self, rows: int, columns: int) -> int:
-        """Halves of heads, 64 rows of each, in a tile."""
+    def chunks(self, rows: int, columns: int) -> int:
+        """Chunks of a tile: 64 rows of half a head each."""
         return rows // ROWS_PER_INSTRUCTION * (columns // self.half)
 
-    def staging_slots(self, whole: int) -> int:
-        """Slots for pieces in the memory of so many of 128 bytes a row; numbers have 16 bits."""
-        return whole * BYTES_PER_ROW // (2 * self.half)
+    def staging_slots(self, slots: int) -> int:
+        """Slots for chunks of 16-bit numbers in the memory of `slots` of 128 bytes a row."""
+        return slots * BYTES_PER_ROW // (2 * self.half)
 
 
-class HeadTargets(NamedTuple):
-    """Where heads go, and what rotates them; refs in memory.
+def clear_cache_from(
+    layout: HeadLayout, sequences: int, first: int, staging, caches: tuple[Any, Any], layer, rank, consumers: int
+) -> None:
+    """Writes zeros to the caches' layer from position `first` on; all consumers of the kernel share it.
 
-    Attributes:
-      q, k, v: [sequences, length, heads * size].
-      layer: number of the caches' layer.
-      tables: cosines and sines, see `rotation`, [covered rows, half] each, of the outputs' dtype by name; or None.
-      keys, values: caches, [layers, sequences, heads, capacity, size].
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    layer: Any
-    tables: tuple[Any, Any] | None
-    keys: Any
-    values: Any
-
-
-def clear_rest(layout: HeadLayout, sequences: int, first: int, staging, targets: HeadTargets, worker, workers: int):
-    """Zeros in the caches' layer from position `first` on, by all workers together, under the products.
+    The stores are under the products that follow.
 
     Args:
-      layout: of heads.
-      sequences: how many.
-      first: position behind all tiles.
-      staging: [slots, 64, half] in shared memory; its first slot is in use until it is waited for.
-      targets: whose caches they are.
-      worker: the number of this warpgroup.
-      workers: how many there are.
+      layout: of the heads.
+      sequences: of the caches.
+      first: the first position beyond all tiles.
+      staging: [slots, 64, half] in shared memory; the first slot is in use until its stores have been waited for.
+      caches: keys and values in memory, [layers, sequences, heads, capacity, size].
+      layer: of the caches.
+      rank: of this warpgroup among all consumers of the kernel.
+      consumers: how many there are.
     """
-    runs = -(-(layout.capacity - first) // ROWS_PER_INSTRUCTION)
-    if runs <= 0:
+    position_chunks = -(-(layout.capacity - first) // ROWS_PER_INSTRUCTION)
+    if position_chunks <= 0:
         return
     zeros = jnp.zeros(staging.shape[1:], staging.dtype)
     staging[0] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
     plgpu.commit_smem()
-    pieces = sequences * layout.keys * runs * 2
+    chunks = sequences * layout.keys * position_chunks * 2
 
-    @pl.loop(0, lax.div(pieces - worker + workers - 1, workers))
-    def _(turn):
-        at = []
-        index = worker + turn * workers
-        for size in (2, runs, layout.keys):
-            at.append(lax.rem(index, size))
+    @pl.loop(0, lax.div(chunks - rank + consumers - 1, consumers))
+    def _(iteration):
+        coordinates = []
+        index = rank + iteration * consumers
+        for size in (2, position_chunks, layout.keys):
+            coordinates.append(lax.rem(index, size))
             index = lax.div(index, size)
-        part, run, head = at
-        positions = pl.ds(first + run * ROWS_PER_INSTRUCTION, ROWS_PER_INSTRUCTION)
-        for cache in (targets.keys, targets.values):
-            to = cache.at[targets.layer, index, head, positions, pl.ds(part * layout.half, layout.half)]
-            plgpu.copy_smem_to_gmem(staging.at[0], to)
+        half, position_chunk, head = coordinates
+        positions = pl.ds(first + position_chunk * ROWS_PER_INSTRUCTION, ROWS_PER_INSTRUCTION)
+        for cache in caches:
+            zeroed = cache.at[layer, index, head, positions, pl.ds(half * layout.half, layout.half)]
+            plgpu.copy_smem_to_gmem(staging.at[0], zeroed)

@@ -1,174 +1,257 @@
-"""Queries, keys and values of prompts on their way to memory: a tile of the joined product, half a head at a time.
+"""Queries, keys and values of prompts: a tile of the joined product leaves in chunks, half a head of 64 tokens each.
 
-A head's columns are in one tile. What a rotation puts together, the columns d and d + head_dim / 2 of a row, are
-numbers of the same thread in two pieces of the accumulator, so it takes no exchange. Their cosines and sines arrive in
-the slots of shared memory that both halves leave by, as a residual does (`output_pieces`), under the mainloop. Keys and
-values leave twice from the same shared memory, to where the prompt's attention reads them and to the cache.
+All columns of a head are in one tile. A rotation pairs columns d and d + size / 2 of a row: numbers of the same thread,
+in two chunks of the accumulator, so that no thread needs another's. Their cosines and sines arrive under the mainloop
+in the staging slots that both halves leave by, as a residual does (`dense.py`). Keys and values are stored twice from
+the same slot: to the arrays that the prompt's attention reads, and to the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.semantics.rotation import STEPS_PER_UNIT
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import staging_transforms
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
-from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout, HeadTargets
-from bipolar_jax.kernels.sm90.gemm.outputs.rope_tables import rotated
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
+from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout, clear_cache_from
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
+from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadOutput:
+    """Heads in memory, q, k and v [sequences, m, heads * size], and those of keys and values in the caches' layer.
+
+    Heads have the dtype of the caches, a 16-bit float.
+
+    Attributes:
+      keys, values: caches, [layers, sequences, heads, capacity, size].
+      layer: index of the caches' layer, [1].
+      tables: cosines and sines by position, see `semantics.rotation`, [covered tokens, half] each, their bits as
+        numbers of the heads' dtype; None stores queries and keys as they are.
+      layout: what columns are.
+    """
+
+    keys: Any
+    layer: Any
+    tables: tuple[Any, Any] | None
+    values: Any
+    layout: HeadLayout = dataclasses.field(metadata={"static": True})
+    token_axis: ClassVar[int] = 0
+    dtype: ClassVar[jnp.dtype] = jnp.dtype(jnp.float32)  # they are rotated before they are rounded
+    name_endings: ClassVar[tuple[str, ...]] = ("heads",)
+
+    def out_types(self, problem: Problem) -> list[jax.ShapeDtypeStruct]:
+        """Heads side by side: a TMA store then ends with its sequence, as it has to."""
+        counts = (self.layout.queries, self.layout.keys, self.layout.keys)
+        shapes = [(problem.sequences, problem.m, count * self.layout.size) for count in counts]
+        return [jax.ShapeDtypeStruct(shape, self.keys.dtype) for shape in shapes]
+
+    def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
+        """A staging slot for every chunk of a tile; with tables, a barrier of each, of their arrival."""
+        dtype, half, tiling = self.keys.dtype, self.layout.half, problem.tiling
+        fit, slots = self.layout.staging_slots(staging_slots), self.layout.chunks(tiling.tile_m, tiling.tile_n)
+        if fit < slots:
+            raise ValueError(f"{tiling} has shared memory for {fit} of {slots} halves of heads: use fewer slots")
+        shape = (CONSUMERS, slots, ROWS_PER_INSTRUCTION, half)
+        staging = plgpu.SMEM(shape, dtype, transforms=staging_transforms(half, dtype))
+        if self.tables is None:
+            return {"staging": staging}
+        return {"staging": staging, "arrived": plgpu.Barrier(num_barriers=CONSUMERS * slots)}
+
+    def writer(self, problem: Problem, targets, scratch: dict[str, Any], consumer) -> HeadWriter:
+        staging, arrived = scratch["staging"].at[consumer], scratch.get("arrived")
+        return HeadWriter(problem, self, *targets, self.layer[0], staging, arrived, consumer)
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadPieces:
-    """Of one consumer's tile.
+class HeadWriter:
+    """Stores the heads in the tiles of one consumer; a tile begins and ends with whole heads.
 
     Attributes:
-      layout: what columns are.
-      tile_m, tile_n: of the tile; heads begin at its first column and end at its last.
-      staging: [pieces of the tile, 64, half] in shared memory.
-      targets: where heads go.
-      origin: sequence, first position in it, first column.
-      length: positions of a prompt, if tiles have rows beyond them, else None.
-      arrived: barriers, one a slot, of cosines and sines.
+      problem: the product.
+      output: the caches and tables, refs in memory.
+      q, k, v: refs of the heads in memory.
+      layer: index of the caches' layer.
+      staging: [chunks of a tile, 64, half] in shared memory.
+      arrived: barriers of the tables' arrival, one for every slot of all consumers, or None.
+      consumer: index of this warpgroup.
     """
 
-    layout: HeadLayout
-    tile_m: int
-    tile_n: int
+    problem: Problem
+    output: HeadOutput
+    q: Any
+    k: Any
+    v: Any
+    layer: Any
     staging: Any
-    targets: HeadTargets
-    origin: tuple[Any, Any, Any]
-    length: int | None
     arrived: Any
+    consumer: Any
 
     @property
-    def width(self) -> int:
-        """Columns to finish at once."""
-        return self.layout.half
+    def layout(self) -> HeadLayout:
+        return self.output.layout
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows to finish at once: two halves of a head, a cosine and a sine of each pair are in registers."""
-        return ROWS_PER_INSTRUCTION
+    def finish_shape(self) -> tuple[int, int]:
+        """A chunk: two halves of a head, and a cosine and a sine for each pair, are in registers at once."""
+        return ROWS_PER_INSTRUCTION, self.layout.half
 
-    def _origins(self) -> list[tuple[int, int]]:
-        """First rows and columns of the tile's heads, 64 rows of each, in order."""
-        rows = range(0, self.tile_m, ROWS_PER_INSTRUCTION)
-        return list(itertools.product(rows, range(0, self.tile_n, self.layout.size)))
+    def _head_origins(self) -> list[tuple[int, int]]:
+        """Where each head of 64 tokens begins in the tile, in order."""
+        tiling = self.problem.tiling
+        rows = range(0, tiling.tile_m, ROWS_PER_INSTRUCTION)
+        return list(itertools.product(rows, range(0, tiling.tile_n, self.layout.size)))
 
-    def _head(self, number: int):
-        """Which head the number-th is, and whether it is rotated, as queries and keys are."""
-        _, first = self._origins()[number]
-        head = lax.div(self.origin[2] + first, self.layout.size)
+    def _head(self, origin: TileOrigin, number: int):
+        """Index of the tile's number-th head in the layout, and whether it is rotated: queries and keys are."""
+        _, first = self._head_origins()[number]
+        head = lax.div(origin.column + first, self.layout.size)
         return head, head < self.layout.queries + self.layout.keys
 
+    @staticmethod
+    def _slot(number: int, half: int) -> int:
+        """The staging slot of one half of a head; every chunk of a tile has its own."""
+        return 2 * number + half
+
+    def _arrivals(self) -> list[Any]:
+        """The barriers of this consumer's slots."""
+        slots = self.staging.shape[0]
+        return [self.arrived.at[self.consumer * slots + slot] for slot in range(slots)]
+
     def start(self) -> None:
-        """Before the mainloop: has cosines and sines of heads that are rotated loaded to the slots of their halves."""
+        """Clears the positions of the cache that are beyond all tiles."""
+        problem, caches = self.problem, (self.output.keys, self.output.values)
+        rank, consumers = problem.consumer_rank(self.consumer)
+        clear_cache_from(
+            self.layout, problem.sequences, problem.covered_tokens, self.staging, caches, self.layer, rank, consumers
+        )
+
+    def preload(self, origin: TileOrigin) -> None:
+        """Loads the cosines and sines of the heads that are rotated, to the slots of their halves."""
+        if self.output.tables is None:
+            return
+        arrivals = self._arrivals()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for number, (row, _) in enumerate(self._origins()):
-            _, rotates = self._head(number)
+        for number, (row, _) in enumerate(self._head_origins()):
+            _, rotates = self._head(origin, number)
 
             @pl.when(rotates)
             def _(number=number, row=row):
-                for part, table in enumerate(self.targets.tables):
-                    slot = self._slot(number, part)
-                    rows = table.at[pl.ds(self.origin[1] + row, ROWS_PER_INSTRUCTION)]
-                    plgpu.copy_gmem_to_smem(rows, self.staging.at[slot], self.arrived[slot])
+                for half, table in enumerate(self.output.tables):
+                    slot = self._slot(number, half)
+                    positions = table.at[pl.ds(origin.token + row, ROWS_PER_INSTRUCTION)]
+                    plgpu.copy_gmem_to_smem(positions, self.staging.at[slot], arrivals[slot])
 
-    def _slot(self, number: int, part: int) -> int:
-        """Of one half of a head: every piece of a tile has its own."""
-        return 2 * number + part
-
-    def store(self, finished: Callable[[int, int], Float[Array, "64 half"]]) -> None:
-        """Rotates and sends all heads of the tile.
-
-        Args:
-          finished: float32 numbers of the product, from the row and column of the tile where they begin.
-        """
-        half_columns = self.layout.half
-        if self.targets.tables is None:
-            # What the tile before left in the slots must have been read; `start` has waited for that elsewhere.
+    def store(self, origin: TileOrigin, finished: Finish) -> None:
+        """Rotates and stores the heads of a tile."""
+        if self.output.tables is None:
+            # The stores of the tile before must be done with the slots. With tables, `preload` has waited for them.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for number, (row, first) in enumerate(self._origins()):
-            head, rotates = self._head(number)
-            halves = [finished(row, first), finished(row, first + half_columns)]
-            if self.length is not None:
-                halves = [self._only_prompt(half, self.origin[1] + row) for half in halves]
-            if self.targets.tables is None:
-                self._send(number, head, halves)
+        for number, (row, first) in enumerate(self._head_origins()):
+            head, rotates = self._head(origin, number)
+            halves = [finished(row, first), finished(row, first + self.layout.half)]
+            if self.problem.m < self.problem.covered_tokens:
+                halves = [self._clear_beyond_prompt(half, origin.token + row) for half in halves]
+            if self.output.tables is None:
+                self._store_head(origin, number, head, halves)
                 continue
 
             @pl.when(rotates)
             def _(number=number, head=head, halves=halves):
-                self._send(number, head, rotated(halves, self._tables(number)), of_values=False)
+                self._store_head(origin, number, head, rotated(halves, self._tables(number)), are_values=False)
 
             @pl.when(jnp.logical_not(rotates))
             def _(number=number, head=head, halves=halves):
-                self._send(number, head, halves, of_values=True)
+                self._store_head(origin, number, head, halves, are_values=True)
 
     def _tables(self, number: int) -> list[Float[Array, "64 half"]]:
-        """Cosines and sines of a head's rows, once they have come."""
-        slots = [self._slot(number, part) for part in (0, 1)]
+        """Cosines and sines of a head's tokens, once they have arrived."""
+        slots = [self._slot(number, half) for half in (0, 1)]
+        arrivals = self._arrivals()
         for slot in slots:
-            plgpu.barrier_wait(self.arrived[slot])
-        # Every thread loads what lies where it will store: nobody waits for anybody.
+            plgpu.barrier_wait(arrivals[slot])
+        # Every thread loads the elements that it stores later, so that no barrier is needed between.
         return [plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA) for slot in slots]
 
-    def _only_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
-        """Zeros beyond the prompt, where the cache wants them."""
+    def _clear_beyond_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
+        """Zeros in the rows beyond the prompt, as the cache has to have them."""
         row = plgpu.broadcasted_iota(jnp.int32, half.shape, 0, layout=plgpu.Layout.WGMMA)
-        return jnp.where(row + position < self.length, half, 0.0)
+        return jnp.where(row + position < self.problem.m, half, 0.0)
 
-    def _send(self, number: int, head, halves: list, of_values: bool | None = None) -> None:
-        """Sends both halves of the number-th head; of_values says which of the targets there can be, None all."""
-        row, _ = self._origins()[number]
-        for part, half in enumerate(halves):
-            slot = self._slot(number, part)
+    def _store_head(self, origin: TileOrigin, number: int, head, halves: list, are_values: bool | None = None) -> None:
+        """Stores both halves of a tile's number-th head; `are_values` None: it may be of queries, keys or values."""
+        row, _ = self._head_origins()[number]
+        for i, half in enumerate(halves):
+            slot = self._slot(number, i)
             self.staging[slot] = half.astype(self.staging.dtype)
             plgpu.commit_smem()
-            self._copy(self.staging.at[slot], row, head, part * self.layout.half, of_values)
-            # One group a piece, whether it goes to one place or to two.
+            at_row = TileOrigin(origin.sequence, origin.token + row, origin.column)
+            self._copy(self.staging.at[slot], at_row, head, i * self.layout.half, are_values)
+            # One group for a chunk, whether it is stored once or twice.
             plgpu.commit_smem_to_gmem_group()
 
-    def _copy(self, piece, row: int, head, first: int, of_values: bool | None) -> None:
-        """Has a piece copied to where it belongs: `first` is its first column in the head."""
-        layout, targets = self.layout, self.targets
-        sequence, position, _ = self.origin
-        positions, columns = pl.ds(position + row, ROWS_PER_INSTRUCTION), pl.ds(first, layout.half)
+    def _copy(self, chunk, origin: TileOrigin, head, first: int, are_values: bool | None) -> None:
+        """Issues the stores of a chunk, whose columns begin at `first` of its head."""
+        layout, output = self.layout, self.output
+        columns = pl.ds(first, layout.half)
+        positions = pl.ds(origin.token, ROWS_PER_INSTRUCTION)
 
-        def to_heads(out, head):
-            begin = head * layout.size + first
-            plgpu.copy_smem_to_gmem(piece, out.at[sequence, positions, pl.ds(begin, layout.half)], commit_group=False)
+        def to_heads(heads, index):
+            begin = index * layout.size + first
+            part = heads.at[origin.sequence, positions, pl.ds(begin, layout.half)]
+            plgpu.copy_smem_to_gmem(chunk, part, commit_group=False)
 
-        def to_cache(cache, head):
-            at = cache.at[targets.layer, sequence, head, positions, columns]
-            plgpu.copy_smem_to_gmem(piece, at, commit_group=False)
+        def to_cache(cache, index):
+            part = cache.at[self.layer, origin.sequence, index, positions, columns]
+            plgpu.copy_smem_to_gmem(chunk, part, commit_group=False)
 
         key, value = head - layout.queries, head - layout.queries - layout.keys
-        if of_values is not True:
+        if are_values is not True:
 
             @pl.when(key < 0)
             def _():
-                to_heads(targets.q, head)
+                to_heads(self.q, head)
 
             @pl.when((key >= 0) & (value < 0))
             def _():
-                to_heads(targets.k, key)
-                to_cache(targets.keys, key)
+                to_heads(self.k, key)
+                to_cache(output.keys, key)
 
-        if of_values is not False:
+        if are_values is not False:
 
             @pl.when(value >= 0)
             def _():
-                # Beyond the last head nothing is written, but is counted among what has to be waited for.
-                to_heads(targets.v, value)
+                # Heads beyond the last still issue a fully clipped TMA store, so that group counts stay uniform.
+                to_heads(self.v, value)
 
             @pl.when((value >= 0) & (value < layout.keys))
             def _():
-                to_cache(targets.values, value)
+                to_cache(output.values, value)
+
+
+def rotated(
+    halves: list[Float[Array, "rows half"]], tables: list[Float[Array, "rows half"]]
+) -> list[Float[Array, "rows half"]]:
+    """Rotates pairs (d, d + half) of every row by the angle of its position.
+
+    Args:
+      halves: of a head, float32.
+      tables: cosines and sines of the rows, `fixed_point_tables` with their bits as numbers of a 16-bit float dtype.
+    """
+    first, second = halves
+    cos, sin = (lax.bitcast_convert_type(table, jnp.int16).astype(jnp.float32) for table in tables)
+    # A power of two: scaling by it rounds nothing, before or after the products.
+    first, second = first * (1 / STEPS_PER_UNIT), second * (1 / STEPS_PER_UNIT)
+    return [first * cos - second * sin, second * cos + first * sin]

@@ -1,115 +1,142 @@
-"""A tile of the output on its way to the next product of one-bit tokens: signs as words, and parts of tokens' scales.
+"""The signs of the product: one-bit tokens of the next product, and what the scales of those tokens are made of.
 
-What is stored is a sixteenth of the numbers, from registers: there is nothing to stage. A token's scale is its largest
-magnitude, known when all tiles of its row are: each leaves that of its part, and how many ones it has, for XLA to put
-together. Neither depends on an order.
+Signs take a sixteenth of the memory of the numbers. The threads store them from registers; nothing is staged.
+
+A token's scale is its largest magnitude, which is known when all tiles of its row are. So every tile leaves a summary
+of its part of the row, the largest magnitude and the number of ones, and XLA combines them (`projections`). Neither
+depends on the order of the tiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm
-from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, pack_planes
-from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
+from bipolar_jax.kernels.sm90.core.fragments import packed_word, scalar_of
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
-from bipolar_jax.kernels.sm90.gemm.outputs.sign_threads import COUNT_BITS, SignThreads
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
+from bipolar_jax.kernels.sm90.gemm.outputs.sign_packing import COUNT_BITS, SignPacking
+from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 from bipolar_jax.packing.words import WORD_BITS
 
 
-class SignTargets(NamedTuple):
-    """Where signs go; refs in memory.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SignOutput:
+    """Two arrays of uint32.
+
+    - signs [1, m, row_words]: bits as `PackedTokens` has "planes"; a one for a number from 0 on, -0, or NaN;
+    - summaries [column tiles, vector_length(m)]: of a row's part in a tile, see `sign_packing.COUNT_BITS`.
 
     Attributes:
-      words: uint32 [1, m, row words], as `PackedTokens` has "planes".
-      partials: uint32 [column tiles, filled rows], summaries of rows in a tile: `sign_threads.COUNT_BITS`.
+      dtype: bfloat16 or float16, to which numbers are rounded before.
     """
 
-    words: Any
-    partials: Any
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    token_axis: ClassVar[int] = 0
+    name_endings: ClassVar[tuple[str, ...]] = ("signs",)
+
+    def out_types(self, problem: Problem) -> list[jax.ShapeDtypeStruct]:
+        packing = self._packing(problem)
+        shapes = (1, problem.m, packing.row_words), (packing.tiles, packing.vector_length)
+        return [jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in shapes]
+
+    def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
+        return {}
+
+    def writer(self, problem: Problem, targets, scratch: dict[str, Any], consumer) -> SignWriter:
+        return SignWriter(self._packing(problem), problem.tiling.tile_m, *targets)
+
+    def _packing(self, problem: Problem) -> SignPacking:
+        return SignPacking(self.dtype.name, problem.m, problem.n, problem.out_tile_n)
 
 
 @dataclasses.dataclass(frozen=True)
-class SignPieces:
-    """Of one consumer's tile.
+class SignWriter:
+    """Stores the signs of one consumer's tiles.
 
     Attributes:
-      threads: what they do with 64 rows.
-      tile_m: rows of the tile.
-      targets: where signs go.
-      origin: first row and column.
-      emulate: whether this is interpret mode.
+      packing: what each thread does with 64 rows.
+      tile_m: rows of a tile.
+      signs, summaries: refs in memory.
     """
 
-    threads: SignThreads
+    packing: SignPacking
     tile_m: int
-    targets: SignTargets
-    origin: tuple[Int[Array, ""], Int[Array, ""]]
-    emulate: bool
+    signs: Any
+    summaries: Any
 
-    width = WORD_BITS  # columns to finish at once
-    rows_at_once = ROWS_PER_INSTRUCTION  # likewise rows
+    finish_shape = (ROWS_PER_INSTRUCTION, WORD_BITS)
 
-    def store(self, finished: Callable[[int, int], Float[Array, "64 32"]]) -> None:
-        """Sends the signs of all of the tile.
+    def start(self) -> None:
+        pass
 
-        Args:
-          finished: numbers of the output, from the row and column of the tile where they begin.
-        """
-        row, column = self.origin
-        for start in range(0, self.tile_m, self.rows_at_once):
-            pieces = []
-            for first in range(0, self.threads.tile_n, self.width):
-                pieces.append(finished(start, first))
-                # Before the next piece is begun, for which there are no registers. Behind the last one the loads of
-                # the columns' and tokens' terms lie, whose place the producer then fills anew.
+    def preload(self, origin: TileOrigin) -> None:
+        pass
+
+    def store(self, origin: TileOrigin, finished: Finish) -> None:
+        height, width = self.finish_shape
+        for row in range(0, self.tile_m, height):
+            chunks = []
+            for column in range(0, self.packing.tile_n, width):
+                chunks.append(finished(row, column))
+                # Stops ptxas from overlapping chunks: it would spill. The last barrier also comes after all reads of
+                # the terms, which the producer overwrites next.
                 synchronize()
-            (_emulated if self.emulate else _leave)(self.threads, pieces, row + start, column, self.targets)
+            _store_signs(self.packing, chunks, origin.token + row, origin.column, self.signs, self.summaries)
 
 
-def _leave(threads: SignThreads, pieces: list[Array], row, column, targets: SignTargets) -> None:
-    splat = plgpu.Layout.WG_SPLAT
-    arrays = [plgpu.Layout.WGMMA] * len(pieces)
-
-    @plgpu.inline_mgpu(arg_types=(*arrays, splat, splat, *[plgpu.RefType()] * len(targets)))
-    def inline(_, *args):
-        pieces, (row, column, *targets) = args[: len(arrays)], args[len(arrays) :]
-        # A piece's registers are pairs of columns, 8 apart, each of both rows.
-        registers = [register for piece in pieces for register in piece.registers.flat]
-        words = [llvm.bitcast(ptx.i32_type(), register) for register in registers]
-        threads.leave([words[0::2], words[1::2]], row.registers.item(), column.registers.item(), *targets)
-
-    inline(*pieces, row, column, *targets)
-
-
-def _emulated(threads: SignThreads, pieces: list[Array], row, column, targets: SignTargets) -> None:
-    numbers = jnp.concatenate(pieces, axis=1)
-    valid = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) < threads.n - column
-    codes = (valid & ~(numbers < 0)).astype(jnp.uint8)
-    words = pack_planes(codes, BipolarFormat(1))[0]
+def _store_signs_twin(packing: SignPacking, chunks: list[jax.Array], row, column, signs, summaries) -> None:
+    numbers = jnp.concatenate(chunks, axis=1)
+    is_column = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) < packing.n - column
+    codes = (is_column & ~(numbers < 0)).astype(jnp.uint8)
     magnitudes = lax.bitcast_convert_type(numbers, jnp.uint16) & 0x7FFF
-    largest = jnp.max(jnp.where(valid, magnitudes, 0), axis=1).astype(jnp.uint32)
-    summaries = (largest << COUNT_BITS) | jnp.sum(codes, axis=1, dtype=jnp.uint32)
-    tile, first = lax.div(column, threads.tile_n), lax.div(column, WORD_BITS)
-    is_last = column + threads.tile_n >= threads.n
-    end = jnp.where(is_last, threads.row_words, jnp.minimum(first + threads.words, threads.row_words))
-    words = fill_up(words, threads.words + 3)
+    largest = jnp.max(jnp.where(is_column, magnitudes, 0), axis=1).astype(jnp.uint32)
+    row_summaries = (largest << COUNT_BITS) | jnp.sum(codes, axis=1, dtype=jnp.uint32)
+    tile, first_word = lax.div(column, packing.tile_n), lax.div(column, WORD_BITS)
+    is_last_tile = column + packing.tile_n >= packing.n
+    end_of_tile = jnp.minimum(first_word + packing.tile_words, packing.row_words)
+    # The last tile also clears the words that fill a row up to 16 bytes.
+    end = jnp.where(is_last_tile, packing.row_words, end_of_tile)
+    words = fill_up(pack_planes(codes, BipolarFormat(1))[0], packing.tile_words + 3)
 
-    @pl.loop(0, jnp.where(column < threads.n, jnp.clip(threads.m - row, 0, numbers.shape[0]), 0))
+    @pl.loop(0, jnp.where(column < packing.n, jnp.clip(packing.m - row, 0, numbers.shape[0]), 0))
     def _(i):
-        targets.partials[tile, row + i] = summaries[i]
+        summaries[tile, row + i] = row_summaries[i]
         for word in range(words.shape[1]):
 
-            @pl.when(first + word < end)
+            @pl.when(first_word + word < end)
             def _(word=word):
-                targets.words[0, row + i, first + word] = words[i, word]
+                signs[0, row + i, first_word + word] = words[i, word]
+
+
+@with_twin(_store_signs_twin)
+def _store_signs(packing: SignPacking, chunks: list[jax.Array], row, column, signs, summaries) -> None:
+    """Stores the signs and summaries of 64 rows.
+
+    Args:
+      packing: what each thread does.
+      chunks: [64, 32] each, the tile's columns in order; of `packing.dtype`, in the layout WGMMA.
+      row, column: where the chunks begin in the output.
+      signs, summaries: refs in memory.
+    """
+    layouts = [plgpu.Layout.WGMMA] * len(chunks) + [plgpu.Layout.WG_SPLAT] * 2
+
+    @plgpu.inline_mgpu(arg_types=(*layouts, plgpu.RefType(), plgpu.RefType()))
+    def inline(_, *args):
+        *chunks, row, column, signs, summaries = args
+        # Registers are pairs of adjacent columns, alternating between the thread's two rows.
+        pairs = [packed_word(register) for chunk in chunks for register in chunk.registers.flat]
+        packing.store([pairs[0::2], pairs[1::2]], scalar_of(row), scalar_of(column), signs, summaries)
+
+    inline(*chunks, row, column, signs, summaries)
