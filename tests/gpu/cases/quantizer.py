@@ -1,0 +1,115 @@
+"""Activations quantized and packed on the GPU: scales, zero codes and codes of `quantize_tokens`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
+from tests.gpu.cases.operands import generator
+from tests.gpu.trial import Case, Trial, one_program
+
+_DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32)
+_OPERANDS = ("planes", "int8")
+# Rows of one to several warps, of a warpgroup, and enough rows for few threads each.
+_SIZES = [(9, 100), (8, 1024), (33, 1568), (1, 4096), (3, 13000), (700, 600), (1100, 1088), (300, 6144)]
+_PROLOGUES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
+
+
+def cases() -> list[Case]:
+    plain = [
+        _case(*_SIZES[(bits + 3 * turn) % len(_SIZES)], bits, operand, _DTYPES[(bits + turn) % 3], None)
+        for bits, operand, turn in itertools.product(range(1, 9), _OPERANDS, range(2))
+    ]
+    with_prologue = [
+        _case(m, k, bits, _OPERANDS[(index + turn) % 2], _DTYPES[(index + turn) % 3], prologue)
+        for index, prologue in enumerate(_PROLOGUES)
+        for turn, (m, k, bits) in enumerate([(9, 100, 8), (3, 4100, 4), (700, 300, 8)])
+    ]
+    return plain + with_prologue
+
+
+def small() -> dict[str, Case]:
+    return {
+        "quantizer": _case(9, 100, 3, "planes", np.float32, None),
+        "quantizer, norm": _case(5, 70, 8, "int8", ml_dtypes.bfloat16, "rms"),
+    }
+
+
+def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None) -> Case:
+    a_format = BipolarFormat(bits)
+
+    def make() -> Trial:
+        rng = generator(m, k, bits)
+        wanted = None if prologue is None else _prologue(prologue, rng, k)
+        x = _rows(rng, m, k * (1 if wanted is None else wanted.parts), dtype)
+        tokens = _on_cpu(x, a_format, wanted)
+
+        def check(packed):
+            codes = _unpacked(np.asarray(packed.words), a_format, operand, k)
+            np.testing.assert_array_equal(packed.code_sums[:m], codes.sum(axis=1))
+            if wanted is not None:
+                # Sums in another order and the last bits of functions turn what is nearly a tie.
+                np.testing.assert_allclose(packed.scale[:m], tokens.scale, rtol=4e-6)
+                difference = np.abs(codes - tokens.codes.astype(np.int32))
+                assert difference.max() <= 1, f"codes {difference.max()} apart"
+                assert difference.mean() < 1e-3, f"{difference.mean():.2%} of the codes differ"
+                return
+            zero = 0 * tokens.zero_value if bits == 1 else (tokens.zero_value + a_format.max_value) // 2
+            np.testing.assert_array_equal(packed.scale[:m], tokens.scale)
+            np.testing.assert_array_equal(packed.zero_code[:m], zero)
+            np.testing.assert_array_equal(codes, tokens.codes)
+
+        def quantize(x, wanted):
+            return quantize_and_pack(x, a_format, operand, prologue=wanted, interpret=interpret_params())
+
+        return one_program(quantize, (x, wanted), check)
+
+    return Case(f"A{bits} {operand} {m}x{k} {np.dtype(dtype).name} {prologue or ''}".strip(), make)
+
+
+def _rows(rng: np.random.Generator, m: int, k: int, dtype) -> np.ndarray:
+    """Rows of different sizes; without a prologue's ties, some with zeros, small numbers, and ties."""
+    x = rng.standard_normal((m, k)) * rng.lognormal(size=(m, 1))
+    if m >= 8:
+        x[0] = 0
+        x[1] = np.where(x[1] < 0, -0.0, x[1])
+        x[3], x[4] = np.abs(x[3]), -np.abs(x[4])
+        x[5] *= 1e-3
+    return x.astype(dtype)
+
+
+def _prologue(name: str, rng: np.random.Generator, k: int) -> Prologue:
+    gain, bias = (1 + rng.normal(size=k) / 4).astype(np.float32), (rng.normal(size=k) / 4).astype(np.float32)
+    if name == "rms":
+        return RMSNorm(gain, 1e-5)
+    if name == "layer":
+        return LayerNorm(gain, bias, 1e-5)
+    function, *gated = name.split()
+    return Activation(function, gated=bool(gated))
+
+
+def _on_cpu(x: np.ndarray, a_format: BipolarFormat, prologue: Prologue | None):
+    """The definition, compiled by XLA for CPUs."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.device_get(jax.jit(functools.partial(quantize_tokens, a_format=a_format))(x, prologue=prologue))
+
+
+def _unpacked(words: np.ndarray, a_format: BipolarFormat, operand: str, k: int) -> np.ndarray:
+    """int32 codes [m, k], by the definition of the words; raises AssertionError where filler is not zero."""
+    m = words.shape[1]
+    if operand == "planes":
+        bits = np.unpackbits(words.astype("<u4").view(np.uint8), axis=-1, bitorder="little").astype(np.int32)
+        codes = np.sum(bits << np.arange(len(bits)).reshape(-1, 1, 1), axis=0)
+    else:  # byte t of word 8 B + j is element 32 B + 8 t + j
+        codes = words.astype("<u4").view(np.int8).reshape(m, -1, 8, 4).swapaxes(2, 3).reshape(m, -1).astype(np.int32)
+    assert not codes[:, k:].any(), "what fills a row is not zero"
+    return codes[:, :k] + (0 if operand == "planes" else a_format.code_offset)

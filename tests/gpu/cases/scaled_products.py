@@ -1,0 +1,122 @@
+"""Quantized products with scales, groups, offsets, bias, residual and activation, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.ops.dispatch import BACKENDS
+from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
+from tests.gpu.trial import Case, Trial, one_program
+from tests.support.integer_products import W_FORMATS
+
+SM90 = BACKENDS["sm90"]
+
+_TOKENS = (1, 3, 16, 32, 64, 70, 130, 300)
+_GROUP_SIZES = (None, 32, 64, 128, None, 256, 512, 1024)
+_DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
+_CASES = 144
+# Of exp and tanh by approximate instructions, and of the sigmoid made of them.
+_FUNCTION_ERROR = 2.0**-16
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product; `epilogue` is None, "bias", "residual" (with a bias) or the name of a gated activation."""
+
+    w_format: BipolarFormat
+    a_bits: int
+    m: int
+    n: int
+    k: int
+    dtype: type
+    group_size: int | None = None
+    offsets: bool = False
+    epilogue: str | None = None
+
+    @property
+    def name(self) -> str:
+        group = "" if self.group_size is None else f"g{self.group_size}"
+        options = ["offsets"] * self.offsets + [self.epilogue] * (self.epilogue is not None)
+        sizes = f"{self.m}x{self.n}x{self.k}"
+        return " ".join([f"W{self.w_format.name}A{self.a_bits}{group}", sizes, np.dtype(self.dtype).name, *options])
+
+    def trial(self) -> Trial:
+        rng, a_format = generator(self.m, self.n, self.k, self.a_bits), BipolarFormat(self.a_bits)
+        gated = self.epilogue in ("silu", "gelu")
+        activation = Activation(self.epilogue, gated=True) if gated else None
+        columns = 2 * self.n if gated else self.n
+        x, x_size = exact_tokens(rng, self.m, self.k, a_format, self.dtype)
+        w = random_weights(rng, columns, self.k, self.w_format, self.group_size, self.offsets)
+        bias = rng.normal(size=columns).astype(self.dtype) if self.epilogue else None
+        residual = (10 * rng.normal(size=(self.m, self.n))).astype(self.dtype) if self.epilogue == "residual" else None
+        w_hat, w_size = numbers_of(w)
+        term = 0.0 if bias is None else bias.astype(np.float64)
+        expected = x.astype(np.float64) @ w_hat + term
+        # Integers are exact. Each group rounds some float32 terms; the token's zero is corrected for at the end.
+        tolerance = (w.num_groups + 10) * EPS * (x_size @ w_size + np.abs(term))
+        if gated:
+            expected, tolerance = _gated(self.epilogue, expected, tolerance)
+        tolerance = tolerance + rounding(self.dtype, expected)
+        if residual is not None:
+            expected = expected + residual.astype(np.float64)
+            tolerance = tolerance + EPS * np.abs(expected) + rounding(self.dtype, expected)
+
+        def check(y):
+            if y.dtype != self.dtype:
+                raise AssertionError(f"dtype {y.dtype}, expected {np.dtype(self.dtype)}")
+            assert_within(y, expected, tolerance)
+
+        def product(x, w, bias, residual):
+            return SM90.quantized_matmul(x, w, a_format, bias, None, residual, activation)
+
+        return one_program(product, (x, w, bias, residual), check)
+
+
+def _gated(function: str, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """function(gate) * up in float64, and the error that errors of gate and up leave: |derivative| is below 1.2."""
+    (gate, up), (gate_error, up_error) = np.split(y, 2, axis=1), np.split(error, 2, axis=1)
+    if function == "silu":
+        activated = gate / (1 + np.exp(-np.clip(gate, -700, 700)))
+    else:
+        activated = gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+    error = 1.2 * gate_error * (np.abs(up) + up_error) + np.abs(activated) * up_error
+    return activated * up, error + _FUNCTION_ERROR * np.abs(gate * up)
+
+
+def cases() -> list[Case]:
+    """Options are drawn, so that pairs of them meet; the same in every run."""
+    rng = generator(0)
+    products = []
+    for index in range(_CASES):
+        w_format = W_FORMATS[index % len(W_FORMATS)]
+        a_bits = (8, 1, 4, 2, 8, 3, 5)[index % 7]
+        group_size = _GROUP_SIZES[rng.integers(len(_GROUP_SIZES))]
+        k = int(rng.integers(2, 2500))
+        products.append(
+            Product(
+                w_format,
+                a_bits,
+                m=int(_TOKENS[rng.integers(len(_TOKENS))]),
+                n=int(rng.integers(1, 400)),
+                k=max(k, (group_size or 0) + 1),
+                dtype=_DTYPES[rng.integers(len(_DTYPES))],
+                group_size=group_size,
+                offsets=bool(rng.integers(2)),
+                epilogue=(None, "bias", "residual", "silu", "gelu")[rng.integers(5)],
+            )
+        )
+    return [Case(f"{index}: {product.name}", product.trial) for index, product in enumerate(products)]
+
+
+def small() -> dict[str, Case]:
+    products = {
+        "gemm, groups": Product(BipolarFormat(4), 8, 70, 67, 300, np.float32, 64, offsets=True, epilogue="bias"),
+        "few tokens, groups": Product(BipolarFormat(3), 4, 2, 67, 1100, np.float32, 128, offsets=True),
+        "gemm, activation": Product(BipolarFormat(2), 2, 70, 64, 300, np.float32, epilogue="silu"),
+    }
+    return {name: Case(name, product.trial) for name, product in products.items()}

@@ -1,0 +1,64 @@
+"""Runs the cases of one group in this process: `python -m tests.gpu.group NAME --log PATH [--threads N]`.
+
+The log has one JSON object a line, written at once, so that the runner knows which case hung: {"cases": number} first,
+then {"started": name} before a case and {"case", "error", "seconds", "kernels"} after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable
+
+from tests.gpu.trial import Case, run_cases
+
+# Module under tests.gpu.cases and the function that makes the group's cases, with its arguments.
+GROUPS: dict[str, tuple[str, str, tuple]] = {
+    **{
+        f"integer products, {kernel}, {weights}": ("products", "cases", (kernel, weights))
+        for kernel in ("gemm", "few tokens")
+        for weights in ("W1 to W4", "W5 to W8 and ternary")
+    },
+    "scaled products": ("scaled_products", "cases", ()),
+    "weight-only products": ("weight_only", "cases", ()),
+    "quantizer": ("quantizer", "cases", ()),
+    "packing and expansion of weights": ("weights", "cases", ()),
+    "heads of prompts": ("heads", "cases", ()),
+    "signs": ("signs", "cases", ()),
+    "attention to the cache": ("attention", "cases", ()),
+    **{
+        f"decode step, {model}": ("decode_step", "cases", (model,))
+        for model in ("llama-2-7b", "llama-3-8b", "opt-6.7b", "bloom-7b1", "qwen2.5-7b")
+    },
+}
+
+
+def cases_of(group: str) -> list[Case]:
+    """Raises KeyError for a group that does not exist."""
+    module, function, arguments = GROUPS[group]
+    make: Callable[..., list[Case]] = getattr(importlib.import_module(f"tests.gpu.cases.{module}"), function)
+    return make(*arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--threads", type=int, default=4)
+    options = parser.parse_args()
+    with open(options.log, "a", buffering=1) as log:
+        cases = cases_of(options.group)
+        log.write(json.dumps({"cases": len(cases)}) + "\n")
+        for outcome in run_cases(
+            cases,
+            options.threads,
+            started=lambda name: log.write(json.dumps({"started": name}) + "\n"),
+        ):
+            record = dataclasses.asdict(outcome)
+            log.write(json.dumps({"case": record.pop("name"), **record}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

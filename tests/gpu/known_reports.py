@@ -1,0 +1,34 @@
+"""Reports of compute-sanitizer that are false, each with the reason; `make gpu-test` fails on every other report.
+
+An entry matches one kind of report of one kernel: `text` must match the whole report, with addresses and numbers of
+hazards left out by `sanitizer.normalized`. Add one only after the code has been read: the reason names the barrier, or
+the instruction, that orders the two accesses and that the tool does not follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownReport:
+    """A false report.
+
+    Attributes:
+      tool: "racecheck" or "memcheck".
+      kernel: name of the kernel in `sanitized.KERNELS`.
+      text: regular expression for the whole normalized report.
+      reason: what orders the accesses.
+    """
+
+    tool: str
+    kernel: str
+    text: str
+    reason: str
+
+    def matches(self, tool: str, kernel: str, report: str) -> bool:
+        return (self.tool, self.kernel) == (tool, kernel) and re.fullmatch(self.text, report) is not None
+
+
+KNOWN: tuple[KnownReport, ...] = ()

@@ -1,0 +1,99 @@
+"""Runs one kernel once at a small size and checks its result, for compute-sanitizer to watch.
+
+`python -m tests.gpu.sanitized KERNEL` prints "checked: KERNEL" if the result is right. "planted race" and "planted
+write" are kernels with a defect that racecheck and memcheck must report: if they do not, the tool sees nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tests.gpu.cases import (
+    attention,
+    decode_step,
+    heads,
+    products,
+    quantizer,
+    scaled_products,
+    signs,
+    weight_only,
+    weights,
+)
+from tests.gpu.trial import Case, Trial, one_program, run_cases
+
+_MODULES = (products, scaled_products, weight_only, quantizer, weights, heads, signs, attention, decode_step)
+KERNELS: dict[str, Case] = {name: case for module in _MODULES for name, case in module.small().items()}
+# What each tool must find: the tool's name by the defect's.
+PLANTED = {"planted race": "racecheck", "planted write": "memcheck"}
+_FAR = 1 << 28  # elements beyond an array: an address that no allocation has
+
+
+def planted(defect: str) -> Trial:
+    """A kernel with a defect of PLANTED; its result is not checked."""
+    return {"planted race": _planted_race, "planted write": _planted_write}[defect]()
+
+
+def _planted_race() -> Trial:
+    """Two warpgroups write the same shared memory, with no barrier between them."""
+
+    def kernel(x, out, shared):
+        warpgroup = lax.axis_index("warpgroup")
+        shared[...] = x[...] + warpgroup.astype(jnp.float32)
+        plgpu.commit_smem()
+
+        @pl.when(warpgroup == 0)
+        def _():
+            out[...] = shared[...]
+
+    return _one_kernel(kernel, "planted_race", [plgpu.SMEM((128,), jnp.float32)], num_threads=2)
+
+
+def _planted_write() -> Trial:
+    """Writes far beyond the end of its output."""
+
+    def kernel(x, out):
+        out[pl.ds(lax.axis_index("block") * _FAR + _FAR, 128)] = x[...]
+
+    return _one_kernel(kernel, "planted_write", [], num_threads=1)
+
+
+def _one_kernel(kernel, name: str, scratch, num_threads: int) -> Trial:
+    def run(x):
+        return plgpu.kernel(
+            kernel,
+            out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+            grid=(1,),
+            grid_names=("block",),
+            num_threads=num_threads,
+            thread_name="warpgroup",
+            scratch_types=scratch,
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            ),
+            kernel_name=name,
+        )(x)
+
+    return one_program(run, (np.ones(128, np.float32),), lambda out: None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kernel", choices=[*KERNELS, *PLANTED])
+    name = parser.parse_args().kernel
+    case = Case(name, lambda: planted(name)) if name in PLANTED else KERNELS[name]
+    (outcome,) = run_cases([case], threads=1)
+    if outcome.error is not None:
+        sys.exit(f"wrong: {name}: {outcome.error}")
+    print(f"checked: {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
