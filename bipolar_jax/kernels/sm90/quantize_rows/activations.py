@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
-from bipolar_jax.kernels.sm90.arithmetic.activations import OF_VALUES
+from bipolar_jax.kernels.sm90.arithmetic.value_activations import OF_VALUES
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.quantize_rows.prologues import (
