@@ -1,0 +1,1 @@
+"""Command-line programs; each takes --config and --workdir."""

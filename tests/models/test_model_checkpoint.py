@@ -210,9 +210,9 @@ def test_packed_arrays_without_a_model_are_refused(mixed_file, tmp_path, field):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ffn_size": 57}, r"layers/ffn/down_proj/kernel of float32\[2, 56, 40\].* calls for float32\[2, 57, 40\]"),
-        ({"num_layers": 3}, r"of float32\[2, .* calls for float32\[3, "),
-        ({"vocab_size": 100}, "embed/embedding of .* calls for"),
+        ({"ffn_size": 57}, r"layers/ffn/down_proj/kernel float32\[2, 56, 40\].* asks for float32\[2, 57, 40\]"),
+        ({"num_layers": 3}, r"float32\[2, .* asks for float32\[3, "),
+        ({"vocab_size": 100}, "embed/embedding .* asks for"),
         ({"tie_embeddings": True}, "lm_head/kernel"),
         ({"qkv_bias": True}, r"lacks \[.*layers/attention/k_proj/bias.*\] and has in excess nothing"),
         ({"num_heads": 3}, "num_heads=3 must be a multiple of num_kv_heads=2"),
