@@ -1,7 +1,7 @@
 """The consumer warpgroups: they multiply tiles, finish the numbers in registers, and hand them to the output.
 
-Between the mainloop and the output stands one place where numbers are finished, `_finisher`: correction, scales, bias
-and activation. What follows, such as a residual, is the output's (`outputs/`).
+`_finisher` finishes numbers: correction, scales, bias and activation. What happens to finished numbers, such as adding
+a residual, is up to the output (`outputs/`).
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
             buffer = problem.terms_buffer(index)
             plgpu.barrier_wait(scratch.terms_full.at[buffer])
             tokens, out_columns = (
-                jax.tree.map(lambda ref, part=part: ref.at[buffer, part], terms)
-                for terms, part in zip(scratch.terms, (rows, columns), strict=True)
+                jax.tree.map(lambda ref, own=own: ref.at[buffer, own], terms)
+                for terms, own in zip(scratch.terms, (rows, columns), strict=True)
             )
             writer.store(origin, _finisher(problem, output, writer.finish_shape, total, tokens, out_columns))
 

@@ -148,8 +148,11 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
         for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
             for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
                 for segment, start, offset, size in term_ranges:
-                    part = target.at[buffer, pl.ds(offset, size)]
-                    plgpu.copy_gmem_to_smem(source.at[segment, pl.ds(start, size)], part, scratch.terms_full.at[buffer])
+                    plgpu.copy_gmem_to_smem(
+                        source.at[segment, pl.ds(start, size)],
+                        target.at[buffer, pl.ds(offset, size)],
+                        scratch.terms_full.at[buffer],
+                    )
         return carry
 
     lax.fori_loop(0, problem.tiles_of_cluster(), load_tile, (jnp.int32(0), jnp.int32(0)))

@@ -1,1 +1,1 @@
-"""Products whose outputs are special: queries, keys and values of prompts; signs."""
+"""Products with an output of their own: queries, keys and values of prompts; one-bit tokens."""

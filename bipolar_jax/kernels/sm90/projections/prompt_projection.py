@@ -1,7 +1,8 @@
-"""The joined query, key and value product of prompts, whose heads leave it rotated and enter the cache.
+"""The joined query, key and value product of prompts; its output is heads, rotated and written to the cache.
 
-One kernel in place of the product and of what would read its output again: the split into heads, the rotation, the
-keys and values in the order of the cache. Row tiles belong to one sequence each, column tiles are whole heads.
+One kernel computes the product, splits it into heads, rotates queries and keys, and writes keys and values in the order
+of the cache. Separate kernels would read the product again. A tile's rows belong to one sequence, its columns are whole
+heads.
 """
 
 from __future__ import annotations
@@ -49,31 +50,31 @@ def prompt_heads(
     layer: Int[Array, ""],
     tables: FixedPointTables | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
-    """x @ w + bias as heads; those of keys and values also in the cache, at the first `length` positions of a layer.
+    """x @ w + bias as heads; keys and values also go to the first `length` positions of one layer of the cache.
 
-    The product is that of `operations.quantized_matmul` in float32; queries and keys are rotated before they are
-    rounded to x's dtype, where a rotation after the product would round twice. The layer's positions from `length` on
-    become zeros.
+    The product is that of `operations.quantized_matmul` in float32. Queries and keys are rotated before they are
+    rounded to x's dtype: once, where a rotation after the product would round twice. The layer's positions from
+    `length` on become zeros.
 
     Args:
-      x: bfloat16 or float16; as wide as w's k, or what the prologue makes k of.
-      w: packed weights [k, n], of the heads of queries, keys and values side by side.
+      x: bfloat16 or float16; as wide as w's k, or, with a prologue, as wide as its input.
+      w: packed weights [k, n] of the heads of queries, keys and values, side by side.
       a_format: to quantize x to.
       bias: added to every row.
       prologue: a norm or an activation function of x.
-      keys, values: of the whole cache, of x's dtype; written in place where the caller gives them away.
-      layer: the cache's layer to write.
-      tables: cosines and sines of positions from 0 on, see `semantics.rotation`, that queries and keys are
-        rotated by as `models.rope.rotate` does, in pairs (d, d + head_dim / 2); rows beyond `length` are ignored, but
-        spare a copy where they fill up tiles. None leaves them as they are.
+      keys, values: the whole cache, of x's dtype; updated in place if the caller donates them.
+      layer: index of the cache's layer.
+      tables: cosines and sines of positions from 0 on, see `semantics.rotation`. Queries and keys are rotated by them
+        in pairs (d, d + head_dim / 2), as `models.blocks.rope.rotate` does. Rows beyond `length` are ignored, but save
+        a copy where they fill up tiles. None: no rotation.
 
     Returns:
       q, k and v, [batch, length, heads, head_dim] in x's dtype; keys; values.
 
     Raises:
       ValueError: prompts longer than the cache; shapes that do not fit.
-      Unsupported: float32, or a cache of another dtype; heads of other sizes than HEAD_SIZES; prompts of less
-        than 64 tokens; weights with groups; rows too long to quantize on chip.
+      Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
+        64 tokens; weights with groups; rows too long to quantize on chip.
     """
     choice, layout = _choose(x, w, a_format, keys, values)
     _, length, columns = x.shape

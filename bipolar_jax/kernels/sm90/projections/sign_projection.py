@@ -1,7 +1,7 @@
-"""A product whose output is only wanted as the one-bit tokens of the next product, and the two of them.
+"""A product whose output is the one-bit tokens of the next product, and the feed-forward layer made of both.
 
-The product finishes its numbers as ever, activation and rounding included, and leaves a bit of each in place of 16 to
-be read by a quantizer.
+The first product finishes its numbers as always, with activation and rounding, and stores one bit of each. A quantizer
+would read 16 bits of each to do the same.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def feed_forward(
 ) -> Float[Array, "m out"]:
     """residual + down(activation(up(prologue(x)))) of prompts, where `down` takes one bit; all in x's dtype.
 
-    The numbers are those of two calls of `operations.quantized_matmul`, but for tokens without a finite scale above 0,
-    whose results are NaN, Inf or zeros (and a bias) either way.
+    The numbers are those of two calls of `operations.quantized_matmul`. Tokens whose scale is 0 or not finite may
+    differ; their results are NaN, Inf or zeros (and a bias) either way.
 
     Raises:
       Unsupported: float32; more bits for `down`; few tokens; weights with groups; rows too long to quantize on
@@ -110,11 +110,11 @@ def project_signs(
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
-    """`quantize_and_pack` to one bit, as "planes", of what `packed_matmul` gives; see there for the arguments.
+    """`quantize_and_pack` to one bit, as "planes", of the output of `packed_matmul`; see there for the arguments.
 
-    Bits are ones from 0 on, -0 included, and of NaN. The quantizer's are ones, too, where numbers vanish in units of
-    the scale: below 2^-149 of it, and everywhere where that is 0, Inf or NaN. `code_sums` count the bits that there
-    are.
+    A bit is one for a number from 0 on, for -0 and for NaN. The quantizer's bits are also ones where a negative number
+    vanishes in units of the scale: below 2^-149 of it, and everywhere if the scale is 0, Inf or NaN. `code_sums` count
+    the bits that are stored.
 
     Args:
       dtype: bfloat16 or float16, to which numbers are rounded before.

@@ -18,6 +18,13 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.launch import launch
+from bipolar_jax.kernels.sm90.gemm.outputs.dense import DenseOutput, DenseWriter
+from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
+from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput, HeadWriter
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
+from bipolar_jax.kernels.sm90.gemm.outputs.signs import SignOutput, SignWriter
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.packing.words import pack_codes
 from tests.support.integer_products import (
     A_FORMATS,
@@ -187,7 +194,7 @@ def test_group_scales(schedule, group_size):
     rng = np.random.default_rng(0)
     x, w = random_codes(a_format, 70, k, 0), random_codes(w_format, 140, k, 1)
     scale = rng.random((140, groups), np.float32)
-    parts = expected_product(x, a_format, w, w_format, group_size)
+    group_products = expected_product(x, a_format, w, w_format, group_size)
     value_sums = np.stack(
         [(2 * w[:, i : i + group_size].astype(int) - w_format.max_value).sum(1) for i in range(0, k, group_size)], 1
     )
@@ -204,7 +211,7 @@ def test_group_scales(schedule, group_size):
         blocks=2,
         interpret=detecting_races(),
     )
-    expected = (parts * scale).sum(-1)
+    expected = (group_products * scale).sum(-1)
     np.testing.assert_allclose(product, expected, atol=1e-6 * np.abs(expected).max())
     assert no_races()
 
@@ -223,3 +230,28 @@ def test_tilings_that_do_not_fit_are_refused():
             tiling.check()
     with pytest.raises(ValueError, match="registers"):
         Tiling(128, 128).check(group_bytes=512)
+
+
+OUTPUTS = [
+    (DenseOutput(None, jnp.dtype(jnp.bfloat16)), DenseWriter(*[None] * 6)),
+    (HeadOutput(None, None, None, None, HeadLayout(1, 1, 64, 64)), HeadWriter(*[None] * 9)),
+    (SignOutput(jnp.dtype(jnp.bfloat16)), SignWriter(*[None] * 4)),
+]
+
+
+@pytest.mark.parametrize(("output", "writer"), OUTPUTS, ids=lambda side: type(side).__name__)
+def test_outputs_offer_what_the_protocol_says(output, writer):
+    assert isinstance(output, Output)
+    assert isinstance(writer, Writer)
+
+
+def test_an_output_with_tokens_along_the_other_axis_is_refused():
+    class TransposedOutput(DenseOutput):
+        token_axis = 1
+
+    fmt = BipolarFormat(1)
+    problem = Problem(64, 64, Recovery("planes", fmt, fmt, 128, with_zero=False), Tiling(64, 64, slots=2))
+    words, ones = jnp.zeros((1, 64, 4), jnp.uint32), jnp.ones(64, jnp.int32)
+    output = TransposedOutput(None, jnp.dtype(jnp.int32))
+    with pytest.raises(ValueError, match="tokens are axis 0 of the accumulator, but TransposedOutput takes them"):
+        launch(problem, (words, words), TokenTerms(ones, ones, None), ColumnTerms(code_sums=ones), output)

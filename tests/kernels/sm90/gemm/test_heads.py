@@ -68,7 +68,7 @@ class Case:
 
 
 CASES = {
-    "pieces beyond the last head": Case(Tiling(128, 128, "alternate", slots=3), length=200, capacity=330, keys=2),
+    "chunks beyond the last head": Case(Tiling(128, 128, "alternate", slots=3), length=200, capacity=330, keys=2),
     "sequences": Case(Tiling(64, 64, "alternate", slots=2), batch=3, length=67, queries=2, capacity=131),
     "whole tiles": Case(Tiling(64, 128, "alternate", slots=2), batch=2, length=128, size=128, capacity=192),
     "two heads": Case(Tiling(128, 128, "alternate", slots=4), length=130, size=128, queries=2, capacity=131),
@@ -129,7 +129,7 @@ def project(case: Case, blocks: int):
         product = steps @ values.T + np.outer(steps.sum(axis=1), np.asarray(offsets) / scales[1])
     product = product * np.outer(*scales) + (0 if bias is None else bias)
     heads = jnp.asarray(product, jnp.float32).reshape(case.batch, case.length, -1, case.size)
-    expected = [part.astype(case.dtype) for part in rotated_heads((heads,), case.keys, tables)]
+    expected = [array.astype(case.dtype) for array in rotated_heads((heads,), case.keys, tables)]
     cache = cache.write_prompts(LAYER, *expected[1:])
     return found, [*expected, cache.keys, cache.values]
 

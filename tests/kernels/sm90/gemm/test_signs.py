@@ -82,9 +82,9 @@ def test_threads_write_signs_and_summaries(m, n, tile_n, dtype, monkeypatch):
     np.testing.assert_array_equal(words, expected)
     magnitudes = (summaries[:, :m] >> COUNT_BITS).astype(np.uint16).view(numbers.dtype).astype(np.float32)
     for tile, start in enumerate(range(0, n, tile_n)):
-        part = slice(start, start + tile_n)
-        np.testing.assert_array_equal(magnitudes[tile], np.abs(wide[:, part]).max(axis=1))
-        np.testing.assert_array_equal(summaries[tile, :m] & ((1 << COUNT_BITS) - 1), codes[:, part].sum(axis=1))
+        columns = slice(start, start + tile_n)
+        np.testing.assert_array_equal(magnitudes[tile], np.abs(wide[:, columns]).max(axis=1))
+        np.testing.assert_array_equal(summaries[tile, :m] & ((1 << COUNT_BITS) - 1), codes[:, columns].sum(axis=1))
     assert (summaries[:, m:] == 0xABABABAB).all()
 
 
@@ -104,7 +104,7 @@ class Case:
 CASES = {
     "ragged": Case(Tiling(128, 192, "alternate", slots=3)),
     "clusters": Case(Tiling(64, 64, "alternate", slots=3, cluster_n=2), 67, 96, jnp.float16),
-    "parts of a tile": Case(Tiling(64, 128, "split_n", slots=2), 65, 130, activation=Activation("gelu")),
+    "consumers share a tile": Case(Tiling(64, 128, "split_n", slots=2), 65, 130, activation=Activation("gelu")),
     "bytes, no activation": Case(Tiling(64, 128, "split_m", slots=3), 129, 64, a_bits=8, activation=None, kind="int8"),
 }
 
@@ -113,11 +113,11 @@ CASES = {
 def test_tokens_are_those_of_the_product_quantized(case):
     """With a row of zeros, one of NaN, and offsets of the columns."""
     k, interpret = 40, plgpu.InterpretGPUParams(detect_races=True)
-    parts = 1 if case.activation is None else case.activation.parts
+    factors = 1 if case.activation is None else case.activation.parts
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(case.m, k)), case.dtype).at[3].set(0).at[5, 1].set(jnp.nan)
     # Of moderate size, since on CPUs what is below 2^-126 is 0, negative or not.
-    w = bj.quantize(jnp.asarray(0.02 * rng.normal(size=(k, parts * case.n)), jnp.float32), 1, 0, None, "minmax")
+    w = bj.quantize(jnp.asarray(0.02 * rng.normal(size=(k, factors * case.n)), jnp.float32), 1, 0, None, "minmax")
     a_format = BipolarFormat(case.a_bits)
     tokens = quantize_and_pack(x, a_format, case.kind, interpret=interpret)
     args = (

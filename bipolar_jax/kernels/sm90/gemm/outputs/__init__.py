@@ -1,1 +1,1 @@
-"""Ways out of the product: dense tiles, heads of prompts, signs."""
+"""Outputs of the product: a dense matrix, heads of prompts, signs."""

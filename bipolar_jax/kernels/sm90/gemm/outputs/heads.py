@@ -191,7 +191,15 @@ class HeadWriter:
         return jnp.where(row + position < self.problem.m, half, 0.0)
 
     def _store_head(self, origin: TileOrigin, number: int, head, halves: list, are_values: bool | None = None) -> None:
-        """Stores both halves of a tile's number-th head; `are_values` None: it may be of queries, keys or values."""
+        """Stores both halves of a tile's number-th head.
+
+        Args:
+          origin: of the tile.
+          number: of the head in the tile.
+          head: its index in the layout.
+          halves: [64, half] each, float32.
+          are_values: whether it is a head of values; None if the kernel has to find out.
+        """
         row, _ = self._head_origins()[number]
         for i, half in enumerate(halves):
             slot = self._slot(number, i)
@@ -210,12 +218,12 @@ class HeadWriter:
 
         def to_heads(heads, index):
             begin = index * layout.size + first
-            part = heads.at[origin.sequence, positions, pl.ds(begin, layout.half)]
-            plgpu.copy_smem_to_gmem(chunk, part, commit_group=False)
+            target = heads.at[origin.sequence, positions, pl.ds(begin, layout.half)]
+            plgpu.copy_smem_to_gmem(chunk, target, commit_group=False)
 
         def to_cache(cache, index):
-            part = cache.at[self.layer, origin.sequence, index, positions, columns]
-            plgpu.copy_smem_to_gmem(chunk, part, commit_group=False)
+            target = cache.at[self.layer, origin.sequence, index, positions, columns]
+            plgpu.copy_smem_to_gmem(chunk, target, commit_group=False)
 
         key, value = head - layout.queries, head - layout.queries - layout.keys
         if are_values is not True:

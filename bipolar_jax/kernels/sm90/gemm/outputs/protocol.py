@@ -20,10 +20,10 @@ The consumer calls an output like this:
 
     writer = output.writer(...)
     writer.start()
-    for origin in tiles of this consumer:
+    for origin in tiles_of_this_consumer:
         writer.preload(origin)
-        total = mainloop(...)
-        writer.store(origin, finished)
+        sums = mainloop(...)
+        writer.store(origin, finished)  # finished(row, column) finishes a chunk of the sums
 
 Rows and columns in `finish_shape` and `finished` are those of the accumulator. `Output.token_axis` says which of them
 are tokens; `TileOrigin` names tokens and columns of the output instead.
@@ -32,7 +32,7 @@ are tokens; `TileOrigin` names tokens and columns of the output instead.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 Finish = Callable[[int, int], jax.Array]
 
 
+@runtime_checkable
 class Output(Protocol):
     """What becomes of finished numbers: a pytree, whose leaves are the arrays in memory that it reads or updates.
 
@@ -93,6 +94,7 @@ class Output(Protocol):
         ...
 
 
+@runtime_checkable
 class Writer(Protocol):
     """The output of one consumer warpgroup; all of its threads call.
 
