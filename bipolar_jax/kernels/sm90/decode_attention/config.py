@@ -1,4 +1,4 @@
-"""How decode attention is shared out: over blocks, over threads, and in shared memory."""
+"""How decode attention is divided among blocks and threads, and its ring buffers in shared memory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bipolar_jax.kernels.sm90.core.fragments import canonical_layout
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.unsupported import Unsupported
 
-ROWS = 16  # positions that a warpgroup looks at together: 4 a warp, 8 threads each
-_THREADS_OF_ROW = 8
-_MOST_NUMBERS = 512  # of the queries of a block together: with their sums they fill half of the registers
-_RING_BYTES = 96 * 1024  # of shared memory for keys and values on their way: two blocks fit a multiprocessor
-_TILE_BYTES = 16 * 1024  # of keys to load at once, about
+ROWS = 16  # positions in a fragment of a warpgroup: 4 a warp, 8 threads each
+_THREADS_PER_ROW = 8
+_MOST_NUMBERS = 512  # in a block's queries together: with their sums they fill half of the registers
+_RING_BYTES = 96 * 1024  # ring buffers of keys and values: two blocks fit a multiprocessor
+_TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
-_MOST_BLOCKS = 8  # of a cluster, without asking the driver for more
+_MOST_BLOCKS = 8  # in a portable cluster
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """One block takes some queries of a key head, and every `splits`-th run of its positions.
+    """A block takes some queries of a key head, and every `splits`-th tile of the sequence's positions.
 
     Attributes:
       batch, heads, kv_heads, capacity, head_dim: of the model and its cache.
-      bits: of the cache's numbers, 8 or 4, or None for floats.
-      itemsize: bytes of a number or a code of the cache.
-      splits: blocks that share the positions of a sequence.
+      bits: of the cache's codes, 8 or 4, or None for floats.
+      itemsize: bytes of an element of the cache.
+      splits: blocks that divide the positions of a sequence.
     """
 
     batch: int
@@ -43,37 +43,37 @@ class AttentionPlan:
 
     @property
     def group(self) -> int:
-        """Queries that share a key head."""
+        """Query heads for each key head."""
         return self.heads // self.kv_heads
 
     @property
     def members(self) -> int:
-        """Among how many the queries of a key head are dealt out; they read the same keys at the same time."""
+        """Blocks that divide the queries of a key head; they read the same keys at the same time."""
         return -(-self.group * self.head_dim // _MOST_NUMBERS)
 
     @property
     def cluster(self) -> int:
-        """Blocks of a key head in one sequence."""
+        """Blocks for a key head of one sequence."""
         return self.members * self.splits
 
     @property
     def queries(self) -> int:
-        """Of a block; the last ones of the last member may be beyond the group."""
+        """Queries of a block; the last member's may be beyond the group."""
         return -(-self.group // self.members)
 
     @property
     def half(self) -> int:
-        """Numbers of half a vector. Rotary pairs, and the two codes of a byte, are one number of each half."""
+        """Elements of half a vector. A rotary pair, and the two codes of a byte, are one element of each half."""
         return self.head_dim // 2
 
     @property
     def row_bytes(self) -> int:
-        """Of a vector in the cache, without its scale and zero."""
+        """Bytes of a vector in the cache, without its scale and zero code."""
         return (self.half if self.bits == 4 else self.head_dim) * self.itemsize
 
     @property
     def positions(self) -> int:
-        """Positions of a run, which is loaded at once."""
+        """Positions in a tile, which is loaded at once."""
         positions = ROWS
         while 2 * positions <= min(_MOST_POSITIONS, _TILE_BYTES // self.row_bytes):
             positions *= 2
@@ -81,40 +81,38 @@ class AttentionPlan:
 
     @property
     def slots(self) -> int:
-        """Runs of keys, and as many of values, that are on their way or being looked at."""
+        """Stages of the ring buffer of keys, and of that of values; each holds a tile."""
         return max(2, min(_MOST_SLOTS, _RING_BYTES // (2 * self.positions * self.row_bytes)))
 
     @property
     def layout(self) -> Any:
-        """Of [rows, half] numbers: 8 threads a row, each with vectors as long as one load can be."""
+        """Layout of fragments [ROWS, half]: 8 threads a row, with vectors as long as one load."""
         return rows_layout(self.half, 8 if self.itemsize < 4 else 4)
 
     @property
     def sums_layout(self) -> Any:
-        """Likewise, but of sums in float32 that go through shared memory and are summed over rows."""
+        """Layout of float32 fragments [ROWS, half] that are stored to shared memory and summed over rows."""
         return rows_layout(self.half, 4)
 
 
 def rows_layout(columns: int, longest: int) -> Any:
-    """Layout of [16 rows, columns], with vectors of up to `longest` numbers.
+    """Layout of fragments [ROWS, columns], with vectors of up to `longest` elements.
 
     Raises:
       Unsupported: columns that 8 threads cannot share.
     """
-    if columns % _THREADS_OF_ROW:
-        raise Unsupported(f"head_dim must be a multiple of {2 * _THREADS_OF_ROW}, not {2 * columns}")
+    if columns % _THREADS_PER_ROW:
+        raise Unsupported(f"head_dim must be a multiple of {2 * _THREADS_PER_ROW}, not {2 * columns}")
     vector = longest
-    while columns % (_THREADS_OF_ROW * vector):
+    while columns % (_THREADS_PER_ROW * vector):
         vector //= 2
-    width = _THREADS_OF_ROW * vector
-    layout = mgpu.TiledLayout(
+    width = _THREADS_PER_ROW * vector
+    return canonical_layout(
         plgpu.Tiling(((ROWS, width), (ROWS // 4, width), (1, vector))),
         warp_dims=(-6,),
         lane_dims=(-4, -3),
         vector_dim=-1,
-        _check_canonical=False,
-    ).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+    )
 
 
 def plan_attention(
@@ -131,17 +129,17 @@ def plan_attention(
 
     Args:
       batch, heads, kv_heads, capacity, head_dim: of the model and its cache.
-      dtype: of the cache's numbers or codes.
-      bits: of the cache's numbers, 8 or 4, or None for floats.
-      splits: blocks that share a sequence's positions, 1, 2, 4 or 8; None chooses.
+      dtype: of the cache's elements.
+      bits: of the cache's codes, 8 or 4, or None for floats.
+      splits: blocks that divide a sequence's positions, 1, 2, 4 or 8; None chooses.
 
     Raises:
-      Unsupported: head_dim that is no multiple of 16 (with 4 bits, of 32) or above 256; capacity that is no
-        multiple of 64; more queries for a key head than 8 blocks can take.
+      Unsupported: head_dim is not a multiple of 16 (with 4 bits, of 32), or above 256; capacity is not a multiple of
+        64; a key head has more queries than 8 blocks can take.
     """
-    if head_dim % (2 * _THREADS_OF_ROW) or head_dim > 256:
+    if head_dim % (2 * _THREADS_PER_ROW) or head_dim > 256:
         raise Unsupported(
-            f"head_dim must be a multiple of {2 * _THREADS_OF_ROW} up to 256, not {head_dim}: XLA serves others"
+            f"head_dim must be a multiple of {2 * _THREADS_PER_ROW} up to 256, not {head_dim}: XLA serves others"
         )
     if capacity % _MOST_POSITIONS:
         raise Unsupported(f"capacity must be a multiple of {_MOST_POSITIONS}, not {capacity}: XLA serves others")
@@ -154,7 +152,7 @@ def plan_attention(
     if plan.members > _MOST_BLOCKS:
         raise Unsupported(f"{plan.group} queries of {head_dim=} that share a key head: XLA serves them")
     if splits is None:
-        # Two blocks fit a multiprocessor: as many as are there at once, and no more than there are runs.
+        # As many blocks as run at the same time, two a multiprocessor, and at most one for each tile.
         splits, blocks = 1, batch * kv_heads * plan.members
         while (
             2 * splits * plan.members <= _MOST_BLOCKS

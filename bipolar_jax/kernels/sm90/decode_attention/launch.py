@@ -1,12 +1,12 @@
-"""One new token of each sequence attends to the cache and enters it, in one pass over the keys and values.
+"""Decode attention: one new token of each sequence attends to the cache and enters it, in one pass over the cache.
 
-A cluster of blocks takes the queries of one key head in one sequence. Runs of positions are dealt out to its blocks,
-each a warpgroup, as far as the sequence has grown; keys and values arrive by TMA in a ring of slots, and are widened
-in registers. Every row of 16 has a softmax of its own, which needs no word with the others until the end; then
-rows meet in shared memory and blocks in global memory, in an order that does not depend on time.
+A cluster of blocks takes the queries of one key head of one sequence. Its blocks, a warpgroup each, take tiles of
+positions in turn, up to the sequence's length. TMA loads keys and values into ring buffers, and they are widened in
+registers. Each of 16 rows has its own softmax until the end; then rows are reduced through shared memory and blocks
+through global memory, in a fixed order, so that the result does not depend on timing.
 
-The new token is where the sums start, so that nobody reads what is written to the cache: what attention sees of it
-is computed by every block, as the cache will hold it, and one block writes it.
+The sums start from the new token: every block computes it as the cache will hold it, and one block stores it. No block
+reads what is written to the cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
+from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
+from bipolar_jax.kernels.sm90.core.sync import fence_gpu
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
-from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, publish, store_total, sum_rows
+from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, store_total, sum_rows
 from bipolar_jax.kernels.sm90.decode_attention.steps import (
-    Kept,
+    CachedVector,
     add_values,
-    keep,
+    as_cached,
     load_grids,
     load_rows,
     load_vector,
@@ -40,8 +41,8 @@ from bipolar_jax.kernels.sm90.decode_attention.steps import (
 )
 from bipolar_jax.kernels.unsupported import Unsupported
 
-_NOTHING = -1e30  # score of what is not to be seen; finite, so that the difference of two is a number
-_SCRATCH_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 warps
+_MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
+_REDUCTION_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 warps
 
 
 def decode_attention(
@@ -57,31 +58,31 @@ def decode_attention(
     splits: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "batch heads head_dim"], tuple[Array, ...], tuple[Array, ...]]:
-    """Attends to the positions before `lengths` and to the new token, and writes that one at `lengths`.
+    """Attends to the positions below `lengths` and to the new token, and stores the token at position `lengths`.
 
-    A sequence whose length is the capacity keeps what it has, and attends to that alone. With FlashDecoding's split
-    of the sequence (Dao et al. 2023) and the online softmax of Milakov and Gimelshein 2018, arXiv 1805.02867.
+    A sequence that fills the capacity attends to its cache alone, which is left unchanged. Source: FlashDecoding's
+    split of the sequence (Dao et al. 2023); online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867.
 
     Args:
-      projected: of the new token; q, k and v, or one array with all their heads in this order. Consecutive queries
+      projected: the new token's q, k and v, or one array with all their heads in this order. Consecutive query heads
         share a key head.
       keys, values: of the whole cache: numbers [layers, batch, kv_heads, capacity, head_dim]; or codes (4 bits: two a
         byte, of elements d and d + head_dim / 2), scales and zeros, as `models.quantized_heads` has them. They are
         written in place where the caller gives them away.
       layer: the cache's layer.
       lengths: positions of each sequence that the cache holds.
-      bits: of the cache's numbers, 8 or 4, or None for floats.
+      bits: of the cache's codes, 8 or 4, or None for floats.
       tables: cosines and sines that q and k are rotated by, float32.
-      slopes: ALiBi's; slope * position is added to the scores after their scaling.
-      splits: blocks that share a sequence, 1, 2, 4 or 8; None chooses.
+      slopes: ALiBi's; slope * position is added to the scaled scores.
+      splits: blocks that divide a sequence, 1, 2, 4 or 8; None chooses.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      What the queries get, in their dtype; keys; values.
+      The attention's output, in the queries' dtype; keys; values.
 
     Raises:
       ValueError: shapes that do not fit.
-      Unsupported: a cache of floats of another dtype; sizes that it does not serve, see `plan_attention`.
+      Unsupported: a float cache of another dtype; sizes that `plan_attention` refuses.
     """
     plan = _plan(projected, keys, bits, splits)
     batch, heads, kv_heads, head_dim = plan.batch, plan.heads, plan.kv_heads, plan.head_dim
@@ -89,10 +90,10 @@ def decode_attention(
     options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     out, _, _ = launch_kernel(
-        functools.partial(_kernel, plan, tree, len(caches), interpret is not None),
+        functools.partial(_kernel, plan, tree, len(caches)),
         out_type=[
             jax.ShapeDtypeStruct((batch, heads, head_dim), dtype),
-            # Totals of the blocks that share a sequence.
+            # Totals of the blocks that divide a sequence.
             jax.ShapeDtypeStruct((batch, heads, ROWS, head_dim) if plan.splits > 1 else (1,), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, 2, ROWS) if plan.splits > 1 else (1,), jnp.float32),
         ],
@@ -106,7 +107,7 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # powers of two
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=_SCRATCH_BYTES,
+            reduction_scratch_bytes=_REDUCTION_BYTES,
         ),
         kernel_name="decode_attention",
         interpret=interpret,
@@ -154,6 +155,7 @@ def _plan(
 
 
 def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:
+    """Scratch specifications, keyed by the kernel's keyword arguments."""
     ring = plgpu.SMEM((plan.slots, plan.positions, plan.row_bytes // plan.itemsize), dtype)
     return dict(
         key_ring=ring,
@@ -169,7 +171,6 @@ def _kernel(
     plan: AttentionPlan,
     tree,
     num_caches,
-    emulate,
     layer,
     lengths,
     *refs,
@@ -180,6 +181,7 @@ def _kernel(
     staging,
     blocks_done,
 ):
+    """The kernel of one block; `_scratch` describes the keyword arguments."""
     *options, out, sums_out, terms_out = refs
     options, caches = options[:-num_caches], options[-num_caches:]
     keys, values = caches[: num_caches // 2], caches[num_caches // 2 :]
@@ -188,9 +190,9 @@ def _kernel(
     member, rank = lax.div(block, plan.splits), lax.rem(block, plan.splits)
     layer, length = layer[0], lengths[sequence]
     seen = jnp.minimum(length, plan.capacity)
-    # Runs are dealt out in turn: of them all, and of this block.
-    runs = lax.div(seen + plan.positions - 1, plan.positions)
-    turns = lax.div(runs - rank + plan.splits - 1, plan.splits)
+    # Blocks take tiles in turn: the number of all tiles, and of this block's.
+    tiles = lax.div(seen + plan.positions - 1, plan.positions)
+    turns = lax.div(tiles - rank + plan.splits - 1, plan.splits)
 
     def first_position(turn):
         return (rank + turn * plan.splits) * plan.positions
@@ -200,14 +202,14 @@ def _kernel(
 
         @pl.when(turn < turns)
         def _():
-            # [positions, head_dim], or bytes; all in one piece, so that one copy of bytes does
+            # [positions, elements]: contiguous, so that one bulk copy of bytes does.
             rows = source.at[layer, sequence, kv_head, pl.ds(first_position(turn), plan.positions)]
             in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             plgpu.copy_gmem_to_smem(rows, ring.at[slot], arrived.at[slot], oob_mode=in_bounds)
 
     def reload(turn, load):
-        if emulate:
-            # The copy waits for the warpgroup's reads, which suffices; the race detector wants to be told.
+        if is_interpreted():
+            # The copy waits for the warpgroup's reads, which suffices on the GPU; the race detector needs this.
             plgpu.commit_smem()
         load(turn + plan.slots)
 
@@ -217,7 +219,7 @@ def _kernel(
         load_keys(turn + 0 * rank)
         load_values(turn + 0 * rank)
 
-    # Arrays and their first heads.
+    # (ref, first head) of each.
     if len(projected) == 3:
         q, k, v = ((ref, 0) for ref in projected)
     else:
@@ -227,7 +229,7 @@ def _kernel(
         ref, first = array
         return load_vector(plan, ref.at[sequence, first + head], tables)
 
-    # The last member's queries beyond the group are the group's last one again.
+    # Beyond the group the last member repeats the group's last query.
     heads = [kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)]
     if tables is not None:
         tables = [table.at[sequence] for table in tables]
@@ -235,16 +237,16 @@ def _kernel(
     queries = [tuple(half * unit for half in vector(q, head, tables)) for head in heads]
     slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
 
-    def new_token() -> tuple[Kept, Kept]:
-        return keep(plan, vector(k, kv_head, tables)), keep(plan, vector(v, kv_head))
+    def new_token() -> tuple[CachedVector, CachedVector]:
+        return as_cached(plan, vector(k, kv_head, tables)), as_cached(plan, vector(v, kv_head))
 
-    key, value = (kept.numbers() for kept in new_token())
+    key, value = (cached.numbers() for cached in new_token())
     joins = length < plan.capacity
     share = jnp.where(joins & (rank == 0), 1 / ROWS, 0.0)
     scores = [sum(jnp.sum(a * b, axis=0) for a, b in zip(query, key, strict=True)) for query in queries]
     if slopes is not None:
         scores = [score + length.astype(jnp.float32) * each for score, each in zip(scores, slope, strict=True)]
-    sums = [start_sums(plan, jnp.where(joins, score, _NOTHING), value, share) for score in scores]
+    sums = [start_sums(plan, jnp.where(joins, score, _MASKED_SCORE), value, share) for score in scores]
     query_sums = [jnp.sum(first + second, axis=0) for first, second in queries]
     wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
     slices = range(0, plan.positions, ROWS)
@@ -269,7 +271,7 @@ def _kernel(
                     score = (score - grid[1] * query_sums[i]) * grid[0]
                 if slopes is not None:
                     score = score + position.astype(jnp.float32) * slope[i]
-                scores[i].append(jnp.where(position < seen, score, _NOTHING))
+                scores[i].append(jnp.where(position < seen, score, _MASKED_SCORE))
         reload(turn, load_keys)
         rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
         sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
@@ -282,9 +284,9 @@ def _kernel(
 
     sums = lax.fori_loop(0, turns, step, sums)
 
-    def answer(head, total):
-        for part, half in enumerate(total.context()):
-            out[sequence, head, part * plan.half : (part + 1) * plan.half] = half.astype(out.dtype)
+    def store_context(head, total):
+        for i, half in enumerate(total.context()):
+            out[sequence, head, i * plan.half : (i + 1) * plan.half] = half.astype(out.dtype)
 
     for i, head in enumerate(heads):
         total = sum_rows(plan, sums[i], staging)
@@ -292,25 +294,26 @@ def _kernel(
         @pl.when(member * plan.queries + i < plan.group)
         def _(head=head, total=total):
             if plan.splits == 1:
-                answer(head, total)
+                store_context(head, total)
             else:
                 store_total(plan, total, sums_out, terms_out, (sequence, head), rank)
 
     if plan.cluster > 1:
-        publish(emulate=emulate)
+        # The cluster's barrier orders a block's own accesses only; the fences order the other blocks' with them.
+        fence_gpu()
         plgpu.barrier_arrive(blocks_done)
         plgpu.barrier_wait(blocks_done)
-        publish(emulate=emulate)
+        fence_gpu()
     if plan.splits > 1:
         for i, head in enumerate(heads):
 
             @pl.when((member * plan.queries + i < plan.group) & (rank == i % plan.splits))
             def _(head=head):
-                answer(head, load_total(plan, sums_out, terms_out, (sequence, head)))
+                store_context(head, load_total(plan, sums_out, terms_out, (sequence, head)))
 
-    # Now that no block loads from the cache any more; by one that has the least left to do.
+    # After the barrier, when no block loads from the cache any more; by a block that has the least left to do.
     @pl.when(joins & (block == plan.cluster - 1))
     def _():
         at = (layer, sequence, kv_head, length)
-        for kept, arrays in zip(new_token(), (keys, values), strict=True):
-            store_vector(plan, kept, arrays, at)
+        for cached, arrays in zip(new_token(), (keys, values), strict=True):
+            store_vector(plan, cached, arrays, at)

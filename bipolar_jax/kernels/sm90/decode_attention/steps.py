@@ -1,7 +1,7 @@
-"""What a warpgroup of decode attention does: a new token's vectors, scores, sums, and their way through the cluster.
+"""The steps of a warpgroup in decode attention: the new token's vectors, scores, and the online softmax.
 
-Vectors are pairs of halves, [half] each, spread over 8 threads, and whole in every group of 8; rows of vectors are
-pairs of [16, half]. What there is of a row, such as its score, is [16].
+A vector is a pair of halves [half], spread over 8 threads and repeated in every group of 8. Rows of vectors are pairs
+of fragments [ROWS, half]; scores and other numbers of a row are [ROWS].
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.grid import spanning_scale, zero_code_of
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan
-from bipolar_jax.quantize.calibration import flush_scale, half_steps_per_unit
 
 Halves = tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]
 
 
-class Kept(NamedTuple):
-    """A vector as the cache holds it: numbers, or codes (floats that are integers), half a step, and the code of 0."""
+class CachedVector(NamedTuple):
+    """A vector as the cache holds it.
+
+    Attributes:
+      halves: numbers; or, of a quantized cache, codes as floats.
+      scale: of the codes.
+      zero: the code of zero, as a float.
+    """
 
     halves: Halves
     scale: Float[Array, ""] | None = None
     zero: Float[Array, ""] | None = None
 
     def numbers(self) -> Halves:
-        """What attention gets to see."""
+        """The numbers that attention reads from the cache."""
         if self.scale is None:
             return self.halves
         return tuple(2 * self.scale * (codes - self.zero) for codes in self.halves)
@@ -40,13 +46,13 @@ class Kept(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Softmax so far of one query, in every row by itself; numbers are sum / weight of all rows, scaled by 2^largest.
+    """The online softmax of one query, separately in every row.
 
     Attributes:
-      largest: score, in powers of two.
+      largest: largest score so far; scores are exponents of 2.
       weight: sum of 2^(score - largest).
-      zeros: sum of the products with the codes of 0, to be taken from all columns; None for floats.
-      halves: sum of the products with values, or with codes times two scales.
+      zeros: weighted sum of steps times zero codes, which is subtracted from all columns in the end; None for floats.
+      halves: weighted sum of values, or of steps times codes.
     """
 
     largest: Float[Array, " rows"]
@@ -56,12 +62,12 @@ class Sums:
 
 
 def to_columns(plan: AttentionPlan, rows: Float[Array, " rows"]) -> Float[Array, "rows half"]:
-    """What there is of a row, in all of its columns."""
+    """A number of each row, in all of the row's columns."""
     return plgpu.layout_cast(lax.broadcast_in_dim(rows, (ROWS, plan.half), (0,)), plan.layout)
 
 
 def to_rows(plan: AttentionPlan, half: Float[Array, " half"]) -> Float[Array, "rows half"]:
-    """A vector's half in all rows."""
+    """Half a vector, in all rows."""
     return plgpu.layout_cast(lax.broadcast_in_dim(half, (ROWS, plan.half), (1,)), plan.layout)
 
 
@@ -69,11 +75,12 @@ def to_rows(plan: AttentionPlan, half: Float[Array, " half"]) -> Float[Array, "r
 
 
 def load_vector(plan: AttentionPlan, ref, tables=None) -> Halves:
-    """A vector of the new token, in its dtype's precision; rotated as `models.rope.rotate` does if there are tables.
+    """A vector of the new token, rotated if there are tables; as float32 numbers rounded to its dtype.
 
     Args:
+      plan: of the kernel.
       ref: [head_dim] in global memory.
-      tables: cosines and sines, [half] each.
+      tables: cosines and sines of the position, [half] each.
     """
     layout = plan.layout.reduce(0)
 
@@ -88,32 +95,32 @@ def load_vector(plan: AttentionPlan, ref, tables=None) -> Halves:
     return first, second
 
 
-def keep(plan: AttentionPlan, halves: Halves) -> Kept:
+def as_cached(plan: AttentionPlan, halves: Halves) -> CachedVector:
     """A vector as the cache will hold it."""
-    return Kept(halves) if plan.bits is None else quantize_vector(halves, plan.bits)
+    return CachedVector(halves) if plan.bits is None else quantize_vector(halves, plan.bits)
 
 
-def quantize_vector(halves: Halves, bits: int) -> Kept:
+def quantize_vector(halves: Halves, bits: int) -> CachedVector:
+    """A vector on the grid that spans its numbers."""
     high = jnp.maximum(*(jnp.max(half, axis=0) for half in halves))
     low = jnp.minimum(*(jnp.min(half, axis=0) for half in halves))
     return quantize_between(halves, low, high, bits)
 
 
-def quantize_between(parts: tuple[Array, ...], low: Float[Array, ""], high: Float[Array, ""], bits: int) -> Kept:
-    """A vector, in parts, whose extremes are known.
-
-    The numbers are those of `kernels.activations.quantize_tokens`, as XLA compiles it: a constant divisor is a factor.
-    """
-    top = BipolarFormat(bits).max_value
+def quantize_between(
+    parts: tuple[Array, ...], low: Float[Array, ""], high: Float[Array, ""], bits: int
+) -> CachedVector:
+    """A vector, given in parts, whose extremes are known; the numbers of `kernels.semantics.activations`."""
+    number_format = BipolarFormat(bits)
     high, low = jnp.maximum(high, 0.0), jnp.minimum(low, 0.0)
-    scale = flush_scale((high * 0.5 - low * 0.5) * (1 / top))
-    half_steps = half_steps_per_unit(scale)
-    zero = _clip(_floor(0.5 - low * half_steps), top)
-    return Kept(tuple(_clip(_floor(part * half_steps + 0.5) + zero, top) for part in parts), scale, zero)
+    scale, half_steps = spanning_scale(high, low, number_format)
+    zero = zero_code_of(low, half_steps, number_format).astype(jnp.float32)
+    codes = tuple(_clip(_floor(part * half_steps + 0.5) + zero, number_format.max_value) for part in parts)
+    return CachedVector(codes, scale, zero)
 
 
 def _floor(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Of numbers that an int32 holds; Mosaic has no floor."""
+    """Rounds numbers down that fit an int32; Mosaic has no floor."""
     towards_zero = x.astype(jnp.int32).astype(jnp.float32)
     return jnp.where(towards_zero > x, towards_zero - 1.0, towards_zero)
 
@@ -122,38 +129,40 @@ def _clip(x: Float[Array, "..."], top: int) -> Float[Array, "..."]:
     return jnp.minimum(jnp.maximum(x, 0.0), float(top))
 
 
-def store_vector(plan: AttentionPlan, kept: Kept, refs, at: tuple) -> None:
-    """Writes a vector where the cache has it.
+def store_vector(plan: AttentionPlan, cached: CachedVector, refs, at: tuple) -> None:
+    """Stores a vector in the cache.
 
     Args:
-      kept: the vector.
-      refs: numbers, or codes, scale and zero, in global memory.
+      plan: of the kernel.
+      cached: the vector.
+      refs: the cache's numbers; or its codes, scales and zero codes, in global memory.
       at: layer, sequence, head and position.
     """
-    numbers, *of_vector = refs
+    numbers, *grids = refs
     if plan.bits is None:
-        for part, half in enumerate(kept.halves):
-            numbers[*at, part * plan.half : (part + 1) * plan.half] = half.astype(numbers.dtype)
+        for i, half in enumerate(cached.halves):
+            numbers[*at, i * plan.half : (i + 1) * plan.half] = half.astype(numbers.dtype)
         return
-    codes = [half.astype(jnp.int32) for half in kept.halves]
+    codes = [half.astype(jnp.int32) for half in cached.halves]
     if plan.bits == 4:
         codes = [codes[0] | (codes[1] << 4)]
-    for part, half in enumerate(codes):
-        numbers[*at, part * plan.half : (part + 1) * plan.half] = half.astype(jnp.uint8)
-    scale, zero = of_vector
-    scale[at] = kept.scale
-    zero[at] = kept.zero.astype(jnp.int32).astype(jnp.uint8)
+    for i, half in enumerate(codes):
+        numbers[*at, i * plan.half : (i + 1) * plan.half] = half.astype(jnp.uint8)
+    scale, zero = grids
+    scale[at] = cached.scale
+    zero[at] = cached.zero.astype(jnp.int32).astype(jnp.uint8)
 
 
 # Rows of the cache.
 
 
 def load_rows(plan: AttentionPlan, ring, first: int) -> Halves:
-    """Rows of numbers, or of codes, in float32.
+    """Rows of numbers or of codes, as float32.
 
     Args:
-      ring: a slot of it, [positions, numbers or bytes].
-      first: row.
+      plan: of the kernel.
+      ring: a slot of the ring buffer, [positions, elements].
+      first: index of the first row.
     """
 
     def load(start):
@@ -168,9 +177,10 @@ def load_rows(plan: AttentionPlan, ring, first: int) -> Halves:
 
 
 def load_grids(plan: AttentionPlan, scale, zero, first) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
-    """Steps (twice the scale) and codes of 0 of rows.
+    """Steps (twice the scale) and zero codes of rows.
 
     Args:
+      plan: of the kernel.
       scale, zero: of one head, [capacity] each.
       first: position of the first row.
     """
@@ -181,12 +191,12 @@ def load_grids(plan: AttentionPlan, scale, zero, first) -> tuple[Float[Array, " 
 
 
 def products(queries: Halves, keys: Halves) -> Float[Array, " rows"]:
-    """Products of a query, in all rows, with every row's key."""
+    """Dot products of a query, in all rows, with each row's key."""
     return jnp.sum(queries[0] * keys[0] + queries[1] * keys[1], axis=1)
 
 
 def start_sums(plan: AttentionPlan, score, values: Halves, share) -> Sums:
-    """Sums that have seen the new token: every row its part, which is 1 / 16 or nothing."""
+    """Sums that contain the new token, with the weight `share` in each row: 1 / ROWS, or 0 in all but one block."""
     rows = plan.layout.reduce(1)
 
     def fill(number):
@@ -198,7 +208,7 @@ def start_sums(plan: AttentionPlan, score, values: Halves, share) -> Sums:
 
 
 def rescale(plan: AttentionPlan, sums: Sums, scores: list) -> tuple[Sums, list]:
-    """Makes room for scores of further rows; returns the sums without their products, and the weights of those."""
+    """Rescales the sums to include further scores; returns them without the new values, and the new weights."""
     largest = sums.largest
     for score in scores:
         largest = jnp.maximum(largest, score)
@@ -213,7 +223,7 @@ def rescale(plan: AttentionPlan, sums: Sums, scores: list) -> tuple[Sums, list]:
 
 
 def add_values(plan: AttentionPlan, sums: Sums, weights, values: Halves, grid=None) -> Sums:
-    """Adds rows of values."""
+    """Adds weighted rows of values, or of codes with their (step, zero) `grid`."""
     zeros = sums.zeros
     if grid is not None:
         step, zero = grid
