@@ -1,18 +1,12 @@
-"""Imports point down only, files are small, and the core needs no extra."""
+"""Imports point down: between the parts of the package, between the rooms of a part, and to JAX's public names."""
 
 from __future__ import annotations
 
-import ast
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "bipolar_jax"
-MAX_LINES = 400
+from tests.support.imports import PACKAGE, imported_names, imports_of, is_within, module_of, package_files
 
 # What each part of the package may import of the package, besides itself.
 BELOW = {
@@ -23,81 +17,107 @@ BELOW = {
     "tuning": set(),
     "kernels": {"format", "quantize", "packing", "tuning"},
     "ops": {"format", "quantize", "packing", "kernels"},
-    "nn": {"format", "quantize", "packing", "kernels", "ops"},
+    "nn": {"format", "quantize", "packing", "ops"},
     "checkpoint": {"format", "quantize", "packing", "extras"},
     "models": {"format", "quantize", "packing", "kernels", "ops", "nn", "checkpoint", "extras"},
 }
-OUTSIDE = {"experiments", "configs", "tests"}
-OPTIONAL = (
-    "safetensors",
-    "gguf",
-    "tokenizers",
-    "ml_collections",
-    "matplotlib",
-    "grain",
-    "tensorboardX",
-)  # flax itself imports rich
+# Packages whose modules and rooms stand on floors, the top one first: each imports only what stands below it.
+FLOORS = {
+    "bipolar_jax.kernels.sm90": (
+        "entry",
+        "projections",
+        "backend",
+        "decode_step",
+        "decode_attention",
+        "gemm_few_tokens",
+        "weight_only",
+        "gemm",
+        "weight_prep",
+        "quantize_rows",
+        "arithmetic",
+        "core",
+    ),
+    "bipolar_jax.nn": ("convert", "layers", "training"),
+    "bipolar_jax.models": (
+        "loaders",
+        "inference",
+        "random_weights",
+        "checkpoint",
+        "assemble",
+        "pretrained",
+        "presets",
+        "transformer",
+        "blocks",
+        "kv_cache",
+        "config",
+    ),
+}
+BACKENDS = ("reference", "sm90", "xla")
+OUTSIDE = ("experiments", "configs", "tests")
+# The kernels of a backend are reached through `ops`, which chooses the backend.
+BEHIND_OPS = [f"bipolar_jax.kernels.{backend}" for backend in BACKENDS]
+# Changes without notice from one version of JAX to the next.
+PRIVATE_JAX = ("jax._src", "jaxlib.mlir", "jaxlib.mosaic", "jax.experimental.mosaic", "jax.lib", "jax.interpreters")
+USES_PRIVATE_JAX = (
+    "bipolar_jax.kernels.sm90.core",
+    "experiments.support.timing",  # JAX times single kernels nowhere else
+    "tests.support.interpreter",
+)
 
 
-def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[str]:
-    """Dotted names of everything a file imports anywhere, relative imports made absolute.
-
-    `from a import b` gives a.b, since b may be a module.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = module.split(".") if is_package else module.split(".")[:-1]
-                above = above[: len(above) - (node.level - 1)]
-                base = ".".join([*above, base] if base else above)
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+def violations(module: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that a module of the package may not import."""
+    return [name for name in names if not _may_import(module, name)]
 
 
-def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
-    """Imports of `module` that the order forbids."""
-    _, part, *_ = *module.split("."), ""
-    wrong = []
-    for name in imported_modules(source, module, is_package=is_package):
-        top, below, *_ = *name.split("."), ""
-        backends = [n.split(".")[2] if n.startswith("bipolar_jax.kernels.") else "" for n in (module, name)]
-        if (
-            top in OUTSIDE
-            or (part == "extras" and top == "bipolar_jax")
-            or (part and top == "bipolar_jax" and below != part and below not in BELOW[part])
-            or (backends[0] != backends[1] and set(backends) <= {"reference", "sm90", "xla"})
-        ):
-            wrong.append(name)
-    return wrong
+def _may_import(module: str, name: str) -> bool:
+    if name.split(".")[0] in OUTSIDE:
+        return False
+    if not is_within(name, "bipolar_jax") or module == "bipolar_jax":
+        return True
+    part, imported_part = _child("bipolar_jax", module), _child("bipolar_jax", name)
+    if part != imported_part and imported_part not in BELOW[part]:
+        return False
+    if part in ("nn", "models") and any(is_within(name, backend) for backend in BEHIND_OPS):
+        return False
+    backends = {_child("bipolar_jax.kernels", each) for each in (module, name)}
+    if len(backends) == 2 and backends <= set(BACKENDS):
+        return False
+    return all(_points_down(module, name, package, floors) for package, floors in FLOORS.items())
 
 
-def package_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def _points_down(module: str, name: str, package: str, floors: tuple[str, ...]) -> bool:
+    upper, lower = _child(package, module), _child(package, name)
+    if not upper or upper == lower or not is_within(name, package):
+        return True  # the package's own __init__ may import all of it
+    return lower in floors and floors.index(upper) < floors.index(lower)
 
 
-def module_of(path: Path) -> str:
-    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    return dotted.removesuffix(".__init__")
+def _child(package: str, name: str) -> str:
+    """The part of a package that a name is in; "" for the package itself, and for what is not in it."""
+    return name.removeprefix(f"{package}.").split(".")[0] if name.startswith(f"{package}.") else ""
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: module_of(path))
+@pytest.mark.parametrize("path", package_files(), ids=module_of)
 def test_imports_point_down(path):
-    assert violations(path.read_text(), module_of(path), is_package=path.name == "__init__.py") == []
+    assert violations(module_of(path), imports_of(path)) == []
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: module_of(path))
-def test_files_are_small(path):
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_a_floor(package):
+    names = {_child(package, module_of(path)) for path in package_files()} - {""}
+    assert names == set(FLOORS[package])
 
 
 def test_the_walk_sees_every_part_and_its_imports():
     modules = {module_of(path) for path in package_files()}
-    assert {module.split(".")[1] for module in modules if "." in module} == set(BELOW)
-    assert {"bipolar_jax.kernels.reference.matmul", "bipolar_jax.kernels.xla.matmul"} <= modules
-    linear = (PACKAGE / "nn" / "layers" / "linear.py").read_text()
-    assert "bipolar_jax.ops.matmul" in set(imported_modules(linear, "bipolar_jax.nn.layers.linear", is_package=False))
+    assert {_child("bipolar_jax", module) for module in modules} == {"", *BELOW}
+    assert {f"bipolar_jax.kernels.{backend}.matmul" for backend in ("reference", "xla")} <= modules
+    assert "bipolar_jax.ops.matmul" in imports_of(PACKAGE / "nn" / "layers" / "linear.py")
+
+
+def private_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if any(is_within(name, private) for private in PRIVATE_JAX)]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +130,16 @@ def test_the_walk_sees_every_part_and_its_imports():
         ("bipolar_jax.kernels.xla.matmul", "from bipolar_jax.kernels.reference import matmul"),
         ("bipolar_jax.kernels.xla.matmul", "from ..reference import matmul"),
         ("bipolar_jax.kernels.reference.matmul", "from bipolar_jax.kernels import xla"),
+        ("bipolar_jax.kernels.sm90.core.ptx", "from bipolar_jax.kernels.sm90.arithmetic import recovery"),
+        ("bipolar_jax.kernels.sm90.gemm.launch", "from bipolar_jax.kernels.sm90.projections import signs"),
+        ("bipolar_jax.kernels.sm90.gemm.launch", "from bipolar_jax.kernels.sm90 import backend"),
+        ("bipolar_jax.kernels.sm90.gemm.launch", "from bipolar_jax.kernels.sm90 import integer_matmul"),
         ("bipolar_jax.ops.matmul", "def f():\n    from bipolar_jax.nn import Linear"),
         ("bipolar_jax.nn.layers.linear", "from bipolar_jax.checkpoint import save"),
+        ("bipolar_jax.nn.layers.linear", "from bipolar_jax.nn.convert import quantize_model"),
+        ("bipolar_jax.nn.layers.linear", "from bipolar_jax.kernels import semantics"),
+        ("bipolar_jax.models.blocks.attention", "from bipolar_jax.kernels.sm90.decode_attention import launch"),
+        ("bipolar_jax.models.blocks.attention", "from bipolar_jax.models.inference import generate"),
         ("bipolar_jax.checkpoint.packed_file", "if True:\n    from bipolar_jax import ops"),
         ("bipolar_jax.models.config", "import experiments.support.fetch"),
         ("bipolar_jax.models.config", "from configs import tiny"),
@@ -121,30 +149,20 @@ def test_the_walk_sees_every_part_and_its_imports():
     ],
 )
 def test_a_planted_violation_is_caught(module, source):
-    assert violations(source, module) != []
+    assert violations(module, imported_names(source, module)) != []
+
+
+@pytest.mark.parametrize(
+    "source", ["import jax._src.core", "from jaxlib.mlir import ir", "from jax.lib import xla_bridge"]
+)
+def test_planted_private_jax_is_caught(source):
+    assert private_names(imported_names(source, "bipolar_jax.ops")) != []
 
 
 def test_relative_imports_of_a_package_are_resolved():
     source = "from . import matmul\nfrom ..ops import dispatch"
-    assert list(imported_modules(source, "bipolar_jax.nn", is_package=True)) == [
+    assert list(imported_names(source, "bipolar_jax.nn", is_package=True)) == [
         "bipolar_jax.nn.matmul",
         "bipolar_jax.ops.dispatch",
     ]
-    assert violations("from ..ops import dispatch", "bipolar_jax.quantize", is_package=True) != []
-
-
-def test_importing_the_package_imports_no_optional_one():
-    code = f"import sys, bipolar_jax; print([name for name in {OPTIONAL} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-def test_a_missing_optional_package_names_the_extra_that_brings_it():
-    code = (
-        "import sys; sys.modules['safetensors'] = None\n"
-        "import bipolar_jax\n"
-        "try:\n    bipolar_jax.load('nowhere')\n"
-        "except ModuleNotFoundError as error:\n    print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "pip install 'bipolar_jax[models]'" in result.stdout
+    assert violations("bipolar_jax.quantize", imported_names("from ..ops import dispatch", "bipolar_jax.quantize.x"))

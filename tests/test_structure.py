@@ -1,0 +1,35 @@
+"""Files, folders and documents stay small, and so does what has to be read to follow the product's kernel."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.support.imports import CODE, PACKAGE, ROOT, code_files, module_of
+
+MAX_LINES = 400
+MAX_FILES = 14
+MAX_DOCUMENT_LINES = 150
+SM90 = PACKAGE / "kernels" / "sm90"
+
+
+def lines_of(path) -> int:
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", code_files(), ids=module_of)
+def test_files_are_small(path):
+    assert lines_of(path) <= MAX_LINES
+
+
+def test_folders_are_small():
+    by_folder = itertools.groupby(code_files(), key=lambda path: path.parent)
+    counts = {str(folder.relative_to(ROOT)): len(list(files)) for folder, files in by_folder}
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
+    assert {folder.name for folder in CODE} <= {folder.split("/")[0] for folder in counts}
+
+
+@pytest.mark.parametrize("name", ["README.md", "WORKSPACE.md"])
+def test_documents_are_short(name):
+    assert lines_of(ROOT / name) <= MAX_DOCUMENT_LINES
