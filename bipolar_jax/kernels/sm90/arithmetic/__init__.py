@@ -1,1 +1,1 @@
-"""The mathematics of the kernels: which planes meet, how operands lie in memory, what finishes an accumulator."""
+"""Arithmetic that kernels share: operand layouts, recovery of products, epilogue, grids, activation functions."""

@@ -1,6 +1,6 @@
 """Activation functions of `core.ptx` values, for single threads; see `activations`.
 
-A file of its own: who follows the products' kernels need not read the instructions of single threads.
+Apart from `activations`, so that the kernels of products do not import the instructions of single threads.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Instructions, fragments, synchronization, hardware limits: the only room with MLIR and private JAX."""
+"""Instructions, fragments, synchronization, twins, hardware limits; the only folder with MLIR or private JAX."""

@@ -1,7 +1,7 @@
 """Pairs device functions with twins for interpret mode; the kernel's launch selects which of the two run.
 
 Interpret mode runs a kernel on a CPU and has no inline PTX or MLIR. A function that uses them is paired with a twin:
-plain jnp with the same arguments and results. `launch_kernel` selects for everything that the kernel's body calls.
+plain jnp with the same arguments and results. `launch_kernel` selects for the whole body of the kernel.
 """
 
 from __future__ import annotations

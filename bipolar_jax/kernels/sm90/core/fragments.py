@@ -47,8 +47,8 @@ def canonical_layout(tiling: plgpu.Tiling, warp_dims, lane_dims, vector_dim: int
 def pinned(number: Int[Array, ""]) -> Int[Array, ""]:
     """The same number, opaque to the compiler.
 
-    What is computed from it stays inside the loop. Otherwise dozens of addresses that are the same for every layer are
-    computed once before the loop, and spilled.
+    Addresses computed from it stay inside the loop. The compiler would move dozens that are the same for every layer in
+    front of the loop, and spill them.
     """
 
     @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))

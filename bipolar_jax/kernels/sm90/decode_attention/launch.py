@@ -67,8 +67,8 @@ def decode_attention(
       projected: the new token's q, k and v, or one array with all their heads in this order. Consecutive query heads
         share a key head.
       keys, values: of the whole cache: numbers [layers, batch, kv_heads, capacity, head_dim]; or codes (4 bits: two a
-        byte, of elements d and d + head_dim / 2), scales and zeros, as `models.quantized_heads` has them. They are
-        written in place where the caller gives them away.
+        byte, of elements d and d + head_dim / 2), scales and zeros, as `models.kv_cache.quantized_heads` has them. They
+        are updated in place if the caller donates them.
       layer: the cache's layer.
       lengths: positions of each sequence that the cache holds.
       bits: of the cache's codes, 8 or 4, or None for floats.

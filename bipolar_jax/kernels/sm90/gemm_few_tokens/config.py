@@ -15,7 +15,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 TOKENS_PER_BLOCK = 8  # columns of one plane come in multiples of this, the narrowest instruction
 MOST_COLUMNS = 256  # of an instruction
 _MOST_WARPGROUPS, _LEAST_SLOTS, _MOST_SLOTS = 4, 3, 8
-_TERMS_BYTES = 4 * 1024  # shared memory for the epilogue's vectors, the output's staging buffer, and barriers
+_TERMS_BYTES = 4 * 1024  # shared memory for the epilogue's vectors and barriers
 
 
 @dataclasses.dataclass(frozen=True)

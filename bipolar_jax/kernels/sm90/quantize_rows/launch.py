@@ -92,7 +92,7 @@ def quantize_and_pack(
       Unsupported: a row does not fit the shared memory.
     """
     quantizer, inputs = plan(x, a_format, operand, prologue)
-    # Jitted by itself it is lowered once, so that XLA merges the calls of layers that share x.
+    # A jit of its own is lowered once: XLA can then merge the calls of layers that share x.
     launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
     return PackedTokens(*launch(quantizer, inputs, blocks, interpret))
 

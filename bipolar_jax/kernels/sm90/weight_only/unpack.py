@@ -93,7 +93,7 @@ def _fields(planes: list[Value], float_type: FloatType, width: int | None = None
     mask, base = (1 << width) - 1, float_type.base_bits * 0x10001
     pairs: list = [None] * PAIRS
     for column, word in enumerate(words):
-        # Shifted right so that the first field has p = 1, and anew where a field would leave the mantissa.
+        # Shifted so that the first field has p = 1; shifted again for the first field that would leave the mantissa.
         shift, shifted = None, None
         for field in range(PAIRS // width):
             if shift is None or width * field - shift + width > _MANTISSA_BITS:
