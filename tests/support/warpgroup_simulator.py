@@ -1,9 +1,8 @@
 """The functions of `kernels.sm90.core.ptx` for the 128 threads of a warpgroup at once, in numpy.
 
-A value is an array of 128 numbers, one for each thread; a pointer is bytes and 128 offsets. All
-threads go in lockstep, so that barriers need nothing and races are not seen; interpret mode sees
-those. What is checked: addresses of active threads are within bounds and aligned, and lanes
-exchange words only where their whole warp is active.
+A value is an array of 128 numbers, one for each thread; a pointer is bytes and 128 offsets. All threads run in
+lockstep: barriers do nothing, and races are not found (interpret mode finds those). Checked: addresses of active
+threads are within bounds and aligned, and lanes exchange words only while their whole warp is active.
 """
 
 from __future__ import annotations
@@ -352,9 +351,8 @@ def load_transposed(ptr):
     _check_convergence()
     data, offsets, _ = ptr
     _check_addresses(ptr, 4)
-    matrices = (
-        data[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(-1, 4, 8, 8)
-    )  # [warp, matrix, row, column]
+    # [warp, matrix, row, column]
+    matrices = data[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(-1, 4, 8, 8)
     return [np.ascontiguousarray(matrices[:, i].transpose(0, 2, 1)).view(np.int32).reshape(-1) for i in range(4)]
 
 
@@ -385,8 +383,7 @@ def order_before_copies():
     pass  # nothing is copied while threads work
 
 
-def fence_gpu():
-    pass  # one block at a time
+fence_gpu = order_before_copies  # one block runs at a time
 
 
 def _check_addresses(ptr, words):
