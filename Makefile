@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
 
-.PHONY: demo test compiler lint clean
+.PHONY: demo test gpu-test compiler lint clean
 
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
@@ -13,6 +13,11 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+# On a Hopper GPU: minutes; needs JAX with CUDA. The summary, gpu_test.json, goes to the folder $OUT, or to runs/.
+GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
+gpu-test:
+	$(GPU_PYTHON) -m tests.gpu.run
 
 # What tests need to compile the GPU kernels to machine code without a GPU (142 MB); they skip that where it is absent.
 compiler: $(VENV)/compiler.stamp

@@ -34,8 +34,10 @@ interprets = [pytest.mark.timeout(280), pytest.mark.usefixtures("clean_interpret
 # Each kernel's own tests interpret it; these are the suite's checks, one for each way of checking.
 # The heads here are not rotated: interpret mode copies tables of cosines as 16-bit floats, which changes NaN's bits.
 INTERPRETED = {
-    **{name: KERNELS[name] for name in ("few tokens", "weight-only", "quantizer", "quantizer, norm", "packing")},
-    **{name: KERNELS[name] for name in ("few tokens, groups", "expansion", "attention", "attention, 4 bits")},
+    **{
+        name: KERNELS[name] for name in ("few tokens, groups", "weight-only", "quantizer, norm", "packing", "expansion")
+    },
+    "attention, 4 bits": KERNELS["attention, 4 bits"],
     "heads": Case("heads", heads.Prompts(2, 2, 1, 67, 1, 1, 64, 70, rope=False, bias=True, k=40).trial),
 }
 

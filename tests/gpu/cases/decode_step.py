@@ -10,6 +10,7 @@ noise of quantization for all, and the kernel must return the same bits each tim
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -36,10 +37,11 @@ _TEXTS = 2
 _PRECISIONS = ("W1A1", "W2A2", "W3A8", "W4A8", "W8A8")
 _CACHE_BITS = (None, 8, 4)
 _FIRST_LAYER = 0.05
-# Of a token's logits, relative norm of the difference: what rounding alone leaves, and what a changed code may.
-_CLOSE = {1: 2e-3, 2: 2e-3, 8: 0.03}
-_WITHIN_NOISE = {1: 0.7, 2: 0.7, 8: 0.06}
-_CLOSE_TOKENS = 2  # of _TEXTS times the tokens
+# Of a token's logits, by bits of the activations, the difference as a share of their norm: if no code changes (8 bits
+# have so many that some do), and if codes change (one changed sign may change all that follow).
+_CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02}
+_WITHIN_NOISE = {1: math.inf, 2: 0.9, 8: 0.04}
+_CLOSE_SHARE = 0.25  # of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Step:
     lengths: tuple[int, int] = (0, 250)
     capacity: int = 320
     blocks: int | None = None
-    tokens: int = 3
+    tokens: int = 6
 
     def trial(self) -> Trial:
         model = join_projections(
@@ -143,8 +145,9 @@ class Step:
         noise = _WITHIN_NOISE[self._a_bits]
         assert max(differences) <= noise, f"{said}: more than {noise:.0%}"
         close = _CLOSE[self._a_bits] if self.dtype == jnp.float32 else noise
-        some = sorted(differences)[_CLOSE_TOKENS - 1]
-        assert some <= close, f"{said}: not {_CLOSE_TOKENS} of them within {close:.2%}"
+        needed = math.ceil(_CLOSE_SHARE * len(differences))
+        found = sum(difference <= close for difference in differences)
+        assert found >= needed, f"{said}: {found} within {close:.1%}, not {needed}"
 
 
 def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
