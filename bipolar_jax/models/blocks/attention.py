@@ -172,12 +172,13 @@ def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: 
     """Operands and options of `ops.decode_attention`."""
     keys, values = (tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values))
     heads = sum(x.shape[2] for x in projected) - 2 * cache.kv_heads
+    operands = (tuple(x[:, 0] for x in projected), keys, values, layer, cache.lengths)
     options = dict(
         bits=cache.bits,
         tables=None if tables is None else tuple(table[:, 0] for table in tables),
         slopes=jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None,
     )
-    return (tuple(x[:, 0] for x in projected), keys, values, layer, cache.lengths), options
+    return operands, options
 
 
 def explain_causal(q: Any, bias: Any | None) -> Step:
