@@ -1,4 +1,4 @@
-"""The layers of a decode step, from packed arrays to the kernel: what it serves, and how its operands lie in memory."""
+"""Decodes one token through all layers: checks what the kernel serves, and lays out its operands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNor
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PRODUCTS, WAIT_LIMIT_MS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
@@ -39,39 +39,46 @@ def decode_layers(
     *,
     cache_bits: int | None = None,
     blocks: int | None = None,
+    wait_limit_ms: int = WAIT_LIMIT_MS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
     """All layers of a pre-norm decoder for one new token of one sequence.
 
-    Between products all numbers are float32: they are normalized and quantized from it, and added up in it.
+    Values between products are float32: norms, quantization and residual sums see no other rounding.
 
-    Blocks wait for each other, so that all of them must run at the same time: one such kernel at a time on a device,
-    and on no other device than it was compiled for.
+    Blocks wait for each other, so all of them must be resident at the same time. Run one such kernel at a time on a
+    device. The number of blocks is that of the multiprocessors of the device that holds the cache or, where arrays are
+    traced and have none, of the default device. The kernel traps if it runs on a device with fewer, or if a wait
+    exceeds its limit: the host gets a CUDA error when it next synchronizes.
 
     Args:
       hidden: of the new token.
       kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
         scale a column.
       biases: of the same products, or None.
-      norms: before attention, "qkv", and before the feed-forward block, "up".
+      norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon.
       keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
-        zeros as `models.quantized_heads` has them. The new token's are not in there, and are not written.
-      length: positions that hold a token; it is the new token's position. A full cache alone is attended to.
+        zeros as `models.kv_cache` stores them. They lack the new token, and are not written.
+      length: positions that hold a token, which is the new token's position. If the cache is full, the new token does
+        not attend to itself.
       tables: cosines and sines of that position; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
       a_format: 1 to 8 bits.
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
-      blocks: that work together; None takes all multiprocessors of the device.
+      blocks: thread blocks of the kernel; None takes one for each multiprocessor.
+      wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
+        (compute-sanitizer) needs more.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      float32: the hidden state after all layers, not normalized; and every layer's projections of the token, queries,
-      keys and values one after the other, before they are rotated.
+      float32: the hidden state after all layers, before the final norm; and for every layer the token's queries, keys
+      and values, one after the other, before rotation.
 
     Raises:
-      Unsupported: formats that differ, groups, sizes, or dtypes that the kernel does not serve.
+      Unsupported: formats, norms or sizes that differ or that the kernel does not serve; more blocks than
+        multiprocessors.
     """
-    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks)
+    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
@@ -89,7 +96,7 @@ def decode_layers(
         tuple(value_grids),
     )
 
-    # Blocks of several calls at a time would wait for each other for ever: under vmap calls come one by one.
+    # Blocks of concurrent calls would hold each other's multiprocessors: under vmap, calls run one after the other.
     @jax.custom_batching.sequential_vmap
     def run(hidden, weights, cache):
         return run_layers(hidden, weights, cache, shape, interpret=interpret)
@@ -114,7 +121,7 @@ def plan_decode_layers(
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
-    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None)
+    shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
     kernel = (
         f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, "
         f"{a_format.bits} x {shape.w_format.bits} planes"
@@ -131,6 +138,8 @@ def _shape(
     a_format: BipolarFormat,
     cache_bits: int | None,
     blocks: int | None,
+    wait_limit_ms: int,
+    interpret: plgpu.InterpretGPUParams | None,
 ) -> LayersShape:
     """The static shape of the kernel. Raises Unsupported as `decode_layers` says."""
     w_format = kernels["qkv"].format
@@ -151,8 +160,17 @@ def _shape(
         raise Unsupported(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
     if cache_bits is not None and capacity % TMA_ALIGNMENT:
         raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
-    if blocks is None:
-        blocks = getattr(default_device(), "core_count", MULTIPROCESSORS)
+    kinds = {name: (type(norm).__name__, norm.eps) for name, norm in norms.items()}
+    if kinds["qkv"] != kinds["up"]:
+        raise Unsupported(
+            f"both norms of a layer must be of one kind and epsilon, not {kinds['qkv']} and {kinds['up']}"
+        )
+    multiprocessors = _multiprocessors(keys)
+    blocks = multiprocessors if blocks is None else blocks
+    if interpret is None and blocks > multiprocessors:
+        raise Unsupported(
+            f"{blocks} blocks wait for each other, more than the device's {multiprocessors} multiprocessors"
+        )
     return LayersShape(
         num_layers=layers,
         hidden=hidden.shape[0],
@@ -166,7 +184,15 @@ def _shape(
         activation=activation,
         blocks=blocks,
         cache_bits=cache_bits,
+        wait_limit_ms=wait_limit_ms,
     )
+
+
+def _multiprocessors(array) -> int:
+    """Of the device that holds an array; a traced array has none, and a program for it runs on the default device."""
+    concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    devices = array.devices() if concrete else [default_device()]
+    return min(getattr(device, "core_count", MULTIPROCESSORS) for device in devices)
 
 
 def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:
@@ -183,5 +209,5 @@ def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:
 
 
 def _number(array: Array) -> Array:
-    """In a dtype that the kernel loads."""
+    """The array in a dtype that the kernel loads."""
     return array if array.dtype in (jnp.bfloat16, jnp.float32) else array.astype(jnp.float32)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
+from bipolar_jax.kernels.sm90.core.polling import await_blocks
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     Cache,
@@ -211,7 +212,7 @@ def _consume(
             plgpu.barrier_arrive(released)
 
     steps.enter(hidden)
-    _meet_blocks(shape.blocks, warpgroup, meet)
+    _meet_blocks(shape, warpgroup, meet)
 
     def layer(index, carry):
         for phase in phases:
@@ -229,13 +230,13 @@ def _consume(
     lax.fori_loop(0, layers.count, layer, ())
 
 
-def _meet_blocks(blocks: int, warpgroup, meet) -> None:
+def _meet_blocks(shape: LayersShape, warpgroup, meet) -> None:
     """Waits for all blocks, and for what their first warpgroups wrote."""
     blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
     @pl.when(warpgroup == 0)
     def _():
         plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
-        plgpu.semaphore_wait(blocks_met, blocks, decrement=False, memory_scope="gpu")
+        await_blocks(blocks_met, shape.blocks, shape.wait_limit_ms)
 
     meet()

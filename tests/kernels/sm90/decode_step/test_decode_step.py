@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -351,6 +353,47 @@ def shapes_of(case: Case) -> dict:
     operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
     static = ("a_format", "activation", "cache_bits")
     return {name: value for name, value in operands.items() if name not in static}
+
+
+SMALL = Case(1, 128, 128, 1, 1, 2, 8, 64, 32)
+
+
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+def test_a_wait_for_other_blocks_ends_in_a_trap():
+    operands = SMALL.operands()
+    static = {name: operands.pop(name) for name in ("a_format", "activation", "cache_bits")}
+    avals = jax.eval_shape(lambda: operands)
+    _, report = sm90_compile.compile_for_h200(
+        lambda operands: decode_layers(**operands, **static, blocks=4, wait_limit_ms=10**6), avals, ptx=True
+    )
+    polls = report.text.count("%globaltimer")
+    assert polls == 1 + 4 + 1, "the start, the inputs of four products, partial attentions"
+    assert report.text.count("trap;") == polls + 1, "and too few multiprocessors"
+    limit = -(-(10**12) // 2**20) * 1024  # in units of 2^20 / 1024 ns
+    assert len(re.findall(rf"setp.lt.u32 again, now, {limit};", report.text)) == polls
+
+
+def test_blocks_are_as_many_as_multiprocessors(monkeypatch):
+    operands = SMALL.operands()
+    monkeypatch.setattr(api, "default_device", lambda: types.SimpleNamespace(core_count=7))
+    traced = jax.eval_shape(lambda: {name: operands[name] for name in ("keys", "values")})
+    assert api.plan_decode_layers(**operands | traced).tiling.blocks == 7
+    with pytest.raises(NotImplementedError, match="8 blocks wait for each other, more than the device's 7"):
+        jax.eval_shape(lambda kept: decode_layers(**operands | kept, blocks=8), traced)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("up", {"eps": 2 * EPS}), ("qkv", {"eps": 2 * EPS}), ("up", None)],
+    ids=["epsilon of up", "epsilon of qkv", "kind"],
+)
+def test_norms_of_a_layer_that_differ_are_refused(name, changed):
+    operands = SMALL.operands()
+    norm = operands["norms"][name]
+    other = LayerNorm(norm.gain, norm.gain, EPS) if changed is None else dataclasses.replace(norm, **changed)
+    operands["norms"] = operands["norms"] | {name: other}
+    with pytest.raises(NotImplementedError, match="both norms of a layer must be of one kind and epsilon"):
+        decode_layers(**operands, blocks=1, interpret=plgpu.InterpretGPUParams())
 
 
 def test_sizes_that_do_not_fit():

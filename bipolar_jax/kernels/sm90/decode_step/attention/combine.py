@@ -17,7 +17,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.polling import poll_words
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import assign_head
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PARTIAL_SIZE, TILE, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import nan_unless_in_phase
+from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, nan_unless_in_phase
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import store_vector
 
 
@@ -45,7 +45,8 @@ def combine(shape: LayersShape, block, partials, context, phase) -> None:
 
     @pl.when(assigned.combines)
     def _():
-        values = poll_combined(partials, assigned.head, shape.splits, assigned.first, shape.combined, phase)
+        awaited = Awaited(phase, 1, shape.wait_limit_ms)
+        values = poll_combined(partials, assigned.head, shape.splits, assigned.first, shape.combined, awaited)
         store_vector(context, values, assigned.head * HEAD_DIM + assigned.first, shape.combined, phase)
 
 
@@ -63,8 +64,8 @@ def store_partial(partials, index, values, largest, total, phase) -> None:
     store_vector(partials, jnp.where(even, largest, total), start + HEAD_DIM, TILE, phase)
 
 
-def _poll_combined_twin(partials, head, splits, start, count, phase):
-    of_head = nan_unless_in_phase(partials[...], phase).reshape(-1, splits, PARTIAL_SIZE)[head]
+def _poll_combined_twin(partials, head, splits, start, count, awaited):
+    of_head = nan_unless_in_phase(partials[...], awaited.phase).reshape(-1, splits, PARTIAL_SIZE)[head]
     largest, totals = of_head[:, HEAD_DIM], of_head[:, HEAD_DIM + 1]
     weights = jnp.exp2(largest - jnp.max(largest))
     sums = jnp.sum(of_head[:, :HEAD_DIM] * weights[:, None], axis=0)
@@ -73,7 +74,7 @@ def _poll_combined_twin(partials, head, splits, start, count, phase):
 
 @with_twin(_poll_combined_twin)
 def poll_combined(
-    partials, head: Int[Array, ""], splits: int, start: Int[Array, ""], count: int, phase: Int[Array, ""]
+    partials, head: Int[Array, ""], splits: int, start: Int[Array, ""], count: int, awaited: Awaited
 ) -> Float[Array, "128"]:
     """Elements of a head's context, combined from partial attentions that other blocks write.
 
@@ -86,7 +87,7 @@ def poll_combined(
       splits: partial attentions of a head.
       start: of the elements, a multiple of 32.
       count: of the elements, a power of two from 32 on; a smaller count than 128 repeats them.
-      phase: the phase bit to poll for.
+      awaited: what to poll for.
     """
 
     @plgpu.inline_mgpu(
@@ -101,7 +102,7 @@ def poll_combined(
         for split in range(splits):
             partial = ptx.advance(base, 4 * PARTIAL_SIZE * split)
             loads += [(ptx.advance(partial, 4 * HEAD_DIM), 2), (ptx.advance_far(partial, element, 4), 1)]
-        words = poll_words(loads, scalar_of(phase), ptx.int32(1))
+        words = poll_words(loads, scalar_of(phase), ptx.int32(awaited.needed), awaited.limit_ms)
         largest, totals = zip(*(map(ptx.as_float, pair) for pair in words[::2]), strict=True)
         values = [ptx.as_float(word) for (word,) in words[1::2]]
         most = tree(functools.partial(ptx.extreme, "max", "f32"), [ptx.as_word(number) for number in largest])
@@ -113,4 +114,4 @@ def poll_combined(
         )
         return as_vector(ptx.divide(numerator, denominator), jnp.float32)
 
-    return inline(partials, *(jnp.int32(number) for number in (head, start, phase)))
+    return inline(partials, *(jnp.int32(number) for number in (head, start, awaited.phase)))

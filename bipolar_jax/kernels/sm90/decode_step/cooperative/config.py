@@ -20,6 +20,7 @@ CHUNK_POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
 PARTIAL_SIZE = HEAD_DIM + TILE  # floats of a block's partial attention
 PRODUCTS = ("qkv", "o", "up", "down")
+WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
 _MAX_SPLITS = 16  # partial attentions that one thread combines
 
 
@@ -87,6 +88,7 @@ class LayersShape:
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
       blocks: of the grid, at most one a multiprocessor.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
+      wait_limit_ms: milliseconds that a block waits for others, for each value, before the kernel traps.
     """
 
     num_layers: int
@@ -101,6 +103,7 @@ class LayersShape:
     activation: Activation
     blocks: int
     cache_bits: int | None = None
+    wait_limit_ms: int = WAIT_LIMIT_MS
 
     def __post_init__(self):
         if self.hidden % HEAD_DIM or self.ffn % HEAD_DIM:
