@@ -1,4 +1,4 @@
-# Both targets are complete by themselves: a fresh clone, Python 3.12 and PyPI are enough.
+# Every target is complete by itself: a fresh clone, Python 3.12 and PyPI are enough.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
@@ -9,18 +9,34 @@ demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
 
 # A worker that crashes ends the run: pytest-xdist would wait for the rest of its file for ever.
-test: $(VENV)/test.stamp
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+test: lint
+	$(PYTEST)
+
+# All but the Hopper kernels and the programs.
+test-fast: lint
+	$(PYTEST) --ignore tests/kernels/sm90 --ignore tests/experiments --ignore tests/gpu
+
+lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # On a Hopper GPU: minutes; needs JAX with CUDA. The summary, gpu_test.json, goes to the folder $OUT, or to runs/.
 GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 gpu-test:
 	$(GPU_PYTHON) -m tests.gpu.run
 
-# What tests need to compile the GPU kernels to machine code without a GPU (142 MB); they skip that where it is absent.
+# Tests that compile the GPU kernels need JAX's CUDA plugin and ptxas (142 MB to download), and skip without them. They
+# get a folder of their own, where JAX does not find them: the plugin would fail in every program on a machine without
+# a GPU.
 compiler: $(VENV)/compiler.stamp
+
+$(VENV)/compiler.stamp: pyproject.toml | $(VENV)/bin/python
+	rm -rf $(VENV)/compiler
+	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["compiler"], sep="\n")' > $(VENV)/compiler.txt
+	$(VENV)/bin/python -m pip install --quiet --target $(VENV)/compiler --requirement $(VENV)/compiler.txt
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "Python 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'

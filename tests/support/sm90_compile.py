@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from tests.support.optimizations import optimizations
 
 _ROOT = Path(__file__).resolve().parents[2]
-COMPILER_FOLDER = _ROOT / ".venv" / "compiler"  # see `make compiler`
+COMPILER_FOLDER = Path(sys.prefix) / "compiler"  # as `make compiler` leaves it in the virtual environment
 CACHE_FOLDER = _ROOT / ".pytest_cache" / "h200_programs"
 _PLUGIN = "jax_plugins.xla_cuda13"
 
