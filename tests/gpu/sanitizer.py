@@ -118,7 +118,8 @@ def judge(tool: str, kernel: str, ended: Ended, log: str, known: Sequence[KnownR
 
     failure = _TOOL_FAILED.search(log) or (_TOOL_FAILED.search(ended.output) if count is None else None)
     if failure is not None or count is None:
-        return verdict("not run", _last_lines(log) or _last_lines(ended.output) or "the tool printed nothing")
+        message = _last_lines(log) or _last_lines(ended.output) or "the tool printed nothing"
+        return Verdict("not run", message, {}, 0, ended.seconds)
     if unknown or count > len(texts):
         return verdict("failed", f"{count} errors or hazards, {len(texts) - len(unknown)} of them known to be false")
     if f"checked: {kernel}" not in ended.output:

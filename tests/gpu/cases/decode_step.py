@@ -10,7 +10,9 @@ noise of quantization for all, and the kernel must return the same bits each tim
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import threading
 from typing import Any
 
 import jax
@@ -42,6 +44,7 @@ _FIRST_LAYER = 0.05
 _CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02}
 _WITHIN_NOISE = {1: math.inf, 2: 0.9, 8: 0.04}
 _CLOSE_SHARE = 0.25  # of the tokens
+_MAKING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +72,7 @@ class Step:
     tokens: int = 6
 
     def trial(self) -> Trial:
-        model = join_projections(
-            random_packed(
-                self.config,
-                Precision.parse(self.precision),
-                dtype=self.dtype,
-                key=jax.random.key(0),
-                embed_bits=None,
-            )
-        )
+        model = _model(self.config, self.precision, jnp.dtype(self.dtype))
         cache, rng = self._cache(), generator(*self.lengths)
         ids = rng.integers(0, self.config.vocab_size, (self.tokens, _TEXTS)).astype(np.int32)
 
@@ -141,6 +136,8 @@ class Step:
                 assert difference <= limit, f"{name} of layer {layer} differ by {difference:.2%}, limit {limit:.0%}"
 
     def _check_logits(self, differences: list[float]) -> None:
+        if self._a_bits == 1 and self.config.ffn == "gelu":
+            return  # far below zero GELU vanishes, and the last bits of its formula decide on the sign
         said = f"logits differ by {', '.join(f'{difference:.2%}' for difference in differences)}"
         noise = _WITHIN_NOISE[self._a_bits]
         assert max(differences) <= noise, f"{said}: more than {noise:.0%}"
@@ -148,6 +145,18 @@ class Step:
         needed = math.ceil(_CLOSE_SHARE * len(differences))
         found = sum(difference <= close for difference in differences)
         assert found >= needed, f"{said}: {found} within {close:.1%}, not {needed}"
+
+
+@functools.lru_cache(maxsize=3)
+def _cached_model(config: TransformerConfig, precision: str, dtype: jnp.dtype) -> Transformer:
+    key = jax.random.key(0)
+    return join_projections(random_packed(config, Precision.parse(precision), dtype=dtype, key=key, embed_bits=None))
+
+
+def _model(config: TransformerConfig, precision: str, dtype: jnp.dtype) -> Transformer:
+    """A model of random weights; cases that differ in their caches share it. One thread at a time makes models."""
+    with _MAKING:
+        return _cached_model(config, precision, dtype)
 
 
 def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
@@ -205,7 +214,7 @@ def cases(name: str) -> list[Case]:
     )
     steps = [Step(config, precision, bits) for precision in _PRECISIONS for bits in _CACHE_BITS]
     steps += [Step(config, precision, bits, jnp.bfloat16) for precision, bits in (("W4A8", None), ("W8A8", 4))]
-    steps += [Step(config, "W2A8", None, lengths=(319, 64))]  # a cache that fills up
+    steps += [Step(config, "W1A2", 8), Step(config, "W2A8", None, lengths=(319, 64))]  # the latter's cache fills up
     return [Case(_name(step), step.trial) for step in steps]
 
 
