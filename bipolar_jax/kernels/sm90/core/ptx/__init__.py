@@ -3,7 +3,7 @@
 Values are MLIR values of type i32 or f32; conditions are i1. A "word" is an i32 used as 32 bits.
 
 Tests replace every public function by one that computes the same for the 128 threads of a warpgroup in numpy
-(tests/support/warpgroup_simulator.py): code that is written in these functions alone runs there without a GPU. A new
+(tests/support/warpgroup_simulator/): code that is written in these functions alone runs there without a GPU. A new
 function needs such a twin there.
 """
 

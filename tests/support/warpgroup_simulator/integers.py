@@ -1,0 +1,84 @@
+"""Arithmetic and bits of 32-bit integers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.support.warpgroup_simulator.types import THREADS, int32
+
+
+def less(a, b):
+    return a < b
+
+
+def equal(a, b):
+    return a == b
+
+
+def choose(condition, a, b):
+    return np.where(condition, a, b)
+
+
+def smaller(a, b):
+    return np.minimum(a, np.int32(b))
+
+
+def plus(a, b):
+    return a + (int32(b) if isinstance(b, int) else b)
+
+
+def times(a, b):
+    return a * (int32(b) if isinstance(b, int) else b)
+
+
+def divided(a, b):
+    assert (a >= 0).all()
+    return a // np.int32(b)
+
+
+def either_bits(a, b):
+    return a | b
+
+
+def shift_right_signed(word, count):
+    return word >> np.int32(count)
+
+
+def bits_of(word, mask):
+    return word & (int32(mask) if isinstance(mask, int) else mask)
+
+
+def flip_bits(word, mask):
+    return word ^ (int32(mask) if isinstance(mask, int) else mask)
+
+
+def shift_left(word, count):
+    return word << np.int32(count)
+
+
+def shift_right(word, count):
+    count = np.uint32(count) if isinstance(count, int) else count.view(np.uint32)
+    return (word.view(np.uint32) >> count).view(np.int32)
+
+
+def choose_bits(mask, ones, zeros):
+    return (ones & int32(mask)) | (zeros & ~int32(mask))
+
+
+def masked_or(word, mask, ones):
+    return (word & int32(mask)) | int32(ones)
+
+
+def pick_bytes(a, b, selector):
+    selector = int32(selector) if isinstance(selector, int) else selector
+    both = np.stack([a, b], 1).view(np.uint8)
+    picked = [both[np.arange(THREADS), (selector >> (4 * t)) & 7] for t in range(4)]
+    return np.ascontiguousarray(np.stack(picked, 1)).view(np.int32)[:, 0]
+
+
+def count_ones(word):
+    return np.bitwise_count(word.view(np.uint32)).astype(np.int32)
+
+
+def add_bytes(word, total, *, signed):
+    return total + word[:, None].view(np.int8 if signed else np.uint8).sum(1, dtype=np.int32)
