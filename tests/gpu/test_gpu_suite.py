@@ -29,7 +29,7 @@ from tests.gpu.watchdog import Ended, run
 from tests.support import sm90_compile
 
 # A kernel that deadlocks waits for ever.
-interprets = [pytest.mark.timeout(280), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+interprets = [pytest.mark.timeout(280), pytest.mark.usefixtures("clean_interpreter")]
 
 # Each kernel's own tests interpret it; these are the suite's checks, one for each way of checking.
 # The heads here are not rotated: interpret mode copies tables of cosines as 16-bit floats, which changes NaN's bits.
@@ -58,7 +58,7 @@ class TestCasesInterpreted:
 
 
 @pytest.mark.timeout(290)
-@pytest.mark.usefixtures("clean_interpreter", "quick_compilation")
+@pytest.mark.usefixtures("clean_interpreter")
 def test_a_decode_step_is_compared_with_its_layers():
     (outcome,) = run_cases([KERNELS["decode step"]], 1, around=around)
     assert outcome.error is None

@@ -44,6 +44,7 @@ _FIRST_LAYER = 0.05
 _CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02}
 _WITHIN_NOISE = {1: math.inf, 2: 0.9, 8: 0.04}
 _CLOSE_SHARE = 0.25  # of the tokens
+_WAIT_LIMIT_MS = 100_000  # a sanitizer slows the kernel down
 _MAKING = threading.Lock()
 
 
@@ -183,6 +184,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         BipolarFormat(products["o"].precision.a_bits),
         cache_bits=cache.bits,
         blocks=blocks,
+        wait_limit_ms=_WAIT_LIMIT_MS,
         interpret=interpret_params(),
     )
     return (model.logits(model.final_norm(hidden.astype(model.embed(ids).dtype)[None])),)
