@@ -27,7 +27,7 @@ _ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTerms:
-    """The epilogue's vectors over tokens.
+    """The epilogue's vectors over tokens; within a kernel with leading axes, such as one of buffers.
 
     Attributes:
       code_sums: sums of the unsigned codes.
@@ -35,15 +35,15 @@ class TokenTerms:
       scale: of the token; None leaves the product an integer.
     """
 
-    code_sums: Int[Array, " m"]
-    zero_code: Int[Array, " m"]
-    scale: Float[Array, " m"] | None
+    code_sums: Int[Array, "*rows m"]
+    zero_code: Int[Array, "*rows m"]
+    scale: Float[Array, "*rows m"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ColumnTerms:
-    """The epilogue's vectors over columns of the output; None where nothing is applied.
+    """The epilogue's vectors over columns of the output, with leading axes like `TokenTerms`; None: nothing to apply.
 
     Attributes:
       code_sums: sums of the column's codes. With one scale a column.
@@ -53,11 +53,11 @@ class ColumnTerms:
       bias: added last.
     """
 
-    code_sums: Int[Array, " n"] | None = None
-    scale: Float[Array, " n"] | None = None
-    offset: Float[Array, " n"] | None = None
-    scaled_value_sums: Float[Array, " n"] | None = None
-    bias: Float[Array, " n"] | None = None
+    code_sums: Int[Array, "*rows n"] | None = None
+    scale: Float[Array, "*rows n"] | None = None
+    offset: Float[Array, "*rows n"] | None = None
+    scaled_value_sums: Float[Array, "*rows n"] | None = None
+    bias: Float[Array, "*rows n"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +73,9 @@ class GroupTerms:
       token_sums: X_g, sums over the group of each token's values, if there are offsets.
     """
 
-    scale: Float[Array, "groups n"]
-    offset: Float[Array, "groups n"] | None = None
-    token_sums: Float[Array, "groups m"] | None = None
+    scale: Float[Array, "*groups n"]
+    offset: Float[Array, "*groups n"] | None = None
+    token_sums: Float[Array, "*groups m"] | None = None
 
 
 def chunk_columns(dtype: jnp.dtype) -> int:
