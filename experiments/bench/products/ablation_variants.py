@@ -61,6 +61,7 @@ def signed_planes(product: Product, operands: Operands) -> Call:
     x_sums, w_sums = (
         _signed_sums(words, fmt) for words, fmt in zip(planes, (product.a_format, product.w_format), strict=True)
     )
+    x_sums = jnp.pad(x_sums, (0, tokens.scale.shape[0] - x_sums.shape[0]))  # as long as the other terms
     return function, (
         *planes,
         dataclasses.replace(tokens, code_sums=x_sums),
