@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import chunk_columns, staging_transforms
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
@@ -131,7 +131,7 @@ class DenseWriter:
         for number, (row, column) in enumerate(self._finish_origins()):
             self._store_chunks(origin, number * chunks_at_once, finished(row, column))
 
-    def _store_chunks(self, origin: TileOrigin, first: int, numbers: Float[Array, "rows width"]) -> None:
+    def _store_chunks(self, origin: TileOrigin, first: int, numbers: Num[Array, "rows width"]) -> None:
         """Stores numbers that were finished at once, in chunks; `first` is the first chunk's number in the tile."""
         slots, height, width = self.staging.shape
         arrivals = None if self.residual is None else self._arrivals()
