@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.support.imports import CODE, PACKAGE, ROOT, code_files, module_of
+from tests.support.imports import CODE, PACKAGE, ROOT, closure, code_files, module_of
 
 MAX_LINES = 400
 MAX_FILES = 14
@@ -33,3 +33,12 @@ def test_folders_are_small():
 @pytest.mark.parametrize("name", ["README.md", "WORKSPACE.md"])
 def test_documents_are_short(name):
     assert lines_of(ROOT / name) <= MAX_DOCUMENT_LINES
+
+
+def test_the_product_can_be_read_without_its_outputs():
+    """What the kernel of the product imports, directly or not, of the Hopper kernels."""
+    files = {path for path in closure(SM90 / "gemm" / "launch.py") if path.is_relative_to(SM90)}
+    assert len(files) <= 14
+    assert sum(map(lines_of, files)) <= 2000
+    outputs = {path.name for path in files if path.parent.name == "outputs"}
+    assert outputs == {"protocol.py"}

@@ -27,18 +27,17 @@ from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 from bipolar_jax.kernels.sm90.gemm.producer import aligned
 
-# Up to here, a consumer has as many registers for its epilogue as for its accumulator.
+# Elements. Up to here, a consumer has as many registers for its epilogue as for its accumulator.
 _ROOMY_ACCUMULATOR = 128 * 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseOutput:
-    """[m, n] in memory; rows are stored to a multiple of 16 bytes, for TMA, and the caller cuts them off.
+    """[m, n] in memory. TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
 
     Attributes:
-      residual: added to the numbers after they are rounded to `dtype`: of the same dtype and the shape that is stored;
-        or None.
+      residual: of `dtype` and the padded shape, added to the numbers after they are rounded to `dtype`; or None.
       dtype: float32, bfloat16, float16, or int32.
     """
 
@@ -60,7 +59,7 @@ class DenseOutput:
         return [jax.ShapeDtypeStruct((problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
 
     def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
-        """Staging slots [consumers, slots, 64, width]; with a residual, a barrier of each, of its arrival."""
+        """Staging slots, [consumers, slots, 64, width]; with a residual, a barrier for each."""
         width = math.gcd(problem.out_tile_n, chunk_columns(self.dtype))
         staging = plgpu.SMEM(
             (CONSUMERS, staging_slots, ROWS_PER_INSTRUCTION, width),
@@ -78,7 +77,7 @@ class DenseOutput:
 
 @dataclasses.dataclass(frozen=True)
 class DenseWriter:
-    """Stores the tiles of one consumer.
+    """Stores the tiles of one consumer, plus the residual.
 
     Attributes:
       problem: the product.
@@ -132,7 +131,13 @@ class DenseWriter:
             self._store_chunks(origin, number * chunks_at_once, finished(row, column))
 
     def _store_chunks(self, origin: TileOrigin, first: int, numbers: Num[Array, "rows width"]) -> None:
-        """Stores numbers that were finished at once, in chunks; `first` is the first chunk's number in the tile."""
+        """Adds the residual to numbers that were finished at once, and stores them in chunks.
+
+        Args:
+          origin: of the tile.
+          first: number of the first chunk in the tile.
+          numbers: of `finish_shape`.
+        """
         slots, height, width = self.staging.shape
         arrivals = None if self.residual is None else self._arrivals()
         # Small chunks, each on its way before the next is made, are faster than large ones.

@@ -59,7 +59,7 @@ class HeadOutput:
         return [jax.ShapeDtypeStruct(shape, self.keys.dtype) for shape in shapes]
 
     def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
-        """A staging slot for every chunk of a tile; with tables, a barrier of each, of their arrival."""
+        """A staging slot for every chunk of a tile, [consumers, chunks, 64, half]; with tables, a barrier for each."""
         dtype, half, tiling = self.keys.dtype, self.layout.half, problem.tiling
         fit, slots = self.layout.staging_slots(staging_slots), self.layout.chunks(tiling.tile_m, tiling.tile_n)
         if fit < slots:

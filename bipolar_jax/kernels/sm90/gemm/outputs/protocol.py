@@ -1,8 +1,8 @@
-"""What an output has to offer: the way of a product's finished numbers from registers to memory.
+"""What an output has to offer: it takes the finished numbers of a product from registers to memory.
 
-The product multiplies, and finishes each number: correction, scales, bias, activation. Everything after that is an
-output's: rounding again, adding to the numbers, reordering or packing them, and storing them. The caller hands an
-output to `launch.launch`; no file of the product imports one.
+The product multiplies, and finishes each number: correction, scales, bias, activation, cast. An output does everything
+after that: it may add to the numbers, reorder or pack them, and it stores them. The caller hands an output to
+`launch.launch`; no file of the product imports one.
 
 - `dense.py`: a matrix [m, n], with an optional residual. Staged through shared memory, stored by TMA.
 - `heads.py`: queries, keys and values of prompts, rotated, also in the cache. Staged through shared memory.
@@ -10,8 +10,8 @@ output to `launch.launch`; no file of the product imports one.
 
 To add an output:
 
-1. Copy `dense.py` (staged) or `signs.py` (from registers), and rewrite its two classes: the `Output`, which is built
-   by the caller, and its `Writer`, which runs in the kernel.
+1. Copy `dense.py` (staged) or `signs.py` (from registers), and rewrite its two classes: the `Output`, which the caller
+   builds, and its `Writer`, which runs in the kernel.
 2. Call `launch` with it in a file of `projections/`, or in `api.py` if any caller may want it.
 3. Test it in `tests/kernels/sm90/gemm` like the others: interpreted with the race detector, and compiled for every
    tiling of `backend.planning.CANDIDATES` without spills; an output shares the registers with the accumulator.
@@ -39,8 +39,9 @@ import jax.numpy as jnp
 
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 
-# finished(row, column): the numbers of the accumulator from there on, an array of `Writer.finish_shape` in the dtype
-# of the output and the layout WGMMA. Row and column are Python integers. Each number should be asked for once.
+# finished(row, column) finishes the sums that begin at that row and column of the accumulator, both Python integers. It
+# returns an array of `Writer.finish_shape`, of the output's dtype, in the layout WGMMA. It computes at every call: call
+# it once for each chunk.
 Finish = Callable[[int, int], jax.Array]
 
 
