@@ -1,4 +1,4 @@
-"""Packages that the core does without."""
+"""Imports of optional packages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Imports a module of an optional dependency.
+    """Imports a module of an optional package.
+
+    Args:
+      module: the module's dotted name.
+      extra: the extra of bipolar_jax that installs it.
 
     Raises:
-      ModuleNotFoundError: it is not installed; says which extra brings it.
+      ModuleNotFoundError: the package is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)

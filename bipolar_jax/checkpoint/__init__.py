@@ -1,4 +1,4 @@
-"""Packed arrays on disk."""
+"""Checkpoints of packed arrays in safetensors files."""
 
 from bipolar_jax.checkpoint.packed_file import load, read_user, save
 

@@ -1,4 +1,4 @@
-"""Checksums that change with any bit, the dtype or the shape of a tensor."""
+"""Checksums of tensors, which cover dtype, shape and every bit of the data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 def checksum(array: np.ndarray) -> int:
-    """crc32 of dtype, shape and bytes."""
+    """crc32 of dtype, shape and data."""
     header = f"{array.dtype.name}{list(array.shape)}".encode()
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), zlib.crc32(header))
 
 
 def plane_checksums(planes: np.ndarray) -> list[int]:
-    """One for every plane, low plane first, so that the top ones can be checked without the rest."""
+    """One checksum per plane, low plane first, so that a reader can check the high planes alone."""
     return [checksum(planes[..., plane, :, :]) for plane in range(planes.shape[-3])]

@@ -1,4 +1,4 @@
-"""What a bipolar number is."""
+"""The bipolar-INT number format."""
 
 from bipolar_jax.format.bipolar_format import TERNARY, BipolarFormat, as_format
 

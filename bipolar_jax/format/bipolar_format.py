@@ -15,28 +15,27 @@ _INT32_MAX = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class BipolarFormat:
-    """Grid of the values that a few bit planes can hold.
+    """The grid of values that a number of 1 to 8 bits can take.
 
-    The sole owner of the grid: everything else asks it. Bit b_i in {0, 1} of a number
-    stands for 2 b_i - 1 in {-1, +1}, and counts with its plane's weight p_i. The
-    following always hold:
+    This class alone defines the grid; all other code calls it. Bit b_i in {0, 1} stands for
+    2 b_i - 1 in {-1, +1} and is multiplied by the weight p_i of its plane. Always:
 
     - code u = sum_i p_i b_i, an integer in 0 ... W, with W = sum_i p_i (`max_value`);
     - value v = sum_i p_i (2 b_i - 1) = 2 u - W, in -W ... W in steps of 2;
-    - with p_i = 2^i (the n-bit format) W = 2^n - 1: the values are all odd integers up
-      to W in magnitude, and there is no zero;
-    - with p = (1, 1) (the ternary format) W = 2: the values are -2, 0 and 2;
-    - a real number is w ~ scale * v.
+    - in the n-bit format p_i = 2^i and W = 2^n - 1: the values are the odd integers from
+      -W to W, and zero is not one of them;
+    - in the ternary format p = (1, 1) and W = 2: the values are -2, 0 and 2;
+    - a real number w is approximated by scale * v.
 
     Source: arXiv 2409.17870, section 3.1 (n bits); BitNet b1.58, arXiv 2402.17764
     (ternary weights).
 
     Attributes:
-      bits: number of planes, 1 to 8; the low one comes first.
-      ternary: both of two planes weigh 1.
+      bits: number of planes, 1 to 8.
+      ternary: the ternary format; both of its planes have the weight 1.
 
     Raises:
-      ValueError: bits outside 1..8, or a ternary format of other than two planes.
+      ValueError: bits is not an integer in 1..8, or not 2 in the ternary format.
     """
 
     bits: int
@@ -53,46 +52,50 @@ class BipolarFormat:
 
     @functools.cached_property
     def plane_weights(self) -> tuple[int, ...]:
-        """Weight of each plane, low plane first."""
+        """p_i of each plane, low plane first."""
         return (1, 1) if self.ternary else tuple(1 << i for i in range(self.bits))
 
     @property
     def max_value(self) -> int:
-        """W, the largest value; also the largest code."""
+        """W, both the largest value and the largest code."""
         return sum(self.plane_weights)
 
     @property
     def code_offset(self) -> int:
-        """z such that the signed code c = u - z fits int8: 2^(bits-1), or 1 for ternary."""
+        """z, subtracted from a code to get the signed code c = u - z, an int8: 2^(bits-1), or 1 for ternary."""
         return (self.max_value + 1) // 2
 
     @property
     def value_shift(self) -> int:
-        """r in {0, 1} such that v = 2 c + r, c being the signed code."""
+        """r in v = 2 c + r, c being the signed code: 1, or 0 for ternary."""
         return 2 * self.code_offset - self.max_value
 
     @property
     def name(self) -> str:
-        """The field's way to write it: "4", or "1.58" for ternary."""
+        """The format as `Precision` prints it: "4", or "1.58" for ternary."""
         return "1.58" if self.ternary else str(self.bits)
 
     def grid(self) -> np.ndarray:
-        """All values in increasing order, int32 [max_value + 1]; code u stands at index u."""
+        """The value of every code, int32 [max_value + 1]: index u holds 2 u - W."""
         return 2 * np.arange(self.max_value + 1, dtype=np.int32) - self.max_value
 
     def encode(self, x: Float[Array, "..."], half_steps_per_unit: Float[Array, "..."]) -> UInt8[Array, "..."]:
-        """Codes of the values nearest to x * 2 * half_steps_per_unit.
+        """Codes of the values nearest to x / scale; clips x to the ends of the grid.
 
-        Works on halves of the grid's step, so that a floor finds the nearest odd
-        integer, and the codes of fewer bits are the high bits of these (nesting): to
-        halve the step is exact in floating point, and floors nest.
+        For n bits u = floor(x / (2 scale)) + z, because the values are 2 scale apart. Codes of
+        fewer bits are the high bits of these codes (nesting): doubling the scale is exact in
+        floating point, and floor(floor(t) / 2) = floor(t / 2).
 
         Args:
-          x: real numbers, float32.
-          half_steps_per_unit: 1 / (2 scale), broadcastable to x; 0 encodes the middle.
+          x: float32.
+          half_steps_per_unit: 1 / (2 scale), broadcastable to x; 0 gives the code z (`code_offset`).
+
+        Returns:
+          uint8 codes, in x's shape.
         """
         if self.ternary:
-            # Not by adding 0.5 and a floor: compilers round a product that is added to once or twice, as they please.
+            # Not floor(x * half_steps_per_unit + 0.5): compilers may fuse the product and the sum, which rounds
+            # once instead of twice, and the codes would differ between programs.
             steps = x * half_steps_per_unit
             return (steps >= -0.5).astype(jnp.uint8) + (steps >= 0.5).astype(jnp.uint8)
         return self._clip(jnp.floor(x * half_steps_per_unit) + self.code_offset)
@@ -100,14 +103,15 @@ class BipolarFormat:
     def encode_around(
         self, zero_code: Integer[Array, "..."] | int, x: Float[Array, "..."], half_steps_per_unit: Float[Array, "..."]
     ) -> UInt8[Array, "..."]:
-        """Codes on the grid shifted so that x = 0 has the code `zero_code` exactly.
+        """Codes on a grid that is shifted so that x = 0 has the code `zero_code`.
 
-        The numbers are then scale * (v - v0) with v0 = 2 zero_code - W: an offset of -scale * v0.
+        A code stands for scale * (v - v0) with v0 = 2 zero_code - W, that is for scale * v plus
+        the offset -scale * v0. Arguments and result as for `encode`.
         """
         return self._clip(jnp.floor(x * half_steps_per_unit + 0.5) + zero_code)
 
     def _clip(self, codes: Float[Array, "..."]) -> UInt8[Array, "..."]:
-        # While still floating point: a cast of what an integer cannot hold is undefined.
+        # Clips before the cast: casting a float that is out of the integer's range is undefined.
         return jnp.clip(codes, 0, self.max_value).astype(jnp.uint8)
 
     def values(self, codes: Integer[Array, "..."]) -> Integer[Array, "..."]:
@@ -115,30 +119,32 @@ class BipolarFormat:
         return 2 * codes.astype(jnp.int32) - self.max_value
 
     def signed_codes(self, codes: Integer[Array, "..."]) -> Integer[Array, "..."]:
-        """c = u - z as int8, what an int8 tensor core multiplies."""
+        """c = u - z as int8, the operand of int8 tensor cores."""
         return (codes.astype(jnp.int32) - self.code_offset).astype(jnp.int8)
 
     def bit(self, codes: Integer[Array, "..."], plane: int) -> Integer[Array, "..."]:
-        """Bit b_plane of every code, in the codes' dtype."""
+        """b_i of every code for i = plane, 0 or 1 in the codes' dtype."""
         if self.ternary:
             return (codes > plane).astype(codes.dtype)
         return (codes >> plane) & 1
 
     def max_contraction(self, other: BipolarFormat) -> int:
-        """Largest K for which the int32 sum of K products of values cannot overflow."""
+        """Largest K for which a sum of K products of values of both formats fits int32."""
         return _INT32_MAX // (self.max_value * other.max_value)
 
     def truncate(self, bits: int) -> BipolarFormat:
-        """The format of the top `bits` planes.
+        """The format of the `bits` highest planes.
 
         Raises:
-          ValueError: more bits than there are, or a ternary format, whose planes do not nest.
+          ValueError: bits outside 1 ... `self.bits`, or a ternary format, whose codes do not nest.
         """
         if self.ternary:
-            raise ValueError("a ternary format cannot be truncated: its two planes weigh the same; quantize anew")
+            raise ValueError(
+                "a ternary format cannot be truncated, because its two planes have the same weight: quantize again"
+            )
         if bits > self.bits:
             raise ValueError(
-                f"cannot truncate {self.bits} bits to {bits}: ask for at most {self.bits}, or quantize anew"
+                f"cannot truncate {self.bits} bits to {bits}: ask for at most {self.bits}, or quantize again"
             )
         return BipolarFormat(bits)
 
@@ -147,5 +153,5 @@ TERNARY = BipolarFormat(2, ternary=True)
 
 
 def as_format(bits: int | BipolarFormat) -> BipolarFormat:
-    """A format from a number of bits, or as it is."""
+    """The n-bit format of a number of bits; a `BipolarFormat` is returned unchanged."""
     return bits if isinstance(bits, BipolarFormat) else BipolarFormat(bits)

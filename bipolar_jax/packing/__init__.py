@@ -1,4 +1,4 @@
-"""Packed bit planes and the array made of them."""
+"""Arrays of bipolar numbers, packed as bit planes."""
 
 from bipolar_jax.packing.bipolar_array import BipolarArray
 from bipolar_jax.packing.pack import from_codes, quantize

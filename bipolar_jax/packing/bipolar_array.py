@@ -1,4 +1,4 @@
-"""A quantized array: bit planes, scales, and what kernels need beside them."""
+"""`BipolarArray`, the quantized array: bit planes, scales, offsets and row sums."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ class BipolarArray:
     """An array of bipolar numbers, packed along the axis that a matmul contracts.
 
     Make one with `bipolar_jax.quantize` or `from_codes`. It is a pytree: the four arrays
-    are its leaves, the rest is static. Leading batch axes are the leaves' leading axes, so
-    it can be stacked, vmapped and scanned over like an array. These always hold:
+    are its leaves, the other attributes are static. Batch axes lead in every leaf, so it can
+    be stacked, vmapped and scanned over like an array. Always:
 
-    - number[..., n, k] = scale[..., n, g] * value[..., n, k] + offset[..., n, g], g being
-      the group of k, and value an element of `format.grid()`;
-    - bit b of `planes[..., i, n, w]` is bit i of the code of element k = 32 w + b, and 0
-      where k is not below `contracted_size`;
+    - number[..., n, k] = scale[..., n, g] * value[..., n, k] + offset[..., n, g], where g is
+      the group of k and value an element of `format.grid()`;
+    - bit b of `planes[..., i, n, w]` is bit i of the code of element k = 32 w + b, and 0 for
+      k >= `contracted_size`;
     - `row_sums[..., n, g]` is the sum of the codes of group g of row n;
-    - `axis` -2 means that `shape` is (..., k, n), the layout of a kernel; -1 that it is
-      (..., n, k), the layout of an embedding. `T` turns one into the other.
+    - if `axis` is -2, `shape` is (..., k, n), the layout of a kernel; if it is -1, `shape` is
+      (..., n, k), the layout of an embedding. `T` converts between them.
 
     Attributes:
-      planes: bits, low plane first.
-      scale: size of one unit of value, float32; 0 for groups of zeros.
-      offset: number that value 0 stands for, float32; None if it is 0 everywhere.
-      row_sums: sums of codes, made once so that kernels need not.
+      planes: bit planes, low plane first.
+      scale: number per unit of value, float32; 0 for groups of zeros.
+      offset: number that the value 0 stands for, float32; None if all are 0.
+      row_sums: sums of codes, int32, stored because every product needs them.
       format: the grid.
-      contracted_size: k, without the bits that fill the last word.
-      axis: where k stands in `shape`, -1 or -2.
-      group_size: elements along k that share a scale, the last group being shorter if
-        k is no multiple; None for one group.
+      contracted_size: k, without padding.
+      axis: position of k in `shape`, -1 or -2.
+      group_size: elements along k that share a scale; the last group is shorter if
+        `group_size` does not divide k. None for one group.
     """
 
     planes: UInt32[Array, "*batch planes n words"]
@@ -64,13 +64,14 @@ class BipolarArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this stands for."""
+        """Shape of the dequantized array."""
         *batch, _, n, _ = self.planes.shape
         last_two = (self.contracted_size, n) if self.axis == -2 else (n, self.contracted_size)
         return (*batch, *last_two)
 
     @property
     def ndim(self) -> int:
+        """Number of axes of `shape`."""
         return self.planes.ndim - 1
 
     @property
@@ -80,26 +81,26 @@ class BipolarArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that planes, scales, offsets and row sums really occupy."""
+        """Size of planes, scales, offsets and row sums in memory, in bytes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def T(self) -> BipolarArray:  # noqa: N802 - numpy's name
-        """The last two axes swapped; no data moves."""
+        """The transpose of the last two axes; shares the data."""
         return dataclasses.replace(self, axis=-3 - self.axis)
 
     def __repr__(self) -> str:
-        if not hasattr(self.planes, "shape"):  # a pytree of something else, such as shardings
+        if not hasattr(self.planes, "shape"):  # a tree_map has put other objects in the leaves, such as shardings
             return f"BipolarArray({self.planes}, {self.scale}, {self.offset}, {self.row_sums})"
         offset = "" if self.offset is None else ", with offset"
         return f"BipolarArray(shape={self.shape}, bits={self.format.name}, group_size={self.group_size}{offset})"
 
     def codes(self) -> UInt8[Array, "*batch n k"]:
-        """Unsigned codes, contracted axis last, whatever `axis` is."""
+        """Unsigned codes; the contracted axis is last for either `axis`."""
         return unpack_codes(self.planes, self.format, self.contracted_size)
 
     def values(self) -> Int[Array, "*shape"]:
-        """The integers of the grid, int32, in `shape`."""
+        """Values 2 u - W, int32, in `shape`."""
         return self._as_shape(self.format.values(self.codes()))
 
     def dequantize(self) -> Float[Array, "*shape"]:
@@ -107,13 +108,13 @@ class BipolarArray:
         return self._as_shape(from_grid(self.codes(), self.format, self.scale, self.offset, self.group_size))
 
     def truncate(self, bits: int) -> BipolarArray:
-        """The same array at fewer bits: keeps the top planes and requantizes nothing.
+        """The array at fewer bits: keeps the high planes, and the offsets.
 
-        The top m of n planes are the codes that rounding to nearest gives on the m-bit
-        grid of scale * 2^(n - m) (nesting).
+        The m high planes of n hold the codes that rounding the same numbers to the m-bit grid
+        of scale * 2^(n - m) gives (nesting).
 
         Raises:
-          ValueError: more bits than there are, or a ternary format.
+          ValueError: bits outside 1 ... `self.bits`, or a ternary format.
         """
         shorter = self.format.truncate(bits)
         dropped = self.bits - bits
@@ -129,10 +130,10 @@ class BipolarArray:
         )
 
     def check(self) -> None:
-        """Raises ValueError unless the leaves' shapes agree with each other and with k.
+        """Raises ValueError if the shapes of the leaves do not fit each other and the static attributes.
 
-        A pytree can be put together wrongly by hand, or sharded along k, which the
-        packed words do not allow.
+        They may not if leaves were replaced by hand, or were sharded along k, which packed
+        words do not support.
         """
         *batch, planes, n, words = self.planes.shape
         per_group = (*batch, n, self.num_groups)
@@ -153,5 +154,5 @@ class BipolarArray:
 
 
 def code_sums(codes: UInt8[Array, "*batch n k"], group_size: int | None) -> Int[Array, "*batch n groups"]:
-    """Sum of the codes of every group of every row."""
+    """Sum of the codes of every group of every row, int32."""
     return jnp.sum(split_groups(codes, group_size), axis=-1, dtype=jnp.int32)

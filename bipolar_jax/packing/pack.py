@@ -1,4 +1,4 @@
-"""From arrays to `BipolarArray`."""
+"""Makes a `BipolarArray` from floats (`quantize`) or from integer codes (`from_codes`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bipolar_jax.packing.bipolar_array import BipolarArray, code_sums
 from bipolar_jax.packing.words import pack_codes
 from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.groups import check_group_size, num_groups
-from bipolar_jax.quantize.rounding import contracted_last, round_to_grid, rows_to_round
+from bipolar_jax.quantize.rounding import checked_rows, contracted_last, round_to_grid
 
 
 def quantize(
@@ -25,7 +25,7 @@ def quantize(
 ) -> BipolarArray:
     """Rounds a float array to the nearest bipolar numbers and packs them.
 
-    Not differentiable: gradients stop here. `fake_quant` has the straight-through one.
+    No gradient passes through it; for training, `fake_quant` has a straight-through gradient.
 
     Args:
       x: float32, bfloat16 or float16 with at least two axes: (..., k, n) or (..., n, k).
@@ -33,23 +33,24 @@ def quantize(
       bits: 1 to 8, or a `BipolarFormat` such as `TERNARY`.
       axis: the axis that a matmul will contract; one of the last two.
       group_size: elements along `axis` that share a scale, 1 to k; the last group is
-        shorter where k is no multiple. None shares one scale over the axis (per channel).
-      calibration: "absmax" puts the largest magnitude of a group on the largest value;
-        "mse" picks the scale of least squared error; "minmax" spans from the
-        smallest to the largest number with zero on the grid, by an offset: the best
-        for rounding trained weights to 3 bits or more; "absmean", for 1 bit and ternary, puts
-        the mean magnitude of a group on the largest value (XNOR-Net, arXiv 1603.05279;
-        BitNet, arXiv 2310.11453 and 2402.17764).
+        shorter if `group_size` does not divide k. None shares one scale over the axis (per
+        channel).
+      calibration: how the scale of a group is chosen. "absmax" puts the largest magnitude on
+        the largest value; "mse" finds the scale of least squared error, which may clip
+        outliers; "minmax" spans from the smallest to the largest number and puts zero on the
+        grid, by means of an offset; "absmean", for 1 bit and ternary, puts the mean magnitude
+        on the largest value (XNOR-Net, arXiv 1603.05279; BitNet, arXiv 2310.11453 and
+        2402.17764).
 
     Returns:
       A `BipolarArray` of x's shape. Groups of zeros get scale 0 and decode to zeros.
 
     Raises:
-      ValueError: bits outside 1..8, a dtype that is not float, NaN or Inf in a concrete x
-        (under a trace their groups' scales become NaN or Inf), zero-size axes, a wrong
-        axis, group size or calibration.
+      ValueError: bits outside 1..8, a dtype that is not float, NaN, Inf or magnitudes above
+        2^125 in a concrete x (in a traced x the scales of their groups become NaN or Inf), an
+        axis of size 0, or a wrong axis, group size or calibration.
     """
-    rows, number_format, from_end = rows_to_round(x, bits, axis, group_size, calibration, what="the array to quantize")
+    rows, number_format, from_end = checked_rows(x, bits, axis, group_size, calibration, name="the array to quantize")
     return _round_and_pack(rows, number_format, from_end, group_size, calibration)
 
 
@@ -67,27 +68,31 @@ def from_codes(
     offset: Float[Array, "*batch n groups"] | None = None,
     group_size: int | None = None,
 ) -> BipolarArray:
-    """Packs codes that are already known, such as another format's integers.
+    """Packs integer codes with their scales, such as those of another quantization format.
 
-    Any affine integer format w = d q + m with q in 0 ... 2^bits - 1 fits without loss:
-    its q are the codes, `scale` is d / 2 and `offset` is m + d (2^bits - 1) / 2.
+    Every affine integer format w = d q + m with q in 0 ... 2^bits - 1 can be represented: the
+    codes are q, `scale` is d / 2 and `offset` is m + d (2^bits - 1) / 2.
 
     Args:
       codes: integers in 0 ... format.max_value, of shape (..., k, n) or (..., n, k).
       bits: 1 to 8, or a `BipolarFormat`.
       axis: the contracted axis, one of the last two.
-      scale: size of one unit of value, for every row (the axis that is not contracted) and group.
-      offset: number that value 0 stands for, likewise, or None.
+      scale: number per unit of value, for each index n of the axis that is not contracted and
+        each group along k.
+      offset: number that the value 0 stands for, in the same shape; None for 0.
       group_size: see `quantize`.
 
+    Returns:
+      A `BipolarArray` of the codes' shape.
+
     Raises:
-      ValueError: codes outside the format's range (under a trace their rows' scales become
-        NaN instead), or a shape that does not fit.
+      ValueError: codes that are not integers or outside the format's range (for traced codes
+        the scales of their row become NaN instead), or shapes that do not fit.
     """
     codes = jnp.asarray(codes)
     number_format = as_format(bits)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise ValueError(f"codes must be integers, got {codes.dtype}: to round floats use bipolar_jax.quantize")
+        raise ValueError(f"codes must be integers, got {codes.dtype}: use bipolar_jax.quantize to round floats")
     if 0 in codes.shape:
         raise ValueError(f"codes have shape {tuple(codes.shape)}: every axis must have at least one element")
     if not isinstance(codes, jax.core.Tracer):

@@ -1,4 +1,4 @@
-"""Bit planes as 32-bit words along the contracted axis."""
+"""Bit planes packed into 32-bit words along the contracted axis."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _BIT_INDEX = np.arange(WORD_BITS, dtype=np.uint32)
 
 
 def num_words(k: int) -> int:
-    """Words that hold one plane of a row of k codes."""
+    """Number of words for one plane of a row of k codes."""
     return -(-k // WORD_BITS)
 
 
 def pack_codes(
     codes: UInt8[Array, "*batch n k"], number_format: BipolarFormat
 ) -> UInt32[Array, "*batch planes n words"]:
-    """Takes codes apart into planes: bit b of word w belongs to element 32 w + b.
+    """Splits codes into bit planes: bit b of word w belongs to element 32 w + b.
 
-    The last word is filled up with zero bits, which add nothing to any AND-popcount and
-    nothing to the row sums; the true k is the caller's to keep.
+    The last word is padded with zero bits, which add nothing to AND-popcounts and row sums.
+    The words do not store k; `unpack_codes` needs it.
     """
     k = codes.shape[-1]
     words = num_words(k)
-    filler = [(0, 0)] * (codes.ndim - 1) + [(0, words * WORD_BITS - k)]
+    padding = [(0, 0)] * (codes.ndim - 1) + [(0, words * WORD_BITS - k)]
     planes = []
     for plane in range(number_format.bits):
-        bits = jnp.pad(number_format.bit(codes, plane), filler).reshape(*codes.shape[:-1], words, WORD_BITS)
+        bits = jnp.pad(number_format.bit(codes, plane), padding).reshape(*codes.shape[:-1], words, WORD_BITS)
         planes.append(jnp.sum(bits.astype(jnp.uint32) << _BIT_INDEX, axis=-1, dtype=jnp.uint32))
     return jnp.stack(planes, axis=-3)
 
@@ -38,7 +38,7 @@ def pack_codes(
 def unpack_codes(
     planes: UInt32[Array, "*batch planes n words"], number_format: BipolarFormat, k: int
 ) -> UInt8[Array, "*batch n k"]:
-    """Puts planes together again: u = sum_i p_i b_i."""
+    """Inverse of `pack_codes`: u = sum_i p_i b_i."""
     codes = jnp.uint32(0)
     for plane, weight in enumerate(number_format.plane_weights):
         bits = (planes[..., plane, :, :, None] >> _BIT_INDEX) & 1

@@ -1,4 +1,4 @@
-"""How scales are chosen: from the numbers of one group to its scale and offset."""
+"""Calibration: the scale and the offset of every group of numbers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bipolar_jax.quantize.fixed_point import fixed_point_sum
 
 Calibration = Literal["absmax", "mse", "minmax", "absmean"]
 
-# The scales whose half reciprocal is a normal float32. A group with a smaller one counts
-# as zero; a larger one becomes Inf, which shows in everything computed from it.
+# For scales in this range 1 / (2 scale) is a normal float32. Smaller scales become 0, so that their group
+# decodes to zeros; larger ones become Inf, which reaches everything computed from the group.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**125
 
 _NUM_SHRINK_FACTORS = 48
 
 
 def check_calibration(calibration: str, number_format: BipolarFormat) -> None:
-    """Raises ValueError unless `calibration` is one of those below, and one for this format."""
+    """Raises ValueError if `calibration` is not a `Calibration`, or not one for this format."""
     if calibration not in get_args(Calibration):
         raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {calibration!r}")
     if calibration == "absmean" and number_format.bits > 1 and not number_format.ternary:
         raise ValueError(
             f'calibration "absmean" is for 1 bit and ternary weights, got {number_format.bits} bits: '
-            'use "mse", whose scale also follows the bulk of the numbers'
+            'use "mse", which may also clip outliers'
         )
 
 
@@ -38,26 +38,26 @@ def calibrate(
     number_format: BipolarFormat,
     calibration: Calibration,
 ) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"] | None]:
-    """Scale, and offset or None, of every group.
+    """Computes the scale of every group, and its offset for "minmax".
 
     Args:
-      x: float32, zero wherever `valid` is False.
-      valid: which elements are numbers of the caller's.
+      x: float32, split into groups; 0 where `valid` is False.
+      valid: False for the zeros that pad the last group.
       number_format: the grid to fit.
-      calibration: "absmax" puts the largest magnitude on the largest value; "mse"
-        minimizes the squared error over a range of scales, so that outliers may be
-        clipped; "minmax" spans from the smallest to the largest number with zero on the
-        grid, which takes an offset; "absmean", for 1 bit and ternary, puts the mean
-        magnitude on the largest value.
+      calibration: "absmax" puts the largest magnitude on the largest value; "mse" finds the
+        scale of least squared error, which may clip outliers; "minmax" spans from the smallest
+        to the largest number and puts zero on the grid, by means of an offset; "absmean", for
+        1 bit and ternary, puts the mean magnitude on the largest value.
 
     Returns:
-      float32 scales (0 for groups of zeros; NaN if the group has NaN) and offsets.
+      float32 scales (0 for groups of zeros, NaN for groups with NaN), and float32 offsets or
+      None.
     """
     if calibration == "minmax":
         scale, zero_value = spanning_grid(x, number_format)
         return scale, -scale * zero_value.astype(jnp.float32)
     if calibration == "absmean":
-        # The zeros that fill the last group add nothing.
+        # The padding is zero and adds nothing to the sum.
         lengths = valid.sum(axis=-1).astype(np.float32)
         return flush_scale(fixed_point_sum(jnp.abs(x)) / (lengths * number_format.max_value)), None
     scale = absmax_scale(x, number_format)
@@ -67,46 +67,47 @@ def calibrate(
 
 
 def absmax_scale(x: Float[Array, "*rows size"], number_format: BipolarFormat) -> Float[Array, "*rows"]:
-    """max |x| / max_value over the last axis, float32."""
+    """max |x| / max_value over the last axis, float32; NaN for rows with NaN."""
     x = x.astype(jnp.float32)
-    return flush_scale(_keep_nan(x, jnp.max(jnp.abs(x), axis=-1)) / number_format.max_value)
+    return flush_scale(_propagate_nan(x, jnp.max(jnp.abs(x), axis=-1)) / number_format.max_value)
 
 
 def spanning_grid(
     x: Float[Array, "*rows size"], number_format: BipolarFormat
 ) -> tuple[Float[Array, "*rows"], Int[Array, "*rows"]]:
-    """The grid scale * (v - v0) that spans exactly from the smallest to the largest number, zero included.
+    """Fits the grid scale * (v - v0) to the range of each row; the grid contains zero.
 
-    The odd grid alone has no zero: where an outlier sets the scale it turns all the small
-    numbers beside it into +-scale. Language models have such weights and such tokens. One
-    bit has no room for a zero and stays symmetric.
+    The range is from min(x, 0) to max(x, 0); v0 is rounded to the grid. Without an offset the
+    grid has no zero: where an outlier sets a large scale, every small number becomes +-scale,
+    and weights and tokens of language models have such outliers. One bit has two values, too
+    few for a zero, so its grid stays symmetric.
 
     Returns:
-      Scales, float32, as `absmax_scale`; and v0, the value that zero has, int32.
+      float32 scales as in `absmax_scale`; int32 v0, the value that zero is encoded as.
     """
     x = x.astype(jnp.float32)
     if number_format.bits == 1:
         return absmax_scale(x, number_format), jnp.zeros(x.shape[:-1], jnp.int32)
     low = jnp.minimum(jnp.min(x, axis=-1), 0)
     high = jnp.maximum(jnp.max(x, axis=-1), 0)
-    # Halved before they are subtracted: high - low may exceed the largest float32.
-    scale = flush_scale(_keep_nan(x, high / 2 - low / 2) / number_format.max_value)
+    # Halves are subtracted because high - low may exceed the largest float32.
+    scale = flush_scale(_propagate_nan(x, high / 2 - low / 2) / number_format.max_value)
     zero_code = jnp.clip(jnp.floor(0.5 - low * half_steps_per_unit(scale)), 0, number_format.max_value)
     return scale, number_format.values(zero_code.astype(jnp.int32))
 
 
-def _keep_nan(x: Float[Array, "*rows size"], extreme: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """NaN for rows that hold any: XLA's maximum over some thousand numbers loses them on CPUs."""
+def _propagate_nan(x: Float[Array, "*rows size"], extreme: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """NaN for rows with NaN, else `extreme`: XLA's maximum over thousands of numbers drops NaN on CPUs."""
     return jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, extreme)
 
 
 def half_steps_per_unit(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """1 / (2 scale), what `BipolarFormat.encode` multiplies by; 0 where the scale is 0."""
+    """1 / (2 scale), an argument of `BipolarFormat.encode`; 0 where the scale is 0."""
     return jnp.where(scale == 0, 0.0, 0.5 / jnp.where(scale == 0, 1.0, scale))
 
 
 def flush_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 and Inf in place of scales outside SMALLEST_SCALE ... LARGEST_SCALE; NaN stays."""
+    """Replaces scales below SMALLEST_SCALE by 0 and above LARGEST_SCALE by Inf; keeps NaN."""
     return jnp.where(scale < SMALLEST_SCALE, 0.0, jnp.where(scale > LARGEST_SCALE, jnp.inf, scale))
 
 
@@ -116,17 +117,25 @@ def _least_squares_scale(
     number_format: BipolarFormat,
     largest: Float[Array, "*rows groups"],
 ) -> Float[Array, "*rows groups"]:
-    """Best of the shrink factors; for its codes, the scale that least squares gives.
+    """Searches the scale of least squared error among scales of at most `largest`.
 
-    For fixed values v the squared error sum (x - s v)^2 is least at s = <x, v> / <v, v>;
-    it is then <x, x> + s (s <v, v> - 2 <x, v>), of which the first term is the same for
-    all and is left out. Rounding anew at the fitted scale can only lessen it.
+    Each candidate scale gives codes, and these codes a fitted scale: for fixed values v the
+    squared error sum (x - s v)^2 is least at s = <x, v> / <v, v>, where it is
+    <x, x> + s (s <v, v> - 2 <x, v>). The term <x, x> is the same for all candidates and is
+    left out. Encoding again at the fitted scale cannot increase the error.
+
+    Args:
+      x, valid, number_format: as for `calibrate`.
+      largest: `absmax_scale` of the groups; candidates are this times factors up to 1.
+
+    Returns:
+      float32 scales.
     """
 
-    # In units of `largest`, so that no product can overflow.
+    # In units of `largest`, so that no product overflows.
     unit = 2 * x * half_steps_per_unit(largest)[..., None]
 
-    def attempt(best, shrink):
+    def try_factor(best, shrink):
         best_error, best_scale = best
         codes = number_format.encode(unit, 0.5 / shrink)
         values = jnp.where(valid, number_format.values(codes), 0).astype(jnp.float32)
@@ -137,9 +146,9 @@ def _least_squares_scale(
         return (jnp.where(better, error, best_error), jnp.where(better, fitted, best_scale)), None
 
     start = (jnp.full_like(largest, jnp.inf), jnp.ones_like(largest))
-    # One bit wants the mean of |x|, about 1/4 of the largest of a few hundred normal numbers
-    # and less of long tails; eight bits want nearly all of it.
+    # The best scale at 1 bit is the mean of |x|: about 1/4 of the largest among a few hundred normal numbers,
+    # less for heavy tails. At 8 bits it is close to `largest`.
     smallest = 0.1 ** (2 / (number_format.bits + 1))
     shrink_factors = np.geomspace(1.0, smallest, _NUM_SHRINK_FACTORS, dtype=np.float32)
-    (_, fitted), _ = jax.lax.scan(attempt, start, jnp.asarray(shrink_factors))
+    (_, fitted), _ = jax.lax.scan(try_factor, start, jnp.asarray(shrink_factors))
     return flush_scale(fitted * largest)

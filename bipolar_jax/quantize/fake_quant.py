@@ -1,4 +1,4 @@
-"""Quantization in floating point, for training and for looking at errors."""
+"""Rounding to the bipolar grid in floating point, with a straight-through gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.groups import spread_groups
-from bipolar_jax.quantize.rounding import from_grid, round_to_grid, rows_to_round
+from bipolar_jax.quantize.rounding import checked_rows, from_grid, round_to_grid
 
 
 def fake_quant(
@@ -22,30 +22,28 @@ def fake_quant(
     calibration: Calibration = "absmax",
     clip_gradient: bool = True,
 ) -> Float[Array, "*shape"]:
-    """Rounds to the bipolar grid and back; `quantize(...).dequantize()` without the packing.
+    """Rounds to the bipolar grid and back: `quantize(...).dequantize()` without packing.
 
-    The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 where the
-    number lies within the grid's range, to half a step beyond its ends, and 0 where it
-    was clipped (the hard-tanh estimator of arXiv 1602.02830), which happens only under
-    `calibration="mse"` and "absmean". Scales count as constants.
+    The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 for numbers within
+    the grid's range or up to half a step beyond its ends, 0 for clipped numbers (the hard-tanh
+    estimator of arXiv 1602.02830). Only `calibration` "mse" and "absmean" clip. The scales are
+    treated as constants.
 
     Args:
       x: float32, bfloat16 or float16, at least two axes.
       bits: 1 to 8, or a `BipolarFormat`.
-      axis: the contracted axis, along which scales are shared; one of the last two.
+      axis: the contracted axis, one of the last two; scales are shared along it.
       group_size: elements that share a scale; None for the whole axis.
       calibration: see `quantize`.
-      clip_gradient: False gives clipped numbers a gradient of 1 too.
+      clip_gradient: False makes the gradient 1 for clipped numbers too.
 
     Returns:
-      The same shape and dtype.
+      x's shape and dtype.
 
     Raises:
       ValueError: as `quantize`.
     """
-    rows, number_format, from_end = rows_to_round(
-        x, bits, axis, group_size, calibration, what="the input of fake_quant"
-    )
+    rows, number_format, from_end = checked_rows(x, bits, axis, group_size, calibration, name="the input of fake_quant")
     rounded = _straight_through(rows, number_format, group_size, calibration, clip_gradient)
     return rounded if from_end == -1 else jnp.swapaxes(rounded, -1, -2)
 

@@ -1,9 +1,9 @@
-"""Sums and means of floats that do not depend on the order in which numbers are added up.
+"""Sums and means of floats that do not depend on the order of summation.
 
-A compiler adds up in another order wherever a sum stands in another program: weights that are
-packed in a training step would get other scales than the same weights packed for inference, in
-the last bit, and some of them other codes. Integers have no such order, so floats are rounded to
-fixed point first.
+XLA chooses the order of a float sum anew in every program. Weights packed in a training step would
+then get scales that differ in the last bit from those of the same weights packed for inference, and
+some codes would differ. Integer sums are exact in any order, so floats are rounded to fixed point
+and added as int32.
 """
 
 from __future__ import annotations
@@ -12,45 +12,47 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Of int32, that sums of n numbers may fill; those of a row are below 4, and what is left of them at most 1 / 2.
+# Bits of int32 that a sum may use: a term is below 4 times `unit`, a residual at most half a coarse step.
 _SUM_BITS = 30
-# Numbers that are summed at a time; their sums are summed likewise. The more, the coarser the steps.
-_RUN = 4096
+# Numbers in one int32 sum; longer rows are summed in chunks, and then the sums. More terms need coarser steps.
+_CHUNK = 4096
 
 
 @jax.custom_jvp
 def fixed_point_sum(x: Float[Array, "*rows size"]) -> Float[Array, "*rows"]:
-    """Sums along the last axis, the same bits in every program.
+    """Sums along the last axis; every program gives the same bits.
 
-    Each number is taken apart into a multiple of a large step, whole, and one of a small step, rounded; both have
-    sums that int32 holds. The large step is n / 2^28 of the power of two below the largest magnitude of n numbers,
-    the small one n / 2^31 of that, n being 4096 at most: sums of magnitudes are within 3e-7 of the exact ones,
-    outliers among them or not. NaN where a row holds any NaN or Inf. Differentiable.
+    Each number is split into a multiple of a coarse step and a residual, which is rounded to a multiple of a fine
+    step. Both multiples are summed in int32 without overflow. For n numbers (at most 4096 at a time, n rounded up to
+    a power of two) whose largest magnitude is at least the power of two u, the coarse step is u n / 2^28 and the fine
+    one n / 2^31 of that. The error is at most 3e-7 of the sum of magnitudes, with or without outliers.
+
+    Differentiable; the derivative is that of a float sum.
 
     Args:
       x: any float dtype.
 
     Returns:
-      float32.
+      float32; NaN for rows with NaN or Inf.
     """
     x = x.astype(jnp.float32)
     size = x.shape[-1]
-    if size > _RUN:
-        filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % _RUN)])
-        return fixed_point_sum(fixed_point_sum(filled.reshape(*x.shape[:-1], -1, _RUN)))
+    if size > _CHUNK:
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % _CHUNK)])
+        return fixed_point_sum(fixed_point_sum(padded.reshape(*x.shape[:-1], -1, _CHUNK)))
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
-    # The power of two below it, by its bits; a row of zeros or of subnormal numbers has the smallest.
+    # `unit` is the power of two at or below `largest`, from its exponent bits; 2^-126 for zeros and subnormals.
     exponent = jnp.clip(jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23, 1, 253)
     unit, per_unit = (jax.lax.bitcast_convert_type(bits << 23, jnp.float32) for bits in (exponent, 254 - exponent))
     size_bits = max(size - 1, 0).bit_length()
     per_step, steps = 2.0 ** (_SUM_BITS - 2 - size_bits), 2.0 ** (_SUM_BITS + 1 - size_bits)
-    # Powers of two multiply without rounding, and what is left of a number is exact.
+    # Products with powers of two and the difference scaled - coarse are exact.
     scaled = x * per_unit * per_step
-    whole = jnp.round(scaled)
-    left = jnp.round((scaled - whole) * steps)
-    large, small = (jnp.sum(part.astype(jnp.int32), axis=-1).astype(jnp.float32) for part in (whole, left))
-    total = (large + small * (1 / steps)) * (1 / per_step) * unit[..., 0]
-    # Not by the largest: XLA's maximum over some thousand numbers loses NaN on CPUs.
+    coarse = jnp.round(scaled)
+    fine = jnp.round((scaled - coarse) * steps)
+    coarse_sum, fine_sum = (jnp.sum(terms.astype(jnp.int32), axis=-1).astype(jnp.float32) for terms in (coarse, fine))
+    total = (coarse_sum + fine_sum * (1 / steps)) * (1 / per_step) * unit[..., 0]
+    # `largest` cannot tell: XLA's maximum over thousands of numbers drops NaN on CPUs.
     return jnp.where(jnp.all(jnp.isfinite(x), axis=-1), total, jnp.nan)
 
 
@@ -60,5 +62,5 @@ def _(primals, tangents):
 
 
 def fixed_point_mean(x: Float[Array, "*rows size"]) -> Float[Array, "*rows"]:
-    """Means along the last axis, float32; see `fixed_point_sum`."""
+    """Means along the last axis, float32, by `fixed_point_sum`; 0 for rows of size 0."""
     return fixed_point_sum(x) / max(x.shape[-1], 1)

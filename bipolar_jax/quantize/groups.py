@@ -1,4 +1,4 @@
-"""Runs of the contracted axis that share one scale."""
+"""Groups: runs of consecutive elements of the contracted axis that share one scale."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Shaped
 
 
 def num_groups(k: int, group_size: int | None) -> int:
-    """Groups along a contracted axis of size k; None is one group over all of it."""
+    """Number of groups along a contracted axis of size k; `group_size` None is one group of size k."""
     return 1 if group_size is None else -(-k // group_size)
 
 
 def check_group_size(k: int, group_size: int | None) -> None:
-    """Raises ValueError unless 1 <= group_size <= k, or None."""
+    """Raises ValueError unless `group_size` is None or an integer from 1 to k."""
     if group_size is None:
         return
     if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer) or not 1 <= group_size <= k:
@@ -24,32 +24,32 @@ def check_group_size(k: int, group_size: int | None) -> None:
 
 
 def split_groups(x: Shaped[Array, "*rows k"], group_size: int | None) -> Shaped[Array, "*rows groups size"]:
-    """Splits the last axis into groups, the last one filled up with zeros."""
+    """Splits the last axis into groups; pads the last group with zeros."""
     k = x.shape[-1]
     groups = num_groups(k, group_size)
     size = k if group_size is None else group_size
-    filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - k)])
-    return filled.reshape(*x.shape[:-1], groups, size)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - k)])
+    return padded.reshape(*x.shape[:-1], groups, size)
 
 
 def join_groups(x: Shaped[Array, "*rows groups size"], k: int) -> Shaped[Array, "*rows k"]:
-    """Inverse of `split_groups`: drops what filled the last group."""
+    """Inverse of `split_groups`: joins the groups and drops the padding."""
     return x.reshape(*x.shape[:-2], -1)[..., :k]
 
 
 def valid_mask(k: int, group_size: int | None) -> Bool[np.ndarray, "groups size"]:
-    """False where `split_groups` put zeros of its own."""
+    """True for elements, False for the padding that `split_groups` adds."""
     groups = num_groups(k, group_size)
     size = k if group_size is None else group_size
     return (np.arange(groups * size) < k).reshape(groups, size)
 
 
 def group_lengths(k: int, group_size: int | None) -> np.ndarray:
-    """True length of every group, int32 [groups]."""
+    """Number of elements of every group without padding, int32 [groups]."""
     return valid_mask(k, group_size).sum(axis=-1).astype(np.int32)
 
 
 def spread_groups(per_group: Shaped[Array, "*rows groups"], k: int, group_size: int | None) -> Shaped[Array, "*rows k"]:
-    """Repeats a figure of each group over the elements of the group."""
+    """Repeats the number of each group for every element of that group."""
     size = k if group_size is None else group_size
     return jnp.repeat(per_group, size, axis=-1)[..., :k]

@@ -1,8 +1,8 @@
-"""Scales that training finds: learned step size quantization (LSQ).
+"""Learned step size quantization (LSQ): scales that are trained with the weights.
 
-Source: Esser et al. 2020, arXiv 1902.08153. The paper's step size s is here 2 * scale, its
-levels round(w / s) are here values / 2 (halves of odd integers; integers for ternary), and
-its Q_N = Q_P is here max_value / 2.
+Source: Esser et al. 2020, arXiv 1902.08153. In terms of this package the paper's step size s is
+2 * scale, its levels round(w / s) are values / 2 (halves of odd integers; integers for ternary),
+and its Q_N = Q_P is max_value / 2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bipolar_jax.quantize.rounding import encode_rows
 def initial_step_size(
     rows: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int | None
 ) -> Float[Array, "*rows groups"]:
-    """2 <|w|> / sqrt(Q_P), float32 (section 2.1 of the paper)."""
+    """The step size to begin with, 2 mean(|w|) / sqrt(Q_P) for each group, float32 (section 2.1 of the paper)."""
     magnitudes = jnp.sum(split_groups(jnp.abs(rows.astype(jnp.float32)), group_size), axis=-1)
     mean = magnitudes / group_lengths(rows.shape[-1], group_size)
     return 2 * mean / np.sqrt(number_format.max_value / 2)
@@ -35,13 +35,17 @@ def round_by_step_size(
     number_format: BipolarFormat,
     group_size: int | None,
 ) -> tuple[UInt8[Array, "*rows k"], Float[Array, "*rows groups"]]:
-    """Codes, and scales in float32: half of the step sizes. Steps that are not positive count as 0."""
+    """Encodes rows with given step sizes.
+
+    Returns:
+      uint8 codes, and float32 scales as `scale_of_step` gives.
+    """
     scale = scale_of_step(step_size)
     return encode_rows(rows, number_format, half_steps_per_unit(scale), None, group_size), scale
 
 
 def scale_of_step(step_size: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Half of it, float32; 0 for steps that are not positive."""
+    """scale = step_size / 2, float32; 0 for steps that are not positive."""
     return flush_scale(step_size.astype(jnp.float32) / 2)
 
 
@@ -52,19 +56,19 @@ def fake_quant_by_step_size(
     number_format: BipolarFormat,
     group_size: int | None,
 ) -> Float[Array, "*rows k"]:
-    """Rounds to the grid of the given steps and back, with the paper's gradients.
+    """Rounds to the grid of the given step sizes and back, with the paper's gradients.
 
     With u = w / s and Q = max_value / 2, the derivatives of the result are
 
-    - by w: 1 where |u| < Q, else 0 (equation 5);
-    - by s: round(u) - u where |u| < Q, else -Q or Q (equation 3), all of it times
-      1 / sqrt(N Q), N being the numbers that share the step (section 2.2).
+    - with respect to w: 1 where |u| < Q, else 0 (equation 5);
+    - with respect to s: round(u) - u where |u| < Q, else -Q or Q (equation 3); the sum over a
+      group is multiplied by 1 / sqrt(N Q), N being the size of the group (section 2.2).
 
     Args:
-      rows: contracted axis last.
+      rows: any float dtype, contracted axis last.
       step_size: one for each group of each row; see `initial_step_size`.
       number_format: the grid.
-      group_size: numbers that share a step; None for all of a row.
+      group_size: numbers that share a step size; None for all of a row.
 
     Returns:
       float32.
@@ -83,7 +87,7 @@ def _backward(number_format, group_size, residuals, cotangent):
     rows, step_size, levels = residuals
     k, largest = rows.shape[-1], number_format.max_value / 2
     u = rows.astype(jnp.float32) * spread_groups(2 * half_steps_per_unit(step_size), k, group_size)
-    # A step that is not positive rounds nothing: everything counts as beyond its range.
+    # For a step that is not positive, every number counts as beyond the range.
     inside = (jnp.abs(u) < largest) & spread_groups(step_size > 0, k, group_size)
     by_step = jnp.where(inside, levels - u, largest * jnp.sign(rows))
     balance = 1 / jnp.sqrt(group_lengths(k, group_size) * jnp.float32(largest))

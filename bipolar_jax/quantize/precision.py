@@ -1,4 +1,4 @@
-"""How to quantize, apart from what was quantized."""
+"""`Precision`: bits of weights and activations, groups and calibration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bipolar_jax.quantize.calibration import Calibration, check_calibration
 
 
 def activation_format(a_bits: int) -> BipolarFormat:
-    """The format of activations. Raises ValueError unless a_bits is from 1 to 8."""
+    """The n-bit format of activations. Raises ValueError unless `a_bits` is from 1 to 8."""
     try:
         return BipolarFormat(a_bits)
     except ValueError as error:
@@ -22,14 +22,18 @@ _PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+))?")
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Bits of weights and activations, and how the weights' scales are chosen.
+    """Bits of weights and activations, and how the scales of weights are chosen.
 
     Attributes:
       w_bits: weight bits 1..8, or `TERNARY`.
-      a_bits: activation bits 1..8, quantized per token at run time; None leaves them float.
-      group_size: weights that share a scale along the contracted axis; None is one
-        scale per output channel.
-      calibration: how weight scales are chosen, see `quantize`.
+      a_bits: activation bits 1..8; activations are quantized per token at run time. None
+        leaves them float.
+      group_size: weights along the contracted axis that share a scale; None is one scale per
+        output channel.
+      calibration: how the scales of weights are chosen, see `quantize`.
+
+    Raises:
+      ValueError: a value outside the above.
     """
 
     w_bits: int | BipolarFormat
@@ -39,7 +43,7 @@ class Precision:
 
     def __post_init__(self):
         if isinstance(self.w_bits, str):
-            raise ValueError(f"w_bits is the text {self.w_bits!r}: read it with Precision.parse")
+            raise ValueError(f"w_bits is the string {self.w_bits!r}: use Precision.parse, or give a number of bits")
         number_format = as_format(self.w_bits)
         object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
         if self.a_bits is not None:
@@ -50,16 +54,16 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str, calibration: Calibration = "absmax") -> Precision:
-        """Reads the field's notation: "W4A8", "W4A8g64", "W4A16" (float activations), "W1.58A8".
+        """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
 
         Raises:
-          ValueError: other notation, or bits outside 1..8.
+          ValueError: text of another form, or bits outside 1..8.
         """
         match = _PATTERN.fullmatch(text.strip())
         if not match:
             raise ValueError(
                 f"precision {text!r} is not of the form W4A8 or W4A8g64: weight bits 1..8 or 1.58, "
-                "activation bits 1..8 or 16 for float, and the group size if any"
+                "activation bits 1..8 or 16 for float, and optionally a group size"
             )
         return cls(
             w_bits=TERNARY if match["w"] == "1.58" else int(match["w"]),

@@ -1,1 +1,1 @@
-"""Measured choices, one JSON table a device; `experiments/bench/tune.py` writes them."""
+"""Tuning tables: the fastest measured kernel configurations, one JSON file per device (`experiments/bench/tune.py`)."""

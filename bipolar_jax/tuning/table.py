@@ -1,4 +1,4 @@
-"""Reads the tables."""
+"""Reads tuning tables and finds the entry nearest to a problem."""
 
 from __future__ import annotations
 
@@ -8,43 +8,45 @@ import json
 import math
 from typing import Any
 
-# GPUs of the same chip, but for its memory: one takes the other's entry where it has none that is near.
+# GPUs with the same chip but other memory: where one has no entry that is near enough, the other's entry is used.
 _SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 
-# How far, in octaves over all three sizes together, a measured problem may be from the one asked for.
-_FARTHEST = 1.5
+# Largest distance of an entry that is used: the sum over m, n and steps of |log2(asked / measured)|.
+_MAX_DISTANCE = 1.5
 
 
 def table_name(device_kind: str) -> str:
-    """The file that holds a device's table, such as "nvidia_h200.json" for "NVIDIA H200"."""
+    """File name of a device's table, such as "nvidia_h200.json" for "NVIDIA H200"."""
     return device_kind.lower().replace(" ", "_") + ".json"
 
 
 @functools.cache
 def load_table(device_kind: str) -> dict[str, Any] | None:
-    """A device's table, or None where none is shipped."""
+    """Reads a device's table; None if the package has none for it."""
     file = importlib.resources.files(__package__) / table_name(device_kind)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def entries_of_kind(device_kind: str, kind: str) -> list[dict[str, Any]]:
-    """What was measured of one kind on a device itself."""
+    """The entries of one kind in the table of the device itself; [] if it has no table."""
     table = load_table(device_kind)
     return [] if table is None else [entry for entry in table["entries"] if entry["kind"] == kind]
 
 
 @functools.cache
 def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> dict[str, Any] | None:
-    """The entry measured for the most similar product, or None if none is similar.
+    """The entry of the nearest measured product, or None if none is near enough.
 
-    Those of a GPU of the same chip serve where the device has none that is similar.
+    Looks in the device's own table first, then in that of a GPU with the same chip.
 
     Args:
-      device_kind: as JAX names it.
-      kind: of operands, "planes" or "int8"; or of the kernel, `plan.FEW_TOKENS`.
-      m: rows of the output, or what they are in the kernel's units.
-      n: its columns.
-      steps: length of the mainloop, in 128-byte rows of K over all pairs of planes.
+      device_kind: the device's name in JAX.
+      kind: "planes" or "int8", the operands of the product of many tokens; "few tokens" for the
+        product of few tokens.
+      m: rows of the output; for "few tokens" the accumulator's columns.
+      n: columns of the output.
+      steps: steps of the mainloop: 128-byte rows of K, summed over all pairs of planes, or for
+        "few tokens" over the planes of the weights.
     """
 
     def distance(entry):
@@ -53,6 +55,6 @@ def nearest_entry(device_kind: str, kind: str, m: int, n: int, steps: int) -> di
 
     for device in (device_kind, _SAME_CHIP.get(device_kind, device_kind)):
         nearest = min(entries_of_kind(device, kind), key=distance, default=None)
-        if nearest is not None and distance(nearest) <= _FARTHEST:
+        if nearest is not None and distance(nearest) <= _MAX_DISTANCE:
             return nearest
     return None

@@ -1,4 +1,4 @@
-"""bipolar_jax.checkpoint: what is written comes back bit for bit, and a save is whole or not at all."""
+"""`save` and `load` restore every array bit for bit; a save that fails leaves the old file unchanged."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ import safetensors.numpy
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, load, quantize, save
 from bipolar_jax.checkpoint import packed_file, read_user
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+from tests.support.random_arrays import normal
 
 
 def assert_same(one, other):
@@ -49,8 +46,8 @@ def test_plain_arrays_come_back_bit_for_bit(tmp_path, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64"])
-def test_arrays_that_jax_would_narrow_are_kept_or_refused(tmp_path, dtype):
-    """jax has no 64 bits by default: 2^40 would come back as 0, 1 + 2^-40 as 1."""
+def test_arrays_of_64_bits_are_kept_or_refused(tmp_path, dtype):
+    """By default JAX narrows to 32 bits: 2^40 would be loaded as 0 and 1 + 2^-40 as 1."""
     array = np.array([2**40 + 1], "int64") if dtype == "int64" else np.array([1 + 2.0**-40])
     try:
         save(tmp_path / "a", {"a": array})
@@ -60,7 +57,7 @@ def test_arrays_that_jax_would_narrow_are_kept_or_refused(tmp_path, dtype):
     assert np.asarray(loaded).tolist() == array.tolist()
 
 
-def test_numpy_arrays_of_any_layout_come_back(tmp_path):
+def test_numpy_arrays_of_any_memory_layout_come_back(tmp_path):
     tree = {"fortran": np.asfortranarray(normal(3, 5)), "strided": normal(6, 4)[::2, ::-1]}
     save(tmp_path / "a", tree)
     assert_same(load(tmp_path / "a"), jax.tree.map(jnp.array, tree))
@@ -111,13 +108,13 @@ def test_loading_impossible_bits_raises(tmp_path, bits):
 
 
 def header_of(raw: bytes) -> tuple[dict, int]:
-    """The safetensors header, and where the data begins."""
+    """The safetensors header, and the offset of the data."""
     (length,) = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8 : 8 + length]), 8 + length
 
 
 def test_loading_fewer_bits_reads_only_the_top_planes(tmp_path):
-    """The low planes are overwritten: the top ones load all the same, the whole does not."""
+    """With the low planes overwritten, the high planes still load; reading more planes raises."""
     w = quantize(normal(64, 6), 4, 0)
     save(tmp_path / "w", {"w": w})
     raw = bytearray((tmp_path / "w").read_bytes())
@@ -141,14 +138,14 @@ def test_loading_fewer_bits_reads_only_the_top_planes(tmp_path):
         ({"a/b": jnp.ones(1)}, r"'a/b'.*'/'.*rename"),
     ],
 )
-def test_what_cannot_be_written_is_named(tmp_path, tree, message):
+def test_errors_of_save_name_the_leaf_or_the_key(tmp_path, tree, message):
     with pytest.raises(ValueError, match=message):
         save(tmp_path / "x", tree)
     assert os.listdir(tmp_path) == []
 
 
-def test_names_that_collide_are_refused_or_kept_apart(tmp_path):
-    """`a` is written as a.planes and so on; another array may have that very name."""
+def test_keys_that_look_like_fields_are_refused_or_kept_apart(tmp_path):
+    """The packed array `a` is written as a.planes and so on; here another array is named a.planes."""
     w = quantize(normal(40, 6), 4, 0)
     tree = {"a": w, "a.planes": jnp.ones(3)}
     try:
@@ -190,7 +187,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert_same(load(tmp_path / "x"), {"a": jnp.ones(3)})
 
 
-def test_a_tree_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_tree_that_is_refused_leaves_the_old_file_and_nothing_else(tmp_path):
     save(tmp_path / "x", {"a": jnp.ones(3)})
     with pytest.raises(ValueError, match="b is a str"):
         save(tmp_path / "x", {"a": jnp.zeros(3), "b": "text"})
@@ -208,7 +205,7 @@ def test_saving_replaces_and_makes_directories(tmp_path):
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
-    """1024 x 64 weights in groups of 128: planes, and 4 + 4 bytes a group for scale and code sum."""
+    """1024 x 64 weights in groups of 128: the planes, and 4 + 4 bytes per group for scale and row sum."""
     w: BipolarArray = quantize(normal(1024, 64), bits, 0, 128)
     save(tmp_path / "w", {"w": w})
     raw = (tmp_path / "w").read_bytes()
@@ -217,7 +214,7 @@ def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
     assert data < 2048
 
 
-def test_an_array_that_takes_the_name_of_a_field_is_refused(tmp_path):
+def test_an_array_named_like_a_field_is_refused(tmp_path):
     w = quantize(np.ones((4, 4), np.float32), 4, -2)
-    with pytest.raises(ValueError, match=r"\['w.offset'\] are names that the fields of packed arrays take"):
+    with pytest.raises(ValueError, match=r"\['w.offset'\] are tensor names of fields of packed arrays"):
         save(tmp_path / "x.safetensors", {"w": w, "w.offset": np.ones((4, 1), np.float32)})

@@ -1,4 +1,4 @@
-"""bipolar_jax.checkpoint: damage anywhere in a file, and files that are something else, raise ValueError."""
+"""`load` raises ValueError for damage anywhere in a file, and for files that `save` did not write."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, load, quantize, save
 from bipolar_jax.checkpoint import read_user
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+from tests.support.random_arrays import normal
 
 
 def header_of(raw: bytes) -> tuple[dict, int]:
-    """The safetensors header, and where the data begins."""
+    """The safetensors header, and the offset of the data."""
     (length,) = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8 : 8 + length]), 8 + length
 
@@ -54,7 +51,7 @@ def flipped(raw: bytes, bit: int) -> bytes:
 
 
 def test_a_flipped_bit_anywhere_is_refused(intact):
-    """About 600 of them, evenly spread over length, header, padding and data."""
+    """About 600 bits, evenly spread over length, header, padding and data."""
     raw, path = intact
     for bit in [*range(64), *range(64, 8 * len(raw), max(1, 8 * len(raw) // 540))]:
         assert_refused(path, flipped(raw, bit))
@@ -80,7 +77,7 @@ def test_bytes_after_the_end_are_refused(intact):
 
 
 def with_body(raw: bytes, change) -> bytes:
-    """The file with another body under a right checksum."""
+    """The file with changed metadata and the checksum of the changed metadata."""
     header, data = header_of(raw)
     body = json.loads(header["__metadata__"]["bipolar_jax"][8:])  # after its checksum
     change(body)
@@ -108,7 +105,7 @@ def test_another_format_version_is_refused_by_number(intact):
         lambda body: body.pop("packed"),
     ],
 )
-def test_a_body_that_does_not_fit_the_tensors_is_refused(intact, change):
+def test_metadata_that_does_not_fit_the_tensors_is_refused(intact, change):
     raw, path = intact
     path.write_bytes(with_body(raw, change))
     with pytest.raises(ValueError, match=r"damaged is (truncated or )?corrupted|inconsistent BipolarArray|got 9"):

@@ -1,4 +1,4 @@
-"""The laws of the number format, as `BipolarFormat` states them."""
+"""What the docstring of `BipolarFormat` says always holds, encoding, truncation, and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_ternary_grid_is_minus_2_0_2():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_planes_weigh_powers_of_two_low_one_first(bits):
+def test_plane_weights_are_powers_of_two_low_plane_first(bits):
     assert BipolarFormat(bits).plane_weights == tuple(2**i for i in range(bits))
 
 
@@ -70,8 +70,8 @@ def test_signed_codes_fit_int8_and_determine_the_value(fmt):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_signed_integer_of_n_bits_has_its_bipolar_number(bits):
-    """Lossless from signed INT: v = 2 c + 1 for c in -2^(n-1) ... 2^(n-1) - 1."""
+def test_signed_integers_of_n_bits_convert_without_loss(bits):
+    """v = 2 c + 1 for c in -2^(n-1) ... 2^(n-1) - 1."""
     signed = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
     fmt = BipolarFormat(bits)
     np.testing.assert_array_equal(fmt.values(jnp.asarray(signed + fmt.code_offset)), 2 * signed + 1)
@@ -80,7 +80,7 @@ def test_every_signed_integer_of_n_bits_has_its_bipolar_number(bits):
 
 @every_format
 def test_encode_finds_the_nearest_value(fmt):
-    """Against a search over the grid; points half-way between two values may go either way."""
+    """Compares with a search over the grid; a point half-way between two values may be rounded to either."""
     scale = 0.25  # a power of two: everything below is exact
     x = np.linspace(-1.5, 1.5, 997, dtype=np.float32) * fmt.max_value * scale
     codes = np.asarray(fmt.encode(jnp.asarray(x), jnp.float32(0.5 / scale)))
@@ -89,27 +89,27 @@ def test_encode_finds_the_nearest_value(fmt):
 
 
 @every_format
-def test_encode_returns_every_grid_point_to_its_code(fmt):
+def test_encode_gives_every_grid_point_its_code(fmt):
     codes = fmt.encode(jnp.asarray(fmt.grid(), jnp.float32), jnp.float32(0.5))
     assert codes.dtype == jnp.uint8
     np.testing.assert_array_equal(codes, np.arange(fmt.max_value + 1))
 
 
 @every_format
-def test_encode_clips_beyond_the_ends_even_at_infinity(fmt):
+def test_encode_clips_numbers_beyond_the_grid_and_infinities(fmt):
     x = jnp.array([-jnp.inf, -1e30, 1e30, jnp.inf], jnp.float32)
     assert fmt.encode(x, jnp.float32(0.5)).tolist() == [0, 0, fmt.max_value, fmt.max_value]
 
 
 @every_format
-def test_encode_at_scale_zero_gives_the_middle(fmt):
+def test_encode_at_scale_zero_gives_the_code_offset(fmt):
     assert fmt.encode(jnp.zeros(2), jnp.float32(0)).tolist() == [fmt.code_offset] * 2
 
 
 @every_format
-def test_encode_around_puts_zero_on_the_code_asked_for(fmt):
+def test_encode_around_encodes_zero_as_the_given_code(fmt):
     for zero_code in range(0, fmt.max_value + 1, max(1, fmt.max_value // 7)):
-        x = jnp.arange(-zero_code, fmt.max_value - zero_code + 1, dtype=jnp.float32)  # one step is 2 scale = 1
+        x = jnp.arange(-zero_code, fmt.max_value - zero_code + 1, dtype=jnp.float32)  # values are 2 scale = 1 apart
         codes = fmt.encode_around(zero_code, x, jnp.float32(1.0))
         np.testing.assert_array_equal(codes, np.arange(fmt.max_value + 1))
 
@@ -120,7 +120,7 @@ def test_encode_around_puts_zero_on_the_code_asked_for(fmt):
     scale=st.floats(2**-10, 2**10, width=32),
 )
 def test_top_planes_are_the_nearest_code_on_the_coarser_grid(bits, x, scale):
-    """Nesting: halving the half-steps per unit is exact, and floors nest."""
+    """Nesting: doubling the scale is exact in floating point, and floor(floor(t) / 2) = floor(t / 2)."""
     x = jnp.asarray(x, jnp.float32) * scale
     half_steps = jnp.float32(0.5) / jnp.float32(scale)
     codes = np.asarray(BipolarFormat(bits).encode(x, half_steps))
@@ -131,7 +131,7 @@ def test_top_planes_are_the_nearest_code_on_the_coarser_grid(bits, x, scale):
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(FORMATS, FORMATS)), ids=lambda fmt: fmt.name)
-def test_max_contraction_is_the_last_k_that_fits_int32(one, other):
+def test_max_contraction_is_the_largest_k_that_fits_int32(one, other):
     k = one.max_contraction(other)
     largest = one.max_value * other.max_value
     assert k * largest <= 2**31 - 1 < (k + 1) * largest
@@ -143,11 +143,11 @@ def test_max_contraction_of_8_by_8_bits():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_truncating_a_format_keeps_the_number_of_planes_asked_for(bits):
+def test_truncated_formats_have_the_given_number_of_planes(bits):
     assert [BipolarFormat(bits).truncate(fewer).bits for fewer in range(1, bits + 1)] == list(range(1, bits + 1))
 
 
-def test_names_are_the_fields():
+def test_names_are_the_numbers_of_the_precision_notation():
     assert [fmt.name for fmt in FORMATS] == ["1", "2", "3", "4", "5", "6", "7", "8", "1.58"]
 
 
@@ -164,12 +164,12 @@ def test_as_format_takes_bits_or_a_format():
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, True, False, 2.0, 2.5, "4", None])
-def test_bits_out_of_range_raise_with_the_value(bits):
+def test_errors_of_bits_name_the_value(bits):
     with pytest.raises(ValueError, match=rf"from 1 to 8, got {bits!r}"):
         BipolarFormat(bits)
 
 
-def test_ternary_of_other_than_two_planes_raises():
+def test_a_ternary_format_needs_two_planes():
     with pytest.raises(ValueError, match=r"bits=3: use bipolar_jax\.TERNARY"):
         BipolarFormat(3, ternary=True)
 
@@ -180,7 +180,7 @@ def test_ternary_of_other_than_two_planes_raises():
         (BipolarFormat(4), 5, r"cannot truncate 4 bits to 5: ask for at most 4"),
         (BipolarFormat(4), 0, r"from 1 to 8, got 0"),
         (BipolarFormat(4), 2.5, r"from 1 to 8, got 2\.5"),
-        (TERNARY, 1, r"quantize anew"),
+        (TERNARY, 1, r"quantize again"),
     ],
 )
 def test_truncation_errors(fmt, bits, message):

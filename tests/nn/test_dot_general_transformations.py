@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import bipolar_jax as bj
 from bipolar_jax.nn import LinenDotGeneral, QuantizedEinsum, StatefulDotGeneral
 from bipolar_jax.ops import GradientPrecision
+from tests.support.random_arrays import normal
 from tests.support.training import train
 
 W2A4 = bj.DotGeneral(2, 4, calibration="mse")
@@ -21,10 +22,6 @@ DENSE = (((1,), (0,)), ((), ()))
 K, N = 24, 24
 AUTO = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 EXPLICIT = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 X, W = normal(4, K), normal(K, N, seed=1)

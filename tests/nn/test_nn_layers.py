@@ -12,14 +12,11 @@ from flax import nnx
 from bipolar_jax import TERNARY, Precision, matmul, quantize
 from bipolar_jax.nn import Embed, Linear, Packed
 from bipolar_jax.ops import dispatch
+from tests.support.random_arrays import normal
 
 W4A8 = Precision(4, 8, group_size=8)
 # Layer and plain product differ in what is fused: a few float32 roundings of numbers of order 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -14,29 +14,26 @@ from bipolar_jax.quantize.groups import group_lengths
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
 from bipolar_jax.quantize.stochastic import stochastic_round
 from bipolar_jax.quantize.weight_norm import normalize_weights
+from tests.support.random_arrays import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in (1, 2, 4, 8)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 ROWS, K = 3, 12
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 # Learned steps
 
 
-def spread(per_group, group_size):
+def per_element(per_group, group_size):
     return np.repeat(per_group, group_size or K, axis=-1)[:, :K]
 
 
 def rounded(w, step, fmt: BipolarFormat, group_size):
     """Equations 1 and 2 of arXiv 1902.08153: round(clip(w / s, -Q, Q)) * s on the levels of the format, float64."""
     levels = fmt.grid() / 2
-    u = np.clip(w / spread(step, group_size), levels[0], levels[-1])
+    u = np.clip(w / per_element(step, group_size), levels[0], levels[-1])
     nearest = levels[np.argmin(np.abs(u[..., None] - levels), axis=-1)]
-    return nearest * spread(step, group_size)
+    return nearest * per_element(step, group_size)
 
 
 @every_format
@@ -49,7 +46,7 @@ def test_learned_steps_round_as_the_paper_does(fmt, group_size):
     )
     codes, scale = round_by_step_size(w, step, fmt, group_size)
     np.testing.assert_array_equal(scale, step / 2)
-    decoded = np.asarray(fmt.values(codes)) * spread(scale, group_size)
+    decoded = np.asarray(fmt.values(codes)) * per_element(scale, group_size)
     np.testing.assert_allclose(decoded, rounded(w, np.asarray(step), fmt, group_size), rtol=1e-6)
 
 
@@ -72,12 +69,12 @@ def test_the_gradient_of_steps_and_weights_is_the_paper_s(fmt, group_size):
     w = normal(ROWS, K).astype(np.float64)
     step = 1.1 * np.asarray(initial_step_size(w.astype(np.float32), fmt, group_size), np.float64)
     largest = fmt.max_value / 2
-    clipped = lambda w, step: np.clip(w / spread(step, group_size), -largest, largest)  # noqa: E731
-    held = rounded(w, step, fmt, group_size) / spread(step, group_size) - clipped(w, step)
+    clipped = lambda w, step: np.clip(w / per_element(step, group_size), -largest, largest)  # noqa: E731
+    held = rounded(w, step, fmt, group_size) / per_element(step, group_size) - clipped(w, step)
     cotangent = normal(ROWS, K, seed=1).astype(np.float64)
 
     def surrogate(w, step):
-        return np.sum(cotangent * spread(step, group_size) * (clipped(w, step) + held))
+        return np.sum(cotangent * per_element(step, group_size) * (clipped(w, step) + held))
 
     def differences(which):
         arguments, gradient = [w, step], np.zeros_like((w, step)[which])
@@ -115,7 +112,7 @@ def test_absmean_of_ternary_weights_is_that_of_bitnet(group_size):
     """arXiv 2402.17764, equations 1 to 3: round(clip(w / gamma, -1, 1)) * gamma, gamma the mean magnitude."""
     w = normal(ROWS, K)
     gamma = np.stack([np.abs(w[:, i : i + (group_size or K)]).mean(axis=-1) for i in range(0, K, group_size or K)], -1)
-    expected = np.round(np.clip(w / spread(gamma, group_size), -1, 1)) * spread(gamma, group_size)
+    expected = np.round(np.clip(w / per_element(gamma, group_size), -1, 1)) * per_element(gamma, group_size)
     np.testing.assert_allclose(quantize(w, TERNARY, -1, group_size, "absmean").dequantize(), expected, rtol=1e-5)
 
 

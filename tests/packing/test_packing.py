@@ -1,4 +1,4 @@
-"""`BipolarArray`: what its docstring says always holds, `from_codes`, truncation, errors."""
+"""`BipolarArray`: the statements of its docstring, `quantize` and `from_codes`, truncation, errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, from_codes, quantize
 from bipolar_jax.packing.words import num_words, pack_codes, unpack_codes
+from tests.support.random_arrays import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in range(1, 9)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 SIZES = [1, 31, 32, 33, 64, 100]
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def random_codes(fmt: BipolarFormat, *shape: int) -> np.ndarray:
@@ -28,7 +25,7 @@ def random_codes(fmt: BipolarFormat, *shape: int) -> np.ndarray:
 
 
 def numpy_planes(codes: np.ndarray, fmt: BipolarFormat) -> np.ndarray:
-    """The planes by numpy.packbits: bit b of the 32-bit little-endian word w is element 32 w + b."""
+    """Planes by numpy.packbits: bit b of the little-endian 32-bit word w is element 32 w + b."""
     planes = []
     for plane in range(fmt.bits):
         bits = codes > plane if fmt.ternary else (codes >> plane) & 1
@@ -48,7 +45,7 @@ def test_planes_are_those_of_numpy_packbits(fmt):
 
 
 @every_format
-def test_unpacking_gives_the_codes_back(fmt):
+def test_unpacking_returns_the_codes(fmt):
     for k in SIZES:
         codes = random_codes(fmt, 2, 3, k)
         unpacked = unpack_codes(jnp.asarray(numpy_planes(codes, fmt)), fmt, k)
@@ -64,8 +61,8 @@ def test_packing_round_trips_at_any_size(fmt, n, k):
 
 
 @pytest.mark.parametrize("k", SIZES)
-def test_true_k_is_kept_and_the_filler_is_zero(k):
-    """All codes are the largest, so that a 1 in the filler would show: there are exactly n k ones a plane."""
+def test_contracted_size_excludes_padding_and_padding_is_zero(k):
+    """All codes are the largest, so every plane has exactly n k ones if its padding is zero."""
     w = from_codes(np.full((k, 3), 7), 3, 0, jnp.ones((3, 1)))
     assert w.contracted_size == k
     assert w.shape == (k, 3)
@@ -86,10 +83,10 @@ def test_row_sums_are_sums_of_codes_by_group(fmt, group_size):
 
 @pytest.mark.parametrize("calibration", ["absmax", "minmax"])
 @pytest.mark.parametrize("group_size", [None, 16])
-def test_nbytes_is_what_the_leaves_occupy(group_size, calibration):
+def test_nbytes_is_the_size_of_the_leaves(group_size, calibration):
     w = quantize(normal(100, 6), 3, 0, group_size, calibration)
     groups = 7 if group_size else 1
-    per_group = 12 if calibration == "minmax" else 8  # scale and row_sums, offset
+    per_group = 12 if calibration == "minmax" else 8  # scale, row_sums and offset of 4 bytes each
     assert w.nbytes == 3 * 6 * 4 * 4 + 6 * groups * per_group
     assert w.nbytes == sum(len(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(w))
 
@@ -101,8 +98,8 @@ def test_decoding_follows_the_definition(fmt, axis):
     codes = np.asarray(w.codes(), np.float64)
     k = codes.shape[-1]
     values = 2 * codes - fmt.max_value
-    spread = lambda figure: np.repeat(np.asarray(figure, np.float64), 4, -1)[..., :k]  # noqa: E731
-    numbers = spread(w.scale) * values + spread(w.offset)
+    per_element = lambda per_group: np.repeat(np.asarray(per_group, np.float64), 4, -1)[..., :k]  # noqa: E731
+    numbers = per_element(w.scale) * values + per_element(w.offset)
     if axis == -2:
         values, numbers = values.swapaxes(-1, -2), numbers.swapaxes(-1, -2)
     assert w.values().dtype == jnp.int32
@@ -111,7 +108,7 @@ def test_decoding_follows_the_definition(fmt, axis):
     np.testing.assert_allclose(w.dequantize(), numbers, rtol=1e-6, atol=1e-6)
 
 
-def test_transpose_swaps_the_last_two_axes_and_moves_no_data():
+def test_transpose_swaps_the_last_two_axes_and_shares_the_data():
     w = quantize(normal(2, 10, 12), 4, -2)
     assert w.T.shape == (2, 12, 10)
     assert w.T.axis == -1
@@ -120,7 +117,7 @@ def test_transpose_swaps_the_last_two_axes_and_moves_no_data():
     assert w.T.T.axis == w.axis
 
 
-def test_repr_says_what_it_is():
+def test_repr_shows_shape_bits_groups_and_offset():
     text = repr(quantize(normal(10, 12), TERNARY, 0, 5, "minmax"))
     assert text == "BipolarArray(shape=(10, 12), bits=1.58, group_size=5, with offset)"
 
@@ -157,15 +154,15 @@ def test_from_codes_takes_either_layout(axis):
 @pytest.mark.parametrize("fewer", range(1, 9))
 @pytest.mark.parametrize("calibration", ["absmax", "minmax"])
 def test_truncation_is_rounding_to_nearest_on_the_coarser_grid(fewer, calibration):
-    """The same numbers rounded in float64 on the grid of scale * 2^(8 - m), those half-way left out."""
+    """Rounds the numbers in float64 to the grid of scale * 2^(8 - m); skips numbers near the middle of two values."""
     x = normal(4, 200, seed=fewer)
     whole = quantize(x, 8, -1, 70, calibration)
     short = whole.truncate(fewer)
     assert short.bits == fewer
     np.testing.assert_array_equal(short.scale, np.asarray(whole.scale) * 2.0 ** (8 - fewer))
-    spread = lambda figure: np.repeat(np.asarray(figure, np.float64), 70, -1)[:, :200]  # noqa: E731
-    center = 0 if whole.offset is None else spread(whole.offset)
-    steps = (x - center) / (2 * spread(short.scale))  # an odd value v is 2 (floor(steps) + 1/2)
+    per_element = lambda per_group: np.repeat(np.asarray(per_group, np.float64), 70, -1)[:, :200]  # noqa: E731
+    center = 0 if whole.offset is None else per_element(whole.offset)
+    steps = (x - center) / (2 * per_element(short.scale))  # an odd value v is 2 (floor(steps) + 1/2)
     largest = 2**fewer - 1
     nearest = np.clip(2 * np.floor(steps) + 1, -largest, largest)
     clear = np.abs(steps - np.round(steps)) > 1e-5 * 2.0 ** (fewer - 8) * 256
@@ -187,7 +184,7 @@ def test_truncating_to_all_bits_changes_nothing(fmt):
 @settings(max_examples=6)
 @example(bits=8, fewer=1)
 @given(bits=st.integers(1, 8), fewer=st.integers(1, 8))
-def test_truncation_drops_low_planes_and_sums_anew(bits, fewer):
+def test_truncation_drops_low_planes_and_recomputes_row_sums(bits, fewer):
     fewer = min(bits, fewer)
     w = quantize(normal(2, 3, 40), bits, -1, 16, "minmax")
     short = w.truncate(fewer)
@@ -200,12 +197,13 @@ def test_truncation_drops_low_planes_and_sums_anew(bits, fewer):
 
 def test_truncation_errors():
     w = quantize(normal(3, 8), 4, -1)
-    for bits, message in [(5, "at most 4, or quantize anew"), (0, "got 0"), (2.5, r"got 2\.5"), (-1, "got -1")]:
+    for bits, message in [(5, "at most 4, or quantize again"), (0, "got 0"), (2.5, r"got 2\.5"), (-1, "got -1")]:
         with pytest.raises(ValueError, match=message):
             w.truncate(bits)
 
 
-def test_check_names_the_leaf_that_does_not_fit():
+@pytest.mark.wrong_arrays
+def test_check_names_the_leaf_whose_shape_is_wrong():
     w = quantize(normal(40, 6), 4, 0, 16)
     w.check()
     for field, leaf in {"scale": w.scale[:, :2], "row_sums": w.row_sums[:5], "offset": jnp.ones(6)}.items():
@@ -220,7 +218,7 @@ BAD = {"bits": [0, 9, True, 2.5, -1], "group_size": [0, -1, 41, True, 2.5], "cal
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_quantize_names_the_bad_argument(name, value):
+def test_errors_of_quantize_name_the_argument_its_value_and_the_remedy(name, value):
     remedy = {
         "bits": "from 1 to 8",
         "group_size": "from 1 to the contracted size 40.*None",
@@ -248,7 +246,7 @@ def test_quantize_names_the_bad_argument(name, value):
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-def test_quantize_refuses_what_it_cannot_round(x, message):
+def test_quantize_refuses_other_dtypes_nan_inf_and_empty_axes(x, message):
     with pytest.raises(ValueError, match=message):
         quantize(x, 4, -1)
 

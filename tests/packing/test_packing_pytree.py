@@ -1,4 +1,4 @@
-"""`BipolarArray` as a pytree: transformations, sharding, and Flax."""
+"""`BipolarArray` as a pytree: JAX transformations, sharding, and Flax."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bipolar_jax import TERNARY, BipolarArray, matmul, quantize
 from bipolar_jax.nn import Packed
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+from tests.support.random_arrays import normal
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def test_the_four_arrays_are_the_leaves(stack):
     assert_same(jax.tree.map(lambda leaf: leaf, stack), stack)
 
 
-def test_what_is_static_is_part_of_the_structure(stack):
+def test_static_attributes_are_part_of_the_tree_structure(stack):
     for change in ({"axis": -1}, {"contracted_size": 39}, {"group_size": 15}, {"format": TERNARY}):
         assert jax.tree.structure(dataclasses.replace(stack, **change)) != jax.tree.structure(stack)
 
@@ -49,7 +46,7 @@ def test_passes_jit_unchanged(stack):
 
 
 def test_jitted_quantize_equals_quantize(stack):
-    # Fused arithmetic may round an offset once less; the codes must not differ.
+    # Fused arithmetic may round an offset once instead of twice; the codes must not differ.
     jitted = jax.jit(lambda x: quantize(x, 4, -2, 16, "minmax"))(normal(3, 40, 6))
     np.testing.assert_array_equal(jitted.planes, stack.planes)
     np.testing.assert_allclose(jitted.scale, stack.scale, rtol=1e-6)
@@ -75,15 +72,15 @@ def test_scan_over_a_stack_sees_matrices(stack):
     np.testing.assert_allclose(decoded, stack.truncate(2).dequantize(), rtol=1e-6, atol=1e-6)  # fused or not
 
 
-def test_indexing_and_stacking_leaves_keep_it_whole(stack):
-    parts = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(3)]
-    for part in parts:
-        assert part.shape == (40, 6)
-        part.check()
-    assert_same(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), stack)
+def test_indexing_and_stacking_the_leaves_splits_and_joins_the_batch(stack):
+    matrices = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(3)]
+    for matrix in matrices:
+        assert matrix.shape == (40, 6)
+        matrix.check()
+    assert_same(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices), stack)
 
 
-def test_eval_shape_gives_the_shapes_without_the_numbers(stack):
+def test_eval_shape_has_the_shapes_and_dtypes_of_quantize(stack):
     abstract = jax.eval_shape(lambda: quantize(jnp.ones((3, 40, 6)), 4, -2, 16, "minmax"))
     assert isinstance(abstract.planes, jax.ShapeDtypeStruct)
     assert (abstract.shape, abstract.bits, abstract.ndim, abstract.nbytes) == ((3, 40, 6), 4, 3, stack.nbytes)
@@ -99,8 +96,8 @@ def mesh():
     return jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def test_rows_shard_over_devices(stack, mesh):
-    """Along n, three columns on each of two devices; every shard is a BipolarArray of its own."""
+def test_shard_map_along_n_gives_every_device_an_array(stack, mesh):
+    """Two devices hold three columns each; every shard is a consistent `BipolarArray`."""
 
     def local(x, w):
         assert w.shape == (3, 40, 3)
@@ -126,7 +123,7 @@ def test_a_sharded_array_multiplies_under_jit(stack, mesh):
     )
 
 
-def test_sharding_the_contracted_axis_is_refused(mesh):
+def test_sharding_along_the_contracted_axis_raises(mesh):
     w = quantize(normal(64, 6), 4, 0)
     spec = BipolarArray(P(None, None, "model"), P(), None, P(), w.format, 64, -2, None)
     sharded = jax.shard_map(

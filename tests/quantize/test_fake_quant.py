@@ -1,4 +1,4 @@
-"""fake_quant is quantize().dequantize() with a straight-through gradient; Precision reads and writes itself."""
+"""`fake_quant` equals quantize().dequantize() and has a straight-through gradient; `Precision` parses and prints."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, Precision, fake_quant, quantize
+from tests.support.random_arrays import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in (1, 2, 4, 8)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 every_calibration = pytest.mark.parametrize("calibration", ["absmax", "mse", "minmax"])
 EPS = float(np.finfo(np.float32).eps)
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 @every_format
@@ -27,7 +24,7 @@ def normal(*shape: int) -> np.ndarray:
 def test_equals_quantize_then_dequantize(fmt, calibration, axis):
     x = normal(2, 10, 12)
     expected = quantize(x, fmt, axis, 5, calibration).dequantize()
-    # One is jitted and the other is not: a fused multiply-add may round once less.
+    # Only one of them is jitted, where a fused multiply-add rounds once instead of twice.
     np.testing.assert_allclose(fake_quant(x, fmt, axis, 5, calibration), expected, rtol=4 * EPS, atol=4 * EPS)
 
 
@@ -40,19 +37,19 @@ def test_keeps_shape_and_dtype(dtype):
 
 
 def surrogate(x, decoded, inside):
-    """What is differentiated: inside the range x moves freely around what it was rounded to; outside not at all."""
+    """The function whose gradient is the straight-through one: slope 1 within the range, constant outside."""
     return lambda moved: decoded + np.where(inside, moved - x, 0)
 
 
 @every_format
 @every_calibration
 def test_gradient_is_that_of_the_straight_through_definition(fmt, calibration):
-    """Central differences of the surrogate in float64, at every element; it is linear, so they are exact."""
+    """Compares with central differences of the surrogate in float64, which are exact because it is linear."""
     x = normal(3, 12).astype(np.float64)
     w = quantize(jnp.asarray(x, jnp.float32), fmt, -1, 5, calibration)
-    spread = lambda figure: np.repeat(np.asarray(figure, np.float64), 5, axis=-1)[:, :12]  # noqa: E731
-    center = 0 if w.offset is None else spread(w.offset)
-    inside = np.abs(x - center) <= spread(w.scale) * (fmt.max_value + 1)
+    per_element = lambda per_group: np.repeat(np.asarray(per_group, np.float64), 5, axis=-1)[:, :12]  # noqa: E731
+    center = 0 if w.offset is None else per_element(w.offset)
+    inside = np.abs(x - center) <= per_element(w.scale) * (fmt.max_value + 1)
     function = surrogate(x, np.asarray(w.dequantize(), np.float64), inside)
     cotangent = normal(3, 12).astype(np.float64)
     step, expected = 1e-3, np.zeros_like(x)
@@ -67,7 +64,7 @@ def test_gradient_is_that_of_the_straight_through_definition(fmt, calibration):
 
 
 def test_clipped_numbers_have_no_gradient():
-    """One outlier under mse at two bits: the scale that fits the rest clips it."""
+    """At two bits the mse scale fits the 256 small numbers and clips the outlier."""
     x = np.concatenate([np.tile([1.0, -1.0, 3.0, -3.0], 64), [9.0]]).astype(np.float32)[None]
     gradient = jax.grad(lambda x: fake_quant(x, 2, -1, calibration="mse").sum())(x)
     np.testing.assert_array_equal(gradient[0], [1.0] * 256 + [0.0])
@@ -113,7 +110,7 @@ def test_errors_are_those_of_quantize(arguments, message):
         ("W1A1", Precision(1, 1)),
     ],
 )
-def test_parse_reads_the_fields_notation(text, precision):
+def test_parse_reads_the_notation_that_str_prints(text, precision):
     assert Precision.parse(text) == precision
     assert str(precision) == text
 
@@ -138,7 +135,7 @@ def test_precisions_of_equal_bits_are_equal():
 
 
 @pytest.mark.parametrize("text", ["", "4", "W4", "A8", "w4a8", "W4A8g", "W4A8g-1", "W4.5A8", "W4A8 g64", "W4A1.58"])
-def test_other_notations_raise_with_the_text_and_the_form(text):
+def test_errors_of_parse_name_the_text_and_the_expected_form(text):
     with pytest.raises(ValueError, match=rf"precision {text!r} is not of the form W4A8"):
         Precision.parse(text)
 
@@ -154,7 +151,7 @@ def test_other_notations_raise_with_the_text_and_the_form(text):
         ("W4A8g0", "group_size must be an integer of at least 1, or None, got 0"),
     ],
 )
-def test_notation_out_of_range_raises(text, message):
+def test_parse_refuses_numbers_out_of_range(text, message):
     with pytest.raises(ValueError, match=message):
         Precision.parse(text)
 

@@ -1,4 +1,4 @@
-"""Sums by fixed point: close to the exact ones, and the same in any order."""
+"""Fixed-point sums: close to the exact sums, and equal to the bit in any order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bipolar_jax.quantize.fixed_point import fixed_point_mean, fixed_point_sum
 
 
 def rows(n, seed=0):
-    """Rows of sizes from 1e-30 to 1e30."""
+    """61 rows of n normal numbers, each row times its own power of ten from 1e-30 to 1e29."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(61, n)) * 10.0 ** rng.integers(-30, 30, size=(61, 1))).astype(np.float32)
 
@@ -23,7 +23,7 @@ def test_sums_are_close_and_do_not_depend_on_the_order(n):
     found = np.asarray(fixed_point_sum(x))
     np.testing.assert_allclose(found, exact, rtol=2e-7)
     rng = np.random.default_rng(1)
-    order = np.concatenate([start + rng.permutation(min(n, 4096)) for start in range(0, n, 4096)])  # of runs
+    order = np.concatenate([start + rng.permutation(min(n, 4096)) for start in range(0, n, 4096)])  # within chunks
     np.testing.assert_array_equal(found, jax.jit(fixed_point_sum)(x[:, order]))
 
 
@@ -39,26 +39,26 @@ def test_sums_are_close_and_do_not_depend_on_the_order(n):
         (65536, 0.1, 1e6),
     ],
 )
-def test_what_is_small_beside_an_outlier_counts(size, number, outlier):
+def test_small_numbers_beside_an_outlier_are_not_lost(size, number, outlier):
     x = np.full((2, size), number, np.float32)
     x[0, 77], x[1, 77] = outlier, -outlier
     exact = x.astype(np.float64).sum(axis=-1)
     np.testing.assert_allclose(fixed_point_sum(x), exact, rtol=0, atol=3e-7 * np.abs(x).astype(np.float64).sum(-1)[0])
 
 
-def test_rows_of_nothing():
+def test_the_mean_of_an_empty_row_is_zero():
     np.testing.assert_array_equal(fixed_point_mean(jnp.zeros((3, 0))), np.zeros(3))
 
 
-def test_what_cancels_and_what_is_zero():
+def test_cancellation_zeros_and_subnormals():
     x = np.asarray([[3e38, -3e38, 1e38], [0.0, -0.0, 0.0], [1e-45, 0.0, 0.0]], np.float32)
-    # Subnormal numbers may count as zeros.
+    # Subnormal numbers may be flushed to zero.
     np.testing.assert_array_equal(np.asarray(fixed_point_sum(x))[:2], np.asarray([1e38, 0], np.float32))
     assert 0 <= float(fixed_point_sum(x)[2]) <= 1e-44
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_not_lost(bad):
+def test_nan_and_inf_make_their_row_nan(bad):
     x = rows(4096)
     x[7, 1234] = bad
     found = np.asarray(jax.jit(fixed_point_sum)(x))

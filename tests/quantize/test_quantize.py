@@ -1,4 +1,4 @@
-"""Calibration, groups, and rounding of hard inputs. fake_quant and Precision have files of their own."""
+"""Calibration, groups, and inputs with zeros, NaN, or very small or large numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, quantize
 from bipolar_jax.quantize import groups
+from tests.support.random_arrays import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in range(1, 9)), TERNARY]
 CALIBRATIONS = ("absmax", "mse", "minmax")
@@ -19,12 +20,8 @@ every_calibration = pytest.mark.parametrize("calibration", CALIBRATIONS)
 EPS = float(np.finfo(np.float32).eps)
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def nearest(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """The element of an increasing grid nearest to each x, by bisection; float64."""
+    """The element of an increasing grid that is nearest to each x, by bisection; float64."""
     return grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, x)]
 
 
@@ -45,7 +42,7 @@ def test_absmax_puts_the_largest_magnitude_on_the_largest_value(fmt):
 @every_format
 @pytest.mark.parametrize("calibration", ["absmax", "minmax"])
 def test_every_number_is_within_half_a_step(fmt, calibration):
-    """Nothing is clipped; a step is 2 scale. A few float32 roundings of numbers up to max |x| on top."""
+    """These calibrations do not clip. A step is 2 scale; the tolerance allows a few float32 roundings besides."""
     x = normal(5, 50)
     w = quantize(x, fmt, -1, calibration=calibration)
     error = np.abs(x - np.asarray(w.dequantize()))
@@ -54,10 +51,10 @@ def test_every_number_is_within_half_a_step(fmt, calibration):
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=lambda fmt: fmt.name)
 def test_minmax_spans_from_the_smallest_to_the_largest_with_zero_on_the_grid(fmt):
-    """The zero is rounded to the grid, which may cost the extremes half a step, no more. A step is 2 scale."""
+    """Zero is rounded to the grid, which moves the extremes by at most half a step. A step is 2 scale."""
     x = normal(5, 50) + 1
     x[:, ::5] = 0
-    x[0] = np.abs(x[0])  # one-sided: zero is the smallest
+    x[0] = np.abs(x[0])  # no negative numbers: zero is the smallest
     w = quantize(x, fmt, -1, calibration="minmax")
     decoded, scale, rounding = np.asarray(w.dequantize()), np.asarray(w.scale)[:, 0], 8 * EPS * np.abs(x).max()
     np.testing.assert_allclose(scale, (x.max(-1) - x.min(-1)) / (2 * fmt.max_value), rtol=4 * EPS)
@@ -81,21 +78,21 @@ def test_minmax_of_a_constant_row_is_that_constant():
 
 @every_format
 def test_mse_is_no_worse_than_absmax(fmt):
-    x = normal(40, 96) ** 3  # heavy tails, where clipping pays
+    x = normal(40, 96) ** 3  # heavy tails, where clipping reduces the error
     errors = {c: squared_error(x, quantize(x, fmt, -1, calibration=c).dequantize()) for c in ("mse", "absmax")}
-    assert np.all(errors["mse"] <= errors["absmax"] * (1 + 1e-5))  # float32 against a float64 sum
+    assert np.all(errors["mse"] <= errors["absmax"] * (1 + 1e-5))  # the scale was fitted in float32
     if fmt.bits <= 4:
         assert errors["mse"].mean() < errors["absmax"].mean()
 
 
 @every_format
 def test_mse_is_as_good_as_a_brute_force_search(fmt):
-    """4000 scales from 0.05 to 1 of absmax, the codes of each found by bisection.
+    """The search tries 4000 scales from 0.05 to 1 times absmax and finds the codes by bisection.
 
-    The error over the scale has a valley for every way the codes can fall. The search enters 32
-    of them and fits the scale in each by least squares: enough below four bits. Above, where
-    absmax is near the best already, it may stop in a neighbour of the deepest: up to 19% more
-    error was seen (6 bits), and 25% is allowed.
+    As a function of the scale, the error has a local minimum for every assignment of codes.
+    Calibration visits 48 assignments and fits the scale of each by least squares. Up to three
+    bits these include nearly the best one. At more bits, where absmax is already close to the
+    best scale, they may miss it, so the tolerance is wider.
     """
     x = normal(6, 96, seed=1)
     found = squared_error(x, quantize(x, fmt, -1, calibration="mse").dequantize())
@@ -114,7 +111,7 @@ def test_one_bit_mse_scale_is_the_mean_magnitude():
 
 
 def decode(x: np.ndarray, bits: int, group_size: int | None, calibration: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and decoded numbers, compiled as one."""
+    """Scales and decoded numbers, from one jitted function."""
 
     @jax.jit
     def run(x):
@@ -130,7 +127,7 @@ def decode(x: np.ndarray, bits: int, group_size: int | None, calibration: str) -
 @example(k=40, group_size=1, bits=8)
 @given(k=st.integers(1, 70), group_size=st.integers(1, 70), bits=st.integers(1, 8))
 def test_every_group_is_quantized_by_itself(calibration, k, group_size, bits):
-    """Also a short last group, which knows nothing of the zeros that fill it."""
+    """A short last group is not affected by the zeros that pad it."""
     group_size = min(k, group_size)
     x = normal(2, k, seed=k) + 1
     scale, decoded = decode(x, bits, group_size, calibration)
@@ -142,7 +139,7 @@ def test_every_group_is_quantized_by_itself(calibration, k, group_size, bits):
     if rest.shape[1]:
         rest_scale, rest_decoded = decode(rest, bits, None, calibration)
         alone_scale, alone = np.hstack([alone_scale, rest_scale]), np.hstack([alone, rest_decoded])
-    # A sum over a filled group may add in another order: mse scales agree to rounding.
+    # Compiled in two programs, float arithmetic may be fused differently.
     np.testing.assert_allclose(scale, alone_scale, rtol=k * EPS)
     np.testing.assert_allclose(decoded, alone, rtol=k * EPS, atol=k * EPS)
 
@@ -174,11 +171,11 @@ def test_groups_of_zeros_have_scale_zero_and_decode_to_zeros(fmt, calibration):
 
 
 @every_calibration
-def test_subnormal_groups_count_as_zero(calibration):
+def test_groups_of_subnormal_numbers_have_scale_zero(calibration):
     x = np.array([[1e-40, -2e-39, 1e-39, 0]], np.float32)
     w = quantize(x, 1, -1, calibration=calibration)
     assert w.scale[0, 0] == 0
-    # Subnormal numbers may be flushed to zero, so only the size of what is decoded is certain.
+    # Decoded numbers may be zero or subnormal, depending on whether subnormals are flushed.
     assert np.all(np.abs(np.asarray(w.dequantize())) <= 2e-39)
 
 
@@ -189,16 +186,13 @@ def test_scales_near_the_smallest_normal_number_do_not_overflow(fmt, calibration
     x = normal(1, 16) * np.float32(tiny * 2 * fmt.max_value)
     decoded = np.asarray(quantize(x, fmt, -1, calibration=calibration).dequantize())
     assert np.all(np.isfinite(decoded))
-    assert np.abs(decoded).max() <= 1.1 * np.abs(x).max()  # a fitted scale may reach beyond
+    assert np.abs(decoded).max() <= 1.1 * np.abs(x).max()  # a fitted scale may decode to more than the maximum
 
 
 @every_format
 @every_calibration
-def test_huge_numbers_neither_overflow_nor_lose_their_sign(fmt, calibration):
-    """Numbers up to 2^125 = 4.25e37 have the codes of the same numbers scaled down.
-
-    Scaled by a power of two, so that both are rounded alike.
-    """
+def test_huge_numbers_do_not_overflow(fmt, calibration):
+    """Numbers up to 2^125 = 4.25e37 have the same codes as the numbers times 2^-100, a product that is exact."""
     huge = np.array([[4.2e37, -4.2e37, 1.1e37, -1.2e37, 2.1e37, -2.6e37]], np.float32)
     w = quantize(huge, fmt, -1, calibration=calibration)
     small = quantize(huge * np.float32(2.0**-100), fmt, -1, calibration=calibration)
@@ -208,7 +202,7 @@ def test_huge_numbers_neither_overflow_nor_lose_their_sign(fmt, calibration):
 
 
 @every_calibration
-def test_numbers_beyond_the_largest_scale_are_refused_or_loud(calibration):
+def test_numbers_beyond_the_largest_scale_raise_or_give_scales_that_are_not_finite(calibration):
     x = np.array([[3e38, -3e38, 1.0, 2.0]], np.float32)
     with pytest.raises(ValueError, match=r"reaches 3e\+38, scales reach 4.25e\+37: scale it down"):
         quantize(x, 1, -1, calibration=calibration)
@@ -218,20 +212,20 @@ def test_numbers_beyond_the_largest_scale_are_refused_or_loud(calibration):
 
 @every_calibration
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_under_a_trace_stay_loud_and_in_their_group(calibration, bad):
+def test_nan_and_inf_under_a_trace_reach_their_group_and_no_other(calibration, bad):
     x = normal(3, 8)
     clean = quantize(x, 4, -1, 4, calibration).dequantize()
     x[1, 5] = bad
     decoded = np.array(jax.jit(lambda x: quantize(x, 4, -1, 4, calibration).dequantize())(x))
     assert not np.any(np.isfinite(decoded[1, 4:]))
     decoded[1, 4:] = clean[1, 4:]
-    np.testing.assert_allclose(decoded, clean, rtol=8 * EPS, atol=32 * EPS)  # jitted or not: offsets cancel
+    np.testing.assert_allclose(decoded, clean, rtol=8 * EPS, atol=32 * EPS)  # only one is jitted
 
 
 @every_calibration
 @pytest.mark.parametrize("position", [0, 5000, 8191])
-def test_nan_among_thousands_is_not_lost(calibration, position):
-    """XLA's maximum over so many numbers drops NaN on CPUs (jaxlib 0.11.2)."""
+def test_nan_among_thousands_of_numbers_makes_the_scale_nan(calibration, position):
+    """XLA's maximum over so many numbers drops NaN on CPUs (jaxlib 0.11.2), so the code tests for NaN."""
     x = normal(3, 8192)
     x[1, position] = np.nan
     w = jax.jit(lambda x: quantize(x, 4, -1, calibration=calibration))(x)
@@ -239,7 +233,7 @@ def test_nan_among_thousands_is_not_lost(calibration, position):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_narrow_floats_quantize_as_their_float32_selves(dtype):
+def test_narrow_floats_quantize_as_if_cast_to_float32(dtype):
     x = jnp.asarray(normal(4, 40), dtype)
     w, wide = quantize(x, 4, -1, 16), quantize(x.astype(jnp.float32), 4, -1, 16)
     assert w.scale.dtype == jnp.float32
@@ -249,7 +243,7 @@ def test_narrow_floats_quantize_as_their_float32_selves(dtype):
 
 @every_calibration
 @pytest.mark.parametrize("axis", [-1, -2, 2, 3])
-def test_batch_axes_and_axis_positions_quantize_matrix_by_matrix(calibration, axis):
+def test_every_matrix_of_a_batch_is_quantized_by_itself_for_either_axis(calibration, axis):
     x = normal(2, 3, 10, 12)
     w = quantize(x, 3, axis, 4, calibration)
     assert w.shape == x.shape
