@@ -22,7 +22,7 @@ from bipolar_jax.packing.words import WORD_BITS, pack_codes
 _BYTE_WORDS_PER_WORD = 8  # 32 elements are one word of a plane, or eight words of bytes
 
 
-def weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n words"]:
+def weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "*layers planes n words"]:
     """w's planes, or its values as bytes; rows are filled up with zeros to whole multiples of 16 bytes."""
     return fill_up(w.planes if kind == "planes" else expand_planes(w.planes, w.format), ALIGNED_WORDS)
 

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
-from bipolar_jax.kernels.sm90.core.polling import await_blocks
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     Cache,
@@ -237,6 +236,6 @@ def _meet_blocks(shape: LayersShape, warpgroup, meet) -> None:
     @pl.when(warpgroup == 0)
     def _():
         plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
-        await_blocks(blocks_met, shape.blocks, shape.wait_limit_ms)
+        plgpu.semaphore_wait(blocks_met, shape.blocks, decrement=False, memory_scope="gpu")
 
     meet()

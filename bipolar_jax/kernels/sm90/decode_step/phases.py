@@ -227,9 +227,7 @@ class Phases:
         source = getattr(self._sources, _INPUTS[name])
         phase = phase_bit(layer - 1 if name == "qkv" else layer)
         needed = chunk_rows(product, self._block, 0)[1] > 0
-        return poll_slices(
-            source, self._slice_starts(name), product.k, Awaited(phase, needed, self._shape.wait_limit_ms)
-        )
+        return poll_slices(source, self._slice_starts(name), product.k, Awaited(phase, needed))
 
     def _residual(self, name: str) -> list[Float[Array, "128"]] | None:
         """What the product is added to, by chunk. This block wrote it itself, so there is nothing to poll for."""

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core.fragments import pinned
+from bipolar_jax.kernels.sm90.core.watchdog import trap_if_fewer_multiprocessors, wait_or_trap
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TILE, WARPGROUPS, Layers, LayersShape
 
@@ -74,7 +75,12 @@ class WeightRing:
         plgpu.barrier_arrive(self.emptied.at[lax.rem(load, self.shape.w_slots)])
 
     def fill(self, weights: dict[str, ProductWeights], layers: Layers, block) -> None:
-        """Loads all weights as slots become free, and waits until the last slots are free."""
+        """Loads all weights as slots become free, and waits until the last slots are free.
+
+        This bounds every wait of the kernel. The consumers may wait for other blocks without a limit, or for a load:
+        each such wait comes before they empty slots that the producer waits for, and that wait has a limit.
+        """
+        trap_if_fewer_multiprocessors(self.shape.blocks)
 
         def load_product(name: str, layer, carry):
             product, bits = self.shape.products[name], self.shape.w_format.bits
@@ -101,7 +107,10 @@ class WeightRing:
 
         lax.fori_loop(0, layers.count, load_layer, (jnp.int32(0), jnp.int32(0)))
         for slot in range(min(self.shape.w_slots, layers.count * sum(map(self._loads, self.names)))):
-            plgpu.barrier_wait(self.emptied.at[slot])
+            self._wait_emptied(slot)
+
+    def _wait_emptied(self, slot) -> None:
+        wait_or_trap(self.emptied.at[slot], self.shape.wait_limit_ms)
 
     def _load(self, plane_rows, first_word, carry):
         """Loads a plane of a tile, from a word on. The carry is the number of loads so far, and the next slot."""
@@ -109,7 +118,7 @@ class WeightRing:
 
         @pl.when(count >= self.shape.w_slots)
         def _():
-            plgpu.barrier_wait(self.emptied.at[slot])
+            self._wait_emptied(slot)
 
         for warpgroup in range(WARPGROUPS):
             # [32, 32 words]; zeros beyond K and beyond the last row.

@@ -92,10 +92,8 @@ def attend(
     head = jnp.minimum(ring.head, shape.heads - 1)
     q_start = qkv_start + head * HEAD_DIM
     k_start = qkv_start + (shape.heads + ring.kv_head) * HEAD_DIM
-    # No limit: it makes this kernel spill. A block that hangs here leaves `combine.combine` waiting, which has one.
-    awaited = Awaited(phase, ring.active, None)
     starts = [q_start, q_start, k_start, k_start, k_start + shape.kv_heads * HEAD_DIM]
-    q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, HALF, 0, HALF, 0], awaited)
+    q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, HALF, 0, HALF, 0], Awaited(phase, ring.active))
     q = rotated(q, q_swapped) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
     k, v = _as_cached([rotated(k, k_swapped), v], cache.keys.dtype, bits, warpgroup, shared)
     # The query lies where the sums of values are stored at the end. Every warpgroup adds up the new token's score.

@@ -45,8 +45,7 @@ def combine(shape: LayersShape, block, partials, context, phase) -> None:
 
     @pl.when(assigned.combines)
     def _():
-        awaited = Awaited(phase, 1, shape.wait_limit_ms)
-        values = poll_combined(partials, assigned.head, shape.splits, assigned.first, shape.combined, awaited)
+        values = poll_combined(partials, assigned.head, shape.splits, assigned.first, shape.combined, Awaited(phase, 1))
         store_vector(context, values, assigned.head * HEAD_DIM + assigned.first, shape.combined, phase)
 
 
@@ -102,7 +101,7 @@ def poll_combined(
         for split in range(splits):
             partial = ptx.advance(base, 4 * PARTIAL_SIZE * split)
             loads += [(ptx.advance(partial, 4 * HEAD_DIM), 2), (ptx.advance_far(partial, element, 4), 1)]
-        words = poll_words(loads, scalar_of(phase), ptx.int32(awaited.needed), awaited.limit_ms)
+        words = poll_words(loads, scalar_of(phase), ptx.int32(awaited.needed))
         largest, totals = zip(*(map(ptx.as_float, pair) for pair in words[::2]), strict=True)
         values = [ptx.as_float(word) for (word,) in words[1::2]]
         most = tree(functools.partial(ptx.extreme, "max", "f32"), [ptx.as_word(number) for number in largest])

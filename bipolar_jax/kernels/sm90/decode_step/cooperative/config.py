@@ -88,7 +88,7 @@ class LayersShape:
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
       blocks: of the grid, at most one a multiprocessor.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
-      wait_limit_ms: milliseconds that a block waits for others, for each value, before the kernel traps.
+      wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
     """
 
     num_layers: int

@@ -24,12 +24,10 @@ class Awaited(NamedTuple):
     Attributes:
       phase: the expected phase bit, int32.
       needed: whether to poll; if not, the values are loaded once and mean nothing.
-      limit_ms: milliseconds after which the kernel traps, see `core.polling`; None waits for ever.
     """
 
     phase: Int[Array, ""]
     needed: Int[Array, ""] | int
-    limit_ms: int | None
 
 
 def phase_bit(layer: Int[Array, ""]) -> Int[Array, ""]:

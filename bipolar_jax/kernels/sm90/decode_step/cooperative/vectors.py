@@ -104,9 +104,7 @@ def poll_vectors(
         for start, rotation in zip(starts, rotations, strict=True):
             element = ptx.bits_of(ptx.plus(thread, rotation), WARPGROUP - 1)
             pointers.append(ptx.advance_far(base, ptx.plus(scalar_of(start), element), 4))
-        words = poll_words(
-            [(pointer, 1) for pointer in pointers], scalar_of(phase), scalar_of(needed), awaited.limit_ms
-        )
+        words = poll_words([(pointer, 1) for pointer in pointers], scalar_of(phase), scalar_of(needed))
         return tuple(as_vector(ptx.as_float(word), jnp.float32) for (word,) in words)
 
     return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
@@ -171,7 +169,7 @@ def poll_slices(ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaite
         for index, valid in zip(indices, inside, strict=True):
             pointer = ptx.advance_far(base, ptx.choose(valid, index, ptx.int32(0)), 4)
             loads += [(pointer, 4), (ptx.advance(pointer, 16), 4)]
-        quads = poll_words(loads, scalar_of(phase), scalar_of(needed), awaited.limit_ms)
+        quads = poll_words(loads, scalar_of(phase), scalar_of(needed))
         slices = []
         for valid, low, high in zip(inside, quads[::2], quads[1::2], strict=True):
             slices.append(as_k_slice([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
