@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 # (codes, scales, zeros) of 8 or 4 bits, the last two without the axis of head_dim, as `models.kv_cache` stores them.
 CacheLeaves = tuple[Array, ...]
 Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
-Heads = Float[Array, "batch length heads head_dim"]
+Heads = Float[Array, "batch length _ head_dim"]  # queries have more heads than keys
 
 
 class Backend(Protocol):

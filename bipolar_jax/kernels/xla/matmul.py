@@ -102,9 +102,12 @@ def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:
 
 
 _Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], Int[Array, ""]]
+_Groups = tuple[
+    Int8[Array, "groups m size"], Int8[Array, "groups n size"], Int[Array, "groups n"], Int[Array, " groups"]
+]
 
 
-def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> _Group:
+def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> _Groups:
     """Signed codes of both operands, w's code sums and the true length, each with a leading group axis.
 
     A short last group is padded with the signed code 0, which adds nothing.

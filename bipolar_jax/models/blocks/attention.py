@@ -24,7 +24,7 @@ from bipolar_jax.ops import Explanation
 # XLA then writes all products to memory.
 _POSITIONS_PER_SUM = 64
 
-Heads = Float[Array, "batch length heads head_dim"]
+Heads = Float[Array, "batch length _ head_dim"]  # queries have more heads than keys
 # Queries, keys and values, or one array of them all, side by side in this order.
 Projected = tuple[Heads, Heads, Heads] | tuple[Heads]
 

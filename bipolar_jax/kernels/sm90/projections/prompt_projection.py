@@ -36,7 +36,7 @@ HEAD_SIZES = (64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
-Heads = Float[Array, "batch length heads head_dim"]
+Heads = Float[Array, "batch length _ head_dim"]  # queries have more heads than keys
 
 
 def prompt_heads(
