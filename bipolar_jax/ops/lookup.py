@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Integer
 from bipolar_jax.packing import BipolarArray
 
 
-def lookup(table: BipolarArray, ids: Integer[Array, "*batch"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*batch d"]:
+def lookup(
+    table: BipolarArray, ids: Integer[Array, "*batch"], dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "*batch d"]:
     """Decodes the rows `ids` of a table; the other rows stay packed.
 
     Args:
