@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
 
-.PHONY: demo test gpu-test compiler lint clean
+.PHONY: demo test test-fast lint gpu-test compiler clean
 
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)

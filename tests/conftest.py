@@ -1,23 +1,23 @@
-"""What holds for every test: two CPU devices to shard over, and reproducible hypothesis runs; and fixtures."""
+"""What holds for every test: two CPU devices, quick compilation, checked annotations, bounded memory; and fixtures."""
 
-import gc
 import os
-from pathlib import Path
 
-# Read by XLA when its first backend starts, so it must be set before jax is used.
+# Read by XLA when its first backend starts, so these must be set before jax is used.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 # Threads of XLA on CPUs: an interpreted warpgroup that waits at a barrier holds one, and with as few as there
 # are cores the others may never get to run.
 os.environ.setdefault("NPROC", "16")
+# Most of a test's time is compilation of programs that run once, which takes half as long unoptimized. Programs that
+# tests start inherit this. See `optimizations` for tests that compare last bits of optimized code.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
-import jax
 import pytest
 
-from tests.support.optimizations import optimizations
+from tests.support.annotations import check_arrays_of_package, checking
+from tests.support.memory import forget_programs_beyond_the_limit
 
-_MAPPINGS = Path("/proc/self/maps")
-_MANY_MAPPINGS = 35_000
+check_arrays_of_package()
 
 # The first example of a shape compiles, which no deadline allows for.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -25,13 +25,18 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_compiled_programs():
-    """Each keeps some mappings of memory, of which Linux gives a process 65530: beyond, XLA crashes as it compiles."""
+@pytest.fixture(autouse=True)
+def bounded_memory():
     yield
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    forget_programs_beyond_the_limit()
+
+
+@pytest.fixture(autouse=True)
+def checked_arrays(request):
+    """Checks arrays against annotations, except in tests that make wrong ones on purpose."""
+    checking(request.node.get_closest_marker("wrong_arrays") is None)
+    yield
+    checking(False)
 
 
 @pytest.fixture
@@ -43,17 +48,10 @@ def clean_interpreter():
     interpreter.reset()
 
 
-@pytest.fixture
-def quick_compilation():
-    """For the same tests: most of their time is compilation, of what runs once."""
-    with optimizations(False):
-        yield
-
-
 @pytest.fixture(scope="module")
 def compiled_programs(tmp_path_factory):
-    """For tests that train: programs are compiled once for all of a file."""
-    from tests.support.tiny_training import compiled_once  # with what else trains, which few tests need
+    """Keeps compiled programs on disk for the tests of one file, which train the same model again and again."""
+    from tests.support.tiny_training import compiled_once  # slow to import, and few tests need it
 
     with compiled_once(tmp_path_factory.mktemp("programs")):
         yield

@@ -22,8 +22,6 @@ from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import pack_codes
 from tests.support.optimizations import optimizations
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # No contracted size is a multiple of 32, so that last words and last groups are short.
 LLAMA = TransformerConfig(
     vocab_size=41,

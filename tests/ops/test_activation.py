@@ -64,7 +64,7 @@ def test_a_residual_is_added_to_what_it_makes(w):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("clean_interpreter", "quick_compilation")
+@pytest.mark.usefixtures("clean_interpreter")
 @pytest.mark.parametrize(
     ("tiling", "dtype", "activation", "a_bits"),
     [
@@ -93,7 +93,7 @@ def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, t
     np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=tolerance, atol=2e-5)
 
 
-@pytest.mark.usefixtures("clean_interpreter", "quick_compilation")
+@pytest.mark.usefixtures("clean_interpreter")
 @pytest.mark.parametrize(("m", "group_size"), [(3, None), (70, 32)])
 def test_where_no_kernel_has_it_xla_does(m, group_size):
     """Few tokens; groups."""

@@ -172,6 +172,7 @@ def test_batch_axes_that_do_not_fit_are_refused():
             matmul(jnp.ones(shape), w, 8)
 
 
+@pytest.mark.wrong_arrays
 def test_inconsistent_leaves_are_refused(w):
     with pytest.raises(ValueError, match="inconsistent BipolarArray"):
         matmul(jnp.ones((3, K)), dataclasses.replace(w, scale=w.scale[:, :1]), 8)

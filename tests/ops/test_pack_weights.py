@@ -15,7 +15,7 @@ from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from tests.support import sm90_compile
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 

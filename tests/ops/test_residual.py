@@ -42,7 +42,7 @@ def test_it_is_added_to_the_rounded_product(w, implementation, a_bits, dtype):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("clean_interpreter", "quick_compilation")
+@pytest.mark.usefixtures("clean_interpreter")
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("m", [3, 70])
 def test_hopper_kernels_add_the_same(m, group_size):

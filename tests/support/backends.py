@@ -1,6 +1,6 @@
-"""The backends that one suite runs over."""
+"""The backends that run on every device, for tests that all of them pass."""
 
 from bipolar_jax.ops.dispatch import BACKENDS
 
-# Run everywhere; sm90 is a GPU's, and has suites of its own in interpret mode.
+# sm90 runs on a GPU, or interpreted: it has tests of its own.
 PORTABLE = {name: BACKENDS[name] for name in ("reference", "xla")}

@@ -1,4 +1,4 @@
-"""Operands of integer products over all formats, and the products by the definition."""
+"""Operands of integer products in all formats, and the products by their definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray
 
 
 def codes_with_extremes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:
-    """Random codes, but the first row is all zeros and the second all ones in every plane."""
+    """Random codes; in every plane the first row is zeros, and the second, or the only one, is ones."""
     codes = random_codes(fmt, rows, k, seed)
     codes[0] = 0
     codes[min(1, rows - 1)] = fmt.max_value
@@ -30,14 +30,14 @@ def packed(codes: np.ndarray, fmt: BipolarFormat, group_size: int | None) -> Bip
 def expected_product(
     x: np.ndarray, a_format: BipolarFormat, w: np.ndarray, w_format: BipolarFormat, group_size: int | None
 ) -> np.ndarray:
-    """int64 sums over every group of products of values, [m, n, groups]; they must fit int32.
+    """The product of values within every group, int64 [m, n, groups]; every number fits int32.
 
-    numpy has no BLAS for int64; float64 is exact here, every partial sum being below 2^53.
+    Computed in float64, which is exact below 2^53: numpy has no BLAS for int64.
     """
     x_values, w_values = (2.0 * c - fmt.max_value for c, fmt in ((x, a_format), (w, w_format)))
     k = x.shape[1]
     size = group_size or k
-    parts = [x_values[:, s : s + size] @ w_values[:, s : s + size].T for s in range(0, k, size)]
-    product = np.stack(parts, axis=-1).astype(np.int64)
+    products = [x_values[:, s : s + size] @ w_values[:, s : s + size].T for s in range(0, k, size)]
+    product = np.stack(products, axis=-1).astype(np.int64)
     assert np.abs(product).max() <= np.iinfo(np.int32).max
     return product

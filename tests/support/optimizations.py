@@ -1,4 +1,4 @@
-"""How hard XLA tries."""
+"""Switches XLA's optimizations on and off."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ _FLAG = "jax_disable_most_optimizations"
 
 @contextlib.contextmanager
 def optimizations(on: bool) -> Iterator[None]:
-    """What is compiled in the block is optimized or not.
-
-    Not, for what runs once or twice and takes longer to compile, where nobody compares last bits.
-    """
+    """Within, programs are compiled with or without optimizations; tests run without, as conftest.py sets it."""
     before = jax.config.read(_FLAG)
     jax.config.update(_FLAG, not on)
     try:

@@ -36,7 +36,7 @@ COMPILER_FOLDER = Path(sys.prefix) / "compiler"  # as `make compiler` leaves it 
 CACHE_FOLDER = _ROOT / ".pytest_cache" / "h200_programs"
 _PLUGIN = "jax_plugins.xla_cuda13"
 
-# What XLA reads from the device, for an NVIDIA H200.
+# What XLA asks a device for; these are the answers of an NVIDIA H200.
 _H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -53,14 +53,14 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class PtxasReport:
-    """What ptxas says about the Mosaic kernels of one compilation.
+    """What ptxas reports on the Mosaic kernels of one program.
 
     Attributes:
-      text: its whole output, and the PTX's when `compile_for_h200` was asked for that.
-      registers: registers a thread, one number for each kernel.
-      spill_bytes: bytes of spill stores and loads, all kernels together.
-      stack_bytes: bytes of stack frames, likewise.
-      serialized_wgmma: whether any wgmma was serialized (warning C7510 and its like).
+      text: the whole output, with the PTX if `compile_for_h200` was asked for it.
+      registers: registers per thread, one number for each kernel.
+      spill_bytes: bytes of spill stores and loads, over all kernels.
+      stack_bytes: bytes of stack frames, over all kernels.
+      serialized_wgmma: whether ptxas serialized any wgmma (warnings C7510 and related).
     """
 
     text: str
@@ -107,7 +107,7 @@ class Program:
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """The reason why nothing can be compiled here, or None."""
     if COMPILER_FOLDER.is_dir():
         return None
     with contextlib.suppress(ModuleNotFoundError):
@@ -117,7 +117,7 @@ def missing() -> str | None:
 
 
 def compile_for_h200(fn, *avals, ptx: bool = False) -> tuple[Program, PtxasReport]:
-    """Compiles fn for one H200, optimized even within `optimizations(False)`, or takes the result from the cache.
+    """Compiles fn for one H200, with optimizations, or takes the result from the cache.
 
     Args:
       fn: a function of arrays, jitted here.

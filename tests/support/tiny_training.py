@@ -1,4 +1,4 @@
-"""The configs of training as small as tests want them, and what their runs leave."""
+"""The training configs, shrunk for tests, and readers of the files that a run writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 16
 
 @contextlib.contextmanager
 def compiled_once(folder):
-    """Programs are kept there meanwhile: runs of the same config would spend their time on compiling them again."""
+    """Within, JAX keeps compiled programs in the folder: runs of the same config would compile them again."""
     names = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -29,7 +29,7 @@ def compiled_once(folder):
     before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in names.items():
-            environment.setenv(name.upper(), str(value))  # for processes that tests start
+            environment.setenv(name.upper(), str(value))  # inherited by programs that tests start
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield
@@ -47,7 +47,7 @@ def write_text(folder):
 
 
 def shrink(config, text):
-    """The real config, as small as a test wants it."""
+    """Reduces a config, in place, to a model and a run of seconds; returns it."""
     config.text, config.vocab_size, config.window_length, config.validation_every = str(text), 280, 16, 3
     config.validation_text = ""
     if not config.pretrained:
@@ -61,14 +61,14 @@ def shrink(config, text):
 
 
 def whole_config(text):
-    """What most tests run: quantized, in bfloat16."""
+    """The config of most tests: quantized, in bfloat16."""
     config = shrink(tiny_w2a2.get_config(), text)
     config.quantization.learned_steps = False
     return config
 
 
 def without_evaluation(monkeypatch):
-    """Spares the compilation of evaluations, in tests of something else."""
+    """Replaces evaluations by a constant score, in tests that do not look at it: they take long to compile."""
     score = {"loss": 0.0, "perplexity": 1.0, "standard_error": None, "windows": 1}
     monkeypatch.setattr(TrainingRun, "score", lambda self, model: dict(score))
 
@@ -78,5 +78,5 @@ def result_of(folder):
 
 
 def losses(folder):
-    """What must not depend on where a run was stopped."""
+    """The logged metrics, but for the speed: they must not depend on where a run was stopped."""
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read_metrics(folder)]

@@ -22,7 +22,7 @@ from tests.support import sm90_compile
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
 
 BATCH, LENGTH, CAPACITY = 2, 70, 130
 

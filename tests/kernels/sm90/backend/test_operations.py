@@ -15,7 +15,7 @@ from tests.support.integer_products import W_FORMATS, random_codes
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 
 @pytest.mark.parametrize("fmt", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")

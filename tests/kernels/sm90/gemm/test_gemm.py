@@ -37,7 +37,7 @@ from tests.support.integer_products import (
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 
 def detecting_races() -> plgpu.InterpretGPUParams:

@@ -24,7 +24,7 @@ from tests.support.integer_products import expected_product, random_codes
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
 
 LAYERS, LAYER, K = 2, 1, 70
 

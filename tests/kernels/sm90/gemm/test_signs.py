@@ -28,7 +28,7 @@ from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
 
 ONE_BIT = BipolarFormat(1)
 SWIGLU = Activation("silu", gated=True)

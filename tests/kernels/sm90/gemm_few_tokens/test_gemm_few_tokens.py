@@ -31,7 +31,7 @@ from tests.support.integer_products import expected_product, random_codes
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
 
 
 def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.ndarray:

@@ -30,7 +30,7 @@ from tests.support.integer_products import random_codes
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("clean_interpreter")]
 
 FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
 _NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}

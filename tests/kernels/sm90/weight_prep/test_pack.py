@@ -18,7 +18,7 @@ from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter", "quick_compilation")]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 FORMATS = [*map(BipolarFormat, (1, 2, 3, 4, 8)), TERNARY]
 with_every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"W{fmt.name}")
