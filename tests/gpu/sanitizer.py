@@ -28,6 +28,8 @@ _TOOL_FAILED = re.compile(
     r"error while loading shared libraries|no attachable process|timeout",
     re.IGNORECASE,
 )
+# The process crashed; where the result was checked before, it was the tool's doing.
+_CRASHED = re.compile(r"process didn't terminate successfully")
 _HEADERS = re.compile(r"COMPUTE-SANITIZER$|SUMMARY: |Target application returned an error|couldn't find exit code")
 # A plain frame of the host's stack, and where the tool found the program.
 _FRAMES = re.compile(r"\s*(?:Saved host backtrace|Host Frame:|\.\.\.|Device Frame:)")
@@ -116,7 +118,8 @@ def judge(tool: str, kernel: str, ended: Ended, log: str, known: Sequence[KnownR
     def verdict(status: Status, message: str) -> Verdict:
         return Verdict(status, message, counts, len(texts) - len(unknown), ended.seconds)
 
-    failure = _TOOL_FAILED.search(log) or (_TOOL_FAILED.search(ended.output) if count is None else None)
+    crashed = _CRASHED.search(log) if f"checked: {kernel}" in ended.output else None
+    failure = crashed or _TOOL_FAILED.search(log) or (_TOOL_FAILED.search(ended.output) if count is None else None)
     if failure is not None or count is None:
         message = _last_lines(log) or _last_lines(ended.output) or "the tool printed nothing"
         return Verdict("not run", message, {}, 0, ended.seconds)
@@ -134,6 +137,8 @@ def judge_planted(ended: Ended, log: str) -> Verdict:
     count, _ = read(log)
     if count is None or _TOOL_FAILED.search(log):
         return Verdict("not run", _last_lines(log) or _last_lines(ended.output), {}, 0, ended.seconds)
+    if count == 0 and _CRASHED.search(log):
+        return Verdict("not run", _last_lines(log), {}, 0, ended.seconds)
     if count == 0:
         return Verdict("not run", "the planted defect was not reported: the tool sees no kernel", {}, 0, ended.seconds)
     return Verdict("passed", "", {}, 0, ended.seconds)

@@ -132,9 +132,22 @@ class Step:
                 continue
             got, wanted = (_numbers(getattr(c, name))[:, 0, :, length] for c in (found, expected))
             for layer in range(self.config.num_layers):
-                limit = _FIRST_LAYER if layer == 0 else max(_FIRST_LAYER, _WITHIN_NOISE[self._a_bits])
+                limit = _FIRST_LAYER if layer == 0 else self._noise_in_cache()
                 difference = _difference(got[layer], wanted[layer])
                 assert difference <= limit, f"{name} of layer {layer} differ by {difference:.2%}, limit {limit:.0%}"
+
+    def _noise_in_cache(self) -> float:
+        """Limit on the difference of keys and values behind the first layer, as a share of their norm.
+
+        A difference d moves a number across a boundary of the cache's grid with the probability mean(|d|) / step, and
+        by one step: sqrt(step * mean(|d|)) in the mean square. Of a normal distribution mean(|d|) is 0.8 of its
+        deviation, and the 128 numbers of a head span 5.2 deviations.
+        """
+        noise = max(_FIRST_LAYER, _WITHIN_NOISE[self._a_bits])
+        if self.cache_bits is None:
+            return noise
+        step = 5.2 / (2**self.cache_bits - 1)
+        return math.hypot(noise, math.sqrt(step * 0.8 * noise))
 
     def _check_logits(self, differences: list[float]) -> None:
         if self._a_bits == 1 and self.config.ffn == "gelu":

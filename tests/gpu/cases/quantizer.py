@@ -54,22 +54,27 @@ def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None) 
         tokens = _on_cpu(x, a_format, wanted)
 
         def check(packed):
-            codes = _unpacked(np.asarray(packed.words), a_format, operand, k)
-            np.testing.assert_array_equal(packed.code_sums[:m], codes.sum(axis=1))
+            words, scale, zero_code, code_sums = packed
+            codes = _unpacked(np.asarray(words), a_format, operand, k)
+            np.testing.assert_array_equal(code_sums, codes.sum(axis=1))
             if wanted is not None:
                 # Sums in another order and the last bits of functions turn what is nearly a tie.
-                np.testing.assert_allclose(packed.scale[:m], tokens.scale, rtol=4e-6)
+                np.testing.assert_allclose(scale, tokens.scale, rtol=4e-6)
                 difference = np.abs(codes - tokens.codes.astype(np.int32))
                 assert difference.max() <= 1, f"codes {difference.max()} apart"
-                assert difference.mean() < 1e-3, f"{difference.mean():.2%} of the codes differ"
+                most = max(2, codes.size // 1000)
+                assert difference.sum() <= most, f"{difference.sum()} codes of {codes.size} differ, limit {most}"
                 return
             zero = 0 * tokens.zero_value if bits == 1 else (tokens.zero_value + a_format.max_value) // 2
-            np.testing.assert_array_equal(packed.scale[:m], tokens.scale)
-            np.testing.assert_array_equal(packed.zero_code[:m], zero)
+            np.testing.assert_array_equal(scale, tokens.scale)
+            np.testing.assert_array_equal(zero_code, zero)
             np.testing.assert_array_equal(codes, tokens.codes)
 
         def quantize(x, wanted):
-            return quantize_and_pack(x, a_format, operand, prologue=wanted, interpret=interpret_params())
+            packed = quantize_and_pack(x, a_format, operand, prologue=wanted, interpret=interpret_params())
+            vectors = (packed.scale, packed.zero_code, packed.code_sums)
+            # Elements of the vectors from m on are undefined.
+            return packed.words, *(vector[:m] for vector in vectors)
 
         return one_program(quantize, (x, wanted), check)
 
