@@ -45,6 +45,7 @@ FLOORS = {
         "checkpoint",
         "assemble",
         "pretrained",
+        "chat",
         "presets",
         "transformer",
         "blocks",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from bipolar_jax.models.chat import ChatTemplate, Message
 from bipolar_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:  # optional dependency
@@ -18,7 +20,50 @@ class PretrainedModel:
     Attributes:
       model: the Transformer; `model.config` has the shapes and the BOS and EOS ids.
       tokenizer: converts text to ids and back; its ids are below `model.config.vocab_size`.
+      chat_template: how the model reads a conversation; None for models that were not trained on any.
     """
 
     model: Transformer
     tokenizer: tokenizers.Tokenizer
+    chat_template: ChatTemplate | None = None
+
+    def with_model(self, model: Transformer) -> PretrainedModel:
+        """The same tokenizer and template around another model, such as the quantized one."""
+        return dataclasses.replace(self, model=model)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds; never with a second BOS token.
+
+        Raises:
+          ValueError: the text is not valid Unicode.
+        """
+        _check_unicode(text)
+        ids = self.tokenizer.encode(text).ids
+        bos = self.model.config.bos_id
+        begins_with_bos = self.tokenizer.encode(text, add_special_tokens=False).ids[:1] == [bos]
+        return ids[1:] if begins_with_bos and ids[:2] == [bos, bos] else ids
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Token ids of a conversation, up to the beginning of the assistant's next turn.
+
+        Args:
+          messages: dicts with "role" and "content"; the model's template decides which roles there are.
+          **variables: see `ChatTemplate.render`.
+
+        Raises:
+          ValueError: the model has no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("the model has no chat template: give a text as the prompt, or set chat_template")
+        text = self.chat_template.render(messages, **variables)
+        _check_unicode(text)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids  # the template writes them
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode ({error}): was it read from bytes of another encoding?"
+        ) from error

@@ -16,7 +16,7 @@ from bipolar_jax.models.blocks.fused_decode import explain_fused_layers
 from bipolar_jax.models.blocks.prompt_heads import explain_prompt_heads, prompt_tables
 from bipolar_jax.models.blocks.rope import Tables
 from bipolar_jax.models.blocks.step import Step, product_step
-from bipolar_jax.models.inference.generation import round_up_length
+from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import DecoderLayer, Transformer
 

@@ -1,160 +1,311 @@
-"""Generation: from prompts to new tokens, streamed one by one, or all in one loop on the device."""
+"""Generation: from prompts to new tokens, streamed one by one, or in chunks that the device computes by itself."""
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
+from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Bool, Int, PRNGKeyArray
 
-from bipolar_jax.models.inference.sampling import Sampling, sample
+from bipolar_jax.kernels.device import default_device
+from bipolar_jax.models.inference.decode_loop import (
+    CHUNK,
+    ENDED,
+    NOT_FINITE,
+    Choice,
+    Settings,
+    first_token,
+    next_tokens,
+)
+from bipolar_jax.models.inference.prompts import EncodedPrompts, Prompt, encode_prompts, pad_prompts
+from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
-from bipolar_jax.models.transformer import Transformer, check_ids
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
 
-# Prompt lengths and cache capacities are rounded up to a multiple of this, so that prompts of similar lengths share one
-# compilation.
-_LENGTH_STEP = 64
+# Sizes of the array of end ids are rounded up to a multiple of this: other end ids share a compilation.
+_END_IDS_STEP = 8
 
 
-def stream(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    key: PRNGKeyArray | None = None,
-    cache_bits: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields the next token of every prompt until all texts have ended.
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What follows one prompt.
 
-    The call itself checks the arguments, before the first token is requested.
-
-    Args:
-      model: the model; its config says which tokens end a text.
-      prompts: token ids, of any lengths; with greedy sampling each is continued as if it were alone.
-      max_new_tokens: limit of new tokens for each prompt.
-      sampling: how to choose.
-      key: PRNG key, needed if `sampling` draws at random.
-      cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
-
-    Yields:
-      int32 [batch] ids; -1 for a text that has ended. The token that ends a text is yielded.
-
-    Raises:
-      ValueError: no prompts, an empty one, ids outside the vocabulary, prompt and new
-        tokens together longer than the model's context, or other cache_bits.
+    Attributes:
+      tokens: new token ids, including the one that ended the text.
+      logprobs: natural logarithm of the model's probability of each, before any setting of `Sampling` changes it.
+      text: their text without special tokens and stop string, for a prompt that is a text or with stop strings.
+      finish: why it ended: "end" (an end token), "stop" (a stop string) or "length" (max_new_tokens).
     """
-    return _steps(model, *_prepared(model, prompts, max_new_tokens, sampling, key, cache_bits), sampling, cache_bits)
 
-
-def _steps(model, ids, lengths, keys, capacity, sampling, cache_bits) -> Iterator[np.ndarray]:
-    eos = np.asarray(model.config.eos_ids, np.int32)
-    tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
-    running = np.ones(len(lengths), bool)
-    for step in range(len(keys)):
-        written = np.asarray(tokens)
-        yield np.where(running, written, -1)
-        running &= ~np.isin(written, eos)
-        if not running.any() or step + 1 == len(keys):
-            return
-        tokens, cache = _next_token(model, tokens, cache, sampling, keys[step + 1])
+    tokens: list[int]
+    logprobs: list[float]
+    text: str | None
+    finish: str
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    model: Transformer | PretrainedModel,
+    prompts: Prompt | Sequence[Prompt],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     key: PRNGKeyArray | None = None,
     cache_bits: int | None = None,
-) -> list[list[int]]:
-    """The new tokens of every prompt, including the one that ends the text: all that `stream` yields.
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] = (),
+    end_ids: Sequence[int] | None = None,
+    logprobs: bool = False,
+) -> Any:
+    """The new tokens, or the new text, of every prompt.
 
-    The loop over tokens runs on the device, and ends when all texts have ended.
+    The device computes up to 16 tokens by itself. Between these chunks the host looks for Ctrl-C and stop strings.
+
+    Args:
+      model: the model, or for texts the PretrainedModel; `prepare_for_inference` makes either fast.
+      prompts: token ids, a text, or a conversation (dicts with "role" and "content") for the model's chat template; or
+        a list of them, of any lengths. With greedy sampling each is continued as if it were alone.
+      max_new_tokens: limit of new tokens for each prompt.
+      sampling: how to choose. All values of its fields share a compilation.
+      key: PRNG key of either kind; without one each call draws anew.
+      cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
+      temperature, top_k, top_p, repetition_penalty: replace fields of `sampling`.
+      stop: strings that end a text, which ends before them; needs a PretrainedModel.
+      end_ids: ids that end a text; None takes the model's `config.eos_ids`, and () goes on to the limit.
+      logprobs: whether to return `Completion`s, which have the log-probability of each token.
+
+    Returns:
+      For ids a list of lists of ids, each with the token that ended it; for texts and conversations a list of texts, or
+      one text for a prompt outside a list. With `logprobs`, `Completion`s instead of each.
+
+    Raises:
+      ValueError: no prompts, an empty one, ids outside the vocabulary, prompt and new tokens together longer than the
+        model's context, settings out of range, other cache_bits, or logits that are NaN or infinite: the message names
+        the step, counted from 0.
     """
-    ids, lengths, keys, capacity = _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits)
-    tokens, cache = _first_token(model, ids, lengths, capacity, sampling, cache_bits, keys[0])
-    steps, _ = _all_tokens(
-        model, tokens, cache, sampling, jnp.resize(keys, round_up_length(max_new_tokens)), max_new_tokens
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    run = _prepared(
+        model, prompts, max_new_tokens, _replaced(sampling, fields), key, cache_bits, stop, end_ids, logprobs
     )
-    return [[int(token) for token in column if token >= 0] for column in np.asarray(steps).T]
+    texts = [_Text(run, prompt) for prompt in run.prompts.ids]
+    running = np.ones(len(texts), bool)
+    for tokens, probabilities in _steps(run, CHUNK, running):
+        for row, text in enumerate(texts):
+            if tokens[row] != ENDED and text.finish is None:
+                text.add(int(tokens[row]), float(probabilities[row]))
+                running[row] &= text.finish is None
+    results = [text.completion() if logprobs else text.result() for text in texts]
+    return results[0] if run.prompts.is_one else results
 
 
-def _first(model, ids, lengths, capacity, sampling, cache_bits, key):
-    logits, cache = model.prefill(ids, lengths, capacity, cache_bits)
-    return sample(logits, sampling, key), cache
+def stream(
+    model: Transformer | PretrainedModel,
+    prompts: Prompt | Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    key: PRNGKeyArray | None = None,
+    cache_bits: int | None = None,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] = (),
+    end_ids: Sequence[int] | None = None,
+) -> Iterator[Any]:
+    """Yields the next token, or the next text, of every prompt until all have ended.
+
+    The call itself checks the arguments, before the first token is requested. Arguments and errors are those of
+    `generate`, whose tokens and texts it yields.
+
+    Yields:
+      For ids int32 [batch]; -1 for a text that has ended. The token that ends a text is yielded. For texts and
+      conversations a list of texts, or one text for a prompt outside a list: "" while the token only begins a character
+      or may begin a stop string.
+    """
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    run = _prepared(model, prompts, max_new_tokens, _replaced(sampling, fields), key, cache_bits, stop, end_ids, False)
+    return _streamed_texts(run) if run.prompts.are_texts else _streamed_ids(run)
 
 
-def _next(model, tokens, cache, sampling, key):
-    logits, cache = model.decode(tokens, cache)
-    return sample(logits, sampling, key), cache
+def _streamed_ids(run: _Run) -> Iterator[Int[np.ndarray, " batch"]]:
+    texts = [_Text(run, prompt) for prompt in run.prompts.ids]
+    running = np.ones(len(texts), bool)
+    for tokens, _ in _steps(run, 1, running):
+        if run.stop:
+            for row, text in enumerate(texts):
+                if tokens[row] != ENDED:
+                    text.add(int(tokens[row]), 0.0)
+                    running[row] &= text.finish is None
+        yield tokens
 
 
-def _all(model, tokens, cache, sampling, keys, max_new_tokens):
-    """Tokens of every step, the first included, with -1 where a text has ended; and the cache."""
-    eos = jnp.asarray(model.config.eos_ids, jnp.int32)
-
-    def unfinished(state):
-        step, _, running, _, _ = state
-        return (step < max_new_tokens) & jnp.any(running)
-
-    def write_next(state):
-        step, tokens, running, written, cache = state
-        tokens, cache = _next(model, tokens, cache, sampling, keys[step])
-        written = written.at[step].set(jnp.where(running, tokens, -1))
-        return step + 1, tokens, running & ~jnp.isin(tokens, eos), written, cache
-
-    written = jnp.full((len(keys), len(tokens)), -1, jnp.int32).at[0].set(tokens)
-    state = 1, tokens, ~jnp.isin(tokens, eos), written, cache
-    *_, written, cache = jax.lax.while_loop(unfinished, write_next, state)
-    return written, cache
+def _streamed_texts(run: _Run) -> Iterator[str | list[str]]:
+    texts = [_Text(run, prompt) for prompt in run.prompts.ids]
+    running = np.ones(len(texts), bool)
+    written = [0] * len(texts)
+    for tokens, _ in _steps(run, 1, running):
+        new = []
+        for row, text in enumerate(texts):
+            if tokens[row] != ENDED:
+                text.add(int(tokens[row]), 0.0)
+                running[row] &= text.finish is None
+            new.append(text.text[written[row] :])
+            written[row] = len(text.text)
+        yield new[0] if run.prompts.is_one else new
 
 
-_first_token = jax.jit(_first, static_argnums=(3, 4, 5))
-# The cache is donated, so that every step writes its position in place.
-_next_token = jax.jit(_next, static_argnums=3, donate_argnums=2)
-_all_tokens = jax.jit(_all, static_argnums=3, donate_argnums=2)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The checked arguments of a call, ready for the device."""
+
+    model: Transformer
+    tokenizer: Any
+    prompts: EncodedPrompts
+    ids: Int[np.ndarray, "batch length"]
+    lengths: Int[np.ndarray, " batch"]
+    capacity: int
+    max_new_tokens: int
+    cache_bits: int | None
+    choice: Choice
+    settings: Settings
+    end_ids: frozenset[int]
+    stop: tuple[str, ...]
 
 
-def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits):
-    """Padded ids, their lengths, a key for each step, and the capacity of the cache."""
-    ids, lengths = _padded(model, prompts, max_new_tokens)
+class _Text:
+    """The text that follows one prompt."""
+
+    def __init__(self, run: _Run, prompt: Sequence[int]):
+        self._run = run
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: str | None = None
+        self.text = ""
+        needs_text = run.prompts.are_texts or run.stop
+        self._decoder = TextStream(run.tokenizer, prompt, run.stop) if needs_text else None
+
+    def add(self, token: int, logprob: float) -> None:
+        """Appends a token; sets `finish` if the text ends with it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self._run.end_ids:
+            self.finish = "end"
+        elif self._decoder is not None:
+            self.text += self._decoder.push(token)
+        if self.finish is None and len(self.tokens) == self._run.max_new_tokens:
+            self.finish = "length"
+        if self._decoder is not None:
+            if self.finish is not None:
+                self.text += self._decoder.flush()
+            if self._decoder.stopped:
+                self.finish = "stop"
+
+    def completion(self) -> Completion:
+        text = None if self._decoder is None else self.text
+        return Completion(self.tokens, self.logprobs, text, self.finish)
+
+    def result(self) -> str | list[int]:
+        return self.text if self._run.prompts.are_texts else self.tokens
+
+
+def _steps(
+    run: _Run, chunk: int, running: Bool[np.ndarray, " batch"]
+) -> Iterator[tuple[Int[np.ndarray, " batch"], np.ndarray]]:
+    """Tokens and log-probabilities of each step; `ENDED` for a text that has ended.
+
+    Args:
+      run: the call.
+      chunk: most steps that the device computes at a time.
+      running: which texts go on; this function and the caller clear entries.
+
+    Raises:
+      ValueError: the logits of a running text are not finite.
+    """
+    ends = np.asarray(sorted(run.end_ids), np.int32)
+    state = first_token(run.model, run.ids, run.lengths, run.capacity, run.cache_bits, run.choice, run.settings)
+    # Read before the state is donated.
+    chunks = deque([(np.asarray(state.tokens)[None], np.asarray(state.logprobs)[None], 1)])
+    # While the host reads a chunk, a GPU computes the next; a CPU's are slow enough that Ctrl-C would wait for two.
+    ahead = 1 if chunk == 1 or default_device().platform == "cpu" else 2
+    asked, step = 1, 0
+    while chunks:
+        tokens, logprobs, computed = chunks.popleft()
+        for row_tokens, row_logprobs in zip(np.asarray(tokens)[:computed], np.asarray(logprobs), strict=False):
+            if not running.any():
+                break
+            row_tokens = np.where(running, row_tokens, ENDED)
+            if (row_tokens == NOT_FINITE).any():
+                _raise_not_finite(step, int(np.argmax(row_tokens == NOT_FINITE)))
+            running &= ~np.isin(row_tokens, ends)
+            step += 1
+            yield row_tokens, row_logprobs
+        while len(chunks) < ahead and asked < run.max_new_tokens and running.any():
+            limit = min(chunk, run.max_new_tokens - asked)
+            found, state = next_tokens(run.model, state, run.choice, run.settings, running.copy(), np.int32(limit))
+            chunks.append((found.tokens, found.logprobs, limit))
+            asked += limit
+
+
+def _raise_not_finite(step: int, prompt: int) -> None:
+    raise ValueError(
+        f"the logits at step {step} of prompt {prompt} are NaN or infinite: the weights are damaged, or the dtype's "
+        "range is too small for this model"
+    )
+
+
+def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits, stop, end_ids, logprobs) -> _Run:
+    """Checks all arguments of a call."""
+    encoded = encode_prompts(model, prompts)
+    tokenizer = model.tokenizer if isinstance(model, PretrainedModel) else None
+    model = model.model if isinstance(model, PretrainedModel) else model
+    ids, lengths, capacity = pad_prompts(model, encoded.ids, max_new_tokens)
     check_cache_bits(cache_bits, model.config.head_dim)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise ValueError("a stop string is empty: every text contains it")
+    if stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer: pass the PretrainedModel, or end_ids instead")
+    end_ids = frozenset(map(int, model.config.eos_ids if end_ids is None else end_ids))
+    padded_ends = np.full(-(-max(len(end_ids), 1) // _END_IDS_STEP) * _END_IDS_STEP, ENDED, np.int32)
+    padded_ends[: len(end_ids)] = sorted(end_ids)
+    return _Run(
+        model,
+        tokenizer,
+        encoded,
+        ids,
+        lengths,
+        capacity,
+        int(max_new_tokens),
+        cache_bits,
+        Choice(sampling.greedy, sampling.penalizes, logprobs),
+        Settings(sampling.values(), _one_key(key, sampling), padded_ends),
+        end_ids,
+        stop,
+    )
+
+
+def _replaced(sampling: Sampling, fields: dict[str, float | None]) -> Sampling:
+    return dataclasses.replace(sampling, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _one_key(key: PRNGKeyArray | None, sampling: Sampling) -> PRNGKeyArray:
+    """A typed key: the one given, of either kind, or a random one where it matters."""
     if key is None:
-        sample(jnp.zeros((1, 1)), sampling)  # raises unless it is greedy
-        key = jax.random.key(0)
-    capacity = min(round_up_length(int(lengths.max()) + max_new_tokens), max(model.config.context_length, ids.shape[1]))
-    return jnp.asarray(ids), jnp.asarray(lengths), jax.random.split(key, max_new_tokens), capacity
-
-
-def _padded(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[Int[np.ndarray, "batch length"], Int[np.ndarray, " batch"]]:
-    config = model.config
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if len(prompts) == 0:
-        raise ValueError("no prompts: give at least one")
-    if isinstance(prompts, str) or any(np.ndim(prompt) != 1 for prompt in prompts):
-        raise ValueError("prompts must be a list of lists of token ids: encode texts with the tokenizer")
-    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
-        raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: give at least one token, such as the BOS token")
-    longest = int(lengths.max())
-    if longest + max_new_tokens > config.context_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{config.context_length}: shorten the prompt or ask for fewer tokens"
-        )
-    for prompt in prompts:
-        check_ids(prompt, config.vocab_size)
-    ids = np.zeros((len(prompts), min(round_up_length(longest), config.context_length)), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return ids, lengths
-
-
-def round_up_length(length: int) -> int:
-    """The length that prompts are padded to, and the capacity that caches have, for at least `length` positions."""
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        return jax.random.key(0 if sampling.greedy else secrets.randbits(31))
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape:
+        raise ValueError(f"key must be one PRNG key, got an array of {key.shape}: generate splits it itself")
+    return key

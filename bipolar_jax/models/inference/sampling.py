@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 _SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits overflow when divided
+_ALL_TOKENS = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Sampling:
       top_k: keeps the k most likely tokens, and those as likely as the k-th; None keeps all.
       top_p: keeps the fewest of these whose probabilities add up to it (Holtzman et al. 2019, arXiv 1904.09751); 1
         keeps all.
+      repetition_penalty: divides positive logits of tokens that the text has, prompt included, and multiplies negative
+        ones (Keskar et al. 2019, arXiv 1909.05858, as in transformers); 1 changes nothing. Applied first.
 
     Raises:
       ValueError: values outside these ranges.
@@ -28,6 +33,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if self.temperature != 0 and not _SMALLEST_TEMPERATURE <= self.temperature < float("inf"):
@@ -38,32 +44,94 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, or None, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the text so far changes the logits."""
+        return self.repetition_penalty != 1
+
+    def values(self) -> SamplingValues:
+        """The settings as operands of a compiled program, which serves all values of them."""
+        top_k = _ALL_TOKENS if self.top_k is None else min(self.top_k, _ALL_TOKENS)
+        return SamplingValues(
+            np.float32(self.temperature), np.int32(top_k), np.float32(self.top_p), np.float32(self.repetition_penalty)
+        )
+
+
+class SamplingValues(NamedTuple):
+    """The fields of `Sampling` as scalars, traced or not; top_k of all tokens is the largest int32."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
 
 
 def sample(
     logits: Float[Array, "batch vocab"], sampling: Sampling, key: PRNGKeyArray | None = None
 ) -> Int[Array, " batch"]:
-    """One token id for each row, int32.
+    """One token id for each row, int32; `repetition_penalty` needs the text, see `penalized`, and is not applied.
+
+    Args:
+      logits: scores of every token.
+      sampling: how to choose.
+      key: PRNG key of either kind (`jax.random.key`, `jax.random.PRNGKey`).
 
     Raises:
       ValueError: temperature above 0 without a key.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.greedy:
+        return likeliest(logits)
     if key is None:
         raise ValueError(f"temperature={sampling.temperature} draws at random: pass a PRNG key, or temperature=0")
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        logits = jnp.where(_nucleus(logits, sampling.top_p), logits, -jnp.inf)
+    return draw(logits, sampling.values(), key)
+
+
+def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """The largest logit of each row, int32; of ties the first."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def draw(logits: Float[Array, "batch vocab"], values: SamplingValues, key: PRNGKeyArray) -> Int[Array, " batch"]:
+    """One token id drawn for each row, int32; the settings may be traced, with a temperature above 0."""
+    logits = logits.astype(jnp.float32) / values.temperature
+    excludes = (values.top_k < logits.shape[-1]) | (values.top_p < 1)
+    # Sorting the vocabulary costs more than the draw, and most texts are drawn from all of it.
+    logits = jax.lax.cond(excludes, _without_excluded, lambda logits, _: logits, logits, values)
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def _nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
-    """True for the most likely tokens, up to and including the one at which their probability reaches top_p."""
+def penalized(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], values: SamplingValues
+) -> Float[Array, "batch vocab"]:
+    """Logits with the repetition penalty on the tokens that were `seen`; float32."""
+    logits = logits.astype(jnp.float32)
+    penalty = values.repetition_penalty
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def log_probabilities(logits: Float[Array, "batch vocab"], tokens: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    """Natural logarithm of each token's probability; float32."""
+    every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0]
+
+
+def _without_excluded(logits: Float[Array, "batch vocab"], values: SamplingValues) -> Float[Array, "batch vocab"]:
+    """-inf for tokens outside the top k, and among those left outside the nucleus."""
     order = jnp.argsort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    last = jnp.minimum(values.top_k, logits.shape[-1]) - 1
+    kth = jax.lax.dynamic_slice_in_dim(ordered, last, 1, axis=-1)
+    kept = ordered >= kth
+    probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.take_along_axis(before < top_p, jnp.argsort(order, axis=-1), axis=-1)
+    # Rounded sums reach 1 before the last token, so 1 is asked for by itself.
+    kept &= (before < values.top_p) | (values.top_p >= 1)
+    return jnp.where(jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1), logits, -jnp.inf)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from flax import nnx
 
 import bipolar_jax as bj
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.inference import generation
+from bipolar_jax.models.inference import decode_loop, generation
 from bipolar_jax.models.inference.generation import generate, stream
 from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.transformer import Transformer
@@ -22,6 +25,7 @@ CONFIG = TransformerConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40, context_length=72
 )
 PROMPTS = [[1, 2, 3], [30, 4, 36, 0, 7, 7, 9], [5]]
+PROMPT_TOKENS = {token for prompt in PROMPTS for token in prompt}
 RANDOM = Sampling(temperature=1.0)
 
 forward = jax.jit(lambda model, ids: model(ids))
@@ -40,6 +44,21 @@ def with_eos(model: Transformer, *eos_ids: int) -> Transformer:
     ending = nnx.clone(model)
     ending.config = dataclasses.replace(model.config, eos_ids=eos_ids)
     return ending
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the functions that JAX compiles meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def greedy_loop(model: Transformer, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -118,21 +137,48 @@ def test_generate_gives_what_stream_yields(model, sampling, cache_bits):
 
 
 def test_the_device_stops_when_all_have_ended(model, greedy, monkeypatch):
-    caches = []
-    inner = generation._all_tokens
-    monkeypatch.setattr(generation, "_all_tokens", lambda *args: caches.append(inner(*args)) or caches[-1])
+    states = []
+    inner = generation.next_tokens
+    monkeypatch.setattr(generation, "next_tokens", lambda *args: states.append(inner(*args)) or states[-1])
     generate(with_eos(model, greedy[0][3]), PROMPTS[:1], 60)
-    ((_, cache),) = caches
+    ((_, state),) = states
     steps = greedy[0].index(greedy[0][3])  # each reads one token more
-    np.testing.assert_array_equal(cache.lengths, [len(PROMPTS[0]) + steps])
+    np.testing.assert_array_equal(state.cache.lengths, [len(PROMPTS[0]) + steps])
 
 
 def test_texts_of_about_the_same_length_share_one_compilation(model):
     sizes = []
     for max_new_tokens in (3, 5, 12):
         generate(model, PROMPTS[:1], max_new_tokens)
-        sizes.append(generation._all_tokens._cache_size())
+        sizes.append(decode_loop.next_tokens._cache_size())
     assert len(set(sizes)) == 1
+
+
+def test_all_sampling_settings_and_end_ids_share_two_compilations(model):
+    generate(model, PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
+    with compilations() as found:
+        for temperature in (0.7, 1, 3.5):
+            generate(model, PROMPTS[:1], 4, key=jax.random.PRNGKey(1), temperature=temperature)
+        generate(model, PROMPTS[:1], 5, Sampling(0.9, top_k=5, top_p=0.8), jax.random.key(2))
+        list(stream(model, PROMPTS[:1], 3, Sampling(1.1, top_p=0.7), jax.random.key(3)))
+        generate(model, PROMPTS[:1], 4, key=jax.random.key(0), temperature=0.5, end_ids=(3, 4))
+    assert [name for name in found if "token" in name] == []
+
+
+def test_the_host_looks_after_every_16_tokens(model, greedy, monkeypatch):
+    """Ctrl-C reaches Python between two chunks."""
+    calls, inner = [], generation.next_tokens
+
+    def interrupted(*args):
+        calls.append(int(args[-1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    monkeypatch.setattr(generation, "next_tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS[:1], 60)
+    assert calls == [16, 16, 16]
 
 
 @pytest.mark.parametrize("write", [generate, stream])
@@ -144,7 +190,7 @@ def test_other_cache_bits_are_refused_at_the_call(model, write):
 def test_the_stream_computes_no_further_than_it_is_read(model, greedy, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        generation, "_next_token", lambda *args, step=generation._next_token: calls.append(1) or step(*args)
+        generation, "next_tokens", lambda *args, step=generation.next_tokens: calls.append(1) or step(*args)
     )
     tokens = stream(model, PROMPTS, 12)
     for step in range(3):
@@ -191,6 +237,93 @@ def test_impossible_requests_are_refused(model, prompts, max_new_tokens, message
         generate(model, prompts, max_new_tokens)
 
 
-def test_drawing_at_random_needs_a_key(model):
-    with pytest.raises(ValueError, match=r"temperature=1\.0 draws at random: pass a PRNG key"):
-        generate(model, PROMPTS, 2, RANDOM)
+def test_without_a_key_each_call_draws_anew(model):
+    assert generate(model, PROMPTS, 12, RANDOM) != generate(model, PROMPTS, 12, temperature=1.0)
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_both_kinds_of_keys_give_the_same_texts(model, n):
+    typed, legacy = jax.random.key(4), jax.random.PRNGKey(4)
+    expected = generate(model, PROMPTS, n, RANDOM, typed)
+    assert generate(model, PROMPTS, n, RANDOM, legacy) == expected
+    assert generate(model, PROMPTS, n, RANDOM, np.asarray(legacy)) == expected
+    for key in (typed, legacy):
+        assert np.stack(list(stream(model, PROMPTS, n, RANDOM, key))).T.tolist() == expected
+
+
+def test_an_array_of_keys_is_refused(model):
+    with pytest.raises(ValueError, match=r"key must be one PRNG key, got an array of \(2,\)"):
+        generate(model, PROMPTS, 2, RANDOM, jax.random.split(jax.random.key(0)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return (
+        logits
+        - logits.max(-1, keepdims=True)
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))[..., None]
+    )
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=5, repetition_penalty=1.3)], ids=str)
+def test_log_probabilities_are_those_of_full_forward_passes(model, sampling):
+    done = generate(model, PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
+    assert [text.tokens for text in done] == generate(model, PROMPTS, 20, sampling, jax.random.key(0))
+    for prompt, text in zip(PROMPTS, done, strict=True):
+        assert (text.finish, text.text) == ("length", None)
+        logits = np.asarray(forward(model, np.array([prompt + text.tokens], np.int32)))[0, len(prompt) - 1 : -1]
+        expected = log_softmax(logits)[np.arange(20), text.tokens]
+        np.testing.assert_allclose(text.logprobs, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_repetition_penalty_is_that_of_its_definition(model):
+    """Compared to full forward passes; the penalty counts the prompt's tokens and the new ones."""
+    text = list(PROMPTS[1])
+    for _ in range(10):
+        logits = np.asarray(forward(model, np.array([text + [0] * (72 - len(text))], np.int32)))[0, len(text) - 1]
+        seen = np.unique(text)
+        logits = logits.copy()
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.7, logits[seen] * 1.7)
+        text.append(int(np.argmax(logits)))
+    expected = text[len(PROMPTS[1]) :]
+    assert expected != generate(model, PROMPTS[1:2], 10)[0]
+    assert generate(model, PROMPTS[:2], 10, repetition_penalty=1.7)[1] == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), RANDOM], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_stop_with_an_error_that_names_the_step(model, greedy, value, sampling):
+    """The embedding of one token is damaged: the first logits after it are not finite."""
+    key = jax.random.key(0)
+    free = generate(model, PROMPTS, 12, sampling, key)
+    row, step = next((row, step) for step in range(12) for row in range(3) if free[row][step] not in PROMPT_TOKENS)
+    damaged = nnx.clone(model)
+    damaged.embed.embedding[...] = damaged.embed.embedding[...].at[free[row][step]].set(value)
+    message = f"the logits at step {step + 1} of prompt {row} are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        generate(damaged, PROMPTS, 12, sampling, key)
+    tokens = stream(damaged, PROMPTS, 12, sampling, key)
+    assert [next(tokens).tolist() for _ in range(step + 1)] == np.array(free).T[: step + 1].tolist()
+    with pytest.raises(ValueError, match=message):
+        next(tokens)
+    damaged.embed.embedding[...] = jnp.full_like(damaged.embed.embedding[...], value)
+    with pytest.raises(ValueError, match="the logits at step 0 of prompt 0"):
+        generate(damaged, PROMPTS, 1, sampling, key)
+
+
+def test_a_text_that_has_ended_is_not_checked(model, greedy):
+    """What follows the end of a short text is not part of it."""
+    damaged = nnx.clone(with_eos(model, greedy[0][0]))
+    damaged.embed.embedding[...] = damaged.embed.embedding[...].at[greedy[0][0]].set(jnp.nan)
+    assert greedy[0][0] not in PROMPT_TOKENS
+    alone = generate(damaged, PROMPTS[:1], 12)
+    assert alone == [greedy[0][:1]]
+    others = [prompt for prompt, row in zip(PROMPTS, greedy, strict=True) if greedy[0][0] not in row]
+    assert generate(damaged, [PROMPTS[0], *others], 12)[0] == alone[0]
+
+
+def test_end_ids_of_a_call_replace_those_of_the_model(model, greedy):
+    ending = with_eos(model, greedy[0][3])
+    assert generate(ending, PROMPTS[:1], 12, end_ids=()) == greedy[:1]
+    end = first_at(greedy[0], 5)
+    assert generate(ending, PROMPTS[:1], 12, end_ids=[end]) == [greedy[0][: greedy[0].index(end) + 1]]

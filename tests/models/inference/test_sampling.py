@@ -139,6 +139,8 @@ def test_low_precision_logits_are_divided_in_float32():
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be above 0 and at most 1, got 1\.5"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, got nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be positive and finite, got 0\.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be positive and finite, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):
