@@ -16,26 +16,33 @@ The planes of a matrix are contiguous, so a reader of fewer bits reads the high 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped, UInt32
 
+from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.checkpoint.checksums import checksum, plane_checksums
+from bipolar_jax.checkpoint.packed_body import FORMAT_VERSION, Body, Description, read_body
+from bipolar_jax.checkpoint.safetensors_reader import (
+    MOST_NAME_CHARACTERS,
+    SafetensorsError,
+    SafetensorsReader,
+    aligned_empty,
+)
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray
-from bipolar_jax.packing.bipolar_array import code_sums
+from bipolar_jax.packing.plane_sums import host_plane_sums
+from bipolar_jax.packing.words import num_words
+from bipolar_jax.quantize.groups import num_groups
 
-FORMAT_VERSION = 1
 # dtypes of safetensors that JAX loads unchanged; by default JAX narrows 64-bit numbers to 32 bits.
 _DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32", "uint16", "uint8", "bool")
 _PLANES, _PER_GROUP = "planes", ("scale", "offset", "row_sums")
@@ -55,8 +62,10 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
 
     Raises:
       ValueError: a leaf that is not an array, has a dtype outside float32, bfloat16, float16,
-        bool and integers of at most 32 bits, or is an inconsistent `BipolarArray`; a key that
-        is empty or contains "/", or two leaves that would take the same tensor name.
+        bool and integers of at most 32 bits, or is a `BipolarArray` that is inconsistent or has
+        NaN or Inf scales; a key that is empty or contains "/", a path of more than 1,000
+        characters, or two leaves that would take the same tensor name.
+      OSError: the file cannot be written, for example because the disk is full.
       ModuleNotFoundError: safetensors is not installed.
     """
     safetensors_numpy = require("safetensors.numpy", "models")
@@ -65,6 +74,7 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
         arrays = {name: leaf}
         if isinstance(leaf, BipolarArray):
             leaf.check()
+            _check_finite(name, leaf.scale, leaf.offset)
             packed[name] = _describe(leaf)
             fields = {field: getattr(leaf, field) for field in (_PLANES, *_PER_GROUP)}
             arrays = {f"{name}.{field}": array for field, array in fields.items() if array is not None}
@@ -80,9 +90,12 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
         raise ValueError(f"{clashes} are tensor names of fields of packed arrays: rename these keys")
     body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user or {}}
     text = json.dumps(body)
-    with _atomic_write(Path(path)) as temporary:
+    with atomic_write(path) as temporary:
         metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
-        safetensors_numpy.save_file(tensors, temporary, metadata=metadata)
+        try:
+            safetensors_numpy.save_file(tensors, temporary, metadata=metadata)
+        except require("safetensors", "models").SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
@@ -100,27 +113,30 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
 
     Raises:
       FileNotFoundError: no file at `path`.
+      PermissionError: the file is not readable.
       ValueError: bits outside 1..8, or a file that is not a packed checkpoint, has another
-        format version, or is truncated or corrupted.
+        format version, is truncated or corrupted, or has NaN or Inf scales.
       ModuleNotFoundError: safetensors is not installed.
     """
     tree: dict[str, Any] = {}
     if bits is not None:
         BipolarFormat(bits)  # raises if out of range
     with _open_checked(path) as (file, body):
-        packed_fields = {f"{name}.{field}" for name in body["packed"] for field in (_PLANES, *_PER_GROUP)}
-        for name in sorted({*body["packed"], *(set(body["checksums"]) - packed_fields)}):
-            description = body["packed"].get(name)
+        packed_fields = {f"{name}.{field}" for name in body.packed for field in (_PLANES, *_PER_GROUP)}
+        for name in sorted({*body.packed, *(set(body.checksums) - packed_fields)}):
+            description = body.packed.get(name)
             if description is None:
-                leaf = jnp.asarray(_read_tensor(file, body, name))
+                leaf = jax.device_put(_read_tensor(file, body.checksums, name, _DTYPES))
             else:
-                leaf = _read_packed(file, body, name, description, bits)
+                leaf = _read_packed(file, body.checksums, name, description, bits)
             if name == "":
                 return leaf
             *parents, last = name.split("/")
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
+                if not isinstance(node, dict):
+                    raise SafetensorsError(f"tensor {name!r:.100} lies inside another one")
             node[last] = leaf
     return tree
 
@@ -128,7 +144,7 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
 def read_user(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the `user` object that `save` was given. Raises as `load`."""
     with _open_checked(path) as (_, body):
-        return body["user"]
+        return body.user
 
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -141,6 +157,8 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         name = "/".join(key_names)
         if keys and ("" in key_names or name == "__metadata__"):
             raise ValueError(f"keys {key_names} cannot be a tensor name in a safetensors file: rename the key")
+        if len(name) > MOST_NAME_CHARACTERS - len(".row_sums"):
+            raise ValueError(f"keys {key_names!r:.100} make a path of {len(name):,} characters: rename them")
         if not isinstance(leaf, BipolarArray | jax.Array | np.ndarray):
             raise ValueError(
                 f"{name or 'the tree'} is a {type(leaf).__name__}, not an array: convert it or leave it out"
@@ -163,94 +181,92 @@ def _describe(array: BipolarArray) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _atomic_write(path: Path) -> Iterator[str]:
-    """Yields the name of a temporary file, renamed to `path` at the end of the block, or deleted if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives access to the owner only
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _check_finite(name: str, *arrays: Any) -> None:
+    """Raises ValueError for NaN or Inf in scales or offsets, as `quantize` does."""
+    for array in arrays:
+        if array is not None and not np.isfinite(np.asarray(array)).all():
+            raise ValueError(f"{name or 'the array':.100} has scales or offsets that are not finite: quantize it again")
 
 
 @contextlib.contextmanager
-def _open_checked(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields the open file and its checked metadata; raises the errors of `load` for damage found in the block."""
-    safetensors = require("safetensors", "models")
+def _open_checked(path: str | os.PathLike[str]) -> Iterator[tuple[SafetensorsReader, Body]]:
+    """Yields the open file and its checked metadata; the errors that damage raises in the block name the file."""
+    require("safetensors", "models")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no packed checkpoint at {path}")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "bipolar_jax" not in metadata:
-                raise ValueError(f"{path} is not a packed checkpoint: no bipolar_jax entry in its metadata")
-            digits, text = metadata["bipolar_jax"][:8], metadata["bipolar_jax"][8:]
-            if digits != f"{zlib.crc32(text.encode()):08x}":
-                raise _ChecksumError("its metadata")
-            body = json.loads(text)
-            if body["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format version {body['format_version']}, this bipolar_jax reads {FORMAT_VERSION}: "
-                    "write it again, or install the version of bipolar_jax that wrote it"
-                )
-            if set(file.keys()) != set(body["checksums"]):
-                raise _ChecksumError("its list of tensors")
-            yield file, body
+        with SafetensorsReader(path) as file:
+            yield file, read_body(path, file.metadata, set(file.tensors))
     except _ChecksumError as error:
         raise ValueError(f"{path} is corrupted: {error} does not match its checksum; copy it again") from error
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorsError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupted ({error}): copy or write it again") from error
 
 
-class _ChecksumError(Exception):
+class _ChecksumError(ValueError):
     """The message names the part of the file that does not match its checksum."""
 
 
-def _read_tensor(file: Any, body: dict[str, Any], name: str) -> np.ndarray:
-    array = file.get_tensor(name)
-    if checksum(array) != body["checksums"][name]:
-        raise _ChecksumError(f"tensor {name}")
+def _read_tensor(
+    file: SafetensorsReader, checksums: dict[str, Any], name: str, dtypes: tuple[str, ...]
+) -> Shaped[np.ndarray, "*shape"]:
+    array = file.read(name)
+    if checksum(array) != checksums[name]:
+        raise _ChecksumError(f"tensor {name:.100}")
+    if array.dtype.name not in dtypes:
+        raise SafetensorsError(f"tensor {name!r:.100} is {array.dtype.name}, expected {' or '.join(dtypes)}")
     return array
 
 
-def _read_planes(file: Any, body: dict[str, Any], name: str, dropped: int) -> np.ndarray:
+def _read_planes(
+    file: SafetensorsReader, checksums: dict[str, Any], name: str, bits_and_words: tuple[int, int], dropped: int
+) -> UInt32[np.ndarray, "*batch planes n words"]:
     """The planes of a packed array without the `dropped` lowest ones, which are not read."""
-    stored = file.get_slice(name)
-    batch_axes = (slice(None),) * (len(stored.get_shape()) - 3)
-    planes = stored[(*batch_axes, slice(dropped, None))] if dropped else file.get_tensor(name)
-    if plane_checksums(planes) != body["checksums"][name][dropped:]:
-        raise _ChecksumError(f"tensor {name}")
+    stored = file.tensors[name]
+    if stored.dtype != "U32" or len(stored.shape) < 3 or stored.shape[-3::2] != bits_and_words:
+        raise SafetensorsError(
+            f"tensor {name!r:.100} is {stored.dtype}{list(stored.shape)}, expected {bits_and_words[0]} planes with "
+            f"{bits_and_words[1]} words a row"
+        )
+    *batch, bits, n, words = stored.shape
+    planes = aligned_empty((*batch, bits - dropped, n, words), np.uint32)
+    plane_bytes = 4 * n * words
+    for index, matrix in enumerate(planes.reshape(-1, *planes.shape[-3:])):
+        file.read_bytes(stored.start + (index * bits + dropped) * plane_bytes, matrix)
+    expected = checksums[name]
+    if not isinstance(expected, list) or plane_checksums(planes) != expected[dropped:]:
+        raise _ChecksumError(f"tensor {name:.100}")
     return planes
 
 
 def _read_packed(
-    file: Any, body: dict[str, Any], name: str, description: dict[str, Any], bits: int | None
+    file: SafetensorsReader, checksums: dict[str, Any], name: str, description: Description, bits: int | None
 ) -> BipolarArray:
-    number_format = BipolarFormat(description["bits"], ternary=description["ternary"])
+    number_format = description.format
     dropped = 0 if bits is None or number_format.ternary else max(0, number_format.bits - bits)
-    per_group = {
-        field: jnp.asarray(_read_tensor(file, body, f"{name}.{field}"))
-        for field in _PER_GROUP
-        if f"{name}.{field}" in body["checksums"]
-    }
-    array = BipolarArray(
-        planes=jnp.asarray(_read_planes(file, body, f"{name}.{_PLANES}", dropped)),
-        scale=per_group["scale"] * 2.0**dropped,
-        offset=per_group.get("offset"),
-        row_sums=per_group["row_sums"],
-        format=BipolarFormat(number_format.bits - dropped) if dropped else number_format,
-        contracted_size=description["contracted_size"],
-        axis=description["axis"],
-        group_size=description["group_size"],
+    shorter = BipolarFormat(number_format.bits - dropped) if dropped else number_format
+    k, group_size = description.contracted_size, description.group_size
+    planes = _read_planes(file, checksums, f"{name}.{_PLANES}", (number_format.bits, num_words(k)), dropped)
+    per_group = {"scale": "float32", "row_sums": "int32"}
+    if f"{name}.offset" in checksums:
+        per_group["offset"] = "float32"
+    arrays = {field: _read_tensor(file, checksums, f"{name}.{field}", (dtype,)) for field, dtype in per_group.items()}
+    expected = (*planes.shape[:-3], planes.shape[-2], num_groups(k, group_size))
+    for field, array in arrays.items():
+        if array.shape != expected:
+            raise SafetensorsError(f"tensor {name!r:.100}.{field} has shape {array.shape}, expected {expected}")
+    try:
+        _check_finite(name, arrays["scale"], arrays.get("offset"))
+    except ValueError as error:
+        raise SafetensorsError(str(error)) from error
+    arrays["scale"] *= np.float32(2.0**dropped)
+    if dropped:
+        arrays["row_sums"] = host_plane_sums(planes, shorter, k, group_size)
+    return BipolarArray(
+        # device_put takes the buffers over on CPUs; there is no other reference to them.
+        **jax.device_put({"offset": None, **arrays, "planes": planes}),
+        format=shorter,
+        contracted_size=k,
+        axis=description.axis,
+        group_size=group_size,
     )
-    array.check()
-    if not dropped:
-        return array
-    return dataclasses.replace(array, row_sums=code_sums(array.codes(), array.group_size))

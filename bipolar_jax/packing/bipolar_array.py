@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.packing.plane_sums import plane_sums
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import num_groups, split_groups
 from bipolar_jax.quantize.rounding import from_grid
@@ -125,7 +126,7 @@ class BipolarArray:
             self,
             planes=planes,
             scale=self.scale * 2.0**dropped,
-            row_sums=code_sums(unpack_codes(planes, shorter, self.contracted_size), self.group_size),
+            row_sums=plane_sums(planes, shorter, self.contracted_size, self.group_size),
             format=shorter,
         )
 
