@@ -61,6 +61,16 @@ class ChatTemplate:
     source: str
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, fields: Any) -> ChatTemplate:
+        """The template that `dataclasses.asdict` describes. Raises ValueError for anything else."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("source"), str):
+            raise ValueError(f"a chat template is {fields!r:.60}, expected an object with its source")
+        tokens = fields.get("special_tokens")
+        if not isinstance(tokens, dict) or not all(isinstance(text, str) for text in tokens.values()):
+            raise ValueError(f"a chat template's special tokens are {tokens!r:.60}, expected texts by name")
+        return cls(fields["source"], tokens)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation, special tokens included; the variables are those that transformers gives.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from bipolar_jax.checkpoint import load, read_user, save
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.models.chat import ChatTemplate
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
@@ -48,6 +50,8 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
         "precisions": precisions,
         "tokenizer": pretrained.tokenizer.to_str(),
     }
+    if pretrained.chat_template is not None:
+        user["chat_template"] = dataclasses.asdict(pretrained.chat_template)
     save(path, tree, user)
 
 
@@ -78,7 +82,8 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
     _check_leaves(path, stored, expected)
     flat = [(keys, variable.replace(stored["/".join(map(str, keys))])) for keys, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graph, nnx.from_flat_state(flat))
-    return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]))
+    template = ChatTemplate.from_dict(user["chat_template"]) if "chat_template" in user else None
+    return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]), template)
 
 
 def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:

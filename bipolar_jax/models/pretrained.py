@@ -40,8 +40,9 @@ class PretrainedModel:
         _check_unicode(text)
         ids = self.tokenizer.encode(text).ids
         bos = self.model.config.bos_id
-        begins_with_bos = self.tokenizer.encode(text, add_special_tokens=False).ids[:1] == [bos]
-        return ids[1:] if begins_with_bos and ids[:2] == [bos, bos] else ids
+        while ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a conversation, up to the beginning of the assistant's next turn.

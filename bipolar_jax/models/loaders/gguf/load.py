@@ -13,8 +13,10 @@ from jaxtyping import Float
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
+from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
+from bipolar_jax.models.loaders.gguf.chat_template import read_chat_template
 from bipolar_jax.models.loaders.gguf.config import Metadata, read_config
 from bipolar_jax.models.loaders.gguf.header import GGUFTensor, check_gguf
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
@@ -66,6 +68,7 @@ def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> P
         del descriptions[_ROPE_FACTORS]
     config = read_config(metadata, set(stored), factors)
     tokenizer = build_tokenizer(metadata, config.vocab_size)
+    config, template = with_end_tokens(config, tokenizer), read_chat_template(metadata)
     # In the order of parameters, so that `assemble` completes one before it starts the next.
     targets = sorted((*_target(name, path), name) for name in stored)
     with errors_name(path):
@@ -73,7 +76,7 @@ def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> P
         check_layout(config, layout)
         permuted = metadata.text("general.architecture") == "llama"
         model = assemble(config, _read(config, stored, targets, permuted), param_dtype)
-    return PretrainedModel(model, tokenizer)
+    return PretrainedModel(model, tokenizer, template)
 
 
 def _target(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.assemble import assemble, check_layout
+from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import Target
+from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.pretrained import PretrainedModel
@@ -38,6 +40,7 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
         raise FileNotFoundError(f"no directory {directory}: give the folder of a Hugging Face model")
     architecture, config = read_config(directory)
     tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
+    config, template = with_end_tokens(config, tokenizer), read_chat_template(directory)
     with SafetensorsFiles(directory) as files:
         with errors_name(directory):
             # In the order of parameters, so that `assemble` completes one before it starts the next.
@@ -46,7 +49,7 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
         with errors_name(directory):
             check_layout(config, ((t.path, _layer(t), t.shape(shapes[t.name], config.num_heads)) for t in targets))
             tensors = ((t.path, _layer(t), t.extract(files.read(t.name), config.num_heads)) for t in targets)
-            return PretrainedModel(assemble(config, tensors, param_dtype), tokenizer)
+            return PretrainedModel(assemble(config, tensors, param_dtype), tokenizer, template)
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:
