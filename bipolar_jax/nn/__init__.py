@@ -1,4 +1,4 @@
-"""Flax layers with packed weights, and what trains them."""
+"""Flax layers with packed weights, low-bit products for training, and conversion of models."""
 
 from bipolar_jax.nn.convert.quantization_aware import quantization_aware
 from bipolar_jax.nn.convert.quantize_linen import PackedLinen

@@ -1,4 +1,4 @@
-"""DotGeneral agrees with lax.dot_general on the quantized operands, over dimension numbers, dtypes and gradients."""
+"""`DotGeneral` equals `lax.dot_general` of the quantized operands: values, gradients, vmap; many layouts and dtypes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def normal(seed: str, *shape: int) -> np.ndarray:
 
 
 def rounded_tokens(x, contracting, a_bits):
-    """x with every token rounded, straight-through; written without the code's folding."""
+    """x with every token rounded, with a straight-through gradient; independent of `Contraction`."""
     if a_bits is None:
         return x.astype(jnp.float32)
     kept = [i for i in range(x.ndim) if i not in contracting]
@@ -90,6 +90,7 @@ def rounded_tokens(x, contracting, a_bits):
 
 
 def rounded_weights(w, contracting, batch, dot: DotGeneral):
+    """w rounded, with the gradient of `fake_quant`; independent of `Contraction`."""
     free = [i for i in range(w.ndim) if i not in {*contracting, *batch}]
     order = [*batch, *free, *contracting]
     sizes = [w.shape[i] for i in order]
@@ -100,6 +101,7 @@ def rounded_weights(w, contracting, batch, dot: DotGeneral):
 
 
 def on_quantized_operands(dot: DotGeneral, numbers, preferred):
+    """A function that rounds both operands and calls `lax.dot_general`."""
     (x_contracting, w_contracting), (_, w_batch) = numbers
 
     def product(lhs, rhs):
@@ -112,7 +114,7 @@ def on_quantized_operands(dot: DotGeneral, numbers, preferred):
 
 
 def prepared(layout: str, precision: str, dtype: str):
-    """The product, its counterpart, operands, and the rounding of the narrowest dtype."""
+    """The product of `DotGeneral`, its counterpart, the operands, and eps of the narrowest dtype."""
     lhs_shape, rhs_shape, numbers = LAYOUTS[layout]
     lhs_dtype, rhs_dtype, preferred = DTYPES[dtype]
     dot = PRECISIONS[precision]
@@ -126,7 +128,7 @@ def prepared(layout: str, precision: str, dtype: str):
 
 
 def assert_same(ours, theirs, eps):
-    """Sums of at most 60 products, and one rounding to the narrowest dtype."""
+    """Tolerance: float32 sums of at most 60 products, and one rounding to the narrowest dtype."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     theirs = np.asarray(theirs, np.float32)
@@ -135,7 +137,7 @@ def assert_same(ours, theirs, eps):
 
 @functools.cache
 def outcomes(layout: str, precision: str, dtype: str):
-    """Of the product and of its counterpart: value, gradients, and product mapped over stacks; one compilation each."""
+    """(value, gradients, vmapped values) of the product and of its counterpart, each compiled once; and eps."""
     ours, theirs, lhs, rhs, eps = prepared(layout, precision, dtype)
     cotangent = normal("cotangent", *jax.eval_shape(theirs, lhs, rhs).shape)
     stack = lambda a: jnp.stack([a, -2 * a, a * a])  # noqa: E731

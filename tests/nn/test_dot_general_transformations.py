@@ -1,4 +1,4 @@
-"""DotGeneral under the transformations of JAX and Flax, and at its edges."""
+"""`DotGeneral` under transformations of JAX and Flax, in einsums and attention, at sizes of zero; its errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_product_is_matmul_to_the_bit():
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_training_runs_the_backend_that_is_asked_for(monkeypatch):
+def test_training_runs_the_given_backend(monkeypatch):
     called = []
     backend = bj.ops.dispatch.BACKENDS["reference"]
     spy = lambda *a: called.append(1) or backend.quantized_matmul(*a)  # noqa: E731
@@ -134,7 +134,7 @@ def test_nnx_scan_over_stacked_layers():
     stack, y = make(nnx.Rngs(0).split(3)), X
     for i in range(3):
         y = W2A4(y, stack.kernel[i], DENSE) + stack.bias[i]
-    # A rounding of x may fall the other way between two steps of 4 bits: few, and within a step.
+    # A number near the middle of two 4-bit values may be rounded to either: few outputs differ.
     assert np.mean(np.abs(nnx.jit(forward)(X, stack) - y) > 1e-3) < 0.1
 
 
@@ -181,7 +181,7 @@ def test_linen_scan_with_remat(make):
     ],
 )
 def test_einsum(subscripts, x_shape, w_shape):
-    """At 8 and 8 bits near the float result; jnp.einsum exchanges the operands of the second."""
+    """Close to the float result at W8A8. In the second case jnp.einsum would swap the operands."""
     x, w = normal(*x_shape), normal(*w_shape, seed=1)
     layer = nnx.Einsum(subscripts, w_shape, einsum_op=QuantizedEinsum(bj.DotGeneral(8, 8)), rngs=nnx.Rngs(0))
     layer.kernel[...] = w
@@ -199,7 +199,7 @@ def test_weights_may_be_the_left_operand():
     np.testing.assert_array_equal(ours, jnp.swapaxes(theirs, 1, 2))
 
 
-def test_attention_projects_through_it_and_multiplies_queries_with_keys_without():
+def test_attention_uses_it_in_projections_only():
     calls = []
 
     def spy(lhs, rhs, *args, **kwargs):
@@ -232,7 +232,7 @@ def test_the_backward_pass_takes_its_dtype():
 
 
 def test_quantized_gradients_are_right_on_average():
-    """The mean over 400 keys is within 5 standard errors of the float gradient, and each is on its grid."""
+    """The mean over 400 keys is within 5 standard errors of the float gradient."""
     dot = bj.DotGeneral(4, gradient=GradientPrecision(bits=2))
     cotangent = normal(4, N, seed=5)
     grad = lambda dot, **kw: jax.grad(  # noqa: E731
@@ -265,7 +265,7 @@ def test_quantized_gradients_are_right_on_average():
         (lambda: W2A4(X, W * np.nan, DENSE), "576 NaN or Inf"),
         (lambda: QuantizedEinsum(W2A4)("aa,ab->b", W, W), "index twice"),
         (lambda: QuantizedEinsum(W2A4)("na,ab->n", X, W), r"sums the weights alone over \['b'\]"),
-        (lambda: StatefulDotGeneral(W2A4, W), "a DotGeneral by itself does that"),
+        (lambda: StatefulDotGeneral(W2A4, W), "use the DotGeneral itself"),
         (lambda: StatefulDotGeneral(W2A4, W, rngs=nnx.Rngs(0)), "gradient bits are None and rngs are given"),
     ],
 )
@@ -274,6 +274,6 @@ def test_errors_name_the_value_and_the_remedy(call, message):
         call()
 
 
-def test_dimension_numbers_that_do_not_fit_are_jax_s_own_error():
+def test_dimension_numbers_that_do_not_fit_raise_the_error_of_jax():
     with pytest.raises(TypeError, match=r"contracting dimensions to have the same shape"):
         W2A4(X, W[:5], DENSE)

@@ -1,4 +1,4 @@
-"""nn.Linear and nn.Embed: made from floats or from scratch, stacked, scanned, differentiated."""
+"""`nn.Linear` and `nn.Embed`: initialization, conversion, dtypes, backends, stacks, training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bipolar_jax.ops import dispatch
 from tests.support.random_arrays import normal
 
 W4A8 = Precision(4, 8, group_size=8)
-# Layer and plain product differ in what is fused: a few float32 roundings of numbers of order 1.
+# XLA may fuse a layer and a plain product differently: a few float32 roundings of numbers of order 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("precision", [W4A8, Precision(TERNARY), Precision(2, 2, calibration="mse")], ids=str)
 def test_linear_from_scratch_is_the_quantized_linear_of_flax(precision, use_bias):
-    """The same rngs draw the same kernel."""
+    """Both layers draw the same kernel from the same rngs."""
     ours = Linear(24, 6, precision=precision, use_bias=use_bias, rngs=nnx.Rngs(0))
     theirs = nnx.Linear(24, 6, use_bias=use_bias, rngs=nnx.Rngs(0))
     kernel = quantize(theirs.kernel[...], precision.w_bits, -2, precision.group_size, precision.calibration)
@@ -71,11 +71,11 @@ def test_a_stack_of_linears_can_be_scanned():
     x = expected = normal(5, 16)
     for i in range(3):
         expected = matmul(expected, quantize(stack.kernel[i], 4, -2, 8), 8, bias=stack.bias[i])
-    # A rounding of x may fall the other way between two steps of 8 bits: within one step.
+    # A number near the middle of two 8-bit values may be rounded to either: an error of one step.
     np.testing.assert_allclose(forward(x, packed), expected, atol=0.05)
 
 
-def test_linear_is_honest_about_its_backend(monkeypatch):
+def test_layers_run_the_given_backend(monkeypatch):
     called = []
     for name, backend in list(dispatch.BACKENDS.items()):
         stub = type(
@@ -111,7 +111,7 @@ def test_embed_from_scratch_is_the_quantized_embed_of_flax():
     np.testing.assert_array_equal(ours(ids), table.dequantize()[ids])
 
 
-def test_embed_serves_both_ends():
+def test_attend_multiplies_with_the_rows_of_lookup():
     packed = Embed.from_float(nnx.Embed(20, 16, rngs=nnx.Rngs(0)), Precision(8, None))
     rows, query = packed(jnp.arange(20)), normal(2, 3, 16)
     logits = packed.attend(query)
@@ -139,7 +139,7 @@ def test_embed_keeps_the_dtype_of_the_float_layer(dtype, param_dtype, expected):
     assert rows.dtype == expected == layer(jnp.arange(3)).dtype
 
 
-def test_training_moves_parameters_and_passes_packed_weights_by():
+def test_training_changes_parameters_but_not_packed_weights():
     layer = Linear(8, 3, precision=W4A8, rngs=nnx.Rngs(0))
     before = jax.tree.map(np.asarray, layer.kernel.get_value())
     optimizer = nnx.Optimizer(layer, optax.sgd(0.5), wrt=nnx.Param)
@@ -166,6 +166,6 @@ def test_split_and_merge_keep_a_layer():
     np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, x), layer(x), **CLOSE)
 
 
-def test_weights_that_cannot_be_grouped_raise():
+def test_a_group_size_above_the_contracted_size_raises():
     with pytest.raises(ValueError, match="contracted size 8, got 16"):
         Linear(8, 3, precision=Precision(4, 8, 16), rngs=nnx.Rngs(0))

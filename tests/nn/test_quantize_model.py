@@ -1,4 +1,4 @@
-"""quantize_model replaces the layers that rules choose, and nothing else."""
+"""`quantize_model` replaces the layers that rules choose, and no others; errors of rules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Every container that flax has."""
+    """Has a layer in every container of Flax."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(10, 8, rngs=rngs)
@@ -64,7 +64,7 @@ def test_layers_in_every_container_are_replaced(model):
         assert type(layer) is (bnn.Embed if path == "embed" else bnn.Linear), path
     assert type(quantized.blocks[0].norm) is nnx.RMSNorm
     logits = quantize_model(model, [(".*", W8)])(IDS)
-    # Eight bits a weight: 1/255 of the largest weight, a few percent of logits of order 1 after 8 layers.
+    # 8-bit weights err by up to 1/255 of the largest; after 8 layers, logits of order 1 by a few percent.
     np.testing.assert_allclose(logits, model(IDS), atol=0.1)
     assert np.any(np.asarray(logits) != model(IDS))
 
@@ -87,7 +87,7 @@ def test_the_first_rule_that_matches_decides(model):
     assert type(quantized["embed"]) is nnx.Embed
 
 
-def test_the_original_is_left_as_it_was(model):
+def test_the_original_is_not_changed(model):
     before = [(type(layer), id(layer)) for layer in layers(model).values()]
     logits = model(IDS)
     quantize_model(model, EVERYTHING)
@@ -95,14 +95,14 @@ def test_the_original_is_left_as_it_was(model):
     np.testing.assert_array_equal(model(IDS), logits)
 
 
-def test_what_is_not_replaced_shares_its_arrays(model):
+def test_layers_that_are_not_replaced_share_their_arrays(model):
     quantized = quantize_model(model, [("down", W4A8)])
     assert quantized.blocks[0].up.kernel[...] is model.blocks[0].up.kernel[...]
     assert quantized.blocks[0].norm.scale[...] is model.blocks[0].norm.scale[...]
     assert quantized.blocks[0].down.bias[...] is model.blocks[0].down.bias[...]
 
 
-def test_no_rules_change_nothing(model):
+def test_an_empty_list_of_rules_changes_nothing(model):
     np.testing.assert_array_equal(quantize_model(model, [])(IDS), model(IDS))
 
 
@@ -134,7 +134,7 @@ def test_layers_tied_and_excluded_stay_tied():
     assert type(quantized.a) is nnx.Linear
 
 
-def test_modules_that_refer_to_each_other_are_walked_once():
+def test_modules_may_refer_to_each_other():
     class Child(nnx.Module):
         def __init__(self, parent, rngs):
             self.parent = parent
@@ -169,7 +169,7 @@ def test_layers_stacked_by_vmap_are_replaced_and_scanned():
     quantized = quantize_model(model, [("up|down", W8)])
     assert quantized.blocks.up.kernel.get_value().shape == (3, 8, 16)
     x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    np.testing.assert_allclose(quantized(x), model(x), atol=0.2)  # as above, numbers of order 3
+    np.testing.assert_allclose(quantized(x), model(x), atol=0.2)  # 8-bit weights, outputs of order 3
     unstacked = quantize_model(nnx.merge(*nnx.split(model)), [("up|down", W8)])
     np.testing.assert_array_equal(
         unstacked.blocks.up.kernel.get_value().planes, quantized.blocks.up.kernel.get_value().planes
@@ -216,7 +216,7 @@ def test_implementation_reaches_every_new_layer(model):
         ([("norm", W4A8)], r"'norm' matches no layer"),
         (
             [(".*", W4A8), ("head", W8)],
-            r"'head' decides no layer: all it matches \(head\) is decided by earlier rules.*; move it up or drop",
+            r"'head' decides no layer: the layers that it matches \(head\) are decided by earlier rules.*; move",
         ),
         ([("head", W4A8), ("head", None)], r"'head' decides no layer"),
         ([("(", W4A8)], r"'\(' is not a regular expression"),
@@ -226,7 +226,7 @@ def test_implementation_reaches_every_new_layer(model):
         ),
     ],
 )
-def test_rules_that_cannot_be_meant_raise(model, rules, message):
+def test_errors_of_rules(model, rules, message):
     with pytest.raises(ValueError, match=message):
         quantize_model(model, rules)
 
@@ -234,17 +234,17 @@ def test_rules_that_cannot_be_meant_raise(model, rules, message):
 @pytest.mark.parametrize(
     "layer", [nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Embed(8, 8, rngs=nnx.Rngs(0))], ids=["Linear", "Embed"]
 )
-def test_a_bare_layer_is_sent_to_from_float(layer):
+def test_the_error_for_a_single_layer_names_from_float(layer):
     with pytest.raises(ValueError, match=rf"itself an {type(layer).__name__}.*nn\.{type(layer).__name__}\.from_float"):
         quantize_model(layer, EVERYTHING)
 
 
-def test_a_model_without_layers_says_so():
+def test_a_model_without_float_layers_raises():
     with pytest.raises(ValueError, match=r"the model has no nnx\.Linear, nnx\.LinearGeneral or nnx\.Embed"):
         quantize_model(nnx.RMSNorm(8, rngs=nnx.Rngs(0)), EVERYTHING)
 
 
-def test_a_layer_with_nan_is_named(model):
+def test_the_error_for_weights_with_nan_names_the_layer(model):
     broken = nnx.clone(model)
     broken.head.kernel[...] = broken.head.kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"cannot quantize layer head to W4A8: .*1 NaN or Inf among its 80"):

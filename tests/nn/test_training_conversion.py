@@ -1,4 +1,4 @@
-"""What was trained with DotGeneral computes the same packed, to the bit; and what cannot be meant raises."""
+"""Models trained with `DotGeneral` give the same bits when packed, in NNX and in linen; errors of conversion."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_training_moves_the_weights_and_lowers_the_loss():
 
 
 def test_bits_can_change_between_steps():
-    """The optimizer goes on with the same parameters; at last the model is float again."""
+    """Training continues with the same parameters at other bits, and finally in float."""
     model = bj.quantization_aware(Model(nnx.Rngs(0)), [("up|down", W4A8)])
     train(model, X, Y, steps=3)
     lower = bj.quantization_aware(model, [("up", W2A4)])
@@ -107,7 +107,7 @@ def test_bits_can_change_between_steps():
     np.testing.assert_array_equal(run(again, X), run(plain, X))
 
 
-def test_stacked_layers_convert():
+def test_stacked_layers_give_the_same_bits():
     @nnx.vmap
     def make(rngs):
         return nnx.LinearGeneral((4, 6), (4, 6), axis=(-2, -1), rngs=rngs)
@@ -129,7 +129,7 @@ def test_stacked_layers_convert():
     np.testing.assert_array_equal(run(packed, X), run(model, X))
 
 
-def test_batch_axes_convert():
+def test_layers_with_batch_axes_give_the_same_bits():
     layer = nnx.LinearGeneral((24,), (7, 2), axis=(-1,), batch_axis={0: 2}, bias_init=noisy, rngs=nnx.Rngs(0))
     layer.dot_general = bj.DotGeneral(2, 4)
     packed = bnn.LinearGeneral.from_float(layer)
@@ -143,7 +143,7 @@ def test_layers_that_were_not_trained_follow_the_rules():
     assert type(packed.attention.out) is bnn.LinearGeneral
     assert type(packed.up) is bnn.Linear
     assert type(packed.down) is nnx.LinearGeneral
-    # Four bits of weights: a few percent of outputs of order 1.
+    # Weights of few bits change outputs of order 1 by less than that.
     assert np.abs(run(packed, X) - run(model, X)).mean() < 0.5
 
 
@@ -153,17 +153,17 @@ def test_layers_that_were_not_trained_follow_the_rules():
         ([("pool", W4A8)], r"'pool' matches no layer that can be quantized, only pool \(Conv\): .*LinearGeneral"),
         ([("up", W4A8)], r"cannot quantize layer up to W4A8: it was trained at W2A4.*without rules"),
         ([("upp", W4A8)], "'upp' matches no layer; the nearest paths are up"),
-        ([("up", "W4A8")], "give a Precision, as Precision.parse reads it"),
-        (["up"], "a rule is a pair of a pattern and a Precision, got 'up'"),
+        ([("up", "W4A8")], "give a Precision, as from Precision.parse, or None"),
+        (["up"], "a rule must be a pair of a pattern and a Precision or None, got 'up'"),
     ],
 )
-def test_rules_that_cannot_be_meant_raise(rules, message):
+def test_errors_of_rules(rules, message):
     model = bj.quantization_aware(Model(nnx.Rngs(0)), [("up", W2A4)])
     with pytest.raises(ValueError, match=message):
         bj.quantize_model(model, rules)
 
 
-def test_no_rules_and_nothing_trained_raises():
+def test_without_rules_a_layer_must_have_been_trained():
     with pytest.raises(ValueError, match="no layer of the model was trained with DotGeneral, so rules must say"):
         bj.quantize_model(Model(nnx.Rngs(0)))
 
@@ -175,7 +175,7 @@ def test_a_kernel_trained_as_activations_is_refused():
 
 
 @pytest.mark.parametrize("model", [jnp.ones(3), None, {"kernel": jnp.ones(3)}])
-def test_what_is_no_model_is_refused(model):
+def test_only_nnx_and_linen_modules_are_accepted(model):
     with pytest.raises(ValueError, match="give an nnx.Module and rules, or a linen.Module"):
         bj.quantize_model(model, [])
 
@@ -184,13 +184,13 @@ def test_what_is_no_model_is_refused(model):
 
 
 def initialized(model: linen.Module, *args, **options):
-    """The model's variables, by one program."""
+    """The model's initial variables, from one jitted program."""
     with optimizations(False):
         return jax.jit(functools.partial(model.init, **options))(jax.random.key(0), *args)
 
 
 class CNN(linen.Module):
-    """Convolutions stay float: linen.Conv takes no dot_general. The dense layers are quantized."""
+    """The dense layers are quantized. Convolutions stay float, because linen.Conv takes no dot_general."""
 
     dot_general: object = None
 
@@ -203,7 +203,7 @@ class CNN(linen.Module):
 
 
 class Transformer(linen.Module):
-    """Every way to hand a DotGeneral to a linen layer."""
+    """Passes a `DotGeneral` to linen layers in every way that they offer."""
 
     dtype: object = None
 
@@ -239,13 +239,13 @@ def test_linen_outputs_are_the_same_to_the_bit(dtype, tmp_path):
     kernel = variables["params"]["up"]["kernel"]
 
     packed_model, packed = bj.quantize_model(model, None, variables, X)
-    assert variables["params"]["up"]["kernel"] is kernel  # left as they were
+    assert variables["params"]["up"]["kernel"] is kernel  # not changed
     assert [path for path, _ in packed_model.layers] == [
         "up",
         *(f"attention/{name}" for name in ("query", "key", "value", "out")),
         "down",
     ]
-    assert set(packed["params"]["attention"]["out"]) == {"kernel", "bias"}  # the scale holds the step size
+    assert set(packed["params"]["attention"]["out"]) == {"kernel", "bias"}  # no step size
     assert not isinstance(packed["params"]["head"]["kernel"], bj.BipolarArray)
     apply = jax.jit(packed_model.apply)
     ours, theirs = apply(packed, X), jax.jit(model.apply)(variables, X)
@@ -301,7 +301,7 @@ def test_a_plain_linen_model_is_quantized_by_rules(cnn_variables):
     )
 
 
-def test_scanned_linen_layers_convert():
+def test_scanned_linen_layers_give_the_same_bits():
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _):
@@ -324,11 +324,11 @@ def test_scanned_linen_layers_convert():
         ([("Dense_1", bj.Precision(4, 8, 99))], "cannot quantize layer Dense_1 to W4A8g99: .*contracted size 16"),
     ],
 )
-def test_linen_rules_that_cannot_be_meant_raise(rules, message, cnn_variables):
+def test_errors_of_rules_for_linen_models(rules, message, cnn_variables):
     with pytest.raises(ValueError, match=message):
         bj.quantize_model(CNN(), rules, cnn_variables, jnp.ones((2, 8, 8, 1)), train=False)
 
 
-def test_a_linen_model_without_variables_is_sent_for_them():
+def test_a_linen_model_needs_its_variables():
     with pytest.raises(ValueError, match="CNN is a linen model: give its variables and example inputs"):
         bj.quantize_model(CNN(), [(".*", W4A8)])

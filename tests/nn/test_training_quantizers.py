@@ -1,4 +1,4 @@
-"""Quantizers for training, each against the formulas of its paper."""
+"""Quantizers, losses and schedules for training, each compared with the formulas of its paper."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ ROWS, K = 3, 12
 
 
 def per_element(per_group, group_size):
+    """Repeats the number of each group for the elements of the group."""
     return np.repeat(per_group, group_size or K, axis=-1)[:, :K]
 
 
 def rounded(w, step, fmt: BipolarFormat, group_size):
-    """Equations 1 and 2 of arXiv 1902.08153: round(clip(w / s, -Q, Q)) * s on the levels of the format, float64."""
+    """Equations 1 and 2 of arXiv 1902.08153 on the format's levels, round(clip(w / s, -Q, Q)) * s, in float64."""
     levels = fmt.grid() / 2
     u = np.clip(w / per_element(step, group_size), levels[0], levels[-1])
     nearest = levels[np.argmin(np.abs(u[..., None] - levels), axis=-1)]
@@ -38,7 +39,7 @@ def rounded(w, step, fmt: BipolarFormat, group_size):
 
 @every_format
 @pytest.mark.parametrize("group_size", [None, 5])
-def test_learned_steps_round_as_the_paper_does(fmt, group_size):
+def test_learned_steps_round_as_in_the_paper(fmt, group_size):
     w = normal(ROWS, K)
     step = initial_step_size(w, fmt, group_size)
     np.testing.assert_allclose(
@@ -51,7 +52,7 @@ def test_learned_steps_round_as_the_paper_does(fmt, group_size):
 
 
 @every_format
-def test_steps_begin_at_twice_the_mean_magnitude_over_the_root_of_q(fmt):
+def test_initial_steps_are_twice_the_mean_magnitude_over_the_root_of_q(fmt):
     w = normal(ROWS, K)
     for group_size, groups in ((None, [slice(0, K)]), (5, [slice(0, 5), slice(5, 10), slice(10, K)])):
         expected = [[2 * np.abs(row[g]).mean() / np.sqrt(fmt.max_value / 2) for g in groups] for row in w]
@@ -60,21 +61,21 @@ def test_steps_begin_at_twice_the_mean_magnitude_over_the_root_of_q(fmt):
 
 @every_format
 @pytest.mark.parametrize("group_size", [None, 5])
-def test_the_gradient_of_steps_and_weights_is_the_paper_s(fmt, group_size):
-    """Central differences in float64 of what the paper differentiates, at every element.
+def test_gradients_of_steps_and_weights_are_those_of_the_paper(fmt, group_size):
+    """Compares with central differences in float64 of the paper's surrogate, at every element.
 
-    Rounding is straight-through: round(u) counts as u + c with c = round(u) - u held, so that
-    the surrogate is s * (clip(w / s) + c); it is smooth away from the ends of the range.
+    Straight-through rounding treats c = round(u) - u as a constant, so the surrogate is
+    s * (clip(w / s) + c). It is smooth except at the ends of the range.
     """
     w = normal(ROWS, K).astype(np.float64)
     step = 1.1 * np.asarray(initial_step_size(w.astype(np.float32), fmt, group_size), np.float64)
     largest = fmt.max_value / 2
     clipped = lambda w, step: np.clip(w / per_element(step, group_size), -largest, largest)  # noqa: E731
-    held = rounded(w, step, fmt, group_size) / per_element(step, group_size) - clipped(w, step)
+    constant = rounded(w, step, fmt, group_size) / per_element(step, group_size) - clipped(w, step)
     cotangent = normal(ROWS, K, seed=1).astype(np.float64)
 
     def surrogate(w, step):
-        return np.sum(cotangent * per_element(step, group_size) * (clipped(w, step) + held))
+        return np.sum(cotangent * per_element(step, group_size) * (clipped(w, step) + constant))
 
     def differences(which):
         arguments, gradient = [w, step], np.zeros_like((w, step)[which])
@@ -94,7 +95,7 @@ def test_the_gradient_of_steps_and_weights_is_the_paper_s(fmt, group_size):
     np.testing.assert_allclose(by_step, differences(1) * balance, rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_that_is_not_positive_reads_as_zero_and_can_recover():
+def test_a_step_that_is_not_positive_counts_as_zero_and_has_a_gradient():
     w = normal(ROWS, K)
     for value in (0.0, -1.0):
         step = jnp.full((ROWS, 1), value)
@@ -123,7 +124,7 @@ def test_absmean_of_one_bit_is_that_of_xnor_net():
     np.testing.assert_allclose(quantize(w, 1, -1, calibration="absmean").dequantize(), expected, rtol=1e-6)
 
 
-def test_nan_stays_loud_under_absmean():
+def test_absmean_of_a_row_with_nan_is_nan():
     w = normal(ROWS, K)
     w[1, 2] = np.nan
     packed = jax.jit(lambda w: quantize(w, 1, -1, calibration="absmean"))(w)
@@ -131,7 +132,7 @@ def test_nan_stays_loud_under_absmean():
     assert np.all(np.isfinite(packed.scale[np.array([0, 2])]))
 
 
-def test_gradients_of_clipped_weights_can_be_kept():
+def test_clip_gradient_false_keeps_the_gradient_of_clipped_weights():
     w = np.array([[0.1, -0.1, 0.1, 9.0]], np.float32)
     for clip, expected in ((True, [1, 1, 1, 0]), (False, [1, 1, 1, 1])):
         gradient = jax.grad(lambda w, c=clip: fake_quant(w, 1, -1, None, "absmean", c).sum())(w)
@@ -165,7 +166,7 @@ def test_dot_general_multiplies_with_normalized_weights_and_their_gradient(weigh
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_learned_steps_reach_the_product_and_their_gradient_comes_back():
+def test_dot_general_multiplies_with_learned_steps_and_returns_their_gradient():
     x, w = normal(4, K), normal(K, 5, seed=1)
     dot, numbers = DotGeneral(2, group_size=5), (((1,), (0,)), ((), ()))
     step = 0.7 * dot.initial_step_size(w)
@@ -185,7 +186,7 @@ def test_learned_steps_reach_the_product_and_their_gradient_comes_back():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("axis", [0, -1])
-def test_stochastic_rounding_keeps_the_mean_on_a_grid_that_has_the_extremes(bits, axis):
+def test_stochastic_rounding_keeps_the_mean_and_rounds_to_its_grid(bits, axis):
     x = normal(6, 5)
     steps = 2 ** (bits - 1) - 1
     step = np.abs(x).max(axis=axis, keepdims=True) / steps
@@ -193,18 +194,18 @@ def test_stochastic_rounding_keeps_the_mean_on_a_grid_that_has_the_extremes(bits
     levels = np.asarray(samples) / step
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
     assert np.abs(levels).max() <= steps + 1e-4
-    # Standard error of a mean over 2000 draws of at most half a step.
+    # 5 standard errors of a mean of 2000 samples whose standard deviation is at most half a step.
     assert np.all(np.abs(samples.mean(axis=0) - x) < 5 * 0.5 * step / np.sqrt(2000) + 1e-5)
 
 
-def test_zeros_stay_zeros():
+def test_stochastic_rounding_of_zeros_is_zero():
     np.testing.assert_array_equal(stochastic_round(jnp.zeros((2, 3)), 8, -1, jax.random.key(0)), np.zeros((2, 3)))
 
 
 # Distillation and schedules
 
 
-def test_distillation_is_the_softened_divergence():
+def test_distillation_loss_is_the_divergence_of_softened_distributions():
     student, teacher, temperature = normal(2, 3, 7), normal(2, 3, 7, seed=1), 4.0
     soften = lambda z: np.exp(z / temperature) / np.exp(z / temperature).sum(-1, keepdims=True)  # noqa: E731
     p, q = soften(teacher.astype(np.float64)), soften(student.astype(np.float64))
@@ -218,7 +219,7 @@ def test_distillation_is_the_softened_divergence():
 
 
 def test_distillation_gradient_is_that_of_the_paper():
-    """Equation 2 of arXiv 1503.02531: T^2 * (q - p) / T for each logit; none for the teacher."""
+    """Equation 2 of arXiv 1503.02531: T^2 * (q - p) / T for the student's logits; 0 for the teacher's."""
     student, teacher = normal(7), normal(7, seed=1)
     by_student, by_teacher = jax.grad(lambda s, t: distillation_loss(s, t, 2.0), argnums=(0, 1))(student, teacher)
     expected = 2.0 * (jax.nn.softmax(student / 2) - jax.nn.softmax(teacher / 2))
@@ -226,14 +227,14 @@ def test_distillation_gradient_is_that_of_the_paper():
     np.testing.assert_array_equal(by_teacher, np.zeros(7))
 
 
-def test_classes_that_the_teacher_excludes_are_no_nan():
+def test_teacher_logits_of_minus_infinity_give_a_finite_loss():
     teacher = jnp.array([0.0, 1.0, -jnp.inf])
     value, gradient = jax.value_and_grad(distillation_loss)(jnp.zeros(3), teacher)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
 
 
-def test_a_schedule_holds_each_precision_until_the_next():
+def test_a_schedule_uses_each_precision_up_to_the_next_stage():
     schedule = BitSchedule([(0, None), (10, Precision(4, 8)), (20, Precision(1, 2))])
     assert [schedule.at(step) for step in (0, 9, 10, 19, 20, 99)] == [
         None,
@@ -265,15 +266,15 @@ def test_errors_name_the_value(call, message):
         call()
 
 
-def test_clipped_activations_are_bounded_by_their_tokens_mean_magnitude():
+def test_clip_tokens_bounds_numbers_by_the_mean_magnitude_of_their_token():
     x = jnp.asarray([[1.0, -2.0, 3.0, 6.0], [0.0, 0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(clip_tokens(x, 1.0), [[1, -2, 3, 3], [0, 0, 0, 0]])
     gradient = jax.grad(lambda x: clip_tokens(x, 1.0).sum())(x)
     np.testing.assert_array_equal(gradient, [[1, 1, 1, 0], [1, 1, 1, 1]])  # none beyond the bound
 
 
-def test_one_bit_gets_its_least_squares_scale_from_clipping():
-    """Sign times mean magnitude, the closest that one bit comes to a token (arXiv 1603.05279, equation 6)."""
+def test_one_bit_activations_clipped_at_1_have_the_least_squares_scale():
+    """The token becomes sign(x) times its mean magnitude (arXiv 1603.05279, equation 6)."""
     x = jax.random.normal(jax.random.key(0), (5, 64))
     ones = jnp.ones((64, 1))
     y = DotGeneral(1, 1, clip_activations=1.0)(x, ones, (((1,), (0,)), ((), ())))
@@ -282,6 +283,6 @@ def test_one_bit_gets_its_least_squares_scale_from_clipping():
 
 
 @pytest.mark.parametrize(("ratio", "a_bits"), [(0.0, 2), (float("inf"), 2), (1.0, None)])
-def test_impossible_clips_are_refused(ratio, a_bits):
+def test_errors_of_clip_activations(ratio, a_bits):
     with pytest.raises(ValueError, match="clip_activations"):
         DotGeneral(2, a_bits, clip_activations=ratio)

@@ -1,4 +1,4 @@
-"""Random arrays that every run draws alike."""
+"""Random arrays, the same in every run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Path rules, and models converted by them."""
+"""Conversion of models: path rules choose the precision of each layer."""

@@ -1,4 +1,4 @@
-"""Turns the layers of a model to training in low precision, chosen by path."""
+"""Prepares a float model for quantization-aware training."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from bipolar_jax.nn.convert.layer_paths import other_layers, places_of
-from bipolar_jax.nn.convert.rules import Rules, decide
+from bipolar_jax.nn.convert.layer_paths import first_references, layer_references, other_layers
+from bipolar_jax.nn.convert.rules import Rules, match_rules
 from bipolar_jax.nn.layers.linear_general import folded_kernel
 from bipolar_jax.nn.training.dot_general import DotGeneral
-from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral, Trained
+from bipolar_jax.nn.training.layer_quantization import LayerQuantization
+from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 
 _LAYERS = (nnx.Linear, nnx.LinearGeneral)
 
@@ -19,44 +20,45 @@ _LAYERS = (nnx.Linear, nnx.LinearGeneral)
 def quantization_aware[Model: nnx.Module](
     model: Model, rules: Rules, *, learned_steps: bool = False, rngs: nnx.Rngs | None = None, **options: Any
 ) -> Model:
-    """A copy of a model whose layers multiply through `DotGeneral`: ready for quantization-aware training.
+    """Copies a model and makes its layers multiply by `DotGeneral`, for quantization-aware training.
 
-    Parameters stay float and are shared with the model; train the copy with any optimizer,
-    then pack it with `quantize_model(copy)`. Called again with other rules it changes the
-    bits, for schedules that lower them step by step; step sizes then begin anew.
+    The parameters stay float and are shared with the model. Train the copy with any optimizer,
+    then pack it with `quantize_model(copy)`. To change the bits during training, call this again
+    with other rules; learned step sizes then start from their initial values.
 
     Args:
-      model: any NNX module; it is left as it was.
-      rules: as for `quantize_model`; the layers are `nnx.Linear` and `nnx.LinearGeneral`,
-        with it the projections of `nnx.MultiHeadAttention`. Precision None makes a layer
+      model: any NNX module; it is not changed.
+      rules: as for `quantize_model`; they apply to `nnx.Linear` and `nnx.LinearGeneral`, which
+        includes the projections of `nnx.MultiHeadAttention`. Precision None makes a layer
         float again.
-      learned_steps: gives each layer step sizes that are trained with it (LSQ, see
-        `StatefulDotGeneral`), in place of calibrated scales.
-      rngs: for quantized gradients, `gradient=GradientPrecision(bits=8)`.
-      options: further attributes of `DotGeneral`, for all of the layers.
+      learned_steps: True gives each layer step sizes that are trained with it (LSQ, see
+        `StatefulDotGeneral`) instead of calibrated scales.
+      rngs: required for quantized gradients, `gradient=GradientPrecision(bits=8)`.
+      options: further attributes of `DotGeneral`, the same for all layers.
+
+    Returns:
+      A model of the same class.
 
     Raises:
-      ValueError: rules as in `quantize_model`; options that `DotGeneral` refuses.
+      ValueError: rules as in `quantize_model`, or options that `DotGeneral` refuses.
     """
     trained = nnx.clone(model)
-    places = places_of(trained, _LAYERS)
-    layers = {id(place.layer): place for place in reversed(places)}  # tied layers by their first path
-    firsts = [place for place in places if layers[id(place.layer)] is place]
+    references = layer_references(trained, _LAYERS)
+    layers = {reference.path: reference.layer for reference in first_references(references).values()}
     others = other_layers(trained, _LAYERS)
-    precisions = decide(
-        rules, [p.path for p in firsts], others, "nnx.Linear or nnx.LinearGeneral", [p.path for p in places]
-    )
-    for place in firsts:
-        if place.path in precisions:
-            _set(place.layer, precisions[place.path], learned_steps, rngs, options)
+    all_paths = [reference.path for reference in references]
+    precisions = match_rules(rules, list(layers), others, "nnx.Linear or nnx.LinearGeneral", all_paths)
+    for path, precision in precisions.items():
+        _set_dot_general(layers[path], precision, learned_steps, rngs, options)
     return trained
 
 
-def _set(layer, precision, learned_steps, rngs, options) -> None:
-    if precision is None and Trained.of(layer) is None:
-        return  # a dot_general of someone else's stays
+def _set_dot_general(layer, precision, learned_steps, rngs, options) -> None:
+    """Makes a layer multiply at a precision, or with `lax.dot_general` for None."""
+    if precision is None and LayerQuantization.of(layer) is None:
+        return  # keeps a dot_general of the caller's
     if isinstance(layer, nnx.LinearGeneral):
-        layer.dot_general_cls = None  # which would come first
+        layer.dot_general_cls = None  # it would take precedence over dot_general
     if precision is None:
         layer.dot_general = nnx.static(jax.lax.dot_general)
         return
@@ -65,5 +67,5 @@ def _set(layer, precision, learned_steps, rngs, options) -> None:
     if stateful:
         kernel = folded_kernel(layer, layer.kernel[...])
         dot_general = StatefulDotGeneral(dot_general, kernel, learned_steps=learned_steps, rngs=rngs)
-    # Flax counts a layer's dot_general as static, which a module is not.
+    # Flax treats dot_general as static unless told otherwise; a module with variables is data.
     layer.dot_general = nnx.data(dot_general) if stateful else nnx.static(dot_general)

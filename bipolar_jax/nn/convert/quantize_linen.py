@@ -1,4 +1,4 @@
-"""Linen models with packed kernels among their variables."""
+"""Packs the kernels of a linen model, and applies the model with them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import core, linen
 
-from bipolar_jax.nn.convert.rules import Rules, decide
+from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
+from bipolar_jax.nn.layers.linear_general import dense_layout
 from bipolar_jax.nn.training.dot_general import DotGeneral
+from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.nn.training.linen_dot_general import LinenDotGeneral
-from bipolar_jax.nn.training.stateful_dot_general import Trained
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.packing import BipolarArray
 
@@ -24,7 +25,12 @@ _ELIGIBLE = "linen.Dense or linen.DenseGeneral"
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """How one layer of a linen model multiplies: its bits, and the dtype that its kernel had."""
+    """How a packed layer multiplies.
+
+    Attributes:
+      dot_general: how the activations are quantized, and the backend.
+      kernel_dtype: dtype of the float kernel, which takes part in Flax's dtype promotion.
+    """
 
     dot_general: DotGeneral
     kernel_dtype: str
@@ -32,24 +38,24 @@ class PackedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class PackedLinen:
-    """A linen module whose variables may hold a `BipolarArray` in place of a kernel.
+    """A linen module that is applied with packed kernels.
 
-    The variables are the module's own but for that: nested dicts, of which each packed
-    kernel is a `BipolarArray` [*stack, *batch, k, n], all contracted axes as one and all
-    output axes as one. They pass through `jit`, `linen.scan` and `bipolar_jax.save` as they
-    are. The module itself stays as it was; the calls of its packed layers are answered here.
+    The variables are those of the module, except that each packed kernel is a `BipolarArray`
+    [*stack, *batch, k, n] with the contracted axes merged into k and the output axes into n. They
+    can be passed to `jit`, `linen.scan` and `bipolar_jax.save`. The module is not changed: `apply`
+    intercepts the calls of its packed layers.
 
     Attributes:
       module: the float model.
-      layers: (path, how it multiplies) of every packed layer.
+      layers: (path, `PackedLayer`) pairs, one for each packed layer.
     """
 
     module: linen.Module
     layers: tuple[tuple[str, PackedLayer], ...]
 
     def apply(self, variables: Any, *arguments: Any, **options: Any) -> Any:
-        """As `module.apply`."""
-        with linen.intercept_methods(functools.partial(_answer, dict(self.layers))):
+        """Applies the module as `module.apply` does, with packed variables."""
+        with linen.intercept_methods(functools.partial(_intercept_packed, dict(self.layers))):
             return self.module.apply(variables, *arguments, **options)
 
 
@@ -61,23 +67,24 @@ def quantize_linen(
     implementation: str = "auto",
     **options: Any,
 ) -> tuple[PackedLinen, dict]:
-    """Packs the kernels of a linen model: `linen.Dense` and `linen.DenseGeneral` by path rules.
+    """Packs the kernels of `linen.Dense` and `linen.DenseGeneral` layers by path rules.
 
-    With `linen.DenseGeneral` come the projections of `linen.MultiHeadDotProductAttention`.
-    Convolutions and embeddings stay float. A layer's path is the names that lead to its
-    parameters joined by "/", such as "encoder/Dense_0". Layers with a `DotGeneral` or
-    `LinenDotGeneral` are packed as they were trained, and compute the same numbers to the bit.
+    `linen.DenseGeneral` includes the projections of `linen.MultiHeadDotProductAttention`.
+    Convolutions and embeddings stay float. The path of a layer is the names of modules that lead
+    to its parameters, joined by "/", such as "encoder/Dense_0". Layers with a `DotGeneral` or
+    `LinenDotGeneral` are packed at the precision of their training and then give the same bits.
 
     Args:
       module: the model.
       rules: as for `quantize_model`.
-      variables: what `module.init` gave, or training made of it; left as they are. Of
+      variables: the variables of `module.init`, possibly trained; they are not changed. For
         layers stacked by `linen.scan` or `linen.vmap` the stack must be the first axis.
-      inputs, options: what `module.apply` takes beside the variables. The model is traced
-        with them, to find its layers; nothing is computed.
+      inputs, options: further arguments of `module.apply`. The model is traced with them to find
+        its layers; nothing is computed.
+      implementation: as for `quantize_model`.
 
     Returns:
-      The module that reads packed variables, and those.
+      The module that takes packed variables, and the packed variables.
 
     Raises:
       ValueError: as `quantize_model`.
@@ -87,18 +94,13 @@ def quantize_linen(
             f"{type(module).__name__} is a linen model: give its variables and example inputs after the rules"
         )
     variables = core.unfreeze(linen.meta.unbox(variables))
-    layers, others = _layers_of(module, variables, inputs, options)
+    layers, others = _find_layers(module, variables, inputs, options)
     if rules is None:
-        precisions = {path: found.trained.dot_general.precision for path, found in layers.items() if found.trained}
-        if not precisions:
-            raise ValueError(
-                "no layer of the model was trained with DotGeneral, so rules must say what to quantize: "
-                '[(".*", Precision.parse("W4A8"))] quantizes every layer'
-            )
+        precisions = trained_precisions({path: layer.trained for path, layer in layers.items()})
     else:
-        precisions = decide(rules, list(layers), others, _ELIGIBLE)
+        precisions = match_rules(rules, list(layers), others, _ELIGIBLE)
     packed = {}
-    parameters = jax.tree.map(lambda leaf: leaf, variables["params"])  # dicts of our own
+    parameters = jax.tree.map(lambda leaf: leaf, variables["params"])  # copies the dicts, not the arrays
     for path, precision in precisions.items():
         if precision is not None:
             try:
@@ -109,38 +111,47 @@ def quantize_linen(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
-    """A layer met while tracing: its kernel's axes without those of a stack, and what it was trained with."""
+class _DenseLayer:
+    """A layer found while tracing the model.
+
+    Attributes:
+      num_batch, num_contracted: numbers of batch axes and of contracted axes of the kernel.
+      kernel_shape: shape of the kernel in one layer, without the axes of a stack.
+      dtype: the layer's `dtype`.
+      trained: the quantization of its training, or None.
+      step_size_at: name of the submodule that holds learned step sizes, or None.
+    """
 
     num_batch: int
     num_contracted: int
     kernel_shape: tuple[int, ...]
     dtype: Any
-    trained: Trained | None
+    trained: LayerQuantization | None
     step_size_at: str | None
 
 
-def _layers_of(module, variables, inputs, options) -> tuple[dict[str, _Found], dict[str, str]]:
-    """Layers that can be packed by path, and class names of others that have parameters."""
+def _find_layers(module, variables, inputs, options) -> tuple[dict[str, _DenseLayer], dict[str, str]]:
+    """The layers that can be packed, and the class names of other layers with parameters, by path."""
     layers, others = {}, {}
 
-    def look(next_function, arguments, keywords, context):
+    def record(next_function, arguments, keywords, context):
         layer, path = context.module, "/".join(context.module.path)
         if isinstance(layer, LinenDotGeneral):
-            return jax.lax.dot_general(*arguments[:3])  # of the right shape, and no key is needed
+            return jax.lax.dot_general(*arguments[:3])  # only the shape matters, and it needs no PRNG key
         if context.method_name == "__call__":
             if type(layer) in _LAYERS:
-                layers[path] = _found(layer, *arguments, **keywords)
+                layers[path] = _dense_layer(layer, *arguments, **keywords)
             elif any(not isinstance(value, dict) for value in layer.variables.get("params", {}).values()):
                 others[path] = type(layer).__name__
         return next_function(*arguments, **keywords)
 
-    with linen.intercept_methods(look):
+    with linen.intercept_methods(record):
         jax.eval_shape(lambda variables: module.apply(variables, *inputs, **options), variables)
     return layers, others
 
 
-def _found(layer: linen.Dense | linen.DenseGeneral, inputs: jax.Array) -> _Found:
+def _dense_layer(layer: linen.Dense | linen.DenseGeneral, inputs: jax.Array) -> _DenseLayer:
+    """Describes a layer that is called with the given inputs."""
     ((axis, _), (batch, _)), kernel_shape, _ = _layout(layer, inputs)
     make, step_size_at = layer.dot_general_cls, None
     dot_general = layer.dot_general
@@ -150,37 +161,33 @@ def _found(layer: linen.Dense | linen.DenseGeneral, inputs: jax.Array) -> _Found
         step_size_at = "LinenDotGeneral_0" if stateful.learned_steps else None
     elif make is not None:
         dot_general = make()
-    trained = Trained(dot_general) if isinstance(dot_general, DotGeneral) else None
-    return _Found(len(batch), len(axis), kernel_shape, layer.dtype, trained, step_size_at)
+    trained = LayerQuantization(dot_general) if isinstance(dot_general, DotGeneral) else None
+    return _DenseLayer(len(batch), len(axis), kernel_shape, layer.dtype, trained, step_size_at)
 
 
-def _pack(parameters: dict, path: str, found: _Found, precision, implementation: str) -> PackedLayer:
-    """Puts the packed kernel in place of the float one; removes step sizes, which the scales now hold."""
-    trained = found.trained or Trained(DotGeneral.of(precision))
-    if trained.dot_general.precision != precision:
+def _pack(parameters: dict, path: str, layer: _DenseLayer, precision, implementation: str) -> PackedLayer:
+    """Replaces the float kernel by the packed one, and removes the step sizes, which the scales now contain."""
+    quantization = LayerQuantization.for_packing(layer.trained, precision)
+    layer_parameters = functools.reduce(dict.__getitem__, path.split("/") if path else [], parameters)
+    step_size = layer_parameters.pop(layer.step_size_at)["step_size"] if layer.step_size_at else None
+    kernel = layer_parameters["kernel"]
+    stack = kernel.shape[: kernel.ndim - len(layer.kernel_shape)]
+    if kernel.shape[len(stack) :] != layer.kernel_shape:
         raise ValueError(
-            f"it was trained at {trained.dot_general.precision}: without rules, layers are packed as they were trained"
-        )
-    holder = functools.reduce(dict.__getitem__, path.split("/") if path else [], parameters)
-    step_size = holder.pop(found.step_size_at)["step_size"] if found.step_size_at else None
-    kernel = holder["kernel"]
-    stack = kernel.shape[: kernel.ndim - len(found.kernel_shape)]
-    if kernel.shape[len(stack) :] != found.kernel_shape:
-        raise ValueError(
-            f"its kernel has shape {kernel.shape} and is used as {found.kernel_shape}: "
+            f"its kernel has shape {kernel.shape} and is used as {layer.kernel_shape}: "
             "a stack of layers must be the first axis, variable_axes={'params': 0}"
         )
-    batch = found.kernel_shape[: found.num_batch]
-    k = math.prod(found.kernel_shape[found.num_batch : found.num_batch + found.num_contracted])
-    # The dtype that the layer computes in is what its DotGeneral is given.
-    folded = (kernel if found.dtype is None else kernel.astype(found.dtype)).reshape(*stack, *batch, k, -1)
-    dot_general = trained.on(implementation).dot_general
-    holder["kernel"] = dot_general.pack(folded, step_size)
+    batch = layer.kernel_shape[: layer.num_batch]
+    k = math.prod(layer.kernel_shape[layer.num_batch : layer.num_batch + layer.num_contracted])
+    # In training, the layer casts its kernel to `dtype` before it calls its DotGeneral.
+    folded = (kernel if layer.dtype is None else kernel.astype(layer.dtype)).reshape(*stack, *batch, k, -1)
+    dot_general = quantization.on(implementation).dot_general
+    layer_parameters["kernel"] = dot_general.pack(folded, step_size)
     return PackedLayer(dot_general, kernel.dtype.name)
 
 
-def _answer(layers: dict[str, PackedLayer], next_function, arguments, keywords, context):
-    """What a packed layer gives; other calls go on as they are."""
+def _intercept_packed(layers: dict[str, PackedLayer], next_function, arguments, keywords, context):
+    """Computes the calls of packed layers with their packed kernels, and passes other calls on."""
     layer = context.module
     if type(layer) not in _LAYERS or context.method_name != "__call__":
         return next_function(*arguments, **keywords)
@@ -191,6 +198,7 @@ def _answer(layers: dict[str, PackedLayer], next_function, arguments, keywords, 
 
 
 def _packed_dense(layer: linen.Dense | linen.DenseGeneral, kernel: BipolarArray, packed: PackedLayer, inputs):
+    """The output of a layer with a packed kernel, in the dtype of the float layer's output."""
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     placeholder = jnp.zeros((), packed.kernel_dtype)
     inputs, _, bias = layer.promote_dtype(inputs, placeholder, bias, dtype=layer.dtype)
@@ -203,15 +211,13 @@ def _packed_dense(layer: linen.Dense | linen.DenseGeneral, kernel: BipolarArray,
 def _layout(
     layer: linen.Dense | linen.DenseGeneral, inputs: jax.Array
 ) -> tuple[DimensionNumbers, tuple[int, ...], tuple[int, ...]]:
-    """Dimension numbers, the shape of the float kernel, and the shape in which the bias fits the output."""
+    """Dimension numbers, the shape of the float kernel, and the shape that broadcasts the bias to the output."""
     general = isinstance(layer, linen.DenseGeneral)
     axis, batch = (layer.axis, layer.batch_dims) if general else (-1, ())
     axis, batch, features = (
         (value,) if isinstance(value, int) else tuple(value) for value in (axis, batch, layer.features)
     )
-    axis, batch = (tuple(sorted(i % inputs.ndim for i in axes)) for axes in (axis, batch))
-    kernel_batch = tuple(range(len(batch)))
-    kernel_axis = tuple(range(len(batch), len(batch) + len(axis)))
+    numbers, bias_shape = dense_layout(inputs.shape, axis, batch, features)
+    (axis, _), (batch, _) = numbers
     kernel_shape = (*(inputs.shape[i] for i in (*batch, *axis)), *features)
-    kept = [inputs.shape[i] if i in batch else 1 for i in range(inputs.ndim) if i not in axis]
-    return ((axis, kernel_axis), (batch, kernel_batch)), kernel_shape, (*kept, *features)
+    return numbers, kernel_shape, bias_shape

@@ -1,4 +1,4 @@
-"""Which precision each layer gets: the first rule that matches its path."""
+"""Path rules: the first rule whose pattern matches the path of a layer gives its precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.quantize import Precision
 
 Rules = Sequence[tuple[str, Precision | None]]
@@ -13,41 +14,58 @@ Rules = Sequence[tuple[str, Precision | None]]
 _NUM_NEAR_MISSES = 5
 
 
-def decide(
+def match_rules(
     rules: Rules, paths: Sequence[str], others: Mapping[str, str], eligible: str, tied: Sequence[str] = ()
 ) -> dict[str, Precision | None]:
-    """Precision, or None, of every path that a rule matches.
+    """The precision (or None) of every path that a rule matches.
 
     Args:
       rules: (pattern, precision) pairs, see `quantize_model`.
-      paths: of the layers to decide, each once.
-      others: layers that cannot be quantized, path to class name; for errors.
-      eligible: names of the classes that can, for errors.
-      tied: further paths of layers that are decided by another path; for errors.
+      paths: one path of every layer that can be quantized.
+      others: class names of the other layers by path, for the messages of errors.
+      eligible: the classes that can be quantized, for the messages of errors.
+      tied: all paths of the layers, including further paths of tied layers, for the messages of
+        errors.
 
     Raises:
-      ValueError: a rule that decides no layer, or is none.
+      ValueError: a rule that decides no layer, or that is not a (pattern, precision) pair.
     """
     compiled = [_compile(rule) for rule in rules]
-    deciding, precisions = set(), {}
+    used, precisions = set(), {}
     for path in paths:
         index = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(path)), None)
-        deciding.add(index)
+        used.add(index)
         if index is not None:
             precisions[path] = compiled[index][1]
     for index, (pattern, _) in enumerate(compiled):
-        if index not in deciding:
-            raise ValueError(_why_useless(pattern, list(dict.fromkeys([*paths, *tied])), others, eligible))
+        if index not in used:
+            raise ValueError(_explain_unused(pattern, list(dict.fromkeys([*paths, *tied])), others, eligible))
+    return precisions
+
+
+def trained_precisions(layers: Mapping[str, LayerQuantization | None]) -> dict[str, Precision]:
+    """The precisions of the layers that were trained with `DotGeneral`, by path.
+
+    Raises:
+      ValueError: no layer was trained with `DotGeneral`.
+    """
+    precisions = {path: trained.dot_general.precision for path, trained in layers.items() if trained is not None}
+    if not precisions:
+        raise ValueError(
+            "no layer of the model was trained with DotGeneral, so rules must say what to quantize: "
+            '[(".*", Precision.parse("W4A8"))] quantizes every layer'
+        )
     return precisions
 
 
 def _compile(rule: tuple[str, Precision | None]) -> tuple[re.Pattern[str], Precision | None]:
+    """Checks a rule and compiles its pattern. Raises ValueError as `match_rules`."""
     if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
-        raise ValueError(f"a rule is a pair of a pattern and a Precision, got {rule!r}")
+        raise ValueError(f"a rule must be a pair of a pattern and a Precision or None, got {rule!r}")
     pattern, precision = rule
     if precision is not None and not isinstance(precision, Precision):
         raise ValueError(
-            f"rule {pattern!r} has the precision {precision!r}: give a Precision, as Precision.parse reads it, or None"
+            f"rule {pattern!r} has the precision {precision!r}: give a Precision, as from Precision.parse, or None"
         )
     try:
         return re.compile(pattern), precision
@@ -55,23 +73,26 @@ def _compile(rule: tuple[str, Precision | None]) -> tuple[re.Pattern[str], Preci
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from error
 
 
-def _why_useless(pattern: re.Pattern[str], paths: list[str], others: Mapping[str, str], eligible: str) -> str:
+def _explain_unused(pattern: re.Pattern[str], paths: list[str], others: Mapping[str, str], eligible: str) -> str:
+    """The message for a rule that decides no layer: the reason, and the remedy."""
     shadowed = [path for path in paths if pattern.search(path)]
     if shadowed:
         return (
-            f"rule {pattern.pattern!r} decides no layer: all it matches ({', '.join(shadowed[:_NUM_NEAR_MISSES])}) "
-            "is decided by earlier rules, or by the first path of a tied layer; move it up or drop it"
+            f"rule {pattern.pattern!r} decides no layer: the layers that it matches "
+            f"({', '.join(shadowed[:_NUM_NEAR_MISSES])}) are decided by earlier rules, or by the first path of a tied "
+            "layer; move the rule up or drop it"
         )
-    unfit = [f"{path} ({kind})" for path, kind in others.items() if pattern.search(path)]
-    if unfit and pattern.pattern not in ("", ".*"):
+    unsupported = [f"{path} ({kind})" for path, kind in others.items() if pattern.search(path)]
+    if unsupported and pattern.pattern not in ("", ".*"):
         return (
             f"rule {pattern.pattern!r} matches no layer that can be quantized, only "
-            f"{', '.join(unfit[:_NUM_NEAR_MISSES])}: those that can are {eligible}; drop the rule, or use one of them"
+            f"{', '.join(unsupported[:_NUM_NEAR_MISSES])}: {eligible} can be quantized; drop the rule, or use one of "
+            "these classes"
         )
     if not paths:
         return (
-            f"rule {pattern.pattern!r} matches nothing: the model has no {eligible} left in float; "
-            "layers that are packed already are not packed again"
+            f"rule {pattern.pattern!r} matches nothing: the model has no {eligible} with float weights; "
+            "packed layers are not packed again"
         )
     near = difflib.get_close_matches(pattern.pattern, paths, n=_NUM_NEAR_MISSES, cutoff=0.0)
     return f"rule {pattern.pattern!r} matches no layer; the nearest paths are {', '.join(near)}"

@@ -1,4 +1,4 @@
-"""Embedding with packed rows."""
+"""Embedding layer with packed rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _default_embedding_init = nnx.initializers.variance_scaling(1.0, "fan_in", "norm
 
 
 class Embed(nnx.Module):
-    """`nnx.Embed` with rows in bipolar-INT, packed along the feature axis.
+    """`nnx.Embed` with bipolar-INT rows, packed along the feature axis.
 
-    So packed, one table serves both ends of a model with tied embeddings: a lookup
-    decodes the rows it needs, and `attend` multiplies with the whole of it.
+    In this layout one table serves both ends of a model with tied embeddings: a lookup decodes
+    the rows of its ids, and `attend` multiplies with the whole table.
 
     Attributes:
       embedding: `Packed` array of logical shape (num_embeddings, features).
-      precision: what the table was quantized to, and the activation bits of `attend`.
-      dtype: of the looked-up rows.
-      implementation: the backend of `bipolar_jax.matmul`.
+      precision: the precision of the table, and the activation bits of `attend`.
+      dtype: dtype of the rows that a lookup returns.
+      implementation: the backend of `attend`, see `bipolar_jax.matmul`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Embed(nnx.Module):
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
-        """Draws float rows as `nnx.Embed` does and quantizes them."""
+        """Initializes float rows as `nnx.Embed` does and quantizes them. Raises ValueError as `quantize`."""
         table = embedding_init(rngs.params(), (num_embeddings, features), jnp.float32)
         self.embedding = Packed(quantize(table, precision.w_bits, -1, precision.group_size, precision.calibration))
         self.precision = precision
@@ -49,7 +49,7 @@ class Embed(nnx.Module):
 
     @classmethod
     def from_float(cls, layer: nnx.Embed, precision: Precision, *, implementation: str = "auto") -> Embed:
-        """The packed counterpart of a float layer."""
+        """Quantizes a float layer. Raises ValueError as `quantize`."""
         return cls(
             layer.num_embeddings,
             layer.features,
@@ -61,9 +61,9 @@ class Embed(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        """Rows of the given ids; NaN for ids that are out of range."""
+        """The rows of the given ids, in `dtype`; NaN for ids out of range."""
         return lookup(self.embedding.get_value(), ids, self.dtype)
 
     def attend(self, query: Float[Array, "*batch features"]) -> Float[Array, "*batch num_embeddings"]:
-        """query @ embedding.T, the output projection of tied embeddings."""
+        """query @ embedding.T, the output projection of tied embeddings, in query's dtype."""
         return matmul(query, self.embedding.get_value().T, self.precision.a_bits, implementation=self.implementation)

@@ -18,14 +18,14 @@ _default_bias_init = nnx.initializers.zeros_init()
 
 
 class Linear(nnx.Module):
-    """`nnx.Linear` with weights in bipolar-INT: y = x @ kernel + bias.
+    """`nnx.Linear` with bipolar-INT weights: y = x @ kernel + bias.
 
-    A stack of such layers (a leading axis on every array) may be scanned or vmapped over.
+    A stack of layers, with a leading axis on every array, can be scanned or vmapped over.
 
     Attributes:
       kernel: `Packed` array of logical shape (in_features, out_features).
       bias: `nnx.Param` of shape (out_features,), or None.
-      precision: what the kernel was quantized to, and the activation bits.
+      precision: the precision of the kernel, and the activation bits.
       implementation: the backend of `bipolar_jax.matmul`.
     """
 
@@ -41,7 +41,7 @@ class Linear(nnx.Module):
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
-        """Draws a float kernel as `nnx.Linear` does and quantizes it."""
+        """Initializes a float kernel as `nnx.Linear` does and quantizes it. Raises ValueError as `quantize`."""
         kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
         self.kernel = Packed(quantize(kernel, precision.w_bits, -2, precision.group_size, precision.calibration))
         self.bias = nnx.data(None)
@@ -52,7 +52,7 @@ class Linear(nnx.Module):
 
     @classmethod
     def from_float(cls, layer: nnx.Linear, precision: Precision, *, implementation: str = "auto") -> Linear:
-        """The packed counterpart of a float layer, which may be a stack of layers; shares its bias."""
+        """Quantizes a float layer or a stack of layers; shares its bias. Raises ValueError as `quantize`."""
         packed = cls(
             layer.in_features,
             layer.out_features,
@@ -72,13 +72,20 @@ class Linear(nnx.Module):
         residual: Float[Array, "*batch out"] | None = None,
         activation: Activation | None = None,
     ) -> Float[Array, "*batch out"]:
-        """Output in x's dtype. Raises as `bipolar_jax.matmul`.
+        """Computes x @ kernel + bias, optionally with fused operations before and after it.
 
         Args:
-          x: `in_features` numbers a token, or as many as the prologue makes `in_features` of.
+          x: activations; columns is `in_features`, or the input width of the prologue.
           prologue: a norm or an activation function of x, computed while x is quantized.
-          residual: added to the output, in whose dtype it is.
-          activation: of the product, of two parts of it if gated: the output is half as wide.
+          residual: added to the output; it has the output's dtype.
+          activation: applied to the product and the bias; a gated one halves the width of the
+            output.
+
+        Returns:
+          The output, in x's dtype.
+
+        Raises:
+          ValueError: as `bipolar_jax.matmul`.
         """
         return matmul(
             x,

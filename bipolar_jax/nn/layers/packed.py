@@ -6,8 +6,8 @@ from flax import nnx
 
 
 class Packed(nnx.Variable):
-    """A `BipolarArray` inside a module.
+    """The variable of a module that holds a `BipolarArray`.
 
-    Not an `nnx.Param`: bits have no gradient, so `nnx.grad` and optimizers, which by
-    default take the parameters, pass it by.
+    It is not an `nnx.Param`, because packed bits have no gradient: `nnx.grad` and optimizers,
+    which by default select `nnx.Param`, leave it out.
     """

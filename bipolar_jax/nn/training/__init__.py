@@ -1,1 +1,1 @@
-"""Quantized products for training."""
+"""Low-bit products for training float layers, learned step sizes, schedules and distillation."""

@@ -1,4 +1,4 @@
-"""Learning from a float teacher."""
+"""Distillation: a loss that trains a model to match a float teacher."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def distillation_loss(
     temperature: float = 1.0,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, ""]:
-    """T^2 KL(teacher || student) of the softened distributions, mean over the batch.
+    """T^2 KL(teacher || student) of the softened distributions, averaged over the batch.
 
-    Both logits are divided by the temperature T; the factor T^2 keeps the size of the
-    gradients the same for every T (Hinton et al. 2015, arXiv 1503.02531, section 2). The
-    teacher gets no gradient.
+    Both logits are divided by the temperature T. The factor T^2 keeps the magnitude of the
+    gradients about the same for every T (Hinton et al. 2015, arXiv 1503.02531, section 2). No
+    gradient passes to the teacher.
 
     Args:
       student: logits of the model in training.
-      teacher: logits of its float counterpart, of the same shape.
-      temperature: above 0; higher ones attend to classes that the teacher holds unlikely.
-      where: False leaves an element of the batch out, such as padding.
+      teacher: logits of the float model.
+      temperature: above 0; a higher one gives more weight to unlikely classes.
+      where: False for elements of the batch to leave out, such as padding.
 
     Returns:
-      float32.
+      float32 scalar.
 
     Raises:
       ValueError: shapes that differ, or a temperature that is not above 0.
@@ -39,7 +39,7 @@ def distillation_loss(
         raise ValueError(f"where has shape {where.shape}, logits {student.shape} need {student.shape[:-1]}")
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     student = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    # A class that the teacher excludes (logit -Inf) adds nothing, though its difference is Inf.
+    # A class with a teacher logit of -Inf adds 0, but exp(teacher) * (teacher - student) would be NaN.
     possible = teacher > -jnp.inf
     terms = jnp.where(possible, jnp.exp(teacher) * (jnp.where(possible, teacher, 0) - student), 0)
     return temperature**2 * jnp.mean(jnp.sum(terms, axis=-1), where=where)

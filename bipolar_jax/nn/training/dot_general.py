@@ -1,4 +1,4 @@
-"""A `dot_general` with low-bit operands, for the layers of Flax."""
+"""`DotGeneral`, a `dot_general` with low-bit operands for Flax layers."""
 
 from __future__ import annotations
 
@@ -27,42 +27,41 @@ from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, norm
 
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
-    """`lax.dot_general` whose operands are quantized; trains by straight-through estimation.
+    """`lax.dot_general` with quantized operands and a straight-through gradient.
 
-    Give one to any layer that takes a `dot_general`:
+    It can be given to any layer that takes a `dot_general`:
 
         nnx.Linear(512, 512, dot_general=bj.DotGeneral(w_bits=2, a_bits=4), rngs=rngs)
         linen.Dense(512, dot_general=bj.DotGeneral(w_bits=2, a_bits=4))
         linen.Dense(512, dot_general_cls=functools.partial(bj.DotGeneral, w_bits=2, a_bits=4))
 
-    One operand is the weights and the other the activations; Flax passes its kernels as
-    the right one. The weights are quantized and packed in every call, and the product is
-    `bipolar_jax.matmul`'s: the forward pass is the low-bit kernel that inference runs, on
-    the same integers. Activations are quantized per token, a token being what one output
-    is contracted from: all contracted axes together. Scales of weights are shared along
-    the contracted axes too, in groups of `group_size` if that is given. Nothing is stored
-    here, so that an object serves any number of layers.
+    One operand is the weights, the other the activations; Flax passes kernels as the right
+    operand. Every call quantizes and packs the weights and multiplies as `bipolar_jax.matmul`
+    does, so the forward pass runs the kernel that inference runs, on the same integers. A token
+    is all the elements of the activations that one output is contracted from; each token has its
+    own scale. Scales of weights are shared along the contracted axes, in groups of `group_size`
+    if given. The object has no state, so one object can serve any number of layers.
 
-    A product of two activations, such as attention's logits when this is handed to
-    `linen.dot_product_attention` as `einsum_dot_general`, is served as well: then the right
-    operand is quantized to `w_bits` as weights are. The attention modules of Flax take
-    `qkv_dot_general` and `out_dot_general`, for their projections only.
+    It can also multiply two activations, such as queries and keys if it is passed to
+    `linen.dot_product_attention` as `einsum_dot_general`: then the right operand is quantized to
+    `w_bits` like weights. The attention modules of Flax take `qkv_dot_general` and
+    `out_dot_general`, which are used in the projections only.
 
     Attributes:
       w_bits: weight bits 1..8, or `TERNARY`.
       a_bits: activation bits 1..8; None leaves activations float (weight-only).
-      group_size: see `quantize`.
-      calibration: see `quantize`.
+      group_size: weights that share a scale, see `quantize`.
+      calibration: how the scales of weights are chosen, see `quantize`.
       weight_norm: None, "center" or "standardize", see `normalize_weights`.
-      clip_gradient: whether weights beyond the grid get no gradient, see `fake_quant`.
-      clip_activations: bounds activations by so many times their token's mean magnitude before
-        they are quantized, see `clip_tokens`; None does not.
+      clip_gradient: True sets the gradient of clipped weights to 0, see `fake_quant`.
+      clip_activations: clips activations to this many times the mean magnitude of their token
+        before they are quantized, see `clip_tokens`; None does not clip.
       gradient: precision of the backward pass.
       weights: which operand is the weights, "rhs" or "lhs".
-      implementation: the backend of `bipolar_jax.matmul`.
+      implementation: the backend, see `bipolar_jax.matmul`.
 
     Raises:
-      ValueError: values outside the above.
+      ValueError: an attribute with another value than the above.
     """
 
     w_bits: int | BipolarFormat
@@ -77,12 +76,12 @@ class DotGeneral:
     implementation: str = "auto"
 
     def __post_init__(self):
-        object.__setattr__(self, "w_bits", self.precision.w_bits)  # checks all that a Precision has
+        object.__setattr__(self, "w_bits", self.precision.w_bits)  # Precision checks its fields
         check_weight_norm(self.weight_norm)
         check_clip(self.clip_activations)
         if self.clip_activations is not None and self.a_bits is None:
             raise ValueError(
-                f"clip_activations={self.clip_activations} has no meaning for float activations: give a_bits"
+                f"clip_activations={self.clip_activations} needs quantized activations, got a_bits=None: give a_bits"
             )
         check_implementation(self.implementation)
         if self.weights not in ("rhs", "lhs"):
@@ -90,7 +89,7 @@ class DotGeneral:
 
     @classmethod
     def of(cls, precision: Precision, **options) -> DotGeneral:
-        """From a `Precision`, and the other attributes by name."""
+        """Makes a `DotGeneral` from a `Precision`, with the other attributes as keyword arguments."""
         return cls(precision.w_bits, precision.a_bits, precision.group_size, precision.calibration, **options)
 
     @property
@@ -110,25 +109,25 @@ class DotGeneral:
         step_size: Float[Array, "*batch n groups"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "..."]:
-        """The product of both operands quantized, where `lax.dot_general` would give that of both as they are.
+        """Quantizes both operands and computes `lax.dot_general` of them.
 
         Args:
-          lhs, rhs: float32, bfloat16 or float16 of any shapes; a size of 0 gives zeros or nothing.
+          lhs, rhs: float32, bfloat16 or float16. If an axis has size 0, the result is zeros.
           dimension_numbers: as for `lax.dot_general`.
-          precision: likewise, for the backward pass; the integer product of the forward pass
-            is exact.
-          preferred_element_type: dtype of the result, in which float32 sums are rounded once.
-          out_sharding: sharding of the result where mesh axes are Explicit.
-          step_size: learned step sizes in place of calibrated scales, of the shape that
-            `initial_step_size` gives.
-          key: a PRNG key for quantized gradients, `gradient.bits`.
+          precision: as for `lax.dot_general`, used in the backward pass only; the integer
+            product of the forward pass is exact.
+          preferred_element_type: dtype of the result; the float32 result is rounded to it once.
+          out_sharding: sharding of the result, for meshes with Explicit axes.
+          step_size: learned step sizes, used instead of calibrated scales; the shape is that of
+            `initial_step_size`.
+          key: a PRNG key; required if `gradient.bits` is set.
 
         Returns:
-          An array of the shape and dtype that `lax.dot_general` would give.
+          An array of the shape and dtype that `lax.dot_general` would return.
 
         Raises:
-          TypeError: dimension numbers that do not fit the operands, as JAX words it.
-          ValueError: operands that are not float, as `bipolar_jax.matmul` and `quantize`.
+          TypeError: dimension numbers that do not fit the operands; the error of JAX.
+          ValueError: operands that are not float, or as `bipolar_jax.matmul` and `quantize`.
         """
         lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
         product = functools.partial(
@@ -139,11 +138,11 @@ class DotGeneral:
         )
         if out_sharding is None:
             return product(lhs, rhs, step_size, key)
-        # What folds and packs the operands is for the compiler to shard; the result is then as asked for.
+        # The compiler chooses the sharding of folding and packing; only that of the result is given.
         return jax.sharding.auto_axes(product, out_sharding=out_sharding)(lhs, rhs, step_size, key)
 
     def _product(self, lhs, rhs, step_size, key, *, dimension_numbers, gradient, preferred_element_type):
-        result = result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type)
+        result = _result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type)
         if 0 in lhs.shape or 0 in rhs.shape:
             return jnp.zeros(result.shape, result.dtype)
         check_float(lhs, "lhs")
@@ -154,7 +153,7 @@ class DotGeneral:
         contraction = Contraction.of(lhs.shape, rhs.shape, dimension_numbers)
         w = contraction.fold_w(rhs)
         y = trainable_matmul(
-            self._rows(contraction.fold_x(lhs), result.dtype),
+            self._tokens(contraction.fold_x(lhs), result.dtype),
             self.fake_quant(w, step_size),
             self.pack(w, step_size),
             self.a_bits,
@@ -177,13 +176,13 @@ class DotGeneral:
         *,
         out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
     ) -> Float[Array, "..."]:
-        """What `__call__` gives for the weights that were packed, to the bit: the product of inference.
+        """Multiplies with packed weights, for inference; the result has the bits that `__call__` gives.
 
         Args:
-          x: activations, in the layout that `contraction` has for them.
-          packed: what `pack` gave.
-          contraction: of x with the weights before they were folded and packed.
-          dtype: of the result.
+          x: activations.
+          packed: weights that `pack` returned.
+          contraction: the contraction of x with the float weights, before they were folded.
+          dtype: dtype of the result.
           out_sharding: as for `__call__`.
 
         Raises:
@@ -191,23 +190,27 @@ class DotGeneral:
         """
 
         def product(x, packed):
-            rows = self._rows(contraction.fold_x(x), dtype)
-            y = fenced_matmul(rows, packed, self.a_bits, self.implementation)
+            tokens = self._tokens(contraction.fold_x(x), dtype)
+            y = fenced_matmul(tokens, packed, self.a_bits, self.implementation)
             return contraction.unfold(y.astype(dtype))
 
         if out_sharding is not None:
             product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
         return product(x, packed)
 
-    def _rows(self, x, dtype):
-        """Tokens as the product takes them."""
-        rows = x.astype(jnp.promote_types(x.dtype, dtype))
-        return rows if self.clip_activations is None else clip_tokens(rows, self.clip_activations)
+    def _tokens(self, x, dtype):
+        """Activations cast to the common dtype of x and the result, and clipped."""
+        tokens = x.astype(jnp.promote_types(x.dtype, dtype))
+        return tokens if self.clip_activations is None else clip_tokens(tokens, self.clip_activations)
 
     def pack(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
     ) -> BipolarArray:
-        """The packed weights that the product multiplies with; not differentiable.
+        """Normalizes, quantizes and packs weights, as every call does. No gradient passes through it.
+
+        Args:
+          w: float weights, with the contracted axes merged into k.
+          step_size: learned step sizes, used instead of calibrated scales.
 
         Raises:
           ValueError: as `quantize`, or step sizes of another shape.
@@ -217,48 +220,47 @@ class DotGeneral:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _pack(self, w, step_size):
-        # Compiled by itself, as `fenced_matmul` is: what precedes it must not change a rounding.
+        # The barrier keeps XLA from fusing this with preceding operations, which could change a rounding.
         w = jax.lax.optimization_barrier(jax.lax.stop_gradient(w))
         number_format = as_format(self.w_bits)
         check_group_size(w.shape[-2], self.group_size)
         if self.weight_norm is not None:
-            # All that reads these numbers must get the same, however they were rounded.
+            # Calibration and packing must read the same bits, so the normalization is computed once.
             w = jax.lax.optimization_barrier(normalize_weights(w.astype(jnp.float32), self.weight_norm))
         if step_size is None:
             rows = jnp.swapaxes(w, -1, -2)
             scale, offset = calibrate_rows(rows, number_format, self.group_size, self.calibration)
         else:
-            self._check_steps(w, step_size)
+            self._check_step_size(w, step_size)
             scale, offset = scale_of_step(jax.lax.stop_gradient(step_size)), None
         return pack_weights(w, number_format, scale, offset, self.group_size, implementation=self.implementation)
 
     def fake_quant(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
     ) -> Float[Array, "*batch k n"]:
-        """What `pack` stands for, float32, differentiable by the weights and by the step sizes."""
+        """The numbers that `pack` represents, float32; differentiable in the weights and the step sizes."""
         w = normalize_weights(w.astype(jnp.float32), self.weight_norm)
         if step_size is None:
             return fake_quant(w, self.w_bits, -2, self.group_size, self.calibration, self.clip_gradient)
-        return jnp.swapaxes(fake_quant_by_step_size(*self._steps(w, step_size)), -1, -2)
+        self._check_step_size(w, step_size)
+        rows = jnp.swapaxes(w, -1, -2)
+        rounded = fake_quant_by_step_size(rows, step_size, as_format(self.w_bits), self.group_size)
+        return jnp.swapaxes(rounded, -1, -2)
 
     def initial_step_size(self, w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n groups"]:
-        """Step sizes to begin training with (LSQ, arXiv 1902.08153)."""
+        """Initial step sizes for training, float32 (LSQ, arXiv 1902.08153, section 2.1)."""
         rows = jnp.swapaxes(normalize_weights(w.astype(jnp.float32), self.weight_norm), -1, -2)
         return initial_step_size(rows, as_format(self.w_bits), self.group_size)
 
-    def _steps(self, w, step_size):
-        self._check_steps(w, step_size)
-        return jnp.swapaxes(w, -1, -2), step_size, as_format(self.w_bits), self.group_size
-
-    def _check_steps(self, w, step_size):
+    def _check_step_size(self, w, step_size):
         check_group_size(w.shape[-2], self.group_size)
         per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
         if step_size.shape != per_group:
             raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {per_group}")
 
 
-def result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type) -> jax.ShapeDtypeStruct:
-    """Shape and dtype that `lax.dot_general` would give; raises what it would."""
+def _result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the result of `lax.dot_general`, and its errors."""
     product = functools.partial(
         jax.lax.dot_general, dimension_numbers=dimension_numbers, preferred_element_type=preferred_element_type
     )

@@ -1,4 +1,4 @@
-"""An einsum of activations and weights through `DotGeneral`, for `nnx.Einsum`."""
+"""An einsum of activations and weights by `DotGeneral`, for `nnx.Einsum`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from opt_einsum.parser import parse_einsum_input  # JAX's own dependency
+from opt_einsum.parser import parse_einsum_input  # a dependency of JAX
 
 from bipolar_jax.nn.training.dot_general import DotGeneral
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedEinsum:
-    """`jnp.einsum` of two operands, the second of which is the weights; an `einsum_op` for `nnx.Einsum`.
+    """`jnp.einsum` of activations and weights, in this order; an `einsum_op` for `nnx.Einsum`.
 
         nnx.Einsum("nta,hab->nthb", (8, 2, 4), einsum_op=QuantizedEinsum(bj.DotGeneral(2, 4)), rngs=rngs)
 
-    `jnp.einsum` with a `DotGeneral` as its `_dot_general` would not do: it exchanges the
-    operands where that saves a transposition, and the weights with them. `quantize_model`
-    leaves such layers as they are: they go on packing their float kernels in every call.
+    `jnp.einsum` with a `DotGeneral` as its `_dot_general` would not do, because it swaps the
+    operands where that saves a transpose, and the weights would be quantized as activations.
+    `quantize_model` does not convert such layers: they pack their float kernels in every call.
 
     Attributes:
-      dot_general: the bits, with weights="rhs".
+      dot_general: how the operands are quantized, with weights="rhs".
 
     Raises:
-      ValueError: a `DotGeneral` that takes the left operand for the weights.
+      ValueError: a `DotGeneral` with weights="lhs".
     """
 
     dot_general: DotGeneral
@@ -48,28 +48,36 @@ class QuantizedEinsum:
         preferred_element_type: jnp.dtype | None = None,
         out_sharding: None = None,
     ) -> Float[Array, "..."]:
-        """As `jnp.einsum(subscripts, x, w)`, quantized as `DotGeneral` does.
+        """Computes `jnp.einsum(subscripts, x, w)` with both operands quantized as by `DotGeneral`.
+
+        Args:
+          subscripts: indices of x, of w and of the result, as for `jnp.einsum`.
+          x, w: activations and weights.
+          precision, preferred_element_type: as for `DotGeneral`.
+          out_sharding: must be None.
 
         Raises:
-          ValueError: an index twice in one operand, or an index of the weights alone that
-            the result does not have.
-          NotImplementedError: an out_sharding.
+          ValueError: an index twice in one operand, or an index of w that neither x nor the
+            result has.
+          NotImplementedError: an `out_sharding`.
         """
         if out_sharding is not None:
-            raise NotImplementedError("an out_sharding of QuantizedEinsum: reshard its result")
+            raise NotImplementedError("QuantizedEinsum does not support out_sharding: reshard its result")
         inputs, result, _ = parse_einsum_input((subscripts, x, w))
         x_axes, w_axes = inputs.split(",")
         for axes in (x_axes, w_axes):
             if len(set(axes)) != len(axes):
-                raise ValueError(f"{subscripts!r} has an index twice in one operand, which no dot_general contracts")
+                raise ValueError(
+                    f"{subscripts!r} has an index twice in one operand, which is not supported: take the diagonal first"
+                )
         if summed := [axis for axis in w_axes if axis not in x_axes + result]:
             raise ValueError(
-                f"{subscripts!r} sums the weights alone over {summed}: sum them before, or keep the index in the result"
+                f"{subscripts!r} sums the weights alone over {summed}: sum them first, or keep the index in the result"
             )
-        # What only x has and the result has not is summed first; the product is linear in it.
-        alone = [axis for axis in x_axes if axis not in w_axes + result]
-        x = jnp.sum(x, axis=tuple(map(x_axes.index, alone)))
-        x_axes = "".join(axis for axis in x_axes if axis not in alone)
+        # Indices that only x has are summed before the product.
+        only_x = [axis for axis in x_axes if axis not in w_axes + result]
+        x = jnp.sum(x, axis=tuple(map(x_axes.index, only_x)))
+        x_axes = "".join(axis for axis in x_axes if axis not in only_x)
         shared = [axis for axis in x_axes if axis in w_axes]
         batch = [axis for axis in shared if axis in result]
         contracted = [axis for axis in shared if axis not in result]
