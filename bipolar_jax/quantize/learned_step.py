@@ -64,6 +64,9 @@ def fake_quant_by_step_size(
     - with respect to s: round(u) - u where |u| < Q, else -Q or Q (equation 3); the sum over a
       group is multiplied by 1 / sqrt(N Q), N being the size of the group (section 2.2).
 
+    A step that is 0 (weights that begin as zeros) or negative decodes to zeros. There the derivative with respect to
+    w is 1, and with respect to s -Q or Q by w's sign, so that weights leave zero first and their step follows.
+
     Args:
       rows: any float dtype, contracted axis last.
       step_size: one for each group of each row; see `initial_step_size`.
@@ -87,12 +90,14 @@ def _backward(number_format, group_size, residuals, cotangent):
     rows, step_size, levels = residuals
     k, largest = rows.shape[-1], number_format.max_value / 2
     u = rows.astype(jnp.float32) * spread_groups(2 * half_steps_per_unit(step_size), k, group_size)
-    # For a step that is not positive, every number counts as beyond the range.
-    inside = (jnp.abs(u) < largest) & spread_groups(step_size > 0, k, group_size)
-    by_step = jnp.where(inside, levels - u, largest * jnp.sign(rows))
+    # A grid without a step decodes to zeros. Its weights train on (straight-through), and the step with them: by the
+    # limit of equation 3, as if every number were beyond the range. Otherwise zero would be absorbing.
+    has_step = spread_groups(scale_of_step(step_size) > 0, k, group_size)
+    within = jnp.abs(u) < largest
+    by_step = jnp.where(within & has_step, levels - u, largest * jnp.sign(rows))
     balance = 1 / jnp.sqrt(group_lengths(k, group_size) * jnp.float32(largest))
     gradient = jnp.sum(split_groups(cotangent * by_step, group_size), axis=-1) * balance
-    return jnp.where(inside, cotangent, 0).astype(rows.dtype), gradient.astype(step_size.dtype)
+    return jnp.where(within | ~has_step, cotangent, 0).astype(rows.dtype), gradient.astype(step_size.dtype)
 
 
 fake_quant_by_step_size.defvjp(_forward, _backward)
