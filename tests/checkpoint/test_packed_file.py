@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, load, quantize, save
 from bipolar_jax.checkpoint import read_user
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 
 def assert_same(one, other):

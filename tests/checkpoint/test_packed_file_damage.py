@@ -22,7 +22,7 @@ from bipolar_jax import TERNARY, load, quantize, save
 from bipolar_jax.checkpoint import read_user
 from bipolar_jax.checkpoint.checksums import checksum
 from tests.support.imports import ROOT
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 
 def header_of(raw: bytes) -> tuple[dict, int]:

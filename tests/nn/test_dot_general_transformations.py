@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import bipolar_jax as bj
 from bipolar_jax.nn import LinenDotGeneral, QuantizedEinsum, StatefulDotGeneral
 from bipolar_jax.ops import GradientPrecision
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 from tests.support.training import train
 
 W2A4 = bj.DotGeneral(2, 4, calibration="mse")

@@ -12,7 +12,7 @@ from flax import nnx
 from bipolar_jax import TERNARY, Precision, matmul, quantize
 from bipolar_jax.nn import Embed, Linear, Packed
 from bipolar_jax.ops import dispatch
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 W4A8 = Precision(4, 8, group_size=8)
 # XLA may fuse a layer and a plain product differently: a few float32 roundings of numbers of order 1.

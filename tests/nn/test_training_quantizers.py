@@ -14,7 +14,7 @@ from bipolar_jax.quantize.groups import group_lengths
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, round_by_step_size
 from bipolar_jax.quantize.stochastic import stochastic_round
 from bipolar_jax.quantize.weight_norm import normalize_weights
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in (1, 2, 4, 8)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, from_codes, quantize
 from bipolar_jax.packing.words import num_words, pack_codes, unpack_codes
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in range(1, 9)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bipolar_jax import TERNARY, BipolarArray, matmul, quantize
 from bipolar_jax.nn import Packed
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 
 @pytest.fixture(scope="module")

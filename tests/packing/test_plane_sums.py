@@ -8,7 +8,7 @@ import pytest
 from bipolar_jax import TERNARY, quantize
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.plane_sums import host_plane_sums, plane_sums
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8, TERNARY], ids=str)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, Precision, fake_quant, quantize
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in (1, 2, 4, 8)), TERNARY]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)

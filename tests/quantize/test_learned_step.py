@@ -10,7 +10,7 @@ import pytest
 
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in (1, 4, 8)), TERNARY]
 ROWS, K = 3, 16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, BipolarFormat, quantize
 from bipolar_jax.quantize import groups
-from tests.support.random_arrays import normal
+from tests.support.integer_products import normal
 
 FORMATS = [*(BipolarFormat(bits) for bits in range(1, 9)), TERNARY]
 CALIBRATIONS = ("absmax", "mse", "minmax")

@@ -1,13 +1,19 @@
-"""Operands of integer products in all formats, and the products by their definition."""
+"""Random operands: floats, and codes in all formats; and integer products by their definition."""
 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float32
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
 
 A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
 W_FORMATS = [*A_FORMATS, TERNARY]
+
+
+def normal(*shape: int, seed: int = 0) -> Float32[np.ndarray, "..."]:
+    """Standard normal numbers, the same in every run."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def random_codes(fmt: BipolarFormat, rows: int, k: int, seed: int) -> np.ndarray:

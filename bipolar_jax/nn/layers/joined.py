@@ -36,7 +36,7 @@ def joined(layers: Sequence[Linear]) -> Linear:
         ):
             if expected != found:
                 raise ValueError(
-                    f"layers to be joined differ: {name} is {expected} in the first and {found} in another; "
+                    f"layers to be joined differ: {name} is {expected} in one and {found} in another; "
                     "join only layers that agree in it"
                 )
     result = nnx.clone(first)
