@@ -1,6 +1,6 @@
 """Arbitrary-precision (1 to 8 bit) quantized transformers for JAX."""
 
-from bipolar_jax import nn
+from bipolar_jax import models, nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.models.inference.explain import explain_model
@@ -8,6 +8,8 @@ from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
+
+__version__ = "0.1.0"
 
 __all__ = [
     "TERNARY",
@@ -23,6 +25,7 @@ __all__ = [
     "load",
     "lookup",
     "matmul",
+    "models",
     "nn",
     "quantization_aware",
     "quantize",

@@ -14,7 +14,7 @@ tokens, against 24.9 for the float model and 38155 for the best W2A8 without tra
 
 from ml_collections import ConfigDict
 
-from configs.tiny_base import training_config
+from .tiny_base import training_config
 
 
 def get_config() -> ConfigDict:

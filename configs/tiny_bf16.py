@@ -9,7 +9,7 @@ overfits sooner: a least loss of 1.54 at step 3500, and a final loss of 2.26.
 
 from ml_collections import ConfigDict
 
-from configs.tiny_base import tiny_config
+from .tiny_base import tiny_config
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ Claim: a final validation loss of 1.68, 0.08 nats above that of tiny_bf16.py, an
 
 from ml_collections import ConfigDict
 
-from configs.tiny_base import tiny_config
+from .tiny_base import tiny_config
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ falling; seven minutes beside two other runs on one H100. With --config.optimize
 
 from ml_collections import ConfigDict
 
-from configs.tiny_base import tiny_config
+from .tiny_base import tiny_config
 
 
 def get_config() -> ConfigDict:

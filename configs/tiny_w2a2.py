@@ -12,7 +12,7 @@ beside three other runs on one H100. With twice the learning rate it was 1.73.
 
 from ml_collections import ConfigDict
 
-from configs.tiny_base import tiny_config
+from .tiny_base import tiny_config
 
 
 def get_config() -> ConfigDict:

@@ -16,10 +16,10 @@ import matplotlib.figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from experiments.support import app
-from experiments.support.plotting import colour, save
-from experiments.support.progress import console
-from experiments.support.workdir import RESULT_NAME, write_json
+from .support import app
+from .support.plotting import colour, save
+from .support.progress import console
+from .support.workdir import RESULT_NAME, write_json
 
 # Settings that must be equal for two losses to be comparable.
 _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_windows")
@@ -111,4 +111,4 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, example="compare_training")

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.models.inference.generation import stream
 from bipolar_jax.models.inference.sampling import Sampling
-from experiments.support import app
-from experiments.support.progress import console, progress_bar
-from experiments.support.sources import load_model_source
-from experiments.support.workdir import RESULT_NAME, environment, write_json
+
+from .support import app
+from .support.progress import console, progress_bar
+from .support.sources import load_model_source
+from .support.workdir import RESULT_NAME, environment, write_json
 
 
 def main(config: ConfigDict, workdir: Path | None) -> None:
@@ -68,5 +69,10 @@ def _text_stream(prompt: list[int]):
     return DecodeStream(ids=prompt, skip_special_tokens=True)
 
 
+def command() -> None:
+    """The command line."""
+    app.run(main, workdir_required=False, example="generate")
+
+
 if __name__ == "__main__":
-    app.run(main, workdir_required=False)
+    command()

@@ -28,11 +28,12 @@ from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.pretrained import PretrainedModel
-from experiments.support import app
-from experiments.support.perplexity_plot import plot_perplexity
-from experiments.support.progress import console, progress_bar
-from experiments.support.sources import load_model_source, load_text_source, model_fingerprint
-from experiments.support.workdir import RESULT_NAME, environment, read_result, write_json
+
+from .support import app
+from .support.perplexity_plot import plot_perplexity
+from .support.progress import console, progress_bar
+from .support.sources import load_model_source, load_text_source, model_fingerprint
+from .support.workdir import RESULT_NAME, environment, read_result, write_json
 
 _EMBEDDING, _LAYERS = "^(embed|lm_head)$", "^layers/"
 # Settings that the perplexity depends on; all results in a workdir share them.
@@ -180,5 +181,10 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def command() -> None:
+    """The command line."""
+    app.run(main, example="smollm2")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    command()

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.sampling import Sampling
-from experiments.support import app
-from experiments.support.progress import console, progress_bar
-from experiments.support.sources import load_model_source, model_fingerprint
-from experiments.support.workdir import RESULT_NAME, environment, replaces, write_json
+
+from .support import app
+from .support.progress import console, progress_bar
+from .support.sources import load_model_source, model_fingerprint
+from .support.workdir import RESULT_NAME, environment, replaces, write_json
 
 TEXT_NAME = "text.txt"
 
@@ -59,4 +60,4 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, example="sample_text")

@@ -23,14 +23,15 @@ from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from experiments.support import app
-from experiments.support.progress import console, progress_bar
-from experiments.support.sources import load_model_source, model_fingerprint
-from experiments.support.workdir import RESULT_NAME, environment, read_result, write_json
-from experiments.training.data import TrainingData, load_training_data
-from experiments.training.log import plot_losses, read_metrics
-from experiments.training.loop import TrainingRun
-from experiments.training.model import Student, float_params, shapes_of
+
+from .support import app
+from .support.progress import console, progress_bar
+from .support.sources import load_model_source, model_fingerprint
+from .support.workdir import RESULT_NAME, environment, read_result, write_json
+from .training.data import TrainingData, load_training_data
+from .training.log import plot_losses, read_metrics
+from .training.loop import TrainingRun
+from .training.model import Student, float_params, shapes_of
 
 MODEL_NAME = "model.safetensors"
 # Settings that do not affect the losses: a run may be resumed with other values.
@@ -143,5 +144,10 @@ def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingD
     console.print(f"results and the model: {workdir}")
 
 
+def command() -> None:
+    """The command line."""
+    app.run(main, example="tiny_w2a2")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    command()

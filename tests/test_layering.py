@@ -10,6 +10,7 @@ from tests.support.imports import PACKAGE, imported_names, imports_of, is_within
 
 # What each part of the package may import of the package, besides itself.
 BELOW = {
+    "commands": set(),
     "extras": set(),
     "format": set(),
     "quantize": {"format"},

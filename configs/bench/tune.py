@@ -11,7 +11,7 @@ Few tokens: --config.shapes=llama2-7b@1,llama2-7b@16 --config.precisions=W1A8,W2
 
 from ml_collections import ConfigDict
 
-from configs.bench import matmul
+from . import matmul
 
 
 def get_config() -> ConfigDict:

@@ -1,51 +1,59 @@
-"""The command line of every experiment: flags, lists of names in configs, errors of one line."""
+"""The command line of every program: flags, help, lists of names in configs, errors of one line."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File with get_config(); override fields with --config.NAME=VALUE."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; a stopped run resumes from it.")
+from .config_files import ConfigFile, load_config, shipped_names
+
+_HELP = re.compile(r"-h|--?help(full|short)?")
+_INTERRUPTED = 130  # as shells count SIGINT
 
 
-def run(main: Callable[[ConfigDict, Path | None], None], workdir_required: bool = True) -> None:
+def run(
+    main: Callable[[ConfigDict, Path | None], None],
+    workdir_required: bool = True,
+    example: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Parses --config and --workdir and calls main(config, workdir).
 
-    Errors in the input (ValueError, a missing file or package, a failed download) end the
-    program with status 1 and print their message without a traceback.
+    Errors in the input (flags, ValueError, a missing file or package, a full disk, a failed download) end the program
+    with status 1 and one line without a traceback; Ctrl-C ends it with status 130.
 
     Args:
-      main: the experiment.
+      main: the program; the docstring of its module is the help.
       workdir_required: whether --workdir must be given; main gets None without it.
+      example: config whose fields --help lists if no --config is given.
+      argv: the command line; None is that of the process.
     """
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # hides notes on absent backends
-    flags.mark_flags_as_required(["config", "workdir"] if workdir_required else ["config"])
-
-    def checked(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs each step of writing a checkpoint
-        try:
-            main(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            sys.exit(f"error: {error}")
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # JAX raises subclasses: keep their traceback
-                raise
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("interrupted")
-
-    app.run(checked)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs each step of writing a checkpoint
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        if any(_HELP.fullmatch(argument) for argument in argv[1:]):
+            print(_help(sys.modules[main.__module__].__doc__ or "", argv, workdir_required, example))
+            return
+        main(*_parse(argv, workdir_required))
+    except (ValueError, OSError, ModuleNotFoundError, flags.Error) as error:
+        sys.exit(_one_line(error))
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # JAX raises subclasses: keep their traceback
+            raise
+        sys.exit(_one_line(error))
+    except KeyboardInterrupt as interrupt:
+        print(" ".join(map(str, interrupt.args)) or "interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 def split_names(text: str) -> list[str]:
@@ -68,3 +76,85 @@ def parse_names(field: str, text: str, known: Iterable[str]) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"config.{field} names {', '.join(unknown)}: choose from {', '.join(known)}")
     return names
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises OSError unless the folder exists, or can be made, and can be written to."""
+    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir}: {existing} is a file, give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--workdir={workdir}: {existing} cannot be written to, give another folder")
+
+
+def _parse(argv: list[str], workdir_required: bool) -> tuple[ConfigDict, Path | None]:
+    """Reads the flags, all of which are checked before any work starts."""
+    name, rest = _take_config(argv)
+    if not name:
+        raise ValueError(f"--config is missing: give a Python file with get_config(), or one of {_shipped()}")
+    loaded = load_config(name)
+    for argument in rest[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            loaded.check_field(match[1])
+    values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        config = config_flags.DEFINE_config_dict("config", loaded.config, flag_values=values, sys_argv=rest)
+        unexpected = values(rest)[1:]
+    except (LookupError, TypeError, AttributeError) as error:  # a value or an index that the field does not take
+        raise ValueError(f"{loaded.path} and the command line do not agree: {error}") from error
+    if unexpected:
+        raise ValueError(f"unexpected arguments: {' '.join(unexpected)}")
+    if not workdir.value:
+        if workdir_required:
+            raise ValueError("--workdir is missing: give a folder for results, from which a stopped run resumes")
+        return config.value, None
+    check_workdir(Path(workdir.value))
+    return config.value, Path(workdir.value)
+
+
+def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the other arguments."""
+    name, rest = "", []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            name = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    return name, rest
+
+
+def _help(about: str, argv: list[str], workdir_required: bool, example: str | None) -> str:
+    workdir = "--workdir=DIR" if workdir_required else "[--workdir=DIR]"
+    lines = [
+        about.strip(),
+        "",
+        f"usage: {Path(argv[0]).name} --config=CONFIG {workdir} [--config.FIELD=VALUE ...]",
+        "",
+        f"  --config: a Python file with get_config(), or one of {_shipped()}.",
+        "  --workdir: folder for results; a stopped run resumes from it.",
+        "  --config.FIELD: another value for a field of the config.",
+        "",
+    ]
+    name = _take_config(argv)[0] or example
+    return "\n".join(
+        [*lines, *(_describe(load_config(name)) if name else ["--config=CONFIG --help lists its fields."])]
+    )
+
+
+def _describe(loaded: ConfigFile) -> Iterable[str]:
+    yield f"fields of {loaded.path} and their defaults:"
+    for field, value in loaded.fields().items():
+        yield f"  --config.{field}={value.to_dict() if isinstance(value, ConfigDict) else repr(value)}"
+        if field in loaded.comments:
+            yield textwrap.fill(loaded.comments[field], 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _shipped() -> str:
+    return ", ".join(shipped_names())
+
+
+def _one_line(error: Exception) -> str:
+    return "error: " + (" ".join(str(error).split()) or type(error).__name__)

@@ -9,7 +9,8 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from bipolar_jax import Precision
-from experiments.support.plotting import save
+
+from .plotting import save
 
 
 def plot_perplexity(result: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
-from experiments.support.workdir import replaces
+from .workdir import replaces
 
 
 def bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.pretrained import PretrainedModel
-from experiments.support.fetch import SHA256, fetch_smollm2
-from experiments.support.progress import progress_bar
+
+from .fetch import SHA256, fetch_smollm2
+from .progress import progress_bar
 
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 

@@ -131,5 +131,5 @@ def environment() -> dict[str, str]:
 def _command() -> str:
     """The command line, with the module's name where Python was started with -m."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec else sys.argv[:1]
-    return " ".join(["python", *program, *sys.argv[1:]])
+    program = ["python", "-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return " ".join([*program, *sys.argv[1:]])

@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bipolar_jax.checkpoint.checksums import checksum
-from experiments.support.workdir import differences
-from experiments.training.step import TrainState
+
+from ..support.workdir import differences
+from .step import TrainState
 
 FOLDER = "checkpoints"
 

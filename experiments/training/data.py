@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import check_ids
-from experiments.support.progress import progress_bar
-from experiments.support.sources import load_text_source
-from experiments.support.workdir import replaces
+
+from ..support.progress import progress_bar
+from ..support.sources import load_text_source
+from ..support.workdir import replaces
 
 _END_OF_TEXT = "<|endoftext|>"
 # Unit of the split, in characters: short enough that both sides contain every kind of text in the source.

@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
-from experiments.support.plotting import save
-from experiments.support.workdir import replaces
+from ..support.plotting import save
+from ..support.workdir import replaces
 
 METRICS_NAME = "metrics.jsonl"
 

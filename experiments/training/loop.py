@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.transformer import Transformer
-from experiments.support.progress import console, progress_bar
-from experiments.support.workdir import RESULT_NAME, write_json
-from experiments.training.checkpoint import TrainingCheckpoints
-from experiments.training.data import TrainingData
-from experiments.training.log import TrainingLog, perplexity_of
-from experiments.training.model import Params, Student, without_step_sizes
-from experiments.training.step import as_batch, initial_state, make_optimizer, make_schedule, make_step
+
+from ..support.progress import console, progress_bar
+from ..support.workdir import RESULT_NAME, write_json
+from .checkpoint import TrainingCheckpoints
+from .data import TrainingData
+from .log import TrainingLog, perplexity_of
+from .model import Params, Student, without_step_sizes
+from .step import as_batch, initial_state, make_optimizer, make_schedule, make_step
 
 
 class TrainingRun:

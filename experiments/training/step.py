@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import distillation_loss
-from experiments.training.model import Params, Stage
+
+from .model import Params, Stage
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,36 @@
+"""The commands bipolar-quantize, bipolar-generate and bipolar-train: the programs of `experiments`.
+
+A wheel has the programs inside the package; in a checkout they lie beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+
+def quantize() -> None:
+    """Runs `experiments.quantize`."""
+    _run("quantize")
+
+
+def generate() -> None:
+    """Runs `experiments.generate`."""
+    _run("generate")
+
+
+def train() -> None:
+    """Runs `experiments.train`."""
+    _run("train")
+
+
+def _run(program: str) -> None:
+    inside = f"{__package__}.experiments"
+    package = inside if importlib.util.find_spec(inside) else "experiments"
+    try:
+        module = importlib.import_module(f"{package}.{program}")
+    except ModuleNotFoundError as error:
+        extra = "train" if program == "train" else "experiments"
+        sys.exit(f"error: {error}: pip install 'bipolar_jax[{extra}]'")
+    module.command()
