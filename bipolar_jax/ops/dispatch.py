@@ -12,7 +12,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sm90": sm90, "xla": xla}
 
 # What "auto" tries, in this order; the reference is slow and only compared with.
-_AUTO_ORDER = ("sm90", "xla")
+AUTO_ORDER = ("sm90", "xla")
 
 
 def check_implementation(implementation: str) -> None:
@@ -40,7 +40,7 @@ def first_able[Result](
       Unsupported: every backend that was tried refused; lists each one's reason.
     """
     passed_over: dict[str, str] = {}
-    for name in _AUTO_ORDER if implementation == "auto" else (implementation,):
+    for name in AUTO_ORDER if implementation == "auto" else (implementation,):
         try:
             return call(BACKENDS[name]), name, passed_over
         except Unsupported as reason:

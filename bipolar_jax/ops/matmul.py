@@ -14,6 +14,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.epilogue import activate_and_add
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_activation, check_prologue
+from bipolar_jax.ops.compiled import compiled
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
@@ -82,12 +83,7 @@ def matmul(
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, bias, prologue, residual, activation)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, activation, implementation)
-    product = functools.partial(_rows_matmul, static)
-    vectors = (bias, prologue)
-    axes = jax.tree.map(lambda vector: None if vector.ndim == 1 else 0, vectors)
-    for _ in range(w.ndim - 2):
-        product = jax.vmap(product, in_axes=(0, 0, 0, 0, 0, 0, *axes))
-    return product(x, residual, w.scale, w.offset, w.planes, w.row_sums, *vectors)
+    return _batched_matmul(static, x, residual, w.scale, w.offset, w.planes, w.row_sums, bias, prologue)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +101,18 @@ class _Static:
         return BipolarArray(
             planes, scale, offset, row_sums, self.w_format, self.contracted_size, axis=-2, group_size=self.group_size
         )
+
+
+@compiled
+def _batched_matmul(static, *operands):
+    """Maps over the batch axes of w; a bias or a vector of the prologue that has none is the same for all."""
+    product = functools.partial(_rows_matmul, static)
+    *arrays, bias, prologue = operands
+    scale = arrays[2]
+    axes = jax.tree.map(lambda vector: None if vector.ndim == 1 else 0, (bias, prologue))
+    for _ in range(scale.ndim - 2):
+        product = jax.vmap(product, in_axes=(0,) * len(arrays) + axes)
+    return product(*operands)
 
 
 def _rows_matmul(static, *operands):

@@ -96,7 +96,8 @@ def from_codes(
     if 0 in codes.shape:
         raise ValueError(f"codes have shape {tuple(codes.shape)}: every axis must have at least one element")
     if not isinstance(codes, jax.core.Tracer):
-        low, high = int(codes.min()), int(codes.max())
+        with jax.ensure_compile_time_eval():  # the values are known, even if the caller is traced
+            low, high = int(codes.min()), int(codes.max())
         if low < 0 or high > number_format.max_value:
             raise ValueError(
                 f"codes span {low}..{high}, outside 0..{number_format.max_value} of {number_format.bits} bits: "

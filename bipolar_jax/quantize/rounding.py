@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import (
@@ -39,15 +39,22 @@ def check_finite(x: Array, name: str) -> None:
     """
     if isinstance(x, jax.core.Tracer):
         return
-    bad = x.size - int(jnp.count_nonzero(jnp.isfinite(x)))
+    with jax.ensure_compile_time_eval():  # the values are known, even if the caller is traced
+        finite, largest = map(float, _finite_and_largest(x))
+    bad = x.size - int(finite)
     if bad:
         raise ValueError(
             f"{name} has {bad} NaN or Inf among its {x.size} elements: the grid cannot represent them; "
             "find where they come from, or replace them with jnp.nan_to_num"
         )
-    largest = float(jnp.max(jnp.abs(x)))
     if largest > LARGEST_SCALE:
         raise ValueError(f"{name} reaches {largest:.3g}, scales reach {LARGEST_SCALE:.3g}: scale it down first")
+
+
+@jax.jit
+def _finite_and_largest(x: Float[Array, "*shape"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The number of finite elements, and the largest magnitude."""
+    return jnp.count_nonzero(jnp.isfinite(x)), jnp.max(jnp.abs(x))
 
 
 def round_to_grid(

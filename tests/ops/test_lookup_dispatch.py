@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,7 @@ def unable(reason):
     def refuse(*_):
         raise Unsupported(reason)
 
-    return types.SimpleNamespace(quantized_matmul=refuse, weight_only_matmul=refuse)
+    return type("stub", (), {"quantized_matmul": staticmethod(refuse), "weight_only_matmul": staticmethod(refuse)})
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def stubbed(monkeypatch):
     """Two backends that can do nothing are tried before xla."""
     stubs = {"tiny": unable("K is too large"), "odd": unable("no even n")}
     monkeypatch.setattr(dispatch, "BACKENDS", {**stubs, **dispatch.BACKENDS})
-    monkeypatch.setattr(dispatch, "_AUTO_ORDER", ("tiny", "odd", "xla"))
+    monkeypatch.setattr(dispatch, "AUTO_ORDER", ("tiny", "odd", "xla"))
 
 
 @pytest.mark.usefixtures("stubbed")
@@ -90,7 +89,7 @@ def test_auto_passes_on_what_a_backend_cannot_serve():
 
 @pytest.mark.usefixtures("stubbed")
 def test_the_error_lists_every_reason(monkeypatch):
-    monkeypatch.setattr(dispatch, "_AUTO_ORDER", ("tiny", "odd"))
+    monkeypatch.setattr(dispatch, "AUTO_ORDER", ("tiny", "odd"))
     x, w = normal(3, 40), quantize(normal(40, 6), 4, 0)
     with pytest.raises(NotImplementedError, match="tiny: K is too large; odd: no even n"):
         matmul(x, w, 8)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.ops.compiled import compiled
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
 from bipolar_jax.ops.pack_weights import pack_weights
@@ -21,7 +22,7 @@ from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.clipping import check_clip, clip_tokens
 from bipolar_jax.quantize.groups import check_group_size, num_groups
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, scale_of_step
-from bipolar_jax.quantize.rounding import calibrate_rows, check_finite, check_float
+from bipolar_jax.quantize.rounding import SUPPORTED_DTYPES, calibrate_rows, check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
 
 
@@ -130,12 +131,16 @@ class DotGeneral:
           ValueError: operands that are not float, or as `bipolar_jax.matmul` and `quantize`.
         """
         lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-        product = functools.partial(
-            self._product,
-            dimension_numbers=dimension_numbers,
+        weights = rhs if self.weights == "rhs" else lhs
+        if weights.dtype.name in SUPPORTED_DTYPES and weights.size:
+            check_finite(weights, "the weights")
+        call = _Call(
+            self,
+            dimension_numbers=tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers),
             gradient=self.gradient if precision is None else dataclasses.replace(self.gradient, precision=precision),
-            preferred_element_type=preferred_element_type,
+            preferred_element_type=None if preferred_element_type is None else jnp.dtype(preferred_element_type),
         )
+        product = functools.partial(_multiply, call)
         if out_sharding is None:
             return product(lhs, rhs, step_size, key)
         # The compiler chooses the sharding of folding and packing; only that of the result is given.
@@ -189,11 +194,7 @@ class DotGeneral:
           ValueError: as `bipolar_jax.matmul`.
         """
 
-        def product(x, packed):
-            tokens = self._tokens(contraction.fold_x(x), dtype)
-            y = fenced_matmul(tokens, packed, self.a_bits, self.implementation)
-            return contraction.unfold(y.astype(dtype))
-
+        product = functools.partial(_multiply_packed, _PackedCall(self, contraction, jnp.dtype(dtype)))
         if out_sharding is not None:
             product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
         return product(x, packed)
@@ -257,6 +258,39 @@ class DotGeneral:
         per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
         if step_size.shape != per_group:
             raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {per_group}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static in a call of a `DotGeneral`."""
+
+    dot_general: DotGeneral
+    dimension_numbers: DimensionNumbers
+    gradient: GradientPrecision
+    preferred_element_type: jnp.dtype | None
+
+
+@compiled
+def _multiply(call: _Call, lhs, rhs, step_size, key):
+    options = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
+    return options.pop("dot_general")._product(lhs, rhs, step_size, key, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PackedCall:
+    """What is static in a product with packed weights."""
+
+    dot_general: DotGeneral
+    contraction: Contraction
+    dtype: jnp.dtype
+
+
+@compiled
+def _multiply_packed(call: _PackedCall, x, packed):
+    dot_general, contraction = call.dot_general, call.contraction
+    tokens = dot_general._tokens(contraction.fold_x(x), call.dtype)
+    y = fenced_matmul(tokens, packed, dot_general.a_bits, dot_general.implementation)
+    return contraction.unfold(y.astype(call.dtype))
 
 
 def _result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type) -> jax.ShapeDtypeStruct:
