@@ -22,13 +22,13 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
+from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.ops.dispatch import check_implementation
-from experiments.bench.language_models.command_buffers import launch_graphs
 from experiments.bench.language_models.peers import PEERS, measure_peers
 from experiments.bench.language_models.report import add_speedups, line, plot_speedup, print_tables
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, peak_bytes
@@ -189,5 +189,5 @@ def _figures(compiled: CompiledWorkload, bandwidth: float, iterations: int) -> d
 
 
 if __name__ == "__main__":
-    launch_graphs()
+    enable_command_buffers()
     app.run(main)

@@ -14,23 +14,35 @@ def join_projections(model: Transformer) -> Transformer:
 
     The numbers stay the same. `save_model` takes the model before it is joined: files store the layers one by one.
     """
-    model = nnx.clone(model)
-    for module in [module for _, module in nnx.iter_modules(model)]:
+    return join_with_reasons(model)[0]
+
+
+def join_with_reasons(model: Transformer) -> tuple[Transformer, list[str]]:
+    """`join_projections`, and one sentence for each group of layers, some of them packed, that stays apart."""
+    model, reasons = nnx.clone(model), []
+    for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Attention):
-            _join(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+            reason = _join(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
         elif isinstance(module, SwiGLU):
-            _join(module, ("gate_proj", "up_proj"), "gate_up_proj")
-    return model
+            reason = _join(module, ("gate_proj", "up_proj"), "gate_up_proj")
+        else:
+            continue
+        if reason is not None:
+            reasons.append(f"{'/'.join(map(str, path))}: {reason}")
+    return model, reasons
 
 
-def _join(module: nnx.Module, names: tuple[str, ...], whole: str) -> None:
+def _join(module: nnx.Module, names: tuple[str, ...], whole: str) -> str | None:
+    """Joins the layers if that is possible; says why it is not, if some of them are packed."""
     layers = [getattr(module, name, None) for name in names]
-    if not all(isinstance(layer, Linear) for layer in layers):
-        return
+    apart = [name for name, layer in zip(names, layers, strict=True) if not isinstance(layer, Linear)]
+    if apart:
+        return None if len(apart) == len(names) else f"{', '.join(apart)} is no packed Linear as the others are"
     try:
         layer = joined(layers)
-    except ValueError:  # layers that differ, for example in precision, stay apart
-        return
+    except ValueError as reason:  # layers that differ, for example in precision, stay apart
+        return f"{', '.join(names)}: {reason}"
     for name in names:
         delattr(module, name)
     setattr(module, whole, layer)
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 from configs.bench import llm as llm_config
 from experiments.bench import llm
-from experiments.bench.language_models import command_buffers, peers, report
+from experiments.bench.language_models import peers, report
 from experiments.bench.language_models.report import add_speedups, print_tables
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, read_bytes
 from experiments.support import kernel_times
@@ -293,22 +292,3 @@ def test_a_profile_is_of_one_step_and_prints(monkeypatch, capsys):
     )
     printed = capsys.readouterr()
     assert "matmul" in printed.out + printed.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "plugin", "expected"),
-    [
-        ("", True, "--xla_gpu_enable_command_buffer=+FUSION,"),
-        ("--xla_dump_to=x", True, "--xla_dump_to=x --xla_gpu_enable_command_buffer=+FUSION,"),
-        ("--xla_gpu_enable_command_buffer=", True, "--xla_gpu_enable_command_buffer="),
-        ("--xla_dump_to=x", False, "--xla_dump_to=x"),
-    ],
-)
-def test_command_buffers_are_enabled_if_a_gpu_plugin_is_installed(monkeypatch, flags, plugin, expected):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setattr(command_buffers, "_has_cuda_plugin", lambda: plugin)
-    command_buffers.launch_graphs()
-    found = command_buffers.os.environ["XLA_FLAGS"]
-    assert found.startswith(expected)
-    assert math.isclose(len(found), len(expected), abs_tol=80)
-    assert found.count("command_buffer") == expected.count("command_buffer")

@@ -11,14 +11,19 @@ _FLAG = "xla_gpu_enable_command_buffer"
 _COMMANDS = "+FUSION,+CUSTOM_CALL,+CUBLAS,+CUBLASLT,+DYNAMIC_SLICE_FUSION,+WHILE"
 
 
-def launch_graphs() -> None:
-    """Adds the flag to XLA_FLAGS, unless it is set or no CUDA plugin is installed.
+def enable_command_buffers() -> bool:
+    """Adds XLA's flag for them to XLA_FLAGS, unless the flag is set or no CUDA plugin is installed.
 
-    Call it before JAX initializes its backend.
+    Call it before JAX runs anything: XLA reads its flags once, when the first backend starts. Programs of this project
+    call it themselves.
+
+    Returns:
+      Whether the flag is in XLA_FLAGS now.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG not in flags and _has_cuda_plugin():
-        os.environ["XLA_FLAGS"] = f"{flags} --{_FLAG}={_COMMANDS}".strip()
+        flags = os.environ["XLA_FLAGS"] = f"{flags} --{_FLAG}={_COMMANDS}".strip()
+    return _FLAG in flags
 
 
 def _has_cuda_plugin() -> bool:

@@ -1,0 +1,136 @@
+"""Models prepared for inference: joined, in the dtype asked for, and what is refused is said."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.inference import command_buffers
+from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
+
+CONFIG = TransformerConfig(
+    vocab_size=50,
+    hidden_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    ffn_size=72,
+    context_length=64,
+)
+RULES = [("^layers/", bj.Precision.parse("W4A8")), ("embed", bj.Precision(8))]
+
+
+def quantized(rules=RULES, **fields) -> Transformer:
+    config = TransformerConfig(**{**CONFIG.to_dict(), **fields})
+    return bj.quantize_model(Transformer(config, rngs=nnx.Rngs(0)), rules)
+
+
+def float_dtypes(model: Transformer) -> set[str]:
+    """dtypes of the variables that are float arrays, not packed ones."""
+    values = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model))]
+    return {value.dtype.name for value in values if isinstance(value, jax.Array) and value.dtype.kind in "fV"}
+
+
+def test_packed_layers_are_joined_and_the_numbers_stay():
+    model = quantized()
+    prepared = prepare_for_inference(model)
+    assert hasattr(prepared.layers.attention, "qkv_proj")
+    assert hasattr(prepared.layers.ffn, "gate_up_proj")
+    assert hasattr(model.layers.attention, "q_proj")
+    prompts = [[1, 2, 3], [7]]
+    assert generate(prepared, prompts, 6) == generate(model, prompts, 6)
+    assert float_dtypes(prepared) == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.float16])
+@pytest.mark.parametrize("rules", [RULES, []], ids=["packed", "float"])
+def test_floats_become_the_dtype_as_when_loaded_in_it(dtype, rules):
+    """A model that was made in the dtype runs the same program."""
+    model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    narrow = prepare_for_inference(bj.quantize_model(model, rules), dtype)
+    name = jnp.dtype(dtype).name
+    assert float_dtypes(narrow) == {name}
+    assert float_dtypes(model) == {"float32"}
+    made = Transformer(CONFIG, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    made = prepare_for_inference(bj.quantize_model(made, rules))
+    ids = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def run(model, ids, lengths):
+        return model.enter_prompts(ids)[0], model.prefill(ids, lengths, 16)
+
+    assert jax.eval_shape(run, narrow, ids, lengths) == jax.eval_shape(run, made, ids, lengths)
+    assert jax.eval_shape(run, narrow, ids, lengths)[0].dtype == dtype
+
+
+def test_a_model_keeps_its_tokenizer():
+    pretrained = PretrainedModel(quantized(), "tokenizer")
+    prepared = prepare_for_inference(pretrained, jnp.bfloat16)
+    assert prepared.tokenizer == "tokenizer"
+    assert hasattr(prepared.model.layers.attention, "qkv_proj")
+    assert prepared.model.final_norm.scale.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [(".*v_proj", bj.Precision(8, 8)), (".*_proj", bj.Precision(4, 8))],
+            "layers/attention: q_proj, k_proj, v_proj: layers to be joined differ: precision is W4A8",
+        ),
+        ([(".*up_proj", bj.Precision(4, 8))], "layers/ffn: gate_proj is no packed Linear"),
+    ],
+)
+def test_layers_that_stay_apart_are_said(rules, message):
+    with pytest.warns(UserWarning, match=message):
+        prepare_for_inference(quantized(rules))
+
+
+def test_float_and_joined_models_stay_as_they_are():
+    model = prepare_for_inference(quantized())
+    again = prepare_for_inference(model)
+    assert all(a is b for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True))
+    assert hasattr(prepare_for_inference(quantized([])).layers.attention, "q_proj")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, "uint32"])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match="dtype must be a float dtype, such as bfloat16, got u?int"):
+        prepare_for_inference(quantized(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin", "expected"),
+    [
+        ("", True, "--xla_gpu_enable_command_buffer=+FUSION,"),
+        ("--xla_dump_to=x", True, "--xla_dump_to=x --xla_gpu_enable_command_buffer=+FUSION,"),
+        ("--xla_gpu_enable_command_buffer=", True, "--xla_gpu_enable_command_buffer="),
+        ("--xla_dump_to=x", False, "--xla_dump_to=x"),
+    ],
+)
+def test_command_buffers_are_enabled_if_a_gpu_plugin_is_installed(monkeypatch, flags, plugin, expected):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(command_buffers, "_has_cuda_plugin", lambda: plugin)
+    assert command_buffers.enable_command_buffers() == plugin
+    found = command_buffers.os.environ["XLA_FLAGS"]
+    assert found.startswith(expected)
+    assert found.count("command_buffer") == expected.count("command_buffer")
+
+
+def test_public_names_are_in_one_place():
+    for name in bj.models.__all__:
+        assert getattr(bj.models, name).__name__ == name
+    assert bj.models.generate is generate
+    assert bj.models.__all__ == sorted(bj.models.__all__)
+    assert set(bj.models.__all__) <= set(dir(bj.models))
+    with pytest.raises(AttributeError, match="no attribute 'nothing': it has ChatTemplate, "):
+        _ = bj.models.nothing
