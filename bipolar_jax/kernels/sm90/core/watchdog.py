@@ -8,63 +8,70 @@ fault. The device prints no message: a call of vprintf or __assertfail makes ptx
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jax import lax
+import jax
+from jax._src.pallas.mosaic_gpu import core as mosaic_core
+from jax._src.pallas.mosaic_gpu import lowering, primitives
+from jax._src.state.primitives import get_ref_and_transforms
 from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jax.extend.core import Primitive
+from jaxlib.mlir.dialects import arith, memref
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, as_splat, scalar_of
 
-_PAUSE_NS = 64  # between tests of a barrier: a warpgroup that spins takes issue slots from the others
+_SUSPENSION_NS = 10_000_000  # of a thread, at most, in each attempt of a wait; Mosaic's own waits take the same
+
+# `plgpu.inline_mgpu` takes no barriers, so the wait is a primitive of its own, like `primitives.barrier_wait_p`.
+_wait_or_trap_p = Primitive("wait_or_trap")
+_wait_or_trap_p.multiple_results = True
 
 
 @with_twin(lambda barrier, limit_ms: plgpu.barrier_wait(barrier))
 def wait_or_trap(barrier, limit_ms: int) -> None:
-    """`plgpu.barrier_wait` for a limited time, for a warpgroup that is not in a hurry.
+    """`plgpu.barrier_wait` for a limited time.
 
     Args:
       barrier: an mbarrier in shared memory.
-      limit_ms: milliseconds after which the threads trap.
+      limit_ms: milliseconds after which the threads trap. The time starts when a first attempt to wait has failed,
+        which takes some milliseconds at most.
     """
-
-    def pause(carry):
-        _, start = carry
-        start = _pause_or_trap(start, limit_ms)
-        return plgpu.barrier_test(barrier), start
-
-    lax.while_loop(lambda carry: ~carry[0], pause, (plgpu.barrier_test(barrier), jnp.int32(0)))
+    barrier, transforms = get_ref_and_transforms(barrier, None, "wait_or_trap")
+    leaves, tree = jax.tree.flatten(transforms)
+    _wait_or_trap_p.bind(barrier, *leaves, tree=tree, limit_ms=limit_ms)
 
 
-def _pause_or_trap(start: Int[Array, ""], limit_ms: int) -> Int[Array, ""]:
-    """Sleeps briefly, and traps once the limit has passed since `start`; 0 starts the time. Returns the start.
+@_wait_or_trap_p.def_effectful_abstract_eval
+def _wait_has_an_effect(barrier, *leaves, tree, limit_ms):
+    return (), {mosaic_core._memory_effect}
 
-    Time is in units of 2^20 ns, so that it wraps after weeks.
-    """
-    limit = -(-limit_ms * 10**6 // 2**20)
 
-    @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
-    def inline(_, start):
-        code = f"""{{
+@lowering.register_lowering_rule(_wait_or_trap_p, plgpu.LoweringSemantics.Lane)
+def _lower_wait(ctx, barrier, *leaves, tree, limit_ms):
+    index = primitives._get_barrier_base_index(ctx.avals_in[0], tree.unflatten(leaves))
+    if index is not None:
+        barrier = barrier[index]
+    # As mgpu's BarrierRef.wait: the parities of all barriers are bits of one word.
+    parity, parities = barrier.update_parities(memref.load(barrier.phases, []))
+    memref.store(parities, barrier.phases, [])
+    code = f"""{{
       .reg .pred p;
-      .reg .b32 now;
-      .reg .b64 time;
-      nanosleep.u32 {_PAUSE_NS};
-      mov.u64 time, %globaltimer;
-      shr.u64 time, time, 20;
-      cvt.u32.u64 now, time;
-      setp.eq.u32 p, $1, 0;
-      selp.b32 $0, now, $1, p;
-      sub.u32 now, now, $0;
-      setp.gt.u32 p, now, {limit};
-      @p trap;
+      .reg .b64 start, now;
+      mbarrier.try_wait.parity.shared.b64 p, [$0], $1, {_SUSPENSION_NS};
+      @p bra DONE;
+      mov.u64 start, %globaltimer;
+    AGAIN:
+      mbarrier.try_wait.parity.shared.b64 p, [$0], $1, {_SUSPENSION_NS};
+      @p bra DONE;
+      mov.u64 now, %globaltimer;
+      sub.u64 now, now, start;
+      setp.lt.u64 p, now, {limit_ms * 10**6};
+      @p bra AGAIN;
+      trap;
+    DONE:
     }}"""
-        types = ptx.i32_type()
-        return as_splat(inline_ptx(code, scalar_of(start), result_types=types, has_side_effects=True), True)
-
-    return inline(start)
+    inline_ptx(code, barrier.get_ptr(), arith.extui(ptx.i32_type(), parity), has_side_effects=True)
+    return ()
 
 
 @with_twin(lambda count: None)

@@ -36,7 +36,7 @@ class CachedVector(NamedTuple):
     scale: Float[Array, ""] | None = None
     zero: Float[Array, ""] | None = None
 
-    def numbers(self) -> Halves:
+    def numbers(self) -> tuple[Array, ...]:
         """The numbers that attention reads from the cache."""
         if self.scale is None:
             return self.halves
