@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from tests.support.imports import PACKAGE, imported_names, imports_of, is_within, module_of, package_files
+from tests.support.imports import PACKAGE, code_files, imported_names, imports_of, is_within, module_of, package_files
 
 # What each part of the package may import of the package, besides itself.
 BELOW = {
@@ -51,6 +51,8 @@ FLOORS = {
         "transformer",
         "blocks",
         "kv_cache",
+        "tokenizer_json",
+        "chat",
         "config",
     ),
 }
@@ -120,6 +122,13 @@ def test_the_walk_sees_every_part_and_its_imports():
 
 def private_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if any(is_within(name, private) for private in PRIVATE_JAX)]
+
+
+def test_private_jax_is_used_in_few_places():
+    users = {module_of(path): private_names(imports_of(path)) for path in code_files()}
+    users = {module: names for module, names in users.items() if names}
+    assert {m: n for m, n in users.items() if not any(is_within(m, allowed) for allowed in USES_PRIVATE_JAX)} == {}
+    assert all(any(is_within(module, allowed) for module in users) for allowed in USES_PRIVATE_JAX)
 
 
 @pytest.mark.parametrize(

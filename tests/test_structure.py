@@ -42,3 +42,11 @@ def test_the_product_can_be_read_without_its_outputs():
     assert sum(map(lines_of, files)) <= 2000
     outputs = {path.name for path in files if path.parent.name == "outputs"}
     assert outputs == {"protocol.py"}
+
+
+def test_the_gemm_is_read_in_one_sitting():
+    """At most 14 files and 2,000 lines of this backend lead from its launch to the instructions."""
+    files = [path for path in closure(SM90 / "gemm" / "launch.py") if SM90 in path.parents]
+    assert SM90 / "core" / "wgmma.py" in files
+    assert len(files) <= 14
+    assert sum(map(lines_of, files)) <= 2000

@@ -9,6 +9,8 @@ from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
 
 A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
 W_FORMATS = [*A_FORMATS, TERNARY]
+# (a_format, w_format) where one is the narrowest or the widest, or both are alike: half of all pairs, for slow tests.
+EXTREME_PAIRS = [(a, w) for a in A_FORMATS for w in W_FORMATS if {a.bits, w.bits} & {1, 8} or a.bits == w.bits]
 
 
 def normal(*shape: int, seed: int = 0) -> Float32[np.ndarray, "..."]:

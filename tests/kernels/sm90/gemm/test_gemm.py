@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
@@ -28,6 +29,7 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.packing.words import pack_codes
 from tests.support.integer_products import (
     A_FORMATS,
+    EXTREME_PAIRS,
     W_FORMATS,
     codes_with_extremes,
     expected_product,
@@ -73,12 +75,12 @@ def integer_product(x, a_format, w, w_format, kind, tiling, blocks):
     )
 
 
-@pytest.mark.parametrize("w_format", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
-@pytest.mark.parametrize("a_format", A_FORMATS, ids=lambda fmt: f"A{fmt.name}")
-def test_every_pair_is_exact(a_format, w_format):
-    """K crosses a word, a row of bytes and a row of bits of no whole length."""
-    k = 70
-    x, w = codes_with_extremes(a_format, 3, k, seed=1), codes_with_extremes(w_format, 5, k, seed=2)
+@pytest.mark.parametrize(("a_format", "w_format"), EXTREME_PAIRS, ids=lambda fmt: fmt.name)
+def test_pairs_of_formats_are_exact(a_format, w_format):
+    """With the planned tiling; K ends within a word. The test of Horner's rule has all pairs."""
+    m, n, k = 70, 5, 70
+    assert m > FEW_TOKENS_LIMIT, "fewer tokens are another kernel's"
+    x, w = codes_with_extremes(a_format, m, k, seed=1), codes_with_extremes(w_format, n, k, seed=2)
     with interpreted(detecting_races()):
         product = sm90.integer_matmul(jnp.asarray(x), packed(w, w_format, None), a_format)
     np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None))

@@ -12,10 +12,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.planning import plan_product
+from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
     DecodeTiling,
     decode_tiling,
@@ -27,7 +29,13 @@ from bipolar_jax.kernels.sm90.gemm_few_tokens.config import (
 from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import WeightGroups
 from bipolar_jax.kernels.sm90.gemm_few_tokens.launch import decode_matmul
 from tests.support import sm90_compile
-from tests.support.integer_products import expected_product, random_codes
+from tests.support.integer_products import (
+    EXTREME_PAIRS,
+    codes_with_extremes,
+    expected_product,
+    packed,
+    random_codes,
+)
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
@@ -50,6 +58,16 @@ def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.n
     )
     assert not races_found()
     return np.asarray(product)
+
+
+@pytest.mark.parametrize(("a_format", "w_format"), EXTREME_PAIRS, ids=lambda fmt: fmt.name)
+def test_pairs_of_formats_are_exact(a_format, w_format):
+    """With the planned tiling; K ends within a word."""
+    x, w = codes_with_extremes(a_format, 3, 70, seed=1), codes_with_extremes(w_format, 5, 70, seed=2)
+    with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+        product = sm90.integer_matmul(jnp.asarray(x), packed(w, w_format, None), a_format)
+    np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None))
+    assert not races_found()
 
 
 @pytest.mark.parametrize(
