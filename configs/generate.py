@@ -17,11 +17,22 @@ def get_config() -> ConfigDict:
     config.calibration = "minmax"
     # Most weight bits to read from a packed checkpoint; 0 reads all.
     config.bits = 0
+    # Dtype of what stays float: "" is bfloat16 on GPUs and the model's own on CPUs.
+    config.dtype = ""
     config.prompt = "The capital of France is"
+    # Whether the prompt is a user's message for the model's chat template, after a system message if there is one.
+    config.chat = False
+    config.system = ""
     config.max_new_tokens = 64
     # Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
     config.temperature = 0.0
     config.top_k = 0
     config.top_p = 1.0
+    # Above 1, tokens that the text has become less likely; 1 changes nothing.
+    config.repetition_penalty = 1.0
+    # String that ends the text before it; "" is none.
+    config.stop = ""
+    # Bits of the cached keys and values, 8 or 4; 0 keeps floats.
+    config.cache_bits = 0
     config.seed = 0
     return config

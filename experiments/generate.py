@@ -2,8 +2,8 @@
 
     python -m experiments.generate --config=configs/generate.py --config.model=PATH --config.prompt=TEXT
 
-The model is a packed checkpoint, a GGUF file or a Hugging Face directory. With --workdir the
-text and the speed are also written to result.json.
+The model is a packed checkpoint, a GGUF file or a Hugging Face directory. With `chat` the prompt is a user's message
+for the model's chat template. With --workdir the text and the speed are also written to result.json.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ import jax
 from ml_collections import ConfigDict
 
 import bipolar_jax as bj
+from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import stream
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.models.inference.text_stream import TextStream
+from bipolar_jax.models.pretrained import PretrainedModel
 
 from .support import app
 from .support.progress import console, progress_bar
@@ -27,25 +31,33 @@ from .support.workdir import RESULT_NAME, environment, write_json
 
 def main(config: ConfigDict, workdir: Path | None) -> None:
     """Runs the experiment; see the module docstring."""
-    sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
+    enable_command_buffers()
+    sampling = Sampling(config.temperature, config.top_k or None, config.top_p, config.repetition_penalty)
     precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
     pretrained = load_model_source(config.model, config.bits or None)
-    model, tokenizer = pretrained.model, pretrained.tokenizer
+    prompt = _encode(pretrained, config)
     if precision is not None:
         with progress_bar(f"quantizing to {precision}"):
-            model = jax.block_until_ready(bj.quantize_model(model, [("^layers/", precision)]))
-    prompt = tokenizer.encode(config.prompt).ids
+            model = jax.block_until_ready(bj.quantize_model(pretrained.model, [("^layers/", precision)]))
+        pretrained = pretrained.with_model(model)
+    pretrained = prepare_for_inference(pretrained, config.dtype or None)
+    stop = [config.stop] if config.stop else []
+    end_ids = pretrained.model.config.eos_ids
     tokens, text, seconds = [], "", []
-    decoder = _text_stream(prompt)
-    sys.stdout.write(config.prompt)
+    decoder = TextStream(pretrained.tokenizer, prompt, stop)
+    key = jax.random.key(config.seed)
+    steps = stream(pretrained, [prompt], config.max_new_tokens, sampling, key, config.cache_bits or None, stop=stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal's encoding lacks
+    if not config.chat:
+        sys.stdout.write(config.prompt)
     started = time.perf_counter()
-    for step in stream(model, [prompt], config.max_new_tokens, sampling, jax.random.key(config.seed)):
+    for step in steps:
         seconds.append(time.perf_counter() - started)
         tokens.append(int(step[0]))
-        new_text = decoder.step(tokenizer, tokens[-1]) or ""
-        text += new_text
-        sys.stdout.write(new_text)
-        sys.stdout.flush()
+        if tokens[-1] not in end_ids:
+            text += _show(decoder.push(tokens[-1]))
+    text += _show(decoder.flush())
     console.print()
     rate = (len(tokens) - 2) / (seconds[-1] - seconds[1]) if len(tokens) > 2 else None
     if rate is not None:
@@ -62,11 +74,18 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
         write_json(workdir / RESULT_NAME, result)
 
 
-def _text_stream(prompt: list[int]):
-    """Decodes ids one by one, and holds back bytes until they complete a character."""
-    from tokenizers.decoders import DecodeStream
+def _encode(pretrained: PretrainedModel, config: ConfigDict) -> list[int]:
+    """Token ids of the prompt, or of the conversation that it begins."""
+    if not config.chat:
+        return pretrained.encode(config.prompt)
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    return pretrained.encode_chat([*system, {"role": "user", "content": config.prompt}])
 
-    return DecodeStream(ids=prompt, skip_special_tokens=True)
+
+def _show(text: str) -> str:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return text
 
 
 def command() -> None:

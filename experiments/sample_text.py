@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
 
 from .support import app
@@ -31,7 +33,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     if config.texts < 1 or config.batch_size < 1:
         raise ValueError(f"texts={config.texts} and batch_size={config.batch_size} must be at least 1")
-    pretrained = load_model_source(config.model)
+    enable_command_buffers()
+    pretrained = prepare_for_inference(load_model_source(config.model))
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
     prefix = pretrained.tokenizer.encode(config.prefix, add_special_tokens=False).ids if config.prefix else []
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)

@@ -10,6 +10,7 @@ from tests.support.imports import ROOT
 OPTIONAL = (
     "safetensors",
     "gguf",
+    "jinja2",
     "tokenizers",
     "ml_collections",
     "matplotlib",
