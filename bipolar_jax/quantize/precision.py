@@ -32,6 +32,9 @@ class Precision:
         output channel.
       calibration: how the scales of weights are chosen, see `quantize`.
 
+    `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
+    store the fields.
+
     Raises:
       ValueError: a value outside the above.
     """
@@ -51,6 +54,19 @@ class Precision:
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
         check_calibration(self.calibration, number_format)
+
+    @classmethod
+    def of(cls, precision: Precision | str) -> Precision:
+        """A precision, or the text of one with the default calibration.
+
+        Raises:
+          ValueError: neither of them, or as `parse`.
+        """
+        if isinstance(precision, str):
+            return cls.parse(precision)
+        if not isinstance(precision, cls):
+            raise ValueError(f'a precision must be a Precision or its text, such as "W4A8g64", got {precision!r}')
+        return precision
 
     @classmethod
     def parse(cls, text: str, calibration: Calibration = "absmax") -> Precision:

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from bipolar_jax import Precision, quantize_model
+from bipolar_jax import TERNARY, Precision, quantize_model
 from bipolar_jax import nn as bnn
 
 W4A8, W2A8, W8 = Precision(4, 8), Precision(2, 8), Precision(8)
@@ -85,6 +85,13 @@ def test_the_first_rule_that_matches_decides(model):
     assert quantized["blocks/0/down"].precision == quantized["chain/layers/2"].precision == W4A8
     assert type(quantized["head"]) is nnx.Linear
     assert type(quantized["embed"]) is nnx.Embed
+
+
+def test_precisions_of_rules_may_be_texts(model):
+    rules = [("blocks/0/up", "W2A8"), ("^embed", None), ("", "W1.58A16g4")]
+    quantized = layers(quantize_model(model, rules))
+    assert quantized["blocks/0/up"].precision == W2A8
+    assert quantized["head"].precision == Precision(TERNARY, None, 4)
 
 
 def test_the_original_is_not_changed(model):

@@ -43,9 +43,9 @@ def quantize_model[Model: nnx.Module](
     Args:
       model: any NNX module; it is not changed. The copy shares the arrays that are not replaced.
       rules: (pattern, precision) pairs. A pattern is a regular expression that is searched for
-        anywhere in the path; the first rule that matches decides. Layers with precision None
-        and layers that no rule matches are not replaced. None (no rules) replaces the layers
-        that were trained with `DotGeneral`.
+        anywhere in the path; the first rule that matches decides. A precision is a `Precision`, its
+        text, such as "W4A8g64", or None. Layers with precision None and layers that no rule matches
+        are not replaced. None (no rules) replaces the layers that were trained with `DotGeneral`.
       linen_arguments, linen_options: variables and example inputs of a linen model.
       implementation: backend of the new layers, see `bipolar_jax.matmul`; "auto" keeps the
         backend that a layer was trained with.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.quantize import Precision
 
-Rules = Sequence[tuple[str, Precision | None]]
+Rules = Sequence[tuple[str, Precision | str | None]]
 
 _NUM_NEAR_MISSES = 5
 
@@ -28,7 +28,7 @@ def match_rules(
         errors.
 
     Raises:
-      ValueError: a rule that decides no layer, or that is not a (pattern, precision) pair.
+      ValueError: a rule that decides no layer, or that is not a (pattern, precision) pair; a text that is no precision.
     """
     compiled = [_compile(rule) for rule in rules]
     used, precisions = set(), {}
@@ -53,24 +53,24 @@ def trained_precisions(layers: Mapping[str, LayerQuantization | None]) -> dict[s
     if not precisions:
         raise ValueError(
             "no layer of the model was trained with DotGeneral, so rules must say what to quantize: "
-            '[(".*", Precision.parse("W4A8"))] quantizes every layer'
+            '[(".*", "W4A8")] quantizes every layer'
         )
     return precisions
 
 
-def _compile(rule: tuple[str, Precision | None]) -> tuple[re.Pattern[str], Precision | None]:
+def _compile(rule: tuple[str, Precision | str | None]) -> tuple[re.Pattern[str], Precision | None]:
     """Checks a rule and compiles its pattern. Raises ValueError as `match_rules`."""
     if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
-        raise ValueError(f"a rule must be a pair of a pattern and a Precision or None, got {rule!r}")
+        raise ValueError(f"a rule must be a pair of a pattern and a precision or None, got {rule!r}")
     pattern, precision = rule
-    if precision is not None and not isinstance(precision, Precision):
-        raise ValueError(
-            f"rule {pattern!r} has the precision {precision!r}: give a Precision, as from Precision.parse, or None"
-        )
     try:
-        return re.compile(pattern), precision
+        compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from error
+    try:
+        return compiled, None if precision is None else Precision.of(precision)
+    except ValueError as error:
+        raise ValueError(f"rule {pattern!r}: {error}; None leaves layers float") from error
 
 
 def _explain_unused(pattern: re.Pattern[str], paths: list[str], others: Mapping[str, str], eligible: str) -> str:

@@ -58,8 +58,12 @@ class LayerQuantization:
                 raise ValueError("the layer was not trained with DotGeneral: give a precision")
             return cls(DotGeneral.of(precision))
         if precision is not None and trained.dot_general.precision != precision:
+            of_training = trained.dot_general.precision
+            calibrations = ""
+            if str(of_training) == str(precision):
+                calibrations = f" with calibration {of_training.calibration!r}, not {precision.calibration!r}"
             raise ValueError(
-                f"it was trained at {trained.dot_general.precision}: pack it at that precision, or without rules"
+                f"it was trained at {of_training}{calibrations}: pack it at that precision, or without rules"
             )
         return trained
 
