@@ -4,7 +4,8 @@
 
 Writes to --workdir result.json, metrics.jsonl (one line per step), loss.png, tensorboard/,
 checkpoints/, and the packed model model.safetensors, which experiments/generate.py reads. A
-stopped run resumes from its last checkpoint and has the same losses as an uninterrupted one.
+stopped run resumes from its last checkpoint and has the same losses as an uninterrupted one. Ctrl-C ends a run after
+the step that it is in, with a checkpoint; a second one at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .support.progress import console, progress_bar
 from .support.sources import load_model_source, model_fingerprint
 from .support.workdir import RESULT_NAME, environment, read_result, write_json
 from .training.data import TrainingData, load_training_data
+from .training.interrupt import Interrupt
 from .training.log import plot_losses, read_metrics
 from .training.loop import TrainingRun
 from .training.model import Student, float_params, shapes_of
@@ -49,6 +51,11 @@ _NOT_COMPARED += ("prompt", "sample_tokens")
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     _check(config)
+    with Interrupt().watching() as interrupt:
+        _train(config, workdir, interrupt)
+
+
+def _train(config: ConfigDict, workdir: Path, interrupt: Interrupt) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     pretrained = load_model_source(config.pretrained) if config.pretrained else None
     data = load_training_data(config, workdir, pretrained)
@@ -58,7 +65,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     result |= {"environment": environment(), "data": _data_facts(data)}
     teacher = _teacher(config, student, data, pretrained)
     params = float_params(pretrained.model, config.pretrained) if pretrained else student.initial(config.seed)
-    run = TrainingRun(config, workdir, student, data, params, teacher, result)
+    run = TrainingRun(config, workdir, student, data, params, teacher, result, interrupt)
     run.train()
     _finish(run, config, workdir, data)
 

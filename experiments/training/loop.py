@@ -19,6 +19,7 @@ from ..support.progress import console, progress_bar
 from ..support.workdir import RESULT_NAME, write_json
 from .checkpoint import TrainingCheckpoints
 from .data import TrainingData
+from .interrupt import Interrupt
 from .log import TrainingLog, perplexity_of
 from .model import Params, Student, without_step_sizes
 from .step import as_batch, initial_state, make_optimizer, make_schedule, make_step
@@ -42,6 +43,7 @@ class TrainingRun:
         params: Params,
         teacher: Transformer | None,
         result: dict[str, Any],
+        interrupt: Interrupt,
     ):
         """Starts from `params`, or resumes from the last checkpoint in the workdir.
 
@@ -53,13 +55,14 @@ class TrainingRun:
           params: initial parameters, float32.
           teacher: float model to distill from, or None.
           result: contents of result.json so far, with "settings".
+          interrupt: ends `train` between steps.
 
         Raises:
           ValueError: a checkpoint that is damaged or belongs to another run; a config that
             contradicts itself or does not fit the data.
         """
         self.result, self._config, self._workdir = result, config, workdir
-        self._student, self._data, self._teacher = student, data, teacher
+        self._student, self._data, self._teacher, self._interrupt = student, data, teacher, interrupt
         self._optimizer, self._schedule = make_optimizer(config), make_schedule(config)
         self._batches = data.batches(config.batch_size, config.seed)
         _, params = student.stage(0, params)
@@ -86,15 +89,17 @@ class TrainingRun:
 
         Raises:
           RuntimeError: a loss or gradient is not finite.
+          KeyboardInterrupt: SIGINT arrived; a checkpoint of the last step is written.
         """
         config = self._config
         try:
-            with progress_bar("training", config.steps) as advance:
+            with self._interrupt.deferred(), progress_bar("training", config.steps) as advance:
                 self._begin_stage()
                 if self.step == 0:
                     self._evaluate()
                     self._clock = time.perf_counter()
                 while self.step < config.steps:
+                    self._stop_if_interrupted(advance)
                     if self.step in self._student.changes[1:]:
                         self._flush(advance)
                         self._begin_stage()
@@ -103,9 +108,12 @@ class TrainingRun:
                     self.step += 1
                     self._pending.append(metrics)
                     self._after_update(advance)
+                self._stop_if_interrupted(advance)
         finally:
-            self._checkpoints.close()
-            self._log.close()
+            try:
+                self._checkpoints.close()
+            finally:
+                self._log.close()
 
     def model(self) -> Transformer:
         """The model with the current parameters."""
@@ -154,6 +162,15 @@ class TrainingRun:
             self._checkpoints.save(self.step, self.state, self._batches.get_state())
         if evaluates or saves:
             self._clock = time.perf_counter()
+
+    def _stop_if_interrupted(self, advance: Callable[..., None]) -> None:
+        """Writes a checkpoint of this step and raises KeyboardInterrupt, if SIGINT has arrived."""
+        if not self._interrupt.requested:
+            return
+        self._flush(advance)
+        if self.step and self.step not in self._checkpoints.steps():
+            self._checkpoints.save(self.step, self.state, self._batches.get_state())
+        raise KeyboardInterrupt(f"interrupted after step {self.step}: the same command resumes there")
 
     def _flush(self, advance: Callable[..., None]) -> None:
         """Fetches, checks and writes the metrics of the steps since the last call."""

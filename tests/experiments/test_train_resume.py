@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import random
 import shutil
 import signal
@@ -16,6 +18,7 @@ from configs import smollm2_w2a8_finetune
 from experiments import train
 from experiments.support.workdir import RESULT_NAME
 from experiments.training.checkpoint import FOLDER
+from experiments.training.interrupt import Interrupt
 from experiments.training.log import TrainingLog, read_metrics
 from tests.support import tiny_checkpoints
 from tests.support.optimizations import optimizations
@@ -154,3 +157,47 @@ def test_checkpoints_of_another_run_are_rejected(copied, tiny_text):
     with pytest.raises(ValueError, match="16 belongs to a run with other settings .*'learning_rate': 0.01"):
         train.main(config, copied)
     assert len(losses(copied)) == STEPS
+
+
+def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(tiny_run, tiny_text, tmp_path, monkeypatch, capsys):
+    original, sent = TrainingLog.write, []
+
+    def write(self, rows, prefix="train"):
+        if rows[-1]["step"] == 6 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step's bookkeeping
+        original(self, rows, prefix)
+
+    monkeypatch.setattr(TrainingLog, "write", write)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 6: the same command resumes there"):
+        train.main(whole_config(tiny_text), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"5", "6"}
+    train.main(whole_config(tiny_text), tmp_path)
+    assert losses(tmp_path) == losses(tiny_run)
+    assert result_of(tmp_path)["packed"] == result_of(tiny_run)["packed"]
+
+
+def test_ctrl_c_that_a_library_ignores_still_ends_the_run(tiny_text, tmp_path, monkeypatch):
+    load = train.load_training_data
+
+    def ignoring(*arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(*arguments)
+
+    monkeypatch.setattr(train, "load_training_data", ignoring)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 0"):
+        train.main(whole_config(tiny_text), tmp_path)
+    assert not read_metrics(tmp_path)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    interrupt = Interrupt()
+    with interrupt.watching(), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
