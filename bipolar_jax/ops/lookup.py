@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
@@ -31,6 +33,11 @@ def lookup(
             "it must have two axes and be quantized with axis=-1"
         )
     table.check()
+    return _decoded_rows(jnp.dtype(dtype), table, ids)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _decoded_rows(dtype: jnp.dtype, table: BipolarArray, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch d"]:
     flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type may not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
     rows = dataclasses.replace(

@@ -56,7 +56,7 @@ def matmul(
 
     Args:
       x: float32, bfloat16 or float16; the last axis has k numbers, or as many as the prologue reduces to k. If w has
-        batch axes, x's leading axes must equal them.
+        batch axes, x's leading axes must equal them. Other leading axes may be empty.
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T` of an array quantized with
         axis=-1.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
@@ -82,6 +82,9 @@ def matmul(
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, bias, prologue, residual, activation)
+    if 0 in x.shape:  # an empty batch
+        columns = w.shape[-1] // (1 if activation is None else activation.parts)
+        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, activation, implementation)
     return _batched_matmul(static, x, residual, w.scale, w.offset, w.planes, w.row_sums, bias, prologue)
 

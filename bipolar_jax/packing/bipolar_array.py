@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -98,15 +99,15 @@ class BipolarArray:
 
     def codes(self) -> UInt8[Array, "*batch n k"]:
         """Unsigned codes; the contracted axis is last for either `axis`."""
-        return unpack_codes(self.planes, self.format, self.contracted_size)
+        return _codes(self)
 
     def values(self) -> Int[Array, "*shape"]:
         """Values 2 u - W, int32, in `shape`."""
-        return self._as_shape(self.format.values(self.codes()))
+        return _values(self)
 
     def dequantize(self) -> Float[Array, "*shape"]:
         """scale * value + offset, float32, in `shape`."""
-        return self._as_shape(from_grid(self.codes(), self.format, self.scale, self.offset, self.group_size))
+        return _dequantize(self)
 
     def truncate(self, bits: int) -> BipolarArray:
         """The array at fewer bits: keeps the high planes, and the offsets.
@@ -152,6 +153,23 @@ class BipolarArray:
 
     def _as_shape(self, rows: Array) -> Array:
         return rows if self.axis == -1 else jnp.swapaxes(rows, -1, -2)
+
+
+# Programs, so that an eager call unpacks in one pass over the planes; within a trace they are inlined.
+@functools.partial(jax.jit, inline=True)
+def _codes(array: BipolarArray) -> UInt8[Array, "*batch n k"]:
+    return unpack_codes(array.planes, array.format, array.contracted_size)
+
+
+@functools.partial(jax.jit, inline=True)
+def _values(array: BipolarArray) -> Int[Array, "*shape"]:
+    return array._as_shape(array.format.values(array.codes()))
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantize(array: BipolarArray) -> Float[Array, "*shape"]:
+    rows = from_grid(array.codes(), array.format, array.scale, array.offset, array.group_size)
+    return array._as_shape(rows)
 
 
 def code_sums(codes: UInt8[Array, "*batch n k"], group_size: int | None) -> Int[Array, "*batch n groups"]:

@@ -44,29 +44,30 @@ def fake_quant(
       ValueError: as `quantize`.
     """
     rows, number_format, from_end = checked_rows(x, bits, axis, group_size, calibration, name="the input of fake_quant")
-    rounded = _straight_through(rows, number_format, group_size, calibration, clip_gradient)
-    return rounded if from_end == -1 else jnp.swapaxes(rounded, -1, -2)
+    return _fake_quant(rows, number_format, from_end, group_size, calibration, clip_gradient)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
+def _fake_quant(rows, number_format, axis, *options):
+    rounded = _straight_through(rows, number_format, *options)
+    return rounded if axis == -1 else jnp.swapaxes(rounded, -1, -2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _straight_through(x, number_format, group_size, calibration, clip_gradient):
-    return _forward(x, number_format, group_size, calibration, clip_gradient)[0]
+    codes, scale, offset = round_to_grid(x, number_format, group_size, calibration)
+    return from_grid(codes, number_format, scale, offset, group_size).astype(x.dtype)
 
 
-def _forward(x, number_format, group_size, calibration, clip_gradient):
+@_straight_through.defjvp
+def _(number_format, group_size, calibration, clip_gradient, primals, tangents):
+    (x,), (tangent,) = primals, tangents
     k = x.shape[-1]
     codes, scale, offset = round_to_grid(x, number_format, group_size, calibration)
-    rounded = from_grid(codes, number_format, scale, offset, group_size)
+    rounded = from_grid(codes, number_format, scale, offset, group_size).astype(x.dtype)
     if not clip_gradient:
-        return rounded.astype(x.dtype), None
+        return rounded, tangent
     reach = spread_groups(scale * (number_format.max_value + 1), k, group_size)
     center = 0.0 if offset is None else spread_groups(offset, k, group_size)
     inside = jnp.abs(x.astype(jnp.float32) - center) <= reach
-    return rounded.astype(x.dtype), inside
-
-
-def _backward(number_format, group_size, calibration, clip_gradient, inside, cotangent):
-    return (jnp.where(inside, cotangent, 0) if clip_gradient else cotangent,)
-
-
-_straight_through.defvjp(_forward, _backward)
+    return rounded, jnp.where(inside, tangent, 0)

@@ -21,14 +21,12 @@ SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_float(x: Array, name: str) -> None:
-    """Raises ValueError unless x is float32, bfloat16 or float16 and has no axis of size 0."""
+    """Raises ValueError unless x is float32, bfloat16 or float16."""
     if jnp.dtype(x.dtype).name not in SUPPORTED_DTYPES:
         raise ValueError(
             f"{name} must be {', '.join(SUPPORTED_DTYPES)}, got {jnp.dtype(x.dtype).name}: cast it first, "
             "for example with .astype(jnp.float32)"
         )
-    if 0 in x.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: every axis must have at least one element")
 
 
 def check_finite(x: Array, name: str) -> None:
@@ -126,6 +124,8 @@ def checked_rows(
     number_format = as_format(bits)
     check_calibration(calibration, number_format)
     check_float(x, name)
+    if 0 in x.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: every axis must have at least one element")
     check_finite(x, name)
     rows, from_end = contracted_last(x, axis)
     check_group_size(rows.shape[-1], group_size)

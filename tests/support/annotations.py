@@ -69,7 +69,8 @@ def _described(value) -> str:
 
 
 def _is_array(value) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    """Whether it has a shape and a dtype; a gradient of integers, which has no values, counts as none."""
+    return hasattr(value, "shape") and hasattr(value, "dtype") and value.dtype != jax.dtypes.float0
 
 
 def _is_array_type(hint) -> bool:
