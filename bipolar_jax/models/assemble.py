@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bipolar_jax.checkpoint.safetensors_reader import aligned_empty
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 
@@ -18,6 +20,20 @@ from bipolar_jax.models.transformer import Transformer
 Entry = tuple[str, int | None, tuple[int, ...]]
 # Most missing tensors that an error message names.
 _MOST_NAMED = 6
+_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read straight into the parameter's buffer, so that it is in memory once.
+
+    Attributes:
+      shape: shape in the parameter's orientation.
+      copy_to: fills an array of this shape with the tensor's values.
+    """
+
+    shape: tuple[int, ...]
+    copy_to: Callable[[np.ndarray], None]
 
 
 def check_layout(config: TransformerConfig, layout: Iterable[Entry]) -> None:
@@ -37,19 +53,22 @@ def check_layout(config: TransformerConfig, layout: Iterable[Entry]) -> None:
 
 
 def assemble(
-    config: TransformerConfig, tensors: Iterable[tuple[str, int | None, np.ndarray]], param_dtype: Any = jnp.float32
+    config: TransformerConfig,
+    tensors: Iterable[tuple[str, int | None, np.ndarray | LazyTensor]],
+    param_dtype: Any = jnp.float32,
 ) -> Transformer:
     """Builds a model from tensors in any order.
 
     Each parameter has one host buffer in `param_dtype`, allocated with its first tensor and
-    moved to JAX after its last. If tensors are sorted by path, at most one parameter is in
-    memory twice.
+    handed to JAX after its last, which takes it over on CPUs. If tensors are sorted by path, at
+    most one parameter is in memory twice elsewhere.
 
     Args:
       config: the model's config, which determines the required tensors and their shapes.
       tensors: (path, layer, array). The path of the parameter is joined by "/", such as
-        "layers/attention/q_proj/kernel"; the layer is None outside "layers/"; the float array
-        has the parameter's orientation (kernels are [in, out]) without the layer axis.
+        "layers/attention/q_proj/kernel"; the layer is None outside "layers/"; the float array,
+        or `LazyTensor`, has the parameter's orientation (kernels are [in, out]) without the
+        layer axis.
       param_dtype: dtype of the parameters and of the computation.
 
     Raises:
@@ -63,18 +82,21 @@ def assemble(
         checklist.add(path, layer, array.shape)
         if path not in buffers:
             # Allocated after the check, so that a wrong config allocates no memory.
-            buffers[path] = np.empty(checklist.stacked_shape(path), param_dtype)
+            buffers[path] = aligned_empty(checklist.stacked_shape(path), param_dtype)
         target = buffers[path] if layer is None else buffers[path][layer]
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            target[...] = array
-        bad = target.size - int(np.count_nonzero(np.isfinite(target)))
+            if isinstance(array, LazyTensor):
+                array.copy_to(target)
+            else:
+                target[...] = array
+        bad = count_not_finite(target)
         if bad:
             raise ValueError(
                 f"tensor {_name(path, layer)} has {bad} values of {target.size} that are not finite in "
                 f"{np.dtype(param_dtype).name}: the file is damaged, or needs a wider param_dtype"
             )
         if checklist.is_complete(path):
-            # device_put may alias the buffer, unlike jnp.asarray; there is no other reference to it.
+            # device_put takes the buffer over, unlike jnp.asarray; there is no other reference to it.
             arrays[path] = jax.device_put(buffers.pop(path))
     checklist.check_complete()
     graph, state = nnx.split(checklist.abstract)
@@ -82,11 +104,21 @@ def assemble(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def count_not_finite(array: np.ndarray) -> int:
+    """Number of NaN and Inf, counted in chunks, because each element takes a byte of a mask."""
+    flat = array.reshape(-1)
+    chunks = (flat[start : start + _CHUNK_ELEMENTS] for start in range(0, flat.size, _CHUNK_ELEMENTS))
+    return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)
+
+
 class _Checklist:
     """The tensors that a model requires, and which of them have been added."""
 
     def __init__(self, config: TransformerConfig, param_dtype: Any = jnp.float32):
-        self.abstract = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        try:
+            self.abstract = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        except (TypeError, OverflowError) as error:  # JAX counts elements in 64 bits
+            raise ValueError(f"the config has impossible sizes: {error!s:.200}") from error
         self._num_layers = config.num_layers
         self._shapes = {
             "/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(self.abstract)[1])
@@ -105,7 +137,7 @@ class _Checklist:
         """Adds one tensor. Raises ValueError if the model does not require it."""
         name = _name(path, layer)
         if path not in self._shapes:
-            raise ValueError(f"unexpected tensor {name}: the model has only {', '.join(sorted(self._shapes))}")
+            raise ValueError(f"unexpected tensor {name:.200}: the model has only {', '.join(sorted(self._shapes))}")
         if _is_stacked(path) != (layer is not None):
             raise ValueError(f"tensor {path} has {layer=}: tensors under 'layers/' need a layer, others must have None")
         if layer is not None and not 0 <= layer < self._num_layers:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bipolar_jax.checkpoint import load, read_user, save
-from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.models.assemble import count_not_finite
 from bipolar_jax.models.chat import ChatTemplate
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.tokenizer_json import parse_tokenizer
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Linear, LinearGeneral, quantization_aware, quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
+
+_PARAM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source: str = "") -> None:
@@ -67,23 +73,53 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None) -> Pretrai
       FileNotFoundError: no such file.
       ValueError: the file has no model, is truncated or corrupted, or is from another version.
     """
-    tokenizers = require("tokenizers", "models")
     user = read_user(path)
     if not {"config", "param_dtype", "precisions", "tokenizer"} <= set(user):
         raise ValueError(f"{path} holds packed arrays but no model: read it with bipolar_jax.load")
-    config = TransformerConfig.from_dict(user["config"])
+    with _errors_name(path):
+        config = TransformerConfig.from_dict(user["config"])
+        param_dtype = _param_dtype(user["param_dtype"])
+        template = ChatTemplate.from_dict(user["chat_template"]) if "chat_template" in user else None
     stored = _flatten(load(path, bits))
-    param_dtype = jnp.dtype(user["param_dtype"])
-    abstract = nnx.eval_shape(
-        lambda: _packed(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), user["precisions"], bits)
-    )
+    with _errors_name(path):
+        float_model = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        # Before the packed layers are traced, which allocates in proportion to the sizes.
+        _check_shapes(path, stored, _leaves(float_model))
+        abstract = nnx.eval_shape(
+            lambda: _packed(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), user["precisions"], bits)
+        )
     graph, state = nnx.split(abstract)
-    expected = {"/".join(map(str, keys)): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
-    _check_leaves(path, stored, expected)
+    _check_leaves(path, stored, _leaves(abstract))
+    with _errors_name(path):
+        tokenizer = parse_tokenizer(_text(user["tokenizer"], "tokenizer"), path, config.vocab_size)
     flat = [(keys, variable.replace(stored["/".join(map(str, keys))])) for keys, variable in nnx.to_flat_state(state)]
-    model = nnx.merge(graph, nnx.from_flat_state(flat))
-    template = ChatTemplate.from_dict(user["chat_template"]) if "chat_template" in user else None
-    return PretrainedModel(model, tokenizers.Tokenizer.from_str(user["tokenizer"]), template)
+    return PretrainedModel(nnx.merge(graph, nnx.from_flat_state(flat)), tokenizer, template)
+
+
+@contextlib.contextmanager
+def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of what a damaged file, or one of another version, describes become a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        problem = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is damaged, or was written by another version of bipolar_jax: {problem:.500}"
+        ) from error
+
+
+def _param_dtype(name: Any) -> jnp.dtype:
+    if name not in _PARAM_DTYPES:
+        raise ValueError(f"param_dtype is {name!r:.60}, expected {', '.join(_PARAM_DTYPES)}")
+    return jnp.dtype(name)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a text")
+    return value
 
 
 def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:
@@ -136,6 +172,24 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _leaves(abstract: Transformer) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters by path."""
+    return {"/".join(map(str, keys)): variable.get_value() for keys, variable in nnx.to_flat_state(nnx.state(abstract))}
+
+
+def _check_shapes(path: str | os.PathLike[str], stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ValueError unless the parameters of the float model are there, packed or not, in its shapes."""
+    if missing := sorted(set(expected) - set(stored)):
+        raise ValueError(
+            f"{path} contradicts its own config: it lacks {missing} and has in excess nothing; write it again"
+        )
+    for name, leaf in expected.items():
+        if stored[name].shape != leaf.shape:
+            raise ValueError(
+                f"{path} has {name} {_layout(stored[name])}, but its config asks for {_layout(leaf)}: write it again"
+            )
+
+
 def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected: dict[str, Any]) -> None:
     missing, surplus = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or surplus:
@@ -148,6 +202,9 @@ def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected
             raise ValueError(
                 f"{path} has {name} {_layout(leaf)}, but its config asks for {_layout(expected[name])}: write it again"
             )
+        for array in jax.tree.leaves(leaf):
+            if jnp.issubdtype(array.dtype, jnp.floating) and (bad := count_not_finite(np.asarray(array))):
+                raise ValueError(f"{path}: {name} has {bad} values that are not finite: quantize the model again")
 
 
 def _layout(leaf: Any) -> str:

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
+# Largest size in a file: positions and token ids are int32.
+MOST_SIZE = 2**31 - 1
+# Bounds within which float32 cosines and sines are finite and not all zero.
+_MOST_THETA, _MOST_FACTOR, _MOST_ATTENTION_FACTOR = 1e30, 1e6, 1e3
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "context_length",
+)
 # Allowed values of `norm`, `positions` and `ffn`; the first is Llama's.
 NORMS = ("rms", "layer")
 POSITIONS = ("rope", "learned", "alibi")
@@ -40,24 +56,35 @@ class RopeScaling:
     KINDS = ("linear", "llama3", "yarn", "factors")
 
     def __post_init__(self):
-        object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
+        object.__setattr__(self, "factors", _floats(self.factors))
         if self.kind not in self.KINDS:
             raise ValueError(f"RoPE scaling kind {self.kind!r} is unknown: use one of {', '.join(self.KINDS)}, or None")
-        if self.kind == "factors" and not all(0 < factor < float("inf") for factor in self.factors):
-            raise ValueError(f"RoPE factors must be positive and finite, got {self.factors}")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind == "factors" and not all(1 / _MOST_FACTOR <= factor <= _MOST_FACTOR for factor in self.factors):
+            raise ValueError(f"RoPE factors must be positive, finite and at most {_MOST_FACTOR:g}, got {self.factors}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor <= _MOST_FACTOR:
             raise ValueError(
                 f"llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor} "
                 f"and {self.high_freq_factor}"
             )
-        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+        if self.kind == "yarn" and not 1 / _MOST_FACTOR <= self.beta_slow < self.beta_fast <= _MOST_FACTOR:
             raise ValueError(
-                f"yarn RoPE scaling needs 0 < beta_slow < beta_fast, got {self.beta_slow} and {self.beta_fast}"
+                f"yarn RoPE scaling needs 0 < beta_slow < beta_fast, from {1 / _MOST_FACTOR:g} to {_MOST_FACTOR:g}, "
+                f"got {self.beta_slow:g} and {self.beta_fast:g}"
             )
-        if self.kind != "factors" and not 1 <= self.factor < float("inf"):
-            raise ValueError(f"RoPE scaling factor must be at least 1, got {self.factor}")
-        if self.kind in ("llama3", "yarn") and not self.original_context_length:
-            raise ValueError(f"RoPE scaling {self.kind!r} needs original_context_length, the trained context length")
+        if self.kind != "factors" and not 1 <= self.factor <= _MOST_FACTOR:
+            limit = "at least 1" if self.factor < 1 else f"at most {_MOST_FACTOR:g}"
+            raise ValueError(f"RoPE scaling factor must be {limit}, got {self.factor}")
+        if self.attention_factor is not None and not 0 < self.attention_factor <= _MOST_ATTENTION_FACTOR:
+            raise ValueError(
+                f"RoPE attention_factor must be above 0 and at most {_MOST_ATTENTION_FACTOR:g}, got "
+                f"{self.attention_factor}"
+            )
+        if self.kind in ("llama3", "yarn"):
+            if not self.original_context_length:
+                raise ValueError(
+                    f"RoPE scaling {self.kind!r} needs original_context_length, the trained context length"
+                )
+            _check_size("original_context_length", self.original_context_length, MOST_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +136,17 @@ class TransformerConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "eos_ids", tuple(int(i) for i in self.eos_ids))
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "ffn_size",
-            "context_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        object.__setattr__(self, "eos_ids", tuple(_token_id(token) for token in self.eos_ids))
+        for name in _SIZES:
+            _check_size(name, getattr(self, name))
+        for name in ("tie_embeddings", "qkv_bias", "linear_bias", "embed_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.bos_id is not None:
+            object.__setattr__(self, "bos_id", _token_id(self.bos_id))
         for token in self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"BOS or EOS id {token} is outside the vocabulary 0..{self.vocab_size - 1}")
@@ -135,8 +157,23 @@ class TransformerConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
         if self.rope_scaling is not None and self.positions != "rope":
             raise ValueError(f"rope_scaling has no meaning for positions {self.positions!r}: leave it None")
-        if self.positions == "rope" and self.head_dim % 2:
+        if self.positions == "rope":
+            self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if not 1 <= self.rope_theta <= _MOST_THETA:
+            raise ValueError(f"rope_theta must be from 1 to {_MOST_THETA:g}, got {self.rope_theta}")
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if scaling.kind == "yarn" and self.rope_theta == 1:
+            raise ValueError("yarn RoPE scaling needs a rope_theta above 1, got 1")
+        if scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"RoPE has {len(scaling.factors)} explicit factors; head_dim={self.head_dim} needs {self.head_dim // 2}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values, which `from_dict` reads."""
@@ -144,13 +181,44 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TransformerConfig:
-        """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
+        """Inverse of `to_dict`. Raises ValueError on unknown, missing or impossible fields."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"model config is a {type(fields).__name__}, expected an object")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise ValueError(f"model config has unknown fields {unknown}: it was written by another version")
+            raise ValueError(f"model config has unknown fields {unknown!s:.200}: it was written by another version")
+        for name in set(_SIZES) & set(fields):
+            _check_size(name, fields[name], MOST_SIZE)
         scaling = fields.get("rope_scaling")
         try:
             return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"model config has missing or unknown fields: {error}") from error
+
+
+def _check_size(name: str, value: Any, most: int | None = None) -> None:
+    try:
+        size = operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} must be an integer, got {value!r:.40}") from error
+    if isinstance(value, bool) or size < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r:.40}")
+    if most is not None and size > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r:.40}")
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"BOS and EOS ids must be integers, got {value}")
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"BOS and EOS ids must be integers, got {value!r:.40}") from error
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"RoPE factors must be numbers, got {values!r:.60}") from error

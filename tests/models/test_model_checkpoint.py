@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,57 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(float_file, tmp_path,
     path = damaged(float_file, tmp_path / "other", change_user=lambda user: user["config"].update(fields))
     with pytest.raises(ValueError, match=message):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda user: user.update(config=[]), "model config is a list"),
+        (lambda user: user["config"].update(num_layers="2"), "num_layers must be an integer, got '2'"),
+        (lambda user: user["config"].update(hidden_size=10**30), "hidden_size must be at most 2147483647"),
+        (lambda user: user["config"].update(ffn_size=2**31 - 1, hidden_size=2**31 - 1), ""),
+        (lambda user: user["config"].update(eos_ids=[True]), "BOS and EOS ids must be integers, got True"),
+        (lambda user: user["config"].update(eos_ids=5), ""),
+        (lambda user: user["config"].update(norm_eps="1e-5"), ""),
+        (lambda user: user["config"].update(rope_scaling={"kind": "yarn", "factor": 10**400}), ""),
+        (lambda user: user["config"].update(rope_scaling=5), ""),
+        (lambda user: user["config"].update(tie_embeddings="no"), "tie_embeddings must be True or False, got 'no'"),
+        (lambda user: user.update(param_dtype="float8"), "param_dtype is 'float8', expected float32, bfloat16"),
+        (lambda user: user.update(param_dtype={}), "param_dtype is {}, expected float32"),
+        (lambda user: user.update(precisions=[]), ""),
+        (lambda user: next(iter(user["precisions"].values())).pop("a_bits"), "KeyError 'a_bits'"),
+        (lambda user: next(iter(user["precisions"].values())).update(calibration="newest"), "newest"),
+        (lambda user: next(iter(user["precisions"].values())).update(group_size=0), "group_size"),
+        (lambda user: next(iter(user["precisions"].values())).update(trained=5), ""),
+        (lambda user: user.update(tokenizer={}), "tokenizer is a dict, expected a text"),
+        (lambda user: user.update(tokenizer='{"version": "2.0"}'), "is damaged"),
+        (lambda user: user.update(chat_template=7), ""),
+    ],
+    ids=range(20),
+)
+def test_files_of_another_version_are_named(mixed_file, tmp_path, change, message):
+    path = damaged(mixed_file, tmp_path / "other", change_user=change)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused(float_file, tmp_path, value):
+    def spoil(tree):
+        tree["final_norm"]["scale"] = tree["final_norm"]["scale"].at[3].set(value)
+
+    path = damaged(float_file, tmp_path / "nan", change_tree=spoil)
+    with pytest.raises(ValueError, match="nan: final_norm/scale has 1 values that are not finite"):
+        load_model(path)
+
+
+def test_the_tokenizer_encodes_whole_texts(pretrained, tmp_path):
+    copy = type(pretrained.tokenizer).from_str(pretrained.tokenizer.to_str())
+    copy.enable_truncation(2)
+    copy.enable_padding(length=4)
+    save_model(tmp_path / "x", dataclasses.replace(pretrained, tokenizer=copy))
+    text = "the quick brown fox"
+    assert load_model(tmp_path / "x").tokenizer.encode(text).ids == pretrained.tokenizer.encode(text).ids
 
 
 def test_missing_tensors_are_named(mixed_file, tmp_path):

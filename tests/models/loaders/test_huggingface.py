@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,12 +76,26 @@ def test_dtypes_of_the_file(checkpoint, tmp_path, dtype):
 
 def test_tied_copies_and_stored_frequencies_are_ignored(checkpoint, tmp_path):
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    copy = {"lm_head.weight": checkpoint.weights["model.embed_tokens.weight"]}
     noisy = dataclasses.replace(
-        checkpoint, weights=checkpoint.weights | frequencies, config={"tie_word_embeddings": True}
+        checkpoint, weights=checkpoint.weights | frequencies | copy, config={"tie_word_embeddings": True}
     )
     model = load_huggingface(tiny.write_huggingface(noisy, tmp_path)).model
     assert model.config.tie_embeddings
     assert not hasattr(model, "lm_head")
+
+
+@pytest.mark.parametrize("row", [0, 200])
+def test_a_head_that_differs_from_tied_embeddings_is_used(checkpoint, tmp_path, row):
+    """As transformers does; the first half is equal."""
+    head = checkpoint.weights["model.embed_tokens.weight"].copy()
+    head[row, 5] += 1
+    tied = dataclasses.replace(
+        checkpoint, weights=checkpoint.weights | {"lm_head.weight": head}, config={"tie_word_embeddings": True}
+    )
+    model = load_huggingface(tiny.write_huggingface(tied, tmp_path)).model
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
 
 
 @pytest.mark.parametrize("window", [None, tiny.CONTEXT])
@@ -90,6 +105,7 @@ def test_mistral_is_llama_with_full_attention(directory, window):
     load_huggingface(directory)
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -155,7 +171,57 @@ def test_token_ids(tmp_path):
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: load the unquantized model"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 of 128"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding window of 64 of 128"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+            "sliding window of 64 of 128",
+        ),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096 of 8192"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "max_position_embeddings": 4097,
+            },
+            "sliding window of 4096 of 4097",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+            },
+            "sliding window of 64 of 128",
+        ),
+        ({"layer_types": ["chunked_attention"]}, "layer_types is"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\], supported are"),
+        ({"model_type": {"a": 1}}, "model_type {'a': 1}, supported are"),
+        ({"eos_token_id": True}, r"eos_token_id is \[True\], expected ids below"),
+        ({"eos_token_id": 2.0}, r"eos_token_id is \[2.0\], expected ids below"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000000.*, expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000000.*, expected a positive number"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000000.*, expected an integer of at least 1 and at most"),
+        ({"num_hidden_layers": 2**64 - 1}, "num_hidden_layers is 18446744073709551615, expected an integer"),
+        ({"rope_theta": 1e-300}, "rope_theta must be from 1 to 1e.30"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "yarn RoPE scaling needs a rope_theta above 1"),
+        ({"rope_scaling": YARN | {"beta_slow": 1e-308}}, "0 < beta_slow < beta_fast, from 1e-06 to 1e.06"),
+        ({"rope_scaling": YARN | {"attention_factor": 1e300}}, "attention_factor must be above 0 and at most 1000"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 10**400}}, "original_max.* is 1000.*, expected"),
+        ({"rope_scaling": {"factor": 4.0}}, "RoPE scaling without a rope_type, but with factor"),
+        ({"rope_scaling": {"type": None, "factor": 4.0}}, "RoPE scaling without a rope_type, but with factor"),
+        ({"rope_scaling": {"ropetype": "linear", "factor": 4.0}}, r"rope_scaling with unknown fields \['ropetype'\]"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 4.0}}, "rope_type 'linear' and the type"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 4.0}}, r"RoPE scaling \['yarn'\], supported are"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
+            "both rope_scaling and rope_parameters, which differ",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5000.0}}},
+            r"rope_parameters by type of layer \(full_attention\)",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic', supported are default, linear, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None, expected a positive number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
@@ -174,6 +240,60 @@ def test_unsupported_configs_are_rejected(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         config_of(tmp_path, **fields)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"quantization_config": None}, {}),
+        ({"quantization_config": {}}, {}),
+        ({"hidden_act": "swish"}, {}),
+        ({"model_type": "mistral", "sliding_window": 4096}, {}),
+        ({"model_type": "mistral"}, {}),
+        ({"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 8192}, {"context_length": 8192}),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, {"qkv_bias": True}),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+            {"qkv_bias": True},
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "max_window_layers": 0,
+                "layer_types": ["full_attention"] * 3,
+            },
+            {"qkv_bias": True},
+        ),
+        ({"rope_scaling": {"type": "default", "rope_type": "default"}}, {}),
+        ({"rope_scaling": {}}, {}),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"type": "default"}}, {}),
+        ({"rope_parameters": {"rope_theta": 5000.0}}, {"rope_theta": 5000.0}),
+        ({"rope_scaling": YARN | {"finetuned": True}}, {"rope_scaling": RopeScaling("yarn", 4.0, 32)}),
+        ({"num_attention_heads": 32, "num_key_value_heads": None}, {"num_heads": 32, "num_kv_heads": 32}),
+    ],
+)
+def test_usable_configs_are_accepted(tmp_path, fields, expected):
+    assert config_of(tmp_path, **fields) == dataclasses.replace(config_of(tmp_path), **expected)
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("llama", 32), ("mistral", 8), ("qwen2", 32)])
+def test_absent_key_heads_are_transformers_default(tmp_path, model_type, expected):
+    fields = tiny.hf_config(tiny.make()) | {"model_type": model_type, "num_attention_heads": 32}
+    del fields["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_config(tmp_path)[1].num_kv_heads == expected
+
+
+def test_json_of_other_encodings_and_depths(tmp_path):
+    text = json.dumps(tiny.hf_config(tiny.make()))
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    read_config(tmp_path)
+    for damaged in ('{"a":' + "[" * 100_000, "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="config.json is damaged: .*download it again"):
+            read_config(tmp_path)
 
 
 def test_missing_files(directory, sharded, tmp_path):
@@ -207,6 +327,11 @@ def test_damaged_index(sharded):
         ('{"weight_map": ', "index.json is damaged: .*download it again"),
         ("{}", "index.json has no weight_map"),
         ('{"weight_map": {"a": "../../etc/passwd"}}', "'../../etc/passwd', expected a file name"),
+        ('{"weight_map": {"a": "model\\u0000.safetensors"}}', "expected a file name"),
+        ('{"weight_map": {"a": "model\\ud800.safetensors"}}', "expected a file name"),
+        (json.dumps({"weight_map": {"a" * 5000: "b" * 5000}}), "places 'aaaa.{,100} in 'bbb.{,100}, expected a file"),
+        ('{"weight_map": {"a": 5}}', "in 5, expected a file name"),
+        ('{"weight_map": ' + "[" * 100_000, "index.json is damaged"),
     ):
         index.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -251,6 +376,27 @@ def test_missing_unexpected_and_misshaped_tensors_are_rejected(checkpoint, direc
         with pytest.raises(ValueError, match=message) as caught:
             load_huggingface(directory)
         assert str(directory) in str(caught.value)
+
+
+def test_long_names_are_cut_short(checkpoint, directory):
+    safetensors.numpy.save_file(checkpoint.weights | {"x" * 900: np.ones(1)}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="unexpected tensor 'xxx") as caught:
+        load_huggingface(directory)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_without_read_permission_is_not_called_damaged(directory, monkeypatch):
+    path = directory / "model.safetensors"
+    open_path = Path.open
+
+    def denied(self, *args, **settings):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return open_path(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", denied)  # root may read any file
+    with pytest.raises(PermissionError, match="model.safetensors"):
+        load_huggingface(directory)
 
 
 def test_tokenizer_of_another_model(directory):

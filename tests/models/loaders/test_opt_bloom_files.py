@@ -102,11 +102,20 @@ def test_unsupported_configs_are_rejected(tmp_path, kind, fields, message):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_tied_copies_are_ignored_and_untied_heads_loaded(tmp_path, kind):
+def test_tied_copies_are_ignored_and_other_heads_loaded(tmp_path, kind):
     head = np.random.default_rng(1).standard_normal((tiny.VOCAB, 32)).astype(np.float32)
     checkpoint = MAKE[kind]()
-    checkpoint.weights["lm_head.weight"] = head
+    (embedding,) = (
+        array
+        for name, array in checkpoint.weights.items()
+        if "word_emb" in name or "embed_tok" in name
+        if array.ndim == 2
+    )
+    checkpoint.weights["lm_head.weight"] = embedding
     assert not hasattr(load_huggingface(checkpoint.write(tmp_path / "tied")).model, "lm_head")
+    checkpoint.weights["lm_head.weight"] = head
+    model = load_huggingface(checkpoint.write(tmp_path / "other")).model
+    np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
     checkpoint.config["tie_word_embeddings"] = False
     model = load_huggingface(checkpoint.write(tmp_path / "untied")).model
     np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 
 from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
+HEAD = "lm_head.weight"  # the output layer, in every architecture
 _FUSED = 3  # query, key and value, in the order of a fused tensor
 
 
@@ -34,7 +35,7 @@ class Target:
     fused: int = -1
 
     def shape(self, stored: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
-        """Shape of `extract`'s result for a stored shape.
+        """Shape of what is loaded, in the parameter's orientation, for a stored shape.
 
         Raises:
           ValueError: rows of a fused tensor that do not divide into query, key and value of `num_heads` heads.
@@ -50,14 +51,17 @@ class Target:
             stored = (max(stored[0] - self.first_row, 0), *stored[1:])
         return stored[::-1] if self.path.endswith("/kernel") else stored
 
-    def extract(self, stored: Shaped[np.ndarray, "rows *rest"], num_heads: int) -> Shaped[np.ndarray, "*ours"]:
-        """The selected rows in the parameter's orientation: kernels are stored as [out, in], ours are [in, out]."""
-        if self.fused >= 0:
-            by_head = stored.reshape(num_heads, _FUSED, -1, *stored.shape[1:])
-            stored = by_head[:, self.fused].reshape(-1, *stored.shape[1:])
-        if self.first_row:
-            stored = stored[self.first_row :]
-        return stored.T if self.path.endswith("/kernel") else stored
+    def row_ranges(self, rows: int, num_heads: int) -> list[tuple[int, int, int]]:
+        """The rows to load as (first stored row, end, first of our rows), if `rows` are stored."""
+        if self.fused < 0:
+            return [(self.first_row, rows, 0)]
+        size = rows // (_FUSED * num_heads)
+        starts = [(_FUSED * head + self.fused) * size for head in range(num_heads)]
+        return [(start, start + size, head * size) for head, start in enumerate(starts)]
+
+    def as_stored(self, parameter: Shaped[np.ndarray, "*ours"]) -> Shaped[np.ndarray, "*stored"]:
+        """A view of the parameter in the stored orientation: kernels are stored as [out, in], ours are [in, out]."""
+        return parameter.T if self.path.endswith("/kernel") else parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +98,12 @@ class Architecture:
           ValueError: the architecture has no such tensor.
         """
         module, _, kind = name.removeprefix(self.prefix).rpartition(".")
-        if name.endswith(self.ignored) or (tied and name == "lm_head.weight"):
+        if name.endswith(self.ignored) or (tied and name == HEAD):
             return []
         match = re.fullmatch(rf"{re.escape(self.layers)}(\d{{1,9}})\.(.+)", module)
         layer, ours = (int(match[1]), self.in_layer.get(match[2])) if match else (-1, self.top.get(module))
         if ours is None or kind not in ("weight", "bias"):
-            raise ValueError(f"unexpected tensor {name!r}: no supported model of this type has one")
+            raise ValueError(f"unexpected tensor {name!r:.200}: no supported model of this type has one")
         start = "layers/" if match else ""
         if isinstance(ours, str):
             return [Target(f"{start}{ours}/{_variable(ours, kind)}", layer, name, self.first_rows.get(module, 0))]

@@ -29,9 +29,9 @@ def read_config(directory: Path) -> tuple[Architecture, TransformerConfig]:
     path = directory / "config.json"
     fields = Fields(read_json(path), path)
     model_type = fields.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"{path} has model_type {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
-    if "quantization_config" in fields.values:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise ValueError(f"{path} has model_type {model_type!r:.60}, supported are {', '.join(ARCHITECTURES)}")
+    if fields.get("quantization_config"):  # null and {} say that it is not quantized
         raise ValueError(f"{path} has a quantization_config: load the unquantized model, or a GGUF file, instead")
     architecture = ARCHITECTURES[model_type]
     translated = architecture.translate(fields)
@@ -53,8 +53,8 @@ def _token_ids(fields: Fields, directory: Path) -> tuple[int | None, tuple[int, 
         for source in sources:
             ids = source.get(name, [])
             ids = ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(token, int) and 0 <= token < fields.size("vocab_size") for token in ids):
-                raise ValueError(f"{source.source}: {name} is {ids}, expected ids below {fields.size('vocab_size')}")
+            if not all(type(token) is int and 0 <= token < fields.size("vocab_size") for token in ids):
+                raise source.wrong(name, ids, f"ids below {fields.size('vocab_size')}")
             found[name] = found[name] or ids
     bos = found["bos_token_id"]
     return (bos[0] if bos else None), tuple(found["eos_token_id"])

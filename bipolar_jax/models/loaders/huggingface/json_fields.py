@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
+
+from bipolar_jax.models.config import MOST_SIZE
+
+_LARGEST = sys.float_info.max
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -13,9 +17,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: download the whole model directory")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path} is damaged: {error!s:.200}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object; download it again")
     return value
@@ -37,17 +41,17 @@ class Fields:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """An integer of at least 1."""
+        """An integer of at least 1 that fits an int32."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(name, value, "an integer of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_SIZE:
+            raise self.wrong(name, value, f"an integer of at least 1 and at most {MOST_SIZE}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self.get(name, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_number or not 0 < value <= _LARGEST:  # False for NaN; exact for integers of any length
             raise self.wrong(name, value, "a positive number")
         return float(value)
 
@@ -67,4 +71,12 @@ class Fields:
 
     def wrong(self, name: str, value: Any, expected: str) -> ValueError:
         """The error for a field with an unexpected value."""
-        return ValueError(f"{self.source}: {name} is {value!r:.60}, expected {expected}")
+        return ValueError(f"{self.source}: {name} is {_shown(value)}, expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """The value, cut short. Python refuses to print integers of thousands of digits, and nests only so deep."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to print"

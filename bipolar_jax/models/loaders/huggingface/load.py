@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from bipolar_jax.extras import require
-from bipolar_jax.models.assemble import assemble, check_layout
+from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout
 from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.loaders.error_source import errors_name
-from bipolar_jax.models.loaders.huggingface.architecture import Target
+from bipolar_jax.models.loaders.huggingface.architecture import HEAD, Architecture, Target
 from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.pretrained import PretrainedModel
-
-if TYPE_CHECKING:
-    import tokenizers
+from bipolar_jax.models.tokenizer_json import load_tokenizer
 
 
 def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
@@ -32,6 +31,7 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
+      PermissionError: a file is not readable.
       ValueError: a file is damaged, contradicts another, or is of an unsupported kind.
       ModuleNotFoundError: the extra "models" is not installed.
     """
@@ -39,34 +39,49 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}: give the folder of a Hugging Face model")
     architecture, config = read_config(directory)
-    tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
+    tokenizer = load_tokenizer(directory / "tokenizer.json", config.vocab_size)
     config, template = with_end_tokens(config, tokenizer), read_chat_template(directory)
     with SafetensorsFiles(directory) as files:
         with errors_name(directory):
+            if config.tie_embeddings and _has_own_head(architecture, files):
+                config = dataclasses.replace(config, tie_embeddings=False)
             # In the order of parameters, so that `assemble` completes one before it starts the next.
             targets = sorted(target for name in files for target in architecture.targets(name, config.tie_embeddings))
         shapes = {target.name: files.shape(target.name) for target in targets}
         with errors_name(directory):
             check_layout(config, ((t.path, _layer(t), t.shape(shapes[t.name], config.num_heads)) for t in targets))
-            tensors = ((t.path, _layer(t), t.extract(files.read(t.name), config.num_heads)) for t in targets)
+            tensors = ((t.path, _layer(t), _lazy(files, t, config.num_heads)) for t in targets)
             return PretrainedModel(assemble(config, tensors, param_dtype), tokenizer, template)
 
 
-def _read_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:
-    library = require("tokenizers", "models")
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: download it, or convert the slow tokenizer to it")
-    try:
-        tokenizer = library.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is damaged: {error}; download it again") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{path} has token id {largest}, but config.json has {vocab_size=}, so the model has no embedding for it: "
-            "use the tokenizer.json that belongs to these weights"
+def _has_own_head(architecture: Architecture, files: SafetensorsFiles) -> bool:
+    """Whether an output layer is stored that differs from the embedding; transformers uses it, tied or not."""
+    embeddings = [
+        name for name in files for target in architecture.targets(name, tied=True) if target.path == "embed/embedding"
+    ]
+    if HEAD not in files or len(embeddings) != 1:
+        return False
+    shape = files.shape(HEAD)
+    if shape != files.shape(embeddings[0]):
+        return True
+    return not all(
+        np.array_equal(head.astype(np.float32), embedding.astype(np.float32))
+        for (_, head), (_, embedding) in zip(
+            *(files.rows(name, 0, shape[0] if shape else 0) for name in (HEAD, embeddings[0])), strict=True
         )
-    return tokenizer
+    )
+
+
+def _lazy(files: SafetensorsFiles, target: Target, num_heads: int) -> LazyTensor:
+    stored = files.shape(target.name)
+
+    def copy_to(parameter: np.ndarray) -> None:
+        view = target.as_stored(parameter)
+        for start, end, ours in target.row_ranges(stored[0], num_heads):
+            for offset, rows in files.rows(target.name, start, end):
+                view[ours + offset : ours + offset + len(rows)] = rows
+
+    return LazyTensor(target.shape(stored, num_heads), copy_to)
 
 
 def _layer(target: Target) -> int | None:

@@ -1,0 +1,135 @@
+"""RoPE in config.json: rope_scaling beside rope_theta (old), or rope_parameters (new), as transformers reads them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bipolar_jax.models.config import RopeScaling
+from bipolar_jax.models.loaders.error_source import errors_name
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
+
+_KINDS = ("rope_type", "type")
+# Fields that transformers knows, also where a kind has no use for them; "finetuned" is a remark of YaRN's authors.
+_KNOWN = {
+    *_KINDS,
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+    "short_factor",
+    "long_factor",
+    "truncate",
+    "finetuned",
+}
+# Fields that do not scale anything, and so need no kind.
+_WITHOUT_KIND = {*_KINDS, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+def rope_config(fields: Fields, context: int) -> dict[str, Any]:
+    """The fields rope_theta and rope_scaling of TransformerConfig.
+
+    Args:
+      fields: config.json.
+      context: the model's context length.
+
+    Raises:
+      ValueError: an unsupported kind, or fields that are unknown, contradict each other or lack their kind.
+    """
+    rope = _rope_fields(fields)
+    if rope.number("partial_rotary_factor", 1.0) != 1:
+        raise ValueError(f"{rope.source} has a partial_rotary_factor: only rotation of whole heads is supported")
+    scaling = _rope_scaling(rope, context)
+    with errors_name(fields.source):
+        return dict(
+            rope_theta=rope.number("rope_theta", 10000.0), rope_scaling=RopeScaling(**scaling) if scaling else None
+        )
+
+
+def _rope_fields(fields: Fields) -> Fields:
+    """The fields of either form, with those that stand at the top of config.json."""
+    old, new = (_non_null(fields.nested(name)) for name in ("rope_scaling", "rope_parameters"))
+    if old and new and _with_kind(old) != _with_kind(new):
+        raise ValueError(
+            f"{fields.source} has both rope_scaling and rope_parameters, which differ: delete the one that is wrong"
+        )
+    name, values = ("rope_parameters", new) if new else ("rope_scaling", old)
+    if nested := [key for key, value in values.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"{fields.source} has {name} by type of layer ({', '.join(nested):.60}): only one for all is supported"
+        )
+    if unknown := sorted(set(values) - _KNOWN):
+        raise ValueError(f"{fields.source} has {name} with unknown fields {unknown!s:.100}: correct or delete them")
+    top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    shared = {name: fields.get(name) for name in top if fields.get(name) is not None}
+    return Fields(shared | values, fields.source)
+
+
+def _non_null(fields: Fields) -> dict[str, Any]:
+    return {name: value for name, value in fields.values.items() if value is not None}
+
+
+def _with_kind(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields with one name for the kind, to compare the two forms."""
+    return {"rope_type": values.get("type"), **{name: value for name, value in values.items() if name != "type"}}
+
+
+def _kind(rope: Fields) -> str:
+    kinds = [rope.get(name) for name in _KINDS if rope.get(name) is not None]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"{rope.source} has the rope_type {kinds[0]!r:.40} and the type {kinds[1]!r:.40}: delete one")
+    if not kinds:
+        if scaling := sorted(set(rope.values) - _WITHOUT_KIND):
+            raise ValueError(
+                f"{rope.source} has RoPE scaling without a rope_type, but with {', '.join(scaling)}: add its rope_type"
+            )
+        return "default"
+    return kinds[0]
+
+
+def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
+    """Keyword arguments of RopeScaling, or None without scaling."""
+    kind = _kind(rope)
+    if kind in ("default", "none"):
+        return None
+    if kind == "linear":
+        return dict(kind="linear", factor=rope.number("factor"))
+    original = rope.size("original_max_position_embeddings", context)
+    if kind == "llama3":
+        return dict(
+            kind="llama3",
+            factor=rope.number("factor"),
+            original_context_length=original,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    if kind != "yarn":
+        raise ValueError(f"{rope.source} has RoPE scaling {kind!r:.60}, supported are default, linear, llama3, yarn")
+    if not rope.flag("truncate", True):
+        raise ValueError(f"{rope.source} has YaRN with truncate false: only the truncated band limits are supported")
+    factor = rope.number("factor")
+    return dict(
+        kind="yarn",
+        factor=factor,
+        original_context_length=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=_yarn_attention_factor(rope, factor),
+    )
+
+
+def _yarn_attention_factor(rope: Fields, factor: float) -> float | None:
+    """attention_factor, or DeepSeek's ratio of mscale and mscale_all_dim, or None (derived from `factor`)."""
+    if rope.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    if not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        return None
+    numerator, denominator = (0.1 * rope.number(name) * math.log(factor) + 1.0 for name in ("mscale", "mscale_all_dim"))
+    return numerator / denominator
