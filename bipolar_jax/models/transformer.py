@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, attend_to_cache, causal_attention, prompts_alibi
+from bipolar_jax.models.blocks.compiled_method import compiled_method
 from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.blocks.fused_decode import fused_layers
 from bipolar_jax.models.blocks.norm import Norm, make_norm, project_onto
@@ -114,10 +115,12 @@ class Transformer(nnx.Module):
                 rngs=rngs,
             )
 
+    @compiled_method
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
         """Logits of every position, which attends to itself and to all before it; float32."""
         return self.logits(self.hidden_states(ids))
 
+    @compiled_method
     def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Hidden states of every position after the final norm: `__call__` without the output layer."""
         hidden, _ = self._causal_layers(*self.enter_prompts(ids))
@@ -133,6 +136,7 @@ class Transformer(nnx.Module):
         """The layer that `logits` multiplies with: the embedding where it is tied."""
         return self.embed if self.config.tie_embeddings else self.lm_head
 
+    @compiled_method
     def prefill(
         self,
         ids: Int[Array, "batch length"],
@@ -164,6 +168,7 @@ class Transformer(nnx.Module):
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.final_norm(last)), cache
 
+    @compiled_method
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits, float32, and the cache with the token."""
         hidden, tables = self.enter_tokens(ids, cache)
