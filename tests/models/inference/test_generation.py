@@ -327,3 +327,38 @@ def test_end_ids_of_a_call_replace_those_of_the_model(model, greedy):
     assert generate(ending, PROMPTS[:1], 12, end_ids=()) == greedy[:1]
     end = first_at(greedy[0], 5)
     assert generate(ending, PROMPTS[:1], 12, end_ids=[end]) == [greedy[0][: greedy[0].index(end) + 1]]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Waves:
+    """A model without layers: logits are a function of the last token."""
+
+    config: TransformerConfig = CONFIG
+
+    def prefill(self, ids, lengths, capacity, cache_bits):
+        return self._logits(jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)), lengths
+
+    def decode(self, ids, cache):
+        return self._logits(ids[:, None]), cache
+
+    def _logits(self, ids):
+        return 3 * jnp.sin(7 * ids.astype(jnp.float32) + jnp.arange(CONFIG.vocab_size, dtype=jnp.float32)[None])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.enable_x64(True),
+    ],
+    ids=["dtype_promotion=strict", "rank_promotion=raise", "enable_x64"],
+)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_k=5, top_p=0.9), Sampling(1.0, repetition_penalty=1.3)], ids=str
+)
+def test_loop_and_sampling_work_under_strict_settings(setting, sampling):
+    with setting():
+        found = generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
+        assert [text.tokens for text in found] == generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0))
