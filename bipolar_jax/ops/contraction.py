@@ -49,6 +49,10 @@ class Contraction:
         """Outputs for each row of x."""
         return math.prod(self.w_free)
 
+    def kept_of_x[Item](self, by_axis: Sequence[Item]) -> tuple[Item, ...]:
+        """Of items for each axis of x, those of the batch axes and of the kept ones, in the order of the result."""
+        return tuple(by_axis[i] for i in self.x_order[: len(self.batch) + len(self.x_free)])
+
     def fold_x(self, x: Shaped[Array, "*x_shape"]) -> Shaped[Array, "*batch_and_free k"]:
         """x with the contracted axes merged into the last one."""
         return x.transpose(self.x_order).reshape(*self.batch, *self.x_free, self.k)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
 from bipolar_jax.packing import BipolarArray
 
 
@@ -33,7 +34,7 @@ def lookup(
             "it must have two axes and be quantized with axis=-1"
         )
     table.check()
-    return _decoded_rows(jnp.dtype(dtype), table, ids)
+    return with_out_sharding(functools.partial(_decoded_rows, jnp.dtype(dtype)), (*mesh_axes(ids), None), (table, ids))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -16,6 +16,7 @@ from bipolar_jax.kernels.semantics.epilogue import activate_and_add
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_activation, check_prologue
 from bipolar_jax.ops.compiled import compiled
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
+from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
@@ -86,7 +87,9 @@ def matmul(
         columns = w.shape[-1] // (1 if activation is None else activation.parts)
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
     static = _Static(w.format, w.contracted_size, w.group_size, a_format, activation, implementation)
-    return _batched_matmul(static, x, residual, w.scale, w.offset, w.planes, w.row_sums, bias, prologue)
+    operands = (x, residual, w.scale, w.offset, w.planes, w.row_sums, bias, prologue)
+    out_axes = (*mesh_axes(x)[:-1], mesh_axes(w.row_sums)[-2])
+    return with_out_sharding(functools.partial(_batched_matmul, static), out_axes, operands)
 
 
 @dataclasses.dataclass(frozen=True)

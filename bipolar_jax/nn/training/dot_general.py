@@ -14,6 +14,7 @@ from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.ops.compiled import compiled
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
+from bipolar_jax.ops.explicit_sharding import MeshAxes, mesh_axes, with_out_sharding
 from bipolar_jax.ops.pack_weights import pack_weights
 from bipolar_jax.ops.trainable_matmul import GradientPrecision, fenced_matmul, trainable_matmul
 from bipolar_jax.packing import BipolarArray
@@ -142,7 +143,7 @@ class DotGeneral:
         )
         product = functools.partial(_multiply, call)
         if out_sharding is None:
-            return product(lhs, rhs, step_size, key)
+            return with_out_sharding(product, _axes_of_result(lhs, rhs, dimension_numbers), (lhs, rhs, step_size, key))
         # The compiler chooses the sharding of folding and packing; only that of the result is given.
         return jax.sharding.auto_axes(product, out_sharding=out_sharding)(lhs, rhs, step_size, key)
 
@@ -195,9 +196,10 @@ class DotGeneral:
         """
 
         product = functools.partial(_multiply_packed, _PackedCall(self, contraction, jnp.dtype(dtype)))
-        if out_sharding is not None:
-            product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
-        return product(x, packed)
+        if out_sharding is None:
+            x_axes = contraction.kept_of_x(mesh_axes(x))
+            return with_out_sharding(product, (*x_axes, *[None] * len(contraction.w_free)), (x, packed))
+        return jax.sharding.auto_axes(product, out_sharding=out_sharding)(x, packed)
 
     def _tokens(self, x, dtype):
         """Activations cast to the common dtype of x and the result, and clipped."""
@@ -291,6 +293,19 @@ def _multiply_packed(call: _PackedCall, x, packed):
     tokens = dot_general._tokens(contraction.fold_x(x), call.dtype)
     y = fenced_matmul(tokens, packed, dot_general.a_bits, dot_general.implementation)
     return contraction.unfold(y.astype(call.dtype))
+
+
+def _axes_of_result(lhs, rhs, dimension_numbers) -> tuple[MeshAxes, ...]:
+    """The mesh axes of the result of `lax.dot_general`."""
+    contracting, batch = dimension_numbers
+    sides = [mesh_axes(operand) for operand in (lhs, rhs)]
+    kept = [
+        axes[i]
+        for axes, *others in zip(sides, contracting, batch, strict=True)
+        for i in range(len(axes))
+        if i not in {*others[0], *others[1]}
+    ]
+    return (*[sides[0][i] for i in batch[0]], *kept)
 
 
 def _result_of_dot_general(lhs, rhs, dimension_numbers, preferred_element_type) -> jax.ShapeDtypeStruct:

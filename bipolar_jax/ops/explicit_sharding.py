@@ -1,0 +1,44 @@
+"""Products on meshes with Explicit axes, which `jax.make_mesh` gives by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, Shaped
+
+# The mesh axes that one axis of an array is sharded over.
+MeshAxes = str | tuple[str, ...] | None
+
+
+def mesh_axes(array: Shaped[Array, "*shape"]) -> tuple[MeshAxes, ...]:
+    """What each axis of an array is sharded over, by its type; None for axes that are not, or on Auto meshes."""
+    spec = tuple(jax.typeof(array).sharding.spec)
+    return spec + (None,) * (array.ndim - len(spec))
+
+
+def with_out_sharding[Result](
+    function: Callable[..., Result], wanted: Sequence[MeshAxes], operands: Sequence[Any]
+) -> Result:
+    """function(*operands), its result sharded over Explicit axes as lax.dot_general would; the compiler does the rest.
+
+    Packing, folding and scanning have no sharding of their own, so within the function the axes are Auto.
+
+    Args:
+      function: gives one array.
+      wanted: mesh axes of every axis of the result. A mesh axis that is named again is dropped.
+      operands: pytrees of arrays.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if explicit is None:
+        return function(*operands)
+    spec, used = [], set()
+    for axes in wanted:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        free = tuple(name for name in names if name not in used)
+        used.update(free)
+        spec.append(free or None)
+    out_sharding = jax.NamedSharding(explicit, jax.P(*spec))
+    return jax.sharding.auto_axes(function, axes=explicit.explicit_axes, out_sharding=out_sharding)(*operands)
