@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from bipolar_jax.checkpoint.checksums import checksum
 
@@ -51,6 +55,8 @@ class TrainingCheckpoints:
           keep: number of checkpoints to keep.
           asynchronous: write in the background while training continues.
         """
+        logging.set_verbosity(logging.FATAL)  # what Orbax logs with a traceback is raised as well
+        _ignore_abandoned_operations()
         self._folder = (workdir / FOLDER).absolute()
         self._settings = settings
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
@@ -58,7 +64,11 @@ class TrainingCheckpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Writes a checkpoint after `step` updates."""
+        """Writes a checkpoint after `step` updates.
+
+        Raises:
+          OSError: it cannot be written, or the one that was being written in the background could not.
+        """
         # Copies, because the next step donates the buffers while these are still being written.
         arrays = {name: np.array(array) for name, array in _named(state).items()}
         about = {
@@ -66,9 +76,9 @@ class TrainingCheckpoints:
             "data": data,
             "checksums": {name: checksum(array) for name, array in arrays.items()},
         }
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-        )
+        contents = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        with self._writing():
+            self._manager.save(step, args=contents)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -103,7 +113,6 @@ class TrainingCheckpoints:
                 "state"
             ]
         except Exception as error:  # damaged files raise many types
-            _silence_unfinished_reads()
             raise self._damaged(step, error) from error
         for name, array in arrays.items():
             if array.shape != template[name].shape or array.dtype != template[name].dtype:
@@ -117,9 +126,25 @@ class TrainingCheckpoints:
         return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), about["data"])
 
     def close(self) -> None:
-        """Waits for pending writes."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for pending writes. Raises OSError if one fails."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises what goes wrong in Orbax, such as a full disk, as OSError with the system's message."""
+        try:
+            yield
+        except Exception as error:  # TensorStore raises ValueError, the file system OSError
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            system = re.search(r": ([^:]+) \[os_error_code", str(error))
+            complete = [step for step in self.steps() if (self._folder / str(step)).is_dir()]
+            resumes = f"step {complete[-1]}" if complete else "the beginning"
+            raise OSError(
+                f"cannot write a checkpoint to {self._folder} ({system[1] if system else lines[0][:200]}): make room "
+                f"and run the same command, which resumes from {resumes}"
+            ) from error
 
     def _about(self, step: int) -> dict[str, Any]:
         try:
@@ -147,13 +172,16 @@ def _named(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _silence_unfinished_reads() -> None:
-    """Keeps the error to one line: after one failed read Orbax abandons the others, and each prints that its event
-    loop is closed."""
+def _ignore_abandoned_operations() -> None:
+    """Keeps errors to one line: after one failed read or write Orbax abandons the others, and each prints that its
+    event loop is closed."""
     previous = sys.unraisablehook
+    if getattr(previous, "ignores_closed_loops", False):
+        return
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
+    hook.ignores_closed_loops = True
     sys.unraisablehook = hook

@@ -21,7 +21,7 @@ from bipolar_jax.nn import BitSchedule
 Params = dict[str, Array]
 
 _DTYPES = ("float32", "bfloat16")
-_PACKED = (bj.nn.Linear, bj.nn.LinearGeneral, bj.nn.Embed)
+_PACKED = (bj.nn.Linear, bj.nn.Embed)
 
 
 @dataclasses.dataclass(frozen=True)
