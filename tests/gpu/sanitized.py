@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bipolar_jax.kernels.sm90.core import ptx
 from tests.gpu.cases import (
     attention,
     decode_step,
@@ -43,18 +44,20 @@ def planted(defect: str) -> Trial:
 
 
 def _planted_race() -> Trial:
-    """Two warpgroups write the same shared memory, with no barrier between them."""
+    """Every thread reads from shared memory what a thread of another warp writes, with no barrier in between."""
 
     def kernel(x, out, shared):
-        warpgroup = lax.axis_index("warpgroup")
-        shared[...] = x[...] + warpgroup.astype(jnp.float32)
-        plgpu.commit_smem()
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
+        def inline(_, x, out, shared):
+            thread = ptx.thread_in_warpgroup()
+            mine, other = (ptx.times(index, 4) for index in (thread, ptx.flip_bits(thread, 64)))
+            words = ptx.pointer(shared, ptx.SHARED)
+            ptx.store(ptx.advance(words, mine), ptx.load(ptx.advance(ptx.pointer(x, ptx.GLOBAL), mine), 1))
+            ptx.store(ptx.advance(ptx.pointer(out, ptx.GLOBAL), mine), ptx.load(ptx.advance(words, other), 1))
 
-        @pl.when(warpgroup == 0)
-        def _():
-            out[...] = shared[...]
+        inline(x, out, shared)
 
-    return _one_kernel(kernel, "planted_race", [plgpu.SMEM((128,), jnp.float32)], num_threads=2)
+    return _one_kernel(kernel, "planted_race", [plgpu.SMEM((128,), jnp.float32)], num_threads=1)
 
 
 def _planted_write() -> Trial:

@@ -132,18 +132,17 @@ class Step:
                 continue
             got, wanted = (_numbers(getattr(c, name))[:, 0, :, length] for c in (found, expected))
             for layer in range(self.config.num_layers):
-                limit = _FIRST_LAYER if layer == 0 else self._noise_in_cache()
+                limit = _FIRST_LAYER if layer == 0 else self._with_cache(max(_FIRST_LAYER, _WITHIN_NOISE[self._a_bits]))
                 difference = _difference(got[layer], wanted[layer])
                 assert difference <= limit, f"{name} of layer {layer} differ by {difference:.2%}, limit {limit:.0%}"
 
-    def _noise_in_cache(self) -> float:
-        """Limit on the difference of keys and values behind the first layer, as a share of their norm.
+    def _with_cache(self, noise: float) -> float:
+        """A limit on differences, as a share of the norm, behind a cache whose numbers differ by `noise` before it.
 
         A difference d moves a number across a boundary of the cache's grid with the probability mean(|d|) / step, and
         by one step: sqrt(step * mean(|d|)) in the mean square. Of a normal distribution mean(|d|) is 0.8 of its
         deviation, and the 128 numbers of a head span 5.2 deviations.
         """
-        noise = max(_FIRST_LAYER, _WITHIN_NOISE[self._a_bits])
         if self.cache_bits is None:
             return noise
         step = 5.2 / (2**self.cache_bits - 1)
@@ -153,7 +152,7 @@ class Step:
         if self._a_bits == 1 and self.config.ffn == "gelu":
             return  # far below zero GELU vanishes, and the last bits of its formula decide on the sign
         said = f"logits differ by {', '.join(f'{difference:.2%}' for difference in differences)}"
-        noise = _WITHIN_NOISE[self._a_bits]
+        noise = self._with_cache(_WITHIN_NOISE[self._a_bits])
         assert max(differences) <= noise, f"{said}: more than {noise:.0%}"
         close = _CLOSE[self._a_bits] if self.dtype == jnp.float32 else noise
         needed = math.ceil(_CLOSE_SHARE * len(differences))
