@@ -108,7 +108,7 @@ class BipolarFormat:
         A code stands for scale * (v - v0) with v0 = 2 zero_code - W, that is for scale * v plus
         the offset -scale * v0. Arguments and result as for `encode`.
         """
-        return self._clip(jnp.floor(x * half_steps_per_unit + 0.5) + zero_code)
+        return self._clip(jnp.floor(x * half_steps_per_unit + 0.5) + jnp.asarray(zero_code, jnp.float32))
 
     def _clip(self, codes: Float[Array, "..."]) -> UInt8[Array, "..."]:
         # Clips before the cast: casting a float that is out of the integer's range is undefined.

@@ -21,6 +21,7 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.rounding import check_float
+from bipolar_jax.quantize.straight_through import straight_through
 
 
 def matmul(
@@ -51,6 +52,10 @@ def matmul(
     - a prologue is differentiated as it is, with dx above as its cotangent;
     - the residual's gradient is g;
     - an activation is differentiated at the product, which is computed again; its gradient takes the place of g.
+
+    Derivatives of the gradient are those of this function too, of any order. Forward mode (`jax.jvp`, `jax.jacfwd`,
+    `jax.hessian`) raises JAX's TypeError, because the gradient is a `jax.custom_vjp`: use `jax.jacrev`, twice for a
+    Hessian.
 
     On several devices, call it within `jax.shard_map`: XLA cannot partition a GPU kernel, and under a plain `jit`
     gathers sharded operands and repeats the product on every device.
@@ -193,9 +198,10 @@ def _backward(static, operands, cotangent):
     if static.a_format is None:
         x_hat = x_hat.astype(x.dtype).astype(jnp.float32)
     else:
-        x_hat = quantize_tokens(x_hat, static.a_format).dequantize(static.a_format)
+        rounded = quantize_tokens(x_hat, static.a_format).dequantize(static.a_format)
+        x_hat = straight_through(rounded, x_hat)
     dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), static.group_size)
-    values = split_groups(w.values().T, static.group_size)
+    values = split_groups(w.values().T.astype(jnp.float32), static.group_size)
     dscale = jnp.sum(dw * values, axis=-1)
     doffset = None if offset is None else jnp.sum(dw, axis=-1)
     dbias = None if bias is None else jnp.sum(cotangent, axis=0).astype(bias.dtype)

@@ -14,6 +14,7 @@ from bipolar_jax.ops.matmul import matmul, vary_alike
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.stochastic import check_gradient_bits, stochastic_round
+from bipolar_jax.quantize.straight_through import straight_through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ def trainable_matmul(
 
     - dx = g @ packed^T, as if x had not been quantized;
     - dw_hat = x^^T @ g, in float32, which the caller's quantizer propagates to the weights.
+
+    Derivatives of the gradient are those of this function too, with packed for w_hat. Forward mode is as for `matmul`.
 
     Args:
       x: as for `matmul`.
@@ -119,30 +122,35 @@ def fenced_matmul(
 
 
 def _forward(static, x, w_hat, packed, key):
-    # The backward pass keeps the packed weights, not their floats.
-    return _product(static, x, w_hat, packed, key), (x, packed, key)
+    # The backward pass reads the packed weights. Their floats are for its own derivative; under `jit` a program that
+    # does not differentiate it keeps none.
+    return _product(static, x, w_hat, packed, key), (x, w_hat, packed, key)
 
 
 def _backward(static, residuals, cotangent):
-    x, packed, key = residuals
+    x, w_hat, packed, key = residuals
     dtype = static.gradient.dtype or x.dtype
     rows = x.reshape(-1, x.shape[-1])
     by_token = by_column = cotangent.reshape(-1, cotangent.shape[-1])
     if static.gradient.bits is not None:
         token_key, column_key = jax.random.split(key)
-        by_token = stochastic_round(by_token, static.gradient.bits, axis=-1, key=token_key)
-        by_column = stochastic_round(by_column, static.gradient.bits, axis=0, key=column_key)
+        rows_of_cotangent = by_token.astype(jnp.float32)
+        by_token, by_column = (
+            straight_through(stochastic_round(by_token, static.gradient.bits, axis=axis, key=key), rows_of_cotangent)
+            for axis, key in ((-1, token_key), (0, column_key))
+        )
     x_hat = rows
     if static.a_bits is not None:
         a_format = activation_format(static.a_bits)
-        x_hat = quantize_tokens(rows, a_format).dequantize(a_format)
+        x_hat = straight_through(quantize_tokens(rows, a_format).dequantize(a_format), rows.astype(jnp.float32))
 
     precision = static.gradient.precision
     if precision is None and jnp.dtype(dtype) == jnp.float32:
         precision = jax.lax.Precision.HIGHEST  # products of bfloat16 numbers are exact at every precision
     dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
     with jax.named_scope("bipolar_matmul_gradient"):
-        dx = dot(by_token.astype(dtype), packed.dequantize().T.astype(dtype))
+        w = straight_through(packed.dequantize(), w_hat.astype(jnp.float32))
+        dx = dot(by_token.astype(dtype), w.T.astype(dtype))
         # The barrier: XLA's CPU backend (jaxlib 0.11.2) has no bfloat16 product with a transposed constant.
         x_hat, by_column = jax.lax.optimization_barrier((x_hat.astype(dtype), by_column.astype(dtype)))
         dw_hat = dot(x_hat.T, by_column)

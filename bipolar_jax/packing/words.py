@@ -28,10 +28,11 @@ def pack_codes(
     k = codes.shape[-1]
     words = num_words(k)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, words * WORD_BITS - k)]
+    positions = _BIT_INDEX.reshape((1,) * codes.ndim + (WORD_BITS,))
     planes = []
     for plane in range(number_format.bits):
         bits = jnp.pad(number_format.bit(codes, plane), padding).reshape(*codes.shape[:-1], words, WORD_BITS)
-        planes.append(jnp.sum(bits.astype(jnp.uint32) << _BIT_INDEX, axis=-1, dtype=jnp.uint32))
+        planes.append(jnp.sum(bits.astype(jnp.uint32) << positions, axis=-1, dtype=jnp.uint32))
     return jnp.stack(planes, axis=-3)
 
 
@@ -40,8 +41,9 @@ def unpack_codes(
 ) -> UInt8[Array, "*batch n k"]:
     """Inverse of `pack_codes`: u = sum_i p_i b_i."""
     codes = jnp.uint32(0)
+    positions = _BIT_INDEX.reshape((1,) * (planes.ndim - 1) + (WORD_BITS,))
     for plane, weight in enumerate(number_format.plane_weights):
-        bits = (planes[..., plane, :, :, None] >> _BIT_INDEX) & 1
+        bits = (planes[..., plane, :, :, None] >> positions) & jnp.uint32(1)
         codes = codes + bits * jnp.uint32(weight)
     *batch, n, words, _ = codes.shape
     return codes.astype(jnp.uint8).reshape(*batch, n, words * WORD_BITS)[..., :k]

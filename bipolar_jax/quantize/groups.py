@@ -49,6 +49,14 @@ def group_lengths(k: int, group_size: int | None) -> np.ndarray:
     return valid_mask(k, group_size).sum(axis=-1).astype(np.int32)
 
 
+def along_last(array: Shaped[Array, "*last"] | Shaped[np.ndarray, "*last"], ndim: int) -> Shaped[Array, "..."]:
+    """The array with axes of size 1 before its own, so that it broadcasts over the first axes of one of `ndim` axes.
+
+    JAX does so itself, but not if `jax_numpy_rank_promotion` is "raise".
+    """
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
 def spread_groups(per_group: Shaped[Array, "*rows groups"], k: int, group_size: int | None) -> Shaped[Array, "*rows k"]:
     """Repeats the number of each group for every element of that group."""
     size = k if group_size is None else group_size

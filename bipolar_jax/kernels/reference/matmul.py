@@ -39,7 +39,12 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     a_sums = code_sums(codes, w.group_size)
     a_max, w_max = a_format.max_value, w.format.max_value
     lengths = group_lengths(w.contracted_size, w.group_size)
-    return 4 * products - 2 * w_max * a_sums[:, None] - 2 * a_max * w.row_sums[None] + lengths * (a_max * w_max)
+    return (
+        4 * products
+        - 2 * w_max * a_sums[:, None]
+        - 2 * a_max * w.row_sums[None]
+        + lengths[None, None] * (a_max * w_max)
+    )
 
 
 def quantized_matmul(
@@ -81,7 +86,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
 def _and_popcount(
     a: UInt32[Array, "m words"], b: UInt32[Array, "n words"], masks: UInt32[np.ndarray, "groups words"]
 ) -> Int[Array, "m n groups"]:
-    both = a[:, None, None, :] & b[None, :, None, :] & masks
+    both = a[:, None, None, :] & b[None, :, None, :] & masks[None, None]
     return jnp.sum(jax.lax.population_count(both).astype(jnp.int32), axis=-1)
 
 

@@ -17,13 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.quantize.groups import along_last
 
 
 def value_sums(
     code_sums: Int[Array, "*rows"], number_format: BipolarFormat, length: int | Int[Array, "..."]
 ) -> Int[Array, "*rows"]:
     """Sums of values from sums of codes over groups of `length` elements, by v = 2 u - W."""
-    return 2 * code_sums - number_format.max_value * length
+    values = number_format.max_value * jnp.asarray(length, jnp.int32)
+    return 2 * code_sums - (along_last(values, code_sums.ndim) if values.ndim else values)
 
 
 def scale_group(
@@ -33,7 +35,7 @@ def scale_group(
     scale: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """The term s_w * (I - v0 V_w) of one group, float32."""
-    return _difference(integers, zero_value[:, None] * w_value_sums) * scale
+    return _difference(integers, zero_value[:, None] * w_value_sums[None]) * scale[None]
 
 
 def offset_group(
@@ -43,7 +45,7 @@ def offset_group(
     offset: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """The term o_w * (V_x - v0 L) of one group, float32."""
-    return _difference(x_value_sums, zero_value * length)[:, None] * offset
+    return _difference(x_value_sums, zero_value * length)[:, None] * offset[None]
 
 
 def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -76,7 +78,7 @@ def finish(
       activation: applied in float32; a gated one makes n / 2 columns.
     """
     y = total if token_scale is None else total * token_scale[:, None]
-    y = y if bias is None else y + bias.astype(jnp.float32)
+    y = y if bias is None else y + bias.astype(jnp.float32)[None]
     return activate_and_add(y, activation, dtype, residual)
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.quantize.groups import along_last
+
 _STATIC = {"static": True}
 
 
@@ -36,7 +38,7 @@ class RMSNorm:
         """float32."""
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * _vector(self.gain, x.ndim)
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +60,11 @@ class LayerNorm:
         deviation = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(deviation * deviation, axis=-1, keepdims=True)
         normalized = deviation * jax.lax.rsqrt(variance + self.eps)
-        return normalized * self.gain.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        return normalized * _vector(self.gain, x.ndim) + _vector(self.bias, x.ndim)
+
+
+def _vector(vector: Float[Array, "*batch k"], ndim: int) -> Float[Array, "..."]:
+    return along_last(vector.astype(jnp.float32), max(ndim, vector.ndim))
 
 
 Function = Literal["silu", "gelu", "relu"]

@@ -72,14 +72,14 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     """
     shrink = 2.0**-w.bits
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    values = (w.format.values(dataclasses.replace(w, axis=-1).codes()) * jnp.float32(shrink)).astype(x.dtype)
+    values = (dataclasses.replace(w, axis=-1).values().astype(jnp.float32) * shrink).astype(x.dtype)
 
     def add_group(total, group):
         x_group, w_group, scale, offset = group
         product = jax.lax.dot_general(x_group, w_group, _NT, precision=precision, preferred_element_type=jnp.float32)
-        total += product * (scale / shrink)
+        total += product * (scale / shrink)[None]
         if offset is not None:
-            total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset
+            total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset[None]
         return total, None
 
     x_groups, w_groups = (jnp.moveaxis(split_groups(a, w.group_size), -2, 0) for a in (x, values))
@@ -135,4 +135,4 @@ def _group_product(group: _Group, w_format: BipolarFormat, a_format: BipolarForm
     x_sums = jnp.sum(x_signed, axis=-1, dtype=jnp.int32)
     w_sums = w_code_sums - w_format.code_offset * length
     r_a, r_w = a_format.value_shift, w_format.value_shift
-    return 4 * product + 2 * r_w * x_sums[:, None] + 2 * r_a * w_sums + length * (r_a * r_w)
+    return 4 * product + 2 * r_w * x_sums[:, None] + 2 * r_a * w_sums[None] + length * (r_a * r_w)
