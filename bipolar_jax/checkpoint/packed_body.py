@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zlib
 from typing import Any
 
+from bipolar_jax.checkpoint.json_text import parse_json
 from bipolar_jax.checkpoint.safetensors_reader import SafetensorsError
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.groups import check_group_size
@@ -60,8 +60,8 @@ def read_body(path: str | os.PathLike[str], metadata: dict[str, str], tensors: s
     if digits != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}":
         raise SafetensorsError("its metadata does not match its checksum")
     try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(text)
+    except ValueError as error:
         raise SafetensorsError(f"its metadata is not JSON: {error!s:.200}") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if type(version) is not int:

@@ -9,7 +9,6 @@ Format: https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import struct
@@ -19,6 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
+
+from bipolar_jax.checkpoint.json_text import parse_json
 
 # dtypes that the loaders read; a file may hold others, which have a name and no numpy dtype.
 DTYPES = {
@@ -123,8 +124,8 @@ class SafetensorsReader:
         if length > min(_MOST_HEADER_BYTES, size - 8):
             raise SafetensorsError(f"it announces a header of {length:,} bytes, but has {size:,} bytes")
         try:
-            header = json.loads(_exactly(self._file, length).decode())
-        except (ValueError, RecursionError) as error:
+            header = parse_json(_exactly(self._file, length).decode())
+        except ValueError as error:
             raise SafetensorsError(f"its header is not JSON ({error!s:.200})") from error
         if not isinstance(header, dict):
             raise SafetensorsError(f"its header is a {type(header).__name__}, not an object")

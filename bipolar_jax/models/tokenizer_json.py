@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bipolar_jax.checkpoint.json_text import parse_json
 from bipolar_jax.extras import require
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def tokenizer_errors(source: str | os.PathLike[str]) -> Iterator[None]:
 
 def _without_call_settings(text: str, vocab_size: int | None) -> str:
     """The same text, if there is nothing to change, so that the library reads what the file says."""
-    fields: Any = json.loads(text)
+    fields: Any = parse_json(text)
     if not isinstance(fields, dict):
         raise ValueError(f"it holds a {type(fields).__name__}, expected an object")
     changed = [name for name in _CALL_SETTINGS if fields.pop(name, None) is not None]

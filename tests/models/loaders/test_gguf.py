@@ -182,6 +182,19 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.parametrize("key", ["GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"])
+def test_keys_of_any_name_are_harmless(tmp_path, key):
+    load_gguf(tiny.write_gguf(tiny.make(metadata={key: 3}), tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("count", [1, 7, 9, 2**17])
+def test_a_wrong_number_of_rope_factors_is_refused(tmp_path, count):
+    factors = {"rope_freqs.weight": np.ones(count, np.float32)}
+    path = tiny.write_gguf(tiny.make(extra=factors), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=rf"model.gguf.* has {count:,} (explicit|RoPE) factors"):
+        load_gguf(path)
+
+
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_metadata_is_rejected(tmp_path, case):
     metadata, message = UNSUPPORTED[case]

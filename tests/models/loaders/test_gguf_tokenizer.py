@@ -10,7 +10,7 @@ from bipolar_jax.models.loaders.gguf.config import Metadata
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
 from tests.support import tiny_checkpoints as tiny
 
-KINDS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
+KINDS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 TRICKY = (
     "",
     " ",
@@ -93,7 +93,7 @@ def test_bos_is_prepended_if_the_file_asks_for_it(pre, flag, prepends):
     ("changes", "message"),
     [
         ({"model": None}, "has no tokenizer .* load the model's Hugging Face directory"),
-        ({"model": "llama"}, "'llama' tokenizer, supported is 'gpt2' .* Hugging Face directory"),
+        ({"model": "bert"}, "'bert' tokenizer, supported are 'gpt2' .* 'llama' .* Hugging Face directory"),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken', supported are smollm, gpt-2, .* Hugging Face directory"),
         ({"tokens": None}, "no metadata key 'tokenizer.ggml.tokens'"),
         ({"merges": None}, "no metadata key 'tokenizer.ggml.merges'"),
@@ -110,6 +110,34 @@ def test_unsupported_tokenizers_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         built("smollm", **changes)
     assert "model.gguf" in str(caught.value)
+
+
+DEFAULT_PIECES = {
+    "In 1984, it's 12345.": ["In", "Ġ", "198", "4", ",", "Ġit", "'", "s", "Ġ", "123", "45", "."],
+    "f(x) == a+b\n\n  y": ["f", "(", "x", ")", "Ġ", "==", "Ġa", "+", "b", "ĊĊĠ", "Ġy"],
+}
+
+
+@pytest.mark.parametrize("text", DEFAULT_PIECES)
+def test_without_a_pre_tokenizer_texts_are_split_as_in_llama_cpp(text):
+    """Each of its four expressions splits what the one before has left."""
+    with pytest.warns(UserWarning, match=r"model.gguf has no 'tokenizer.ggml.pre'.*convert it again"):
+        old = built("default", pre=None)
+    for tokenizer in (old, built("default")):
+        assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == DEFAULT_PIECES[text]
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert old.encode("a").ids[0] != 0, "no BOS"
+
+
+def test_llama_3_has_other_names():
+    for name in ("llama3", "llama-v3"):
+        expected = built("llama-bpe", add_bos_token=None).encode("In 1984").ids
+        assert built("llama-bpe", pre=name, add_bos_token=None).encode("In 1984").ids == expected
+
+
+def test_eos_is_appended_if_the_file_asks_for_it():
+    ids = built("smollm", add_eos_token=True, add_bos_token=True).encode("hello").ids
+    assert (ids[0], ids[-1]) == (0, 1)
 
 
 def test_too_many_and_duplicate_tokens_are_rejected():

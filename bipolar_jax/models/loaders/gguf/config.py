@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from bipolar_jax.models.config import RopeScaling, TransformerConfig
+from bipolar_jax.models.config import MOST_SIZE, RopeScaling, TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
 
 ARCHITECTURES = ("llama", "qwen2")
+_MOST_UINT32 = 2**32 - 1
 
 
 class Metadata:
@@ -26,9 +27,10 @@ class Metadata:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def integer(self, key: str, default: int | None = None, least: int = 0) -> int | None:
-        """An integer of at least `least`."""
-        return self._get(key, default, int, lambda value: value >= least, f"an integer of at least {least}")
+    def integer(self, key: str, default: int | None = None, least: int = 0, most: int | None = None) -> int | None:
+        """An integer from `least` to `most`."""
+        expected = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
+        return self._get(key, default, int, lambda value: least <= value <= (most or value), expected)
 
     def positive(self, key: str, default: float | None = None) -> float | None:
         """A positive finite number."""
@@ -80,7 +82,7 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
     arch = metadata.require(metadata.text("general.architecture"), "general.architecture")
     if arch not in ARCHITECTURES:
         raise ValueError(
-            f"{metadata.source} has architecture {arch!r}, supported are {', '.join(ARCHITECTURES)}: "
+            f"{metadata.source} has architecture {arch!r:.60}, supported are {', '.join(ARCHITECTURES)}: "
             "choose a model of one of these"
         )
     if metadata.integer("split.count", 1) > 1:
@@ -90,7 +92,7 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
 
     def size(key: str, default: int | None = None) -> int:
         name = f"{arch}.{key}"
-        return metadata.require(metadata.integer(name, default, least=1), name)
+        return metadata.require(metadata.integer(name, default, least=1, most=_MOST_UINT32), name)
 
     hidden, heads = size("embedding_length"), size("attention.head_count")
     rotary = metadata.integer(f"{arch}.rope.dimension_count", None, least=1)
@@ -113,7 +115,7 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
         norm_eps=_norm_eps(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in tensor_names,
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
-        bos_id=metadata.integer("tokenizer.ggml.bos_token_id"),
+        bos_id=_token_id(metadata, "bos"),
         eos_ids=_eos_ids(metadata),
     )
     with errors_name(metadata.source):
@@ -144,9 +146,16 @@ def _norm_eps(metadata: Metadata, key: str) -> float:
     return float(str(np.float32(value)))
 
 
+def _token_id(metadata: Metadata, name: str) -> int | None:
+    """The id of the token "bos" or "eos"; SentencePiece has ids for absent keys, as in llama.cpp."""
+    is_sentencepiece = metadata.text("tokenizer.ggml.model") == "llama"
+    default = {"bos": 1, "eos": 2}[name] if is_sentencepiece else None
+    return metadata.integer(f"tokenizer.ggml.{name}_token_id", default)
+
+
 def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
     """Ids of the end of text, and of the end of a chat turn if the file has one."""
-    found = (metadata.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    found = (_token_id(metadata, "eos"), metadata.integer("tokenizer.ggml.eot_token_id"))
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
@@ -157,7 +166,7 @@ def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[fl
     # As in llama.cpp, a factor without a type is linear scaling.
     kind = metadata.text(f"{prefix}.type", "linear" if factor != 1 else "none")
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"{metadata.source} has RoPE scaling {kind!r}, supported are none, linear, yarn")
+        raise ValueError(f"{metadata.source} has RoPE scaling {kind!r:.60}, supported are none, linear, yarn")
     if kind == "none" or (kind == "linear" and factor == 1):
         return dict(kind="factors", factors=factors) if factors else None
     if factors:
@@ -169,7 +178,7 @@ def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[fl
     return dict(
         kind="yarn",
         factor=factor,
-        original_context_length=metadata.integer(f"{prefix}.original_context_length", context, least=1),
+        original_context_length=metadata.integer(f"{prefix}.original_context_length", context, least=1, most=MOST_SIZE),
         beta_fast=metadata.positive(f"{prefix}.yarn_beta_fast", 32.0),
         beta_slow=metadata.positive(f"{prefix}.yarn_beta_slow", 1.0),
         attention_factor=None if multiplier == 1 else multiplier * (0.1 * math.log(factor) + 1.0),

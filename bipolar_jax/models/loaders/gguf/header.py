@@ -1,8 +1,9 @@
-"""Validates the header of a GGUF file before the gguf library reads it.
+"""Reads and validates the header of a GGUF file.
 
-GGUFReader trusts the file: a damaged array length makes it loop forever, a damaged tensor size makes it
-allocate. This check compares each length, count and offset with the file's size, and each tensor's offset
-with the end of the previous tensor. It allocates nothing in proportion to stored lengths.
+The gguf library's own reader trusts the file: a damaged array length makes it loop forever, a damaged tensor size
+makes it allocate, and an intact array costs it hundreds of bytes for every byte. This reader compares each length,
+count and offset with the file's size, and each tensor's offset with the end of the previous tensor. It keeps only
+the arrays that the loader needs.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -15,6 +16,9 @@ import mmap
 import os
 import struct
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 # Supported tensor types: number in the file -> (name, weights per block, bytes per block).
 TENSOR_TYPES = {
@@ -25,12 +29,16 @@ TENSOR_TYPES = {
     8: ("Q8_0", 32, 34),
     30: ("BF16", 1, 2),
 }
-# Metadata value types of fixed size: number in the file -> bytes.
-_FIXED_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Metadata value types of fixed size: number in the file -> struct's and NumPy's letter.
+_FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FIXED_SIZES = {kind: struct.calcsize(f"<{letter}") for kind, letter in _FIXED.items()}
+# The arrays that are kept.
+_ARRAYS = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores", "merges")}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _DEFAULT_ALIGNMENT = 32
+_LENGTH = struct.Struct("<Q")
 # Least bytes of a key with its value, and of a tensor's description; they bound the two counts.
 _MIN_KEY_VALUE, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
@@ -43,18 +51,37 @@ class GGUFTensor:
       name: name in the file.
       shape: outermost dimension first, the reverse of the file's order.
       type_name: one of TENSOR_TYPES.
+      start: offset of the data in the file, in bytes.
+      row_bytes: size of one row of the innermost dimension.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
+    start: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
 
 
-def check_gguf(path: str | os.PathLike[str]) -> list[GGUFTensor]:
-    """Validates the header and returns the descriptions of the tensors.
+class UnreadArray:
+    """The value of an array that is not kept."""
+
+    def __repr__(self) -> str:
+        return "an array"
+
+
+def check_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[GGUFTensor]]:
+    """Validates the header; returns the metadata by key, and the descriptions of the tensors.
+
+    Values are numbers, texts, lists, or `UnreadArray` for arrays that the loader does not need.
 
     Raises:
       FileNotFoundError: no file at `path`.
+      PermissionError: the file is not readable.
       ValueError: the file is not GGUF, is damaged or truncated, or has a tensor of an unsupported type.
     """
     path = Path(path)
@@ -75,9 +102,10 @@ class _HeaderReader:
         self._path, self._data, self._size = path, data, size
         self._position = 0
         self._alignment = _DEFAULT_ALIGNMENT
+        self._values: dict[str, Any] = {}
 
-    def read(self) -> list[GGUFTensor]:
-        """The descriptions of all tensors."""
+    def read(self) -> tuple[dict[str, Any], list[GGUFTensor]]:
+        """The metadata by key, and the descriptions of all tensors."""
         magic = self._take(4, "magic")
         if magic != b"GGUF":
             raise ValueError(f"{self._path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
@@ -89,65 +117,63 @@ class _HeaderReader:
             )
         tensor_count, key_count = self._unpack("<QQ", "counts")
         self._check_count(key_count, _MIN_KEY_VALUE, "metadata keys")
-        keys = set()
         for _ in range(key_count):
-            keys.add(self._key_value(keys))
+            self._key_value()
         self._check_count(tensor_count, _MIN_TENSOR, "tensors")
-        return self._tensors(tensor_count)
+        return self._values, self._tensors(tensor_count)
 
     def _tensors(self, count: int) -> list[GGUFTensor]:
         tensors: dict[str, GGUFTensor] = {}
-        ends = []
         expected_offset = 0
         for _ in range(count):
-            tensor, offset, nbytes = self._tensor()
+            tensor = self._tensor()
             if tensor.name in tensors:
-                raise self._damaged(f"tensor {tensor.name!r} occurs twice")
+                raise self._damaged(f"tensor {tensor.name!r:.100} occurs twice")
             # Each tensor starts at the next aligned offset after the previous one, as llama.cpp requires.
-            if offset != expected_offset:
-                raise self._damaged(f"tensor {tensor.name!r} is at offset {offset}, expected {expected_offset}")
-            tensors[tensor.name] = tensor
-            ends.append((tensor.name, offset + nbytes))
-            expected_offset = self._aligned(offset + nbytes)
-        start = self._aligned(self._position)
-        for name, end in ends:
-            if start + end > self._size:
+            if tensor.start != expected_offset:
                 raise self._damaged(
-                    f"tensor {name!r} ends at byte {start + end:,}, but the file has {self._size:,} bytes"
+                    f"tensor {tensor.name!r:.100} is at offset {tensor.start}, expected {expected_offset}"
                 )
-        return list(tensors.values())
+            tensors[tensor.name] = tensor
+            expected_offset = self._aligned(tensor.start + tensor.nbytes)
+        start = self._aligned(self._position)
+        placed = [dataclasses.replace(tensor, start=start + tensor.start) for tensor in tensors.values()]
+        for tensor in placed:
+            end = tensor.start + tensor.nbytes
+            if end > self._size:
+                raise self._damaged(
+                    f"tensor {tensor.name!r:.100} ends at byte {end:,}, but the file has {self._size:,} bytes"
+                )
+        return placed
 
-    def _tensor(self) -> tuple[GGUFTensor, int, int]:
-        """A tensor's description, its offset in the data section, and its size in bytes."""
+    def _tensor(self) -> GGUFTensor:
+        """A tensor's description, with its offset in the data section."""
         name = self._string("tensor name")
-        (rank,) = self._unpack("<I", f"rank of tensor {name!r}")
+        (rank,) = self._unpack("<I", f"rank of tensor {name!r:.100}")
         if not 1 <= rank <= _MAX_DIMS:
-            raise self._damaged(f"tensor {name!r} has {rank} dimensions, allowed are 1 to {_MAX_DIMS}")
-        dims = self._unpack(f"<{rank}Q", f"shape of tensor {name!r}")
-        type_number, offset = self._unpack("<IQ", f"type of tensor {name!r}")
+            raise self._damaged(f"tensor {name!r:.100} has {rank} dimensions, allowed are 1 to {_MAX_DIMS}")
+        dims = self._unpack(f"<{rank}Q", f"shape of tensor {name!r:.100}")
+        type_number, offset = self._unpack("<IQ", f"type of tensor {name!r:.100}")
         if type_number not in TENSOR_TYPES:
             supported = ", ".join(type_name for type_name, _, _ in TENSOR_TYPES.values())
             raise ValueError(
-                f"{self._path}: tensor {name!r} has type {_type_name(type_number)}, supported are {supported}: "
+                f"{self._path}: tensor {name!r:.100} has type {_type_name(type_number)}, supported are {supported}: "
                 "convert the model to one of these, or download it again if it should be one"
             )
         type_name, block, block_bytes = TENSOR_TYPES[type_number]
         if min(dims) < 1 or dims[0] % block:
-            raise self._damaged(f"tensor {name!r} has shape {dims[::-1]}, impossible for type {type_name}")
-        return GGUFTensor(name, dims[::-1], type_name), offset, math.prod(dims) // block * block_bytes
+            raise self._damaged(f"tensor {name!r:.100} has shape {dims[::-1]}, impossible for type {type_name}")
+        return GGUFTensor(name, dims[::-1], type_name, offset, dims[0] // block * block_bytes)
 
-    def _key_value(self, known: set[str]) -> str:
+    def _key_value(self) -> None:
         key = self._string("metadata key")
-        if key in known:
-            raise self._damaged(f"metadata key {key!r} occurs twice")
-        (kind,) = self._unpack("<I", f"type of metadata key {key!r}")
+        if key in self._values:
+            raise self._damaged(f"metadata key {key!r:.100} occurs twice")
+        (kind,) = self._unpack("<I", f"type of metadata key {key!r:.100}")
         if key == "general.alignment":
-            self._alignment = self._read_alignment(kind)
-        elif kind == _ARRAY:
-            self._array(key)
+            self._alignment = self._values[key] = self._read_alignment(kind)
         else:
-            self._value(kind, key)
-        return key
+            self._values[key] = self._array(key) if kind == _ARRAY else self._value(kind, key)
 
     def _read_alignment(self, kind: int) -> int:
         if kind != _UINT32:
@@ -157,25 +183,39 @@ class _HeaderReader:
             raise self._damaged(f"general.alignment is {alignment}, expected a power of two")
         return alignment
 
-    def _array(self, key: str) -> None:
-        kind, count = self._unpack("<IQ", f"array of metadata key {key!r}")
-        if kind in _FIXED_SIZES:
-            self._check_count(count, _FIXED_SIZES[kind], f"values of metadata key {key!r}")
+    def _array(self, key: str) -> list | UnreadArray:
+        kind, count = self._unpack("<IQ", f"array of metadata key {key!r:.100}")
+        if kind in _FIXED:
+            self._check_count(count, _FIXED_SIZES[kind], f"values of metadata key {key!r:.100}")
+            if key in _ARRAYS:
+                return np.frombuffer(self._take(count * _FIXED_SIZES[kind], key), f"<{_FIXED[kind]}").tolist()
             self._position += count * _FIXED_SIZES[kind]
         elif kind == _STRING:
-            self._check_count(count, 8, f"strings of metadata key {key!r}")
-            for _ in range(count):
-                self._string(key)
+            self._check_count(count, 8, f"strings of metadata key {key!r:.100}")
+            if key in _ARRAYS:
+                return [self._string(key) for _ in range(count)]
+            self._skip_strings(count, key)
         else:
-            raise self._damaged(f"metadata key {key!r} is an array of unknown value type {kind}")
+            raise self._damaged(f"metadata key {key!r:.100} is an array of unknown value type {kind}")
+        return UnreadArray()
 
-    def _value(self, kind: int, key: str) -> None:
+    def _skip_strings(self, count: int, key: str) -> None:
+        position, last = self._position, self._size - 8
+        for _ in range(count):
+            if position > last:
+                self._position = min(position, self._size)
+                self._take(8, f"{key!r:.100}")  # raises
+            position += 8 + _LENGTH.unpack_from(self._data, position)[0]
+        self._position = min(position, self._size)
+        if position > self._size:
+            self._take(1, f"{key!r:.100}")  # raises
+
+    def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            self._string(key)
-        elif kind in _FIXED_SIZES:
-            self._take(_FIXED_SIZES[kind], key)
-        else:
-            raise self._damaged(f"metadata key {key!r} has unknown value type {kind}")
+            return self._string(key)
+        if kind not in _FIXED:
+            raise self._damaged(f"metadata key {key!r:.100} has unknown value type {kind}")
+        return self._unpack(f"<{_FIXED[kind]}", key)[0]
 
     def _string(self, item: str) -> str:
         (length,) = self._unpack("<Q", item)
@@ -183,7 +223,9 @@ class _HeaderReader:
         try:
             return self._take(length, item).decode()
         except UnicodeDecodeError as error:
-            raise self._damaged(f"{item} at byte {self._position - length:,} is not UTF-8 ({error.reason})") from error
+            raise self._damaged(
+                f"{item:.100} at byte {self._position - length:,} is not UTF-8 ({error.reason})"
+            ) from error
 
     def _unpack(self, layout: str, item: str) -> tuple[int, ...]:
         return struct.unpack(layout, self._take(struct.calcsize(layout), item))
@@ -194,14 +236,15 @@ class _HeaderReader:
 
     def _take(self, count: int, item: str) -> bytes:
         if count > self._remaining:
-            raise self._damaged(f"it ends after {self._size:,} bytes, inside {item} at byte {self._position:,}")
+            raise self._damaged(f"it ends after {self._size:,} bytes, inside {item:.140} at byte {self._position:,}")
         self._position += count
         return self._data[self._position - count : self._position]
 
     def _check_count(self, count: int, min_bytes: int, item: str) -> None:
         if count * min_bytes > self._remaining:
             raise self._damaged(
-                f"it announces {count:,} {item} at byte {self._position:,}, but only {self._remaining:,} bytes follow"
+                f"it announces {count:,} {item:.140} at byte {self._position:,}, but only {self._remaining:,} bytes "
+                "follow"
             )
 
     def _aligned(self, position: int) -> int:

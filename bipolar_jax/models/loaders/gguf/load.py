@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bipolar_jax.extras import require
-from bipolar_jax.models.assemble import assemble, check_layout
+from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout
 from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.gguf.chat_template import read_chat_template
 from bipolar_jax.models.loaders.gguf.config import Metadata, read_config
+from bipolar_jax.models.loaders.gguf.data import GGUFData
 from bipolar_jax.models.loaders.gguf.header import GGUFTensor, check_gguf
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
 from bipolar_jax.models.pretrained import PretrainedModel
@@ -42,6 +42,7 @@ _IN_LAYER = {
 }
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)")
 _ROPE_FACTORS = "rope_freqs.weight"
+_MOST_ROPE_FACTORS = 1 << 16
 
 
 def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
@@ -55,28 +56,40 @@ def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> P
 
     Raises:
       FileNotFoundError: no file at `path`.
+      PermissionError: the file is not readable.
       ValueError: the file is damaged, truncated, contradicts itself, or is of an unsupported kind.
       ModuleNotFoundError: the extra "models" is not installed.
     """
-    descriptions = {tensor.name: tensor for tensor in check_gguf(path)}
-    reader = require("gguf", "models").GGUFReader(path)
-    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()}, str(path))
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    factors = ()
-    if _ROPE_FACTORS in stored:
-        factors = tuple(_dequantize(stored.pop(_ROPE_FACTORS)).ravel().tolist())
-        del descriptions[_ROPE_FACTORS]
-    config = read_config(metadata, set(stored), factors)
-    tokenizer = build_tokenizer(metadata, config.vocab_size)
-    config, template = with_end_tokens(config, tokenizer), read_chat_template(metadata)
-    # In the order of parameters, so that `assemble` completes one before it starts the next.
-    targets = sorted((*_target(name, path), name) for name in stored)
-    with errors_name(path):
-        layout = ((target, _layer(layer), _our_shape(descriptions[name])) for target, layer, name in targets)
-        check_layout(config, layout)
+    values, tensors = check_gguf(path)
+    metadata = Metadata(values, str(path))
+    stored = {tensor.name: tensor for tensor in tensors}
+    with GGUFData(path) as data:
+        factors = _rope_factors(data, stored.pop(_ROPE_FACTORS, None), path)
+        config = read_config(metadata, set(stored), factors)
+        tokenizer = build_tokenizer(metadata, config.vocab_size)
+        config, template = with_end_tokens(config, tokenizer), read_chat_template(metadata)
         permuted = metadata.text("general.architecture") == "llama"
-        model = assemble(config, _read(config, stored, targets, permuted), param_dtype)
+        # The metadata may hold millions of texts, which would stay beside the weights.
+        del values, metadata
+        # In the order of parameters, so that `assemble` completes one before it starts the next.
+        targets = sorted((*_target(name, path), name) for name in stored)
+        with errors_name(path):
+            check_layout(config, ((target, _layer(layer), _our_shape(stored[name])) for target, layer, name in targets))
+            lazy = (
+                (target, _layer(layer), _lazy(data, stored[name], target, _interleaved_heads(config, target, permuted)))
+                for target, layer, name in targets
+            )
+            model = assemble(config, lazy, param_dtype)
     return PretrainedModel(model, tokenizer, template)
+
+
+def _rope_factors(data: GGUFData, tensor: GGUFTensor | None, path: str | os.PathLike[str]) -> tuple[float, ...]:
+    if tensor is None:
+        return ()
+    count = math.prod(tensor.shape)
+    if count > _MOST_ROPE_FACTORS:
+        raise ValueError(f"{path} has {count:,} RoPE factors, at most {_MOST_ROPE_FACTORS:,} are plausible")
+    return tuple(float(factor) for _, rows in data.rows(tensor) for factor in rows.ravel())
 
 
 def _target(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:
@@ -85,7 +98,7 @@ def _target(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:
         return _TOP[name], -1
     match = _BLOCK.fullmatch(name)
     if match is None or match[2] not in _IN_LAYER:
-        raise ValueError(f"{path} has an unexpected tensor {name!r}: no supported architecture has one")
+        raise ValueError(f"{path} has an unexpected tensor {name!r:.100}: no supported architecture has one")
     return f"layers/{_IN_LAYER[match[2]]}", int(match[1])
 
 
@@ -98,22 +111,27 @@ def _our_shape(tensor: GGUFTensor) -> tuple[int, ...]:
     return tensor.shape if tensor.name == "token_embd.weight" else tensor.shape[::-1]
 
 
-def _read(
-    config: TransformerConfig, stored: dict[str, Any], targets: list[tuple[str, int, str]], permuted: bool
-) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """The tensors for `assemble`; `permuted` says that rows of q and k have llama.cpp's order."""
-    for target, layer, name in targets:
-        array = _dequantize(stored[name])
-        if permuted and "attention/q_proj/" in target:
-            array = _unpermute(array, config.num_heads)
-        elif permuted and "attention/k_proj/" in target:
-            array = _unpermute(array, config.num_kv_heads)
-        yield target, _layer(layer), array.T if target.endswith("/kernel") else array
+def _interleaved_heads(config: TransformerConfig, target: str, permuted: bool) -> int:
+    """Number of heads whose rows have llama.cpp's order; 0 if none. `permuted` says that the file's q and k have it."""
+    if permuted and "attention/q_proj/" in target:
+        return config.num_heads
+    return config.num_kv_heads if permuted and "attention/k_proj/" in target else 0
 
 
-def _dequantize(tensor: Any) -> np.ndarray:
-    """float32 values in the stored shape, exact for every supported type."""
-    return require("gguf.quants", "models").dequantize(tensor.data, tensor.tensor_type)
+def _lazy(data: GGUFData, tensor: GGUFTensor, target: str, heads: int) -> LazyTensor:
+    """The tensor for `assemble`; rows of `heads` heads are put into our order."""
+    is_vector = len(tensor.shape) == 1
+    rows_of_head = tensor.shape[0] // heads if heads and not is_vector else 1
+
+    def copy_to(parameter: np.ndarray) -> None:
+        view = parameter.T if target.endswith("/kernel") else parameter
+        for start, rows in data.rows(tensor, rows_of_head):
+            if is_vector:
+                view[...] = _unpermute(rows[0], heads) if heads else rows[0]
+            else:
+                view[start : start + len(rows)] = _unpermute(rows, len(rows) // rows_of_head) if heads else rows
+
+    return LazyTensor(_our_shape(tensor), copy_to)
 
 
 def _unpermute(rows: Float[np.ndarray, "out ..."], heads: int) -> Float[np.ndarray, "out ..."]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.sentencepiece import build_sentencepiece
+from bipolar_jax.models.loaders.gguf.vocabulary import REMEDY, add_special_tokens, read_tokens, special_id
+from bipolar_jax.models.tokenizer_json import check_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,43 +23,90 @@ _SPLIT = (
 )
 _LLAMA3_PATTERN = _SPLIT.format(digits=r"\p{N}{1,3}")
 _QWEN2_PATTERN = _SPLIT.format(digits=r"\p{N}")
+# llama.cpp's rule for files without a pre-tokenizer: each expression splits what the one before has left.
+_DEFAULT_PATTERNS = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+# llama.cpp's other names.
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
-_CONTROL, _USER_DEFINED = 3, 4
-_REMEDY = "load the model's Hugging Face directory, with its tokenizer.json, instead"
+_KEY = "tokenizer.ggml"
 
 
 def build_tokenizer(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer, which never splits control and user-defined tokens.
+    """The tokenizer of a GGUF file, which never splits control and user-defined tokens.
 
     Args:
-      metadata: the file's metadata.
+      metadata: the file's metadata. Model "gpt2" is byte-level BPE, "llama" is SentencePiece BPE.
       vocab_size: the model's vocabulary size.
 
     Raises:
       ValueError: no tokenizer, an unsupported one, or one that contradicts itself.
+
+    Warns:
+      UserWarning: the file names no pre-tokenizer, so that llama.cpp's default splits texts, not the model's rule.
     """
     library = require("tokenizers", "models")
-    kind = metadata.text("tokenizer.ggml.model")
+    kind = metadata.text(f"{_KEY}.model")
     if kind is None:
-        raise ValueError(f"{metadata.source} has no tokenizer (key 'tokenizer.ggml.model'): {_REMEDY}")
-    pre = metadata.text("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        raise ValueError(f"{metadata.source} has a {kind!r} tokenizer, supported is 'gpt2' (byte-level BPE): {_REMEDY}")
+        raise ValueError(f"{metadata.source} has no tokenizer (key 'tokenizer.ggml.model'): {REMEDY}")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"{metadata.source} has a {kind!r:.60} tokenizer, supported are 'gpt2' (byte-level BPE) and 'llama' "
+            f"(SentencePiece): {REMEDY}"
+        )
+    with _errors(metadata.source):
+        tokenizer = build_sentencepiece(metadata, vocab_size) if kind == "llama" else _build_bpe(metadata, vocab_size)
+    _add_bos_and_eos(library, tokenizer, metadata, kind)
+    check_tokenizer(tokenizer, metadata.source)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _errors(source: str) -> Iterator[None]:
+    """Errors of the tokenizers library become a ValueError that names the file; its Rust code may also panic."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, ValueError) and str(error).startswith(source):
+            raise
+        raise ValueError(f"{source} has an inconsistent tokenizer ({error!s:.200}): download it again") from error
+
+
+def _build_bpe(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer:
+    pre = _pre(metadata)
     if pre not in _PRE_TOKENIZERS:
         supported = ", ".join(_PRE_TOKENIZERS)
-        raise ValueError(f"{metadata.source} has pre-tokenizer {pre!r}, supported are {supported}: {_REMEDY}")
-    tokens, types, merges = _vocabulary(metadata, vocab_size)
-    # As in llama.cpp, Llama 3's texts start with BOS unless the file sets this key.
-    add_bos = metadata.flag("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
-    bos = _bos(metadata, tokens) if add_bos else None
-    try:
-        return _assemble(library, pre, tokens, types, merges, bos)
-    except Exception as error:  # the library raises bare Exception, for example on merges outside the vocabulary
-        raise ValueError(f"{metadata.source} has an inconsistent tokenizer ({error}): download it again") from error
+        raise ValueError(f"{metadata.source} has pre-tokenizer {pre!r:.60}, supported are {supported}: {REMEDY}")
+    tokens, types = read_tokens(metadata, vocab_size)
+    merges = metadata.require(metadata.array(f"{_KEY}.merges", str), f"{_KEY}.merges")
+    if bad := next((merge for merge in merges if merge.count(" ") != 1), None):
+        raise ValueError(
+            f"{metadata.source} has a tokenizer with the merge {bad!r:.60}, which is not a pair: download it again"
+        )
+    return _assemble(require("tokenizers", "models"), pre, tokens, types, [tuple(merge.split(" ")) for merge in merges])
+
+
+def _pre(metadata: Metadata) -> str:
+    """The name of the pre-tokenizer; warns if the file has none."""
+    pre = metadata.text(f"{_KEY}.pre")
+    if pre is None:
+        warnings.warn(
+            f"{metadata.source} has no 'tokenizer.ggml.pre', as files of converters before May 2024: llama.cpp's "
+            "default splits texts, and the model may have been trained with another rule; convert it again",
+            stacklevel=2,
+        )
+        return "default"
+    return _ALIASES.get(pre, pre)
 
 
 def _assemble(
-    library: Any, pre: str, tokens: list[str], types: list[int], merges: list[tuple[str, ...]], bos: int | None
+    library: Any, pre: str, tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
 ) -> tokenizers.Tokenizer:
     # Llama 3 uses a token for a whole pre-token even if the merges do not produce it.
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -62,42 +115,8 @@ def _assemble(
         tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(library, pre)
     tokenizer.decoder = library.decoders.ByteLevel()
-    # These keep their ids from the vocabulary; decoding skips control tokens by default.
-    for kind in (_CONTROL, _USER_DEFINED):
-        tokenizer.add_tokens(
-            [
-                library.AddedToken(token, special=kind == _CONTROL, normalized=False)
-                for token, token_type in zip(tokens, types, strict=True)
-                if token_type == kind and token
-            ]
-        )
-    if bos is not None:
-        tokenizer.post_processor = library.processors.TemplateProcessing(
-            single=[tokens[bos], "$A"], pair=[tokens[bos], "$A", "$B"], special_tokens=[(tokens[bos], bos)]
-        )
+    add_special_tokens(library, tokenizer, tokens, types)
     return tokenizer
-
-
-def _vocabulary(metadata: Metadata, vocab_size: int) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
-    """Tokens by id, their types, and the merges by rank."""
-    lists = {
-        name: metadata.require(metadata.array(f"tokenizer.ggml.{name}", kind), f"tokenizer.ggml.{name}")
-        for name, kind in (("tokens", str), ("token_type", int), ("merges", str))
-    }
-    tokens, types = lists["tokens"], lists["token_type"]
-    merges = [tuple(merge.split(" ")) for merge in lists["merges"]]
-    problem = None
-    if len(types) != len(tokens):
-        problem = f"{len(tokens)} tokens but {len(types)} token types"
-    elif len(tokens) > vocab_size:
-        problem = f"{len(tokens)} tokens but {vocab_size=}"
-    elif len(set(tokens)) != len(tokens):
-        problem = f"{len(tokens) - len(set(tokens))} duplicate tokens"
-    elif bad := [merge for merge in merges if len(merge) != 2]:
-        problem = f"the merge {' '.join(bad[0])!r}, which is not a pair"
-    if problem:
-        raise ValueError(f"{metadata.source} has a tokenizer with {problem}: download it again")
-    return tokens, types, merges
 
 
 def _pre_tokenizer(library: Any, pre: str) -> tokenizers.pre_tokenizers.PreTokenizer:
@@ -107,14 +126,28 @@ def _pre_tokenizer(library: Any, pre: str) -> tokenizers.pre_tokenizers.PreToken
         split = pre_tokenizers.Split(pattern, behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre == "default":
+        splits = [pre_tokenizers.Split(library.Regex(pattern), behavior="isolated") for pattern in _DEFAULT_PATTERNS]
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if pre == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     return byte_level
 
 
-def _bos(metadata: Metadata, tokens: list[str]) -> int:
-    key = "tokenizer.ggml.bos_token_id"
-    bos = metadata.require(metadata.integer(key), key)
-    if bos >= len(tokens):
-        raise ValueError(f"{metadata.source} has BOS token {bos}, but {len(tokens)} tokens: download it again")
-    return bos
+def _add_bos_and_eos(library: Any, tokenizer: tokenizers.Tokenizer, metadata: Metadata, kind: str) -> None:
+    """Texts begin with BOS and end with EOS as llama.cpp adds them: SentencePiece and Llama 3 begin with BOS."""
+    begins = kind == "llama" or _ALIASES.get(pre := metadata.text(f"{_KEY}.pre", ""), pre) == "llama-bpe"
+    added = [
+        ("bos", metadata.flag(f"{_KEY}.add_bos_token", begins)),
+        ("eos", metadata.flag(f"{_KEY}.add_eos_token", False)),
+    ]
+    ids = {name: special_id(metadata, name, tokenizer.get_vocab_size()) for name, wanted in added if wanted}
+    texts = {name: tokenizer.id_to_token(token) for name, token in ids.items()}
+    if not ids:
+        return
+    first, last = [texts["bos"]] if "bos" in ids else [], [texts["eos"]] if "eos" in ids else []
+    tokenizer.post_processor = library.processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", "$B", *last],
+        special_tokens=[(texts[name], token) for name, token in ids.items()],
+    )

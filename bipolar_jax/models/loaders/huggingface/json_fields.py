@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from bipolar_jax.checkpoint.json_text import parse_json
 from bipolar_jax.models.config import MOST_SIZE
 
 _LARGEST = sys.float_info.max
@@ -17,8 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: download the whole model directory")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError
+        value = parse_json(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error!s:.200}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object; download it again")

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from bipolar_jax.checkpoint.safetensors_reader import DTYPES, SafetensorsError, SafetensorsReader
+from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.huggingface.json_fields import read_json
 
 _SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +35,7 @@ class SafetensorsFiles:
           FileNotFoundError: no weights, or a missing shard.
           ValueError: a file is damaged, or lacks a tensor that the index names.
         """
+        require("safetensors", "models")  # a missing extra is named before a file is read
         self._open = contextlib.ExitStack()
         self._file_of: dict[str, tuple[Path, SafetensorsReader]] = {}
         try:
