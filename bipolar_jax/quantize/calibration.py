@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.quantize.fixed_point import fixed_point_sum
+from bipolar_jax.quantize.fixed_point import fixed_point_sum, sums_with_values
+from bipolar_jax.quantize.groups import along_last
 
 Calibration = Literal["absmax", "mse", "minmax", "absmean"]
 
@@ -59,7 +60,8 @@ def calibrate(
     if calibration == "absmean":
         # The padding is zero and adds nothing to the sum.
         lengths = valid.sum(axis=-1).astype(np.float32)
-        return flush_scale(fixed_point_sum(jnp.abs(x)) / (lengths * number_format.max_value)), None
+        mean = fixed_point_sum(jnp.abs(x)) / along_last(lengths * number_format.max_value, x.ndim - 1)
+        return flush_scale(mean), None
     scale = absmax_scale(x, number_format)
     if calibration == "mse":
         scale = _least_squares_scale(x, valid, number_format, scale)
@@ -133,13 +135,14 @@ def _least_squares_scale(
     """
 
     # In units of `largest`, so that no product overflows.
+    inside = along_last(valid, x.ndim)
     unit = 2 * x * half_steps_per_unit(largest)[..., None]
 
     def try_factor(best, shrink):
         best_error, best_scale = best
         codes = number_format.encode(unit, 0.5 / shrink)
-        values = jnp.where(valid, number_format.values(codes), 0).astype(jnp.float32)
-        xv, vv = fixed_point_sum(unit * values), fixed_point_sum(values * values)
+        values = jnp.where(inside, number_format.values(codes), 0)
+        xv, vv = sums_with_values(unit, values, number_format.max_value)
         fitted = jnp.where(vv == 0, shrink, xv / jnp.where(vv == 0, 1.0, vv))
         error = fitted * (fitted * vv - 2 * xv)
         better = error < best_error

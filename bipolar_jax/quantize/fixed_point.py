@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Bits of int32 that a sum may use: a term is below 4 times `unit`, a residual at most half a coarse step.
 _SUM_BITS = 30
@@ -64,3 +64,45 @@ def _(primals, tangents):
 def fixed_point_mean(x: Float[Array, "*rows size"]) -> Float[Array, "*rows"]:
     """Means along the last axis, float32, by `fixed_point_sum`; 0 for rows of size 0."""
     return fixed_point_sum(x) / max(x.shape[-1], 1)
+
+
+def sums_with_values(
+    x: Float[Array, "*rows size"], values: Int[Array, "*rows size"], largest: int
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Sums of x times values, and of squared values, along the last axis; every program gives the same bits.
+
+    As `fixed_point_sum`, but in one pass, because the largest term is known beforehand. XLA computes several sums in
+    one loop only if they are one reduction of several operands.
+
+    Args:
+      x: float32, magnitudes up to about `largest`.
+      values: int32, magnitudes up to `largest`.
+      largest: at most 255.
+
+    Returns:
+      float32 sums, undefined for rows with NaN or Inf.
+    """
+    size = x.shape[-1]
+    if size > _CHUNK:
+        chunked = [
+            jnp.pad(terms, [(0, 0)] * (x.ndim - 1) + [(0, -size % _CHUNK)]).reshape(*x.shape[:-1], -1, _CHUNK)
+            for terms in (x, values)
+        ]
+        products, squares = sums_with_values(*chunked, largest)
+        return fixed_point_sum(products), fixed_point_sum(squares)
+    size_bits = max(size - 1, 0).bit_length()
+    # One bit more than the largest product has: x may be rounded to above `largest`.
+    per_step = 2.0 ** (_SUM_BITS - size_bits - (2 * largest * largest).bit_length())
+    steps = 2.0 ** (_SUM_BITS + 1 - size_bits)
+    scaled = x * values.astype(jnp.float32) * jnp.float32(per_step)
+    coarse = jnp.round(scaled)
+    fine = jnp.round((scaled - coarse) * jnp.float32(steps))
+    zero = jnp.int32(0)
+    coarse_sum, fine_sum, squares = jax.lax.reduce(
+        (coarse.astype(jnp.int32), fine.astype(jnp.int32), values * values),
+        (zero, zero, zero),
+        lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+        (x.ndim - 1,),
+    )
+    total = coarse_sum.astype(jnp.float32) + fine_sum.astype(jnp.float32) * jnp.float32(1 / steps)
+    return total * jnp.float32(1 / per_step), squares.astype(jnp.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax.quantize.fixed_point import fixed_point_mean, fixed_point_sum
+from bipolar_jax.quantize.fixed_point import fixed_point_mean, fixed_point_sum, sums_with_values
 
 
 def rows(n, seed=0):
@@ -76,3 +76,22 @@ def test_means_and_their_gradient():
     np.testing.assert_array_equal(
         jax.vmap(fixed_point_sum)(x.astype(jnp.bfloat16)), fixed_point_sum(x.astype(jnp.bfloat16))
     )
+
+
+@pytest.mark.parametrize("n", [1, 576, 4096, 4097, 40000])
+@pytest.mark.parametrize("largest", [1, 15, 255])
+def test_sums_with_values_are_close_and_do_not_depend_on_the_order(n, largest):
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(7, n)).astype(np.float32)
+    x *= largest / np.abs(x).max(axis=-1, keepdims=True)
+    values = rng.integers(-largest, largest + 1, size=x.shape).astype(np.int32)
+    values[0], x[0] = largest, largest  # the largest sums
+    terms = x.astype(np.float64) * values
+    products, squares = jax.jit(sums_with_values, static_argnums=2)(x, values, largest)
+    np.testing.assert_allclose(products, terms.sum(axis=-1), rtol=2e-7, atol=3e-7 * np.abs(terms).sum(axis=-1).max())
+    np.testing.assert_allclose(squares, (values.astype(np.int64) ** 2).sum(axis=-1), rtol=1e-6)
+    starts = range(0, n, 4096)
+    order = np.concatenate([start + rng.permutation(min(4096, n - start)) for start in starts])  # within chunks
+    again = jax.jit(sums_with_values, static_argnums=2)(x[:, order], values[:, order], largest)
+    np.testing.assert_array_equal(products, again[0])
+    np.testing.assert_array_equal(squares, again[1])
