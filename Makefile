@@ -1,4 +1,4 @@
-# Every target is complete by itself: a fresh clone, Python 3.12 and PyPI are enough.
+# A fresh clone, Python 3.12 and PyPI are enough for every target but gpu-test.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
@@ -22,7 +22,7 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-# On a Hopper GPU: minutes; needs JAX with CUDA. The summary, gpu_test.json, goes to the folder $OUT, or to runs/.
+# On a Hopper GPU: minutes; GPU_PYTHON needs JAX with CUDA (`pip install -e '.[cuda13]'`). The summary, gpu_test.json, goes to the folder $OUT, or to runs/.
 GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 gpu-test:
 	$(GPU_PYTHON) -m tests.gpu.run

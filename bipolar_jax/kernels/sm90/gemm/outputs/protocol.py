@@ -2,7 +2,7 @@
 
 The product multiplies, and finishes each number: correction, scales, bias, activation, cast. An output does everything
 after that: it may add to the numbers, reorder or pack them, and it stores them. The caller hands an output to
-`launch.launch`; no file of the product imports one.
+`launch.launch`, which imports none of them.
 
 - `dense.py`: a matrix [m, n], with an optional residual. Staged through shared memory, stored by TMA.
 - `heads.py`: queries, keys and values of prompts, rotated, also in the cache. Staged through shared memory.
