@@ -227,7 +227,7 @@ def decode_attention(
     if bias is not None:
         groups = (1, 1) if bias.shape[1] == 1 else scores.shape[1:3]
         scores += bias.reshape(bias.shape[0], *groups, capacity)
-    visible = jnp.arange(capacity) <= lengths[:, None]
+    visible = jnp.arange(capacity, dtype=jnp.int32)[None] <= lengths[:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     products = row_major(weights[..., None] * values[:, :, None])
     run = _POSITIONS_PER_SUM if capacity % _POSITIONS_PER_SUM == 0 else capacity

@@ -71,7 +71,7 @@ def _yarn_frequencies(base: np.ndarray, scaling: RopeScaling, config: Transforme
 def rope_tables(config: TransformerConfig, positions: Int[Array, "batch length"]) -> Tables:
     """Cosine and sine tables, float32, for the given positions."""
     frequencies, attention_factor = rope_frequencies(config)
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 

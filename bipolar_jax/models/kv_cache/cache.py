@@ -114,7 +114,9 @@ class KVCache:
         def put(rows, prompts):
             filler = [(0, rows.shape[axis + 1] - size) for axis, size in enumerate(prompts.shape)]
             filled = jnp.pad(prompts, filler)[None]
-            return row_major(jax.lax.dynamic_update_slice(rows, filled, (layer,) + (0,) * prompts.ndim))
+            return row_major(
+                jax.lax.dynamic_update_slice(rows, filled, (layer, *[jnp.zeros_like(layer)] * prompts.ndim))
+            )
 
         # Otherwise XLA computes them in the order of the cache, and transposes them for attention.
         keys, values = row_major(keys), row_major(values)
@@ -134,7 +136,8 @@ class KVCache:
         `capacity`, as `generation` does.
         """
         batch, _, kv_heads, _ = keys.shape
-        at = (layer, jnp.arange(batch)[:, None], jnp.arange(kv_heads), self.lengths[:, None])
+        sequence, head = (jnp.arange(size, dtype=jnp.int32) for size in (batch, kv_heads))
+        at = (jnp.asarray(layer)[None, None], sequence[:, None], head[None], self.lengths[:, None])
 
         def put(rows, token):
             return row_major(rows.at[at].set(token[:, :, 0], unique_indices=True, indices_are_sorted=True, mode="drop"))
@@ -151,7 +154,8 @@ class KVCache:
         """`write` for all layers at once, for a batch of one sequence."""
 
         def put(rows, token):
-            at = (0, 0, 0, self.lengths[0], 0)[: rows.ndim]
+            zero = jnp.zeros_like(self.lengths[0])
+            at = (zero, zero, zero, self.lengths[0], zero)[: rows.ndim]
             before = jax.lax.dynamic_slice(rows, at, token.shape)
             token = jnp.where(self.lengths[0] < self.capacity, token.astype(rows.dtype), before)
             return row_major(jax.lax.dynamic_update_slice(rows, token, at))

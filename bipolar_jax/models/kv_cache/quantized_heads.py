@@ -59,7 +59,8 @@ class QuantizedHeads:
         codes = self.codes
         if self.bits == 4:
             # A broadcast and a shift: XLA would write a concatenation of halves to memory.
-            halves = (codes[..., None, :] >> jnp.array([[0], [4]], jnp.uint8)) & 15
+            shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (codes.ndim - 1) + (2, 1))
+            halves = (codes[..., None, :] >> shifts) & 15
             codes = halves.reshape(*codes.shape[:-1], -1)
         steps = codes.astype(jnp.float32) - self.zero[..., None].astype(jnp.float32)
         return 2 * self.scale[..., None] * steps
