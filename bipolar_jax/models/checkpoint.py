@@ -22,7 +22,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import parse_tokenizer
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Embed, Linear, LinearGeneral, quantization_aware, quantize_model
+from bipolar_jax.nn import Embed, Linear, quantization_aware, quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
 
@@ -47,7 +47,7 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
     precisions = {
         "/".join(map(str, keys)): _describe(layer)
         for keys, layer in nnx.iter_modules(model)
-        if isinstance(layer, Linear | LinearGeneral | Embed)
+        if isinstance(layer, Linear | Embed)
     }
     user = {
         "source": source,
@@ -138,7 +138,7 @@ def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int
     return quantize_model(model, rules)
 
 
-def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
+def _describe(layer: Linear | Embed) -> dict[str, Any]:
     """The JSON description of a packed layer, from which `_packed` rebuilds its structure."""
     precision = layer.precision
     number_format = as_format(precision.w_bits)
@@ -149,10 +149,10 @@ def _describe(layer: Linear | LinearGeneral | Embed) -> dict[str, Any]:
         "group_size": precision.group_size,
         "calibration": precision.calibration,
     }
-    if isinstance(layer, LinearGeneral):  # trained with DotGeneral
+    if isinstance(layer, Linear) and layer.trained is not None:
         description["trained"] = {
             "learned_steps": layer.learned_steps,
-            "clip_activations": layer.dot_general.clip_activations,
+            "clip_activations": layer.trained.clip_activations,
         }
     return description
 

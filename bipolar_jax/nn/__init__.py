@@ -5,13 +5,13 @@ from bipolar_jax.nn.convert.quantize_linen import PackedLinen
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.joined import joined
-from bipolar_jax.nn.layers.linear import Linear
-from bipolar_jax.nn.layers.linear_general import LinearGeneral
+from bipolar_jax.nn.layers.linear import Linear, fuses, without_training
 from bipolar_jax.nn.layers.packed import Packed
 from bipolar_jax.nn.training.bit_schedule import BitSchedule
 from bipolar_jax.nn.training.distillation import distillation_loss
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.linen_dot_general import LinenDotGeneral
+from bipolar_jax.nn.training.optimizer import adamw
 from bipolar_jax.nn.training.quantized_einsum import QuantizedEinsum
 from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 
@@ -20,14 +20,16 @@ __all__ = [
     "DotGeneral",
     "Embed",
     "Linear",
-    "LinearGeneral",
     "LinenDotGeneral",
     "Packed",
     "PackedLinen",
     "QuantizedEinsum",
     "StatefulDotGeneral",
+    "adamw",
     "distillation_loss",
+    "fuses",
     "joined",
     "quantization_aware",
     "quantize_model",
+    "without_training",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax.models.loaders import load_pretrained
-from bipolar_jax.nn import LinearGeneral
+from bipolar_jax.nn import Linear
 from configs import generate as generate_config
 from configs import sample_text as sample_config
 from configs import tiny_bf16, tiny_ternary_a8, tiny_w1a1, tiny_w2a2
@@ -59,7 +59,8 @@ def test_the_exported_model_has_the_trained_logits_bit_for_bit(tiny_text, tmp_pa
     monkeypatch.setattr(train, "pack", lambda model: trained.append(model) or original(model))
     train.main(config, tmp_path)
     loaded = load_pretrained(tmp_path / train.MODEL_NAME)
-    assert type(loaded.model.layers.attention.q_proj) is type(loaded.model.lm_head) is LinearGeneral
+    assert type(loaded.model.layers.attention.q_proj) is type(loaded.model.lm_head) is Linear
+    assert str(loaded.model.lm_head.trained.precision) == "W4A8"
     ids = np.asarray([loaded.tokenizer.encode("It was the best of times").ids], np.int32)
     expected = logits(trained[0], ids)
     packed = loaded.model.layers.ffn.up_proj.kernel.get_value()

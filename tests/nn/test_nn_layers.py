@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 from flax import nnx
 
 from bipolar_jax import TERNARY, Precision, matmul, quantize
-from bipolar_jax.nn import Embed, Linear, Packed
-from bipolar_jax.ops import dispatch
+from bipolar_jax.nn import DotGeneral, Embed, Linear, Packed, fuses, joined, without_training
+from bipolar_jax.ops import Activation, RMSNorm, dispatch
 from tests.support.integer_products import normal
 
 W4A8 = Precision(4, 8, group_size=8)
@@ -92,7 +94,7 @@ def test_layers_run_the_given_backend(monkeypatch):
         monkeypatch.setitem(dispatch.BACKENDS, name, stub)
     for name in ("reference", "xla"):
         Linear(8, 3, precision=Precision(4), implementation=name, rngs=nnx.Rngs(0))(jnp.ones((1, 8)))
-        Linear.from_float(nnx.Linear(8, 3, rngs=nnx.Rngs(0)), Precision(4), implementation=name)(jnp.ones((1, 8)))
+        Linear.from_float(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), Precision(4), implementation=name)(jnp.ones((1, 8)))
         Embed(5, 8, precision=Precision(4), implementation=name, rngs=nnx.Rngs(0)).attend(jnp.ones((1, 8)))
     assert called == ["reference"] * 3 + ["xla"] * 3
 
@@ -125,8 +127,17 @@ def test_embed_quantizes_the_query_of_attend():
     np.testing.assert_allclose(packed.attend(query), matmul(query, packed.embedding.get_value().T, 2), **CLOSE)
 
 
-def test_embed_out_of_range_is_nan():
-    assert np.isnan(Embed(20, 16, precision=W4A8, rngs=nnx.Rngs(0))(jnp.array([20, -1]))).all()
+@pytest.mark.parametrize("num_embeddings", [20, 1])
+def test_embed_takes_the_ids_that_flax_takes(num_embeddings):
+    """Negative ids count from the end; others out of range give NaN; a table of one row answers every id."""
+    layer = nnx.Embed(num_embeddings, 16, rngs=nnx.Rngs(0))
+    packed = Embed.from_float(layer, Precision(8))
+    for ids in (jnp.arange(-22, 23), jnp.arange(-22, 23, dtype=jnp.int8), jnp.arange(23, dtype=jnp.uint8)):
+        rows = packed(ids)
+        np.testing.assert_array_equal(np.isnan(rows), np.isnan(layer(ids)))
+        np.testing.assert_allclose(rows, layer(ids), atol=0.02)  # 8-bit rows of numbers of order 1
+    with pytest.raises(ValueError, match="ids must be integers"):
+        packed(jnp.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +146,109 @@ def test_embed_out_of_range_is_nan():
 )
 def test_embed_keeps_the_dtype_of_the_float_layer(dtype, param_dtype, expected):
     layer = nnx.Embed(20, 16, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    rows = Embed.from_float(layer, W4A8)(jnp.arange(3))
-    assert rows.dtype == expected == layer(jnp.arange(3)).dtype
+    packed = Embed.from_float(layer, W4A8)
+    assert packed(jnp.arange(3)).dtype == expected == layer(jnp.arange(3)).dtype
+    for query in (jnp.ones((2, 16)), jnp.ones((2, 16), jnp.bfloat16)):
+        assert packed.attend(query).dtype == expected == layer.attend(query).dtype
+
+
+DTYPES = (None, jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["Linear", "LinearGeneral"])
+@pytest.mark.parametrize("trained", [False, True], ids=["", "trained"])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_linear_answers_in_the_dtype_of_the_float_layer(general, trained, use_bias):
+    """For every dtype, parameter dtype, preferred dtype and dtype of x; values differ by 8-bit roundings."""
+    for dtype, param_dtype, preferred in itertools.product(DTYPES, DTYPES[1:], DTYPES):
+        layer = (nnx.LinearGeneral if general else nnx.Linear)(
+            24,
+            6,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            preferred_element_type=preferred,
+            bias_init=nnx.initializers.normal(1.0),
+            rngs=nnx.Rngs(0),
+        )
+        if trained:
+            layer.dot_general = nnx.static(DotGeneral(8, 8))
+        packed = Linear.from_float(layer, Precision(8, 8))
+        for x in (normal(2, 24), normal(2, 24).astype(jnp.bfloat16)):
+            ours, theirs = packed(jnp.asarray(x)), layer(jnp.asarray(x))
+            assert ours.dtype == theirs.dtype, (dtype, param_dtype, preferred, x.dtype)
+            np.testing.assert_allclose(np.float32(ours), np.float32(theirs), atol=0.1)
+
+
+def test_fused_operations_keep_the_dtype_of_the_layer():
+    """A bfloat16 residual stream through a float32 norm and a layer that answers in bfloat16."""
+    layer = Linear.from_float(nnx.Linear(24, 24, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), Precision(8, 8))
+    x, norm = jnp.asarray(normal(2, 24)), RMSNorm(jnp.ones(24), 1e-6)
+    residual = jnp.ones((2, 24), jnp.bfloat16)
+    y = layer(x, norm, residual, Activation("relu"))
+    assert y.dtype == jnp.bfloat16
+    expected = residual + jax.nn.relu(layer(norm(x)))
+    np.testing.assert_allclose(np.float32(y), np.float32(expected), atol=0.03)
+
+
+def test_linear_takes_packed_weights():
+    kernel = quantize(normal(3, 24, 6), 4, -2, 8)
+    layer = Linear(24, 6, precision="W4A8g8", use_bias=False, kernel=kernel)
+    assert layer.kernel.get_value().planes is kernel.planes
+    assert layer.precision == W4A8
+
+
+def test_a_stack_on_another_axis_than_the_first_raises():
+    stack = nnx.vmap(lambda rngs: nnx.Linear(16, 8, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(3))
+    with pytest.raises(ValueError, match=r"shape \(16, 3, 8\), where one layer has \(16, 8\).*must be the first"):
+        Linear.from_float(stack, W4A8)
+    table = nnx.vmap(lambda rngs: nnx.Embed(16, 8, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(3))
+    with pytest.raises(ValueError, match=r"embedding has shape \(16, 3, 8\)"):
+        Embed.from_float(table, W4A8)
+
+
+def test_a_dot_general_of_another_library_is_not_dropped():
+    def other(*arguments, **options):
+        return jax.lax.dot_general(*arguments, **options)
+
+    with pytest.raises(ValueError, match=r"its dot_general is other.*set it to jax\.lax\.dot_general"):
+        Linear.from_float(nnx.Linear(8, 8, dot_general=other, rngs=nnx.Rngs(0)), W4A8)
+
+
+def test_from_float_keeps_the_dot_general_of_training():
+    layer = nnx.Linear(24, 6, dot_general=DotGeneral(2, 4, implementation="xla"), rngs=nnx.Rngs(0))
+    packed = Linear.from_float(layer)
+    assert (packed.precision, packed.implementation, packed.trained) == (Precision(2, 4), "xla", layer.dot_general)
+    with pytest.raises(ValueError, match="trained at W2A4"):
+        Linear.from_float(layer, W4A8)
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_trained_layers_join_and_then_fuse_unless_they_clip(clip):
+    options = {"dot_general": DotGeneral(4, 8, clip_activations=clip), "dtype": jnp.float32}
+    layers = [Linear.from_float(nnx.Linear(24, n, rngs=nnx.Rngs(n), **options)) for n in (6, 8)]
+    whole = joined(layers)
+    assert whole.out_features == 14
+    assert fuses(whole) == (clip is None)
+    assert not fuses(layers[0])
+    assert fuses(without_training(nnx.List(layers))[0]) == (clip is None)
+    x, norm = jnp.asarray(normal(2, 24)), RMSNorm(jnp.ones(24), 1e-6)
+    for prologue in (None, norm):
+        np.testing.assert_allclose(
+            whole(x, prologue), jnp.concatenate([layer(x, prologue) for layer in layers], axis=-1), **CLOSE
+        )
+
+
+def test_layers_over_several_axes_do_not_join():
+    layers = [Linear.from_float(nnx.LinearGeneral((4, 6), 6, axis=(-2, -1), rngs=nnx.Rngs(0)), W4A8)] * 2
+    with pytest.raises(ValueError, match="contract other axes than the last"):
+        joined(layers)
+
+
+def test_repr_counts_parameters():
+    layer = Linear(64, 32, precision=W4A8, rngs=nnx.Rngs(0))
+    assert repr(layer).startswith("Linear( # Param: 32 (128 B), Packed: 2,048 (3.0 KB)")
+    assert "kernel=Packed( # Packed: 2,048 (3.0 KB)" in repr(nnx.List([layer]))
 
 
 def test_training_changes_parameters_but_not_packed_weights():

@@ -75,7 +75,7 @@ def test_nnx_outputs_are_the_same_to_the_bit(precision, options, dtype):
     model = bj.quantization_aware(Model(nnx.Rngs(0), dtype), [("up|down|attention", precision)], **options)
     train(model, X, Y, steps=3)
     packed = bj.quantize_model(model)
-    assert type(packed.up) is type(packed.attention.query) is type(packed.down) is bnn.LinearGeneral
+    assert type(packed.up) is type(packed.attention.query) is type(packed.down) is bnn.Linear
     assert packed.up.precision == precision
     ours, theirs = run(packed, X), run(model, X)
     assert ours.dtype == theirs.dtype
@@ -132,7 +132,7 @@ def test_stacked_layers_give_the_same_bits():
 def test_layers_with_batch_axes_give_the_same_bits():
     layer = nnx.LinearGeneral((24,), (7, 2), axis=(-1,), batch_axis={0: 2}, bias_init=noisy, rngs=nnx.Rngs(0))
     layer.dot_general = bj.DotGeneral(2, 4)
-    packed = bnn.LinearGeneral.from_float(layer)
+    packed = bnn.Linear.from_float(layer)
     assert packed.kernel.get_value().shape == (2, 24, 14)
     np.testing.assert_array_equal(run(packed, X), run(layer, X))
 
@@ -140,7 +140,7 @@ def test_layers_with_batch_axes_give_the_same_bits():
 def test_layers_that_were_not_trained_follow_the_rules():
     model = Model(nnx.Rngs(0))
     packed = bj.quantize_model(model, [("attention", W4A8), ("up", W2A4)])
-    assert type(packed.attention.out) is bnn.LinearGeneral
+    assert type(packed.attention.out) is bnn.Linear
     assert type(packed.up) is bnn.Linear
     assert type(packed.down) is nnx.LinearGeneral
     # Weights of few bits change outputs of order 1 by less than that.
@@ -173,7 +173,7 @@ def test_without_rules_a_layer_must_have_been_trained():
 def test_a_kernel_trained_as_activations_is_refused():
     layer = nnx.Linear(8, 8, dot_general=bj.DotGeneral(2, 4, weights="lhs"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="weights='lhs'.*trained as activations"):
-        bnn.LinearGeneral.from_float(layer)
+        bnn.Linear.from_float(layer)
 
 
 @pytest.mark.parametrize("model", [jnp.ones(3), None, {"kernel": jnp.ones(3)}])

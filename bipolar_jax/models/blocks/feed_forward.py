@@ -16,7 +16,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_onto
 from bipolar_jax.models.blocks.step import Step, product_step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import fuses
 from bipolar_jax.ops import Activation
 from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.quantize.precision import activation_format
@@ -75,7 +75,7 @@ class SwiGLU(nnx.Module):
         The epilogue halves what the product writes and what is read again. The product of few tokens has no activation
         in its epilogue on Hopper, and the quantizer that follows computes it on the way.
         """
-        return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and isinstance(self.down_proj, Linear)
+        return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and fuses(self.down_proj)
 
 
 def _gated_up(x, norm, gate_up, down):
@@ -95,7 +95,7 @@ def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any) -> tuple[str, tupl
     Raises:
       Unsupported: layers that are not packed; float activations, or more than one bit for `down`.
     """
-    if not (isinstance(gate_up, Linear) and isinstance(down, Linear)):
+    if not (fuses(gate_up) and fuses(down)):
         raise Unsupported("the fused feed-forward block takes packed layers")
     if gate_up.precision.a_bits is None or down.precision.a_bits != 1:
         raise Unsupported("the fused feed-forward block takes integer activations, of one bit for down")
@@ -138,7 +138,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
         (up,) = project([self.up_proj], norm, x)
-        if isinstance(self.down_proj, Linear):
+        if fuses(self.down_proj):
             return project_onto(x, self.down_proj, up, self.activation)
         return project_onto(x, self.down_proj, self.activation(up).astype(up.dtype))
 

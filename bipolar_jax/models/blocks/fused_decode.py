@@ -18,7 +18,7 @@ from bipolar_jax.models.blocks.rope import rotate
 from bipolar_jax.models.blocks.step import Step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.ops import Activation
 
 
@@ -82,7 +82,7 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         "down": layers.ffn.down_proj,
     }
     for name, layer in products.items():
-        if not isinstance(layer, Linear):
+        if not fuses(layer):
             raise Unsupported(f"the {name} projections must be one packed layer")
     operands = (
         hidden[0, 0],

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.ops import LayerNorm, Prologue, RMSNorm
 
 Norm = nnx.RMSNorm | nnx.LayerNorm
@@ -32,9 +32,9 @@ def project(
     layers: Sequence[nnx.Linear | Linear], norm: Norm, x: Float[Array, "*batch hidden"]
 ) -> list[Float[Array, "*batch out"]]:
     """Each layer's output for norm(x): packed layers normalize while they quantize, float layers share one norm(x)."""
-    normalized = norm(x) if any(not isinstance(layer, Linear) for layer in layers) else None
+    normalized = norm(x) if any(not fuses(layer) for layer in layers) else None
     prologue = as_prologue(norm)
-    return [layer(x, prologue) if isinstance(layer, Linear) else layer(normalized) for layer in layers]
+    return [layer(x, prologue) if fuses(layer) else layer(normalized) for layer in layers]
 
 
 def project_onto(
@@ -44,7 +44,7 @@ def project_onto(
     prologue: Prologue | None = None,
 ) -> Float[Array, "*batch out"]:
     """residual + layer(x); packed layers add the residual in the epilogue of their product, and take a prologue."""
-    return layer(x, prologue, residual) if isinstance(layer, Linear) else residual + layer(x)
+    return layer(x, prologue, residual) if fuses(layer) else residual + layer(x)
 
 
 def as_prologue(norm: Norm) -> RMSNorm | LayerNorm:

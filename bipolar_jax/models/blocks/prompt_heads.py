@@ -18,7 +18,7 @@ from bipolar_jax.models.blocks.rope import Tables, rope_frequencies
 from bipolar_jax.models.blocks.step import Step, by_xla, product_step
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.quantize.precision import activation_format
 
 # Rows of the largest tile of the fused operation's kernel: tables padded to it need no copy in each layer.
@@ -131,7 +131,7 @@ def _fused_operands(
     if cache is None or cache.bits is not None:
         raise Unsupported("heads leave a product to a cache of floats")
     (layer, *others) = projections.layers
-    if others or not isinstance(layer, Linear):
+    if others or not fuses(layer):
         raise Unsupported("heads leave one product, of one packed layer")
     if layer.precision.a_bits is None:
         raise Unsupported("heads leave a product of integers")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.nn import Embed, Linear, LinearGeneral
+from bipolar_jax.nn import Embed, Linear
 from bipolar_jax.ops import Explanation, explain
 
 
@@ -57,11 +57,10 @@ def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = N
       x: array or its shape and dtype; its last axis may be any.
       not_fused: see `Step`.
     """
-    if isinstance(layer, Linear | LinearGeneral | Embed):
+    if isinstance(layer, Linear | Embed):
         w = layer.embedding.get_value().T if isinstance(layer, Embed) else layer.kernel.get_value()
-        backend = layer.dot_general if isinstance(layer, LinearGeneral) else layer
         rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), w.shape[-2]), x.dtype)
-        runs = explain(rows, w, layer.precision.a_bits, implementation=backend.implementation)
+        runs = explain(rows, w, layer.precision.a_bits, implementation=layer.implementation)
         return Step(name, runs, not_fused)
     dtype = jnp.dtype(layer.dtype or x.dtype).name
     return Step(name, by_xla(f"{dtype} dot", "the layer is not packed"), not_fused)

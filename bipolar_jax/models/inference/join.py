@@ -6,20 +6,21 @@ from flax import nnx
 
 from bipolar_jax.models.blocks.feed_forward import SwiGLU
 from bipolar_jax.models.transformer import Attention, Transformer
-from bipolar_jax.nn import Linear, joined
+from bipolar_jax.nn import Linear, joined, without_training
 
 
 def join_projections(model: Transformer) -> Transformer:
     """A copy of the model whose packed layers of the same input are joined, where precision and backend agree.
 
-    The numbers stay the same. `save_model` takes the model before it is joined: files store the layers one by one.
+    The numbers stay the same, but for the roundings of training (`nn.without_training`). `save_model` takes the model
+    before it is joined: files store the layers one by one.
     """
     return join_with_reasons(model)[0]
 
 
 def join_with_reasons(model: Transformer) -> tuple[Transformer, list[str]]:
     """`join_projections`, and one sentence for each group of layers, some of them packed, that stays apart."""
-    model, reasons = nnx.clone(model), []
+    model, reasons = without_training(model), []
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Attention):
             reason = _join(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from bipolar_jax.nn.convert.layer_paths import first_references, layer_references, other_layers
 from bipolar_jax.nn.convert.rules import Rules, match_rules
-from bipolar_jax.nn.layers.linear_general import folded_kernel
+from bipolar_jax.nn.layers.dense_layout import folded_kernel
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import core, linen
 
 from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
-from bipolar_jax.nn.layers.linear_general import dense_layout
+from bipolar_jax.nn.layers.dense_layout import dense_layout
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.nn.training.linen_dot_general import LinenDotGeneral

@@ -11,7 +11,6 @@ from bipolar_jax.nn.convert.quantize_linen import quantize_linen
 from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear
-from bipolar_jax.nn.layers.linear_general import LinearGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.quantize import Precision
 
@@ -67,7 +66,7 @@ def quantize_model[Model: nnx.Module](
         )
     quantized = nnx.clone(model)
     if type(quantized) in _FLOAT_LAYERS:
-        name = "LinearGeneral" if LayerQuantization.of(quantized) else type(quantized).__name__
+        name = "Embed" if isinstance(quantized, nnx.Embed) else "Linear"
         raise ValueError(
             f"the model is itself an {type(quantized).__name__}, so there is no path for a rule to match: "
             f"use bipolar_jax.nn.{name}.from_float"
@@ -95,8 +94,6 @@ def _pack(path: str, layer: nnx.Module, precision: Precision, implementation: st
     try:
         if isinstance(layer, nnx.Embed):
             return Embed.from_float(layer, precision, implementation=implementation)
-        if isinstance(layer, nnx.Linear) and LayerQuantization.of(layer) is None:
-            return Linear.from_float(layer, precision, implementation=implementation)
-        return LinearGeneral.from_float(layer, precision, implementation=implementation)
+        return Linear.from_float(layer, precision, implementation=implementation)
     except ValueError as error:
         raise ValueError(f"cannot quantize layer {path} to {precision}: {error}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bipolar_jax.nn.layers.linear import Linear
+from bipolar_jax.nn.layers.linear import Linear, sizes, without_training
 from bipolar_jax.nn.layers.packed import Packed
 
 # The axis n of the leaves of a packed kernel, [..., planes, n, words] and [..., n, groups].
@@ -19,16 +20,21 @@ def joined(layers: Sequence[Linear]) -> Linear:
     """One layer whose output is the concatenation of the layers' outputs.
 
     The joined layer quantizes and reads its input once. Every column keeps its codes and scales, so the outputs are
-    unchanged. Also joins stacks of layers, column by column.
+    unchanged, but for the roundings of training, see `without_training`. Also joins stacks of layers, column by column.
 
     Raises:
-      ValueError: the layers differ in precision, contracted size, backend, or in whether they have offsets or a bias.
+      ValueError: the layers differ in precision, dtype, contracted size, backend, in how they clip activations, or in
+        whether they have offsets or a bias; or they contract other axes than the last.
     """
-    first = layers[0]
+    first, *_ = layers = [without_training(layer) for layer in layers]
+    if general := [layer for layer in layers if not layer.contracts_last_axis]:
+        raise ValueError(f"layers that contract other axes than the last are not joined: axis is {general[0].axis}")
     kernels = [layer.kernel.get_value() for layer in layers]
     for layer, kernel in zip(layers, kernels, strict=True):
         for name, expected, found in (
             ("precision", first.precision, layer.precision),
+            ("training", first.trained, layer.trained),
+            ("dtype", _dtypes(first), _dtypes(layer)),
             ("backend", first.implementation, layer.implementation),
             ("contracted size", kernels[0].contracted_size, kernel.contracted_size),
             ("offsets", kernels[0].offset is not None, kernel.offset is not None),
@@ -40,7 +46,13 @@ def joined(layers: Sequence[Linear]) -> Linear:
                     "join only layers that agree in it"
                 )
     result = nnx.clone(first)
+    result.out_features = sum(math.prod(sizes(layer.out_features)) for layer in layers)
     result.kernel = Packed(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=_COLUMNS_AXIS), *kernels))
     if first.bias is not None:
         result.bias = nnx.Param(jnp.concatenate([layer.bias[...] for layer in layers], axis=-1))
     return result
+
+
+def _dtypes(layer: Linear) -> tuple:
+    dtypes = (layer.dtype, layer.param_dtype, layer.preferred_element_type)
+    return tuple(None if dtype is None else jnp.dtype(dtype).name for dtype in dtypes)

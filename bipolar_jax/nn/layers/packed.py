@@ -1,8 +1,16 @@
-"""The Flax variable that holds packed weights."""
+"""The Flax variable that holds packed weights, and the base of the modules that have one."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 from flax import nnx
+
+from bipolar_jax.packing import BipolarArray
 
 
 class Packed(nnx.Variable):
@@ -11,3 +19,56 @@ class Packed(nnx.Variable):
     It is not an `nnx.Param`, because packed bits have no gradient: `nnx.grad` and optimizers,
     which by default select `nnx.Param`, leave it out.
     """
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        """As Flax prints variables, with the number of parameters in place of that of packed words."""
+        return _with_comment(super().__nnx_repr__(), _count({type(self): [self]}))
+
+
+class PackedModule(nnx.Module):
+    """The base of layers with packed weights; its repr counts parameters, not packed words."""
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        """As Flax prints modules, with the number of parameters in place of that of packed words."""
+        by_type: dict[type, list[nnx.Variable]] = {}
+        for _, variable in nnx.to_flat_state(nnx.state(self)):
+            by_type.setdefault(type(variable), []).append(variable)
+        return _with_comment(super().__nnx_repr__(), _count(by_type))
+
+
+def num_parameters(value: Any) -> int:
+    """The numbers that a variable's value holds; those of a packed array are not its words."""
+    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, BipolarArray))
+    return sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
+
+
+def num_bytes(value: Any) -> int:
+    """The memory of a variable's value in bytes, with scales, offsets and row sums."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype"))
+
+
+def format_bytes(size: float) -> str:
+    """A size as text, such as "1.3 KB"; KB are 1024 bytes."""
+    units = ("B", "KB", "MB", "GB", "TB")
+    index = 0
+    while size >= 1024 and index < len(units) - 1:
+        size, index = size / 1024, index + 1
+    return f"{size:.1f} {units[index]}" if index else f"{size} B"
+
+
+def _count(variables: dict[type, list[nnx.Variable]]) -> str:
+    texts = []
+    for kind, members in variables.items():
+        values = [variable.get_value() for variable in members]
+        if any(isinstance(value, BipolarArray) and not hasattr(value.planes, "shape") for value in values):
+            return ""  # a tree_map has put other objects in the leaves
+        size = format_bytes(sum(map(num_bytes, values)))
+        texts.append(f"{kind.__name__}: {sum(map(num_parameters, values)):,} ({size})")
+    return ", ".join(texts)
+
+
+def _with_comment(lines: Iterator[Any], comment: str) -> Iterator[Any]:
+    """Flax's representation with another comment in its head."""
+    head = next(lines)
+    yield dataclasses.replace(head, comment=f" # {comment}") if comment and getattr(head, "comment", "") else head
+    yield from lines
