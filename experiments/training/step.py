@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import distillation_loss
+from bipolar_jax.nn import adamw, distillation_loss
 
 from .model import Params, Stage
 
@@ -55,29 +55,16 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm.
-
-    Weight decay applies to kernels, and to embeddings if `decay_embeddings`; never to norms, biases or learned step
-    sizes. Updates of step sizes are multiplied by `step_size_rate`.
-    """
-
-    def decays(params: Params) -> dict[str, bool]:
-        last = {name: name.rpartition("/")[2] for name in params}
-        return {
-            name: kind == "kernel" or (kind == "embedding" and config.optimizer.decay_embeddings)
-            for name, kind in last.items()
-        }
-
-    def is_step_size(params: Params) -> dict[str, bool]:
-        return {name: name.endswith("/step_size") for name in params}
-
+    """`bipolar_jax.nn.adamw` with the config's settings and schedule."""
     optimizer = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(
-            make_schedule(config), optimizer.b1, optimizer.b2, weight_decay=optimizer.weight_decay, mask=decays
-        ),
-        optax.masked(optax.scale(optimizer.step_size_rate), is_step_size),
+    return adamw(
+        make_schedule(config),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+        decay_embeddings=optimizer.decay_embeddings,
+        step_size_rate=optimizer.step_size_rate,
     )
 
 
