@@ -93,4 +93,4 @@ def _description(name: str, fields: Any) -> Description:
     except KeyError as error:
         raise SafetensorsError(f"packed array {name!r:.100} lacks {error}") from error
     except ValueError as error:
-        raise SafetensorsError(f"packed array {name!r:.100} has {error}") from error
+        raise SafetensorsError(f"packed array {name!r:.100} has {error!s:.300}") from error

@@ -1,0 +1,123 @@
+"""Damages files: bytes at random, and values of JSON and of GGUF headers where a reader would meet them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import struct
+import zlib
+from typing import Any
+
+# Values that readers of sizes, names and numbers get wrong.
+VALUES = (
+    None, True, False, -1, 0, 1, 2, 7, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 10**30, 10**400, 1e-308, 1e308, 1.5,
+    float("nan"), float("inf"), "", "x", "a" * 5000, "\ud800", "\x00", "..", "F32", "yarn", "llama", [], {}, [1], ["a"],
+    {"a": 1}, [[[]]], [10**400], [None],
+)  # fmt: skip
+INTEGERS = (0, 1, 2, 3, 7, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+
+
+def damaged_bytes(raw: bytes, rng: random.Random) -> bytes:
+    """The bytes after one to four changes, most of them in the first tenth, where the headers are."""
+    data = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(max(1, len(data) // rng.choice((1, 10)))) if data else 0
+        length = rng.choice((1, 4, 8, 64, 1000))
+        kind = rng.randrange(6)
+        if kind == 0 and data:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + length] = rng.randbytes(length)
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            del data[at : at + length]
+        elif kind == 4:
+            data[at:at] = data[at : at + length]
+        else:
+            layout = rng.choice("IQ")
+            data[at : at + struct.calcsize(layout)] = struct.pack(
+                f"<{layout}", rng.choice(INTEGERS) % (1 << 8 * struct.calcsize(layout))
+            )
+    return bytes(data)
+
+
+def damaged_json(value: Any, rng: random.Random) -> str:
+    """The text of the value after one to three changes; sometimes of a text that is no JSON."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.randint(1, 3)):
+        value = _changed(value, rng)
+    text = json.dumps(value)
+    if rng.random() < 0.05:
+        depth = rng.choice((500, 100_000))
+        text = text.replace("1", "[" * depth + "]" * depth, 1)
+    if rng.random() < 0.1:
+        text = damaged_bytes(text.encode(), rng).decode(errors="replace")
+    return text
+
+
+def _changed(value: Any, rng: random.Random) -> Any:
+    """The value with one node, at any depth, replaced, removed, doubled or renamed."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
+        return copy.deepcopy(rng.choice(VALUES))
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key = rng.choice(keys)
+    kind = rng.randrange(8)
+    if kind == 0:
+        del value[key]
+    elif kind == 1 and isinstance(value, dict):
+        value[rng.choice(("x", "", "type", "a" * 300, "\x00"))] = value.pop(key)
+    elif kind == 2 and isinstance(value, list):
+        value.append(copy.deepcopy(value[key]))
+    elif kind == 3 and isinstance(value, dict):
+        value[key] = copy.deepcopy(value[rng.choice(keys)])
+    else:
+        value[key] = _changed(value[key], rng)
+    return value
+
+
+def damaged_safetensors(raw: bytes, rng: random.Random) -> bytes:
+    """A file with a damaged header of the right length, or with damaged bytes."""
+    if rng.random() < 0.3:
+        return damaged_bytes(raw, rng)
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = damaged_json(json.loads(raw[8 : 8 + length]), rng).encode("utf-8", "replace")
+    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
+
+
+def damaged_packed(raw: bytes, rng: random.Random) -> bytes:
+    """A packed file with damaged metadata under the right checksum, or damaged as any safetensors file."""
+    if rng.random() < 0.4:
+        return damaged_safetensors(raw, rng)
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    body = json.loads(header["__metadata__"]["bipolar_jax"][8:])
+    text = damaged_json(body, rng).encode("utf-8", "replace").decode()
+    header["__metadata__"]["bipolar_jax"] = f"{zlib.crc32(text.encode()):08x}{text}"
+    encoded = json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :]
+
+
+def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
+    """A file with damaged bytes, or with one number after a key or a tensor's name replaced."""
+    if rng.random() < 0.5:
+        return damaged_bytes(raw, rng)
+    names = [b"attn_q.weight", b"output.weight", b"token_embd.weight", b"architecture", b"add_bos", b"token_id"]
+    names += [b".block_count", b"head_count", b"key_length", b"freq_base", b"tokens", b"token_type", b"merges", b"pre"]
+    names += [
+        b"token_id",
+        b"attn_q.weight",
+        b"output.weight",
+        b"token_embd.weight",
+        b"general.architecture",
+        b"add_bos",
+    ]
+    name = rng.choice(names)
+    found = raw.find(name)
+    if found < 0:
+        return damaged_bytes(raw, rng)
+    at = found + len(name) + rng.choice((0, 4, 8, 12, 16, 20, 24))
+    layout = rng.choice("IQ")
+    size = struct.calcsize(layout)
+    return raw[:at] + struct.pack(f"<{layout}", rng.choice(INTEGERS) % (1 << 8 * size)) + raw[at + size :]
