@@ -57,17 +57,20 @@ def quantized_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
-    tokens = quantize_tokens(x, a_format, prologue)
+    rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
+    tokens = quantize_tokens(rows, a_format)
+    exponents = epilogue.column_exponents(w.scale, w.offset)
+    scale, offset = (None if a is None else epilogue.without_exponent(a, exponents) for a in (w.scale, w.offset))
     integers = integer_matmul(tokens.codes, w, a_format)
     lengths = group_lengths(w.contracted_size, w.group_size)
     x_sums = epilogue.value_sums(code_sums(tokens.codes, w.group_size), a_format, lengths)
     w_sums = epilogue.value_sums(w.row_sums, w.format, lengths)
     total = jnp.zeros(integers.shape[:2], jnp.float32)
     for g in range(w.num_groups):
-        total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], w.scale[:, g])
-        if w.offset is not None:
-            total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), w.offset[:, g])
-    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation)
+        total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], scale[:, g])
+        if offset is not None:
+            total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), offset[:, g])
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation, exponents, row_factor)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:

@@ -12,6 +12,7 @@ cast and the residual follow (`finish`).
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -59,6 +60,42 @@ def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array
     return 2.0 * halves.astype(jnp.float32) + odd.astype(jnp.float32)
 
 
+def column_exponents(scale: Float[Array, "n groups"], offset: Float[Array, "n groups"] | None) -> Int[Array, " n"]:
+    """The exponent of each column's largest scale or offset, int32.
+
+    Sums of terms whose scales and offsets are divided by these powers of two neither overflow nor lose bits.
+    """
+    largest = jnp.max(jnp.abs(scale), axis=-1)
+    return _exponent(largest if offset is None else jnp.maximum(largest, jnp.max(jnp.abs(offset), axis=-1)))
+
+
+def without_exponent(scale: Float[Array, "n groups"], exponents: Int[Array, " n"]) -> Float[Array, "n groups"]:
+    """Scales, or offsets, divided by powers of two."""
+    return scale * power_of_two(-exponents)[:, None]
+
+
+def power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """2^exponent for exponents from -126 to 127, float32."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _exponent(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """floor(log2(x)) of numbers that are not negative, limited to -126 ... 126, int32."""
+    return jnp.clip((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127, -126, 126)
+
+
+def reduced_rows(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, " m"] | None]:
+    """Rows that come near the largest float, divided by 2^32: their scales and their sums stay finite.
+
+    Returns:
+      x; the factor of every row that undoes it, float32, or None for float16, whose sums cannot overflow.
+    """
+    if x.dtype == jnp.float16:
+        return x, None
+    large = jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32) > 2.0**96
+    return jnp.where(large[:, None], x * 2.0**-32, x), jnp.where(large, jnp.float32(2.0**32), jnp.float32(1))
+
+
 def finish(
     total: Float[Array, "m n"],
     token_scale: Float[Array, " m"] | None,
@@ -66,6 +103,8 @@ def finish(
     dtype: jnp.dtype,
     residual: Float[Array, "m out"] | None = None,
     activation: Activation | None = None,
+    column_exponent: Int[Array, " n"] | None = None,
+    row_factor: Float[Array, " m"] | None = None,
 ) -> Float[Array, "m out"]:
     """Token scale, bias, activation, cast to `dtype`, and the residual, in this order.
 
@@ -76,10 +115,28 @@ def finish(
       dtype: of the output and of the residual.
       residual: added after the cast.
       activation: applied in float32; a gated one makes n / 2 columns.
+      column_exponent: what the scales were divided by, as exponents of two; None if they were not.
+      row_factor: what the rows of x were divided by; None if they were not.
     """
-    y = total if token_scale is None else total * token_scale[:, None]
+    y = _scaled(total, token_scale, column_exponent)
+    y = y if row_factor is None else y * row_factor[:, None]
     y = y if bias is None else y + bias.astype(jnp.float32)[None]
     return activate_and_add(y, activation, dtype, residual)
+
+
+def _scaled(
+    total: Float[Array, "m n"], token_scale: Float[Array, " m"] | None, column_exponent: Int[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """total * token_scale * 2^column_exponent, which overflows and underflows only if the result does."""
+    if column_exponent is None:
+        return total if token_scale is None else total * token_scale[:, None]
+    exponent = column_exponent[None]
+    if token_scale is not None:
+        token_exponent = _exponent(token_scale)
+        total = total * (token_scale * power_of_two(-token_exponent))[:, None]
+        exponent = exponent + token_exponent[:, None]
+    half = exponent >> 1
+    return total * power_of_two(half) * power_of_two(exponent - half)
 
 
 def activate_and_add(

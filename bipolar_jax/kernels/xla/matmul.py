@@ -44,7 +44,9 @@ def quantized_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
-    tokens = quantize_tokens(x, a_format, prologue)
+    rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
+    tokens = quantize_tokens(rows, a_format)
+    exponents = epilogue.column_exponents(w.scale, w.offset)
 
     def add_group(total, group_and_scales):
         group, scale, offset = group_and_scales
@@ -57,10 +59,10 @@ def quantized_matmul(
             total += epilogue.offset_group(x_sums, tokens.zero_value, length, offset)
         return total, None
 
-    offsets = None if w.offset is None else w.offset.T
     total = _zeros(w.row_sums, x.shape[0])
-    total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), w.scale.T, offsets))
-    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation)
+    scales = _scales_and_offsets(w, exponents)
+    total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), *scales))
+    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation, exponents, row_factor)
 
 
 def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
@@ -82,11 +84,12 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
             total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset[None]
         return total, None
 
-    x_groups, w_groups = (jnp.moveaxis(split_groups(a, w.group_size), -2, 0) for a in (x, values))
-    offsets = None if w.offset is None else w.offset.T
+    rows, row_factor = epilogue.reduced_rows(x)
+    x_groups, w_groups = (jnp.moveaxis(split_groups(a, w.group_size), -2, 0) for a in (rows, values))
+    exponents = epilogue.column_exponents(w.scale, w.offset)
     total = _zeros(w.row_sums, x.shape[0])
-    total, _ = jax.lax.scan(add_group, total, (x_groups, w_groups, w.scale.T, offsets))
-    return epilogue.finish(total, None, bias, x.dtype)
+    total, _ = jax.lax.scan(add_group, total, (x_groups, w_groups, *_scales_and_offsets(w, exponents)))
+    return epilogue.finish(total, None, bias, x.dtype, column_exponent=exponents, row_factor=row_factor)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
@@ -94,6 +97,14 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     dot = "float dot of integer values" if a_format is None else "int8 dot of signed codes"
     groups = "" if w.num_groups == 1 else f", one dot for each of {w.num_groups} groups"
     return Plan(f"XLA's {dot}{groups}", "runs on every device")
+
+
+def _scales_and_offsets(
+    w: BipolarArray, exponents: Int[Array, " n"]
+) -> tuple[Float[Array, "groups n"], Float[Array, "groups n"] | None]:
+    """Scales and offsets of every group, divided by the columns' powers of two."""
+    scale, offset = (None if a is None else epilogue.without_exponent(a, exponents).T for a in (w.scale, w.offset))
+    return scale, offset
 
 
 def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:
