@@ -33,11 +33,13 @@ from .support import app
 from .support.perplexity_plot import plot_perplexity
 from .support.progress import console, progress_bar
 from .support.sources import load_model_source, load_text_source, model_fingerprint
-from .support.workdir import RESULT_NAME, environment, read_result, write_json
+from .support.workdir import RESULT_NAME, check_rows, environment, read_result, write_json
 
 _EMBEDDING, _LAYERS = "^(embed|lm_head)$", "^layers/"
 # Settings that the perplexity depends on; all results in a workdir share them.
 _SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision", "calibration")
+
+_ROW_FIELDS = ("perplexity", "standard_error", "windows", "bytes", "sample")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -50,7 +52,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     settings = {name: config[name] for name in _SETTINGS}
     settings["model_fingerprint"] = model_fingerprint(config.model)
     settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    result = read_result(workdir, settings) or {"settings": settings, "precisions": {}}
+    result = read_result(workdir, settings, {"precisions": _ROW_FIELDS}) or {"settings": settings, "precisions": {}}
     embedding_rules = [(_EMBEDDING, embedding_precision)]
     for precision in precisions:  # reject impossible precisions before measuring
         jax.eval_shape(
@@ -59,7 +61,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
         )
 
     result["environment"] = environment()
-    if "baseline" not in result:
+    if "baseline" in result:
+        check_rows(workdir / RESULT_NAME, "baseline", [result["baseline"]], (*_ROW_FIELDS, "tokens"))
+    else:
         result["baseline"] = _measure("baseline", pretrained, ids, config) | _text_facts(ids, config)
         write_json(workdir / RESULT_NAME, result)
     with progress_bar("quantizing the embedding"):
@@ -92,7 +96,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
 def _is_done(row: dict[str, Any] | None, checkpoint: Path | None) -> bool:
     if row is None or checkpoint is None:
         return row is not None
-    return checkpoint.is_file() and row.get("checkpoint_bytes") == checkpoint.stat().st_size
+    if not checkpoint.is_file() or row.get("checkpoint_bytes") != checkpoint.stat().st_size:
+        return False
+    try:
+        bj.load(checkpoint)  # compares every checksum
+    except ValueError as error:
+        console.print(f"{error}; writing it again")
+        return False
+    return True
 
 
 def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
@@ -164,7 +175,8 @@ def _nbytes(model: nnx.Module) -> int:
 def _print_table(result: dict[str, Any]) -> None:
     baseline = result["baseline"]
     scored = f"{baseline['windows']} windows, {baseline['tokens']} tokens of {result['settings']['text']}"
-    table = Table(title=f"{result['settings']['model']}, perplexity on {scored}")
+    settings = result["settings"]
+    table = Table(title=f"{settings['model']}, calibration {settings['calibration']}, perplexity on {scored}")
     for heading in ("precision", "perplexity", "std. error", "increase", "MB", "size", "continues the prompt with"):
         table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
     for name, row in {"float32": baseline, **result["precisions"]}.items():

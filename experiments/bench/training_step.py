@@ -94,7 +94,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"{missing[0]} has float activations: only integer products are measured here")
     settings = {name: config[name] for name in _SETTINGS} | {"device": jax.devices()[0].device_kind}
     settings["sources_sha256"] = kernels_fingerprint("nn", "ops", "quantize", "packing")
-    result = read_result(workdir, settings) or {"settings": settings, "precisions": {}}
+    result = read_result(workdir, settings, {"precisions": ()}) or {"settings": settings, "precisions": {}}
     result["environment"] = environment()
     x = jax.random.normal(jax.random.key(config.seed), (1, config.tokens, config.hidden_size), jnp.bfloat16)
     to_profile = {}
@@ -226,7 +226,10 @@ def print_table(result: dict[str, Any]) -> None:
     """Prints milliseconds by precision, as device time and as wall time."""
     settings = result["settings"]
     sizes = f"{settings['tokens']} tokens, {settings['hidden_size']} x {settings['ffn_size']}"
-    table = Table(title=f"feed-forward block, {sizes}, on {settings['device']}: medians in ms")
+    title = (
+        f"feed-forward block, {sizes}, calibration {settings['calibration']}, on {settings['device']}: medians in ms"
+    )
+    table = Table(title=title)
     for heading in ("precision", "forward", "x bf16", "step", "x bf16", "forward, wall", "x", "step, wall", "x"):
         table.add_column(heading, justify="left" if heading == "precision" else "right")
     for name, measured in result["precisions"].items():
