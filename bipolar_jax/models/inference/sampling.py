@@ -99,6 +99,7 @@ def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+@jax.jit
 def draw(logits: Float[Array, "batch vocab"], values: SamplingValues, key: PRNGKeyArray) -> Int[Array, " batch"]:
     """One token id drawn for each row, int32; the settings may be traced, with a temperature above 0."""
     logits = logits.astype(jnp.float32) / values.temperature

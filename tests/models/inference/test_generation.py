@@ -155,7 +155,11 @@ def test_texts_of_about_the_same_length_share_one_compilation(model):
 
 
 def test_all_sampling_settings_and_end_ids_share_two_compilations(model):
-    generate(model, PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
+    decode_loop.first_token.clear_cache()
+    decode_loop.next_tokens.clear_cache()
+    with compilations() as found:
+        generate(model, PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
+    assert sum("token" in name for name in found) == 2
     with compilations() as found:
         for temperature in (0.7, 1, 3.5):
             generate(model, PROMPTS[:1], 4, key=jax.random.PRNGKey(1), temperature=temperature)

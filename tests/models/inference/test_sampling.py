@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax.models.inference.sampling import Sampling, sample
+from bipolar_jax.models.inference.sampling import Sampling, draw, sample
 
 LOGITS = np.array([0.3, -1.0, 2.0, 1.5, 0.0, -4.0, 1.2], np.float32)
 DRAWS = 20_000
@@ -117,6 +117,15 @@ def test_the_key_decides_the_draw():
     first, again = (sample(logits, sampling, jax.random.key(3)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert (first != sample(logits, sampling, jax.random.key(4))).any()
+
+
+def test_eager_draws_share_a_compilation():
+    logits = jnp.asarray(LOGITS)[None]
+    sample(logits, Sampling(0.5), jax.random.key(0))
+    before = draw._cache_size()
+    for sampling in (Sampling(0.7), Sampling(1.0, top_k=2), Sampling(2.0, top_p=0.4)):
+        sample(logits, sampling, jax.random.key(1))
+    assert draw._cache_size() == before
 
 
 def test_low_precision_logits_are_divided_in_float32():
