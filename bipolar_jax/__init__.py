@@ -4,7 +4,7 @@ from bipolar_jax import models, nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.models.inference.explain import explain_model
-from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model
+from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model, summary
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
 from bipolar_jax.quantize import Precision, fake_quant
@@ -31,4 +31,5 @@ __all__ = [
     "quantize",
     "quantize_model",
     "save",
+    "summary",
 ]

@@ -3,6 +3,8 @@
 from bipolar_jax.nn.convert.quantization_aware import quantization_aware
 from bipolar_jax.nn.convert.quantize_linen import PackedLinen
 from bipolar_jax.nn.convert.quantize_model import quantize_model
+from bipolar_jax.nn.convert.summary import LayerSummary, layer_summaries, summary
+from bipolar_jax.nn.layers.einsum import Einsum
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.joined import joined
 from bipolar_jax.nn.layers.linear import Linear, fuses, without_training
@@ -18,7 +20,9 @@ from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 __all__ = [
     "BitSchedule",
     "DotGeneral",
+    "Einsum",
     "Embed",
+    "LayerSummary",
     "Linear",
     "LinenDotGeneral",
     "Packed",
@@ -29,7 +33,9 @@ __all__ = [
     "distillation_loss",
     "fuses",
     "joined",
+    "layer_summaries",
     "quantization_aware",
     "quantize_model",
+    "summary",
     "without_training",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from bipolar_jax.nn.convert.layer_paths import first_references, layer_references, other_layers
+from bipolar_jax.nn.convert.layer_paths import class_name, first_references, layer_references, other_layers
 from bipolar_jax.nn.convert.rules import Rules, match_rules
 from bipolar_jax.nn.layers.dense_layout import folded_kernel
 from bipolar_jax.nn.training.dot_general import DotGeneral
@@ -45,7 +45,7 @@ def quantization_aware[Model: nnx.Module](
     trained = nnx.clone(model)
     references = layer_references(trained, _LAYERS)
     layers = {reference.path: reference.layer for reference in first_references(references).values()}
-    others = other_layers(trained, _LAYERS)
+    others = {r.path: class_name(r.layer, _LAYERS) for r in other_layers(trained, _LAYERS)}
     all_paths = [reference.path for reference in references]
     precisions = match_rules(rules, list(layers), others, "nnx.Linear or nnx.LinearGeneral", all_paths)
     for path, precision in precisions.items():

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import core, linen
 
-from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
+from bipolar_jax.nn.convert.float_layers import warn_of_matched
+from bipolar_jax.nn.convert.layer_paths import NOT_WEIGHTS
+from bipolar_jax.nn.convert.rules import Rules, chosen_precision, match_rules, trained_precisions
 from bipolar_jax.nn.layers.dense_layout import dense_layout
+from bipolar_jax.nn.layers.packed import num_bytes
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.nn.training.linen_dot_general import LinenDotGeneral
@@ -70,9 +73,10 @@ def quantize_linen(
     """Packs the kernels of `linen.Dense` and `linen.DenseGeneral` layers by path rules.
 
     `linen.DenseGeneral` includes the projections of `linen.MultiHeadDotProductAttention`.
-    Convolutions and embeddings stay float. The path of a layer is the names of modules that lead
-    to its parameters, joined by "/", such as "encoder/Dense_0". Layers with a `DotGeneral` or
-    `LinenDotGeneral` are packed at the precision of their training and then give the same bits.
+    Convolutions and embeddings stay float, with a warning if a rule matches them. The path of a
+    layer is the names of modules that lead to its parameters, joined by "/", such as
+    "encoder/Dense_0". Layers with a `DotGeneral` or `LinenDotGeneral` are packed at the precision
+    of their training and then give the same bits.
 
     Args:
       module: the model.
@@ -98,7 +102,11 @@ def quantize_linen(
     if rules is None:
         precisions = trained_precisions({path: layer.trained for path, layer in layers.items()})
     else:
-        precisions = match_rules(rules, list(layers), others, _ELIGIBLE)
+        precisions = match_rules(rules, list(layers), {path: name for path, (name, _) in others.items()}, _ELIGIBLE)
+        warn_of_matched(
+            {path: found for path, found in others.items() if found[1] and chosen_precision(rules, path) is not None},
+            stacklevel=4,
+        )
     packed = {}
     parameters = jax.tree.map(lambda leaf: leaf, variables["params"])  # copies the dicts, not the arrays
     for path, precision in precisions.items():
@@ -130,8 +138,8 @@ class _DenseLayer:
     step_size_at: str | None
 
 
-def _find_layers(module, variables, inputs, options) -> tuple[dict[str, _DenseLayer], dict[str, str]]:
-    """The layers that can be packed, and the class names of other layers with parameters, by path."""
+def _find_layers(module, variables, inputs, options) -> tuple[dict[str, _DenseLayer], dict[str, tuple[str, int]]]:
+    """The layers that can be packed, and class names and bytes of weights of other layers, by path."""
     layers, others = {}, {}
 
     def record(next_function, arguments, keywords, context):
@@ -142,12 +150,18 @@ def _find_layers(module, variables, inputs, options) -> tuple[dict[str, _DenseLa
             if type(layer) in _LAYERS:
                 layers[path] = _dense_layer(layer, *arguments, **keywords)
             elif any(not isinstance(value, dict) for value in layer.variables.get("params", {}).values()):
-                others[path] = type(layer).__name__
+                others[path] = type(layer).__name__, _weight_bytes(layer)
         return next_function(*arguments, **keywords)
 
     with linen.intercept_methods(record):
         jax.eval_shape(lambda variables: module.apply(variables, *inputs, **options), variables)
     return layers, others
+
+
+def _weight_bytes(layer: linen.Module) -> int:
+    """Bytes of the layer's own parameters that are no biases, and no scales of norms."""
+    own = layer.variables["params"].items()
+    return sum(num_bytes(value) for name, value in own if name not in NOT_WEIGHTS and getattr(value, "ndim", 0) >= 2)
 
 
 def _dense_layer(layer: linen.Dense | linen.DenseGeneral, inputs: jax.Array) -> _DenseLayer:

@@ -6,16 +6,18 @@ from typing import Any
 
 from flax import linen, nnx
 
-from bipolar_jax.nn.convert.layer_paths import first_references, layer_references, other_layers
+from bipolar_jax.nn.convert.float_layers import FLOAT_LAYERS, float_layers, warn_of_float_layers
+from bipolar_jax.nn.convert.layer_paths import first_references, layer_references
 from bipolar_jax.nn.convert.quantize_linen import quantize_linen
 from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
+from bipolar_jax.nn.layers.einsum import Einsum
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.quantize import Precision
 
-_FLOAT_LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Embed)
-_ELIGIBLE = "nnx.Linear, nnx.LinearGeneral or nnx.Embed"
+_ELIGIBLE = "nnx.Linear, nnx.LinearGeneral or nnx.Embed (or an nnx.Einsum that plainly contracts its kernel)"
+_PACKED = {nnx.Linear: Linear, nnx.LinearGeneral: Linear, nnx.Einsum: Einsum, nnx.Embed: Embed}
 
 
 def quantize_model[Model: nnx.Module](
@@ -24,7 +26,8 @@ def quantize_model[Model: nnx.Module](
     """Copies a model and replaces its float layers by packed layers.
 
     It replaces `nnx.Linear`, `nnx.LinearGeneral` (which includes the projections of
-    `nnx.MultiHeadAttention`) and `nnx.Embed`, at any depth, also in stacks. The path of a layer
+    `nnx.MultiHeadAttention`), `nnx.Einsum` that plainly contracts its kernel, and `nnx.Embed`, at
+    any depth, also in stacks and in other pytrees. `summary` prints the result. The path of a layer
     is its attribute names and indices joined by "/", such as "layers/ffn/down_proj". A tied
     layer, which has several paths, is replaced once, by the rule for its first path, and stays
     tied.
@@ -55,7 +58,12 @@ def quantize_model[Model: nnx.Module](
     Raises:
       ValueError: a rule that decides no layer (the message lists near misses), a pattern
         that is not a regular expression, a precision that differs from that of training, no
-        rules and no trained layer, or weights that cannot be quantized.
+        rules and no trained layer, or weights that cannot be quantized, such as those of a stack on
+        another axis than the first.
+
+    Warns:
+      UserWarning: rules match layers with weights that stay float, such as convolutions, subclasses
+        of Flax's layers or adapters; one warning with their number, bytes and reasons.
     """
     if isinstance(model, linen.Module):
         return quantize_linen(model, rules, *linen_arguments, implementation=implementation, **linen_options)
@@ -65,19 +73,20 @@ def quantize_model[Model: nnx.Module](
             "give an nnx.Module and rules, or a linen.Module, rules, its variables and example inputs"
         )
     quantized = nnx.clone(model)
-    if type(quantized) in _FLOAT_LAYERS:
-        name = "Embed" if isinstance(quantized, nnx.Embed) else "Linear"
+    if type(quantized) in FLOAT_LAYERS:
         raise ValueError(
             f"the model is itself an {type(quantized).__name__}, so there is no path for a rule to match: "
-            f"use bipolar_jax.nn.{name}.from_float"
+            f"use bipolar_jax.nn.{_PACKED[type(quantized)].__name__}.from_float"
         )
-    references = layer_references(quantized, _FLOAT_LAYERS)
+    left_float = {layer.path: layer for layer in float_layers(quantized) if layer.reason is not None}
+    references = [r for r in layer_references(quantized, FLOAT_LAYERS) if r.path not in left_float]
     first = first_references(references)
     if rules is None:
         precisions = trained_precisions({r.path: LayerQuantization.of(r.layer) for r in first.values()})
     else:
         paths, all_paths = ([r.path for r in some] for some in (first.values(), references))
-        precisions = match_rules(rules, paths, other_layers(quantized, _FLOAT_LAYERS), _ELIGIBLE, all_paths)
+        reasons = {path: layer.reason for path, layer in left_float.items()}
+        precisions = match_rules(rules, paths, reasons, _ELIGIBLE, all_paths)
     packed: dict[int, nnx.Module] = {}
     for reference in references:
         layer, path = reference.layer, first[id(reference.layer)].path
@@ -86,14 +95,14 @@ def quantize_model[Model: nnx.Module](
             if id(layer) not in packed:
                 packed[id(layer)] = _pack(path, layer, precision, implementation)
             reference.replace(packed[id(layer)])
+    if rules is not None:
+        warn_of_float_layers(rules, left_float.values())
     return quantized
 
 
 def _pack(path: str, layer: nnx.Module, precision: Precision, implementation: str) -> nnx.Module:
     """The packed layer for a float layer. Raises ValueError that names the path."""
     try:
-        if isinstance(layer, nnx.Embed):
-            return Embed.from_float(layer, precision, implementation=implementation)
-        return Linear.from_float(layer, precision, implementation=implementation)
+        return _PACKED[type(layer)].from_float(layer, precision, implementation=implementation)
     except ValueError as error:
         raise ValueError(f"cannot quantize layer {path} to {precision}: {error}") from error

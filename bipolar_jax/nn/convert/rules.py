@@ -22,7 +22,7 @@ def match_rules(
     Args:
       rules: (pattern, precision) pairs, see `quantize_model`.
       paths: one path of every layer that can be quantized.
-      others: class names of the other layers by path, for the messages of errors.
+      others: class names of the other layers by path, or why they stay float, for the messages of errors.
       eligible: the classes that can be quantized, for the messages of errors.
       tied: all paths of the layers, including further paths of tied layers, for the messages of
         errors.
@@ -41,6 +41,12 @@ def match_rules(
         if index not in used:
             raise ValueError(_explain_unused(pattern, list(dict.fromkeys([*paths, *tied])), others, eligible))
     return precisions
+
+
+def chosen_precision(rules: Rules, path: str) -> Precision | None:
+    """The precision of the first rule that matches a path; None if that is None, or no rule matches."""
+    compiled = map(_compile, rules)
+    return next((precision for pattern, precision in compiled if pattern.search(path)), None)
 
 
 def trained_precisions(layers: Mapping[str, LayerQuantization | None]) -> dict[str, Precision]:

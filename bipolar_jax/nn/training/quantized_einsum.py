@@ -20,7 +20,7 @@ class QuantizedEinsum:
 
     `jnp.einsum` with a `DotGeneral` as its `_dot_general` would not do, because it swaps the
     operands where that saves a transpose, and the weights would be quantized as activations.
-    `quantize_model` does not convert such layers: they pack their float kernels in every call.
+    `quantize_model` makes a packed `bipolar_jax.nn.Einsum` of such layers.
 
     Attributes:
       dot_general: how the operands are quantized, with weights="rhs".
