@@ -8,7 +8,6 @@ with both the baseline's final loss and its least. Writes result.json and losses
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from .support import app
 from .support.plotting import colour, save
 from .support.progress import console
-from .support.workdir import RESULT_NAME, write_json
+from .support.workdir import RESULT_NAME, check_rows, read_json, write_json
 
 # Settings that must be equal for two losses to be comparable.
 _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_windows")
@@ -76,9 +75,12 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / RESULT_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no result at {path}: name workdirs of experiments/train.py")
-    result = json.loads(path.read_text())
+    result = read_json(path)
     if "evaluations" not in result:
         raise ValueError(f"{path} is the result of another experiment: name workdirs of experiments/train.py")
+    check_rows(path, "evaluations", result["evaluations"], ["step", "loss"])
+    check_rows(path, "settings", [result.get("settings")], ["rules", "seed", "name"])
+    check_rows(path, "environment", [result.get("environment")], ["device"])
     return result
 
 

@@ -62,7 +62,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     result["environment"] = environment()
     if "baseline" in result:
-        check_rows(workdir / RESULT_NAME, "baseline", [result["baseline"]], (*_ROW_FIELDS, "tokens"))
+        check_rows(workdir / RESULT_NAME, "baseline", [result["baseline"]], [*_ROW_FIELDS, "tokens"])
     else:
         result["baseline"] = _measure("baseline", pretrained, ids, config) | _text_facts(ids, config)
         write_json(workdir / RESULT_NAME, result)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import prepare_for_inference
@@ -24,7 +25,7 @@ from bipolar_jax.models.inference.sampling import Sampling
 from .support import app
 from .support.progress import console, progress_bar
 from .support.sources import load_model_source, model_fingerprint
-from .support.workdir import RESULT_NAME, environment, replaces, write_json
+from .support.workdir import RESULT_NAME, environment, write_json
 
 TEXT_NAME = "text.txt"
 
@@ -49,7 +50,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             tokens += sum(map(len, ids))
             texts += pretrained.tokenizer.decode_batch(ids)
             advance(len(texts), f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
-    with replaces(workdir / TEXT_NAME) as partial:
+    with atomic_write(workdir / TEXT_NAME) as partial:
         partial.write_text("\n\n".join(texts), encoding="utf-8")
     result = {
         "settings": config.to_dict() | {"model_fingerprint": model_fingerprint(config.model)},

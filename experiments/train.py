@@ -61,7 +61,7 @@ def _train(config: ConfigDict, workdir: Path, interrupt: Interrupt) -> None:
     data = load_training_data(config, workdir, pretrained)
     student = Student.of(config, shapes_of(config, pretrained, data.tokenizer.get_vocab_size()))
     settings = _settings(config, data)
-    result = read_result(workdir, settings) or {"settings": settings}
+    result = read_result(workdir, settings, {"evaluations": ["step", "loss"]}) or {"settings": settings}
     result |= {"environment": environment(), "data": _data_facts(data)}
     teacher = _teacher(config, student, data, pretrained)
     params = float_params(pretrained.model, config.pretrained) if pretrained else student.initial(config.seed)

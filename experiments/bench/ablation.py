@@ -66,7 +66,7 @@ def _measure(products: list[tuple[str, Product]], fixed: variants.Tiling, config
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"fixed_tiling": dataclasses.asdict(fixed), "device": jax.devices()[0].device_kind}
     settings["kernels_sha256"] = kernels_fingerprint()
-    result = read_result(workdir, settings) or {"settings": settings, "products": {}}
+    result = read_result(workdir, settings, {"products": ()}) or {"settings": settings, "products": {}}
     result["environment"] = environment()
     operands: Operands | None = None
     for name, product in products:

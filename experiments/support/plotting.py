@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
-from .workdir import replaces
+from bipolar_jax.checkpoint.atomic_write import atomic_write
 
 
 def bars(axes, names: list[str], series: dict[str, dict[str, float | None]]) -> None:
@@ -37,5 +37,5 @@ def legend(figure: matplotlib.figure.Figure) -> None:
 
 def save(figure: matplotlib.figure.Figure, path: Path) -> None:
     """Writes a PNG atomically."""
-    with replaces(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -13,6 +13,16 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from .fetch import SHA256, fetch_smollm2
 from .progress import progress_bar
 
+# The files of a Hugging Face directory that loading it may read, besides shards of weights.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -33,11 +43,14 @@ def load_model_source(name: str, bits: int | None = None) -> PretrainedModel:
 
 
 def model_fingerprint(name: str) -> str:
-    """A digest that changes with the model's files: SHA-256 of "smollm2", else of names, sizes and times."""
+    """A digest that changes with the model's own files: SHA-256 of "smollm2", else of names, sizes and times."""
     if name == "smollm2":
         return SHA256
     path = Path(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = [path]
+    if path.is_dir():  # what lies beside the model, such as a workdir or a note, is not its own
+        files = [path / file for file in _MODEL_FILES] + sorted(path.glob("model-*-of-*.safetensors"))
+    files = [file for file in files if file.is_file()]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,12 @@ import jax
 import jaxlib
 
 import bipolar_jax
+from bipolar_jax.checkpoint.atomic_write import atomic_write
+from bipolar_jax.checkpoint.json_text import parse_json
 
 RESULT_NAME = "result.json"
-
-
-@contextlib.contextmanager
-def replaces(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, and renames it to `path` after the block.
-
-    A reader, or a run that is killed, sees the old file or the whole new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    os.replace(partial, path)
+# Fields of rows that are numbers.
+_NUMBERS = {"step", "loss", "cross_entropy"}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -40,28 +31,63 @@ def write_json(path: Path, value: Any) -> None:
       ValueError: NaN or Inf, which JSON does not have.
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with replaces(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text)
 
 
-def read_result(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_result(
+    workdir: Path, settings: dict[str, Any], rows: dict[str, Sequence[str]] | None = None
+) -> dict[str, Any] | None:
     """The result.json of an earlier run with the same settings; None if there is no file.
 
+    Args:
+      workdir: folder of the result.
+      settings: this run's settings.
+      rows: section -> fields that each of its rows must have. A section is an object of rows, or a list of them if
+        the fields are a list. Absent sections are added, empty.
+
     Raises:
-      ValueError: the file is no result of an experiment, or has other settings.
+      ValueError: the file is no result of this experiment, or has other settings.
     """
     path = workdir / RESULT_NAME
     if not path.is_file():
         return None
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it, or choose another --workdir") from error
-    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+    result = read_json(path)
+    if not isinstance(result.get("settings"), dict):
         raise ValueError(f"{path} is not a result of an experiment: delete it, or choose another --workdir")
     if other := differences(result["settings"], settings):
         raise ValueError(f"{path} was measured with other settings ({other}): choose another --workdir, or delete it")
+    for section, fields in (rows or {}).items():
+        check_rows(path, section, result.setdefault(section, [] if isinstance(fields, list) else {}), fields)
     return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError for another content."""
+    try:
+        value = parse_json(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error!s:.200}): delete it, or choose another --workdir") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a result of an experiment: delete it, or choose another --workdir")
+    return value
+
+
+def check_rows(path: Path, section: str, found: Any, fields: Sequence[str]) -> None:
+    """Raises ValueError unless `found` has rows with these fields: an object of rows, or a list if `fields` is one."""
+    is_form = isinstance(found, list if isinstance(fields, list) else dict)
+    rows = found.values() if isinstance(found, dict) else found
+    if not is_form or not all(_is_row(row, fields) for row in rows):
+        raise ValueError(
+            f"{path} is not a result of this experiment: its {section} are not rows with {', '.join(fields)}; "
+            "delete it, or choose another --workdir"
+        )
+
+
+def _is_row(row: Any, fields: Sequence[str]) -> bool:
+    if not isinstance(row, dict) or not set(fields) <= set(row):
+        return False
+    return all(isinstance(row[name], int | float) for name in _NUMBERS.intersection(fields))
 
 
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ import tokenizers
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.tokenizer_json import load_tokenizer
 from bipolar_jax.models.transformer import check_ids
 
 from ..support.progress import progress_bar
 from ..support.sources import load_text_source
-from ..support.workdir import replaces
 
 _END_OF_TEXT = "<|endoftext|>"
 # Unit of the split, in characters: short enough that both sides contain every kind of text in the source.
@@ -155,7 +156,7 @@ def _tokenizer(config, workdir, pretrained, texts) -> tokenizers.Tokenizer:
         return _read_tokenizer(path)
     with progress_bar(f"training a tokenizer of {config.vocab_size} tokens"):
         tokenizer = train_tokenizer(texts, config.vocab_size)
-    with replaces(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(tokenizer.to_str())
     return tokenizer
 
@@ -164,8 +165,8 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json, or leave the field empty to train one")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        return load_tokenizer(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer.json ({error}): give another, or leave the field empty") from error
 
 
@@ -173,12 +174,17 @@ def _load_ids(path: Path) -> Int[np.ndarray, " tokens"]:
     if not path.is_file():
         raise FileNotFoundError(f"no token ids at {path}: write them with numpy.save, as a 1-D integer array")
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a NumPy array ({error}): write it with numpy.save") from error
+        # Mapped, so that a damaged shape allocates nothing: NumPy compares it with the file's size.
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy evaluates the header as Python
+        raise ValueError(f"{path} is not a NumPy array ({error!s:.200}): write it with numpy.save") from error
+    if not isinstance(ids, np.ndarray):  # an archive of arrays
+        raise ValueError(f"{path} is not a NumPy array: write it with numpy.save")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
         raise ValueError(f"{path} holds {ids.dtype.name}{list(ids.shape)}: token ids are a 1-D integer array")
-    return ids
+    return np.asarray(ids)
 
 
 def _split(sequence, every: int, block_length: int) -> tuple[list, list]:

@@ -11,8 +11,11 @@ from typing import Any
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
+from bipolar_jax.checkpoint.atomic_write import atomic_write
+from bipolar_jax.checkpoint.json_text import parse_json
+
 from ..support.plotting import save
-from ..support.workdir import replaces
+from ..support.workdir import check_rows
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -27,7 +30,7 @@ class TrainingLog:
         """Opens the files to append steps after `step`."""
         self._path = workdir / METRICS_NAME
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        with replaces(self._path) as partial:
+        with atomic_write(self._path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a")
         # TensorBoard ignores events of older files from purge_step on.
@@ -51,13 +54,18 @@ class TrainingLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Complete rows of metrics.jsonl; a killed process may leave its last line incomplete."""
+    """Complete rows of metrics.jsonl; a killed process may leave its last line incomplete.
+
+    Raises:
+      ValueError: a row has no step or no cross entropy.
+    """
     path, rows = workdir / METRICS_NAME, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError:
             break
+    check_rows(path, "lines", rows, ["step", "cross_entropy"])
     return rows
 
 

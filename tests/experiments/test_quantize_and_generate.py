@@ -125,6 +125,15 @@ def test_a_missing_checkpoint_is_written_again(model, text, tmp_path):
     assert read(tmp_path)["precisions"]["W8A8"]["checkpoint_bytes"] == (tmp_path / "W8A8.safetensors").stat().st_size
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_written_again(model, text, tmp_path):
+    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+    path = tmp_path / "W8A8.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
+    assert path.read_bytes() == raw
+
+
 def test_impossible_precisions_are_rejected_before_measuring(model, text, tmp_path):
     with pytest.raises(ValueError, match="cannot quantize layer .* to W4A8g4096: group_size must be"):
         quantize.main(tiny_config(model, text, "W8A8,W4A8g4096"), tmp_path)

@@ -128,3 +128,20 @@ def test_progress_is_shown_on_stderr(index, tmp_path, monkeypatch, capfd):
 def test_sha256_of(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert fetch.sha256_of(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_damaged_wheels_are_one_value_error(index, tmp_path, kind):
+    """Bytes changed anywhere: in the compressed data, in the directory at the end, in the kind of compression."""
+    whole = tmp_path / "whole.whl"
+    with zipfile.ZipFile(whole, "w", kind) as archive:
+        archive.writestr(f"folder/{fetch.FILE_NAME}", CONTENT)
+    raw = whole.read_bytes()
+    damages = [raw[:at] + bytes([raw[at] ^ 0x5A]) + raw[at + 1 :] for at in range(0, len(raw), 3)]
+    damages += [raw[:at] for at in range(0, len(raw), 37)]
+    for damaged in damages:
+        whole.write_bytes(damaged)
+        try:
+            fetch._extract(whole, tmp_path / "out")
+        except ValueError as error:
+            assert "whole.whl" in str(error)
