@@ -14,9 +14,9 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart
 test: lint
 	$(PYTEST)
 
-# All but the Hopper kernels and the programs.
+# All but the Hopper kernels, the programs and damaged files.
 test-fast: lint
-	$(PYTEST) --ignore tests/kernels/sm90 --ignore tests/experiments --ignore tests/gpu
+	$(PYTEST) --ignore tests/kernels/sm90 --ignore tests/experiments --ignore tests/gpu --ignore tests/fuzz
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
