@@ -1,0 +1,94 @@
+"""Packed models in `jax.export`, `flax.serialization` and Orbax."""
+
+from __future__ import annotations
+
+import flax.serialization
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax import nn as bnn
+from tests.support.integer_products import normal
+
+ARRAYS = {
+    "W4": bj.quantize(normal(8, 3), 4, -2),
+    "W1.58g4": bj.quantize(normal(8, 3), bj.TERNARY, -2, 4),
+    "W3 minmax": bj.quantize(normal(3, 8), 3, -1, calibration="minmax"),
+}
+
+
+def assert_identical(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def model() -> nnx.List:
+    layers = [nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
+    return bj.quantize_model(nnx.List([*layers, nnx.LayerNorm(8, rngs=nnx.Rngs(0))]), [(".*", "W4A8")])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_exported_functions_take_and_return_packed_arrays(name):
+    w = ARRAYS[name]
+    x = jnp.asarray(normal(2, 8))
+
+    def product(x, w):
+        return bj.matmul(x, w if w.axis == -2 else w.T, 8), w
+
+    exported = jax.export.deserialize(jax.export.export(jax.jit(product))(x, w).serialize())
+    y, again = exported.call(x, w)
+    np.testing.assert_array_equal(y, jax.jit(product)(x, w)[0])
+    assert_identical(again, w)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_flax_serialization_restores_packed_arrays(name):
+    w = ARRAYS[name]
+    data = flax.serialization.to_bytes({"kernel": w})
+    abstract = jax.eval_shape(lambda: {"kernel": w})
+    for target in ({"kernel": w}, abstract):
+        assert_identical(flax.serialization.from_bytes(target, data), {"kernel": w})
+    assert flax.serialization.msgpack_restore(data)["kernel"]["bits"] == w.bits
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (bj.quantize(normal(8, 3), 3, -2), "'bits': 4.* but its target .*'bits': 3"),
+        (bj.quantize(normal(8, 5), 4, -2), r"uint32\[4, 3, 1\].* but its target .*uint32\[4, 5, 1\]"),
+        (bj.quantize(normal(8, 3), 4, -2, calibration="minmax"), "has the leaves .*, but its target .*offset"),
+    ],
+)
+def test_a_target_of_another_structure_is_refused(target, message):
+    data = flax.serialization.to_bytes(ARRAYS["W4"])
+    with pytest.raises(ValueError, match=message):
+        flax.serialization.from_bytes(target, data)
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_orbax_restores_pure_dicts(with_target, tmp_path):
+    original = model()
+    pure = nnx.to_pure_dict(nnx.state(original))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "pure", pure)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "pure", *([pure] if with_target else []))
+    graph, state = nnx.split(nnx.eval_shape(model))
+    nnx.replace_by_pure_dict(state, restored if with_target else bnn.restore_packed(state, restored))
+    assert_identical(nnx.to_pure_dict(state), pure)
+    x = jnp.asarray(normal(2, 8))
+    np.testing.assert_array_equal(nnx.merge(graph, state)[0](x), original[0](x))
+
+
+def test_a_pure_dict_of_another_model_is_refused():
+    other = bj.quantize_model(nnx.List([nnx.Linear(8, 4, rngs=nnx.Rngs(0))]), [(".*", "W4A8")])
+    as_orbax = {"0": {"kernel": dict(vars(other[0].kernel.get_value()))}}
+    for field in ("format", "contracted_size", "axis", "group_size"):
+        del as_orbax["0"]["kernel"][field]
+    with pytest.raises(ValueError, match=r"0/kernel has the leaves .*uint32\[4, 4, 1\].*uint32\[4, 8, 1\]"):
+        bnn.restore_packed(nnx.state(model()), as_orbax)
