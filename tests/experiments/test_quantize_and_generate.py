@@ -141,7 +141,7 @@ def test_impossible_precisions_are_rejected_before_measuring(model, text, tmp_pa
 
 
 def test_a_packed_model_is_rejected(run, text, tmp_path):
-    with pytest.raises(ValueError, match="packed already are not packed again"):
+    with pytest.raises(ValueError, match="packed layers are not packed again"):
         quantize.main(tiny_config(run / "W8A8.safetensors", text, "W4A8"), tmp_path)
 
 
