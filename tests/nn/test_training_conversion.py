@@ -331,6 +331,34 @@ def test_errors_of_rules_for_linen_models(rules, message, cnn_variables):
         bj.quantize_model(CNN(), rules, cnn_variables, jnp.ones((2, 8, 8, 1)), train=False)
 
 
+def doubled(features):
+    double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
+    return linen.map_variables(linen.Dense, "params", double, init=True)(features)
+
+
+WRAPPERS = {
+    "doubled": (doubled, {}),
+    "WeightNorm": (lambda features: linen.WeightNorm(linen.Dense(features)), {}),
+    "SpectralNorm": (lambda features: linen.SpectralNorm(linen.Dense(features)), {"update_stats": False}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_linen_wrappers_that_compute_with_kernels_are_refused(name):
+    make, options = WRAPPERS[name]
+
+    class Wrapped(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return make(4)(linen.Dense(8, name="first")(x), **options)
+
+    variables = initialized(Wrapped(), X)
+    with pytest.raises(ValueError, match=r"layer \w*Dense_0: the model computes with its kernel before"):
+        bj.quantize_model(Wrapped(), [(".*", W4A8)], variables, X)
+    model, packed = bj.quantize_model(Wrapped(), [("first", W4A8)], variables, X)
+    assert model.apply(packed, X).shape == (2, 5, 4)
+
+
 def test_a_linen_model_needs_its_variables():
     with pytest.raises(ValueError, match="CNN is a linen model: give its variables and example inputs"):
         bj.quantize_model(CNN(), [(".*", W4A8)])

@@ -91,7 +91,8 @@ def quantize_linen(
       The module that takes packed variables, and the packed variables.
 
     Raises:
-      ValueError: as `quantize_model`.
+      ValueError: as `quantize_model`; or a wrapper computes with a kernel before its layer does, as
+        `linen.WeightNorm` does.
     """
     if variables is None:
         raise ValueError(
@@ -115,6 +116,7 @@ def quantize_linen(
                 packed[path] = _pack(parameters, path, layers[path], precision, implementation)
             except ValueError as error:
                 raise ValueError(f"cannot quantize layer {path} to {precision}: {error}") from error
+    _check_kernels_are_used_as_stored(module, variables, packed, inputs, options)
     return PackedLinen(module, tuple(packed.items())), {**variables, "params": parameters}
 
 
@@ -198,6 +200,58 @@ def _pack(parameters: dict, path: str, layer: _DenseLayer, precision, implementa
     dot_general = quantization.on(implementation).dot_general
     layer_parameters["kernel"] = dot_general.pack(folded, step_size)
     return PackedLayer(dot_general, kernel.dtype.name)
+
+
+def _check_kernels_are_used_as_stored(module, variables, packed: dict[str, PackedLayer], inputs, options) -> None:
+    """Raises ValueError if anything computes with a kernel on its way to its layer, such as a norm of weights.
+
+    The model is traced once more with PRNG keys as kernels: they can be sliced, scanned and mapped over, but JAX
+    refuses arithmetic with them.
+    """
+
+    def trace(paths) -> None:
+        with linen.intercept_methods(functools.partial(_intercept_keys, {path: packed[path] for path in paths})):
+            jax.eval_shape(lambda variables: module.apply(variables, *inputs, **options), _with_keys(variables, paths))
+
+    try:
+        trace(packed)
+    except Exception as error:
+        for path in packed:
+            try:
+                trace([path])
+            except Exception as cause:
+                raise ValueError(
+                    f"cannot quantize layer {path}: the model computes with its kernel before the layer uses it, as "
+                    "linen.WeightNorm, linen.SpectralNorm and linen.map_variables do, and a packed kernel has no "
+                    "arithmetic: give it the precision None"
+                ) from cause
+        raise ValueError(f"the kernels of {', '.join(packed)} cannot be packed together: {error}") from error
+
+
+def _with_keys(variables: dict, paths) -> dict:
+    """The variables with PRNG keys, in the shapes of the kernels, as kernels of these layers."""
+    parameters = jax.tree.map(lambda leaf: leaf, variables["params"])
+    for path in paths:
+        layer = functools.reduce(dict.__getitem__, path.split("/") if path else [], parameters)
+        layer["kernel"] = jax.ShapeDtypeStruct(layer["kernel"].shape, jax.random.key(0).dtype)
+    return {**variables, "params": parameters}
+
+
+def _intercept_keys(layers: dict[str, PackedLayer], next_function, arguments, keywords, context):
+    """Gives layers whose kernels are PRNG keys an output of the right shape and dtype."""
+    layer = context.module
+    if isinstance(layer, LinenDotGeneral):
+        return jax.lax.dot_general(*arguments[:3])
+    packed = layers.get("/".join(layer.path)) if type(layer) in _LAYERS and context.method_name == "__call__" else None
+    if packed is None:
+        return next_function(*arguments, **keywords)
+    (inputs,) = (*arguments, *keywords.values())
+    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    layer.get_variable("params", "kernel")
+    inputs, _, bias = layer.promote_dtype(inputs, jnp.zeros((), packed.kernel_dtype), bias, dtype=layer.dtype)
+    numbers, kernel_shape, bias_shape = _layout(layer, inputs)
+    y = jax.lax.dot_general(inputs, jnp.zeros(kernel_shape, inputs.dtype), numbers)
+    return y if bias is None else y + jnp.reshape(bias, bias_shape)
 
 
 def _intercept_packed(layers: dict[str, PackedLayer], next_function, arguments, keywords, context):
