@@ -154,7 +154,7 @@ class Backend(Protocol):
 
     def decode_attention(
         self,
-        projected: tuple[Float[Array, "batch heads head_dim"], ...],
+        projected: tuple[Float[Array, "batch _ head_dim"], ...],
         keys: CacheLeaves,
         values: CacheLeaves,
         layer: Int[Array, ""],

@@ -46,7 +46,7 @@ _REDUCTION_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 w
 
 
 def decode_attention(
-    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    projected: tuple[Float[Array, "batch _ head_dim"], ...],
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     layer: Int[Array, ""],
@@ -117,7 +117,7 @@ def decode_attention(
 
 
 def plan_decode_attention(
-    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    projected: tuple[Float[Array, "batch _ head_dim"], ...],
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     layer: Int[Array, ""],
@@ -136,7 +136,7 @@ def plan_decode_attention(
 
 
 def _plan(
-    projected: tuple[Float[Array, "batch heads head_dim"], ...],
+    projected: tuple[Float[Array, "batch _ head_dim"], ...],
     keys: tuple[Array, ...],
     bits: int | None,
     splits: int | None,
