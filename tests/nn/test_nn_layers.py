@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from bipolar_jax import TERNARY, Precision, matmul, quantize
+from bipolar_jax import TERNARY, Precision, matmul, quantize, quantize_model
 from bipolar_jax.nn import DotGeneral, Embed, Linear, Packed, fuses, joined, without_training
 from bipolar_jax.ops import Activation, RMSNorm, dispatch
 from tests.support.integer_products import normal
@@ -243,6 +243,26 @@ def test_layers_over_several_axes_do_not_join():
     layers = [Linear.from_float(nnx.LinearGeneral((4, 6), 6, axis=(-2, -1), rngs=nnx.Rngs(0)), W4A8)] * 2
     with pytest.raises(ValueError, match="contract other axes than the last"):
         joined(layers)
+
+
+def test_layers_take_an_out_sharding_on_explicit_meshes():
+    spec = jax.sharding.PartitionSpec("data", None)
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        linear=nnx.Linear(8, 4, rngs=rngs),
+        trained=nnx.Linear(8, 4, dot_general=DotGeneral(8, 8), rngs=rngs),
+        einsum=nnx.Einsum("bd,dh->bh", (8, 4), (4,), rngs=rngs),
+        embed=nnx.Embed(10, 8, rngs=rngs),
+    )
+    packed = quantize_model(model, [(".*", "W8A8")])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((4, 8)), jax.NamedSharding(mesh, spec))
+        ids = jax.device_put(jnp.arange(4), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        for name in packed:
+            y = packed[name](ids if name == "embed" else x, out_sharding=spec)
+            assert jax.typeof(y).sharding.spec == spec, name
+        assert jax.typeof(packed["embed"].attend(x, out_sharding=spec)).sharding.spec == spec
 
 
 def test_repr_counts_parameters():
