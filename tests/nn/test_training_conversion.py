@@ -331,6 +331,34 @@ def test_errors_of_rules_for_linen_models(rules, message, cnn_variables):
         bj.quantize_model(CNN(), rules, cnn_variables, jnp.ones((2, 8, 8, 1)), train=False)
 
 
+def test_packed_linen_models_nest_and_bind():
+    """Two packed models are submodules of another; their variables stand under their names."""
+    model = TwoLayers()
+    variables = initialized(model, X)
+    packed, packed_variables = bj.quantize_model(model, [(".*", W4A8)], variables, X)
+    expected = packed.apply(packed_variables, X)
+    bound = packed.bind(packed_variables)
+    np.testing.assert_array_equal(bound(X), expected)
+    np.testing.assert_array_equal(bound(X, method="hidden"), packed.apply(packed_variables, X, method="hidden"))
+    chain = linen.Sequential([packed, linen.Dense(24), packed.clone()])
+    dense = initialized(linen.Dense(24), jnp.ones((2, 5, 3)))["params"]
+    nested = {"layers_0": packed_variables["params"], "layers_1": dense, "layers_2": packed_variables["params"]}
+    y = jax.jit(chain.apply)({"params": nested}, X)
+    between = linen.Dense(24).apply({"params": dense}, expected)
+    np.testing.assert_allclose(y, packed.apply(packed_variables, between), atol=0.05)  # one 8-bit step of a token
+
+
+class TwoLayers(linen.Module):
+    def setup(self):
+        self.first, self.second = linen.Dense(8), linen.Dense(3)
+
+    def __call__(self, x):
+        return self.second(self.hidden(x))
+
+    def hidden(self, x):
+        return linen.relu(self.first(x))
+
+
 def doubled(features):
     double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
     return linen.map_variables(linen.Dense, "params", double, init=True)(features)

@@ -39,14 +39,14 @@ class PackedLayer:
     kernel_dtype: str
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedLinen:
+class PackedLinen(linen.Module):
     """A linen module that is applied with packed kernels.
 
     The variables are those of the module, except that each packed kernel is a `BipolarArray`
     [*stack, *batch, k, n] with the contracted axes merged into k and the output axes into n. They
-    can be passed to `jit`, `linen.scan` and `bipolar_jax.save`. The module is not changed: `apply`
-    intercepts the calls of its packed layers.
+    can be passed to `jit`, `linen.scan` and `bipolar_jax.save`. The module is not changed: calls of
+    its packed layers are intercepted. It can be a submodule of other modules, under its own name in
+    their variables, and be bound: `packed.bind(variables)(x)`.
 
     Attributes:
       module: the float model.
@@ -55,6 +55,16 @@ class PackedLinen:
 
     module: linen.Module
     layers: tuple[tuple[str, PackedLayer], ...]
+
+    def setup(self):
+        """Gives the module this scope, so that its variables have no further level."""
+        linen.share_scope(self, self.module)
+
+    def __call__(self, *arguments: Any, method: str = "__call__", **options: Any) -> Any:
+        """Calls a method of the module with packed kernels."""
+        layers = {"/".join((*self.path, *filter(None, path.split("/")))): layer for path, layer in self.layers}
+        with linen.intercept_methods(functools.partial(_intercept_packed, layers)):
+            return getattr(self.module, method)(*arguments, **options)
 
     def apply(self, variables: Any, *arguments: Any, **options: Any) -> Any:
         """Applies the module as `module.apply` does, with packed variables."""
@@ -260,9 +270,10 @@ def _intercept_packed(layers: dict[str, PackedLayer], next_function, arguments, 
     if type(layer) not in _LAYERS or context.method_name != "__call__":
         return next_function(*arguments, **keywords)
     kernel = layer.get_variable("params", "kernel")
-    if not isinstance(kernel, BipolarArray):
+    packed = layers.get("/".join(layer.path))  # None for a layer of another `PackedLinen`
+    if packed is None or not isinstance(kernel, BipolarArray):
         return next_function(*arguments, **keywords)
-    return _packed_dense(layer, kernel, layers["/".join(layer.path)], *arguments, **keywords)
+    return _packed_dense(layer, kernel, packed, *arguments, **keywords)
 
 
 def _packed_dense(layer: linen.Dense | linen.DenseGeneral, kernel: BipolarArray, packed: PackedLayer, inputs):
