@@ -34,11 +34,11 @@ from bipolar_jax.checkpoint.safetensors_reader import (
     MOST_NAME_CHARACTERS,
     SafetensorsError,
     SafetensorsReader,
-    aligned_empty,
 )
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing.host_memory import aligned_empty
 from bipolar_jax.packing.plane_sums import host_plane_sums
 from bipolar_jax.packing.words import num_words
 from bipolar_jax.quantize.groups import num_groups
@@ -225,7 +225,7 @@ def _read_planes(
     stored = file.tensors[name]
     if stored.dtype != "U32" or len(stored.shape) < 3 or stored.shape[-3::2] != bits_and_words:
         raise SafetensorsError(
-            f"tensor {name!r:.100} is {stored.dtype}{list(stored.shape)}, expected {bits_and_words[0]} planes with "
+            f"tensor {name!r:.100} is {stored.dtype:.20}{list(stored.shape)}, expected {bits_and_words[0]} planes with "
             f"{bits_and_words[1]} words a row"
         )
     *batch, bits, n, words = stored.shape

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from bipolar_jax.checkpoint.json_text import parse_json
+from bipolar_jax.packing.host_memory import aligned_empty
 
 # dtypes that the loaders read; a file may hold others, which have a name and no numpy dtype.
 DTYPES = {
@@ -41,8 +42,6 @@ MOST_NAME_CHARACTERS = 1024
 _MOST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 _MOST_DIMS = 64  # numpy's limit
 _MOST_ELEMENTS = 2**48
-# XLA on CPUs takes a buffer over without copying it if it is aligned to this many bytes.
-_ALIGNMENT = 64
 
 
 class SafetensorsError(ValueError):
@@ -144,15 +143,6 @@ class SafetensorsReader:
             raise SafetensorsError(f"its tensors end at byte {position:,}, but it has {size:,} bytes")
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "*shape"]:
-    """Uninitialized memory that `jax.device_put` does not copy on CPUs."""
-    dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
 def _exactly(file: Any, count: int) -> bytes:
     data = file.read(count)
     if len(data) != count:
@@ -171,7 +161,7 @@ def _tensor(name: str, value: Any, data_start: int) -> StoredTensor:
         raise SafetensorsError(f"it has a tensor name of {len(name):,} characters")
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _are_sizes(shape, _MOST_DIMS) or not _are_sizes(offsets, 2):
+    if not isinstance(dtype, str) or len(dtype) > 20 or not _are_sizes(shape, _MOST_DIMS) or not _are_sizes(offsets, 2):
         raise SafetensorsError(f"tensor {name!r:.100} has a damaged description")
     nbytes = offsets[1] - offsets[0] if len(offsets) == 2 else -1
     expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else nbytes

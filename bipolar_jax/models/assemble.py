@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bipolar_jax.checkpoint.safetensors_reader import aligned_empty
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.packing.host_memory import aligned_empty
 
 # Description of a tensor: parameter path joined by "/", layer or None, shape in our orientation.
 Entry = tuple[str, int | None, tuple[int, ...]]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing.plane_sums import plane_sums
+from bipolar_jax.packing.plane_sums import high_planes
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import num_groups, split_groups
 from bipolar_jax.quantize.rounding import from_grid
@@ -122,13 +122,9 @@ class BipolarArray:
         dropped = self.bits - bits
         if dropped == 0:
             return self
-        planes = self.planes[..., dropped:, :, :]
+        planes, row_sums = high_planes(self.planes, dropped, shorter, self.contracted_size, self.group_size)
         return dataclasses.replace(
-            self,
-            planes=planes,
-            scale=self.scale * 2.0**dropped,
-            row_sums=plane_sums(planes, shorter, self.contracted_size, self.group_size),
-            format=shorter,
+            self, planes=planes, scale=self.scale * 2.0**dropped, row_sums=row_sums, format=shorter
         )
 
     def check(self) -> None:

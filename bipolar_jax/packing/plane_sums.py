@@ -10,10 +10,35 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.packing.host_memory import aligned_empty
 from bipolar_jax.packing.words import WORD_BITS
 from bipolar_jax.quantize.groups import num_groups, split_groups
 
 _CHUNK_BYTES = 1 << 20
+
+
+def high_planes(
+    planes: UInt32[Array, "*batch planes n words"],
+    dropped: int,
+    number_format: BipolarFormat,
+    k: int,
+    group_size: int | None,
+) -> tuple[UInt32[Array, "*batch kept n words"], Int[Array, "*batch n groups"]]:
+    """The planes without the `dropped` lowest, and the sums of their codes, whose format is `number_format`.
+
+    On a CPU NumPy does it, because compiling a program takes more memory than most arrays.
+    """
+    if isinstance(planes, jax.core.Tracer) or not _is_on_one_cpu(planes):
+        kept = planes[..., dropped:, :, :]
+        return kept, plane_sums(kept, number_format, k, group_size)
+    *batch, bits, n, words = planes.shape
+    kept = aligned_empty((*batch, bits - dropped, n, words), np.uint32)
+    kept[...] = np.asarray(planes)[..., dropped:, :, :]
+    return jax.device_put((kept, host_plane_sums(kept, number_format, k, group_size)), planes.sharding)
+
+
+def _is_on_one_cpu(array: Array) -> bool:
+    return isinstance(array, jax.Array) and [device.platform for device in array.devices()] == ["cpu"]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

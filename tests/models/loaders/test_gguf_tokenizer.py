@@ -146,3 +146,11 @@ def test_too_many_and_duplicate_tokens_are_rejected():
         build_tokenizer(Metadata(values("smollm"), "model.gguf"), vocab_size=100)
     with pytest.raises(ValueError, match="1 duplicate tokens"):
         built("smollm", tokens=[*tokens[:-1], tokens[5]])
+
+
+def test_an_implausible_number_of_special_tokens_is_refused():
+    tokens = [f"t{index}" for index in range(70_000)]
+    with pytest.raises(ValueError, match="70,000 control and user-defined tokens, more than 65,536"):
+        build_tokenizer(
+            Metadata(values("smollm", tokens=tokens, token_type=[3] * 70_000), "model.gguf"), vocab_size=70_000
+        )

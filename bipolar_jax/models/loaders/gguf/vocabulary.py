@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 REMEDY = "load the model's Hugging Face directory, with its tokenizer.json, instead"
 # Types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Published vocabularies have some thousand; the automaton that finds them in a text takes much memory for each.
+_MOST_SPECIAL = 1 << 16
 _KEY = "tokenizer.ggml"
 # SentencePiece's ids of absent keys, as llama.cpp has them.
 _DEFAULT_IDS = {"unknown": 0, "bos": 1, "eos": 2}
@@ -34,6 +36,8 @@ def read_tokens(metadata: Metadata, vocab_size: int) -> tuple[list[str], list[in
         problem = f"{len(tokens)} tokens but {vocab_size=}"
     elif distinct != len(tokens):
         problem = f"{len(tokens) - distinct} duplicate tokens"
+    elif (special := sum(kind in (CONTROL, USER_DEFINED) for kind in types)) > _MOST_SPECIAL:
+        problem = f"{special:,} control and user-defined tokens, more than {_MOST_SPECIAL:,}"
     if problem:
         raise ValueError(f"{metadata.source} has a tokenizer with {problem}: download it again")
     return tokens, types
