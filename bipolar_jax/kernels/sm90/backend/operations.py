@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Num, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
@@ -190,7 +190,7 @@ def multiply_words(
     return packed_matmul(*operands, tiling=tiling, residual=residual, activation=activation, **options)
 
 
-def _added(residual: Float[Array, "m n"] | None, product: Float[Array, "m n"]) -> Float[Array, "m n"]:
+def _added(residual: Float[Array, "m n"] | None, product: Num[Array, "m n"]) -> Num[Array, "m n"]:
     """XLA adds the residual of few tokens: beside the weights it is a few bytes."""
     return product if residual is None else residual + product
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import types
 
@@ -15,7 +14,6 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision, quantize
-from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core.execution import interpreted
@@ -25,141 +23,18 @@ from bipolar_jax.kernels.sm90.decode_step.bit_planes import transpose_bits
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import ordered_bits
 from bipolar_jax.models.blocks import fused_decode
-from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.kv_cache.cache import keep
-from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
+from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, twin
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
-EPS = 1e-5
-SWIGLU = Activation("silu", gated=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Random layers, a cache and a token."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    w_bits: int
-    a_bits: int
-    capacity: int
-    length: int
-    calibration: str = "mse"
-    bias: bool = False
-    gain: float = 1.0
-    norm: type = RMSNorm
-    activation: Activation = SWIGLU
-    positions: str = "rope"
-    cache_dtype: type = jnp.bfloat16
-    cache_bits: int | None = None
-
-    def operands(self) -> dict:
-        rng = np.random.default_rng(self.length)
-
-        def normal(*shape):
-            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-        context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
-        sizes = {
-            "qkv": (self.hidden, context + 2 * kv),
-            "o": (context, self.hidden),
-            "up": (self.hidden, (2 if self.activation.gated else 1) * self.ffn),
-            "down": (self.ffn, self.hidden),
-        }
-        angle = self.length * 10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
-        cache = (self.layers, 1, self.kv_heads, self.capacity, HEAD_DIM)
-        return dict(
-            hidden=normal(self.hidden),
-            kernels={
-                name: quantize(normal(self.layers, k, n) / np.sqrt(k), self.w_bits, -2, calibration=self.calibration)
-                for name, (k, n) in sizes.items()
-            },
-            biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
-            norms={name: self._norm(normal) for name in ("qkv", "up")},
-            activation=self.activation,
-            keys=self.kept(normal(*cache)),
-            values=self.kept(normal(*cache)),
-            length=jnp.int32(self.length),
-            tables=tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
-            if self.positions == "rope"
-            else None,
-            slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
-            a_format=BipolarFormat(self.a_bits),
-            cache_bits=self.cache_bits,
-        )
-
-    def kept(self, heads) -> tuple:
-        if self.cache_bits is None:
-            return (heads.astype(self.cache_dtype),)
-        return tuple(jax.tree.leaves(QuantizedHeads.quantize(heads, self.cache_bits)))
-
-    def _norm(self, normal):
-        gain = self.gain * (1 + 0.1 * normal(self.layers, self.hidden))
-        return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
-
-
-@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits"))
-def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits):
-    """`decode_layers` in float32, layer by layer; products of what the numbers are quantized to."""
-
-    def product(x, name, layer):
-        w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
-        tokens = quantize_tokens(x[None], a_format)
-        steps = (a_format.values(tokens.codes) - tokens.zero_value)[0]
-        y = w.scale[:, 0] * (steps @ w.values())  # integers: one bit is a sign, and sums of zero are common
-        if w.offset is not None:
-            y = y + w.offset[:, 0] * jnp.sum(steps)
-        y = y * tokens.scale
-        return y if biases[name] is None else y + biases[name][layer]
-
-    def normalized(x, name, layer):
-        return jax.tree.map(lambda leaf: leaf[layer], norms[name])(x)
-
-    def rotated(x):
-        if tables is None:
-            return x
-        cos, sin = tables
-        a, b = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-    def with_new(kept, layer, new):
-        cached = jax.tree.map(lambda leaf: leaf[layer, 0], kept)
-        if cache_bits is None:
-            (cached,) = cached
-            cached, new = (x.astype(kept[0].dtype).astype(jnp.float32) for x in (cached, new))
-        else:
-            cached = QuantizedHeads(*cached, cache_bits).dequantize()
-            new = QuantizedHeads.quantize(new, cache_bits).dequantize()
-        if length == cached.shape[1]:
-            return cached
-        return jnp.concatenate([cached[:, :length], new[:, None]], axis=1)
-
-    projections, kv_heads = [], keys[0].shape[2]
-    for layer in range(keys[0].shape[0]):
-        projected = product(normalized(hidden, "qkv", layer), "qkv", layer)
-        projections.append(projected)
-        heads = projected.reshape(-1, HEAD_DIM)
-        q, k, v = heads[: -2 * kv_heads], heads[-2 * kv_heads : -kv_heads], heads[-kv_heads:]
-        group = len(q) // kv_heads
-        k, v = with_new(keys, layer, rotated(k)), with_new(values, layer, v)
-        scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(HEAD_DIM)
-        if slopes is not None:
-            scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1])
-        context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
-        hidden = hidden + product(context.reshape(-1), "o", layer)
-        hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
-    return hidden, jnp.stack(projections)
 
 
 @pytest.mark.parametrize(
