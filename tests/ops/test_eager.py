@@ -28,7 +28,9 @@ EAGER = {
     "matmul": lambda: bj.matmul(X, PACKED, 8),
     "weight only": lambda: bj.matmul(X, PACKED, None),
     "groups": lambda: bj.matmul(X, GROUPED, 8, bias=jnp.ones(16)),
-    "fused": lambda: bj.matmul(X, PACKED, 8, prologue=RMSNorm(jnp.ones(32), 1e-5), activation=Activation("silu", True)),
+    "fused": lambda: bj.matmul(
+        X, PACKED, 8, prologue=RMSNorm(jnp.ones(32, jnp.float32), 1e-5), activation=Activation("silu", True)
+    ),
     "stack": lambda: bj.matmul(normal(2, 4, 32), STACK, 8),
     "reference": lambda: bj.matmul(X, PACKED, 8, implementation="reference"),
     "gradient of matmul": lambda: jax.grad(lambda x: bj.matmul(x, PACKED, 8).sum())(X),
@@ -51,7 +53,7 @@ EAGER = {
     "attend": lambda: EMBED.attend(X),
     "trained": lambda: TRAINED(X),
     "gradient of a layer": lambda: nnx.grad(lambda layer: layer(X).sum())(TRAINED),
-    "LinearGeneral": lambda: bj.nn.LinearGeneral.from_float(TRAINED)(X),
+    "packed after training": lambda: bj.nn.Linear.from_float(TRAINED)(X),
 }
 
 _compilations = []
@@ -136,5 +138,5 @@ def test_an_empty_batch_gives_an_empty_result(a_bits):
     assert LINEAR(x).shape == (2, 0, 16)
     assert EMBED.attend(x).shape == (2, 0, 16)
     assert EMBED(jnp.zeros((0,), int)).shape == (0, 32)
-    assert bj.nn.LinearGeneral.from_float(TRAINED)(x).shape == (2, 0, 16)
+    assert bj.nn.Linear.from_float(TRAINED)(x).shape == (2, 0, 16)
     assert jax.grad(lambda bias: bj.matmul(x, PACKED, a_bits, bias=bias).sum())(jnp.ones(16)).tolist() == [0] * 16
