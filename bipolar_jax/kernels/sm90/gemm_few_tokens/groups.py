@@ -88,7 +88,7 @@ def decode_groups(
 
 def words_by_group(
     x_words: UInt32[Array, "planes m words"], group_size: int
-) -> UInt32[Array, "group_in_instruction*planes m words"]:
+) -> UInt32[Array, "planes_of_groups m words"]:
     """The tokens' words once for every group of an instruction, zero outside the group."""
     count = groups_per_instruction(group_size)
     owner = jnp.arange(x_words.shape[-1]) * WORD_BITS % _INSTRUCTION_K // group_size
