@@ -115,6 +115,8 @@ class _Suite:
         command = [sys.executable, "-m", "tests.gpu.group", name, "--log", str(log)]
         ended = run(command, limit, output, _ENVIRONMENT)
         group = read_group(name, ended, log.read_text())
+        if ended.hung and limit < _GROUP_LIMIT:
+            group = dataclasses.replace(group, status="failed", message="out of time: the suite's minutes were up")
         if group.status != "passed":
             self._keep(name, ended, log.read_text())
         return group
@@ -149,6 +151,8 @@ class _Suite:
         command = sanitizer.command(program, tool, kernel, log, port=49152 + 10 * index)
         environment = _ENVIRONMENT | {"GPU_TEST_REPEATS": "1"}
         ended = run(command, limit, self._folder / f"sanitizer{index}.txt", environment)
+        if ended.hung and limit < _SANITIZER_LIMIT:
+            return Verdict("failed", "out of time: the suite's minutes were up", {}, 0, ended.seconds)
         text = log.read_text(errors="replace") if log.exists() else ""
         planted = kernel.startswith("planted")
         verdict = sanitizer.judge_planted(ended, text) if planted else sanitizer.judge(tool, kernel, ended, text)

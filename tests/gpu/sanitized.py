@@ -44,16 +44,19 @@ def planted(defect: str) -> Trial:
 
 
 def _planted_race() -> Trial:
-    """Every thread reads from shared memory what a thread of another warp writes, with no barrier in between."""
+    """Threads read from shared memory what others write, of their own warp and of another, with no barrier between."""
 
     def kernel(x, out, shared):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
         def inline(_, x, out, shared):
             thread = ptx.thread_in_warpgroup()
-            mine, other = (ptx.times(index, 4) for index in (thread, ptx.flip_bits(thread, 64)))
-            words = ptx.pointer(shared, ptx.SHARED)
-            ptx.store(ptx.advance(words, mine), ptx.load(ptx.advance(ptx.pointer(x, ptx.GLOBAL), mine), 1))
-            ptx.store(ptx.advance(ptx.pointer(out, ptx.GLOBAL), mine), ptx.load(ptx.advance(words, other), 1))
+            at = ptx.times(thread, 4)
+            words, source, target = ptx.pointer(shared, ptx.SHARED), *(ptx.pointer(r, ptx.GLOBAL) for r in (x, out))
+            values = ptx.load(ptx.advance(source, at), 1)
+            for flipped in (64, 1, 65):
+                ptx.store(ptx.advance(words, at), values)
+                values = ptx.load(ptx.advance(words, ptx.times(ptx.flip_bits(thread, flipped), 4)), 1)
+            ptx.store(ptx.advance(target, at), values)
 
         inline(x, out, shared)
 
@@ -85,7 +88,7 @@ def _one_kernel(kernel, name: str, scratch, num_threads: int) -> Trial:
             kernel_name=name,
         )(x)
 
-    return one_program(run, (np.ones(128, np.float32),), lambda out: None)
+    return one_program(run, (np.arange(128, dtype=np.float32),), lambda out: None)
 
 
 def main() -> None:
