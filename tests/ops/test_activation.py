@@ -46,7 +46,8 @@ def test_it_is_of_the_float32_product_with_its_bias(w, implementation, a_bits, a
     found = matmul(x, w, a_bits, activation=activation, **options)
     product = matmul(x.astype(jnp.float32), w, a_bits, **options)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, activation(product).astype(jnp.bfloat16))
+    # Compiled, as it is in the product: operation by operation GELU's tails differ in their last bits.
+    np.testing.assert_array_equal(found, jax.jit(lambda y: activation(y).astype(jnp.bfloat16))(product))
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)
