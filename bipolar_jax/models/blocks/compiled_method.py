@@ -17,8 +17,9 @@ from bipolar_jax.ops.compiled import compiled
 def compiled_method[Result](method: Callable[..., Result]) -> Callable[..., Result]:
     """Decorates a method of a module, so that a call outside of `jax.jit` runs a cached program.
 
-    Arguments that are ints, texts or None are static. Within a trace the operations are those of the undecorated method. A
-    model with variables that a call may change, such as the streams of `nnx.Dropout`, runs operation by operation.
+    Arguments that are ints, texts or None are static. Within a trace the operations are those of the undecorated
+    method. A model with variables that a call may change, such as the streams of `nnx.Dropout`, runs operation by
+    operation.
     """
     signature = inspect.signature(method)
 
@@ -35,7 +36,9 @@ def compiled_method[Result](method: Callable[..., Result]) -> Callable[..., Resu
             return method(self, *args, **kwargs)
         arguments = dict(signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")
-        constants = tuple((name, value) for name, value in arguments.items() if value is None or type(value) in (int, str))
+        constants = tuple(
+            (name, value) for name, value in arguments.items() if value is None or type(value) in (int, str)
+        )
         arrays = {name: value for name, value in arguments.items() if name not in dict(constants)}
         return program((graph, constants), state, arrays)
 
