@@ -167,10 +167,10 @@ def check_block(block: Block, x: Float[Array, "1 tokens hidden"], config: Config
     rows, compared = block.norm(x)[0], 0
     for name in ("gate_proj", "up_proj"):
         layer = getattr(packed.ffn, name)
-        compared += _check_integers(rows, layer.kernel.get_value(), layer.dot_general.a_bits, config)
+        compared += _check_integers(rows, layer.kernel.get_value(), layer.precision.a_bits, config)
     inner = jax.nn.silu(block.ffn.gate_proj(rows)) * block.ffn.up_proj(rows)
     layer = packed.ffn.down_proj
-    compared += _check_integers(inner, layer.kernel.get_value(), layer.dot_general.a_bits, config)
+    compared += _check_integers(inner, layer.kernel.get_value(), layer.precision.a_bits, config)
     return {"outputs_compared": trained_output.size, "integers_compared": compared}
 
 

@@ -58,7 +58,9 @@ def test_a_model_has_the_logits_of_layers_by_themselves(monkeypatch):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, M // 2)), jnp.int32)
     launched = []
     launch = sign_projection.launch
-    monkeypatch.setattr(sign_projection, "launch", lambda *args: launched.append(args) or launch(*args))
+    monkeypatch.setattr(
+        sign_projection, "launch", lambda *args, **options: launched.append(args) or launch(*args, **options)
+    )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found = jax.jit(lambda model: model(ids))(model)
         assert len(launched) == 1  # of a loop over layers
@@ -115,7 +117,7 @@ def test_gradients_are_those_of_layers_by_themselves(monkeypatch):
 def test_layers_by_themselves_serve_the_rest(monkeypatch, precision, dtype, length):
     layer, x = block(precision, dtype), jnp.ones((1, length, HIDDEN), dtype)
     launched = []
-    monkeypatch.setattr(sign_projection, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(sign_projection, "launch", lambda *args, **options: launched.append(args))
     with execution.interpreted(plgpu.InterpretGPUParams()):
         found = jax.eval_shape(lambda: layer.ffn(x, layer.ffn_norm))
     assert (found.shape, found.dtype) == (x.shape, dtype)

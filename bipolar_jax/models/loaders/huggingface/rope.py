@@ -83,7 +83,7 @@ def _with_kind(values: dict[str, Any]) -> dict[str, Any]:
 
 def _kind(rope: Fields) -> str:
     kinds = [rope.get(name) for name in _KINDS if rope.get(name) is not None]
-    if any(kind != kinds[0] for kind in kinds):
+    if any(kind != kinds[0] for kind in kinds[1:]):
         raise ValueError(f"{rope.source} has the rope_type {kinds[0]!r:.40} and the type {kinds[1]!r:.40}: delete one")
     if not kinds:
         if scaling := sorted(set(rope.values) - _WITHOUT_KIND):
