@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Integer
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.packing.bipolar_array import BipolarArray, code_sums
 from bipolar_jax.packing.words import pack_codes
-from bipolar_jax.quantize.calibration import Calibration
+from bipolar_jax.quantize.calibration import Calibration, default_calibration
 from bipolar_jax.quantize.groups import check_group_size, num_groups
 from bipolar_jax.quantize.rounding import checked_rows, contracted_last, round_to_grid
 
@@ -21,7 +21,7 @@ def quantize(
     bits: int | BipolarFormat,
     axis: int,
     group_size: int | None = None,
-    calibration: Calibration = "absmax",
+    calibration: Calibration | None = None,
 ) -> BipolarArray:
     """Rounds a float array to the nearest bipolar numbers and packs them.
 
@@ -40,7 +40,7 @@ def quantize(
         outliers; "minmax" spans from the smallest to the largest number and puts zero on the
         grid, by means of an offset; "absmean", for 1 bit and ternary, puts the mean magnitude
         on the largest value (XNOR-Net, arXiv 1603.05279; BitNet, arXiv 2310.11453 and
-        2402.17764).
+        2402.17764). None is the best for the width, see `default_calibration`.
 
     Returns:
       A `BipolarArray` of x's shape. Groups of zeros get scale 0 and decode to zeros.
@@ -50,6 +50,8 @@ def quantize(
         2^125 in a concrete x (in a traced x the scales of their groups become NaN or Inf), an
         axis of size 0, or a wrong axis, group size or calibration.
     """
+    if calibration is None:
+        calibration = default_calibration(as_format(bits))
     rows, number_format, from_end = checked_rows(x, bits, axis, group_size, calibration, name="the array to quantize")
     return _round_and_pack(rows, number_format, from_end, group_size, calibration)
 

@@ -23,6 +23,18 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**125
 _NUM_SHRINK_FACTORS = 24
 
 
+def default_calibration(number_format: BipolarFormat) -> Calibration:
+    """The calibration that is used where none is named.
+
+    "minmax" from 3 bits up: zero lies on its grid, which language models need where an outlier sets the scale. At 2
+    bits and for ternary "mse", at 1 bit "absmean", which is the least-squares scale too: a span would be wasted on
+    outliers.
+    """
+    if number_format.bits == 1:
+        return "absmean"
+    return "mse" if number_format.ternary or number_format.bits == 2 else "minmax"
+
+
 def check_calibration(calibration: str, number_format: BipolarFormat) -> None:
     """Raises ValueError if `calibration` is not a `Calibration`, or not one for this format."""
     if calibration not in get_args(Calibration):

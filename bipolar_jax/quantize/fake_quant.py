@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bipolar_jax.format import BipolarFormat
-from bipolar_jax.quantize.calibration import Calibration
+from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.quantize.calibration import Calibration, default_calibration
 from bipolar_jax.quantize.groups import spread_groups
 from bipolar_jax.quantize.rounding import checked_rows, from_grid, round_to_grid
 
@@ -19,7 +19,7 @@ def fake_quant(
     bits: int | BipolarFormat,
     axis: int,
     group_size: int | None = None,
-    calibration: Calibration = "absmax",
+    calibration: Calibration | None = None,
     clip_gradient: bool = True,
 ) -> Float[Array, "*shape"]:
     """Rounds to the bipolar grid and back: `quantize(...).dequantize()` without packing.
@@ -43,6 +43,8 @@ def fake_quant(
     Raises:
       ValueError: as `quantize`.
     """
+    if calibration is None:
+        calibration = default_calibration(as_format(bits))
     rows, number_format, from_end = checked_rows(x, bits, axis, group_size, calibration, name="the input of fake_quant")
     return _fake_quant(rows, number_format, from_end, group_size, calibration, clip_gradient)
 

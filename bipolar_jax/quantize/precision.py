@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from bipolar_jax.format import TERNARY, BipolarFormat, as_format
-from bipolar_jax.quantize.calibration import Calibration, check_calibration
+from bipolar_jax.quantize.calibration import Calibration, check_calibration, default_calibration
 
 
 def activation_format(a_bits: int) -> BipolarFormat:
@@ -30,7 +30,8 @@ class Precision:
         leaves them float.
       group_size: weights along the contracted axis that share a scale; None is one scale per
         output channel.
-      calibration: how the scales of weights are chosen, see `quantize`.
+      calibration: how the scales of weights are chosen, see `quantize`; None becomes the default for the weight bits,
+        see `default_calibration`.
 
     `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
     store the fields.
@@ -42,7 +43,7 @@ class Precision:
     w_bits: int | BipolarFormat
     a_bits: int | None = None
     group_size: int | None = None
-    calibration: Calibration = "absmax"
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         if isinstance(self.w_bits, str):
@@ -53,6 +54,8 @@ class Precision:
             activation_format(self.a_bits)
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
+        if self.calibration is None:
+            object.__setattr__(self, "calibration", default_calibration(number_format))
         check_calibration(self.calibration, number_format)
 
     @classmethod
@@ -69,8 +72,10 @@ class Precision:
         return precision
 
     @classmethod
-    def parse(cls, text: str, calibration: Calibration = "absmax") -> Precision:
+    def parse(cls, text: str, calibration: Calibration | None = None) -> Precision:
         """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
+
+        The text does not name the calibration; None is the default for the weight bits.
 
         Raises:
           ValueError: text of another form, or bits outside 1..8.

@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config.model = "llama-2-7b"
     # Precisions of the decoder's linear layers.
     config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
+    # How the scales of weights are chosen. "absmax" has no offsets; "" is each width's default, which has from 3 bits up.
+    config.calibration = "absmax"
     # Baselines; of several runs that share a workdir one measures them, the others set "".
     config.baselines = "bf16,bf16 cuBLAS"
     # Batch x prompt length + new tokens.

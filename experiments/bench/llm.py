@@ -40,7 +40,7 @@ from experiments.support.timing import one_line
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
 # Settings that the figures depend on; all results in a workdir share them.
-_SETTINGS = ("model", "implementation", "cache_bits", "embed_bits", "iterations", "seed")
+_SETTINGS = ("model", "implementation", "calibration", "cache_bits", "embed_bits", "iterations", "seed")
 
 # XLA compiler options of the bf16 baselines. By default XLA uses Triton for products with few rows and merges the q and
 # k products; both copy the weights out of the scanned layer stack first. cuBLAS reads them in place, but is slower on
@@ -78,7 +78,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     model_config = preset(config.model)
     workloads = parse_workloads(config.workloads, model_config.context_length)
     check_cache_bits(config.cache_bits or None, model_config.head_dim)
-    precisions = _parse_precisions(config.precisions)
+    precisions = _parse_precisions(config.precisions, config.calibration)
     models = {str(precision): precision for precision in precisions}
     models |= dict.fromkeys(_parse_baselines(config.baselines))
     profiled = app.parse_names("profile", config.profile, models)
@@ -138,9 +138,12 @@ def _parse_baselines(text: str) -> list[str]:
     return [name for name in names if not BASELINES[name] or jax.devices()[0].platform == "gpu"]
 
 
-def _parse_precisions(text: str) -> list[bj.Precision]:
-    """Reads "W1A1,W2A8". Sorted by weight bits, so that the process's peak memory is that of the latest model."""
-    precisions = {bj.Precision.parse(name) for name in app.split_names(text)}
+def _parse_precisions(text: str, calibration: str) -> list[bj.Precision]:
+    """Reads "W1A1,W2A8", all with `calibration`, or with their defaults if that is "".
+
+    Sorted by weight bits, so that the process's peak memory is that of the latest model.
+    """
+    precisions = {bj.Precision.parse(name, calibration or None) for name in app.split_names(text)}
     return sorted(precisions, key=lambda p: (as_format(p.w_bits).bits, p.a_bits or 16, str(p)))
 
 

@@ -69,7 +69,7 @@ class DotGeneral:
     w_bits: int | BipolarFormat
     a_bits: int | None = None
     group_size: int | None = None
-    calibration: Calibration = "absmax"
+    calibration: Calibration | None = None
     weight_norm: WeightNorm | None = None
     clip_gradient: bool = True
     clip_activations: float | None = None
@@ -78,7 +78,9 @@ class DotGeneral:
     implementation: str = "auto"
 
     def __post_init__(self):
-        object.__setattr__(self, "w_bits", self.precision.w_bits)  # Precision checks its fields
+        precision = self.precision  # which checks its fields
+        object.__setattr__(self, "w_bits", precision.w_bits)
+        object.__setattr__(self, "calibration", precision.calibration)
         check_weight_norm(self.weight_norm)
         check_clip(self.clip_activations)
         if self.clip_activations is not None and self.a_bits is None:
