@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model = "llama-2-7b"
     # Precisions of the decoder's linear layers.
     config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
-    # How the scales of weights are chosen. "absmax" has no offsets; "" is each width's default, which has from 3 bits up.
+    # How the scales of weights are chosen. "absmax" has no offsets; "" is the default of each width.
     config.calibration = "absmax"
     # Baselines; of several runs that share a workdir one measures them, the others set "".
     config.baselines = "bf16,bf16 cuBLAS"

@@ -29,7 +29,8 @@ def add_speedups(result: dict[str, Any], baselines: list[str]) -> None:
 def print_tables(result: dict[str, Any]) -> None:
     """Prints times, speed-ups and memory by workload and precision, then the kernels of the profiled precisions."""
     settings = result["settings"]
-    table = Table(title=f"{settings['model']} on {settings['device']}, calibration {settings['calibration'] or 'default'}, medians")
+    calibration = settings["calibration"] or "default"
+    table = Table(title=f"{settings['model']} on {settings['device']}, calibration {calibration}, medians")
     columns = ("workload", "precision", "prefill ms", "x bf16", "decode ms", "x bf16", "tokens/s", "bandwidth", "GB")
     for heading in (*columns, "error"):
         table.add_column(heading, justify="left" if heading in ("workload", "precision") else "right")
