@@ -19,6 +19,7 @@ from absl import logging
 from bipolar_jax.checkpoint.checksums import checksum
 
 from ..support.workdir import differences
+from .checkpoint_files import ChecksummedPath, check_files
 from .step import TrainState
 
 FOLDER = "checkpoints"
@@ -43,11 +44,11 @@ class TrainingCheckpoints:
     """The latest checkpoints of a run, in a folder of its workdir.
 
     Orbax writes each into a temporary folder and renames it when complete, so a killed process
-    leaves the previous one intact. Checksums of the arrays are added, which detect flipped bits.
+    leaves the previous one intact. Checksums of the arrays and of all files are added, which detect flipped bits.
     """
 
     def __init__(self, workdir: Path, settings: dict[str, Any], keep: int, asynchronous: bool):
-        """Opens the folder and changes nothing in it.
+        """Opens the folder, and deletes temporaries of killed runs.
 
         Args:
           workdir: folder of the run.
@@ -59,7 +60,12 @@ class TrainingCheckpoints:
         _ignore_abandoned_operations()
         self._folder = (workdir / FOLDER).absolute()
         self._settings = settings
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=asynchronous,
+            cleanup_tmp_directories=True,
+            temporary_path_class=ChecksummedPath,
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
@@ -94,6 +100,10 @@ class TrainingCheckpoints:
         Raises:
           ValueError: it is damaged, or belongs to other settings or another model. Nothing is deleted.
         """
+        try:
+            check_files(self._folder / str(step))
+        except ValueError as error:
+            raise self._damaged(step, error) from error
         about = self._about(step)
         expected = _named(like)
         if other := differences(about["settings"], self._settings):
