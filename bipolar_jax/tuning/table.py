@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 import math
 from typing import Any
+
+from bipolar_jax.tuning.parse import parse_table
 
 # GPUs with the same chip but other memory: where one has no entry that is near enough, the other's entry is used.
 _SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
@@ -22,9 +23,9 @@ def table_name(device_kind: str) -> str:
 
 @functools.cache
 def load_table(device_kind: str) -> dict[str, Any] | None:
-    """Reads a device's table; None if the package has none for it."""
+    """Reads a device's table; None if the package has none for it. Raises ValueError as `parse_table`."""
     file = importlib.resources.files(__package__) / table_name(device_kind)
-    return json.loads(file.read_text()) if file.is_file() else None
+    return parse_table(file.read_text(), str(file)) if file.is_file() else None
 
 
 def entries_of_kind(device_kind: str, kind: str) -> list[dict[str, Any]]:

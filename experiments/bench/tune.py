@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import bipolar_jax.tuning
 from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, FEW_TOKENS, estimated_cycles, mainloop_steps
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, accumulator_columns, decode_tilings
+from bipolar_jax.tuning.parse import parse_table
 from bipolar_jax.tuning.table import table_name
 from experiments.bench.products.cold_weights import with_cold_weights
 from experiments.bench.products.operands import Operands
@@ -38,6 +38,7 @@ from experiments.support.timing import compile_all, measure, one_line, raise_if_
 from experiments.support.workdir import RESULT_NAME, environment, read_result, save_result, write_json
 
 _SETTINGS = ("iterations", "seed")
+_ROW = ("kind", "m", "n", "steps", "shape", "tilings")  # fields of a problem in the result
 _TILES = tuple((m, n) for m in (64, 128) for n in (64, 128, 192, 256))
 _SCHEDULES = ("alternate", "split_m", "split_n")
 _MOST_SLOTS = 8
@@ -64,9 +65,11 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
             problems.setdefault(Problem.of(product).name, []).append((f"{shape} {name}", product))
     device = jax.devices()[0].device_kind
     settings = {name: config[name] for name in _SETTINGS} | {"device": device}
-    result = read_result(workdir, settings, {"problems": ()}) or {"settings": settings, "problems": {}}
+    result = read_result(workdir, settings, {"problems": _ROW}) or {"settings": settings, "problems": {}}
+    _check_tilings(workdir / RESULT_NAME, result["problems"])
     result["environment"] = environment()
     table = Path(config.table or Path(bipolar_jax.tuning.__file__).parent / table_name(device))
+    _read_entries(table)  # a damaged table is named before anything is timed
     operands: Operands | None = None
     for number, (name, members) in enumerate(problems.items(), 1):
         label, product = members[0]
@@ -222,9 +225,36 @@ def _best(tilings: dict[str, Any]) -> dict[str, Any] | None:
     return min(measured, key=lambda figures: figures["microseconds"], default=None)
 
 
+def _check_tilings(path: Path, problems: dict[str, Any]) -> None:
+    """Raises ValueError unless every tiling of a result has a time or an error, and its fields."""
+    for name, row in problems.items():
+        tilings = row["tilings"] if isinstance(row["tilings"], dict) else {"": None}
+        for tiling, figures in tilings.items():
+            known = isinstance(figures, dict) and isinstance(figures.get("tiling"), dict)
+            if not known or not ("error" in figures or isinstance(figures.get("microseconds"), int | float)):
+                raise ValueError(
+                    f"{path} is damaged: problems[{name!r}].tilings[{tiling!r:.60}] has no tiling with microseconds or "
+                    "error; delete it, or choose another --workdir"
+                )
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a table, if it exists. Raises ValueError if it is damaged, or has an illegal tiling."""
+    if not path.is_file():
+        return []
+    entries = parse_table(path.read_bytes().decode(errors="replace"), path)["entries"]
+    for index, entry in enumerate(entries):
+        if entry["kind"] != FEW_TOKENS:
+            try:
+                Tiling(**entry["tiling"]).check()
+            except ValueError as error:
+                raise ValueError(f"tuning table {path} is damaged: entries[{index}].tiling: {error}") from error
+    return entries
+
+
 def _write_table(path: Path, result: dict[str, Any]) -> None:
     """Replaces the entries of the measured problems and keeps the others."""
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
+    entries = _read_entries(path)
     by_problem = {tuple(entry[key] for key in ("kind", "m", "n", "steps")): entry for entry in entries}
     for row in result["problems"].values():
         best = _best(row["tilings"])

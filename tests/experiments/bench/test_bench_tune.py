@@ -33,7 +33,8 @@ def test_problems_are_measured_once_and_their_best_tiling_is_written(tmp_path, m
     monkeypatch.setattr(tune, "measure", measured)
     config = tiny(tune_config.get_config(), shapes="65x40x96", precisions="W2A1,W1A2", per_problem=2, variations=1)
     config.table = str(tmp_path / "table.json")
-    other = {"kind": "int8", "m": 1, "n": 2, "steps": 3, "shape": "kept", "tiling": {}}
+    other = {"kind": "int8", "m": 1, "n": 2, "steps": 3, "shape": "kept", "microseconds": 4.5}
+    other["tiling"] = dataclasses.asdict(Tiling())
     (tmp_path / "table.json").write_text(json.dumps({"device": "cpu", "entries": [other]}))
     with interpreted(InterpretGPUParams()):
         tune.main(config, tmp_path)
@@ -105,3 +106,27 @@ def test_a_tiling_that_fails_is_recorded(tmp_path, monkeypatch):
     (row,) = result_of(tmp_path)["problems"].values()
     assert {figures["error"] for figures in row["tilings"].values()} == {"ValueError: planted"}
     assert json.loads((tmp_path / "table.json").read_text())["entries"] == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"device": "x", "entries": [{"kind": "int8"}]}'])
+def test_a_damaged_table_is_named_before_anything_is_timed(tmp_path, content):
+    (tmp_path / "table.json").write_bytes(content)
+    config = tiny(tune_config.get_config(), shapes="65x40x96", precisions="W1A1", table=str(tmp_path / "table.json"))
+    with interpreted(InterpretGPUParams()), pytest.raises(ValueError, match=f"tuning table {tmp_path}/table.json is"):
+        tune.main(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_illegal_tiling_of_a_table_is_named(tmp_path):
+    tiling = dataclasses.asdict(Tiling(slots=60))
+    entry = {"kind": "int8", "m": 1, "n": 2, "steps": 3, "shape": "x", "microseconds": 4.5, "tiling": tiling}
+    (tmp_path / "table.json").write_text(json.dumps({"device": "cpu", "entries": [entry]}))
+    with pytest.raises(ValueError, match=r"table.json is damaged: entries\[0\].tiling: .* bytes of shared memory"):
+        tune._read_entries(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize("tilings", [[], {"a": 1}, {"a": {"microseconds": 1.0}}, {"a": {"tiling": {}}}])
+def test_a_damaged_result_is_named(tmp_path, tilings):
+    row = {"kind": "int8", "m": 1, "n": 2, "steps": 3, "shape": "x", "tilings": tilings}
+    with pytest.raises(ValueError, match=r"result.json is damaged: problems\['p'\].tilings"):
+        tune._check_tilings(tmp_path / "result.json", {"p": row})
