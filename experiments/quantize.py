@@ -28,6 +28,7 @@ from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app
 from .support.perplexity_plot import plot_perplexity
@@ -48,7 +49,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     embedding_precision = bj.Precision.parse(config.embedding_precision, config.calibration)
     text = load_text_source(config.text)
     pretrained = load_model_source(config.model)
-    ids = pretrained.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
     settings = {name: config[name] for name in _SETTINGS}
     settings["model_fingerprint"] = model_fingerprint(config.model)
     settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -120,7 +121,7 @@ def _measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config:
     evaluated = time.perf_counter()
     sample, margins = "", []
     if config.sample_tokens:
-        prompt = pretrained.tokenizer.encode(config.prompt).ids
+        prompt = encode(pretrained.tokenizer, config.prompt)
         with progress_bar(f"{name}: generating"):
             (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
             margins = _margins(pretrained.model, jnp.asarray([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]

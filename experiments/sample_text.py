@@ -21,6 +21,7 @@ from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app
 from .support.progress import console, progress_bar
@@ -37,7 +38,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     enable_command_buffers()
     pretrained = prepare_for_inference(load_model_source(config.model))
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
-    prefix = pretrained.tokenizer.encode(config.prefix, add_special_tokens=False).ids if config.prefix else []
+    prefix = encode(pretrained.tokenizer, config.prefix, add_special_tokens=False) if config.prefix else []
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
     texts, tokens, started = [], 0, time.perf_counter()
     with progress_bar("generating texts", config.texts) as advance:

@@ -23,6 +23,7 @@ import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.models.transformer import Transformer
 
 from .support import app
@@ -138,7 +139,7 @@ def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingD
     result["packed"] = run.score(packed) | {"checkpoint": MODEL_NAME, "checkpoint_bytes": size}
     if config.sample_tokens:
         with progress_bar("generating a sample"):
-            (tokens,) = generate(packed, [data.tokenizer.encode(config.prompt).ids], config.sample_tokens)
+            (tokens,) = generate(packed, [encode(data.tokenizer, config.prompt)], config.sample_tokens)
         result |= {"prompt": config.prompt, "sample": data.tokenizer.decode(tokens)}
     if run.tokens_per_second is not None:
         result["tokens_per_second"] = run.tokens_per_second

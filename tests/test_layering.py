@@ -52,6 +52,7 @@ FLOORS = {
         "blocks",
         "kv_cache",
         "tokenizer_json",
+        "tokenizer_limits",
         "chat",
         "config",
     ),

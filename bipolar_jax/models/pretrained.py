@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bipolar_jax.models.chat import ChatTemplate, Message
+from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:  # optional dependency
@@ -38,7 +39,7 @@ class PretrainedModel:
           ValueError: the text is not valid Unicode.
         """
         _check_unicode(text)
-        ids = self.tokenizer.encode(text).ids
+        ids = encode(self.tokenizer, text)
         bos = self.model.config.bos_id
         while ids[:2] == [bos, bos]:
             ids = ids[1:]
@@ -58,7 +59,7 @@ class PretrainedModel:
             raise ValueError("the model has no chat template: give a text as the prompt, or set chat_template")
         text = self.chat_template.render(messages, **variables)
         _check_unicode(text)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids  # the template writes them
+        return encode(self.tokenizer, text, add_special_tokens=False)  # the template writes them
 
 
 def _check_unicode(text: str) -> None:

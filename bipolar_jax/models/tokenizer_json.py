@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from bipolar_jax.checkpoint.json_text import parse_json
 from bipolar_jax.extras import require
+from bipolar_jax.models.tokenizer_limits import check_limits
 
 if TYPE_CHECKING:
     import tokenizers
 
 # Options of one call of `encode`, which fine-tuning tools leave in the file.
 _CALL_SETTINGS = ("truncation", "padding")
-# Texts that a usable tokenizer encodes at once. Some rules fail only when they meet a text: a normalizer with damaged
-# tables, or a regular expression that backtracks for ever.
+# Texts that a usable tokenizer encodes at once. Some rules fail only when they meet a text, such as a normalizer with
+# damaged tables.
 _PROBES = (
     "a" * 64 + "!",
     " " * 64 + "a",
@@ -52,14 +53,19 @@ def parse_tokenizer(text: str, source: str | os.PathLike[str], vocab_size: int |
       vocab_size: the model's vocabulary size, which all ids must be below; None accepts all.
 
     Raises:
-      ValueError: damage, an unknown feature, or ids outside the vocabulary.
+      ValueError: damage, an unknown feature, ids outside the vocabulary, or rules beyond `check_limits`.
       ModuleNotFoundError: tokenizers is not installed.
     """
     library = require("tokenizers", "models")
     tokenizer = None
     with tokenizer_errors(source):
-        text = _without_call_settings(text, vocab_size)
+        fields: Any = parse_json(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}, expected an object")
+        if _drop_call_settings(fields, vocab_size):
+            text = json.dumps(fields)
         tokenizer = library.Tokenizer.from_str(text)
+        check_limits(fields)
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(
@@ -92,18 +98,27 @@ def tokenizer_errors(source: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{source} is damaged: {message:.300}; download it again") from error
 
 
-def _without_call_settings(text: str, vocab_size: int | None) -> str:
-    """The same text, if there is nothing to change, so that the library reads what the file says."""
-    fields: Any = parse_json(text)
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}, expected an object")
+def encode(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises ValueError if the tokenizer fails at it, as by an expression that backtracks."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # panics of the library are no Exceptions
+        raise ValueError(
+            f"the tokenizer fails at this text of {len(text):,} characters ({error!s:.200}): shorten it, or split it"
+        ) from error
+
+
+def _drop_call_settings(fields: dict[str, Any], vocab_size: int | None) -> bool:
+    """Whether there was something to change; else the library reads what the file says."""
     changed = [name for name in _CALL_SETTINGS if fields.pop(name, None) is not None]
     added = fields.get("added_tokens")
     if vocab_size is not None and isinstance(added, list):
         kept = [token for token in added if not _is_padding_past(token, vocab_size)]
         if len(kept) < len(added):
             fields["added_tokens"], changed = kept, True
-    return json.dumps(fields) if changed else text
+    return bool(changed)
 
 
 def _is_padding_past(token: Any, vocab_size: int) -> bool:
