@@ -22,6 +22,7 @@ from bipolar_jax.checkpoint.json_text import parse_json
 RESULT_NAME = "result.json"
 # Fields of rows that are numbers.
 _NUMBERS = {"step", "loss", "cross_entropy"}
+_MOST_SHOWN = 1000  # characters of settings in a message
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,12 +92,13 @@ def _is_row(row: Any, fields: Sequence[str]) -> bool:
 
 
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
-    """The settings that differ, such as "seed: stored 0, now 1"; empty if all are equal."""
-    return "; ".join(
-        f"{name}: stored {stored.get(name)!r}, now {current.get(name)!r}"
+    """The settings that differ, such as "seed: stored 0, now 1", cut short; empty if all are equal."""
+    differing = "; ".join(
+        f"{name!s:.100}: stored {stored.get(name)!r:.300}, now {current.get(name)!r:.300}"
         for name in sorted(stored | current)
         if stored.get(name) != current.get(name)
     )
+    return differing[:_MOST_SHOWN]
 
 
 def save_result(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.models.pretrained import PretrainedModel
-from bipolar_jax.models.tokenizer_json import load_tokenizer
+from bipolar_jax.models.tokenizer_json import encode_texts, load_tokenizer
 from bipolar_jax.models.transformer import check_ids
 
 from ..support.progress import progress_bar
@@ -96,11 +96,7 @@ def load_training_data(config: ConfigDict, workdir: Path, pretrained: Pretrained
             texts = _split(_load_texts(config.text), config.validation_every, _BLOCK_CHARACTERS)
         tokenizer = _tokenizer(config, workdir, pretrained, texts[0])
         with progress_bar("encoding the text"):
-            encode = tokenizer.encode_batch
-            splits = [
-                [np.asarray(encoding.ids, np.int32) for encoding in encode(blocks, add_special_tokens=False)]
-                for blocks in texts
-            ]
+            splits = [[np.asarray(ids, np.int32) for ids in encode_texts(tokenizer, blocks)] for blocks in texts]
     vocab_size = pretrained.model.config.vocab_size if pretrained else tokenizer.get_vocab_size()
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(

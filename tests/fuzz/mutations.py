@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 # Values that readers of sizes, names and numbers get wrong.
@@ -14,6 +14,12 @@ VALUES = (
     None, True, False, -1, 0, 1, 2, 7, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 10**30, 10**400, 1e-308, 1e308, 1.5,
     float("nan"), float("inf"), "", "x", "a" * 5000, "\ud800", "\x00", "..", "F32", "yarn", "llama", [], {}, [1], ["a"],
     {"a": 1}, [[[]]], [10**400], [None],
+)  # fmt: skip
+TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+# Regular expressions that backtrack, need much memory, or are none.
+EXPRESSIONS = (
+    r"(.+)+x", r"(\w+\s?)*;", "(a|aa)+$", "(?:a?){1000}x", "((((a{10}){1000}){1000}){1000}){1000}", "(", "[", "",
+    "a{9999999}", r"\p{L}+|\s+", "(" * 5000, "(?=(.*))" * 50, r"(a\g<1>?b)", "\x00",
 )  # fmt: skip
 INTEGERS = (0, 1, 2, 3, 7, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
 
@@ -45,7 +51,6 @@ def damaged_bytes(raw: bytes, rng: random.Random) -> bytes:
 
 def damaged_json(value: Any, rng: random.Random) -> str:
     """The text of the value after one to three changes; sometimes of a text that is no JSON."""
-    value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         value = _changed(value, rng)
     text = json.dumps(value)
@@ -57,10 +62,23 @@ def damaged_json(value: Any, rng: random.Random) -> str:
     return text
 
 
+def damaged_field(value: dict[str, Any], names: Sequence[str], rng: random.Random) -> str:
+    """As `damaged_json`, of one of these fields, so that the damage is seldom in the largest ones."""
+    name = rng.choice(names)
+    return _with_text(value, name, damaged_json(value[name], rng))
+
+
+def _with_text(value: dict[str, Any], name: str, text: str) -> str:
+    """JSON with a text, which need not be JSON, as the value of a field."""
+    marker = "the damaged field"
+    return json.dumps(value | {name: marker}).replace(json.dumps(marker), text, 1)
+
+
 def _changed(value: Any, rng: random.Random) -> Any:
-    """The value with one node, at any depth, replaced, removed, doubled or renamed."""
+    """A copy with one node, at any depth, replaced, removed, doubled or renamed; it shares all other nodes."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
-        return copy.deepcopy(rng.choice(VALUES))
+        return rng.choice(VALUES)
+    value = value.copy()
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key = rng.choice(keys)
     kind = rng.randrange(8)
@@ -69,9 +87,9 @@ def _changed(value: Any, rng: random.Random) -> Any:
     elif kind == 1 and isinstance(value, dict):
         value[rng.choice(("x", "", "type", "a" * 300, "\x00"))] = value.pop(key)
     elif kind == 2 and isinstance(value, list):
-        value.append(copy.deepcopy(value[key]))
+        value.append(value[key])
     elif kind == 3 and isinstance(value, dict):
-        value[key] = copy.deepcopy(value[rng.choice(keys)])
+        value[key] = value[rng.choice(keys)]
     else:
         value[key] = _changed(value[key], rng)
     return value
@@ -92,28 +110,37 @@ def damaged_packed(raw: bytes, rng: random.Random) -> bytes:
         return damaged_safetensors(raw, rng)
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    body = json.loads(header["__metadata__"]["bipolar_jax"][8:])
-    text = damaged_json(body, rng).encode("utf-8", "replace").decode()
+    text = _damaged_body(json.loads(header["__metadata__"]["bipolar_jax"][8:]), rng)
+    text = text.encode("utf-8", "replace").decode()
     header["__metadata__"]["bipolar_jax"] = f"{zlib.crc32(text.encode()):08x}{text}"
     encoded = json.dumps(header).encode()
     return struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :]
+
+
+def _damaged_body(body: dict[str, Any], rng: random.Random) -> str:
+    """The text of a packed file's metadata after damage in one of its parts."""
+    part = rng.choice(("all", "packed", "user", "tokenizer"))
+    if part in ("all", "packed"):
+        return damaged_json(body, rng) if part == "all" else damaged_field(body, ("packed",), rng)
+    user = body["user"]
+    if part == "tokenizer":
+        text = damaged_field(json.loads(user["tokenizer"]), TOKENIZER_PARTS, rng)
+        return json.dumps(body | {"user": user | {"tokenizer": text}})
+    return _with_text(body, "user", damaged_field(user, (*("config", "precisions") * 2, "param_dtype"), rng))
+
+
+_GGUF_NAMES = (
+    b"attn_q.weight", b"output.weight", b"token_embd.weight", b"general.architecture", b"add_bos", b"token_id",
+    b".block_count", b"head_count", b"key_length", b"freq_base", b".tokens", b"token_type", b"merges", b".scores",
+    b"ggml.pre", b"ggml.model", b"unknown_token_id", b"chat_template", b"attn_norm.weight", b"context_length",
+)  # fmt: skip
 
 
 def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
     """A file with damaged bytes, or with one number after a key or a tensor's name replaced."""
     if rng.random() < 0.5:
         return damaged_bytes(raw, rng)
-    names = [b"attn_q.weight", b"output.weight", b"token_embd.weight", b"architecture", b"add_bos", b"token_id"]
-    names += [b".block_count", b"head_count", b"key_length", b"freq_base", b"tokens", b"token_type", b"merges", b"pre"]
-    names += [
-        b"token_id",
-        b"attn_q.weight",
-        b"output.weight",
-        b"token_embd.weight",
-        b"general.architecture",
-        b"add_bos",
-    ]
-    name = rng.choice(names)
+    name = rng.choice(_GGUF_NAMES)
     found = raw.find(name)
     if found < 0:
         return damaged_bytes(raw, rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -16,8 +17,11 @@ import bipolar_jax as bj
 from bipolar_jax.models.blocks.rope import rope_frequencies
 from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.loaders import load_gguf, load_huggingface
+from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
-from bipolar_jax.models.tokenizer_json import load_tokenizer
+from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
+from bipolar_jax.tuning.parse import parse_table
+from experiments.support.workdir import RESULT_NAME, read_result
 from tests.fuzz import mutations
 from tests.support import tiny_checkpoints as tiny
 
@@ -44,11 +48,15 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     checkpoint = tiny.make()
     return {
         "packed": _packed(folder),
-        "gguf": _gguf(folder, checkpoint),
+        "gguf": _gguf(folder / "model.gguf", checkpoint),
+        "sentencepiece": _gguf(folder / "sentencepiece.gguf", _with_sentencepiece(checkpoint)),
         "safetensors": _safetensors(folder, checkpoint),
         "config": _config(folder, checkpoint),
         "tokenizer": _tokenizer(folder, checkpoint),
         "index": _index(folder, checkpoint),
+        "chat": _chat(folder, checkpoint),
+        "tuning": _tuning(folder),
+        "result": _result(folder),
     }
 
 
@@ -63,10 +71,30 @@ def _packed(folder: Path) -> Reader:
     return Reader(path, raw, lambda rng: mutations.damaged_packed(raw, rng), lambda: load_model(path))
 
 
-def _gguf(folder: Path, checkpoint: tiny.Tiny) -> Reader:
-    path = tiny.write_gguf(checkpoint, folder / "model.gguf", "Q8_0")
-    raw = path.read_bytes()
+def _gguf(path: Path, checkpoint: tiny.Tiny) -> Reader:
+    raw = tiny.write_gguf(checkpoint, path, "Q8_0").read_bytes()
     return Reader(path, raw, lambda rng: mutations.damaged_gguf(raw, rng), lambda: load_gguf(path))
+
+
+def _with_sentencepiece(checkpoint: tiny.Tiny) -> tiny.Tiny:
+    """The checkpoint with the tokens of bytes and some words, instead of byte-level BPE."""
+    words = ["\u2581", "\u2581the", "th", "he", "\u2581quick", "qu", "ick", *"abcdehiknoqrtuwxyz", "\u2581q"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    changes = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
+        "scores": [-float(rank) for rank in range(len(tokens))],
+        "unknown_token_id": 0,
+        "eot_token_id": None,
+        "add_bos_token": None,
+        "pre": None,
+        "merges": None,
+    }
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    metadata |= {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    sizes = {"llama.vocab_size": len(checkpoint.weights["model.embed_tokens.weight"])}
+    return dataclasses.replace(checkpoint, metadata=metadata | sizes)
 
 
 def _safetensors(folder: Path, checkpoint: tiny.Tiny) -> Reader:
@@ -109,14 +137,34 @@ def _tokenizer(folder: Path, checkpoint: tiny.Tiny) -> Reader:
     # Fewer tokens, so that changes meet the rest of the file too.
     fields["model"]["merges"] = fields["model"]["merges"][:8]
     fields["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    fields["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "x"}]}
+    expression = {"Regex": r"\p{N}{1,3}| ?\p{L}+|\s+"}
+    replaced = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    fields["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "x"}, replaced],
+    }
+    fields["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "Split", "pattern": expression, "behavior": "Isolated", "invert": False}
+    )
 
     def read():
         tokenizer = load_tokenizer(path, 400)
-        tokenizer.decode(tokenizer.encode("the quick brown fox, in 1984\n").ids)
+        try:
+            tokenizer.decode(encode(tokenizer, "the quick brown fox, in 1984\n"))
+        except ValueError as error:  # of a text, which is no file
+            raise ValueError(f"{path}: {error}") from error
 
     def damage(rng):
-        return mutations.damaged_json(fields, rng).encode("utf-8", "replace")
+        kind = rng.random()
+        if kind < 0.1:
+            found = rng.choice((expression, replaced["pattern"]))["Regex"]
+            changed = rng.choice(
+                (*mutations.EXPRESSIONS, mutations.damaged_bytes(found.encode(), rng).decode("latin1"))
+            )
+            return json.dumps(fields).replace(json.dumps(found), json.dumps(changed)).encode()
+        if kind < 0.4:
+            return mutations.damaged_json(fields, rng).encode("utf-8", "replace")
+        return mutations.damaged_field(fields, mutations.TOKENIZER_PARTS, rng).encode("utf-8", "replace")
 
     return Reader(path, json.dumps(fields).encode(), damage, read)
 
@@ -130,3 +178,58 @@ def _index(folder: Path, checkpoint: tiny.Tiny) -> Reader:
         return mutations.damaged_json(fields, rng).encode("utf-8", "replace")
 
     return Reader(path, path.read_bytes(), damage, lambda: load_huggingface(directory))
+
+
+def _chat(folder: Path, checkpoint: tiny.Tiny) -> Reader:
+    """tokenizer_config.json, whose template is rendered; a template that fails at a conversation is no damage."""
+    directory = tiny.write_huggingface(checkpoint, folder / "chat")
+    path = directory / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    fields = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+    several = fields | {"chat_template": [{"name": "default", "template": template}, {"name": "x", "template": ""}]}
+
+    def read():
+        found = read_chat_template(directory)
+        if found is not None:
+            try:
+                found.render([{"role": "user", "content": "x"}])
+            except ValueError as error:
+                assert "chat template refuses the messages" in str(error)
+
+    def damage(rng):
+        return mutations.damaged_json(rng.choice((fields, several)), rng).encode("utf-8", "replace")
+
+    return Reader(path, json.dumps(fields).encode(), damage, read)
+
+
+def _tuning(folder: Path) -> Reader:
+    path = folder / "table.json"
+    many = {"tile_m": 64, "tile_n": 64, "schedule": "split_m", "slots": 4}
+    many |= {"cluster_m": 1, "cluster_n": 1, "band": 8, "band_axis": "n"}
+    few = {"warpgroups": 4, "w_slots": 8, "x_slots": 4, "parts": 1}
+    entries = [
+        {"kind": kind, "m": 64, "n": 128, "steps": 8, "shape": "s", "microseconds": 9.5, "tiling": tiling}
+        for kind, tiling in (("planes", many), ("int8", many), ("few tokens", few))
+    ]
+    fields = {"device": "NVIDIA H200", "entries": entries}
+
+    def damage(rng):
+        return mutations.damaged_json(fields, rng).encode("utf-8", "replace")
+
+    return Reader(
+        path, json.dumps(fields).encode(), damage, lambda: parse_table(path.read_bytes().decode(errors="replace"), path)
+    )
+
+
+def _result(folder: Path) -> Reader:
+    """The result.json of a training run, which a resumed one continues."""
+    settings = {"seed": 0, "steps": 16, "rules": [["^layers/", "W2A2"]], "optimizer": {"learning_rate": 0.01}}
+    evaluations = [{"step": step, "loss": 2.5, "perplexity": 12.0} for step in (0, 8, 16)]
+    fields = {"settings": settings, "evaluations": evaluations, "environment": {"jax": "0.11.2"}}
+
+    def damage(rng):
+        return mutations.damaged_json(fields, rng).encode("utf-8", "replace")
+
+    path = folder / RESULT_NAME
+    read = functools.partial(read_result, folder, settings, {"evaluations": ["step", "loss"]})
+    return Reader(path, json.dumps(fields).encode(), damage, read)

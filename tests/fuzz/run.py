@@ -3,13 +3,14 @@
     python -m tests.fuzz.run --inputs=20000 --readers=packed,gguf --seed=1
 
 Input number i of a reader depends on the seed and i alone: `--first=i --inputs=1` repeats it. Prints a JSON object with
-the inputs read, accepted and refused by reader, and the failures.
+the figures of every reader (`Figures`), and writes it to `--output` when it has all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,18 +21,47 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
-NAMES = ("packed", "gguf", "safetensors", "config", "tokenizer", "index")
+NAMES = ("packed", "gguf", "sentencepiece", "safetensors", "config", "tokenizer", "index", "chat", "tuning", "result")
 # A missing shard, or a name that is too long for the file system.
 EXPECTED = (ValueError, FileNotFoundError)
 MOST_SECONDS = 20
 MOST_BYTES = 64 << 20  # beside 32 bytes for every byte of the file
 _MOST_FAILURES = 20
+_STATUS = {key: re.compile(rf"{key}:\s+(\d+) kB") for key in ("VmRSS", "VmHWM")}
 
 
 class Hang(BaseException):
     """Not an Exception, so that no reader catches it."""
+
+
+@dataclasses.dataclass
+class Figures:
+    """The outcomes of one reader.
+
+    Attributes:
+      inputs: damaged files read.
+      accepted: those that were read without an error, because the damage hit what is not used or leaves it valid.
+      refused: those with a ValueError that names the file.
+      missing: those with a FileNotFoundError, such as an index that names another shard.
+      seconds: all of them took, damaging included.
+      slowest_seconds: the longest reading.
+      largest_bytes: the most that one reading added to the resident memory.
+      largest_share: the largest share of the allowed bytes that one reading added.
+      failures: what else happened, with the number of the input.
+    """
+
+    inputs: int = 0
+    accepted: int = 0
+    refused: int = 0
+    missing: int = 0
+    seconds: float = 0.0
+    slowest_seconds: float = 0.0
+    largest_bytes: int = 0
+    largest_share: float = 0.0
+    failures: list[str] = dataclasses.field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
@@ -42,53 +72,61 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--readers", default=",".join(NAMES), help="names, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from experiments.support.workdir import environment
     from tests.fuzz.readers import make_readers
 
     logging.disable()
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _raise_hang)
     summary = {}
-    with tempfile.TemporaryDirectory() as folder, _quiet_rust():
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder, _quiet_rust():
         readers = make_readers(Path(folder))
         for name in options.readers.split(","):
-            summary[name] = run(name, readers[name], options)
-    print(json.dumps(summary, indent=1))
-    return int(any(result["failures"] for result in summary.values()))
+            summary[name] = dataclasses.asdict(run(name, readers[name], options))
+    text = json.dumps({"seed": options.seed, "readers": summary, "environment": environment()}, indent=1)
+    if options.output:
+        options.output.write_text(text + "\n")
+    print(text)
+    return int(any(figures["failures"] for figures in summary.values()))
 
 
-def run(name, reader, options) -> dict:
-    """Counts and failures of one reader."""
-    result = {"inputs": 0, "accepted": 0, "refused": 0, "failures": []}
+def run(name, reader, options) -> Figures:
+    """Reads `options.inputs` damaged files."""
+    figures = Figures()
     started = time.monotonic()
     for index in range(options.first, options.first + options.inputs):
-        if time.monotonic() - started > options.seconds or len(result["failures"]) >= _MOST_FAILURES:
+        if time.monotonic() - started > options.seconds or len(figures.failures) >= _MOST_FAILURES:
             break
         data = reader.damage(random.Random(f"{options.seed} {name} {index}"))
         reader.path.write_bytes(data)
         # Kept should the process crash.
         sys.stderr.write(f"{name} {index}\n") if os.environ.get("FUZZ_VERBOSE") else None
-        problem = attempt(reader, len(data), result)
+        problem = attempt(reader, len(data), figures)
         if problem is not None:
-            result["failures"].append(f"input {index}: {problem}")
-        result["inputs"] += 1
+            figures.failures.append(f"input {index}: {problem}")
+        figures.inputs += 1
         if index % 200 == 199:
             _forget()
     reader.path.write_bytes(reader.intact)
-    result["seconds"] = round(time.monotonic() - started, 1)
-    return result
+    figures.seconds = round(time.monotonic() - started, 1)
+    return figures
 
 
-def attempt(reader, size: int, result: dict) -> str | None:
-    """Reads once; what was wrong, or None."""
+def attempt(reader, size: int, figures: Figures) -> str | None:
+    """Reads once, and counts the outcome; returns what was wrong, or None."""
     before = _reset_peak()
     signal.alarm(MOST_SECONDS)
-    problem = None
+    problem, started = None, time.monotonic()
     try:
         reader.read()
-        result["accepted"] += 1
+        figures.accepted += 1
     except EXPECTED as error:
-        result["refused"] += 1
+        figures.refused += isinstance(error, ValueError)
+        figures.missing += isinstance(error, FileNotFoundError)
         message = str(error)
         # The directory stands for a file that contradicts another.
         named = str(reader.path) in message or str(reader.path.parent) in message
@@ -100,8 +138,11 @@ def attempt(reader, size: int, result: dict) -> str | None:
         problem = f"{type(error).__name__} {str(error)[:200]!r} {_place(error)}"
     finally:
         signal.alarm(0)
-    added = _peak() - before
-    if problem is None and added > MOST_BYTES + 32 * size:
+    figures.slowest_seconds = max(figures.slowest_seconds, round(time.monotonic() - started, 3))
+    added, allowed = _peak() - before, MOST_BYTES + 32 * size
+    figures.largest_bytes = max(figures.largest_bytes, added)
+    figures.largest_share = max(figures.largest_share, round(added / allowed, 3))
+    if problem is None and added > allowed:
         problem = f"{added / 1e6:.0f} MB for a file of {size:,} bytes"
     return problem
 
@@ -116,7 +157,7 @@ def _raise_hang(*_) -> None:
 
 
 def _status(key: str) -> int:
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return int(_STATUS[key].search(Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def _reset_peak() -> int:

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from bipolar_jax.models.loaders.gguf.tokenizer import _DEFAULT_PATTERNS
-from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
+from bipolar_jax.models.tokenizer_json import encode, encode_texts, load_tokenizer
 from bipolar_jax.models.tokenizer_limits import check_limits
 from tests.support import tiny_checkpoints as tiny
 
@@ -102,3 +102,6 @@ def test_a_text_that_the_library_gives_up_on_is_one_value_error():
     assert encode(tokenizer, "a") == [0]
     with pytest.raises(ValueError, match=r"fails at this text of 66 characters .*retry-limit.*shorten it, or split it"):
         encode(tokenizer, "a" * 64 + "\nx")
+    assert encode_texts(tokenizer, ["a", ""]) == [[0], []]
+    with pytest.raises(ValueError, match=r"fails at this text of 67 characters .*retry-limit"):
+        encode_texts(tokenizer, ["a", "a" * 64 + "\nx"])
