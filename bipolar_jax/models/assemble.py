@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -111,14 +112,20 @@ def count_not_finite(array: np.ndarray) -> int:
     return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)
 
 
+@functools.lru_cache(maxsize=4)  # loading needs it twice, and tracing takes a tenth of a second
+def _abstract_model(config: TransformerConfig, param_dtype: str) -> Transformer:
+    """Shapes and dtypes of a model. Raises ValueError if the config has sizes that JAX cannot count."""
+    try:
+        return nnx.eval_shape(lambda: Transformer(config, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0)))
+    except (TypeError, OverflowError) as error:  # JAX counts elements in 64 bits
+        raise ValueError(f"the config has impossible sizes: {error!s:.200}") from error
+
+
 class _Checklist:
     """The tensors that a model requires, and which of them have been added."""
 
     def __init__(self, config: TransformerConfig, param_dtype: Any = jnp.float32):
-        try:
-            self.abstract = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-        except (TypeError, OverflowError) as error:  # JAX counts elements in 64 bits
-            raise ValueError(f"the config has impossible sizes: {error!s:.200}") from error
+        self.abstract = _abstract_model(config, np.dtype(param_dtype).name)
         self._num_layers = config.num_layers
         self._shapes = {
             "/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(self.abstract)[1])
