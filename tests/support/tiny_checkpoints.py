@@ -171,7 +171,7 @@ def write_gguf(tiny: Tiny, path: Path, type_name: str = "F32") -> Path:
     kind = gguf.GGMLQuantizationType[type_name]
     for name, array in tiny.weights.items():
         if tiny.arch == "llama":
-            array = _permuted(name, array)
+            array = _permuted(name, array, hf_config(tiny))
         if array.ndim == 2:
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
@@ -202,31 +202,31 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def _permuted(name: str, array: np.ndarray) -> np.ndarray:
+def _permuted(name: str, array: np.ndarray, config: dict) -> np.ndarray:
     """The row order of llama.cpp's converter, written as it writes it."""
     if ".q_proj." not in name and ".k_proj." not in name:
         return array
-    heads = HEADS if ".q_proj." in name else KV_HEADS
+    heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
     return array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def gguf_metadata(tiny: Tiny) -> dict:
     """The keys of the GGUF file, without those that `tiny.metadata` changes."""
-    tokenizer = make_tokenizer(tiny.pre)
+    tokenizer, config = make_tokenizer(tiny.pre), hf_config(tiny)
     model = json.loads(tokenizer.to_str())["model"]
     tokens = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
     arch = tiny.arch
     return {
-        f"{arch}.block_count": LAYERS,
-        f"{arch}.context_length": CONTEXT,
-        f"{arch}.embedding_length": HIDDEN,
-        f"{arch}.feed_forward_length": FFN,
-        f"{arch}.attention.head_count": HEADS,
-        f"{arch}.attention.head_count_kv": KV_HEADS,
-        f"{arch}.attention.key_length": HEAD_DIM,
-        f"{arch}.attention.value_length": HEAD_DIM,
-        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
-        f"{arch}.rope.freq_base": 10000.0,
+        f"{arch}.block_count": config["num_hidden_layers"],
+        f"{arch}.context_length": config["max_position_embeddings"],
+        f"{arch}.embedding_length": config["hidden_size"],
+        f"{arch}.feed_forward_length": config["intermediate_size"],
+        f"{arch}.attention.head_count": config["num_attention_heads"],
+        f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{arch}.attention.key_length": config["head_dim"],
+        f"{arch}.attention.value_length": config["head_dim"],
+        f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{arch}.rope.freq_base": float(config["rope_theta"]),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": tiny.pre,
         "tokenizer.ggml.tokens": tokens,
