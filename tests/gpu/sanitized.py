@@ -21,6 +21,7 @@ from bipolar_jax.kernels.sm90.core import ptx
 from tests.gpu.cases import (
     attention,
     decode_step,
+    expanded_products,
     heads,
     products,
     quantizer,
@@ -31,7 +32,18 @@ from tests.gpu.cases import (
 )
 from tests.gpu.trial import Case, Trial, one_program, run_cases
 
-_MODULES = (products, scaled_products, weight_only, quantizer, weights, heads, signs, attention, decode_step)
+_MODULES = (
+    products,
+    expanded_products,
+    scaled_products,
+    weight_only,
+    quantizer,
+    weights,
+    heads,
+    signs,
+    attention,
+    decode_step,
+)
 KERNELS: dict[str, Case] = {name: case for module in _MODULES for name, case in module.small().items()}
 # What each tool must find: the tool's name by the defect's.
 PLANTED = {"planted race": "racecheck", "planted write": "memcheck"}

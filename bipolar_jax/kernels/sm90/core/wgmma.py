@@ -206,7 +206,7 @@ def _with_empty_rows(product: Int[Array, "rows n"], block_rows: int) -> Int[Arra
     return filled.reshape(-1, product.shape[1])
 
 
-def _descriptor(tile: ir.Value) -> ir.Value:
+def descriptor(tile: ir.Value) -> ir.Value:
     """Matrix descriptor of a K-major tile in the 128-byte swizzle (PTX ISA, "Matrix descriptor").
 
     Bits 0-13: address / 16. Bits 16-29, the leading offset, are not used in this mode. Bits
@@ -224,12 +224,12 @@ def _descriptor(tile: ir.Value) -> ir.Value:
     return llvm.or_(encoded_address, arith.shli(constant(high), constant(32)))
 
 
-def _advanced(descriptor: ir.Value, offset: int) -> ir.Value:
+def advanced(tile_descriptor: ir.Value, offset: int) -> ir.Value:
     """The descriptor of the tile `offset` bytes later."""
     if offset == 0:
-        return descriptor
+        return tile_descriptor
     increment = arith.constant(ir.IntegerType.get_signless(64), offset >> 4)
-    return llvm.add(descriptor, increment, overflow_flags=llvm.IntegerOverflowFlags.none)
+    return llvm.add(tile_descriptor, increment, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
 def _issue(
@@ -255,48 +255,59 @@ def _issue(
         overflow_flags=llvm.IntegerOverflowFlags.none,
     )
     x_descriptor, w_descriptor = (
-        llvm.add(_descriptor(tile), start, overflow_flags=llvm.IntegerOverflowFlags.none) for tile in (x_tile, w_tile)
+        llvm.add(descriptor(tile), start, overflow_flags=llvm.IntegerOverflowFlags.none) for tile in (x_tile, w_tile)
     )
     block_stride = block_rows * BYTES_PER_ROW
     steps = BYTES_PER_ROW // _BYTES_PER_INSTRUCTION // parts
     nvvm.wgmma_fence_aligned()
     for step in range(steps):
         for block in range(registers.shape[0]):
-            registers[block] = _wgmma(
+            registers[block] = instruction(
                 registers[block],
-                _advanced(x_descriptor, block * block_stride + step * _BYTES_PER_INSTRUCTION),
-                _advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
+                [advanced(x_descriptor, block * block_stride + step * _BYTES_PER_INSTRUCTION)],
+                advanced(w_descriptor, step * _BYTES_PER_INSTRUCTION),
                 n,
-                kind,
+                _MNEMONIC[kind],
             )
     nvvm.wgmma_commit_group_sync_aligned()
     return registers
 
 
-def _wgmma(
-    registers: np.ndarray, x_descriptor: ir.Value, w_descriptor: ir.Value, n: int, kind: OperandKind
+def instruction(
+    registers: np.ndarray, x_operand: list[ir.Value], w_descriptor: ir.Value, n: int, mnemonic: str
 ) -> np.ndarray:
-    """One instruction; `registers` are a thread's n / 2 accumulators of 64 rows, or None for zeros."""
+    """One instruction.
+
+    Args:
+      registers: a thread's n / 2 accumulators of 64 rows, or None for zeros.
+      x_operand: the descriptor of a tile of 64 rows in shared memory, or the four registers of its fragment.
+      w_descriptor: of a tile of n rows.
+      n: columns of the accumulator.
+      mnemonic: K and types, as PTX spells them.
+    """
     i32 = ir.IntegerType.get_signless(32)
     vector_type = ir.VectorType.get((1,), i32)
     count = n // 2
     assert registers.size == count
     add = registers.flat[0] is not None
-    # Operands: outputs, then the inputs tied to them, then the descriptors and the predicate. A sum that starts from
-    # zero has no tied inputs, which tells ptxas that the registers' old contents are dead.
+    # Operands: outputs, then the inputs tied to them, then x, the descriptor of w and the predicate. A sum that starts
+    # from zero has no tied inputs, which tells ptxas that the registers' old contents are dead.
     tied = list(registers.flat) if add else []
     outputs = ",".join(f"${i}" for i in range(count))
-    x_operand, w_operand, add_operand = (f"${count + len(tied) + i}" for i in range(3))
+    *x_names, w_name, add_name = (f"${count + len(tied) + i}" for i in range(len(x_operand) + 2))
+    in_registers = len(x_operand) > 1
+    x_text = "{" + ",".join(x_names) + "}" if in_registers else x_names[0]
     ptx = (
-        f"{{ .reg .pred p; setp.ne.b32 p, {add_operand}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{n}{_MNEMONIC[kind]} "
-        f"{{{outputs}}}, {x_operand}, {w_operand}, p; }}\n"
+        f"{{ .reg .pred p; setp.ne.b32 p, {add_name}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}{mnemonic} "
+        f"{{{outputs}}}, {x_text}, {w_name}, p; }}\n"
     )
-    constraints = ",".join(["=r"] * count + [str(i) for i in range(len(tied))] + ["l", "l", "n"])
+    x_constraints = ["r" if in_registers else "l"] * len(x_operand)
+    constraints = ",".join(["=r"] * count + [str(i) for i in range(len(tied))] + [*x_constraints, "l", "n"])
     add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(add))).result
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),
-        [*tied, x_descriptor, w_descriptor, add_flag],
+        [*tied, *x_operand, w_descriptor, add_flag],
         ptx,
         constraints,
         asm_dialect=0,

@@ -1,0 +1,63 @@
+"""wgmma on bytes with the operand of rows in registers: unsigned bytes times signed ones, for `plgpu.inline_mgpu`.
+
+`wgmma.mma_async.m64nNk32.s32.u8.s8` reads A from four registers of each thread, and B from shared memory. For lane
+4 r + t of warp w, the first register has the bytes of row 16 w + r at k = 4 t to 4 t + 3, the second those of the row 8
+later, the third and fourth those of both rows at k + 16 (PTX ISA, "Register Fragments for wgmma.mma_async").
+
+An instruction in flight reads its registers: whoever writes them next waits first. ptxas sees to that, and where it
+cannot tell, such as across the back edge of a loop, it serializes all products (warning C7510).
+"""
+
+from __future__ import annotations
+
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir.dialects import llvm, nvvm
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.fragments import Fragment
+from bipolar_jax.kernels.sm90.core.ptx import Value
+from bipolar_jax.kernels.sm90.core.wgmma import advanced, descriptor, instruction
+
+_BYTES_PER_INSTRUCTION = 32
+_FRAGMENT_REGISTERS = 4
+
+
+def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step: int) -> Fragment:
+    """Starts acc += A . tile^T over 32 bytes of K, as one commit group.
+
+    Args:
+      acc: [m, n] in the layout `wgmma.ACCUMULATOR`.
+      fragments: A's registers, four for every 64 rows of the accumulator.
+      tile: uint32 [n, WORDS_PER_ROW] in shared memory, with TILE_TRANSFORMS.
+      step: which 32 bytes of a row of the tile.
+    """
+    n = acc.shape[1]
+    # Without this, LLVM would compute them after the fence that makes them visible to the tensor cores.
+    fragments = _pinned(fragments)
+    w_descriptor = advanced(descriptor(tile), step * _BYTES_PER_INSTRUCTION)
+    registers = acc.registers.copy()
+    nvvm.wgmma_fence_aligned()
+    for block in range(registers.shape[0]):
+        operands = fragments[_FRAGMENT_REGISTERS * block : _FRAGMENT_REGISTERS * (block + 1)]
+        registers[block] = instruction(registers[block], operands, w_descriptor, n, "k32.s32.u8.s8")
+    nvvm.wgmma_commit_group_sync_aligned()
+    return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
+
+
+def wait(*, in_flight: int) -> None:
+    """Waits for all commit groups but the last `in_flight`."""
+    nvvm.wgmma_wait_group_sync_aligned(in_flight)
+
+
+def _pinned(words: list[Value]) -> list[Value]:
+    """The same words, computed before any instruction with side effects that follows; no instruction."""
+    i32, count = ptx.i32_type(), len(words)
+    results = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * count),
+        words,
+        "",
+        ",".join(["=r"] * count + [str(i) for i in range(count)]),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(i32, results, [i]) for i in range(count)]

@@ -1,0 +1,153 @@
+"""The consumer warpgroups: they expand and multiply tiles, finish the numbers in registers, and hand them on.
+
+As in `gemm.consumer`, but the rows of an accumulator are columns of the output, and its columns tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_transposed
+from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
+from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
+from bipolar_jax.kernels.sm90.gemm_expanded.expansion import Expansion, multiply_half, zeros
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+
+
+def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_scratch: dict) -> None:
+    """Multiplies and finishes this consumer's tiles.
+
+    Args:
+      problem: sizes and order.
+      output: what becomes of finished numbers; its arrays are refs in memory.
+      targets: refs of the arrays that `output.out_types` names.
+      scratch: `smem.Scratch`.
+      output_scratch: refs of what `output.scratch` names.
+    """
+    tiling = problem.tiling
+    consumer = lax.axis_index("warpgroup")
+    writer = output.writer(problem, targets, output_scratch, consumer)
+    # This consumer's share of a block's tile.
+    tokens = pl.ds(consumer * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
+    weight_tile = consumer if tiling.schedule == "split_n" else 0
+    columns = pl.ds(weight_tile * tiling.tile_n, tiling.tile_n)
+    first = consumer if tiling.tiles_in_progress > 1 else 0
+    total_steps = problem.tiles_of_cluster() * problem.steps_per_tile
+
+    def release(step, slot):
+        """Lets the producer refill a stage, if a later step needs it: nobody may arrive at a block that has ended."""
+        plgpu.barrier_arrive(scratch.empty.at[slot], predicate=step + tiling.slots < total_steps)
+
+    def operands(slot):
+        terms = None if scratch.group_terms is None else scratch.group_terms.at[slot, weight_tile]
+        return scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
+
+    writer.start()
+
+    def tile(iteration, carry):
+        index = first + iteration * tiling.tiles_in_progress
+        step = index * problem.steps_per_tile
+        sequence, token, column = problem.block_origin(index)
+        origin = TileOrigin(sequence, token + tokens.start, column + columns.start // problem.factors)
+        writer.preload(origin)
+        total = _sum_stages(
+            problem,
+            step,
+            lax.rem(step, tiling.slots),
+            wait=lambda slot: plgpu.barrier_wait(scratch.full.at[problem.full_barrier(index, slot)]),
+            operands=operands,
+            release=release,
+        )
+        with jax.named_scope("epilogue"):
+            buffer = problem.terms_buffer(index)
+            plgpu.barrier_wait(scratch.terms_full.at[buffer])
+            token_terms, column_terms = (
+                jax.tree.map(lambda ref, own=own: ref.at[buffer, own], terms)
+                for terms, own in zip(scratch.terms, (tokens, columns), strict=True)
+            )
+            writer.store(origin, _finisher(problem, output, writer.finish_shape, total, token_terms, column_terms))
+
+            @pl.when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
+            def _():
+                plgpu.barrier_arrive(scratch.terms_empty.at[buffer])
+
+        return carry
+
+    my_tiles = (problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1) // tiling.tiles_in_progress
+    lax.fori_loop(0, my_tiles, tile, ())
+    # Shared memory must outlive the copies that read it. The end of the kernel waits for what they write.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release):
+    """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m].
+
+    Fragments in flight may not cross the back edge of a loop: ptxas would serialize all products. So an iteration
+    unrolls a few stages and waits for its products at the end, while those of the other consumer go on.
+
+    Args:
+      problem: the static side.
+      step, slot: the tile's first step, and the stage that it is in.
+      wait: waits until a stage is loaded.
+      operands: refs of a stage's tokens, words and terms.
+      release: lets the producer refill a stage.
+    """
+    expansion = Expansion(problem.w_bits, problem.chunks)
+
+    def iteration(stages, _, carry):
+        acc, step, slot = carry
+        for stage in range(stages):
+            wait(slot)
+            acc = multiply_half(acc, *operands(slot), expansion, half=0)
+            if stage > 0:  # its products have ended
+                release(step - 1, previous)
+            acc = multiply_half(acc, *operands(slot), expansion, half=1)
+            previous, slot, step = slot, problem.next_slot(slot), step + 1
+        acc = wgmma.settle(acc)
+        release(step - 1, previous)
+        return acc, step, slot
+
+    iterations, rest = divmod(problem.steps_over_k, problem.stages_per_iteration)
+    carry = zeros(problem.tiling.tile_m), step, slot
+    with jax.named_scope("mainloop"):
+        if iterations:
+            body = lambda i, carry: iteration(problem.stages_per_iteration, i, carry)  # noqa: E731
+            carry = lax.fori_loop(0, iterations, body, carry)
+        if rest:
+            carry = iteration(rest, 0, carry)
+    return carry[0]
+
+
+def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tokens, columns) -> Finish:
+    """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
+
+    Args:
+      problem: the static side.
+      output: whose dtype the numbers have.
+      finish_shape: rows and columns of the accumulator to finish at once.
+      total: [TILE_ROWS, tile_m], the sums.
+      tokens, columns: terms, refs [tile_m] and [TILE_ROWS] in shared memory.
+    """
+
+    def scaled(row, column):
+        end = row + finish_shape[0], column + finish_shape[1]
+        row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
+        return finish_transposed(
+            plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA),
+            problem.recovery,
+            jax.tree.map(lambda ref: ref.at[column_range], tokens),
+            jax.tree.map(lambda ref: ref.at[row_range], columns),
+        )
+
+    def finished(row, column):
+        # Gates are the first rows of a tile, their values the rows `out_tile_n` later.
+        factors = [scaled(row + factor * problem.out_tile_n, column) for factor in range(problem.factors)]
+        if problem.activation is None:
+            return factors[0].astype(output.dtype)
+        return activate(problem.activation, factors, output.dtype)
+
+    return finished

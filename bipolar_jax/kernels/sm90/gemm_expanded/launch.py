@@ -1,0 +1,172 @@
+"""Product of many tokens with prepared weights of 1 to 8 bits: the entry, the kernel and its launch.
+
+A persistent kernel as that of `gemm`, one producer and two consumer warpgroups a block, with the operands exchanged:
+weights are the rows of the accumulators. They arrive packed, and the consumers expand them in registers, from which the
+int8 tensor cores read them: neither memory nor shared memory ever holds a weight's byte. Integer groups are applied
+where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue.
+
+`layout.py` says how weights are laid out, `recovery.py` which terms complete their sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, UInt32
+
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, WARPGROUP
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Tiling
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
+from bipolar_jax.kernels.sm90.gemm.producer import arrange
+from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
+from bipolar_jax.kernels.sm90.gemm_expanded.layout import PreparedWeights
+from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
+
+# Not timed yet. 256 weights by 128 tokens a block; slots fill shared memory at 4 bits with groups of 128.
+DEFAULT_TILING = Tiling(128, 128, "split_n", slots=5, band=8, band_axis="n")
+
+
+def expanded_matmul(
+    x_words: UInt32[Array, "1 m words"],
+    weights: PreparedWeights,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: ExpandedRecovery,
+    dtype: jnp.dtype,
+    *,
+    tiling: Tiling = DEFAULT_TILING,
+    residual: Float[Array, "m n"] | None = None,
+    activation: Activation | None = None,
+    blocks: int = MULTIPROCESSORS,
+    stages_per_iteration: int = 2,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Array:
+    """x . w^T of signed bytes and prepared weights, finished by the epilogue.
+
+    Args:
+      x_words: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8";
+        through `layout.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4.
+      weights: as `layout.prepare` gives them, with `gated` if the activation is.
+      tokens: terms of the output's rows; scale None makes the output the int32 product.
+      columns: terms of the output's columns. `code_sums` are the sums of s * u + o over the true K with groups, those
+        of codes without; `scale` is S with groups, the scale of values 2 u - V without.
+      recovery: how sums of bytes make the product of values.
+      dtype: of the output: float32, bfloat16, float16, or int32.
+      tiling: tile shape and order, see `problem`.
+      residual: added to the output, in `dtype`, after the cast.
+      activation: applied to the product in float32, before the cast; a gated one makes one column of two.
+      blocks: persistent thread blocks, at most one a multiprocessor.
+      stages_per_iteration: stages that the mainloop unrolls.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      [m, n] in `dtype`, or [m, n / 2] if gated.
+
+    Raises:
+      ValueError: a tiling that does not fit, words that TMA cannot address, K whose sums exceed int32, operands that
+        do not belong together, or an activation together with integers or a residual.
+    """
+    _, m, x_width = x_words.shape
+    if x_width % 4:
+        raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x")
+    if recovery.k != weights.k or recovery.grouped != (weights.terms is not None):
+        raise ValueError(f"{recovery} is not of weights with k={weights.k} and {weights.chunks} chunks of groups")
+    if recovery.k > recovery.most_elements:
+        raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
+    if activation is not None and (tokens.scale is None or residual is not None):
+        raise ValueError("an activation is of scaled products without a residual")
+    n = weights.n // (1 if activation is None else activation.parts)
+    problem = ExpandedProblem(
+        m,
+        n,
+        recovery,
+        tiling,
+        blocks,
+        activation=activation,
+        w_bits=weights.bits,
+        chunks=weights.chunks,
+        stages_per_iteration=stages_per_iteration,
+    )
+    output = TransposedOutput.of(jnp.dtype(dtype), residual)
+    (out,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
+    return out[:, :n]
+
+
+def launch(
+    problem: ExpandedProblem,
+    x_words: UInt32[Array, "1 tokens words"],
+    weights: PreparedWeights,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    output: Output,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> list[jax.Array]:
+    """Runs the kernel; arguments as `gemm.launch.launch` has them.
+
+    Raises:
+      ValueError: tokens along another axis than the output's; what does not fit shared memory or registers.
+    """
+    if output.token_axis != problem.token_axis:
+        raise ValueError(
+            f"tokens are axis {problem.token_axis} of the accumulator, but {type(output).__name__} takes them "
+            f"along axis {output.token_axis}"
+        )
+    tiles, stages = weights.words.shape[:2]
+    # TMA copies at most 256 elements along an axis.
+    words = weights.words.reshape(tiles, stages, -1, WARPGROUP)
+    terms = arrange(problem, (x_words, words), tokens, columns).terms
+    sources = Sources(x_words, words, weights.terms, terms)
+    arrays, tree = jax.tree.flatten((sources, output))
+    return launch_kernel(
+        functools.partial(_kernel, problem, tree),
+        out_type=output.out_types(problem),
+        grid=(problem.clusters,),
+        grid_names=("cluster",),
+        cluster=(problem.tiling.cluster_m, problem.tiling.cluster_n),
+        cluster_names=("cluster_m", "cluster_n"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch_types(problem, sources, output),
+        # No automatic barriers: every write of shared memory, by threads or TMA, follows a barrier of our own behind
+        # the reads of what it overwrites.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            approx_math=problem.activation is not None,
+        ),
+        kernel_name="_".join(
+            ["expanded_matmul", *["activation"] * (problem.activation is not None), *output.name_endings]
+        ),
+        interpret=interpret,
+    )(*arrays)
+
+
+def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> None:
+    sources, output = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+    targets = refs[tree.num_leaves :]
+    shared = Scratch(**{name: scratch.pop(name) for name in Scratch._fields})
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        produce(problem, sources, shared)
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        consume(problem, output, targets, shared, scratch)

@@ -1,0 +1,78 @@
+"""The static side of a product of expanded weights: `gemm.problem.Problem` with weights as the rows of accumulators.
+
+A `gemm.config.Tiling` is read so: tile_m tokens are the columns of a consumer's accumulator, and tile_n columns of the
+output its rows, always TILE_ROWS. "split_n" gives the consumers of a block the same tokens and weights of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
+from bipolar_jax.kernels.sm90.gemm_expanded.layout import CHUNK_WORDS, TILE_ROWS, WORDS_PER_VECTOR
+
+CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
+_MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
+_MOST_TMA_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandedProblem(Problem):
+    """One product, as all warpgroups of its kernel see it.
+
+    Attributes:
+      w_bits: of the codes of weights.
+      chunks: chunks of a stage with terms of their own, see `layout`; 0 without groups.
+      stages_per_iteration: stages that the mainloop unrolls. No product is in flight at the end of an iteration.
+    """
+
+    w_bits: int = 4
+    chunks: int = 0
+    stages_per_iteration: int = 2
+
+    token_axis: ClassVar[Literal[0, 1]] = 1
+
+    @property
+    def weight_tiles(self) -> int:
+        """Tiles of weights in a stage of the ring buffer."""
+        return self.tiling.block_n // TILE_ROWS
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage of the ring buffer."""
+        weights = 4 * (self.w_bits * WORDS_PER_VECTOR + self.chunks * CHUNK_WORDS)
+        return self.tiling.block_m * BYTES_PER_ROW + self.weight_tiles * weights
+
+    def staging_slots(self, itemsize: int) -> int:
+        """Chunks of output that each consumer can have on their way to memory: a tile's, or as many as fit."""
+        chunks = self.tiling.tile_m * self.out_tile_n // (CHUNK_TOKENS * CHUNK_COLUMNS)
+        fits = (self.shared_memory_bytes(itemsize, n) <= SHARED_MEMORY_BYTES for n in range(1, chunks + 1))
+        return max(1, sum(fits))
+
+    def shared_memory_bytes(self, itemsize: int, staging_slots: int = 1) -> int:
+        """Bytes of shared memory of one block, for an output of `itemsize` bytes a number."""
+        tiling = self.tiling
+        staging = CONSUMERS * staging_slots * CHUNK_TOKENS * CHUNK_COLUMNS * itemsize
+        # At most three vectors over the tokens of a tile, and four over its columns.
+        terms = tiling.tiles_in_progress * (3 * tiling.block_m + 4 * tiling.block_n) * 4
+        return tiling.slots * self.stage_bytes + staging + terms
+
+    def check(self, itemsize: int) -> None:
+        """Raises ValueError unless a block of this shape fits the hardware, for an output of `itemsize` bytes."""
+        tiling = self.tiling
+        if tiling.tile_n != TILE_ROWS:
+            raise ValueError(f"tile_n must be {TILE_ROWS}, the rows of a tile of prepared weights, got {tiling}")
+        if tiling.tile_m % CHUNK_TOKENS or tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m):
+            raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
+        if max(tiling.block_m, tiling.block_n) > _MOST_TMA_ROWS or {tiling.cluster_m, tiling.cluster_n} - {1, 2}:
+            raise ValueError(f"TMA loads at most {_MOST_TMA_ROWS} rows, for clusters of 1 or 2 along an axis: {tiling}")
+        needed = self.shared_memory_bytes(itemsize)
+        if tiling.slots < 2 or needed > SHARED_MEMORY_BYTES:
+            raise ValueError(
+                f"{tiling} takes {needed} bytes of shared memory of {SHARED_MEMORY_BYTES} with weights of "
+                f"{self.w_bits} bits: use fewer slots or smaller tiles, and at least 2 slots"
+            )

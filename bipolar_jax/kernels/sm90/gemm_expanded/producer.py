@@ -1,0 +1,100 @@
+"""The producer warpgroup: fills the ring buffer with tokens, prepared weights and the terms of their groups."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+
+
+class Sources(NamedTuple):
+    """What the producer loads: arrays, in the kernel refs in memory.
+
+    Attributes:
+      tokens: uint32 [1, rows, words], signed bytes.
+      words: uint32 [tiles, stages, 4 * bits, 128], prepared weights.
+      group_terms: uint32 [tiles, stages, chunks, CHUNK_WORDS], or None.
+      terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
+    """
+
+    tokens: Any
+    words: Any
+    group_terms: Any
+    terms: tuple[TokenTerms, ColumnTerms]
+
+
+def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
+    """Fills the ring buffer: a stage for every tile and step over K; then the tile's terms.
+
+    Args:
+      problem: sizes and order.
+      sources: refs in memory.
+      scratch: `smem.Scratch`.
+    """
+    tiling = problem.tiling
+    # Blocks of a cluster load what they share once, and multicast it.
+    token_axes = "cluster_n" if tiling.cluster_n > 1 else None
+    weight_axes = "cluster_m" if tiling.cluster_m > 1 else None
+
+    def load_tile(index, carry):
+        origin = problem.block_origin(index)
+        first_tile = lax.div(origin.column, problem.out_tile_n)
+        token_rows = pl.ds(origin.sequence * problem.m + origin.token, tiling.block_m)
+
+        def load_stage(k_step, carry):
+            step, slot = carry
+
+            @pl.when(step >= tiling.slots)
+            def _():
+                plgpu.barrier_wait(scratch.empty.at[slot])
+
+            barrier = scratch.full.at[problem.full_barrier(index, slot)]
+            # Rows, words and tiles beyond the arrays come as zeros.
+            plgpu.copy_gmem_to_smem(
+                sources.tokens.at[0, token_rows, pl.ds(k_step * WORDS_PER_ROW, WORDS_PER_ROW)],
+                scratch.tokens.at[slot],
+                barrier,
+                collective_axes=token_axes,
+            )
+            weights = [(sources.words, scratch.words)]
+            if scratch.group_terms is not None:
+                weights.append((sources.group_terms, scratch.group_terms))
+            for source, target in weights:
+                plgpu.copy_gmem_to_smem(
+                    source.at[pl.ds(first_tile, problem.weight_tiles), k_step],
+                    target.at[slot],
+                    barrier,
+                    collective_axes=weight_axes,
+                )
+            return step + 1, problem.next_slot(slot)
+
+        carry = lax.fori_loop(0, problem.steps_over_k, load_stage, carry)
+
+        # The terms come last: the epilogue reads them last, and by now their buffer is likely to be free.
+        buffer = problem.terms_buffer(index)
+
+        @pl.when(index >= tiling.tiles_in_progress)
+        def _():
+            plgpu.barrier_wait(scratch.terms_empty.at[buffer])
+
+        ranges = ([Range(origin.sequence, origin.token, 0, tiling.block_m)], column_ranges(problem, origin.column))
+        for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
+            for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
+                for segment, start, offset, size in term_ranges:
+                    plgpu.copy_gmem_to_smem(
+                        source.at[segment, pl.ds(start, size)],
+                        target.at[buffer, pl.ds(offset, size)],
+                        scratch.terms_full.at[buffer],
+                    )
+        return carry
+
+    lax.fori_loop(0, problem.tiles_of_cluster(), load_tile, (jnp.int32(0), jnp.int32(0)))

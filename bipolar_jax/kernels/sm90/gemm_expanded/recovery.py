@@ -1,0 +1,62 @@
+"""From sums of expanded bytes to the product of values.
+
+With bytes b = s * u + o + 128 of weights, or b = u without groups, signed codes c = u_a - o_a of activations (o_a the
+code offset), their zero code z, sums U_a of codes over the true K, and T = sum_k c b (exact in int32: at most
+128 * 255 * K),
+
+    groups:  w = b - 128,   sum_k (u_a - z) w = T - 128 (U_a - o_a K) + (o_a - z) W,     W = sum_k w over the true K
+    none:    v = 2 b - V,   sum_k (u_a - z) v = 2 T - V (U_a - o_a K) + (o_a - z) V_w,   V_w = 2 U_w - V K.
+
+Padding adds nothing: there c = 0. One-bit activations and integer products have no zero; with v_a = 2 u_a - A the sums
+are twice those of z = A / 2. The terms are those of `arithmetic.recovery`, which the epilogue applies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.gemm_expanded.layout import OFFSET_BIAS
+
+_INT32_MAX, _FLOAT32_EXACT = 2**31 - 1, 2**24
+_LARGEST_BYTE = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandedRecovery(Recovery):
+    """`Recovery` of products of expanded bytes; kind is "int8".
+
+    Attributes:
+      grouped: whether weights are s * u + o of integer groups; then `ColumnTerms.code_sums` are the sums W.
+    """
+
+    grouped: bool = False
+
+    @property
+    def most_elements(self) -> int:
+        """The largest K whose sums T fit int32: 65,793 with activations of 8 bits."""
+        return _INT32_MAX // (_LARGEST_BYTE * self.a_format.code_offset)
+
+    @property
+    def product_weight(self) -> int:
+        return (1 if self.grouped else 2) * (1 if self.with_zero else 2)
+
+    def row_term(self, code_sums):
+        bias = OFFSET_BIAS if self.grouped else self.w_format.max_value
+        return -bias * (1 if self.with_zero else 2) * (code_sums - self.a_format.code_offset * self.k)
+
+    def column_weight(self, zero_code):
+        if self.with_zero:
+            return self.a_format.code_offset - zero_code
+        return 0 * zero_code + (2 * self.a_format.code_offset - self.a_format.max_value)
+
+    def column_value_sums(self, code_sums):
+        return code_sums if self.grouped else super().column_value_sums(code_sums)
+
+    @property
+    def fits_float32(self) -> bool:
+        """Whether float32 holds every partial sum of the correction exactly.
+
+        Each of its three terms is at most product_weight * 256 * (A + 1) * K, and sums of two at most twice that.
+        """
+        return 4 * self.product_weight * (_LARGEST_BYTE + 1) * (self.a_format.max_value + 1) * self.k < _FLOAT32_EXACT

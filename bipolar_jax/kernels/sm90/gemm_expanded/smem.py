@@ -1,0 +1,84 @@
+"""Shared memory and mbarriers of the product of expanded weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
+from bipolar_jax.kernels.sm90.gemm.producer import column_ranges
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources
+
+
+class Scratch(NamedTuple):
+    """What the warpgroups of a block share, beside the output's own scratch.
+
+    Attributes:
+      tokens: ring buffer, uint32 [slots, block_m, WORDS_PER_ROW].
+      words: ring buffer, uint32 [slots, weight_tiles, 4 * bits, 128].
+      group_terms: ring buffer, uint32 [slots, weight_tiles, chunks, CHUNK_WORDS], or None.
+      terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
+      full: barriers of loaded stages, see `Problem.full_barrier`.
+      empty: barriers of stages that may be refilled, one a slot.
+      terms_full: barriers of loaded terms, one a tile in progress.
+      terms_empty: barriers of terms that may be overwritten, likewise.
+    """
+
+    tokens: Any
+    words: Any
+    group_terms: Any
+    terms: Any
+    full: Any
+    empty: Any
+    terms_full: Any
+    terms_empty: Any
+
+
+def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) -> dict[str, Any]:
+    """Scratch specifications, keyed by the kernel's keyword arguments: the fields of `Scratch`, and the output's.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    tiling, itemsize = problem.tiling, output.dtype.itemsize
+    problem.check(itemsize)
+    if problem.clusters < 1:
+        raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
+    empty = functools.partial(plgpu.Barrier, num_arrivals=tiling.consumers_per_tile)
+    if tiling.cluster_size > 1:
+        axes = [name for name in ("cluster_m", "cluster_n") if getattr(tiling, name) > 1]
+        empty = functools.partial(
+            plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=tiling.consumers_per_tile
+        )
+    token_terms, column_terms = sources.terms
+    copies = 2 + (sources.group_terms is not None)
+
+    def ring(source):
+        return plgpu.SMEM((tiling.slots, problem.weight_tiles, *source.shape[2:]), source.dtype)
+
+    own = Scratch(
+        tokens=plgpu.SMEM((tiling.slots, tiling.block_m, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS),
+        words=ring(sources.words),
+        group_terms=None if sources.group_terms is None else ring(sources.group_terms),
+        terms=tuple(
+            jax.tree.map(lambda term, block=block: plgpu.SMEM((tiling.tiles_in_progress, block), term.dtype), terms)
+            for terms, block in zip(sources.terms, (tiling.block_m, tiling.block_n), strict=True)
+        ),
+        # Barriers of loads expect an arrival of every copy.
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.slots * tiling.tiles_in_progress),
+        empty=empty(num_barriers=tiling.slots),
+        terms_full=plgpu.Barrier(
+            num_arrivals=len(jax.tree.leaves(token_terms))
+            + len(column_ranges(problem, 0)) * len(jax.tree.leaves(column_terms)),
+            num_barriers=tiling.tiles_in_progress,
+        ),
+        terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
+    )
+    return own._asdict() | output.scratch(problem, problem.staging_slots(itemsize))

@@ -1,0 +1,216 @@
+"""Times the product of prepared weights beside the int8 product of expanded bytes and XLA's bf16 dot, on one GPU.
+
+    python -m experiments.bench.products.expanded --out=DIR/expanded.json
+
+For every shape and precision all tilings of `TILINGS` that fit are compiled, checked against the exact product of
+sampled rows and columns, and timed. "gemm" is `packed_matmul` with one scale a column, on bytes that are expanded
+already; "gemm and expansion" expands four planes first, as prompts of W4A8 do without groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.planning import plan_product
+from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
+from bipolar_jax.kernels.sm90.gemm_expanded.layout import prepare
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.weight_prep.expand import expand
+from bipolar_jax.packing.words import unpack_codes
+from bipolar_jax.quantize.groups import num_groups
+from experiments.bench.products.operands import Operands
+from experiments.bench.products.product import Call
+from experiments.bench.products.shapes import Shape, parse_shapes
+from experiments.support.progress import console
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
+
+SHAPES = "2048x14336x4096,1024x28672x4096,1024x4096x14336,8192x8192x8192"
+PRECISIONS = "4,4g128,4g64,4g32,3g128,2g64,1g128,6g128"
+TILINGS = {
+    f"{tiling.tile_m} {tiling.schedule} {tiling.slots}, {stages} unrolled": (tiling, stages)
+    for tiling, stages in (
+        *((Tiling(128, 128, "split_n", slots=slots), stages) for slots in (4, 5, 6) for stages in (1, 2)),
+        (Tiling(128, 128, "split_n", slots=5, band=16, band_axis="m"), 4),
+        (Tiling(128, 128, "split_n", slots=5, cluster_m=2), 2),
+        (Tiling(128, 128, "split_n", slots=5, cluster_n=2), 2),
+        *((Tiling(128, 128, "alternate", slots=slots), 2) for slots in (6, 7)),
+        (Tiling(64, 128, "split_n", slots=6), 2),
+        (Tiling(64, 128, "alternate", slots=8), 2),
+    )
+}
+A_FORMAT = BipolarFormat(8)
+_TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Random weights of one precision: planes, and s and o of every group."""
+
+    bits: int
+    group_size: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Weights:
+        """Reads "4" or "4g128"."""
+        bits, _, group_size = text.partition("g")
+        return cls(int(bits), int(group_size) if group_size else None)
+
+    @property
+    def format(self) -> BipolarFormat:
+        return BipolarFormat(self.bits)
+
+    def terms(self, shape: Shape) -> dict[str, jax.Array]:
+        """s and o with which s * u + o takes any byte; empty without groups."""
+        if self.group_size is None:
+            return {}
+        rng = np.random.default_rng(self.bits)
+        size = (shape.n, num_groups(shape.k, self.group_size))
+        scale = rng.integers(1, 255 // self.format.max_value + 1, size)
+        offset = rng.integers(-128, 128 - scale * self.format.max_value)
+        return {
+            "group_scale": jnp.asarray(scale, jnp.uint8),
+            "group_offset": jnp.asarray(offset, jnp.int8),
+        }
+
+    def values(self, codes: np.ndarray, terms: dict[str, jax.Array], columns: np.ndarray | slice) -> np.ndarray:
+        """The integers that codes [columns, k] stand for."""
+        if self.group_size is None:
+            return 2 * codes.astype(np.int64) - self.format.max_value
+        group = np.arange(codes.shape[1]) // self.group_size
+        scale, offset = (np.asarray(term)[columns][:, group].astype(np.int64) for term in terms.values())
+        return scale * codes + offset
+
+
+def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.ndarray]:
+    """The kernel with every tiling, and the exact numbers of the sampled rows and columns."""
+    shape, w_format = operands.shape, weights.format
+    planes = operands.weights(w_format).planes
+    codes = np.asarray(jax.jit(lambda planes: unpack_codes(planes, w_format, shape.k))(planes))
+    terms = weights.terms(shape)
+    column_sums = weights.values(codes, terms, slice(None)).sum(1) if terms else codes.sum(1, dtype=np.int64)
+    prepared = jax.jit(
+        lambda planes, terms: prepare(planes, w_format, shape.k, group_size=weights.group_size, **terms)
+    )(planes, terms)
+    recovery = ExpandedRecovery("int8", A_FORMAT, w_format, shape.k, True, prepared.terms is not None)
+    x_words, tokens = operands.x_words(A_FORMAT, "int8"), operands.tokens(A_FORMAT)
+    columns = ColumnTerms(code_sums=jnp.asarray(column_sums, jnp.int32), scale=jnp.full(shape.n, 2.0**-10))
+
+    def multiply(tiling: Tiling, stages: int):
+        def product(x_words, prepared, tokens, columns):
+            return expanded_matmul(
+                x_words,
+                prepared,
+                tokens,
+                columns,
+                recovery,
+                jnp.bfloat16,
+                tiling=tiling,
+                stages_per_iteration=stages,
+                interpret=interpret_params(),
+            )
+
+        return product
+
+    args = (x_words, prepared, tokens, columns)
+    zero_code, scale = (np.asarray(term, np.float64)[operands.rows, None] for term in (tokens.zero_code, tokens.scale))
+    x = np.asarray(operands.codes(A_FORMAT)[operands.rows], np.float64) - zero_code
+    exact = 2.0**-9 * scale * (x @ weights.values(codes[operands.columns], terms, operands.columns).T)
+    return {name: (multiply(*tiling), args) for name, tiling in TILINGS.items()}, exact
+
+
+def baselines(operands: Operands) -> dict[str, Call]:
+    """The int8 product with and without the expansion of four planes, and XLA's bf16 dot."""
+    shape, w_format = operands.shape, BipolarFormat(4)
+    recovery = Recovery("int8", A_FORMAT, w_format, shape.k, with_zero=True)
+    tiling = plan_product(shape.m, shape.n, shape.k, A_FORMAT, w_format).tiling
+    planes, x_words = operands.weights(w_format).planes, operands.x_words(A_FORMAT, "int8")
+    w_words = jax.jit(lambda planes: expand(planes, w_format, interpret=interpret_params()))(planes)
+    columns, tokens = operands.column_terms(w_format), operands.tokens(A_FORMAT)
+
+    def gemm(x_words, w_words, tokens, columns):
+        return packed_matmul(
+            x_words, w_words, tokens, columns, recovery, tiling, jnp.bfloat16, interpret=interpret_params()
+        )
+
+    def expand_first(x_words, planes, tokens, columns):
+        return gemm(x_words, expand(planes, w_format, interpret=interpret_params()), tokens, columns)
+
+    return {
+        "gemm": (gemm, (x_words, w_words, tokens, columns)),
+        "gemm and expansion": (expand_first, (x_words, planes, tokens, columns)),
+        "bf16": (jnp.dot, (operands.x, operands.dense_w)),
+    }
+
+
+def check(product: jax.Array, exact: np.ndarray, operands: Operands) -> None:
+    """Raises ValueError unless the sampled numbers are the exact ones, rounded."""
+    found = np.asarray(product[operands.rows][:, operands.columns], np.float64)
+    wrong = np.abs(found - exact) > _TOLERANCE * np.abs(exact)
+    if wrong.any():
+        raise ValueError(f"{wrong.sum()} of {wrong.size} sampled numbers are wrong, such as {found[wrong][0]}")
+
+
+def measure_shape(shape: Shape, precisions: list[str], iterations: int, threads: int) -> dict[str, Any]:
+    """Microseconds of the baselines, and of every precision and tiling; an error's text where one failed."""
+    operands = Operands(shape, seed=0)
+    row: dict[str, Any] = {}
+    reference = compile_all(baselines(operands), threads)
+    for name, (_, args) in baselines(operands).items():
+        row[name] = measure(raise_if_error(reference[name]), *args, iterations=iterations).to_json()
+    console.print(f"{shape}: " + ", ".join(f"{name} {row[name]['microseconds']:.1f} us" for name in reference))
+    for text in precisions:
+        todo, exact = calls(operands, Weights.parse(text))
+        figures: dict[str, Any] = {}
+        compiled = compile_all(todo, threads)
+        for name, (_, args) in todo.items():
+            try:
+                function = raise_if_error(compiled[name])
+                check(function(*args), exact, operands)
+                figures[name] = measure(function, *args, iterations=iterations).to_json()
+            except Exception as error:
+                figures[name] = {"error": one_line(error)}
+        row[text] = figures
+        timed = {name: figure["microseconds"] for name, figure in figures.items() if "microseconds" in figure}
+        errors = {figure["error"] for figure in figures.values() if "error" in figure}
+        if timed:
+            best = min(timed, key=timed.get)
+            speed = row["bf16"]["microseconds"] / timed[best]
+            console.print(f"  W{text}A8 {timed[best]:.1f} us, {speed:.2f}x bf16, {best}")
+        for error in sorted(errors):
+            console.print(f"    {error}")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="m x n x k, with commas")
+    parser.add_argument("--precisions", default=PRECISIONS, help="bits of weights, and groups as in 4g128")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=8, help="that compile")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    check_runnable()
+    result = {"device": jax.devices()[0].device_kind, "shapes": {}}
+    for shape in parse_shapes(options.shapes):
+        precisions = options.precisions.split(",")
+        result["shapes"][str(shape)] = measure_shape(shape, precisions, options.iterations, options.threads)
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Threads expand prepared weights to the fragments of A that wgmma reads; simulated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.sm90.gemm_expanded import layout
+from bipolar_jax.kernels.sm90.gemm_expanded.expansion import HALVES, Expansion
+from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, random_groups
+from tests.support import warpgroup_simulator
+from tests.support.integer_products import random_codes
+
+CASES = [(bits, None) for bits in range(1, 9)] + [(bits, size) for bits in range(1, 7) for size in (16, 32, 64, 128)]
+
+
+def rows_of_fragments(registers: list[np.ndarray]) -> np.ndarray:
+    """Bytes [128, 32] by the PTX ISA's figure of A for m64nNk32, two blocks of 64 rows."""
+    out = np.zeros((128, 32), np.uint8)
+    thread = np.arange(128)
+    row, k = 16 * (thread // 32) + thread % 32 // 4, 4 * (thread % 4)
+    for number, register in enumerate(registers):
+        block, high_k, low_row = number // 4, number % 4 // 2, number % 2
+        for i in range(4):
+            out[64 * block + row + 8 * low_row, 16 * high_k + k + i] = register[:, None].view(np.uint8)[:, i]
+    return out
+
+
+@pytest.mark.parametrize(("bits", "group_size"), CASES)
+def test_threads_make_the_fragments(bits, group_size, monkeypatch):
+    fmt = BipolarFormat(bits)
+    if group_size is None:
+        codes = random_codes(fmt, 128, 128, 0)
+        weights, expected = layout.prepare(packed_planes(codes, fmt), fmt, 128), codes
+    else:
+        groups = random_groups(fmt, 128, 128, group_size)
+        expected = groups.values + 128
+        weights = layout.prepare(
+            packed_planes(groups.codes, fmt),
+            fmt,
+            128,
+            group_size=group_size,
+            group_scale=groups.scale,
+            group_offset=groups.offset,
+        )
+    if not weights.natural_order:
+        expected = expected.reshape(128, 4, 4, 8).swapaxes(-1, -2).reshape(128, 128)
+    words = np.array(weights.words[0, 0]).reshape(-1, 128)
+    terms = None if group_size is None else np.array(weights.terms[0, 0])
+    expansion = Expansion(bits, weights.chunks)
+    warpgroup_simulator.install(monkeypatch)
+    before = warpgroup_simulator.bank_conflicts[0]
+    for half in range(HALVES):
+        fields = expansion.load_fields(words, half)
+        group_terms = [] if terms is None else expansion.load_terms(terms, half)
+        for step in range(2):
+            registers = expansion.fragments([words[step] for words in fields], group_terms, step)
+            position = 32 * (2 * half + step)
+            np.testing.assert_array_equal(rows_of_fragments(registers), expected[:, position : position + 32])
+    assert warpgroup_simulator.bank_conflicts[0] == before
