@@ -267,8 +267,8 @@ def test_layers_take_an_out_sharding_on_explicit_meshes():
 
 def test_repr_counts_parameters():
     layer = Linear(64, 32, precision=W4A8, rngs=nnx.Rngs(0))
-    assert repr(layer).startswith("Linear( # Param: 32 (128 B), Packed: 2,048 (3.0 KB)")
-    assert "kernel=Packed( # Packed: 2,048 (3.0 KB)" in repr(nnx.List([layer]))
+    assert repr(layer).startswith("Linear( # Param: 32 (128 B), Packed: 2,048 (4.0 KB), Total: 2,080 (4.1 KB)\n")
+    assert "kernel=Packed( # Packed: 2,048 (4.0 KB)" in repr(nnx.List([layer]))
 
 
 def test_training_changes_parameters_but_not_packed_weights():
@@ -292,7 +292,7 @@ def test_training_changes_parameters_but_not_packed_weights():
 def test_split_and_merge_keep_a_layer():
     layer = Linear(8, 3, precision=W4A8, rngs=nnx.Rngs(0))
     graph, parameters, packed = nnx.split(layer, nnx.Param, Packed)
-    assert (len(jax.tree.leaves(parameters)), len(jax.tree.leaves(packed))) == (1, 3)
+    assert (len(jax.tree.leaves(parameters)), len(jax.tree.leaves(packed))) == (1, 4)
     x = normal(2, 8)
     np.testing.assert_array_equal(nnx.merge(graph, parameters, packed)(x), layer(x))
     np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, x), layer(x), **CLOSE)

@@ -152,7 +152,7 @@ def test_layers_that_were_not_trained_follow_the_rules():
     [
         ([("pool", W4A8)], r"'pool' matches no layer that can be quantized, only pool \(Conv\): .*LinearGeneral"),
         ([("up", W4A8)], r"cannot quantize layer up to W4A8: it was trained at W2A4.*without rules"),
-        ([("up", bj.Precision(2, 4, calibration="mse"))], "trained at W2A4 with calibration 'absmax', not 'mse'"),
+        ([("up", bj.Precision(2, 4, calibration="absmax"))], "trained at W2A4 with calibration 'mse', not 'absmax'"),
         ([("upp", W4A8)], "'upp' matches no layer; the nearest paths are up"),
         ([("up", "W4")], "rule 'up': precision 'W4' is not of the form W4A8.*None leaves layers float"),
         ([("up", 4)], "rule 'up': a precision must be a Precision or its text.*got 4"),

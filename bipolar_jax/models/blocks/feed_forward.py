@@ -17,6 +17,7 @@ from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_o
 from bipolar_jax.models.blocks.step import Step, product_step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.nn import fuses
+from bipolar_jax.nn.layers.packed import CountedModule
 from bipolar_jax.ops import Activation
 from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.quantize.precision import activation_format
@@ -30,7 +31,7 @@ def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
     )
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(CountedModule):
     """x + down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -124,7 +125,7 @@ def _backward(operands, cotangent):
 _one_bit_down.defvjp(_forward, _backward)
 
 
-class MLP(nnx.Module):
+class MLP(CountedModule):
     """x + down(activation(up(norm(x)))).
 
     ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (arXiv 2211.05100).

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarNumbers
 
 
 class Packed(nnx.Variable):
@@ -25,8 +25,8 @@ class Packed(nnx.Variable):
         return _with_comment(super().__nnx_repr__(), _count({type(self): [self]}))
 
 
-class PackedModule(nnx.Module):
-    """The base of layers with packed weights; its repr counts parameters, not packed words."""
+class CountedModule(nnx.Module):
+    """The base of modules whose repr counts parameters, where Flax's would count packed words."""
 
     def __nnx_repr__(self) -> Iterator[Any]:
         """As Flax prints modules, with the number of parameters in place of that of packed words."""
@@ -36,9 +36,13 @@ class PackedModule(nnx.Module):
         return _with_comment(super().__nnx_repr__(), _count(by_type))
 
 
+class PackedModule(CountedModule):
+    """The base of layers with packed weights."""
+
+
 def num_parameters(value: Any) -> int:
     """The numbers that a variable's value holds; those of a packed array are not its words."""
-    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, BipolarArray))
+    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, BipolarNumbers))
     return sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
 
 
@@ -57,14 +61,15 @@ def format_bytes(size: float) -> str:
 
 
 def _count(variables: dict[type, list[nnx.Variable]]) -> str:
-    texts = []
+    counts = {}
     for kind, members in variables.items():
         values = [variable.get_value() for variable in members]
-        if any(isinstance(value, BipolarArray) and not hasattr(value.planes, "shape") for value in values):
+        if any(isinstance(value, BipolarNumbers) and not hasattr(value.row_sums, "shape") for value in values):
             return ""  # a tree_map has put other objects in the leaves
-        size = format_bytes(sum(map(num_bytes, values)))
-        texts.append(f"{kind.__name__}: {sum(map(num_parameters, values)):,} ({size})")
-    return ", ".join(texts)
+        counts[kind.__name__] = sum(map(num_parameters, values)), sum(map(num_bytes, values))
+    if len(counts) > 1:
+        counts["Total"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    return ", ".join(f"{name}: {count:,} ({format_bytes(size)})" for name, (count, size) in counts.items())
 
 
 def _with_comment(lines: Iterator[Any], comment: str) -> Iterator[Any]:

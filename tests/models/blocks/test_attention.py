@@ -93,6 +93,16 @@ def test_a_prompt_attends_causally(bias_shape):
         np.testing.assert_allclose(found[row, position, head], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_prompts_of_narrow_floats_attend(dtype):
+    """XLA's CPU backend lacks the dot of float16 with sums in float32."""
+    q, k, v = (normal(seed, BATCH, 5, heads, HEAD_DIM) for seed, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    found = causal_attention(*(x.astype(dtype) for x in (q, k, v)), alibi((1, HEADS, 1, 5)))
+    assert found.dtype == dtype
+    expected = causal_attention(q, k, v, alibi((1, HEADS, 1, 5)))
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=8 * float(jnp.finfo(dtype).eps))
+
+
 def test_a_bias_of_one_row_is_the_same_with_a_row_for_each_query():
     q, k, v = (normal(seed, 1, 64, 4, HEAD_DIM) for seed in range(3))
     row = jnp.outer(2.0 ** -jnp.arange(1.0, 5.0), jnp.arange(1000.0, 1064.0))[None, :, None]
