@@ -7,7 +7,7 @@ from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model, summary
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
-from bipolar_jax.quantize import Precision, fake_quant
+from bipolar_jax.quantize import IntegerGroups, Precision, fake_quant
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "BipolarFormat",
     "DotGeneral",
     "GradientPrecision",
+    "IntegerGroups",
     "Precision",
     "explain",
     "explain_model",

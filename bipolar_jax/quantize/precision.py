@@ -7,6 +7,7 @@ import re
 
 from bipolar_jax.format import TERNARY, BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import Calibration, check_calibration, default_calibration
+from bipolar_jax.quantize.integer_groups import Scales, check_scales, default_scales
 
 
 def activation_format(a_bits: int) -> BipolarFormat:
@@ -17,7 +18,8 @@ def activation_format(a_bits: int) -> BipolarFormat:
         raise ValueError(f"activation {error}; a_bits=None leaves activations float") from error
 
 
-_PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+))?")
+_PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+)(?P<scales>[fi])?)?")
+_SCALES: dict[str, Scales] = {"f": "float", "i": "integer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Precision:
         output channel.
       calibration: how the scales of weights are chosen, see `quantize`; None becomes the default for the weight bits,
         see `default_calibration`.
+      scales: of the groups, "float" or "integer", see `quantize`; None becomes the default, see `default_scales`.
 
     `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
     store the fields.
@@ -44,6 +47,7 @@ class Precision:
     a_bits: int | None = None
     group_size: int | None = None
     calibration: Calibration | None = None
+    scales: Scales | None = None
 
     def __post_init__(self):
         if isinstance(self.w_bits, str):
@@ -57,6 +61,9 @@ class Precision:
         if self.calibration is None:
             object.__setattr__(self, "calibration", default_calibration(number_format))
         check_calibration(self.calibration, number_format)
+        if self.scales is None:
+            object.__setattr__(self, "scales", default_scales(number_format, self.group_size))
+        check_scales(self.scales, number_format, self.group_size)
 
     @classmethod
     def of(cls, precision: Precision | str) -> Precision:
@@ -75,7 +82,8 @@ class Precision:
     def parse(cls, text: str, calibration: Calibration | None = None) -> Precision:
         """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
 
-        The text does not name the calibration; None is the default for the weight bits.
+        The scales of groups are of the default kind, or float in "W4A8g64f" and integer in "W4A8g64i". The text does
+        not name the calibration; None is the default for the weight bits.
 
         Raises:
           ValueError: text of another form, or bits outside 1..8.
@@ -84,16 +92,21 @@ class Precision:
         if not match:
             raise ValueError(
                 f"precision {text!r} is not of the form W4A8 or W4A8g64: weight bits 1..8 or 1.58, "
-                "activation bits 1..8 or 16 for float, and optionally a group size"
+                "activation bits 1..8 or 16 for float, and optionally a group size, with f or i after it for float or "
+                "integer scales"
             )
         return cls(
             w_bits=TERNARY if match["w"] == "1.58" else int(match["w"]),
             a_bits=None if match["a"] == "16" else int(match["a"]),
             group_size=int(match["group"]) if match["group"] else None,
             calibration=calibration,
+            scales=_SCALES.get(match["scales"]),
         )
 
     def __str__(self) -> str:
         activations = 16 if self.a_bits is None else self.a_bits
+        number_format = as_format(self.w_bits)
         group = "" if self.group_size is None else f"g{self.group_size}"
-        return f"W{as_format(self.w_bits).name}A{activations}{group}"
+        if self.scales != default_scales(number_format, self.group_size):
+            group += self.scales[0]
+        return f"W{number_format.name}A{activations}{group}"

@@ -214,7 +214,7 @@ def test_check_names_the_leaf_whose_shape_is_wrong():
             dataclasses.replace(w, planes=planes).check()
 
 
-BAD = {"bits": [0, 9, True, 2.5, -1], "group_size": [0, -1, 41, True, 2.5], "calibration": ["best", None]}
+BAD = {"bits": [0, 9, True, 2.5, -1], "group_size": [0, -1, 41, True, 2.5], "calibration": ["best", "max"]}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes
+from bipolar_jax.quantize.integer_groups import IntegerGroups, largest_scale
 
 A_FORMATS = [BipolarFormat(bits) for bits in range(1, 9)]
 W_FORMATS = [*A_FORMATS, TERNARY]
@@ -49,3 +51,17 @@ def expected_product(
     product = np.stack(products, axis=-1).astype(np.int64)
     assert np.abs(product).max() <= np.iinfo(np.int32).max
     return product
+
+
+def packed_in_integer_groups(codes: np.ndarray, fmt: BipolarFormat, group_size: int, seed: int) -> BipolarArray:
+    """[k, n] weights of these codes [n, k]; the scales and offsets of groups reach the ends of their ranges."""
+    rng = np.random.default_rng(seed)
+    rows, k = codes.shape
+    per_group = (rows, -(-k // group_size))
+    scale = rng.integers(1, largest_scale(fmt) + 1, per_group)
+    scale[0] = largest_scale(fmt)
+    offset = rng.integers(-128, 128 - fmt.max_value * scale)
+    offset[0] = -128
+    groups = IntegerGroups(jnp.asarray(scale, jnp.uint8), jnp.asarray(offset, jnp.int8))
+    row_scale = rng.uniform(0.5, 2, (rows, 1)).astype(np.float32)
+    return from_codes(codes, fmt, -1, row_scale, group_size=group_size, groups=groups).T

@@ -1,0 +1,164 @@
+"""What arrays of bipolar numbers have in common, however their codes are stored."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.groups import along_last, group_lengths, num_groups
+from bipolar_jax.quantize.integer_groups import IntegerGroups, check_scales, max_contraction
+from bipolar_jax.quantize.rounding import from_grid
+
+
+def static_field() -> Any:
+    """A field of a pytree's dataclass that is no leaf."""
+    return dataclasses.field(metadata={"static": True})
+
+
+class BipolarNumbers(abc.ABC):
+    """Codes on the grid of `format`, with scales and offsets; see `BipolarArray`, which documents the attributes."""
+
+    scale: Float[Array, "*batch n scales"]
+    offset: Float[Array, "*batch n scales"] | None
+    row_sums: Int[Array, "*batch n scales"]
+    format: BipolarFormat
+    contracted_size: int
+    axis: int
+    group_size: int | None
+    groups: IntegerGroups | None
+
+    @abc.abstractmethod
+    def codes(self) -> UInt8[Array, "*batch n k"]:
+        """Unsigned codes; the contracted axis is last for either `axis`."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises ValueError if the shapes of the leaves do not fit each other and the static attributes."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.format.bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dequantized array."""
+        *batch, n, _ = self.row_sums.shape
+        last_two = (self.contracted_size, n) if self.axis == -2 else (n, self.contracted_size)
+        return (*batch, *last_two)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of `shape`."""
+        return self.row_sums.ndim
+
+    @property
+    def num_groups(self) -> int:
+        """Groups per row."""
+        return num_groups(self.contracted_size, self.group_size)
+
+    @property
+    def scale_group_size(self) -> int | None:
+        """Elements along k that share a float scale: `group_size`, or None with integer groups, for all of a row."""
+        return self.group_size if self.groups is None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the leaves in memory, in bytes."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def T(self) -> Self:  # noqa: N802 - numpy's name
+        """The transpose of the last two axes; shares the data."""
+        return dataclasses.replace(self, axis=-3 - self.axis)
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        leaves = [getattr(self, field.name) for field in dataclasses.fields(self) if not field.metadata.get("static")]
+        if not hasattr(self.row_sums, "shape"):  # a tree_map has put other objects in the leaves, such as shardings
+            return f"{name}({', '.join(map(str, leaves))})"
+        offset = "" if self.offset is None else ", with offset"
+        kind = "" if self.groups is None else ", integer groups"
+        return f"{name}(shape={self.shape}, bits={self.format.name}, group_size={self.group_size}{offset}{kind})"
+
+    def values(self) -> Int[Array, "*shape"]:
+        """Values 2 u - W, or s * u + o of integer groups, int32, in `shape`."""
+        return _values(self)
+
+    @property
+    def signed_form(self) -> tuple[int, int]:
+        """(f, r) of v = f c + r, with v the values and c the numbers of `signed_rows`."""
+        return (2, self.format.value_shift) if self.groups is None else (1, 0)
+
+    def signed_rows(self) -> Int8[Array, "*batch n k"]:
+        """Signed codes, or values of integer groups: the int8 numbers that are multiplied; the contracted axis last."""
+        if self.groups is None:
+            return self.format.signed_codes(self.codes())
+        return self.groups.values(self.codes(), self.group_size).astype(jnp.int8)
+
+    def value_sums(self) -> Int[Array, "*batch n scales"]:
+        """Sums of the values that share a float scale, int32."""
+        if self.groups is not None:
+            return self.row_sums
+        lengths = group_lengths(self.contracted_size, self.group_size)
+        return 2 * self.row_sums - along_last(self.format.max_value * lengths, self.row_sums.ndim)
+
+    def max_contraction(self, a_format: BipolarFormat) -> int:
+        """Largest number of products with values of activations whose sum always fits int32."""
+        return self.format.max_contraction(a_format) if self.groups is None else max_contraction(a_format)
+
+    def dequantize(self) -> Float[Array, "*shape"]:
+        """scale * value + offset, float32, in `shape`."""
+        return _dequantize(self)
+
+    def _as_shape(self, rows: Array) -> Array:
+        return rows if self.axis == -1 else jnp.swapaxes(rows, -1, -2)
+
+    def _misshaped(self, rows: tuple[int, ...]) -> list[str]:
+        """Those of the arrays with numbers for each of `rows` that have another shape than they should, by name.
+
+        Raises:
+          ValueError: integer groups of a format or of dtypes that they cannot have, or beside float offsets.
+        """
+        per_scale = (*rows, num_groups(self.contracted_size, self.scale_group_size))
+        arrays = {"scale": (self.scale, per_scale), "row_sums": (self.row_sums, per_scale)}
+        arrays["offset"] = (self.offset, per_scale)
+        if self.groups is not None:
+            check_scales("integer", self.format, self.group_size)
+            self.groups.check_dtypes()
+            if self.offset is not None:
+                raise ValueError("an array with integer groups has no float offsets: leave `offset` None")
+            arrays["groups.scale"] = (self.groups.scale, (*rows, self.num_groups))
+            arrays["groups.offset"] = (self.groups.offset, (*rows, self.num_groups))
+        return [
+            f"{name} {tuple(array.shape)} instead of {wanted}"
+            for name, (array, wanted) in arrays.items()
+            if array is not None and tuple(array.shape) != wanted
+        ]
+
+
+# Programs, so that an eager call makes one pass over the codes; within a trace they are inlined.
+@functools.partial(jax.jit, inline=True)
+def _values(array: BipolarNumbers) -> Int[Array, "*shape"]:
+    return array._as_shape(_row_values(array))
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantize(array: BipolarNumbers) -> Float[Array, "*shape"]:
+    if array.groups is not None:
+        return array._as_shape(array.scale * _row_values(array).astype(jnp.float32))
+    rows = from_grid(array.codes(), array.format, array.scale, array.offset, array.group_size)
+    return array._as_shape(rows)
+
+
+def _row_values(array: BipolarNumbers) -> Int[Array, "*batch n k"]:
+    if array.groups is not None:
+        return array.groups.values(array.codes(), array.group_size)
+    return array.format.values(array.codes())

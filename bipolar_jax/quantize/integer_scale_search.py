@@ -1,0 +1,206 @@
+"""The search for integer groups of least squared error."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.calibration import SMALLEST_SCALE, Calibration, calibrate, half_steps_per_unit
+from bipolar_jax.quantize.fixed_point import fixed_point_sum, sums_with_values
+from bipolar_jax.quantize.groups import along_last, split_groups, valid_mask
+from bipolar_jax.quantize.integer_groups import LARGEST_VALUE, SMALLEST_VALUE, IntegerGroups, largest_scale
+from bipolar_jax.quantize.rounding import encode_rows
+
+# Scales of a row that are tried, as factors of the smallest one on which no group has to be clipped.
+_ROW_FACTORS = np.linspace(1.0, 0.55, 16, dtype=np.float32)
+# What is added to the nearest integer scale of a group.
+_NEIGHBORS = np.array([0, -1, 1], np.float32)
+_OFFSET_FITS = 2
+# Rows are searched in blocks of about this many numbers, so that temporaries stay small beside large arrays.
+_BLOCK_NUMBERS = 1 << 22
+
+
+def round_to_integer_groups(
+    x: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int, calibration: Calibration
+) -> tuple[UInt8[Array, "*rows k"], Float[Array, "*rows 1"], IntegerGroups]:
+    """Searches the integer groups of every row, and rounds to the nearest value.
+
+    For each of 16 row scales S, every group takes the best of three integers s around that of its float grid, which
+    `calibration` gives, with o so that the middles agree. S is the one of least squared error of its row. Then every
+    group tries three s again, and fits o to its codes: for fixed codes the error is least at o = mean(x / S - s u).
+
+    Args:
+      x: any float dtype.
+      number_format: 1 to 6 bits.
+      group_size: numbers that share s and o.
+      calibration: see `calibrate`.
+
+    Returns:
+      uint8 codes; float32 row scales, NaN for rows with NaN or Inf; the groups.
+    """
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    valid = valid_mask(x.shape[-1], group_size)
+
+    def of_block(block):
+        return _search(split_groups(block, group_size), valid, number_format, calibration)
+
+    found = _in_blocks(of_block, rows)
+    row_scale, groups = jax.tree.map(lambda a: a.reshape(*x.shape[:-1], a.shape[-1]), found)
+    return encode_integer_groups(x, number_format, row_scale, groups, group_size), row_scale, groups
+
+
+def encode_integer_groups(
+    x: Float[Array, "*rows k"],
+    number_format: BipolarFormat,
+    row_scale: Float[Array, "*rows 1"],
+    groups: IntegerGroups,
+    group_size: int,
+) -> UInt8[Array, "*rows k"]:
+    """Codes of the values nearest to x / S."""
+    scale, offset = groups.float_grid(row_scale, number_format)
+    return encode_rows(x, number_format, half_steps_per_unit(scale), offset, group_size)
+
+
+def range_of_integer_groups(
+    x: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int, calibration: Calibration
+) -> tuple[Float[Array, "*rows 1"], IntegerGroups]:
+    """The row scales and integer groups nearest to the float grids of a calibration; for training, without a search."""
+    grouped = split_groups(x.astype(jnp.float32), group_size)
+    scale, offset = calibrate(grouped, valid_mask(x.shape[-1], group_size), number_format, calibration)
+    center = jnp.zeros_like(scale) if offset is None else offset
+    unclipped = _unclipped_row_scale(scale, center, number_format)
+    per_unit = _inverse(unclipped)
+    s = jnp.clip(jnp.round(2 * scale * per_unit), 1, largest_scale(number_format))
+    o = _nearest_offset(center * per_unit, s, number_format)
+    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return _integers(jnp.where(finite, unclipped, jnp.nan), s, o, number_format)
+
+
+def _in_blocks(function, rows):
+    """function(rows), computed for one block of rows after the other; zeros pad the last block."""
+    count, k = rows.shape
+    blocks = min(count, -(-count * k // _BLOCK_NUMBERS))
+    if blocks == 1:
+        return function(rows)
+    size = -(-count // blocks)
+    padded = jnp.pad(rows, ((0, blocks * size - count), (0, 0)))
+    results = jax.lax.map(function, padded.reshape(blocks, size, k))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], results)
+
+
+def _search(
+    x: Float[Array, "rows groups size"],
+    valid: Bool[np.ndarray, "groups size"],
+    number_format: BipolarFormat,
+    calibration: Calibration,
+) -> tuple[Float[Array, "rows 1"], IntegerGroups]:
+    """The row scale and the groups of least squared error; see `round_to_integer_groups`."""
+    largest, top = number_format.max_value, largest_scale(number_format)
+    scale, offset = calibrate(x, valid, number_format, calibration)
+    center = jnp.zeros_like(scale) if offset is None else offset
+    unclipped = _unclipped_row_scale(scale, center, number_format)
+
+    # Below, grids are in units of `unclipped`, and the numbers of a group in units of its largest magnitude.
+    magnitude = jnp.max(jnp.abs(x), axis=-1)
+    has_numbers = (magnitude >= SMALLEST_SCALE) & (unclipped > 0)
+    inside = along_last(valid, 3)
+    relative = jnp.where(has_numbers, magnitude, 1.0)
+    numbers = jnp.where(has_numbers[..., None], x / relative[..., None], 0.0)
+    per_unit = _inverse(unclipped)
+    relative = jnp.where(has_numbers, relative * per_unit, 1.0)
+    lengths = along_last(valid.sum(axis=-1).astype(np.float32), 2)
+    mean = fixed_point_sum(numbers) / lengths * relative
+    step, center = 2 * scale * per_unit, center * per_unit
+
+    def encoded(factor, s, o):
+        middle, half_steps = jax.lax.optimization_barrier((factor * (o + s * (largest / 2)) / relative, relative / s))
+        codes = number_format.encode(numbers - middle[..., None], (half_steps / factor)[..., None])
+        return jnp.where(inside, codes, 0)
+
+    def squared_error(factor, s, o):
+        """Of every group, less the sum of x^2, which is the same for all grids."""
+        codes = encoded(factor, s, o).astype(jnp.int32)
+        values = jnp.where(inside, s[..., None].astype(jnp.int32) * codes + o[..., None].astype(jnp.int32), 0)
+        with_numbers, squares = sums_with_values(numbers, values, -SMALLEST_VALUE)
+        return factor * (factor * squares - 2 * relative * with_numbers)
+
+    def best_neighbor(factor, nearest, middle, offset_fits):
+        """The best (error, s, o) of the groups for one row scale; `middle` of their grids, in row scales."""
+
+        def fit_offset(_, candidate):
+            s, o = candidate
+            mean_code = jnp.sum(encoded(factor, s, o), axis=-1, dtype=jnp.int32).astype(jnp.float32) / lengths
+            return s, _in_range(mean / factor - jax.lax.optimization_barrier(s * mean_code), s, number_format)
+
+        def try_neighbor(best, neighbor):
+            s = jnp.clip(nearest + neighbor, 1, top)
+            s, o = jax.lax.fori_loop(0, offset_fits, fit_offset, (s, _nearest_offset(middle, s, number_format)))
+            return _better(best, (squared_error(factor, s, o), s, o)), None
+
+        start = (jnp.full_like(step, jnp.inf), jnp.ones_like(step), jnp.zeros_like(step))
+        return jax.lax.scan(try_neighbor, start, jnp.asarray(_NEIGHBORS))[0]
+
+    def try_factor(best, factor):
+        """A factor 0 stands for the best one, whose groups are refined."""
+        _, best_factor, s, o = best
+        refines = factor == 0
+        factor = jnp.where(refines, best_factor, factor)
+        nearest = jnp.where(refines, s, jnp.round(step / factor))
+        middle = jnp.where(refines, o + s * (largest / 2), center / factor)
+        error, s, o = best_neighbor(factor, nearest, middle, jnp.where(refines, _OFFSET_FITS, 0))
+        return _better(best, (fixed_point_sum(error)[:, None], factor, s, o)), None
+
+    # One loop for the factors and the refinement, because compiling its body takes longer than running it.
+    start = (jnp.full_like(unclipped, jnp.inf), jnp.ones_like(unclipped), jnp.ones_like(step), jnp.zeros_like(step))
+    (_, factor, s, o), _ = jax.lax.scan(try_factor, start, jnp.asarray([*_ROW_FACTORS, 0], jnp.float32))
+
+    finite = jnp.all(jnp.isfinite(x), axis=(-1, -2))[:, None]
+    return _integers(jnp.where(finite, unclipped * factor, jnp.nan), s, o, number_format)
+
+
+def _integers(
+    row_scale: Float[Array, "*rows 1"],
+    s: Float[Array, "*rows groups"],
+    o: Float[Array, "*rows groups"],
+    number_format: BipolarFormat,
+) -> tuple[Float[Array, "*rows 1"], IntegerGroups]:
+    """The groups as integers; in rows of scale 0 the code `code_offset`, which all numbers get, has the value 0."""
+    o = jnp.where(row_scale == 0, -number_format.code_offset, o)
+    return row_scale, IntegerGroups(s.astype(jnp.uint8), o.astype(jnp.int8))
+
+
+def _unclipped_row_scale(
+    scale: Float[Array, "*rows groups"], center: Float[Array, "*rows groups"], number_format: BipolarFormat
+) -> Float[Array, "*rows 1"]:
+    """The smallest row scale on which the float grid of every group fits an integer scale and int8 values."""
+    reach = number_format.max_value * scale
+    ends = jnp.maximum((reach - center) / -SMALLEST_VALUE, (reach + center) / LARGEST_VALUE)
+    unclipped = jnp.max(jnp.maximum(2 * scale / largest_scale(number_format), ends), axis=-1, keepdims=True)
+    # Scales of groups on the same grid are at least a quarter of this.
+    return jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
+
+
+def _inverse(scale: Float[Array, "*rows 1"]) -> Float[Array, "*rows 1"]:
+    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
+
+
+def _nearest_offset(
+    middle: Float[Array, "*rows groups"], s: Float[Array, "*rows groups"], number_format: BipolarFormat
+) -> Float[Array, "*rows groups"]:
+    """The integer offset that puts the middle of the grid nearest to `middle`, if the values then fit int8."""
+    return _in_range(middle - s * (number_format.max_value / 2), s, number_format)
+
+
+def _in_range(
+    o: Float[Array, "*rows groups"], s: Float[Array, "*rows groups"], number_format: BipolarFormat
+) -> Float[Array, "*rows groups"]:
+    return jnp.clip(jnp.round(o), SMALLEST_VALUE, LARGEST_VALUE - number_format.max_value * s)
+
+
+def _better(best: tuple[Array, ...], candidate: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Where the error, the first array, is smaller, the candidate's arrays."""
+    smaller = candidate[0] < best[0]
+    return tuple(jnp.where(smaller, new, old) for new, old in zip(candidate, best, strict=True))
