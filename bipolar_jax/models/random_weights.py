@@ -135,7 +135,7 @@ def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple
     word_mask[-1] >>= np.uint32(-k % WORD_BITS)
 
     def words_and_sums(bits):
-        words = bits & jnp.asarray(word_mask)
+        words = bits & jnp.asarray(word_mask)[None]
         return words, _group_popcounts(words, k, leaf.group_size)
 
     generator, (planes, popcounts) = _in_blocks(leaf.planes.shape, generator, words_and_sums)
@@ -154,7 +154,7 @@ def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple
         planes=planes,
         scale=jnp.full(leaf.scale.shape, scale, jnp.float32),
         offset=offset,
-        row_sums=jnp.sum(weights * popcounts, axis=0),
+        row_sums=jnp.sum(weights * popcounts, axis=0, dtype=jnp.int32),
     )
 
 
@@ -177,5 +177,5 @@ def _group_popcounts(words: UInt32[Array, "rows words"], k: int, group_size: int
     word, bit = np.divmod(ends, WORD_BITS)
     before = jnp.cumsum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)
     before = jnp.pad(before, ((0, 0), (1, 0)))[:, word]
-    partial_word = words[:, np.minimum(word, words.shape[-1] - 1)] & jnp.asarray((1 << bit) - 1, jnp.uint32)
+    partial_word = words[:, np.minimum(word, words.shape[-1] - 1)] & jnp.asarray((1 << bit) - 1, jnp.uint32)[None]
     return jnp.diff(before + jax.lax.population_count(partial_word).astype(jnp.int32), axis=-1, prepend=0)

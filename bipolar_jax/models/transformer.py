@@ -20,7 +20,7 @@ from bipolar_jax.models.blocks.attention import Heads, attend_to_cache, causal_a
 from bipolar_jax.models.blocks.compiled_method import compiled_method
 from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.blocks.fused_decode import fused_layers
-from bipolar_jax.models.blocks.norm import Norm, make_norm, project_onto
+from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
 from bipolar_jax.models.blocks.prompt_heads import Projections, prompt_heads, prompt_tables
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
 from bipolar_jax.models.config import TransformerConfig
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
     def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Hidden states of every position after the final norm: `__call__` without the output layer."""
         hidden, _ = self._causal_layers(*self.enter_prompts(ids))
-        return self.final_norm(hidden)
+        return normalize(self.final_norm, hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """The output layer, for hidden states after the final norm; float32."""
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
         hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(self.final_norm(last)), cache
+        return self.logits(normalize(self.final_norm, last)), cache
 
     @compiled_method
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
             hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
         except Unsupported:
             hidden, cache = self._decode_layers(hidden, tables, cache)
-        return self.logits(self.final_norm(hidden[:, 0])), cache.advance()
+        return self.logits(normalize(self.final_norm, hidden[:, 0])), cache.advance()
 
     def _decode_layers(
         self, hidden: Float[Array, "batch 1 hidden"], tables: Tables | None, cache: KVCache
@@ -254,5 +254,5 @@ class Transformer(nnx.Module):
         if config.positions == "learned":
             hidden = hidden + self.positions(positions)
         if config.embed_norm:
-            hidden = self.embed_norm(hidden)
+            hidden = normalize(self.embed_norm, hidden)
         return hidden, rope_tables(config, positions) if config.positions == "rope" else None

@@ -8,6 +8,7 @@ and its Q_N = Q_P is max_value / 2.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.calibration import flush_scale, half_steps_per_unit
-from bipolar_jax.quantize.groups import group_lengths, split_groups, spread_groups
+from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups, spread_groups
 from bipolar_jax.quantize.rounding import encode_rows
 
 
@@ -25,8 +26,8 @@ def initial_step_size(
 ) -> Float[Array, "*rows groups"]:
     """The step size to begin with, 2 mean(|w|) / sqrt(Q_P) for each group, float32 (section 2.1 of the paper)."""
     magnitudes = jnp.sum(split_groups(jnp.abs(rows.astype(jnp.float32)), group_size), axis=-1)
-    mean = magnitudes / group_lengths(rows.shape[-1], group_size)
-    return 2 * mean / np.sqrt(number_format.max_value / 2)
+    mean = magnitudes / along_last(_float_lengths(rows.shape[-1], group_size), magnitudes.ndim)
+    return 2 * mean / math.sqrt(number_format.max_value / 2)
 
 
 def round_by_step_size(
@@ -94,10 +95,16 @@ def _backward(number_format, group_size, residuals, cotangent):
     # limit of equation 3, as if every number were beyond the range. Otherwise zero would be absorbing.
     has_step = spread_groups(scale_of_step(step_size) > 0, k, group_size)
     within = jnp.abs(u) < largest
-    by_step = jnp.where(within & has_step, levels - u, largest * jnp.sign(rows))
-    balance = 1 / jnp.sqrt(group_lengths(k, group_size) * jnp.float32(largest))
-    gradient = jnp.sum(split_groups(cotangent * by_step, group_size), axis=-1) * balance
+    by_step = jnp.where(within & has_step, levels - u, largest * jnp.sign(rows.astype(jnp.float32)))
+    balance = 1 / np.sqrt(_float_lengths(k, group_size) * np.float32(largest))
+    gradient = jnp.sum(split_groups(cotangent * by_step, group_size), axis=-1)
+    gradient = gradient * along_last(balance, gradient.ndim)
     return jnp.where(within | ~has_step, cotangent, 0).astype(rows.dtype), gradient.astype(step_size.dtype)
 
 
 fake_quant_by_step_size.defvjp(_forward, _backward)
+
+
+def _float_lengths(k: int, group_size: int | None) -> np.ndarray:
+    """Number of elements of every group, float32 [groups]."""
+    return group_lengths(k, group_size).astype(np.float32)

@@ -44,6 +44,6 @@ def stochastic_round(x: Float[Array, "*shape"], bits: int, axis: int, key: Array
     steps = 2 ** (bits - 1) - 1
     step = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / steps
     scaled = jnp.where(step == 0, 0.0, x / jnp.where(step == 0, 1.0, step))
-    rounded = jnp.floor(scaled + jax.random.uniform(key, x.shape))
+    rounded = jnp.floor(scaled + jax.random.uniform(key, x.shape, jnp.float32))
     # x / step may be rounded to above `steps`, from where it could be rounded up to the next integer.
     return jnp.clip(rounded, -steps, steps) * step

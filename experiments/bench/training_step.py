@@ -31,7 +31,7 @@ from rich.table import Table
 import bipolar_jax as bj
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.models.blocks.feed_forward import SwiGLU
-from bipolar_jax.models.blocks.norm import make_norm
+from bipolar_jax.models.blocks.norm import make_norm, normalize
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.ops.dispatch import BACKENDS, check_implementation
 from bipolar_jax.packing.words import unpack_codes
@@ -164,7 +164,7 @@ def check_block(block: Block, x: Float[Array, "1 tokens hidden"], config: Config
     wrong = np.count_nonzero(trained_output.view(np.uint16) != packed_output.view(np.uint16))
     if wrong or not np.isfinite(trained_output.astype(np.float32)).all():
         raise ValueError(f"{wrong} of {trained_output.size} outputs of the packed block differ from the trained one's")
-    rows, compared = block.norm(x)[0], 0
+    rows, compared = normalize(block.norm, x)[0], 0
     for name in ("gate_proj", "up_proj"):
         layer = getattr(packed.ffn, name)
         compared += _check_integers(rows, layer.kernel.get_value(), layer.precision.a_bits, config)

@@ -93,7 +93,7 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
         jnp.minimum(cache.lengths[0], cache.capacity),
         None if tables is None else tuple(table[0, 0] for table in tables),
-        jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None,
+        jnp.asarray(alibi_slopes(config.num_heads), jnp.float32) if config.positions == "alibi" else None,
         _activation_format(products),
     )
     return operands, {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}

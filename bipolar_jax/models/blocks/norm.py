@@ -28,11 +28,19 @@ def make_norm(config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.R
     )
 
 
+def normalize(norm: Norm, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    """norm(x), computed in float32, in the norm's dtype.
+
+    Flax's own norms of 16-bit floats promote dtypes implicitly, which `jax_numpy_dtype_promotion="strict"` refuses.
+    """
+    return as_prologue(norm)(x).astype(norm.dtype)
+
+
 def project(
     layers: Sequence[nnx.Linear | Linear], norm: Norm, x: Float[Array, "*batch hidden"]
 ) -> list[Float[Array, "*batch out"]]:
     """Each layer's output for norm(x): packed layers normalize while they quantize, float layers share one norm(x)."""
-    normalized = norm(x) if any(not fuses(layer) for layer in layers) else None
+    normalized = normalize(norm, x) if any(not fuses(layer) for layer in layers) else None
     prologue = as_prologue(norm)
     return [layer(x, prologue) if fuses(layer) else layer(normalized) for layer in layers]
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.nn.layers.dense_layout import leading_axes
 from bipolar_jax.nn.layers.packed import Packed, PackedModule
-from bipolar_jax.nn.layers.promotion import compute_dtype
+from bipolar_jax.nn.layers.promotion import add_bias, compute_dtype
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.ops.contraction import Contraction
@@ -123,7 +123,7 @@ class Einsum(PackedModule):
         y = product(x.astype(dtype), self.kernel.get_value())
         if bias is not None:
             sizes = dict(zip(kernel_axes, self.kernel_shape, strict=True))
-            y = y + jnp.reshape(bias.astype(dtype), [sizes.get(axis, 1) for axis in result])
+            y = add_bias(y, bias.astype(dtype).reshape([sizes.get(axis, 1) for axis in result]))
         return y
 
 

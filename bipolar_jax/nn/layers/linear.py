@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.nn.layers.dense_layout import axes_of, dense_layout, folded_kernel
 from bipolar_jax.nn.layers.packed import Packed, PackedModule
-from bipolar_jax.nn.layers.promotion import compute_dtype
-from bipolar_jax.nn.training.dot_general import DotGeneral
+from bipolar_jax.nn.layers.promotion import add_bias, compute_dtype
+from bipolar_jax.nn.training.dot_general import DotGeneral, common_float
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.ops import Activation, Prologue, matmul
 from bipolar_jax.ops.contraction import Contraction
@@ -189,9 +189,9 @@ class Linear(PackedModule):
             y = y if activation is None else activation(y).astype(y.dtype)
             return y if residual is None else residual + y
         if bias is not None:
-            result_dtype = jnp.promote_types(result_dtype, dtype)
+            result_dtype = common_float(result_dtype, dtype)
         # A prologue is computed in float32 of x as it is; its result is quantized without a cast in between.
-        x = x.astype(jnp.promote_types(x.dtype if prologue is not None else dtype, result_dtype))
+        x = x.astype(common_float(x.dtype if prologue is not None else dtype, result_dtype))
         casts = x.dtype != result_dtype
         y = self._matmul(x, bias, prologue, None if casts else residual, activation, out_sharding)
         if not casts:
@@ -222,7 +222,7 @@ class Linear(PackedModule):
         y = dot_general.multiply_packed(
             x, self.kernel.get_value(), contraction, result_dtype, out_sharding=out_sharding
         )
-        return y if bias is None else y + jnp.reshape(bias.astype(dtype), bias_shape)
+        return y if bias is None else add_bias(y, bias.astype(dtype).reshape(bias_shape))
 
 
 def fuses(layer: Any) -> bool:

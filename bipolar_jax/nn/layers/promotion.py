@@ -1,4 +1,4 @@
-"""The dtype that a packed layer computes in: Flax's promotion, without a float kernel."""
+"""The dtypes of a packed layer: Flax's promotion, without a float kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+from bipolar_jax.nn.training.dot_general import common_float
 
 
 def compute_dtype(layer: Any, x: Array, bias: Array | None = None) -> jnp.dtype:
@@ -27,3 +29,9 @@ def compute_dtype(layer: Any, x: Array, bias: Array | None = None) -> jnp.dtype:
     if layer.param_dtype is None:
         return x.dtype
     return jnp.result_type(x.dtype, layer.param_dtype, *([] if bias is None else [bias.dtype]))
+
+
+def add_bias(y: Float[Array, "*shape"], bias: Float[Array, "*bias_shape"]) -> Float[Array, "*shape"]:
+    """y + bias in the dtype that holds both; they differ if the layer's `preferred_element_type` is not its `dtype`."""
+    dtype = common_float(y.dtype, bias.dtype)
+    return y.astype(dtype) + bias.astype(dtype)

@@ -205,7 +205,7 @@ class DotGeneral:
 
     def _tokens(self, x, dtype):
         """Activations cast to the common dtype of x and the result, and clipped."""
-        tokens = x.astype(jnp.promote_types(x.dtype, dtype))
+        tokens = x.astype(common_float(x.dtype, dtype))
         return tokens if self.clip_activations is None else clip_tokens(tokens, self.clip_activations)
 
     def pack(
@@ -295,6 +295,13 @@ def _multiply_packed(call: _PackedCall, x, packed):
     tokens = dot_general._tokens(contraction.fold_x(x), call.dtype)
     y = fenced_matmul(tokens, packed, dot_general.a_bits, dot_general.implementation)
     return contraction.unfold(y.astype(call.dtype))
+
+
+def common_float(first: jnp.dtype, second: jnp.dtype) -> jnp.dtype:
+    """The narrowest float dtype that holds both; JAX's own promotion refuses two dtypes under its strict setting."""
+    dtypes = {jnp.dtype(first), jnp.dtype(second)}
+    wide = dtypes if len(dtypes) == 1 else {*dtypes, jnp.dtype(jnp.float32)}
+    return max(wide, key=lambda dtype: dtype.itemsize)
 
 
 def _axes_of_result(lhs, rhs, dimension_numbers) -> tuple[MeshAxes, ...]:

@@ -37,11 +37,18 @@ def adamw(
       An optax transformation.
     """
     decaying = {"kernel", "embedding"} if decay_embeddings else {"kernel"}
-    return optax.chain(
+    transformation = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay, mask=_mask(lambda name: name in decaying)),
         optax.masked(optax.scale(step_size_rate), _mask(lambda name: name == "step_size")),
     )
+
+    def update(*arguments, **options):
+        # Adam's bias correction (optax 0.2.8) raises a float to an int32, which JAX's strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return transformation.update(*arguments, **options)
+
+    return transformation._replace(update=update)
 
 
 def _mask(chooses: Callable[[str], bool]) -> Callable:

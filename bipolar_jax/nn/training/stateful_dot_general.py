@@ -15,7 +15,7 @@ class StatefulDotGeneral(nnx.Module):
 
         dot_general = bj.DotGeneral(w_bits=2, a_bits=4)
         layer = nnx.Linear(256, 512, rngs=rngs)
-        layer.dot_general = StatefulDotGeneral(dot_general, layer.kernel[...], learned_steps=True)
+        layer.dot_general = nnx.data(StatefulDotGeneral(dot_general, layer.kernel[...], learned_steps=True))
 
     `quantization_aware` does this for the layers of a model.
 

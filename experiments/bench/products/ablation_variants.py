@@ -126,8 +126,8 @@ def _finish(
     """The kernel's epilogue in XLA."""
     tokens = jax.tree.map(lambda term: term[: counts.shape[0]], tokens)
     total = counts * recovery.product_weight + recovery.row_term(tokens.code_sums)[:, None]
-    total += recovery.column_weight(tokens.zero_code)[:, None] * recovery.column_value_sums(columns.code_sums)
-    y = total.astype(jnp.float32) * columns.scale
+    total += recovery.column_weight(tokens.zero_code)[:, None] * recovery.column_value_sums(columns.code_sums)[None]
+    y = total.astype(jnp.float32) * columns.scale[None]
     return (y * (tokens.scale * recovery.scale_factor)[:, None]).astype(jnp.bfloat16)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bipolar_jax import BipolarFormat, Precision
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
-from bipolar_jax.models.blocks.norm import as_prologue
+from bipolar_jax.models.blocks.norm import as_prologue, normalize
 from bipolar_jax.models.blocks.rope import rope_tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
@@ -199,7 +199,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         wait_limit_ms=_WAIT_LIMIT_MS,
         interpret=interpret_params(),
     )
-    return (model.logits(model.final_norm(hidden.astype(model.embed(ids).dtype)[None])),)
+    return (model.logits(normalize(model.final_norm, hidden.astype(model.embed(ids).dtype)[None])),)
 
 
 def _of_text(cache: KVCache, text: int) -> KVCache:

@@ -18,6 +18,7 @@ from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.words import WORD_BITS, pack_codes
+from bipolar_jax.quantize.groups import along_last
 
 _BYTE_WORDS_PER_WORD = 8  # 32 elements are one word of a plane, or eight words of bytes
 
@@ -57,7 +58,7 @@ def expand_planes(
 
     Bytes beyond k are not zero: the other operand has zeros there.
     """
-    shifts = jnp.arange(_BYTE_WORDS_PER_WORD, dtype=jnp.uint32)
+    shifts = along_last(jnp.arange(_BYTE_WORDS_PER_WORD, dtype=jnp.uint32), planes.ndim)
     codes = sum(
         np.uint32(weight) * ((plane[..., None] >> shifts) & _in_every_byte(1))
         for weight, plane in zip(number_format.plane_weights, planes, strict=True)
@@ -77,7 +78,7 @@ def pack_planes(codes: UInt8[Array, "m k"], number_format: BipolarFormat) -> UIn
 
 def join_fields(fields: UInt8[Array, "*shape fields"], width: int) -> UInt32[Array, "*shape"]:
     """Words of fields of `width` bits, the first in the lowest bits."""
-    shifts = jnp.arange(0, WORD_BITS, width, dtype=jnp.uint32)
+    shifts = along_last(jnp.arange(0, WORD_BITS, width, dtype=jnp.uint32), fields.ndim)
     return jnp.sum(fields.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
 
 

@@ -298,8 +298,8 @@ def _column_terms(w: BipolarArray, bias: Float[Array, " n"] | None, choice: Choi
         value_sums = epilogue.value_sums(w.row_sums, w.format, group_lengths(w.contracted_size, w.group_size))
         if not holds_values(w.format):
             # The bytes are codes: 2 S + C = 2 S + (X + z' L). `_group_terms` accounts for X, this for the rest.
-            value_sums -= group_lengths(w.contracted_size, w.group_size)
-        scaled_value_sums = jnp.sum(w.scale * value_sums, axis=-1)
+            value_sums -= group_lengths(w.contracted_size, w.group_size)[None]
+        scaled_value_sums = jnp.sum(w.scale * value_sums.astype(jnp.float32), axis=-1)
     return ColumnTerms(scaled_value_sums=scaled_value_sums, bias=None if bias is None else bias.astype(jnp.float32))
 
 
@@ -315,7 +315,7 @@ def _group_terms(w: BipolarArray, tokens: PackedTokens, recovery: Recovery) -> G
         offset = w.scale if offset is None else w.scale + offset
     if offset is None:
         return GroupTerms(w.scale.T)
-    lengths = jnp.asarray(group_lengths(w.contracted_size, w.group_size))
+    lengths = jnp.asarray(group_lengths(w.contracted_size, w.group_size))[None]
     codes = lax.bitcast_convert_type(tokens.words[0], jnp.int8).reshape(tokens.words.shape[1], -1)
     filler = w.num_groups * w.group_size - codes.shape[1]
     codes = jnp.pad(codes, ((0, 0), (0, max(0, filler))))[:, : w.num_groups * w.group_size]

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
@@ -32,7 +33,14 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
         finally:
             _interpreted.reset(token)
 
-    return plgpu.kernel(traced, interpret=interpret, **options)
+    kernel = plgpu.kernel(traced, interpret=interpret, **options)
+
+    def call(*operands):
+        # Indices and counters are int32: `jax_enable_x64` would make int64 of some of them.
+        with jax.enable_x64(False):
+            return kernel(*operands)
+
+    return call
 
 
 def is_interpreted() -> bool:

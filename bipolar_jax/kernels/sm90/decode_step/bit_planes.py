@@ -34,7 +34,7 @@ def _store_bit_planes_twin(tiles, code_sums, warpgroup, k_slices, starts, k, hal
         codes = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes, 0)
         for plane in range(a_format.bits):
             by_word = ((codes >> plane) & 1).astype(jnp.uint32).reshape(-1, 32)
-            tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32), axis=1, dtype=jnp.uint32)
+            tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32)[None], axis=1, dtype=jnp.uint32)
         total += jnp.sum(codes)
     for warp in range(WARPS):
         code_sums[warpgroup * WARPS + warp] = total if warp == 0 else jnp.int32(0)

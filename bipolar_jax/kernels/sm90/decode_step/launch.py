@@ -81,6 +81,7 @@ def run_layers(
     else:
 
         def layer(index, buffers):
+            index = index.astype(jnp.int32)
             for phase in PHASES:
                 after = _launch(shape, weights, cache, hidden, buffers, jnp.reshape(index, (1,)), (phase,), interpret)
                 buffers = _with_written(shape, index, phase, buffers, after)
@@ -96,7 +97,7 @@ def _with_written(shape: LayersShape, layer, phase: str, before: Buffers, after:
     name = WRITTEN[phase]
     new = getattr(after, name)
     if name == "qkv":
-        new = jnp.where(jnp.arange(new.size) // shape.products["qkv"].n == layer, new, before.qkv)
+        new = jnp.where(jnp.arange(new.size, dtype=jnp.int32) // shape.products["qkv"].n == layer, new, before.qkv)
     return before._replace(**{name: new})
 
 

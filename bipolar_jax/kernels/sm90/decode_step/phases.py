@@ -154,7 +154,7 @@ class Phases:
         if phase == "combine":
             return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
-        self._prefetch(following, jnp.minimum(layer + (following == PRODUCTS[0]), self._shape.num_layers - 1))
+        self._prefetch(following, jnp.minimum(layer + int(following == PRODUCTS[0]), self._shape.num_layers - 1))
         start = layer * self._shape.hidden
         end = start + self._shape.hidden
         return [

@@ -91,8 +91,8 @@ def words_by_group(
 ) -> UInt32[Array, "planes_of_groups m words"]:
     """The tokens' words once for every group of an instruction, zero outside the group."""
     count = groups_per_instruction(group_size)
-    owner = jnp.arange(x_words.shape[-1]) * WORD_BITS % _INSTRUCTION_K // group_size
-    return jnp.concatenate([jnp.where(owner == i, x_words, 0) for i in range(count)])
+    owner = jnp.arange(x_words.shape[-1], dtype=jnp.int32) * WORD_BITS % _INSTRUCTION_K // group_size
+    return jnp.concatenate([jnp.where((owner == i)[None, None], x_words, 0) for i in range(count)])
 
 
 def token_group_sums(
@@ -102,8 +102,8 @@ def token_group_sums(
     counts = lax.population_count(x_words).astype(jnp.int32)
     weights = jnp.asarray(a_format.plane_weights, jnp.int32)[:, None, None]
     groups, words = num_groups(k, group_size), group_size // WORD_BITS
-    sums = jnp.sum(counts * weights, axis=0)[:, : groups * words]
-    sums = jnp.sum(fill_up(sums, words).reshape(sums.shape[0], groups, words), axis=-1)
+    sums = jnp.sum(counts * weights, axis=0, dtype=jnp.int32)[:, : groups * words]
+    sums = jnp.sum(fill_up(sums, words).reshape(sums.shape[0], groups, words), axis=-1, dtype=jnp.int32)
     return jnp.pad(sums.T, ((0, 0), (0, width - sums.shape[0])))
 
 

@@ -44,7 +44,7 @@ def _add_slice_twin(shape: WeightOnlyShape, sums: Sums, planes, x, scale, offset
     """Adds everything to the first warp's sums."""
     plane_words = list(planes[...])
     plgpu.commit_smem()  # for the race detector: orders this read before the next load into the slot
-    index = lax.iota(jnp.uint32, 32)
+    index = lax.iota(jnp.uint32, 32)[None, None]
     codes = sum(
         (((plane[..., None] >> index) & 1) * jnp.uint32(weight)).reshape(plane.shape[0], K_SLICE)
         for plane, weight in zip(plane_words, shape.w_format.plane_weights, strict=True)

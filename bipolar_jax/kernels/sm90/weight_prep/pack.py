@@ -78,10 +78,10 @@ def pack_columns(
         ),
     )(w, *column_terms)
     if group_size is None:
-        return planes, jnp.sum(sums, axis=0)[:, None]
+        return planes, jnp.sum(sums, axis=0, dtype=jnp.int32)[:, None]
     sums_per_group = group_size // packing.sum_length
     filled = jnp.pad(sums, ((0, -packing.num_sums % sums_per_group), (0, 0)))
-    return planes, jnp.sum(filled.reshape(-1, sums_per_group, n), axis=1).T
+    return planes, jnp.sum(filled.reshape(-1, sums_per_group, n), axis=1, dtype=jnp.int32).T
 
 
 def _pack_block_twin(packing: ColumnPacking, block: Int[Array, ""], w, half_steps, *rest) -> None:

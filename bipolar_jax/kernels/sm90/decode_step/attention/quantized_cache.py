@@ -22,7 +22,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.float_cache import (
 
 
 def _row_scores_twin(keys, query, bits):
-    return jnp.sum(_signed_codes(keys, bits) * query, axis=1)
+    return jnp.sum(_signed_codes(keys, bits) * query[None], axis=1)
 
 
 @with_twin(_row_scores_twin)
