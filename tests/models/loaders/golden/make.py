@@ -20,7 +20,7 @@ import transformers
 
 from tests.models.loaders.golden.checkpoints import FOLDER, make_ids, make_weights, write
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "type": "yarn"}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 4096, "type": "yarn"}
 LLAMA3 = {
     "factor": 8.0,
     "high_freq_factor": 4.0,
@@ -89,7 +89,17 @@ def bloom(vocab: int, **fields) -> dict[str, Any]:
 QWEN2 = {"rope_theta": 1e6, "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
 CONFIGS = {
     "llama 1": llama(30, 3, 41, 67, rms_norm_eps=1e-6, tie_word_embeddings=False),
-    "llama 2": llama(32, 4, 48, 64, num_key_value_heads=4, pretraining_tp=1, rope_scaling=None, attention_bias=False),
+    "llama 2": llama(
+        32,
+        4,
+        48,
+        64,
+        num_key_value_heads=4,
+        rms_norm_eps=0.01,
+        pretraining_tp=1,
+        rope_scaling=None,
+        attention_bias=False,
+    ),
     "llama 2, linear": llama(40, 4, 36, 67, rope_theta=10000.0, rope_scaling={"factor": 4.0, "type": "linear"}),
     "llama 2, yarn": llama(36, 3, 40, 67, num_key_value_heads=1, rope_theta=10000.0, rope_scaling=YARN),
     "llama 3": llama(48, 6, 56, 67, num_key_value_heads=2, rope_theta=500000.0, mlp_bias=False),
