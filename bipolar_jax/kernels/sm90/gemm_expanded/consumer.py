@@ -5,7 +5,10 @@ As in `gemm.consumer`, but the rows of an accumulator are columns of the output,
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -46,7 +49,18 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         terms = None if scratch.group_terms is None else scratch.group_terms.at[slot, weight_tile]
         return scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
 
+    def end_iteration(index, iteration):
+        """Lets the second consumer begin once the first is ahead by the lag."""
+        if scratch.lagged is not None:
+            is_ahead = (index == 0) & (iteration == problem.iterations_of_lag - 1)
+            plgpu.barrier_arrive(scratch.lagged, predicate=is_ahead & (consumer == 0))
+
     writer.start()
+    if scratch.lagged is not None:
+
+        @pl.when(consumer > 0)
+        def _():
+            plgpu.barrier_wait(scratch.lagged)
 
     def tile(iteration, carry):
         index = first + iteration * tiling.tiles_in_progress
@@ -61,6 +75,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
             wait=lambda slot: plgpu.barrier_wait(scratch.full.at[problem.full_barrier(index, slot)]),
             operands=operands,
             release=release,
+            end_iteration=functools.partial(end_iteration, index),
         )
         with jax.named_scope("epilogue"):
             buffer = problem.terms_buffer(index)
@@ -83,7 +98,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release):
+def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_iteration):
     """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m].
 
     Fragments in flight may not cross the back edge of a loop: ptxas would serialize all products. So an iteration
@@ -95,10 +110,11 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
       wait: waits until a stage is loaded.
       operands: refs of a stage's tokens, words and terms.
       release: lets the producer refill a stage.
+      end_iteration: called with the index of every iteration that has ended.
     """
     expansion = Expansion(problem.w_bits, problem.chunks)
 
-    def iteration(stages, _, carry):
+    def iteration(stages, index, carry):
         acc, step, slot = carry
         for stage in range(stages):
             wait(slot)
@@ -109,16 +125,17 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
             previous, slot, step = slot, problem.next_slot(slot), step + 1
         acc = wgmma.settle(acc)
         release(step - 1, previous)
+        end_iteration(index)
         return acc, step, slot
 
-    iterations, rest = divmod(problem.steps_over_k, problem.stages_per_iteration)
+    rest = problem.steps_over_k % problem.stages_per_iteration
     carry = zeros(problem.tiling.tile_m), step, slot
     with jax.named_scope("mainloop"):
-        if iterations:
-            body = lambda i, carry: iteration(problem.stages_per_iteration, i, carry)  # noqa: E731
-            carry = lax.fori_loop(0, iterations, body, carry)
+        if problem.iterations:
+            body = functools.partial(iteration, problem.stages_per_iteration)
+            carry = lax.fori_loop(0, problem.iterations, body, carry)
         if rest:
-            carry = iteration(rest, 0, carry)
+            carry = iteration(rest, jnp.int32(problem.iterations), carry)
     return carry[0]
 
 

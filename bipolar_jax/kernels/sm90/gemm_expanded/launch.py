@@ -52,6 +52,7 @@ def expanded_matmul(
     activation: Activation | None = None,
     blocks: int = MULTIPROCESSORS,
     stages_per_iteration: int = 2,
+    lag: int = 0,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
     """x . w^T of signed bytes and prepared weights, finished by the epilogue.
@@ -69,7 +70,7 @@ def expanded_matmul(
       residual: added to the output, in `dtype`, after the cast.
       activation: applied to the product in float32, before the cast; a gated one makes one column of two.
       blocks: persistent thread blocks, at most one a multiprocessor.
-      stages_per_iteration: stages that the mainloop unrolls.
+      stages_per_iteration, lag: see `problem`.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
@@ -99,6 +100,7 @@ def expanded_matmul(
         w_bits=weights.bits,
         chunks=weights.chunks,
         stages_per_iteration=stages_per_iteration,
+        lag=lag,
     )
     output = TransposedOutput.of(jnp.dtype(dtype), residual)
     (out,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)

@@ -29,6 +29,7 @@ class Scratch(NamedTuple):
       empty: barriers of stages that may be refilled, one a slot.
       terms_full: barriers of loaded terms, one a tile in progress.
       terms_empty: barriers of terms that may be overwritten, likewise.
+      lagged: barrier that the second consumer waits for before its first tile, or None.
     """
 
     tokens: Any
@@ -39,6 +40,7 @@ class Scratch(NamedTuple):
     empty: Any
     terms_full: Any
     terms_empty: Any
+    lagged: Any
 
 
 def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) -> dict[str, Any]:
@@ -80,5 +82,6 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
             num_barriers=tiling.tiles_in_progress,
         ),
         terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
+        lagged=plgpu.Barrier() if problem.iterations_of_lag else None,
     )
     return own._asdict() | output.scratch(problem, problem.staging_slots(itemsize))

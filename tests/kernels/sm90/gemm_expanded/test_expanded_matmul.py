@@ -65,10 +65,15 @@ def product(x, a_format, weights, w_format, column_sums, dtype=jnp.int32, *, tok
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "schedule"),
-    [(4, 64, "split_n"), (3, 16, "alternate"), (8, None, "split_m")],
+    ("bits", "group_size", "changes", "lag"),
+    [
+        (4, 64, dict(cluster_m=2), 1),
+        (3, 16, dict(schedule="alternate", cluster_n=2), 0),
+        (8, None, dict(schedule="split_m"), 0),
+    ],
+    ids=["clusters along m, with a lag", "clusters along n, alternating", "codes"],
 )
-def test_integer_products_are_exact(bits, group_size, schedule):
+def test_integer_products_are_exact(bits, group_size, changes, lag):
     """Ragged in every direction, several tiles a block, an odd number of stages beside whole iterations."""
     w_format, (m, n, k) = BipolarFormat(bits), (150, 200, 680)
     x = random_codes(A8, m, k, 0)
@@ -80,7 +85,8 @@ def test_integer_products_are_exact(bits, group_size, schedule):
         groups = random_groups(w_format, n, k, group_size)
         weights, values = prepared(groups.codes, w_format, groups), groups.values
         column_sums = values.sum(1)
-    found = product(x, A8, weights, w_format, column_sums, tiling=dataclasses.replace(SMALL, schedule=schedule))
+    tiling = dataclasses.replace(SMALL, **changes)
+    found = product(x, A8, weights, w_format, column_sums, tiling=tiling, lag=lag)
     np.testing.assert_array_equal(found, (2 * x.astype(np.int64) - A8.max_value) @ values.T)
     assert not races_found()
 
@@ -144,6 +150,14 @@ def test_what_does_not_belong_together_is_refused():
         expanded_matmul(words[..., :30], weights, tokens, columns, recovery, jnp.int32)
 
 
+def test_a_lag_that_the_ring_cannot_hold_is_refused():
+    problem = ExpandedProblem(
+        256, 256, ExpandedRecovery("int8", A8, A8, 1024, True), Tiling(128, 128, "split_n", slots=4), lag=2
+    )
+    with pytest.raises(ValueError, match="a lag of 2 x 2 stages needs more than 4 slots"):
+        problem.check(itemsize=2)
+
+
 @pytest.mark.parametrize(
     ("tiling", "message"),
     [
@@ -159,8 +173,9 @@ def test_tilings_that_do_not_fit_are_refused(tiling, message):
         ExpandedProblem(2048, 4096, recovery, tiling, w_bits=4, chunks=1).check(itemsize=2)
 
 
-def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, m=2048, n=4096, k=4096):
-    w_format, vector = BipolarFormat(bits), lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)
+def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, unrolled=2, lag=0, k=4096):
+    m, n, w_format = 2048, 4096, BipolarFormat(bits)
+    vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
     tiles, stages = n // 128, k // 128
     terms = None
     if group_size is not None:
@@ -172,9 +187,8 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
     recovery = ExpandedRecovery("int8", A8, w_format, k, True, terms is not None)
 
     def multiply(x, weights, tokens, columns, residual):
-        return expanded_matmul(
-            x, weights, tokens, columns, recovery, jnp.bfloat16, tiling=tiling, residual=residual, activation=activation
-        )
+        options = dict(tiling=tiling, residual=residual, activation=activation, stages_per_iteration=unrolled, lag=lag)
+        return expanded_matmul(x, weights, tokens, columns, recovery, jnp.bfloat16, **options)
 
     return sm90_compile.compile_for_h200(
         multiply,
@@ -194,7 +208,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         *[(bits, size, {}) for bits, size in ((1, 128), (3, 128), (4, 32), (6, 64), (8, None))],
         (5, 16, dict(tiling=Tiling(128, 128, "alternate", slots=4))),
         (4, 128, dict(residual=True)),
-        (4, 128, dict(gated=True)),
+        (4, 128, dict(gated=True, lag=2)),
         (4, 128, dict(tiling=Tiling(64, 128, "split_n", slots=6))),
     ],
     ids=str,
@@ -207,4 +221,6 @@ def test_it_compiles_without_spills(bits, group_size, options):
     assert report.registers[0] <= 168  # of a block of three warpgroups; consumers then take 232
     assert report.spill_bytes == report.stack_bytes == 0
     assert not report.serialized_wgmma
-    assert "wgmma.mma_async.sync.aligned.m64n" in report.text
+    assert "k32.s32.u8.s8" in report.text
+    # 16-bit numbers are transposed on their way to shared memory.
+    assert "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in report.text
