@@ -205,7 +205,8 @@ class DotGeneral:
 
     def _tokens(self, x, dtype):
         """Activations cast to the common dtype of x and the result, and clipped."""
-        tokens = x.astype(common_float(x.dtype, dtype))
+        # Products are float32 at most; a float64 result is widened from it.
+        tokens = x.astype(common_float(x.dtype, jnp.float32 if dtype == jnp.float64 else dtype))
         return tokens if self.clip_activations is None else clip_tokens(tokens, self.clip_activations)
 
     def pack(
