@@ -22,6 +22,7 @@ Entry = tuple[str, int | None, tuple[int, ...]]
 # Most missing tensors that an error message names.
 _MOST_NAMED = 6
 _CHUNK_ELEMENTS = 1 << 20
+_PARAM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,17 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     copy_to: Callable[[np.ndarray], None]
+
+
+def check_param_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of parameters, from a dtype or its name. Raises ValueError if models do not compute in it."""
+    try:
+        name = jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = dtype
+    if name not in _PARAM_DTYPES:
+        raise ValueError(f"param_dtype is {name!r:.60}, expected {', '.join(_PARAM_DTYPES)}")
+    return jnp.dtype(name)
 
 
 def check_layout(config: TransformerConfig, layout: Iterable[Entry]) -> None:
@@ -113,7 +125,7 @@ def count_not_finite(array: np.ndarray) -> int:
 
 
 @functools.lru_cache(maxsize=4)  # loading needs it twice, and tracing takes a tenth of a second
-def _abstract_model(config: TransformerConfig, param_dtype: str) -> Transformer:
+def abstract_model(config: TransformerConfig, param_dtype: str) -> Transformer:
     """Shapes and dtypes of a model. Raises ValueError if the config has sizes that JAX cannot count."""
     try:
         return nnx.eval_shape(lambda: Transformer(config, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0)))
@@ -125,7 +137,7 @@ class _Checklist:
     """The tensors that a model requires, and which of them have been added."""
 
     def __init__(self, config: TransformerConfig, param_dtype: Any = jnp.float32):
-        self.abstract = _abstract_model(config, np.dtype(param_dtype).name)
+        self.abstract = abstract_model(config, np.dtype(param_dtype).name)
         self._num_layers = config.num_layers
         self._shapes = {
             "/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(self.abstract)[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from flax import nnx
 
 from bipolar_jax.checkpoint import load, read_user, save
 from bipolar_jax.format import BipolarFormat, as_format
-from bipolar_jax.models.assemble import count_not_finite
+from bipolar_jax.models.assemble import abstract_model, check_param_dtype, count_not_finite
 from bipolar_jax.models.chat import ChatTemplate
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.pretrained import PretrainedModel
@@ -25,8 +27,6 @@ from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Linear, quantization_aware, quantize_model
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
-
-_PARAM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source: str = "") -> None:
@@ -61,37 +61,42 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
     save(path, tree, user)
 
 
-def load_model(path: str | os.PathLike[str], bits: int | None = None) -> PretrainedModel:
+def load_model(path: str | os.PathLike[str], bits: int | None = None, param_dtype: Any = None) -> PretrainedModel:
     """Reads a file written by `save_model`.
 
     Args:
       path: the file.
       bits: most weight bits to read; packed arrays with more bits are truncated to their top
         planes, and only those planes are read.
+      param_dtype: dtype of the float parameters and of the computation; None keeps the file's.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file has no model, is truncated or corrupted, or is from another version.
+      ValueError: the file has no model, is truncated or corrupted, or is from another version; a param_dtype other
+        than float32, bfloat16 and float16, or whose range is too small.
     """
+    asked = None if param_dtype is None else check_param_dtype(param_dtype)
     user = read_user(path)
     if not {"config", "param_dtype", "precisions", "tokenizer"} <= set(user):
         raise ValueError(f"{path} holds packed arrays but no model: read it with bipolar_jax.load")
     with _errors_name(path):
         config = TransformerConfig.from_dict(user["config"])
-        param_dtype = _param_dtype(user["param_dtype"])
+        saved = check_param_dtype(_text(user["param_dtype"], "param_dtype"))
         template = ChatTemplate.from_dict(user["chat_template"]) if "chat_template" in user else None
+
+    def packed_model(dtype):
+        return _abstract_packed(config, dtype.name, json.dumps(user["precisions"]), bits)
+
     stored = _flatten(load(path, bits))
     with _errors_name(path):
-        float_model = nnx.eval_shape(lambda: Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
         # Before the packed layers are traced, which allocates in proportion to the sizes.
-        _check_shapes(path, stored, _leaves(float_model))
-        abstract = nnx.eval_shape(
-            lambda: _packed(Transformer(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)), user["precisions"], bits)
-        )
-    graph, state = nnx.split(abstract)
-    _check_leaves(path, stored, _leaves(abstract))
-    with _errors_name(path):
+        _check_shapes(path, stored, _leaves(abstract_model(config, saved.name)))
         tokenizer = parse_tokenizer(_text(user["tokenizer"], "tokenizer"), path, config.vocab_size)
+        abstract = packed_model(saved)
+    _check_leaves(path, stored, _leaves(abstract))
+    if asked not in (None, saved):
+        stored, abstract = _in_dtype(path, stored, asked), packed_model(asked)
+    graph, state = nnx.split(abstract)
     flat = [(keys, variable.replace(stored["/".join(map(str, keys))])) for keys, variable in nnx.to_flat_state(state)]
     return PretrainedModel(nnx.merge(graph, nnx.from_flat_state(flat)), tokenizer, template)
 
@@ -110,16 +115,21 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _param_dtype(name: Any) -> jnp.dtype:
-    if name not in _PARAM_DTYPES:
-        raise ValueError(f"param_dtype is {name!r:.60}, expected {', '.join(_PARAM_DTYPES)}")
-    return jnp.dtype(name)
-
-
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is a {type(value).__name__}, expected a text")
     return value
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a tenth of a second
+def _abstract_packed(config: TransformerConfig, param_dtype: str, precisions: str, bits: int | None) -> Transformer:
+    """Shapes and dtypes of a model with the packed layers that this JSON describes."""
+
+    def build():
+        model = Transformer(config, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0))
+        return _packed(model, json.loads(precisions), bits)
+
+    return nnx.eval_shape(build)
 
 
 def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int | None) -> Transformer:
@@ -148,6 +158,7 @@ def _describe(layer: Linear | Embed) -> dict[str, Any]:
         "a_bits": precision.a_bits,
         "group_size": precision.group_size,
         "calibration": precision.calibration,
+        "scales": precision.scales,
     }
     if isinstance(layer, Linear) and layer.trained is not None:
         description["trained"] = {
@@ -161,7 +172,8 @@ def _precision(description: dict[str, Any], bits: int | None) -> Precision:
     number_format = BipolarFormat(description["bits"], ternary=description["ternary"])
     if bits is not None and not number_format.ternary and bits < number_format.bits:
         number_format = number_format.truncate(bits)
-    return Precision(number_format, description["a_bits"], description["group_size"], description["calibration"])
+    fields = (description[name] for name in ("a_bits", "group_size", "calibration"))
+    return Precision(number_format, *fields, description.get("scales", "float"))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -205,6 +217,15 @@ def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected
         for array in jax.tree.leaves(leaf):
             if jnp.issubdtype(array.dtype, jnp.floating) and (bad := count_not_finite(np.asarray(array))):
                 raise ValueError(f"{path}: {name} has {bad} values that are not finite: quantize the model again")
+
+
+def _in_dtype(path: str | os.PathLike[str], stored: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """The leaves with the float parameters in another dtype; packed arrays stay as they are."""
+    cast = {name: leaf.astype(dtype) for name, leaf in stored.items() if not isinstance(leaf, BipolarArray)}
+    for name, array in cast.items():
+        if bad := count_not_finite(np.asarray(array)):
+            raise ValueError(f"{path}: {name} has {bad} values beyond the range of {dtype.name}: give a wider dtype")
+    return stored | cast
 
 
 def _layout(leaf: Any) -> str:

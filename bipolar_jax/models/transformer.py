@@ -25,6 +25,7 @@ from bipolar_jax.models.blocks.prompt_heads import Projections, prompt_heads, pr
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.nn.layers.packed import CountedModule
 
 Attend = Callable[[Projections], Heads]
 
@@ -42,7 +43,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-class Attention(nnx.Module):
+class Attention(CountedModule):
     """x + grouped-query self-attention of norm(x); positions enter by `x` or by `attend`."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -69,7 +70,7 @@ class Attention(nnx.Module):
         return Projections(layers, norm, x, self.head_dim)
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(CountedModule):
     """Pre-norm residual block: attention, then feed-forward."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -83,7 +84,7 @@ class DecoderLayer(nnx.Module):
         return self.ffn(self.attention(x, self.attention_norm, attend), self.ffn_norm)
 
 
-class Transformer(nnx.Module):
+class Transformer(CountedModule):
     """Token ids to next-token logits.
 
     `model(ids)` is the full forward pass. Generation has two steps that share a `KVCache`: `prefill` reads whole

@@ -38,7 +38,9 @@ def high_planes(
 
 
 def _is_on_one_cpu(array: Array) -> bool:
-    return isinstance(array, jax.Array) and [device.platform for device in array.devices()] == ["cpu"]
+    if not isinstance(array, jax.Array) or not isinstance(array.sharding, jax.sharding.SingleDeviceSharding):
+        return False
+    return [device.platform for device in array.devices()] == ["cpu"]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -37,7 +37,7 @@ def check_finite(x: Array, name: str) -> None:
     """
     if isinstance(x, jax.core.Tracer):
         return
-    with jax.ensure_compile_time_eval():  # the values are known, even if the caller is traced
+    with jax.core.eval_context():  # the values are known, even if the caller is traced or in a shard_map
         finite, largest = map(float, _finite_and_largest(x))
     bad = x.size - int(finite)
     if bad:

@@ -18,6 +18,7 @@ from bipolar_jax.checkpoint import read_user
 from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from tests.support.tiny_checkpoints import make_tokenizer
@@ -27,6 +28,7 @@ IDS = np.array([TOKENIZER.encode("the quick brown fox").ids[:6]], np.int32)
 MIXED = [
     ("embed", Precision(8, 8)),
     ("attention/[qk]", Precision(3, 8, 16, "mse")),
+    ("attention/v", Precision(4, 8, 16, scales="integer")),
     ("attention", Precision(5, 6, 24, "minmax")),
     ("ffn/down", None),
     ("ffn", Precision(bj.TERNARY, 8)),
@@ -90,6 +92,10 @@ def leaves(model: Transformer) -> dict:
     return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
 
 
+def in_dtype(leaf, dtype):
+    return leaf if isinstance(leaf, bj.BipolarArray) else leaf.astype(dtype)
+
+
 def precisions(model: Transformer) -> dict:
     return {
         path: layer.precision
@@ -136,6 +142,25 @@ def test_bfloat16_models_compute_in_bfloat16_after_loading_too(rules, tmp_path):
     hidden = jax.eval_shape(lambda model: model.hidden_states(IDS), loaded.model)
     assert hidden.dtype == jnp.bfloat16
     np.testing.assert_array_equal(forward(loaded.model, IDS), forward(original.model, IDS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_a_file_is_read_in_the_dtype_asked_for(mixed_file, dtype):
+    stored, loaded = (load_pretrained(mixed_file, one).model for one in (None, dtype))
+    assert_identical(leaves(loaded), {path: in_dtype(leaf, dtype) for path, leaf in leaves(stored).items()})
+    hidden = jax.eval_shape(lambda model: model.hidden_states(IDS), loaded)
+    assert hidden.dtype == jnp.dtype(dtype)
+
+
+def test_a_dtype_that_does_not_hold_the_weights_is_refused(tmp_path):
+    model = make_model(True, [])
+    scale = model.model.final_norm.scale
+    scale[...] = scale[...].at[3].set(1e6)
+    save_model(tmp_path / "model.safetensors", model)
+    with pytest.raises(ValueError, match="model.safetensors: final_norm/scale has 1 values beyond the range"):
+        load_model(tmp_path / "model.safetensors", param_dtype=jnp.float16)
+    with pytest.raises(ValueError, match="param_dtype is 'int8', expected float32, bfloat16, float16"):
+        load_model(tmp_path / "model.safetensors", param_dtype=jnp.int8)
 
 
 def test_a_reloaded_model_can_be_saved_again(mixed_file, tmp_path):
@@ -241,7 +266,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(float_file, tmp_path,
         (lambda user: user["config"].update(rope_scaling=5), ""),
         (lambda user: user["config"].update(tie_embeddings="no"), "tie_embeddings must be True or False, got 'no'"),
         (lambda user: user.update(param_dtype="float8"), "param_dtype is 'float8', expected float32, bfloat16"),
-        (lambda user: user.update(param_dtype={}), "param_dtype is {}, expected float32"),
+        (lambda user: user.update(param_dtype={}), "param_dtype is a dict, expected a text"),
         (lambda user: user.update(precisions=[]), ""),
         (lambda user: next(iter(user["precisions"].values())).pop("a_bits"), "KeyError 'a_bits'"),
         (lambda user: next(iter(user["precisions"].values())).update(calibration="newest"), "newest"),

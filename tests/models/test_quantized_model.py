@@ -136,7 +136,7 @@ def test_decoding_gives_the_logits_of_the_full_forward_pass(mixed):
 
 def test_packed_bytes_are_planes_scales_and_row_sums():
     bits, group_size = 3, 16
-    packed = bj.quantize_model(make_model(CONFIG), [(".*", Precision(bits, 8, group_size))])
+    packed = bj.quantize_model(make_model(CONFIG), [(".*", Precision(bits, 8, group_size, "absmax"))])
     queries, keys = CONFIG.num_heads * CONFIG.head_dim, CONFIG.num_kv_heads * CONFIG.head_dim
     hidden, ffn, vocab = CONFIG.hidden_size, CONFIG.ffn_size, CONFIG.vocab_size
     # (contracted, other) of every matrix; those of a layer num_layers times.
@@ -177,6 +177,14 @@ def assert_close(found, expected, tolerance: float):
         np.testing.assert_allclose(
             array, other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=jax.tree_util.keystr(path)
         )
+
+
+def test_repr_counts_parameters(mixed):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(make_model(TIED))))
+    head, *lines = repr(mixed).splitlines()
+    assert head.startswith("Transformer( # ")
+    assert f"Total: {parameters:,} (" in head
+    assert any(line.startswith("  layers=DecoderLayer( # ") for line in lines)
 
 
 def test_gradients_are_for_the_float_parameters_only(mixed):

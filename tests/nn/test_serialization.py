@@ -46,6 +46,14 @@ def test_exported_functions_take_and_return_packed_arrays(name):
     assert_identical(again, w)
 
 
+def test_functions_of_any_number_of_tokens_are_exported():
+    packed = model()
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 8"), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: packed[0](x)))(shape)
+    x = jnp.asarray(normal(3, 8))
+    np.testing.assert_allclose(exported.call(x), packed[0](x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ARRAYS)
 def test_flax_serialization_restores_packed_arrays(name):
     w = ARRAYS[name]

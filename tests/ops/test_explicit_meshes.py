@@ -21,6 +21,7 @@ OPERATIONS = {
     "lhs": (lambda x, w, ids: bj.DotGeneral(4, 8, weights="lhs")(w.T, x.T, DENSE), (None, "data")),
     "packed": (lambda x, w, ids: bj.matmul(x, bj.quantize(w, 4, axis=0), 8), ("data", None)),
     "fake_quant": (lambda x, w, ids: x @ bj.fake_quant(w, 4, axis=0, calibration="mse"), ("data", None)),
+    "truncated": (lambda x, w, ids: bj.matmul(x, bj.quantize(w, 4, axis=0).truncate(2), 8), ("data", None)),
     "lookup": (lambda x, w, ids: bj.lookup(SQUARE.T, ids), ("data", None)),
 }
 

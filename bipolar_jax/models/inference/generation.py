@@ -122,6 +122,7 @@ def stream(
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] = (),
     end_ids: Sequence[int] | None = None,
+    logprobs: bool = False,
 ) -> Iterator[Any]:
     """Yields the next token, or the next text, of every prompt until all have ended.
 
@@ -131,38 +132,33 @@ def stream(
     Yields:
       For ids int32 [batch]; -1 for a text that has ended. The token that ends a text is yielded. For texts and
       conversations a list of texts, or one text for a prompt outside a list: "" while the token only begins a character
-      or may begin a stop string.
+      or may begin a stop string. With `logprobs` pairs of these and the tokens' log-probabilities: float32 [batch], NaN
+      for a text that has ended, or one float for one text.
     """
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    run = _prepared(model, prompts, max_new_tokens, _replaced(sampling, fields), key, cache_bits, stop, end_ids, False)
-    return _streamed_texts(run) if run.prompts.are_texts else _streamed_ids(run)
+    run = _prepared(
+        model, prompts, max_new_tokens, _replaced(sampling, fields), key, cache_bits, stop, end_ids, logprobs
+    )
+    return _streamed(run, logprobs)
 
 
-def _streamed_ids(run: _Run) -> Iterator[Int[np.ndarray, " batch"]]:
-    texts = [_Text(run, prompt) for prompt in run.prompts.ids]
-    running = np.ones(len(texts), bool)
-    for tokens, _ in _steps(run, 1, running):
-        if run.stop:
-            for row, text in enumerate(texts):
-                if tokens[row] != ENDED:
-                    text.add(int(tokens[row]), 0.0)
-                    running[row] &= text.finish is None
-        yield tokens
-
-
-def _streamed_texts(run: _Run) -> Iterator[str | list[str]]:
+def _streamed(run: _Run, logprobs: bool) -> Iterator[Any]:
     texts = [_Text(run, prompt) for prompt in run.prompts.ids]
     running = np.ones(len(texts), bool)
     written = [0] * len(texts)
-    for tokens, _ in _steps(run, 1, running):
+    for tokens, probabilities in _steps(run, 1, running):
         new = []
         for row, text in enumerate(texts):
             if tokens[row] != ENDED:
-                text.add(int(tokens[row]), 0.0)
+                text.add(int(tokens[row]), float(probabilities[row]))
                 running[row] &= text.finish is None
             new.append(text.text[written[row] :])
             written[row] = len(text.text)
-        yield new[0] if run.prompts.is_one else new
+        found = new if run.prompts.are_texts else tokens
+        found_logprobs = np.where(tokens == ENDED, np.float32(np.nan), probabilities)
+        if run.prompts.is_one:
+            found, found_logprobs = found[0], float(found_logprobs[0])
+        yield (found, found_logprobs) if logprobs else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,13 @@ __all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"
 _SUPPORTED = "a .gguf file, a Hugging Face directory with config.json, or a packed .safetensors checkpoint"
 
 
-def load_pretrained(
-    path: str | os.PathLike[str], param_dtype: Any = jnp.float32, bits: int | None = None
-) -> PretrainedModel:
+def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = None, bits: int | None = None) -> PretrainedModel:
     """Loads a .gguf file, a Hugging Face directory, or a .safetensors file written by `save_model`.
 
     Args:
       path: the file or directory.
-      param_dtype: dtype of the parameters; packed checkpoints keep the dtypes they were saved with.
+      param_dtype: dtype of the float parameters and of the computation; None is that of a packed checkpoint, and
+        float32 for other files.
       bits: most weight bits to read from a packed checkpoint, see `load_model`.
 
     Raises:
@@ -39,11 +38,12 @@ def load_pretrained(
         raise ValueError(
             f"{path} is not packed, so it cannot be read at {bits} bits: load it without bits, then use quantize_model"
         )
+    if path.is_file() and path.suffix.lower() == ".safetensors":
+        return load_model(path, bits, param_dtype)
+    param_dtype = jnp.float32 if param_dtype is None else param_dtype
     if path.is_dir() and (path / "config.json").is_file():
         return load_huggingface(path, param_dtype)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return load_gguf(path, param_dtype)
-    if path.is_file() and path.suffix.lower() == ".safetensors":
-        return load_model(path, bits)
     kind = "a directory without config.json" if path.is_dir() else f"a file named *{path.suffix}"
     raise ValueError(f"{path} is {kind}: give {_SUPPORTED}")

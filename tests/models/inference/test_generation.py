@@ -278,6 +278,9 @@ def test_log_probabilities_are_those_of_full_forward_passes(model, sampling):
         logits = np.asarray(forward(model, np.array([prompt + text.tokens], np.int32)))[0, len(prompt) - 1 : -1]
         expected = log_softmax(logits)[np.arange(20), text.tokens]
         np.testing.assert_allclose(text.logprobs, expected, rtol=2e-4, atol=2e-4)
+    tokens, logprobs = zip(*stream(model, PROMPTS, 20, sampling, jax.random.key(0), logprobs=True), strict=True)
+    assert np.stack(tokens).T.tolist() == [text.tokens for text in done]
+    np.testing.assert_array_equal(np.stack(logprobs).T, np.float32([text.logprobs for text in done]))
 
 
 def test_a_repetition_penalty_is_that_of_its_definition(model):

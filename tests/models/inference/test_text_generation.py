@@ -78,6 +78,11 @@ def test_an_end_token_is_no_part_of_the_text(pretrained, written):
     assert found.finish == "end"
     assert found.tokens == written[0].tokens[: written[0].tokens.index(end) + 1]
     assert written[0].text.startswith(found.text)
+    texts, logprobs = zip(*stream(pretrained, TEXTS[0], 20, end_ids=[end], logprobs=True), strict=True)
+    assert "".join(texts) == found.text
+    assert list(logprobs) == found.logprobs
+    *_, (new, logprobs) = stream(pretrained, TEXTS, 20, end_ids=[end], logprobs=True)
+    assert (new[0], np.isnan(logprobs).tolist()) == ("", [True, False])
     assert "".join(stream(pretrained, TEXTS[0], 20, end_ids=[end])) == found.text
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout
+from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout, check_param_dtype
 from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
@@ -57,9 +57,11 @@ def load_gguf(path: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> P
     Raises:
       FileNotFoundError: no file at `path`.
       PermissionError: the file is not readable.
-      ValueError: the file is damaged, truncated, contradicts itself, or is of an unsupported kind.
+      ValueError: the file is damaged, truncated, contradicts itself, or is of an unsupported kind; a param_dtype
+        other than float32, bfloat16 and float16.
       ModuleNotFoundError: the extra "models" is not installed.
     """
+    param_dtype = check_param_dtype(param_dtype)
     values, tensors = check_gguf(path)
     metadata = Metadata(values, str(path))
     stored = {tensor.name: tensor for tensor in tensors}

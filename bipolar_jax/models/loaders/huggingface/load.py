@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout
+from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout, check_param_dtype
 from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import HEAD, Architecture, Target
@@ -27,15 +27,15 @@ def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.f
     Args:
       directory: folder with config.json, tokenizer.json, optionally generation_config.json, and
         model.safetensors or the shards that model.safetensors.index.json names.
-      param_dtype: dtype of the parameters.
+      param_dtype: dtype of the parameters and of the computation: float32, bfloat16 or float16.
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
       PermissionError: a file is not readable.
-      ValueError: a file is damaged, contradicts another, or is of an unsupported kind.
+      ValueError: a file is damaged, contradicts another, or is of an unsupported kind; another param_dtype.
       ModuleNotFoundError: the extra "models" is not installed.
     """
-    directory = Path(directory)
+    directory, param_dtype = Path(directory), check_param_dtype(param_dtype)
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}: give the folder of a Hugging Face model")
     architecture, config = read_config(directory)
