@@ -178,7 +178,8 @@ def _print_table(result: dict[str, Any]) -> None:
     scored = f"{baseline['windows']} windows, {baseline['tokens']} tokens of {result['settings']['text']}"
     settings = result["settings"]
     table = Table(title=f"{settings['model']}, calibration {settings['calibration']}, perplexity on {scored}")
-    for heading in ("precision", "perplexity", "std. error", "increase", "MB", "size", "continues the prompt with"):
+    headings = ("precision", "perplexity", "std. error", "increase", "MB", "size", "quantized in", "continues with")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
     for name, row in {"float32": baseline, **result["precisions"]}.items():
         increase, error = _increase(row, baseline), row["standard_error"]
@@ -189,6 +190,7 @@ def _print_table(result: dict[str, Any]) -> None:
             "-" if increase is None else f"{increase:+.1%}" if increase < 10 else f"x{increase + 1:.0f}",
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['bytes'] / baseline['bytes']:.1%}",
+            f"{seconds:.1f} s" if (seconds := row.get("seconds", {}).get("quantize")) is not None else "-",
             row["sample"].replace("\n", " ").strip()[:60],
         )
     console.print(table)

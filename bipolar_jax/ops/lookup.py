@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, UnpackedArray
 
 
 def lookup(
-    table: BipolarArray, ids: Integer[Array, "*batch"], dtype: jnp.dtype = jnp.float32
+    table: BipolarArray | UnpackedArray, ids: Integer[Array, "*batch"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "*batch d"]:
     """Decodes the rows `ids` of a table; the other rows stay packed.
 
@@ -38,14 +38,11 @@ def lookup(
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _decoded_rows(dtype: jnp.dtype, table: BipolarArray, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch d"]:
+def _decoded_rows(
+    dtype: jnp.dtype, table: BipolarArray | UnpackedArray, ids: Integer[Array, "*batch"]
+) -> Float[Array, "*batch d"]:
     flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type may not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
-    rows = dataclasses.replace(
-        table,
-        planes=jnp.take(table.planes, flat, axis=-2, mode="clip"),
-        scale=jnp.where(in_range[:, None], jnp.take(table.scale, flat, axis=0, mode="clip"), jnp.nan),
-        offset=None if table.offset is None else jnp.take(table.offset, flat, axis=0, mode="clip"),
-        row_sums=jnp.take(table.row_sums, flat, axis=0, mode="clip"),
-    )
+    rows = jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=-2, mode="clip"), table)
+    rows = dataclasses.replace(rows, scale=jnp.where(in_range[:, None], rows.scale, jnp.nan))
     return rows.dequantize().astype(dtype).reshape(*ids.shape, table.shape[-1])

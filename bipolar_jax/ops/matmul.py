@@ -14,10 +14,10 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.epilogue import activate_and_add
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_activation, check_prologue
-from bipolar_jax.ops.compiled import compiled
+from bipolar_jax.ops.compiled import as_array, compiled
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.rounding import check_float
@@ -26,7 +26,7 @@ from bipolar_jax.quantize.straight_through import straight_through
 
 def matmul(
     x: Float[Array, "*batch columns"],
-    w: BipolarArray,
+    w: BipolarArray | UnpackedArray,
     a_bits: int | None,
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
@@ -48,7 +48,7 @@ def matmul(
 
     - dx = g @ w^T, as if x had not been quantized;
     - dscale and doffset are those of w^ in the product with x^;
-    - the packed bits have no gradient (float0);
+    - the packed bits and integer groups have no gradient (float0);
     - a prologue is differentiated as it is, with dx above as its cotangent;
     - the residual's gradient is g;
     - an activation is differentiated at the product, which is computed again; its gradient takes the place of g.
@@ -83,16 +83,17 @@ def matmul(
         an int32 sum could overflow.
       Unsupported: the backend asked for cannot serve these operands.
     """
-    x = jnp.asarray(x)
-    bias, residual = (None if array is None else jnp.asarray(array) for array in (bias, residual))
+    x = as_array(x)
+    bias, residual = (None if array is None else as_array(array) for array in (bias, residual))
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, bias, prologue, residual, activation)
     if 0 in x.shape:  # an empty batch
         columns = w.shape[-1] // (1 if activation is None else activation.parts)
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    static = _Static(w.format, w.contracted_size, w.group_size, a_format, activation, implementation)
-    operands = (x, residual, w.scale, w.offset, w.planes, w.row_sums, bias, prologue)
+    static = _Static(a_format, activation, implementation)
+    integers = dataclasses.replace(w, scale=None, offset=None)
+    operands = (x, residual, w.scale, w.offset, integers, bias, prologue)
     out_axes = (*mesh_axes(x)[:-1], mesh_axes(w.row_sums)[-2])
     return with_out_sharding(functools.partial(_batched_matmul, static), out_axes, operands)
 
@@ -101,17 +102,9 @@ def matmul(
 class _Static:
     """The static operands of a product."""
 
-    w_format: BipolarFormat
-    contracted_size: int
-    group_size: int | None
     a_format: BipolarFormat | None
     activation: Activation | None
     implementation: str
-
-    def weights(self, scale, offset, planes, row_sums) -> BipolarArray:
-        return BipolarArray(
-            planes, scale, offset, row_sums, self.w_format, self.contracted_size, axis=-2, group_size=self.group_size
-        )
 
 
 @compiled
@@ -155,8 +148,8 @@ def _varying_axes(leaf) -> frozenset:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static: _Static, x, residual, scale, offset, planes, row_sums, bias, prologue):
-    w = static.weights(scale, offset, planes, row_sums)
+def _matmul(static: _Static, x, residual, scale, offset, integers, bias, prologue):
+    w = dataclasses.replace(integers, scale=scale, offset=offset)
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
             x = _contracted(prologue, x).astype(x.dtype)
@@ -189,9 +182,9 @@ def _backward(static, operands, cotangent):
     if static.activation is not None:
         _, pull_back = jax.vjp(functools.partial(_activated, static), *operands)
         return pull_back(cotangent)
-    x, residual, scale, offset, planes, row_sums, bias, prologue = operands
+    x, residual, scale, offset, integers, bias, prologue = operands
     dresidual = None if residual is None else cotangent
-    w = static.weights(scale, offset, planes, row_sums)
+    w = dataclasses.replace(integers, scale=scale, offset=offset)
     cotangent = cotangent.astype(jnp.float32)
     x_hat, pull_back = jax.vjp(_contracted, prologue, x)
     dprologue, dx = pull_back(jnp.dot(cotangent, w.dequantize().T, precision=jax.lax.Precision.HIGHEST))
@@ -200,12 +193,12 @@ def _backward(static, operands, cotangent):
     else:
         rounded = quantize_tokens(x_hat, static.a_format).dequantize(static.a_format)
         x_hat = straight_through(rounded, x_hat)
-    dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), static.group_size)
-    values = split_groups(w.values().T.astype(jnp.float32), static.group_size)
+    dw = split_groups(jnp.dot(cotangent.T, x_hat, precision=jax.lax.Precision.HIGHEST), w.scale_group_size)
+    values = split_groups(w.values().T.astype(jnp.float32), w.scale_group_size)
     dscale = jnp.sum(dw * values, axis=-1)
     doffset = None if offset is None else jnp.sum(dw, axis=-1)
     dbias = None if bias is None else jnp.sum(cotangent, axis=0).astype(bias.dtype)
-    return dx, dresidual, dscale, doffset, None, None, dbias, dprologue
+    return dx, dresidual, dscale, doffset, None, dbias, dprologue
 
 
 _matmul.defvjp(_forward, _backward)
@@ -213,7 +206,7 @@ _matmul.defvjp(_forward, _backward)
 
 def check_operands(x, w, a_format, bias, prologue=None, residual=None, activation=None) -> None:
     """Raises ValueError unless x, bias, prologue, residual and activation fit w, and the product fits int32."""
-    if not isinstance(w, BipolarArray):
+    if not isinstance(w, BipolarNumbers):
         raise ValueError(f"w must be a BipolarArray, got {type(w).__name__}: make one with bipolar_jax.quantize")
     check_float(x, "x")
     w.check()
@@ -246,9 +239,10 @@ def check_operands(x, w, a_format, bias, prologue=None, residual=None, activatio
             f"{x.dtype.name} of shape {(*x.shape[:-1], n)}: they must be the same"
         )
     if a_format is not None:
-        terms = min(k, w.group_size or k)
-        if terms > w.format.max_contraction(a_format):
+        terms = min(k, w.scale_group_size or k)
+        if terms > w.max_contraction(a_format):
             raise ValueError(
                 f"W{w.format.name}A{a_format.name} sums {terms} products, and int32 is exact only up to "
-                f"{w.format.max_contraction(a_format)}: use fewer bits, or quantize w with a group_size below that"
+                f"{w.max_contraction(a_format)}: use fewer bits, or quantize w with float scales and a group_size "
+                "below that"
             )

@@ -1,15 +1,18 @@
 """Eager calls compile one program for each shape, and none again; programs that close over weights trace."""
 
 import dataclasses
+import functools
 import resource
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import bipolar_jax as bj
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.ops import Activation, RMSNorm, lookup
 from tests.support.integer_products import normal
 
@@ -23,6 +26,29 @@ EMBED = bj.nn.Embed(16, 32, precision=W4A8, rngs=nnx.Rngs(0))
 TRAINED = nnx.Linear(32, 16, dot_general=bj.DotGeneral(4, 8), rngs=nnx.Rngs(0))
 DOT = bj.DotGeneral(4, 8)
 STACK = bj.quantize(normal(2, 32, 16), 4, axis=1)
+DENSE_LAYER = linen.Dense(16, dot_general=DOT)
+VARIABLES = {"params": {"kernel": jnp.asarray(W), "bias": jnp.zeros(16)}}
+
+
+@functools.cache
+def packed_linen():
+    return bj.quantize_model(linen.Dense(16), [(".*", W4A8)], VARIABLES, X)
+
+
+@functools.cache
+def model():
+    config = TransformerConfig(
+        vocab_size=16,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        ffn_size=16,
+        context_length=8,
+    )
+    return random_packed(config, W4A8, key=jax.random.key(0), dtype=jnp.float32)
+
 
 EAGER = {
     "matmul": lambda: bj.matmul(X, PACKED, 8),
@@ -53,6 +79,11 @@ EAGER = {
     "attend": lambda: EMBED.attend(X),
     "trained": lambda: TRAINED(X),
     "gradient of a layer": lambda: nnx.grad(lambda layer: layer(X).sum())(TRAINED),
+    "linen": lambda: DENSE_LAYER.apply(VARIABLES, X),
+    "gradient of linen": lambda: jax.grad(lambda variables: DENSE_LAYER.apply(variables, X).sum())(VARIABLES),
+    "packed linen": lambda: packed_linen()[0].apply(packed_linen()[1], X),
+    "model(ids)": lambda: model()(jnp.zeros((1, 4), jnp.int32)),
+    "unpacked": lambda: bj.matmul(X, GROUPED.unpack(), 8),
     "packed after training": lambda: bj.nn.Linear.from_float(TRAINED)(X),
 }
 
@@ -117,6 +148,8 @@ def test_traced_functions_close_over_weights(name):
         "while": jax.lax.while_loop(lambda s: s[0] < 1, lambda s: (s[0] + 1, function(X)), (0, expected * 0))[1],
         "cond": jax.lax.cond(jnp.bool_(True), function, lambda x: expected * 0, X),
     }
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    traced["shard_map"] = jax.shard_map(function, mesh=one, in_specs=jax.P(), out_specs=jax.P())(X)
     for how, found in traced.items():
         assert jnp.allclose(found, expected, rtol=1e-6, atol=1e-6), how
 
@@ -139,4 +172,5 @@ def test_an_empty_batch_gives_an_empty_result(a_bits):
     assert EMBED.attend(x).shape == (2, 0, 16)
     assert EMBED(jnp.zeros((0,), int)).shape == (0, 32)
     assert bj.nn.Linear.from_float(TRAINED)(x).shape == (2, 0, 16)
+    assert bj.fake_quant(x, 4, axis=-1).shape == (2, 0, 32)
     assert jax.grad(lambda bias: bj.matmul(x, PACKED, a_bits, bias=bias).sum())(jnp.ones(16)).tolist() == [0] * 16

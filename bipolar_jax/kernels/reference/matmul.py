@@ -12,7 +12,8 @@ from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarArray, UnpackedArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups
@@ -27,9 +28,15 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
         sum v_a v_w = 4 sum u_a u_w - 2 W sum u_a - 2 A sum u_w + L A W,
         sum u_a u_w = sum_ij p_i q_j popcount(a_i & b_j).
 
+    Integer groups have v_w = s u_w + o, and one sum over all groups,
+
+        sum_g s (2 sum u_a u_w - A sum u_w) + o (2 sum u_a - L A).
+
     Terms may wrap around in int32. The sum is exact nevertheless: it fits int32 (`BipolarFormat.max_contraction`), and
     wrap-around is arithmetic modulo 2^32.
     """
+    if isinstance(w, UnpackedArray):
+        raise Unsupported("it multiplies bit planes, and the weights are unpacked")
     a_planes = pack_codes(codes, a_format)
     masks = _group_masks(w.contracted_size, w.group_size)
     products = jnp.int32(0)
@@ -39,6 +46,11 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     a_sums = code_sums(codes, w.group_size)
     a_max, w_max = a_format.max_value, w.format.max_value
     lengths = group_lengths(w.contracted_size, w.group_size)
+    if w.groups is not None:
+        s, o = (terms.astype(jnp.int32)[None] for terms in (w.groups.scale, w.groups.offset))
+        w_sums = code_sums(w.codes(), w.group_size)
+        a_value_sums = (2 * a_sums - a_max * lengths[None])[:, None]
+        return jnp.sum(s * (2 * products - a_max * w_sums[None]) + o * a_value_sums, axis=-1, keepdims=True)
     return (
         4 * products
         - 2 * w_max * a_sums[:, None]
@@ -62,11 +74,11 @@ def quantized_matmul(
     exponents = epilogue.column_exponents(w.scale, w.offset)
     scale, offset = (None if a is None else epilogue.without_exponent(a, exponents) for a in (w.scale, w.offset))
     integers = integer_matmul(tokens.codes, w, a_format)
-    lengths = group_lengths(w.contracted_size, w.group_size)
-    x_sums = epilogue.value_sums(code_sums(tokens.codes, w.group_size), a_format, lengths)
-    w_sums = epilogue.value_sums(w.row_sums, w.format, lengths)
+    lengths = group_lengths(w.contracted_size, w.scale_group_size)
+    x_sums = epilogue.value_sums(code_sums(tokens.codes, w.scale_group_size), a_format, lengths)
+    w_sums = w.value_sums()
     total = jnp.zeros(integers.shape[:2], jnp.float32)
-    for g in range(w.num_groups):
+    for g in range(integers.shape[2]):
         total += epilogue.scale_group(integers[:, :, g], tokens.zero_value, w_sums[:, g], scale[:, g])
         if offset is not None:
             total += epilogue.offset_group(x_sums[:, g], tokens.zero_value, int(lengths[g]), offset[:, g])

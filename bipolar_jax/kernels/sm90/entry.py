@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 
 from bipolar_jax.kernels.semantics import weights
 from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarNumbers, UnpackedArray
 
 __all__ = [
     "decode_attention",
@@ -34,22 +37,22 @@ __all__ = [
 
 def integer_matmul(codes, w, a_format):
     """See `Backend.integer_matmul`, and `operations` for what is not served."""
-    return _operations().integer_matmul(codes, w, a_format)
+    return _operations(w).integer_matmul(codes, w, a_format)
 
 
 def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None, activation=None):
     """See `Backend.quantized_matmul`, and `operations` for what is not served."""
-    return _operations().quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
+    return _operations(w).quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
 
 
 def weight_only_matmul(x, w, bias):
     """See `Backend.weight_only_matmul`, and `operations` for what is not served."""
-    return _operations().weight_only_matmul(x, w, bias)
+    return _operations(w).weight_only_matmul(x, w, bias)
 
 
 def plan_matmul(m, dtype, w, a_format):
     """See `Backend.plan_matmul`."""
-    return _operations().plan_matmul(m, dtype, w, a_format)
+    return _operations(w).plan_matmul(m, dtype, w, a_format)
 
 
 def pack_weights(w, half_steps, offset, number_format, group_size):
@@ -69,22 +72,22 @@ def pack_weights(w, half_steps, offset, number_format, group_size):
 
 def prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables=None):
     """See `Backend.prompt_heads`, and `prompt_projection` for what is not served."""
-    return _prompt_projection().prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables)
+    return _prompt_projection(w).prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables)
 
 
 def plan_prompt_heads(*operands, **options):
     """See `Backend.plan_prompt_heads`."""
-    return _prompt_projection().plan_prompt_heads(*operands, **options)
+    return _prompt_projection(operands).plan_prompt_heads(*operands, **options)
 
 
 def feed_forward(x, up, down, prologue, activation, residual):
     """See `Backend.feed_forward`, and `sign_projection` for what is not served."""
-    return _sign_projection().feed_forward(x, up, down, prologue, activation, residual)
+    return _sign_projection(up, down).feed_forward(x, up, down, prologue, activation, residual)
 
 
 def plan_feed_forward(*operands, **options):
     """See `Backend.plan_feed_forward`."""
-    return _sign_projection().plan_feed_forward(*operands, **options)
+    return _sign_projection(operands).plan_feed_forward(*operands, **options)
 
 
 def decode_attention(projected, keys, values, layer, lengths, *, bits=None, tables=None, slopes=None):
@@ -102,7 +105,7 @@ def decode_layers(
     hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, *, cache_bits=None
 ):
     """See `Backend.decode_layers`, and `decode_step.api` for what is not served."""
-    return _decode_step().decode_layers(
+    return _decode_step(kernels).decode_layers(
         hidden,
         kernels,
         biases,
@@ -121,25 +124,37 @@ def decode_layers(
 
 def plan_decode_layers(*operands, **options):
     """See `Backend.plan_decode_layers`."""
-    return _decode_step().plan_decode_layers(*operands, **options)
+    return _decode_step(operands).plan_decode_layers(*operands, **options)
 
 
-def _operations() -> ModuleType:
+def _check_runnable(*weights: Any) -> None:
+    """Raises Unsupported as `check_runnable`, and for weights that are not packed, or have integer groups."""
     check_runnable()
+    leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, BipolarNumbers))
+    if any(isinstance(leaf, BipolarNumbers) and leaf.groups is not None for leaf in leaves):
+        raise Unsupported("its kernels take float scales of groups, not integer ones")
+    if any(isinstance(leaf, UnpackedArray) for leaf in leaves):
+        raise Unsupported(
+            "its kernels take packed weights, not unpacked ones: prepare_for_inference(..., unpack=False)"
+        )
+
+
+def _operations(*weights: Any) -> ModuleType:
+    _check_runnable(*weights)
     from bipolar_jax.kernels.sm90.backend import operations
 
     return operations
 
 
-def _prompt_projection() -> ModuleType:
-    check_runnable()
+def _prompt_projection(*weights: Any) -> ModuleType:
+    _check_runnable(*weights)
     from bipolar_jax.kernels.sm90.projections import prompt_projection
 
     return prompt_projection
 
 
-def _sign_projection() -> ModuleType:
-    check_runnable()
+def _sign_projection(*weights: Any) -> ModuleType:
+    _check_runnable(*weights)
     from bipolar_jax.kernels.sm90.projections import sign_projection
 
     return sign_projection
@@ -152,8 +167,8 @@ def _decode_attention() -> ModuleType:
     return launch
 
 
-def _decode_step() -> ModuleType:
-    check_runnable()
+def _decode_step(*weights: Any) -> ModuleType:
+    _check_runnable(*weights)
     from bipolar_jax.kernels.sm90.decode_step import api
 
     return api

@@ -1,12 +1,13 @@
-"""Products on any device: bit planes are unpacked to signed codes, which XLA's int8 dot multiplies.
+"""Products on any device: bit planes are unpacked to int8 numbers, which XLA multiplies.
 
-Signed codes of every precision fit int8, and an int8 dot with int32 accumulation is exact on every platform if K is a
-multiple of 4. A scan over groups makes one dot each, so that no [m, n, groups] array is in memory.
+Signed codes of every precision fit int8, and so do the values of integer groups; `blocks` multiplies them exactly.
+A scan over the groups that have a float scale of their own makes one product each, so that no [m, n, groups] array is
+in memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +18,25 @@ from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.kernels.xla.blocks import NT, by_rows, on_cpu, signed_groups, signed_product
+from bipolar_jax.packing import BipolarNumbers, UnpackedArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
-_NT = (((1,), (1,)), ((), ()))  # dimension numbers: both operands have the contracted axis last
 
-# On GPUs the int8 dot of jaxlib 0.11.2 is wrong for other K.
-_K_ALIGNMENT = 4
-
-
-def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
+def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     """See `Backend.integer_matmul`."""
+    w_signed = signed_groups(w)
     _, products = jax.lax.scan(
-        lambda carry, group: (carry, _group_product(group, w.format, a_format)), None, _groups(codes, w, a_format)
+        lambda carry, group: (carry, _group_product(group, w_signed, w, a_format)),
+        None,
+        _groups(codes, w, a_format),
     )
     return jnp.moveaxis(products, 0, -1)
 
 
 def quantized_matmul(
     x: Float[Array, "m columns"],
-    w: BipolarArray,
+    w: BipolarNumbers,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None = None,
@@ -47,12 +47,12 @@ def quantized_matmul(
     rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
     tokens = quantize_tokens(rows, a_format)
     exponents = epilogue.column_exponents(w.scale, w.offset)
+    w_signed = signed_groups(w)
 
     def add_group(total, group_and_scales):
         group, scale, offset = group_and_scales
-        _, _, w_code_sums, length = group
-        integers = _group_product(group, w.format, a_format)
-        w_sums = epilogue.value_sums(w_code_sums, w.format, length)
+        _, _, w_sums, length = group
+        integers = _group_product(group, w_signed, w, a_format)
         total += epilogue.scale_group(integers, tokens.zero_value, w_sums, scale)
         if offset is not None:
             x_sums = epilogue.value_sums(_x_code_sums(group, a_format), a_format, length)
@@ -65,42 +65,58 @@ def quantized_matmul(
     return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation, exponents, row_factor)
 
 
-def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
+def weight_only_matmul(
+    x: Float[Array, "m k"], w: BipolarNumbers, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
     """See `Backend.weight_only_matmul`.
 
     The dot multiplies x by the integer values of the weights, which bfloat16 and float16 represent exactly (8
     significant bits), times a power of two that makes them less than 1, so that the dot overflows no sooner than the
     result. Scales follow. No weight is rounded.
     """
-    shrink = 2.0**-w.bits
+    factor, shift = w.signed_form
+    shrink = 2.0 ** -(w.bits if w.groups is None else 7)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    values = (dataclasses.replace(w, axis=-1).values().astype(jnp.float32) * shrink).astype(x.dtype)
+    w_signed = signed_groups(w)
+
+    def product(x_group, block):
+        values = factor * block.astype(jnp.float32) + shift
+        shrunk = (values * shrink).astype(x.dtype)
+        return jax.lax.dot_general(x_group, shrunk, NT, precision=precision, preferred_element_type=jnp.float32)
 
     def add_group(total, group):
-        x_group, w_group, scale, offset = group
-        product = jax.lax.dot_general(x_group, w_group, _NT, precision=precision, preferred_element_type=jnp.float32)
-        total += product * (scale / shrink)[None]
+        index, x_group, scale, offset = group
+        products = by_rows(w_signed, index, x.shape[0], functools.partial(product, x_group))
+        total += products * (scale / shrink)[None]
         if offset is not None:
             total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset[None]
         return total, None
 
     rows, row_factor = epilogue.reduced_rows(x)
-    x_groups, w_groups = (jnp.moveaxis(split_groups(a, w.group_size), -2, 0) for a in (rows, values))
+    x_groups = jnp.moveaxis(split_groups(rows, w.scale_group_size), -2, 0)
     exponents = epilogue.column_exponents(w.scale, w.offset)
     total = _zeros(w.row_sums, x.shape[0])
-    total, _ = jax.lax.scan(add_group, total, (x_groups, w_groups, *_scales_and_offsets(w, exponents)))
+    groups = (jnp.arange(len(x_groups), dtype=jnp.int32), x_groups, *_scales_and_offsets(w, exponents))
+    total, _ = jax.lax.scan(add_group, total, groups)
     return epilogue.finish(total, None, bias, x.dtype, column_exponent=exponents, row_factor=row_factor)
 
 
-def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat | None) -> Plan:
     """See `Backend.plan_matmul`."""
-    dot = "float dot of integer values" if a_format is None else "int8 dot of signed codes"
-    groups = "" if w.num_groups == 1 else f", one dot for each of {w.num_groups} groups"
-    return Plan(f"XLA's {dot}{groups}", "runs on every device")
+    if a_format is None:
+        dot = "float dot of integer values"
+    else:
+        dot = "float32 dot of signed codes" if on_cpu() else "int8 dot of signed codes"
+    num_scales = w.scale.shape[-1]
+    groups = "" if num_scales == 1 else f", one dot for each of {num_scales} groups"
+    if isinstance(w, UnpackedArray):
+        return Plan(f"XLA's {dot}{groups}", "runs on every device; the weights are unpacked, one byte each")
+    unpacks = "; unpacks the bit planes in every call, prepare_for_inference once" if on_cpu() else ""
+    return Plan(f"XLA's {dot}{groups}", f"runs on every device{unpacks}")
 
 
 def _scales_and_offsets(
-    w: BipolarArray, exponents: Int[Array, " n"]
+    w: BipolarNumbers, exponents: Int[Array, " n"]
 ) -> tuple[Float[Array, "groups n"], Float[Array, "groups n"] | None]:
     """Scales and offsets of every group, divided by the columns' powers of two."""
     scale, offset = (None if a is None else epilogue.without_exponent(a, exponents).T for a in (w.scale, w.offset))
@@ -112,38 +128,32 @@ def _zeros(row_sums: Int[Array, "n groups"], m: int) -> Float[Array, "m n"]:
     return jnp.broadcast_to((0 * row_sums[:, 0]).astype(jnp.float32), (m, row_sums.shape[0]))
 
 
-_Group = tuple[Int8[Array, "m size"], Int8[Array, "n size"], Int[Array, " n"], Int[Array, ""]]
-_Groups = tuple[
-    Int8[Array, "groups m size"], Int8[Array, "groups n size"], Int[Array, "groups n"], Int[Array, " groups"]
-]
+_Group = tuple[Int[Array, ""], Int8[Array, "m size"], Int[Array, " n"], Int[Array, ""]]
+_Groups = tuple[Int[Array, " groups"], Int8[Array, "groups m size"], Int[Array, "groups n"], Int[Array, " groups"]]
 
 
-def _groups(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat) -> _Groups:
-    """Signed codes of both operands, w's code sums and the true length, each with a leading group axis.
+def _groups(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: BipolarFormat) -> _Groups:
+    """Index, signed codes of x, sums of w's values and the true length, each with a leading group axis.
 
     A short last group is padded with the signed code 0, which adds nothing.
     """
-    x_signed = _aligned_groups(a_format.signed_codes(codes), w.group_size)
-    w_signed = _aligned_groups(w.format.signed_codes(w.codes()), w.group_size)
-    return x_signed, w_signed, w.row_sums.T, jnp.asarray(group_lengths(w.contracted_size, w.group_size))
-
-
-def _aligned_groups(signed: Int8[Array, "rows k"], group_size: int | None) -> Int8[Array, "groups rows size"]:
-    """The group axis first, each group padded with zeros to a multiple of _K_ALIGNMENT."""
-    groups = jnp.moveaxis(split_groups(signed, group_size), -2, 0)
-    return jnp.pad(groups, ((0, 0), (0, 0), (0, -groups.shape[-1] % _K_ALIGNMENT)))
+    x_signed = jnp.moveaxis(split_groups(a_format.signed_codes(codes), w.scale_group_size), -2, 0)
+    lengths = jnp.asarray(group_lengths(w.contracted_size, w.scale_group_size))
+    return jnp.arange(len(lengths), dtype=jnp.int32), x_signed, w.value_sums().T, lengths
 
 
 def _x_code_sums(group: _Group, a_format: BipolarFormat) -> Int[Array, " m"]:
-    x_signed, _, _, length = group
+    _, x_signed, _, length = group
     return jnp.sum(x_signed, axis=-1, dtype=jnp.int32) + a_format.code_offset * length
 
 
-def _group_product(group: _Group, w_format: BipolarFormat, a_format: BipolarFormat) -> Int[Array, "m n"]:
-    """sum v_a v_w = 4 sum c_a c_w + 2 r_w sum c_a + 2 r_a sum c_w + L r_a r_w, with v = 2 c + r."""
-    x_signed, w_signed, w_code_sums, length = group
-    product = jax.lax.dot_general(x_signed, w_signed, _NT, preferred_element_type=jnp.int32)
+def _group_product(
+    group: _Group, w_signed: Int8[Array, "groups n size"], w: BipolarNumbers, a_format: BipolarFormat
+) -> Int[Array, "m n"]:
+    """sum v_a v_w = 2 f sum c_a c_w + 2 r sum c_a + r_a sum v_w, with v_a = 2 c_a + r_a and v_w = f c_w + r."""
+    index, x_signed, w_sums, _ = group
+    largest_w = w.format.code_offset if w.groups is None else 128
+    product = signed_product(x_signed, w_signed, index, (a_format.code_offset, largest_w))
     x_sums = jnp.sum(x_signed, axis=-1, dtype=jnp.int32)
-    w_sums = w_code_sums - w_format.code_offset * length
-    r_a, r_w = a_format.value_shift, w_format.value_shift
-    return 4 * product + 2 * r_w * x_sums[:, None] + 2 * r_a * w_sums[None] + length * (r_a * r_w)
+    factor, shift = w.signed_form
+    return 2 * factor * product + 2 * shift * x_sums[:, None] + a_format.value_shift * w_sums[None]

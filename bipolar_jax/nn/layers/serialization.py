@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
 
 # In the order of the pytree's auxiliary data.
 _STATIC = tuple(field.name for field in dataclasses.fields(BipolarArray) if field.metadata.get("static"))
@@ -43,23 +44,26 @@ def restore_packed(state: nnx.State, pure_dict: Mapping[str, Any]) -> dict[str, 
         packed = variable.get_value()
         if isinstance(packed, BipolarArray):
             prefix = tuple(map(str, keys))
-            found = {path: value for path, value in flat.items() if tuple(map(str, path[:-1])) == prefix}
+            names = {path: tuple(map(str, path)) for path in flat}
+            found = {path for path, name in names.items() if name[: len(prefix)] == prefix}
+            leaves = {names[path][len(prefix) :]: flat[path] for path in found}
             flat = {path: value for path, value in flat.items() if path not in found}
-            leaves = {path[-1]: value for path, value in found.items()}
             flat[keys] = _with_leaves(packed, leaves, "/".join(prefix))
     return unflatten_dict(flat)
 
 
-def _with_leaves(target: BipolarArray, leaves: Mapping[str, Any], name: str) -> BipolarArray:
-    """The target with other leaves of the same shapes and dtypes; absent offsets may be None or missing."""
-    leaves = {key: leaf for key, leaf in leaves.items() if leaf is not None}
-    expected = {key: getattr(target, key) for key in _LEAVES if getattr(target, key) is not None}
+def _with_leaves(target: BipolarArray, leaves: Mapping[tuple[str, ...], Any], name: str) -> BipolarArray:
+    """The target with other leaves of the same shapes and dtypes; absent offsets or groups may be None or missing."""
+    leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    expected = {tuple(key.name for key in path): leaf for path, leaf in paths_and_leaves}
     found, wanted = (
-        {key: f"{leaf.dtype}{list(leaf.shape)}" for key, leaf in sorted(each.items())} for each in (leaves, expected)
+        {".".join(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in sorted(each.items())}
+        for each in (leaves, expected)
     )
     if found != wanted:
         raise ValueError(f"{name or 'the packed array'} has the leaves {found}, but its target {wanted}")
-    return dataclasses.replace(target, **leaves)
+    return structure.unflatten([leaves[path] for path in expected])
 
 
 def _static_fields(array: BipolarArray) -> dict[str, Any]:
@@ -74,7 +78,10 @@ def _static_fields(array: BipolarArray) -> dict[str, Any]:
 
 
 def _to_state_dict(array: BipolarArray) -> dict[str, Any]:
-    return {key: getattr(array, key) for key in _LEAVES} | _static_fields(array)
+    leaves = {key: getattr(array, key) for key in _LEAVES}
+    if array.groups is not None:
+        leaves["groups"] = {"scale": array.groups.scale, "offset": array.groups.offset}
+    return leaves | _static_fields(array)
 
 
 def _from_state_dict(target: BipolarArray, state: Mapping[str, Any]) -> BipolarArray:
@@ -82,7 +89,7 @@ def _from_state_dict(target: BipolarArray, state: Mapping[str, Any]) -> BipolarA
     found = {key: state.get(key) for key in static}
     if found != static:
         raise ValueError(f"the packed array has {found}, but its target {static}")
-    return _with_leaves(target, {key: value for key, value in state.items() if key not in static}, "")
+    return _with_leaves(target, flatten_dict({key: value for key, value in state.items() if key not in static}), "")
 
 
 def _serialize_static(values: tuple) -> bytes:
@@ -97,15 +104,17 @@ def _deserialize_static(data: bytes) -> tuple:
     return tuple(fields[name] for name in _STATIC)
 
 
-def _from_children(static: tuple, children: tuple) -> BipolarArray:
-    return BipolarArray(**dict(zip(_LEAVES, children, strict=True)), **dict(zip(_STATIC, static, strict=True)))
+def _from_children(kind: type[BipolarNumbers], static: tuple, children: tuple) -> BipolarNumbers:
+    leaves = (field.name for field in dataclasses.fields(kind) if field.name not in _STATIC)
+    return kind(**dict(zip(leaves, children, strict=True)), **dict(zip(_STATIC, static, strict=True)))
 
 
 flax.serialization.register_serialization_state(BipolarArray, _to_state_dict, _from_state_dict)
-jax.export.register_pytree_node_serialization(
-    BipolarArray,
-    serialized_name="bipolar_jax.BipolarArray",
-    serialize_auxdata=_serialize_static,
-    deserialize_auxdata=_deserialize_static,
-    from_children=_from_children,
-)
+for _kind in (BipolarArray, UnpackedArray):
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"bipolar_jax.{_kind.__name__}",
+        serialize_auxdata=_serialize_static,
+        deserialize_auxdata=_deserialize_static,
+        from_children=functools.partial(_from_children, _kind),
+    )

@@ -15,6 +15,7 @@ from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.packing import UnpackedArray
 
 CONFIG = TransformerConfig(
     vocab_size=50,
@@ -106,6 +107,32 @@ def test_float_and_joined_models_stay_as_they_are():
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match="dtype must be a float dtype, such as bfloat16, got u?int"):
         prepare_for_inference(quantized(), dtype)
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_cpus_get_unpacked_weights_and_the_same_numbers(group_size):
+    precision = bj.Precision(4, 8, group_size)
+    model = quantized([("^layers/", precision), ("embed", bj.Precision(8, 8))])
+    prepared, packed = prepare_for_inference(model), prepare_for_inference(model, unpack=False)
+    kinds = {
+        name: {type(layer.kernel.get_value()) for _, layer in nnx.iter_modules(each) if isinstance(layer, bj.nn.Linear)}
+        | {type(each.embed.embedding.get_value())}
+        for name, each in {"prepared": prepared, "packed": packed, "model": model}.items()
+    }
+    assert kinds == {"prepared": {UnpackedArray}, "packed": {bj.BipolarArray}, "model": {bj.BipolarArray}}
+    ids = jnp.asarray([[1, 2, 3, 4]])
+    np.testing.assert_array_equal(prepared(ids), packed(ids))
+    text = str(bj.explain_model(prepared, batch=1, length=64))
+    assert "the weights are unpacked, one byte each" in text
+    assert "in every call" not in text
+    assert "in every call" in str(bj.explain_model(packed, batch=1, length=64))
+
+
+def test_layers_of_another_backend_stay_packed():
+    model = bj.quantize_model(Transformer(CONFIG, rngs=nnx.Rngs(0)), RULES, implementation="reference")
+    prepared = prepare_for_inference(model)
+    assert isinstance(prepared.layers.ffn.down_proj.kernel.get_value(), bj.BipolarArray)
+    assert isinstance(prepared.embed.embedding.get_value(), bj.BipolarArray)
 
 
 @pytest.mark.parametrize(
