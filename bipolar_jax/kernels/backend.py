@@ -68,7 +68,10 @@ class Backend(Protocol):
     def integer_matmul(
         self, codes: UInt8[Array, "m k"], w: BipolarArray, a_format: BipolarFormat
     ) -> Int[Array, "m n groups"]:
-        """The sum over the k of each group of value(codes) * value(w), exact in int32."""
+        """The sum over the k of each group of value(codes) * value(w), exact in int32.
+
+        Integer groups have values that are summed over all of K: the result is [m, n, 1].
+        """
 
     def quantized_matmul(
         self,

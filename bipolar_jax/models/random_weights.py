@@ -25,6 +25,7 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.words import WORD_BITS, num_words
 from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import group_lengths
+from bipolar_jax.quantize.integer_groups import LARGEST_VALUE, IntegerGroups
 
 # State of XLA's RngBitGenerator; threefry would need several times the memory of its output.
 Generator = UInt32[Array, "4"]
@@ -143,6 +144,8 @@ def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple
     if number_format.ternary:  # code 1 has its bit in the low plane
         planes = jnp.stack([planes[0] | planes[1], planes[0] & planes[1]])
     scale = deviation / math.sqrt(np.sum(weights**2))
+    if leaf.groups is not None:
+        return _integer_groups(leaf, planes, jnp.sum(weights * popcounts, axis=0, dtype=jnp.int32), scale, generator)
     offset = None
     if leaf.offset is not None:
         # Zero is one of the two middle values, as with "minmax" on symmetric data.
@@ -155,6 +158,28 @@ def _packed(leaf: BipolarArray, deviation: float, generator: Generator) -> tuple
         scale=jnp.full(leaf.scale.shape, scale, jnp.float32),
         offset=offset,
         row_sums=jnp.sum(weights * popcounts, axis=0, dtype=jnp.int32),
+    )
+
+
+def _integer_groups(
+    leaf: BipolarArray, planes: Array, code_sums: Array, half_step: float, generator: Generator
+) -> tuple[Generator, BipolarArray]:
+    """Every group has the same integer scale, and zero on one of the middle codes; one bit has no zero."""
+    if leaf.bits == 1:
+        s, offsets = 2 * LARGEST_VALUE, (-LARGEST_VALUE, -LARGEST_VALUE)
+    else:
+        zero_code = leaf.format.code_offset
+        s = LARGEST_VALUE // zero_code
+        offsets = (-s * zero_code, -s * (leaf.format.max_value - zero_code))
+    generator, bits = jax.lax.rng_bit_generator(generator, leaf.groups.offset.shape, jnp.uint32)
+    offset = jnp.where(bits & 1 == 0, *offsets).astype(jnp.int8)
+    groups = IntegerGroups(jnp.full(leaf.groups.scale.shape, s, jnp.uint8), offset)
+    return generator, dataclasses.replace(
+        leaf,
+        planes=planes,
+        scale=jnp.full(leaf.scale.shape, 2 * half_step / s, jnp.float32),
+        row_sums=groups.value_sums(code_sums, leaf.contracted_size, leaf.group_size),
+        groups=groups,
     )
 
 

@@ -29,8 +29,8 @@ def fake_quant(
 
     The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 for numbers within
     the grid's range or up to half a step beyond its ends, 0 for clipped numbers (the hard-tanh
-    estimator of arXiv 1602.02830). Only `calibration` "mse" and "absmean" clip, and integer
-    scales by their rounding. The scales are treated as constants.
+    estimator of arXiv 1602.02830). Only `calibration` "mse" and "absmean" clip. The scales are
+    treated as constants.
 
     Args:
       x: float32, bfloat16 or float16, at least two axes.
@@ -39,8 +39,8 @@ def fake_quant(
       group_size: elements that share a scale; None for the whole axis.
       calibration: see `quantize`.
       clip_gradient: False makes the gradient 1 for clipped numbers too.
-      scales: see `quantize`; but integer ones are not searched: they are the nearest to the float
-        ones of the calibration, see `range_of_integer_groups`.
+      scales: see `quantize`; but integer ones are not searched: their grids span the float ones of
+        the calibration.
 
     Returns:
       x's shape and dtype.

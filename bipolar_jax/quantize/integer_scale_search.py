@@ -67,13 +67,13 @@ def encode_integer_groups(
 def range_of_integer_groups(
     x: Float[Array, "*rows k"], number_format: BipolarFormat, group_size: int, calibration: Calibration
 ) -> tuple[Float[Array, "*rows 1"], IntegerGroups]:
-    """The row scales and integer groups nearest to the float grids of a calibration; for training, without a search."""
+    """The row scales and integer groups that span the float grids of a calibration; for training, without a search."""
     grouped = split_groups(x.astype(jnp.float32), group_size)
     scale, offset = calibrate(grouped, valid_mask(x.shape[-1], group_size), number_format, calibration)
     center = jnp.zeros_like(scale) if offset is None else offset
     unclipped = _unclipped_row_scale(scale, center, number_format)
     per_unit = _inverse(unclipped)
-    s = jnp.clip(jnp.round(2 * scale * per_unit), 1, largest_scale(number_format))
+    s = jnp.clip(jnp.ceil(2 * scale * per_unit), 1, largest_scale(number_format))
     o = _nearest_offset(center * per_unit, s, number_format)
     finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
     return _integers(jnp.where(finite, unclipped, jnp.nan), s, o, number_format)

@@ -53,7 +53,7 @@ class Einsum(PackedModule):
         weights = kernel.transpose(order).reshape(*stack, *fold.batch, fold.k, fold.n)
         if trained is None:
             chosen = dot_general.precision
-            packed = quantize(weights, chosen.w_bits, -2, chosen.group_size, chosen.calibration)
+            packed = quantize(weights, chosen.w_bits, -2, chosen.group_size, chosen.calibration, chosen.scales)
         else:
             # In training, the layer casts its kernel to `dtype` before it calls its DotGeneral.
             packed = dot_general.pack(weights if layer.dtype is None else weights.astype(layer.dtype))

@@ -14,6 +14,7 @@ from bipolar_jax.nn.layers.dense_layout import leading_axes
 from bipolar_jax.nn.layers.packed import Packed, PackedModule
 from bipolar_jax.nn.layers.promotion import compute_dtype
 from bipolar_jax.ops import lookup, matmul
+from bipolar_jax.ops.compiled import as_array
 from bipolar_jax.packing import BipolarArray, quantize
 from bipolar_jax.quantize import Precision
 
@@ -51,7 +52,9 @@ class Embed(PackedModule):
         precision = Precision.of(precision)
         table = embedding_init(rngs.params(), (num_embeddings, features), jnp.float32)
         self.num_embeddings, self.features = num_embeddings, features
-        self.embedding = Packed(quantize(table, precision.w_bits, -1, precision.group_size, precision.calibration))
+        self.embedding = Packed(
+            quantize(table, precision.w_bits, -1, precision.group_size, precision.calibration, precision.scales)
+        )
         self.precision = precision
         self.dtype = dtype
         self.param_dtype = table.dtype
@@ -121,5 +124,5 @@ class Embed(PackedModule):
 
         if out_sharding is not None:
             product = jax.sharding.auto_axes(product, out_sharding=out_sharding)
-        query = jnp.asarray(query)
+        query = as_array(query)
         return product(query.astype(compute_dtype(self, query)), self.embedding.get_value())

@@ -24,7 +24,7 @@ def joined(layers: Sequence[Linear]) -> Linear:
 
     Raises:
       ValueError: the layers differ in precision, dtype, contracted size, backend, in how they clip activations, or in
-        whether they have offsets or a bias; or they contract other axes than the last.
+        whether they have offsets, integer groups or a bias; or they contract other axes than the last.
     """
     first, *_ = layers = [without_training(layer) for layer in layers]
     if general := [layer for layer in layers if not layer.contracts_last_axis]:
@@ -38,6 +38,7 @@ def joined(layers: Sequence[Linear]) -> Linear:
             ("backend", first.implementation, layer.implementation),
             ("contracted size", kernels[0].contracted_size, kernel.contracted_size),
             ("offsets", kernels[0].offset is not None, kernel.offset is not None),
+            ("integer groups", kernels[0].groups is not None, kernel.groups is not None),
             ("bias", first.bias is not None, layer.bias is not None),
         ):
             if expected != found:

@@ -17,6 +17,7 @@ from bipolar_jax.nn.layers.promotion import add_bias, compute_dtype
 from bipolar_jax.nn.training.dot_general import DotGeneral, common_float
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.ops import Activation, Prologue, matmul
+from bipolar_jax.ops.compiled import as_array
 from bipolar_jax.ops.contraction import Contraction
 from bipolar_jax.packing import BipolarArray, quantize
 from bipolar_jax.quantize import Precision
@@ -179,7 +180,7 @@ class Linear(PackedModule):
         Raises:
           ValueError: as `bipolar_jax.matmul`.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         bias = None if self.bias is None else self.bias[...]
         dtype = compute_dtype(self, x, bias)
         result_dtype = jnp.dtype(self.preferred_element_type or dtype)
@@ -247,7 +248,7 @@ def without_training[Model: nnx.Module](model: Model) -> Model:
 
 
 def _quantized(weights: Float[Array, "*batch k n"], precision: Precision) -> BipolarArray:
-    return quantize(weights, precision.w_bits, -2, precision.group_size, precision.calibration)
+    return quantize(weights, precision.w_bits, -2, precision.group_size, precision.calibration, precision.scales)
 
 
 def foreign_dot_general(layer: nnx.Module) -> str | None:

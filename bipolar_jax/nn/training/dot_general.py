@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat, as_format
-from bipolar_jax.ops.compiled import compiled
+from bipolar_jax.ops.compiled import as_array, compiled
 from bipolar_jax.ops.contraction import Contraction, DimensionNumbers
 from bipolar_jax.ops.dispatch import check_implementation
 from bipolar_jax.ops.explicit_sharding import MeshAxes, mesh_axes, with_out_sharding
@@ -22,6 +22,8 @@ from bipolar_jax.quantize import Precision, fake_quant
 from bipolar_jax.quantize.calibration import Calibration
 from bipolar_jax.quantize.clipping import check_clip, clip_tokens
 from bipolar_jax.quantize.groups import check_group_size, num_groups
+from bipolar_jax.quantize.integer_groups import Scales
+from bipolar_jax.quantize.integer_scale_search import range_of_integer_groups
 from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, scale_of_step
 from bipolar_jax.quantize.rounding import SUPPORTED_DTYPES, calibrate_rows, check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
@@ -61,6 +63,8 @@ class DotGeneral:
       gradient: precision of the backward pass.
       weights: which operand is the weights, "rhs" or "lhs".
       implementation: the backend, see `bipolar_jax.matmul`.
+      scales: of groups, "float" or "integer", see `quantize`. Integer ones are not searched in training: their grids
+        span the float ones of the calibration.
 
     Raises:
       ValueError: an attribute with another value than the above.
@@ -76,11 +80,13 @@ class DotGeneral:
     gradient: GradientPrecision = GradientPrecision()  # noqa: RUF009 - frozen
     weights: Literal["rhs", "lhs"] = "rhs"
     implementation: str = "auto"
+    scales: Scales | None = None
 
     def __post_init__(self):
         precision = self.precision  # which checks its fields
         object.__setattr__(self, "w_bits", precision.w_bits)
         object.__setattr__(self, "calibration", precision.calibration)
+        object.__setattr__(self, "scales", precision.scales)
         check_weight_norm(self.weight_norm)
         check_clip(self.clip_activations)
         if self.clip_activations is not None and self.a_bits is None:
@@ -94,12 +100,13 @@ class DotGeneral:
     @classmethod
     def of(cls, precision: Precision, **options) -> DotGeneral:
         """Makes a `DotGeneral` from a `Precision`, with the other attributes as keyword arguments."""
-        return cls(precision.w_bits, precision.a_bits, precision.group_size, precision.calibration, **options)
+        names = ("w_bits", "a_bits", "group_size", "calibration", "scales")
+        return cls(**{name: getattr(precision, name) for name in names}, **options)
 
     @property
     def precision(self) -> Precision:
         """Bits of both operands, groups and calibration."""
-        return Precision(self.w_bits, self.a_bits, self.group_size, self.calibration)
+        return Precision(self.w_bits, self.a_bits, self.group_size, self.calibration, self.scales)
 
     def __call__(
         self,
@@ -133,7 +140,7 @@ class DotGeneral:
           TypeError: dimension numbers that do not fit the operands; the error of JAX.
           ValueError: operands that are not float, or as `bipolar_jax.matmul` and `quantize`.
         """
-        lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+        lhs, rhs = as_array(lhs), as_array(rhs)
         weights = rhs if self.weights == "rhs" else lhs
         if weights.dtype.name in SUPPORTED_DTYPES and weights.size:
             check_finite(weights, "the weights")
@@ -233,13 +240,18 @@ class DotGeneral:
         if self.weight_norm is not None:
             # Calibration and packing must read the same bits, so the normalization is computed once.
             w = jax.lax.optimization_barrier(normalize_weights(w.astype(jnp.float32), self.weight_norm))
-        if step_size is None:
-            rows = jnp.swapaxes(w, -1, -2)
+        rows, groups = jnp.swapaxes(w, -1, -2), None
+        if step_size is None and self.scales == "integer":
+            scale, groups = range_of_integer_groups(rows, number_format, self.group_size, self.calibration)
+            offset = None
+        elif step_size is None:
             scale, offset = calibrate_rows(rows, number_format, self.group_size, self.calibration)
         else:
             self._check_step_size(w, step_size)
             scale, offset = scale_of_step(jax.lax.stop_gradient(step_size)), None
-        return pack_weights(w, number_format, scale, offset, self.group_size, implementation=self.implementation)
+        return pack_weights(
+            w, number_format, scale, offset, self.group_size, groups=groups, implementation=self.implementation
+        )
 
     def fake_quant(
         self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
@@ -247,7 +259,7 @@ class DotGeneral:
         """The numbers that `pack` represents, float32; differentiable in the weights and the step sizes."""
         w = normalize_weights(w.astype(jnp.float32), self.weight_norm)
         if step_size is None:
-            return fake_quant(w, self.w_bits, -2, self.group_size, self.calibration, self.clip_gradient)
+            return fake_quant(w, self.w_bits, -2, self.group_size, self.calibration, self.clip_gradient, self.scales)
         self._check_step_size(w, step_size)
         rows = jnp.swapaxes(w, -1, -2)
         rounded = fake_quant_by_step_size(rows, step_size, as_format(self.w_bits), self.group_size)
@@ -259,6 +271,8 @@ class DotGeneral:
         return initial_step_size(rows, as_format(self.w_bits), self.group_size)
 
     def _check_step_size(self, w, step_size):
+        if self.scales == "integer":
+            raise ValueError('learned step sizes are float scales of groups: use scales="float"')
         check_group_size(w.shape[-2], self.group_size)
         per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
         if step_size.shape != per_group:

@@ -1,0 +1,91 @@
+"""Layers and models with integer groups: conversion, training, joining, files."""
+
+from __future__ import annotations
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax.nn.layers.joined import joined
+from tests.support.integer_products import normal
+
+PRECISION = bj.Precision.parse("W4A8g16i")
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, **options):
+        self.first = nnx.Linear(32, 32, rngs=rngs, **options)
+        self.second = nnx.Linear(32, 32, rngs=rngs, **options)
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+@pytest.fixture(scope="module")
+def model() -> nnx.Module:
+    return bj.quantize_model(Two(nnx.Rngs(0)), [(".*", PRECISION)])
+
+
+def test_quantize_model_gives_integer_groups(model):
+    kernel = model.first.kernel.get_value()
+    expected = bj.quantize(Two(nnx.Rngs(0)).first.kernel[...], 4, 0, 16, scales="integer")
+    jax.tree.map(np.testing.assert_array_equal, kernel, expected)
+    assert model.first.precision == PRECISION
+    assert str(model.first.precision) == "W4A8g16i"
+
+
+def test_layers_with_integer_groups_join(model):
+    both = joined([model.first, model.first])
+    x = normal(3, 32)
+    np.testing.assert_array_equal(both(x), jnp.concatenate([model.first(x)] * 2, axis=-1))
+    floats = bj.quantize_model(Two(nnx.Rngs(0)), [(".*", "W4A8g16f")])
+    with pytest.raises(ValueError, match="precision is W4A8g16i in one and W4A8g16 in another"):
+        joined([model.first, floats.first])
+
+
+def test_a_layer_trains_with_the_integers_that_it_is_packed_with():
+    """Forward values are those of the packed layer to the bit; the gradient is straight-through."""
+    dot_general = bj.DotGeneral.of(PRECISION)
+    assert dot_general.precision == PRECISION
+    trained = Two(nnx.Rngs(0), dot_general=dot_general)
+    x = normal(3, 32)
+    packed = bj.quantize_model(trained)
+    np.testing.assert_array_equal(packed(x), trained(x))
+    kernel = packed.first.kernel.get_value()
+    np.testing.assert_allclose(
+        kernel.dequantize(), bj.fake_quant(trained.first.kernel[...], 4, 0, 16, scales="integer"), atol=1e-6
+    )
+    weights = trained.second.kernel[...]
+    dot = lambda w: jnp.sum(dot_general(jnp.ones((2, 32)), w, (((1,), (0,)), ((), ()))))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(dot)(weights), 2 * jnp.ones_like(weights))
+
+
+def test_learned_step_sizes_are_refused():
+    dot_general = bj.DotGeneral.of(PRECISION)
+    weights = normal(32, 32)
+    with pytest.raises(ValueError, match='use scales="float"'):
+        dot_general.pack(weights, dot_general.initial_step_size(weights))
+
+
+def test_state_dicts_and_restored_leaves_keep_integer_groups(model):
+    kernel = model.first.kernel.get_value()
+    state = flax.serialization.to_state_dict(kernel)
+    assert set(state["groups"]) == {"scale", "offset"}
+    back = flax.serialization.from_bytes(kernel, flax.serialization.to_bytes(kernel))
+    jax.tree.map(np.testing.assert_array_equal, back, kernel)
+    state.pop("groups")
+    with pytest.raises(ValueError, match=r"groups\.scale"):
+        flax.serialization.from_state_dict(kernel, state)
+    split = nnx.state(model)
+    plain = {
+        name: {"kernel": flax.serialization.to_state_dict(getattr(model, name).kernel.get_value())}
+        for name in ("first", "second")
+    }
+    leaves = ("planes", "scale", "offset", "row_sums", "groups")
+    plain = {name: {"kernel": {leaf: kernel["kernel"][leaf] for leaf in leaves}} for name, kernel in plain.items()}
+    restored = bj.nn.restore_packed(split, plain)
+    jax.tree.map(np.testing.assert_array_equal, restored["first"]["kernel"], kernel)
