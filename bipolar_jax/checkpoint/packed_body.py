@@ -12,7 +12,8 @@ from bipolar_jax.checkpoint.safetensors_reader import SafetensorsError
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.groups import check_group_size
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)
 _KEY = "bipolar_jax"
 _MOST_SIZE = 2**31 - 1
 
@@ -33,12 +34,12 @@ class Body:
 
     Attributes:
       packed: the packed arrays by path.
-      checksums: crc32 of every tensor by name; one per plane for planes.
+      checksums: crc32 of every tensor by name; nested lists for planes, see `packed_file`.
       user: the object that `save` was given.
     """
 
     packed: dict[str, Description]
-    checksums: dict[str, int | list[int]]
+    checksums: dict[str, int | list]
     user: dict[str, Any]
 
 
@@ -66,10 +67,11 @@ def read_body(path: str | os.PathLike[str], metadata: dict[str, str], tensors: s
     version = body.get("format_version") if isinstance(body, dict) else None
     if type(version) is not int:
         raise SafetensorsError("its metadata has no format version")
-    if version != FORMAT_VERSION:
+    if version not in _READ_VERSIONS:
+        newer = ", which is newer" if version > FORMAT_VERSION else ""
         raise ValueError(
-            f"{path} has format version {version}, this bipolar_jax reads {FORMAT_VERSION}: write it again, or install "
-            "the version of bipolar_jax that wrote it" + (", which is newer" if version > FORMAT_VERSION else "")
+            f"{path} has format version {version}, this bipolar_jax reads {_READ_VERSIONS[0]} to {FORMAT_VERSION}: "
+            f"write it again, or install the version of bipolar_jax that wrote it{newer}"
         )
     packed, checksums, user = (body.get(name) for name in ("packed", "checksums", "user"))
     if not all(isinstance(part, dict) for part in (packed, checksums, user)):

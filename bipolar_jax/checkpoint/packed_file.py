@@ -1,14 +1,22 @@
 """Saves and loads trees of arrays in one safetensors file; packed arrays keep their layout.
 
-A file holds one tensor named PATH for every array and up to four for every `BipolarArray`:
-`PATH.planes`, `PATH.scale`, `PATH.offset` (unless it is None) and `PATH.row_sums`. PATH is the
-tree's keys joined by "/". The safetensors metadata has one entry, "bipolar_jax": eight hex
-digits, the crc32 of the text that follows, and that text, a JSON object:
+A file holds one tensor named PATH for every array. For every `BipolarArray` it holds
 
-    format_version  1
+    PATH.planes                              uint32
+    PATH.scale                               float32, float16 or bfloat16
+    PATH.offset, unless it is None           the same, or int8 or int16: whole multiples of the scale
+    PATH.row_sums, unless they are counted   int32; see `packed_arrays.stored_fields`
+    PATH.groups.scale, PATH.groups.offset    uint8, int8; only integer groups have them
+
+PATH is the tree's keys joined by "/". The safetensors metadata has one entry, "bipolar_jax":
+eight hex digits, the crc32 of the text that follows, and that text, a JSON object:
+
+    format_version  2
     packed          {PATH: {bits, ternary, contracted_size, axis, group_size}}
-    checksums       {tensor: crc32, or for planes a list of one crc32 per plane, low plane first}
+    checksums       {tensor: crc32, or for planes [for each matrix [for each plane [for each 1,024 rows crc32]]]}
     user            the object that `save` was given
+
+Version 1 has no integer groups, float32 scales and offsets, all row_sums, and one crc32 for each plane.
 
 The planes of a matrix are contiguous, so a reader of fewer bits reads the high planes only.
 """
@@ -25,11 +33,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Shaped, UInt32
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
-from bipolar_jax.checkpoint.checksums import checksum, plane_checksums
-from bipolar_jax.checkpoint.packed_body import FORMAT_VERSION, Body, Description, read_body
+from bipolar_jax.checkpoint.checksums import block_checksums, checksum
+from bipolar_jax.checkpoint.packed_arrays import (
+    FIELDS,
+    PLANES,
+    ChecksumError,
+    check_finite,
+    read_packed,
+    read_tensor,
+    stored_fields,
+)
+from bipolar_jax.checkpoint.packed_body import FORMAT_VERSION, Body, read_body
 from bipolar_jax.checkpoint.safetensors_reader import (
     MOST_NAME_CHARACTERS,
     SafetensorsError,
@@ -37,15 +53,10 @@ from bipolar_jax.checkpoint.safetensors_reader import (
 )
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing import BipolarArray
-from bipolar_jax.packing.host_memory import aligned_empty
-from bipolar_jax.packing.plane_sums import host_plane_sums
-from bipolar_jax.packing.words import num_words
-from bipolar_jax.quantize.groups import num_groups
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
 
 # dtypes of safetensors that JAX loads unchanged; by default JAX narrows 64-bit numbers to 32 bits.
 _DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32", "uint16", "uint8", "bool")
-_PLANES, _PER_GROUP = "planes", ("scale", "offset", "row_sums")
 
 
 def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = None) -> None:
@@ -72,19 +83,20 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
     tensors, packed, checksums, reserved = {}, {}, {}, set()
     for name, leaf in _named_leaves(tree):
         arrays = {name: leaf}
+        if isinstance(leaf, UnpackedArray):
+            raise ValueError(f"{name} is unpacked for inference: save the model as it was before it was prepared")
         if isinstance(leaf, BipolarArray):
             leaf.check()
-            _check_finite(name, leaf.scale, leaf.offset)
+            check_finite(name, leaf.scale, leaf.offset)
             packed[name] = _describe(leaf)
-            fields = {field: getattr(leaf, field) for field in (_PLANES, *_PER_GROUP)}
-            arrays = {f"{name}.{field}": array for field, array in fields.items() if array is not None}
-            reserved.update(f"{name}.{field}" for field in fields)
+            arrays = {f"{name}.{field}": array for field, array in stored_fields(leaf).items()}
+            reserved.update(f"{name}.{field}" for field in FIELDS)
         for tensor_name, device_array in arrays.items():
             array = np.asarray(device_array, order="C")
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
-            is_planes = name in packed and tensor_name == f"{name}.{_PLANES}"
+            is_planes = name in packed and tensor_name == f"{name}.{PLANES}"
             tensors[tensor_name] = array
-            checksums[tensor_name] = plane_checksums(array) if is_planes else checksum(array)
+            checksums[tensor_name] = block_checksums(array) if is_planes else checksum(array)
     clashes = sorted(reserved & {name for name, leaf in _named_leaves(tree) if not isinstance(leaf, BipolarArray)})
     if clashes:
         raise ValueError(f"{clashes} are tensor names of fields of packed arrays: rename these keys")
@@ -122,13 +134,13 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
     if bits is not None:
         BipolarFormat(bits)  # raises if out of range
     with _open_checked(path) as (file, body):
-        packed_fields = {f"{name}.{field}" for name in body.packed for field in (_PLANES, *_PER_GROUP)}
+        packed_fields = {f"{name}.{field}" for name in body.packed for field in FIELDS}
         for name in sorted({*body.packed, *(set(body.checksums) - packed_fields)}):
             description = body.packed.get(name)
             if description is None:
-                leaf = jax.device_put(_read_tensor(file, body.checksums, name, _DTYPES))
+                leaf = jax.device_put(read_tensor(file, body.checksums, name, _DTYPES))
             else:
-                leaf = _read_packed(file, body.checksums, name, description, bits)
+                leaf = read_packed(file, body.checksums, name, description, bits)
             if name == "":
                 return leaf
             *parents, last = name.split("/")
@@ -149,7 +161,7 @@ def read_user(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """The path and the array of every leaf. Raises ValueError as `save`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, BipolarArray))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, BipolarNumbers))
     for keys, leaf in leaves:
         key_names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
         if any("/" in key_name for key_name in key_names):
@@ -157,7 +169,7 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         name = "/".join(key_names)
         if keys and ("" in key_names or name == "__metadata__"):
             raise ValueError(f"keys {key_names} cannot be a tensor name in a safetensors file: rename the key")
-        if len(name) > MOST_NAME_CHARACTERS - len(".row_sums"):
+        if len(name) > MOST_NAME_CHARACTERS - max(len(f".{field}") for field in FIELDS):
             raise ValueError(f"keys {key_names!r:.100} make a path of {len(name):,} characters: rename them")
         if not isinstance(leaf, BipolarArray | jax.Array | np.ndarray):
             raise ValueError(
@@ -181,13 +193,6 @@ def _describe(array: BipolarArray) -> dict[str, Any]:
     }
 
 
-def _check_finite(name: str, *arrays: Any) -> None:
-    """Raises ValueError for NaN or Inf in scales or offsets, as `quantize` does."""
-    for array in arrays:
-        if array is not None and not np.isfinite(np.asarray(array)).all():
-            raise ValueError(f"{name or 'the array':.100} has scales or offsets that are not finite: quantize it again")
-
-
 @contextlib.contextmanager
 def _open_checked(path: str | os.PathLike[str]) -> Iterator[tuple[SafetensorsReader, Body]]:
     """Yields the open file and its checked metadata; the errors that damage raises in the block name the file."""
@@ -197,76 +202,7 @@ def _open_checked(path: str | os.PathLike[str]) -> Iterator[tuple[SafetensorsRea
     try:
         with SafetensorsReader(path) as file:
             yield file, read_body(path, file.metadata, set(file.tensors))
-    except _ChecksumError as error:
+    except ChecksumError as error:
         raise ValueError(f"{path} is corrupted: {error} does not match its checksum; copy it again") from error
     except (SafetensorsError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupted ({error}): copy or write it again") from error
-
-
-class _ChecksumError(ValueError):
-    """The message names the part of the file that does not match its checksum."""
-
-
-def _read_tensor(
-    file: SafetensorsReader, checksums: dict[str, Any], name: str, dtypes: tuple[str, ...]
-) -> Shaped[np.ndarray, "*shape"]:
-    array = file.read(name)
-    if checksum(array) != checksums[name]:
-        raise _ChecksumError(f"tensor {name:.100}")
-    if array.dtype.name not in dtypes:
-        raise SafetensorsError(f"tensor {name!r:.100} is {array.dtype.name}, expected {' or '.join(dtypes)}")
-    return array
-
-
-def _read_planes(
-    file: SafetensorsReader, checksums: dict[str, Any], name: str, bits_and_words: tuple[int, int], dropped: int
-) -> UInt32[np.ndarray, "*batch planes n words"]:
-    """The planes of a packed array without the `dropped` lowest ones, which are not read."""
-    stored = file.tensors[name]
-    if stored.dtype != "U32" or len(stored.shape) < 3 or stored.shape[-3::2] != bits_and_words:
-        raise SafetensorsError(
-            f"tensor {name!r:.100} is {stored.dtype:.20}{list(stored.shape)}, expected {bits_and_words[0]} planes with "
-            f"{bits_and_words[1]} words a row"
-        )
-    *batch, bits, n, words = stored.shape
-    planes = aligned_empty((*batch, bits - dropped, n, words), np.uint32)
-    plane_bytes = 4 * n * words
-    for index, matrix in enumerate(planes.reshape(-1, *planes.shape[-3:])):
-        file.read_bytes(stored.start + (index * bits + dropped) * plane_bytes, matrix)
-    expected = checksums[name]
-    if not isinstance(expected, list) or plane_checksums(planes) != expected[dropped:]:
-        raise _ChecksumError(f"tensor {name:.100}")
-    return planes
-
-
-def _read_packed(
-    file: SafetensorsReader, checksums: dict[str, Any], name: str, description: Description, bits: int | None
-) -> BipolarArray:
-    number_format = description.format
-    dropped = 0 if bits is None or number_format.ternary else max(0, number_format.bits - bits)
-    shorter = BipolarFormat(number_format.bits - dropped) if dropped else number_format
-    k, group_size = description.contracted_size, description.group_size
-    planes = _read_planes(file, checksums, f"{name}.{_PLANES}", (number_format.bits, num_words(k)), dropped)
-    per_group = {"scale": "float32", "row_sums": "int32"}
-    if f"{name}.offset" in checksums:
-        per_group["offset"] = "float32"
-    arrays = {field: _read_tensor(file, checksums, f"{name}.{field}", (dtype,)) for field, dtype in per_group.items()}
-    expected = (*planes.shape[:-3], planes.shape[-2], num_groups(k, group_size))
-    for field, array in arrays.items():
-        if array.shape != expected:
-            raise SafetensorsError(f"tensor {name!r:.100}.{field} has shape {array.shape}, expected {expected}")
-    try:
-        _check_finite(name, arrays["scale"], arrays.get("offset"))
-    except ValueError as error:
-        raise SafetensorsError(str(error)) from error
-    arrays["scale"] *= np.float32(2.0**dropped)
-    if dropped:
-        arrays["row_sums"] = host_plane_sums(planes, shorter, k, group_size)
-    return BipolarArray(
-        # device_put takes the buffers over on CPUs; there is no other reference to them.
-        **jax.device_put({"offset": None, **arrays, "planes": planes}),
-        format=shorter,
-        contracted_size=k,
-        axis=description.axis,
-        group_size=group_size,
-    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, load, quantize, save
+from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, from_codes, load, quantize, save
 from bipolar_jax.checkpoint import read_user
-from tests.support.integer_products import normal
+from bipolar_jax.checkpoint.checksums import checksum, plane_checksums
+from tests.support.integer_products import normal, packed_in_integer_groups, random_codes
 
 
 def assert_same(one, other):
@@ -203,18 +206,73 @@ def test_saving_replaces_and_makes_directories(tmp_path):
     assert os.listdir(path.parent) == ["x"]
 
 
+def bits_a_weight(path, w: BipolarArray) -> float:
+    """Of the tensors alone; the header is below 2 KB."""
+    save(path, {"w": w})
+    raw = path.read_bytes()
+    _, data = header_of(raw)
+    assert data < 2048
+    return 8 * (len(raw) - data) / math.prod(w.shape)
+
+
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
-    """1024 x 64 weights in groups of 128: the planes, and 4 + 4 bytes per group for scale and row sum."""
-    w: BipolarArray = quantize(normal(1024, 64), bits, 0, 128)
+    """In groups of 128: the planes, and 4 bytes per group for the scale."""
+    w = quantize(normal(1024, 64), bits, 0, 128, "absmax")
+    assert bits_a_weight(tmp_path / "w", w) == bits + 32 / 128
+
+
+@pytest.mark.parametrize(("group_size", "integer", "half"), [(128, 4.2, 4.25), (64, 4.35, 4.5)])
+def test_scales_of_groups_take_two_bytes_on_disk(tmp_path, group_size, integer, half):
+    """Integer groups; and float16 scales with whole zero points, as GPTQ's and AWQ's checkpoints have them."""
+    fmt, rng = BipolarFormat(4), np.random.default_rng(0)
+    w = packed_in_integer_groups(random_codes(fmt, 8, 1024, seed=0), fmt, group_size, seed=0)
+    assert bits_a_weight(tmp_path / "w", w) <= integer
+    assert_same(load(tmp_path / "w"), {"w": w})
+    scale = rng.uniform(0.01, 0.1, (8, 1024 // group_size)).astype(np.float16).astype(np.float32)
+    zero = rng.integers(0, 16, scale.shape).astype(np.float32)
+    w = from_codes(rng.integers(0, 16, (8, 1024)), 4, -1, scale / 2, scale * (7.5 - zero), group_size)
+    assert bits_a_weight(tmp_path / "w", w) <= half
+    assert_same(load(tmp_path / "w"), {"w": w})
+
+
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_integer_groups_come_back_and_truncate(tmp_path, group_size):
+    fmt = BipolarFormat(4)
+    single = packed_in_integer_groups(random_codes(fmt, 5, 100, seed=0), fmt, group_size, seed=0)
+    w = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), single)
     save(tmp_path / "w", {"w": w})
-    raw = (tmp_path / "w").read_bytes()
-    _, data = header_of(raw)
-    assert len(raw) - data == 1024 * 64 * bits // 8 + 64 * 8 * (4 + 4) == w.nbytes
-    assert data < 2048
+    assert_same(load(tmp_path / "w"), {"w": w})
+    assert_same(load(tmp_path / "w", bits=2), {"w": w.truncate(2)})
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_files_of_version_1_load_with_the_same_numbers(tmp_path, group_size):
+    """As version 1 wrote them: float32 scales and offsets, and the sums of all groups."""
+    w = quantize(normal(40, 6), 4, 0, group_size, "minmax")
+    tensors = {f"w.{field}": np.asarray(getattr(w, field)) for field in ("planes", "scale", "offset", "row_sums")}
+    checksums = {name: checksum(array) for name, array in tensors.items()}
+    checksums["w.planes"] = plane_checksums(tensors["w.planes"])
+    packed = {"bits": 4, "ternary": False, "contracted_size": 40, "axis": -2, "group_size": group_size}
+    text = json.dumps({"format_version": 1, "packed": {"w": packed}, "checksums": checksums, "user": {}})
+    metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
+    safetensors.numpy.save_file(tensors, tmp_path / "w", metadata=metadata)
+    assert_same(load(tmp_path / "w"), {"w": w})
+    assert_same(load(tmp_path / "w", bits=3), {"w": w.truncate(3)})
 
 
 def test_an_array_named_like_a_field_is_refused(tmp_path):
     w = quantize(np.ones((4, 4), np.float32), 4, -2)
     with pytest.raises(ValueError, match=r"\['w.offset'\] are tensor names of fields of packed arrays"):
         save(tmp_path / "x.safetensors", {"w": w, "w.offset": np.ones((4, 1), np.float32)})
+
+
+def test_every_layer_plane_and_1024_rows_have_a_checksum_of_their_own(tmp_path):
+    """A slice is verified by what is read of it."""
+    w = from_codes(np.random.default_rng(0).integers(0, 4, (2, 1100, 32)), 2, -1, np.ones((2, 1100, 1)))
+    save(tmp_path / "w", {"w": w})
+    header, _ = header_of((tmp_path / "w").read_bytes())
+    found = json.loads(header["__metadata__"]["bipolar_jax"][8:])["checksums"]["w.planes"]
+    planes = np.asarray(w.planes)
+    rows = (slice(0, 1024), slice(1024, 1100))
+    assert found == [[[checksum(planes[layer, plane, r]) for r in rows] for plane in (0, 1)] for layer in (0, 1)]
