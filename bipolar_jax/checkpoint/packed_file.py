@@ -83,8 +83,6 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
     tensors, packed, checksums, reserved = {}, {}, {}, set()
     for name, leaf in _named_leaves(tree):
         arrays = {name: leaf}
-        if isinstance(leaf, UnpackedArray):
-            raise ValueError(f"{name} is unpacked for inference: save the model as it was before it was prepared")
         if isinstance(leaf, BipolarArray):
             leaf.check()
             check_finite(name, leaf.scale, leaf.offset)
@@ -171,6 +169,8 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"keys {key_names} cannot be a tensor name in a safetensors file: rename the key")
         if len(name) > MOST_NAME_CHARACTERS - max(len(f".{field}") for field in FIELDS):
             raise ValueError(f"keys {key_names!r:.100} make a path of {len(name):,} characters: rename them")
+        if isinstance(leaf, UnpackedArray):
+            raise ValueError(f"{name} is unpacked for inference: save the model as it was before it was prepared")
         if not isinstance(leaf, BipolarArray | jax.Array | np.ndarray):
             raise ValueError(
                 f"{name or 'the tree'} is a {type(leaf).__name__}, not an array: convert it or leave it out"
