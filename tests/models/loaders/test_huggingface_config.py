@@ -152,7 +152,7 @@ def test_token_ids(tmp_path):
 def test_unsupported_configs_are_rejected(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         config_of(tmp_path, **fields)
-    assert str(tmp_path / "config.json") in str(caught.value)
+    assert str(caught.value).count(str(tmp_path / "config.json")) == 1
 
 
 @pytest.mark.parametrize(
