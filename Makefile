@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/smollm2
 
-.PHONY: demo test test-fast lint gpu-test compiler clean
+.PHONY: demo test test-fast test-exhaustive lint gpu-test compiler clean
 
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
@@ -13,6 +13,10 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart
 
 test: lint
 	$(PYTEST)
+
+# Every case of the tests that otherwise run a sample of theirs.
+test-exhaustive: lint
+	$(PYTEST) --exhaustive
 
 # All but the Hopper kernels, the programs and damaged files.
 test-fast: lint

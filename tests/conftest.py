@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import hypothesis
 import pytest
 
+from tests.sampling import leave_out_unsampled
 from tests.support.annotations import check_arrays_of_package, checking
 from tests.support.memory import forget_programs_beyond_the_limit
 
@@ -23,6 +24,15 @@ check_arrays_of_package()
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run every case of the tests marked `sample`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("exhaustive"):
+        leave_out_unsampled(config, items)
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ def file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("bits", "planes"), [(None, 4), (2, 2)])
+@pytest.mark.sample(1)
 def test_load_adds_at_most_a_tenth_to_the_planes(file, bits, planes):
     peak = peak_bytes(PREPARE, f"jax.block_until_ready(bj.load({str(file)!r}, bits={bits}))")
     assert peak < 1.1 * planes * PLANE + SMALL

@@ -127,6 +127,7 @@ CASES = [  # k, w_format, group_size, calibration
 @every_backend
 @pytest.mark.parametrize(("k", "w_format", "group_size", "calibration"), CASES)
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.sample(10)
 def test_quantized_matmul_is_the_product_of_what_the_codes_stand_for(
     backend, k, w_format, group_size, calibration, biased
 ):

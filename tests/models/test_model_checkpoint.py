@@ -113,6 +113,7 @@ def assert_identical(found: dict, expected: dict):
         np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.sample(2)
 def test_a_model_comes_back_bit_for_bit(pretrained, tmp_path):
     save_model(tmp_path / "model", pretrained)
     loaded = load_model(tmp_path / "model")

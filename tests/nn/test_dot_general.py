@@ -157,6 +157,7 @@ def outcomes(layout: str, precision: str, dtype: str):
 
 
 @every_case
+@pytest.mark.sample(24)
 def test_product(layout, precision, dtype):
     (ours, *_), (theirs, *_), eps = outcomes(layout, precision, dtype)
     lhs, rhs, numbers = LAYOUTS[layout]

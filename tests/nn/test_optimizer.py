@@ -20,6 +20,7 @@ def nested(kinds):
 
 @pytest.mark.parametrize("decay_embeddings", [False, True])
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.sample(2)
 def test_kernels_decay_and_steps_have_their_own_rate(flat, decay_embeddings):
     params = nested(["kernel", "embedding", "scale", "bias", "step_size"])
     if flat:

@@ -71,6 +71,7 @@ run = nnx.jit(lambda model, x: model(x))
         "8-bit gradients",
     ],
 )
+@pytest.mark.sample(5)
 def test_nnx_outputs_are_the_same_to_the_bit(precision, options, dtype):
     model = bj.quantization_aware(Model(nnx.Rngs(0), dtype), [("up|down|attention", precision)], **options)
     train(model, X, Y, steps=3)
@@ -231,6 +232,7 @@ class Transformer(linen.Module):
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.sample(1)
 def test_linen_outputs_are_the_same_to_the_bit(dtype, tmp_path):
     model = Transformer(dtype)
     variables = initialized(model, X)

@@ -96,6 +96,7 @@ def test_norms_are_those_of_flax(norm):
 @every_prologue
 @pytest.mark.parametrize("a_bits", [1, 2, 8, None])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.sample(28)
 def test_the_product_is_that_of_what_the_prologue_gives(name, a_bits, implementation, w):
     prologue, bias = make(name), normal(N, seed=3)
     x = rows_of(prologue, 2, M)

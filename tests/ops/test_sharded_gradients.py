@@ -23,6 +23,7 @@ def loss(x, scale, a_bits):
 
 
 @pytest.mark.parametrize("a_bits", [8, None])
+@pytest.mark.sample(1)
 def test_data_parallel(a_bits):
     """x sharded, weights replicated: the gradient of the scales is summed over devices."""
     sharded = jax.shard_map(
@@ -35,6 +36,7 @@ def test_data_parallel(a_bits):
 
 
 @pytest.mark.parametrize("a_bits", [8, None])
+@pytest.mark.sample(1)
 def test_tensor_parallel(a_bits):
     """Weights sharded along n, x replicated: the gradient of x is summed over devices."""
     specs = dataclasses.replace(W, planes=P(None, "d"), scale=P("d"), offset=P("d"), row_sums=P("d"))

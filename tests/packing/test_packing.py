@@ -72,6 +72,7 @@ def test_contracted_size_excludes_padding_and_padding_is_zero(k):
 
 @every_format
 @pytest.mark.parametrize("group_size", [None, 1, 5, 32, 40])
+@pytest.mark.sample(20)
 def test_row_sums_are_sums_of_codes_by_group(fmt, group_size):
     w = quantize(normal(2, 3, 40), fmt, -1, group_size)
     starts = range(0, 40, group_size or 40)

@@ -21,6 +21,7 @@ EPS = float(np.finfo(np.float32).eps)
 @every_format
 @every_calibration
 @pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.sample(15)
 def test_equals_quantize_then_dequantize(fmt, calibration, axis):
     x = normal(2, 10, 12)
     expected = quantize(x, fmt, axis, 5, calibration).dequantize()

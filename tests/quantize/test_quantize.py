@@ -161,6 +161,7 @@ def test_groups_split_and_join_without_loss(k, data):
 
 @every_format
 @every_calibration
+@pytest.mark.sample(14)
 def test_groups_of_zeros_have_scale_zero_and_decode_to_zeros(fmt, calibration):
     x = normal(2, 8)
     x[0, :4] = 0
@@ -181,6 +182,7 @@ def test_groups_of_subnormal_numbers_have_scale_zero(calibration):
 
 @every_format
 @every_calibration
+@pytest.mark.sample(14)
 def test_scales_near_the_smallest_normal_number_do_not_overflow(fmt, calibration):
     tiny = float(np.finfo(np.float32).tiny)
     x = normal(1, 16) * np.float32(tiny * 2 * fmt.max_value)
@@ -191,6 +193,7 @@ def test_scales_near_the_smallest_normal_number_do_not_overflow(fmt, calibration
 
 @every_format
 @every_calibration
+@pytest.mark.sample(14)
 def test_huge_numbers_do_not_overflow(fmt, calibration):
     """Numbers up to 2^125 = 4.25e37 have the same codes as the numbers times 2^-100, a product that is exact."""
     huge = np.array([[4.2e37, -4.2e37, 1.1e37, -1.2e37, 2.1e37, -2.6e37]], np.float32)
@@ -243,6 +246,7 @@ def test_narrow_floats_quantize_as_if_cast_to_float32(dtype):
 
 @every_calibration
 @pytest.mark.parametrize("axis", [-1, -2, 2, 3])
+@pytest.mark.sample(6)
 def test_every_matrix_of_a_batch_is_quantized_by_itself_for_either_axis(calibration, axis):
     x = normal(2, 3, 10, 12)
     w = quantize(x, 3, axis, 4, calibration)

@@ -58,6 +58,7 @@ def prefill(model: Transformer, ids, lengths):
     ("precision", "fields", "batch"),
     [("W4A8", {"qkv_bias": True}, 2), ("W2A2", {"positions": "alibi", "norm": "layer", "head_dim": 128}, 1)],
 )
+@pytest.mark.sample(1)
 def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch):
     model, (ids, lengths) = make(precision, **fields), prompts(batch)
     expected, written = prefill(model, ids, lengths)

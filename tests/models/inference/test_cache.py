@@ -114,6 +114,7 @@ def test_bytes_are_those_of_the_numbers_scales_and_zeros(bits, each):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.sample(2)
 def test_prefill_and_decode_keep_the_same_numbers(model, bits):
     """A token written alone has the codes that it has among a prompt's."""
     ids, lengths = random_ids(2, 6), jnp.array([6, 6])
@@ -146,6 +147,7 @@ def test_decoding_is_close_to_the_full_forward_pass(model, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.sample(2)
 def test_a_ragged_batch_equals_its_prompts_alone(model, bits):
     ids, lengths = random_ids(3, 7), np.array([1, 4, 7], np.int32)
     together, cache = prefill(model, ids, lengths, 9, bits)
@@ -188,6 +190,7 @@ def test_a_full_cache_keeps_what_it_has(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.sample(2)
 def test_a_cache_is_donated_and_goes_through_scan(model, bits):
     logits, cache = prefill(model, random_ids(2, 4), jnp.array([4, 2]), 10, bits)
 

@@ -73,6 +73,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
         f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
     ),
 )
+@pytest.mark.sample(3)
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -100,6 +101,7 @@ def small_model(precision: str = "W2A8", **changes) -> Transformer:
 
 
 @pytest.mark.parametrize("cache_bits", [None, 8])
+@pytest.mark.sample(1)
 def test_a_model_decodes_the_same(cache_bits, monkeypatch):
     model = join_projections(small_model())
     ids = jnp.arange(1, 12)[None]
@@ -189,6 +191,7 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.sample(4)
 def test_compiles_without_spills(name, precision, cache_bits):
     config, (w_bits, a_bits) = preset(name), precision
     case = Case(

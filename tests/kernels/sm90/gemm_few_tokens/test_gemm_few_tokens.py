@@ -61,6 +61,7 @@ def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.n
 
 
 @pytest.mark.parametrize(("a_format", "w_format"), EXTREME_PAIRS, ids=lambda fmt: fmt.name)
+@pytest.mark.sample(14)
 def test_pairs_of_formats_are_exact(a_format, w_format):
     """With the planned tiling; K ends within a word."""
     x, w = codes_with_extremes(a_format, 3, 70, seed=1), codes_with_extremes(w_format, 5, 70, seed=2)
@@ -84,6 +85,7 @@ def test_pairs_of_formats_are_exact(a_format, w_format):
         (40, 64, 96, 3, BipolarFormat(2)),
     ],
 )
+@pytest.mark.sample(6)
 def test_products_are_exact(m, n, k, a_bits, w_format):
     a_format = BipolarFormat(a_bits)
     x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
@@ -161,6 +163,7 @@ def test_scales_zero_codes_offsets_and_bias(m):
         (1024, 9, 64, 2048, 2, 4, True),
     ],
 )
+@pytest.mark.sample(4)
 def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, offsets):
     a_format, w_format, rng = BipolarFormat(a_bits), BipolarFormat(w_bits), np.random.default_rng(7)
     x, w, groups = random_codes(a_format, m, k, 8), random_codes(w_format, n, k, 9), -(-k // group_size)
@@ -268,6 +271,7 @@ def test_rows_that_tma_cannot_address_are_refused():
         (64, 4096, 4096, 4, 4, 1024),
     ],
 )
+@pytest.mark.sample(8)
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
     compile_product(m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits) if group_size is None else None)
 
@@ -275,6 +279,7 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
 @needs_compiler
 @pytest.mark.parametrize("a_bits", [8, 4])
 @pytest.mark.parametrize("choice", range(1, 8))
+@pytest.mark.sample(5)
 def test_tilings_that_only_a_table_chooses_compile_without_spills(a_bits, choice):
     m = 1 if choice % 2 else 16
     compile_product(m, 4096, 4096, a_bits, 4, None, decode_tilings(m, 4096, a_bits, 4)[choice])

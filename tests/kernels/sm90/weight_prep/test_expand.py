@@ -33,6 +33,7 @@ def random_planes(fmt: BipolarFormat, *size: int) -> jax.Array:
 
 @with_every_format
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.sample(12)
 def test_threads_write_the_bytes_of_expand_planes(fmt, size, monkeypatch):
     planes = random_planes(fmt, *size)
     expansion = Expansion(fmt, size[0] * size[1])
@@ -55,6 +56,7 @@ def test_sizes_fill_blocks_and_leave_parts_of_them():
 
 @with_every_format
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.sample(12)
 def test_blocks_write_what_is_theirs(fmt, size):
     planes = random_planes(fmt, *size)
     expanded = expand(planes, fmt, interpret=plgpu.InterpretGPUParams(detect_races=True))

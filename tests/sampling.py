@@ -1,0 +1,41 @@
+"""Which cases of a test with many parameters run by default: `@pytest.mark.sample(n)`; `--exhaustive` runs all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+
+def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes the cases beyond the sample of their test from `items`."""
+    tests: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            tests.setdefault((item.path, item.nodeid.split("[")[0]), []).append(item)
+    left_out = set()
+    for cases in tests.values():
+        size = cases[0].get_closest_marker("sample").args[0]
+        kept = sample([case.callspec.indices for case in cases], size)
+        left_out |= {case for i, case in enumerate(cases) if i not in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def sample(cases: Sequence[dict[str, int]], size: int) -> set[int]:
+    """The positions of at most `size` cases that have as many different values of every parameter as there is room for.
+
+    Args:
+      cases: for each case the index of every parameter's value.
+      size: how many to take.
+    """
+    kept, seen = [], {}
+    remaining = list(range(len(cases)))
+    while remaining and len(kept) < size:
+        # The case whose values were taken least often so far; of equal ones the first.
+        best = min(remaining, key=lambda i: sum(seen.get(value, 0) for value in cases[i].items()))
+        remaining.remove(best)
+        kept.append(best)
+        for value in cases[best].items():
+            seen[value] = seen.get(value, 0) + 1
+    return set(kept)
