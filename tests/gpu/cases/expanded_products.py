@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm_expanded import layout
-from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, prepare_array
 from tests.gpu.trial import Case, Trial, one_program
-from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, random_groups
+from tests.kernels.sm90.gemm_expanded.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support.integer_products import codes_with_extremes
 
 # m, n, k: ragged, one stage and many, more tiles than multiprocessors.
@@ -56,34 +51,20 @@ def _case(bits: int, group_size: int | None, a_bits: int, sizes: tuple[int, int,
 
 
 def _trial(w_format, group_size, a_format, m: int, n: int, k: int, tiling: Tiling) -> Trial:
-    x = codes_with_extremes(a_format, m, k, seed=m + k)
-    options = {}
+    x, ones = codes_with_extremes(a_format, m, k, seed=m + k), np.ones(n, np.float32)
     if group_size is None:
         codes = codes_with_extremes(w_format, n, k, seed=n + k)
-        values, column_sums = 2.0 * codes - w_format.max_value, codes.sum(1)
+        w, values = array_of_codes(codes, w_format, ones), 2.0 * codes - w_format.max_value
     else:
         groups = random_groups(w_format, n, k, group_size, seed=n + k)
-        codes, values = groups.codes, groups.values.astype(np.float64)
-        column_sums = groups.values.sum(1)
-        options = dict(group_size=group_size, group_scale=groups.scale, group_offset=groups.offset)
+        w, values = array_of_groups(groups, w_format, ones), groups.values.astype(np.float64)
     # In float64, which is exact below 2^53.
     expected = ((2.0 * x - a_format.max_value) @ values.T).astype(np.int64)
 
-    def product(x, planes, column_sums, options):
-        weights = layout.prepare(planes, w_format, k, group_size=group_size, **options)
-        words = code_words(x, a_format, "int8")
-        code_sums = jnp.sum(x, axis=1, dtype=jnp.int32)
-        return expanded_matmul(
-            layout.in_natural_order(words) if weights.natural_order else words,
-            weights,
-            TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
-            ColumnTerms(code_sums=column_sums),
-            ExpandedRecovery("int8", a_format, w_format, k, False, weights.terms is not None),
-            jnp.int32,
-            tiling=tiling,
-            interpret=interpret_params(),
-        )
+    def product(codes, w):
+        return integer_product(codes, w, prepare_array(w), a_format, tiling=tiling, interpret=interpret_params())
 
-    terms = {name: value for name, value in options.items() if name != "group_size"}
-    operands = (x, packed_planes(codes, w_format), column_sums.astype(np.int32), terms)
-    return one_program(product, operands, lambda out: np.testing.assert_array_equal(out, expected), kernel="expanded")
+    def check(out):
+        np.testing.assert_array_equal(out[..., 0], expected)
+
+    return one_program(product, (x, w), check, kernel="expanded")

@@ -15,7 +15,7 @@ A byte's position in the stage follows the tokens' bytes. Those of `quantize_row
 `arithmetic.operands`; groups that are no multiple of 32 need them in their natural order, or a register would have
 bytes of two groups.
 
-A group's scale s and offset o (weight = S * (s * u + o)) are the bytes s and o + 128, for every chunk of K in which no
+A group's scale s and offset o (`quantize.integer_groups`) are the bytes s and o + 128, for every chunk of K in which no
 group ends: gcd(group_size, STAGE) elements. The pairs of rows r and r + 8 share a word, and a thread's words of both
 blocks are neighbours.
 """
@@ -34,6 +34,7 @@ from jaxtyping import Array, Int, Int8, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.packing.words import pack_codes, unpack_codes
+from bipolar_jax.quantize.integer_groups import MOST_BITS, SMALLEST_VALUE
 
 TILE_ROWS = STAGE = 128
 STEPS = 4
@@ -41,9 +42,8 @@ VECTOR = 4  # words that a thread loads at once
 WORDS_PER_VECTOR = WARPGROUP * VECTOR
 REGISTERS = 8  # of A, in one step
 CHUNK_WORDS = TILE_ROWS // 2  # of the terms of one chunk
-MOST_GROUPED_BITS = 6
 GROUP_UNIT = 16  # elements: half of a step, which is as far as a register reaches
-OFFSET_BIAS = 128  # makes s * u + o an unsigned byte
+OFFSET_BIAS = -SMALLEST_VALUE  # makes s * u + o an unsigned byte
 
 _FIELD_WIDTHS = (8, 4, 2, 1)
 
@@ -103,7 +103,7 @@ def prepare(
 
     Args:
       planes: of the codes.
-      number_format: of 1 to 8 bits or ternary; with groups, of at most MOST_GROUPED_BITS bits.
+      number_format: of 1 to 8 bits or ternary; with groups, of at most MOST_BITS bits.
       k: elements of K; the bits beyond are ignored.
       group_size: elements of K that share s and o, a multiple of GROUP_UNIT; None without groups.
       group_scale, group_offset: s and o of each group, with -128 <= s * u + o <= 127 for every code u; the last group
@@ -118,9 +118,9 @@ def prepare(
     if group_size is None:
         return PreparedWeights(pack_fields(_rows_in_tiles(codes, gated), number_format.bits, False), None, n, k, False)
     groups = -(-k // group_size)
-    if group_size % GROUP_UNIT or number_format.bits > MOST_GROUPED_BITS:
+    if group_size % GROUP_UNIT or number_format.bits > MOST_BITS:
         raise ValueError(
-            f"integer groups have a multiple of {GROUP_UNIT} elements of at most {MOST_GROUPED_BITS} bits, got "
+            f"integer groups have a multiple of {GROUP_UNIT} elements of at most {MOST_BITS} bits, got "
             f"{group_size} elements of {number_format.bits} bits"
         )
     if group_scale.shape != (n, groups) or group_offset.shape != (n, groups):

@@ -1,14 +1,14 @@
 """From sums of expanded bytes to the product of values.
 
 With bytes b = s * u + o + 128 of weights, or b = u without groups, signed codes c = u_a - o_a of activations (o_a the
-code offset), their zero code z, sums U_a of codes over the true K, and T = sum_k c b (exact in int32: at most
-128 * 255 * K),
+code offset), their zero code z, sums U_a of codes over the true K, and T = sum_k c b,
 
     groups:  w = b - 128,   sum_k (u_a - z) w = T - 128 (U_a - o_a K) + (o_a - z) W,     W = sum_k w over the true K
     none:    v = 2 b - V,   sum_k (u_a - z) v = 2 T - V (U_a - o_a K) + (o_a - z) V_w,   V_w = 2 U_w - V K.
 
-Padding adds nothing: there c = 0. One-bit activations and integer products have no zero; with v_a = 2 u_a - A the sums
-are twice those of z = A / 2. The terms are those of `arithmetic.recovery`, which the epilogue applies.
+All is exact modulo 2^32. Padding adds nothing: there c = 0. One-bit activations and integer products have no zero; with
+v_a = 2 u_a - A the sums are twice those of z = A / 2. The terms are those of `arithmetic.recovery`, which the epilogue
+applies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import dataclasses
 
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.gemm_expanded.layout import OFFSET_BIAS
+from bipolar_jax.quantize.integer_groups import max_contraction
 
-_INT32_MAX, _FLOAT32_EXACT = 2**31 - 1, 2**24
+_FLOAT32_EXACT = 2**24
 _LARGEST_BYTE = 255
 
 
@@ -34,8 +35,10 @@ class ExpandedRecovery(Recovery):
 
     @property
     def most_elements(self) -> int:
-        """The largest K whose sums T fit int32: 65,793 with activations of 8 bits."""
-        return _INT32_MAX // (_LARGEST_BYTE * self.a_format.code_offset)
+        """The largest K whose products of values fit int32."""
+        if self.grouped:
+            return max_contraction(self.a_format)
+        return self.w_format.max_contraction(self.a_format)
 
     @property
     def product_weight(self) -> int:

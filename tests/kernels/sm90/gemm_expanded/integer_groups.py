@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from bipolar_jax import BipolarFormat
+from bipolar_jax import BipolarArray, BipolarFormat
+from bipolar_jax.quantize.integer_groups import IntegerGroups
 from tests.support.integer_products import random_codes
 
 
@@ -43,3 +44,19 @@ def packed_planes(codes: np.ndarray, fmt: BipolarFormat) -> np.ndarray:
     codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 32)))
     planes = np.stack([fmt.bit(codes, plane) for plane in range(fmt.bits)]).astype(np.uint8)
     return np.packbits(planes, axis=-1, bitorder="little").view(np.uint32)
+
+
+def array_of_codes(codes: np.ndarray, fmt: BipolarFormat, scale: np.ndarray) -> BipolarArray:
+    """The array [k, n] with one scale a column."""
+    sums = codes.sum(1, keepdims=True, dtype=np.int32)
+    return BipolarArray(packed_planes(codes, fmt), scale[:, None], None, sums, fmt, codes.shape[1], -2, None)
+
+
+def array_of_groups(grouped: GroupedCodes, fmt: BipolarFormat, scale: np.ndarray) -> BipolarArray:
+    """The array [k, n] with integer groups below one scale a column."""
+    return dataclasses.replace(
+        array_of_codes(grouped.codes, fmt, scale),
+        row_sums=grouped.values.sum(1, keepdims=True).astype(np.int32),
+        group_size=grouped.group_size,
+        groups=IntegerGroups(grouped.scale, grouped.offset),
+    )

@@ -17,12 +17,15 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
 from bipolar_jax.kernels.sm90.gemm_expanded import layout
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, prepare_array, tokens_product
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import DEFAULT_TILING, expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.layout import PreparedWeights
 from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput, TransposedWriter
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
-from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, random_groups
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.kernels.unsupported import Unsupported
+from tests.kernels.sm90.gemm_expanded.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
 from tests.support.interpreter import races_found
@@ -33,35 +36,6 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpret
 needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 A8 = BipolarFormat(8)
 SMALL = Tiling(64, 128, "split_n", slots=3, band=2)
-
-
-def prepared(codes, fmt, groups=None, **options) -> PreparedWeights:
-    planes = packed_planes(codes, fmt)
-    if groups is not None:
-        options |= dict(group_size=groups.group_size, group_scale=groups.scale, group_offset=groups.offset)
-    return layout.prepare(planes, fmt, codes.shape[1], **options)
-
-
-def token_words(x, a_format, weights):
-    words = code_words(jnp.asarray(x), a_format, "int8")
-    return layout.in_natural_order(words) if weights.natural_order else words
-
-
-def product(x, a_format, weights, w_format, column_sums, dtype=jnp.int32, *, tokens=None, columns=None, **options):
-    """The kernel with `SMALL` tiles; int32 unless it is told of scales."""
-    code_sums = jnp.asarray(x).sum(axis=1, dtype=jnp.int32)
-    tokens = TokenTerms(code_sums, jnp.zeros_like(code_sums), None) if tokens is None else tokens
-    columns = ColumnTerms() if columns is None else columns
-    return expanded_matmul(
-        token_words(x, a_format, weights),
-        weights,
-        tokens,
-        dataclasses.replace(columns, code_sums=jnp.asarray(column_sums, jnp.int32)),
-        ExpandedRecovery("int8", a_format, w_format, x.shape[1], tokens.scale is not None, weights.terms is not None),
-        dtype,
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
-        **{"tiling": SMALL, "blocks": 2} | options,
-    )
 
 
 @pytest.mark.parametrize(
@@ -76,18 +50,24 @@ def product(x, a_format, weights, w_format, column_sums, dtype=jnp.int32, *, tok
 def test_integer_products_are_exact(bits, group_size, changes, lag):
     """Ragged in every direction, several tiles a block, an odd number of stages beside whole iterations."""
     w_format, (m, n, k) = BipolarFormat(bits), (150, 200, 680)
-    x = random_codes(A8, m, k, 0)
+    x, ones = random_codes(A8, m, k, 0), np.ones(n, np.float32)
     if group_size is None:
         codes = random_codes(w_format, n, k, 1)
-        weights, values = prepared(codes, w_format), 2 * codes.astype(np.int64) - w_format.max_value
-        column_sums = codes.sum(1, dtype=np.int64)
+        w, values = array_of_codes(codes, w_format, ones), 2 * codes.astype(np.int64) - w_format.max_value
     else:
         groups = random_groups(w_format, n, k, group_size)
-        weights, values = prepared(groups.codes, w_format, groups), groups.values
-        column_sums = values.sum(1)
-    tiling = dataclasses.replace(SMALL, **changes)
-    found = product(x, A8, weights, w_format, column_sums, tiling=tiling, lag=lag)
-    np.testing.assert_array_equal(found, (2 * x.astype(np.int64) - A8.max_value) @ values.T)
+        w, values = array_of_groups(groups, w_format, ones), groups.values
+    found = integer_product(
+        jnp.asarray(x),
+        w,
+        prepare_array(w),
+        A8,
+        tiling=dataclasses.replace(SMALL, **changes),
+        lag=lag,
+        blocks=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    np.testing.assert_array_equal(found[..., 0], (2 * x.astype(np.int64) - A8.max_value) @ values.T)
     assert not races_found()
 
 
@@ -108,22 +88,34 @@ def test_scaled_products(epilogue):
     else:
         options["residual"] = jnp.asarray(rng.normal(size=(m, n)), jnp.bfloat16)
         expected = expected + np.asarray(options["residual"], np.float64)
-    found = product(
-        x,
+    w = array_of_groups(groups, w_format, column_scale)
+    code_sums = x.sum(1, dtype=np.int32)
+    found = tokens_product(
+        PackedTokens(code_words(jnp.asarray(x), A8, "int8"), scale, zero_code.astype(np.int32), code_sums),
+        w,
+        prepare_array(w, gated=gated),
         A8,
-        prepared(groups.codes, w_format, groups, gated=gated),
-        w_format,
-        groups.values.sum(1),
+        bias,
         jnp.bfloat16,
-        tokens=TokenTerms(
-            jnp.asarray(x).sum(axis=1, dtype=jnp.int32), jnp.asarray(zero_code, jnp.int32), jnp.asarray(scale)
-        ),
-        columns=ColumnTerms(scale=jnp.asarray(column_scale), bias=jnp.asarray(bias)),
+        tiling=SMALL,
+        blocks=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
         **options,
     )
     # Two roundings to bfloat16 with a residual, one without.
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-7, atol=2**-6)
     assert not races_found()
+
+
+def test_groups_that_it_does_not_serve_are_refused():
+    fmt = BipolarFormat(4)
+    w = array_of_groups(random_groups(fmt, 8, 48, 24), fmt, np.ones(8, np.float32))
+    with pytest.raises(Unsupported, match="groups of a multiple of 16, not 24"):
+        prepare_array(w)
+    with pytest.raises(Unsupported, match="integer scales of groups, not float ones"):
+        prepare_array(
+            dataclasses.replace(w, groups=None, scale=np.ones((8, 2), np.float32), row_sums=np.ones((8, 2), np.int32))
+        )
 
 
 def test_outputs_offer_what_the_protocol_says():
@@ -133,7 +125,8 @@ def test_outputs_offer_what_the_protocol_says():
 
 def test_what_does_not_belong_together_is_refused():
     fmt = BipolarFormat(4)
-    weights = prepared(np.zeros((128, 128), np.uint8), fmt)
+    codes = np.zeros((128, 128), np.uint8)
+    weights = prepare_array(array_of_codes(codes, fmt, np.ones(128, np.float32)))
     words, ones = jnp.zeros((1, 64, 32), jnp.uint32), jnp.ones(64, jnp.int32)
     recovery = ExpandedRecovery("int8", A8, fmt, 128, False)
     tokens, columns = TokenTerms(ones, ones, None), ColumnTerms(code_sums=jnp.ones(128, jnp.int32))
@@ -143,8 +136,8 @@ def test_what_does_not_belong_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             expanded_matmul(words, weights, tokens, columns, dataclasses.replace(recovery, **change), jnp.int32)
-    with pytest.raises(ValueError, match="sums over 70000 elements exceed int32: at most 65793"):
-        longer, rows = dataclasses.replace(recovery, k=70000), dataclasses.replace(weights, k=70000)
+    with pytest.raises(ValueError, match="sums over 70000 elements exceed int32: at most 33025"):
+        longer, rows = dataclasses.replace(recovery, w_format=A8, k=70000), dataclasses.replace(weights, k=70000)
         expanded_matmul(words, rows, tokens, columns, longer, jnp.int32)
     with pytest.raises(ValueError, match="multiples of 4 words, got 30"):
         expanded_matmul(words[..., :30], weights, tokens, columns, recovery, jnp.int32)
@@ -205,17 +198,16 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
 @pytest.mark.parametrize(
     ("bits", "group_size", "options"),
     [
-        *[(bits, size, {}) for bits, size in ((1, 128), (3, 128), (4, 32), (6, 64), (8, None))],
+        (1, 128, dict(tiling=Tiling(64, 128, "split_n", slots=6))),
+        (3, 128, dict(residual=True)),
+        (4, 32, dict(gated=True, lag=2)),
         (5, 16, dict(tiling=Tiling(128, 128, "alternate", slots=4))),
-        (4, 128, dict(residual=True)),
-        (4, 128, dict(gated=True, lag=2)),
-        (4, 128, dict(tiling=Tiling(64, 128, "split_n", slots=6))),
+        (6, 64, dict(tiling=Tiling(128, 128, "split_n", slots=4))),
+        (8, None, dict(tiling=Tiling(128, 128, "split_n", slots=4, cluster_m=2, cluster_n=2))),
     ],
-    ids=str,
+    ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6", "W8, clusters"],
 )
 def test_it_compiles_without_spills(bits, group_size, options):
-    if bits > 5:
-        options = {"tiling": dataclasses.replace(DEFAULT_TILING, slots=4)} | options
     report = compiled(bits, group_size, **options)
     assert len(report.registers) == 1
     assert report.registers[0] <= 168  # of a block of three warpgroups; consumers then take 232

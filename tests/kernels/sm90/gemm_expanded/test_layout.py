@@ -11,6 +11,7 @@ from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.gemm_expanded import layout
 from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, random_groups
+from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
 
 FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
@@ -140,6 +141,18 @@ def test_bytes_of_a_weight():
         groups = random_groups(fmt, n, k, group_size)
         weights = prepared(groups.codes, fmt, groups)
         assert 8 * (weights.words.nbytes + weights.terms.nbytes) == bits * n * k
+
+
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+def test_preparing_takes_no_more_memory_than_the_weights():
+    fmt, n, k = BipolarFormat(4), 4096, 4096
+    terms = [jax.ShapeDtypeStruct((n, k // 128), dtype) for dtype in (jnp.uint8, jnp.int8)]
+
+    def run(planes, scale, offset):
+        return layout.prepare(planes, fmt, k, group_size=128, group_scale=scale, group_offset=offset)
+
+    program, _ = sm90_compile.compile_for_h200(run, jax.ShapeDtypeStruct((4, n, k // 32), jnp.uint32), *terms)
+    assert program.memory_analysis().temp_size_in_bytes <= n * k * 4 // 8
 
 
 @pytest.mark.parametrize(
