@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -170,10 +171,11 @@ def _peak() -> int:
 
 
 def _forget() -> None:
-    """Drops JAX's caches, which keep a trace of every config that was read."""
+    """Drops JAX's caches, which keep a trace of every config that was read, and cycles of errors and their frames."""
     import jax
 
     jax.clear_caches()
+    gc.collect()
 
 
 @contextlib.contextmanager
