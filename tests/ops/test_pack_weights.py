@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.quantize.integer_scale_search import encode_integer_groups
 from tests.support import sm90_compile
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
@@ -44,6 +46,18 @@ def test_layers_pack_the_same_on_every_backend(options, shape, steps):
     assert jax.tree.structure(packed) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_integer_groups_pack_the_same_on_every_backend():
+    w = jax.random.normal(jax.random.key(0), (72, 10))
+    layer = bj.DotGeneral(4, 8, 32, scales="integer", implementation="xla")
+    expected = layer.pack(w)
+    with interpreted(plgpu.InterpretGPUParams()):
+        packed = dataclasses.replace(layer, implementation="sm90").pack(w)
+    jax.tree.map(np.testing.assert_array_equal, packed, expected)
+    codes = encode_integer_groups(w.T, expected.format, expected.scale, expected.groups, 32)
+    np.testing.assert_array_equal(expected.codes(), codes)
+    np.testing.assert_array_equal(expected.row_sums, expected.signed_rows().sum(-1, dtype=jnp.int32, keepdims=True))
 
 
 @needs_compiler
