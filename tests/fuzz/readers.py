@@ -63,9 +63,12 @@ def make_readers(folder: Path) -> dict[str, Reader]:
 def _packed(folder: Path) -> Reader:
     path = folder / "packed.safetensors"
     loaded = load_huggingface(tiny.write_huggingface(tiny.make(), folder / "float"))
-    model = bj.quantize_model(
-        loaded.model, [("attention", bj.Precision(3, 8, 16, "minmax")), (".*", bj.Precision(4, 8))]
-    )
+    rules = [
+        ("attention", bj.Precision(3, 8, 16, "minmax")),
+        ("ffn/up", bj.Precision(4, 8, 32, scales="integer")),
+        (".*", bj.Precision(4, 8)),
+    ]
+    model = bj.quantize_model(loaded.model, rules)
     save_model(path, dataclasses.replace(loaded, model=model))
     raw = path.read_bytes()
     return Reader(path, raw, lambda rng: mutations.damaged_packed(raw, rng), lambda: load_model(path))
