@@ -135,6 +135,8 @@ def read_packed(
 
     groups = None
     if has("groups.scale"):
+        if has("offset"):
+            raise SafetensorsError(f"packed array {name!r:.100} has integer groups and float offsets")
         groups = IntegerGroups(field("groups.scale", "uint8"), field("groups.offset", "int8"))
         with _damage():
             check_scales("integer", number_format, group_size)
@@ -146,8 +148,9 @@ def read_packed(
         offset = scale * offset.astype(np.float32)
     with _damage():
         check_finite(name, scale, offset)
-    sums = field("row_sums", "int32", groups=shared) if has("row_sums") else None
-    if dropped or sums is None:
+    counts = not has("row_sums") and _are_counted(group_size, groups is not None)
+    sums = None if counts else field("row_sums", "int32", groups=shared)
+    if dropped or counts:
         sums = host_plane_sums(planes, shorter, k, group_size)
     if dropped and groups is None:
         scale = scale * np.float32(2.0**dropped)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from bipolar_jax import TERNARY, from_codes, load, quantize, save
 from bipolar_jax.checkpoint import read_user
-from bipolar_jax.checkpoint.checksums import checksum
+from bipolar_jax.checkpoint.checksums import block_checksums, checksum
 from tests.support.imports import ROOT
 from tests.support.integer_products import normal
 
@@ -191,12 +191,45 @@ def test_scales_that_are_not_finite_are_refused(tmp_path, field, value):
         load(tmp_path / "x")
 
 
-def test_an_array_inside_another_is_refused(tmp_path):
-    arrays = {"a": np.ones(3, np.float32), "a/b": np.ones(3, np.float32)}
-    body = {"format_version": 1, "packed": {}, "user": {}}
-    text = json.dumps(body | {"checksums": {name: checksum(array) for name, array in arrays.items()}})
+def write(path, arrays: dict, **body) -> None:
+    """A file with right checksums of any arrays."""
+    checksums = {name: checksum(array) for name, array in arrays.items()}
+    checksums |= {name: block_checksums(array) for name, array in arrays.items() if name.endswith(".planes")}
+    text = json.dumps({"format_version": 2, "packed": {}, "user": {}, "checksums": checksums} | body)
     metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
-    safetensors.numpy.save_file(arrays, tmp_path / "x", metadata=metadata)
+    safetensors.numpy.save_file(arrays, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups.scale": np.full((4, 1), 255, np.uint8)}, r"values up to 3825: .*scale \* 15"),
+        ({"groups.scale": np.zeros((4, 1), np.uint8)}, "scales from 0"),
+        ({"groups.scale": np.ones((4, 2), np.uint8)}, r"groups\.scale has shape \(4, 2\), expected \(4, 1\)"),
+        ({"groups.offset": np.zeros((4, 1), np.int16)}, "int16, expected int8"),
+        ({"groups.offset": None}, r"w\.groups\.offset"),
+        ({"offset": np.zeros((4, 1), np.float32)}, "integer groups and float offsets"),
+        ({"row_sums": None}, r"w\.row_sums"),
+        ({"scale": np.ones((4, 1), np.int8)}, "int8, expected float32"),
+    ],
+)
+def test_fields_of_integer_groups_that_do_not_fit_are_refused(tmp_path, changes, message):
+    fields = {
+        "planes": np.zeros((4, 4, 1), np.uint32),
+        "scale": np.ones((4, 1), np.float32),
+        "row_sums": np.zeros((4, 1), np.int32),
+        "groups.scale": np.ones((4, 1), np.uint8),
+        "groups.offset": np.zeros((4, 1), np.int8),
+    }
+    arrays = {f"w.{name}": array for name, array in (fields | changes).items() if array is not None}
+    packed = {"w": {"bits": 4, "ternary": False, "contracted_size": 32, "axis": -1, "group_size": 32}}
+    write(tmp_path / "x", arrays, packed=packed)
+    with pytest.raises(ValueError, match=f"/x is truncated or corrupted .*{message}"):
+        load(tmp_path / "x")
+
+
+def test_an_array_inside_another_is_refused(tmp_path):
+    write(tmp_path / "x", {"a": np.ones(3, np.float32), "a/b": np.ones(3, np.float32)})
     with pytest.raises(ValueError, match="'a/b' lies inside another one"):
         load(tmp_path / "x")
 
