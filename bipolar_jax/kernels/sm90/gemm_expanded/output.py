@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
-from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
@@ -115,14 +115,16 @@ class TransposedWriter:
             transposed = self.staging.at[slot].transpose((1, 0))
             if self.residual is not None:
                 plgpu.barrier_wait(self._arrived(slot))
-                residual = plgpu.load(transposed, layout=plgpu.Layout.WGMMA, optimized=False)
+                residual = plgpu.layout_cast(
+                    plgpu.load(transposed, layout=self._staging_layout, optimized=False), plgpu.Layout.WGMMA
+                )
                 chunk = (chunk.astype(jnp.float32) + residual.astype(jnp.float32)).astype(chunk.dtype)
             elif number == 0:
                 # The store that read this slot before may be one of the tile before, which may have ended in any slot.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             elif number >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            transposed[...] = chunk
+            transposed[...] = plgpu.layout_cast(chunk, self._staging_layout)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(self.staging.at[slot], self._in_memory(self.out, origin, number))
             # Refills the slot of the chunk before this one, whose store has read it by now; with a single slot, this
@@ -132,6 +134,11 @@ class TransposedWriter:
             if self.residual is not None and number >= lag and following < len(chunks):
                 plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
                 self._load_residual(origin, following)
+
+    @property
+    def _staging_layout(self) -> plgpu.Layout:
+        """Pairs of 16-bit tokens are transposed by the store; numbers of 32 bits are stored one by one."""
+        return plgpu.Layout.WGMMA if self.out.dtype.itemsize == 2 else ACCUMULATOR
 
     def _chunks(self) -> list[tuple[int, int]]:
         """(column, token) of the tile's chunks, in order."""

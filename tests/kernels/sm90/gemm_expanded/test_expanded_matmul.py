@@ -166,8 +166,10 @@ def test_tilings_that_do_not_fit_are_refused(tiling, message):
         ExpandedProblem(2048, 4096, recovery, tiling, w_bits=4, chunks=1).check(itemsize=2)
 
 
-def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, unrolled=2, lag=0, k=4096):
-    m, n, w_format = 2048, 4096, BipolarFormat(bits)
+def compiled(
+    bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, unrolled=2, lag=0, dtype=jnp.bfloat16
+):
+    (m, n, k), w_format = (2048, 4096, 4096), BipolarFormat(bits)
     vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
     tiles, stages = n // 128, k // 128
     terms = None
@@ -181,7 +183,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
 
     def multiply(x, weights, tokens, columns, residual):
         options = dict(tiling=tiling, residual=residual, activation=activation, stages_per_iteration=unrolled, lag=lag)
-        return expanded_matmul(x, weights, tokens, columns, recovery, jnp.bfloat16, **options)
+        return expanded_matmul(x, weights, tokens, columns, recovery, dtype, **options)
 
     return sm90_compile.compile_for_h200(
         multiply,
@@ -189,7 +191,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         weights,
         TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
         ColumnTerms(code_sums=vector(n, jnp.int32), scale=vector(n, jnp.float32), bias=vector(n, jnp.float32)),
-        jax.ShapeDtypeStruct((m, n), jnp.bfloat16) if residual else None,
+        jax.ShapeDtypeStruct((m, n), dtype) if residual else None,
         ptx=True,
     )[1]
 
@@ -202,10 +204,10 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         (3, 128, dict(residual=True)),
         (4, 32, dict(gated=True, lag=2)),
         (5, 16, dict(tiling=Tiling(128, 128, "alternate", slots=4))),
-        (6, 64, dict(tiling=Tiling(128, 128, "split_n", slots=4))),
+        (6, 64, dict(tiling=Tiling(128, 128, "split_n", slots=4), residual=True, dtype=jnp.float32)),
         (8, None, dict(tiling=Tiling(128, 128, "split_n", slots=4, cluster_m=2, cluster_n=2))),
     ],
-    ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6", "W8, clusters"],
+    ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6, float32", "W8, clusters"],
 )
 def test_it_compiles_without_spills(bits, group_size, options):
     report = compiled(bits, group_size, **options)
@@ -215,4 +217,4 @@ def test_it_compiles_without_spills(bits, group_size, options):
     assert not report.serialized_wgmma
     assert "k32.s32.u8.s8" in report.text
     # 16-bit numbers are transposed on their way to shared memory.
-    assert "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in report.text
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in report.text) == ("dtype" not in options)
