@@ -88,7 +88,8 @@ class Transformer(CountedModule):
     """Token ids to next-token logits.
 
     `model(ids)` is the full forward pass. Generation has two steps that share a `KVCache`: `prefill` reads whole
-    prompts, `decode` one token of each sequence.
+    prompts, `decode` one token of each sequence. Both ways, and any batch, give the same logits up to the rounding of
+    float sums; quantized activations may also round to other steps.
     """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):

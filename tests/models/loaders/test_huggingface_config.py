@@ -183,6 +183,12 @@ def test_unsupported_configs_are_rejected(tmp_path, fields, message):
         ({"rope_scaling": {}}, {}),
         ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"type": "default"}}, {}),
         ({"rope_parameters": {"rope_theta": 5000.0}}, {"rope_theta": 5000.0}),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            {"rope_scaling": RopeScaling("yarn", 4.0, 64)},
+        ),
+        ({"max_position_embeddings": None}, {"context_length": 2048}),
+        ({"model_type": "qwen2", "max_position_embeddings": None}, {"context_length": 32768, "qkv_bias": True}),
         ({"rope_scaling": YARN | {"finetuned": True}}, {"rope_scaling": RopeScaling("yarn", 4.0, 32)}),
         ({"num_attention_heads": 32, "num_key_value_heads": None}, {"num_heads": 32, "num_kv_heads": 32}),
     ],

@@ -8,7 +8,8 @@ from bipolar_jax.models.loaders.huggingface.architecture import Architecture
 from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 from bipolar_jax.models.loaders.huggingface.rope import rope_config
 
-# Defaults of transformers for absent fields, where they differ from Llama's.
+# Defaults of transformers for absent fields.
+_DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32}
 _DEFAULT_WINDOW = 4096  # Mistral and Qwen2
 _DEFAULT_MAX_WINDOW_LAYERS = 28  # Qwen2: as many layers at the bottom attend to all positions
@@ -17,7 +18,7 @@ _DEFAULT_MAX_WINDOW_LAYERS = 28  # Qwen2: as many layers at the bottom attend to
 def _translate(fields: Fields) -> dict[str, Any]:
     model_type = fields.get("model_type")
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    context = fields.size("max_position_embeddings")
+    context = fields.size("max_position_embeddings", _DEFAULT_CONTEXT.get(model_type))
     _refuse_unsupported(fields)
     _refuse_window(fields, model_type, context)
     # null is one key head for each query head; an absent field is not.

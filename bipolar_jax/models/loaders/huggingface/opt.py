@@ -39,7 +39,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
         num_kv_heads=heads,
         head_dim=max(hidden // heads, 1),
         ffn_size=fields.size("ffn_dim"),
-        context_length=fields.size("max_position_embeddings"),
+        context_length=fields.size("max_position_embeddings", 2048),
         norm="layer",
         positions="learned",
         ffn="relu",

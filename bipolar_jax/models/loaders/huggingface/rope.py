@@ -67,9 +67,11 @@ def _rope_fields(fields: Fields) -> Fields:
         )
     if unknown := sorted(set(values) - _KNOWN):
         raise ValueError(f"{fields.source} has {name} with unknown fields {unknown!s:.100}: correct or delete them")
-    top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    shared = {name: fields.get(name) for name in top if fields.get(name) is not None}
-    return Fields(shared | values, fields.source)
+    top = {name: fields.get(name) for name in ("rope_theta", "partial_rotary_factor") if fields.get(name) is not None}
+    original = fields.get("original_max_position_embeddings")
+    if original is not None:  # of this field transformers prefers the one at the top
+        values = values | {"original_max_position_embeddings": original}
+    return Fields(top | values, fields.source)
 
 
 def _non_null(fields: Fields) -> dict[str, Any]:
