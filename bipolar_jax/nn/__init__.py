@@ -9,7 +9,6 @@ from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.joined import joined
 from bipolar_jax.nn.layers.linear import Linear, fuses, without_training
 from bipolar_jax.nn.layers.packed import Packed
-from bipolar_jax.nn.layers.serialization import restore_packed
 from bipolar_jax.nn.training.bit_schedule import BitSchedule
 from bipolar_jax.nn.training.distillation import distillation_loss
 from bipolar_jax.nn.training.dot_general import DotGeneral
@@ -37,7 +36,6 @@ __all__ = [
     "layer_summaries",
     "quantization_aware",
     "quantize_model",
-    "restore_packed",
     "summary",
     "without_training",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, static_field
+from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
 from bipolar_jax.packing.plane_sums import high_planes
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
@@ -18,7 +18,7 @@ from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 
 
-@jax.tree_util.register_dataclass
+@register_numbers
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class BipolarArray(BipolarNumbers):
     """An array of bipolar numbers, packed along the axis that a matmul contracts.

@@ -22,6 +22,42 @@ def static_field() -> Any:
     return dataclasses.field(metadata={"static": True})
 
 
+class _FieldKey(jax.tree_util.SequenceKey):
+    """The key of a leaf: the name of a field in paths, an index to Orbax.
+
+    Orbax restores leaves with names as a dict, and with indices as a list if there is no target. Flax's
+    `replace_by_pure_dict` takes a list as the value of a variable, but looks for variables inside a dict.
+    """
+
+    def __init__(self, index: int, name: str):
+        super().__init__(index)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f".{self.name}"
+
+
+def register_numbers[Class: type](cls: Class) -> Class:
+    """Registers a dataclass of bipolar numbers as a pytree, as `jax.tree_util.register_dataclass` but for the keys."""
+    fields = dataclasses.fields(cls)
+    static = tuple(field.name for field in fields if field.metadata.get("static"))
+    leaves = tuple(field.name for field in fields if field.name not in static)
+    keys = tuple(map(_FieldKey, range(len(leaves)), leaves))
+
+    def flatten(array):
+        return tuple(getattr(array, name) for name in leaves), tuple(getattr(array, name) for name in static)
+
+    def flatten_with_keys(array):
+        children, values = flatten(array)
+        return tuple(zip(keys, children, strict=True)), values
+
+    def unflatten(values, children):
+        return cls(**dict(zip(leaves, children, strict=True)), **dict(zip(static, values, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
 class BipolarNumbers(abc.ABC):
     """Codes on the grid of `format`, with scales and offsets; see `BipolarArray`, which documents the attributes."""
 

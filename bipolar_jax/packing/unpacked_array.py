@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, static_field
+from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
 from bipolar_jax.quantize.groups import join_groups, num_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 
 
-@jax.tree_util.register_dataclass
+@register_numbers
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class UnpackedArray(BipolarNumbers):
     """A `BipolarArray` with one byte for each code, made by its `unpack`; files and GPU kernels do not take it.

@@ -12,11 +12,10 @@ import pytest
 from flax import nnx
 
 import bipolar_jax as bj
-from bipolar_jax import nn as bnn
 from tests.support.integer_products import normal
 
 ARRAYS = {
-    "W4": bj.quantize(normal(8, 3), 4, -2),
+    "W4": bj.quantize(normal(8, 3), 4, -2, calibration="absmax"),
     "W1.58g4": bj.quantize(normal(8, 3), bj.TERNARY, -2, 4),
     "W3 minmax": bj.quantize(normal(3, 8), 3, -1, calibration="minmax"),
 }
@@ -87,16 +86,16 @@ def test_orbax_restores_pure_dicts(with_target, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "pure", *([pure] if with_target else []))
     graph, state = nnx.split(nnx.eval_shape(model))
-    nnx.replace_by_pure_dict(state, restored if with_target else bnn.restore_packed(state, restored))
+    nnx.replace_by_pure_dict(state, restored)
     assert_identical(nnx.to_pure_dict(state), pure)
     x = jnp.asarray(normal(2, 8))
     np.testing.assert_array_equal(nnx.merge(graph, state)[0](x), original[0](x))
 
 
-def test_a_pure_dict_of_another_model_is_refused():
-    other = bj.quantize_model(nnx.List([nnx.Linear(8, 4, rngs=nnx.Rngs(0))]), [(".*", "W4A8")])
-    as_orbax = {"0": {"kernel": dict(vars(other[0].kernel.get_value()))}}
-    for field in ("format", "contracted_size", "axis", "group_size"):
-        del as_orbax["0"]["kernel"][field]
-    with pytest.raises(ValueError, match=r"0/kernel has the leaves .*uint32\[4, 4, 1\].*uint32\[4, 8, 1\]"):
-        bnn.restore_packed(nnx.state(model()), as_orbax)
+def test_a_list_of_other_leaves_is_refused():
+    kernel = model()[0].kernel
+    planes, *others = jax.tree.leaves(kernel.get_value())
+    with pytest.raises(ValueError, match=r"the leaves .*uint32\[4, 4, 1\].*uint32\[4, 8, 1\]"):
+        kernel.replace([planes[:, :4], *others, None])
+    with pytest.raises(ValueError, match="the leaves planes, scale, offset, row_sums, groups, got a list of 1"):
+        kernel.replace([planes])

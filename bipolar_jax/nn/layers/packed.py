@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bipolar_jax.nn.layers.serialization import from_list
 from bipolar_jax.packing import BipolarNumbers
 
 
@@ -19,6 +20,13 @@ class Packed(nnx.Variable):
     It is not an `nnx.Param`, because packed bits have no gradient: `nnx.grad` and optimizers,
     which by default select `nnx.Param`, leave it out.
     """
+
+    def replace(self, *arguments: Any, **metadata: Any) -> Packed:
+        """As Flax's; a list in place of the array has its leaves, as Orbax restores it without a target."""
+        array = self.get_value()
+        if arguments and isinstance(arguments[0], list) and isinstance(array, BipolarNumbers):
+            arguments = (from_list(array, arguments[0]), *arguments[1:])
+        return super().replace(*arguments, **metadata)
 
     def __nnx_repr__(self) -> Iterator[Any]:
         """As Flax prints variables, with the number of parameters in place of that of packed words."""

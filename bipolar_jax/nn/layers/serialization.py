@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.serialization
 import jax
 import jax.export
-from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
@@ -22,37 +21,26 @@ _STATIC = tuple(field.name for field in dataclasses.fields(BipolarArray) if fiel
 _LEAVES = tuple(field.name for field in dataclasses.fields(BipolarArray) if field.name not in _STATIC)
 
 
-def restore_packed(state: nnx.State, pure_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The pure dict of a state, as it was before Orbax wrote it: packed arrays in place of dicts of their leaves.
-
-    Orbax restores without a target the leaves of every pytree as dicts, and `nnx.replace_by_pure_dict` takes values:
-
-        restored = checkpointer.restore(path)
-        nnx.replace_by_pure_dict(state, bj.nn.restore_packed(state, restored))
-
-    A restore with `nnx.to_pure_dict(state)` as its target needs no more than Flax's recipe.
+def from_list(target: BipolarNumbers, values: Sequence[Any]) -> BipolarNumbers:
+    """The packed array whose leaves Orbax restored, without a target, as a list.
 
     Args:
-      state: the state of a model with packed layers, also an abstract one; it is not changed.
-      pure_dict: what Orbax restored; the keys may be strings for integers.
+      target: an array of the same structure, also an abstract one.
+      values: its leaves in order, None for those that it does not have; integer groups as a dict.
 
     Raises:
-      ValueError: a packed array with leaves missing or in excess, or of other shapes or dtypes than in the state.
+      ValueError: leaves missing or in excess, or of other shapes or dtypes than the target's.
     """
-    flat = flatten_dict(dict(pure_dict))
-    for keys, variable in nnx.to_flat_state(state):
-        packed = variable.get_value()
-        if isinstance(packed, BipolarArray):
-            prefix = tuple(map(str, keys))
-            names = {path: tuple(map(str, path)) for path in flat}
-            found = {path for path, name in names.items() if name[: len(prefix)] == prefix}
-            leaves = {names[path][len(prefix) :]: flat[path] for path in found}
-            flat = {path: value for path, value in flat.items() if path not in found}
-            flat[keys] = _with_leaves(packed, leaves, "/".join(prefix))
-    return unflatten_dict(flat)
+    names = [field.name for field in dataclasses.fields(target) if field.name not in _STATIC]
+    if len(values) != len(names):
+        raise ValueError(f"the packed array has the leaves {', '.join(names)}, got a list of {len(values)}")
+    flat = {}
+    for name, value in zip(names, values, strict=True):
+        flat |= {(name, key): leaf for key, leaf in value.items()} if isinstance(value, Mapping) else {(name,): value}
+    return _with_leaves(target, flat)
 
 
-def _with_leaves(target: BipolarArray, leaves: Mapping[tuple[str, ...], Any], name: str) -> BipolarArray:
+def _with_leaves[Kind: BipolarNumbers](target: Kind, leaves: Mapping[tuple[str, ...], Any]) -> Kind:
     """The target with other leaves of the same shapes and dtypes; absent offsets or groups may be None or missing."""
     leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None}
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(target)
@@ -62,7 +50,7 @@ def _with_leaves(target: BipolarArray, leaves: Mapping[tuple[str, ...], Any], na
         for each in (leaves, expected)
     )
     if found != wanted:
-        raise ValueError(f"{name or 'the packed array'} has the leaves {found}, but its target {wanted}")
+        raise ValueError(f"the packed array has the leaves {found}, but its target {wanted}")
     return structure.unflatten([leaves[path] for path in expected])
 
 
@@ -89,7 +77,7 @@ def _from_state_dict(target: BipolarArray, state: Mapping[str, Any]) -> BipolarA
     found = {key: state.get(key) for key in static}
     if found != static:
         raise ValueError(f"the packed array has {found}, but its target {static}")
-    return _with_leaves(target, flatten_dict({key: value for key, value in state.items() if key not in static}), "")
+    return _with_leaves(target, flatten_dict({key: value for key, value in state.items() if key not in static}))
 
 
 def _serialize_static(values: tuple) -> bytes:
