@@ -18,6 +18,8 @@ from tests.sampling import leave_out_unsampled
 from tests.support.annotations import check_arrays_of_package, checking
 from tests.support.memory import forget_programs_beyond_the_limit
 
+pytest_plugins = ["pytester"]
+
 check_arrays_of_package()
 
 # The first example of a shape compiles, which no deadline allows for.
