@@ -73,22 +73,30 @@ def test_integer_products_are_exact(bits, group_size, changes, lag):
 
 @pytest.mark.parametrize("epilogue", ["residual", "gated"])
 def test_scaled_products(epilogue):
-    """Scales, zero codes, a bias, and a residual or a gated activation; bfloat16 through staging slots."""
-    w_format, (m, n, k), rng = BipolarFormat(4), (70, 152, 96), np.random.default_rng(0)
+    """Zero codes, scales, a bias; codes with offsets and a residual, or integer groups and a gated activation."""
+    (m, n, k), rng = (70, 152, 96), np.random.default_rng(0)
     gated = epilogue == "gated"
-    x, groups = random_codes(A8, m, k, 0), random_groups(w_format, 2 * n if gated else n, k, 32)
-    zero_code, scale = rng.integers(0, 256, m), rng.random(m, np.float32) / 2**18
-    column_scale, bias = (rng.random(len(groups.codes), np.float32) for _ in range(2))
-    expected = 2 * scale[:, None] * column_scale * ((x.astype(int) - zero_code[:, None]) @ groups.values.T) + bias
-    options = {}
+    columns = 2 * n if gated else n
+    x, zero_code = random_codes(A8, m, k, 0), rng.integers(0, 256, m)
+    scale, column_scale, bias, offset = (rng.random(size, np.float32) for size in (m, columns, columns, columns))
+    scale /= 2**18
     if gated:
-        options["activation"] = Activation("silu", gated=True)
+        w_format = BipolarFormat(4)
+        groups = random_groups(w_format, columns, k, 32)
+        w, numbers = array_of_groups(groups, w_format, column_scale), column_scale[:, None] * groups.values
+        options = {"activation": Activation("silu", gated=True)}
+    else:
+        w_format = BipolarFormat(7)
+        codes = random_codes(w_format, n, k, 1)
+        w = dataclasses.replace(array_of_codes(codes, w_format, column_scale), offset=offset[:, None])
+        numbers = column_scale[:, None] * (2.0 * codes - w_format.max_value) + offset[:, None]
+        options = {"residual": jnp.asarray(rng.normal(size=(m, n)), jnp.bfloat16)}
+    expected = 2 * scale[:, None] * ((x.astype(int) - zero_code[:, None]) @ numbers.T) + bias
+    if gated:
         gate, value = expected[:, :n], expected[:, n:]
         expected = gate / (1 + np.exp(-gate)) * value
     else:
-        options["residual"] = jnp.asarray(rng.normal(size=(m, n)), jnp.bfloat16)
         expected = expected + np.asarray(options["residual"], np.float64)
-    w = array_of_groups(groups, w_format, column_scale)
     code_sums = x.sum(1, dtype=np.int32)
     found = tokens_product(
         PackedTokens(code_words(jnp.asarray(x), A8, "int8"), scale, zero_code.astype(np.int32), code_sums),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, rando
 from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
 
-FORMATS = [*map(BipolarFormat, range(1, 9)), TERNARY]
+FORMATS = [*map(BipolarFormat, (1, 6, 7, 8)), TERNARY]  # every field; the test of the threads has all widths
 unpack_terms = jax.jit(layout.unpack_terms)
 N, K = 150, 200  # two tiles and two stages, both ragged
 
@@ -76,7 +78,7 @@ def test_every_code_is_where_its_thread_looks(bits, group_size):
     assert weights.natural_order == (group_size == 16)
 
 
-@pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("group_size", [16, 48, 64, 128, 192])
 def test_terms_are_those_of_every_row_and_chunk(group_size):
     """K ends within a group for every size."""
     fmt = BipolarFormat(2)
@@ -139,8 +141,8 @@ def test_bytes_of_a_weight():
     fmt, n, k = BipolarFormat(4), 128, 1024
     for group_size, bits in ((128, 4.125), (64, 4.25), (32, 4.5)):
         groups = random_groups(fmt, n, k, group_size)
-        weights = prepared(groups.codes, fmt, groups)
-        assert 8 * (weights.words.nbytes + weights.terms.nbytes) == bits * n * k
+        weights = jax.eval_shape(functools.partial(prepared, groups.codes, fmt, groups))
+        assert 32 * (weights.words.size + weights.terms.size) == bits * n * k
 
 
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
