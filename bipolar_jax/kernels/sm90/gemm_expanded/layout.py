@@ -61,7 +61,7 @@ def fields_of(bits: int) -> list[tuple[int, int]]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreparedWeights:
-    """Codes of weights [n, k] in the layout of this module.
+    """Codes of weights [n, k] in the layout of this module; leaves may have leading batch axes.
 
     Always: codes of rows and elements beyond n and k are 0; s and o + 128 of rows beyond n are 0.
 
@@ -72,20 +72,20 @@ class PreparedWeights:
       natural_order: whether the tokens' bytes must be in their natural order.
     """
 
-    words: UInt32[Array, "tiles stages bits vector_words"]
-    terms: UInt32[Array, "tiles stages chunks chunk_words"] | None
+    words: UInt32[Array, "*batch tiles stages bits vector_words"]
+    terms: UInt32[Array, "*batch tiles stages chunks chunk_words"] | None
     n: int = dataclasses.field(metadata={"static": True})
     k: int = dataclasses.field(metadata={"static": True})
     natural_order: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def bits(self) -> int:
-        return self.words.shape[2]
+        return self.words.shape[-2]
 
     @property
     def chunks(self) -> int:
         """Chunks of a stage that have terms of their own; 0 without groups."""
-        return 0 if self.terms is None else self.terms.shape[2]
+        return 0 if self.terms is None else self.terms.shape[-2]
 
 
 @functools.partial(jax.jit, static_argnames=("number_format", "k", "group_size", "gated"))

@@ -115,6 +115,18 @@ def test_scaled_products(epilogue):
     assert not races_found()
 
 
+def test_a_stack_of_layers_is_prepared_layer_by_layer():
+    fmt = BipolarFormat(4)
+    layers = [array_of_groups(random_groups(fmt, 130, 200, 64, seed), fmt, np.ones(130, np.float32)) for seed in (0, 1)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    prepared = jax.vmap(prepare_array)(stack)
+    assert (prepared.bits, prepared.chunks) == (4, 2)
+    for index, layer in enumerate(layers):
+        one = prepare_array(layer)
+        np.testing.assert_array_equal(prepared.words[index], one.words)
+        np.testing.assert_array_equal(prepared.terms[index], one.terms)
+
+
 def test_groups_that_it_does_not_serve_are_refused():
     fmt = BipolarFormat(4)
     w = array_of_groups(random_groups(fmt, 8, 48, 24), fmt, np.ones(8, np.float32))
