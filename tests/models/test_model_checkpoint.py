@@ -211,7 +211,8 @@ def test_what_the_file_says_of_itself(mixed_file):
         "ternary": True,
         "a_bits": 8,
         "group_size": None,
-        "calibration": "absmax",
+        "calibration": "mse",
+        "scales": "float",
     }
     assert "layers/ffn/down_proj" not in user["precisions"]
 
