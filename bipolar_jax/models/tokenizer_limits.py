@@ -23,7 +23,7 @@ _MOST_GROWTH = 1000
 # An expression whose time grows with the cube of the length takes a second for 512 characters, with the square some
 # milliseconds. Lengths double, so that the first one that takes too long ends soon.
 _LENGTHS = (64, 128, 256, 512)
-_MOST_SECONDS = 0.2
+_MOST_SECONDS, _MOST_SECONDS_IN_ALL = 0.2, 1.0
 # Runs of these, and of what an expression names, make it backtrack.
 _UNITS = ("a", "A", "\u00e9", "\u6771", "1", " ", "\t", "\n", "!", "\u0301", "\U0001f600")
 _MOST_UNITS = 48
@@ -77,6 +77,7 @@ def _problem_of(expression: str) -> str | None:
     library = require("tokenizers", "models")
     split = library.pre_tokenizers.Split(library.Regex(expression), "isolated")
     units, literals = _units(expression)
+    spent = 0.0
     for length in _LENGTHS:
         for unit in units:
             # The expression's own characters at the end, without which the library need not search at all.
@@ -89,8 +90,9 @@ def _problem_of(expression: str) -> str | None:
             except BaseException as error:  # panics of the library are no Exceptions
                 return f"cannot split {unit!r} repeated {length // len(unit)} times ({error!s:.100})"
             seconds = time.thread_time() - started
-            if seconds > _MOST_SECONDS:
-                return f"takes {seconds:.1f} s to split {unit!r} repeated {length // len(unit)} times"
+            spent += seconds
+            if seconds > _MOST_SECONDS or spent > _MOST_SECONDS_IN_ALL:
+                return f"takes {seconds:.2g} s to split {unit!r} repeated {length // len(unit)} times"
     return None
 
 

@@ -68,7 +68,7 @@ def _check_entry(entry: Any, place: str, source: str | os.PathLike[str]) -> None
     check("tiling", lambda tiling: isinstance(tiling, dict) and set(tiling) <= set(fields), f"an object with {names}")
     for name, values in fields.items():
         value = entry["tiling"].get(name, 1 if name == "parts" else None)
-        if type(value) not in (int, str) or value not in values:
+        if type(value) is not type(values[0]) or value not in values:  # a text in a range is compared with all of it
             allowed = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
             raise _damaged(source, f"{place}.tiling.{name} is {_shown(value)}, expected {allowed}")
 

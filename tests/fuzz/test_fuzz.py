@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz import mutations, run
 from tests.support.imports import ROOT
 
-INPUTS = 250  # for each reader
+INPUTS = 150  # for each reader
 
 
 def test_damaged_files():

@@ -62,6 +62,7 @@ def test_the_fields_are_those_of_the_kernels():
         (["entries", 0, "tiling", "tile"], 64, r"entries\[0\].tiling"),
         (["entries", 0, "tiling", "tile_m"], 65, r"entries\[0\].tiling.tile_m"),
         (["entries", 0, "tiling", "tile_n"], "64", r"entries\[0\].tiling.tile_n"),
+        (["entries", 0, "tiling", "band"], "8", r"entries\[0\].tiling.band"),
         (["entries", 0, "tiling", "schedule"], [], r"entries\[0\].tiling.schedule"),
         (["entries", 1, "tiling", "warpgroups"], 5, r"entries\[1\].tiling.warpgroups"),
         (["entries", 1, "tiling", "x_slots"], None, r"entries\[1\].tiling.x_slots"),
