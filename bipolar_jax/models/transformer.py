@@ -163,7 +163,7 @@ class Transformer(CountedModule):
         Raises:
           ValueError: other cache_bits, or prompts longer than `capacity`.
         """
-        config = self.config
+        config, lengths = self.config, lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids)
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
         hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))

@@ -102,7 +102,7 @@ def _and_popcount(
     a: UInt32[Array, "m words"], b: UInt32[Array, "n words"], masks: UInt32[np.ndarray, "groups words"]
 ) -> Int[Array, "m n groups"]:
     both = a[:, None, None, :] & b[None, :, None, :] & masks[None, None]
-    return jnp.sum(jax.lax.population_count(both).astype(jnp.int32), axis=-1)
+    return jnp.sum(jax.lax.population_count(both).astype(jnp.int32), axis=-1, dtype=jnp.int32)
 
 
 def _group_masks(k: int, group_size: int | None) -> UInt32[np.ndarray, "groups words"]:

@@ -140,7 +140,8 @@ class KVCache:
         at = (jnp.asarray(layer)[None, None], sequence[:, None], head[None], self.lengths[:, None])
 
         def put(rows, token):
-            return row_major(rows.at[at].set(token[:, :, 0], unique_indices=True, indices_are_sorted=True, mode="drop"))
+            token = token[:, :, 0].astype(rows.dtype)
+            return row_major(rows.at[at].set(token, unique_indices=True, indices_are_sorted=True, mode="drop"))
 
         kept = keep(keys, self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)

@@ -101,7 +101,7 @@ def load_query(source) -> Array:
 
 def _row_scores_twin(keys, query):
     halves = zip(keys, jnp.split(query, 2), strict=True)
-    return sum(jnp.sum(key.astype(jnp.float32) * half, axis=1) for key, half in halves)
+    return sum(jnp.sum(key.astype(jnp.float32) * half[None], axis=1) for key, half in halves)
 
 
 @with_twin(_row_scores_twin)
