@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import xla
+from bipolar_jax.kernels.device import default_device
+from bipolar_jax.kernels.sm90.core.execution import check_runnable
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import dispatch
 from bipolar_jax.ops.matmul import vary_alike
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, UnpackedArray
+from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.quantize.calibration import half_steps_per_unit
+from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
+from bipolar_jax.quantize.rounding import encode_rows
 
 
 def pack_weights(
@@ -26,7 +32,8 @@ def pack_weights(
     *,
     groups: IntegerGroups | None = None,
     implementation: str = "auto",
-) -> BipolarArray:
+    for_one_product: bool = False,
+) -> BipolarArray | UnpackedArray:
     """The bits that `quantize` gives with these scales and offsets, or integer groups. Not differentiable.
 
     Args:
@@ -37,6 +44,7 @@ def pack_weights(
       group_size: as for `quantize`.
       groups: integer scales and offsets of the groups, below one `scale` for each column.
       implementation: as for `matmul`; XLA packs what the named backend does not serve.
+      for_one_product: True leaves the weights unpacked on CPUs, where the product would take their bits out again.
 
     Raises:
       ValueError: an unknown implementation.
@@ -50,21 +58,34 @@ def pack_weights(
             pack_one = jax.vmap(pack_one)
         return pack_one(w, half_steps, offsets)
 
+    fields = {"format": number_format, "contracted_size": w.shape[-2], "axis": -2, "group_size": group_size}
     with jax.named_scope("bipolar_pack"):
-        try:
-            planes, row_sums = dispatch(implementation, pack)
-        except Unsupported:
-            planes, row_sums = pack(xla)
+        if unpacked := for_one_product and _multiplies_unpacked(implementation):
+            codes = encode_rows(jnp.swapaxes(w, -1, -2), number_format, half_steps, offsets, group_size)
+            row_sums = code_sums(codes, group_size)
+        else:
+            try:
+                planes, row_sums = dispatch(implementation, pack)
+            except Unsupported:
+                planes, row_sums = pack(xla)
     if groups is not None:
         row_sums = groups.value_sums(row_sums, w.shape[-2], group_size)
-    return BipolarArray(
-        planes=planes,
-        scale=scale,
-        offset=offset,
-        row_sums=row_sums,
-        format=number_format,
-        contracted_size=w.shape[-2],
-        axis=-2,
-        group_size=group_size,
-        groups=groups,
-    )
+    fields |= {"scale": scale, "offset": offset, "row_sums": row_sums, "groups": groups}
+    if not unpacked:
+        return BipolarArray(planes=planes, **fields)
+    if groups is None:
+        signed = split_groups(number_format.signed_codes(codes), group_size)
+    else:
+        signed = groups.values(codes, group_size).astype(jnp.int8)[..., None, :]
+    return UnpackedArray(signed_codes=jnp.moveaxis(signed, -2, -3), **fields)
+
+
+def _multiplies_unpacked(implementation: str) -> bool:
+    """Whether XLA multiplies on a CPU, and so would unpack packed weights."""
+    if implementation not in ("auto", "xla") or default_device().platform != "cpu":
+        return False
+    try:
+        check_runnable()
+    except Unsupported:
+        return True
+    return implementation == "xla"  # the kernels of "auto" are interpreted

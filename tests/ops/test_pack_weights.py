@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.ops.pack_weights import pack_weights
 from bipolar_jax.quantize.integer_scale_search import encode_integer_groups
 from tests.support import sm90_compile
 
@@ -73,6 +74,17 @@ def test_a_matrix_takes_few_kernels(options, monkeypatch):
     kernels = re.findall(r" (?:fusion|custom-call|reduce|copy|transpose)\(", text[text.index("ENTRY") :])
     # Extremes, scales, planes and parts of sums, row sums; with groups one more for their layout.
     assert len(kernels) <= 4 + ("group_size" in options)
+
+
+def test_weights_for_one_product_stay_unpacked_on_cpus():
+    w = jax.random.normal(jax.random.key(0), (2, 72, 10))
+    expected = bj.quantize(w, 4, -2, 32)
+    numbers = (expected.format, expected.scale, expected.offset, 32)
+    found = pack_weights(w, *numbers, for_one_product=True)
+    jax.tree.map(np.testing.assert_array_equal, found, expected.unpack())
+    with interpreted(plgpu.InterpretGPUParams()):
+        packed = jax.eval_shape(lambda w: pack_weights(w, *numbers, for_one_product=True), w)
+    assert isinstance(packed, bj.BipolarArray)
 
 
 def test_on_a_cpu_beside_the_gpu_xla_packs(monkeypatch):

@@ -170,7 +170,7 @@ class DotGeneral:
         y = trainable_matmul(
             self._tokens(contraction.fold_x(lhs), result.dtype),
             self.fake_quant(w, step_size),
-            self.pack(w, step_size),
+            self._pack(w, step_size, True),
             self.a_bits,
             gradient=gradient,
             key=key,
@@ -231,8 +231,8 @@ class DotGeneral:
         check_finite(w, "the weights")
         return self._pack(w, step_size)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _pack(self, w, step_size):
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def _pack(self, w, step_size, for_one_product=False):
         # The barrier keeps XLA from fusing this with preceding operations, which could change a rounding.
         w = jax.lax.optimization_barrier(jax.lax.stop_gradient(w))
         number_format = as_format(self.w_bits)
@@ -250,7 +250,14 @@ class DotGeneral:
             self._check_step_size(w, step_size)
             scale, offset = scale_of_step(jax.lax.stop_gradient(step_size)), None
         return pack_weights(
-            w, number_format, scale, offset, self.group_size, groups=groups, implementation=self.implementation
+            w,
+            number_format,
+            scale,
+            offset,
+            self.group_size,
+            groups=groups,
+            implementation=self.implementation,
+            for_one_product=for_one_product,
         )
 
     def fake_quant(
