@@ -1,4 +1,4 @@
-"""What holds for every test: two CPU devices, quick compilation, checked annotations, bounded memory; and fixtures."""
+"""What holds for every test: two CPU devices, quick compilation, strict dtypes and ranks, bounded memory; fixtures."""
 
 import os
 
@@ -12,6 +12,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
+import jax
 import pytest
 
 from tests.sampling import leave_out_unsampled
@@ -49,6 +50,13 @@ def checked_arrays(request):
     checking(request.node.get_closest_marker("wrong_arrays") is None)
     yield
     checking(False)
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests of mixed dtypes, which Flax and JAX promote: strict promotion refuses them."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def on_quantized_operands(dot: DotGeneral, numbers, preferred):
     (x_contracting, w_contracting), (_, w_batch) = numbers
 
     def product(lhs, rhs):
-        dtype = preferred or jnp.result_type(lhs, rhs)
+        dtype = preferred or np.promote_types(lhs.dtype, rhs.dtype)
         lhs = rounded_tokens(lhs, x_contracting, dot.a_bits)
         rhs = rounded_weights(rhs, w_contracting, w_batch, dot)
         return jax.lax.dot_general(lhs, rhs, numbers, precision="highest").astype(dtype)

@@ -133,7 +133,7 @@ def test_nnx_scan_over_stacked_layers():
 
     stack, y = make(nnx.Rngs(0).split(3)), X
     for i in range(3):
-        y = W2A4(y, stack.kernel[i], DENSE) + stack.bias[i]
+        y = W2A4(y, stack.kernel[i], DENSE) + stack.bias[i][None]
     # A number near the middle of two 4-bit values may be rounded to either: few outputs differ.
     assert np.mean(np.abs(nnx.jit(forward)(X, stack) - y) > 1e-3) < 0.1
 

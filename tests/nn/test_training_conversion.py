@@ -17,6 +17,9 @@ from bipolar_jax.ops import GradientPrecision
 from tests.support.optimizations import optimizations
 from tests.support.training import train
 
+# Flax's attention, norms and pooling promote dtypes, and so does optax's Adam.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 W2A4, W4A8 = bj.Precision(2, 4), bj.Precision(4, 8)
 X = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(2, 5, 3)).astype(np.float32)

@@ -47,7 +47,7 @@ def test_learned_steps_round_as_in_the_paper(fmt, group_size):
     )
     codes, scale = round_by_step_size(w, step, fmt, group_size)
     np.testing.assert_array_equal(scale, step / 2)
-    decoded = np.asarray(fmt.values(codes)) * per_element(scale, group_size)
+    decoded = np.asarray(fmt.values(codes)) * per_element(np.asarray(scale), group_size)
     np.testing.assert_allclose(decoded, rounded(w, np.asarray(step), fmt, group_size), rtol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -15,7 +16,8 @@ def train(model: nnx.Module, x: Float[Array, "*rows k"], y: Float[Array, "*rows 
     @nnx.jit
     def step(model, optimizer):
         value, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
-        optimizer.update(model, gradient)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
+            optimizer.update(model, gradient)
         return value
 
     return [float(step(model, optimizer)) for _ in range(steps)]

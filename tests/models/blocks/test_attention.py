@@ -261,7 +261,7 @@ def test_alibi_for_cudnn_is_made_once(monkeypatch):
     def as_cudnn(q, k, v, bias, is_causal, implementation):
         """What takes the whole bias, as cuDNN does, which cannot be asked without a GPU."""
         implementations.append(implementation)
-        return q + k + v + jnp.sum(jax.lax.optimization_barrier(bias), axis=(0, 2, 3))[:, None]
+        return q + k + v + jnp.sum(jax.lax.optimization_barrier(bias), axis=(0, 2, 3))[None, None, :, None]
 
     monkeypatch.setattr(attention, "default_device", device)
     monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)

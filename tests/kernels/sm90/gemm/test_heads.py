@@ -127,7 +127,7 @@ def project(case: Case, blocks: int):
         steps = a_format.values(codes[0]).astype(np.int64) - a_format.values(np.asarray(zero_codes))[:, None]
         values = w_format.values(codes[1]).astype(np.int64)
         product = steps @ values.T + np.outer(steps.sum(axis=1), np.asarray(offsets) / scales[1])
-    product = product * np.outer(*scales) + (0 if bias is None else bias)
+    product = product * np.outer(*scales) + (0 if bias is None else np.asarray(bias))
     heads = jnp.asarray(product, jnp.float32).reshape(case.batch, case.length, -1, case.size)
     expected = [array.astype(case.dtype) for array in rotated_heads((heads,), case.keys, tables)]
     cache = cache.write_prompts(LAYER, *expected[1:])
