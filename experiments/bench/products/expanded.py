@@ -40,20 +40,17 @@ from experiments.support.timing import compile_all, measure, one_line, raise_if_
 
 SHAPES = "2048x14336x4096,1024x28672x4096,1024x4096x14336,8192x8192x8192"
 PRECISIONS = "4,4g128,4g64,4g32,3g128,2g64,1g128,6g128"
-# Tiling, stages that the mainloop unrolls, and lag of the second consumer, by name.
+# Tiling, and lag of the second consumer, by name.
 TILINGS = {
-    f"{tiling.tile_m} {tiling.schedule} {tiling.slots} slots, {tiling.cluster_m}x{tiling.cluster_n} blocks, "
-    f"{stages} unrolled, lag {lag}": (tiling, stages, lag)
-    for tiling, stages, lag in (
-        *((Tiling(128, 128, "split_n", slots=slots), 2, lag) for slots in (4, 5, 6) for lag in (0, 1)),
-        *((Tiling(128, 128, "split_n", slots=slots), 1, lag) for slots in (5, 6) for lag in (0, 3)),
-        (Tiling(128, 128, "split_n", slots=6), 2, 2),
-        (Tiling(128, 128, "split_n", slots=5, cluster_m=2), 2, 1),
-        (Tiling(128, 128, "split_n", slots=5, cluster_n=2), 2, 1),
-        (Tiling(128, 128, "split_n", slots=5), 4, 0),
-        *((Tiling(128, 128, "alternate", slots=slots), 2, 0) for slots in (6, 7)),
-        (Tiling(64, 128, "split_n", slots=6), 2, 1),
-        (Tiling(64, 128, "alternate", slots=8), 2, 0),
+    f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.cluster_size} blocks, lag {lag}": (tiling, lag)
+    for tiling, lag in (
+        *((Tiling(128, 128, "split_n", slots=slots), lag) for slots in (4, 5, 6) for lag in (0, 2, slots - 2)),
+        (Tiling(128, 128, "split_n", slots=5, band=16, band_axis="m"), 1),
+        (Tiling(128, 128, "split_n", slots=5, cluster_m=2), 2),
+        (Tiling(128, 128, "split_n", slots=4, cluster_n=2), 1),
+        *((Tiling(128, 128, "alternate", slots=slots), 0) for slots in (6, 7)),
+        (Tiling(64, 128, "split_n", slots=6), 2),
+        (Tiling(64, 128, "alternate", slots=8), 0),
     )
 }
 A_FORMAT = BipolarFormat(8)
@@ -113,7 +110,7 @@ def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.nda
     x_words, tokens = operands.x_words(A_FORMAT, "int8"), operands.tokens(A_FORMAT)
     columns = ColumnTerms(code_sums=jnp.asarray(column_sums, jnp.int32), scale=jnp.full(shape.n, 2.0**-10))
 
-    def multiply(tiling: Tiling, stages: int, lag: int):
+    def multiply(tiling: Tiling, lag: int):
         def product(x_words, prepared, tokens, columns):
             return expanded_matmul(
                 x_words,
@@ -123,7 +120,6 @@ def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.nda
                 recovery,
                 jnp.bfloat16,
                 tiling=tiling,
-                stages_per_iteration=stages,
                 lag=lag,
                 interpret=interpret_params(),
             )

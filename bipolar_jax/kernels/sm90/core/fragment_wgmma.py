@@ -5,7 +5,7 @@
 later, the third and fourth those of both rows at k + 16 (PTX ISA, "Register Fragments for wgmma.mma_async").
 
 An instruction in flight reads its registers: whoever writes them next waits first. ptxas sees to that, and where it
-cannot tell, such as across the back edge of a loop, it serializes all products (warning C7510).
+cannot tell it serializes all products (warning C7510).
 """
 
 from __future__ import annotations

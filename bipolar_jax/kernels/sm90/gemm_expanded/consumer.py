@@ -5,10 +5,7 @@ As in `gemm.consumer`, but the rows of an accumulator are columns of the output,
 
 from __future__ import annotations
 
-import functools
-
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -41,19 +38,18 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
     first = consumer if tiling.tiles_in_progress > 1 else 0
     total_steps = problem.tiles_of_cluster() * problem.steps_per_tile
 
-    def release(step, slot):
+    def release(step, slot, *, only_if=True):
         """Lets the producer refill a stage, if a later step needs it: nobody may arrive at a block that has ended."""
-        plgpu.barrier_arrive(scratch.empty.at[slot], predicate=step + tiling.slots < total_steps)
+        plgpu.barrier_arrive(scratch.empty.at[slot], predicate=(step + tiling.slots < total_steps) & only_if)
 
     def operands(slot):
         terms = None if scratch.group_terms is None else scratch.group_terms.at[slot, weight_tile]
         return scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
 
-    def end_iteration(index, iteration):
+    def end_stage(step):
         """Lets the second consumer begin once the first is ahead by the lag."""
         if scratch.lagged is not None:
-            is_ahead = (index == 0) & (iteration == problem.iterations_of_lag - 1)
-            plgpu.barrier_arrive(scratch.lagged, predicate=is_ahead & (consumer == 0))
+            plgpu.barrier_arrive(scratch.lagged, predicate=(step == problem.stages_of_lag - 1) & (consumer == 0))
 
     writer.start()
     if scratch.lagged is not None:
@@ -75,7 +71,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
             wait=lambda slot: plgpu.barrier_wait(scratch.full.at[problem.full_barrier(index, slot)]),
             operands=operands,
             release=release,
-            end_iteration=functools.partial(end_iteration, index),
+            end_stage=end_stage,
         )
         with jax.named_scope("epilogue"):
             buffer = problem.terms_buffer(index)
@@ -98,11 +94,10 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_iteration):
+def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_stage):
     """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m].
 
-    Fragments in flight may not cross the back edge of a loop: ptxas would serialize all products. So an iteration
-    unrolls a few stages and waits for its products at the end, while those of the other consumer go on.
+    One commit group is in flight at any time, also across the loop's back edge, while the next is expanded.
 
     Args:
       problem: the static side.
@@ -110,33 +105,26 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
       wait: waits until a stage is loaded.
       operands: refs of a stage's tokens, words and terms.
       release: lets the producer refill a stage.
-      end_iteration: called with the index of every iteration that has ended.
+      end_stage: called with every step whose products have been issued.
     """
     expansion = Expansion(problem.w_bits, problem.chunks)
 
-    def iteration(stages, index, carry):
-        acc, step, slot = carry
-        for stage in range(stages):
-            wait(slot)
-            acc = multiply_half(acc, *operands(slot), expansion, half=0)
-            if stage > 0:  # its products have ended
-                release(step - 1, previous)
-            acc = multiply_half(acc, *operands(slot), expansion, half=1)
-            previous, slot, step = slot, problem.next_slot(slot), step + 1
-        acc = wgmma.settle(acc)
-        release(step - 1, previous)
-        end_iteration(index)
-        return acc, step, slot
+    def multiply(position, carry):
+        acc, step, slot, previous = carry
+        wait(slot)
+        acc = multiply_half(acc, *operands(slot), expansion, half=0)
+        # The products of the stage before have ended.
+        release(step - 1, previous, only_if=position > 0)
+        acc = multiply_half(acc, *operands(slot), expansion, half=1)
+        end_stage(step)
+        return acc, step + 1, problem.next_slot(slot), slot
 
-    rest = problem.steps_over_k % problem.stages_per_iteration
-    carry = zeros(problem.tiling.tile_m), step, slot
     with jax.named_scope("mainloop"):
-        if problem.iterations:
-            body = functools.partial(iteration, problem.stages_per_iteration)
-            carry = lax.fori_loop(0, problem.iterations, body, carry)
-        if rest:
-            carry = iteration(rest, jnp.int32(problem.iterations), carry)
-    return carry[0]
+        carry = zeros(problem.tiling.tile_m), step, slot, slot
+        acc, step, slot, last = lax.fori_loop(0, problem.steps_over_k, multiply, carry)
+        acc = wgmma.settle(acc)
+        release(step - 1, last)
+    return acc
 
 
 def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tokens, columns) -> Finish:

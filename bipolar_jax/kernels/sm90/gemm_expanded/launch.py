@@ -51,7 +51,6 @@ def expanded_matmul(
     residual: Float[Array, "m n"] | None = None,
     activation: Activation | None = None,
     blocks: int = MULTIPROCESSORS,
-    stages_per_iteration: int = 2,
     lag: int = 0,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
@@ -70,7 +69,7 @@ def expanded_matmul(
       residual: added to the output, in `dtype`, after the cast.
       activation: applied to the product in float32, before the cast; a gated one makes one column of two.
       blocks: persistent thread blocks, at most one a multiprocessor.
-      stages_per_iteration, lag: see `problem`.
+      lag: stages between the consumers of a tile, see `problem`.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
@@ -99,7 +98,6 @@ def expanded_matmul(
         activation=activation,
         w_bits=weights.bits,
         chunks=weights.chunks,
-        stages_per_iteration=stages_per_iteration,
         lag=lag,
     )
     output = TransposedOutput.of(jnp.dtype(dtype), residual)

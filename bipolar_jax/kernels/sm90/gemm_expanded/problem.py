@@ -27,27 +27,20 @@ class ExpandedProblem(Problem):
     Attributes:
       w_bits: of the codes of weights.
       chunks: chunks of a stage with terms of their own, see `layout`; 0 without groups.
-      stages_per_iteration: stages that the mainloop unrolls. No product is in flight at the end of an iteration.
-      lag: iterations by which the second consumer of a block's tile stays behind the first, so that the products of one
-        run under the epilogue of the other.
+      lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
+        under the epilogue of the other.
     """
 
     w_bits: int = 4
     chunks: int = 0
-    stages_per_iteration: int = 2
     lag: int = 0
 
     token_axis: ClassVar[Literal[0, 1]] = 1
 
     @property
-    def iterations(self) -> int:
-        """Whole iterations of the mainloop of a tile."""
-        return self.steps_over_k // self.stages_per_iteration
-
-    @property
-    def iterations_of_lag(self) -> int:
+    def stages_of_lag(self) -> int:
         """`lag`, or as much of it as there can be."""
-        return min(self.lag, self.iterations) if self.tiling.consumers_per_tile == CONSUMERS else 0
+        return min(self.lag, self.steps_over_k) if self.tiling.consumers_per_tile == CONSUMERS else 0
 
     @property
     def weight_tiles(self) -> int:
@@ -83,11 +76,9 @@ class ExpandedProblem(Problem):
             raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
         if max(tiling.block_m, tiling.block_n) > _MOST_TMA_ROWS or {tiling.cluster_m, tiling.cluster_n} - {1, 2}:
             raise ValueError(f"TMA loads at most {_MOST_TMA_ROWS} rows, for clusters of 1 or 2 along an axis: {tiling}")
-        if self.lag * self.stages_per_iteration >= tiling.slots:
+        if self.lag >= tiling.slots:
             # The first consumer would wait for stages that the second has not read.
-            raise ValueError(
-                f"a lag of {self.lag} x {self.stages_per_iteration} stages needs more than {tiling.slots} slots"
-            )
+            raise ValueError(f"a lag of {self.lag} stages needs more than {tiling.slots} slots")
         needed = self.shared_memory_bytes(itemsize)
         if tiling.slots < 2 or needed > SHARED_MEMORY_BYTES:
             raise ValueError(

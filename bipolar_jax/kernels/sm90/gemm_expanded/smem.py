@@ -82,6 +82,6 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
             num_barriers=tiling.tiles_in_progress,
         ),
         terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
-        lagged=plgpu.Barrier() if problem.iterations_of_lag else None,
+        lagged=plgpu.Barrier() if problem.stages_of_lag else None,
     )
     return own._asdict() | output.scratch(problem, problem.staging_slots(itemsize))

@@ -48,7 +48,7 @@ SMALL = Tiling(64, 128, "split_n", slots=3, band=2)
     ids=["clusters along m, with a lag", "clusters along n, alternating", "codes"],
 )
 def test_integer_products_are_exact(bits, group_size, changes, lag):
-    """Ragged in every direction, several tiles a block, an odd number of stages beside whole iterations."""
+    """Ragged in every direction, several tiles a block, more stages than slots."""
     w_format, (m, n, k) = BipolarFormat(bits), (150, 200, 680)
     x, ones = random_codes(A8, m, k, 0), np.ones(n, np.float32)
     if group_size is None:
@@ -165,9 +165,9 @@ def test_what_does_not_belong_together_is_refused():
 
 def test_a_lag_that_the_ring_cannot_hold_is_refused():
     problem = ExpandedProblem(
-        256, 256, ExpandedRecovery("int8", A8, A8, 1024, True), Tiling(128, 128, "split_n", slots=4), lag=2
+        256, 256, ExpandedRecovery("int8", A8, A8, 1024, True), Tiling(128, 128, "split_n", slots=4), lag=4
     )
-    with pytest.raises(ValueError, match="a lag of 2 x 2 stages needs more than 4 slots"):
+    with pytest.raises(ValueError, match="a lag of 4 stages needs more than 4 slots"):
         problem.check(itemsize=2)
 
 
@@ -186,9 +186,7 @@ def test_tilings_that_do_not_fit_are_refused(tiling, message):
         ExpandedProblem(2048, 4096, recovery, tiling, w_bits=4, chunks=1).check(itemsize=2)
 
 
-def compiled(
-    bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, unrolled=2, lag=0, dtype=jnp.bfloat16
-):
+def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, lag=0, dtype=jnp.bfloat16):
     (m, n, k), w_format = (2048, 4096, 4096), BipolarFormat(bits)
     vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
     tiles, stages = n // 128, k // 128
@@ -202,7 +200,7 @@ def compiled(
     recovery = ExpandedRecovery("int8", A8, w_format, k, True, terms is not None)
 
     def multiply(x, weights, tokens, columns, residual):
-        options = dict(tiling=tiling, residual=residual, activation=activation, stages_per_iteration=unrolled, lag=lag)
+        options = dict(tiling=tiling, residual=residual, activation=activation, lag=lag)
         return expanded_matmul(x, weights, tokens, columns, recovery, dtype, **options)
 
     return sm90_compile.compile_for_h200(
