@@ -42,7 +42,8 @@ SHAPES = "2048x14336x4096,1024x28672x4096,1024x4096x14336,8192x8192x8192"
 PRECISIONS = "4,4g128,4g64,4g32,3g128,2g64,1g128,6g128"
 # Tiling, and lag of the second consumer, by name.
 TILINGS = {
-    f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.cluster_size} blocks, lag {lag}": (tiling, lag)
+    f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, clusters of {tiling.cluster_m}x{tiling.cluster_n}, "
+    f"bands of {tiling.band} {tiling.band_axis}, lag {lag}": (tiling, lag)
     for tiling, lag in (
         *((Tiling(128, 128, "split_n", slots=slots), lag) for slots in (4, 5, 6) for lag in (0, 2, slots - 2)),
         (Tiling(128, 128, "split_n", slots=5, band=16, band_axis="m"), 1),
