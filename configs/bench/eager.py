@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    # What is called, comma separated; "" is all of it.
+    config.pieces = ""
     # Rows of the input, and both sizes of the weights.
     config.rows, config.size = 8, 512
     # Precision of all weights.

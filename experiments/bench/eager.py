@@ -52,41 +52,91 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     rows = {}
-    for name, piece in pieces(config).items():
+    for name in app.parse_names("pieces", config.pieces or ",".join(PIECES), PIECES):
         with progress_bar(name):
-            rows[name] = _measure(piece, config, compilations)
+            rows[name] = _measure(PIECES[name](config), config, compilations)
     result = {"settings": config.to_dict(), "environment": environment(), "pieces": rows}
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / RESULT_NAME, result)
     _print_table(result)
 
 
-def pieces(config: ConfigDict) -> dict[str, Piece]:
-    """What is called, by name."""
-    precision, size = bj.Precision.parse(config.precision), config.size
-    dot_general = bj.DotGeneral.of(precision)
-    x_key, w_key = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(x_key, (config.rows, size))
-    kernel = jax.random.normal(w_key, (size, size))
+def _matmul(config: ConfigDict) -> Piece:
+    precision, x, kernel = _operands(config)
     packed = bj.quantize(kernel, precision.w_bits, 0, precision.group_size)
-    layer = bj.nn.Linear(size, size, precision=precision, rngs=nnx.Rngs(0))
-    trained = nnx.Linear(size, size, dot_general=dot_general, rngs=nnx.Rngs(0))
-    dense = linen.Dense(size, dot_general=dot_general)
-    variables = dense.init(jax.random.key(0), x)
-    packed_dense, packed_variables = bj.quantize_model(linen.Dense(size), [(".*", precision)], variables, x)
-    model = bj.quantize_model(_transformer(size), [(".*", precision)])
-    ids = jnp.zeros((1, config.rows), jnp.int32)
-    dimensions = (((1,), (0,)), ((), ()))
-    return {
-        "matmul": Piece(lambda x, w: bj.matmul(x, w, precision.a_bits), (x, packed)),
-        "packed layer": Piece(lambda layer, x: layer(x), (layer, x)),
-        "DotGeneral": Piece(lambda x, w: dot_general(x, w, dimensions), (x, kernel)),
-        "gradient of matmul": Piece(jax.grad(lambda x, w: bj.matmul(x, w, precision.a_bits).sum()), (x, packed)),
-        "gradient of a layer": Piece(nnx.grad(lambda layer, x: layer(x).sum()), (trained, x)),
-        "linen layer": Piece(dense.apply, (variables, x)),
-        "packed linen layer": Piece(packed_dense.apply, (packed_variables, x)),
-        "model(ids)": Piece(lambda model, ids: model(ids), (model, ids)),
-    }
+    return Piece(lambda x, w: bj.matmul(x, w, precision.a_bits), (x, packed))
+
+
+def _gradient_of_matmul(config: ConfigDict) -> Piece:
+    product, arguments = _matmul(config)
+    return Piece(jax.grad(lambda x, w: product(x, w).sum()), arguments)
+
+
+def _packed_layer(config: ConfigDict) -> Piece:
+    precision, x, _ = _operands(config)
+    layer = bj.nn.Linear(config.size, config.size, precision=precision, rngs=nnx.Rngs(0))
+    return Piece(lambda layer, x: layer(x), (layer, x))
+
+
+def _dot_general(config: ConfigDict) -> Piece:
+    precision, x, kernel = _operands(config)
+    dot_general = bj.DotGeneral.of(precision)
+    return Piece(lambda x, w: dot_general(x, w, (((1,), (0,)), ((), ()))), (x, kernel))
+
+
+def _gradient_of_dot_general(config: ConfigDict) -> Piece:
+    product, arguments = _dot_general(config)
+    return Piece(jax.grad(lambda x, w: product(x, w).sum(), 1), arguments)
+
+
+def _gradient_of_a_layer(config: ConfigDict) -> Piece:
+    precision, x, _ = _operands(config)
+    layer = nnx.Linear(config.size, config.size, dot_general=bj.DotGeneral.of(precision), rngs=nnx.Rngs(0))
+    return Piece(nnx.grad(lambda layer, x: layer(x).sum()), (layer, x))
+
+
+def _gradient_of_a_float_layer(config: ConfigDict) -> Piece:
+    layer = nnx.Linear(config.size, config.size, rngs=nnx.Rngs(0))
+    return Piece(nnx.grad(lambda layer, x: layer(x).sum()), (layer, _operands(config)[1]))
+
+
+def _linen_layer(config: ConfigDict) -> Piece:
+    precision, x, kernel = _operands(config)
+    layer = linen.Dense(config.size, use_bias=False, dot_general=bj.DotGeneral.of(precision))
+    return Piece(layer.apply, ({"params": {"kernel": kernel}}, x))
+
+
+def _packed_linen_layer(config: ConfigDict) -> Piece:
+    precision, x, kernel = _operands(config)
+    layer = linen.Dense(config.size, use_bias=False)
+    packed, variables = bj.quantize_model(layer, [(".*", precision)], {"params": {"kernel": kernel}}, x)
+    return Piece(packed.apply, (variables, x))
+
+
+def _model(config: ConfigDict) -> Piece:
+    model = bj.quantize_model(_transformer(config.size), [(".*", bj.Precision.parse(config.precision))])
+    return Piece(lambda model, ids: model(ids), (model, jnp.zeros((1, config.rows), jnp.int32)))
+
+
+PIECES = {
+    "matmul": _matmul,
+    "packed layer": _packed_layer,
+    "DotGeneral": _dot_general,
+    "gradient of matmul": _gradient_of_matmul,
+    "gradient of DotGeneral": _gradient_of_dot_general,
+    "gradient of a layer": _gradient_of_a_layer,
+    "gradient of a float layer": _gradient_of_a_float_layer,
+    "linen layer": _linen_layer,
+    "packed linen layer": _packed_linen_layer,
+    "model(ids)": _model,
+}
+
+
+def _operands(config: ConfigDict) -> tuple[bj.Precision, jax.Array, jax.Array]:
+    """The precision, activations, and float weights."""
+    x_key, w_key = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(x_key, (config.rows, config.size))
+    return bj.Precision.parse(config.precision), x, jax.random.normal(w_key, (config.size, config.size))
 
 
 def _transformer(size: int) -> Transformer:
