@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
-from bipolar_jax.packing.plane_sums import high_planes
+from bipolar_jax.packing.plane_sums import high_planes, times_power_of_two
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import split_groups
@@ -85,9 +85,8 @@ class BipolarArray(BipolarNumbers):
             return self
         planes, sums = high_planes(self.planes, dropped, shorter, self.contracted_size, self.group_size)
         if self.groups is None:
-            return dataclasses.replace(
-                self, planes=planes, scale=self.scale * 2.0**dropped, row_sums=sums, format=shorter
-            )
+            scale = times_power_of_two(self.scale, dropped)
+            return dataclasses.replace(self, planes=planes, scale=scale, row_sums=sums, format=shorter)
         groups = self.groups.without_planes(dropped)
         sums = groups.value_sums(sums, self.contracted_size, self.group_size)
         return dataclasses.replace(self, planes=planes, row_sums=sums, format=shorter, groups=groups)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.host_memory import aligned_empty
@@ -35,6 +35,14 @@ def high_planes(
     kept = aligned_empty((*batch, bits - dropped, n, words), np.uint32)
     kept[...] = np.asarray(planes)[..., dropped:, :, :]
     return jax.device_put((kept, host_plane_sums(kept, number_format, k, group_size)), planes.sharding)
+
+
+def times_power_of_two(scale: Float[Array, "*shape"], exponent: int) -> Float[Array, "*shape"]:
+    """scale * 2^exponent; on a CPU NumPy does it, as for `high_planes`."""
+    if isinstance(scale, jax.core.Tracer) or not _is_on_one_cpu(scale):
+        return scale * 2.0**exponent
+    with np.errstate(over="ignore"):
+        return jax.device_put(np.ldexp(np.asarray(scale), exponent), scale.sharding)
 
 
 def _is_on_one_cpu(array: Array) -> bool:
