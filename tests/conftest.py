@@ -10,6 +10,9 @@ os.environ.setdefault("NPROC", "16")
 # Most of a test's time is compilation of programs that run once, which takes half as long unoptimized. Programs that
 # tests start inherit this. See `optimizations` for tests that compare last bits of optimized code.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Everything works under JAX's strict settings. Programs that tests start inherit these too.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 import hypothesis
 import jax

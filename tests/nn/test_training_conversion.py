@@ -202,7 +202,7 @@ class CNN(linen.Module):
 
     @linen.compact
     def __call__(self, x, train=True):
-        x = linen.avg_pool(linen.relu(linen.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+        x = linen.max_pool(linen.relu(linen.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
         x = linen.relu(linen.Dense(16, dot_general=self.dot_general)(x.reshape(x.shape[0], -1)))
         x = linen.Dropout(0.5, deterministic=not train)(x)
         return linen.Dense(3, dot_general=self.dot_general)(x)
