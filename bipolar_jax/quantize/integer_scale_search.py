@@ -29,8 +29,10 @@ def round_to_integer_groups(
     """Searches the integer groups of every row, and rounds to the nearest value.
 
     For each of 16 row scales S, every group takes the best of three integers s around that of its float grid, which
-    `calibration` gives, with o so that the middles agree. S is the one of least squared error of its row. Then every
-    group tries three s again, and fits o to its codes: for fixed codes the error is least at o = mean(x / S - s u).
+    `calibration` gives. S is the one of least squared error of its row. Then every group tries three s again. If the
+    float grid contains zero ("minmax"), so does that of the integers: o = -s z, with z the code of zero. Otherwise o
+    puts the middles of the grids together, and is fitted to the codes in the end: for fixed codes the error is least
+    at o = mean(x / S - s u).
 
     Args:
       x: any float dtype.
@@ -70,11 +72,9 @@ def range_of_integer_groups(
     """The row scales and integer groups that span the float grids of a calibration; for training, without a search."""
     grouped = split_groups(x.astype(jnp.float32), group_size)
     scale, offset = calibrate(grouped, valid_mask(x.shape[-1], group_size), number_format, calibration)
-    center = jnp.zeros_like(scale) if offset is None else offset
-    unclipped = _unclipped_row_scale(scale, center, number_format)
-    per_unit = _inverse(unclipped)
-    s = jnp.clip(jnp.ceil(2 * scale * per_unit), 1, largest_scale(number_format))
-    o = _nearest_offset(center * per_unit, s, number_format)
+    zero_code, top, unclipped = _limits(scale, offset, number_format)
+    s = jnp.clip(jnp.ceil(2 * scale * _inverse(unclipped)), 1, top)
+    o = _nearest_offset(jnp.zeros_like(scale), s, number_format) if zero_code is None else -s * zero_code
     finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
     return _integers(jnp.where(finite, unclipped, jnp.nan), s, o, number_format)
 
@@ -98,10 +98,9 @@ def _search(
     calibration: Calibration,
 ) -> tuple[Float[Array, "rows 1"], IntegerGroups]:
     """The row scale and the groups of least squared error; see `round_to_integer_groups`."""
-    largest, top = number_format.max_value, largest_scale(number_format)
+    largest = number_format.max_value
     scale, offset = calibrate(x, valid, number_format, calibration)
-    center = jnp.zeros_like(scale) if offset is None else offset
-    unclipped = _unclipped_row_scale(scale, center, number_format)
+    zero_code, top, unclipped = _limits(scale, offset, number_format)
 
     # Below, grids are in units of `unclipped`, and the numbers of a group in units of its largest magnitude.
     magnitude = jnp.max(jnp.abs(x), axis=-1)
@@ -113,7 +112,7 @@ def _search(
     relative = jnp.where(has_numbers, relative * per_unit, 1.0)
     lengths = along_last(valid.sum(axis=-1).astype(np.float32), 2)
     mean = fixed_point_sum(numbers) / lengths * relative
-    step, center = 2 * scale * per_unit, center * per_unit
+    step = 2 * scale * per_unit
 
     def encoded(factor, s, o):
         middle, half_steps = jax.lax.optimization_barrier((factor * (o + s * (largest / 2)) / relative, relative / s))
@@ -137,7 +136,10 @@ def _search(
 
         def try_neighbor(best, neighbor):
             s = jnp.clip(nearest + neighbor, 1, top)
-            s, o = jax.lax.fori_loop(0, offset_fits, fit_offset, (s, _nearest_offset(middle, s, number_format)))
+            if zero_code is not None:
+                o = -s * zero_code
+            else:
+                s, o = jax.lax.fori_loop(0, offset_fits, fit_offset, (s, _nearest_offset(middle, s, number_format)))
             return _better(best, (squared_error(factor, s, o), s, o)), None
 
         start = (jnp.full_like(step, jnp.inf), jnp.ones_like(step), jnp.zeros_like(step))
@@ -149,7 +151,7 @@ def _search(
         refines = factor == 0
         factor = jnp.where(refines, best_factor, factor)
         nearest = jnp.where(refines, s, jnp.round(step / factor))
-        middle = jnp.where(refines, o + s * (largest / 2), center / factor)
+        middle = jnp.where(refines, o + s * (largest / 2), 0.0)  # symmetric grids, unless zero decides
         error, s, o = best_neighbor(factor, nearest, middle, jnp.where(refines, _OFFSET_FITS, 0))
         return _better(best, (fixed_point_sum(error)[:, None], factor, s, o)), None
 
@@ -172,15 +174,25 @@ def _integers(
     return row_scale, IntegerGroups(s.astype(jnp.uint8), o.astype(jnp.int8))
 
 
-def _unclipped_row_scale(
-    scale: Float[Array, "*rows groups"], center: Float[Array, "*rows groups"], number_format: BipolarFormat
-) -> Float[Array, "*rows 1"]:
-    """The smallest row scale on which the float grid of every group fits an integer scale and int8 values."""
-    reach = number_format.max_value * scale
-    ends = jnp.maximum((reach - center) / -SMALLEST_VALUE, (reach + center) / LARGEST_VALUE)
-    unclipped = jnp.max(jnp.maximum(2 * scale / largest_scale(number_format), ends), axis=-1, keepdims=True)
+def _limits(
+    scale: Float[Array, "*rows groups"], offset: Float[Array, "*rows groups"] | None, number_format: BipolarFormat
+) -> tuple[Float[Array, "*rows groups"] | None, Float[Array, "*rows groups"], Float[Array, "*rows 1"]]:
+    """What the float grids allow.
+
+    Returns:
+      The code z of zero on every group's grid, None for symmetric grids; the largest s for which all values fit int8;
+      the smallest row scale on which such an s is as large as the grid's step.
+    """
+    largest, zero_code = number_format.max_value, None
+    top = jnp.full_like(scale, largest_scale(number_format))
+    if offset is not None and number_format.bits > 1:  # one bit has no zero
+        z = jnp.where(scale > 0, (largest - offset / jnp.where(scale > 0, scale, 1.0)) / 2, number_format.code_offset)
+        zero_code = jnp.clip(jnp.round(z), 0, largest)
+        below, above = (jnp.maximum(codes, 1) for codes in (zero_code, largest - zero_code))
+        top = jnp.minimum(top, jnp.floor(jnp.minimum(-SMALLEST_VALUE / below, LARGEST_VALUE / above)))
+    unclipped = jnp.max(2 * scale / top, axis=-1, keepdims=True)
     # Scales of groups on the same grid are at least a quarter of this.
-    return jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
+    return zero_code, top, jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
 
 
 def _inverse(scale: Float[Array, "*rows 1"]) -> Float[Array, "*rows 1"]:

@@ -9,6 +9,7 @@ import pytest
 from bipolar_jax import TERNARY, BipolarFormat, Precision, quantize
 from bipolar_jax.packing import pack
 from bipolar_jax.quantize import integer_scale_search
+from bipolar_jax.quantize.calibration import default_calibration
 from bipolar_jax.quantize.integer_groups import IntegerGroups, largest_scale, max_contraction
 from tests.support.integer_products import normal
 
@@ -71,9 +72,19 @@ def test_numbers_are_rounded_to_the_nearest_value_of_their_group(fmt):
     assert np.all((got - nearest)[others] <= 1e-5 * np.abs(ROWS[others]).max(axis=1, keepdims=True))
 
 
-@pytest.mark.parametrize(("bits", "calibration"), [(4, "minmax"), (3, "mse"), (2, "mse")])
+@every_format
+def test_zero_stays_on_the_grid_where_the_calibration_puts_it_there(fmt):
+    if default_calibration(fmt) != "minmax":
+        return
+    groups = quantize(ROWS, fmt, -1, GROUP, scales="integer").groups
+    scale, offset = np.asarray(groups.scale, int), np.asarray(groups.offset, int)
+    np.testing.assert_array_equal(-offset % scale, 0)
+    assert np.all((-offset // scale >= 0) & (-offset // scale <= fmt.max_value))
+
+
+@pytest.mark.parametrize(("bits", "calibration"), [(4, "minmax"), (3, "minmax"), (2, "mse")])
 def test_squared_error_is_below_that_of_float_scales(bits, calibration):
-    """Of the better calibration; on normal numbers, and on heavy tails (Student's t with 5 degrees of freedom)."""
+    """Of the default calibration; on normal numbers, and on heavy tails (Student's t with 5 degrees of freedom)."""
     for x in (normal(N, K, seed=1), np.random.default_rng(1).standard_t(5, (N, K)).astype(np.float32)):
         floats = squared_error(x, bits, -1, GROUP, calibration, scales="float")
         assert squared_error(x, bits, -1, GROUP, scales="integer") < floats
