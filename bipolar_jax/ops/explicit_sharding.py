@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,22 @@ def mesh_axes(array: Shaped[Array, "*shape"]) -> tuple[MeshAxes, ...]:
     """What each axis of an array is sharded over, by its type; None for axes that are not, or on Auto meshes."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return spec + (None,) * (array.ndim - len(spec))
+
+
+def merged_to_matrix(
+    array: Shaped[Array, "*shape"], batch_ndim: int, num_rows_axes: int
+) -> Shaped[Array, "*batch k n"]:
+    """Merges `num_rows_axes` axes after the first `batch_ndim` into rows, and the others into columns.
+
+    Rows are contracted and packed, so on an Explicit mesh they are gathered; columns keep the sharding of their first
+    axis, because that of others would not be contiguous.
+    """
+    rows_end = batch_ndim + num_rows_axes
+    rows, columns = (math.prod(axes) for axes in (array.shape[batch_ndim:rows_end], array.shape[rows_end:]))
+    shape = (*array.shape[:batch_ndim], rows, columns)
+    axes = mesh_axes(array)
+    wanted = (*axes[:batch_ndim], None, axes[rows_end] if rows_end < array.ndim else None)
+    return with_out_sharding(lambda array: array.reshape(shape), wanted, (array,))
 
 
 def with_out_sharding[Result](

@@ -85,6 +85,7 @@ def warn_of_matched(matched: dict[str, tuple[str, int]], stacklevel: int) -> Non
     layers = "layer that rules match stays" if len(matched) == 1 else "layers that rules match stay"
     warnings.warn(
         f"{len(matched)} {layers} float, {size}: {', '.join(named)}{more}; "
+        "use Flax's own layers in their place, or pack subclasses of these as quantize_model's documentation shows; "
         "a rule with the precision None before them says so on purpose",
         stacklevel=stacklevel,
     )

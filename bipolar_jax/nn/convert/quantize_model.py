@@ -40,6 +40,15 @@ def quantize_model[Model: nnx.Module](
         packed_model, packed_variables = quantize_model(model, rules, variables, x, train=False)
         y = packed_model.apply(packed_variables, x, train=False)
 
+    A subclass of Flax's layers stays float, because its calls may read the float weights. Pack it by a subclass of
+    `bipolar_jax.nn.Linear`, `Einsum` or `Embed` with the same methods:
+
+        class PackedScaledEmbed(bipolar_jax.nn.Embed):
+            def __call__(self, ids, out_sharding=None):
+                return super().__call__(ids, out_sharding) * self.features**0.5
+
+        packed_model.embedder = PackedScaledEmbed.from_float(model.embedder, "W8A8")
+
     Of a linen model it replaces `linen.Dense` and `linen.DenseGeneral`; see `quantize_linen`.
 
     Args:
@@ -78,14 +87,15 @@ def quantize_model[Model: nnx.Module](
             f"the model is itself an {type(quantized).__name__}, so there is no path for a rule to match: "
             f"use bipolar_jax.nn.{_PACKED[type(quantized)].__name__}.from_float"
         )
-    left_float = {layer.path: layer for layer in float_layers(quantized) if layer.reason is not None}
-    references = [r for r in layer_references(quantized, FLOAT_LAYERS) if r.path not in left_float]
+    left_float = [layer for layer in float_layers(quantized) if layer.reason is not None]
+    left_ids = {id(each.layer) for each in left_float}
+    references = [r for r in layer_references(quantized, FLOAT_LAYERS) if id(r.layer) not in left_ids]
     first = first_references(references)
     if rules is None:
         precisions = trained_precisions({r.path: LayerQuantization.of(r.layer) for r in first.values()})
     else:
         paths, all_paths = ([r.path for r in some] for some in (first.values(), references))
-        reasons = {path: layer.reason for path, layer in left_float.items()}
+        reasons = {layer.path: layer.reason for layer in left_float}
         precisions = match_rules(rules, paths, reasons, _ELIGIBLE, all_paths)
     packed: dict[int, nnx.Module] = {}
     for reference in references:
@@ -96,7 +106,7 @@ def quantize_model[Model: nnx.Module](
                 packed[id(layer)] = _pack(path, layer, precision, implementation)
             reference.replace(packed[id(layer)])
     if rules is not None:
-        warn_of_float_layers(rules, left_float.values())
+        warn_of_float_layers(rules, left_float)
     return quantized
 
 

@@ -50,9 +50,11 @@ def layer_summaries(model: nnx.Module) -> list[LayerSummary]:
 
 
 def _packed_layers(model: nnx.Module) -> list[tuple[str, Any]]:
-    if type(model) in _PACKED_LAYERS:
+    if isinstance(model, _PACKED_LAYERS):
         return [("", model)]
-    return [(r.path, r.layer) for r in first_references(layer_references(model, _PACKED_LAYERS)).values()]
+    subclasses = {type(layer) for _, layer in nnx.iter_modules(model) if isinstance(layer, _PACKED_LAYERS)}
+    references = layer_references(model, (*_PACKED_LAYERS, *subclasses))
+    return [(r.path, r.layer) for r in first_references(references).values()]
 
 
 def _float_summary(found) -> LayerSummary:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.ops.contraction import DimensionNumbers
+from bipolar_jax.ops.explicit_sharding import merged_to_matrix
 
 
 def dense_layout(
@@ -48,7 +48,7 @@ def folded_kernel(layer: nnx.LinearGeneral | nnx.Linear, kernel: Array) -> Float
     _, batch_axis, in_features, out_features = axes_of(layer)
     one_layer = (*batch_axis.values(), *in_features, *out_features)
     stack = leading_axes("kernel", kernel.shape, one_layer)
-    return kernel.reshape(*stack, *batch_axis.values(), math.prod(in_features), math.prod(out_features))
+    return merged_to_matrix(kernel, len(stack) + len(batch_axis), len(in_features))
 
 
 def leading_axes(name: str, shape: Sequence[int], one_layer: Sequence[int]) -> tuple[int, ...]:

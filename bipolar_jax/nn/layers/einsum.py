@@ -12,11 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.layers.dense_layout import leading_axes
-from bipolar_jax.nn.layers.packed import Packed, PackedModule
+from bipolar_jax.nn.layers.packed import PackedModule, folded
 from bipolar_jax.nn.layers.promotion import add_bias, compute_dtype
 from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.ops.contraction import Contraction
+from bipolar_jax.ops.explicit_sharding import merged_to_matrix
 from bipolar_jax.packing import BipolarArray, quantize
 from bipolar_jax.quantize import Precision
 
@@ -28,13 +29,13 @@ class Einsum(PackedModule):
 
     Attributes:
       kernel: `Packed` array of logical shape (*stack, *batch, k, n): the contracted axes are merged
-        into k, the axes that only the kernel and the result have into n.
+        into k, the axes that only the kernel and the result have into n. `kernel.shape` is that of the float kernel.
       bias: `nnx.Param` of `bias_shape`, or None.
       precision: the precision of the kernel, and the activation bits.
       implementation: the backend of `bipolar_jax.matmul`.
       einsum_str, kernel_shape, bias_shape, dtype, promote_dtype, preferred_element_type: as in Flax.
       param_dtype: dtype of the float kernel.
-      trained: the `DotGeneral` of the layer's `QuantizedEinsum`, or None.
+      trained: the `DotGeneral` of the layer's training, or None.
     """
 
     def __init__(self, layer: nnx.Einsum, precision: Precision | str | None = None, *, implementation: str = "auto"):
@@ -44,20 +45,16 @@ class Einsum(PackedModule):
         trained = LayerQuantization.of(layer)
         quantization = LayerQuantization.for_packing(trained, None if precision is None else Precision.of(precision))
         dot_general = quantization.on(implementation).dot_general
-        kernel = layer.kernel[...]
-        stack = leading_axes("kernel", kernel.shape, layer.kernel_shape)
-        x_axes, kernel_axes, result = _axes(layer.einsum_str, 0)
-        numbers = _dimension_numbers(x_axes, kernel_axes, result)
-        fold = Contraction.of([1] * len(x_axes), layer.kernel_shape, numbers)
-        order = (*range(len(stack)), *(len(stack) + axis for axis in fold.w_order))
-        weights = kernel.transpose(order).reshape(*stack, *fold.batch, fold.k, fold.n)
+        weights = folded_einsum_kernel(layer)
         if trained is None:
             chosen = dot_general.precision
             packed = quantize(weights, chosen.w_bits, -2, chosen.group_size, chosen.calibration, chosen.scales)
         else:
             # In training, the layer casts its kernel to `dtype` before it calls its DotGeneral.
-            packed = dot_general.pack(weights if layer.dtype is None else weights.astype(layer.dtype))
-        self.kernel = Packed(packed)
+            weights = weights if layer.dtype is None else weights.astype(layer.dtype)
+            packed = dot_general.pack(weights, quantization.step_size)
+        stack_ndim = layer.kernel.ndim - len(layer.kernel_shape)
+        self.kernel = folded(packed, tuple(layer.kernel_shape), packed.ndim - stack_ndim)
         self.bias = nnx.data(layer.bias)
         self.precision = dot_general.precision
         self.implementation = dot_general.implementation
@@ -65,7 +62,7 @@ class Einsum(PackedModule):
         self.kernel_shape = tuple(layer.kernel_shape)
         self.bias_shape = layer.bias_shape
         self.dtype = layer.dtype
-        self.param_dtype = kernel.dtype
+        self.param_dtype = layer.kernel[...].dtype
         self.promote_dtype = layer.promote_dtype
         self.preferred_element_type = layer.preferred_element_type
         self.trained: DotGeneral | None = None if trained is None else dot_general
@@ -77,7 +74,8 @@ class Einsum(PackedModule):
         """Quantizes a float layer or a stack of layers; shares its bias.
 
         Args:
-          layer: the float layer; one whose `einsum_op` is a `QuantizedEinsum` is quantized as in training.
+          layer: the float layer; one whose `einsum_op` is of `quantization_aware` or a `QuantizedEinsum` is quantized
+            as in training.
           precision, implementation: as for `Linear.from_float`.
 
         Raises:
@@ -125,6 +123,22 @@ class Einsum(PackedModule):
             sizes = dict(zip(kernel_axes, self.kernel_shape, strict=True))
             y = add_bias(y, bias.astype(dtype).reshape([sizes.get(axis, 1) for axis in result]))
         return y
+
+
+def folded_einsum_kernel(layer: nnx.Einsum) -> Float[Array, "*batch k n"]:
+    """The kernel with its contracted axes merged into k and those of the result alone into n; axes of a stack lead.
+
+    Raises:
+      ValueError: a stack on another axis than the first.
+    """
+    kernel = layer.kernel[...]
+    stack = leading_axes("kernel", kernel.shape, layer.kernel_shape)
+    x_axes, kernel_axes, result = _axes(layer.einsum_str, 0)
+    numbers = _dimension_numbers(x_axes, kernel_axes, result)
+    fold = Contraction.of([1] * len(x_axes), layer.kernel_shape, numbers)
+    order = (*range(len(stack)), *(len(stack) + axis for axis in fold.w_order))
+    (_, contracted), _ = numbers
+    return merged_to_matrix(kernel.transpose(order), len(stack) + len(fold.batch), len(contracted))
 
 
 def why_not_contracted(layer: nnx.Einsum) -> str | None:

@@ -12,7 +12,7 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.layers.dense_layout import axes_of, dense_layout, folded_kernel
-from bipolar_jax.nn.layers.packed import Packed, PackedModule
+from bipolar_jax.nn.layers.packed import Packed, PackedModule, folded
 from bipolar_jax.nn.layers.promotion import add_bias, compute_dtype
 from bipolar_jax.nn.training.dot_general import DotGeneral, common_float
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
@@ -35,7 +35,8 @@ class Linear(PackedModule):
 
     Attributes:
       kernel: `Packed` array of logical shape (*stack, *batch, k, n): the contracted axes are merged
-        into k, the output axes into n. Of an `nnx.Linear` it is (in_features, out_features).
+        into k, the output axes into n. Of an `nnx.Linear` it is (in_features, out_features). `kernel.shape` is that
+        of the float kernel.
       bias: `nnx.Param` of shape (*batch, *out_features), or None.
       precision: the precision of the kernel, and the activation bits.
       implementation: the backend of `bipolar_jax.matmul`.
@@ -144,6 +145,8 @@ class Linear(PackedModule):
         packed.bias = nnx.data(layer.bias)
         packed.axis, batch_axis, _, _ = axes_of(layer)
         packed.batch_axis, packed.batch_shape = tuple(batch_axis), tuple(batch_axis.values())
+        float_shape = (*packed.batch_shape, *sizes(packed.in_features), *sizes(packed.out_features))
+        packed.kernel = folded(packed_kernel, float_shape, len(batch_axis) + 2)
         if trained is not None:
             packed.trained, packed.learned_steps = dot_general, quantization.step_size is not None
         return packed

@@ -19,7 +19,22 @@ class Packed(nnx.Variable):
 
     It is not an `nnx.Param`, because packed bits have no gradient: `nnx.grad` and optimizers,
     which by default select `nnx.Param`, leave it out.
+
+    Metadata:
+      float_shape: shape of the float weights of one layer, if the array holds them folded into other axes.
+      folded_ndim: axes of one layer's array, given with `float_shape`.
     """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float weights, of which models read numbers of heads and the like."""
+        shape, float_shape = tuple(self.get_value().shape), self.get_metadata("float_shape", None)
+        return shape if float_shape is None else (*shape[: len(shape) - self.folded_ndim], *float_shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the float weights."""
+        return len(self.shape)
 
     def replace(self, *arguments: Any, **metadata: Any) -> Packed:
         """As Flax's; a list in place of the array has its leaves, as Orbax restores it without a target."""
@@ -31,6 +46,13 @@ class Packed(nnx.Variable):
     def __nnx_repr__(self) -> Iterator[Any]:
         """As Flax prints variables, with the number of parameters in place of that of packed words."""
         return _with_comment(super().__nnx_repr__(), _count({type(self): [self]}))
+
+
+def folded(array: BipolarNumbers, float_shape: tuple[int, ...], folded_ndim: int) -> Packed:
+    """The variable for weights of `float_shape` that are folded into the last `folded_ndim` axes of an array."""
+    if array.shape[array.ndim - folded_ndim :] == float_shape:
+        return Packed(array)
+    return Packed(array, float_shape=float_shape, folded_ndim=folded_ndim)
 
 
 class CountedModule(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.training.dot_general import DotGeneral
-from bipolar_jax.nn.training.quantized_einsum import QuantizedEinsum
+from bipolar_jax.nn.training.quantized_einsum import QuantizedEinsum, StatefulEinsum
 from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 from bipolar_jax.quantize import Precision
 
@@ -40,7 +40,8 @@ class LayerQuantization:
     def of(cls, layer: nnx.Module) -> LayerQuantization | None:
         """The quantization that an NNX layer was trained with; None if it has no `DotGeneral`."""
         einsum = getattr(layer, "einsum_op", None)
-        dot_general = einsum.dot_general if isinstance(einsum, QuantizedEinsum) else getattr(layer, "dot_general", None)
+        holder = einsum if isinstance(einsum, QuantizedEinsum | StatefulEinsum) else layer
+        dot_general = getattr(holder, "dot_general", None)
         if getattr(layer, "dot_general_cls", None) is not None:
             dot_general = layer.dot_general_cls()
         if isinstance(dot_general, StatefulDotGeneral):

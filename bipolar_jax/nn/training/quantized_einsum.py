@@ -6,10 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 from opt_einsum.parser import parse_einsum_input  # a dependency of JAX
 
 from bipolar_jax.nn.training.dot_general import DotGeneral
+from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class QuantizedEinsum:
         *,
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: jnp.dtype | None = None,
-        out_sharding: None = None,
+        out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
     ) -> Float[Array, "..."]:
         """Computes `jnp.einsum(subscripts, x, w)` with both operands quantized as by `DotGeneral`.
 
@@ -54,36 +56,65 @@ class QuantizedEinsum:
           subscripts: indices of x, of w and of the result, as for `jnp.einsum`.
           x, w: activations and weights.
           precision, preferred_element_type: as for `DotGeneral`.
-          out_sharding: must be None.
+          out_sharding: sharding of the result, for meshes with Explicit axes.
 
         Raises:
           ValueError: an index twice in one operand, or an index of w that neither x nor the
             result has.
-          NotImplementedError: an `out_sharding`.
         """
-        if out_sharding is not None:
-            raise NotImplementedError("QuantizedEinsum does not support out_sharding: reshard its result")
-        inputs, result, _ = parse_einsum_input((subscripts, x, w))
-        x_axes, w_axes = inputs.split(",")
-        for axes in (x_axes, w_axes):
-            if len(set(axes)) != len(axes):
-                raise ValueError(
-                    f"{subscripts!r} has an index twice in one operand, which is not supported: take the diagonal first"
-                )
-        if summed := [axis for axis in w_axes if axis not in x_axes + result]:
+        return _einsum(self.dot_general, subscripts, x, w, precision, preferred_element_type, out_sharding)
+
+
+class StatefulEinsum(nnx.Module):
+    """A `QuantizedEinsum` by a `StatefulDotGeneral`: with learned step sizes, quantized gradients, or both.
+
+    Attributes:
+      dot_general: of this layer alone, made for its kernel with the contracted axes merged.
+    """
+
+    def __init__(self, dot_general: StatefulDotGeneral):
+        self.dot_general = dot_general
+
+    def __call__(
+        self, subscripts, x, w, *, precision=None, preferred_element_type=None, out_sharding=None
+    ) -> Float[Array, "..."]:
+        """Computes as `QuantizedEinsum`."""
+        return _einsum(self.dot_general, subscripts, x, w, precision, preferred_element_type, out_sharding)
+
+
+def _einsum(dot_general, subscripts, x, w, precision, preferred_element_type, out_sharding):
+    inputs, result, _ = parse_einsum_input((subscripts, x, w))
+    x_axes, w_axes = inputs.split(",")
+    for axes in (x_axes, w_axes):
+        if len(set(axes)) != len(axes):
             raise ValueError(
-                f"{subscripts!r} sums the weights alone over {summed}: sum them first, or keep the index in the result"
+                f"{subscripts!r} has an index twice in one operand, which is not supported: take the diagonal first"
             )
-        # Indices that only x has are summed before the product.
-        only_x = [axis for axis in x_axes if axis not in w_axes + result]
-        x = jnp.sum(x, axis=tuple(map(x_axes.index, only_x)))
-        x_axes = "".join(axis for axis in x_axes if axis not in only_x)
-        shared = [axis for axis in x_axes if axis in w_axes]
-        batch = [axis for axis in shared if axis in result]
-        contracted = [axis for axis in shared if axis not in result]
-        numbers = tuple(
-            tuple(tuple(map(axes.index, names)) for axes in (x_axes, w_axes)) for names in (contracted, batch)
+    if summed := [axis for axis in w_axes if axis not in x_axes + result]:
+        raise ValueError(
+            f"{subscripts!r} sums the weights alone over {summed}: sum them first, or keep the index in the result"
         )
-        y = self.dot_general(x, w, numbers, precision, preferred_element_type)
-        y_axes = [*batch, *(a for a in x_axes if a not in shared), *(a for a in w_axes if a not in shared)]
-        return y.transpose([y_axes.index(axis) for axis in result])
+    # Indices that only x has are summed before the product.
+    only_x = [axis for axis in x_axes if axis not in w_axes + result]
+    x = jnp.sum(x, axis=tuple(map(x_axes.index, only_x)))
+    x_axes = "".join(axis for axis in x_axes if axis not in only_x)
+    shared = [axis for axis in x_axes if axis in w_axes]
+    batch = [axis for axis in shared if axis in result]
+    contracted = [axis for axis in shared if axis not in result]
+    numbers = tuple(tuple(tuple(map(axes.index, names)) for axes in (x_axes, w_axes)) for names in (contracted, batch))
+    y_axes = [*batch, *(a for a in x_axes if a not in shared), *(a for a in w_axes if a not in shared)]
+    if out_sharding is not None:
+        out_sharding = _with_axes(out_sharding, [result.index(axis) for axis in y_axes])
+    y = dot_general(x, w, numbers, precision, preferred_element_type, out_sharding=out_sharding)
+    return y.transpose([y_axes.index(axis) for axis in result])
+
+
+def _with_axes(
+    sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec, order: list[int]
+) -> jax.sharding.NamedSharding | jax.sharding.PartitionSpec:
+    """The sharding of an array before axes were transposed: its axis i is the given one's order[i]."""
+    is_named = isinstance(sharding, jax.sharding.NamedSharding)
+    axes = tuple(sharding.spec if is_named else sharding)
+    axes += (None,) * (len(order) - len(axes))
+    spec = jax.P(*(axes[i] for i in order))
+    return jax.NamedSharding(sharding.mesh, spec) if is_named else spec
