@@ -182,8 +182,10 @@ def test_other_einsums_stay_float_and_are_said(equation, kernel_shape, options, 
     with pytest.raises(ValueError, match=message):
         bnn.Einsum.from_float(layer, "W8A8")
     with pytest.warns(UserWarning, match=message):
-        model = bj.quantize_model(nnx.Dict(einsum=layer, linear=nnx.Linear(8, 8, rngs=nnx.Rngs(0))), EVERYTHING)
+        linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        model = bj.quantize_model(nnx.Dict(einsum=layer, tied=layer, linear=linear), EVERYTHING)
     assert type(model["einsum"]) is nnx.Einsum
+    assert model["tied"] is model["einsum"]
 
 
 def test_a_packed_einsum_takes_no_other_equation():
