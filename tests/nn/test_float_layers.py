@@ -181,9 +181,9 @@ def test_other_einsums_stay_float_and_are_said(equation, kernel_shape, options, 
     layer = nnx.Einsum(equation, kernel_shape, rngs=nnx.Rngs(0), **options)
     with pytest.raises(ValueError, match=message):
         bnn.Einsum.from_float(layer, "W8A8")
+    model = nnx.Dict(einsum=layer, tied=layer, linear=nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
     with pytest.warns(UserWarning, match=message):
-        linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-        model = bj.quantize_model(nnx.Dict(einsum=layer, tied=layer, linear=linear), EVERYTHING)
+        model = bj.quantize_model(model, EVERYTHING)
     assert type(model["einsum"]) is nnx.Einsum
     assert model["tied"] is model["einsum"]
 
