@@ -46,14 +46,15 @@ def causal_attention(
     Returns:
       The context of each query, in q's dtype.
     """
-    dtype, device = q.dtype, default_device()
-    implementation = causal_implementation(device, q, bias)
+    dtype = q.dtype
+    implementation = causal_implementation(default_device(), q, bias)
     if bias is not None and implementation == "cudnn":
         bias = whole_bias(bias).astype(dtype)  # a no-op for the bias of `prompts_alibi`
-    if dtype == jnp.float16 and device.platform == "cpu":
-        # XLA has no dot of float16 with sums in float32 there, which JAX asks for.
+    if implementation == "xla":
+        # Of 16-bit operands JAX asks for dots that CPUs do not have in float16, and whose gradients its own strict
+        # promotion of dtypes refuses when they are compiled (jax 0.11.2).
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    # JAX promotes 16-bit operands to float32 within (jax 0.11.2), which its own strict setting refuses.
+    # cuDNN's has operands promoted to float32 within, which the strict setting refuses too.
     with jax.numpy_dtype_promotion("standard"):
         context = jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation=implementation)
     return context.astype(dtype)

@@ -234,7 +234,7 @@ def test_the_table_has_no_memory_of_peers(monkeypatch):
         }
         for name, memory in (("W1A1", ours), ("transformers", {}))
     }
-    result = {"settings": {"model": "tiny", "device": "cpu"}, "profiles": {}}
+    result = {"settings": {"model": "tiny", "device": "cpu", "calibration": "absmax"}, "profiles": {}}
     result |= {"models": {"W1A1": rows["W1A1"]}, "peers": {"transformers": rows["transformers"]}}
     console = Console(width=200, record=True)
     monkeypatch.setattr(report, "console", console)
@@ -281,7 +281,7 @@ def test_a_profile_is_of_one_step_and_prints(monkeypatch, capsys):
     )
     profile = kernel_times.profile_kernels(lambda: None, steps=2, most=1)
     assert profile == {"microseconds": 6.75, "kernels": [{"name": "matmul", "microseconds": 6.0, "calls": 2.0}]}
-    settings = {"model": "tiny", "device": "cpu"}
+    settings = {"model": "tiny", "device": "cpu", "calibration": "absmax"}
     print_tables(
         {
             "settings": settings,
