@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from tests.support import tiny_checkpoints
 
@@ -46,6 +47,7 @@ def test_arrays_and_layers_are_quantized_and_saved(tmp_path, monkeypatch):
     assert [str(layers[i].precision) for i in (0, 2)] == ["W8A8", "W4A8g64"]
 
 
+@pytest.mark.usefixtures("standard_promotion")  # of optax
 def test_a_student_is_distilled_and_packed():
     names = names_after(example(README, "bj.quantization_aware(teacher"))
     assert names["losses"][-1] < 0.7 * names["losses"][0]
@@ -53,6 +55,7 @@ def test_a_student_is_distilled_and_packed():
     assert_same_logits(names)
 
 
+@pytest.mark.usefixtures("standard_promotion")  # of optax
 def test_a_linen_cnn_is_trained_and_packed():
     names = names_after(example(TRAINING, "class CNN"))
     assert names["losses"][-1] < 0.5 * names["losses"][0]
@@ -61,6 +64,7 @@ def test_a_linen_cnn_is_trained_and_packed():
     assert names["packed"]["params"]["Dense_0"]["kernel"].bits == 1
 
 
+@pytest.mark.usefixtures("standard_promotion")  # of optax
 def test_attention_is_trained_by_path_rules():
     names = names_after(example(TRAINING, "nnx.MultiHeadAttention"))
     assert names["losses"][-1] < 0.7 * names["losses"][0]

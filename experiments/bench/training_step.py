@@ -136,7 +136,8 @@ def _measure_one(
             return jnp.mean(jnp.square(forward(params, x).astype(jnp.float32)))
 
         value, gradient = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(gradient, moments, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer
+            updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
     calls = {"forward": (forward, (params, x)), "step": (step, (params, optimizer.init(params), x))}

@@ -32,7 +32,7 @@ def squared_error(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
 @every_format
 def test_absmax_puts_the_largest_magnitude_on_the_largest_value(fmt):
     x = normal(5, 50)
-    w = quantize(x, fmt, -1)
+    w = quantize(x, fmt, -1, calibration="absmax")
     np.testing.assert_allclose(w.scale[:, 0], np.abs(x).max(-1) / fmt.max_value, rtol=EPS)
     assert w.offset is None
     row, peak = np.arange(5), np.abs(x).argmax(-1)

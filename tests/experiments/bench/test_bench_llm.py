@@ -92,8 +92,10 @@ def test_prefill_and_decoding_are_timed_against_bf16(folder):
             assert memory["peak_bytes"] is None, "not reported by CPUs"
             vectors = 2 * CONFIG.num_layers * batch * CONFIG.num_kv_heads * 64  # positions, rounded up
             assert memory["cache_bytes"] == vectors * (CONFIG.head_dim + 4 + 1) + 4 * batch
-    # A float model, whose decode step reads an 8-bit cache.
-    assert 0 < models["bf16"]["workloads"]["2x5+3"]["check_error"] < 0.05
+    # Decode steps read an 8-bit cache; in a small float model bfloat16 may round its error away.
+    errors = {name: models[name]["workloads"]["2x5+3"]["check_error"] for name in ("bf16", "W2A8")}
+    assert errors["bf16"] < 0.05
+    assert 0 < errors["W2A8"] < 0.05
 
 
 def test_the_result_has_settings_peers_and_profiles(folder):

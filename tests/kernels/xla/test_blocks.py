@@ -46,6 +46,6 @@ def test_weight_only_products_in_blocks_are_those_of_the_whole(dtype):
     x = jnp.asarray(normal(blocks._MANY_ROWS, 64), dtype)
     whole = bj.matmul(x, w, None)
     in_blocks = bj.matmul(x[:3], w.unpack(), None)
-    tolerance = 64 * jnp.finfo(jnp.float32).eps if dtype == jnp.float32 else jnp.finfo(dtype).eps
+    tolerance = 64 * float(jnp.finfo(jnp.float32).eps) if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
     size = jnp.abs(x.astype(jnp.float32)) @ jnp.abs(w.dequantize())
     assert jnp.all(jnp.abs(in_blocks.astype(jnp.float32) - whole[:3].astype(jnp.float32)) <= tolerance * size[:3])

@@ -94,10 +94,11 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
     def product(x, name, layer):
         w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
         tokens = quantize_tokens(x[None], a_format)
-        steps = (a_format.values(tokens.codes) - tokens.zero_value)[0]
-        y = w.scale[:, 0] * (steps @ w.values())  # integers: one bit is a sign, and sums of zero are common
+        steps = a_format.values(tokens.codes)[0] - tokens.zero_value[0]
+        sums = steps @ w.values()  # integers: one bit is a sign, and sums of zero are common
+        y = w.scale[:, 0] * sums.astype(jnp.float32)
         if w.offset is not None:
-            y = y + w.offset[:, 0] * jnp.sum(steps)
+            y = y + w.offset[:, 0] * jnp.sum(steps).astype(jnp.float32)
         y = y * tokens.scale
         return y if biases[name] is None else y + biases[name][layer]
 
@@ -107,7 +108,7 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
     def rotated(x):
         if tables is None:
             return x
-        cos, sin = tables
+        cos, sin = (table[None] for table in tables)
         a, b = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -133,7 +134,7 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         k, v = with_new(keys, layer, rotated(k)), with_new(values, layer, v)
         scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(HEAD_DIM)
         if slopes is not None:
-            scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1])
+            scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1], dtype=jnp.float32)[None, None]
         context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
         hidden = hidden + product(context.reshape(-1), "o", layer)
         hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
