@@ -160,6 +160,7 @@ def test_padding_has_no_influence(pretrained):
         second, other_cache = decode(pretrained.model, tokens, other_cache)
 
 
+@pytest.mark.sample(1)
 def test_generation_continues_each_prompt_as_full_forward_passes_do(pretrained):
     prompts = [random_ids(length, seed=length).tolist() for length in (3, 11)]
     for prompt, tokens in zip(prompts, generate(pretrained.model, prompts, 8), strict=True):
@@ -203,6 +204,7 @@ def test_every_head_has_a_slope_of_its_own():
         assert slopes.max() < 1
 
 
+@pytest.mark.sample(1)
 def test_every_linear_layer_is_quantized_and_little_is_lost(pretrained):
     quantized = bj.quantize_model(pretrained.model, [("^(layers/|embed$)", bj.Precision(8, 8, calibration="minmax"))])
     assert not [path for path, layer in nnx.iter_modules(quantized) if isinstance(layer, nnx.Linear)]

@@ -114,6 +114,7 @@ def test_every_bit_about_halves_the_error(model):
     ],
     ids=["untied-W5", "tied-W3g16-minmax", "tied-W1.58g24-mse"],
 )
+@pytest.mark.sample(1)
 def test_weight_only_logits_are_those_of_the_dequantized_weights(config, precision):
     packed = bj.quantize_model(make_model(config), [(".*", precision)])
     expected = forward(dequantized(packed), IDS)
@@ -199,6 +200,7 @@ def test_reference_and_xla_give_the_same_logits_and_gradients(mixed):
 
 
 @pytest.mark.parametrize(("a_bits", "tolerance"), [(None, 2e-5), (8, 0.2)])
+@pytest.mark.sample(1)
 def test_gradients_are_those_of_the_dequantized_weights(a_bits, tolerance, dequantized_gradients):
     """Exactly so for float activations. The true gradient of rounding them is 0 almost everywhere;
     straight through, it differs by what 8-bit activations change it is taken at: measured 9%."""

@@ -164,7 +164,7 @@ def test_they_prefill_decode_and_generate(config):
         ("bloom", "W8A8", 24),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_activations_are_of_order_one_at_every_depth(kind, make, num_layers):
     deep = dataclasses.replace(CONFIGS[kind], num_layers=num_layers, hidden_size=128, ffn_size=256)
     precision = PRECISIONS.get(make)

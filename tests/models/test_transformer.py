@@ -142,6 +142,7 @@ def test_a_later_token_leaves_earlier_logits_bit_identical(grouped, changed):
     assert (after[:, changed:] != before[:, changed:]).any(axis=-1).all()
 
 
+@pytest.mark.sample(2)
 def test_cached_decoding_gives_the_full_forward_pass_at_every_step(model):
     """Two texts of different lengths, each against its own full forward pass; the cache ends exactly full."""
     ids, lengths, capacity = random_ids(2, 12), np.array([3, 6], np.int32), 12

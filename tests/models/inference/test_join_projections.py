@@ -31,7 +31,7 @@ def products(model: Transformer) -> set[str]:
     ("precision", "fields"),
     [("W4A8", {}), ("W2A2g16", {"qkv_bias": True}), ("W1.58A8", {"ffn": "gelu", "positions": "alibi"})],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_joined_models_give_the_same_numbers(precision, fields):
     model = make([(".*_proj", bj.Precision.parse(precision))], **fields)
     whole = join_projections(model)
@@ -48,6 +48,7 @@ def test_joined_models_give_the_same_numbers(precision, fields):
 
 
 @pytest.mark.parametrize("clip", [None, 4.0])
+@pytest.mark.sample(1)
 def test_models_trained_with_dot_general_join_and_fuse_unless_they_clip(clip):
     model = bj.quantization_aware(make([]), [(".*_proj", "W4A8")], clip_activations=clip)
     packed = bj.quantize_model(model)
@@ -63,7 +64,7 @@ def test_models_trained_with_dot_general_join_and_fuse_unless_they_clip(clip):
 
 @pytest.mark.parametrize("joined_first", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"ffn": "gelu", "norm": "layer"}, {"ffn": "relu", "norm": "layer"}])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_norms_and_activation_functions_are_computed_while_packed_layers_quantize(joined_first, fields, monkeypatch):
     model = make([(".*_proj", bj.Precision.parse("W4A8"))], **fields)
     model = join_projections(model) if joined_first else model

@@ -106,7 +106,7 @@ def compile_product(
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 def test_candidates_compile_without_spills(tiling, kind, residual):
     compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
 
@@ -193,7 +193,7 @@ def kernels_of_the_table() -> list[dict]:
 
 @needs_compiler
 @pytest.mark.parametrize("entry", kernels_of_the_table(), ids=lambda entry: entry["shape"].replace(" ", "-"))
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 def test_the_shipped_table_compiles_without_spills(entry):
     *_, precision = entry["shape"].split()
     formats = bj.Precision.parse(precision)

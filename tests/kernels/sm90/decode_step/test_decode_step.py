@@ -73,7 +73,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
         f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
     ),
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
