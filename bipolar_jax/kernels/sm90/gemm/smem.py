@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import GroupTerms
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.kernels.sm90.gemm.producer import Sources, column_ranges
@@ -52,12 +52,6 @@ def scratch_types(problem: Problem, sources: Sources, output: Output) -> dict[st
     tiling.check(group_bytes)
     if problem.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
-    empty = functools.partial(plgpu.Barrier, num_arrivals=tiling.consumers_per_tile)
-    if tiling.cluster_size > 1:
-        axes = [name for name in ("cluster_m", "cluster_n") if getattr(tiling, name) > 1]
-        empty = functools.partial(
-            plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=tiling.consumers_per_tile
-        )
     blocks = tiling.block_m, tiling.block_n
     # A barrier of loads expects an arrival of every copy.
     column_copies = len(column_ranges(problem, 0))
@@ -76,7 +70,7 @@ def scratch_types(problem: Problem, sources: Sources, output: Output) -> dict[st
             num_arrivals=1 + column_copies + len(jax.tree.leaves(sources.group_terms)),
             num_barriers=tiling.slots * tiling.tiles_in_progress,
         ),
-        empty=empty(num_barriers=tiling.slots),
+        empty=empty_barriers(tiling),
         terms_full=plgpu.Barrier(
             num_arrivals=len(jax.tree.leaves(token_terms)) + column_copies * len(jax.tree.leaves(column_terms)),
             num_barriers=tiling.tiles_in_progress,
@@ -84,6 +78,13 @@ def scratch_types(problem: Problem, sources: Sources, output: Output) -> dict[st
         terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
     )
     return own._asdict() | output.scratch(problem, tiling.staging_slots(group_bytes))
+
+
+def empty_barriers(tiling: Tiling) -> plgpu.Barrier | plgpu.ClusterBarrier:
+    """Barriers of stages that may be refilled, one a slot: all consumers of a cluster arrive."""
+    arrivals = dict(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.slots)
+    axes = [name for name in ("cluster_m", "cluster_n") if getattr(tiling, name) > 1]
+    return plgpu.ClusterBarrier(collective_axes=tuple(axes), **arrivals) if axes else plgpu.Barrier(**arrivals)
 
 
 def _group_term_buffers(problem: Problem, terms: GroupTerms | None) -> GroupTerms | None:

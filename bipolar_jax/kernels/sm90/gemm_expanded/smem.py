@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import column_ranges
+from bipolar_jax.kernels.sm90.gemm.smem import empty_barriers
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources
 
@@ -53,12 +53,6 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     problem.check(itemsize)
     if problem.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
-    empty = functools.partial(plgpu.Barrier, num_arrivals=tiling.consumers_per_tile)
-    if tiling.cluster_size > 1:
-        axes = [name for name in ("cluster_m", "cluster_n") if getattr(tiling, name) > 1]
-        empty = functools.partial(
-            plgpu.ClusterBarrier, collective_axes=tuple(axes), num_arrivals=tiling.consumers_per_tile
-        )
     token_terms, column_terms = sources.terms
     copies = 2 + (sources.group_terms is not None)
 
@@ -75,7 +69,7 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         ),
         # Barriers of loads expect an arrival of every copy.
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.slots * tiling.tiles_in_progress),
-        empty=empty(num_barriers=tiling.slots),
+        empty=empty_barriers(tiling),
         terms_full=plgpu.Barrier(
             num_arrivals=len(jax.tree.leaves(token_terms))
             + len(column_ranges(problem, 0)) * len(jax.tree.leaves(column_terms)),
