@@ -36,6 +36,7 @@ FLOORS = {
         "gemm",
         "weight_prep",
         "quantize_rows",
+        "prepared_weights",
         "arithmetic",
         "core",
     ),

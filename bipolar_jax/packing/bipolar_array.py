@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
 from bipolar_jax.packing.plane_sums import high_planes, times_power_of_two
+from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, prepared_leaves
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import split_groups
@@ -68,6 +69,18 @@ class BipolarArray(BipolarNumbers):
     def unpack(self) -> UnpackedArray:
         """The same numbers with one byte for each code, which CPUs multiply faster than bit planes."""
         return _unpack(self)
+
+    def prepare(self, *, gated: bool = False) -> PreparedArray:
+        """The same numbers, laid out as int8 tensor cores multiply them.
+
+        Args:
+          gated: whether the columns are gates followed by as many values, which a gated activation will take.
+
+        Raises:
+          ValueError: float scales of groups; groups that are no multiple of 16 elements; gates of an odd number.
+        """
+        check_preparable(self, gated)
+        return _prepare(self, gated)
 
     def truncate(self, bits: int) -> BipolarArray:
         """The array at fewer bits: keeps the high planes, and the offsets.
@@ -126,6 +139,23 @@ def _unpack(array: BipolarArray) -> UnpackedArray:
         array.axis,
         array.group_size,
         array.groups,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("gated",), inline=True)
+def _prepare(array: BipolarArray, gated: bool) -> PreparedArray:
+    words, terms = prepared_leaves(array, gated)
+    return PreparedArray(
+        words,
+        terms,
+        array.scale,
+        array.row_sums,
+        array.format,
+        array.contracted_size,
+        array.axis,
+        array.group_size,
+        gated,
+        array.offset,
     )
 
 

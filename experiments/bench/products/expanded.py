@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bipolar_jax import BipolarFormat
+from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.planning import plan_product
@@ -27,11 +27,11 @@ from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_pa
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
-from bipolar_jax.kernels.sm90.gemm_expanded.layout import prepare
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.weight_prep.expand import expand
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.groups import num_groups
+from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape, parse_shapes
@@ -104,12 +104,14 @@ def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.nda
     codes = np.asarray(jax.jit(lambda planes: unpack_codes(planes, w_format, shape.k))(planes))
     terms = weights.terms(shape)
     column_sums = weights.values(codes, terms, slice(None)).sum(1) if terms else codes.sum(1, dtype=np.int64)
-    prepared = jax.jit(
-        lambda planes, terms: prepare(planes, w_format, shape.k, group_size=weights.group_size, **terms)
-    )(planes, terms)
+    column_sums = jnp.asarray(column_sums, jnp.int32)
+    scale = jnp.full((shape.n, 1), 2.0**-10)
+    groups = IntegerGroups(*terms.values()) if terms else None
+    w = BipolarArray(planes, scale, None, column_sums[:, None], w_format, shape.k, -2, weights.group_size, groups)
+    prepared = w.prepare()
     recovery = ExpandedRecovery("int8", A_FORMAT, w_format, shape.k, True, prepared.terms is not None)
     x_words, tokens = operands.x_words(A_FORMAT, "int8"), operands.tokens(A_FORMAT)
-    columns = ColumnTerms(code_sums=jnp.asarray(column_sums, jnp.int32), scale=jnp.full(shape.n, 2.0**-10))
+    columns = ColumnTerms(code_sums=column_sums, scale=scale[:, 0])
 
     def multiply(tiling: Tiling, lag: int):
         def product(x_words, prepared, tokens, columns):

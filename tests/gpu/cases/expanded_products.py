@@ -9,9 +9,9 @@ import numpy as np
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, prepare_array
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product
 from tests.gpu.trial import Case, Trial, one_program
-from tests.kernels.sm90.gemm_expanded.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support.integer_products import codes_with_extremes
 
 # m, n, k: ragged, one stage and many, more tiles than multiprocessors.
@@ -62,7 +62,7 @@ def _trial(w_format, group_size, a_format, m: int, n: int, k: int, tiling: Tilin
     expected = ((2.0 * x - a_format.max_value) @ values.T).astype(np.int64)
 
     def product(codes, w):
-        return integer_product(codes, w, prepare_array(w), a_format, tiling=tiling, interpret=interpret_params())
+        return integer_product(codes, w.prepare(), a_format, tiling=tiling, interpret=interpret_params())
 
     def check(out):
         np.testing.assert_array_equal(out[..., 0], expected)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.warpgroup_simulator.types import THREADS, int32
+from tests.support.warpgroup_simulator.control import active, check_convergence
+from tests.support.warpgroup_simulator.types import THREADS, WARP, int32
 
 
 def less(a, b):
@@ -82,3 +83,26 @@ def count_ones(word):
 
 def add_bytes(word, total, *, signed):
     return total + word[:, None].view(np.int8 if signed else np.uint8).sum(1, dtype=np.int32)
+
+
+def multiply_add_byte_tiles(a, b, c):
+    """By the figures of the PTX ISA: a lane has row or column lane // 4, and four k from 4 (lane % 4)."""
+    check_convergence()
+    lane = np.arange(WARP)
+    r, q = lane // 4, lane % 4
+    out = [np.zeros(THREADS, np.int32) for _ in c]
+    for first in range(0, THREADS, WARP):
+        if not active()[first]:
+            continue
+        mine = slice(first, first + WARP)
+        left, right = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
+        for register, (row, k) in enumerate([(0, 0), (8, 0), (0, 16), (8, 16)]):
+            for i, byte in enumerate(a[register][mine, None].view(np.uint8).T):
+                left[r + row, 4 * q + k + i] = byte
+        for register, k in enumerate([0, 16]):
+            for i, byte in enumerate(b[register][mine, None].view(np.int8).T):
+                right[4 * q + k + i, r] = byte
+        product = left @ right
+        for register, (row, column) in enumerate([(0, 0), (0, 1), (8, 0), (8, 1)]):
+            out[register][mine] = c[register][mine] + product[r + row, 2 * q + column].astype(np.int32)
+    return out

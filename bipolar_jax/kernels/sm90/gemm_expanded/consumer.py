@@ -14,8 +14,9 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_transp
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
-from bipolar_jax.kernels.sm90.gemm_expanded.expansion import Expansion, multiply_half, zeros
+from bipolar_jax.kernels.sm90.gemm_expanded.multiply import multiply_half, zeros
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 
 
 def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_scratch: dict) -> None:

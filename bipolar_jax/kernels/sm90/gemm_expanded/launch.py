@@ -5,7 +5,7 @@ weights are the rows of the accumulators. They arrive packed, and the consumers 
 int8 tensor cores read them: neither memory nor shared memory ever holds a weight's byte. Integer groups are applied
 where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue.
 
-`layout.py` says how weights are laid out, `recovery.py` which terms complete their sums.
+`packing.fields` says how weights are laid out, `recovery.py` which terms complete their sums.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, WARPGROUP
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import arrange
 from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
-from bipolar_jax.kernels.sm90.gemm_expanded.layout import PreparedWeights
 from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
+from bipolar_jax.packing import PreparedArray
 
 # Not timed yet. 256 weights by 128 tokens a block; slots fill shared memory at 4 bits with groups of 128.
 DEFAULT_TILING = Tiling(128, 128, "split_n", slots=5, band=8, band_axis="n")
@@ -41,7 +41,7 @@ DEFAULT_TILING = Tiling(128, 128, "split_n", slots=5, band=8, band_axis="n")
 
 def expanded_matmul(
     x_words: UInt32[Array, "1 m words"],
-    weights: PreparedWeights,
+    weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
     recovery: ExpandedRecovery,
@@ -58,8 +58,8 @@ def expanded_matmul(
 
     Args:
       x_words: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8";
-        through `layout.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4.
-      weights: as `layout.prepare` gives them, with `gated` if the activation is.
+        through `arrays.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4.
+      weights: [k, n], gated if the activation is; scales and sums are those of `columns`.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns. `code_sums` are the sums of s * u + o over the true K with groups, those
         of codes without; `scale` is S with groups, the scale of values 2 u - V without.
@@ -82,13 +82,13 @@ def expanded_matmul(
     _, m, x_width = x_words.shape
     if x_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x")
-    if recovery.k != weights.k or recovery.grouped != (weights.terms is not None):
-        raise ValueError(f"{recovery} is not of weights with k={weights.k} and {weights.chunks} chunks of groups")
+    if recovery.k != weights.contracted_size or recovery.grouped != (weights.terms is not None):
+        raise ValueError(f"{recovery} is not of {weights} with {weights.chunks} chunks of groups")
     if recovery.k > recovery.most_elements:
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
     if activation is not None and (tokens.scale is None or residual is not None):
         raise ValueError("an activation is of scaled products without a residual")
-    n = weights.n // (1 if activation is None else activation.parts)
+    n = weights.shape[-1] // (1 if activation is None else activation.parts)
     problem = ExpandedProblem(
         m,
         n,
@@ -108,7 +108,7 @@ def expanded_matmul(
 def launch(
     problem: ExpandedProblem,
     x_words: UInt32[Array, "1 tokens words"],
-    weights: PreparedWeights,
+    weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
     output: Output,
@@ -125,11 +125,8 @@ def launch(
             f"tokens are axis {problem.token_axis} of the accumulator, but {type(output).__name__} takes them "
             f"along axis {output.token_axis}"
         )
-    tiles, stages = weights.words.shape[:2]
-    # TMA copies at most 256 elements along an axis.
-    words = weights.words.reshape(tiles, stages, -1, WARPGROUP)
-    terms = arrange(problem, (x_words, words), tokens, columns).terms
-    sources = Sources(x_words, words, weights.terms, terms)
+    terms = arrange(problem, (x_words, weights.words), tokens, columns).terms
+    sources = Sources(x_words, weights.words, weights.terms, terms)
     arrays, tree = jax.tree.flatten((sources, output))
     return launch_kernel(
         functools.partial(_kernel, problem, tree),

@@ -13,7 +13,7 @@ from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
-from bipolar_jax.kernels.sm90.gemm_expanded.layout import CHUNK_WORDS, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, TILE_ROWS, WORDS_PER_VECTOR
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
 _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
@@ -26,7 +26,7 @@ class ExpandedProblem(Problem):
 
     Attributes:
       w_bits: of the codes of weights.
-      chunks: chunks of a stage with terms of their own, see `layout`; 0 without groups.
+      chunks: chunks of a stage with terms of their own, see `packing.fields`; 0 without groups.
       lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
         under the epilogue of the other.
     """
@@ -50,7 +50,7 @@ class ExpandedProblem(Problem):
     @property
     def stage_bytes(self) -> int:
         """Bytes of a stage of the ring buffer."""
-        weights = 4 * (self.w_bits * WORDS_PER_VECTOR + self.chunks * CHUNK_WORDS)
+        weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + self.chunks * CHUNK_WORDS)
         return self.tiling.block_m * BYTES_PER_ROW + self.weight_tiles * weights
 
     def staging_slots(self, itemsize: int) -> int:

@@ -21,8 +21,8 @@ class Sources(NamedTuple):
 
     Attributes:
       tokens: uint32 [1, rows, words], signed bytes.
-      words: uint32 [tiles, stages, 4 * bits, 128], prepared weights.
-      group_terms: uint32 [tiles, stages, chunks, CHUNK_WORDS], or None.
+      words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR], prepared weights.
+      group_terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS], or None.
       terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
     """
 
@@ -70,7 +70,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                 weights.append((sources.group_terms, scratch.group_terms))
             for source, target in weights:
                 plgpu.copy_gmem_to_smem(
-                    source.at[pl.ds(first_tile, problem.weight_tiles), k_step],
+                    source.at[pl.ds(first_tile, problem.weight_tiles), :, k_step],
                     target.at[slot],
                     barrier,
                     collective_axes=weight_axes,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.gemm_expanded.layout import OFFSET_BIAS
+from bipolar_jax.packing.fields import OFFSET_BIAS
 from bipolar_jax.quantize.integer_groups import max_contraction
 
 _FLOAT32_EXACT = 2**24

@@ -15,6 +15,7 @@ from bipolar_jax.kernels.sm90.gemm.producer import column_ranges
 from bipolar_jax.kernels.sm90.gemm.smem import empty_barriers
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources
+from bipolar_jax.packing.fields import PARTS
 
 
 class Scratch(NamedTuple):
@@ -22,8 +23,8 @@ class Scratch(NamedTuple):
 
     Attributes:
       tokens: ring buffer, uint32 [slots, block_m, WORDS_PER_ROW].
-      words: ring buffer, uint32 [slots, weight_tiles, 4 * bits, 128].
-      group_terms: ring buffer, uint32 [slots, weight_tiles, chunks, CHUNK_WORDS], or None.
+      words: ring buffer, uint32 [slots, weight_tiles, PARTS, bits, WORDS_PER_VECTOR].
+      group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, CHUNK_WORDS], or None.
       terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
       full: barriers of loaded stages, see `Problem.full_barrier`.
       empty: barriers of stages that may be refilled, one a slot.
@@ -57,7 +58,7 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     copies = 2 + (sources.group_terms is not None)
 
     def ring(source):
-        return plgpu.SMEM((tiling.slots, problem.weight_tiles, *source.shape[2:]), source.dtype)
+        return plgpu.SMEM((tiling.slots, problem.weight_tiles, PARTS, *source.shape[3:]), source.dtype)
 
     own = Scratch(
         tokens=plgpu.SMEM((tiling.slots, tiling.block_m, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS),

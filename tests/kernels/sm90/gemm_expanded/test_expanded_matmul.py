@@ -16,16 +16,15 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
-from bipolar_jax.kernels.sm90.gemm_expanded import layout
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, prepare_array, tokens_product
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order, integer_product, tokens_product
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import DEFAULT_TILING, expanded_matmul
-from bipolar_jax.kernels.sm90.gemm_expanded.layout import PreparedWeights
 from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput, TransposedWriter
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
-from bipolar_jax.kernels.unsupported import Unsupported
-from tests.kernels.sm90.gemm_expanded.integer_groups import array_of_codes, array_of_groups, random_groups
+from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
 from tests.support.interpreter import races_found
@@ -59,8 +58,7 @@ def test_integer_products_are_exact(bits, group_size, changes, lag):
         w, values = array_of_groups(groups, w_format, ones), groups.values
     found = integer_product(
         jnp.asarray(x),
-        w,
-        prepare_array(w),
+        w.prepare(),
         A8,
         tiling=dataclasses.replace(SMALL, **changes),
         lag=lag,
@@ -100,8 +98,7 @@ def test_scaled_products(epilogue):
     code_sums = x.sum(1, dtype=np.int32)
     found = tokens_product(
         PackedTokens(code_words(jnp.asarray(x), A8, "int8"), scale, zero_code.astype(np.int32), code_sums),
-        w,
-        prepare_array(w, gated=gated),
+        w.prepare(gated=gated),
         A8,
         bias,
         jnp.bfloat16,
@@ -115,27 +112,10 @@ def test_scaled_products(epilogue):
     assert not races_found()
 
 
-def test_a_stack_of_layers_is_prepared_layer_by_layer():
-    fmt = BipolarFormat(4)
-    layers = [array_of_groups(random_groups(fmt, 130, 200, 64, seed), fmt, np.ones(130, np.float32)) for seed in (0, 1)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    prepared = jax.vmap(prepare_array)(stack)
-    assert (prepared.bits, prepared.chunks) == (4, 2)
-    for index, layer in enumerate(layers):
-        one = prepare_array(layer)
-        np.testing.assert_array_equal(prepared.words[index], one.words)
-        np.testing.assert_array_equal(prepared.terms[index], one.terms)
-
-
-def test_groups_that_it_does_not_serve_are_refused():
-    fmt = BipolarFormat(4)
-    w = array_of_groups(random_groups(fmt, 8, 48, 24), fmt, np.ones(8, np.float32))
-    with pytest.raises(Unsupported, match="groups of a multiple of 16, not 24"):
-        prepare_array(w)
-    with pytest.raises(Unsupported, match="integer scales of groups, not float ones"):
-        prepare_array(
-            dataclasses.replace(w, groups=None, scale=np.ones((8, 2), np.float32), row_sums=np.ones((8, 2), np.int32))
-        )
+def test_tokens_in_natural_order():
+    codes = random_codes(A8, 3, 64, 0)
+    words = in_natural_order(code_words(jnp.asarray(codes), A8, "int8"))
+    np.testing.assert_array_equal(np.asarray(words).view(np.int8)[0], codes.astype(int) - 128)
 
 
 def test_outputs_offer_what_the_protocol_says():
@@ -146,18 +126,21 @@ def test_outputs_offer_what_the_protocol_says():
 def test_what_does_not_belong_together_is_refused():
     fmt = BipolarFormat(4)
     codes = np.zeros((128, 128), np.uint8)
-    weights = prepare_array(array_of_codes(codes, fmt, np.ones(128, np.float32)))
+    weights = array_of_codes(codes, fmt, np.ones(128, np.float32)).prepare()
     words, ones = jnp.zeros((1, 64, 32), jnp.uint32), jnp.ones(64, jnp.int32)
     recovery = ExpandedRecovery("int8", A8, fmt, 128, False)
     tokens, columns = TokenTerms(ones, ones, None), ColumnTerms(code_sums=jnp.ones(128, jnp.int32))
     for change, message in (
-        (dict(k=64), "is not of weights with k=128 and 0 chunks"),
-        (dict(grouped=True), "is not of weights with k=128 and 0 chunks"),
+        (dict(k=64), "is not of PreparedArray.* with 0 chunks"),
+        (dict(grouped=True), "is not of PreparedArray.* with 0 chunks"),
     ):
         with pytest.raises(ValueError, match=message):
             expanded_matmul(words, weights, tokens, columns, dataclasses.replace(recovery, **change), jnp.int32)
     with pytest.raises(ValueError, match="sums over 70000 elements exceed int32: at most 33025"):
-        longer, rows = dataclasses.replace(recovery, w_format=A8, k=70000), dataclasses.replace(weights, k=70000)
+        longer, rows = (
+            dataclasses.replace(recovery, w_format=A8, k=70000),
+            dataclasses.replace(weights, contracted_size=70000),
+        )
         expanded_matmul(words, rows, tokens, columns, longer, jnp.int32)
     with pytest.raises(ValueError, match="multiples of 4 words, got 30"):
         expanded_matmul(words[..., :30], weights, tokens, columns, recovery, jnp.int32)
@@ -193,9 +176,10 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
     terms = None
     if group_size is not None:
         chunks = 128 // np.gcd(group_size, 128)
-        terms = jax.ShapeDtypeStruct((tiles, stages, chunks, layout.CHUNK_WORDS), jnp.uint32)
-    words = jax.ShapeDtypeStruct((tiles, stages, bits, layout.WORDS_PER_VECTOR), jnp.uint32)
-    weights = PreparedWeights(words, terms, n, k, natural_order=False)
+        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, chunks, CHUNK_WORDS), jnp.uint32)
+    words = jax.ShapeDtypeStruct((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
+    scale, sums = (jax.ShapeDtypeStruct((n, 1), dtype) for dtype in (jnp.float32, jnp.int32))
+    weights = PreparedArray(words, terms, scale, sums, w_format, k, -2, group_size, gated)
     activation = Activation("silu", gated=True) if gated else None
     recovery = ExpandedRecovery("int8", A8, w_format, k, True, terms is not None)
 

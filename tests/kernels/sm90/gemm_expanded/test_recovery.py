@@ -9,7 +9,7 @@ import pytest
 
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
-from tests.kernels.sm90.gemm_expanded.integer_groups import random_groups
+from tests.packing.integer_groups import random_groups
 from tests.support.integer_products import A_FORMATS, codes_with_extremes
 
 K = 200

@@ -84,3 +84,16 @@ def add_bytes(word: Value, total: Value, *, signed: bool) -> Value:
     """total plus the four bytes of the word."""
     ptx = "dp4a.{0}.{0} $0, $1, $2, $3;".format("s32" if signed else "u32")
     return inline_ptx(ptx, word, int32(0x01010101), total, result_types=i32_type())
+
+
+def multiply_add_byte_tiles(a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
+    """a . b + c on the warp's tensor core: [16, 32] unsigned bytes times [32, 8] signed ones, int32.
+
+    With r = lane // 4 and q = lane % 4, a lane's words of a and b each hold four elements, at k = 4 q or at 4 q + 16.
+    Of a: rows r and r + 8 at the first k, then both at the second. Of b: column r at both k. Of c: columns 2 q and
+    2 q + 1 of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k32").
+    """
+    names = [[f"${i}" for i in range(start, start + count)] for start, count in ((0, 4), (4, 4), (8, 2), (10, 4))]
+    operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
+    ptx = f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {operands};"
+    return list(inline_ptx(ptx, *a, *b, *c, result_types=(i32_type(),) * 4, convergent=True))

@@ -1,4 +1,4 @@
-"""Threads expand prepared weights to the fragments of A that wgmma reads; simulated."""
+"""Threads expand prepared weights to the fragments of A that tensor cores read; simulated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.gemm_expanded import layout
-from bipolar_jax.kernels.sm90.gemm_expanded.expansion import HALVES, Expansion
-from tests.kernels.sm90.gemm_expanded.integer_groups import packed_planes, random_groups
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import warpgroup_simulator
 from tests.support.integer_products import random_codes
 
@@ -31,30 +31,28 @@ def rows_of_fragments(registers: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize(("bits", "group_size"), CASES)
 def test_threads_make_the_fragments(bits, group_size, monkeypatch):
     fmt = BipolarFormat(bits)
+    ones = np.ones(128, np.float32)
     if group_size is None:
         codes = random_codes(fmt, 128, 128, 0)
-        weights, expected = layout.prepare(packed_planes(codes, fmt), fmt, 128), codes
+        weights, expected = array_of_codes(codes, fmt, ones).prepare(), codes
     else:
         groups = random_groups(fmt, 128, 128, group_size)
-        expected = groups.values + 128
-        weights = layout.prepare(
-            packed_planes(groups.codes, fmt),
-            fmt,
-            128,
-            group_size=group_size,
-            group_scale=groups.scale,
-            group_offset=groups.offset,
-        )
+        weights, expected = array_of_groups(groups, fmt, ones).prepare(), groups.values + 128
     if not weights.natural_order:
         expected = expected.reshape(128, 4, 4, 8).swapaxes(-1, -2).reshape(128, 128)
-    words = np.array(weights.words[0, 0]).reshape(-1, 128)
-    terms = None if group_size is None else np.array(weights.terms[0, 0])
+    words, terms = (None if a is None else np.array(a[0, :, 0]).reshape(-1, 4) for a in (weights.words, weights.terms))
     expansion = Expansion(bits, weights.chunks)
     warpgroup_simulator.install(monkeypatch)
     before = warpgroup_simulator.bank_conflicts[0]
+    thread = ptx.thread_in_warpgroup()
+    lane, warp = ptx.bits_of(thread, 31), ptx.shift_right(thread, 5)
+
+    def part(array):
+        return ptx.advance(ptx.pointer(array, ptx.SHARED), ptx.times(warp, array.nbytes // 4))
+
     for half in range(HALVES):
-        fields = expansion.load_fields(words, half)
-        group_terms = [] if terms is None else expansion.load_terms(terms, half)
+        fields = expansion.load_fields(part(words), lane, half)
+        group_terms = [] if terms is None else expansion.load_terms(part(terms), lane, half)
         for step in range(2):
             registers = expansion.fragments([words[step] for words in fields], group_terms, step)
             position = 32 * (2 * half + step)

@@ -1,0 +1,1 @@
+"""What kernels do with prepared weights: fields of codes become bytes in registers."""

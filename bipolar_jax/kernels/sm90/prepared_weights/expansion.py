@@ -1,0 +1,109 @@
+"""What threads do with prepared weights: load fields and the terms of their groups, and expand them to bytes.
+
+With groups a register of four codes becomes four weights by one multiply-add, word * s + 0x01010101 * (o + 128): no
+byte carries into the next, because s * u + o + 128 is from 0 to 255. Without groups the codes are the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.packing.fields import CHUNK_WORDS, REGISTERS, STEPS, VECTOR, WORDS_PER_VECTOR, fields_of
+
+HALVES = 2  # of a stage; a field of one bit has two words in each
+HALF_STEPS = STEPS // HALVES
+_EVERY_BYTE = 0x01010101
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """How fields become bytes.
+
+    Attributes:
+      bits: of the codes.
+      chunks: chunks of a stage with terms of their own; 0 without groups.
+    """
+
+    bits: int
+    chunks: int
+
+    def load_fields(self, words: Pointer, lane: Value, half: int) -> list[list[list[Value]]]:
+        """A lane's words of half a stage: of every field, for each of its steps.
+
+        Args:
+          words: uint32 [bits, WORDS_PER_VECTOR] in shared memory, one part and stage.
+          lane: of the thread in its warp.
+          half: which half of the stage.
+        """
+        mine = ptx.advance(words, ptx.times(lane, 4 * VECTOR))
+        fields, first = [], 0
+        for width, _ in fields_of(self.bits):
+            start, count = HALF_STEPS * half * width, HALF_STEPS * width
+            at_once = min(VECTOR, count)
+            loaded = []
+            for index in range(start, start + count, at_once):
+                vector, slot = first + index // VECTOR, index % VECTOR
+                loaded += ptx.load(ptx.advance(mine, 4 * (vector * WORDS_PER_VECTOR + slot)), at_once)
+            fields.append([loaded[step * width : (step + 1) * width] for step in range(HALF_STEPS)])
+            first += width
+        return fields
+
+    def load_terms(self, terms: Pointer, lane: Value, half: int) -> list[list[tuple[Value, Value]]]:
+        """(s, o + 128 in every byte) of a lane's four rows, for each chunk of half a stage, or the one around it.
+
+        Args:
+          terms: uint32 [chunks, CHUNK_WORDS] in shared memory, one part and stage.
+          lane: of the thread in its warp.
+          half: which half of the stage.
+        """
+        # Lane 4 r + t: the words 2 r, of block 0, and the next, of block 1.
+        mine = ptx.advance(terms, ptx.times(ptx.shift_right(lane, 2), 8))
+        first = half * self.chunks // HALVES
+        chunks = []
+        for chunk in range(first, max(first + 1, (half + 1) * self.chunks // HALVES)):
+            pairs = ptx.load(ptx.advance(mine, 4 * CHUNK_WORDS * chunk), 2)
+            chunks.append(
+                [
+                    (
+                        ptx.pick_bytes(pair, ptx.int32(0), 0x4440 + 2 * row),
+                        ptx.pick_bytes(pair, ptx.int32(0), 0x1111 * (2 * row + 1)),
+                    )
+                    for pair in pairs
+                    for row in range(2)
+                ]
+            )
+        return chunks
+
+    def fragments(self, fields: list[list[Value]], terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
+        """The registers of A for one step: four of the rows of block 0, four of those of block 1.
+
+        Args:
+          fields: of every field, the lane's words of this step.
+          terms: of `load_terms`, of the half that the step is in; empty without groups.
+          step: which step of the half.
+        """
+        registers = []
+        for register in range(REGISTERS):
+            codes = self._codes(fields, register)
+            if terms:
+                block, half, row = register // 4, register // 2 % 2, register % 2
+                scale, offset = terms[(2 * step + half) * len(terms) // (2 * HALF_STEPS)][2 * block + row]
+                codes = ptx.plus(ptx.times(codes, scale), offset)
+            registers.append(codes)
+        return registers
+
+    def _codes(self, fields: list[list[Value]], register: int) -> Value:
+        codes = None
+        for (width, shift), words in zip(fields_of(self.bits), fields, strict=True):
+            word = words[register * width // 8]
+            if width == 8:
+                return word
+            position = width * (register % (8 // width))
+            moved = (
+                ptx.shift_right(word, position - shift) if position >= shift else ptx.shift_left(word, shift - position)
+            )
+            field = ptx.bits_of(moved, ((1 << width) - 1 << shift) * _EVERY_BYTE)
+            codes = field if codes is None else ptx.either_bits(codes, field)
+        return codes

@@ -1,0 +1,188 @@
+"""Codes laid out in the order in which threads expand them for int8 tensor cores: the paper's matrix preprocessing.
+
+A tile is TILE_ROWS rows of weights times a stage of K, STAGE elements. It has PARTS parts of PART_ROWS rows, each held
+by one warp. A warp multiplies its part in STEPS steps of 32 elements, each with an instruction for the rows of either
+block b. In one step a thread holds eight registers of A, four bytes each: register 4 b + 2 h + p of lane 4 r + t of the
+warp of part w, in byte i, is
+
+    row 64 b + 16 w + 8 p + r of the tile,  position 32 step + 16 h + 4 t + i of the stage
+
+(PTX ISA, the fragments of A of wgmma m64nNk32 and of mma m16n8k32). Codes are split into fields of 8, 4, 2 and 1 bits
+whose widths add up to theirs: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. A word of fields of f bits has the codes of 8 / f
+registers, those of one register f bits apart from those of the next, so that a shift and a mask make a register of it.
+A thread's words of a stage are `bits` vectors of four, each next to those of its neighbours: loads of 16 bytes without
+bank conflicts. A part's stages follow each other in memory.
+
+A byte's position in the stage follows the tokens' bytes. Those of `quantize_rows` interleave each 32 elements: position
+4 j + i is element 8 i + j. Groups that are no multiple of 32 need them in their natural order, or a register would have
+bytes of two groups.
+
+A group's scale s and offset o (`quantize.integer_groups`) are the bytes s and o + 128, for every chunk of K in which no
+group ends: gcd(group_size, STAGE) elements. The pairs of rows r and r + 8 share a word, and a thread's words of both
+blocks are neighbours: word 2 r + b of a part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int8, UInt8, UInt32
+
+from bipolar_jax.quantize.integer_groups import SMALLEST_VALUE
+
+TILE_ROWS = STAGE = 128
+PARTS = 4  # of a tile: its warps
+PART_ROWS = TILE_ROWS // PARTS
+LANES = 32
+STEPS = 4  # of a stage
+VECTOR = 4  # words that a thread loads at once
+WORDS_PER_VECTOR = LANES * VECTOR  # of a part
+REGISTERS = 8  # of A, in one step
+CHUNK_WORDS = PART_ROWS // 2  # of the terms of one chunk and part
+GROUP_UNIT = 16  # elements: half of a step, which is as far as a register reaches
+OFFSET_BIAS = -SMALLEST_VALUE  # makes s * u + o an unsigned byte
+
+_FIELD_WIDTHS = (8, 4, 2, 1)
+
+
+def fields_of(bits: int) -> list[tuple[int, int]]:
+    """(width, shift) of the fields that a code is split into, in the order in which they are stored."""
+    fields, shift = [], 0
+    for width in _FIELD_WIDTHS:
+        if bits & width:
+            fields.append((width, shift))
+            shift += width
+    return fields
+
+
+def in_natural_order(group_size: int | None) -> bool:
+    """Whether positions are elements, and not interleaved."""
+    return group_size is not None and group_size % 32 != 0
+
+
+def pack_fields(
+    codes: UInt8[Array, "rows k"], bits: int, natural_order: bool
+) -> UInt32[Array, "tiles parts stages bits vector_words"]:
+    """Words of codes that are filled up to whole tiles and stages."""
+    tiles, stages = codes.shape[0] // TILE_ROWS, codes.shape[1] // STAGE
+    if not natural_order:
+        codes = codes.reshape(codes.shape[0], -1, 4, 8).swapaxes(-1, -2)
+    # Rows: tile, block, part, half of the part's rows, lane / 4; positions: stage, step, half, lane % 4, byte.
+    codes = codes.reshape(tiles, 2, PARTS, 2, 8, stages, STEPS, 2, 4, 4)
+    codes = codes.transpose(0, 2, 5, 4, 8, 6, 1, 7, 3, 9)  # tile, part, stage, lane, step, register, byte
+    codes = codes.reshape(tiles, PARTS, stages, LANES, STEPS, REGISTERS, 4).astype(jnp.uint32)
+    vectors = []
+    for width, shift in fields_of(bits):
+        fields = ((codes >> shift) & ((1 << width) - 1)).reshape(*codes.shape[:5], width, 8 // width, 4)
+        words = jnp.sum(fields << _shifts(width, fields.ndim), axis=(-1, -2), dtype=jnp.uint32)
+        vectors.append(words.reshape(tiles, PARTS, stages, LANES, width, VECTOR).swapaxes(3, 4))
+    return jnp.concatenate(vectors, axis=3).reshape(tiles, PARTS, stages, bits, WORDS_PER_VECTOR)
+
+
+def unpack_part(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array, "*batch part_rows positions"]:
+    """Codes of parts of a stage: row 16 b + 8 p + r, in order of position."""
+    batch = words.shape[:-2]
+    codes = _registers_of(words).reshape(*batch, 8, 4, STEPS, 2, 2, 2, 4)  # lane / 4, lane % 4, step, b, h, p, byte
+    axes = [len(batch) + axis for axis in (3, 5, 0, 2, 4, 1, 6)]
+    return codes.transpose(*range(len(batch)), *axes).reshape(*batch, PART_ROWS, STAGE)
+
+
+def unpack_fields(
+    words: UInt32[Array, "tiles parts stages bits vector_words"], natural_order: bool
+) -> UInt8[Array, "rows k"]:
+    """Codes of whole tiles and stages: the inverse of `pack_fields`."""
+    tiles, _, stages = words.shape[:3]
+    codes = unpack_part(words)
+    if not natural_order:
+        codes = codes.reshape(*codes.shape[:-1], -1, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+    codes = codes.reshape(tiles, PARTS, stages, 2, PART_ROWS // 2, STAGE).transpose(0, 3, 1, 4, 2, 5)
+    return codes.reshape(tiles * TILE_ROWS, stages * STAGE)
+
+
+def pack_terms(
+    scale: UInt8[Array, "rows groups"], offset: Int8[Array, "rows groups"], group_size: int, stages: int
+) -> UInt32[Array, "tiles parts stages chunks chunk_words"]:
+    """s and o + 128 of every chunk; rows are filled up to whole tiles."""
+    chunk = math.gcd(group_size, STAGE)
+    chunks = STAGE // chunk
+    group = np.minimum(np.arange(stages * chunks) * chunk // group_size, scale.shape[1] - 1)
+    biased = jnp.stack([scale, jax.lax.bitcast_convert_type(offset, jnp.uint8) ^ np.uint8(OFFSET_BIAS)])
+    # Byte, tile, block, part, half of the part's rows, lane / 4, stage, chunk.
+    pairs = biased[..., group].reshape(2, -1, 2, PARTS, 2, 8, stages, chunks).transpose(1, 3, 6, 7, 5, 2, 4, 0)
+    words = jax.lax.bitcast_convert_type(pairs.reshape(*pairs.shape[:6], 4), jnp.uint32)
+    return words.reshape(-1, PARTS, stages, chunks, CHUNK_WORDS)
+
+
+def part_terms(
+    terms: UInt32[Array, "*batch chunks chunk_words"],
+) -> tuple[Int[Array, "*batch part_rows chunks"], Int[Array, "*batch part_rows chunks"]]:
+    """s and o + 128 of parts of a stage, int32: row 16 b + 8 p + r."""
+    *batch, chunks, _ = terms.shape
+    shifts = 8 * jnp.arange(4, dtype=jnp.uint32).reshape((1,) * terms.ndim + (4,))
+    pairs = ((terms[..., None] >> shifts) & 0xFF).astype(jnp.int32)
+    pairs = pairs.reshape(*batch, chunks, 8, 2, 2, 2)  # chunk, lane / 4, block, half of the rows, byte
+    axes = [len(batch) + axis for axis in (2, 3, 1, 0)]
+    scale, offset = (
+        pairs[..., byte].transpose(*range(len(batch)), *axes).reshape(*batch, PART_ROWS, chunks) for byte in range(2)
+    )
+    return scale, offset
+
+
+def unpack_terms(
+    terms: UInt32[Array, "tiles parts stages chunks chunk_words"], group_size: int, k: int
+) -> tuple[UInt8[Array, "rows groups"], Int8[Array, "rows groups"]]:
+    """s and o of whole tiles: the inverse of `pack_terms`."""
+    tiles, _, stages, chunks, _ = terms.shape
+    group_starts = np.arange(-(-k // group_size)) * group_size // (STAGE // chunks)
+
+    def of_rows(part: Array) -> Array:
+        rows = part.reshape(tiles, PARTS, stages, 2, PART_ROWS // 2, chunks).transpose(0, 3, 1, 4, 2, 5)
+        return rows.reshape(tiles * TILE_ROWS, stages * chunks)[:, group_starts]
+
+    scale, offset = map(of_rows, part_terms(terms))
+    return scale.astype(jnp.uint8), (offset - OFFSET_BIAS).astype(jnp.int8)
+
+
+def expand_part(
+    words: UInt32[Array, "*batch bits vector_words"], terms: UInt32[Array, "*batch chunks chunk_words"] | None
+) -> Int[Array, "*batch part_rows positions"]:
+    """The unsigned bytes that a warp makes of its part of a stage: codes, or s * u + o + 128; in order of position."""
+    codes = unpack_part(words).astype(jnp.int32)
+    if terms is None:
+        return codes
+    scale, offset = part_terms(terms)
+    chunk = STAGE // terms.shape[-2]
+    return codes * jnp.repeat(scale, chunk, axis=-1) + jnp.repeat(offset, chunk, axis=-1)
+
+
+def expand_tile(
+    words: UInt32[Array, "parts bits vector_words"], terms: UInt32[Array, "parts chunks chunk_words"] | None
+) -> Int[Array, "rows positions"]:
+    """`expand_part` of all parts of one tile and stage, in the order of the tile's rows."""
+    parts = expand_part(words, terms).reshape(PARTS, 2, PART_ROWS // 2, STAGE)
+    return parts.swapaxes(0, 1).reshape(TILE_ROWS, STAGE)
+
+
+def _shifts(width: int, ndim: int) -> UInt32[Array, "..."]:
+    """Where the fields of a word begin, by register and byte: the last two of `ndim` axes."""
+    register, byte = (
+        jnp.arange(count, dtype=jnp.uint32).reshape((1,) * (ndim - 2) + shape)
+        for count, shape in ((8 // width, (-1, 1)), (4, (1, -1)))
+    )
+    return width * register + 8 * byte
+
+
+def _registers_of(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
+    """Every lane's registers of codes."""
+    *batch, bits, _ = words.shape
+    codes, first = jnp.uint32(0), 0
+    for width, shift in fields_of(bits):
+        vectors = words[..., first : first + width, :].reshape(*batch, width, LANES, VECTOR).swapaxes(-3, -2)
+        vectors = vectors.reshape(*batch, LANES, STEPS, width, 1, 1)
+        fields = ((vectors >> _shifts(width, vectors.ndim)) & ((1 << width) - 1)) << shift
+        codes = codes + fields.reshape(*batch, LANES, STEPS, REGISTERS, 4)
+        first += width
+    return codes.astype(jnp.uint8)
