@@ -169,8 +169,9 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"keys {key_names} cannot be a tensor name in a safetensors file: rename the key")
         if len(name) > MOST_NAME_CHARACTERS - max(len(f".{field}") for field in FIELDS):
             raise ValueError(f"keys {key_names!r:.100} make a path of {len(name):,} characters: rename them")
-        if isinstance(leaf, UnpackedArray):
-            raise ValueError(f"{name} is unpacked for inference: save the model as it was before it was prepared")
+        if isinstance(leaf, BipolarNumbers) and not isinstance(leaf, BipolarArray):
+            layout = "unpacked" if isinstance(leaf, UnpackedArray) else "laid out"
+            raise ValueError(f"{name} is {layout} for inference: save the model as it was before it was prepared")
         if not isinstance(leaf, BipolarArray | jax.Array | np.ndarray):
             raise ValueError(
                 f"{name or 'the tree'} is a {type(leaf).__name__}, not an array: convert it or leave it out"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
-from bipolar_jax.packing import BipolarArray, UnpackedArray
+from bipolar_jax.packing import BipolarArray, PreparedArray, UnpackedArray
 
 
 def lookup(
@@ -24,7 +24,8 @@ def lookup(
       dtype: of the result.
 
     Raises:
-      ValueError: ids that are not integers; a table without two axes, or not packed along the last one.
+      ValueError: ids that are not integers; a table without two axes, or not packed along the last one, or a
+        `PreparedArray`.
     """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
@@ -33,6 +34,8 @@ def lookup(
             f"a table of shape {table.shape} packed along axis {table.axis} has no rows to look up: "
             "it must have two axes and be quantized with axis=-1"
         )
+    if isinstance(table, PreparedArray):
+        raise ValueError(f"{table} is laid out for products: look rows up in the BipolarArray that it is made of")
     table.check()
     return with_out_sharding(functools.partial(_decoded_rows, jnp.dtype(dtype)), (*mesh_axes(ids), None), (table, ids))
 

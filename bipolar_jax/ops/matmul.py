@@ -17,7 +17,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_a
 from bipolar_jax.ops.compiled import as_array, compiled
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
-from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
+from bipolar_jax.packing import BipolarNumbers
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.rounding import check_float
@@ -26,7 +26,7 @@ from bipolar_jax.quantize.straight_through import straight_through
 
 def matmul(
     x: Float[Array, "*batch columns"],
-    w: BipolarArray | UnpackedArray,
+    w: BipolarNumbers,
     a_bits: int | None,
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
@@ -64,7 +64,7 @@ def matmul(
       x: float32, bfloat16 or float16; the last axis has k numbers, or as many as the prologue reduces to k. If w has
         batch axes, x's leading axes must equal them. Other leading axes may be empty.
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T` of an array quantized with
-        axis=-1.
+        axis=-1. What its `unpack` and `prepare` make gives the same numbers, faster on CPUs and on Hopper GPUs.
       a_bits: activation bits 1..8; None leaves the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
       prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, computed in float32 in the pass over x

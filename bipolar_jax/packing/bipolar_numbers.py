@@ -78,10 +78,23 @@ class BipolarNumbers(abc.ABC):
     def check(self) -> None:
         """Raises ValueError if the shapes of the leaves do not fit each other and the static attributes."""
 
+    def truncate(self, bits: int) -> BipolarNumbers:
+        """See `BipolarArray.truncate`, which has bit planes to drop.
+
+        Raises:
+          ValueError: the numbers are stored in another way.
+        """
+        raise ValueError(f"a {type(self).__name__} has no planes to drop: truncate the BipolarArray that it is made of")
+
     @property
     def bits(self) -> int:
         """Bits of a code."""
         return self.format.bits
+
+    @property
+    def has_integer_groups(self) -> bool:
+        """Whether there are `groups`; computes nothing."""
+        return self.groups is not None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +116,7 @@ class BipolarNumbers(abc.ABC):
     @property
     def scale_group_size(self) -> int | None:
         """Elements along k that share a float scale: `group_size`, or None with integer groups, for all of a row."""
-        return self.group_size if self.groups is None else None
+        return None if self.has_integer_groups else self.group_size
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +134,8 @@ class BipolarNumbers(abc.ABC):
         if not hasattr(self.row_sums, "shape"):  # a tree_map has put other objects in the leaves, such as shardings
             return f"{name}({', '.join(map(str, leaves))})"
         offset = "" if self.offset is None else ", with offset"
-        kind = "" if self.groups is None else ", integer groups"
+        kind = ", integer groups" if self.has_integer_groups else ""
+        kind += ", gated" if getattr(self, "gated", False) else ""
         return f"{name}(shape={self.shape}, bits={self.format.name}, group_size={self.group_size}{offset}{kind})"
 
     def values(self) -> Int[Array, "*shape"]:
@@ -131,28 +145,32 @@ class BipolarNumbers(abc.ABC):
     @property
     def signed_form(self) -> tuple[int, int]:
         """(f, r) of v = f c + r, with v the values and c the numbers of `signed_rows`."""
-        return (2, self.format.value_shift) if self.groups is None else (1, 0)
+        return (1, 0) if self.has_integer_groups else (2, self.format.value_shift)
 
     def signed_rows(self) -> Int8[Array, "*batch n k"]:
         """Signed codes, or values of integer groups: the int8 numbers that are multiplied; the contracted axis last."""
-        if self.groups is None:
+        if not self.has_integer_groups:
             return self.format.signed_codes(self.codes())
         return self.groups.values(self.codes(), self.group_size).astype(jnp.int8)
 
     def value_sums(self) -> Int[Array, "*batch n scales"]:
         """Sums of the values that share a float scale, int32."""
-        if self.groups is not None:
+        if self.has_integer_groups:
             return self.row_sums
         lengths = group_lengths(self.contracted_size, self.group_size)
         return 2 * self.row_sums - along_last(self.format.max_value * lengths, self.row_sums.ndim)
 
     def max_contraction(self, a_format: BipolarFormat) -> int:
         """Largest number of products with values of activations whose sum always fits int32."""
-        return self.format.max_contraction(a_format) if self.groups is None else max_contraction(a_format)
+        return max_contraction(a_format) if self.has_integer_groups else self.format.max_contraction(a_format)
 
     def dequantize(self) -> Float[Array, "*shape"]:
         """scale * value + offset, float32, in `shape`."""
         return _dequantize(self)
+
+    def _stored_groups(self) -> IntegerGroups | None:
+        """`groups`, if they are leaves."""
+        return self.groups
 
     def _as_shape(self, rows: Array) -> Array:
         return rows if self.axis == -1 else jnp.swapaxes(rows, -1, -2)
@@ -166,13 +184,14 @@ class BipolarNumbers(abc.ABC):
         per_scale = (*rows, num_groups(self.contracted_size, self.scale_group_size))
         arrays = {"scale": (self.scale, per_scale), "row_sums": (self.row_sums, per_scale)}
         arrays["offset"] = (self.offset, per_scale)
-        if self.groups is not None:
+        if self.has_integer_groups:
             check_scales("integer", self.format, self.group_size)
-            self.groups.check_dtypes()
             if self.offset is not None:
                 raise ValueError("an array with integer groups has no float offsets: leave `offset` None")
-            arrays["groups.scale"] = (self.groups.scale, (*rows, self.num_groups))
-            arrays["groups.offset"] = (self.groups.offset, (*rows, self.num_groups))
+        if (groups := self._stored_groups()) is not None:
+            groups.check_dtypes()
+            arrays["groups.scale"] = (groups.scale, (*rows, self.num_groups))
+            arrays["groups.offset"] = (groups.offset, (*rows, self.num_groups))
         return [
             f"{name} {tuple(array.shape)} instead of {wanted}"
             for name, (array, wanted) in arrays.items()
@@ -188,7 +207,7 @@ def _values(array: BipolarNumbers) -> Int[Array, "*shape"]:
 
 @functools.partial(jax.jit, inline=True)
 def _dequantize(array: BipolarNumbers) -> Float[Array, "*shape"]:
-    if array.groups is not None:
+    if array.has_integer_groups:
         return array._as_shape(array.scale * _row_values(array).astype(jnp.float32))
     rows = from_grid(array.codes(), array.format, array.scale, array.offset, array.group_size)
     return array._as_shape(rows)

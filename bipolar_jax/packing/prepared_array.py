@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
@@ -66,6 +67,11 @@ class PreparedArray(BipolarNumbers):
         return IntegerGroups(*_over_batch(self._unpacked_terms, 5)(self.terms))
 
     @property
+    def has_integer_groups(self) -> bool:
+        """As in `BipolarArray`."""
+        return self.terms is not None
+
+    @property
     def chunks(self) -> int:
         """Chunks of a stage that have terms of their own; 0 without groups."""
         return 0 if self.terms is None else self.terms.shape[-2]
@@ -96,6 +102,29 @@ class PreparedArray(BipolarNumbers):
             raise ValueError(
                 f"inconsistent PreparedArray of contracted size {self.contracted_size}: {', '.join(wrong)}"
             )
+
+    def in_order_of_tiles(self) -> PreparedArray:
+        """The array whose columns are the tiles' rows, one after the other, as one that is not gated.
+
+        Of a gated array these are 64 gates, their 64 values and so on; columns of zeros fill up the last tile. See
+        `columns_in_order`.
+        """
+        scale, row_sums, offset = (
+            None if rows is None else _over_batch(functools.partial(_in_tiles, gated=self.gated), 2)(rows)
+            for rows in (self.scale, self.row_sums, self.offset)
+        )
+        return dataclasses.replace(self, scale=scale, row_sums=row_sums, offset=offset, gated=False)
+
+    def columns_in_order(self, product: Shaped[Array, "*rows tile_rows"]) -> Shaped[Array, "*rows n"]:
+        """The columns of this array out of those of a product with `in_order_of_tiles`."""
+        rows, n = product.shape[:-1], self.row_sums.shape[-2]
+        if not self.gated:
+            return product[..., :n]
+        halves = product.reshape(*rows, -1, 2, _HALF_TILE).swapaxes(-3, -2).reshape(*rows, 2, -1)
+        return halves[..., : n // 2].reshape(*rows, n)
+
+    def _stored_groups(self) -> None:
+        return None
 
     def _unpacked_codes(self, words: Array) -> Array:
         codes = unpack_fields(words, self.natural_order)

@@ -38,11 +38,12 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     if isinstance(w, UnpackedArray):
         raise Unsupported("it multiplies bit planes, and the weights are unpacked")
     a_planes = pack_codes(codes, a_format)
+    w_planes = w.planes if isinstance(w, BipolarArray) else pack_codes(w.codes(), w.format)
     masks = _group_masks(w.contracted_size, w.group_size)
     products = jnp.int32(0)
     for i, p in enumerate(a_format.plane_weights):
         for j, q in enumerate(w.format.plane_weights):
-            products = products + p * q * _and_popcount(a_planes[i], w.planes[j], masks)
+            products = products + p * q * _and_popcount(a_planes[i], w_planes[j], masks)
     a_sums = code_sums(codes, w.group_size)
     a_max, w_max = a_format.max_value, w.format.max_value
     lengths = group_lengths(w.contracted_size, w.group_size)

@@ -19,7 +19,7 @@ from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.xla.blocks import NT, by_rows, on_cpu, signed_groups, signed_product
-from bipolar_jax.packing import BipolarNumbers, UnpackedArray
+from bipolar_jax.packing import BipolarNumbers, PreparedArray, UnpackedArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
 
@@ -111,6 +111,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFo
     groups = "" if num_scales == 1 else f", one dot for each of {num_scales} groups"
     if isinstance(w, UnpackedArray):
         return Plan(f"XLA's {dot}{groups}", "runs on every device; the weights are unpacked, one byte each")
+    if isinstance(w, PreparedArray):
+        return Plan(f"XLA's {dot}{groups}", "runs on every device; undoes the layout of Hopper kernels each time")
     unpacks = "; unpacks the bit planes in every call, prepare_for_inference once" if on_cpu() else ""
     return Plan(f"XLA's {dot}{groups}", f"runs on every device{unpacks}")
 

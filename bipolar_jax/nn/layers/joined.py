@@ -11,6 +11,7 @@ from flax import nnx
 
 from bipolar_jax.nn.layers.linear import Linear, sizes, without_training
 from bipolar_jax.nn.layers.packed import Packed
+from bipolar_jax.packing import PreparedArray
 
 # The axis n of the leaves of a packed kernel, [..., planes, n, words] and [..., n, groups].
 _COLUMNS_AXIS = -2
@@ -30,6 +31,8 @@ def joined(layers: Sequence[Linear]) -> Linear:
     if general := [layer for layer in layers if not layer.contracts_last_axis]:
         raise ValueError(f"layers that contract other axes than the last are not joined: axis is {general[0].axis}")
     kernels = [layer.kernel.get_value() for layer in layers]
+    if any(isinstance(kernel, PreparedArray) for kernel in kernels):
+        raise ValueError("layers whose weights are laid out for a GPU are not joined: join them before")
     for layer, kernel in zip(layers, kernels, strict=True):
         for name, expected, found in (
             ("precision", first.precision, layer.precision),

@@ -14,11 +14,12 @@ import jax.export
 from flax.traverse_util import flatten_dict
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray, UnpackedArray
 
-# In the order of the pytree's auxiliary data.
-_STATIC = tuple(field.name for field in dataclasses.fields(BipolarArray) if field.metadata.get("static"))
-_LEAVES = tuple(field.name for field in dataclasses.fields(BipolarArray) if field.name not in _STATIC)
+
+def _names(kind: type[BipolarNumbers], *, static: bool) -> tuple[str, ...]:
+    """The fields that are static, in the order of the pytree's auxiliary data, or the leaves."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.metadata.get("static", False) == static)
 
 
 def from_list(target: BipolarNumbers, values: Sequence[Any]) -> BipolarNumbers:
@@ -31,7 +32,7 @@ def from_list(target: BipolarNumbers, values: Sequence[Any]) -> BipolarNumbers:
     Raises:
       ValueError: leaves missing or in excess, or of other shapes or dtypes than the target's.
     """
-    names = [field.name for field in dataclasses.fields(target) if field.name not in _STATIC]
+    names = _names(type(target), static=False)
     if len(values) != len(names):
         raise ValueError(f"the packed array has the leaves {', '.join(names)}, got a list of {len(values)}")
     flat = {}
@@ -66,7 +67,7 @@ def _static_fields(array: BipolarArray) -> dict[str, Any]:
 
 
 def _to_state_dict(array: BipolarArray) -> dict[str, Any]:
-    leaves = {key: getattr(array, key) for key in _LEAVES}
+    leaves = {key: getattr(array, key) for key in _names(BipolarArray, static=False)}
     if array.groups is not None:
         leaves["groups"] = {"scale": array.groups.scale, "offset": array.groups.offset}
     return leaves | _static_fields(array)
@@ -80,29 +81,29 @@ def _from_state_dict(target: BipolarArray, state: Mapping[str, Any]) -> BipolarA
     return _with_leaves(target, flatten_dict({key: value for key, value in state.items() if key not in static}))
 
 
-def _serialize_static(values: tuple) -> bytes:
-    fields = dict(zip(_STATIC, values, strict=True))
+def _serialize_static(kind: type[BipolarNumbers], values: tuple) -> bytes:
+    fields = dict(zip(_names(kind, static=True), values, strict=True))
     number_format = fields.pop("format")
     return json.dumps({"bits": number_format.bits, "ternary": number_format.ternary, **fields}).encode()
 
 
-def _deserialize_static(data: bytes) -> tuple:
+def _deserialize_static(kind: type[BipolarNumbers], data: bytes) -> tuple:
     fields = json.loads(data)
     fields["format"] = BipolarFormat(fields.pop("bits"), ternary=fields.pop("ternary"))
-    return tuple(fields[name] for name in _STATIC)
+    return tuple(fields[name] for name in _names(kind, static=True))
 
 
 def _from_children(kind: type[BipolarNumbers], static: tuple, children: tuple) -> BipolarNumbers:
-    leaves = (field.name for field in dataclasses.fields(kind) if field.name not in _STATIC)
-    return kind(**dict(zip(leaves, children, strict=True)), **dict(zip(_STATIC, static, strict=True)))
+    fields = dict(zip(_names(kind, static=False), children, strict=True))
+    return kind(**fields, **dict(zip(_names(kind, static=True), static, strict=True)))
 
 
 flax.serialization.register_serialization_state(BipolarArray, _to_state_dict, _from_state_dict)
-for _kind in (BipolarArray, UnpackedArray):
+for _kind in (BipolarArray, UnpackedArray, PreparedArray):
     jax.export.register_pytree_node_serialization(
         _kind,
         serialized_name=f"bipolar_jax.{_kind.__name__}",
-        serialize_auxdata=_serialize_static,
-        deserialize_auxdata=_deserialize_static,
+        serialize_auxdata=functools.partial(_serialize_static, _kind),
+        deserialize_auxdata=functools.partial(_deserialize_static, _kind),
         from_children=functools.partial(_from_children, _kind),
     )

@@ -1,0 +1,82 @@
+"""Operations give the same numbers with weights that are laid out for Hopper's kernels; what needs planes refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bipolar_jax as bj
+from bipolar_jax.nn.layers.joined import joined
+from bipolar_jax.ops import Activation, lookup
+from tests.support.integer_products import normal
+
+X = normal(4, 72)
+GATED = Activation("silu", gated=True)
+COLUMNS = bj.quantize(normal(72, 20, seed=1), 5, axis=0, calibration="minmax")
+GROUPS = bj.quantize(normal(72, 20, seed=1), 4, axis=0, group_size=32, scales="integer")
+STACK = jax.tree.map(lambda *leaves: jnp.stack(leaves), GROUPS, dataclasses.replace(GROUPS, scale=2 * GROUPS.scale))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_have_the_same_bits(implementation, gated):
+    options = {"activation": GATED if gated else None, "bias": jnp.ones(20), "implementation": implementation}
+    for w in (COLUMNS, GROUPS):
+        expected = bj.matmul(X, w, 8, **options)
+        np.testing.assert_array_equal(bj.matmul(X, w.prepare(gated=gated), 8, **options), expected)
+
+
+def test_stacks_and_float_activations_give_the_same_bits():
+    x = jnp.stack([X, X + 1])
+    for a_bits in (8, None):
+        np.testing.assert_array_equal(bj.matmul(x, STACK.prepare(), a_bits), bj.matmul(x, STACK, a_bits))
+
+
+def test_gradients_are_the_same():
+    def loss(x, scale, w):
+        return bj.matmul(x, dataclasses.replace(w, scale=scale), 8).sum()
+
+    expected, found = (jax.grad(loss, (0, 1))(X, GROUPS.scale, w) for w in (GROUPS, GROUPS.prepare()))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("w", [COLUMNS, GROUPS], ids=["columns", "groups"])
+def test_programs_with_prepared_arguments_are_exported(w):
+    prepared = w.prepare(gated=True)
+    exported = jax.export.export(jax.jit(lambda x, w: bj.matmul(x, w, 8)))(X, prepared)
+    loaded = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(loaded.call(X, prepared), bj.matmul(X, w, 8))
+
+
+def test_shapes_alone_are_explained_and_printed():
+    prepared = jax.eval_shape(lambda: GROUPS.prepare(gated=True))
+    assert repr(prepared) == "PreparedArray(shape=(72, 20), bits=4, group_size=32, integer groups, gated)"
+    assert "undoes the layout of Hopper kernels" in str(bj.explain(X, prepared, 8))
+
+
+def test_what_needs_planes_or_rows_refuses(tmp_path):
+    prepared = GROUPS.prepare()
+    with pytest.raises(ValueError, match="a PreparedArray has no planes to drop: truncate the BipolarArray"):
+        prepared.truncate(2)
+    with pytest.raises(ValueError, match="look rows up in the BipolarArray that it is made of"):
+        lookup(prepared.T, jnp.asarray([0]))
+    with pytest.raises(ValueError, match="w is laid out for inference: save the model as it was before"):
+        bj.save(tmp_path / "w.safetensors", {"w": prepared})
+    layer = bj.nn.Linear(72, 20, precision="W4A8g32i", use_bias=False, kernel=prepared)
+    with pytest.raises(ValueError, match="laid out for a GPU are not joined"):
+        joined([layer, layer])
+
+
+def test_columns_of_tiles_come_back_in_order():
+    """Gates and values of two tiles, the second one ragged."""
+    w = bj.quantize(normal(40, 150, seed=2), 8, axis=0, calibration="minmax")
+    prepared = w.prepare(gated=True)
+    in_tiles = prepared.in_order_of_tiles()
+    in_tiles.check()
+    assert in_tiles.shape == (40, 256)
+    np.testing.assert_array_equal(prepared.columns_in_order(in_tiles.dequantize()), w.dequantize())
