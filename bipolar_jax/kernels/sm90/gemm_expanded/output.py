@@ -60,9 +60,8 @@ class TransposedOutput:
         staging = plgpu.SMEM(
             (CONSUMERS, staging_slots, CHUNK_TOKENS, CHUNK_COLUMNS),
             self.dtype,
-            transforms=(plgpu.TilingTransform((8, CHUNK_COLUMNS)), plgpu.SwizzleTransform(BYTES_PER_ROW))
-            if swizzled
-            else (),
+            # Without tiling: TMA then takes any number of tokens.
+            transforms=(plgpu.SwizzleTransform(BYTES_PER_ROW),) if swizzled else (),
         )
         if self.residual is None:
             return {"staging": staging}

@@ -170,7 +170,7 @@ def test_tilings_that_do_not_fit_are_refused(tiling, message):
 
 
 def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=False, lag=0, dtype=jnp.bfloat16):
-    (m, n, k), w_format = (2048, 4096, 4096), BipolarFormat(bits)
+    (m, n, k), w_format = (1001, 4096, 4096), BipolarFormat(bits)
     vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
     tiles, stages = n // 128, k // 128
     terms = None
