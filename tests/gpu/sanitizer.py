@@ -75,9 +75,9 @@ def command(program: str, tool: str, kernel: str, log: Path, port: int) -> list[
     """
     options = ["--tool", tool, "--target-processes", "application-only", "--kernel-name", _KERNELS]
     options += ["--launch-timeout", "120", "--port", str(port), "--check-exit-code", "no"]
-    options += ["--print-limit", "100", "--show-backtrace", "no", "--log-file", str(log)]
-    if tool == "memcheck":
-        options += ["--report-api-errors", "no"]
+    options += ["--print-limit", "100000", "--show-backtrace", "no", "--log-file", str(log)]
+    # By default racecheck prints analyses only, and makes none of kernels that Mosaic compiles.
+    options += {"memcheck": ["--report-api-errors", "no"], "racecheck": ["--racecheck-report", "all"]}[tool]
     return [program, *options, sys.executable, "-m", "tests.gpu.sanitized", kernel]
 
 
@@ -99,9 +99,10 @@ def read(log: str) -> tuple[int | None, list[str]]:
 
 
 def normalized(report: str) -> str:
-    """Without addresses, offsets, thread indices and counts, which change from run to run."""
+    """Without addresses, offsets, thread indices, values and counts, which change from run to run."""
     report = re.sub(r"0x[0-9a-fA-F]+", "0x?", report)
     report = re.sub(r"\(\d+,\s*\d+,\s*\d+\)", "(?)", report)
+    report = re.sub(r"Value : \d+", "Value : ?", report)
     return re.sub(r"\[\d+ hazards?\]", "[? hazards]", report)
 
 

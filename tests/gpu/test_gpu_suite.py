@@ -289,6 +289,25 @@ def test_known_reports_have_reasons():
         assert len(entry.reason.split()) > 5
 
 
+# As racecheck prints single hazards, of a kernel under the decode step.
+HAZARDS = """========= COMPUTE-SANITIZER
+========= Warning: (Warp Level Programming) Potential WAR hazard detected at __shared__ 0x489 in block (0,0,0) :
+=========     Read Thread (35,0,0) at quantize_rows_mosaic_gpu_kernel+0xb0 in launch.py:253
+=========     Write Thread (34,0,0) at quantize_rows_mosaic_gpu_kernel+0xc0 in launch.py:253
+=========     Current Value : 0, Incoming Value : 17
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
+"""
+
+
+def test_single_hazards_are_known_whatever_their_values():
+    ended = Ended(0, 3.0, "checked: decode step\n")
+    verdict = sanitizer.judge("racecheck", "decode step", ended, HAZARDS)
+    assert (verdict.status, verdict.known) == ("passed", 1)
+    error = HAZARDS.replace("Warning", "Error")
+    assert sanitizer.judge("racecheck", "decode step", ended, error).status == "failed"
+
+
 def test_a_planted_defect_has_to_be_reported():
     assert sanitizer.judge_planted(Ended(1, 3.0, ""), WRITES).status == "passed"
     verdict = sanitizer.judge_planted(CHECKED, CLEAN)
