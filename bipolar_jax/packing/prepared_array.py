@@ -110,10 +110,14 @@ class PreparedArray(BipolarNumbers):
         `columns_in_order`.
         """
         scale, row_sums, offset = (
-            None if rows is None else _over_batch(functools.partial(_in_tiles, gated=self.gated), 2)(rows)
+            None if rows is None else self.rows_in_order_of_tiles(rows)
             for rows in (self.scale, self.row_sums, self.offset)
         )
         return dataclasses.replace(self, scale=scale, row_sums=row_sums, offset=offset, gated=False)
+
+    def rows_in_order_of_tiles(self, rows: Shaped[Array, "*batch n size"]) -> Shaped[Array, "*batch tile_rows size"]:
+        """Numbers of each column as `in_order_of_tiles` has them."""
+        return _over_batch(functools.partial(_in_tiles, gated=self.gated), 2)(rows)
 
     def columns_in_order(self, product: Shaped[Array, "*rows tile_rows"]) -> Shaped[Array, "*rows n"]:
         """The columns of this array out of those of a product with `in_order_of_tiles`."""

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarArray, BipolarFormat, matmul
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
-from bipolar_jax.kernels.sm90.core.execution import interpreted
-from bipolar_jax.kernels.unsupported import Unsupported
 from tests.support.backends import PORTABLE
 from tests.support.integer_products import codes_with_extremes, normal, packed_in_integer_groups
 
@@ -124,13 +121,6 @@ def test_a_table_with_integer_groups_is_looked_up():
     assert np.isnan(bj.ops.lookup(table, jnp.array([6]))).all()
 
 
-def test_hopper_refuses_them_and_auto_goes_on_to_xla():
-    w = weights(64, 64, 32)
-    for a_bits in (8, None):
-        x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
-        with interpreted(plgpu.InterpretGPUParams()):
-            explained = bj.explain(x, w, a_bits)
-            with pytest.raises(Unsupported, match="float scales of groups, not integer ones"):
-                bj.explain(x, w, a_bits, implementation="sm90")
-        assert (explained.implementation, list(explained.passed_over)) == ("xla", ["sm90"])
-        assert "for each of" not in explained.kernel
+def test_one_dot_serves_all_groups():
+    explained = bj.explain(jax.ShapeDtypeStruct((2, 64), jnp.bfloat16), weights(64, 64, 32), 8, implementation="xla")
+    assert "for each of" not in explained.kernel

@@ -128,11 +128,9 @@ def plan_decode_layers(*operands, **options):
 
 
 def _check_runnable(*weights: Any) -> None:
-    """Raises Unsupported as `check_runnable`, and for weights that are not packed, or have integer groups."""
+    """Raises Unsupported as `check_runnable`, and for unpacked weights."""
     check_runnable()
     leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, BipolarNumbers))
-    if any(isinstance(leaf, BipolarNumbers) and leaf.groups is not None for leaf in leaves):
-        raise Unsupported("its kernels take float scales of groups, not integer ones")
     if any(isinstance(leaf, UnpackedArray) for leaf in leaves):
         raise Unsupported(
             "its kernels take packed weights, not unpacked ones: prepare_for_inference(..., unpack=False)"

@@ -16,6 +16,8 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, weight_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery, holds_values
+from bipolar_jax.kernels.sm90.backend import expanded_products
+from bipolar_jax.kernels.sm90.backend.expanded_planning import is_expanded
 from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_product
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
@@ -53,8 +55,10 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     """See `Backend.integer_matmul`.
 
     Raises:
-      Unsupported: w has groups: their integer sums never leave the registers.
+      Unsupported: w has float scales of groups: their integer sums never leave the registers.
     """
+    if is_expanded(w):
+        return expanded_products.integer_matmul(codes, w, a_format)
     if w.num_groups > 1:
         raise Unsupported("the integer sums of groups do not leave the chip")
     choice = choose_kernel(codes.shape[0], w, a_format)
@@ -85,8 +89,11 @@ def quantized_matmul(
     With several groups the error is up to about 2^-22 of sum_g s_g |z V_g|, below the rounding of bfloat16.
 
     Raises:
-      Unsupported: a group size that is none of GEMM_GROUP_SIZES; rows too long to quantize on chip.
+      Unsupported: a group size that is none of GEMM_GROUP_SIZES, or with integer groups no multiple of 16; rows too
+        long to quantize on chip.
     """
+    if is_expanded(w):
+        return expanded_products.quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
     choice = choose_kernel(x.shape[0], w, a_format)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
     return tokens_matmul(tokens, w, a_format, bias, choice, x.dtype, residual, activation)
@@ -203,7 +210,7 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
 
     Raises:
       Unsupported: float32 activations; more than FEW_TOKENS_LIMIT rows; a group size other than 32, 64 or a multiple
-        of 128.
+        of 128; integer groups, and `PreparedArray`s.
     """
     _plan_weight_only(x.shape[0], x.dtype, w)
     wide_bias = None if bias is None else bias.astype(jnp.float32)
@@ -229,6 +236,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     """See `Backend.plan_matmul`."""
     if a_format is None:
         return _plan_weight_only(m, dtype, w)
+    if is_expanded(w):
+        return expanded_products.plan_matmul(m, dtype, w)
     choice = choose_kernel(m, w, a_format)
     check_row(w.contracted_size, dtype)
     return Plan(describe(choice, w, a_format), choice.reason, choice.tiling)
@@ -248,6 +257,9 @@ def describe(choice: Choice, w: BipolarArray, a_format: BipolarFormat) -> str:
 
 def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     """The plan for float activations. Raises Unsupported as `weight_only_matmul` says."""
+    if is_expanded(w):
+        kind = "integer groups" if w.has_integer_groups else "weights that are laid out for int8 tensor cores"
+        raise Unsupported(f"its kernel of float activations does not take {kind}")
     check_dtype(dtype)
     group_size = shared_scale(w)
     check_groups(group_size)

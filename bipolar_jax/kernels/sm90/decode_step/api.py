@@ -21,7 +21,7 @@ from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, PreparedArray
 
 
 def decode_layers(
@@ -142,6 +142,8 @@ def _shape(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> LayersShape:
     """The static shape of the kernel. Raises Unsupported as `decode_layers` says."""
+    if any(isinstance(kernel, PreparedArray) or kernel.has_integer_groups for kernel in kernels.values()):
+        raise Unsupported("it multiplies bit planes, and the weights are prepared or have integer groups")
     w_format = kernels["qkv"].format
     for name, kernel in kernels.items():
         if kernel.format != w_format or kernel.num_groups != 1:

@@ -16,6 +16,7 @@ from bipolar_jax.kernels.backend import Layer, Plan
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import is_expanded
 from bipolar_jax.kernels.sm90.backend.operations import (
     choose_kernel,
     describe,
@@ -87,6 +88,8 @@ def _choose(x: Float[Array, "m columns"], up: Layer, down: Layer) -> tuple[Choic
         raise Unsupported(f"signs are taken of bfloat16 or float16, not {dtype.name}")
     if down.a_format.bits != 1:
         raise Unsupported(f"signs are tokens of one bit, not {down.a_format.bits}")
+    if is_expanded(up.w) or is_expanded(down.w):
+        raise Unsupported("products of prepared weights, or of integer groups, neither leave signs nor take them")
     if shared_scale(up.w) is not None or shared_scale(down.w) is not None:
         raise Unsupported("products with groups of weights neither leave signs nor take them")
     if down.w.contracted_size > _COUNT:

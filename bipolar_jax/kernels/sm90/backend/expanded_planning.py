@@ -1,0 +1,96 @@
+"""The plan of a product whose weights are expanded in registers: who takes it, and which tiling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from bipolar_jax.kernels.sm90.backend.planning import Choice
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarNumbers, PreparedArray
+from bipolar_jax.packing.fields import STAGE, TILE_ROWS
+from bipolar_jax.packing.prepared_array import check_preparable
+
+# With these the same kernel takes 157, 184, 226 and 286 us for 2048 x 14336 x 4096 at W4A8 in groups of 128.
+EXPANDED_CANDIDATES = (
+    Tiling(128, 128, "split_n", slots=4, band=8, band_axis="n"),
+    Tiling(128, 128, "alternate", slots=7, band=8, band_axis="n"),
+    Tiling(64, 128, "split_n", slots=6, band=8, band_axis="n"),
+    Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
+)
+
+# Cycles of a stage that do not depend on its tokens, and those of each: fitted to these times at 1.75 GHz. The first
+# are the expansion's, of two consumers or of one; the second mostly the tensor cores'.
+_STAGE_CYCLES = {"split_n": (540, 4.6), "alternate": (400, 2.4)}
+_EPILOGUE_CYCLES = 20  # for each token of a consumer's tile
+
+
+def is_expanded(w: BipolarNumbers) -> bool:
+    """Whether the weights take this product: they are laid out for it, or have integer groups."""
+    return isinstance(w, PreparedArray) or w.has_integer_groups
+
+
+def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
+    """The plan of m tokens times w, for an output of `dtype`.
+
+    Args:
+      m: tokens.
+      w: weights of which `is_expanded` is true.
+      dtype: of the output.
+      gated: whether a gated activation follows, for which weights that are not prepared will be laid out.
+
+    Raises:
+      Unsupported: groups that are no multiple of 16 elements.
+    """
+    check_layout(w, gated)
+    reason = "estimated from tile sizes"
+    if not isinstance(w, PreparedArray):
+        reason += "; lays the weights out in every call, prepare_for_inference once"
+    able = [fitted(tiling, w, jnp.dtype(dtype).itemsize) for tiling in EXPANDED_CANDIDATES]
+    n, k = w.shape[-1], w.contracted_size
+    return Choice("int8", min(able, key=lambda tiling: expanded_cycles(tiling, m, n, k)), reason)
+
+
+def check_layout(w: BipolarNumbers, gated: bool) -> None:
+    """Raises Unsupported unless the weights are laid out for the tensor cores, or can be."""
+    if isinstance(w, PreparedArray):
+        return
+    try:
+        check_preparable(w, gated)
+    except ValueError as reason:
+        raise Unsupported(str(reason)) from reason
+
+
+def describe_expanded(w: BipolarNumbers) -> str:
+    """The kernel in words."""
+    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
+    return f"int8 tensor cores, weights of {w.bits} bits{groups} expanded in registers"
+
+
+def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> Tiling:
+    """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number."""
+    chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
+    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, chunks, itemsize) > SHARED_MEMORY_BYTES:
+        tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
+    return tiling
+
+
+def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:
+    problem = ExpandedProblem(1, TILE_ROWS, None, tiling, w_bits=bits, chunks=chunks)
+    return problem.shared_memory_bytes(itemsize)
+
+
+def expanded_cycles(tiling: Tiling, m: int, n: int, k: int) -> float:
+    """Estimated cycles of the busiest block, which has `turns` tiles; see `planning.estimated_cycles`."""
+    fixed, per_token = _STAGE_CYCLES[tiling.schedule]
+    mainloop = math.ceil(k / STAGE) * (fixed + per_token * tiling.tile_m)
+    epilogue = _EPILOGUE_CYCLES * tiling.tile_m
+    turns = math.ceil(math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n) / MULTIPROCESSORS)
+    if tiling.schedule != "alternate":
+        return turns * (mainloop + epilogue)
+    return max(turns * mainloop, math.ceil(turns / 2) * (mainloop + epilogue)) + epilogue

@@ -1,0 +1,101 @@
+"""The products of weights that are expanded in registers: those of `PreparedArray`s and of integer groups.
+
+Packed weights with integer groups are laid out within the call. A gated array and its activation belong together; where
+one comes without the other, what is missing is a step of its own.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
+from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, describe_expanded, plan_expanded
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
+from bipolar_jax.packing import BipolarNumbers, PreparedArray
+
+
+def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: BipolarFormat) -> Int[Array, "m n 1"]:
+    """See `Backend.integer_matmul`.
+
+    Raises:
+      Unsupported: groups that are no multiple of 16 elements.
+    """
+    w = laid_out(w)
+    if w.gated:
+        product = integer_matmul(codes, w.in_order_of_tiles(), a_format)
+        return w.columns_in_order(product[..., 0])[..., None]
+    tiling = plan_expanded(codes.shape[0], w, jnp.int32).tiling
+    return integer_product(codes, w, a_format, tiling=tiling, interpret=interpret_params())
+
+
+def quantized_matmul(
+    x: Float[Array, "m columns"],
+    w: BipolarNumbers,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    prologue: Prologue | None = None,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """See `Backend.quantized_matmul`.
+
+    Raises:
+      Unsupported: groups that are no multiple of 16 elements; rows too long to quantize on chip.
+    """
+    w = laid_out(w, gated=_is_gated(activation))
+    tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret_params())
+    return expanded_tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
+
+
+def expanded_tokens_matmul(
+    tokens: PackedTokens,
+    w: PreparedArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
+    """The product of quantized activations of kind "int8"; see `operations.tokens_matmul` for the arguments."""
+    if _is_gated(activation) and not w.gated:
+        product = expanded_tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
+        return epilogue.activate_and_add(product, activation, dtype, residual)
+    if activation is not None and residual is not None:
+        # The kernel has either in its epilogue.
+        return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
+    if w.gated and not _is_gated(activation):
+        if bias is not None:
+            bias = w.rows_in_order_of_tiles(bias[:, None])[:, 0]
+        in_tiles = w.in_order_of_tiles()
+        product = w.columns_in_order(expanded_tokens_matmul(tokens, in_tiles, a_format, bias, dtype, None, activation))
+        return product if residual is None else residual + product
+    tiling = plan_expanded(tokens.words.shape[1], w, dtype).tiling
+    options = {"tiling": tiling, "residual": residual, "activation": activation, "interpret": interpret_params()}
+    return tokens_product(tokens, w, a_format, bias, dtype, **options)
+
+
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
+    """See `Backend.plan_matmul`."""
+    choice = plan_expanded(m, w, dtype)
+    check_row(w.contracted_size, dtype)
+    return Plan(describe_expanded(w), choice.reason, choice.tiling)
+
+
+def laid_out(w: BipolarNumbers, *, gated: bool = False) -> PreparedArray:
+    """The weights as the kernel takes them; gated only if they have to be laid out here.
+
+    Raises:
+      Unsupported: groups that are no multiple of 16 elements.
+    """
+    check_layout(w, gated)
+    return w if isinstance(w, PreparedArray) else w.prepare(gated=gated)
+
+
+def _is_gated(activation: Activation | None) -> bool:
+    return activation is not None and activation.gated
