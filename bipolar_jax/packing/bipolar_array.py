@@ -16,8 +16,9 @@ from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, 
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import split_groups
-from bipolar_jax.quantize.integer_groups import IntegerGroups
-from bipolar_jax.quantize.integer_scale_search import check_float_groups, integer_groups_of_codes
+from bipolar_jax.quantize.integer_groups import IntegerGroups, check_scales
+from bipolar_jax.quantize.integer_scale_search import in_blocks, integer_groups_of_codes, moments_of_codes
+from bipolar_jax.quantize.rounding import check_finite
 
 
 @register_numbers
@@ -100,7 +101,7 @@ class BipolarArray(BipolarNumbers):
         """
         if self.groups is not None:
             return self, jnp.zeros(self.row_sums.shape[:-2], jnp.float32)
-        check_float_groups(self.scale, self.offset, self.format, self.group_size)
+        _check_float_groups(self)
         return _to_integer_groups(self)
 
     def truncate(self, bits: int) -> BipolarArray:
@@ -165,8 +166,16 @@ def _unpack(array: BipolarArray) -> UnpackedArray:
 
 @functools.partial(jax.jit, inline=True)
 def _to_integer_groups(array: BipolarArray) -> tuple[BipolarArray, Float[Array, "*batch"]]:
+    *batch, bits, n, words = array.planes.shape
+
+    def moments(rows):
+        planes = jnp.swapaxes(rows.reshape(-1, bits, words), 0, 1)
+        return moments_of_codes(unpack_codes(planes, array.format, array.contracted_size), array.group_size)
+
+    rows = jnp.swapaxes(array.planes, -2, -3).reshape(-1, bits * words)
+    mean, variance = (a.reshape(*batch, n, -1) for a in in_blocks(moments, rows))
     scale, groups, error = integer_groups_of_codes(
-        array.codes(), array.scale, array.offset, array.format, array.group_size
+        mean, variance, array.scale, array.offset, array.format, array.contracted_size, array.group_size
     )
     sums = groups.value_sums(array.row_sums, array.contracted_size, array.group_size)
     return dataclasses.replace(array, scale=scale, offset=None, row_sums=sums, groups=groups), error
@@ -187,6 +196,21 @@ def _prepare(array: BipolarArray, gated: bool) -> PreparedArray:
         gated,
         array.offset,
     )
+
+
+def _check_float_groups(array: BipolarArray) -> None:
+    """Raises ValueError unless the array has float groups that become integer ones."""
+    if array.group_size is None:
+        raise ValueError(f"{array} has one scale for each channel, and no groups: its products need no integer scales")
+    check_scales("integer", array.format, array.group_size)
+    check_finite(array.scale, "the array of scales")
+    if array.offset is not None:
+        check_finite(array.offset, "the array of offsets")
+    if not isinstance(array.scale, jax.core.Tracer):
+        with jax.core.eval_context():  # the values are known, even if the caller is traced or in a shard_map
+            smallest = float(array.scale.min())
+        if smallest < 0:
+            raise ValueError(f"scales go down to {smallest:.3g}: integer groups have none below 0, so quantize again")
 
 
 def code_sums(codes: UInt8[Array, "*batch n k"], group_size: int | None) -> Int[Array, "*batch n groups"]:

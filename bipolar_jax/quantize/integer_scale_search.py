@@ -1,21 +1,27 @@
-"""The search for integer groups of least squared error."""
+"""The search for integer groups of least squared error: for numbers, and for the codes of float groups."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.calibration import SMALLEST_SCALE, Calibration, calibrate, half_steps_per_unit
 from bipolar_jax.quantize.fixed_point import fixed_point_sum, sums_with_values
-from bipolar_jax.quantize.groups import along_last, split_groups, valid_mask
+from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups, valid_mask
 from bipolar_jax.quantize.integer_groups import LARGEST_VALUE, SMALLEST_VALUE, IntegerGroups, largest_scale
 from bipolar_jax.quantize.rounding import encode_rows
 
 # Scales of a row that are tried, as factors of the smallest one on which no group has to be clipped.
 _ROW_FACTORS = np.linspace(1.0, 0.55, 16, dtype=np.float32)
+# The same where codes are kept, whose error takes one formula for each group; and how often the best one is fitted.
+_ROW_FACTORS_OF_CODES = np.linspace(1.5, 0.5, 41, dtype=np.float32)
+_ROW_SCALE_FITS = 3
 # What is added to the nearest integer scale of a group.
 _NEIGHBORS = np.array([0, -1, 1], np.float32)
 _OFFSET_FITS = 2
@@ -49,7 +55,7 @@ def round_to_integer_groups(
     def of_block(block):
         return _search(split_groups(block, group_size), valid, number_format, calibration)
 
-    found = _in_blocks(of_block, rows)
+    found = in_blocks(of_block, rows)
     row_scale, groups = jax.tree.map(lambda a: a.reshape(*x.shape[:-1], a.shape[-1]), found)
     return encode_integer_groups(x, number_format, row_scale, groups, group_size), row_scale, groups
 
@@ -79,8 +85,116 @@ def range_of_integer_groups(
     return _integers(jnp.where(finite, unclipped, jnp.nan), s, o, number_format)
 
 
-def _in_blocks(function, rows):
-    """function(rows), computed for one block of rows after the other; zeros pad the last block."""
+def integer_groups_of_codes(
+    mean_code: Float[Array, "*batch n groups"],
+    variance: Float[Array, "*batch n groups"],
+    scale: Float[Array, "*batch n groups"],
+    offset: Float[Array, "*batch n groups"] | None,
+    number_format: BipolarFormat,
+    k: int,
+    group_size: int,
+) -> tuple[Float[Array, "*batch n 1"], IntegerGroups, Float[Array, "*batch"]]:
+    """The integer groups on which the same codes have the numbers nearest to those of float groups.
+
+    A float group has the numbers a u + b, with a = 2 scale and b = offset - W scale. Where its n codes have the mean m
+    and the variance v, the squared error of S (s u + o) is n ((d m + e)^2 + d^2 v), with d = S s - a and e = S o - b.
+    For each S, a group takes the best of three integers s around a / S, and o = (a m + b) / S - s m, rounded.
+
+    S is the best of: 41 scales around the smallest one on which all grids fit int8; the largest a of the row divided by
+    each possible s, one of which is exact if all grids are of the form S (s u + o); and the S of least squares for the
+    best integers, three times. Where such integers stand in a product: LiquidGEMM, arXiv 2509.01229; QServe, arXiv
+    2405.04532.
+
+    Args:
+      mean_code, variance: of the codes of every group, see `moments_of_codes`.
+      scale, offset: of the float groups.
+      number_format: their grid, of 1 to 6 bits.
+      k: codes of a row.
+      group_size: codes of a group.
+
+    Returns:
+      float32 row scales, 0 for rows of zeros, NaN where the row has a scale below zero, NaN or Inf; the groups; the
+      squared error of each matrix, divided by the sum of its squared numbers.
+    """
+    largest, top = number_format.max_value, largest_scale(number_format)
+    a, b = 2 * scale, -largest * scale
+    b = b if offset is None else offset + b
+    needed = jnp.maximum(a * (largest / (LARGEST_VALUE - SMALLEST_VALUE)), b / SMALLEST_VALUE)
+    needed = jnp.max(jnp.maximum(needed, (b + largest * a) / LARGEST_VALUE), axis=-1, keepdims=True)
+    # XLA's maximum on CPUs may drop NaN.
+    valid = jnp.all((scale >= 0) & jnp.isfinite(b), axis=-1, keepdims=True) & jnp.isfinite(needed)
+    needed = jnp.where(valid & (needed >= 4 * SMALLEST_SCALE), needed, 0.0)
+
+    # Below, grids are in units of a power of two for each row, so that squares do not overflow and grids stay exact.
+    unit = jnp.where(needed > 0, _power_of_two_at_or_below(needed), 1.0)
+    a, b, needed = a / unit, b / unit, needed / unit
+    largest_a = jnp.max(a, axis=-1, keepdims=True)
+    n = along_last(jnp.asarray(group_lengths(k, group_size), jnp.float32), a.ndim)
+    m, v = mean_code, variance
+    mean = a * m + b
+
+    def error_of(row_scale, s, o):
+        d, e = row_scale * s - a, row_scale * o - b
+        return (d * m + e) ** 2 + d**2 * v
+
+    def over_groups(mean_of_group):
+        return fixed_point_sum(n * mean_of_group)[..., None]
+
+    def least_squares(s, o):
+        mean_value = s * m + o
+        return over_groups(mean * mean_value + a * s * v) * _inverse(over_groups(mean_value**2 + s**2 * v))
+
+    def try_row_scale(best, candidate):
+        """Of `candidate`, a factor of `needed` and a divisor of `largest_a`, one is 0; both are for a fit."""
+        factor, divisor = candidate
+        _, _, s, o = best
+        # The barrier keeps XLA from multiplying with the reciprocal, which rounds twice.
+        divisors = jax.lax.optimization_barrier(jnp.full_like(largest_a, jnp.maximum(divisor, 1)))
+        row_scale = jnp.where(divisor > 0, largest_a / divisors, factor * needed)
+        row_scale = jnp.where(factor + divisor > 0, row_scale, least_squares(s, o))
+        row_scale = jnp.where(row_scale > 0, row_scale, 1.0)
+        found = (jnp.full_like(a, jnp.inf), jnp.ones_like(a), jnp.zeros_like(a))
+        for neighbor in _NEIGHBORS:
+            s = jnp.clip(jnp.round(a / row_scale) + neighbor, 1, top)
+            o = _in_range(mean / row_scale - s * m, s, number_format)
+            found = _better(found, (error_of(row_scale, s, o), s, o))
+        error, s, o = found
+        return _better(best, (over_groups(error), row_scale, s, o)), None
+
+    factors = [(factor, 0) for factor in _ROW_FACTORS_OF_CODES]
+    shares = [(0, divisor) for divisor in range(1, top + 1)]
+    candidates = jnp.asarray(factors + shares + [(0, 0)] * _ROW_SCALE_FITS, jnp.float32)
+    start = (jnp.full_like(needed, jnp.inf), jnp.ones_like(needed), jnp.ones_like(a), jnp.zeros_like(a))
+    (error, row_scale, s, o), _ = jax.lax.scan(try_row_scale, start, candidates)
+
+    row_scale = jnp.where(valid, jnp.where(needed > 0, row_scale * unit, 0.0), jnp.nan)
+    weight = jnp.where(needed > 0, unit, 0.0)
+    weight = (weight * _inverse(jnp.max(weight, axis=-2, keepdims=True))) ** 2
+    error = jnp.sum(jnp.where(valid, jnp.where(needed > 0, weight * error, 0.0), jnp.nan), axis=(-1, -2))
+    squares = jnp.sum(jnp.where(needed > 0, weight * over_groups(mean**2 + a**2 * v), 0.0), axis=(-1, -2))
+    return *_integers(row_scale, s, o, number_format), error * _inverse(squares)
+
+
+def moments_of_codes(
+    codes: UInt8[Array, "*rows k"], group_size: int
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
+    """The mean and the variance of the codes of every group."""
+    inside = along_last(valid_mask(codes.shape[-1], group_size), codes.ndim + 1)
+    grouped = split_groups(codes, group_size).astype(jnp.int32)
+    count = jnp.asarray(inside.sum(axis=-1), jnp.float32)
+    near_mean = jnp.round(jnp.sum(grouped, axis=-1).astype(jnp.float32) / count).astype(jnp.int32)
+    beside_it = jnp.where(inside, grouped - near_mean[..., None], 0)
+    shift, squares = (jnp.sum(terms, axis=-1).astype(jnp.float32) / count for terms in (beside_it, beside_it**2))
+    return near_mean.astype(jnp.float32) + shift, jnp.maximum(squares - shift**2, 0.0)
+
+
+def _power_of_two_at_or_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Of normal float32 numbers above 0, from their exponent bits."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
+
+
+def in_blocks(function: Callable[[Array], Any], rows: Shaped[Array, "rows k"]) -> Any:
+    """function(rows), arrays [rows, ...], computed for one block of rows after the other; zeros pad the last block."""
     count, k = rows.shape
     blocks = min(count, -(-count * k // _BLOCK_NUMBERS))
     if blocks == 1:

@@ -99,7 +99,7 @@ def test_a_stack_has_the_numbers_of_its_rows():
 
 def test_blocks_of_rows_give_what_all_rows_give(monkeypatch):
     monkeypatch.setattr(integer_scale_search, "_BLOCK_NUMBERS", 5 * K)
-    sums, rows = integer_scale_search._in_blocks(lambda block: (block.sum(-1), block), jnp.asarray(ROWS))
+    sums, rows = integer_scale_search.in_blocks(lambda block: (block.sum(-1), block), jnp.asarray(ROWS))
     np.testing.assert_array_equal(rows, ROWS)
     assert sums.shape == (N,)
 
