@@ -7,12 +7,22 @@ from types import ModuleType
 
 from bipolar_jax.kernels import reference, xla
 from bipolar_jax.kernels.sm90 import entry as sm90
+from bipolar_jax.kernels.sm90.core.execution import check_runnable
 from bipolar_jax.kernels.unsupported import Unsupported
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sm90": sm90, "xla": xla}
 
 # What "auto" tries, in this order; the reference is slow and only compared with.
 AUTO_ORDER = ("sm90", "xla")
+
+
+def hopper_serves() -> bool:
+    """Whether Hopper's kernels run on the default device, or interpreted."""
+    try:
+        check_runnable()
+    except Unsupported:
+        return False
+    return True
 
 
 def check_implementation(implementation: str) -> None:

@@ -11,9 +11,8 @@ from jaxtyping import Array, Float
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels import xla
 from bipolar_jax.kernels.device import default_device
-from bipolar_jax.kernels.sm90.core.execution import check_runnable
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.ops.dispatch import dispatch
+from bipolar_jax.ops.dispatch import dispatch, hopper_serves
 from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.packing import BipolarArray, UnpackedArray
 from bipolar_jax.packing.bipolar_array import code_sums
@@ -84,8 +83,4 @@ def _multiplies_unpacked(implementation: str) -> bool:
     """Whether XLA multiplies on a CPU, and so would unpack packed weights."""
     if implementation not in ("auto", "xla") or default_device().platform != "cpu":
         return False
-    try:
-        check_runnable()
-    except Unsupported:
-        return True
-    return implementation == "xla"  # the kernels of "auto" are interpreted
+    return implementation == "xla" or not hopper_serves()  # the kernels of "auto" may be interpreted

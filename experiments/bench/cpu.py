@@ -49,7 +49,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             started = time.perf_counter()
             models[name] = jax.block_until_ready(prepare_for_inference(quantized))
             seconds[name] = round(time.perf_counter() - started, 2)
-        packed = prepare_for_inference(quantized, unpack=False)
+        packed = prepare_for_inference(quantized, layout="planes")
         with progress_bar(f"{name}: comparing tokens with those of packed weights"):
             _check_tokens(name, models[name], packed, prompt)
         if config.packed:

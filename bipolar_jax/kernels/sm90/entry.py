@@ -133,7 +133,7 @@ def _check_runnable(*weights: Any) -> None:
     leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, BipolarNumbers))
     if any(isinstance(leaf, UnpackedArray) for leaf in leaves):
         raise Unsupported(
-            "its kernels take packed weights, not unpacked ones: prepare_for_inference(..., unpack=False)"
+            'its kernels do not take unpacked weights: prepare_for_inference(..., layout="planes" or "tensor_cores")'
         )
 
 

@@ -74,9 +74,11 @@ class SwiGLU(CountedModule):
         """Whether the quantizer of `down` computes the gates, and not the epilogue of the product before it.
 
         The epilogue halves what the product writes and what is read again. The product of few tokens has no activation
-        in its epilogue on Hopper, and the quantizer that follows computes it on the way.
+        in its epilogue on Hopper, and the quantizer that follows computes it on the way. That of weights which are laid
+        out for the activation has one.
         """
-        return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and fuses(self.down_proj)
+        gated = getattr(self.gate_up_proj.kernel.get_value(), "gated", False)
+        return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and fuses(self.down_proj) and not gated
 
 
 def _gated_up(x, norm, gate_up, down):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +15,45 @@ from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Packed, fuses
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.ops.dispatch import hopper_serves
+from bipolar_jax.packing import BipolarArray, PreparedArray
+from bipolar_jax.packing.prepared_array import check_preparable
+
+Layout = Literal["planes", "bytes", "tensor_cores"]
 
 
 def prepare_for_inference[Model: (Transformer, PretrainedModel)](
-    model: Model, dtype: Any = None, *, unpack: bool | None = None
+    model: Model, dtype: Any = None, *, layout: Layout | None = None
 ) -> Model:
     """A copy of the model, ready for `generate`, `stream` and `perplexity`; unchanged arrays are shared.
 
     Packed layers of the same input are joined (`join_projections`), so that a Hopper GPU can run all layers of a decode
-    step as one kernel; float parameters, and what the layers compute in, become `dtype`. On CPUs packed weights become
-    one byte each, because taking their bits out of planes in every step costs several times the product. The numbers
-    stay the same; weights of n bits take 8 / n times the memory. `explain_model` says which kernels the result runs,
-    and why not others. `save_model` takes the model before it is prepared.
+    step as one kernel; float parameters, and what the layers compute in, become `dtype`. Weights take the layout that
+    the device multiplies; the numbers stay the same. `explain_model` says which kernels the result runs, and why not
+    others. `save_model` takes the model before it is prepared.
 
     Args:
       model: the model, quantized or not, or with its tokenizer.
       dtype: a float dtype; None takes bfloat16 for float32 models on GPUs, whose fastest kernels take 16-bit floats,
         and else keeps the model's own.
-      unpack: whether packed weights become one byte each (`UnpackedArray`); None does so on CPUs. Layers that name
-        another backend than XLA stay packed, and Hopper's kernels take packed weights only.
+      layout: of packed weights. "planes" leaves them as they are. "bytes" makes one byte of each (`UnpackedArray`),
+        8 / n times the memory of n bits, which CPUs multiply several times as fast; layers that name another backend
+        than XLA stay planes. "tensor_cores" lays them out for Hopper's int8 tensor cores (`PreparedArray`) in the same
+        memory; tables, layers with float activations or that name another backend, and what has no such layout
+        (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
+        with integer groups.
 
     Raises:
-      ValueError: dtype is no float dtype.
+      ValueError: dtype is no float dtype, or an unknown layout.
 
     Warns:
       UserWarning: packed layers stay apart, for example because their precisions differ; the message says which and
         why.
     """
     if isinstance(model, PretrainedModel):
-        return model.with_model(prepare_for_inference(model.model, dtype, unpack=unpack))
+        return model.with_model(prepare_for_inference(model.model, dtype, layout=layout))
+    if layout not in (None, *get_args(Layout)):
+        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, or None, got {layout!r}")
     prepared, reasons = join_with_reasons(model)
     if reasons:
         warnings.warn(f"layers stay apart, which decodes more slowly: {'; '.join(reasons)}", stacklevel=2)
@@ -52,7 +62,9 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         dtype = jnp.bfloat16 if is_wide and default_device().platform == "gpu" else prepared.final_norm.scale.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a float dtype, such as bfloat16, got {jnp.dtype(dtype).name}")
-    if default_device().platform == "cpu" if unpack is None else unpack:
+    if layout == "tensor_cores" or (layout is None and hopper_serves()):
+        _lay_out_for_tensor_cores(prepared, integer_groups_only=layout is None)
+    elif layout == "bytes" or (layout is None and default_device().platform == "cpu"):
         _unpack(prepared)
     return _in_dtype(prepared, jnp.dtype(dtype))
 
@@ -66,6 +78,31 @@ def _unpack(model: Transformer) -> None:
         weights = layer.embedding if is_table else layer.kernel
         if isinstance(weights.get_value(), BipolarArray):
             setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
+
+
+def _lay_out_for_tensor_cores(model: Transformer, *, integer_groups_only: bool) -> None:
+    """Prepares the weights of layers that Hopper's int8 tensor cores can multiply, one layer at a time."""
+    modules = list(nnx.iter_modules(model))
+    gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
+    for _, layer in modules:
+        if not fuses(layer) or layer.implementation not in ("auto", "sm90") or layer.precision.a_bits is None:
+            continue
+        weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
+        if not isinstance(weights, BipolarArray) or (integer_groups_only and not weights.has_integer_groups):
+            continue
+        try:
+            check_preparable(weights, is_gated)
+        except ValueError:
+            continue
+        layer.kernel = Packed(_prepared(weights, is_gated))
+
+
+@functools.partial(jax.jit, static_argnames="gated")
+def _prepared(weights: BipolarArray, gated: bool) -> PreparedArray:
+    """`weights.prepare`, one layer of a stack after the other, so that what it makes on the way is one layer's."""
+    if weights.ndim == 2:
+        return weights.prepare(gated=gated)
+    return jax.lax.map(functools.partial(_prepared, gated=gated), weights)
 
 
 def _in_dtype(model: Transformer, dtype: jnp.dtype) -> Transformer:

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
+from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference import command_buffers
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.packing import UnpackedArray
+from bipolar_jax.packing import PreparedArray, UnpackedArray
 
 CONFIG = TransformerConfig(
     vocab_size=50,
@@ -115,7 +117,7 @@ def test_other_dtypes_are_refused(dtype):
 def test_cpus_get_unpacked_weights_and_the_same_numbers(group_size):
     precision = bj.Precision(4, 8, group_size)
     model = quantized([("^layers/", precision), ("embed", bj.Precision(8, 8))])
-    prepared, packed = prepare_for_inference(model), prepare_for_inference(model, unpack=False)
+    prepared, packed = prepare_for_inference(model), prepare_for_inference(model, layout="planes")
     kinds = {
         name: {type(layer.kernel.get_value()) for _, layer in nnx.iter_modules(each) if isinstance(layer, bj.nn.Linear)}
         | {type(each.embed.embedding.get_value())}
@@ -128,6 +130,41 @@ def test_cpus_get_unpacked_weights_and_the_same_numbers(group_size):
     assert "the weights are unpacked, one byte each" in text
     assert "in every call" not in text
     assert "in every call" in str(bj.explain_model(packed, batch=1, length=64))
+
+
+def kernels(model: Transformer) -> dict[str, type]:
+    """Kinds of the packed weights of a joined model, by layer."""
+    attention, ffn = model.layers.attention, model.layers.ffn
+    layers = {"qkv": attention.qkv_proj, "o": attention.o_proj, "gate_up": ffn.gate_up_proj, "down": ffn.down_proj}
+    return {name: type(layer.kernel.get_value()) for name, layer in layers.items()}
+
+
+def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
+    groups = [("^layers/", bj.Precision.parse("W4A8g16i")), ("embed", bj.Precision(8))]
+    rules = [("o_proj", bj.Precision.parse("W4A8")), ("down_proj", bj.Precision.parse("W4A16g16i")), *groups]
+    with interpreted(plgpu.InterpretGPUParams()):
+        prepared = prepare_for_inference(quantized(rules))
+        text = str(bj.explain_model(prepared, batch=2, length=64))
+    planes, tensor_cores = bj.BipolarArray, PreparedArray
+    expected = {"qkv": tensor_cores, "o": planes, "gate_up": tensor_cores, "down": planes}
+    assert kernels(prepared) == expected
+    assert isinstance(prepared.embed.embedding.get_value(), planes)
+    assert prepared.layers.ffn.gate_up_proj.kernel.get_value().gated
+    assert not prepared.layers.attention.qkv_proj.kernel.get_value().gated
+    assert "weights of 4 bits in integer groups of 16 expanded in registers (estimated from tile sizes)" in text
+
+
+def test_models_for_tensor_cores_give_the_same_numbers():
+    model = quantized([("o_proj", bj.Precision.parse("W4A8")), ("^layers/", bj.Precision.parse("W4A8g16i"))])
+    prepared, planes = (prepare_for_inference(model, layout=layout) for layout in ("tensor_cores", "planes"))
+    assert set(kernels(prepared).values()) == {PreparedArray}
+    ids = jnp.asarray([[1, 2, 3, 4]])
+    np.testing.assert_array_equal(prepared(ids), planes(ids))
+
+
+def test_another_layout_is_refused():
+    with pytest.raises(ValueError, match="layout must be one of planes, bytes, tensor_cores, or None, got 'packed'"):
+        prepare_for_inference(quantized(), layout="packed")
 
 
 def test_layers_of_another_backend_stay_packed():
