@@ -309,7 +309,7 @@ def _limits(
     return zero_code, top, jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
 
 
-def _inverse(scale: Float[Array, "*rows 1"]) -> Float[Array, "*rows 1"]:
+def _inverse(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
