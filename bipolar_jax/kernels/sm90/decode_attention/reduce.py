@@ -41,7 +41,7 @@ def sum_rows(plan: AttentionPlan, sums: Sums, staging) -> Total:
     for i, half in enumerate(sums.halves):
         staging[:, _half(plan, i)] = (half if zeros is None else half - zeros) * factor
     halves = tuple(jnp.sum(_load_rows(plan, staging, i), axis=0) for i in range(2))
-    return Total(largest, jnp.sum(sums.weight * share, axis=0), halves)
+    return Total(largest, _sum_over_warps(sums.weight * share), halves)
 
 
 def store_total(plan: AttentionPlan, total: Total, sums, terms, at: tuple, rank) -> None:
@@ -71,12 +71,21 @@ def load_total(plan: AttentionPlan, sums, terms, at: tuple) -> Total:
     scores = jnp.where(exists, load(0), -jnp.inf)
     largest = jnp.max(scores, axis=0)
     share = jnp.exp2(scores - largest)
-    weight = jnp.sum(jnp.where(exists, load(1), 0.0) * share, axis=0)
+    weight = _sum_over_warps(jnp.where(exists, load(1), 0.0) * share)
     factor, exists = _to_columns(plan, share), _to_columns(plan, exists)
     halves = tuple(
         jnp.sum(jnp.where(exists, _load_rows(plan, sums.at[*at], i), 0.0) * factor, axis=0) for i in range(2)
     )
     return Total(largest, weight, halves)
+
+
+def _sum_over_warps(products: Float[Array, " rows"]) -> Float[Array, ""]:
+    """The sum of products that are not negative.
+
+    Lanes of a warp write their sums of its rows to one address. The maximum keeps the compiler from fusing a lane's own
+    product with an addition: the lanes' sums would differ in the last place.
+    """
+    return jnp.sum(jnp.maximum(products, 0.0), axis=0)
 
 
 def _half(plan: AttentionPlan, i: int) -> pl.Slice:

@@ -98,7 +98,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
 def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_stage):
     """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m].
 
-    One commit group is in flight at any time, also across the loop's back edge, while the next is expanded.
+    Two commit groups are in flight, also across the loop's back edge, while the next is expanded.
 
     Args:
       problem: the static side.
@@ -114,7 +114,7 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
         acc, step, slot, previous = carry
         wait(slot)
         acc = multiply_half(acc, *operands(slot), expansion, half=0)
-        # The products of the stage before have ended.
+        # This stage's two steps are in flight: the products of the stage before have ended.
         release(step - 1, previous, only_if=position > 0)
         acc = multiply_half(acc, *operands(slot), expansion, half=1)
         end_stage(step)

@@ -37,7 +37,7 @@ def multiply_half(
 ) -> Int[Array, "rows tokens"]:
     """Starts acc += weights . tokens^T over half a stage, one commit group for each step of 32 elements.
 
-    When it returns, at most the last group is in flight; all that came before have ended. Before `wgmma.settle` the
+    When it returns, at most its own groups are in flight; all that came before have ended. Before `wgmma.settle` the
     result must not be read, nor the tokens overwritten.
 
     Args:
@@ -69,8 +69,8 @@ def multiply_half(
         for step in range(HALF_STEPS):
             fragments = expansion.fragments([words[step] for words in fields], group_terms, step)
             acc = multiply_fragments(acc, fragments, tokens, HALF_STEPS * half + step)
-            # Its registers may be overwritten once the next group is in flight.
-            wait(in_flight=1)
+            # Four steps have registers of their own: two groups in flight leave time to expand the next.
+            wait(in_flight=2)
         return acc
 
     return inline(acc, tokens, *refs)
