@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from bipolar_jax import BipolarFormat
+from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.ops.dispatch import BACKENDS
 from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
 from tests.gpu.trial import Case, Trial, one_program
+from tests.packing.integer_groups import array_of_groups, random_groups
 
 SM90 = BACKENDS["sm90"]
 
@@ -27,7 +28,7 @@ _TILE_ROWS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """One product of prompts; all shapes are those of the operation."""
+    """One product of prompts; all shapes are those of the operation. Weights with a group size have integer groups."""
 
     w_bits: int
     a_bits: int
@@ -41,20 +42,25 @@ class Prompts:
     rope: bool = True
     bias: bool = False
     offsets: bool = False
+    group_size: int | None = None
+    prepared: bool = False
     k: int = 200
 
     @property
     def name(self) -> str:
-        options = [name for name in ("rope", "bias", "offsets") if getattr(self, name)]
+        options = [name for name in ("rope", "bias", "offsets", "prepared") if getattr(self, name)]
         heads = f"{self.queries}/{self.kv_heads} heads of {self.head_dim}"
         sizes = f"{self.batch} prompts of {self.length} in {self.capacity}"
-        return " ".join([f"W{self.w_bits}A{self.a_bits}, {sizes}, {heads},", np.dtype(self.dtype).name, *options])
+        groups = "" if self.group_size is None else f"g{self.group_size}i"
+        return " ".join(
+            [f"W{self.w_bits}A{self.a_bits}{groups}, {sizes}, {heads},", np.dtype(self.dtype).name, *options]
+        )
 
     def trial(self) -> Trial:
         rng, a_format = generator(*(self.batch, self.length, self.queries, self.a_bits)), BipolarFormat(self.a_bits)
         n = (self.queries + 2 * self.kv_heads) * self.head_dim
         x, size = exact_tokens(rng, self.batch * self.length, self.k, a_format, self.dtype)
-        w = random_weights(rng, n, self.k, BipolarFormat(self.w_bits), None, self.offsets)
+        w, w_hat, w_size = self._weights(rng, n)
         bias = rng.normal(size=n).astype(np.float32) if self.bias else None
         angles = rng.uniform(-np.pi, np.pi, (1, self.length, self.head_dim // 2))
         tables = tuple(np.round(f(angles) / _TABLE_STEP) * _TABLE_STEP for f in (np.cos, np.sin)) if self.rope else None
@@ -62,7 +68,6 @@ class Prompts:
         shape = (_LAYERS, self.batch, self.kv_heads, self.capacity, self.head_dim)
         keys, values = (np.full(shape, fill, self.dtype) for fill in (np.nan, 7))
 
-        w_hat, w_size = numbers_of(w)
         product = x.astype(np.float64) @ w_hat + (0 if bias is None else bias)
         # Of the product, of the two terms of a rotation, and of its sum.
         error = 14 * EPS * float((size @ w_size + (0 if bias is None else np.abs(bias))).max())
@@ -79,10 +84,22 @@ class Prompts:
 
         def project(x, w, bias, keys, values, layer, tables):
             fixed = None if tables is None else fixed_point_tables(tables, _TILE_ROWS)
+            w = w.prepare() if self.prepared else w
             return SM90.prompt_heads(x, w, a_format, bias, None, keys, values, layer, fixed)
 
         x = x.reshape(self.batch, self.length, self.k)
         return one_program(project, (x, w, bias, keys, values, np.int32(_LAYER), tables), check)
+
+    def _weights(self, rng: np.random.Generator, n: int) -> tuple[BipolarArray, np.ndarray, np.ndarray]:
+        """Weights [k, n], their numbers and the sizes of these in float64."""
+        w_format = BipolarFormat(self.w_bits)
+        if self.group_size is None:
+            w = random_weights(rng, n, self.k, w_format, None, self.offsets)
+            return w, *numbers_of(w)
+        groups = random_groups(w_format, n, self.k, self.group_size, int(rng.integers(1 << 30)))
+        scale = (rng.uniform(0.5, 1.5, n) / (128 * np.sqrt(self.k))).astype(np.float32)
+        numbers = scale.astype(np.float64) * groups.values.T
+        return array_of_groups(groups, w_format, scale), numbers, np.abs(numbers)
 
     def _expected(self, product, tables, keys, values) -> list[np.ndarray]:
         """q, k, v, keys and values in float64, rounded to the dtype."""
@@ -109,10 +126,25 @@ def cases() -> list[Case]:
         Prompts(5, 8, 3, 90, 4, 2, 64, 100, offsets=True, bias=True),
         Prompts(8, 1, 1, 1000, 4, 2, 128, 1088),
         Prompts(2, 3, 3, 513, 15, 5, 64, 640, half),
+        Prompts(4, 8, 3, 130, 8, 2, 128, 192, group_size=128, prepared=True),
+        Prompts(4, 8, 1, 2048, 32, 8, 128, 2100, group_size=128, prepared=True, k=1000),
+        Prompts(4, 8, 2, 777, 32, 8, 128, 800, half, group_size=64, prepared=True, bias=True),
+        Prompts(8, 8, 3, 257, 28, 4, 128, 320, offsets=True, bias=True, prepared=True),
+        Prompts(2, 8, 2, 65, 9, 3, 64, 128, half, group_size=64, prepared=True, bias=True),
+        Prompts(4, 4, 1, 1100, 32, 8, 64, 1200, offsets=True, prepared=True, bias=True),
+        Prompts(1, 2, 3, 513, 15, 5, 64, 640, group_size=32, prepared=True),
+        Prompts(3, 8, 2, 100, 4, 4, 128, 300, rope=False, bias=True, group_size=16),
+        Prompts(5, 8, 1, 70, 3, 1, 64, 70, group_size=96),
+        Prompts(6, 1, 2, 128, 4, 2, 64, 192, rope=False, prepared=True),
     ]
     return [Case(each.name, each.trial) for each in prompts]
 
 
 def small() -> dict[str, Case]:
     prompts = Prompts(2, 2, 2, 67, 2, 1, 64, 131, bias=True, k=70)
-    return {"heads": Case("heads", prompts.trial)}
+    expanded = [Prompts(4, 8, 2, 67, 2, 1, size, 131, group_size=32, prepared=True, k=70) for size in (64, 128)]
+    return {
+        "heads": Case("heads", prompts.trial),
+        "heads of 64, expanded": Case("heads of 64, expanded", expanded[0].trial),
+        "heads of 128, expanded": Case("heads of 128, expanded", expanded[1].trial),
+    }

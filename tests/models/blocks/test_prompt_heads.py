@@ -93,7 +93,7 @@ def test_xla_serves_the_rest(monkeypatch, precision, fields, cache_bits):
     model, (ids, lengths) = make(precision, **fields), prompts()
     expected = jax.eval_shape(lambda: model.prefill(ids, lengths, CAPACITY, cache_bits))
     launched = []
-    monkeypatch.setattr(prompt_projection, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(prompt_projection, "_project", lambda *args: launched.append(args))
     with execution.interpreted(plgpu.InterpretGPUParams()):
         found = jax.eval_shape(lambda: model.prefill(ids, lengths, CAPACITY, cache_bits))
     assert found == expected
@@ -116,7 +116,7 @@ def operands(
         ({"cache_dtype": jnp.float16}, "to a cache of the same, not bfloat16"),
         ({"head_dim": 96}, "heads must have 64 or 128 numbers, not 96"),
         ({"length": 63}, "prompts of 63 tokens do not fill tiles of 64"),
-        ({"group_size": 32}, "groups of weights"),
+        ({"group_size": 32}, "float scales of groups"),
     ],
 )
 def test_what_it_does_not_serve(options, reason):

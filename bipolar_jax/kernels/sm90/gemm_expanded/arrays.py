@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +15,16 @@ from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
+
+
+class ExpandedOperands(NamedTuple):
+    """The operands of `expanded_matmul`, in its order."""
+
+    x_words: UInt32[Array, "1 m words"]
+    weights: PreparedArray
+    tokens: TokenTerms
+    columns: ColumnTerms
+    recovery: ExpandedRecovery
 
 
 def integer_product(
@@ -59,20 +69,25 @@ def tokens_product(
       dtype: of the output.
       **options: of `expanded_matmul`, such as a residual or an activation.
     """
+    return expanded_matmul(*product_operands(tokens, w, a_format, bias), dtype, **options)
+
+
+def product_operands(
+    tokens: PackedTokens, w: PreparedArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+) -> ExpandedOperands:
+    """The operands of the product of quantized activations; arguments as `tokens_product` has them."""
     columns = ColumnTerms(
         code_sums=w.row_sums[:, 0],
         scale=w.scale[:, 0],
         offset=None if w.offset is None else w.offset[:, 0],
         bias=None if bias is None else bias.astype(jnp.float32),
     )
-    return expanded_matmul(
+    return ExpandedOperands(
         _in_order(tokens.words, w),
         w,
         TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
         columns,
         _recovery(w, a_format, with_zero=a_format.bits > 1),
-        dtype,
-        **options,
     )
 
 

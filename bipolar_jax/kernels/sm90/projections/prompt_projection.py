@@ -1,11 +1,18 @@
 """The joined query, key and value product of prompts; its output is heads, rotated and written to the cache.
 
 One kernel computes the product, splits it into heads, rotates queries and keys, and writes keys and values in the order
-of the cache. Separate kernels would read the product again. A tile's rows belong to one sequence, its columns are whole
-heads.
+of the cache. Separate kernels would read the product again. A tile's tokens belong to one sequence, its columns are
+whole heads.
+
+Weights that are prepared, or have integer groups, take the product of expanded weights; others that of planes or bytes.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +26,33 @@ from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    EXPANDED_CANDIDATES,
+    describe_expanded,
+    expanded_cycles,
+    is_expanded,
+    plan_expanded,
+)
+from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.backend.operations import describe, quantized_operands, shared_scale
 from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_heads
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
+from bipolar_jax.kernels.sm90.gemm import launch as gemm
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
-from bipolar_jax.kernels.sm90.gemm.launch import launch
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
+from bipolar_jax.kernels.sm90.gemm_expanded import launch as gemm_expanded
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.heads import TransposedHeadOutput, with_room_for_heads
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray
+from bipolar_jax.packing.fields import STAGE
 
 HEAD_SIZES = (64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -41,7 +63,7 @@ Heads = Float[Array, "batch length _ head_dim"]  # queries have more heads than 
 
 def prompt_heads(
     x: Float[Array, "batch length columns"],
-    w: BipolarArray,
+    w: BipolarArray | PreparedArray,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None,
@@ -58,7 +80,8 @@ def prompt_heads(
 
     Args:
       x: bfloat16 or float16; as wide as w's k, or, with a prologue, as wide as its input.
-      w: packed weights [k, n] of the heads of queries, keys and values, side by side.
+      w: weights [k, n] of the heads of queries, keys and values, side by side, packed or prepared. Packed ones with
+        integer groups are prepared here.
       a_format: to quantize x to.
       bias: added to every row.
       prologue: a norm or an activation function of x.
@@ -74,19 +97,27 @@ def prompt_heads(
     Raises:
       ValueError: prompts longer than the cache; shapes that do not fit.
       Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
-        64 tokens; weights with groups; rows too long to quantize on chip.
+        64 tokens; float scales of groups, or integer ones of no multiple of 16 elements; gated weights; rows too long
+        to quantize on chip.
     """
-    choice, layout = _choose(x, w, a_format, keys, values)
-    _, length, columns = x.shape
-    operands = quantized_operands(x.reshape(-1, columns), w, a_format, bias, choice, prologue)
-    return project_heads(
-        *operands, choice.tiling, layout, keys, values, layer, tables, length=length, interpret=interpret_params()
-    )
+    layout = _layout(x, w, keys, values)
+    batch, length, columns = x.shape
+    rows, interpret = x.reshape(-1, columns), interpret_params()
+    if is_expanded(w):
+        choice = plan_expanded_heads(batch, length, w, layout)
+        tokens = quantize_and_pack(rows, a_format, "int8", prologue=prologue, interpret=interpret)
+        operands = product_operands(tokens, laid_out(w), a_format, bias)
+        project = project_expanded_heads
+    else:
+        choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
+        operands = quantized_operands(rows, w, a_format, bias, choice, prologue)
+        project = project_heads
+    return project(*operands, choice.tiling, layout, keys, values, layer, tables, length=length, interpret=interpret)
 
 
 def plan_prompt_heads(
     x: Float[Array, "batch length columns"],
-    w: BipolarArray,
+    w: BipolarArray | PreparedArray,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
     prologue: Prologue | None,
@@ -97,18 +128,38 @@ def plan_prompt_heads(
 ) -> Plan:
     """What `prompt_heads` would run for these operands; raises as it would."""
     del bias, prologue, layer
-    choice, _ = _choose(x, w, a_format, keys, values)
+    layout = _layout(x, w, keys, values)
+    batch, length, _ = x.shape
+    if is_expanded(w):
+        choice, kernel = plan_expanded_heads(batch, length, w, layout), describe_expanded(w)
+    else:
+        choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
+        kernel = describe(choice, w, a_format)
     rotated = "" if tables is None else "rotated and "
-    return Plan(f"{describe(choice, w, a_format)}, heads {rotated}written to the cache", choice.reason, choice.tiling)
+    return Plan(f"{kernel}, heads {rotated}written to the cache", choice.reason, choice.tiling)
 
 
-def _choose(
-    x: Float[Array, "batch length columns"], w: BipolarArray, a_format: BipolarFormat, keys: Cache, values: Cache
-) -> tuple[Choice, HeadLayout]:
-    """The plan of `prompt_heads`. Raises as it does, except for rows too long to quantize."""
+def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: HeadLayout) -> Choice:
+    """The plan of heads by the product of expanded weights.
+
+    Raises:
+      Unsupported: integer groups of no multiple of 16 elements.
+    """
+    choice = plan_expanded(sequences * length, w, jnp.dtype(jnp.float32))
+
+    def cycles(tiling: Tiling) -> float:
+        return expanded_cycles(tiling, length, sequences * layout.columns, w.contracted_size)
+
+    tiling = min(EXPANDED_CANDIDATES, key=cycles)
+    chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
+    return dataclasses.replace(choice, tiling=with_room_for_heads(tiling, layout, w.bits, chunks))
+
+
+def _layout(x: Float[Array, "batch length columns"], w: BipolarNumbers, keys: Cache, values: Cache) -> HeadLayout:
+    """What the columns of w are. Raises as `prompt_heads` does, except for tilings and rows too long to quantize."""
     batch, length, _ = x.shape
     _, cache_batch, kv_heads, capacity, head_dim = keys.shape
-    n, dtype = w.planes.shape[-2], x.dtype
+    n, dtype = w.shape[-1], x.dtype
     layout = HeadLayout(n // head_dim - 2 * kv_heads, kv_heads, head_dim, capacity)
     if length > capacity:
         raise ValueError(f"a cache of {capacity=} positions cannot hold prompts padded to {length} tokens")
@@ -123,10 +174,11 @@ def _choose(
         raise Unsupported(f"heads must have 64 or 128 numbers, not {head_dim}")
     if length < ROWS_PER_INSTRUCTION:
         raise Unsupported(f"prompts of {length} tokens do not fill tiles of {ROWS_PER_INSTRUCTION}")
-    if shared_scale(w) is not None:
-        raise Unsupported("groups of weights leave no registers to rotate heads in")
-    choice = plan_heads(batch, length, n, w.contracted_size, head_dim, a_format, w.format)
-    return choice, layout
+    if isinstance(w, PreparedArray) and w.gated:
+        raise Unsupported("gates and their values are no heads")
+    if not is_expanded(w) and shared_scale(w) is not None:
+        raise Unsupported("float scales of groups leave no registers to rotate heads in")
+    return layout
 
 
 def project_heads(
@@ -150,15 +202,64 @@ def project_heads(
 
     Tiles have whole heads, and at most `planning.MOST_HEAD_COLUMNS` columns.
     """
-    batch = keys.shape[1]
-    problem = Problem(length, layout.columns, recovery, tiling, blocks, sequences=batch)
+    problem = Problem(length, layout.columns, recovery, tiling, blocks, sequences=keys.shape[1])
+    run = functools.partial(gemm.launch, problem, (x_words, w_words), interpret=interpret)
+    return _project(problem, run, HeadOutput, tokens, columns, layout, keys, values, layer, tables)
+
+
+def project_expanded_heads(
+    x_words: UInt32[Array, "1 rows x_words"],
+    weights: PreparedArray,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: ExpandedRecovery,
+    tiling: Tiling,
+    layout: HeadLayout,
+    keys: Cache,
+    values: Cache,
+    layer: Int[Array, ""],
+    tables: FixedPointTables | None,
+    *,
+    length: int,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Heads, Heads, Heads, Cache, Cache]:
+    """`expanded_matmul` of prompts of `length` rows each, whose output is heads; see there and `prompt_heads`."""
+    problem = ExpandedProblem(
+        length,
+        layout.columns,
+        recovery,
+        tiling,
+        blocks,
+        sequences=keys.shape[1],
+        w_bits=weights.bits,
+        chunks=weights.chunks,
+    )
+    run = functools.partial(gemm_expanded.launch, problem, x_words, weights, interpret=interpret)
+    return _project(problem, run, TransposedHeadOutput, tokens, columns, layout, keys, values, layer, tables)
+
+
+def _project(
+    problem: Problem,
+    run: Callable[..., list[Array]],
+    output_class: type[HeadOutput],
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    layout: HeadLayout,
+    keys: Cache,
+    values: Cache,
+    layer: Int[Array, ""],
+    tables: FixedPointTables | None,
+) -> tuple[Heads, Heads, Heads, Cache, Cache]:
+    """Runs the kernel of a product, as a function of both kinds of terms and its output, with heads as the output."""
+    batch, length = problem.sequences, problem.m
     if batch > 1:  # vectors may be longer than there are tokens
         tokens = jax.tree.map(lambda term: term[: batch * length], tokens)
     if tables is not None:
         tables = tuple(_padded_table(table, problem.covered_tokens, keys.dtype) for table in tables)
     caches = [jax.new_ref(array) for array in (keys, values)]
-    output = HeadOutput(keys=caches[0], layer=layer.reshape(1), tables=tables, values=caches[1], layout=layout)
-    joined = launch(problem, (x_words, w_words), tokens, columns, output, interpret=interpret)
+    output = output_class(keys=caches[0], layer=layer.reshape(1), tables=tables, values=caches[1], layout=layout)
+    joined = run(tokens, columns, output)
     q, k, v = (heads.reshape(batch, length, -1, layout.size) for heads in joined)
     return q, k, v, *(jax.freeze(ref) for ref in caches)
 

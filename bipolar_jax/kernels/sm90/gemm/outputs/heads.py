@@ -79,6 +79,8 @@ class HeadOutput:
 class HeadWriter:
     """Stores the heads in the tiles of one consumer; a tile begins and ends with whole heads.
 
+    A subclass for other accumulators says how halves of heads are finished, and how they pass through staging slots.
+
     Attributes:
       problem: the product.
       output: the caches and tables, refs in memory.
@@ -98,6 +100,8 @@ class HeadWriter:
     staging: Any
     arrived: Any
     consumer: Any
+
+    token_axis: ClassVar[int] = 0  # of halves of heads in registers
 
     @property
     def layout(self) -> HeadLayout:
@@ -161,7 +165,7 @@ class HeadWriter:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number, (row, first) in enumerate(self._head_origins()):
             head, rotates = self._head(origin, number)
-            halves = [finished(row, first), finished(row, first + self.layout.half)]
+            halves = self._halves(finished, row, first)
             if self.problem.m < self.problem.covered_tokens:
                 halves = [self._clear_beyond_prompt(half, origin.token + row) for half in halves]
             if self.output.tables is None:
@@ -176,19 +180,33 @@ class HeadWriter:
             def _(number=number, head=head, halves=halves):
                 self._store_head(origin, number, head, halves, are_values=True)
 
+    def _halves(self, finished: Finish, row: int, first: int) -> list[Float[Array, "64 half"]]:
+        """Both halves of the head of 64 tokens that begins in that row and column of the tile."""
+        return [finished(row, first), finished(row, first + self.layout.half)]
+
+    def _read(self, slot: int) -> Float[Array, "64 half"]:
+        """What a staging slot holds, as halves of heads are in registers.
+
+        Every thread reads the numbers that it writes later, so that no barrier is needed between.
+        """
+        return plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA)
+
+    def _write(self, slot: int, half: Float[Array, "64 half"]) -> None:
+        """Half of a head to a staging slot, tokens as rows."""
+        self.staging[slot] = half
+
     def _tables(self, number: int) -> list[Float[Array, "64 half"]]:
         """Cosines and sines of a head's tokens, once they have arrived."""
         slots = [self._slot(number, half) for half in (0, 1)]
         arrivals = self._arrivals()
         for slot in slots:
             plgpu.barrier_wait(arrivals[slot])
-        # Every thread loads the elements that it stores later, so that no barrier is needed between.
-        return [plgpu.load(self.staging.at[slot], layout=plgpu.Layout.WGMMA) for slot in slots]
+        return [self._read(slot) for slot in slots]
 
     def _clear_beyond_prompt(self, half: Float[Array, "64 half"], position) -> Float[Array, "64 half"]:
-        """Zeros in the rows beyond the prompt, as the cache has to have them."""
-        row = plgpu.broadcasted_iota(jnp.int32, half.shape, 0, layout=plgpu.Layout.WGMMA)
-        return jnp.where(row + position < self.problem.m, half, 0.0)
+        """Zeros for the tokens beyond the prompt, as the cache has to have them."""
+        token = plgpu.broadcasted_iota(jnp.int32, half.shape, self.token_axis, layout=plgpu.Layout.WGMMA)
+        return jnp.where(token + position < self.problem.m, half, 0.0)
 
     def _store_head(self, origin: TileOrigin, number: int, head, halves: list, are_values: bool | None = None) -> None:
         """Stores both halves of a tile's number-th head.
@@ -203,7 +221,7 @@ class HeadWriter:
         row, _ = self._head_origins()[number]
         for i, half in enumerate(halves):
             slot = self._slot(number, i)
-            self.staging[slot] = half.astype(self.staging.dtype)
+            self._write(slot, half.astype(self.staging.dtype))
             plgpu.commit_smem()
             at_row = TileOrigin(origin.sequence, origin.token + row, origin.column)
             self._copy(self.staging.at[slot], at_row, head, i * self.layout.half, are_values)

@@ -6,6 +6,7 @@ after that: it may add to the numbers, reorder or pack them, and it stores them.
 
 - `dense.py`: a matrix [m, n], with an optional residual. Staged through shared memory, stored by TMA.
 - `heads.py`: queries, keys and values of prompts, rotated, also in the cache. Staged through shared memory.
+  `gemm_expanded/heads.py` has the same for accumulators whose columns are tokens.
 - `signs.py`: one-bit tokens of the next product. Packed in registers, stored by the threads.
 
 To add an output:

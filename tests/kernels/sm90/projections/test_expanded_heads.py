@@ -1,0 +1,238 @@
+"""Heads of prompts by the product of prepared weights: bit for bit those of bytes, no races, no spills."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
+from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.heads import ExchangedHeadWriter, TransposedHeadOutput, TransposedHeadWriter
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.projections.prompt_projection import (
+    plan_expanded_heads,
+    plan_prompt_heads,
+    project_expanded_heads,
+    project_heads,
+)
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR
+from tests.gpu.cases.heads import Prompts
+from tests.gpu.trial import Case as Trial
+from tests.gpu.trial import run_cases
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.support import sm90_compile
+from tests.support.integer_products import random_codes
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpreter")]
+
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+A8, W4 = BipolarFormat(8), BipolarFormat(4)
+LAYERS, LAYER = 2, 1
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Prompts whose heads both products make."""
+
+    layout: HeadLayout
+    batch: int
+    length: int
+    tiling: Tiling
+    dtype: type = jnp.bfloat16
+    rope: bool = True
+    offsets: bool = False
+    k: int = 70
+
+
+CASES = {
+    "heads of 128, sequences": Case(HeadLayout(2, 1, 128, 131), 2, 67, Tiling(128, 128, "split_n", slots=2)),
+    "heads of 64, two chunks of tokens": Case(
+        HeadLayout(3, 1, 64, 330), 1, 130, Tiling(128, 128, "alternate", slots=2), dtype=jnp.float16, offsets=True
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_heads_are_bit_for_bit_those_of_bytes(case):
+    """Weights of one scale a column: both products finish the same integers by the same float operations."""
+    rng, layout = np.random.default_rng(0), case.layout
+    m, n, half = case.batch * case.length, layout.columns, layout.half
+    x, codes = random_codes(A8, m, case.k, 0), random_codes(W4, n, case.k, 1)
+    scale, column_scale, bias, offset = (rng.random(size, np.float32) for size in (m, n, n, n))
+    tokens = PackedTokens(
+        code_words(jnp.asarray(x), A8, "int8"), scale, rng.integers(0, 256, m, np.int32), x.sum(1, dtype=np.int32)
+    )
+    w = array_of_codes(codes, W4, column_scale)
+    w = dataclasses.replace(w, offset=offset[:, None] if case.offsets else None)
+    angles = jnp.asarray(rng.standard_normal((1, case.length, half)), jnp.float32)
+    tables = fixed_point_tables((jnp.cos(angles), jnp.sin(angles)), 1) if case.rope else None
+    shape = (LAYERS, case.batch, layout.keys, layout.capacity, layout.size)
+    options = dict(length=case.length, interpret=RACES)
+
+    def rest():
+        keys, values = (jnp.full(shape, fill, case.dtype) for fill in (jnp.nan, 7))
+        return layout, keys, values, jnp.int32(LAYER), tables
+
+    operands = product_operands(tokens, w.prepare(), A8, bias)
+    found = project_expanded_heads(*operands, case.tiling, *rest(), **options, blocks=2)
+    assert not races_found()
+    expected = project_heads(
+        tokens.words,
+        expand_planes(jnp.asarray(w.planes), W4),
+        operands.tokens,
+        operands.columns,
+        Recovery("int8", A8, W4, case.k, with_zero=True),
+        Tiling(64, 128, "alternate", slots=2),
+        *rest(),
+        **options,
+    )
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(wanted, np.float32))
+
+
+def test_prompts_of_integer_groups_are_served():
+    """Quantized, laid out, multiplied and cached; groups of 16, for which tokens are in natural order."""
+    prompts = Prompts(3, 8, 2, 67, 1, 1, 128, 70, rope=False, bias=True, group_size=16, k=70)
+    (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
+    assert outcome.error is None
+    assert not races_found()
+
+
+def avals(w, *, size=128, length=1000, dtype=jnp.bfloat16):
+    """Operands of `prompt_heads` for two prompts and one head of keys."""
+    cache = jax.ShapeDtypeStruct((1, 2, 1, 1000, size), dtype)
+    x = jax.ShapeDtypeStruct((2, length, w.contracted_size), dtype)
+    return x, w, A8, None, None, cache, cache, jnp.int32(0)
+
+
+def weights(bits=4, group_size=128, n=512, k=256):
+    fmt = BipolarFormat(bits)
+    if group_size is None:
+        return array_of_codes(random_codes(fmt, n, k, 0), fmt, np.ones(n, np.float32))
+    return array_of_groups(random_groups(fmt, n, k, group_size), fmt, np.ones(n, np.float32))
+
+
+def test_plans_leave_room_for_heads():
+    with interpreted(RACES):
+        packed, prepared = (plan_prompt_heads(*avals(w)) for w in (weights(), weights().prepare()))
+        assert packed.kernel == prepared.kernel
+        assert prepared.kernel == (
+            "int8 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers, "
+            "heads written to the cache"
+        )
+        assert "prepare_for_inference" in packed.reason
+        assert prepared.reason == "estimated from tile sizes"
+        many = HeadLayout(32, 8, 128, 2048)
+        assert plan_expanded_heads(1, 2048, weights().prepare(), many).tiling == EXPANDED_CANDIDATES[0]
+        wide = plan_expanded_heads(1, 2048, weights(8, None).prepare(), many).tiling
+        assert wide == dataclasses.replace(EXPANDED_CANDIDATES[0], slots=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: weights(group_size=40), {}, "multiple of 16 elements"),
+        (lambda: weights().prepare(gated=True), {}, "gates and their values are no heads"),
+        (lambda: weights().prepare(), dict(size=32), "heads must have 64 or 128 numbers, not 32"),
+        (lambda: weights().prepare(), dict(length=63), "63 tokens do not fill tiles"),
+        (lambda: weights().prepare(), dict(dtype=jnp.float32), "bfloat16 or float16"),
+    ],
+)
+def test_what_is_not_served_is_said(make, options, message):
+    with interpreted(RACES), pytest.raises(Unsupported, match=message):
+        plan_prompt_heads(*avals(make(), **options))
+
+
+def test_more_slots_than_heads_leave_room_for_are_refused():
+    cache, layout = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), jnp.bfloat16), HeadLayout(6, 1, 64, 128)
+    output = TransposedHeadOutput(keys=cache, layer=None, tables=None, values=cache, layout=layout)
+    tiling = dataclasses.replace(EXPANDED_CANDIDATES[0], slots=4)
+    problem = ExpandedProblem(128, layout.columns, None, tiling, w_bits=4, chunks=1)
+    with pytest.raises(ValueError, match="takes 239104 bytes of shared memory of 228352 with heads of 64"):
+        output.scratch(problem, staging_slots=1)
+
+
+def test_the_outputs_offer_what_the_protocol_says():
+    assert isinstance(TransposedHeadOutput(*[None] * 5), Output)
+    assert isinstance(TransposedHeadWriter(*[None] * 9), Writer)
+    assert isinstance(ExchangedHeadWriter(*[None] * 10), Writer)
+
+
+def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
+    """Of prompts that leave rows of tiles empty, with a bias: what takes the most registers."""
+    batch, length, k, layout, w_format = 2, 1000, 4096, HeadLayout(8, 4, size, 1100), BipolarFormat(bits)
+    m, n = batch * length, layout.columns
+    vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
+    tiles, stages, terms = -(-n // 128), k // 128, None
+    if group_size is not None:
+        chunks = 128 // np.gcd(group_size, 128)
+        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, chunks, CHUNK_WORDS), jnp.uint32)
+    words = jax.ShapeDtypeStruct((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
+    column = [jax.ShapeDtypeStruct((n, 1), dtype) for dtype in (jnp.float32, jnp.int32)]
+    weights = PreparedArray(words, terms, *column, w_format, k, -2, group_size, False)
+    recovery = ExpandedRecovery("int8", A8, w_format, k, True, terms is not None)
+    cache = jax.ShapeDtypeStruct((2, batch, layout.keys, layout.capacity, size), dtype)
+
+    def project(x, weights, tokens, columns, keys, values, layer, tables):
+        rest = (recovery, tiling, layout, keys, values, layer, tables)
+        return project_expanded_heads(x, weights, tokens, columns, *rest, length=length)
+
+    return sm90_compile.compile_for_h200(
+        project,
+        jax.ShapeDtypeStruct((1, m, k // 4), jnp.uint32),
+        weights,
+        TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
+        ColumnTerms(
+            code_sums=vector(n, jnp.int32),
+            scale=vector(n, jnp.float32),
+            offset=None if terms is not None else vector(n, jnp.float32),
+            bias=vector(n, jnp.float32),
+        ),
+        cache,
+        cache,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        (jax.ShapeDtypeStruct((length, size // 2), jnp.int16),) * 2 if rope else None,
+        ptx=True,
+    )[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bits", "group_size", "size", "options"),
+    [
+        (4, 128, 128, dict(tiling=EXPANDED_CANDIDATES[0])),
+        (3, 16, 64, dict(tiling=Tiling(128, 128, "split_n", slots=3))),
+        (8, None, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), dtype=jnp.float16)),
+        (4, 64, 64, dict(tiling=Tiling(64, 128, "split_n", slots=5), rope=False)),
+    ],
+)
+@pytest.mark.sample(1)
+def test_it_compiles_without_spills(bits, group_size, size, options):
+    report = compiled(bits, group_size, size, **options)
+    assert len(report.registers) == 1
+    assert report.spill_bytes == report.stack_bytes == 0
+    assert not report.serialized_wgmma
+    # Halves of 16-bit heads are transposed on their way to shared memory.
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in report.text) == (size == 128)
