@@ -1,5 +1,6 @@
 """Flax layers with packed weights, low-bit products for training, and conversion of models."""
 
+from bipolar_jax.nn.convert.integer_groups import ConversionReport, ConvertedLayer, with_integer_groups
 from bipolar_jax.nn.convert.quantization_aware import quantization_aware
 from bipolar_jax.nn.convert.quantize_linen import PackedLinen
 from bipolar_jax.nn.convert.quantize_model import quantize_model
@@ -19,6 +20,8 @@ from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
 
 __all__ = [
     "BitSchedule",
+    "ConversionReport",
+    "ConvertedLayer",
     "DotGeneral",
     "Einsum",
     "Embed",
@@ -37,5 +40,6 @@ __all__ = [
     "quantization_aware",
     "quantize_model",
     "summary",
+    "with_integer_groups",
     "without_training",
 ]

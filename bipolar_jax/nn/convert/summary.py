@@ -42,14 +42,15 @@ class LayerSummary:
 def layer_summaries(model: nnx.Module) -> list[LayerSummary]:
     """All layers of a model with parameters of their own: the packed ones, then the float ones."""
     packed = []
-    for path, layer in _packed_layers(model):
+    for path, layer in packed_layers(model):
         values = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(layer))]
         size, count = sum(map(num_bytes, values)), sum(map(num_parameters, values))
         packed.append(LayerSummary(path, type(layer).__name__, str(layer.precision), count, size))
     return [*packed, *map(_float_summary, float_layers(model))]
 
 
-def _packed_layers(model: nnx.Module) -> list[tuple[str, Any]]:
+def packed_layers(model: nnx.Module) -> list[tuple[str, Any]]:
+    """The packed layers of a model, subclasses too, each with the first path to it."""
     if isinstance(model, _PACKED_LAYERS):
         return [("", model)]
     subclasses = {type(layer) for _, layer in nnx.iter_modules(model) if isinstance(layer, _PACKED_LAYERS)}
