@@ -7,11 +7,11 @@ warp of part w, in byte i, is
 
     row 64 b + 16 w + 8 p + r of the tile,  position 32 step + 16 h + 4 t + i of the stage
 
-(PTX ISA, the fragments of A of wgmma m64nNk32 and of mma m16n8k32). Codes are split into fields of 8, 4, 2 and 1 bits
-whose widths add up to theirs: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. A word of fields of f bits has the codes of 8 / f
-registers, those of one register f bits apart from those of the next, so that a shift and a mask make a register of it.
-A thread's words of a stage are `bits` vectors of four, each next to those of its neighbours: loads of 16 bytes without
-bank conflicts. A part's stages follow each other in memory.
+(PTX ISA, the fragments of A of wgmma m64nNk32 and of mma m16n8k32). The thread has as many words for a step as codes
+have bits, and byte i of every word holds bits of the codes at byte i of the registers. A register whose codes lie in
+one word is made by a shift and a mask, and most do: `fields_of` says where the bits are. A thread's words of a stage,
+step after step, are `bits` vectors of four, each next to those of its neighbours: loads of 16 bytes without bank
+conflicts. A part's stages follow each other in memory.
 
 A byte's position in the stage follows the tokens' bytes. Those of `quantize_rows` interleave each 32 elements: position
 4 j + i is element 8 i + j. Groups that are no multiple of 32 need them in their natural order, or a register would have
@@ -24,7 +24,9 @@ blocks are neighbours: word 2 r + b of a part.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,18 +46,42 @@ REGISTERS = 8  # of A, in one step
 CHUNK_WORDS = PART_ROWS // 2  # of the terms of one chunk and part
 GROUP_UNIT = 16  # elements: half of a step, which is as far as a register reaches
 OFFSET_BIAS = -SMALLEST_VALUE  # makes s * u + o an unsigned byte
+_EVERY_BYTE = 0x01010101
 
-_FIELD_WIDTHS = (8, 4, 2, 1)
+
+class Field(NamedTuple):
+    """Bits of the codes of one register.
+
+    Attributes:
+      word: of the step.
+      position: of the lowest bit, in every byte of the word.
+      width: number of bits.
+      shift: of the lowest bit, in the code.
+    """
+
+    word: int
+    position: int
+    width: int
+    shift: int
 
 
-def fields_of(bits: int) -> list[tuple[int, int]]:
-    """(width, shift) of the fields that a code is split into, in the order in which they are stored."""
-    fields, shift = [], 0
-    for width in _FIELD_WIDTHS:
-        if bits & width:
-            fields.append((width, shift))
-            shift += width
-    return fields
+@functools.cache
+def fields_of(bits: int) -> tuple[tuple[Field, ...], ...]:
+    """The fields of each of the REGISTERS registers of a step.
+
+    A byte holds as many whole codes as it can. What is left of the bytes holds the codes of the last registers, bit
+    after bit.
+    """
+    whole = 8 // bits * bits  # registers, and bits of a byte, that hold whole codes
+    fields = [[Field(r % bits, r // bits * bits, bits, 0)] for r in range(whole)]
+    rest = [(word, position) for word in range(bits) for position in range(whole, 8)]
+    for _ in range(whole, REGISTERS):
+        code, rest = rest[:bits], rest[bits:]
+        words = sorted({word for word, _ in code})
+        own = [[position for at, position in code if at == word] for word in words]
+        shifts = [sum(map(len, own[:i])) for i in range(len(own))]
+        fields.append([Field(word, p[0], len(p), shift) for word, p, shift in zip(words, own, shifts, strict=True)])
+    return tuple(map(tuple, fields))
 
 
 def in_natural_order(group_size: int | None) -> bool:
@@ -74,12 +100,14 @@ def pack_fields(
     codes = codes.reshape(tiles, 2, PARTS, 2, 8, stages, STEPS, 2, 4, 4)
     codes = codes.transpose(0, 2, 5, 4, 8, 6, 1, 7, 3, 9)  # tile, part, stage, lane, step, register, byte
     codes = codes.reshape(tiles, PARTS, stages, LANES, STEPS, REGISTERS, 4).astype(jnp.uint32)
-    vectors = []
-    for width, shift in fields_of(bits):
-        fields = ((codes >> shift) & ((1 << width) - 1)).reshape(*codes.shape[:5], width, 8 // width, 4)
-        words = jnp.sum(fields << _shifts(width, fields.ndim), axis=(-1, -2), dtype=jnp.uint32)
-        vectors.append(words.reshape(tiles, PARTS, stages, LANES, width, VECTOR).swapaxes(3, 4))
-    return jnp.concatenate(vectors, axis=3).reshape(tiles, PARTS, stages, bits, WORDS_PER_VECTOR)
+    byte_shifts = 8 * jnp.arange(4, dtype=jnp.uint32).reshape((1,) * (codes.ndim - 2) + (4,))
+    words = [jnp.uint32(0)] * bits
+    for register, fields in enumerate(fields_of(bits)):
+        for word, position, width, shift in fields:
+            field = (codes[..., register, :] >> shift) & ((1 << width) - 1)
+            words[word] += jnp.sum(field << (position + byte_shifts), axis=-1, dtype=jnp.uint32)
+    vectors = jnp.stack(words, axis=-1).reshape(tiles, PARTS, stages, LANES, bits, VECTOR)
+    return vectors.swapaxes(3, 4).reshape(tiles, PARTS, stages, bits, WORDS_PER_VECTOR)
 
 
 def unpack_part(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array, "*batch part_rows positions"]:
@@ -166,23 +194,15 @@ def expand_tile(
     return parts.swapaxes(0, 1).reshape(TILE_ROWS, STAGE)
 
 
-def _shifts(width: int, ndim: int) -> UInt32[Array, "..."]:
-    """Where the fields of a word begin, by register and byte: the last two of `ndim` axes."""
-    register, byte = (
-        jnp.arange(count, dtype=jnp.uint32).reshape((1,) * (ndim - 2) + shape)
-        for count, shape in ((8 // width, (-1, 1)), (4, (1, -1)))
-    )
-    return width * register + 8 * byte
-
-
 def _registers_of(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
     """Every lane's registers of codes."""
     *batch, bits, _ = words.shape
-    codes, first = jnp.uint32(0), 0
-    for width, shift in fields_of(bits):
-        vectors = words[..., first : first + width, :].reshape(*batch, width, LANES, VECTOR).swapaxes(-3, -2)
-        vectors = vectors.reshape(*batch, LANES, STEPS, width, 1, 1)
-        fields = ((vectors >> _shifts(width, vectors.ndim)) & ((1 << width) - 1)) << shift
-        codes = codes + fields.reshape(*batch, LANES, STEPS, REGISTERS, 4)
-        first += width
-    return codes.astype(jnp.uint8)
+    words = words.reshape(*batch, bits, LANES, VECTOR).swapaxes(-3, -2).reshape(*batch, LANES, STEPS, bits)
+    registers = []
+    for fields in fields_of(bits):
+        parts = []
+        for word, position, width, shift in fields:
+            mask = jnp.uint32(((1 << width) - 1) * _EVERY_BYTE)
+            parts.append(((words[..., word] >> position) & mask) << shift)
+        registers.append(functools.reduce(jnp.bitwise_or, parts))
+    return jax.lax.bitcast_convert_type(jnp.stack(registers, axis=-1), jnp.uint8)

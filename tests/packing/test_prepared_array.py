@@ -38,24 +38,23 @@ def codes_by_definition(words, bits: int) -> np.ndarray:
         warp, r, t = thread // 32, thread % 32 // 4, thread % 4
         for step in range(4):
             for b, h, p in np.ndindex(2, 2, 2):
-                register, first = 4 * b + 2 * h + p, 0
                 row, position = 64 * b + 16 * warp + 8 * p + r, 32 * step + 16 * h + 4 * t
-                for width, shift in fields.fields_of(bits):
-                    index = step * width + register * width // 8
-                    word = int(flat[warp, first + index // 4, thread % 32, index % 4]) >> width * (
-                        register % (8 // width)
-                    )
+                for field in fields.fields_of(bits)[4 * b + 2 * h + p]:
+                    index = step * bits + field.word
+                    word = int(flat[warp, index // 4, thread % 32, index % 4]) >> field.position
                     for i in range(4):
-                        codes[row, position + i] |= ((word >> 8 * i) & ((1 << width) - 1)) << shift
-                    first += width
+                        codes[row, position + i] |= ((word >> 8 * i) & ((1 << field.width) - 1)) << field.shift
     return codes
 
 
-def test_fields_add_up_to_the_bits():
+def test_fields_are_all_bits_of_codes_and_words():
     for bits in range(1, 9):
         found = fields.fields_of(bits)
-        assert sum(width for width, _ in found) == bits
-        assert sorted(shift + i for width, shift in found for i in range(width)) == list(range(bits))
+        for register in found:
+            assert sorted(f.shift + i for f in register for i in range(f.width)) == list(range(bits))
+        places = [(f.word, f.position + i) for register in found for f in register for i in range(f.width)]
+        assert sorted(places) == [(word, position) for word in range(bits) for position in range(8)]
+    assert sum(len(register) for register in fields.fields_of(3)) == 10
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"W{fmt.name}")

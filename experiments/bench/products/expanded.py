@@ -45,12 +45,13 @@ TILINGS = {
     f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, clusters of {tiling.cluster_m}x{tiling.cluster_n}, "
     f"bands of {tiling.band} {tiling.band_axis}, lag {lag}": (tiling, lag)
     for tiling, lag in (
-        *((Tiling(128, 128, "split_n", slots=slots), lag) for slots in (4, 5, 6) for lag in (0, 2, slots - 2)),
-        (Tiling(128, 128, "split_n", slots=5, band=16, band_axis="m"), 1),
-        (Tiling(128, 128, "split_n", slots=5, cluster_m=2), 2),
-        (Tiling(128, 128, "split_n", slots=4, cluster_n=2), 1),
-        *((Tiling(128, 128, "alternate", slots=slots), 0) for slots in (6, 7)),
-        (Tiling(64, 128, "split_n", slots=6), 2),
+        *((Tiling(128, 128, "split_n", slots=4), lag) for lag in range(4)),
+        *((Tiling(128, 128, "split_n", slots=5), lag) for lag in (0, 2, 4)),
+        *((Tiling(128, 128, "split_n", slots=4, band=16, band_axis="m"), lag) for lag in (0, 2)),
+        (Tiling(128, 128, "split_n", slots=4, cluster_m=2), 0),
+        (Tiling(128, 128, "split_n", slots=4, cluster_n=2), 0),
+        (Tiling(128, 128, "alternate", slots=6), 0),
+        *((Tiling(64, 128, "split_n", slots=6), lag) for lag in (0, 2)),
         (Tiling(64, 128, "alternate", slots=8), 0),
     )
 }

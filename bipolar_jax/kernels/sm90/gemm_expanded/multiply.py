@@ -67,7 +67,7 @@ def multiply_half(
             for chunk in expansion.load_terms(part(ref, expansion.chunks * CHUNK_WORDS), lane, half)
         ]
         for step in range(HALF_STEPS):
-            fragments = expansion.fragments([words[step] for words in fields], group_terms, step)
+            fragments = expansion.fragments(fields[step], group_terms, step)
             acc = multiply_fragments(acc, fragments, tokens, HALF_STEPS * half + step)
             # Four steps have registers of their own: two groups in flight leave time to expand the next.
             wait(in_flight=2)

@@ -12,7 +12,7 @@ from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.packing.fields import CHUNK_WORDS, REGISTERS, STEPS, VECTOR, WORDS_PER_VECTOR, fields_of
 
-HALVES = 2  # of a stage; a field of one bit has two words in each
+HALVES = 2  # of a stage
 HALF_STEPS = STEPS // HALVES
 _EVERY_BYTE = 0x01010101
 
@@ -29,8 +29,8 @@ class Expansion:
     bits: int
     chunks: int
 
-    def load_fields(self, words: Pointer, lane: Value, half: int) -> list[list[list[Value]]]:
-        """A lane's words of half a stage: of every field, for each of its steps.
+    def load_fields(self, words: Pointer, lane: Value, half: int) -> list[list[Value]]:
+        """A lane's words of each step of half a stage.
 
         Args:
           words: uint32 [bits, WORDS_PER_VECTOR] in shared memory, one part and stage.
@@ -38,17 +38,12 @@ class Expansion:
           half: which half of the stage.
         """
         mine = ptx.advance(words, ptx.times(lane, 4 * VECTOR))
-        fields, first = [], 0
-        for width, _ in fields_of(self.bits):
-            start, count = HALF_STEPS * half * width, HALF_STEPS * width
-            at_once = min(VECTOR, count)
-            loaded = []
-            for index in range(start, start + count, at_once):
-                vector, slot = first + index // VECTOR, index % VECTOR
-                loaded += ptx.load(ptx.advance(mine, 4 * (vector * WORDS_PER_VECTOR + slot)), at_once)
-            fields.append([loaded[step * width : (step + 1) * width] for step in range(HALF_STEPS)])
-            first += width
-        return fields
+        start, count, loaded = HALF_STEPS * half * self.bits, HALF_STEPS * self.bits, []
+        while len(loaded) < count:
+            vector, slot = divmod(start + len(loaded), VECTOR)
+            at_once = min(VECTOR - slot, count - len(loaded))
+            loaded += ptx.load(ptx.advance(mine, 4 * (vector * WORDS_PER_VECTOR + slot)), at_once)
+        return [loaded[step * self.bits : (step + 1) * self.bits] for step in range(HALF_STEPS)]
 
     def load_terms(self, terms: Pointer, lane: Value, half: int) -> list[list[tuple[Value, Value]]]:
         """(s, o + 128 in every byte) of a lane's four rows, for each chunk of half a stage, or the one around it.
@@ -76,17 +71,17 @@ class Expansion:
             )
         return chunks
 
-    def fragments(self, fields: list[list[Value]], terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
+    def fragments(self, words: list[Value], terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
         """The registers of A for one step: four of the rows of block 0, four of those of block 1.
 
         Args:
-          fields: of every field, the lane's words of this step.
+          words: the lane's, of this step.
           terms: of `load_terms`, of the half that the step is in; empty without groups.
           step: which step of the half.
         """
         registers = []
         for register in range(REGISTERS):
-            codes = self._codes(fields, register)
+            codes = self._codes(words, register)
             if terms:
                 block, half, row = register // 4, register // 2 % 2, register % 2
                 scale, offset = terms[(2 * step + half) * len(terms) // (2 * HALF_STEPS)][2 * block + row]
@@ -94,16 +89,14 @@ class Expansion:
             registers.append(codes)
         return registers
 
-    def _codes(self, fields: list[list[Value]], register: int) -> Value:
+    def _codes(self, words: list[Value], register: int) -> Value:
         codes = None
-        for (width, shift), words in zip(fields_of(self.bits), fields, strict=True):
-            word = words[register * width // 8]
+        for word, position, width, shift in fields_of(self.bits)[register]:
             if width == 8:
-                return word
-            position = width * (register % (8 // width))
-            moved = (
-                ptx.shift_right(word, position - shift) if position >= shift else ptx.shift_left(word, shift - position)
-            )
+                return words[word]
+            moved = ptx.shift_right(words[word], position - shift) if position >= shift else None
+            if moved is None:
+                moved = ptx.shift_left(words[word], shift - position)
             field = ptx.bits_of(moved, ((1 << width) - 1 << shift) * _EVERY_BYTE)
             codes = field if codes is None else ptx.either_bits(codes, field)
         return codes

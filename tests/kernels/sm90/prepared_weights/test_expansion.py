@@ -54,7 +54,7 @@ def test_threads_make_the_fragments(bits, group_size, monkeypatch):
         fields = expansion.load_fields(part(words), lane, half)
         group_terms = [] if terms is None else expansion.load_terms(part(terms), lane, half)
         for step in range(2):
-            registers = expansion.fragments([words[step] for words in fields], group_terms, step)
+            registers = expansion.fragments(fields[step], group_terms, step)
             position = 32 * (2 * half + step)
             np.testing.assert_array_equal(rows_of_fragments(registers), expected[:, position : position + 32])
     assert warpgroup_simulator.bank_conflicts[0] == before
