@@ -32,6 +32,7 @@ FLOORS = {
         "decode_attention",
         "gemm_few_tokens",
         "weight_only",
+        "prepared_few_tokens",
         "gemm_expanded",
         "gemm",
         "weight_prep",

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
         for weights in ("W1 to W4", "W5 to W8 and ternary")
     },
     "integer products of prepared weights": ("expanded_products", "cases", ()),
+    "integer products of prepared weights, few tokens": ("prepared_few_tokens", "cases", ()),
     "scaled products": ("scaled_products", "cases", ()),
     "weight-only products": ("weight_only", "cases", ()),
     "quantizer": ("quantizer", "cases", ()),

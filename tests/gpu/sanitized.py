@@ -23,6 +23,7 @@ from tests.gpu.cases import (
     decode_step,
     expanded_products,
     heads,
+    prepared_few_tokens,
     products,
     quantizer,
     scaled_products,
@@ -35,6 +36,7 @@ from tests.gpu.trial import Case, Trial, one_program, run_cases
 _MODULES = (
     products,
     expanded_products,
+    prepared_few_tokens,
     scaled_products,
     weight_only,
     quantizer,

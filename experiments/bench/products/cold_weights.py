@@ -22,13 +22,13 @@ def few_tokens(shape: Shape) -> bool:
     return shape.m <= FEW_TOKENS_LIMIT
 
 
-def copies_of(weights) -> int:
-    """Number of copies that together are at least twice the L2 cache, from 2 to 12."""
+def copies_of(weights, least_bytes: int = 2 * L2_BYTES) -> int:
+    """Number of copies that together have so many bytes, from 2 to 12."""
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    return max(2, min(_MOST_COPIES, -(-2 * L2_BYTES // nbytes)))
+    return max(2, min(_MOST_COPIES, -(-least_bytes // nbytes)))
 
 
-def with_cold_weights(call: Call, position: int) -> tuple[Call, int]:
+def with_cold_weights(call: Call, position: int, least_bytes: int = 2 * L2_BYTES) -> tuple[Call, int]:
     """The function applied to several copies of its operands.
 
     All operands are copied, not only the weights: XLA would otherwise share work between the calls.
@@ -36,12 +36,13 @@ def with_cold_weights(call: Call, position: int) -> tuple[Call, int]:
     Args:
       call: a function and its operands.
       position: index of the weights among the operands.
+      least_bytes: of all copies of the weights together, if 12 are enough.
 
     Returns:
       A call that returns the list of products, and their number.
     """
     function, args = call
-    count = copies_of(args[position])
+    count = copies_of(args[position], least_bytes)
     jitted = jax.jit(function)  # traced and lowered once for all copies
 
     def products(*copies):

@@ -46,6 +46,19 @@ def store(ptr, words):
         data[at[:, None] + 4 * i + np.arange(4)] = word[active(), None].view(np.uint8)
 
 
+def load_matrices(ptr):
+    """By the figures of the PTX ISA: every lane points to a row, and gets a word of a row of each matrix."""
+    check_convergence()
+    data, offsets, _ = ptr
+    _check_addresses(ptr, 4)
+    if active().all():
+        _count_conflicts(offsets)
+    # [warp, matrix, lane]
+    offsets = np.where(active(), offsets, 0)
+    words = data[offsets[:, None] + np.arange(16)].view(np.int32).reshape(-1, 4, 32)
+    return [np.ascontiguousarray(words[:, i]).reshape(-1) for i in range(4)]
+
+
 def load_transposed(ptr):
     """By the figures of the PTX ISA: every lane points to a row, and gets two numbers of a column of each matrix."""
     check_convergence()
@@ -72,6 +85,12 @@ def store_half(ptr, word):
     at = offsets[active()]
     assert (at % 2 == 0).all()
     data[at[:, None] + np.arange(2)] = word[active(), None].view(np.uint8)[:, :2]
+
+
+def add_shared(ptr, word):
+    data, offsets, _ = ptr
+    _check_addresses(ptr, 1)
+    np.add.at(data.view(np.int32), offsets[active()] // 4, word[active()])
 
 
 def store_byte(ptr, word):

@@ -46,6 +46,15 @@ def store(ptr: Pointer, words: list[Value]) -> None:
     llvm.store(vector, ptr, alignment=4 * len(words))
 
 
+def load_matrices(ptr: Pointer) -> list[Value]:
+    """Loads four matrices of 8 x 8 16-bit elements from shared memory; all lanes take part.
+
+    Lane 8 i + r points to row r of matrix i, 16 bytes. Word i of lane 4 r + q is word q of row r of matrix i.
+    """
+    ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    return list(inline_ptx(ptx, ptr, result_types=(i32_type(),) * 4, has_side_effects=True, convergent=True))
+
+
 def load_transposed(ptr: Pointer) -> list[Value]:
     """Loads four matrices of 8 x 8 16-bit elements from shared memory, each transposed; all lanes take part.
 
@@ -74,6 +83,11 @@ def store_half(ptr: Pointer, word: Value) -> None:
 def store_byte(ptr: Pointer, word: Value) -> None:
     """Writes the word's low byte."""
     llvm.store(arith.trunci(ir.IntegerType.get_signless(8), word), ptr, alignment=1)
+
+
+def add_shared(ptr: Pointer, word: Value) -> None:
+    """Adds a word to one in shared memory, atomically."""
+    inline_ptx("red.relaxed.cta.shared::cta.add.u32 [$0], $1;", ptr, word, has_side_effects=True)
 
 
 def order_before_copies() -> None:

@@ -1,0 +1,124 @@
+"""Products of 1 to 64 tokens with `PreparedArray`s: what each operand of the kernel is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling, few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.launch import launch
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.packing import PreparedArray
+
+
+def few_tokens_integers(
+    codes: UInt8[Array, "m k"], w: PreparedArray, a_format: BipolarFormat, **options: Any
+) -> Int[Array, "m n 1"]:
+    """See `Backend.integer_matmul`: the exact sums of products of values over all of K.
+
+    Args:
+      codes: of activations, 1 to 64 rows.
+      w: [k, n].
+      a_format: of the activations.
+      **options: `tiling`, `blocks` and `interpret`, as in `few_tokens_product`.
+
+    Raises:
+      ValueError: as `few_tokens_product`.
+    """
+    code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
+    product = _product(
+        code_words(codes, a_format, "int8"),
+        w,
+        TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
+        ColumnTerms(code_sums=w.row_sums[:, 0]),
+        ExpandedRecovery("int8", a_format, w.format, w.contracted_size, False, w.terms is not None),
+        jnp.int32,
+        **options,
+    )
+    return product[..., None]
+
+
+def few_tokens_product(
+    tokens: PackedTokens,
+    w: PreparedArray,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+    *,
+    activation: Activation | None = None,
+    tiling: FewTokensTiling | None = None,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "m out"]:
+    """The product of quantized activations, with its bias: the numbers of `gemm_expanded.arrays.tokens_product`.
+
+    Args:
+      tokens: as `quantize_and_pack` gives them of kind "int8", 1 to 64 rows.
+      w: [k, n]; gated if the activation is. Columns of a gated array are in order also without an activation.
+      a_format: of the tokens.
+      bias: added to every row.
+      dtype: of the output: float32, bfloat16 or float16.
+      activation: applied to the product in float32, before the cast; a gated one makes one column of two.
+      tiling: how a block divides its work; None chooses.
+      blocks: persistent thread blocks, at most one a multiprocessor.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Raises:
+      ValueError: more tokens, K whose sums exceed int32, a tiling that does not fit, or a gated activation of an array
+        that is not.
+    """
+    columns = ColumnTerms(
+        code_sums=w.row_sums[:, 0],
+        scale=w.scale[:, 0],
+        offset=None if w.offset is None else w.offset[:, 0],
+        bias=None if bias is None else bias.astype(jnp.float32),
+    )
+    return _product(
+        tokens.words,
+        w,
+        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
+        columns,
+        ExpandedRecovery("int8", a_format, w.format, w.contracted_size, a_format.bits > 1, w.terms is not None),
+        dtype,
+        activation=activation,
+        tiling=tiling,
+        blocks=blocks,
+        interpret=interpret,
+    )
+
+
+def _product(
+    x_words,
+    w: PreparedArray,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    recovery: ExpandedRecovery,
+    dtype,
+    *,
+    activation: Activation | None = None,
+    tiling: FewTokensTiling | None = None,
+    blocks: int = MULTIPROCESSORS,
+    interpret=None,
+) -> Array:
+    if recovery.k > recovery.most_elements:
+        raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
+    if activation is not None and activation.gated and not w.gated:
+        raise ValueError(f"{activation} takes gates and values of an array that is prepared with gated=True")
+    if activation is not None and not activation.gated and w.gated:
+        raise ValueError(f"{activation} is of an array that is prepared without gates, not of {w}")
+    m, n = x_words.shape[1], w.row_sums.shape[-2]
+    if tiling is None:
+        tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks)
+    problem = FewTokensProblem(m, n, recovery, w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling)
+    x_words = in_natural_order(x_words) if w.natural_order else x_words
+    return launch(problem, x_words[0], w, tokens, columns, blocks=blocks, interpret=interpret)

@@ -1,0 +1,243 @@
+"""How the product of few tokens with prepared weights is divided: units of work, warps, slots of the ring buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
+
+MOST_TOKENS = 64
+CHUNK = 8  # tokens: the columns of an instruction, and what is finished at once
+RUN = PART_ROWS // 2  # columns of the output that follow each other, of either block of a part
+FINISH_ROWS = 64  # of an array in the layout that the epilogue takes
+PARTS_AT_ONCE = FINISH_ROWS // RUN
+# Registers of the producer's threads, and of the consumers' by number of warpgroups: 512 a thread index in all.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {1: 232, 2: 232, 3: 160, 4: 120}
+_MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
+_SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
+# Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
+_FROM_MEMORY, _ARRIVING = 18, 26
+
+
+@dataclasses.dataclass(frozen=True)
+class FewTokensTiling:
+    """How a block divides its work.
+
+    Attributes:
+      warpgroups: that multiply, 1 to 4, beside the producer.
+      parts: of the weights (`packing.fields`) that a block multiplies at a time, with the same tokens: a unit.
+      depth: stages of K that a warp multiplies of each slot.
+      slots: of the ring buffer.
+    """
+
+    warpgroups: int
+    parts: int = 1
+    depth: int = 1
+    slots: int = 4
+
+    @property
+    def warps(self) -> int:
+        return WARPS * self.warpgroups
+
+    @property
+    def splits(self) -> int:
+        """Warps that divide the stages of one part."""
+        return self.warps // self.parts
+
+    @property
+    def workers(self) -> int:
+        """Warps that multiply; warp s * parts + p has the stages s, s + splits ... of part p of a slot."""
+        return self.splits * self.parts
+
+    @property
+    def stages(self) -> int:
+        """Stages of K in a slot."""
+        return self.splits * self.depth
+
+    @property
+    def token_stages(self) -> int:
+        """Stages of a token in a slot: an odd number, so that a swizzle spreads the rows of eight tokens over banks."""
+        return self.stages | 1
+
+    @property
+    def buffers(self) -> int:
+        """Chunks whose sums shared memory holds at a time; as many warpgroups finish chunks in turn."""
+        return min(2, self.warpgroups)
+
+    @property
+    def rows(self) -> int:
+        """Rows of either block of a unit, filled up to whole arrays of the epilogue."""
+        return -(-self.parts // PARTS_AT_ONCE) * FINISH_ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class FewTokensProblem:
+    """One product, all static.
+
+    Attributes:
+      m: tokens.
+      n: columns of the weights.
+      recovery: how sums of bytes make the product of values.
+      w_bits: of the codes of weights.
+      chunks: chunks of a stage with terms of their own; 0 without groups.
+      gated: whether the columns are gates and as many values.
+      activation: applied before the cast, or None.
+      dtype: of the output.
+      tiling: of a block.
+    """
+
+    m: int
+    n: int
+    recovery: ExpandedRecovery
+    w_bits: int
+    chunks: int
+    gated: bool
+    activation: Activation | None
+    dtype: jnp.dtype
+    tiling: FewTokensTiling
+
+    @property
+    def half(self) -> int:
+        """Columns of which a run begins: all, or the gates."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def padded_half(self) -> int:
+        """`half`, filled up to whole runs."""
+        return -(-self.half // RUN) * RUN
+
+    @property
+    def halves(self) -> int:
+        """Of the output."""
+        return 2 if self.gated and self.activation is None else 1
+
+    @property
+    def units(self) -> int:
+        return -(-num_parts(self.n, self.gated) // self.tiling.parts)
+
+    @property
+    def turns(self) -> int:
+        """Slots of a unit."""
+        return -(-self.recovery.k // (STAGE * self.tiling.stages))
+
+    @property
+    def token_chunks(self) -> int:
+        return -(-self.m // CHUNK)
+
+    @property
+    def width(self) -> int:
+        """Columns of the accumulators: the tokens, filled up to whole chunks."""
+        return CHUNK * self.token_chunks
+
+    @property
+    def term_stages(self) -> int:
+        return _term_stages(self.tiling, self.chunks)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.tiling.slots * _slot_bytes(self.tiling, self.m, self.w_bits, self.chunks) + _other_bytes(
+            self.tiling
+        )
+
+    def check(self) -> None:
+        """Raises ValueError unless a block of this tiling fits the hardware."""
+        tiling = self.tiling
+        if not 1 <= self.m <= MOST_TOKENS:
+            raise ValueError(f"from 1 to {MOST_TOKENS} tokens are multiplied, not {self.m}")
+        if tiling.warpgroups not in CONSUMER_REGISTERS or not 1 <= tiling.parts <= tiling.warps or tiling.depth < 1:
+            raise ValueError(f"1 to 4 warpgroups take a part a warp at most, and a stage at least: {tiling}")
+        if tiling.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
+            raise ValueError(
+                f"{tiling} takes {self.shared_memory_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES} for "
+                f"{self.m} tokens and weights of {self.w_bits} bits: use fewer slots or parts, and at least 2 slots"
+            )
+
+    def term_column(self, block: int, part):
+        """The first of the columns of the weights that a block of a part holds; the part may be traced."""
+        if self.gated:
+            return part * RUN + block * self.half
+        return part // PARTS * (PARTS * PART_ROWS) + part % PARTS * RUN + block * (PARTS * RUN)
+
+    def first_in_half(self, block: int, part):
+        """The first column within `half`: runs from `padded_half` on do not exist."""
+        return part * RUN if self.gated else self.term_column(block, part)
+
+
+def num_parts(n: int, gated: bool) -> int:
+    """Parts of prepared weights of n columns."""
+    tile = PARTS * RUN if gated else PARTS * PART_ROWS
+    return PARTS * -(-(n // 2 if gated else n) // tile)
+
+
+def few_tokens_tiling(
+    m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False, blocks: int = MULTIPROCESSORS
+) -> FewTokensTiling:
+    """The tiling with the least time to read what the busiest block reads; of several the one with the fewest parts.
+
+    Args:
+      m, n, k: tokens, columns of the weights, contracted size.
+      w_bits: of the weights.
+      chunks: chunks of a stage with terms of their own; 0 without groups.
+      gated: whether the columns are gates and as many values.
+      blocks: thread blocks.
+    """
+    total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks)
+    most_warpgroups = 4 if m <= 2 * CHUNK else 2  # more accumulators need more registers
+
+    def cycles(parts: int) -> float:
+        rounds = -(-total // (parts * blocks))
+        arriving = parts * part + m * BYTES_PER_ROW
+        return rounds * max(parts * part / _FROM_MEMORY, arriving / _ARRIVING)
+
+    def depth_of(warpgroups: int, parts: int) -> int:
+        stages_of_turn = WARPS * warpgroups // parts
+        wanted = -(-_SLOT_BYTES // (stages_of_turn * parts * part))
+        return max(1, min(wanted, _MOST_DEPTH, stages // stages_of_turn))
+
+    by_cycles = sorted(range(1, min(_MOST_PARTS, total) + 1), key=cycles)
+    for least_slots in (3, 2):
+        for parts in by_cycles:
+            for warpgroups in (4, 2, 1):
+                if warpgroups > most_warpgroups or parts > WARPS * warpgroups:
+                    continue
+                for depth in range(depth_of(warpgroups, parts), 0, -1):
+                    tiling = with_slots(FewTokensTiling(warpgroups, parts, depth), m, w_bits, chunks)
+                    if tiling.slots >= least_slots:
+                        return tiling
+    raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
+
+
+def with_slots(tiling: FewTokensTiling, m: int, w_bits: int, chunks: int) -> FewTokensTiling:
+    """The tiling with as many slots as fit shared memory and are of use."""
+    free = SHARED_MEMORY_BYTES - _other_bytes(tiling)
+    return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // _slot_bytes(tiling, m, w_bits, chunks)))
+
+
+def _part_bytes(w_bits: int, chunks: int) -> int:
+    """Of one part and stage."""
+    return 4 * (w_bits * WORDS_PER_VECTOR + chunks * CHUNK_WORDS)
+
+
+def _term_stages(tiling: FewTokensTiling, chunks: int) -> int:
+    """Stages of terms in a slot: copies are whole multiples of 128 bytes."""
+    return tiling.stages + tiling.stages * tiling.parts * chunks % 2
+
+
+def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, chunks: int) -> int:
+    tokens = -(-m // CHUNK) * CHUNK * tiling.token_stages * BYTES_PER_ROW
+    weights = tiling.stages * tiling.parts * 4 * w_bits * WORDS_PER_VECTOR
+    return tokens + weights + _term_stages(tiling, chunks) * tiling.parts * 4 * chunks * CHUNK_WORDS
+
+
+def _other_bytes(tiling: FewTokensTiling) -> int:
+    """Sums of warps, their totals, and the epilogue's terms."""
+    sums = tiling.workers * PART_ROWS * CHUNK * 4
+    totals, terms = 2 * tiling.rows * CHUNK * 4, 4 * 2 * tiling.rows * 4 + 3 * MOST_TOKENS * 4
+    return tiling.buffers * (sums + totals + terms)

@@ -1,0 +1,304 @@
+"""Product of 1 to 64 tokens with prepared weights, bound by reading the weights once: the kernel and its launch.
+
+Weights are the rows of the tensor cores' instruction and tokens its columns. Blocks are persistent. A unit of work is
+one part of the weights or a few, 32 columns of the output each, which are contiguous in memory over all of K. One
+warpgroup keeps loading slots of several stages: weights, the terms of their groups, and the tokens. The others' warps
+divide a slot's parts and stages: each expands its weights in registers, which is the operand of `mma.sync`, and has
+sums of its own. The warps' sums of a unit meet in shared memory, eight tokens at a time, and two warpgroups in turn
+finish them while the others go on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, UInt32
+
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms, activate, finish_transposed
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
+from bipolar_jax.kernels.sm90.core.fragments import pinned
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.sync import synchronize
+from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
+    CHUNK,
+    CONSUMER_REGISTERS,
+    FINISH_ROWS,
+    PRODUCER_REGISTERS,
+    FewTokensProblem,
+)
+from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
+    add_up,
+    gather_columns,
+    gather_tokens,
+    hand_over,
+    multiply_slot,
+    store_finished,
+    zero_sums,
+)
+from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, WORDS_PER_VECTOR
+
+
+class Sources(NamedTuple):
+    """Arrays, in the kernel refs in memory.
+
+    Attributes:
+      x: uint32 [m, stages, 32], signed bytes of the tokens.
+      words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
+      group_terms: uint32 [parts, stages, chunks, CHUNK_WORDS], or None.
+      tokens: terms [m] or more.
+      columns: terms [n].
+    """
+
+    x: Any
+    words: Any
+    group_terms: Any
+    tokens: TokenTerms
+    columns: ColumnTerms
+
+
+def launch(
+    problem: FewTokensProblem,
+    x_words: UInt32[Array, "m words"],
+    weights: PreparedArray,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    *,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Array:
+    """Runs the kernel.
+
+    Args:
+      problem: the static side.
+      x_words: signed codes of tokens, zero beyond the true K.
+      weights: [k, n].
+      tokens, columns: the epilogue's terms, as in `gemm_expanded.launch`.
+      blocks: persistent thread blocks, at most one a multiprocessor.
+      interpret: parameters of interpret mode, for tests on a CPU.
+
+    Returns:
+      [m, n] in the problem's dtype, or [m, n / 2] with a gated activation.
+
+    Raises:
+      ValueError: a tiling that does not fit.
+    """
+    problem.check()
+    x = fill_up(x_words, WORDS_PER_ROW).reshape(problem.m, -1, WORDS_PER_ROW)
+    words, group_terms = (
+        None if array is None else array.reshape(-1, *array.shape[2:]) for array in (weights.words, weights.terms)
+    )
+    sources = Sources(x, words, group_terms, tokens, columns)
+    arrays, tree = jax.tree.flatten(sources)
+    out = launch_kernel(
+        functools.partial(_kernel, problem, tree),
+        out_type=jax.ShapeDtypeStruct((problem.m, problem.halves * problem.padded_half), problem.dtype),
+        grid=(min(problem.units, blocks),),
+        grid_names=("block",),
+        num_threads=problem.tiling.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=_scratch(problem, sources),
+        # No automatic barriers: every write of shared memory follows a barrier of our own behind the reads of what it
+        # overwrites.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            approx_math=problem.activation is not None,
+        ),
+        kernel_name="few_tokens_matmul",
+        interpret=interpret,
+    )(*arrays)
+    if problem.padded_half == problem.half:
+        return out
+    halves = out.reshape(problem.m, problem.halves, problem.padded_half)
+    return halves[..., : problem.half].reshape(problem.m, -1)
+
+
+def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
+    """Scratch specifications, keyed by the kernel's keyword arguments."""
+    tiling, ring = problem.tiling, functools.partial(plgpu.SMEM, dtype=jnp.uint32)
+    weights = (tiling.slots, tiling.parts)
+    return dict(
+        # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
+        x_ring=ring((tiling.slots, problem.width, tiling.token_stages, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
+        words_ring=ring((*weights, tiling.stages, problem.w_bits, WORDS_PER_VECTOR)),
+        terms_ring=ring((*weights, problem.term_stages, problem.chunks, CHUNK_WORDS)) if problem.chunks else None,
+        full=plgpu.Barrier(num_arrivals=3 if problem.chunks else 2, num_barriers=tiling.slots),
+        empty=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.slots),
+        sums=plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), jnp.int32),
+        handed_over=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.buffers),
+        taken=plgpu.Barrier(num_barriers=tiling.buffers),
+        totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), jnp.int32),
+        tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), sources.tokens),
+        columns=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, 2, tiling.rows), term.dtype), sources.columns),
+    )
+
+
+def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, **shared):
+    """The kernel of one warpgroup; `_scratch` describes the keyword arguments."""
+    *flat, out = refs
+    sources = jax.tree.unflatten(tree, flat)
+    tiling, warpgroup = problem.tiling, lax.axis_index("warpgroup")
+    my_units = lax.div(problem.units - lax.axis_index("block") + lax.axis_size("block") - 1, lax.axis_size("block"))
+    rings, barriers = (x_ring, words_ring, terms_ring), (full, empty)
+
+    @pl.when(warpgroup == tiling.warpgroups)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _produce(problem, sources, my_units, rings, barriers)
+
+    @pl.when(warpgroup < tiling.warpgroups)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
+        _consume(problem, sources, my_units, rings, barriers, out, warpgroup, **shared)
+
+
+def _unit(index):
+    """This block's index-th unit."""
+    return lax.axis_index("block") + index * lax.axis_size("block")
+
+
+def _next_slot(problem: FewTokensProblem, slot):
+    return jnp.where(slot + 1 == problem.tiling.slots, 0, slot + 1)
+
+
+def _produce(problem: FewTokensProblem, sources: Sources, my_units, rings, barriers) -> None:
+    """Fills the ring: a slot for every unit and turn."""
+    tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
+
+    def load_unit(index, carry):
+        parts = pl.ds(_unit(index) * tiling.parts, tiling.parts)
+
+        def load_slot(turn, carry):
+            step, slot = carry
+
+            @pl.when(step >= tiling.slots)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            # Parts and stages beyond the arrays come as zeros.
+            first = turn * tiling.stages
+            copies = [
+                (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
+                (sources.x.at[:, pl.ds(first, tiling.token_stages)], x_ring.at[slot, pl.ds(0, problem.m)]),
+            ]
+            if terms_ring is not None:
+                copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
+            for source, target in copies:
+                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            return step + 1, _next_slot(problem, slot)
+
+        return lax.fori_loop(0, problem.turns, load_slot, carry)
+
+    lax.fori_loop(0, my_units, load_unit, (jnp.int32(0), jnp.int32(0)))
+
+
+def _consume(
+    problem: FewTokensProblem,
+    sources: Sources,
+    my_units,
+    rings,
+    barriers,
+    out,
+    warpgroup,
+    *,
+    sums,
+    handed_over,
+    taken,
+    totals,
+    tokens,
+    columns,
+) -> None:
+    """Multiplies this warpgroup's share of all units, and finishes chunks in turn with another warpgroup."""
+    tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
+    total_steps, total_chunks = my_units * problem.turns, my_units * problem.token_chunks
+    finishes = warpgroup < tiling.buffers
+    own = [jax.tree.map(lambda ref: ref.at[warpgroup], terms) for terms in (tokens, columns)]
+
+    @pl.when(finishes)
+    def _():
+        gather_tokens(problem, sources.tokens, own[0])
+
+    def unit(index, carry):
+        @pl.when(finishes)
+        def _():
+            synchronize()  # the terms of the unit before have been read
+            gather_columns(problem, sources.columns, own[1], _unit(index))
+
+        def add(turn, carry):
+            total, slot = carry
+            step = index * problem.turns + turn
+            plgpu.barrier_wait(full.at[slot])
+            terms = None if terms_ring is None else terms_ring.at[slot]
+            total = multiply_slot(problem, total, words_ring.at[slot], terms, x_ring.at[slot], warpgroup)
+            # Nobody may arrive at a barrier that the producer does not wait for.
+            plgpu.barrier_arrive(empty.at[slot], predicate=step + tiling.slots < total_steps)
+            return total, _next_slot(problem, slot)
+
+        total, slot = lax.fori_loop(0, pinned(problem.turns), add, (zero_sums(problem), carry))
+        for chunk in range(problem.token_chunks):
+            position = index * problem.token_chunks + chunk
+            buffer = lax.rem(position, tiling.buffers)
+
+            @pl.when(position >= tiling.buffers)
+            def _(buffer=buffer):
+                plgpu.barrier_wait(taken.at[buffer])
+
+            hand_over(problem, total, chunk, sums.at[buffer], warpgroup)
+            plgpu.barrier_arrive(handed_over.at[buffer])
+
+            @pl.when(warpgroup == buffer)
+            def _(buffer=buffer, position=position, chunk=chunk):
+                plgpu.barrier_wait(handed_over.at[buffer])
+                synchronize()  # the totals of the chunk before have been read
+                add_up(problem, sums.at[buffer], totals.at[buffer])
+                plgpu.barrier_arrive(taken.at[buffer], predicate=position + tiling.buffers < total_chunks)
+                synchronize()
+                _finish(problem, totals.at[buffer], own, out, _unit(index), chunk)
+
+        return slot
+
+    lax.fori_loop(0, my_units, unit, jnp.int32(0))
+
+
+def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> None:
+    """Finishes a chunk of tokens of all rows of a unit, and stores them.
+
+    Args:
+      problem: the static side.
+      totals: int32 [2, rows, CHUNK] in shared memory.
+      terms: `TokenTerms` of [width] and `ColumnTerms` of [2, rows] in shared memory.
+      out: [m, columns] in memory.
+      unit: index of the unit.
+      chunk: index of the tokens.
+    """
+    tokens, columns = terms
+    tokens = jax.tree.map(lambda ref: ref.at[pl.ds(CHUNK * chunk, CHUNK)], tokens)
+
+    def scaled(block: int, group: int):
+        rows = pl.ds(FINISH_ROWS * group, FINISH_ROWS)
+        product = plgpu.load(totals.at[block, rows], layout=ACCUMULATOR, optimized=False)
+        return finish_transposed(
+            plgpu.layout_cast(product, plgpu.Layout.WGMMA),
+            problem.recovery,
+            tokens,
+            jax.tree.map(lambda ref: ref.at[block, rows], columns),
+        )
+
+    activation = problem.activation
+    for group in range(problem.tiling.rows // FINISH_ROWS):
+        finished = [scaled(block, group) for block in range(2)]
+        if activation is not None and activation.gated:
+            finished = [activate(activation, finished, jnp.float32)]
+        elif activation is not None:
+            finished = [activate(activation, [numbers], jnp.float32) for numbers in finished]
+        for block, numbers in enumerate(finished):
+            store_finished(problem, numbers, out, unit, block, group, chunk)

@@ -1,0 +1,178 @@
+"""The steps of the product of few tokens on arrays: device functions around `threads`, each with its twin in jnp.
+
+A warpgroup's accumulators are int32 [2 * 64, width]: row 64 b + 16 w + i is row i of block b of the part of warp w, and
+its sum over this warp's stages alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
+from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS
+from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
+    CHUNK,
+    FINISH_ROWS,
+    PARTS_AT_ONCE,
+    RUN,
+    FewTokensProblem,
+)
+from bipolar_jax.packing.fields import PART_ROWS, STAGE, expand_part
+
+_ACCUMULATOR_ROWS = 2 * FINISH_ROWS
+
+
+def zero_sums(problem: FewTokensProblem) -> Int[Array, "128 width"]:
+    """Zeros to start a unit from."""
+    return plgpu.layout_cast(jnp.zeros((_ACCUMULATOR_ROWS, problem.width), jnp.int32), ACCUMULATOR)
+
+
+def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup):
+    tiling = problem.tiling
+    expanded = expand_part(words[...], None if terms is None else terms[:, pl.ds(0, tiling.stages)])
+    token_bytes = lax.bitcast_convert_type(tokens[...], jnp.int8)
+    plgpu.commit_smem()  # for the race detector: orders these reads before the next load into the slot
+    token_bytes = token_bytes.reshape(*token_bytes.shape[:2], STAGE)[: problem.m, : tiling.stages]
+    # At most 255 * 128 * 128 a stage: exact in float32.
+    products = jnp.einsum("psrk,msk->psrm", expanded.astype(jnp.float32), token_bytes.astype(jnp.float32))
+    products = products.astype(jnp.int32).reshape(tiling.parts, tiling.depth, tiling.splits, PART_ROWS, problem.m)
+    by_worker = jnp.sum(products, axis=1).swapaxes(0, 1).reshape(tiling.workers, PART_ROWS, problem.m)
+    by_warp = jnp.pad(by_worker, ((0, tiling.warps - tiling.workers), (0, 0), (0, problem.width - problem.m)))
+    mine = lax.dynamic_slice_in_dim(by_warp, WARPS * warpgroup, WARPS)
+    return sums + mine.reshape(WARPS, 2, RUN, problem.width).swapaxes(0, 1).reshape(sums.shape)
+
+
+@with_twin(_multiply_slot_twin)
+def multiply_slot(
+    problem: FewTokensProblem, sums: Int[Array, "128 width"], words, terms, tokens, warpgroup: Int[Array, ""]
+) -> Int[Array, "128 width"]:
+    """Adds the products of this warpgroup's stages of a slot; see `threads.multiply_slot`."""
+    refs = [words] if terms is None else [words, terms]
+
+    @plgpu.inline_mgpu(
+        arg_types=(ACCUMULATOR, SPLAT, plgpu.RefType(TILE_TRANSFORMS), *[plgpu.RefType()] * len(refs)),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=ACCUMULATOR),
+    )
+    def inline(_, sums, warpgroup, tokens, words, *terms):
+        numbers = threads.multiply_slot(
+            problem, numbers_of(sums), words, terms[0] if terms else None, tokens, scalar_of(warpgroup)
+        )
+        return as_array(numbers, sums.shape, ACCUMULATOR, is_signed=True)
+
+    return inline(sums, jnp.int32(warpgroup), tokens, *refs)
+
+
+def _hand_over_twin(problem: FewTokensProblem, sums, chunk, target, warpgroup):
+    columns = sums[:, CHUNK * chunk : CHUNK * (chunk + 1)]
+    by_warp = columns.reshape(2, WARPS, RUN, CHUNK).swapaxes(0, 1).reshape(WARPS, PART_ROWS, CHUNK)
+    for warp in range(WARPS):
+        worker = WARPS * warpgroup + warp
+
+        @pl.when(worker < problem.tiling.workers)
+        def _(worker=worker, warp=warp):
+            target[worker] = by_warp[warp]
+
+
+@with_twin(_hand_over_twin)
+def hand_over(
+    problem: FewTokensProblem, sums: Int[Array, "128 width"], chunk: int, target, warpgroup: Int[Array, ""]
+) -> None:
+    """Stores this warpgroup's sums of a chunk in shared memory; see `threads.hand_over`."""
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SPLAT))
+    def inline(_, sums, target, warpgroup):
+        threads.hand_over(problem, numbers_of(sums), chunk, target, scalar_of(warpgroup))
+
+    inline(sums, target, jnp.int32(warpgroup))
+
+
+def _add_up_twin(problem: FewTokensProblem, sums, totals):
+    tiling = problem.tiling
+    by_part = jnp.sum(sums[...].reshape(tiling.splits, tiling.parts, 2, RUN, CHUNK), axis=0)
+    totals[:, pl.ds(0, RUN * tiling.parts)] = by_part.swapaxes(0, 1).reshape(2, RUN * tiling.parts, CHUNK)
+
+
+@with_twin(_add_up_twin)
+def add_up(problem: FewTokensProblem, sums, totals) -> None:
+    """Adds up the sums of all warps; see `threads.add_up`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def inline(_, sums, totals):
+        threads.add_up(problem, sums, totals)
+
+    inline(sums, totals)
+
+
+def _gather_columns_twin(problem: FewTokensProblem, sources, targets, unit):
+    rows = jnp.arange(problem.tiling.rows, dtype=jnp.int32)
+    parts = unit * problem.tiling.parts + rows // RUN
+    columns = jnp.stack([problem.term_column(block, parts) + rows % RUN for block in range(2)])
+    columns = jnp.minimum(columns, problem.n - 1)
+    for source, target in zip(jax.tree.leaves(sources), jax.tree.leaves(targets), strict=True):
+        target[...] = source[...][columns]
+
+
+@with_twin(_gather_columns_twin)
+def gather_columns(problem: FewTokensProblem, sources: Any, targets: Any, unit: Int[Array, ""]) -> None:
+    """Copies the `ColumnTerms` of a unit to shared memory; see `threads.gather_columns`."""
+    sources, targets = jax.tree.leaves(sources), jax.tree.leaves(targets)
+
+    @plgpu.inline_mgpu(arg_types=(SPLAT, *[plgpu.RefType()] * (2 * len(sources))))
+    def inline(_, unit, *refs):
+        threads.gather_columns(problem, refs[: len(sources)], refs[len(sources) :], scalar_of(unit))
+
+    inline(jnp.int32(unit), *sources, *targets)
+
+
+def _gather_tokens_twin(problem: FewTokensProblem, sources, targets):
+    token = jnp.minimum(jnp.arange(problem.width, dtype=jnp.int32), problem.m - 1)
+    for source, target in zip(jax.tree.leaves(sources), jax.tree.leaves(targets), strict=True):
+        target[...] = source[...][token]
+
+
+@with_twin(_gather_tokens_twin)
+def gather_tokens(problem: FewTokensProblem, sources: Any, targets: Any) -> None:
+    """Copies the `TokenTerms` to shared memory; see `threads.gather_tokens`."""
+    sources, targets = jax.tree.leaves(sources), jax.tree.leaves(targets)
+
+    @plgpu.inline_mgpu(arg_types=tuple([plgpu.RefType()] * (2 * len(sources))))
+    def inline(_, *refs):
+        threads.gather_tokens(problem, refs[: len(sources)], refs[len(sources) :])
+
+    inline(*sources, *targets)
+
+
+def _store_finished_twin(problem: FewTokensProblem, numbers, out, unit, block, group, chunk):
+    count = min(CHUNK, problem.m - CHUNK * chunk)
+    for warp in range(WARPS):
+        in_unit = PARTS_AT_ONCE * group + warp
+        part = unit * problem.tiling.parts + in_unit
+        run = problem.first_in_half(block, part)
+        first = run + (block * problem.padded_half if problem.halves > 1 else 0)
+
+        @pl.when((run < problem.padded_half) & (in_unit < problem.tiling.parts))
+        def _(first=first, warp=warp):
+            run_numbers = numbers[RUN * warp : RUN * (warp + 1), :count]
+            out[pl.ds(CHUNK * chunk, count), pl.ds(first, RUN)] = run_numbers.T.astype(problem.dtype)
+
+
+@with_twin(_store_finished_twin)
+def store_finished(
+    problem: FewTokensProblem, numbers: Array, out, unit: Int[Array, ""], block: int, group: int, chunk: int
+) -> None:
+    """Stores [FINISH_ROWS, CHUNK] finished numbers; see `threads.store_finished`."""
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SPLAT))
+    def inline(_, numbers, out, unit):
+        threads.store_finished(problem, numbers_of(numbers), out, scalar_of(unit), block, group, chunk)
+
+    inline(plgpu.layout_cast(numbers, ACCUMULATOR), out, jnp.int32(unit))

@@ -1,0 +1,239 @@
+"""What single threads do in the product of few tokens: expand, multiply, add up, and store.
+
+A warp multiplies one part of the weights, 32 rows, with all tokens: the rows of either block of the part are those of
+an instruction, and tokens its columns. Its accumulators are, for either block and every eight tokens, sums of rows r
+and r + 8 and tokens 2 q and 2 q + 1, in the lane 4 r + q.
+
+The functions use `core.ptx` alone, so that tests run them for all threads in numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.fragments import WARPS, lane_and_warp, thread_index
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
+from bipolar_jax.kernels.sm90.core.ptx import GLOBAL, SHARED, Pointer, Value
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FINISH_ROWS, RUN, FewTokensProblem
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
+from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, WORDS_PER_VECTOR
+
+_SEGMENT = 16  # bytes: half of a step of one token
+_ROWS_OF_SWIZZLE = 8
+Sums = list[Value]
+
+
+def worker(problem: FewTokensProblem, warpgroup: Value, warp: Value) -> tuple[Value, Value, Value]:
+    """This warp's index in the block, its part of the unit, and the first of its stages of a slot."""
+    index = ptx.plus(ptx.times(warpgroup, WARPS), warp)
+    split = ptx.divided(index, problem.tiling.parts)
+    return index, ptx.plus(index, ptx.times(split, -problem.tiling.parts)), split
+
+
+def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Value) -> Sums:
+    """Adds this warp's stages of a slot.
+
+    Args:
+      problem: the static side.
+      sums: of this warp.
+      words: uint32 [parts, stages, bits, WORDS_PER_VECTOR] in shared memory.
+      terms: uint32 [parts, term_stages, chunks, CHUNK_WORDS] in shared memory, or None.
+      tokens: uint32 [tokens, token_stages, 32] in shared memory, swizzled.
+      warpgroup: of the calling threads.
+    """
+    tiling = problem.tiling
+    lane, warp = lane_and_warp()
+    index, part, split = worker(problem, warpgroup, warp)
+    expansion = Expansion(problem.w_bits, problem.chunks)
+
+    def add_stages() -> Sums:
+        total = list(sums)
+        for turn in range(tiling.depth):
+            stage = ptx.plus(split, tiling.splits * turn)
+            my_words = _stage_of_part(words, part, stage, tiling.stages, 4 * problem.w_bits * WORDS_PER_VECTOR)
+            my_terms = (
+                None
+                if terms is None
+                else _stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * CHUNK_WORDS)
+            )
+            load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, stage)
+            for half in range(HALVES):
+                total = _add_half(problem, expansion, total, my_words, my_terms, load, lane, half)
+        return total
+
+    if tiling.workers == tiling.warps:
+        return add_stages()
+    return ptx.update_if(ptx.less(index, tiling.workers), sums, add_stages)
+
+
+def _stage_of_part(array, part: Value, stage: Value, stages: int, nbytes: int) -> Pointer:
+    return ptx.advance(ptx.pointer(array, SHARED), ptx.times(ptx.plus(ptx.times(part, stages), stage), nbytes))
+
+
+def _token_loader(problem: FewTokensProblem, tokens: Pointer, lane: Value, stage: Value):
+    """load(half, chunk): the operands of both steps of half a stage, of eight tokens; two words each."""
+    # Lane 8 i + r points to segment i of half a stage of token r.
+    row = ptx.plus(ptx.times(ptx.bits_of(lane, CHUNK - 1), problem.tiling.token_stages), stage)
+    start, segment = ptx.advance(tokens, ptx.times(row, BYTES_PER_ROW)), ptx.shift_right(lane, 3)
+    in_swizzle = ptx.bits_of(row, _ROWS_OF_SWIZZLE - 1)
+
+    @functools.cache
+    def of_half(half: int) -> Pointer:
+        moved = ptx.flip_bits(ptx.plus(segment, 2 * HALF_STEPS * half), in_swizzle)
+        return ptx.advance(start, ptx.times(moved, _SEGMENT))
+
+    def load(half: int, chunk: int) -> list[Value]:
+        # Eight rows further on the swizzle is the same.
+        return ptx.load_matrices(
+            ptx.advance(of_half(half), CHUNK * problem.tiling.token_stages * BYTES_PER_ROW * chunk)
+        )
+
+    return load
+
+
+def _add_half(problem, expansion: Expansion, sums: Sums, words, terms, load, lane: Value, half: int) -> Sums:
+    fields = expansion.load_fields(words, lane, half)
+    group_terms = [] if terms is None else expansion.load_terms(terms, lane, half)
+    fragments = [expansion.fragments(fields[step], group_terms, step) for step in range(HALF_STEPS)]
+    sums = list(sums)
+    for chunk in range(problem.token_chunks):
+        token_words = load(half, chunk)
+        for step in range(HALF_STEPS):
+            for block in range(2):
+                start = 4 * (block * problem.token_chunks + chunk)
+                sums[start : start + 4] = ptx.multiply_add_byte_tiles(
+                    fragments[step][4 * block : 4 * block + 4],
+                    token_words[2 * step : 2 * step + 2],
+                    sums[start : start + 4],
+                )
+    return sums
+
+
+def hand_over(problem: FewTokensProblem, sums: Sums, chunk: int, target, warpgroup: Value) -> None:
+    """Stores this warp's sums of one chunk of tokens: int32 [workers, PART_ROWS, CHUNK] in shared memory."""
+    lane, warp = lane_and_warp()
+    index, _, _ = worker(problem, warpgroup, warp)
+    # Row r is lane // 4, tokens are 2 (lane % 4) and the next: a lane's two numbers follow its neighbour's.
+    offset = ptx.plus(ptx.times(index, 4 * PART_ROWS * CHUNK), ptx.times(lane, 8))
+    first = ptx.advance(ptx.pointer(target, SHARED), offset)
+    with ptx.when(ptx.less(index, problem.tiling.workers)):
+        for block in range(2):
+            start = 4 * (block * problem.token_chunks + chunk)
+            for half in range(2):
+                at = ptx.advance(first, 4 * CHUNK * (RUN * block + RUN // 2 * half))
+                ptx.store(at, sums[start + 2 * half : start + 2 * half + 2])
+
+
+def add_up(problem: FewTokensProblem, sums, totals) -> None:
+    """Adds up the sums of the warps that divide K.
+
+    Args:
+      problem: the static side.
+      sums: int32 [workers, PART_ROWS, CHUNK] in shared memory.
+      totals: int32 [2, rows, CHUNK] in shared memory: of either block the rows of all parts.
+    """
+    tiling, thread = problem.tiling, thread_index()
+    per_part = PART_ROWS * CHUNK // 4  # four numbers at once
+    count = tiling.parts * per_part
+    source, target = ptx.pointer(sums, SHARED), ptx.pointer(totals, SHARED)
+    for first in range(0, count, WARPGROUP):
+        index = ptx.plus(thread, first)
+        with ptx.when(ptx.less(index, count)):
+            mine = ptx.advance(source, ptx.times(index, 16))
+            total = ptx.load(mine, 4)
+            for split in range(1, tiling.splits):
+                more = ptx.load(ptx.advance(mine, 16 * count * split), 4)
+                total = [ptx.plus(a, b) for a, b in zip(total, more, strict=True)]
+            block = ptx.bits_of(ptx.shift_right(index, (per_part // 2).bit_length() - 1), 1)
+            in_block = ptx.plus(
+                ptx.times(ptx.shift_right(index, per_part.bit_length() - 1), per_part // 2),
+                ptx.bits_of(index, per_part // 2 - 1),
+            )
+            at = ptx.plus(ptx.times(block, tiling.rows * CHUNK // 4), in_block)
+            ptx.store(ptx.advance(target, ptx.times(at, 16)), total)
+
+
+def gather_columns(problem: FewTokensProblem, sources, targets, unit: Value) -> None:
+    """Copies terms of a unit's columns to shared memory; beyond n and the unit those of others, of no use.
+
+    Args:
+      problem: the static side.
+      sources: [n] each, in global memory.
+      targets: [2, rows] each: for either block its rows.
+      unit: index of the unit.
+    """
+    tiling, thread = problem.tiling, thread_index()
+    copies = []
+    for block in range(2):
+        for first in range(0, tiling.rows, WARPGROUP):
+            row = ptx.plus(thread, first)
+            part = ptx.plus(ptx.times(unit, tiling.parts), ptx.shift_right(row, RUN.bit_length() - 1))
+            column = ptx.plus(_term_column(problem, block, part), ptx.bits_of(row, RUN - 1))
+            column = ptx.smaller(column, problem.n - 1)
+            numbers = [ptx.load(ptx.advance_far(ptx.pointer(source, GLOBAL), column, 4), 1) for source in sources]
+            copies.append((block, row, numbers))
+    for block, row, numbers in copies:
+        with ptx.when(ptx.less(row, tiling.rows)):
+            for number, target in zip(numbers, targets, strict=True):
+                at = ptx.plus(ptx.times(row, 4), 4 * block * tiling.rows)
+                ptx.store(ptx.advance(ptx.pointer(target, SHARED), at), number)
+
+
+def gather_tokens(problem: FewTokensProblem, sources, targets) -> None:
+    """Copies terms of the tokens, [m] or more, to shared memory, [width]; beyond m those of the last token."""
+    thread = thread_index()
+    token = ptx.smaller(thread, problem.m - 1)
+    with ptx.when(ptx.less(thread, problem.width)):
+        for source, target in zip(sources, targets, strict=True):
+            number = ptx.load(ptx.advance_far(ptx.pointer(source, GLOBAL), token, 4), 1)
+            ptx.store(ptx.advance(ptx.pointer(target, SHARED), ptx.times(thread, 4)), number)
+
+
+def store_finished(
+    problem: FewTokensProblem, numbers: list[Value], out, unit: Value, block: int, group: int, chunk: int
+) -> None:
+    """Stores finished numbers: this lane's four of FINISH_ROWS rows by CHUNK tokens.
+
+    Args:
+      problem: the static side.
+      numbers: float32, or int32; of rows r and r + 8 of the warp's, tokens 2 q and 2 q + 1.
+      out: [m, halves * padded_half] in global memory.
+      unit: index of the unit.
+      block: of the parts.
+      group: index of the rows in the block, in units of FINISH_ROWS.
+      chunk: index of the tokens.
+    """
+    lane, warp = lane_and_warp()
+    in_unit = ptx.plus(warp, FINISH_ROWS // RUN * group)
+    part = ptx.plus(ptx.times(unit, problem.tiling.parts), in_unit)
+    run = ptx.times(part, RUN) if problem.gated else _term_column(problem, block, part)
+    exists = ptx.bits_of(ptx.less(in_unit, problem.tiling.parts), ptx.less(run, problem.padded_half))
+    first = ptx.plus(ptx.plus(run, ptx.shift_right(lane, 2)), block * problem.padded_half if problem.halves > 1 else 0)
+    size, row_width = problem.dtype.itemsize, problem.halves * problem.padded_half
+    for token_of_pair in range(2):
+        token = ptx.plus(ptx.times(ptx.bits_of(lane, 3), 2), CHUNK * chunk + token_of_pair)
+        with ptx.when(ptx.bits_of(exists, ptx.less(token, problem.m))):
+            row = ptx.advance_far(ptx.pointer(out, GLOBAL), token, row_width * size)
+            for half in range(2):
+                at = ptx.advance_far(row, ptx.plus(first, RUN // 2 * half), size)
+                _store_number(problem, at, numbers[2 * half + token_of_pair])
+
+
+def _store_number(problem: FewTokensProblem, at: Pointer, number: Value) -> None:
+    if problem.dtype.name == "int32":
+        ptx.store(at, [number])
+    elif problem.dtype.itemsize == 4:
+        ptx.store(at, [ptx.as_word(number)])
+    else:
+        ptx.store_half(at, ptx.rounded(PTX_TYPES[problem.dtype.name], number))
+
+
+def _term_column(problem: FewTokensProblem, block: int, part: Value) -> Value:
+    """`FewTokensProblem.term_column`."""
+    if problem.gated:
+        return ptx.plus(ptx.times(part, RUN), block * problem.half)
+    tile, in_tile = ptx.shift_right(part, PARTS.bit_length() - 1), ptx.bits_of(part, PARTS - 1)
+    column = ptx.plus(ptx.times(tile, PARTS * PART_ROWS), ptx.times(in_tile, RUN))
+    return ptx.plus(column, block * PARTS * RUN)

@@ -1,0 +1,146 @@
+"""Times the product of few tokens with prepared weights beside XLA's bf16 dot, on one GPU.
+
+    python -m experiments.bench.products.few_tokens --out=DIR/few_tokens.json
+
+Every product is checked against the exact one of sampled rows and columns, and timed with weights from memory: calls
+rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and the terms of their groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bipolar_jax import BipolarArray
+from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling, with_slots
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.packing.words import unpack_codes
+from bipolar_jax.quantize.integer_groups import IntegerGroups
+from experiments.bench.products.cold_weights import with_cold_weights
+from experiments.bench.products.expanded import A_FORMAT, Weights, check
+from experiments.bench.products.operands import Operands
+from experiments.bench.products.product import Call
+from experiments.bench.products.shapes import Shape, parse_shapes
+from experiments.support.progress import console
+from experiments.support.timing import compile_all, measure, one_line, raise_if_error
+
+SHAPES = ",".join(f"{m}x{layer}" for layer in ("28672x4096", "4096x14336") for m in (1, 8, 16, 64))
+PRECISIONS = "4g128,4g64,4,3g128,2g64,1g128"
+_LEAST_BYTES = 200 * 10**6
+_WEIGHTS = 1  # which operand
+
+
+def product_of(
+    operands: Operands, weights: Weights
+) -> tuple[tuple[PackedTokens, Any], dict[str, FewTokensTiling], np.ndarray]:
+    """Operands of the product, its tilings by name, the first the one that is chosen, and the exact sample."""
+    shape, w_format = operands.shape, weights.format
+    planes = operands.weights(w_format).planes
+    codes = np.asarray(jax.jit(lambda planes: unpack_codes(planes, w_format, shape.k))(planes))
+    terms = weights.terms(shape)
+    sums = weights.values(codes, terms, slice(None)).sum(1) if terms else codes.sum(1, dtype=np.int64)
+    groups = IntegerGroups(*terms.values()) if terms else None
+    w = BipolarArray(
+        planes,
+        jnp.full((shape.n, 1), 2.0**-10),
+        None,
+        jnp.asarray(sums, jnp.int32)[:, None],
+        w_format,
+        shape.k,
+        -2,
+        weights.group_size,
+        groups,
+    ).prepare()
+    of_tokens = operands.tokens(A_FORMAT)
+    tokens = PackedTokens(operands.x_words(A_FORMAT, "int8"), of_tokens.scale, of_tokens.zero_code, of_tokens.code_sums)
+    zero_code, scale = (np.asarray(t, np.float64)[operands.rows, None] for t in (tokens.zero_code, tokens.scale))
+    x = np.asarray(operands.codes(A_FORMAT)[operands.rows], np.float64) - zero_code
+    exact = 2.0**-9 * scale * (x @ weights.values(codes[operands.columns], terms, operands.columns).T)
+    return (tokens, w), tilings_of(shape, w.bits, w.chunks), exact
+
+
+def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTiling]:
+    """The tiling that is chosen, and others that fit."""
+    chosen = few_tokens_tiling(shape.m, shape.n, shape.k, bits, chunks)
+    others = [
+        with_slots(FewTokensTiling(warpgroups, parts, depth), shape.m, bits, chunks)
+        for warpgroups in (1, 2, 3, 4)
+        for parts in (1, 2, 3, 4, 7, 8)
+        for depth in (1, 2)
+        if parts <= 4 * warpgroups
+    ]
+    tilings = [chosen, *(tiling for tiling in others if tiling.slots >= 2 and tiling != chosen)]
+    return {f"{t.warpgroups} warpgroups, {t.parts} parts, depth {t.depth}, {t.slots} slots": t for t in tilings}
+
+
+def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling) -> Call:
+    """The product as a function of its operands."""
+
+    def product(tokens, w):
+        return few_tokens_product(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
+
+    return product, operands
+
+
+def timed(call: Call, position: int, iterations: int) -> dict[str, Any]:
+    """Figures of a call with its weights from memory."""
+    (function, args), count = with_cold_weights(call, position, _LEAST_BYTES)
+    return measure(jax.jit(function), *args, iterations=iterations).divided(count).to_json()
+
+
+def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of bf16, and of every precision and tiling; an error's text where one failed."""
+    operands = Operands(shape, seed=0)
+    row: dict[str, Any] = {"bf16": timed((jnp.dot, (operands.x, operands.dense_w)), 1, options.iterations)}
+    console.print(f"{shape.name}: bf16 {row['bf16']['microseconds']:.1f} us")
+    for text in options.precisions.split(","):
+        args, tilings, exact = product_of(operands, Weights.parse(text))
+        if not options.tune:
+            tilings = dict([next(iter(tilings.items()))])
+        compiled = compile_all({name: call(args, tiling) for name, tiling in tilings.items()}, options.threads)
+        figures: dict[str, Any] = {}
+        for name, tiling in tilings.items():
+            try:
+                check(raise_if_error(compiled[name])(*args), exact, operands)
+                figures[name] = timed(call(args, tiling), _WEIGHTS, options.iterations)
+            except Exception as error:
+                figures[name] = {"error": one_line(error)}
+                console.print(f"    {name}: {figures[name]['error']}")
+        row[text] = figures
+        times = {name: figure["microseconds"] for name, figure in figures.items() if "microseconds" in figure}
+        nbytes = sum(leaf.nbytes for leaf in (args[1].words, args[1].terms) if leaf is not None)
+        for name in dict.fromkeys([*list(times)[:1], *sorted(times, key=times.get)[:3]]):
+            speed = row["bf16"]["microseconds"] / times[name]
+            console.print(
+                f"  W{text}A8 {times[name]:.1f} us, {nbytes / times[name] / 1e3:.0f} GB/s, {speed:.2f}x bf16, {name}"
+            )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="m x n x k, with commas")
+    parser.add_argument("--precisions", default=PRECISIONS, help="bits of weights, and groups as in 4g128")
+    parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=8, help="that compile")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    check_runnable()
+    result = {"device": jax.devices()[0].device_kind, "shapes": {}}
+    for shape in parse_shapes(options.shapes):
+        result["shapes"][shape.name] = measure_shape(shape, options)
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
