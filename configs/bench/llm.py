@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.workloads = "1x512+128,8x512+128,1x2048+128,8x2048+128"
     # Weight bits of the embedding and the output layer in packed models; 0 keeps them in bf16, as in the baselines.
     config.embed_bits = 0
+    # Of packed weights: "planes", "bytes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
+    config.layout = ""
     # Bits of cached keys and values in all models: 8, 4, or 0 for bf16.
     config.cache_bits = 0
     # Backend of the packed layers: "auto", "sm90", "xla" or "reference".

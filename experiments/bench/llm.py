@@ -1,7 +1,7 @@
 """Times prefill and decoding of language models at many precisions against the same model in bf16.
 
     python -m experiments.bench.llm --config=configs/bench/llm.py --workdir=DIR \\
-        --config.model=llama-2-7b --config.precisions=W1A1,W2A8 --config.workloads=1x512+128,8x512+128
+        --config.model=llama-2-7b --config.precisions=W1A1,W2A8,W4A8g128i --config.workloads=1x512+128,8x512+128
 
 Weights are random with the model's shapes; a precision applies to the decoder's linear layers. The baseline is the
 same `Transformer` with `nnx.Linear` in bf16, jitted and timed in the same run: on GPUs once with XLA's defaults and
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
-from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
@@ -40,7 +40,7 @@ from experiments.support.timing import one_line
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
 # Settings that the figures depend on; all results in a workdir share them.
-_SETTINGS = ("model", "implementation", "calibration", "cache_bits", "embed_bits", "iterations", "seed")
+_SETTINGS = ("model", "implementation", "calibration", "cache_bits", "embed_bits", "layout", "iterations", "seed")
 
 # XLA compiler options of the bf16 baselines. By default XLA uses Triton for products with few rows and merges the q and
 # k products; both copy the weights out of the scanned layer stack first. cuBLAS reads them in place, but is slower on
@@ -62,14 +62,9 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(preset(name), jnp.bfloat16, key)
-    return join_projections(
-        random_packed(
-            preset(name),
-            precision,
-            key=key,
-            embed_bits=config.embed_bits or None,
-            implementation=config.implementation,
-        )
+    options = {"embed_bits": config.embed_bits or None, "implementation": config.implementation}
+    return prepare_for_inference(
+        random_packed(preset(name), precision, key=key, **options), layout=config.layout or None
     )
 
 

@@ -6,7 +6,8 @@
 Times for every shape and precision:
 
 - "kernel": the matmul kernel, from prepared operands to bf16;
-- "product", for int8 kernels only: the same from packed weights, which are expanded to bytes first;
+- "product", for int8 kernels only: the same from packed weights, which are expanded to bytes first, or with integer
+  groups ("W4A8g128i") in registers;
 - "operation": `bj.matmul`, which also quantizes the bf16 activations.
 
 Each is checked against the exact product first. Products of few tokens rotate through enough copies of the weights
@@ -144,7 +145,7 @@ def _timed_calls(product: Product, operands: Operands) -> dict[str, _TimedCall]:
         timed_calls = {name: _TimedCall(call, *with_cold_weights(call, 1)) for name, call in calls.items()}
     else:
         timed_calls = {name: _TimedCall(call, call, 1) for name, call in calls.items()}
-    if product.group_size is None:
+    if product.has_integers:
         integers = product.integers(operands)
         timed_calls["integers"] = _TimedCall(integers, integers, 1)
     return timed_calls

@@ -18,8 +18,10 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, vector_leng
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import WORD_BITS, num_words, unpack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups, split_groups
+from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.shapes import Shape
 
 _MAX_BITS = 8
@@ -90,23 +92,35 @@ class Operands:
         """Bit planes of the activation codes."""
         return _first_planes(self._planes[0], a_format)
 
-    def weights(self, w_format: BipolarFormat, group_size: int | None = None) -> BipolarArray:
-        """Packed weights [k, n] with one scale per column, or per `group_size` weights of a column."""
-        return self._once("weights", w_format, group_size, make=lambda: self._pack_weights(w_format, group_size))
+    def weights(
+        self, w_format: BipolarFormat, group_size: int | None = None, integer_groups: bool = False
+    ) -> BipolarArray:
+        """Packed weights [k, n] with one scale per column, or per `group_size` weights of a column, or integer ones."""
+        key = ("weights", w_format, group_size, integer_groups)
+        return self._once(*key, make=lambda: self._pack_weights(w_format, group_size, integer_groups))
 
-    def _pack_weights(self, w_format: BipolarFormat, group_size: int | None) -> BipolarArray:
+    def _pack_weights(self, w_format: BipolarFormat, group_size: int | None, integer_groups: bool) -> BipolarArray:
         planes = _first_planes(self._planes[1], w_format)
         k, n = self.shape.k, self.shape.n
+        groups, row_sums = None, _group_sums(planes, w_format, k, group_size)
+        if integer_groups:
+            groups = _integer_groups(self._keys[5], w_format, (n, num_groups(k, group_size)))
+            row_sums = groups.value_sums(row_sums, k, group_size)
         return BipolarArray(
             planes=planes,
-            scale=_scales(self._keys[5], (n, num_groups(k, group_size))),
+            scale=_scales(self._keys[5], row_sums.shape),
             offset=None,
-            row_sums=_group_sums(planes, w_format, k, group_size),
+            row_sums=row_sums,
             format=w_format,
             contracted_size=k,
             axis=-2,
             group_size=group_size,
+            groups=groups,
         )
+
+    def prepared(self, w: BipolarArray) -> PreparedArray:
+        """The weights as `prepare` lays them out."""
+        return self._once("prepared", w.format, w.group_size, make=w.prepare)
 
     def packed_tokens(self, a_format: BipolarFormat, kind: OperandKind) -> PackedTokens:
         """`x`, quantized and packed by the Hopper kernel."""
@@ -162,10 +176,28 @@ class Operands:
             for fmt, planes in zip((a_format, w_format), bits, strict=True)
         ]
 
-    def exact_integers(self, a_format: BipolarFormat, w_format: BipolarFormat) -> Int[np.ndarray, "rows columns"]:
+    def exact_integers(
+        self, a_format: BipolarFormat, w_format: BipolarFormat, integer_group_size: int | None = None
+    ) -> Int[np.ndarray, "rows columns"]:
         """sum_k v_a v_w of the sample; exact in float64, because sums are below 2^53."""
-        x, w = self._sampled_codes(a_format, w_format)
-        return ((2 * x - a_format.max_value) @ (2 * w - w_format.max_value).T).astype(np.int64)
+        x, _ = self._sampled_codes(a_format, w_format)
+        w = self._sampled_values(a_format, w_format, integer_group_size, integer_group_size is not None)
+        return ((2 * x - a_format.max_value) @ w.T).astype(np.int64)
+
+    def _sampled_values(
+        self, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None, integer_groups: bool
+    ) -> Float[np.ndarray, "columns k"]:
+        """Values of the sampled columns of w."""
+        _, codes = self._sampled_codes(a_format, w_format)
+        if not integer_groups:
+            return 2 * codes - w_format.max_value
+        groups = self.weights(w_format, group_size, integer_groups=True).groups
+        lengths = group_lengths(self.shape.k, group_size)
+        scale, offset = (
+            np.repeat(np.asarray(term)[self.columns].astype(np.float64), lengths, axis=1)
+            for term in (groups.scale, groups.offset)
+        )
+        return scale * codes + offset
 
     def exact_output(self, a_format: BipolarFormat, w_format: BipolarFormat) -> Float[np.ndarray, "rows columns"]:
         """The kernel's exact sample in float64: s_x s_w sum_k (v_a - v0) v_w, with v0 = 0 for 1-bit activations."""
@@ -180,15 +212,20 @@ class Operands:
         return integers * scale * np.asarray(columns.scale, np.float64)[self.columns]
 
     def exact_operation(
-        self, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
+        self,
+        a_format: BipolarFormat,
+        w_format: BipolarFormat,
+        group_size: int | None = None,
+        integer_groups: bool = False,
     ) -> tuple[Float[np.ndarray, "rows columns"], Float[np.ndarray, "rows columns"]]:
         """The operation's exact sample in float64, and its tolerance for activations halfway between two codes."""
         tokens = _quantize_tokens(self.x[self.rows], a_format)
         steps = a_format.values(tokens.codes) - tokens.zero_value[:, None]
         x = np.asarray(steps, np.float64) * np.asarray(tokens.scale, np.float64)[:, None]
-        _, codes = self._sampled_codes(a_format, w_format)
-        w_scale = np.asarray(self.weights(w_format, group_size).scale, np.float64)[self.columns]
-        w = (2 * codes - w_format.max_value) * np.repeat(w_scale, group_lengths(self.shape.k, group_size), axis=1)
+        weights = self.weights(w_format, group_size, integer_groups)
+        w_scale = np.asarray(weights.scale, np.float64)[self.columns]
+        w_scale = np.repeat(w_scale, group_lengths(self.shape.k, weights.scale_group_size), axis=1)
+        w = self._sampled_values(a_format, w_format, group_size, integer_groups) * w_scale
         # An activation halfway between two codes may get either; they differ by 2 * scale. Allows two per row.
         tolerance = 4 * np.asarray(tokens.scale, np.float64)[:, None] * np.abs(w).max(axis=1)
         return x @ w.T, tolerance
@@ -263,6 +300,15 @@ def _group_sums(
 def _code_sums(planes: UInt32[Array, "bits rows words"], number_format: BipolarFormat) -> Int[Array, " rows"]:
     counts = jnp.sum(jax.lax.population_count(planes), axis=-1, dtype=jnp.int32)
     return sum(np.int32(weight) * count for weight, count in zip(number_format.plane_weights, counts, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _integer_groups(key, number_format: BipolarFormat, size: tuple[int, int]) -> IntegerGroups:
+    """Any s and o with which s * u + o is a signed byte."""
+    s_key, o_key = jax.random.split(key)
+    scale = jax.random.randint(s_key, size, 1, 255 // number_format.max_value + 1, jnp.int32)
+    offset = jax.random.randint(o_key, size, -128, 128 - number_format.max_value * scale, jnp.int32)
+    return IntegerGroups(scale.astype(jnp.uint8), offset.astype(jnp.int8))
 
 
 def _scales(key, size: tuple[int, ...]) -> Float[Array, "..."]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import plan_expanded
+from bipolar_jax.kernels.sm90.backend.expanded_products import expanded_tokens_matmul
 from bipolar_jax.kernels.sm90.backend.operations import ProductOperands, multiply_words, tokens_matmul
 from bipolar_jax.kernels.sm90.backend.planning import Choice, mainloop_steps, plan_product
 from bipolar_jax.kernels.sm90.core.execution import check_runnable
@@ -22,6 +25,7 @@ from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling
 from bipolar_jax.ops.dispatch import BACKENDS
+from bipolar_jax.packing import BipolarArray, PreparedArray
 from experiments.bench.products.operands import Operands, check_integers, check_output
 from experiments.bench.products.shapes import Shape
 
@@ -72,6 +76,7 @@ class Product:
       w_format: format of the weights w.
       implementation: backend; only "sm90" has a kernel that can be timed without the operation.
       group_size: weights along k that share a scale; None is one scale per column.
+      integer_groups: whether scales of groups are integers; on Hopper such weights are laid out beforehand.
     """
 
     shape: Shape
@@ -79,6 +84,12 @@ class Product:
     w_format: BipolarFormat
     implementation: str
     group_size: int | None = None
+    integer_groups: bool = False
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether the backend's integer product has one number for all groups."""
+        return self.group_size is None or self.integer_groups
 
     @property
     def pairs(self) -> int:
@@ -89,7 +100,13 @@ class Product:
     def choice(self) -> Choice:
         """The planner's kernel and tiling."""
         m, n, k = self.shape.m, self.shape.n, self.shape.k
+        if self.integer_groups:
+            return plan_expanded(m, self._abstract_weights, jnp.bfloat16)
         return plan_product(m, n, k, self.a_format, self.w_format, self.group_size)
+
+    @functools.cached_property
+    def _abstract_weights(self) -> BipolarArray | PreparedArray:
+        return jax.eval_shape(lambda: self._weights(Operands(self.shape, 0)))
 
     @property
     def kind(self) -> OperandKind:
@@ -110,6 +127,7 @@ class Product:
     def kernel_bytes(self) -> int:
         """Bytes of the kernel's operands and output, each counted once."""
         bits_x, bits_w = (self.a_format.bits, self.w_format.bits) if self.kind == "planes" else (8, 8)
+        bits_w = self.w_format.bits if self.integer_groups else bits_w
         m, n, k = self.shape.m, self.shape.n, self.shape.k
         return (m * k * bits_x + n * k * bits_w) // 8 + _OUTPUT_BYTES * m * n
 
@@ -140,16 +158,23 @@ class Product:
         def function(x, w):
             return bj.matmul(x, w, a_bits=a_bits, implementation=implementation)
 
-        return function, (operands.x, operands.weights(self.w_format, self.group_size))
+        return function, (operands.x, self._weights(operands))
+
+    def _weights(self, operands: Operands) -> BipolarArray | PreparedArray:
+        """The weights as a model that is prepared for the backend has them."""
+        packed = operands.weights(self.w_format, self.group_size, self.integer_groups)
+        return operands.prepared(packed) if self.integer_groups and self.implementation == "sm90" else packed
 
     def product(self, operands: Operands) -> Call:
         """The operation without the quantizer: from quantized tokens and packed weights to bf16."""
-        a_format, choice = self.a_format, self.choice
+        a_format, choice, expanded = self.a_format, self.choice, self.integer_groups
 
         def function(tokens, w):
+            if expanded:
+                return expanded_tokens_matmul(tokens, w, a_format, None, jnp.bfloat16)
             return tokens_matmul(tokens, w, a_format, None, choice, jnp.bfloat16)
 
-        return function, (operands.packed_tokens(a_format, self.kind), operands.weights(self.w_format, self.group_size))
+        return function, (operands.packed_tokens(a_format, choice.kind), self._weights(operands))
 
     def integers(self, operands: Operands) -> Call:
         """The backend's integer product; returns only the sampled rows and columns."""
@@ -160,7 +185,7 @@ class Product:
 
         return function, (
             operands.codes(a_format),
-            operands.weights(self.w_format),
+            self._weights(operands),
             jnp.asarray(operands.rows),
             jnp.asarray(operands.columns),
         )
@@ -168,7 +193,7 @@ class Product:
     def check_integers(self, operands: Operands, function: jax.stages.Compiled) -> int:
         """Compares the compiled `integers` with the exact product; returns the number of compared integers."""
         _, args = self.integers(operands)
-        expected = operands.exact_integers(self.a_format, self.w_format)
+        expected = operands.exact_integers(self.a_format, self.w_format, self.group_size)
         check_integers(np.asarray(function(*args)), expected)
         return expected.size
 
@@ -178,7 +203,7 @@ class Product:
 
     def check_operation(self, operands: Operands, output: jax.Array) -> float:
         """Checks an output of `operation` or `product`; returns its largest error, see `check_output`."""
-        exact = operands.exact_operation(self.a_format, self.w_format, self.group_size)
+        exact = operands.exact_operation(self.a_format, self.w_format, self.group_size, self.integer_groups)
         return check_output(output, operands.sampled(output), *exact)
 
 
@@ -187,7 +212,7 @@ def parse_products(shape: Shape, text: str, implementation: str) -> dict[str, Pr
 
     Args:
       shape: sizes.
-      text: precisions such as "W1A2,W1.58A8,W4A8g128", or "all" for 1 to 8 bits of both.
+      text: precisions such as "W1A2,W1.58A8,W4A8g128,W4A8g128i", or "all" for 1 to 8 bits of both.
       implementation: backend.
 
     Raises:
@@ -201,7 +226,8 @@ def parse_products(shape: Shape, text: str, implementation: str) -> dict[str, Pr
         if precision.a_bits is None:
             raise ValueError(f"precision {item!r} has float activations: ask for quantized ones, such as W4A8")
         formats = BipolarFormat(precision.a_bits), as_format(precision.w_bits)
-        products[str(precision)] = Product(shape, *formats, implementation, precision.group_size)
+        groups = {"group_size": precision.group_size, "integer_groups": precision.scales == "integer"}
+        products[str(precision)] = Product(shape, *formats, implementation, **groups)
     return products
 
 

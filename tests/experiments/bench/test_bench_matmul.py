@@ -17,7 +17,7 @@ from configs.bench import matmul as bench_config
 from experiments.bench import matmul
 from experiments.bench.products import exactness
 from experiments.bench.products.operands import Operands
-from experiments.bench.products.product import Product
+from experiments.bench.products.product import Product, parse_products
 from experiments.bench.products.shapes import Shape
 from experiments.support.workdir import RESULT_NAME
 from tests.support.optimizations import optimizations
@@ -85,6 +85,20 @@ def test_int8_kernels_pass_their_check(w_bits):
     assert product.check_kernel(operands, output) < 2**-7
     with pytest.raises(ValueError, match="an error exceeds rounding"):
         product.check_kernel(operands, output * 1.01)
+
+
+def test_integer_groups_are_prepared_and_pass_their_checks():
+    shape = Shape("s", 3, 40, 96)
+    (product,), operands = parse_products(shape, "W4A8g32i", "sm90").values(), Operands(shape, 0)
+    assert (product.kind, product.has_integers) == ("int8", True)
+    (by_xla,) = parse_products(shape, "W4A8g32i", "xla").values()
+    assert by_xla.check_integers(operands, jax.jit(by_xla.integers(operands)[0])) == 3 * 40
+    with interpreted(InterpretGPUParams()), optimizations(False):
+        function, args = product.product(operands)
+        output = jax.jit(function)(*args)
+    assert product.check_operation(operands, output) < 2**-7
+    with pytest.raises(ValueError, match="an error exceeds rounding"):
+        product.check_operation(operands, output * 1.1)
 
 
 def test_on_other_backends_only_the_operation_is_timed(xla_run):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
@@ -86,11 +86,12 @@ def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:
 
 
 def expanded_cycles(tiling: Tiling, m: int, n: int, k: int) -> float:
-    """Estimated cycles of the busiest block, which has `turns` tiles; see `planning.estimated_cycles`."""
+    """Estimated cycles of the busiest block."""
     fixed, per_token = _STAGE_CYCLES[tiling.schedule]
     mainloop = math.ceil(k / STAGE) * (fixed + per_token * tiling.tile_m)
     epilogue = _EPILOGUE_CYCLES * tiling.tile_m
     turns = math.ceil(math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n) / MULTIPROCESSORS)
     if tiling.schedule != "alternate":
         return turns * (mainloop + epilogue)
-    return max(turns * mainloop, math.ceil(turns / 2) * (mainloop + epilogue)) + epilogue
+    # One consumer's mainloop runs at a time; each consumer has every other tile.
+    return max(turns * mainloop + epilogue, math.ceil(turns / CONSUMERS) * (mainloop + epilogue))
