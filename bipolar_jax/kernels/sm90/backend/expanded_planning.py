@@ -1,4 +1,4 @@
-"""The plan of a product whose weights are expanded in registers: who takes it, and which tiling."""
+"""The plan of a product whose weights are expanded in registers: who takes it, which kernel, and which tiling."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 
 import jax.numpy as jnp
 
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_tiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE, TILE_ROWS
@@ -31,12 +33,22 @@ _EPILOGUE_CYCLES = 20  # for each token of a consumer's tile
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
-    """Whether the weights take this product: they are laid out for it, or have integer groups."""
+    """Whether the weights take such a product: they are laid out for it, or have integer groups."""
     return isinstance(w, PreparedArray) or w.has_integer_groups
 
 
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
-    """The plan of m tokens times w, for an output of `dtype`.
+    """The plan of m tokens times w, by `prepared_few_tokens` or as `plan_many_tokens` has it; arguments as there."""
+    if m > FEW_TOKENS_LIMIT:
+        return plan_many_tokens(m, w, dtype, gated=gated)
+    check_layout(w, gated)
+    gated = w.gated if isinstance(w, PreparedArray) else gated
+    tiling = few_tokens_tiling(m, w.shape[-1], w.contracted_size, w.bits, _chunks(w), gated)
+    return Choice("int8", tiling, _with_layout(f"{m} tokens: bound by reading the weights", w))
+
+
+def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
+    """The plan of m tokens times w by `gemm_expanded`, for an output of `dtype`.
 
     Args:
       m: tokens.
@@ -48,12 +60,16 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
       Unsupported: groups that are no multiple of 16 elements.
     """
     check_layout(w, gated)
-    reason = "estimated from tile sizes"
-    if not isinstance(w, PreparedArray):
-        reason += "; lays the weights out in every call, prepare_for_inference once"
     able = [fitted(tiling, w, jnp.dtype(dtype).itemsize) for tiling in EXPANDED_CANDIDATES]
     n, k = w.shape[-1], w.contracted_size
-    return Choice("int8", min(able, key=lambda tiling: expanded_cycles(tiling, m, n, k)), reason)
+    tiling = min(able, key=lambda tiling: expanded_cycles(tiling, m, n, k))
+    return Choice("int8", tiling, _with_layout("estimated from tile sizes", w))
+
+
+def _with_layout(reason: str, w: BipolarNumbers) -> str:
+    if isinstance(w, PreparedArray):
+        return reason
+    return f"{reason}; lays the weights out in every call, prepare_for_inference once"
 
 
 def check_layout(w: BipolarNumbers, gated: bool) -> None:
@@ -74,10 +90,14 @@ def describe_expanded(w: BipolarNumbers) -> str:
 
 def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> Tiling:
     """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number."""
-    chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
-    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, chunks, itemsize) > SHARED_MEMORY_BYTES:
+    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, _chunks(w), itemsize) > SHARED_MEMORY_BYTES:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
     return tiling
+
+
+def _chunks(w: BipolarNumbers) -> int:
+    """As `PreparedArray.chunks`."""
+    return STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
 
 
 def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, describe_expanded, plan_expanded
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 
@@ -27,11 +28,14 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: Bipo
       Unsupported: groups that are no multiple of 16 elements.
     """
     w = laid_out(w)
-    if w.gated:
-        product = integer_matmul(codes, w.in_order_of_tiles(), a_format)
-        return w.columns_in_order(product[..., 0])[..., None]
-    tiling = plan_expanded(codes.shape[0], w, jnp.int32).tiling
-    return integer_product(codes, w, a_format, tiling=tiling, interpret=interpret_params())
+    m, interpret = codes.shape[0], interpret_params()
+    tiling = plan_expanded(m, w, jnp.int32).tiling
+    if m <= FEW_TOKENS_LIMIT:
+        return few_tokens_integers(codes, w, a_format, tiling=tiling, interpret=interpret)
+    if not w.gated:
+        return integer_product(codes, w, a_format, tiling=tiling, interpret=interpret)
+    product = integer_product(codes, w.in_order_of_tiles(), a_format, tiling=tiling, interpret=interpret)
+    return w.columns_in_order(product[..., 0])[..., None]
 
 
 def quantized_matmul(
@@ -48,7 +52,7 @@ def quantized_matmul(
     Raises:
       Unsupported: groups that are no multiple of 16 elements; rows too long to quantize on chip.
     """
-    w = laid_out(w, gated=_is_gated(activation))
+    w = laid_out(w, gated=activation is not None and activation.gated)
     tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret_params())
     return expanded_tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
 
@@ -63,21 +67,23 @@ def expanded_tokens_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """The product of quantized activations of kind "int8"; see `operations.tokens_matmul` for the arguments."""
-    if _is_gated(activation) and not w.gated:
+    if activation is not None and activation.gated != w.gated:
         product = expanded_tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
         return epilogue.activate_and_add(product, activation, dtype, residual)
     if activation is not None and residual is not None:
-        # The kernel has either in its epilogue.
+        # An epilogue has either of them.
         return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
-    if w.gated and not _is_gated(activation):
+    m, interpret = tokens.words.shape[1], interpret_params()
+    options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
+    if m <= FEW_TOKENS_LIMIT:
+        product = few_tokens_product(tokens, w, a_format, bias, dtype, **options)
+        return product if residual is None else residual + product
+    if w.gated and activation is None:
         if bias is not None:
             bias = w.rows_in_order_of_tiles(bias[:, None])[:, 0]
-        in_tiles = w.in_order_of_tiles()
-        product = w.columns_in_order(expanded_tokens_matmul(tokens, in_tiles, a_format, bias, dtype, None, activation))
+        product = w.columns_in_order(tokens_product(tokens, w.in_order_of_tiles(), a_format, bias, dtype, **options))
         return product if residual is None else residual + product
-    tiling = plan_expanded(tokens.words.shape[1], w, dtype).tiling
-    options = {"tiling": tiling, "residual": residual, "activation": activation, "interpret": interpret_params()}
-    return tokens_product(tokens, w, a_format, bias, dtype, **options)
+    return tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
@@ -95,7 +101,3 @@ def laid_out(w: BipolarNumbers, *, gated: bool = False) -> PreparedArray:
     """
     check_layout(w, gated)
     return w if isinstance(w, PreparedArray) else w.prepare(gated=gated)
-
-
-def _is_gated(activation: Activation | None) -> bool:
-    return activation is not None and activation.gated

@@ -31,7 +31,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     describe_expanded,
     expanded_cycles,
     is_expanded,
-    plan_expanded,
+    plan_many_tokens,
 )
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.backend.operations import describe, quantized_operands, shared_scale
@@ -145,7 +145,7 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     Raises:
       Unsupported: integer groups of no multiple of 16 elements.
     """
-    choice = plan_expanded(sequences * length, w, jnp.dtype(jnp.float32))
+    choice = plan_many_tokens(sequences * length, w, jnp.dtype(jnp.float32))
 
     def cycles(tiling: Tiling) -> float:
         return expanded_cycles(tiling, length, sequences * layout.columns, w.contracted_size)

@@ -15,6 +15,7 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.backend import expanded_planning, operations
 from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES, fitted, plan_expanded
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops import Activation
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
@@ -42,11 +43,11 @@ def codes(n: int, k: int, bits: int):
     ("m", "w", "gated", "activation", "residual"),
     [
         (70, groups(40, 96), None, None, True),  # laid out within the call
+        (65, groups(140, 96), True, None, True),  # the columns of tiles put in order
         (3, groups(140, 96), True, GATE, True),
-        (2, groups(140, 96), True, None, True),  # the columns of tiles put in order
         (3, codes(40, 96, 7), False, GATE, False),  # the gates are a step of their own
     ],
-    ids=["packed groups", "gated", "gated without activation", "activation without gates"],
+    ids=["packed groups", "gated without activation", "gated", "activation without gates"],
 )
 def test_the_whole_product_is_that_of_xla(m, w, gated, activation, residual):
     x, bias = jnp.asarray(normal(m, 96)), jnp.asarray(normal(w.shape[-1]))
@@ -64,18 +65,20 @@ def test_the_whole_product_is_that_of_xla(m, w, gated, activation, residual):
     assert not races_found()
 
 
-@pytest.mark.parametrize("gated", [None, True])
-def test_integer_products_have_one_sum_for_all_groups(gated):
-    w, x = groups(140, 96), random_codes(A8, 3, 96, 1)
+@pytest.mark.parametrize(("m", "gated"), [(65, None), (65, True), (3, True)])
+@pytest.mark.sample(2)
+def test_integer_products_have_one_sum_for_all_groups(m, gated):
+    w, x = groups(140, 96), random_codes(A8, m, 96, 1)
     expected = (2 * x.astype(int) - 255) @ np.asarray(w.values(), int)
     with interpreted(plgpu.InterpretGPUParams()):
         found = operations.integer_matmul(jnp.asarray(x), w if gated is None else w.prepare(gated=gated), A8)
-    assert (found.shape, found.dtype) == ((3, 140, 1), jnp.int32)
+    assert (found.shape, found.dtype) == ((m, 140, 1), jnp.int32)
     np.testing.assert_array_equal(found[..., 0], expected)
 
 
 def test_plans_are_explained():
-    x, w = jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16), jax.eval_shape(lambda: groups(14336, 4096, 4, 128))
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2048, 4096), (4096, 14336)))
+    w = jax.eval_shape(lambda kernel: bj.quantize(kernel, 4, 0, 128, scales="integer"), kernel)
     with interpreted(plgpu.InterpretGPUParams()):
         packed, prepared = bj.explain(x, w, 8), bj.explain(x, jax.eval_shape(lambda w: w.prepare(), w), 8)
     for explained in (packed, prepared):
@@ -83,6 +86,11 @@ def test_plans_are_explained():
         assert explained.kernel == "int8 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers"
         assert explained.tiling == EXPANDED_CANDIDATES[0]
     assert prepared.reason == "estimated from tile sizes"
+    with interpreted(plgpu.InterpretGPUParams()):
+        few = bj.explain(jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), w, 8)
+    assert (few.implementation, few.kernel) == ("sm90", packed.kernel)
+    assert few.reason.startswith("64 tokens: bound by reading the weights; lays the weights out")
+    assert isinstance(few.tiling, FewTokensTiling)
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
 
 
@@ -93,7 +101,7 @@ def test_plans_are_explained():
         (777, 3584, 18944, EXPANDED_CANDIDATES[0]),  # 98
         (512, 4096, 4096, EXPANDED_CANDIDATES[1]),  # 64 tiles of both consumers, or 128 of one
         (128, 4096, 14336, EXPANDED_CANDIDATES[3]),
-        (1, 28672, 4096, EXPANDED_CANDIDATES[2]),
+        (192, 11264, 4096, EXPANDED_CANDIDATES[2]),
     ],
 )
 def test_few_tiles_are_made_smaller(m, n, k, tiling):
