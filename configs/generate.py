@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config.calibration = "minmax"
     # Most weight bits to read from a packed checkpoint; 0 reads all.
     config.bits = 0
+    # Whether integers take the place of float scales of groups, see bj.nn.with_integer_groups; prints the errors.
+    config.integer_groups = False
     # Dtype of what stays float: "" is bfloat16 on GPUs and the model's own on CPUs.
     config.dtype = ""
     config.prompt = "The capital of France is"

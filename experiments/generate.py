@@ -40,6 +40,11 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
         with progress_bar(f"quantizing to {precision}"):
             model = jax.block_until_ready(bj.quantize_model(pretrained.model, [("^layers/", precision)]))
         pretrained = pretrained.with_model(model)
+    if config.integer_groups:
+        with progress_bar("making integers of the scales of groups"):
+            model, report = bj.nn.with_integer_groups(pretrained.model)
+        console.print(str(report), style="dim", soft_wrap=True, highlight=False)
+        pretrained = pretrained.with_model(model)
     pretrained = prepare_for_inference(pretrained, config.dtype or None)
     stop = [config.stop] if config.stop else []
     end_ids = pretrained.model.config.eos_ids

@@ -51,6 +51,11 @@ def test_the_prompt_is_printed_once(model, tmp_path, capsys, prompt):
     assert result["text"][: len(prompt)] != prompt
 
 
+def test_integer_groups_are_made_of_packed_layers_only(model, tmp_path):
+    with pytest.raises(ValueError, match="the model has no packed layers: quantize it first"):
+        written(model, tmp_path, prompt="the", integer_groups=True)
+
+
 def test_a_user_message_and_a_system_message_go_through_the_template(model, tmp_path, capsys):
     result = written(model, tmp_path, prompt="the time?", chat=True, system="Be brief.")
     text = "<|turn|>system: Be brief.<|end|><|turn|>user: the time?<|end|><|turn|>"
