@@ -3,7 +3,7 @@
     python -m experiments.bench.products.expanded_heads --out=DIR/expanded_heads.json
 
 The kernel's time alone: not the copy of caches that are not donated here. For every model all tilings of
-`EXPANDED_CANDIDATES` are checked against the matrix, rotated by XLA, and timed. "gemm" is the product of bytes that are
+`EXPANDED_TILINGS` are checked against the matrix, rotated by XLA, and timed. "gemm" is the product of bytes that are
 expanded already, whose output is heads, with one scale a column.
 """
 
@@ -25,14 +25,17 @@ from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.semantics.rotation import STEPS_PER_UNIT, fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES
 from bipolar_jax.kernels.sm90.backend.planning import plan_heads
 from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import with_room_for_heads
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
-from bipolar_jax.kernels.sm90.projections.prompt_projection import project_expanded_heads, project_heads
+from bipolar_jax.kernels.sm90.projections.prompt_projection import (
+    EXPANDED_TILINGS,
+    project_expanded_heads,
+    project_heads,
+)
 from bipolar_jax.kernels.sm90.weight_prep.expand import expand
 from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.quantize.integer_groups import IntegerGroups
@@ -113,7 +116,7 @@ def calls(model: Model, weights: Weights) -> dict[str, Call]:
         tiling = plan_heads(1, model.tokens, layout.columns, k, layout.size, A_FORMAT, w4.format).tiling
         return project_heads(x_words, w_words, tokens, columns, recovery, tiling, layout, *rest, **options)
 
-    tilings = [with_room_for_heads(each, layout, w.bits, prepared.chunks) for each in EXPANDED_CANDIDATES]
+    tilings = [with_room_for_heads(each, layout, w.bits, prepared.chunks) for each in EXPANDED_TILINGS]
     args = (x_words, prepared, tokens, columns)
     w_words = jax.jit(lambda planes: expand(planes, w4.format, interpret=interpret_params()))(w4.planes)
     named = {f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots": tiling for tiling in tilings}

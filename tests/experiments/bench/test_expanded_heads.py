@@ -16,7 +16,7 @@ MODEL = Model(tokens=70, hidden=96, queries=2, keys=1, size=64)
 
 
 def test_all_calls_are_the_projection_of_the_model(monkeypatch):
-    monkeypatch.setattr(expanded_heads, "EXPANDED_CANDIDATES", expanded_heads.EXPANDED_CANDIDATES[:1])
+    monkeypatch.setattr(expanded_heads, "EXPANDED_TILINGS", expanded_heads.EXPANDED_TILINGS[:1])
     with interpreted(InterpretGPUParams()):
         shapes = {name: jax.eval_shape(*_flat(call)) for name, call in calls(MODEL, Weights.parse("2g32")).items()}
     heads = [(1, 70, count, 64) for count in (2, 1, 1)]

@@ -55,6 +55,8 @@ from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE
 
 HEAD_SIZES = (64, 128)
+# Of the product of expanded weights. Alternating tiles of 128 tokens would spill.
+EXPANDED_TILINGS = tuple(each for each in EXPANDED_CANDIDATES if each.tile_m == 64 or each.schedule == "split_n")
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 Cache = Float[Array, "layers batch kv_heads capacity head_dim"]
@@ -150,7 +152,7 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     def cycles(tiling: Tiling) -> float:
         return expanded_cycles(tiling, length, sequences * layout.columns, w.contracted_size)
 
-    tiling = min(EXPANDED_CANDIDATES, key=cycles)
+    tiling = min(EXPANDED_TILINGS, key=cycles)
     chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
     return dataclasses.replace(choice, tiling=with_room_for_heads(tiling, layout, w.bits, chunks))
 

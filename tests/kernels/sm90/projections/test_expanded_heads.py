@@ -15,7 +15,6 @@ from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
@@ -25,6 +24,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.heads import ExchangedHeadWriter, Tr
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.projections.prompt_projection import (
+    EXPANDED_TILINGS,
     plan_expanded_heads,
     plan_prompt_heads,
     project_expanded_heads,
@@ -145,9 +145,9 @@ def test_plans_leave_room_for_heads():
         assert "prepare_for_inference" in packed.reason
         assert prepared.reason == "estimated from tile sizes"
         many = HeadLayout(32, 8, 128, 2048)
-        assert plan_expanded_heads(1, 2048, weights().prepare(), many).tiling == EXPANDED_CANDIDATES[0]
+        assert plan_expanded_heads(1, 2048, weights().prepare(), many).tiling == EXPANDED_TILINGS[0]
         wide = plan_expanded_heads(1, 2048, weights(8, None).prepare(), many).tiling
-        assert wide == dataclasses.replace(EXPANDED_CANDIDATES[0], slots=3)
+        assert wide == dataclasses.replace(EXPANDED_TILINGS[0], slots=3)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_is_not_served_is_said(make, options, message):
 def test_more_slots_than_heads_leave_room_for_are_refused():
     cache, layout = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), jnp.bfloat16), HeadLayout(6, 1, 64, 128)
     output = TransposedHeadOutput(keys=cache, layer=None, tables=None, values=cache, layout=layout)
-    tiling = dataclasses.replace(EXPANDED_CANDIDATES[0], slots=4)
+    tiling = dataclasses.replace(EXPANDED_TILINGS[0], slots=4)
     problem = ExpandedProblem(128, layout.columns, None, tiling, w_bits=4, chunks=1)
     with pytest.raises(ValueError, match="takes 239104 bytes of shared memory of 228352 with heads of 64"):
         output.scratch(problem, staging_slots=1)
@@ -222,10 +222,11 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
 @pytest.mark.parametrize(
     ("bits", "group_size", "size", "options"),
     [
-        (4, 128, 128, dict(tiling=EXPANDED_CANDIDATES[0])),
+        (4, 128, 128, dict(tiling=EXPANDED_TILINGS[0])),
         (3, 16, 64, dict(tiling=Tiling(128, 128, "split_n", slots=3))),
         (8, None, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), dtype=jnp.float16)),
-        (4, 64, 64, dict(tiling=Tiling(64, 128, "split_n", slots=5), rope=False)),
+        (4, 64, 64, dict(tiling=EXPANDED_TILINGS[1], rope=False)),
+        (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2])),
     ],
 )
 @pytest.mark.sample(1)
