@@ -89,7 +89,7 @@ class BipolarArray(BipolarNumbers):
 
         The integers are those of least squared error for these codes. Codes that are rounded again can have less:
         where the floats are at hand, use `quantize(..., scales="integer")`. At 1 to 4 bits rounding to the codes has
-        moved the weights far more than this does, at 5 and 6 bits less.
+        moved the weights far more than this does, at 5 bits about as much, at 6 far less.
 
         Returns:
           The array; the squared difference of each matrix of the batch, relative to the sum of its squares. It is 0,
