@@ -1,4 +1,7 @@
-"""Quantized products with scales, groups, offsets, bias, residual and activation, against float64."""
+"""Quantized products with scales, groups, offsets, bias, residual and activation, against float64.
+
+Also of weights that are expanded in registers: with integer groups, or laid out beforehand.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from bipolar_jax import BipolarFormat
+from bipolar_jax import BipolarArray, BipolarFormat
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.ops.dispatch import BACKENDS
 from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
 from tests.gpu.trial import Case, Trial, one_program
+from tests.packing.integer_groups import array_of_groups, random_groups
 from tests.support.integer_products import W_FORMATS
 
 SM90 = BACKENDS["sm90"]
@@ -20,13 +25,20 @@ _TOKENS = (1, 3, 16, 32, 64, 70, 130, 300)
 _GROUP_SIZES = (None, 32, 64, 128, None, 256, 512, 1024)
 _DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 _CASES = 144
+_EXPANDED_CASES = 96
 # Of exp and tanh by approximate instructions, and of the sigmoid made of them.
 _FUNCTION_ERROR = 2.0**-16
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One product; `epilogue` is None, "bias", "residual" (with a bias) or the name of a gated activation."""
+    """One product.
+
+    Attributes:
+      epilogue: None, "bias", "residual" (with a bias) or the name of a gated activation.
+      layout: None for planes with float scales; "packed" for planes with integer groups; "prepared" or "gated" for
+        a `PreparedArray`, whose groups are integer.
+    """
 
     w_format: BipolarFormat
     a_bits: int
@@ -37,11 +49,12 @@ class Product:
     group_size: int | None = None
     offsets: bool = False
     epilogue: str | None = None
+    layout: str | None = None
 
     @property
     def name(self) -> str:
         group = "" if self.group_size is None else f"g{self.group_size}"
-        options = ["offsets"] * self.offsets + [self.epilogue] * (self.epilogue is not None)
+        options = ["offsets"] * self.offsets + [each for each in (self.epilogue, self.layout) if each is not None]
         sizes = f"{self.m}x{self.n}x{self.k}"
         return " ".join([f"W{self.w_format.name}A{self.a_bits}{group}", sizes, np.dtype(self.dtype).name, *options])
 
@@ -51,14 +64,13 @@ class Product:
         activation = Activation(self.epilogue, gated=True) if gated else None
         columns = 2 * self.n if gated else self.n
         x, x_size = exact_tokens(rng, self.m, self.k, a_format, self.dtype)
-        w = random_weights(rng, columns, self.k, self.w_format, self.group_size, self.offsets)
+        w, (w_hat, w_size) = self._weights(rng, columns)
         bias = rng.normal(size=columns).astype(self.dtype) if self.epilogue else None
         residual = (10 * rng.normal(size=(self.m, self.n))).astype(self.dtype) if self.epilogue == "residual" else None
-        w_hat, w_size = numbers_of(w)
         term = 0.0 if bias is None else bias.astype(np.float64)
         expected = x.astype(np.float64) @ w_hat + term
-        # Integers are exact. Each group rounds some float32 terms; the token's zero is corrected for at the end.
-        tolerance = (w.num_groups + 10) * EPS * (x_size @ w_size + np.abs(term))
+        # Integers are exact. Each float scale rounds some terms; the token's zero is corrected for at the end.
+        tolerance = (w.scale.shape[-1] + 10) * EPS * (x_size @ w_size + np.abs(term))
         if gated:
             expected, tolerance = _gated(self.epilogue, expected, tolerance)
         tolerance = tolerance + rounding(self.dtype, expected)
@@ -72,9 +84,21 @@ class Product:
             assert_within(y, expected, tolerance)
 
         def product(x, w, bias, residual):
+            w = w if self.layout in (None, "packed") else w.prepare(gated=self.layout == "gated")
             return SM90.quantized_matmul(x, w, a_format, bias, None, residual, activation)
 
-        return one_program(product, (x, w, bias, residual), check)
+        few = "few_tokens_matmul" if self.m <= FEW_TOKENS_LIMIT else "expanded_matmul"
+        return one_program(product, (x, w, bias, residual), check, kernel=None if self.layout is None else few)
+
+    def _weights(self, rng: np.random.Generator, n: int) -> tuple[BipolarArray, tuple[np.ndarray, np.ndarray]]:
+        """Weights, and their numbers and sizes as `numbers_of` gives them."""
+        if self.layout is None or self.group_size is None:
+            w = random_weights(rng, n, self.k, self.w_format, self.group_size, self.offsets)
+            return w, numbers_of(w)
+        groups = random_groups(self.w_format, n, self.k, self.group_size, seed=int(rng.integers(1 << 30)))
+        scale = (rng.uniform(0.5, 1.5, n) / (128 * np.sqrt(self.k))).astype(np.float32)
+        numbers = groups.values.T * scale.astype(np.float64)
+        return array_of_groups(groups, self.w_format, scale), (numbers, np.abs(numbers))
 
 
 def _gated(function: str, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +134,32 @@ def cases() -> list[Case]:
                 epilogue=(None, "bias", "residual", "silu", "gelu")[rng.integers(5)],
             )
         )
+    products += _expanded(generator(1))
     return [Case(f"{index}: {product.name}", product.trial) for index, product in enumerate(products)]
+
+
+def _expanded(rng: np.random.Generator) -> list[Product]:
+    """Every layout, at all widths that it has."""
+    products = []
+    for index in range(_EXPANDED_CASES):
+        layout = ("packed", "prepared", "gated")[index % 3]
+        group_size = (16, 32, 64, 128, 192, None)[rng.integers(5 if layout == "packed" else 6)]
+        epilogue = (None, "bias", "residual", "silu", "gelu")[rng.integers(5)]
+        products.append(
+            Product(
+                BipolarFormat(1 + index // 3 % (8 if group_size is None else 6)),
+                (8, 1, 4, 2, 8, 3, 5)[index % 7],
+                m=int(_TOKENS[rng.integers(len(_TOKENS))]),
+                n=2 * int(rng.integers(1, 300)),
+                k=int(rng.integers(2, 2500)),
+                dtype=_DTYPES[rng.integers(len(_DTYPES))],
+                group_size=group_size,
+                offsets=group_size is None and bool(rng.integers(2)),
+                epilogue=epilogue,
+                layout=layout,
+            )
+        )
+    return products
 
 
 def small() -> dict[str, Case]:
