@@ -22,6 +22,7 @@ import numpy as np
 from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import plan_many_tokens
 from bipolar_jax.kernels.sm90.backend.planning import plan_product
 from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
@@ -98,8 +99,8 @@ class Weights:
         return scale * codes + offset
 
 
-def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.ndarray]:
-    """The kernel with every tiling, and the exact numbers of the sampled rows and columns."""
+def calls(operands: Operands, weights: Weights, chosen_only: bool) -> tuple[dict[str, Call], np.ndarray]:
+    """The kernel with every tiling or the planned one, and the exact numbers of the sampled rows and columns."""
     shape, w_format = operands.shape, weights.format
     planes = operands.weights(w_format).planes
     codes = np.asarray(jax.jit(lambda planes: unpack_codes(planes, w_format, shape.k))(planes))
@@ -134,7 +135,11 @@ def calls(operands: Operands, weights: Weights) -> tuple[dict[str, Call], np.nda
     zero_code, scale = (np.asarray(term, np.float64)[operands.rows, None] for term in (tokens.zero_code, tokens.scale))
     x = np.asarray(operands.codes(A_FORMAT)[operands.rows], np.float64) - zero_code
     exact = 2.0**-9 * scale * (x @ weights.values(codes[operands.columns], terms, operands.columns).T)
-    return {name: (multiply(*tiling), args) for name, tiling in TILINGS.items()}, exact
+    tilings = TILINGS
+    if chosen_only:
+        choice = plan_many_tokens(shape.m, prepared, jnp.bfloat16)
+        tilings = {f"{choice.tiling.tile_m} {choice.tiling.schedule}, {choice.tiling.slots} slots": (choice.tiling, 0)}
+    return {name: (multiply(*tiling), args) for name, tiling in tilings.items()}, exact
 
 
 def baselines(operands: Operands) -> dict[str, Call]:
@@ -169,7 +174,9 @@ def check(product: jax.Array, exact: np.ndarray, operands: Operands) -> None:
         raise ValueError(f"{wrong.sum()} of {wrong.size} sampled numbers are wrong, such as {found[wrong][0]}")
 
 
-def measure_shape(shape: Shape, precisions: list[str], iterations: int, threads: int) -> dict[str, Any]:
+def measure_shape(
+    shape: Shape, precisions: list[str], iterations: int, threads: int, chosen_only: bool
+) -> dict[str, Any]:
     """Microseconds of the baselines, and of every precision and tiling; an error's text where one failed."""
     operands = Operands(shape, seed=0)
     row: dict[str, Any] = {}
@@ -178,7 +185,7 @@ def measure_shape(shape: Shape, precisions: list[str], iterations: int, threads:
         row[name] = measure(raise_if_error(reference[name]), *args, iterations=iterations).to_json()
     console.print(f"{shape}: " + ", ".join(f"{name} {row[name]['microseconds']:.1f} us" for name in reference))
     for text in precisions:
-        todo, exact = calls(operands, Weights.parse(text))
+        todo, exact = calls(operands, Weights.parse(text), chosen_only)
         figures: dict[str, Any] = {}
         compiled = compile_all(todo, threads)
         for name, (_, args) in todo.items():
@@ -204,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES, help="m x n x k, with commas")
     parser.add_argument("--precisions", default=PRECISIONS, help="bits of weights, and groups as in 4g128")
+    parser.add_argument("--chosen", action="store_true", help="time the tiling that is planned alone")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -212,7 +220,9 @@ def main() -> None:
     result = {"device": jax.devices()[0].device_kind, "shapes": {}}
     for shape in parse_shapes(options.shapes):
         precisions = options.precisions.split(",")
-        result["shapes"][str(shape)] = measure_shape(shape, precisions, options.iterations, options.threads)
+        result["shapes"][str(shape)] = measure_shape(
+            shape, precisions, options.iterations, options.threads, options.chosen
+        )
         if options.out is not None:
             options.out.write_text(json.dumps(result, indent=1))
 
