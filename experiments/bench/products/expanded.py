@@ -99,7 +99,7 @@ class Weights:
         return scale * codes + offset
 
 
-def calls(operands: Operands, weights: Weights, chosen_only: bool) -> tuple[dict[str, Call], np.ndarray]:
+def calls(operands: Operands, weights: Weights, chosen_only: bool = False) -> tuple[dict[str, Call], np.ndarray]:
     """The kernel with every tiling or the planned one, and the exact numbers of the sampled rows and columns."""
     shape, w_format = operands.shape, weights.format
     planes = operands.weights(w_format).planes
