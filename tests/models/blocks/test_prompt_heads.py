@@ -17,7 +17,9 @@ from bipolar_jax.models import transformer
 from bipolar_jax.models.blocks import prompt_heads
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.packing import PreparedArray
 from tests.support import sm90_compile
 from tests.support.interpreter import races_found
 
@@ -56,12 +58,19 @@ def prefill(model: Transformer, ids, lengths):
 
 @pytest.mark.parametrize(
     ("precision", "fields", "batch"),
-    [("W4A8", {"qkv_bias": True}, 2), ("W2A2", {"positions": "alibi", "norm": "layer", "head_dim": 128}, 1)],
+    [
+        ("W4A8", {"qkv_bias": True}, 2),
+        ("W2A2", {"positions": "alibi", "norm": "layer", "head_dim": 128}, 1),
+        ("W4A8g32i", {"head_dim": 128}, 2),
+    ],
 )
 @pytest.mark.sample(1)
 def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch):
     model, (ids, lengths) = make(precision, **fields), prompts(batch)
     expected, written = prefill(model, ids, lengths)
+    if precision.endswith("i"):  # what only Hopper's kernels may use; the other projections keep their planes
+        model = prepare_for_inference(model, layout="tensor_cores")
+        assert isinstance(model.layers.attention.qkv_proj.kernel.get_value(), PreparedArray)
     monkeypatch.setattr(prompt_heads, "rotated_heads", None)
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found, cache = prefill(model, ids, lengths)
