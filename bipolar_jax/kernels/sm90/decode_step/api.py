@@ -16,7 +16,13 @@ from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNor
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PRODUCTS, WAIT_LIMIT_MS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
+    HEAD_DIM,
+    PRODUCTS,
+    WAIT_LIMIT_MS,
+    LayersShape,
+    PreparedLayout,
+)
 from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
@@ -26,7 +32,7 @@ from bipolar_jax.packing import BipolarArray, PreparedArray
 
 def decode_layers(
     hidden: Float[Array, " hidden"],
-    kernels: dict[str, BipolarArray],
+    kernels: dict[str, BipolarArray | PreparedArray],
     biases: dict[str, Float[Array, "layers n"] | None],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
@@ -53,8 +59,9 @@ def decode_layers(
 
     Args:
       hidden: of the new token.
-      kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one
-        scale a column.
+      kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one float
+        scale a column; or all of them prepared, with integer groups of one size or without, "up" gated if the
+        activation is.
       biases: of the same products, or None.
       norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon.
       keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
@@ -106,7 +113,7 @@ def decode_layers(
 
 def plan_decode_layers(
     hidden: Float[Array, " hidden"],
-    kernels: dict[str, BipolarArray],
+    kernels: dict[str, BipolarArray | PreparedArray],
     biases: dict[str, Float[Array, "layers n"] | None],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
@@ -122,16 +129,20 @@ def plan_decode_layers(
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
-    kernel = (
-        f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, "
-        f"{a_format.bits} x {shape.w_format.bits} planes"
+    kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, " + (
+        f"{a_format.bits} x {shape.w_format.bits} planes" if shape.prepared is None else _prepared(kernels["qkv"])
     )
     return Plan(kernel, "one sequence: bound by reading weights and cache, and by launches", shape)
 
 
+def _prepared(kernel: PreparedArray) -> str:
+    groups = "" if kernel.terms is None else f", groups of {kernel.group_size}"
+    return f"prepared weights of {kernel.format.name} bits{groups}"
+
+
 def _shape(
     hidden: Float[Array, " hidden"],
-    kernels: dict[str, BipolarArray],
+    kernels: dict[str, BipolarArray | PreparedArray],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
     keys: tuple[Array, ...],
@@ -142,17 +153,7 @@ def _shape(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> LayersShape:
     """The static shape of the kernel. Raises Unsupported as `decode_layers` says."""
-    if any(isinstance(kernel, PreparedArray) or kernel.has_integer_groups for kernel in kernels.values()):
-        raise Unsupported("it multiplies bit planes, and the weights are prepared or have integer groups")
-    w_format = kernels["qkv"].format
-    for name, kernel in kernels.items():
-        if kernel.format != w_format or kernel.num_groups != 1:
-            raise Unsupported(
-                f"weights must have one format and one scale a column, {name} is {kernel.format} in "
-                f"{kernel.num_groups} groups beside {w_format}"
-            )
-        if kernel.contracted_size > w_format.max_contraction(a_format):
-            raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
+    _check_weights(kernels, activation, a_format)
     keys, *_ = keys
     if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
@@ -180,14 +181,46 @@ def _shape(
         heads=kernels["o"].contracted_size // HEAD_DIM,
         kv_heads=kv_heads,
         a_format=a_format,
-        w_format=w_format,
+        w_format=kernels["qkv"].format,
         norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
         norm_eps=norms["qkv"].eps,
         activation=activation,
         blocks=blocks,
+        prepared=_layout(kernels["qkv"]),
         cache_bits=cache_bits,
         wait_limit_ms=wait_limit_ms,
     )
+
+
+def _check_weights(
+    kernels: dict[str, BipolarArray | PreparedArray], activation: Activation, a_format: BipolarFormat
+) -> None:
+    """Raises Unsupported unless all weights are of one kind and format."""
+    first = kernels["qkv"]
+    prepared = isinstance(first, PreparedArray)
+    for name, kernel in kernels.items():
+        if isinstance(kernel, PreparedArray) != prepared:
+            raise Unsupported(f"either all weights are prepared or none, {name} is {kernel} beside {first}")
+        if not prepared and kernel.has_integer_groups:
+            raise Unsupported(f"{name} has integer groups in bit planes: prepare_for_inference lays them out")
+        same_groups = _groups(kernel) == _groups(first) if prepared else kernel.num_groups == 1
+        if kernel.format != first.format or not same_groups:
+            raise Unsupported(
+                f"weights must have one format and one scale a column, or integer groups of one size: {name} is "
+                f"{kernel} beside {first}"
+            )
+        if prepared and kernel.gated != (name == "up" and activation.gated):
+            raise Unsupported(f"{name} is prepared as {'' if kernel.gated else 'not '}gated, beside {activation}")
+        if kernel.contracted_size > kernel.max_contraction(a_format):
+            raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
+
+
+def _groups(kernel: PreparedArray) -> int | None:
+    return None if kernel.terms is None else kernel.group_size
+
+
+def _layout(kernel: BipolarArray | PreparedArray) -> PreparedLayout | None:
+    return PreparedLayout(kernel.chunks, kernel.natural_order) if isinstance(kernel, PreparedArray) else None
 
 
 def _multiprocessors(array) -> int:
@@ -197,12 +230,17 @@ def _multiprocessors(array) -> int:
     return min(getattr(device, "core_count", MULTIPROCESSORS) for device in devices)
 
 
-def _product_weights(kernel: BipolarArray, bias) -> ProductWeights:
+def _product_weights(kernel: BipolarArray | PreparedArray, bias) -> ProductWeights:
     def flat(term):
         return None if term is None else term.reshape(-1)
 
+    def by_part(fields):
+        return None if fields is None else fields.reshape(fields.shape[0], -1, *fields.shape[3:])
+
+    prepared = isinstance(kernel, PreparedArray)
     return ProductWeights(
-        weight_words(kernel, "planes"),
+        by_part(kernel.words) if prepared else weight_words(kernel, "planes"),
+        by_part(kernel.terms) if prepared else None,
         code_sums=flat(kernel.row_sums),
         scale=flat(kernel.scale),
         offset=flat(kernel.offset),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,18 +26,27 @@ from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE, TILE_TRANSFORMS
 
 
+def codes_of(numbers, start, k, half_steps, middle, a_format: BipolarFormat) -> Int[Array, "1024"]:
+    """The codes of a slice, in jnp; see `store_bit_planes`."""
+    codes = jnp.floor(numbers * half_steps + _rounding_half(a_format)) + middle
+    codes = jnp.clip(codes, 0.0, float(a_format.max_value)).astype(jnp.int32)
+    return jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes, 0)
+
+
+def _store_code_sums_twin(code_sums, warpgroup, total):
+    for warp in range(WARPS):
+        code_sums[warpgroup * WARPS + warp] = total if warp == 0 else jnp.int32(0)
+
+
 def _store_bit_planes_twin(tiles, code_sums, warpgroup, k_slices, starts, k, half_steps, middle, a_format):
-    half, top = _rounding_half(a_format), float(a_format.max_value)
     total = jnp.int32(0)
     for tile, numbers, start in zip(tiles, k_slices, starts, strict=True):
-        codes = jnp.clip(jnp.floor(numbers * half_steps + half) + middle, 0.0, top).astype(jnp.int32)
-        codes = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes, 0)
+        codes = codes_of(numbers, start, k, half_steps, middle, a_format)
         for plane in range(a_format.bits):
             by_word = ((codes >> plane) & 1).astype(jnp.uint32).reshape(-1, 32)
             tile[plane] = jnp.sum(by_word << lax.iota(jnp.uint32, 32)[None], axis=1, dtype=jnp.uint32)
         total += jnp.sum(codes)
-    for warp in range(WARPS):
-        code_sums[warpgroup * WARPS + warp] = total if warp == 0 else jnp.int32(0)
+    store_code_sums(code_sums, warpgroup, total)
 
 
 @with_twin(_store_bit_planes_twin)
@@ -67,23 +76,14 @@ def store_bit_planes(
       middle: the code of zero; 1 for one bit.
       a_format: 1 to 8 bits.
     """
-    half, bits, top = _rounding_half(a_format), a_format.bits, float(a_format.max_value)
-    count = len(k_slices)
+    bits, count = a_format.bits, len(k_slices)
     types = [plgpu.RefType(), SPLAT, SPLAT, SPLAT]
     types += [plgpu.RefType(TILE_TRANSFORMS)] * count + [K_SLICE_LAYOUT] * count + [SPLAT] * count
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def inline(_, code_sums, warpgroup, half_steps, middle, *arrays):
         thread, total = thread_index(), ptx.int32(0)
-        # Rounded down to a multiple of 1 by adding 2^23: the integer is then in the low bits of the mantissa.
-        magic = float(1 << 23)
-        base = ptx.add(scalar_of(middle), ptx.float32(magic))
-        factor = scalar_of(half_steps)
-
-        def encode(number):
-            steps = ptx.fma(number, factor, ptx.float32(half))
-            return ptx.as_word(ptx.at_least(ptx.at_most(ptx.add_down(steps, base), magic + top), magic))
-
+        encode = code_encoder(scalar_of(half_steps), scalar_of(middle), a_format)
         for tile, numbers, start in zip(arrays[:count], arrays[count : 2 * count], arrays[2 * count :], strict=True):
             codes = [encode(number) for number in numbers_of(numbers)]
             inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
@@ -97,17 +97,40 @@ def store_bit_planes(
                 byte = ptx.plus(ptx.flip_bits(thread, plane << 4), 128 * plane)
                 word = ptx.shift_right(planes[plane // 4], 8 * (plane % 4))
                 ptx.store_byte(ptx.advance(first_row, byte), word)
-        total = ptx.over_warp("add", total)
-        lane, warp = lane_and_warp()
-        with ptx.when(ptx.equal(lane, 0)):
-            index = ptx.plus(ptx.times(scalar_of(warpgroup), WARPS), warp)
-            ptx.store(ptx.advance_far(ptx.pointer(code_sums, ptx.SHARED), index, 4), [total])
+        store_code_sums(code_sums, scalar_of(warpgroup), total)
 
     inline(code_sums, jnp.int32(warpgroup), half_steps, middle, *tiles, *k_slices, *map(jnp.int32, starts))
 
 
 def _rounding_half(a_format: BipolarFormat) -> float:
     return 0.0 if a_format.bits == 1 else 0.5
+
+
+# Below: for use within `plgpu.inline_mgpu`.
+
+
+def code_encoder(half_steps: Value, middle: Value, a_format: BipolarFormat) -> Callable[[Value], Value]:
+    """The function of a number to its code, in the low byte of a word; see `store_bit_planes`."""
+    half, top = _rounding_half(a_format), float(a_format.max_value)
+    # Rounded down to a multiple of 1 by adding 2^23: the integer is then in the low bits of the mantissa.
+    magic = float(1 << 23)
+    base = ptx.add(middle, ptx.float32(magic))
+
+    def encode(number: Value) -> Value:
+        steps = ptx.fma(number, half_steps, ptx.float32(half))
+        return ptx.as_word(ptx.at_least(ptx.at_most(ptx.add_down(steps, base), magic + top), magic))
+
+    return encode
+
+
+@with_twin(_store_code_sums_twin)
+def store_code_sums(code_sums: Value, warpgroup: Value, total: Value) -> None:
+    """Stores every warp's sum of its threads' totals, at its index in the block."""
+    total = ptx.over_warp("add", total)
+    lane, warp = lane_and_warp()
+    with ptx.when(ptx.equal(lane, 0)):
+        index = ptx.plus(ptx.times(warpgroup, WARPS), warp)
+        ptx.store(ptx.advance_far(ptx.pointer(code_sums, ptx.SHARED), index, 4), [total])
 
 
 def low_bytes(words: Sequence[Value]) -> Value:

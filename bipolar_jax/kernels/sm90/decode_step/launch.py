@@ -20,9 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     Cache,
     CacheRing,
@@ -32,7 +30,6 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     HEAD_DIM,
     PRODUCTS,
-    TILE,
     WARPGROUPS,
     Layers,
     LayersShape,
@@ -48,6 +45,7 @@ from bipolar_jax.kernels.sm90.decode_step.phases import (
     SharedMemory,
     buffers_of,
 )
+from bipolar_jax.kernels.sm90.decode_step.products import weight_kind
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import WeightRing
 
 # Registers a thread. A block of 5 warpgroups starts with 96 each, the most that 65536 allow; setmaxnreg moves them from
@@ -117,7 +115,7 @@ def _launch(
     """
     operands = (hidden, weights, cache, sources, layer)
     flat, tree = jax.tree.flatten(operands)
-    word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
+    kind = weight_kind(shape)
     outs = launch_kernel(
         functools.partial(_kernel, shape, tuple(phases), tree),
         out_type=list(buffers_of(shape)),
@@ -126,10 +124,10 @@ def _launch(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            w_slots=word_tiles((WARPGROUPS * shape.w_slots + 1, TILE, WORDS_PER_ROW)),
-            w_arrived=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
+            w_slots=kind.slot_types,
+            w_arrived=plgpu.Barrier(num_arrivals=kind.copies, num_barriers=shape.w_slots),
             w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
-            x_tiles=word_tiles((WARPGROUPS, shape.max_k_slices, 8, WORDS_PER_ROW)),
+            x_operand=kind.operand_type,
             cache_slots=cache_slot_types(shape, cache.keys.dtype),
             cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
             product_sums=plgpu.SMEM((WARPGROUPS, shape.max_rows), jnp.int32),
@@ -151,7 +149,8 @@ def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared)
     hidden, weights, cache, sources, layer = jax.tree.unflatten(tree, operands)
     layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    ring = WeightRing(shape, [name for name in PRODUCTS if name in phases], w_slots, w_arrived, w_emptied)
+    computed = [name for name in PRODUCTS if name in phases]
+    ring = WeightRing(shape, weight_kind(shape), computed, w_slots, w_arrived, w_emptied)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():

@@ -25,7 +25,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     prefetch,
     store_vector,
 )
-from bipolar_jax.kernels.sm90.decode_step.products import chunk_rows, column_terms, finish, multiply, prefetch_terms
+from bipolar_jax.kernels.sm90.decode_step.products import chunk_rows, column_terms, finish, prefetch_terms
 from bipolar_jax.kernels.sm90.decode_step.quantize_token import layer_normalized, quantize_token, slice_starts
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
@@ -95,7 +95,7 @@ class SharedMemory:
       warp_results: float32 [8, warps]: rows for `reductions`.
       code_sums: of the token, int32 [warps].
       context_sums: of attention, float32 [warps, HEAD_DIM].
-      x_tiles: bit planes of the token, uint32 [warpgroups, K slices, 8, 32].
+      x_operand: the token, as the ring's `WeightKind` stores it.
       meet: waits for all consumer warpgroups of the block.
     """
 
@@ -103,7 +103,7 @@ class SharedMemory:
     warp_results: Any
     code_sums: Any
     context_sums: Any
-    x_tiles: Any
+    x_operand: Any
     meet: Callable[[], None]
 
 
@@ -128,19 +128,23 @@ class Phases:
         zeros = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
 
         def clear(ref, name: str, start, phase) -> None:
-            for chunk in range(shape.products[name].chunks):
-                first, count = chunk_rows(shape.products[name], self._block, chunk)
-                store_vector(ref, zeros, start + first, count, phase)
+            product = shape.products[name]
+            for chunk in range(product.chunks):
+                first, count = chunk_rows(product, self._block, chunk)
+                store_vector(ref, zeros, start + first, count, phase, product.by_parts)
 
         def clear_projections(layer) -> None:
             clear(outs.qkv, "qkv", layer * shape.products["qkv"].n, 1 - phase_bit(layer))
+
+        self._ring.kind.clear_sums(self._shared.product_sums)
 
         @pl.when(self._warpgroup == 0)
         def _():
             down = shape.products["down"]
             for chunk in range(down.chunks):
                 first, count = chunk_rows(down, self._block, chunk)
-                store_vector(outs.hidden, load_vector(hidden, first, first + count), first, count, 0)
+                values = load_vector(hidden, first, first + count, down.by_parts)
+                store_vector(outs.hidden, values, first, count, 0, down.by_parts)
             repeat(shape.num_layers, clear_projections)
             clear(outs.attended, "o", 0, 0)
             clear(outs.ffn, "up", 0, 0)
@@ -205,18 +209,24 @@ class Phases:
             k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
         elif norm:
             k_slices = layer_normalized(k_slices, *norm, product.k, shape.norm_eps, self._warpgroup, shared)
-        grid = quantize_token(k_slices, squares, product.k, shape.norm_eps, shape.a_format, self._warpgroup, shared)
+        kind = self._ring.kind
+        grid = quantize_token(
+            k_slices, squares, product.k, shape.norm_eps, shape.a_format, kind, self._warpgroup, shared
+        )
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
         weights = self._weights.products[name]
         terms = column_terms(shape, weights, layer, name, self._block)
         residual = self._residual(name)
-        multiply(shape, self._ring, index, name, self._warpgroup, shared.x_tiles, shared.product_sums)
+        kind.multiply(self._ring, index, name, self._warpgroup, shared.x_operand, shared.product_sums)
         shared.meet()
 
         @pl.when(self._warpgroup == 0)
         def _():
             for chunk in range(product.chunks):
-                halves = [finish(shape, name, terms[i][chunk], shared, grid, i, chunk) for i in range(product.halves)]
+                halves = [
+                    finish(shape, kind, name, terms[half][chunk], shared, grid, half, chunk)
+                    for half in range(product.halves)
+                ]
                 if residual is not None:
                     halves = [halves[0] + residual[chunk]]
                 self._store(name, layer, halves, *chunk_rows(product, self._block, chunk))
@@ -235,7 +245,7 @@ class Phases:
             return None
         source, product = getattr(self._sources, _RESIDUALS[name]), self._shape.products[name]
         rows = [chunk_rows(product, self._block, chunk) for chunk in range(product.chunks)]
-        return [load_vector(source, first, first + count) for first, count in rows]
+        return [load_vector(source, first, first + count, product.by_parts) for first, count in rows]
 
     def _store(self, name: str, layer, halves, first, count) -> None:
         """Stores a chunk of a product; `halves` are gate and up, or one chunk."""
@@ -245,7 +255,8 @@ class Phases:
         elif name == "up":
             values = activations.ACCURATE[self._shape.activation.function](values)
             values = (values * halves[1] if len(halves) == 2 else values) + 0.0  # -0 with phase bit 1 would be negative
-        store_vector(getattr(self._outs, WRITTEN[name]), values, first, count, phase_bit(layer))
+        by_parts = self._shape.products[name].by_parts
+        store_vector(getattr(self._outs, WRITTEN[name]), values, first, count, phase_bit(layer), by_parts)
 
     def _slice_starts(self, name: str):
         return slice_starts(self._warpgroup, self._shape.products[name].k_slices)

@@ -10,16 +10,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.grid import spanning_scale, zero_code_of
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
-from bipolar_jax.kernels.sm90.decode_step.bit_planes import store_bit_planes
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block, reduce_warps
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import zero_beyond
+from bipolar_jax.kernels.sm90.decode_step.weight_ring import WeightKind
 
 # Rows of `SharedMemory.warp_results`.
 _MAX, _MIN, _SQUARES, _SUM = range(4)
@@ -73,10 +72,11 @@ def quantize_token(
     k: int,
     eps: float,
     a_format: BipolarFormat,
+    kind: WeightKind,
     warpgroup: Int[Array, ""],
     shared,
 ) -> TokenGrid:
-    """Stores the bit planes of this warpgroup's K slices of the token in its tiles, and its warps' sums of codes.
+    """Stores this warpgroup's K slices of the token as its products take them, and its warps' sums of codes.
 
     Args:
       k_slices: this warpgroup's, 0 beyond K.
@@ -85,6 +85,7 @@ def quantize_token(
       k: the contracted size.
       eps: of the norm.
       a_format: 1 to 8 bits.
+      kind: of the weights.
       warpgroup: of the calling threads.
       shared: `phases.SharedMemory`.
     """
@@ -103,8 +104,6 @@ def quantize_token(
     one_bit = a_format.bits == 1
     zero_code = jnp.int32(0) if one_bit else zero_code_of(low, half_steps, a_format)
     middle = jnp.float32(a_format.code_offset) if one_bit else zero_code.astype(jnp.float32)
-    tiles = [shared.x_tiles.at[warpgroup, i] for i in range(len(k_slices))]
     starts = slice_starts(warpgroup, len(k_slices))
-    store_bit_planes(tiles, shared.code_sums, warpgroup, k_slices, starts, k, half_steps, middle, a_format)
-    plgpu.commit_smem()
+    kind.store_token(shared.x_operand, shared.code_sums, warpgroup, k_slices, starts, k, half_steps, middle)
     return TokenGrid(scale, zero_code)

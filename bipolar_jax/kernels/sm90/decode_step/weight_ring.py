@@ -1,26 +1,26 @@
 """The weight ring: slots of shared memory that a producer warpgroup keeps filling with all weights of all layers.
 
-A slot holds one bit plane of a tile of 32 output rows: a K slice for each consumer warpgroup. The loads depend on
-nothing that is computed, so the producer runs ahead across products and layers, also while blocks wait for each other.
+A load brings some of the weights of a tile of 32 output rows, for each consumer warpgroup its share: `WeightKind` says
+which. The loads depend on nothing that is computed, so the producer runs ahead across products and layers, also while
+blocks wait for each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.watchdog import trap_if_fewer_multiprocessors, wait_or_trap
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TILE, WARPGROUPS, Layers, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import Layers, LayersShape, Product
 
 
 @jax.tree_util.register_dataclass
@@ -29,15 +29,87 @@ class ProductWeights:
     """Weights of one of the four products, of every layer.
 
     Attributes:
-      words: bit planes, uint32 [layers, planes, n, words].
+      words: bit planes, uint32 [layers, planes, n, words]; or prepared weights, uint32 [layers, parts, stages, bits,
+        WORDS_PER_VECTOR].
+      group_terms: of prepared weights with groups, uint32 [layers, parts, stages, chunks, CHUNK_WORDS]; else None.
       code_sums, scale, offset, bias: of the columns, flat [layers * n]; None if there is none.
     """
 
     words: Any
+    group_terms: Any
     code_sums: Any
     scale: Any
     offset: Any = None
     bias: Any = None
+
+    @property
+    def of_columns(self) -> ProductWeights:
+        """Without the weights themselves."""
+        return dataclasses.replace(self, words=None, group_terms=None)
+
+
+class WeightKind(Protocol):
+    """How weights and tokens lie in shared memory, and how they are multiplied."""
+
+    @property
+    def copies(self) -> int:
+        """TMA copies of a load."""
+
+    @property
+    def slot_types(self) -> Any:
+        """Scratch specifications of the ring's slots."""
+
+    @property
+    def operand_type(self) -> Any:
+        """The scratch specification of the token."""
+
+    def loads_per_tile(self, product: Product) -> int:
+        """Loads of a tile."""
+
+    def load_tile(self, load: Callable, slots, weights: ProductWeights, product: Product, layer, tile, block, carry):
+        """All loads of one tile of a block, in order.
+
+        Args:
+          load: load(copy, carry) waits for the next slot, and calls copy(slot, barrier).
+          slots: of the ring.
+          weights: refs in memory.
+          layer: of the model.
+          carry: of `load`.
+        """
+
+    def of_warpgroup(self, slots, slot, warpgroup) -> Any:
+        """A warpgroup's share of a slot."""
+
+    def store_token(
+        self,
+        operand,
+        code_sums,
+        warpgroup: Int[Array, ""],
+        k_slices: Sequence[Float[Array, "1024"]],
+        starts: Sequence[Int[Array, ""]],
+        k: int,
+        half_steps: Float[Array, ""],
+        middle: Float[Array, ""],
+    ) -> None:
+        """Encodes a warpgroup's K slices as `bit_planes.store_bit_planes` says, and stores them for `multiply`.
+
+        When it returns, the warpgroup may multiply them.
+        """
+
+    def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
+        """Adds up this warpgroup's products of every tile of the block.
+
+        Args:
+          layer: counted from the first that is computed.
+          operand: the token.
+          sums: int32 [warpgroups, rows], in the order of halves and rows.
+        """
+
+    def clear_sums(self, sums) -> None:
+        """What a warpgroup does before the first product."""
+
+    def take_sums(self, sums, start, count) -> Int[Array, "128"]:
+        """Sums over all warpgroups of 128 rows from `start` on, of which those from `count` on mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +118,15 @@ class WeightRing:
 
     Attributes:
       shape: of the layers.
+      kind: of the weights.
       names: of the products that are computed, in order.
-      slots: shared memory, uint32 [w_slots * warpgroups + 1, 32, 32]; the last entry is never written.
-      arrived: barriers [w_slots], one arrival for each warpgroup's load.
+      slots: shared memory, as `kind` says.
+      arrived: barriers [w_slots], one arrival for each copy of a load.
       emptied: barriers [w_slots], one arrival for each warpgroup.
     """
 
     shape: LayersShape
+    kind: WeightKind
     names: Sequence[str]
     slots: Any
     arrived: Any
@@ -65,10 +139,10 @@ class WeightRing:
         return layer * sum(loads.values()) + before + tile * (loads[name] // self.shape.products[name].tiles)
 
     def wait(self, load, warpgroup):
-        """Waits for a load; returns the warpgroup's K slice of it, [32, 32 words], behind which there is memory."""
+        """Waits for a load; returns the warpgroup's share of it."""
         slot = lax.rem(load, self.shape.w_slots)
         plgpu.barrier_wait(self.arrived.at[slot])
-        return self.slots.at[slot * WARPGROUPS + warpgroup]
+        return self.kind.of_warpgroup(self.slots, slot, warpgroup)
 
     def release(self, load) -> None:
         """The warpgroup no longer reads what it waited for."""
@@ -83,20 +157,13 @@ class WeightRing:
         trap_if_fewer_multiprocessors(self.shape.blocks)
 
         def load_product(name: str, layer, carry):
-            product, bits = self.shape.products[name], self.shape.w_format.bits
+            product = self.shape.products[name]
 
             def load_tile(tile, carry):
-                half, tile = lax.div(tile, product.rows // TILE), lax.rem(tile, product.rows // TILE)
-                row_in_half = block * product.rows + tile * TILE
-                # Rows beyond a half must not be the next half's: from row n on TMA fills in zeros and reads nothing.
-                row = jnp.where(row_in_half < product.half_size, half * product.half_size + row_in_half, product.n)
-
-                def load_plane(index, carry):
-                    k_slice, plane = lax.div(index, bits), lax.rem(index, bits)
-                    source = weights[name].words.at[layers.first + layer, plane, pl.ds(row, TILE)]
-                    return self._load(source, k_slice * WARPGROUPS * WORDS_PER_ROW, carry)
-
-                return lax.fori_loop(0, pinned(product.k_slices * bits), load_plane, carry)
+                model_layer = layers.first + layer
+                return self.kind.load_tile(
+                    self._load, self.slots, weights[name], product, model_layer, tile, block, carry
+                )
 
             return lax.fori_loop(0, pinned(product.tiles), load_tile, carry)
 
@@ -112,23 +179,17 @@ class WeightRing:
     def _wait_emptied(self, slot) -> None:
         wait_or_trap(self.emptied.at[slot], self.shape.wait_limit_ms)
 
-    def _load(self, plane_rows, first_word, carry):
-        """Loads a plane of a tile, from a word on. The carry is the number of loads so far, and the next slot."""
+    def _load(self, copy: Callable, carry):
+        """Makes the copies of one load. The carry is the number of loads so far, and the next slot."""
         count, slot = carry
 
         @pl.when(count >= self.shape.w_slots)
         def _():
             self._wait_emptied(slot)
 
-        for warpgroup in range(WARPGROUPS):
-            # [32, 32 words]; zeros beyond K and beyond the last row.
-            plgpu.copy_gmem_to_smem(
-                plane_rows.at[:, pl.ds(first_word + warpgroup * WORDS_PER_ROW, WORDS_PER_ROW)],
-                self.slots.at[slot * WARPGROUPS + warpgroup],
-                self.arrived.at[slot],
-            )
+        copy(slot, self.arrived.at[slot])
         return count + 1, jnp.where(slot + 1 == self.shape.w_slots, 0, slot + 1)
 
     def _loads(self, name: str) -> int:
         product = self.shape.products[name]
-        return product.tiles * product.k_slices * self.shape.w_format.bits
+        return product.tiles * self.kind.loads_per_tile(product)

@@ -41,6 +41,8 @@ class Case:
     positions: str = "rope"
     cache_dtype: type = jnp.bfloat16
     cache_bits: int | None = None
+    prepared: bool = False
+    group_size: int | None = None
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -59,10 +61,7 @@ class Case:
         cache = (self.layers, 1, self.kv_heads, self.capacity, HEAD_DIM)
         return dict(
             hidden=normal(self.hidden),
-            kernels={
-                name: quantize(normal(self.layers, k, n) / np.sqrt(k), self.w_bits, -2, calibration=self.calibration)
-                for name, (k, n) in sizes.items()
-            },
+            kernels={name: self.kernel(name, normal(self.layers, k, n) / np.sqrt(k)) for name, (k, n) in sizes.items()},
             biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
             norms={name: self._norm(normal) for name in ("qkv", "up")},
             activation=self.activation,
@@ -81,6 +80,13 @@ class Case:
         if self.cache_bits is None:
             return (heads.astype(self.cache_dtype),)
         return tuple(jax.tree.leaves(QuantizedHeads.quantize(heads, self.cache_bits)))
+
+    def kernel(self, name: str, numbers):
+        scales = "float" if self.group_size is None else "integer"
+        kernel = quantize(
+            numbers, self.w_bits, -2, calibration=self.calibration, group_size=self.group_size, scales=scales
+        )
+        return kernel.prepare(gated=name == "up" and self.activation.gated) if self.prepared else kernel
 
     def _norm(self, normal):
         gain = self.gain * (1 + 0.1 * normal(self.layers, self.hidden))

@@ -12,13 +12,16 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing.fields import CHUNK_WORDS, STAGE, WORDS_PER_VECTOR
 
 WARPGROUPS = 4  # that compute; a fifth loads weights
 TILE = 32  # rows of the output (columns of the weights) in a tile
 CHUNK_POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIM = 128
 PARTIAL_SIZE = HEAD_DIM + TILE  # floats of a block's partial attention
+STAGES_PER_SLICE = K_SLICE // STAGE
 PRODUCTS = ("qkv", "o", "up", "down")
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
 _MAX_SPLITS = 16  # partial attentions that one thread combines
@@ -32,22 +35,38 @@ class Layers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class PreparedLayout:
+    """What is static about prepared weights (`packing.fields`) besides their format.
+
+    Attributes:
+      chunks: chunks of a stage with terms of their own; 0 without groups.
+      natural_order: whether positions of a stage are elements.
+    """
+
+    chunks: int
+    natural_order: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Product:
     """One of a layer's four products, divided over blocks and warpgroups.
 
     A block computes `rows` consecutive rows of each half of the output, in tiles of 32. Its warpgroups take K slices
-    round-robin.
+    round-robin. A tile of prepared weights is a part: 16 rows of both halves where there are two. Where there is one,
+    rows are counted in the order of parts (`vectors.row_of_parts`).
 
     Attributes:
       n, k: sizes.
       halves: 2 where the output is gate and up, of which a block computes the same rows; else 1.
       blocks: of the kernel.
+      prepared: whether weights are prepared.
     """
 
     n: int
     k: int
     halves: int
     blocks: int
+    prepared: bool = False
 
     @property
     def half_size(self) -> int:
@@ -56,7 +75,13 @@ class Product:
     @property
     def rows(self) -> int:
         """Rows of a half for each block; the last blocks may have fewer, or none."""
-        return -(-self.half_size // (self.blocks * TILE)) * TILE
+        unit = TILE // self.halves if self.prepared else TILE
+        return -(-self.half_size // (self.blocks * unit)) * unit
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether rows are counted in the order of parts."""
+        return self.prepared and self.halves == 1
 
     @property
     def tiles(self) -> int:
@@ -67,6 +92,11 @@ class Product:
     def chunks(self) -> int:
         """Vectors of 128 rows that cover a block's rows of a half."""
         return -(-self.rows // HEAD_DIM)
+
+    @property
+    def all_k_slices(self) -> int:
+        """K slices of all warpgroups that do not lie beyond K."""
+        return -(-self.k // K_SLICE)
 
     @property
     def k_slices(self) -> int:
@@ -87,6 +117,7 @@ class LayersShape:
       norm_eps: of the norms.
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
       blocks: of the grid, at most one a multiprocessor.
+      prepared: how weights are laid out; None for bit planes.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
       wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
     """
@@ -102,6 +133,7 @@ class LayersShape:
     norm_eps: float
     activation: Activation
     blocks: int
+    prepared: PreparedLayout | None = None
     cache_bits: int | None = None
     wait_limit_ms: int = WAIT_LIMIT_MS
 
@@ -117,15 +149,19 @@ class LayersShape:
     def products(self) -> dict[str, Product]:
         context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
         halves = 2 if self.activation.gated else 1
-        return {
-            "qkv": Product(context + 2 * kv, self.hidden, 1, self.blocks),
-            "o": Product(self.hidden, context, 1, self.blocks),
-            "up": Product(halves * self.ffn, self.hidden, halves, self.blocks),
-            "down": Product(self.hidden, self.ffn, 1, self.blocks),
+        sizes = {
+            "qkv": (context + 2 * kv, self.hidden, 1),
+            "o": (self.hidden, context, 1),
+            "up": (halves * self.ffn, self.hidden, halves),
+            "down": (self.hidden, self.ffn, 1),
         }
+        return {name: Product(*size, self.blocks, self.prepared is not None) for name, size in sizes.items()}
 
     def recovery(self, name: str) -> Recovery:
-        return Recovery("planes", self.a_format, self.w_format, self.products[name].k, self.a_format.bits > 1)
+        formats = (self.a_format, self.w_format, self.products[name].k, self.a_format.bits > 1)
+        if self.prepared is None:
+            return Recovery("planes", *formats)
+        return ExpandedRecovery("int8", *formats, grouped=self.prepared.chunks > 0)
 
     @property
     def splits(self) -> int:
@@ -157,20 +193,41 @@ class LayersShape:
     @property
     def max_rows(self) -> int:
         """Rows of all tiles of a block, padded so that a vector of 128 may start at any row of a half."""
-        return max(product.tiles * TILE for product in self.products.values()) + HEAD_DIM
+        products = self.products.values()
+        if self.prepared is not None:  # every byte counts: the last vector starts with the last half's last chunk
+            return max((product.halves - 1) * product.rows + product.chunks * HEAD_DIM for product in products)
+        return max(product.tiles * TILE for product in products) + HEAD_DIM
 
     @property
     def w_slots(self) -> int:
-        """Slots of the weight ring; each holds a plane of a tile, a K slice for every warpgroup."""
-        left = SHARED_MEMORY_BYTES - self._other_bytes - TILE * BYTES_PER_ROW
-        return left // (WARPGROUPS * TILE * BYTES_PER_ROW)
+        """Slots of the weight ring.
+
+        Each holds a plane of a tile, a K slice for every warpgroup; or `stages_per_load` stages of a part for each.
+        """
+        left = SHARED_MEMORY_BYTES - self._other_bytes
+        if self.prepared is None:
+            return (left - TILE * BYTES_PER_ROW) // (WARPGROUPS * TILE * BYTES_PER_ROW)
+        stage_words = self.w_format.bits * WORDS_PER_VECTOR + self.prepared.chunks * CHUNK_WORDS
+        return left // (WARPGROUPS * self.stages_per_load * 4 * stage_words)
+
+    @property
+    def stages_per_load(self) -> int:
+        """Stages of a part that a warpgroup gets with a load: one for each warp, or for two of the four in turn."""
+        return WARPS if self.w_format.bits <= 4 else WARPS // 2
+
+    @property
+    def token_slices(self) -> int:
+        """K slices of the longest token."""
+        return max(product.all_k_slices for product in self.products.values())
 
     @property
     def _other_bytes(self) -> int:
         """Shared memory besides the weight ring; a position of a quantized cache has 6 more bytes, scale and zero."""
-        tokens = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW
+        tokens, reductions = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW, 2 * 1024
+        if self.prepared is not None:
+            tokens, reductions = self.token_slices * K_SLICE, 1024
         sums = 4 * WARPGROUPS * self.max_rows
         grid = 0 if self.cache_bits is None else 4 + 2
         cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
         context_sums = 4 * WARPGROUPS * WARPS * HEAD_DIM
-        return tokens + sums + cache + context_sums + 2 * 1024
+        return tokens + sums + cache + context_sums + reductions

@@ -1,11 +1,15 @@
 """Flat arrays in global memory: bounds-checked loads, polling loads, stores with a phase bit, and prefetches.
 
 A vector is 128 elements, one a thread of the warpgroup. A K slice is 1024 elements, eight a thread.
+
+Vectors `by_parts` are counted in the order of parts of prepared weights (`packing.fields`): element
+32 (4 t + w) + 16 b + i of that order is element 128 t + 64 b + 16 w + i of the array.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,26 +33,43 @@ from bipolar_jax.kernels.sm90.core.fragments import (
 )
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.polling import poll_words, store_in_phase
+from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
 
-_STORE_UNIT = 32  # elements; the count of a stored vector is a multiple
+_RUN = 16  # elements that are neighbours in either order; the count of a stored vector is a multiple
 _CACHE_LINE = 128  # bytes
 _VECTOR_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
 _K_SLICE_TYPE = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT)
 
 
-def _load_vector_twin(ref, start, end):
+def row_of_parts(index: Any) -> Any:
+    """The element of an array that comes at an index in the order of parts; of integers, or arrays of them."""
+    return (index & ~0x70) | ((index & 0x10) << 2) | ((index & 0x60) >> 1)
+
+
+def _element(index: Value, by_parts: bool) -> Value:
+    """`row_of_parts` of an index that is not negative, or the index itself."""
+    if not by_parts:
+        return index
+    block = ptx.shift_left(ptx.bits_of(index, 0x10), 2)
+    warp = ptx.shift_right(ptx.bits_of(index, 0x60), 1)
+    return ptx.either_bits(ptx.either_bits(ptx.bits_of(index, ~0x70), block), warp)
+
+
+def _load_vector_twin(ref, start, end, by_parts=False):
     index = start + lax.iota(jnp.int32, WARPGROUP)
-    return jnp.where(index < end, ref[...][jnp.where(index < end, index, 0)].astype(_loaded_dtype(ref)), 0)
+    element = jnp.where(index < end, row_of_parts(index) if by_parts else index, 0)
+    return jnp.where(index < end, ref[...][element].astype(_loaded_dtype(ref)), 0)
 
 
 @with_twin(_load_vector_twin)
-def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int) -> Array:
+def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, by_parts: bool = False) -> Array:
     """ref[start : start + 128], with 0 from `end` on: float32, or int32 of integers.
 
     Args:
       ref: flat, in global memory; bfloat16, or 4 bytes an element.
+      by_parts: whether `start` and `end` count elements in the order of parts.
     """
     dtype, size = _loaded_dtype(ref), jnp.dtype(ref.dtype).itemsize
     integers = dtype == jnp.int32
@@ -60,7 +81,8 @@ def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int) -> Array:
     def inline(_, ref, start, end):
         index = ptx.plus(scalar_of(start), thread_index())
         valid = ptx.less(index, scalar_of(end))
-        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), ptx.choose(valid, index, ptx.int32(0)), size)
+        element = ptx.choose(valid, _element(index, by_parts), ptx.int32(0))
+        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, size)
         word = ptx.shift_left(ptx.load_half(pointer), 16) if size == 2 else ptx.load(pointer, 1)[0]
         word = ptx.choose(valid, word, ptx.int32(0))
         return as_vector(word if integers else ptx.as_float(word), dtype)
@@ -110,31 +132,39 @@ def poll_vectors(
     return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
 
 
-def _store_vector_twin(ref, values, start, count, phase):
-    for i in range(0, WARPGROUP, _STORE_UNIT):
+def _store_vector_twin(ref, values, start, count, phase, by_parts=False):
+    for i in range(0, WARPGROUP, _RUN):
 
         @pl.when(i < count)
         def _(i=i):
-            ref[pl.ds(start + i, _STORE_UNIT)] = in_phase(values[i : i + _STORE_UNIT], phase)
+            element = row_of_parts(start + i) if by_parts else start + i
+            ref[pl.ds(element, _RUN)] = in_phase(values[i : i + _RUN], phase)
 
 
 @with_twin(_store_vector_twin)
 def store_vector(
-    ref, values: Float[Array, "128"], start: Int[Array, ""], count: Int[Array, ""] | int, phase: Int[Array, ""] | int
+    ref,
+    values: Float[Array, "128"],
+    start: Int[Array, ""],
+    count: Int[Array, ""] | int,
+    phase: Int[Array, ""] | int,
+    by_parts: bool = False,
 ) -> None:
     """ref[start : start + count] = values[:count], each with the phase bit.
 
     Args:
       ref: flat float32 in global memory.
       values: in the layout VECTOR.
-      count: a multiple of 32; nothing is stored if it is not positive.
+      count: a multiple of 16; nothing is stored if it is not positive.
+      by_parts: whether `start` counts elements in the order of parts.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR, SPLAT, SPLAT, SPLAT))
     def inline(_, ref, values, start, count, phase):
         thread = thread_index()
         with ptx.when(ptx.less(thread, scalar_of(count))):
-            pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), ptx.plus(scalar_of(start), thread), 4)
+            element = _element(ptx.plus(scalar_of(start), thread), by_parts)
+            pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, 4)
             store_in_phase(pointer, only_word(values), scalar_of(phase))
 
     inline(ref, values, jnp.int32(start), jnp.int32(count), jnp.int32(phase))
@@ -215,20 +245,22 @@ def _check_slice_dtype(ref) -> None:
         raise ValueError(f"K slices are loaded from bfloat16 or float32, not from {ref.dtype}")
 
 
-@with_twin(lambda ref, start, count: None)
-def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int) -> None:
+@with_twin(lambda ref, start, count, by_parts=False: None)
+def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int, by_parts: bool = False) -> None:
     """Prefetches ref[start : start + count] of a flat array to the L2 cache: one line a thread, at most 128 lines.
 
-    A partial line at the end, where `start` is not aligned to lines, is not prefetched.
+    A partial line at the end, where `start` is not aligned to lines, is not prefetched. With `by_parts`, `start` counts
+    elements in the order of parts, of which a thread prefetches 16 in a row.
     """
-    line = _CACHE_LINE // jnp.dtype(ref.dtype).itemsize
+    size = jnp.dtype(ref.dtype).itemsize
+    line = _RUN if by_parts else _CACHE_LINE // size
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
     def inline(_, ref, start, count):
         element = ptx.times(thread_index(), line)
         with ptx.when(ptx.less(element, scalar_of(count))):
-            index = ptx.plus(scalar_of(start), element)
-            ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, _CACHE_LINE // line))
+            index = _element(ptx.plus(scalar_of(start), element), by_parts)
+            ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, size))
 
     inline(ref, jnp.int32(start), jnp.int32(count))
 

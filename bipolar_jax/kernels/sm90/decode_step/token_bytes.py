@@ -1,0 +1,168 @@
+"""Encodes a token's numbers, and stores the signed codes as the bytes that `mma` reads beside prepared weights.
+
+A stage of the token is 32 words: four segments of eight, one for each lane of four that share a row of the weights.
+Lane q of a group multiplies words 2 s + h of its segment in step s, the bytes of positions 32 s + 16 h + 4 q onwards
+(`packing.fields`). Of stages with an odd index segments 2 j and 2 j + 1 are exchanged: threads of a warp store bytes
+of two neighbouring stages at once, and would meet in the same banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Int8, UInt32
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
+from bipolar_jax.kernels.sm90.core.fragments import K_SLICE_LAYOUT, SPLAT, numbers_of, scalar_of, thread_index
+from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
+from bipolar_jax.kernels.sm90.decode_step.bit_planes import code_encoder, codes_of, low_bytes, store_code_sums
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE
+from bipolar_jax.packing.fields import STEPS
+
+_EVERY_BYTE = 0x01010101
+_SEGMENTS, SEGMENT_WORDS = 4, 8  # of a stage
+SLICE_WORDS = K_SLICE // 4
+_SIGN = 128  # of a byte
+
+
+def segment_bytes(stage: Value, lane: Value) -> Value:
+    """Where a lane's segment of a stage is among the bytes of the stage."""
+    segment = ptx.flip_bits(ptx.bits_of(lane, _SEGMENTS - 1), ptx.bits_of(stage, 1))
+    return ptx.times(segment, 4 * SEGMENT_WORDS)
+
+
+def positions_of(words: UInt32[Array, "256"]) -> Int8[Array, "stages positions"]:
+    """The bytes of a slice by stage and position, in jnp."""
+    numbers = lax.bitcast_convert_type(words, jnp.int8).reshape(STAGES_PER_SLICE // 2, 2, _SEGMENTS, STEPS, 2, 4)
+    numbers = jnp.stack([numbers[:, 0], _exchanged(numbers[:, 1])], axis=1)
+    return numbers.transpose(0, 1, 3, 4, 2, 5).reshape(STAGES_PER_SLICE, -1)
+
+
+def words_of(numbers: Int8[Array, "1024"], natural_order: bool) -> UInt32[Array, "256"]:
+    """The inverse of `positions_of`, of elements."""
+    if not natural_order:
+        numbers = numbers.reshape(-1, 4, 8).swapaxes(1, 2)
+    numbers = numbers.reshape(STAGES_PER_SLICE // 2, 2, STEPS, 2, _SEGMENTS, 4).transpose(0, 1, 4, 2, 3, 5)
+    numbers = jnp.stack([numbers[:, 0], _exchanged(numbers[:, 1])], axis=1)
+    return lax.bitcast_convert_type(numbers.reshape(-1, 4), jnp.uint32)
+
+
+def _exchanged(segments):
+    return segments.reshape(-1, 2, STEPS, 2, 4)[:, ::-1].reshape(segments.shape)
+
+
+def _store_bytes_twin(
+    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, natural_order
+):
+    total = jnp.int32(0)
+    for index, numbers, start in zip(indices, k_slices, starts, strict=True):
+        codes = codes_of(numbers, start, k, half_steps, middle, a_format)
+        total += jnp.sum(codes)
+
+        @pl.when(start < k)
+        def _(index=index, codes=codes):
+            operand[index] = words_of((codes - a_format.code_offset).astype(jnp.int8), natural_order)
+
+    store_code_sums(code_sums, warpgroup, total)
+
+
+@with_twin(_store_bytes_twin)
+def store_bytes(
+    operand: Any,
+    code_sums: Any,
+    warpgroup: Int[Array, ""],
+    k_slices: Sequence[Float[Array, "1024"]],
+    indices: Sequence[Int[Array, ""]],
+    starts: Sequence[Int[Array, ""]],
+    k: int,
+    half_steps: Float[Array, ""],
+    middle: Float[Array, ""],
+    a_format: BipolarFormat,
+    natural_order: bool,
+) -> None:
+    """Encodes K slices, and stores their signed codes u - o and every warp's sum of codes u.
+
+    Args:
+      operand: shared memory, uint32 [K slices, SLICE_WORDS].
+      code_sums, warpgroup, k_slices, starts, half_steps, middle, a_format: as of `bit_planes.store_bit_planes`.
+      indices: of the slices in `operand`.
+      k: the contracted size, a multiple of 8. Nothing is stored from there on.
+      natural_order: whether positions are elements, see `packing.fields`.
+    """
+    count = len(k_slices)
+    types = [plgpu.RefType(), plgpu.RefType(), SPLAT, SPLAT, SPLAT]
+    types += [K_SLICE_LAYOUT] * count + [SPLAT] * (2 * count)
+
+    @plgpu.inline_mgpu(arg_types=tuple(types))
+    def inline(_, operand, code_sums, warpgroup, half_steps, middle, *arrays):
+        thread, total = thread_index(), ptx.int32(0)
+        encode = code_encoder(scalar_of(half_steps), scalar_of(middle), a_format)
+        first_word, store = ptx.pointer(operand, ptx.SHARED), store_natural if natural_order else store_interleaved
+        slices, indices, starts = (arrays[i * count : (i + 1) * count] for i in range(3))
+        for numbers, index, start in zip(slices, indices, starts, strict=True):
+            codes = [encode(number) for number in numbers_of(numbers)]
+            inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
+            words = [low_bytes(codes[i : i + 4]) for i in (0, 4)]
+            for word in words:
+                total = ptx.choose(inside, ptx.add_bytes(word, total, signed=False), total)
+            with ptx.when(inside):
+                target = ptx.advance(first_word, ptx.times(scalar_of(index), K_SLICE))
+                store(target, thread, [signed_bytes(word, a_format) for word in words])
+        store_code_sums(code_sums, scalar_of(warpgroup), total)
+
+    inline(
+        operand,
+        code_sums,
+        jnp.int32(warpgroup),
+        half_steps,
+        middle,
+        *k_slices,
+        *map(jnp.int32, indices),
+        *map(jnp.int32, starts),
+    )
+
+
+# Below: for use within `plgpu.inline_mgpu`.
+
+
+def signed_bytes(codes: Value, a_format: BipolarFormat) -> Value:
+    """u - o in every byte, of codes u: u + 128 - o is at most 255, and its sign bit is the complement of the sign."""
+    if a_format.code_offset != _SIGN:
+        codes = ptx.plus(codes, (_SIGN - a_format.code_offset) * _EVERY_BYTE)
+    return ptx.flip_bits(codes, _SIGN * _EVERY_BYTE)
+
+
+def store_interleaved(target: Pointer, thread: Value, words: Sequence[Value]) -> None:
+    """Stores a thread's eight bytes of a slice, as byte i of eight words: position 4 j + i is element 8 i + j.
+
+    Args:
+      target: of the slice.
+      thread: with elements 8 thread onwards.
+      words: bytes of the elements, signed.
+    """
+    stage, step = ptx.shift_right(thread, 4), ptx.bits_of(ptx.shift_right(thread, 2), STEPS - 1)
+    at = ptx.plus(ptx.plus(ptx.times(stage, 128), ptx.times(step, 8)), ptx.bits_of(thread, 3))
+    # A segment's exchange flips the lowest bit of its index.
+    flipped = ptx.times(ptx.bits_of(stage, 1), 4 * SEGMENT_WORDS)
+    for j in range(8):
+        half, segment = j // _SEGMENTS, j % _SEGMENTS
+        place = ptx.plus(ptx.flip_bits(flipped, 4 * SEGMENT_WORDS * segment), 4 * half)
+        ptx.store_byte(ptx.advance(target, ptx.plus(at, place)), ptx.shift_right(words[j // 4], 8 * (j % 4)))
+
+
+def store_natural(target: Pointer, thread: Value, words: Sequence[Value]) -> None:
+    """`store_interleaved` where positions are elements: the eight bytes are two words."""
+    stage, step = ptx.shift_right(thread, 4), ptx.bits_of(ptx.shift_right(thread, 2), STEPS - 1)
+    half, pair = ptx.bits_of(ptx.shift_right(thread, 1), 1), ptx.bits_of(thread, 1)
+    at = ptx.plus(ptx.plus(ptx.times(stage, 128), ptx.times(step, 8)), ptx.times(half, 4))
+    for i, word in enumerate(words):
+        segment = ptx.flip_bits(ptx.plus(ptx.times(pair, 2), i), ptx.bits_of(stage, 1))
+        ptx.store(ptx.advance(target, ptx.plus(at, ptx.times(segment, 4 * SEGMENT_WORDS))), [word])
