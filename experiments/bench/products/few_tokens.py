@@ -71,14 +71,17 @@ def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTilin
     """The tiling that is chosen, and others that fit."""
     chosen = few_tokens_tiling(shape.m, shape.n, shape.k, bits, chunks)
     others = [
-        with_slots(FewTokensTiling(warpgroups, parts, depth), shape.m, bits, chunks)
-        for warpgroups in (1, 2, 3, 4)
-        for parts in (1, 2, 3, 4, 7, 8)
+        with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), shape.m, bits, chunks)
+        for cluster, all_parts in ((1, (1, 2, 7)), (2, (1, 2)), (4, (1, 4)))
+        for parts in all_parts
+        for warpgroups in (2, 3, 4)
         for depth in (1, 2)
-        if parts <= 4 * warpgroups
     ]
     tilings = [chosen, *(tiling for tiling in others if tiling.slots >= 2 and tiling != chosen)]
-    return {f"{t.warpgroups} warpgroups, {t.parts} parts, depth {t.depth}, {t.slots} slots": t for t in tilings}
+    return {
+        f"{t.warpgroups} warpgroups, {t.parts} parts, depth {t.depth}, {t.slots} slots, {t.cluster} blocks": t
+        for t in tilings
+    }
 
 
 def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling) -> Call:

@@ -19,7 +19,13 @@ _SIZES = [(131, 97), (4096, 1500), (260, 14336), (9001, 640), (28672, 300)]
 _TOKENS = (1, 3, 8, 16, 17, 33, 64)
 _GROUP_SIZES = (16, 32, 48, 64, 128, 256)
 # Beside the one that is chosen, with as many slots as fit.
-_TILINGS = [FewTokensTiling(1, parts=3, depth=2), FewTokensTiling(4, parts=2), FewTokensTiling(2, parts=7)]
+_TILINGS = [
+    FewTokensTiling(1, parts=3, depth=2),
+    FewTokensTiling(2, parts=4, cluster=4),
+    FewTokensTiling(4, parts=2),
+    FewTokensTiling(2, parts=7),
+    FewTokensTiling(3, parts=2, cluster=2),
+]
 
 
 def cases() -> list[Case]:
@@ -49,14 +55,14 @@ def cases() -> list[Case]:
 def small() -> dict[str, Case]:
     return {
         "few tokens, groups": _case(4, 64, 8, 3, 300, 700, _TILINGS[0]),
-        "few tokens, prepared codes": _case(3, None, 8, 17, 300, 700, None),
+        "few tokens, prepared codes": _case(3, None, 8, 17, 300, 700, _TILINGS[1]),
     }
 
 
 def _case(bits, group_size, a_bits: int, m: int, n: int, k: int, tiling: FewTokensTiling | None, gated=False) -> Case:
     n += gated and n % 2
     name = f"W{bits}A{a_bits}" + ("" if group_size is None else f"g{group_size}")
-    by = "" if tiling is None else f" by {tiling.warpgroups} warpgroups, {tiling.parts} parts"
+    by = "" if tiling is None else f" by {tiling.warpgroups} warpgroups, {tiling.parts} parts, {tiling.cluster} blocks"
     return Case(
         f"{name} {m}x{n}x{k}{' gated' * gated}{by}",
         lambda: _trial(BipolarFormat(bits), group_size, BipolarFormat(a_bits), m, n, k, tiling, gated),

@@ -18,12 +18,14 @@ CHUNK = 8  # tokens: the columns of an instruction, and what is finished at once
 RUN = PART_ROWS // 2  # columns of the output that follow each other, of either block of a part
 FINISH_ROWS = 64  # of an array in the layout that the epilogue takes
 PARTS_AT_ONCE = FINISH_ROWS // RUN
-# Registers of the producer's threads, and of the consumers' by number of warpgroups: 512 a thread index in all.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {1: 232, 2: 232, 3: 160, 4: 120}
+# Registers of the producer's threads, and of the consumers' by number of warpgroups. A block has as many as it starts
+# with: 96 a thread with five warpgroups. Whoever asks for more waits for ever.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {1: 232, 2: 232, 3: 160, 4: 112}
 _MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
 _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
 # Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
 _FROM_MEMORY, _ARRIVING = 18, 26
+_EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,14 @@ class FewTokensTiling:
       parts: of the weights (`packing.fields`) that a block multiplies at a time, with the same tokens: a unit.
       depth: stages of K that a warp multiplies of each slot.
       slots: of the ring buffer.
+      cluster: blocks that divide the K of a unit, 1, 2 or 4; each then finishes the sums of some of the tokens.
     """
 
     warpgroups: int
     parts: int = 1
     depth: int = 1
     slots: int = 4
+    cluster: int = 1
 
     @property
     def warps(self) -> int:
@@ -65,6 +69,10 @@ class FewTokensTiling:
     def token_stages(self) -> int:
         """Stages of a token in a slot: an odd number, so that a swizzle spreads the rows of eight tokens over banks."""
         return self.stages | 1
+
+    def clusters(self, blocks: int) -> int:
+        """Clusters that run at a time: GPCs of 18 multiprocessors have two that no cluster of four takes."""
+        return max(1, blocks // self.cluster - (self.cluster > 2))
 
     @property
     def buffers(self) -> int:
@@ -153,6 +161,8 @@ class FewTokensProblem:
             raise ValueError(f"from 1 to {MOST_TOKENS} tokens are multiplied, not {self.m}")
         if tiling.warpgroups not in CONSUMER_REGISTERS or not 1 <= tiling.parts <= tiling.warps or tiling.depth < 1:
             raise ValueError(f"1 to 4 warpgroups take a part a warp at most, and a stage at least: {tiling}")
+        if tiling.cluster not in (1, 2, 4):
+            raise ValueError(f"1, 2 or 4 blocks divide K: {tiling}")
         if tiling.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"{tiling} takes {self.shared_memory_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES} for "
@@ -189,28 +199,34 @@ def few_tokens_tiling(
       blocks: thread blocks.
     """
     total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks)
-    most_warpgroups = 4 if m <= 2 * CHUNK else 2  # more accumulators need more registers
+    most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
 
-    def cycles(parts: int) -> float:
-        rounds = -(-total // (parts * blocks))
+    def cycles(tiling: FewTokensTiling) -> float:
+        parts, cluster = tiling.parts, tiling.cluster
+        rounds = -(-total // (parts * tiling.clusters(blocks)))
         arriving = parts * part + m * BYTES_PER_ROW
-        return rounds * max(parts * part / _FROM_MEMORY, arriving / _ARRIVING)
+        stage = max(parts * part / _FROM_MEMORY, arriving / _ARRIVING)
+        return rounds * stages * stage / cluster + (_EXCHANGE if cluster > 1 else 0)
 
-    def depth_of(warpgroups: int, parts: int) -> int:
-        stages_of_turn = WARPS * warpgroups // parts
-        wanted = -(-_SLOT_BYTES // (stages_of_turn * parts * part))
-        return max(1, min(wanted, _MOST_DEPTH, stages // stages_of_turn))
+    def depth_of(tiling: FewTokensTiling) -> int:
+        wanted = -(-_SLOT_BYTES // (tiling.workers * part))
+        return max(1, min(wanted, _MOST_DEPTH, stages // (tiling.cluster * tiling.splits)))
 
-    by_cycles = sorted(range(1, min(_MOST_PARTS, total) + 1), key=cycles)
+    shares = [
+        FewTokensTiling(most_warpgroups, parts, cluster=cluster)
+        for cluster in (1, 2, 4)
+        for parts in range(1, min(_MOST_PARTS, total) + 1)
+        if cluster <= blocks
+    ]
     for least_slots in (3, 2):
-        for parts in by_cycles:
-            for warpgroups in (4, 2, 1):
-                if warpgroups > most_warpgroups or parts > WARPS * warpgroups:
-                    continue
-                for depth in range(depth_of(warpgroups, parts), 0, -1):
-                    tiling = with_slots(FewTokensTiling(warpgroups, parts, depth), m, w_bits, chunks)
-                    if tiling.slots >= least_slots:
-                        return tiling
+        for share in sorted(shares, key=cycles):
+            by_warpgroups = [dataclasses.replace(share, warpgroups=w) for w in range(1, most_warpgroups + 1)]
+            # The most warps that have work.
+            for tiling in sorted(by_warpgroups, key=lambda tiling: -tiling.workers):
+                for depth in range(depth_of(tiling) if tiling.workers else 0, 0, -1):
+                    fitted = with_slots(dataclasses.replace(tiling, depth=depth), m, w_bits, chunks)
+                    if fitted.slots >= least_slots:
+                        return fitted
     raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
 
 

@@ -5,7 +5,8 @@ one part of the weights or a few, 32 columns of the output each, which are conti
 warpgroup keeps loading slots of several stages: weights, the terms of their groups, and the tokens. The others' warps
 divide a slot's parts and stages: each expands its weights in registers, which is the operand of `mma.sync`, and has
 sums of its own. The warps' sums of a unit meet in shared memory, eight tokens at a time, and two warpgroups in turn
-finish them while the others go on.
+finish them while the others go on. Where blocks are many and units few, the blocks of a cluster divide K; each then
+finishes some of the tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.core.sync import synchronize
+from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
@@ -35,6 +36,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     FewTokensProblem,
 )
 from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
+    add_blocks,
     add_up,
     gather_columns,
     gather_tokens,
@@ -98,12 +100,20 @@ def launch(
     )
     sources = Sources(x, words, group_terms, tokens, columns)
     arrays, tree = jax.tree.flatten(sources)
-    out = launch_kernel(
+    tiling = problem.tiling
+    exchanged = (problem.units, tiling.cluster, problem.token_chunks, 2, tiling.rows, CHUNK)
+    out, _ = launch_kernel(
         functools.partial(_kernel, problem, tree),
-        out_type=jax.ShapeDtypeStruct((problem.m, problem.halves * problem.padded_half), problem.dtype),
-        grid=(min(problem.units, blocks),),
-        grid_names=("block",),
-        num_threads=problem.tiling.warpgroups + 1,
+        out_type=[
+            jax.ShapeDtypeStruct((problem.m, problem.halves * problem.padded_half), problem.dtype),
+            # Totals of the blocks that divide K.
+            jax.ShapeDtypeStruct(exchanged if tiling.cluster > 1 else (1,), jnp.int32),
+        ],
+        grid=(min(problem.units, tiling.clusters(blocks)),),
+        grid_names=("cluster",),
+        cluster=(tiling.cluster,),
+        cluster_names=("rank",),
+        num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=_scratch(problem, sources),
         # No automatic barriers: every write of shared memory follows a barrier of our own behind the reads of what it
@@ -139,38 +149,52 @@ def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
         totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), jnp.int32),
         tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), sources.tokens),
         columns=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, 2, tiling.rows), term.dtype), sources.columns),
+        exchanged=plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=tiling.buffers)
+        if tiling.cluster > 1
+        else None,
     )
 
 
 def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, **shared):
     """The kernel of one warpgroup; `_scratch` describes the keyword arguments."""
-    *flat, out = refs
+    *flat, out, by_block = refs
     sources = jax.tree.unflatten(tree, flat)
     tiling, warpgroup = problem.tiling, lax.axis_index("warpgroup")
-    my_units = lax.div(problem.units - lax.axis_index("block") + lax.axis_size("block") - 1, lax.axis_size("block"))
+    clusters = lax.axis_size("cluster")
+    work = _Work(
+        lax.div(problem.units - lax.axis_index("cluster") + clusters - 1, clusters),
+        lax.div(problem.turns - lax.axis_index("rank") + tiling.cluster - 1, tiling.cluster),
+    )
     rings, barriers = (x_ring, words_ring, terms_ring), (full, empty)
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(problem, sources, my_units, rings, barriers)
+        _produce(problem, sources, work, rings, barriers)
 
     @pl.when(warpgroup < tiling.warpgroups)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
-        _consume(problem, sources, my_units, rings, barriers, out, warpgroup, **shared)
+        _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, **shared)
+
+
+class _Work(NamedTuple):
+    """What a block does: its units, and its turns of each."""
+
+    units: Any
+    turns: Any
 
 
 def _unit(index):
     """This block's index-th unit."""
-    return lax.axis_index("block") + index * lax.axis_size("block")
+    return lax.axis_index("cluster") + index * lax.axis_size("cluster")
 
 
 def _next_slot(problem: FewTokensProblem, slot):
     return jnp.where(slot + 1 == problem.tiling.slots, 0, slot + 1)
 
 
-def _produce(problem: FewTokensProblem, sources: Sources, my_units, rings, barriers) -> None:
+def _produce(problem: FewTokensProblem, sources: Sources, work: _Work, rings, barriers) -> None:
     """Fills the ring: a slot for every unit and turn."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
 
@@ -185,7 +209,7 @@ def _produce(problem: FewTokensProblem, sources: Sources, my_units, rings, barri
                 plgpu.barrier_wait(empty.at[slot])
 
             # Parts and stages beyond the arrays come as zeros.
-            first = turn * tiling.stages
+            first = (turn * tiling.cluster + lax.axis_index("rank")) * tiling.stages
             copies = [
                 (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
                 (sources.x.at[:, pl.ds(first, tiling.token_stages)], x_ring.at[slot, pl.ds(0, problem.m)]),
@@ -196,18 +220,18 @@ def _produce(problem: FewTokensProblem, sources: Sources, my_units, rings, barri
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot])
             return step + 1, _next_slot(problem, slot)
 
-        return lax.fori_loop(0, problem.turns, load_slot, carry)
+        return lax.fori_loop(0, work.turns, load_slot, carry)
 
-    lax.fori_loop(0, my_units, load_unit, (jnp.int32(0), jnp.int32(0)))
+    lax.fori_loop(0, work.units, load_unit, (jnp.int32(0), jnp.int32(0)))
 
 
 def _consume(
     problem: FewTokensProblem,
     sources: Sources,
-    my_units,
+    work: _Work,
     rings,
     barriers,
-    out,
+    targets,
     warpgroup,
     *,
     sums,
@@ -216,10 +240,12 @@ def _consume(
     totals,
     tokens,
     columns,
+    exchanged,
 ) -> None:
     """Multiplies this warpgroup's share of all units, and finishes chunks in turn with another warpgroup."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
-    total_steps, total_chunks = my_units * problem.turns, my_units * problem.token_chunks
+    total_steps, total_chunks = work.units * work.turns, work.units * problem.token_chunks
+    out, by_block = targets
     finishes = warpgroup < tiling.buffers
     own = [jax.tree.map(lambda ref: ref.at[warpgroup], terms) for terms in (tokens, columns)]
 
@@ -235,7 +261,7 @@ def _consume(
 
         def add(turn, carry):
             total, slot = carry
-            step = index * problem.turns + turn
+            step = index * work.turns + turn
             plgpu.barrier_wait(full.at[slot])
             terms = None if terms_ring is None else terms_ring.at[slot]
             total = multiply_slot(problem, total, words_ring.at[slot], terms, x_ring.at[slot], warpgroup)
@@ -243,7 +269,7 @@ def _consume(
             plgpu.barrier_arrive(empty.at[slot], predicate=step + tiling.slots < total_steps)
             return total, _next_slot(problem, slot)
 
-        total, slot = lax.fori_loop(0, pinned(problem.turns), add, (zero_sums(problem), carry))
+        total, slot = lax.fori_loop(0, pinned(work.turns), add, (zero_sums(problem), carry))
         for chunk in range(problem.token_chunks):
             position = index * problem.token_chunks + chunk
             buffer = lax.rem(position, tiling.buffers)
@@ -259,14 +285,41 @@ def _consume(
             def _(buffer=buffer, position=position, chunk=chunk):
                 plgpu.barrier_wait(handed_over.at[buffer])
                 synchronize()  # the totals of the chunk before have been read
-                add_up(problem, sums.at[buffer], totals.at[buffer])
+                share = by_block.at[_unit(index), lax.axis_index("rank"), chunk] if tiling.cluster > 1 else None
+                add_up(problem, sums.at[buffer], totals.at[buffer] if share is None else share)
                 plgpu.barrier_arrive(taken.at[buffer], predicate=position + tiling.buffers < total_chunks)
-                synchronize()
-                _finish(problem, totals.at[buffer], own, out, _unit(index), chunk)
+                if share is None:
+                    synchronize()
+                    _finish(problem, totals.at[buffer], own, out, _unit(index), chunk)
+
+        if tiling.cluster > 1:
+
+            @pl.when(finishes)
+            def _():
+                _exchange(exchanged)
+                for chunk in range(problem.token_chunks):
+                    turn, rank = divmod(chunk, tiling.cluster)
+
+                    @pl.when((lax.axis_index("rank") == rank) & (warpgroup == turn % tiling.buffers))
+                    def _(chunk=chunk):
+                        synchronize()  # the totals of the chunk before have been read
+                        shares = [by_block.at[_unit(index), rank, chunk] for rank in range(tiling.cluster)]
+                        add_blocks(problem, shares, totals.at[warpgroup])
+                        synchronize()
+                        _finish(problem, totals.at[warpgroup], own, out, _unit(index), chunk)
 
         return slot
 
-    lax.fori_loop(0, my_units, unit, jnp.int32(0))
+    lax.fori_loop(0, work.units, unit, jnp.int32(0))
+
+
+def _exchange(exchanged) -> None:
+    """Waits until all blocks of the cluster have stored their totals, and this one sees them."""
+    fence_gpu()
+    synchronize()
+    plgpu.barrier_arrive(exchanged)
+    plgpu.barrier_wait(exchanged)
+    fence_gpu()
 
 
 def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> None:

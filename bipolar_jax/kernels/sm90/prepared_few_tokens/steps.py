@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS
@@ -103,13 +104,29 @@ def _add_up_twin(problem: FewTokensProblem, sums, totals):
 
 @with_twin(_add_up_twin)
 def add_up(problem: FewTokensProblem, sums, totals) -> None:
-    """Adds up the sums of all warps; see `threads.add_up`."""
+    """Adds up the sums of all warps; see `threads.add_up`. Of a cluster the totals are in global memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def inline(_, sums, totals):
-        threads.add_up(problem, sums, totals)
+        threads.add_up(problem, sums, totals, ptx.GLOBAL if problem.tiling.cluster > 1 else ptx.SHARED)
 
     inline(sums, totals)
+
+
+def _add_blocks_twin(problem: FewTokensProblem, by_block, totals):
+    filled = pl.ds(0, RUN * problem.tiling.parts)
+    totals[:, filled] = sum(array[:, filled] for array in by_block)
+
+
+@with_twin(_add_blocks_twin)
+def add_blocks(problem: FewTokensProblem, by_block: list[Any], totals) -> None:
+    """Adds up the totals of the blocks of a cluster; see `threads.add_blocks`."""
+
+    @plgpu.inline_mgpu(arg_types=tuple([plgpu.RefType()] * (1 + len(by_block))))
+    def inline(_, totals, *by_block):
+        threads.add_blocks(problem, list(by_block), totals)
+
+    inline(totals, *by_block)
 
 
 def _gather_columns_twin(problem: FewTokensProblem, sources, targets, unit):

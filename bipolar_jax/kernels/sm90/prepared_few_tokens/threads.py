@@ -126,18 +126,19 @@ def hand_over(problem: FewTokensProblem, sums: Sums, chunk: int, target, warpgro
                 ptx.store(at, sums[start + 2 * half : start + 2 * half + 2])
 
 
-def add_up(problem: FewTokensProblem, sums, totals) -> None:
+def add_up(problem: FewTokensProblem, sums, totals, space: int) -> None:
     """Adds up the sums of the warps that divide K.
 
     Args:
       problem: the static side.
       sums: int32 [workers, PART_ROWS, CHUNK] in shared memory.
-      totals: int32 [2, rows, CHUNK] in shared memory: of either block the rows of all parts.
+      totals: int32 [2, rows, CHUNK]: of either block the rows of all parts.
+      space: GLOBAL or SHARED, where the totals are.
     """
     tiling, thread = problem.tiling, thread_index()
     per_part = PART_ROWS * CHUNK // 4  # four numbers at once
     count = tiling.parts * per_part
-    source, target = ptx.pointer(sums, SHARED), ptx.pointer(totals, SHARED)
+    source, target = ptx.pointer(sums, SHARED), ptx.pointer(totals, space)
     for first in range(0, count, WARPGROUP):
         index = ptx.plus(thread, first)
         with ptx.when(ptx.less(index, count)):
@@ -153,6 +154,23 @@ def add_up(problem: FewTokensProblem, sums, totals) -> None:
             )
             at = ptx.plus(ptx.times(block, tiling.rows * CHUNK // 4), in_block)
             ptx.store(ptx.advance(target, ptx.times(at, 16)), total)
+
+
+def add_blocks(problem: FewTokensProblem, by_block: list, totals) -> None:
+    """Adds up the totals of the blocks that divide K.
+
+    Args:
+      problem: the static side.
+      by_block: int32 [2, rows, CHUNK] each, in global memory.
+      totals: likewise, in shared memory.
+    """
+    thread, count = thread_index(), 2 * problem.tiling.rows * CHUNK // 4  # four numbers at once
+    for first in range(0, count, WARPGROUP):
+        offset = ptx.times(ptx.plus(thread, first), 16)
+        total, *others = [ptx.load(ptx.advance(ptx.pointer(array, GLOBAL), offset), 4) for array in by_block]
+        for other in others:
+            total = [ptx.plus(a, b) for a, b in zip(total, other, strict=True)]
+        ptx.store(ptx.advance(ptx.pointer(totals, SHARED), offset), total)
 
 
 def gather_columns(problem: FewTokensProblem, sources, targets, unit: Value) -> None:

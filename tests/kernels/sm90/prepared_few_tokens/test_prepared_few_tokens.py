@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
+from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
@@ -20,6 +21,8 @@ from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
     FewTokensProblem,
     FewTokensTiling,
     few_tokens_tiling,
@@ -58,8 +61,10 @@ def weights(bits: int, group_size: int | None, n: int, k: int):
         # Idle warps, parts beyond the array, two chunks; positions in natural order.
         (3, 16, 11, 200, 300, FewTokensTiling(2, parts=3, depth=1, slots=3), False),
         (2, None, 8, 140, 520, FewTokensTiling(1, parts=2, depth=2, slots=2), True),
+        # A cluster: three units, more chunks than blocks, and a block without a turn.
+        (1, 64, 18, 300, 130, FewTokensTiling(1, parts=4, slots=2, cluster=2), False),
     ],
-    ids=["W4g128", "W3g16", "W2, gated"],
+    ids=["W4g128", "W3g16", "W2, gated", "W1g64, a cluster"],
 )
 def test_integer_products_are_exact(bits, group_size, m, n, k, tiling, gated):
     x, (w, values) = random_codes(A8, m, k, 0), weights(bits, group_size, n, k)
@@ -123,7 +128,7 @@ def test_threads_multiply_and_add_up(group_size, tiling, monkeypatch):
     if terms is not None:
         terms = np.pad(terms, ((0, 0), (0, problem.term_stages - tiling.stages), (0, 0), (0, 0)))
     sums = np.full((tiling.workers, 32, 8), -1, np.int32)
-    totals = np.zeros((2, tiling.rows, 8), np.int32)
+    by_block, totals = (np.zeros((2, tiling.rows, 8), np.int32) for _ in range(2))
     warpgroup_simulator.install(monkeypatch)
     before = warpgroup_simulator.bank_conflicts[0]
     zeros = [warpgroup_simulator.int32(0)] * (problem.width)
@@ -136,7 +141,9 @@ def test_threads_multiply_and_add_up(group_size, tiling, monkeypatch):
     for chunk in range(problem.token_chunks):
         for warpgroup, own in enumerate(mine):
             threads.hand_over(problem, own, chunk, sums, warpgroup_simulator.int32(warpgroup))
-        threads.add_up(problem, sums, totals)
+        threads.add_up(problem, sums, by_block, ptx.GLOBAL)
+        threads.add_blocks(problem, [by_block, 2 * by_block, by_block], totals)
+        totals //= 4
         for part in range(tiling.parts):
             for block in range(2):
                 columns = problem.term_column(block, part) + np.arange(16)
@@ -186,6 +193,7 @@ def test_tilings_read_each_weight_once_in_even_shares():
     assert few_tokens_tiling(1, 4096, 14336, 4, 1).parts == 1
     assert few_tokens_tiling(1, 28672, 4096, 4, 1).parts == 1
     assert few_tokens_tiling(64, 28672, 4096, 4, 1).parts == 7
+    assert few_tokens_tiling(64, 4096, 14336, 4, 1).cluster == few_tokens_tiling(64, 4096, 14336, 4, 1).parts == 4
 
 
 def test_what_does_not_fit_is_refused():
@@ -237,11 +245,14 @@ def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16, tili
         (1, 128, 32, 28672, 4096, {}),
         (8, None, 64, 4096, 14336, {}),
     ],
-    ids=["one token", "W6, 16 tokens", "W3, gated", "W1, 32 tokens", "W8, 64 tokens"],
+    ids=["one token", "W6, 16 tokens", "W3, gated", "W1, 32 tokens", "W8, 64 tokens, a cluster"],
 )
 @pytest.mark.sample(3)
 def test_it_compiles_without_spills(bits, group_size, m, n, k, options):
     report = compiled(bits, group_size, m, n, k, **options)
     assert len(report.registers) == 1
+    warpgroups = (options.get("tiling") or few_tokens_tiling(m, n, k, bits, 8, options.get("gated", False))).warpgroups
+    # setmaxnreg waits for registers that the block has not.
+    assert PRODUCER_REGISTERS + warpgroups * CONSUMER_REGISTERS[warpgroups] <= report.registers[0] * (warpgroups + 1)
     assert report.spill_bytes == report.stack_bytes == 0
     assert "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32" in report.text
