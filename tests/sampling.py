@@ -16,17 +16,25 @@ def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item]) -> None
     left_out = set()
     for cases in tests.values():
         size = cases[0].get_closest_marker("sample").args[0]
-        kept = sample([case.callspec.indices for case in cases], size)
+        kept = sample([_values(case) for case in cases], size)
         left_out |= {case for i, case in enumerate(cases) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def _values(case: pytest.Item) -> dict[str, int]:
+    """For every parameter a number of its value, the same in all cases that have that very object.
+
+    `callspec.indices` will not do: where decorators are stacked, pytest numbers the cases, not the values.
+    """
+    return {name: id(value) for name, value in case.callspec.params.items()}
 
 
 def sample(cases: Sequence[dict[str, int]], size: int) -> set[int]:
     """The positions of at most `size` cases that have as many different values of every parameter as there is room for.
 
     Args:
-      cases: for each case the index of every parameter's value.
+      cases: for each case a number of every parameter's value.
       size: how many to take.
     """
     kept, seen = [], {}

@@ -38,7 +38,15 @@ def test_the_sample_of_a_marked_test_is_what_runs(pytester):
         @pytest.mark.sample(2)
         def test_some(a): pass
 
+        @pytest.mark.parametrize("c", [None, 3])
+        @pytest.mark.parametrize(("a", "b"), [("x", {}), ("y", [])])
+        @pytest.mark.sample(2)
+        def test_stacked(a, b, c): pass
+
         def test_other(): pass
         """
     )
-    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=3, deselected=3)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v")
+    result.assert_outcomes(passed=5, deselected=5)
+    # Every value of every parameter, which the first two cases would not have.
+    result.stdout.fnmatch_lines(["*test_stacked?x-b0-None? PASSED*", "*test_stacked?y-b1-3? PASSED*"])
