@@ -113,6 +113,7 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("piece", [matmul, dot_general, files, texts], ids=lambda piece: piece.__name__)
+@pytest.mark.sample(2)
 def test_numbers_are_those_of_32_bits(piece, tmp_path):
     expected = jax.tree.leaves(piece(tmp_path))
     with jax.enable_x64(True):
@@ -125,6 +126,7 @@ def test_numbers_are_those_of_32_bits(piece, tmp_path):
 @pytest.mark.parametrize(
     "piece", [quantize, table, fake_quant, training, layers, models], ids=lambda piece: piece.__name__
 )
+@pytest.mark.sample(4)
 def test_shapes_and_dtypes_are_those_of_32_bits(piece):
     """Traced, not compiled."""
 

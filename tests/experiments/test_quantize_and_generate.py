@@ -83,6 +83,7 @@ def test_plot_is_a_png(run):
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W2A8g32"])
+@pytest.mark.sample(1)
 def test_checkpoints_give_the_reported_perplexity(run, text, name):
     packed = load_pretrained(run / f"{name}.safetensors")
     ids = packed.tokenizer.encode(text.read_text(), add_special_tokens=False).ids
@@ -190,6 +191,7 @@ def test_command_line_overrides_the_config(model, text, tmp_path):
         ("--config.model=/nowhere/model.gguf", "no checkpoint at /nowhere/model.gguf"),
     ],
 )
+@pytest.mark.sample(2)
 def test_bad_input_is_reported_in_one_line(text, tmp_path, flag, message):
     done = command("quantize", "--config=configs/smollm2.py", f"--workdir={tmp_path}", f"--config.text={text}", flag)
     assert done.returncode == 1

@@ -37,6 +37,7 @@ def values_of(w) -> np.ndarray:
 @every_backend
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize(("k", "group_size"), [(100, 48), (70, 33)])
+@pytest.mark.sample(8)
 def test_integer_product_is_exact(backend, fmt, k, group_size):
     w = packed_in_integer_groups(codes_with_extremes(fmt, 4, k, seed=9), fmt, group_size, seed=k)
     xs = [codes_with_extremes(a_format, 3, k, seed=a_format.bits) for a_format in A_FORMATS]
@@ -49,6 +50,7 @@ def test_integer_product_is_exact(backend, fmt, k, group_size):
 
 @every_backend
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.sample(2)
 def test_the_largest_sum_that_fits_int32_is_exact(backend, sign):
     """K = 65,793 at A8, all weights -128 * S: 65793 * 255 * 128 = 2147483520."""
     fmt, k = BipolarFormat(1), 65_793
@@ -68,6 +70,7 @@ def test_longer_rows_are_refused_by_the_bound():
 
 @every_backend
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.sample(2)
 def test_products_are_those_of_what_the_codes_stand_for(backend, dtype):
     """Integers are exact, so a few float32 roundings of the result remain, and that of the output's dtype."""
     x = jnp.asarray(normal(5, 100), dtype)

@@ -296,6 +296,7 @@ def test_weights_that_are_not_finite_are_refused(float_file, tmp_path, value):
         load_model(path)
 
 
+@pytest.mark.sample(2)
 def test_the_tokenizer_encodes_whole_texts(pretrained, tmp_path):
     copy = type(pretrained.tokenizer).from_str(pretrained.tokenizer.to_str())
     copy.enable_truncation(2)

@@ -37,7 +37,7 @@ def w() -> BipolarArray:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("a_bits", [1, 8])
 @pytest.mark.parametrize("implementation", PORTABLE)
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 def test_it_is_of_the_float32_product_with_its_bias(w, implementation, a_bits, activation):
     """Before the cast: the bfloat16 result is the float32 one, rounded."""
     x = normal(2, 3, K, dtype=jnp.bfloat16)
@@ -78,7 +78,7 @@ def test_a_residual_is_added_to_what_it_makes(w):
     ],
     ids=str,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, tiling, dtype, activation, a_bits):
     """Ragged in both directions: the last gates of a tile have others' columns beside them, which nobody reads."""
     columns = 2 * 203
@@ -98,6 +98,7 @@ def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, t
 
 @pytest.mark.usefixtures("clean_interpreter")
 @pytest.mark.parametrize(("m", "group_size"), [(3, None), (70, 32)])
+@pytest.mark.sample(1)
 def test_where_no_kernel_has_it_xla_does(m, group_size):
     """Few tokens; groups."""
     w = quantize(normal(K, 64, seed=1), 2, 0, group_size)

@@ -39,7 +39,7 @@ def expected(x, w: BipolarArray, a_bits: int | None) -> np.ndarray:
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("a_bits", [1, 8, None])
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K)])
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 def test_batch_axes_of_x_are_rows(w, shape, a_bits, implementation):
     x, bias = normal(*shape), normal(N)
     y = matmul(x, w, a_bits, bias=bias, implementation=implementation)
@@ -60,6 +60,7 @@ def test_the_result_has_the_dtype_of_x(w, dtype, a_bits):
 
 @pytest.mark.parametrize("x_shape", [(3, K), (3, 5, K), (3, 5, 2, K)])
 @pytest.mark.parametrize("bits", [2, TERNARY])
+@pytest.mark.sample(3)
 def test_batch_axes_of_w_lead_those_of_x(x_shape, bits):
     w = quantize(normal(3, K, N, seed=1), bits, -2)
     x, bias = normal(*x_shape), normal(N)
@@ -119,6 +120,7 @@ def test_k_beyond_int32_is_refused_with_the_limit_and_the_remedy():
 
 
 @pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.sample(2)
 def test_the_largest_k_and_groups_beyond_it_are_served(implementation):
     """x of ones is exact at 8 bits: v - v0 = 510 and scale = 1 / 510; the sum has 25 significant bits."""
     for w in (one_column(33_025), one_column(40_000, group_size=20_000)):

@@ -131,6 +131,7 @@ def test_prefill_and_decode_keep_the_same_numbers(model, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.sample(2)
 def test_decoding_is_close_to_the_full_forward_pass(model, bits):
     """Two texts of different lengths; the cache ends exactly full."""
     ids, lengths, capacity = random_ids(2, 12), np.array([3, 6], np.int32), 12
@@ -147,7 +148,7 @@ def test_decoding_is_close_to_the_full_forward_pass(model, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_ragged_batch_equals_its_prompts_alone(model, bits):
     ids, lengths = random_ids(3, 7), np.array([1, 4, 7], np.int32)
     together, cache = prefill(model, ids, lengths, 9, bits)
@@ -179,6 +180,7 @@ def test_prompts_fill_the_first_positions_of_their_layer(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.sample(2)
 def test_a_full_cache_keeps_what_it_has(bits):
     heads = random_heads(2, 3, 2, 8)
     cache = KVCache.empty((1, 2, 2, 3, 8), jnp.float32, bits, jnp.array([3, 2])).write_prompts(0, heads, heads)

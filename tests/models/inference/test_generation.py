@@ -124,7 +124,7 @@ def first_at(tokens: list[int], step: int) -> int:
 
 @pytest.mark.parametrize("cache_bits", [None, 8, 4])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=9)], ids=["greedy", "sampled"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_generate_gives_what_stream_yields(model, sampling, cache_bits):
     """On the device until all have ended; each ends by itself, the last before the limit."""
     key = jax.random.key(3)
@@ -271,6 +271,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=5, repetition_penalty=1.3)], ids=str)
+@pytest.mark.sample(1)
 def test_log_probabilities_are_those_of_full_forward_passes(model, sampling):
     done = generate(model, PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
     assert [text.tokens for text in done] == generate(model, PROMPTS, 20, sampling, jax.random.key(0))
@@ -357,6 +358,7 @@ class Waves:
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(0.7, top_k=5, top_p=0.9), Sampling(1.0, repetition_penalty=1.3)], ids=str
 )
+@pytest.mark.sample(2)
 def test_loop_and_sampling_work_in_64_bits(sampling):
     with jax.enable_x64(True):
         found = generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)

@@ -64,7 +64,7 @@ def test_models_trained_with_dot_general_join_and_fuse_unless_they_clip(clip):
 
 @pytest.mark.parametrize("joined_first", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"ffn": "gelu", "norm": "layer"}, {"ffn": "relu", "norm": "layer"}])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_norms_and_activation_functions_are_computed_while_packed_layers_quantize(joined_first, fields, monkeypatch):
     model = make([(".*_proj", bj.Precision.parse("W4A8"))], **fields)
     model = join_projections(model) if joined_first else model

@@ -42,7 +42,7 @@ def test_bytes_of_weights_are_values_or_signed_codes(fmt):
         (8, 8, 32, True, jnp.float32),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dtype):
     rng = np.random.default_rng(w_bits)
     calibration = "minmax" if offset else "absmax"

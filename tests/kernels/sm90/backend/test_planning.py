@@ -106,14 +106,14 @@ def compile_product(
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 def test_candidates_compile_without_spills(tiling, kind, residual):
     compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
 
 
 @needs_compiler
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_candidates_compile_with_activations(tiling):
     """One kind of operands is enough: the mainloop, where they differ, is the same."""
     compile_product(4096, 8192, 4096, 1, 2, "planes", tiling, activation=Activation("silu", gated=True))
@@ -130,7 +130,7 @@ def test_candidates_compile_with_activations(tiling):
     ],
     ids=lambda value: f"{value.tile_m}x{value.tile_n}-{value.slots}" if isinstance(value, Tiling) else str(value),
 )
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
     options = dict(group_size=group_size, offsets=offsets, residual=offsets)
     compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, **options)
@@ -193,7 +193,7 @@ def kernels_of_the_table() -> list[dict]:
 
 @needs_compiler
 @pytest.mark.parametrize("entry", kernels_of_the_table(), ids=lambda entry: entry["shape"].replace(" ", "-"))
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_the_shipped_table_compiles_without_spills(entry):
     *_, precision = entry["shape"].split()
     formats = bj.Precision.parse(precision)

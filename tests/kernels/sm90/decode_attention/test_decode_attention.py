@@ -118,7 +118,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "splits"), CASES.values(), ids=CASES)
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_a_token_attends_and_enters_the_cache(monkeypatch, case, splits):
     operands = q, _, _, before, tables = case.make()
     context, after = interpreted(monkeypatch, case, operands, splits)
@@ -172,7 +172,7 @@ def test_large_scores_do_not_overflow(monkeypatch):
 
 
 @pytest.mark.parametrize(("positions", "bits"), [("rope", None), ("rope", 4), ("alibi", 8)])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_model_decodes_as_with_xla(monkeypatch, positions, bits):
     config = TransformerConfig(
         vocab_size=37,
@@ -266,7 +266,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
     ],
     ids=str,
 )
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi, bits):
     case = Case((1,) * batch, heads, kv_heads, head_dim, 256, bits, jnp.bfloat16, rope=not alibi, alibi=alibi)
 

@@ -73,7 +73,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
         f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
     ),
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -162,6 +162,7 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("length", [3, 64])
+@pytest.mark.sample(3)
 def test_all_layers_are_written_as_one_by_one(bits, length):
     """Where there is room: a full cache keeps what it has."""
     heads = jax.random.normal(jax.random.key(0), (2, 1, 64, 3, 8), jnp.bfloat16)  # tokens before heads
@@ -191,7 +192,7 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 def test_compiles_without_spills(name, precision, cache_bits):
     config, (w_bits, a_bits) = preset(name), precision
     case = Case(

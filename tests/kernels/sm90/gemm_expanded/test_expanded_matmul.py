@@ -211,7 +211,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
     ],
     ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6, float32", "W8, clusters"],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_it_compiles_without_spills(bits, group_size, options):
     report = compiled(bits, group_size, **options)
     assert len(report.registers) == 1

@@ -101,6 +101,7 @@ def test_ternary_numbers_between_two_codes_are_rounded_alike(monkeypatch):
 
 
 @with_every_format
+@pytest.mark.sample(3)
 def test_blocks_write_what_is_theirs(fmt):
     case = operands(fmt, 269, 71, 32, "float32" if fmt.bits % 2 else "bfloat16")
     packed = pack_columns(*case, fmt, 32, interpret=plgpu.InterpretGPUParams(detect_races=True))
