@@ -34,6 +34,10 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
         f"decode step, {model}": ("decode_step", "cases", (model,))
         for model in ("llama-2-7b", "llama-3-8b", "opt-6.7b", "bloom-7b1", "qwen2.5-7b")
     },
+    **{
+        f"decode step of prepared weights, {model}": ("decode_step", "prepared_cases", (model,))
+        for model in ("llama-3-8b", "qwen2.5-7b")
+    },
 }
 
 

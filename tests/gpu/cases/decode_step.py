@@ -26,6 +26,7 @@ from bipolar_jax.models.blocks.norm import as_prologue, normalize
 from bipolar_jax.models.blocks.rope import rope_tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 from bipolar_jax.models.presets import preset
@@ -37,6 +38,19 @@ from tests.gpu.trial import Case, Program, Trial, repeated
 
 _TEXTS = 2
 _PRECISIONS = ("W1A1", "W2A2", "W3A8", "W4A8", "W8A8")
+# Of prepared weights, with the bits of the cache.
+_PREPARED = (
+    ("W4A8g128i", None),
+    ("W4A8g128i", 8),
+    ("W3A8g16i", None),
+    ("W2A8g64i", 4),
+    ("W2A2g64i", None),
+    ("W1A8g128i", None),
+    ("W6A8g32i", None),
+    ("W4A8", 8),
+    ("W8A8", None),
+    ("W8A8", 4),
+)
 _CACHE_BITS = (None, 8, 4)
 _FIRST_LAYER = 0.05
 # Of a token's logits, by bits of the activations, the difference as a share of their norm: if no code changes (8 bits
@@ -61,6 +75,7 @@ class Step:
       capacity: of the cache.
       blocks: of the kernel, or None for all multiprocessors. With it the cache is not written.
       tokens: decoded one after the other.
+      prepared: whether weights are prepared.
     """
 
     config: TransformerConfig
@@ -71,9 +86,10 @@ class Step:
     capacity: int = 320
     blocks: int | None = None
     tokens: int = 6
+    prepared: bool = False
 
     def trial(self) -> Trial:
-        model = _model(self.config, self.precision, jnp.dtype(self.dtype))
+        model = _model(self.config, self.precision, jnp.dtype(self.dtype), self.prepared)
         cache, rng = self._cache(), generator(*self.lengths)
         ids = rng.integers(0, self.config.vocab_size, (self.tokens, _TEXTS)).astype(np.int32)
 
@@ -161,15 +177,16 @@ class Step:
 
 
 @functools.lru_cache(maxsize=3)
-def _cached_model(config: TransformerConfig, precision: str, dtype: jnp.dtype) -> Transformer:
+def _cached_model(config: TransformerConfig, precision: str, dtype: jnp.dtype, prepared: bool) -> Transformer:
     key = jax.random.key(0)
-    return join_projections(random_packed(config, Precision.parse(precision), dtype=dtype, key=key, embed_bits=None))
+    model = random_packed(config, Precision.parse(precision), dtype=dtype, key=key, embed_bits=None)
+    return prepare_for_inference(model, dtype, layout="tensor_cores") if prepared else join_projections(model)
 
 
-def _model(config: TransformerConfig, precision: str, dtype: jnp.dtype) -> Transformer:
+def _model(config: TransformerConfig, precision: str, dtype: jnp.dtype, prepared: bool) -> Transformer:
     """A model of random weights; cases that differ in their caches share it. One thread at a time makes models."""
     with _MAKING:
-        return _cached_model(config, precision, dtype)
+        return _cached_model(config, precision, dtype, prepared)
 
 
 def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
@@ -223,18 +240,29 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 def cases(name: str) -> list[Case]:
     """Every precision and cache of one model's shape, two of its layers; and, as served in bfloat16, W4A8 and W8A8."""
-    config = dataclasses.replace(
-        preset(name), num_layers=2, vocab_size=512, context_length=1024, bos_id=0, eos_ids=(1,)
-    )
+    config = _two_layers(name)
     steps = [Step(config, precision, bits) for precision in _PRECISIONS for bits in _CACHE_BITS]
     steps += [Step(config, precision, bits, jnp.bfloat16) for precision, bits in (("W4A8", None), ("W8A8", 4))]
     steps += [Step(config, "W1A2", 8), Step(config, "W2A8", None, lengths=(319, 64))]  # the latter's cache fills up
     return [Case(_name(step), step.trial) for step in steps]
 
 
+def prepared_cases(name: str) -> list[Case]:
+    """Prepared weights, with integer groups and without."""
+    config = _two_layers(name)
+    steps = [Step(config, precision, bits, prepared=True) for precision, bits in _PREPARED]
+    steps.append(Step(config, "W4A8g128i", None, jnp.bfloat16, prepared=True))
+    return [Case(_name(step), step.trial) for step in steps]
+
+
+def _two_layers(name: str) -> TransformerConfig:
+    return dataclasses.replace(preset(name), num_layers=2, vocab_size=512, context_length=1024, bos_id=0, eos_ids=(1,))
+
+
 def _name(step: Step) -> str:
     cache = "bfloat16" if step.cache_bits is None else f"{step.cache_bits} bits"
-    return f"{step.precision}, cache of {cache}, model in {jnp.dtype(step.dtype).name}, texts of {step.lengths}"
+    model = f"model in {jnp.dtype(step.dtype).name}{', prepared' if step.prepared else ''}"
+    return f"{step.precision}, cache of {cache}, {model}, texts of {step.lengths}"
 
 
 def small() -> dict[str, Case]:
@@ -249,5 +277,8 @@ def small() -> dict[str, Case]:
         ffn_size=128,
         context_length=128,
     )
-    step = Step(config, "W2A8", 8, lengths=(0, 40), capacity=64, blocks=2, tokens=1)
-    return {"decode step": Case("decode step", step.trial)}
+    planes = Step(config, "W2A8", 8, lengths=(0, 40), capacity=64, blocks=2, tokens=1)
+    prepared = dataclasses.replace(planes, precision="W4A8g64i", prepared=True)
+    return {
+        name: Case(name, step.trial) for name, step in (("decode step", planes), ("decode step, prepared", prepared))
+    }
