@@ -38,10 +38,11 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
 from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     add_blocks,
     add_up,
-    gather_columns,
     gather_tokens,
     hand_over,
+    load_columns,
     multiply_slot,
+    store_columns,
     store_finished,
     zero_sums,
 )
@@ -254,10 +255,8 @@ def _consume(
         gather_tokens(problem, sources.tokens, own[0])
 
     def unit(index, carry):
-        @pl.when(finishes)
-        def _():
-            synchronize()  # the terms of the unit before have been read
-            gather_columns(problem, sources.columns, own[1], _unit(index))
+        # They arrive under the mainloop.
+        column_terms = load_columns(problem, sources.columns, _unit(index))
 
         def add(turn, carry):
             total, slot = carry
@@ -270,6 +269,12 @@ def _consume(
             return total, _next_slot(problem, slot)
 
         total, slot = lax.fori_loop(0, pinned(work.turns), add, (zero_sums(problem), carry))
+
+        @pl.when(finishes)
+        def _():
+            synchronize()  # the terms of the unit before have been read
+            store_columns(column_terms, own[1])
+
         for chunk in range(problem.token_chunks):
             position = index * problem.token_chunks + chunk
             buffer = lax.rem(position, tiling.buffers)

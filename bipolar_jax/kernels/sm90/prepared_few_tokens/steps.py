@@ -13,11 +13,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.fragments import (
+    SPLAT,
+    VECTOR,
+    WARPS,
+    as_array,
+    as_vector,
+    numbers_of,
+    only_word,
+    scalar_of,
+)
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS
 from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
@@ -129,25 +139,50 @@ def add_blocks(problem: FewTokensProblem, by_block: list[Any], totals) -> None:
     inline(totals, *by_block)
 
 
-def _gather_columns_twin(problem: FewTokensProblem, sources, targets, unit):
+def _load_columns_twin(problem: FewTokensProblem, sources, unit):
     rows = jnp.arange(problem.tiling.rows, dtype=jnp.int32)
     parts = unit * problem.tiling.parts + rows // RUN
     columns = jnp.stack([problem.term_column(block, parts) + rows % RUN for block in range(2)])
-    columns = jnp.minimum(columns, problem.n - 1)
-    for source, target in zip(jax.tree.leaves(sources), jax.tree.leaves(targets), strict=True):
-        target[...] = source[...][columns]
+    columns = jnp.minimum(columns, problem.n - 1).reshape(-1, WARPGROUP)
+    return [source[...][turn] for turn in columns for source in jax.tree.leaves(sources)]
 
 
-@with_twin(_gather_columns_twin)
-def gather_columns(problem: FewTokensProblem, sources: Any, targets: Any, unit: Int[Array, ""]) -> None:
-    """Copies the `ColumnTerms` of a unit to shared memory; see `threads.gather_columns`."""
-    sources, targets = jax.tree.leaves(sources), jax.tree.leaves(targets)
+@with_twin(_load_columns_twin)
+def load_columns(problem: FewTokensProblem, sources: Any, unit: Int[Array, ""]) -> list[Shaped[Array, "128"]]:
+    """Loads the `ColumnTerms` of a unit; see `threads.load_columns`."""
+    sources = jax.tree.leaves(sources)
+    dtypes = [source.dtype for source in sources] * (2 * problem.tiling.rows // WARPGROUP)
 
-    @plgpu.inline_mgpu(arg_types=(SPLAT, *[plgpu.RefType()] * (2 * len(sources))))
-    def inline(_, unit, *refs):
-        threads.gather_columns(problem, refs[: len(sources)], refs[len(sources) :], scalar_of(unit))
+    @plgpu.inline_mgpu(
+        arg_types=(SPLAT, *[plgpu.RefType()] * len(sources)),
+        return_type=[plgpu.ShapeDtypeStruct((WARPGROUP,), dtype, layout=VECTOR) for dtype in dtypes],
+    )
+    def inline(_, unit, *sources):
+        words = threads.load_columns(problem, sources, scalar_of(unit))
+        return [
+            as_vector(word if dtype == jnp.int32 else ptx.as_float(word), dtype)
+            for word, dtype in zip(words, dtypes, strict=True)
+        ]
 
-    inline(jnp.int32(unit), *sources, *targets)
+    return list(inline(jnp.int32(unit), *sources))
+
+
+def _store_columns_twin(terms, targets):
+    targets = jax.tree.leaves(targets)
+    for i, target in enumerate(targets):
+        target[...] = jnp.concatenate(terms[i :: len(targets)]).reshape(target.shape)
+
+
+@with_twin(_store_columns_twin)
+def store_columns(terms: list[Shaped[Array, "128"]], targets: Any) -> None:
+    """Stores what `load_columns` loaded in shared memory; see `threads.store_columns`."""
+    targets = jax.tree.leaves(targets)
+
+    @plgpu.inline_mgpu(arg_types=(*[VECTOR] * len(terms), *[plgpu.RefType()] * len(targets)))
+    def inline(_, *args):
+        threads.store_columns([only_word(term) for term in args[: len(terms)]], args[len(terms) :])
+
+    inline(*terms, *targets)
 
 
 def _gather_tokens_twin(problem: FewTokensProblem, sources, targets):

@@ -173,30 +173,35 @@ def add_blocks(problem: FewTokensProblem, by_block: list, totals) -> None:
         ptx.store(ptx.advance(ptx.pointer(totals, SHARED), offset), total)
 
 
-def gather_columns(problem: FewTokensProblem, sources, targets, unit: Value) -> None:
-    """Copies terms of a unit's columns to shared memory; beyond n and the unit those of others, of no use.
+def load_columns(problem: FewTokensProblem, sources, unit: Value) -> list[Value]:
+    """Loads terms of a unit's columns, which `store_columns` puts to shared memory once they have arrived.
+
+    Beyond n and the unit they are those of other columns, of no use.
 
     Args:
       problem: the static side.
       sources: [n] each, in global memory.
-      targets: [2, rows] each: for either block its rows.
       unit: index of the unit.
     """
-    tiling, thread = problem.tiling, thread_index()
-    copies = []
-    for block in range(2):
-        for first in range(0, tiling.rows, WARPGROUP):
-            row = ptx.plus(thread, first)
-            part = ptx.plus(ptx.times(unit, tiling.parts), ptx.shift_right(row, RUN.bit_length() - 1))
-            column = ptx.plus(_term_column(problem, block, part), ptx.bits_of(row, RUN - 1))
-            column = ptx.smaller(column, problem.n - 1)
-            numbers = [ptx.load(ptx.advance_far(ptx.pointer(source, GLOBAL), column, 4), 1) for source in sources]
-            copies.append((block, row, numbers))
-    for block, row, numbers in copies:
-        with ptx.when(ptx.less(row, tiling.rows)):
-            for number, target in zip(numbers, targets, strict=True):
-                at = ptx.plus(ptx.times(row, 4), 4 * block * tiling.rows)
-                ptx.store(ptx.advance(ptx.pointer(target, SHARED), at), number)
+    tiling, thread, words = problem.tiling, thread_index(), []
+    for first in range(0, 2 * tiling.rows, WARPGROUP):
+        index = ptx.plus(thread, first)
+        block = ptx.divided(index, tiling.rows)
+        row = ptx.plus(index, ptx.times(block, -tiling.rows))
+        part = ptx.plus(ptx.times(unit, tiling.parts), ptx.shift_right(row, RUN.bit_length() - 1))
+        column = ptx.plus(_term_column(problem, block, part), ptx.bits_of(row, RUN - 1))
+        column = ptx.smaller(column, problem.n - 1)
+        for source in sources:
+            words += ptx.load(ptx.advance_far(ptx.pointer(source, GLOBAL), column, 4), 1)
+    return words
+
+
+def store_columns(words: list[Value], targets) -> None:
+    """Stores what `load_columns` loaded: [2, rows] in shared memory, for either block its rows."""
+    offset = ptx.times(thread_index(), 4)
+    for i, word in enumerate(words):
+        turn, which = divmod(i, len(targets))
+        ptx.store(ptx.advance(ptx.advance(ptx.pointer(targets[which], SHARED), offset), 4 * WARPGROUP * turn), [word])
 
 
 def gather_tokens(problem: FewTokensProblem, sources, targets) -> None:
@@ -248,10 +253,11 @@ def _store_number(problem: FewTokensProblem, at: Pointer, number: Value) -> None
         ptx.store_half(at, ptx.rounded(PTX_TYPES[problem.dtype.name], number))
 
 
-def _term_column(problem: FewTokensProblem, block: int, part: Value) -> Value:
+def _term_column(problem: FewTokensProblem, block: Value | int, part: Value) -> Value:
     """`FewTokensProblem.term_column`."""
+    between_blocks = problem.half if problem.gated else PARTS * RUN
+    first = block * between_blocks if isinstance(block, int) else ptx.times(block, between_blocks)
     if problem.gated:
-        return ptx.plus(ptx.times(part, RUN), block * problem.half)
+        return ptx.plus(ptx.times(part, RUN), first)
     tile, in_tile = ptx.shift_right(part, PARTS.bit_length() - 1), ptx.bits_of(part, PARTS - 1)
-    column = ptx.plus(ptx.times(tile, PARTS * PART_ROWS), ptx.times(in_tile, RUN))
-    return ptx.plus(column, block * PARTS * RUN)
+    return ptx.plus(ptx.plus(ptx.times(tile, PARTS * PART_ROWS), ptx.times(in_tile, RUN)), first)

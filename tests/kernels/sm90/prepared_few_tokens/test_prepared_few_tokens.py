@@ -162,7 +162,8 @@ def test_threads_gather_terms_and_store(gated, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     lane, row_of_warp = np.arange(128) % 32, np.arange(128) // 32 * 16
     for unit in range(problem.units):
-        threads.gather_columns(problem, [source], [target], warpgroup_simulator.int32(unit))
+        loaded = threads.load_columns(problem, [source], warpgroup_simulator.int32(unit))
+        threads.store_columns(loaded, [target])
         for block in range(2):
             for group in range(rows // 64):
                 first = 64 * group + row_of_warp + lane // 4
