@@ -145,3 +145,29 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         hidden = hidden + product(context.reshape(-1), "o", layer)
         hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
     return hidden, jnp.stack(projections)
+
+
+def shapes_of(case: Case) -> dict:
+    """`Case.operands`, of zeros that are never made."""
+    small = dict(hidden=128, ffn=128, heads=1, kv_heads=1, layers=1, capacity=64, group_size=None)
+    operands = dataclasses.replace(case, **small).operands()
+    context, kv = case.heads * HEAD_DIM, case.kv_heads * HEAD_DIM
+    sizes = {
+        "qkv": (case.hidden, context + 2 * kv),
+        "o": (context, case.hidden),
+        "up": (case.hidden, (2 if case.activation.gated else 1) * case.ffn),
+        "down": (case.ffn, case.hidden),
+    }
+    kernels = {
+        name: jax.vmap(functools.partial(case.kernel, name))(jnp.zeros((case.layers, *size)))
+        for name, size in sizes.items()
+    }
+    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM)))
+    bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
+    gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
+    norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
+    slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
+    operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
+    operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
+    static = ("a_format", "activation", "cache_bits")
+    return {name: value for name, value in operands.items() if name not in static}

@@ -13,23 +13,24 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax import BipolarFormat, Precision, quantize
+from bipolar_jax import BipolarFormat, Precision
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.decode_step import api
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import transpose_bits
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import ordered_bits
 from bipolar_jax.models.blocks import fused_decode
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.cache import keep
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
-from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, twin
+from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, shapes_of, twin
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.interpreter import races_found
 
@@ -100,10 +101,11 @@ def small_model(precision: str = "W2A8", **changes) -> Transformer:
     return random_packed(config, Precision.parse(precision), dtype=jnp.bfloat16, key=jax.random.key(0), embed_bits=None)
 
 
-@pytest.mark.parametrize("cache_bits", [None, 8])
+@pytest.mark.parametrize(("precision", "cache_bits"), [("W2A8", None), ("W4A8g64i", None), ("W2A8", 8)])
 @pytest.mark.sample(1)
-def test_a_model_decodes_the_same(cache_bits, monkeypatch):
-    model = join_projections(small_model())
+def test_a_model_decodes_the_same(precision, cache_bits, monkeypatch):
+    layout = "tensor_cores" if precision.endswith("i") else "planes"
+    model = prepare_for_inference(small_model(precision), layout=layout)
     ids = jnp.arange(1, 12)[None]
     _, cache = model.prefill(ids, jnp.array([11]), 64, cache_bits)
     layered, layered_cache = model.decode(jnp.array([5]), cache)
@@ -207,31 +209,6 @@ def test_compiles_without_spills(name, precision, cache_bits):
     assert len(report.registers) == 1, "one kernel"
     assert report.spill_bytes == 0
     assert not report.serialized_wgmma
-
-
-def shapes_of(case: Case) -> dict:
-    """`Case.operands`, of zeros that are never made."""
-    operands = dataclasses.replace(case, hidden=128, ffn=128, heads=1, kv_heads=1, layers=1, capacity=64).operands()
-    context, kv = case.heads * HEAD_DIM, case.kv_heads * HEAD_DIM
-    sizes = {
-        "qkv": (case.hidden, context + 2 * kv),
-        "o": (context, case.hidden),
-        "up": (case.hidden, (2 if case.activation.gated else 1) * case.ffn),
-        "down": (case.ffn, case.hidden),
-    }
-    kernels = {
-        name: jax.vmap(lambda kernel: quantize(kernel, case.w_bits, -2))(jnp.zeros((case.layers, *size)))
-        for name, size in sizes.items()
-    }
-    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM)))
-    bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
-    gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
-    norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
-    slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
-    operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
-    operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
-    static = ("a_format", "activation", "cache_bits")
-    return {name: value for name, value in operands.items() if name not in static}
 
 
 SMALL = Case(1, 128, 128, 1, 1, 2, 8, 64, 32)
