@@ -1,0 +1,108 @@
+"""The decode step on prepared weights: interpreted against a twin written from the definitions, and compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90.decode_step.api import decode_layers, plan_decode_layers
+from bipolar_jax.models.presets import preset
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.support import sm90_compile
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
+
+PREPARED = Case(1, 128, 128, 1, 1, 4, 8, 64, 32, prepared=True, group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        # Parts that are more than one block's, gates that end within a vector, a product of more loads than slots.
+        (dataclasses.replace(PREPARED, hidden=256, ffn=384, heads=2, calibration="minmax", group_size=128), 5),
+        # Warps that take turns, a K slice of other warpgroups, and no groups, but offsets.
+        (Case(1, 128, 1152, 1, 1, 8, 8, 64, 40, "minmax", True, activation=Activation("gelu"), prepared=True), 3),
+        # The natural order, and a token of few bits.
+        (dataclasses.replace(PREPARED, w_bits=3, a_bits=4, group_size=16, norm=LayerNorm), 2),
+        (dataclasses.replace(PREPARED, w_bits=5, cache_bits=8, length=64), 1),
+        (dataclasses.replace(PREPARED, w_bits=1, a_bits=1, gain=0.05), 2),
+    ],
+    ids=lambda value: f"W{value.w_bits}A{value.a_bits}g{value.group_size}" if isinstance(value, Case) else f"{value}",
+)
+@pytest.mark.sample(1)
+def test_layers_are_the_twins(case, blocks):
+    operands = case.operands()
+    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert not races_found()
+    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "group_size", "cache_bits"),
+    [
+        ("llama-3-8b", (4, 8), 128, None),
+        ("llama-3-8b", (2, 8), 64, 8),
+        ("llama-3-8b", (1, 8), 128, 4),
+        ("qwen2.5-7b", (8, 8), None, None),
+        ("qwen2.5-7b", (3, 8), 16, None),
+        ("opt-6.7b", (6, 8), 32, None),
+        ("bloom-7b1", (5, 4), 64, 4),
+    ],
+)
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.sample(2)
+def test_compiles_without_spills(name, precision, group_size, cache_bits):
+    config, (w_bits, a_bits) = preset(name), precision
+    case = Case(
+        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
+        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
+        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
+        cache_bits=cache_bits, prepared=True, group_size=group_size,
+    )  # fmt: skip
+    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
+    operands = jax.eval_shape(lambda: shapes_of(case))
+    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
+    assert len(report.registers) == 1, "one kernel"
+    assert report.spill_bytes == 0
+    assert report.stack_bytes == 0
+
+
+def planned(case: Case, **changed_kernels: Case) -> str:
+    """The kernel that the plan names, some of whose weights are another case's; nothing is computed."""
+    plans = []
+
+    def plan():
+        operands = case.operands()
+        kernels = {name: other.operands()["kernels"][name] for name, other in changed_kernels.items()}
+        plans.append(plan_decode_layers(**operands | {"kernels": operands["kernels"] | kernels}).kernel)
+
+    jax.eval_shape(plan)
+    return plans[0]
+
+
+def test_the_plan_says_how_weights_are_stored():
+    assert planned(PREPARED).endswith("prepared weights of 4 bits, groups of 64")
+    assert planned(dataclasses.replace(PREPARED, group_size=None, w_bits=8)).endswith("prepared weights of 8 bits")
+
+
+def test_weights_of_several_kinds_are_refused():
+    planes = dataclasses.replace(PREPARED, prepared=False)
+    other_groups = dataclasses.replace(PREPARED, group_size=32)
+    plain = dataclasses.replace(PREPARED, activation=Activation("gelu"))
+    for case, changed, message in (
+        (PREPARED, {"o": planes}, "either all weights are prepared or none, o is BipolarArray"),
+        (planes, {}, "qkv has integer groups in bit planes: prepare_for_inference"),
+        (PREPARED, {"down": other_groups}, "integer groups of one size: down is PreparedArray"),
+        (PREPARED, {"up": plain}, "up is prepared as not gated"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            planned(case, **changed)
