@@ -1,4 +1,7 @@
-"""Which cases of a test with many parameters run by default: `@pytest.mark.sample(n)`; `--exhaustive` runs all."""
+"""Which tests run by default, and which cases of a test with many parameters; `--exhaustive` runs all.
+
+`@pytest.mark.sample(n)`: n of the cases. `@pytest.mark.covered(by)`: none; `by` says which tests cover it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item]) -> None
     for item in items:
         if item.get_closest_marker("sample"):
             tests.setdefault((item.path, item.nodeid.split("[")[0]), []).append(item)
-    left_out = set()
+    left_out = {item for item in items if item.get_closest_marker("covered")}
     for cases in tests.values():
         size = cases[0].get_closest_marker("sample").args[0]
         kept = sample([_values(case) for case in cases], size)
@@ -40,8 +43,12 @@ def sample(cases: Sequence[dict[str, int]], size: int) -> set[int]:
     kept, seen = [], {}
     remaining = list(range(len(cases)))
     while remaining and len(kept) < size:
-        # The case whose values were taken least often so far; of equal ones the first.
-        best = min(remaining, key=lambda i: sum(seen.get(value, 0) for value in cases[i].items()))
+        # The case with the most values that were never taken; then that whose values were taken least often so far.
+        def rank(i: int) -> tuple[int, int]:
+            counts = [seen.get(value, 0) for value in cases[i].items()]
+            return -counts.count(0), sum(counts)
+
+        best = min(remaining, key=rank)
         remaining.remove(best)
         kept.append(best)
         for value in cases[best].items():

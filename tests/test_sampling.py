@@ -25,6 +25,7 @@ def test_the_sample_of_a_marked_test_is_what_runs(pytester):
 
         def pytest_configure(config):
             config.addinivalue_line("markers", "sample(n): n of the cases")
+            config.addinivalue_line("markers", "covered(by): none of the cases")
 
         def pytest_collection_modifyitems(config, items):
             leave_out_unsampled(config, items)
@@ -44,9 +45,12 @@ def test_the_sample_of_a_marked_test_is_what_runs(pytester):
         def test_stacked(a, b, c): pass
 
         def test_other(): pass
+
+        @pytest.mark.covered("by test_other")
+        def test_covered(): pass
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v")
-    result.assert_outcomes(passed=5, deselected=5)
+    result.assert_outcomes(passed=5, deselected=6)
     # Every value of every parameter, which the first two cases would not have.
     result.stdout.fnmatch_lines(["*test_stacked?x-b0-None? PASSED*", "*test_stacked?y-b1-3? PASSED*"])

@@ -57,6 +57,7 @@ class TestCasesInterpreted:
         assert outcome.error is None
 
 
+@pytest.mark.covered("the kernel, by sm90/decode_step/test_decode_step.py; its comparison, by `make gpu-test`")
 @pytest.mark.timeout(290)
 @pytest.mark.usefixtures("clean_interpreter")
 def test_a_decode_step_is_compared_with_its_layers():
