@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from experiments.bench.products.expanded import Weights
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
+from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
 from experiments.support.timing import compile_all, one_line, raise_if_error
 
@@ -154,15 +154,15 @@ def check(found: Any, expected: Any) -> None:
 
 
 def kernel_microseconds(function: Any, args: tuple[Any, ...], iterations: int) -> float:
-    """Median time of the Mosaic kernels of a run; off a GPU 0, after one run."""
-    jax.block_until_ready(function(*args))
-    if jax.devices()[0].platform != "gpu":
-        return 0.0
-    from jax.experimental.mosaic.gpu import profiler
+    """Mean time of the Mosaic kernels of a run; 0 off a GPU."""
 
-    profiler.measure(function, iterations=iterations)(*args)  # an idle GPU runs at low clocks
-    _, runs = profiler.measure(function, aggregate=False, iterations=iterations)(*args)
-    return round(statistics.median(sum(1e3 * ms for name, ms in run if "mosaic" in name) for run in runs), 2)
+    def run() -> None:
+        for _ in range(iterations):
+            jax.block_until_ready(function(*args))
+
+    run()  # an idle GPU runs at low clocks
+    kernels = profile_kernels(run, iterations, most=10)["kernels"]
+    return sum(kernel["microseconds"] for kernel in kernels if "mosaic" in kernel["name"])
 
 
 def measure_model(model: Model, precisions: list[str], iterations: int, threads: int) -> dict[str, Any]:
