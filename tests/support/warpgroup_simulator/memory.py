@@ -93,6 +93,12 @@ def add_shared(ptr, word):
     np.add.at(data.view(np.int32), offsets[active()] // 4, word[active()])
 
 
+def take_shared(ptr):
+    words = load(ptr, 1)[0]
+    store(ptr, [np.zeros_like(words)])
+    return words
+
+
 def store_byte(ptr, word):
     data, offsets, _ = ptr
     data[offsets[active()]] = (word & 255).astype(np.uint8)[active()]

@@ -150,13 +150,12 @@ def add_sums(sums: Any, total: Int[Array, "1024"], start: Int[Array, ""], block_
 
 
 def _take_twin(sums, start, count):
-    del count
-    return jnp.sum(sums[:, pl.ds(start, WARPGROUP)], axis=0)
+    return jnp.where(lax.iota(jnp.int32, WARPGROUP) < count, jnp.sum(sums[:, pl.ds(start, WARPGROUP)], axis=0), 0)
 
 
 @with_twin(_take_twin)
 def take(sums: Any, start: Int[Array, ""] | int, count: int) -> Int[Array, "128"]:
-    """The sums over warpgroups of 128 rows from `start` on; clears the first `count` of them.
+    """The sums over warpgroups of the first `count` of 128 rows from `start` on, which it clears; 0 for the others.
 
     Args:
       sums: shared memory, int32 [warpgroups, rows].
@@ -171,10 +170,9 @@ def take(sums: Any, start: Int[Array, ""] | int, count: int) -> Int[Array, "128"
         thread = thread_index()
         mine = ptx.advance_far(ptx.pointer(sums, ptx.SHARED), ptx.plus(scalar_of(start), thread), 4)
         pointers = [ptx.advance(mine, 4 * rows * warpgroup) for warpgroup in range(WARPGROUPS)]
-        words = [ptx.load(pointer, 1)[0] for pointer in pointers]
-        with ptx.when(ptx.less(thread, count)):
-            for pointer in pointers:
-                ptx.store(pointer, [ptx.int32(0)])
+        words = ptx.update_if(
+            ptx.less(thread, count), [ptx.int32(0)] * WARPGROUPS, lambda: [ptx.take_shared(p) for p in pointers]
+        )
         total = ptx.plus(ptx.plus(words[0], words[1]), ptx.plus(words[2], words[3]))
         return as_vector(total, jnp.int32)
 

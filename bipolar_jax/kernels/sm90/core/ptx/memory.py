@@ -90,6 +90,12 @@ def add_shared(ptr: Pointer, word: Value) -> None:
     inline_ptx("red.relaxed.cta.shared::cta.add.u32 [$0], $1;", ptr, word, has_side_effects=True)
 
 
+def take_shared(ptr: Pointer) -> Value:
+    """The word in shared memory, which becomes 0; one instruction: LLVM moved a load behind the store that followed."""
+    ptx = "atom.relaxed.cta.shared::cta.exch.b32 $0, [$1], $2;"
+    return inline_ptx(ptx, ptr, int32(0), result_types=i32_type(), has_side_effects=True)
+
+
 def order_before_copies() -> None:
     """Orders this thread's accesses of shared memory before later ones of the async proxy (TMA, wgmma)."""
     inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
