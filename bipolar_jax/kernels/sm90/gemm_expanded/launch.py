@@ -35,8 +35,8 @@ from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
 from bipolar_jax.packing import PreparedArray
 
-# Not timed yet. 256 weights by 128 tokens a block; slots fill shared memory at 4 bits with groups of 128.
-DEFAULT_TILING = Tiling(128, 128, "split_n", slots=5, band=8, band_axis="n")
+# 256 weights by 128 tokens a block: the fastest of large products; `backend/expanded_planning.py` has those of smaller.
+DEFAULT_TILING = Tiling(128, 128, "split_n", slots=4, band=8, band_axis="n")
 
 
 def expanded_matmul(
