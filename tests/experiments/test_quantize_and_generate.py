@@ -19,6 +19,7 @@ from experiments import generate, quantize
 from experiments.support import workdir
 from tests.support import tiny_checkpoints
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 WINDOWS, LENGTH = 3, 16
 
 
@@ -43,7 +44,7 @@ def tiny_config(model, text, precisions="W8A8,W2A8g32", sample_tokens=0):
 
 
 @pytest.fixture(scope="module")
-def run(model, text, tmp_path_factory):
+def run(model, text, compiled_programs, tmp_path_factory):
     """Workdir of one complete run."""
     folder = tmp_path_factory.mktemp("run")
     quantize.main(tiny_config(model, text, sample_tokens=3), folder)

@@ -23,6 +23,7 @@ from experiments.bench.language_models.workload import CompiledWorkload, Workloa
 from experiments.support import kernel_times
 from experiments.support.workdir import RESULT_NAME
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 CONFIG = TransformerConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, context_length=64
 )
@@ -57,7 +58,7 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(compiled_programs, tmp_path_factory):
     """A run with a quantized cache, a profile, and a peer that is not installed."""
     folder = tmp_path_factory.mktemp("bench_llm")
     with pytest.MonkeyPatch.context() as monkeypatch:

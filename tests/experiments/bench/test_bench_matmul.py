@@ -28,12 +28,12 @@ def bench(**fields):
     return tiny(bench_config.get_config(), **{"implementation": "xla", "shapes": "24x40x96"} | fields)
 
 
-@pytest.fixture(scope="module")
-def kernels_run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["W2A1", "W4A8g32"])
+def kernels_run(request, tmp_path_factory):
     """A run of the benchmark on the interpreted kernels."""
     folder = tmp_path_factory.mktemp("bench")
     config = bench(
-        implementation="sm90", shapes="4x40x96", precisions="W2A1,W4A8g32", quantizer_elements=1, iterations=1
+        implementation="sm90", shapes="4x40x96", precisions=request.param, quantizer_elements=1, iterations=1
     )
     with interpreted(InterpretGPUParams()), optimizations(False):
         matmul.main(config, folder)
@@ -48,28 +48,27 @@ def xla_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.sample(1)
 def test_kernels_are_timed_with_their_tiling(kernels_run):
     result = result_of(kernels_run)
     row = result["shapes"]["4x40x96"]
-    assert {name: measured["kind"] for name, measured in row["precisions"].items()} == {
-        "W2A1": "planes",
-        "W4A8g32": "int8",
-    }
-    functions = {"W2A1": ("kernel", "operation"), "W4A8g32": ("product", "operation")}
-    for name, measured in row["precisions"].items():
-        assert measured["compared"] == (4 * 40 if "kernel" in functions[name] else 0)  # groups have no integer product
-        if name == "W4A8g32":
-            Tiling(**measured["tiling"]).check()
-        else:
-            assert measured["tiling"] == dataclasses.asdict(decode_tiling(4, 96, 1))
-        for function in functions[name]:
-            assert measured[function]["microseconds"] > 0
-            assert measured[function]["error"] < 2**-7
-            assert measured[function]["speedup"] == pytest.approx(
-                row["bf16"]["microseconds"] / measured[function]["microseconds"], abs=1e-3
-            )
+    ((name, measured),) = row["precisions"].items()
+    if name == "W4A8g32":
+        kind, functions, quantizer = "int8", ("product", "operation"), "8 bits, int8"
+        Tiling(**measured["tiling"]).check()
+    else:
+        kind, functions, quantizer = "planes", ("kernel", "operation"), "1 bits, planes"
+        assert measured["tiling"] == dataclasses.asdict(decode_tiling(4, 96, 1))
+    assert measured["kind"] == kind
+    assert measured["compared"] == (4 * 40 if "kernel" in functions else 0)  # groups have no integer product
+    for function in functions:
+        assert measured[function]["microseconds"] > 0
+        assert measured[function]["error"] < 2**-7
+        assert measured[function]["speedup"] == pytest.approx(
+            row["bf16"]["microseconds"] / measured[function]["microseconds"], abs=1e-3
+        )
     assert row["int8"]["microseconds"] > 0
-    assert list(result["quantizers"]["4x96"]) == ["copy", "8 bits, int8", "1 bits, planes"]
+    assert list(result["quantizers"]["4x96"]) == ["copy", quantizer]
     assert all(figures["terabytes_per_second"] >= 0 for figures in result["quantizers"]["4x96"].values())
 
 
@@ -110,10 +109,11 @@ def test_on_other_backends_only_the_operation_is_timed(xla_run):
         assert row["peers"] == {"humming": {"error": "torch is not installed"}}
 
 
-@pytest.mark.parametrize("name", ["speedup.png", "roofline.png"])
-def test_plots_are_pngs(kernels_run, xla_run, name):
+@pytest.mark.sample(1)
+def test_plots_are_pngs(kernels_run, xla_run):
     for folder in (kernels_run, xla_run):
-        assert (folder / name).read_bytes().startswith(PNG_SIGNATURE)
+        for name in ("speedup.png", "roofline.png"):
+            assert (folder / name).read_bytes().startswith(PNG_SIGNATURE)
 
 
 def test_a_stopped_run_resumes_and_retries_failures(tmp_path, monkeypatch):

@@ -28,9 +28,9 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("clean_interpret
 M, HIDDEN, FFN = 70, 64, 96
 
 
-def config() -> TransformerConfig:
+def config(num_layers: int = 1) -> TransformerConfig:
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "hidden_size": HIDDEN, "ffn_size": FFN}
-    return TransformerConfig(vocab_size=50, num_layers=2, context_length=128, **sizes)
+    return TransformerConfig(vocab_size=50, num_layers=num_layers, context_length=128, **sizes)
 
 
 def joined(model, precision: str):
@@ -53,8 +53,12 @@ def without_signs(monkeypatch):
     monkeypatch.setattr(sm90, "feed_forward", refuse)
 
 
+def make(num_layers: int) -> Transformer:
+    return joined(Transformer(config(num_layers), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "W1A1")
+
+
 def test_a_model_has_the_logits_of_layers_by_themselves(monkeypatch):
-    model = joined(Transformer(config(), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "W1A1")
+    model = make(1)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, M // 2)), jnp.int32)
     launched = []
     launch = sign_projection.launch
@@ -63,10 +67,21 @@ def test_a_model_has_the_logits_of_layers_by_themselves(monkeypatch):
     )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found = jax.jit(lambda model: model(ids))(model)
-        assert len(launched) == 1  # of a loop over layers
+        assert len(launched) == 1
         assert not races_found()
         without_signs(monkeypatch)
         np.testing.assert_array_equal(found, jax.jit(lambda model: model(ids))(model))
+
+
+def test_layers_are_a_loop_that_launches_once(monkeypatch):
+    launched = []
+    launch = sign_projection.launch
+    monkeypatch.setattr(
+        sign_projection, "launch", lambda *args, **options: launched.append(args) or launch(*args, **options)
+    )
+    with execution.interpreted(plgpu.InterpretGPUParams()):
+        jax.eval_shape(lambda: make(3)(jnp.zeros((2, M // 2), jnp.int32)))
+    assert len(launched) == 1
 
 
 def by_xla(x, up, down, prologue, activation, residual):
