@@ -109,8 +109,8 @@ def _clear_twin(sums):
 
 @with_twin(_clear_twin)
 def clear(sums: Any) -> None:
-    """Sets all sums of the calling warpgroups to zero; each of them may call it."""
-    size = sums.shape[0] * sums.shape[1]
+    """Sets sums to zero: int32 [rows] in shared memory."""
+    (size,) = sums.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def inline(_, sums):

@@ -136,7 +136,7 @@ class Phases:
         def clear_projections(layer) -> None:
             clear(outs.qkv, "qkv", layer * shape.products["qkv"].n, 1 - phase_bit(layer))
 
-        self._ring.kind.clear_sums(self._shared.product_sums)
+        self._ring.kind.clear_sums(self._shared.product_sums, self._warpgroup)
 
         @pl.when(self._warpgroup == 0)
         def _():

@@ -141,8 +141,8 @@ class PlaneKind:
 
         repeat(product.tiles, multiply_tile)
 
-    def clear_sums(self, sums) -> None:
-        del sums  # stored, not added to
+    def clear_sums(self, sums, warpgroup) -> None:
+        del sums, warpgroup  # stored, not added to
 
     def take_sums(self, sums, start, count) -> Int[Array, "128"]:
         del count

@@ -151,8 +151,8 @@ class PreparedKind:
 
         repeat(product.tiles, multiply_part)
 
-    def clear_sums(self, sums) -> None:
-        part_sums.clear(sums)
+    def clear_sums(self, sums, warpgroup) -> None:
+        part_sums.clear(sums.at[warpgroup])
 
     def take_sums(self, sums, start, count) -> Int[Array, "128"]:
         return part_sums.take(sums, start, count)

@@ -105,8 +105,8 @@ class WeightKind(Protocol):
           sums: int32 [warpgroups, rows], in the order of halves and rows.
         """
 
-    def clear_sums(self, sums) -> None:
-        """What a warpgroup does before the first product."""
+    def clear_sums(self, sums, warpgroup) -> None:
+        """What a warpgroup does to its sums before the first product."""
 
     def take_sums(self, sums, start, count) -> Int[Array, "128"]:
         """Sums over all warpgroups of 128 rows from `start` on, of which those from `count` on mean nothing."""

@@ -33,7 +33,7 @@ class Case:
     a_bits: int
     capacity: int
     length: int
-    calibration: str = "mse"
+    calibration: str | None = "mse"
     bias: bool = False
     gain: float = 1.0
     norm: type = RMSNorm
@@ -151,6 +151,7 @@ def shapes_of(case: Case) -> dict:
     """`Case.operands`, of zeros that are never made."""
     small = dict(hidden=128, ffn=128, heads=1, kv_heads=1, layers=1, capacity=64, group_size=None)
     operands = dataclasses.replace(case, **small).operands()
+    served = dataclasses.replace(case, calibration=None)  # `quantize`'s own, which may give offsets
     context, kv = case.heads * HEAD_DIM, case.kv_heads * HEAD_DIM
     sizes = {
         "qkv": (case.hidden, context + 2 * kv),
@@ -159,7 +160,7 @@ def shapes_of(case: Case) -> dict:
         "down": (case.ffn, case.hidden),
     }
     kernels = {
-        name: jax.vmap(functools.partial(case.kernel, name))(jnp.zeros((case.layers, *size)))
+        name: jax.vmap(functools.partial(served.kernel, name))(jnp.zeros((case.layers, *size)))
         for name, size in sizes.items()
     }
     cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM)))
