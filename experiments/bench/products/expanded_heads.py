@@ -154,7 +154,7 @@ def check(found: Any, expected: Any) -> None:
 
 
 def kernel_microseconds(function: Any, args: tuple[Any, ...], iterations: int) -> float:
-    """Mean time of the Mosaic kernels of a run; off a GPU 0, after one run: interpreted kernels hang in the profiler."""
+    """Mean time of the Mosaic kernels of a run; off a GPU 0, after one run."""
     if jax.devices()[0].platform != "gpu":
         jax.block_until_ready(function(*args))
         return 0.0
