@@ -39,9 +39,10 @@ KNOWN: tuple[KnownReport, ...] = (
         "decode step",
         rf"Warning: Race reported between Read access at {_QUANTIZE_ROWS}"
         rf"(\s+and Write access at {_QUANTIZE_ROWS} \[\? hazards\])+|"
-        r"Warning: \(Warp Level Programming\) Potential WAR hazard detected at __shared__ 0x\? in block \(\?\) :\n"
-        rf"Read Thread \(\?\) at {_QUANTIZE_ROWS}\nWrite Thread \(\?\) at {_QUANTIZE_ROWS}\n"
-        r"Current Value : \?, Incoming Value : \?",
+        r"Warning: \(Warp Level Programming\) Potential (WAR|RAW) hazard detected at "
+        r"__shared__ 0x\? in block \(\?\) :\n"
+        rf"(Read|Write) Thread \(\?\) at {_QUANTIZE_ROWS}\n(Write|Read) Thread \(\?\) at {_QUANTIZE_ROWS}\n"
+        r"Current Value : \?(, Incoming Value : \?)?",
         "Lanes without a block of their own load the row's last block (`RowThreads.over_blocks`), which its owner may "
         "be replacing by the activation's values (`RowThreads.store`). What they load is masked: by `present` from "
         "the extremes, by `RowQuantizer._valid_bits` from the codes.",

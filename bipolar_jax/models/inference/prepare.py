@@ -41,7 +41,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         than XLA stay planes. "tensor_cores" lays them out for Hopper's int8 tensor cores (`PreparedArray`) in the same
         memory; tables, layers with float activations or that name another backend, and what has no such layout
         (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
-        with integer groups.
+        with integer groups, or with 4 bits, one scale a column and activations of 3 bits or more.
 
     Raises:
       ValueError: dtype is no float dtype, or an unknown layout.
@@ -63,7 +63,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a float dtype, such as bfloat16, got {jnp.dtype(dtype).name}")
     if layout == "tensor_cores" or (layout is None and hopper_serves()):
-        _lay_out_for_tensor_cores(prepared, integer_groups_only=layout is None)
+        _lay_out_for_tensor_cores(prepared, everything=layout is not None)
     elif layout == "bytes" or (layout is None and default_device().platform == "cpu"):
         _unpack(prepared)
     return _in_dtype(prepared, jnp.dtype(dtype))
@@ -80,15 +80,22 @@ def _unpack(model: Transformer) -> None:
             setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
 
 
-def _lay_out_for_tensor_cores(model: Transformer, *, integer_groups_only: bool) -> None:
-    """Prepares the weights of layers that Hopper's int8 tensor cores can multiply, one layer at a time."""
+def _lay_out_for_tensor_cores(model: Transformer, *, everything: bool) -> None:
+    """Prepares the weights of layers that Hopper's int8 tensor cores can multiply, one layer at a time.
+
+    Without `everything` those that are faster so. Products of fewer pairs of planes belong on the binary tensor cores;
+    other widths with one scale a column have not been timed.
+    """
     modules = list(nnx.iter_modules(model))
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
     for _, layer in modules:
         if not fuses(layer) or layer.implementation not in ("auto", "sm90") or layer.precision.a_bits is None:
             continue
         weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
-        if not isinstance(weights, BipolarArray) or (integer_groups_only and not weights.has_integer_groups):
+        if not isinstance(weights, BipolarArray):
+            continue
+        faster = weights.has_integer_groups or (weights.bits == 4 and layer.precision.a_bits >= 3)
+        if not (everything or faster):
             continue
         try:
             check_preparable(weights, is_gated)

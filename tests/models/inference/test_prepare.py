@@ -141,7 +141,7 @@ def kernels(model: Transformer) -> dict[str, type]:
 
 def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     groups = [("^layers/", bj.Precision.parse("W4A8g16i")), ("embed", bj.Precision(8))]
-    rules = [("o_proj", bj.Precision.parse("W4A8")), ("down_proj", bj.Precision.parse("W4A16g16i")), *groups]
+    rules = [("o_proj", bj.Precision.parse("W8A8")), ("down_proj", bj.Precision.parse("W4A16g16i")), *groups]
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized(rules))
         text = str(bj.explain_model(prepared, batch=2, length=64))
@@ -152,6 +152,13 @@ def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     assert prepared.layers.ffn.gate_up_proj.kernel.get_value().gated
     assert not prepared.layers.attention.qkv_proj.kernel.get_value().gated
     assert "weights of 4 bits in integer groups of 16 expanded in registers (estimated from tile sizes)" in text
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("W4A8", PreparedArray), ("W4A2", bj.BipolarArray)])
+def test_hopper_gets_4_bits_with_one_scale_a_column_by_their_activations(precision, kind):
+    with interpreted(plgpu.InterpretGPUParams()):
+        prepared = prepare_for_inference(quantized([("^layers/", bj.Precision.parse(precision))]))
+    assert set(kernels(prepared).values()) == {kind}
 
 
 def test_models_for_tensor_cores_give_the_same_numbers():
