@@ -44,7 +44,9 @@ def test_joined_models_give_the_same_numbers(precision, fields):
     (logits, cache), (expected, expected_cache) = run(whole), run(model)
     np.testing.assert_array_equal(logits, expected)
     step = jax.jit(lambda model, cache: model.decode(ids[:, 0], cache)[0])
-    np.testing.assert_array_equal(step(whole, cache), step(model, expected_cache))
+    # XLA fuses a token's slices of the joined heads with attention's float32 sums, whose order changes.
+    np.testing.assert_allclose(step(whole, cache), step(model, expected_cache), rtol=0, atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, cache, expected_cache)
 
 
 @pytest.mark.parametrize("clip", [None, 4.0])
