@@ -14,9 +14,9 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart
 test: lint
 	$(PYTEST)
 
-# Every case of the tests that otherwise run a sample of theirs.
+# Every case of the tests that otherwise run a sample of theirs, with the code that XLA generates by default.
 test-exhaustive: lint
-	$(PYTEST) --exhaustive
+	TEST_NEWER_EMITTERS=1 $(PYTEST) --exhaustive
 
 # All but the Hopper kernels, the programs and damaged files.
 test-fast: lint

@@ -4,6 +4,10 @@ import os
 
 # Read by XLA when its first backend starts, so these must be set before jax is used.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# XLA's newer emitters set up MLIR for every fusion, which is half of what compiling takes; `make test-exhaustive` uses
+# them. Programs that tests start inherit this too.
+if os.environ.get("TEST_NEWER_EMITTERS") != "1" and "xla_backend_extra_options" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
 # Threads of XLA on CPUs: an interpreted warpgroup that waits at a barrier holds one, and with as few as there
 # are cores the others may never get to run.
 os.environ.setdefault("NPROC", "16")
@@ -71,12 +75,18 @@ def clean_interpreter():
     interpreter.reset()
 
 
+@pytest.fixture(scope="session")
+def folder_of_programs(tmp_path_factory):
+    """Of one worker: JAX writes its files in place, so that another process could read half a program."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture(scope="module")
-def compiled_programs(tmp_path_factory):
-    """Keeps compiled programs on disk for the tests of one file, which train the same model again and again."""
+def compiled_programs(folder_of_programs):
+    """Keeps compiled programs on disk for files of tests that train or run the same model again and again."""
     from tests.support.tiny_training import compiled_once  # slow to import, and few tests need it
 
-    with compiled_once(tmp_path_factory.mktemp("programs")):
+    with compiled_once(folder_of_programs):
         yield
 
 
