@@ -16,7 +16,8 @@ from tests.support.integer_products import normal
 
 ARRAYS = {
     "W4": bj.quantize(normal(8, 3), 4, -2, calibration="absmax"),
-    "W1.58g4": bj.quantize(normal(8, 3), bj.TERNARY, -2, 4),
+    "W1.58g4": bj.quantize(normal(8, 3), bj.TERNARY, -2, 4, scales="integer"),
+    "W1.58g4f": bj.quantize(normal(8, 3), bj.TERNARY, -2, 4, scales="float"),
     "W3 minmax": bj.quantize(normal(3, 8), 3, -1, calibration="minmax"),
 }
 

@@ -51,7 +51,8 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
         s, o = (terms.astype(jnp.int32)[None] for terms in (w.groups.scale, w.groups.offset))
         w_sums = code_sums(w.codes(), w.group_size)
         a_value_sums = (2 * a_sums - a_max * lengths[None])[:, None]
-        return jnp.sum(s * (2 * products - a_max * w_sums[None]) + o * a_value_sums, axis=-1, keepdims=True)
+        sums = s * (2 * products - a_max * w_sums[None]) + o * a_value_sums
+        return jnp.sum(sums, axis=-1, keepdims=True, dtype=jnp.int32)
     return (
         4 * products
         - 2 * w_max * a_sums[:, None]

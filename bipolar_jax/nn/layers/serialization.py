@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray, UnpackedArray
+from bipolar_jax.quantize import IntegerGroups
 
 
 def _names(kind: type[BipolarNumbers], *, static: bool) -> tuple[str, ...]:
@@ -107,3 +108,10 @@ for _kind in (BipolarArray, UnpackedArray, PreparedArray):
         deserialize_auxdata=functools.partial(_deserialize_static, _kind),
         from_children=functools.partial(_from_children, _kind),
     )
+jax.export.register_pytree_node_serialization(
+    IntegerGroups,
+    serialized_name="bipolar_jax.IntegerGroups",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+    from_children=lambda _, children: IntegerGroups(*children),
+)
