@@ -5,8 +5,8 @@ distillation loss alone (arXiv 1503.02531). In result.json `teacher` is the floa
 text, and the evaluation of step 0 that of the untrained W2A8 model.
 
 Claim: with --config.validation_text set to wikitext2's validation text, a perplexity of 55.7 after 1500 steps of 8192
-tokens, against 24.9 for the float model and 38155 for the best W2A8 without training (experiments/quantize.py, W2A8g32,
-"minmax"). Four minutes on one shared H100.
+tokens, against 24.9 for the float model and 38155 for the best W2A8 without training (experiments/quantize.py,
+W2A8g32f, "minmax"). Four minutes on one shared H100.
 
     python -m experiments.sample_text --config=configs/sample_text.py --workdir=runs/sample_text
     python -m experiments.train --config=configs/smollm2_w2a8_finetune.py --workdir=runs/smollm2_w2a8
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.text = "runs/sample_text/text.txt"
     config.validation_text = "pydoc_topics"
     config.window_length = 512
-    config.rules = (("^layers/", "W2A8g64"),)
+    config.rules = (("^layers/", "W2A8g64f"),)
     config.quantization.learned_steps = True
     config.quantization.clip_gradient = True
     config.steps = 1500

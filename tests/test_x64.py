@@ -68,7 +68,7 @@ def training(tmp_path):
     layers = nnx.Linear(32, 16, rngs=nnx.Rngs(0)), nnx.LinearGeneral(16, (2, 4), rngs=nnx.Rngs(1))
     gradient = bj.GradientPrecision(bits=8)
     model = bj.quantization_aware(
-        nnx.Sequential(*layers), [(".*", "W4A8g8")], learned_steps=True, gradient=gradient, rngs=nnx.Rngs(gradient=0)
+        nnx.Sequential(*layers), [(".*", "W4A8g8f")], learned_steps=True, gradient=gradient, rngs=nnx.Rngs(gradient=0)
     )
     optimizer = nnx.Optimizer(model, bj.nn.adamw(optax.cosine_decay_schedule(1e-2, 10)), wrt=nnx.Param)
     loss, gradients = nnx.value_and_grad(

@@ -45,13 +45,15 @@ def quantize(
         on the largest value (XNOR-Net, arXiv 1603.05279; BitNet, arXiv 2310.11453 and
         2402.17764). None is the best for the width, see `default_calibration`. Integer groups are
         searched around the scales and offsets that it gives.
-      scales: "float" gives every group a float32 scale, and an offset if the calibration is
-        "minmax"; "integer" a scale of 8 bits and an offset of 8 bits below one float32 scale for
-        each channel, found by a search for the least squared error, see `IntegerGroups`; for
-        groups of 1 to 6 bits. None is the default kind, see `default_scales`.
+      scales: "integer" gives every group a scale of 8 bits and an offset of 8 bits below one
+        float32 scale for each channel, found by a search for the least squared error, see
+        `IntegerGroups`; for groups of 1 to 6 bits. "float" gives it a float32 scale, and an offset
+        if the calibration is "minmax". None is "integer" for groups of 1 to 6 bits, else "float".
+        Weights for float activations should be "float": Hopper's kernels for them, unlike XLA,
+        do not take integer groups.
 
     Returns:
-      A `BipolarArray` of x's shape. Groups of zeros get scale 0 and decode to zeros.
+      A `BipolarArray` of x's shape. Groups of zeros decode to zeros.
 
     Raises:
       ValueError: bits outside 1..8, a dtype that is not float, NaN, Inf or magnitudes above

@@ -25,7 +25,7 @@ def fake_quant(
     clip_gradient: bool = True,
     scales: Scales | None = None,
 ) -> Float[Array, "*shape"]:
-    """Rounds to the bipolar grid and back: `quantize(...).dequantize()` without packing.
+    """Rounds to the bipolar grid and back: `quantize(...).dequantize()` without packing, and without a search.
 
     The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): 1 for numbers within
     the grid's range or up to half a step beyond its ends, 0 for clipped numbers (the hard-tanh
@@ -39,8 +39,8 @@ def fake_quant(
       group_size: elements that share a scale; None for the whole axis.
       calibration: see `quantize`.
       clip_gradient: False makes the gradient 1 for clipped numbers too.
-      scales: see `quantize`; but integer ones are not searched: their grids span the float ones of
-        the calibration.
+      scales: as for `quantize`, by default integer for groups of 1 to 6 bits; but integer ones
+        are not searched: their grids span the float ones of the calibration.
 
     Returns:
       x's shape and dtype.

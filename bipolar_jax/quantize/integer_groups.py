@@ -15,18 +15,22 @@ from bipolar_jax.quantize.groups import along_last, group_lengths, spread_groups
 
 Scales = Literal["float", "integer"]
 
-# What groups of 1 to 6 bits have where the kind of their scales is not named, as in the text "W4A8g64".
-DEFAULT_SCALES: Scales = "float"
-
 # Wider codes would leave 1 or 2 as the only integer scales.
 MOST_BITS = 6
 SMALLEST_VALUE, LARGEST_VALUE = -128, 127
 _INT32_MAX = 2**31 - 1
 
 
-def default_scales(number_format: BipolarFormat, group_size: int | None) -> Scales:
-    """The kind of scales where none is named: `DEFAULT_SCALES` for groups of 1 to 6 bits, else "float"."""
-    return "float" if group_size is None or number_format.bits > MOST_BITS else DEFAULT_SCALES
+def default_scales(
+    number_format: BipolarFormat, group_size: int | None, *, quantized_activations: bool = True
+) -> Scales:
+    """The kind of scales where none is named: "integer" for groups of 1 to 6 bits, else "float".
+
+    Precisions whose activations stay float, such as W4A16g64, keep "float": Hopper's kernels of float activations do
+    not take integer groups. `quantize` and `fake_quant` do not know the activations, and expect quantized ones.
+    """
+    has_integer_ones = group_size is not None and number_format.bits <= MOST_BITS
+    return "integer" if has_integer_ones and quantized_activations else "float"
 
 
 def check_scales(scales: str, number_format: BipolarFormat, group_size: int | None) -> None:

@@ -34,7 +34,8 @@ class Precision:
         output channel.
       calibration: how the scales of weights are chosen, see `quantize`; None becomes the default for the weight bits,
         see `default_calibration`.
-      scales: of the groups, "float" or "integer", see `quantize`; None becomes the default, see `default_scales`.
+      scales: of the groups, "float" or "integer", see `quantize`; None becomes "integer" for groups of 1 to 6 bits if
+        activations are quantized, else "float".
 
     `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
     store the fields.
@@ -62,7 +63,7 @@ class Precision:
             object.__setattr__(self, "calibration", default_calibration(number_format))
         check_calibration(self.calibration, number_format)
         if self.scales is None:
-            object.__setattr__(self, "scales", default_scales(number_format, self.group_size))
+            object.__setattr__(self, "scales", self._default_scales())
         check_scales(self.scales, number_format, self.group_size)
 
     @classmethod
@@ -82,8 +83,9 @@ class Precision:
     def parse(cls, text: str, calibration: Calibration | None = None) -> Precision:
         """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
 
-        The scales of groups are of the default kind, or float in "W4A8g64f" and integer in "W4A8g64i". The text does
-        not name the calibration; None is the default for the weight bits.
+        The scales of groups are of the default kind: integer in "W4A8g64", float in "W8A8g64" and "W4A16g64". An f or i
+        after the group size names the kind, as in "W4A8g64f" and "W4A16g64i". The text does not name the calibration;
+        None is the default for the weight bits.
 
         Raises:
           ValueError: text of another form, or bits outside 1..8.
@@ -107,6 +109,10 @@ class Precision:
         activations = 16 if self.a_bits is None else self.a_bits
         number_format = as_format(self.w_bits)
         group = "" if self.group_size is None else f"g{self.group_size}"
-        if self.scales != default_scales(number_format, self.group_size):
+        if self.scales != self._default_scales():
             group += self.scales[0]
         return f"W{number_format.name}A{activations}{group}"
+
+    def _default_scales(self) -> Scales:
+        has_activations = self.a_bits is not None
+        return default_scales(as_format(self.w_bits), self.group_size, quantized_activations=has_activations)

@@ -63,7 +63,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 def _matmul(config: ConfigDict) -> Piece:
     precision, x, kernel = _operands(config)
-    packed = bj.quantize(kernel, precision.w_bits, 0, precision.group_size)
+    packed = bj.quantize(kernel, precision.w_bits, 0, precision.group_size, scales=precision.scales)
     return Piece(lambda x, w: bj.matmul(x, w, precision.a_bits), (x, packed))
 
 

@@ -1,7 +1,7 @@
 """Times prefill and decoding of language models at many precisions against the same model in bf16.
 
     python -m experiments.bench.llm --config=configs/bench/llm.py --workdir=DIR \\
-        --config.model=llama-2-7b --config.precisions=W1A1,W2A8,W4A8g128i --config.workloads=1x512+128,8x512+128
+        --config.model=llama-2-7b --config.precisions=W1A1,W2A8,W4A8g128 --config.workloads=1x512+128,8x512+128
 
 Weights are random with the model's shapes; a precision applies to the decoder's linear layers. The baseline is the
 same `Transformer` with `nnx.Linear` in bf16, jitted and timed in the same run: on GPUs once with XLA's defaults and

@@ -7,7 +7,7 @@ Times for every shape and precision:
 
 - "kernel": the matmul kernel, from prepared operands to bf16;
 - "product", for int8 kernels only: the same from packed weights, which are expanded to bytes first, or with integer
-  groups ("W4A8g128i") in registers;
+  groups ("W4A8g128") in registers;
 - "operation": `bj.matmul`, which also quantizes the bf16 activations.
 
 Each is checked against the exact product first. Products of few tokens rotate through enough copies of the weights

@@ -14,7 +14,10 @@ from .plotting import save
 
 
 def plot_perplexity(result: dict[str, Any], path: Path) -> None:
-    """Draws the result of `experiments.quantize`: one line per activation precision, group size and kind of scales."""
+    """Draws the result of `experiments.quantize`: one line per activation precision, group size and kind of scales.
+
+    Default scales, integer ones below 7 bits, share the line of their group size.
+    """
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     series: dict[str, list[tuple[float, float, str]]] = {}
@@ -23,7 +26,7 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
             continue
         precision = Precision.parse(name)
         grouping = "per channel" if precision.group_size is None else f"groups of {precision.group_size}"
-        grouping += ", integer scales" if precision.scales == "integer" else ""
+        grouping += {"f": ", float scales", "i": ", integer scales"}.get(str(precision)[-1], "")
         activations = "float" if precision.a_bits is None else f"{precision.a_bits}-bit"
         point = (row["bytes"] / 1e6, row["perplexity"], name)
         series.setdefault(f"{activations} activations, {grouping}", []).append(point)

@@ -36,7 +36,7 @@ def assert_same(one, other):
 )
 @pytest.mark.sample(14)
 def test_packed_arrays_come_back_bit_for_bit(tmp_path, fmt, shape, axis, group_size, calibration):
-    w = quantize(normal(*shape), fmt, axis, group_size, calibration)
+    w = quantize(normal(*shape), fmt, axis, group_size, calibration, scales="float")
     save(tmp_path / "w", {"w": w})
     assert_same(load(tmp_path / "w"), {"w": w})
 
@@ -218,8 +218,8 @@ def bits_a_weight(path, w: BipolarArray) -> float:
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_a_weight_takes_n_bits_on_disk(tmp_path, bits):
-    """In groups of 128: the planes, and 4 bytes per group for the scale."""
-    w = quantize(normal(1024, 64), bits, 0, 128, "absmax")
+    """In groups of 128: the planes, and 4 bytes per group for the float scale."""
+    w = quantize(normal(1024, 64), bits, 0, 128, "absmax", scales="float")
     assert bits_a_weight(tmp_path / "w", w) == bits + 32 / 128
 
 
@@ -250,7 +250,7 @@ def test_integer_groups_come_back_and_truncate(tmp_path, group_size):
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_files_of_version_1_load_with_the_same_numbers(tmp_path, group_size):
     """As version 1 wrote them: float32 scales and offsets, and the sums of all groups."""
-    w = quantize(normal(40, 6), 4, 0, group_size, "minmax")
+    w = quantize(normal(40, 6), 4, 0, group_size, "minmax", scales="float")
     tensors = {f"w.{field}": np.asarray(getattr(w, field)) for field in ("planes", "scale", "offset", "row_sums")}
     checksums = {name: checksum(array) for name, array in tensors.items()}
     checksums["w.planes"] = plane_checksums(tensors["w.planes"])

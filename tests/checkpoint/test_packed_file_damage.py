@@ -34,7 +34,8 @@ def header_of(raw: bytes) -> tuple[dict, int]:
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> tuple[bytes, object]:
     path = tmp_path_factory.mktemp("intact") / "file"
-    tree = {"w": quantize(normal(33, 3), TERNARY, 0), "q": quantize(normal(4, 9), 3, -1, 4, "minmax"), "b": jnp.ones(3)}
+    grouped = quantize(normal(4, 9), 3, -1, 4, "minmax", scales="float")
+    tree = {"w": quantize(normal(33, 3), TERNARY, 0), "q": grouped, "b": jnp.ones(3)}
     save(path, tree, user={"name": "tiny"})
     return path.read_bytes(), path.parent / "damaged"
 

@@ -90,7 +90,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(tiny_text, tmp_path, mo
         model = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), tmp_path / "model")
         config = shrink(smollm2_w2a8_finetune.get_config(), tiny_text)
         config.pretrained = config.distillation.teacher = str(model)
-        config.rules, config.quantization.gradient_bits = (("^layers/", "W2A8g16"),), 8
+        config.rules, config.quantization.gradient_bits = (("^layers/", "W2A8g16f"),), 8
         config.dtype = "float32"  # teacher and student start with the same arrays
     train.main(config, tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1]["loss"] < losses(tmp_path / "whole")[0]["loss"]

@@ -133,7 +133,7 @@ def test_quantized_matmul_is_the_product_of_what_the_codes_stand_for(
 ):
     """Integers are exact. Each group then rounds a few float32 terms, and the sum of G groups G more."""
     x = activations(k)
-    w = quantize(normal(k, N, seed=1) + 0.5, w_format, 0, group_size, calibration)
+    w = quantize(normal(k, N, seed=1) + 0.5, w_format, 0, group_size, calibration, scales="float")
     bias = normal(N, seed=2) if biased else None
     a_bits = (1, 2, 4, 8)
 
@@ -161,7 +161,7 @@ def test_weight_only_matmul_is_the_product_with_dequantized_weights(
 ):
     """Sums of K terms in float32; weights and result may be rounded to x's dtype."""
     x = jnp.asarray(activations(k), dtype)
-    w = quantize(normal(k, N, seed=1) + 0.5, w_format, 0, group_size, calibration)
+    w = quantize(normal(k, N, seed=1) + 0.5, w_format, 0, group_size, calibration, scales="float")
     bias = jnp.asarray(normal(N, seed=2), dtype)
     got = jax.jit(backend.weight_only_matmul)(x, w, bias)
     w_hat, w_size = weight_parts(w)
@@ -177,7 +177,7 @@ def test_weight_only_matmul_is_the_product_with_dequantized_weights(
 @pytest.mark.sample(4)
 def test_narrow_floats_give_the_float32_result_rounded_once(backend, dtype):
     x = jnp.asarray(activations(100), dtype)
-    w = quantize(normal(100, N, seed=1), 4, 0, 32)
+    w = quantize(normal(100, N, seed=1), 4, 0, 32, scales="float")
     run = jax.jit(lambda x: backend.quantized_matmul(x, w, BipolarFormat(8), None))
     got, wide = run(x), run(x.astype(jnp.float32))
     assert got.dtype == dtype

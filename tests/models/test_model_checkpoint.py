@@ -27,9 +27,9 @@ TOKENIZER = make_tokenizer("smollm")
 IDS = np.array([TOKENIZER.encode("the quick brown fox").ids[:6]], np.int32)
 MIXED = [
     ("embed", Precision(8, 8)),
-    ("attention/[qk]", Precision(3, 8, 16, "mse")),
-    ("attention/v", Precision(4, 8, 16, scales="integer")),
-    ("attention", Precision(5, 6, 24, "minmax")),
+    ("attention/[qk]", Precision(3, 8, 16, "mse", scales="float")),
+    ("attention/v", Precision(4, 8, 16)),
+    ("attention", Precision(5, 6, 24, "minmax", scales="float")),
     ("ffn/down", None),
     ("ffn", Precision(bj.TERNARY, 8)),
 ]

@@ -32,7 +32,7 @@ IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 9)).astype(np.
 MIXED = [
     ("embed", Precision(6, 4, 16, "mse")),
     ("[qk]_proj", Precision(3, 5, calibration="minmax")),
-    ("ffn", Precision(bj.TERNARY, 3, 24)),
+    ("ffn", Precision(bj.TERNARY, 3, 24, scales="float")),
     (".*", Precision(4, None, 16, "minmax")),
 ]
 
@@ -137,7 +137,7 @@ def test_decoding_gives_the_logits_of_the_full_forward_pass(mixed):
 
 def test_packed_bytes_are_planes_scales_and_row_sums():
     bits, group_size = 3, 16
-    packed = bj.quantize_model(make_model(CONFIG), [(".*", Precision(bits, 8, group_size, "absmax"))])
+    packed = bj.quantize_model(make_model(CONFIG), [(".*", Precision(bits, 8, group_size, "absmax", scales="float"))])
     queries, keys = CONFIG.num_heads * CONFIG.head_dim, CONFIG.num_kv_heads * CONFIG.head_dim
     hidden, ffn, vocab = CONFIG.hidden_size, CONFIG.ffn_size, CONFIG.vocab_size
     # (contracted, other) of every matrix; those of a layer num_layers times.
@@ -204,7 +204,7 @@ def test_reference_and_xla_give_the_same_logits_and_gradients(mixed):
 def test_gradients_are_those_of_the_dequantized_weights(a_bits, tolerance, dequantized_gradients):
     """Exactly so for float activations. The true gradient of rounding them is 0 almost everywhere;
     straight through, it differs by what 8-bit activations change it is taken at: measured 9%."""
-    packed = bj.quantize_model(make_model(TIED), [(".*", Precision(4, a_bits, 16, "minmax"))])
+    packed = bj.quantize_model(make_model(TIED), [(".*", Precision(4, a_bits, 16, "minmax", scales="float"))])
     assert_close(float_gradients(packed), dequantized_gradients, tolerance)
 
 

@@ -41,13 +41,13 @@ CONFIGS = {
 }
 PRECISIONS = {
     "W1A8": Precision(1, 8),
-    "W1-minmax": Precision(1, 8, 16, "minmax"),
-    "W3A4g20-minmax": Precision(3, 4, 20, "minmax"),
-    "W1.58A8g33": Precision(bj.TERNARY, 8, 33),
+    "W1A8g16f-minmax": Precision(1, 8, 16, "minmax", scales="float"),
+    "W3A4g20f-minmax": Precision(3, 4, 20, "minmax", scales="float"),
+    "W1.58A8g33f": Precision(bj.TERNARY, 8, 33, scales="float"),
     "W4A16g32": Precision(4, None, 32),
     "W8A8": Precision(8, 8),
-    "W1A8g16i": Precision(1, 8, 16, scales="integer"),
-    "W4A8g32i": Precision(4, 8, 32, scales="integer"),
+    "W1A8g16": Precision(1, 8, 16),
+    "W4A8g32": Precision(4, 8, 32),
 }
 KEY = jax.random.key(0)
 
@@ -71,7 +71,7 @@ def layouts(model: Transformer):
     return graph, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-@pytest.mark.parametrize("precision", ["W3A4g20-minmax", "W1.58A8g33", "W8A8", "W4A8g32i"])
+@pytest.mark.parametrize("precision", ["W3A4g20f-minmax", "W1.58A8g33f", "W8A8", "W4A8g32"])
 @pytest.mark.sample(6)
 def test_built_as_quantize_model_builds(config, precision):
     rules = [("^layers/", PRECISIONS[precision]), ("^(embed|lm_head)$", Precision(8))]
@@ -112,7 +112,7 @@ def test_packed_arrays_keep_their_laws(precision):
         np.testing.assert_array_equal(pack_codes(codes, array.format), array.planes, err_msg=path)
 
 
-@pytest.mark.parametrize("precision", ["W1A8", "W3A4g20-minmax", "W1.58A8g33", "W4A16g32", "W4A8g32i"])
+@pytest.mark.parametrize("precision", ["W1A8", "W3A4g20f-minmax", "W1.58A8g33f", "W4A16g32", "W4A8g32"])
 @pytest.mark.sample(1)
 def test_bits_are_fair_and_numbers_of_the_scale_of_trained_ones(precision):
     config = dataclasses.replace(LLAMA, hidden_size=200, ffn_size=210, num_layers=4)
@@ -158,9 +158,9 @@ def test_they_prefill_decode_and_generate(config):
         ("llama", "W8A8", 1),
         ("llama", "W8A8", 24),
         ("llama", "W1A8", 24),
-        ("llama", "W3A4g20-minmax", 24),
+        ("llama", "W3A4g20f-minmax", 24),
         ("llama", "float", 24),
-        ("opt", "W1.58A8g33", 24),
+        ("opt", "W1.58A8g33f", 24),
         ("opt", "float", 24),
         ("bloom", "W8A8", 24),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 
@@ -49,6 +50,7 @@ PRECISIONS = {
     "W1A1": DotGeneral(1, 1),
     "W2A4": DotGeneral(2, 4),
     "W4A8g5 minmax": DotGeneral(4, 8, 5, "minmax"),
+    "W4A8g5f minmax": DotGeneral(4, 8, 5, "minmax", scales="float"),
     "W1.58A8": DotGeneral(TERNARY, 8),
     "W3A16": DotGeneral(3),
 }
@@ -96,7 +98,7 @@ def rounded_weights(w, contracting, batch, dot: DotGeneral):
     sizes = [w.shape[i] for i in order]
     size = lambda axes: int(np.prod([w.shape[i] for i in axes]))  # noqa: E731
     rows = jnp.transpose(w, order).reshape(size(batch), size(free), size(contracting)).astype(jnp.float32)
-    rounded = fake_quant(rows, dot.w_bits, -1, dot.group_size, dot.calibration)
+    rounded = fake_quant(rows, dot.w_bits, -1, dot.group_size, dot.calibration, scales=dot.scales)
     return jnp.transpose(rounded.reshape(sizes), np.argsort(order))
 
 
@@ -120,7 +122,7 @@ def prepared(layout: str, precision: str, dtype: str):
     dot = PRECISIONS[precision]
     contracted = int(np.prod([rhs_shape[i] for i in numbers[0][1]]))
     if dot.group_size and dot.group_size > contracted:
-        dot = DotGeneral(dot.w_bits, dot.a_bits, contracted, dot.calibration)
+        dot = dataclasses.replace(dot, group_size=contracted)
     lhs, rhs = normal(layout, *lhs_shape).astype(lhs_dtype), normal(layout + "w", *rhs_shape).astype(rhs_dtype)
     ours = lambda lhs, rhs: dot(lhs, rhs, numbers, preferred_element_type=preferred)  # noqa: E731
     eps = max(float(jnp.finfo(d).eps) for d in DTYPES[dtype] if d is not None)

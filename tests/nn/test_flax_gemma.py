@@ -174,7 +174,7 @@ def test_a_subclass_is_said_and_packed_by_a_subclass():
 
 def test_einsums_with_learned_steps_give_the_bits_of_packed_ones():
     model = nnx.Dict(layer=nnx.Einsum("btd,ndh->btnh", (2, 8, 4), rngs=nnx.Rngs(0)))
-    trained = bj.quantization_aware(model, [("layer", "W2A8g4")], learned_steps=True)
+    trained = bj.quantization_aware(model, [("layer", "W2A8g4f")], learned_steps=True)
     x = jnp.asarray(normal(2, 3, 8))
     call = nnx.jit(lambda model, x: model["layer"](x))
     np.testing.assert_array_equal(call(bj.quantize_model(trained), x), call(trained, x))

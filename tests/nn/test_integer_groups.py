@@ -13,7 +13,7 @@ import bipolar_jax as bj
 from bipolar_jax.nn.layers.joined import joined
 from tests.support.integer_products import normal
 
-PRECISION = bj.Precision.parse("W4A8g16i")
+PRECISION = bj.Precision.parse("W4A8g16")
 
 
 class Two(nnx.Module):
@@ -35,7 +35,7 @@ def test_quantize_model_gives_integer_groups(model):
     expected = bj.quantize(Two(nnx.Rngs(0)).first.kernel[...], 4, 0, 16, scales="integer")
     jax.tree.map(np.testing.assert_array_equal, kernel, expected)
     assert model.first.precision == PRECISION
-    assert str(model.first.precision) == "W4A8g16i"
+    assert str(model.first.precision) == "W4A8g16"
 
 
 def test_layers_with_integer_groups_join(model):
@@ -43,7 +43,7 @@ def test_layers_with_integer_groups_join(model):
     x = normal(3, 32)
     np.testing.assert_array_equal(both(x), jnp.concatenate([model.first(x)] * 2, axis=-1))
     floats = bj.quantize_model(Two(nnx.Rngs(0)), [(".*", "W4A8g16f")])
-    with pytest.raises(ValueError, match="precision is W4A8g16i in one and W4A8g16 in another"):
+    with pytest.raises(ValueError, match="precision is W4A8g16 in one and W4A8g16f in another"):
         joined([model.first, floats.first])
 
 
@@ -65,10 +65,10 @@ def test_a_layer_trains_with_the_integers_that_it_is_packed_with():
 
 
 def test_learned_step_sizes_are_refused():
-    dot_general = bj.DotGeneral.of(PRECISION)
-    weights = normal(32, 32)
+    with pytest.raises(ValueError, match='float scales of groups, got W4A8g16: use scales="float", as in "W4A8g16f"'):
+        bj.quantization_aware(Two(nnx.Rngs(0)), [(".*", PRECISION)], learned_steps=True)
     with pytest.raises(ValueError, match='use scales="float"'):
-        dot_general.pack(weights, dot_general.initial_step_size(weights))
+        bj.DotGeneral.of(PRECISION).pack(normal(32, 32), np.ones((32, 2), np.float32))
 
 
 def test_state_dicts_and_restored_leaves_keep_integer_groups(model):

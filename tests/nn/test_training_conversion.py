@@ -54,8 +54,8 @@ run = nnx.jit(lambda model, x: model(x))
         (bj.Precision(1, 1, None, "absmean"), {"weight_norm": "standardize", "clip_gradient": False}, None),
         (bj.Precision(1, 1, None, "absmean"), {"clip_activations": 1.0}, None),
         (bj.Precision(1, 1, None, "absmean"), {"clip_activations": 1.0}, jnp.bfloat16),
-        (bj.Precision(2, 8, 8), {"learned_steps": True}, None),
-        (bj.Precision(2, 8, 8), {"learned_steps": True}, jnp.bfloat16),
+        (bj.Precision(2, 8, 8, scales="float"), {"learned_steps": True}, None),
+        (bj.Precision(2, 8, 8, scales="float"), {"learned_steps": True}, jnp.bfloat16),
         (W2A4, {"gradient": GradientPrecision("bfloat16", 8), "rngs": nnx.Rngs(gradient=0)}, None),
     ],
     ids=[

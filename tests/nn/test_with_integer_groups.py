@@ -32,9 +32,9 @@ CONFIG = TransformerConfig(
 RULES = [
     ("embed", bj.Precision(8, None, 16)),
     ("v_proj", "W4A8"),
-    ("o_proj", "W4A8g16i"),
+    ("o_proj", "W4A8g16"),
     ("up_proj", None),
-    (".*", "W4A8g16"),
+    (".*", "W4A8g16f"),
 ]
 
 
@@ -60,7 +60,7 @@ def test_every_layer_is_converted_or_its_reason_is_said(model, converted):
     names = ("attention/q_proj", "attention/k_proj", "ffn/gate_proj", "ffn/down_proj")
     assert set(by_path) - set(notes) == {f"layers/{name}" for name in names}
     before, after = (each.layers.attention.q_proj for each in (model, result))
-    assert (str(before.precision), str(after.precision)) == ("W4A8g16", "W4A8g16i")
+    assert (str(before.precision), str(after.precision)) == ("W4A8g16f", "W4A8g16")
     expected, errors = before.kernel.get_value().to_integer_groups()
     jax.tree.map(np.testing.assert_array_equal, after.kernel.get_value(), expected)
     assert by_path["layers/attention/q_proj"].errors == tuple(errors.tolist())
@@ -69,7 +69,7 @@ def test_every_layer_is_converted_or_its_reason_is_said(model, converted):
     assert result.embed.embedding.get_value().planes is model.embed.embedding.get_value().planes
     lines = str(report).splitlines()
     assert len(lines) == 8
-    assert f"layers/attention/q_proj  W4A8g16i   {errors.mean():.2e}" in str(report)
+    assert f"layers/attention/q_proj  W4A8g16    {errors.mean():.2e}" in str(report)
     assert lines[1].split() == ["embed", "W8A16g16", "-", "-", "more", "than", "6", "bits"]
 
 
@@ -96,11 +96,11 @@ def test_weights_that_are_laid_out_for_a_device_are_refused(model):
 def test_trained_layers_keep_their_products():
     """The roundings of training, with other scales; learned step sizes are scales like others from there on."""
     model = nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
-    trained = bj.quantization_aware(model, [(".*", "W4A8g16")], learned_steps=True)
+    trained = bj.quantization_aware(model, [(".*", "W4A8g16f")], learned_steps=True)
     packed = bj.quantize_model(trained)
     result, report = bj.nn.with_integer_groups(packed)
     (layer,) = result.layers
-    assert (str(layer.precision), str(layer.trained.precision), layer.learned_steps) == ("W4A8g16i", "W4A8g16i", False)
+    assert (str(layer.precision), str(layer.trained.precision), layer.learned_steps) == ("W4A8g16", "W4A8g16", False)
     x = normal(3, 32)
     np.testing.assert_allclose(result(x), packed(x), atol=0.1)
     assert 0 < report.layers[0].errors[0] < 2e-3

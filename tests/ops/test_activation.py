@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def w() -> BipolarArray:
-    return quantize(normal(K, N, seed=1), 3, 0, 32, "minmax")
+    return quantize(normal(K, N, seed=1), 3, 0, 32, "minmax", scales="float")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -101,7 +101,7 @@ def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, t
 @pytest.mark.sample(1)
 def test_where_no_kernel_has_it_xla_does(m, group_size):
     """Few tokens; groups."""
-    w = quantize(normal(K, 64, seed=1), 2, 0, group_size)
+    w = quantize(normal(K, 64, seed=1), 2, 0, group_size, scales="float")
     x = normal(m, K, dtype=jnp.bfloat16)
     with interpreted(plgpu.InterpretGPUParams()):
         found = matmul(x, w, 2, activation=SWIGLU, implementation="sm90")

@@ -19,7 +19,7 @@ from tests.support.integer_products import normal
 DENSE = (((1,), (0,)), ((), ()))
 X, W = normal(4, 32), normal(32, 16, seed=1)
 PACKED = bj.quantize(W, 4, axis=0)
-GROUPED = bj.quantize(W, 4, axis=0, group_size=8, calibration="minmax")
+GROUPED = bj.quantize(W, 4, axis=0, group_size=8, calibration="minmax", scales="float")
 W4A8 = bj.Precision.parse("W4A8")
 LINEAR = bj.nn.Linear(32, 16, precision=W4A8, rngs=nnx.Rngs(0))
 EMBED = bj.nn.Embed(16, 32, precision=W4A8, rngs=nnx.Rngs(0))

@@ -18,7 +18,7 @@ def normal(*shape: int) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["absmax", "minmax"])
 def table(request) -> BipolarArray:
-    return quantize(normal(300, 40), 4, -1, 16, request.param)
+    return quantize(normal(300, 40), 4, -1, 16, request.param, scales="float")
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])

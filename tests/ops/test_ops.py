@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def w() -> BipolarArray:
-    return quantize(normal(K, N, seed=1), 4, 0, 16, "minmax")
+    return quantize(normal(K, N, seed=1), 4, 0, 16, "minmax", scales="float")
 
 
 def expected(x, w: BipolarArray, a_bits: int | None) -> np.ndarray:

@@ -58,7 +58,7 @@ def central_differences(function, arguments: list, which: int) -> np.ndarray:
 @pytest.mark.parametrize(("calibration", "biased"), [("absmax", False), ("minmax", True)])
 @pytest.mark.sample(8)
 def test_gradients_are_those_of_the_straight_through_definition(a_bits, group_size, calibration, biased):
-    w = quantize(normal(K, N, seed=1), 3, 0, group_size, calibration)
+    w = quantize(normal(K, N, seed=1), 3, 0, group_size, calibration, scales="float")
     x, cotangent = normal(M, K), normal(M, N, seed=2)
     bias = normal(N, seed=3) if biased else None
     arguments = [x, w.scale, w.offset, bias]
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_straight_through_definition(a_bits, group_si
 
 @pytest.fixture(scope="module")
 def w() -> BipolarArray:
-    return quantize(normal(K, N, seed=1), 4, 0, 5, "minmax")
+    return quantize(normal(K, N, seed=1), 4, 0, 5, "minmax", scales="float")
 
 
 def gradient_of_x(x, w, **kwargs):

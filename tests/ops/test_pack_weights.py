@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
     ("options", "shape"),
     [
         ({"w_bits": 4}, (100, 66)),
-        ({"w_bits": 2, "group_size": 32, "calibration": "minmax"}, (72, 10)),
+        ({"w_bits": 2, "group_size": 32, "calibration": "minmax", "scales": "float"}, (72, 10)),
         ({"w_bits": 3, "weight_norm": "center"}, (64, 10)),
         ({"w_bits": 8, "group_size": 48}, (96, 10)),  # XLA's
         ({"w_bits": 1, "calibration": "absmean"}, (2, 40, 6)),  # a batch
@@ -63,7 +63,9 @@ def test_integer_groups_pack_the_same_on_every_backend():
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{"w_bits": 8}, {"w_bits": 4, "group_size": 64, "calibration": "minmax"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"w_bits": 8}, {"w_bits": 4, "group_size": 64, "calibration": "minmax", "scales": "float"}], ids=str
+)
 def test_a_matrix_takes_few_kernels(options, monkeypatch):
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
     layer = bj.DotGeneral(a_bits=8, implementation="sm90", **options)
@@ -79,7 +81,7 @@ def test_a_matrix_takes_few_kernels(options, monkeypatch):
 
 def test_weights_for_one_product_stay_unpacked_on_cpus():
     w = jax.random.normal(jax.random.key(0), (2, 72, 10))
-    expected = bj.quantize(w, 4, -2, 32)
+    expected = bj.quantize(w, 4, -2, 32, scales="float")
     numbers = (expected.format, expected.scale, expected.offset, 32)
     found = pack_weights(w, *numbers, for_one_product=True)
     jax.tree.map(np.testing.assert_array_equal, found, expected.unpack())

@@ -67,7 +67,7 @@ def test_what_needs_planes_or_rows_refuses(tmp_path):
         lookup(prepared.T, jnp.asarray([0]))
     with pytest.raises(ValueError, match="w is laid out for inference: save the model as it was before"):
         bj.save(tmp_path / "w.safetensors", {"w": prepared})
-    layer = bj.nn.Linear(72, 20, precision="W4A8g32i", use_bias=False, kernel=prepared)
+    layer = bj.nn.Linear(72, 20, precision="W4A8g32", use_bias=False, kernel=prepared)
     with pytest.raises(ValueError, match="laid out for a GPU are not joined"):
         joined([layer, layer])
 

@@ -35,7 +35,7 @@ def make(name: str, k: int = K, batch: tuple[int, ...] = ()) -> Prologue:
 
 @pytest.fixture(scope="module")
 def w() -> bj.BipolarArray:
-    return bj.quantize(normal(K, N, seed=1), 3, 0, 32, "minmax")
+    return bj.quantize(normal(K, N, seed=1), 3, 0, 32, "minmax", scales="float")
 
 
 def rows_of(prologue: Prologue, *leading: int, dtype=jnp.float32) -> jax.Array:

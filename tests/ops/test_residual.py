@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def w() -> BipolarArray:
-    return quantize(normal(K, N, seed=1), 3, 0, 32, "minmax")
+    return quantize(normal(K, N, seed=1), 3, 0, 32, "minmax", scales="float")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -49,7 +49,7 @@ def test_it_is_added_to_the_rounded_product(w, implementation, a_bits, dtype):
 @pytest.mark.sample(2)
 def test_hopper_kernels_add_the_same(m, group_size):
     """Few tokens and many, of more columns than a whole number of copied bytes."""
-    w = quantize(normal(K, 203, seed=1), 2, 0, group_size)
+    w = quantize(normal(K, 203, seed=1), 2, 0, group_size, scales="float")
     x, residual = normal(m, K, dtype=jnp.bfloat16), 30 * normal(m, 203, seed=2, dtype=jnp.bfloat16)
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         product = matmul(x, w, 2, implementation="sm90")

@@ -15,7 +15,7 @@ import bipolar_jax as bj
 MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((4, 48)).astype(np.float32)
-W = bj.quantize(RNG.standard_normal((48, 6)).astype(np.float32), 4, 0, 16, "minmax")
+W = bj.quantize(RNG.standard_normal((48, 6)).astype(np.float32), 4, 0, 16, "minmax", scales="float")
 
 
 def loss(x, scale, a_bits):

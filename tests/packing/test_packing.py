@@ -74,7 +74,7 @@ def test_contracted_size_excludes_padding_and_padding_is_zero(k):
 @pytest.mark.parametrize("group_size", [None, 1, 5, 32, 40])
 @pytest.mark.sample(10)
 def test_row_sums_are_sums_of_codes_by_group(fmt, group_size):
-    w = quantize(normal(2, 3, 40), fmt, -1, group_size)
+    w = quantize(normal(2, 3, 40), fmt, -1, group_size, scales="float")
     starts = range(0, 40, group_size or 40)
     codes = np.asarray(w.codes(), int)
     expected = np.stack([codes[..., s : s + (group_size or 40)].sum(-1) for s in starts], -1)
@@ -85,7 +85,7 @@ def test_row_sums_are_sums_of_codes_by_group(fmt, group_size):
 @pytest.mark.parametrize("calibration", ["absmax", "minmax"])
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_nbytes_is_the_size_of_the_leaves(group_size, calibration):
-    w = quantize(normal(100, 6), 3, 0, group_size, calibration)
+    w = quantize(normal(100, 6), 3, 0, group_size, calibration, scales="float")
     groups = 7 if group_size else 1
     per_group = 12 if calibration == "minmax" else 8  # scale, row_sums and offset of 4 bytes each
     assert w.nbytes == 3 * 6 * 4 * 4 + 6 * groups * per_group
@@ -96,7 +96,7 @@ def test_nbytes_is_the_size_of_the_leaves(group_size, calibration):
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.sample(9)
 def test_decoding_follows_the_definition(fmt, axis):
-    w = quantize(normal(2, 10, 12), fmt, axis, 4, "minmax")
+    w = quantize(normal(2, 10, 12), fmt, axis, 4, "minmax", scales="float")
     codes = np.asarray(w.codes(), np.float64)
     k = codes.shape[-1]
     values = 2 * codes - fmt.max_value
@@ -120,7 +120,7 @@ def test_transpose_swaps_the_last_two_axes_and_shares_the_data():
 
 
 def test_repr_shows_shape_bits_groups_and_offset():
-    text = repr(quantize(normal(10, 12), TERNARY, 0, 5, "minmax"))
+    text = repr(quantize(normal(10, 12), TERNARY, 0, 5, "minmax", scales="float"))
     assert text == "BipolarArray(shape=(10, 12), bits=1.58, group_size=5, with offset)"
 
 
@@ -188,7 +188,7 @@ def test_truncating_to_all_bits_changes_nothing(fmt):
 @given(bits=st.integers(1, 8), fewer=st.integers(1, 8))
 def test_truncation_drops_low_planes_and_recomputes_row_sums(bits, fewer):
     fewer = min(bits, fewer)
-    w = quantize(normal(2, 3, 40), bits, -1, 16, "minmax")
+    w = quantize(normal(2, 3, 40), bits, -1, 16, "minmax", scales="float")
     short = w.truncate(fewer)
     codes = np.asarray(w.codes(), int) >> (bits - fewer)
     np.testing.assert_array_equal(short.codes(), codes)
@@ -206,7 +206,7 @@ def test_truncation_errors():
 
 @pytest.mark.wrong_arrays
 def test_check_names_the_leaf_whose_shape_is_wrong():
-    w = quantize(normal(40, 6), 4, 0, 16)
+    w = quantize(normal(40, 6), 4, 0, 16, scales="float")
     w.check()
     for field, leaf in {"scale": w.scale[:, :2], "row_sums": w.row_sums[:5], "offset": jnp.ones(6)}.items():
         with pytest.raises(ValueError, match=rf"got {field} .*Shard it along n"):

@@ -20,7 +20,7 @@ from tests.support.integer_products import normal
 @pytest.fixture(scope="module")
 def stack() -> BipolarArray:
     """Three matrices [40, 6]."""
-    return quantize(normal(3, 40, 6), 4, -2, 16, "minmax")
+    return quantize(normal(3, 40, 6), 4, -2, 16, "minmax", scales="float")
 
 
 def assert_same(one: BipolarArray, other: BipolarArray):
@@ -47,7 +47,7 @@ def test_passes_jit_unchanged(stack):
 
 def test_jitted_quantize_equals_quantize(stack):
     # Fused arithmetic may round an offset once instead of twice; the codes must not differ.
-    jitted = jax.jit(lambda x: quantize(x, 4, -2, 16, "minmax"))(normal(3, 40, 6))
+    jitted = jax.jit(lambda x: quantize(x, 4, -2, 16, "minmax", scales="float"))(normal(3, 40, 6))
     np.testing.assert_array_equal(jitted.planes, stack.planes)
     np.testing.assert_allclose(jitted.scale, stack.scale, rtol=1e-6)
     np.testing.assert_allclose(jitted.offset, stack.offset, rtol=1e-6, atol=1e-6)
@@ -62,7 +62,7 @@ def test_vmap_over_a_stack_sees_matrices(stack):
 
 
 def test_vmapped_quantize_makes_a_stack(stack):
-    mapped = jax.vmap(lambda x: quantize(x, 4, -2, 16, "minmax"))(normal(3, 40, 6))
+    mapped = jax.vmap(lambda x: quantize(x, 4, -2, 16, "minmax", scales="float"))(normal(3, 40, 6))
     assert mapped.shape == (3, 40, 6)
     np.testing.assert_array_equal(mapped.planes, stack.planes)
 
@@ -81,7 +81,7 @@ def test_indexing_and_stacking_the_leaves_splits_and_joins_the_batch(stack):
 
 
 def test_eval_shape_has_the_shapes_and_dtypes_of_quantize(stack):
-    abstract = jax.eval_shape(lambda: quantize(jnp.ones((3, 40, 6)), 4, -2, 16, "minmax"))
+    abstract = jax.eval_shape(lambda: quantize(jnp.ones((3, 40, 6)), 4, -2, 16, "minmax", scales="float"))
     assert isinstance(abstract.planes, jax.ShapeDtypeStruct)
     assert (abstract.shape, abstract.bits, abstract.ndim, abstract.nbytes) == ((3, 40, 6), 4, 3, stack.nbytes)
     abstract.check()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax import TERNARY, BipolarFormat, Precision, quantize
+from bipolar_jax import TERNARY, BipolarFormat, Precision, fake_quant, quantize
 from bipolar_jax.packing import pack
 from bipolar_jax.quantize import integer_scale_search
 from bipolar_jax.quantize.calibration import default_calibration
@@ -151,16 +151,36 @@ def test_errors_say_what_to_do(arguments, message):
         Precision(arguments["bits"], 8, arguments["group_size"], scales=arguments["scales"])
 
 
-@pytest.mark.parametrize("text", ["W4A8g64i", "W4A8g64", "W1.58A16g32i", "W8A8g64", "W4A8", "W6A8g16i"])
-def test_the_text_of_a_precision_round_trips(text):
+@pytest.mark.parametrize(
+    ("text", "scales"),
+    [
+        ("W4A8g64", "integer"),
+        ("W6A8g20", "integer"),
+        ("W1.58A4g32", "integer"),
+        ("W4A16g64i", "integer"),
+        ("W4A8g64f", "float"),
+        ("W4A16g64", "float"),
+        ("W7A8g64", "float"),
+        ("W4A8", "float"),
+    ],
+)
+def test_the_text_of_a_precision_round_trips(text, scales):
     precision = Precision.parse(text)
     assert str(precision) == text
     assert Precision.parse(str(precision)) == precision
-    assert precision.scales == ("integer" if text.endswith("i") else "float")
+    assert precision.scales == scales
 
 
-def test_a_text_names_float_scales_too():
-    assert Precision.parse("W4A8g64f") == Precision(4, 8, 64, scales="float") == Precision.parse("W4A8g64")
+def test_groups_of_1_to_6_bits_have_integer_scales_unless_another_kind_is_named():
+    for bits, expected in ((6, True), (7, False)):
+        assert quantize(ROWS, bits, -1, 64).has_integer_groups == expected
+    assert not quantize(ROWS, 4, -1, 64, scales="float").has_integer_groups
+    np.testing.assert_array_equal(fake_quant(ROWS, 4, -1, 64), fake_quant(ROWS, 4, -1, 64, scales="integer"))
+
+
+def test_a_text_names_either_kind():
+    assert Precision.parse("W4A8g64f") == Precision(4, 8, 64, scales="float") != Precision.parse("W4A8g64")
+    assert Precision.parse("W4A8g64i") == Precision(4, 8, 64)
     for text in ("W4A8f", "W4A8i", "W4A8gi", "W4A8g64x"):
         with pytest.raises(ValueError, match="not of the form"):
             Precision.parse(text)

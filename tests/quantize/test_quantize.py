@@ -114,11 +114,11 @@ def test_one_bit_mse_scale_is_the_mean_magnitude():
 
 
 def decode(x: np.ndarray, bits: int, group_size: int | None, calibration: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and decoded numbers, from one jitted function."""
+    """Scales and decoded numbers, from one jitted function; groups have float scales."""
 
     @jax.jit
     def run(x):
-        w = quantize(x, bits, -1, group_size, calibration)
+        w = quantize(x, bits, -1, group_size, calibration, scales="float")
         return w.scale, w.dequantize()
 
     return jax.tree.map(np.asarray, run(x))
@@ -169,7 +169,7 @@ def test_groups_split_and_join_without_loss(k, data):
 def test_groups_of_zeros_have_scale_zero_and_decode_to_zeros(fmt, calibration):
     x = normal(2, 8)
     x[0, :4] = 0
-    w = quantize(x, fmt, -1, 4, calibration)
+    w = quantize(x, fmt, -1, 4, calibration, scales="float")
     assert w.scale[0, 0] == 0
     np.testing.assert_array_equal(w.dequantize()[0, :4], 0)
     assert np.all(np.asarray(w.scale)[[0, 1, 1], [1, 0, 1]] > 0)
@@ -220,10 +220,12 @@ def test_numbers_beyond_the_largest_scale_raise_or_give_scales_that_are_not_fini
 @every_calibration
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_under_a_trace_reach_their_group_and_no_other(calibration, bad):
+    """The groups have float scales; with integer ones, NaN takes the whole row."""
     x = normal(3, 8)
-    clean = quantize(x, 4, -1, 4, calibration).dequantize()
+    decode = lambda x: quantize(x, 4, -1, 4, calibration, scales="float").dequantize()  # noqa: E731
+    clean = decode(x)
     x[1, 5] = bad
-    decoded = np.array(jax.jit(lambda x: quantize(x, 4, -1, 4, calibration).dequantize())(x))
+    decoded = np.array(jax.jit(decode)(x))
     assert not np.any(np.isfinite(decoded[1, 4:]))
     decoded[1, 4:] = clean[1, 4:]
     np.testing.assert_allclose(decoded, clean, rtol=8 * EPS, atol=32 * EPS)  # only one is jitted
@@ -253,7 +255,7 @@ def test_narrow_floats_quantize_as_if_cast_to_float32(dtype):
 @pytest.mark.sample(4)
 def test_every_matrix_of_a_batch_is_quantized_by_itself_for_either_axis(calibration, axis):
     x = normal(2, 3, 10, 12)
-    w = quantize(x, 3, axis, 4, calibration)
+    w = quantize(x, 3, axis, 4, calibration, scales="float")
     assert w.shape == x.shape
     assert w.axis == (axis if axis < 0 else axis - 4)
     for i, j in np.ndindex(2, 3):

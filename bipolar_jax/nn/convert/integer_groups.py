@@ -22,7 +22,7 @@ class ConvertedLayer:
 
     Attributes:
       path: the first path to the layer, "" for the model itself.
-      precision: of the layer in the result, such as "W4A8g64i".
+      precision: of the layer in the result, such as "W4A8g64".
       errors: the squared error of the weights relative to their squares, for each matrix of a stack; () if the layer
         is unchanged.
       note: why it is unchanged; "" if it is converted.
@@ -51,7 +51,7 @@ def with_integer_groups[Model: nnx.Module](model: Model) -> tuple[Model, Convers
 
     Products then sum over all of K in int32. Layers of more than 6 bits and of one scale a channel stay as they are.
     The conversion costs little up to 4 bits and much above, see `BipolarArray.to_integer_groups`. Where the float model
-    is at hand, quantize it to integer groups, such as "W4A8g64i": that search rounds the weights to the new grids.
+    is at hand, quantize it to integer groups, such as "W4A8g64": that search rounds the weights to the new grids.
 
     Args:
       model: any NNX module with packed layers, before `prepare_for_inference`; it is not changed. The copy shares the
@@ -69,7 +69,7 @@ def with_integer_groups[Model: nnx.Module](model: Model) -> tuple[Model, Convers
     converted = nnx.clone(model)
     layers = packed_layers(converted)
     if not layers:
-        raise ValueError("the model has no packed layers: quantize it first, for example to W4A8g64i")
+        raise ValueError("the model has no packed layers: quantize it first, for example to W4A8g64")
     return converted, ConversionReport(tuple(_convert(path, layer) for path, layer in layers))
 
 

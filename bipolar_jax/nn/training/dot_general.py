@@ -63,8 +63,8 @@ class DotGeneral:
       gradient: precision of the backward pass.
       weights: which operand is the weights, "rhs" or "lhs".
       implementation: the backend, see `bipolar_jax.matmul`.
-      scales: of groups, "float" or "integer", see `quantize`. Integer ones are not searched in training: their grids
-        span the float ones of the calibration.
+      scales: of groups, "float" or "integer", see `Precision`. Integer ones are not searched in training: their grids
+        span the float ones of the calibration. Learned step sizes are float scales.
 
     Raises:
       ValueError: an attribute with another value than the above.
@@ -273,17 +273,29 @@ class DotGeneral:
         return jnp.swapaxes(rounded, -1, -2)
 
     def initial_step_size(self, w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n groups"]:
-        """Initial step sizes for training, float32 (LSQ, arXiv 1902.08153, section 2.1)."""
+        """Initial step sizes for training, float32 (LSQ, arXiv 1902.08153, section 2.1).
+
+        Raises:
+          ValueError: integer scales of groups, which are not learned.
+        """
+        self._check_float_scales()
         rows = jnp.swapaxes(normalize_weights(w.astype(jnp.float32), self.weight_norm), -1, -2)
         return initial_step_size(rows, as_format(self.w_bits), self.group_size)
 
     def _check_step_size(self, w, step_size):
-        if self.scales == "integer":
-            raise ValueError('learned step sizes are float scales of groups: use scales="float"')
+        self._check_float_scales()
         check_group_size(w.shape[-2], self.group_size)
         per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
         if step_size.shape != per_group:
             raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {per_group}")
+
+    def _check_float_scales(self):
+        if self.scales == "integer":
+            named = dataclasses.replace(self.precision, scales="float")
+            raise ValueError(
+                f'learned step sizes are float scales of groups, got {self.precision}: use scales="float", as in '
+                f'"{named}"'
+            )
 
 
 @dataclasses.dataclass(frozen=True)

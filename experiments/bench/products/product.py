@@ -212,7 +212,7 @@ def parse_products(shape: Shape, text: str, implementation: str) -> dict[str, Pr
 
     Args:
       shape: sizes.
-      text: precisions such as "W1A2,W1.58A8,W4A8g128,W4A8g128i", or "all" for 1 to 8 bits of both.
+      text: precisions such as "W1A2,W1.58A8,W4A8g128,W4A8g128f", or "all" for 1 to 8 bits of both.
       implementation: backend.
 
     Raises:

@@ -28,7 +28,7 @@ def bench(**fields):
     return tiny(bench_config.get_config(), **{"implementation": "xla", "shapes": "24x40x96"} | fields)
 
 
-@pytest.fixture(scope="module", params=["W2A1", "W4A8g32"])
+@pytest.fixture(scope="module", params=["W2A1", "W4A8g32f"])
 def kernels_run(request, tmp_path_factory):
     """A run of the benchmark on the interpreted kernels."""
     folder = tmp_path_factory.mktemp("bench")
@@ -53,7 +53,7 @@ def test_kernels_are_timed_with_their_tiling(kernels_run):
     result = result_of(kernels_run)
     row = result["shapes"]["4x40x96"]
     ((name, measured),) = row["precisions"].items()
-    if name == "W4A8g32":
+    if name == "W4A8g32f":
         kind, functions, quantizer = "int8", ("product", "operation"), "8 bits, int8"
         Tiling(**measured["tiling"]).check()
     else:
@@ -89,9 +89,9 @@ def test_int8_kernels_pass_their_check(w_bits):
 
 def test_integer_groups_are_prepared_and_pass_their_checks():
     shape = Shape("s", 3, 40, 96)
-    (product,), operands = parse_products(shape, "W4A8g32i", "sm90").values(), Operands(shape, 0)
+    (product,), operands = parse_products(shape, "W4A8g32", "sm90").values(), Operands(shape, 0)
     assert (product.kind, product.has_integers) == ("int8", True)
-    (by_xla,) = parse_products(shape, "W4A8g32i", "xla").values()
+    (by_xla,) = parse_products(shape, "W4A8g32", "xla").values()
     assert by_xla.check_integers(operands, jax.jit(by_xla.integers(operands)[0])) == 3 * 40
     with interpreted(InterpretGPUParams()), optimizations(False):
         function, args = product.product(operands)

@@ -56,10 +56,11 @@ def test_unknown_shapes_are_named(text, message):
 def test_precisions():
     shape = Shape("s", 8, 8, 1024)
     assert len(parse_products(shape, "all", "sm90")) == 64
-    products = parse_products(shape, "W1.58A8, W1.58A8,W4A8g64", "xla")
+    products = parse_products(shape, "W1.58A8, W1.58A8,W4A8g64,W4A8g64f", "xla")
     assert products == {
         "W1.58A8": Product(shape, BipolarFormat(8), TERNARY, "xla"),
-        "W4A8g64": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64),
+        "W4A8g64": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64, integer_groups=True),
+        "W4A8g64f": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64),
     }
     with pytest.raises(ValueError, match="'W4A16' has float activations"):
         parse_products(shape, "W4A16", "xla")

@@ -91,7 +91,7 @@ def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch
     [
         ("W4A8", {}, 8),
         ("W4A16", {}, None),
-        ("W4A8g32", {}, None),
+        ("W4A8g32f", {}, None),
         ("W4A8", {"head_dim": 32}, None),
         ("W4A8", {"rope_scaling": RopeScaling("yarn", 4.0, original_context_length=64, attention_factor=2.5)}, None),
     ],
@@ -125,7 +125,7 @@ def operands(
         ({"cache_dtype": jnp.float16}, "to a cache of the same, not bfloat16"),
         ({"head_dim": 96}, "heads must have 64 or 128 numbers, not 96"),
         ({"length": 63}, "prompts of 63 tokens do not fill tiles of 64"),
-        ({"group_size": 32}, "float scales of groups"),
+        ({"group_size": 32, "scales": "float"}, "float scales of groups"),
     ],
 )
 def test_what_it_does_not_serve(options, reason):

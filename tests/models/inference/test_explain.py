@@ -83,7 +83,7 @@ def test_an_unjoined_model_says_what_joining_would_give():
 
 
 def test_groups_and_a_quantized_cache_are_named_as_reasons():
-    found = on_hopper(packed("W4A8g64"), 1, 128, cache_bits=8)
+    found = on_hopper(packed("W4A8g64f"), 1, 128, cache_bits=8)
     assert found.prefill[0].not_fused == "heads leave a product to a cache of floats"
     assert "gate/up" in names(found.prefill)
     assert "one scale a column" in found.not_one_kernel

@@ -140,7 +140,7 @@ def kernels(model: Transformer) -> dict[str, type]:
 
 
 def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
-    groups = [("^layers/", bj.Precision.parse("W4A8g16i")), ("embed", bj.Precision(8))]
+    groups = [("^layers/", bj.Precision.parse("W4A8g16")), ("embed", bj.Precision(8))]
     rules = [("o_proj", bj.Precision.parse("W8A8")), ("down_proj", bj.Precision.parse("W4A16g16i")), *groups]
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized(rules))
@@ -162,7 +162,7 @@ def test_hopper_gets_4_bits_with_one_scale_a_column_by_their_activations(precisi
 
 
 def test_models_for_tensor_cores_give_the_same_numbers():
-    model = quantized([("o_proj", bj.Precision.parse("W4A8")), ("^layers/", bj.Precision.parse("W4A8g16i"))])
+    model = quantized([("o_proj", bj.Precision.parse("W4A8")), ("^layers/", bj.Precision.parse("W4A8g16"))])
     prepared, planes = (prepare_for_inference(model, layout=layout) for layout in ("tensor_cores", "planes"))
     assert set(kernels(prepared).values()) == {PreparedArray}
     ids = jnp.asarray([[1, 2, 3, 4]])

@@ -46,7 +46,7 @@ def test_bytes_of_weights_are_values_or_signed_codes(fmt):
 def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dtype):
     rng = np.random.default_rng(w_bits)
     calibration = "minmax" if offset else "absmax"
-    w = bj.quantize(rng.normal(size=(200, 30)).astype(np.float32), w_bits, 0, group_size, calibration)
+    w = bj.quantize(rng.normal(size=(200, 30)).astype(np.float32), w_bits, 0, group_size, calibration, scales="float")
     x = jnp.asarray(rng.normal(size=(9, 200)), dtype).at[3].set(0)
     bias = jnp.asarray(rng.normal(size=30), dtype)
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
@@ -63,8 +63,9 @@ def test_the_whole_product_is_that_of_xla(w_bits, a_bits, group_size, offset, dt
 def test_what_is_not_served_goes_to_xla():
     rng = np.random.default_rng(0)
     kernel, x = rng.normal(size=(96, 8)).astype(np.float32), jnp.ones((2, 96))
+    grouped = bj.quantize(kernel, 4, 0, 48, scales="float")
     unserved = {
-        "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (bj.quantize(kernel, 4, 0, 48), 8),
+        "groups must have 32, 64 or a multiple of 128 elements up to 1024, not 48": (grouped, 8),
         "float activations must be bfloat16 or float16": (bj.quantize(kernel, 4, 0), None),
     }
     long = bj.from_codes(np.zeros((1, 131072), int), 1, -1, np.ones((1, 1), np.float32)).T

@@ -145,7 +145,7 @@ def recording(function, reached: list[str]):
     [
         (lambda: join_projections(small_model()), 2, None, "one sequence, not for 2"),
         (lambda: join_projections(small_model()), 1, 8, "zeros of 40 positions are no multiple of 16 bytes"),
-        (lambda: join_projections(small_model("W4A8g64")), 1, None, "one scale a column"),
+        (lambda: join_projections(small_model("W4A8g64f")), 1, None, "one scale a column"),
         (lambda: join_projections(small_model("W2A16")), 1, None, "same bits in all products"),
         (small_model, 1, None, "qkv projections must be one packed layer"),
         (lambda: join_projections(small_model(head_dim=64)), 1, None, "128 numbers, not 64"),
