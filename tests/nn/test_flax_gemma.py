@@ -103,7 +103,8 @@ def test_packed_and_trained_models_are_close_to_the_float_one(expected):
     packed = bj.quantize_model(trained)
     assert type(packed.attention.q) is bnn.Einsum
     in_training_logits = run(trained, IDS)
-    np.testing.assert_array_equal(run(packed, IDS), in_training_logits)
+    # To the bit but for float softmax and norms, which XLA fuses with other neighbours. A changed code would show.
+    np.testing.assert_allclose(run(packed, IDS), in_training_logits, rtol=0, atol=2e-6)
     np.testing.assert_allclose(expected, in_training_logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(expected, run(Model(), IDS), atol=0.1)  # logits of order 10
 

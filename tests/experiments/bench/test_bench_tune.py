@@ -59,7 +59,7 @@ def test_few_tokens_are_tuned_on_cold_weights_and_planned_from_the_table(tmp_pat
         return timing.Timing.of([100.0 - 10 * len(copies)], "wall")
 
     monkeypatch.setattr(tune, "measure", measured)
-    monkeypatch.setattr(cold_weights, "copies_of", lambda weights: 2)
+    monkeypatch.setattr(cold_weights, "copies_of", lambda *_: 2)
     config = tiny(tune_config.get_config(), shapes="4x40x96", precisions="W2A1", table=str(tmp_path / "table.json"))
     with interpreted(InterpretGPUParams()):
         tune.main(config, tmp_path)

@@ -154,14 +154,16 @@ def a_prologue(name: str, k: int, dtype) -> Prologue:
 PROLOGUES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
 
 
-def assert_close(packed: PackedTokens, x, a_format: BipolarFormat, operand: str, prologue: Prologue) -> None:
-    """The same but for the order of sums, and the last bits of functions, which may turn what is nearly a tie."""
+def assert_close(
+    packed: PackedTokens, x, a_format: BipolarFormat, operand: str, prologue: Prologue, ties: float = 1e-3
+) -> None:
+    """The same but for the order of sums, and the last bits of functions, which turn fewer than this share of codes."""
     tokens = jax.jit(quantize_tokens, static_argnums=1)(x, a_format, prologue)
     np.testing.assert_allclose(packed.scale[: len(x)], tokens.scale, rtol=4e-6)
     codes = unpacked(packed, a_format, operand, tokens.codes.shape[1])
     difference = np.abs(codes - np.asarray(tokens.codes, np.int32))
     assert difference.max() <= 1
-    assert difference.mean() < 1e-3
+    assert difference.mean() < ties
     np.testing.assert_array_equal(packed.code_sums[: len(x)], codes.sum(axis=1))
 
 
@@ -193,7 +195,8 @@ def test_rows_of_few_threads_have_prologues_too(prologue, simulate, monkeypatch)
 def test_the_deviations_of_a_layer_norm_survive_a_large_mean(simulate):
     x = 1000 + numbers(3, 100, jnp.float32)
     norm, a_format = a_prologue("layer", 100, jnp.float32), BipolarFormat(8)
-    assert_close(simulate(x, a_format, "int8", norm), x, a_format, "int8", norm)
+    # A mean of 1000 is known to 6e-5, and a step is 0.03.
+    assert_close(simulate(x, a_format, "int8", norm), x, a_format, "int8", norm, ties=1e-2)
 
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
