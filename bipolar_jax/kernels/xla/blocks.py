@@ -1,9 +1,8 @@
 """Products with signed codes, in the form that XLA multiplies fast on the default device.
 
 Accelerators multiply int8 codes in one dot. XLA's CPU backend has no such dot: it converts all codes to int32 and
-multiplies those slowly. There codes become float32, which is exact while sums stay below 2^24. One row of x is a sum of
-products, which XLA fuses with the conversion into one vectorized loop; for a few rows one block of weights is converted
-at a time, so that a byte for each comes from memory and its four bytes never leave the cache.
+multiplies those slowly. There codes become float32, which is exact while sums stay below 2^24; and for few rows of x
+one block of weights at a time, so that a byte for each comes from memory and its four bytes never leave the cache.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ _EXACT = 2**24
 # As float32 a block of so many weights fits a core's cache. XLA would hand larger ones to other threads, which costs
 # more than it gains.
 _BLOCK_WEIGHTS = 2**16
-# One row of x is a sum of products from so many terms on: shorter loops are not vectorized well.
-_LEAST_TERMS = 256
 # From so many rows of x on the product costs more than the conversion of all weights.
 _MANY_ROWS = 16
 
@@ -62,8 +59,7 @@ def signed_product(
     """
     if on_cpu():
         longest = _EXACT // math.prod(largest)
-        product = _row_product if is_one_row(x) else _float_product
-        return by_rows(w, group, x, lambda block: product(x, block, longest))
+        return by_rows(w, group, x.shape[0], lambda block: _float_product(x, block, longest))
     aligned = ((0, 0), (0, -x.shape[-1] % _K_ALIGNMENT))
     block = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
     return jax.lax.dot_general(jnp.pad(x, aligned), jnp.pad(block, aligned), NT, preferred_element_type=jnp.int32)
@@ -72,21 +68,21 @@ def signed_product(
 def by_rows(
     w: Int8[Array, "groups n size"],
     group: Int[Array, ""],
-    x: Shaped[Array, "m size"],
+    m: int,
     product: Callable[[Int8[Array, "rows size"]], Shaped[Array, "m rows"]],
 ) -> Shaped[Array, "m n"]:
-    """The product with one group; on CPUs, for a few rows of x, the products with its rows, block by block.
+    """The product with one group; on CPUs, for few rows of x, the products with its rows, block by block.
 
     Args:
       w: signed codes of all groups.
       group: index of the group.
-      x: rows.
+      m: rows of x.
       product: of x with a block of weights.
     """
-    (_, n, size), m = w.shape, x.shape[0]
+    _, n, size = w.shape
     most = max(1, _BLOCK_WEIGHTS // size)
     is_symbolic = not isinstance(m, int)  # in `jax.export`
-    if not on_cpu() or is_symbolic or m >= _MANY_ROWS or most >= n or is_one_row(x):
+    if not on_cpu() or is_symbolic or m >= _MANY_ROWS or most >= n:
         return product(jax.lax.dynamic_index_in_dim(w, group, keepdims=False))
     rows = next((rows for rows in range(most, most // 2, -1) if n % rows == 0), most)
 
@@ -102,32 +98,14 @@ def by_rows(
     return result
 
 
-def is_one_row(x: Shaped[Array, "m size"]) -> bool:
-    """Whether the product is best a sum of products: one row on a CPU, long enough for vectorized loops."""
-    m, size = x.shape
-    return on_cpu() and isinstance(m, int) and m == 1 and size >= _LEAST_TERMS
-
-
-def _row_product(x: Int8[Array, "1 size"], w: Int8[Array, "n size"], longest: int) -> Int[Array, "1 n"]:
-    """The product of one row in float32, of at most `longest` terms at a time."""
-    total = jnp.int32(0)
-    for terms in _slices(x.shape[1], longest):
-        products = w[:, terms].astype(jnp.float32) * x[:, terms].astype(jnp.float32)
-        total = total + jnp.sum(products, axis=1).astype(jnp.int32)
-    return total[None]
-
-
-def _slices(size: int, longest: int) -> list[slice]:
-    """Consecutive slices of `size` elements, equal but for the last, of at most `longest`."""
-    length = -(-size // -(-size // longest))
-    return [slice(start, start + length) for start in range(0, size, length)]
-
-
 def _float_product(x: Int8[Array, "m size"], block: Int8[Array, "rows size"], longest: int) -> Int[Array, "m rows"]:
     """The product in float32, of at most `longest` terms at a time."""
+    size = x.shape[-1]
+    count = -(-size // longest)
+    length = -(-size // count)
     total = jnp.int32(0)
-    for terms in _slices(x.shape[-1], longest):
-        x_slice, w_slice = (array[:, terms].astype(jnp.float32) for array in (x, block))
+    for start in range(0, size, length):
+        x_slice, w_slice = (array[:, start : start + length].astype(jnp.float32) for array in (x, block))
         products = jax.lax.dot_general(x_slice, w_slice, NT, precision=jax.lax.Precision.HIGHEST)
         total = total + products.astype(jnp.int32)
     return total

@@ -18,7 +18,7 @@ from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
-from bipolar_jax.kernels.xla.blocks import NT, by_rows, is_one_row, on_cpu, signed_groups, signed_product
+from bipolar_jax.kernels.xla.blocks import NT, by_rows, on_cpu, signed_groups, signed_product
 from bipolar_jax.packing import BipolarNumbers, PreparedArray, UnpackedArray
 from bipolar_jax.quantize.groups import group_lengths, split_groups
 
@@ -82,13 +82,11 @@ def weight_only_matmul(
     def product(x_group, block):
         values = factor * block.astype(jnp.float32) + shift
         shrunk = (values * shrink).astype(x.dtype)
-        if is_one_row(x_group):
-            return jnp.sum(shrunk.astype(jnp.float32) * x_group.astype(jnp.float32), axis=1)[None]
         return jax.lax.dot_general(x_group, shrunk, NT, precision=precision, preferred_element_type=jnp.float32)
 
     def add_group(total, group):
         index, x_group, scale, offset = group
-        products = by_rows(w_signed, index, x_group, functools.partial(product, x_group))
+        products = by_rows(w_signed, index, x.shape[0], functools.partial(product, x_group))
         total += products * (scale / shrink)[None]
         if offset is not None:
             total += jnp.sum(x_group, axis=-1, keepdims=True, dtype=jnp.float32) * offset[None]
