@@ -33,7 +33,7 @@ from tests.gpu.cases import (
 )
 from tests.gpu.trial import Case, Trial, one_program, run_cases
 
-_MODULES = (
+MODULES = (
     products,
     expanded_products,
     prepared_few_tokens,
@@ -46,7 +46,7 @@ _MODULES = (
     attention,
     decode_step,
 )
-KERNELS: dict[str, Case] = {name: case for module in _MODULES for name, case in module.small().items()}
+KERNELS: dict[str, Case] = {name: case for module in MODULES for name, case in module.small().items()}
 # What each tool must find: the tool's name by the defect's.
 PLANTED = {"planted race": "racecheck", "planted write": "memcheck"}
 _FAR = 1 << 28  # elements beyond an array: an address that no allocation has

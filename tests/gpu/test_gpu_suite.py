@@ -21,7 +21,7 @@ from tests.gpu import sanitizer
 from tests.gpu.cases import heads
 from tests.gpu.group import GROUPS, cases_of
 from tests.gpu.known_reports import KNOWN, KnownReport
-from tests.gpu.sanitized import KERNELS, PLANTED
+from tests.gpu.sanitized import KERNELS, MODULES, PLANTED
 from tests.gpu.sanitizer import Verdict
 from tests.gpu.summary import Summary, read_group
 from tests.gpu.trial import Case, Program, Trial, one_program, run_cases
@@ -281,6 +281,10 @@ def test_known_reports_match_one_kernel_and_one_kind_of_report():
     assert sanitizer.judge("racecheck", "few tokens", CHECKED, RACES, known).status == "passed"
     assert sanitizer.judge("racecheck", "gemm", CHECKED, RACES, known).known == 0
     assert sanitizer.judge("memcheck", "few tokens", CHECKED, RACES, known).known == 0
+
+
+def test_kernels_of_the_sanitizer_have_names_of_their_own():
+    assert len(KERNELS) == sum(len(module.small()) for module in MODULES)
 
 
 def test_known_reports_have_reasons():

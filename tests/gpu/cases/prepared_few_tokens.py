@@ -54,7 +54,7 @@ def cases() -> list[Case]:
 
 def small() -> dict[str, Case]:
     return {
-        "few tokens, groups": _case(4, 64, 8, 3, 300, 700, _TILINGS[0]),
+        "few tokens, prepared groups": _case(4, 64, 8, 3, 300, 700, _TILINGS[0]),
         "few tokens, prepared codes": _case(3, None, 8, 17, 300, 700, _TILINGS[1]),
     }
 
