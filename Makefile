@@ -18,9 +18,10 @@ test: lint
 test-exhaustive: lint
 	TEST_NEWER_EMITTERS=1 $(PYTEST) --exhaustive
 
-# All but the Hopper kernels, the programs and damaged files.
+# Minutes: all but the Hopper kernels, whole models, the programs and damaged files; one case of sampled tests.
+SLOW := kernels/sm90 models experiments gpu fuzz
 test-fast: lint
-	$(PYTEST) --ignore tests/kernels/sm90 --ignore tests/experiments --ignore tests/gpu --ignore tests/fuzz
+	$(PYTEST) --fast $(SLOW:%=--ignore tests/%)
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .

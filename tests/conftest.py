@@ -38,6 +38,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="run every case of the tests marked `sample`")
+    parser.addoption("--fast", action="store_true", help="run one case of each test marked `sample`")
 
 
 def pytest_collection_modifyitems(config, items):

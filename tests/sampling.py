@@ -1,6 +1,6 @@
 """Which tests run by default, and which cases of a test with many parameters; `--exhaustive` runs all.
 
-`@pytest.mark.sample(n)`: n of the cases. `@pytest.mark.covered(by)`: none; `by` says which tests cover it.
+`@pytest.mark.sample(n)`: n of the cases, and one with `--fast`. `@pytest.mark.covered(by)`: none; `by` says which tests cover it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item]) -> None
             tests.setdefault((item.path, item.nodeid.split("[")[0]), []).append(item)
     left_out = {item for item in items if item.get_closest_marker("covered")}
     for cases in tests.values():
-        size = cases[0].get_closest_marker("sample").args[0]
+        size = 1 if config.getoption("fast") else cases[0].get_closest_marker("sample").args[0]
         kept = sample([_values(case) for case in cases], size)
         left_out |= {case for i, case in enumerate(cases) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
