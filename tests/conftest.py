@@ -43,7 +43,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("exhaustive"):
-        leave_out_unsampled(config, items)
+        leave_out_unsampled(config, items, fast=config.getoption("fast"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Which tests run by default, and which cases of a test with many parameters; `--exhaustive` runs all.
 
-`@pytest.mark.sample(n)`: n of the cases, and one with `--fast`. `@pytest.mark.covered(by)`: none; `by` says which tests cover it.
+`@pytest.mark.sample(n)`: n of the cases, and one with `--fast`. `@pytest.mark.covered(by)`: none; `by` says which tests
+cover it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from collections.abc import Sequence
 import pytest
 
 
-def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes the cases beyond the sample of their test from `items`."""
+def leave_out_unsampled(config: pytest.Config, items: list[pytest.Item], *, fast: bool = False) -> None:
+    """Takes the cases beyond the sample of their test, or with `fast` beyond the first of it, from `items`."""
     tests: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sample"):
             tests.setdefault((item.path, item.nodeid.split("[")[0]), []).append(item)
     left_out = {item for item in items if item.get_closest_marker("covered")}
     for cases in tests.values():
-        size = 1 if config.getoption("fast") else cases[0].get_closest_marker("sample").args[0]
+        size = 1 if fast else cases[0].get_closest_marker("sample").args[0]
         kept = sample([_values(case) for case in cases], size)
         left_out |= {case for i, case in enumerate(cases) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
