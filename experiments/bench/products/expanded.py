@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,24 +208,33 @@ def measure_shape(
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=SHAPES, help="m x n x k, with commas")
-    parser.add_argument("--precisions", default=PRECISIONS, help="bits of weights, and groups as in 4g128")
-    parser.add_argument("--chosen", action="store_true", help="time the tiling that is planned alone")
-    parser.add_argument("--iterations", type=int, default=20)
+def arguments(description: str, shapes: str, precisions: str, iterations: int) -> argparse.ArgumentParser:
+    """What the programs that time prepared weights have in common, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=shapes, help="m x n x k, with commas")
+    parser.add_argument("--precisions", default=precisions, help="bits of weights, and groups as in 4g128")
+    parser.add_argument("--iterations", type=int, default=iterations)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--out", type=Path, help="JSON file")
-    options = parser.parse_args()
+    return parser
+
+
+def run_shapes(options: argparse.Namespace, measure: Callable[[Shape], dict[str, Any]]) -> None:
+    """Measures the shapes one after the other; the file has what is known after each."""
     check_runnable()
     result = {"device": jax.devices()[0].device_kind, "shapes": {}}
     for shape in parse_shapes(options.shapes):
-        precisions = options.precisions.split(",")
-        result["shapes"][str(shape)] = measure_shape(
-            shape, precisions, options.iterations, options.threads, options.chosen
-        )
+        result["shapes"][shape.name] = measure(shape)
         if options.out is not None:
             options.out.write_text(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=20)
+    parser.add_argument("--chosen", action="store_true", help="time the tiling that is planned alone")
+    options = parser.parse_args()
+    settings = options.precisions.split(","), options.iterations, options.threads, options.chosen
+    run_shapes(options, lambda shape: measure_shape(shape, *settings))
 
 
 if __name__ == "__main__":

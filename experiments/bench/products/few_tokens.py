@@ -9,8 +9,6 @@ rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and t
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bipolar_jax import BipolarArray
-from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling, with_slots
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.cold_weights import with_cold_weights
-from experiments.bench.products.expanded import A_FORMAT, Weights, check
+from experiments.bench.products.expanded import A_FORMAT, Weights, arguments, check, run_shapes
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
-from experiments.bench.products.shapes import Shape, parse_shapes
+from experiments.bench.products.shapes import Shape
 from experiments.support.progress import console
 from experiments.support.timing import compile_all, measure, one_line, raise_if_error
 
@@ -129,20 +127,10 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=SHAPES, help="m x n x k, with commas")
-    parser.add_argument("--precisions", default=PRECISIONS, help="bits of weights, and groups as in 4g128")
+    parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
     parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=8, help="that compile")
-    parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    check_runnable()
-    result = {"device": jax.devices()[0].device_kind, "shapes": {}}
-    for shape in parse_shapes(options.shapes):
-        result["shapes"][shape.name] = measure_shape(shape, options)
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1))
+    run_shapes(options, lambda shape: measure_shape(shape, options))
 
 
 if __name__ == "__main__":
