@@ -18,7 +18,8 @@ from bipolar_jax.packing import BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE, TILE_ROWS
 from bipolar_jax.packing.prepared_array import check_preparable
 
-# With these the same kernel takes 157, 184, 226 and 286 us for 2048 x 14336 x 4096 at W4A8 in groups of 128.
+# With these it took 157, 184, 226 and 286 us for 2048 x 14336 x 4096 at W4A8 in groups of 128, on an H200 and with one
+# group of products in flight (experiments/results/nvidia_h200/bench_expanded_one_group_in_flight.json).
 EXPANDED_CANDIDATES = (
     Tiling(128, 128, "split_n", slots=4, band=8, band_axis="n"),
     Tiling(128, 128, "alternate", slots=7, band=8, band_axis="n"),
