@@ -23,7 +23,11 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
     },
     "integer products of prepared weights": ("expanded_products", "cases", ()),
     "integer products of prepared weights, few tokens": ("prepared_few_tokens", "cases", ()),
-    "scaled products": ("scaled_products", "cases", ()),
+    **{
+        f"scaled products, {kind}, {tokens} tokens": ("scaled_products", "cases", (weights, tokens))
+        for kind, weights in (("planes", "planes"), ("expanded weights", "expanded"))
+        for tokens in ("few", "many")
+    },
     "weight-only products": ("weight_only", "cases", ()),
     "quantizer": ("quantizer", "cases", ()),
     "packing and expansion of weights": ("weights", "cases", ()),

@@ -6,6 +6,7 @@ Also of weights that are expanded in registers: with integer groups, or laid out
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from bipolar_jax.ops.dispatch import BACKENDS
 from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
 from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.integer_groups import array_of_groups, random_groups
+from tests.sampling import sample
 from tests.support.integer_products import W_FORMATS
 
 SM90 = BACKENDS["sm90"]
@@ -24,8 +26,10 @@ SM90 = BACKENDS["sm90"]
 _TOKENS = (1, 3, 16, 32, 64, 70, 130, 300)
 _GROUP_SIZES = (None, 32, 64, 128, None, 256, 512, 1024)
 _DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
-_CASES = 144
-_EXPANDED_CASES = 96
+_EPILOGUES = (None, "bias", "residual", "silu", "gelu")
+_A_BITS = (8, 1, 4, 2, 8, 3, 5)
+_CASES = 44  # of a group
+_DRAWN = 500  # that they are chosen from
 # Of exp and tanh by approximate instructions, and of the sigmoid made of them.
 _FUNCTION_ERROR = 2.0**-16
 
@@ -112,54 +116,63 @@ def _gated(function: str, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray,
     return activated * up, error + _FUNCTION_ERROR * np.abs(gate * up)
 
 
-def cases() -> list[Case]:
-    """Options are drawn, so that pairs of them meet; the same in every run."""
-    rng = generator(0)
-    products = []
-    for index in range(_CASES):
-        w_format = W_FORMATS[index % len(W_FORMATS)]
-        a_bits = (8, 1, 4, 2, 8, 3, 5)[index % 7]
-        group_size = _GROUP_SIZES[rng.integers(len(_GROUP_SIZES))]
-        k = int(rng.integers(2, 2500))
-        products.append(
-            Product(
-                w_format,
-                a_bits,
-                m=int(_TOKENS[rng.integers(len(_TOKENS))]),
-                n=int(rng.integers(1, 400)),
-                k=max(k, (group_size or 0) + 1),
-                dtype=_DTYPES[rng.integers(len(_DTYPES))],
-                group_size=group_size,
-                offsets=bool(rng.integers(2)),
-                epilogue=(None, "bias", "residual", "silu", "gelu")[rng.integers(5)],
-            )
-        )
-    products += _expanded(generator(1))
-    return [Case(f"{index}: {product.name}", product.trial) for index, product in enumerate(products)]
+def cases(weights: str, tokens: str) -> list[Case]:
+    """Products whose options are drawn, then chosen so that as many pairs of options as possible meet.
+
+    The same in every run.
+
+    Args:
+      weights: "planes" for planes with float scales; "expanded" for weights that kernels expand in registers.
+      tokens: "few" or "many": each has kernels of its own.
+    """
+    few = tokens == "few"
+    rng = generator(["planes", "expanded"].index(weights), few)
+    sizes = [m for m in _TOKENS if (m <= FEW_TOKENS_LIMIT) == few]
+    draw = _planes if weights == "planes" else _expanded
+    drawn = [draw(rng, index, int(sizes[rng.integers(len(sizes))])) for index in range(_DRAWN)]
+    chosen = [drawn[index] for index in sorted(sample([_pairs(product) for product in drawn], _CASES))]
+    return [Case(f"{index}: {product.name}", product.trial) for index, product in enumerate(chosen)]
 
 
-def _expanded(rng: np.random.Generator) -> list[Product]:
+def _planes(rng: np.random.Generator, index: int, m: int) -> Product:
+    group_size = _GROUP_SIZES[rng.integers(len(_GROUP_SIZES))]
+    k = int(rng.integers(2, 2500))
+    return Product(
+        W_FORMATS[index % len(W_FORMATS)],
+        _A_BITS[index % len(_A_BITS)],
+        m=m,
+        n=int(rng.integers(1, 400)),
+        k=max(k, (group_size or 0) + 1),
+        dtype=_DTYPES[rng.integers(len(_DTYPES))],
+        group_size=group_size,
+        offsets=bool(rng.integers(2)),
+        epilogue=_EPILOGUES[rng.integers(len(_EPILOGUES))],
+    )
+
+
+def _expanded(rng: np.random.Generator, index: int, m: int) -> Product:
     """Every layout, at all widths that it has."""
-    products = []
-    for index in range(_EXPANDED_CASES):
-        layout = ("packed", "prepared", "gated")[index % 3]
-        group_size = (16, 32, 64, 128, 192, None)[rng.integers(5 if layout == "packed" else 6)]
-        epilogue = (None, "bias", "residual", "silu", "gelu")[rng.integers(5)]
-        products.append(
-            Product(
-                BipolarFormat(1 + index // 3 % (8 if group_size is None else 6)),
-                (8, 1, 4, 2, 8, 3, 5)[index % 7],
-                m=int(_TOKENS[rng.integers(len(_TOKENS))]),
-                n=2 * int(rng.integers(1, 300)),
-                k=int(rng.integers(2, 2500)),
-                dtype=_DTYPES[rng.integers(len(_DTYPES))],
-                group_size=group_size,
-                offsets=group_size is None and bool(rng.integers(2)),
-                epilogue=epilogue,
-                layout=layout,
-            )
-        )
-    return products
+    layout = ("packed", "prepared", "gated")[index % 3]
+    group_size = (16, 32, 64, 128, 192, None)[rng.integers(5 if layout == "packed" else 6)]
+    return Product(
+        BipolarFormat(1 + index // 3 % (8 if group_size is None else 6)),
+        _A_BITS[index % len(_A_BITS)],
+        m=m,
+        n=2 * int(rng.integers(1, 300)),
+        k=int(rng.integers(2, 2500)),
+        dtype=_DTYPES[rng.integers(len(_DTYPES))],
+        group_size=group_size,
+        offsets=group_size is None and bool(rng.integers(2)),
+        epilogue=_EPILOGUES[rng.integers(len(_EPILOGUES))],
+        layout=layout,
+    )
+
+
+def _pairs(product: Product) -> dict[str, int]:
+    """A number of each pair of options; of sizes, the tokens alone are an option."""
+    options = {name: value for name, value in vars(product).items() if name not in ("n", "k")}
+    pairs = itertools.combinations(options.items(), 2)
+    return {f"{name}, {other}": hash((value, second)) for (name, value), (other, second) in pairs}
 
 
 def small() -> dict[str, Case]:
