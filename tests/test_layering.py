@@ -41,7 +41,7 @@ FLOORS = {
         "arithmetic",
         "core",
     ),
-    "bipolar_jax.nn": ("convert", "layers", "training"),
+    "bipolar_jax.nn": ("convert", "layers", "training", "compressible"),
     "bipolar_jax.models": (
         "loaders",
         "inference",
@@ -52,6 +52,7 @@ FLOORS = {
         "chat",
         "presets",
         "transformer",
+        "compressible_blocks",
         "blocks",
         "kv_cache",
         "tokenizer_json",

@@ -16,13 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.models.blocks.attention import Heads, attend_to_cache, causal_attention, prompts_alibi
+from bipolar_jax.models.blocks.attention import Heads, attend_to_cache
 from bipolar_jax.models.blocks.compiled_method import compiled_method
 from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
 from bipolar_jax.models.blocks.fused_decode import fused_layers
 from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
-from bipolar_jax.models.blocks.prompt_heads import Projections, prompt_heads, prompt_tables
+from bipolar_jax.models.blocks.prompt_heads import Projections
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
+from bipolar_jax.models.compressible_blocks import CompressibleBlocks, attend_to_text
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn.layers.packed import CountedModule
@@ -84,7 +85,7 @@ class DecoderLayer(CountedModule):
         return self.ffn(self.attention(x, self.attention_norm, attend), self.ffn_norm)
 
 
-class Transformer(CountedModule):
+class Transformer(CompressibleBlocks):
     """Token ids to next-token logits.
 
     `model(ids)` is the full forward pass. Generation has two steps that share a `KVCache`: `prefill` reads whole
@@ -195,18 +196,12 @@ class Transformer(CountedModule):
         self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
-        bias = prompts_alibi(self.queries(hidden)) if self.config.positions == "alibi" else None
-        prompt = None if tables is None else prompt_tables(self.config, tables)
+        start = self.block_carry(hidden, tables)
 
         def attend(projections, cache, index):
-            q, k, v, cache = prompt_heads(projections, self.config.num_kv_heads, prompt, cache, index)
-            return causal_attention(q, k, v, bias=bias), cache
+            return attend_to_text(projections, self.config.num_kv_heads, start.positions, cache, index)
 
         return self._through_layers(hidden, cache, attend)
-
-    def queries(self, hidden: Float[Array, "batch length hidden"]) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a layer's queries."""
-        return jax.ShapeDtypeStruct((*hidden.shape[:2], self.config.num_heads, self.config.head_dim), hidden.dtype)
 
     def _through_layers(
         self,

@@ -13,10 +13,8 @@ from flax import nnx
 from bipolar_jax.models.blocks.rope import rope_frequencies
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.transformer import Transformer
+from tests.support.tiny_transformers import CONFIG, random_ids, random_transformer
 
-CONFIG = TransformerConfig(
-    vocab_size=37, hidden_size=24, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8, ffn_size=20, context_length=32
-)
 CASES = {
     "grouped": CONFIG,
     "tied, one key head": dataclasses.replace(CONFIG, num_kv_heads=1, tie_embeddings=True),
@@ -31,31 +29,14 @@ prefill = jax.jit(lambda model, ids, lengths, capacity: model.prefill(ids, lengt
 decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache))
 
 
-def make_model(config: TransformerConfig, seed: int = 0, dtype=jnp.float32) -> Transformer:
-    """Every parameter random, biases and norms too, so that none can be forgotten unnoticed."""
-    rng = np.random.default_rng(seed)
-    spread = {"kernel": config.hidden_size**-0.5, "embedding": 1.0, "scale": 0.3, "bias": 0.3}
-
-    def fill(path, variable):
-        values = (path[-1] == "scale") + spread[path[-1]] * rng.standard_normal(variable.shape)
-        return path, variable.replace(jnp.asarray(values, dtype))
-
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, param_dtype=dtype, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, nnx.from_flat_state(fill(*item) for item in nnx.to_flat_state(state)))
-
-
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def model(request) -> Transformer:
-    return make_model(request.param)
+    return random_transformer(request.param)
 
 
 @pytest.fixture(scope="module")
 def grouped() -> Transformer:
-    return make_model(CONFIG)
-
-
-def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape).astype(np.int32)
+    return random_transformer(CONFIG)
 
 
 def assert_same_logits(found, expected):
@@ -189,7 +170,7 @@ def test_the_cache_holds_only_key_heads(grouped):
 
 
 def test_bfloat16_parameters_stay_bfloat16_and_logits_are_float32():
-    model = make_model(CONFIG, dtype=jnp.bfloat16)
+    model = random_transformer(CONFIG, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.bfloat16)}
     ids = random_ids(1, 6)
     assert jax.eval_shape(lambda model: model.hidden_states(ids), model).dtype == jnp.bfloat16
@@ -208,7 +189,7 @@ def test_bfloat16_parameters_stay_bfloat16_and_logits_are_float32():
 @pytest.mark.parametrize("step", ["forward", "decode"])
 def test_the_layer_stack_compiles_as_one_layer(step):
     def num_equations(num_layers):
-        model = make_model(dataclasses.replace(CONFIG, num_layers=num_layers))
+        model = random_transformer(dataclasses.replace(CONFIG, num_layers=num_layers))
         if step == "forward":
             traced = jax.make_jaxpr(lambda model, ids: model(ids))(model, random_ids(1, 6))
         else:
