@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
+from bipolar_jax.packing.float_terms import FloatTerms, narrowest_terms
 from bipolar_jax.packing.plane_sums import high_planes, times_power_of_two
-from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, prepared_leaves
+from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, has_float_groups, prepared
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import split_groups
@@ -72,17 +73,23 @@ class BipolarArray(BipolarNumbers):
         """The same numbers with one byte for each code, which CPUs multiply faster than bit planes."""
         return _unpack(self)
 
-    def prepare(self, *, gated: bool = False) -> PreparedArray:
+    def prepare(self, *, gated: bool = False, float_terms: FloatTerms | None = None) -> PreparedArray:
         """The same numbers, laid out as int8 tensor cores multiply them.
 
         Args:
           gated: whether the columns are gates followed by as many values, which a gated activation will take.
+          float_terms: the form of float scales of groups, one that is exact (`packing.float_terms`); None takes the
+            smallest that is.
 
         Raises:
-          ValueError: float scales of groups; groups that are no multiple of 16 elements; gates of an odd number.
+          ValueError: groups that are no multiple of 16 elements; gates of an odd number.
         """
         check_preparable(self, gated)
-        return _prepare(self, gated)
+        if not has_float_groups(self):
+            float_terms = None
+        elif float_terms is None:
+            float_terms = narrowest_terms(self.scale, self.offset, self.format)
+        return _prepare(self, gated, float_terms)
 
     def to_integer_groups(self) -> tuple[BipolarArray, Float[Array, "*batch"]]:
         """The same codes with integer groups in place of the float ones, so that products sum over all of K in int32.
@@ -181,21 +188,9 @@ def _to_integer_groups(array: BipolarArray) -> tuple[BipolarArray, Float[Array, 
     return dataclasses.replace(array, scale=scale, offset=None, row_sums=sums, groups=groups), error
 
 
-@functools.partial(jax.jit, static_argnames=("gated",), inline=True)
-def _prepare(array: BipolarArray, gated: bool) -> PreparedArray:
-    words, terms = prepared_leaves(array, gated)
-    return PreparedArray(
-        words,
-        terms,
-        array.scale,
-        array.row_sums,
-        array.format,
-        array.contracted_size,
-        array.axis,
-        array.group_size,
-        gated,
-        array.offset,
-    )
+@functools.partial(jax.jit, static_argnames=("gated", "float_terms"), inline=True)
+def _prepare(array: BipolarArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
+    return prepared(array, gated, float_terms)
 
 
 def _check_float_groups(array: BipolarArray) -> None:

@@ -17,9 +17,9 @@ from bipolar_jax.quantize.integer_groups import IntegerGroups, check_scales, max
 from bipolar_jax.quantize.rounding import from_grid
 
 
-def static_field() -> Any:
+def static_field(**options: Any) -> Any:
     """A field of a pytree's dataclass that is no leaf."""
-    return dataclasses.field(metadata={"static": True})
+    return dataclasses.field(metadata={"static": True}, **options)
 
 
 class _FieldKey(jax.tree_util.SequenceKey):
@@ -167,6 +167,10 @@ class BipolarNumbers(abc.ABC):
     def dequantize(self) -> Float[Array, "*shape"]:
         """scale * value + offset, float32, in `shape`."""
         return _dequantize(self)
+
+    def with_scales(self) -> BipolarNumbers:
+        """The same numbers as an array that has the float scales and offsets of its groups as leaves."""
+        return self
 
     def _stored_groups(self) -> IntegerGroups | None:
         """`groups`, if they are leaves."""

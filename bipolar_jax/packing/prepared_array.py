@@ -15,6 +15,7 @@ from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers
 from bipolar_jax.packing.fields import (
     CHUNK_WORDS,
     GROUP_UNIT,
+    PART_ROWS,
     PARTS,
     STAGE,
     TILE_ROWS,
@@ -25,6 +26,9 @@ from bipolar_jax.packing.fields import (
     unpack_fields,
     unpack_terms,
 )
+from bipolar_jax.packing.float_terms import FloatTerms, pack_float_terms, unpack_float_terms, vectors_of
+from bipolar_jax.packing.unpacked_array import UnpackedArray
+from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 
 _HALF_TILE = TILE_ROWS // 2
@@ -39,13 +43,18 @@ class PreparedArray(BipolarNumbers):
 
     - `words` and `terms` are the codes and integer groups as `packing.fields` lays them out; both are 0 beyond row n,
       and codes beyond `contracted_size`;
-    - all else is as in `BipolarArray`. Scales of groups are integers: float ones have no such layout.
+    - with integer groups, or without groups, all else is as in `BipolarArray`;
+    - with float scales of groups (`float_terms`), `terms` hold the scales and offsets as `packing.float_terms` says,
+      number[..., n, k] is `scale[..., n, 0]`, which is 1, times theirs, `row_sums[..., n, 0]` is the sum of all codes
+      of row n, and `number_sums[..., n, 0]` that of its numbers, divided by `scale`.
 
     Attributes:
       words: fields of the codes.
-      terms: s and o + 128 of every chunk of K; None without groups.
+      terms: of every chunk of K: s and o + 128, or float scales; None without groups.
       gated: whether the rows are gates followed by as many values, as a gated activation takes them. Then a tile has 64
         gates and their values.
+      float_terms: the form of float scales of groups; None if there are none.
+      number_sums: of float scales of groups: what a token's zero is multiplied by.
     """
 
     words: UInt32[Array, "*batch tiles parts stages bits vector_words"]
@@ -58,18 +67,30 @@ class PreparedArray(BipolarNumbers):
     group_size: int | None = static_field()
     gated: bool = static_field()
     offset: Float[Array, "*batch n scales"] | None = None
+    number_sums: Float[Array, "*batch n 1"] | None = None
+    float_terms: FloatTerms | None = static_field(default=None)  # noqa: RUF009 - a field
 
     @property
     def groups(self) -> IntegerGroups | None:
         """As in `BipolarArray`; computed."""
-        if self.terms is None:
+        if not self.has_integer_groups:
             return None
         return IntegerGroups(*_over_batch(self._unpacked_terms, 5)(self.terms))
 
     @property
     def has_integer_groups(self) -> bool:
         """As in `BipolarArray`."""
-        return self.terms is not None
+        return self.terms is not None and self.float_terms is None
+
+    @property
+    def scale_group_size(self) -> int | None:
+        """As in `BipolarArray`; None with float scales of groups, which are below one of the column."""
+        return None if self.float_terms is not None else super().scale_group_size
+
+    @property
+    def chunk_words(self) -> int:
+        """Words of the terms of a chunk and part."""
+        return chunk_words(self.float_terms)
 
     @property
     def chunks(self) -> int:
@@ -85,13 +106,43 @@ class PreparedArray(BipolarNumbers):
         """Unsigned codes; the contracted axis is last for either `axis`."""
         return _over_batch(self._unpacked_codes, 5)(self.words)
 
+    def unpack(self) -> UnpackedArray:
+        """As `BipolarArray.unpack`; float scales of groups are those of the array that this one is made of."""
+        codes, scale, offset, row_sums = self.codes(), self.scale, self.offset, self.row_sums
+        signed, group_size = self.signed_rows(), self.scale_group_size
+        if self.float_terms is not None:
+            scale, offset = _over_batch(self._unpacked_float_terms, 5)(self.terms)
+            scale, offset, group_size = scale * self.scale, offset * self.scale, self.group_size
+            row_sums = jnp.sum(split_groups(codes, group_size), axis=-1, dtype=jnp.int32)
+        signed = jnp.moveaxis(split_groups(signed, group_size), -2, -3)
+        static = (self.format, self.contracted_size, self.axis, self.group_size)
+        return UnpackedArray(signed, scale, offset, row_sums, *static, self.groups)
+
+    def with_scales(self) -> BipolarNumbers:
+        """See `BipolarNumbers.with_scales`."""
+        return self if self.float_terms is None else self.unpack()
+
+    def values(self) -> Float[Array, "*shape"] | Int[Array, "*shape"]:
+        """As in `BipolarArray`; with float scales of groups the numbers divided by the column's scale, float32."""
+        if self.float_terms is None:
+            return super().values()
+        return dataclasses.replace(self, scale=jnp.ones_like(self.scale)).dequantize()
+
+    def dequantize(self) -> Float[Array, "*shape"]:
+        """As in `BipolarArray`."""
+        return super().dequantize() if self.float_terms is None else self.with_scales().dequantize()
+
+    def value_sums(self) -> Int[Array, "*batch n scales"]:
+        """As in `BipolarArray`."""
+        return super().value_sums() if self.float_terms is None else self.with_scales().value_sums()
+
     def check(self) -> None:
         """Raises ValueError if the shapes of the leaves do not fit each other and the static attributes."""
         *batch, n, _ = self.row_sums.shape
         tiles, stages = _tiles(n, self.gated), -(-self.contracted_size // STAGE)
         wanted = {"words": (*batch, tiles, PARTS, stages, self.bits, WORDS_PER_VECTOR)}
         if self.terms is not None:
-            wanted["terms"] = (*batch, tiles, PARTS, stages, self.chunks, CHUNK_WORDS)
+            wanted["terms"] = (*batch, tiles, PARTS, stages, self.chunks, self.chunk_words)
         wrong = [
             f"{name} {tuple(getattr(self, name).shape)} instead of {shape}"
             for name, shape in wanted.items()
@@ -109,11 +160,10 @@ class PreparedArray(BipolarNumbers):
         Of a gated array these are 64 gates, their 64 values and so on; columns of zeros fill up the last tile. See
         `columns_in_order`.
         """
-        scale, row_sums, offset = (
-            None if rows is None else self.rows_in_order_of_tiles(rows)
-            for rows in (self.scale, self.row_sums, self.offset)
-        )
-        return dataclasses.replace(self, scale=scale, row_sums=row_sums, offset=offset, gated=False)
+        names = ("scale", "row_sums", "offset", "number_sums")
+        rows = {name: getattr(self, name) for name in names}
+        in_order = {name: None if rows is None else self.rows_in_order_of_tiles(rows) for name, rows in rows.items()}
+        return dataclasses.replace(self, **in_order, gated=False)
 
     def rows_in_order_of_tiles(self, rows: Shaped[Array, "*batch n size"]) -> Shaped[Array, "*batch tile_rows size"]:
         """Numbers of each column as `in_order_of_tiles` has them."""
@@ -139,32 +189,65 @@ class PreparedArray(BipolarNumbers):
         scale, offset = unpack_terms(terms, self.group_size, self.contracted_size)
         return _out_of_tiles(scale, n, gated), _out_of_tiles(offset, n, gated)
 
+    def _unpacked_float_terms(self, terms: Array) -> tuple[Array, Array]:
+        n, gated, static = self.row_sums.shape[-2], self.gated, (self.group_size, self.contracted_size)
+        scale, offset = unpack_float_terms(terms, self.format, self.float_terms, *static)
+        return _out_of_tiles(scale, n, gated), _out_of_tiles(offset, n, gated)
+
 
 def check_preparable(w: Any, gated: bool) -> None:
     """Raises ValueError unless the array has a layout as a `PreparedArray`."""
-    if w.groups is None and w.num_groups > 1:
-        raise ValueError(
-            f"float scales of groups of {w.group_size} elements cannot be prepared: "
-            'quantize with scales="integer", or with one scale a column'
-        )
-    if w.groups is not None and w.group_size % GROUP_UNIT:
+    if has_terms(w) and w.group_size % GROUP_UNIT:
         raise ValueError(f"groups of a multiple of {GROUP_UNIT} elements can be prepared, not of {w.group_size}")
     if gated and w.row_sums.shape[-2] % 2:
         raise ValueError(f"gates and as many values are an even number of columns, not {w.row_sums.shape[-2]}")
 
 
-def prepared_leaves(w: Any, gated: bool) -> tuple[Array, Array | None]:
+def has_float_groups(w: Any) -> bool:
+    """Whether groups of a `BipolarArray` have float scales of their own."""
+    return w.groups is None and w.num_groups > 1
+
+
+def has_terms(w: Any) -> bool:
+    """Whether a `BipolarArray` has groups whose terms are laid out."""
+    return w.groups is not None or has_float_groups(w)
+
+
+def prepared(w: Any, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
+    """A `BipolarArray` laid out; `float_terms` is the form of float scales of groups, if it has such."""
+    static = (w.format, w.contracted_size, w.axis, w.group_size, gated)
+    words, terms = _prepared_leaves(w, gated, float_terms)
+    if float_terms is None:
+        return PreparedArray(words, terms, w.scale, w.row_sums, *static, w.offset)
+    lengths = along_last(group_lengths(w.contracted_size, w.group_size), w.row_sums.ndim)
+    sums = w.scale * w.value_sums().astype(jnp.float32)
+    sums = sums if w.offset is None else sums + w.offset * lengths.astype(jnp.float32)
+    number_sums = jnp.sum(sums, axis=-1, keepdims=True)
+    code_sums = jnp.sum(w.row_sums, axis=-1, keepdims=True, dtype=jnp.int32)
+    scale = jnp.ones_like(number_sums)
+    return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms)
+
+
+def _prepared_leaves(w: Any, gated: bool, float_terms: FloatTerms | None) -> tuple[Array, Array | None]:
     """`words` and `terms` of a `BipolarArray`."""
-    natural, bits = in_natural_order(w.group_size if w.groups is not None else None), w.bits
+    natural, bits = in_natural_order(w.group_size if has_terms(w) else None), w.bits
 
     def words_of(codes: Array) -> Array:
         codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % STAGE)))
         return pack_fields(_in_tiles(codes, gated), bits, natural)
 
     words = _over_batch(words_of, 2)(w.codes())
-    if w.groups is None:
+    if not has_terms(w):
         return words, None
     stages, group_size = words.shape[-3], w.group_size
+
+    def float_terms_of(scale: Array, *offset: Array) -> Array:
+        scale, *offset = (_in_tiles(rows, gated) for rows in (scale, *offset))
+        return pack_float_terms(scale, *(offset or [None]), w.format, float_terms, group_size, stages)
+
+    if float_terms is not None:
+        offset = [] if w.offset is None else [w.offset]
+        return words, _over_batch(float_terms_of, 2)(w.scale, *offset)
 
     def terms_of(scale: Array, offset: Array) -> Array:
         # Rows that fill up a tile have s = 0 and o + 128 = 0.
@@ -172,6 +255,11 @@ def prepared_leaves(w: Any, gated: bool) -> tuple[Array, Array | None]:
         return pack_terms(_in_tiles(scale, gated), offset.astype(jnp.int8), group_size, stages)
 
     return words, _over_batch(terms_of, 2)(w.groups.scale, w.groups.offset)
+
+
+def chunk_words(float_terms: FloatTerms | None) -> int:
+    """Words of the terms of a chunk and part, of integer groups if `float_terms` is None."""
+    return CHUNK_WORDS if float_terms is None else PART_ROWS * vectors_of(float_terms)
 
 
 def _tiles(n: int, gated: bool) -> int:

@@ -19,6 +19,7 @@ X = normal(4, 72)
 GATED = Activation("silu", gated=True)
 COLUMNS = bj.quantize(normal(72, 20, seed=1), 5, axis=0, calibration="minmax")
 GROUPS = bj.quantize(normal(72, 20, seed=1), 4, axis=0, group_size=32, scales="integer")
+FLOATS = bj.quantize(normal(72, 20, seed=1), 4, axis=0, group_size=32, scales="float", calibration="minmax")
 STACK = jax.tree.map(lambda *leaves: jnp.stack(leaves), GROUPS, dataclasses.replace(GROUPS, scale=2 * GROUPS.scale))
 
 
@@ -26,7 +27,7 @@ STACK = jax.tree.map(lambda *leaves: jnp.stack(leaves), GROUPS, dataclasses.repl
 @pytest.mark.parametrize("gated", [False, True])
 def test_products_have_the_same_bits(implementation, gated):
     options = {"activation": GATED if gated else None, "bias": jnp.ones(20), "implementation": implementation}
-    for w in (COLUMNS, GROUPS):
+    for w in (COLUMNS, GROUPS, FLOATS):
         expected = bj.matmul(X, w, 8, **options)
         np.testing.assert_array_equal(bj.matmul(X, w.prepare(gated=gated), 8, **options), expected)
 
@@ -45,7 +46,21 @@ def test_gradients_are_the_same():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("w", [COLUMNS, GROUPS], ids=["columns", "groups"])
+def test_gradients_of_float_groups():
+    """Their scale is one of the column, below which the groups' are."""
+
+    def loss(x, scale):
+        return (bj.matmul(x, dataclasses.replace(FLOATS.prepare(), scale=scale), 8) ** 2).sum()
+
+    def expected_loss(x, scale):
+        w = dataclasses.replace(FLOATS, scale=scale * FLOATS.scale, offset=scale * FLOATS.offset)
+        return (bj.matmul(x, w, 8) ** 2).sum()
+
+    found, expected = (jax.grad(each, (0, 1))(X, jnp.ones((20, 1))) for each in (loss, expected_loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), found, expected)
+
+
+@pytest.mark.parametrize("w", [COLUMNS, GROUPS, FLOATS], ids=["columns", "groups", "floats"])
 def test_programs_with_prepared_arguments_are_exported(w):
     prepared = w.prepare(gated=True)
     exported = jax.export.export(jax.jit(lambda x, w: bj.matmul(x, w, 8)))(X, prepared)

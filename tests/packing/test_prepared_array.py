@@ -188,7 +188,7 @@ def test_what_has_no_layout_is_an_error():
     with pytest.raises(ValueError, match="groups of a multiple of 16 elements can be prepared, not of 24"):
         w.prepare()
     two = np.ones((8, 2), np.float32)
-    with pytest.raises(ValueError, match="float scales of groups of 24 elements cannot be prepared"):
+    with pytest.raises(ValueError, match="groups of a multiple of 16 elements can be prepared, not of 24"):
         dataclasses.replace(w, groups=None, scale=two, row_sums=two.astype(np.int32)).prepare()
     with pytest.raises(ValueError, match="an even number of columns, not 7"):
         codes_of(fmt, 7, 32).prepare(gated=True)

@@ -13,7 +13,7 @@ from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing import BipolarArray, UnpackedArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.packing.words import WORD_BITS, num_words, pack_codes
 from bipolar_jax.quantize.groups import group_lengths, num_groups
@@ -37,6 +37,10 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
     """
     if isinstance(w, UnpackedArray):
         raise Unsupported("it multiplies bit planes, and the weights are unpacked")
+    return _integer_matmul(codes, w.with_scales(), a_format)
+
+
+def _integer_matmul(codes: Array, w: BipolarNumbers, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     a_planes = pack_codes(codes, a_format)
     w_planes = w.planes if isinstance(w, BipolarArray) else pack_codes(w.codes(), w.format)
     masks = _group_masks(w.contracted_size, w.group_size)
@@ -71,11 +75,14 @@ def quantized_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
+    if isinstance(w, UnpackedArray):
+        raise Unsupported("it multiplies bit planes, and the weights are unpacked")
+    w = w.with_scales()
     rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
     tokens = quantize_tokens(rows, a_format)
     exponents = epilogue.column_exponents(w.scale, w.offset)
     scale, offset = (None if a is None else epilogue.without_exponent(a, exponents) for a in (w.scale, w.offset))
-    integers = integer_matmul(tokens.codes, w, a_format)
+    integers = _integer_matmul(tokens.codes, w, a_format)
     lengths = group_lengths(w.contracted_size, w.scale_group_size)
     x_sums = epilogue.value_sums(code_sums(tokens.codes, w.scale_group_size), a_format, lengths)
     w_sums = w.value_sums()

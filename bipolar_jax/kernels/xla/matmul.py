@@ -25,6 +25,7 @@ from bipolar_jax.quantize.groups import group_lengths, split_groups
 
 def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: BipolarFormat) -> Int[Array, "m n groups"]:
     """See `Backend.integer_matmul`."""
+    w = w.with_scales()
     w_signed = signed_groups(w)
     _, products = jax.lax.scan(
         lambda carry, group: (carry, _group_product(group, w_signed, w, a_format)),
@@ -44,6 +45,7 @@ def quantized_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
+    w = w.with_scales()
     rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
     tokens = quantize_tokens(rows, a_format)
     exponents = epilogue.column_exponents(w.scale, w.offset)
@@ -74,6 +76,7 @@ def weight_only_matmul(
     significant bits), times a power of two that makes them less than 1, so that the dot overflows no sooner than the
     result. Scales follow. No weight is rounded.
     """
+    w = w.with_scales()
     factor, shift = w.signed_form
     shrink = 2.0 ** -(w.bits if w.groups is None else 7)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -107,7 +110,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFo
         dot = "float dot of integer values"
     else:
         dot = "float32 dot of signed codes" if on_cpu() else "int8 dot of signed codes"
-    num_scales = w.scale.shape[-1]
+    num_scales = w.num_groups if getattr(w, "float_terms", None) else w.scale.shape[-1]
     groups = "" if num_scales == 1 else f", one dot for each of {num_scales} groups"
     if isinstance(w, UnpackedArray):
         return Plan(f"XLA's {dot}{groups}", "runs on every device; the weights are unpacked, one byte each")

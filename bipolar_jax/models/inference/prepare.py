@@ -17,7 +17,7 @@ from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Packed, fuses
 from bipolar_jax.ops.dispatch import hopper_serves
 from bipolar_jax.packing import BipolarArray, PreparedArray
-from bipolar_jax.packing.prepared_array import check_preparable
+from bipolar_jax.packing.prepared_array import check_preparable, has_float_groups
 
 Layout = Literal["planes", "bytes", "tensor_cores"]
 
@@ -95,7 +95,7 @@ def _lay_out_for_tensor_cores(model: Transformer, *, everything: bool) -> None:
         if not isinstance(weights, BipolarArray):
             continue
         faster = weights.has_integer_groups or (weights.bits == 4 and layer.precision.a_bits >= 3)
-        if not (everything or faster):
+        if not (everything or faster) or has_float_groups(weights):
             continue
         try:
             check_preparable(weights, is_gated)

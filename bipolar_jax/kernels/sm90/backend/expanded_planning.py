@@ -76,6 +76,8 @@ def _with_layout(reason: str, w: BipolarNumbers) -> str:
 def check_layout(w: BipolarNumbers, gated: bool) -> None:
     """Raises Unsupported unless the weights are laid out for the tensor cores, or can be."""
     if isinstance(w, PreparedArray):
+        if w.float_terms is not None:
+            raise Unsupported("prepared weights with float scales of groups have no kernel")
         return
     try:
         check_preparable(w, gated)

@@ -201,6 +201,8 @@ def _check_weights(
     for name, kernel in kernels.items():
         if isinstance(kernel, PreparedArray) != prepared:
             raise Unsupported(f"either all weights are prepared or none, {name} is {kernel} beside {first}")
+        if prepared and kernel.float_terms is not None:
+            raise Unsupported(f"{name} has float scales of groups")
         if not prepared and kernel.has_integer_groups:
             raise Unsupported(f"{name} has integer groups in bit planes: prepare_for_inference lays them out")
         same_groups = _groups(kernel) == _groups(first) if prepared else kernel.num_groups == 1
