@@ -20,7 +20,8 @@ BELOW = {
     "ops": {"format", "quantize", "packing", "kernels"},
     "nn": {"format", "quantize", "packing", "ops"},
     "checkpoint": {"format", "quantize", "packing", "extras"},
-    "models": {"format", "quantize", "packing", "kernels", "ops", "nn", "checkpoint", "extras"},
+    "compress": {"format", "quantize", "packing", "kernels", "ops", "nn", "checkpoint"},
+    "models": {"format", "quantize", "packing", "kernels", "ops", "nn", "compress", "checkpoint", "extras"},
 }
 # Packages whose modules and rooms stand on floors, the top one first: each imports only what stands below it.
 FLOORS = {
@@ -42,6 +43,14 @@ FLOORS = {
         "core",
     ),
     "bipolar_jax.nn": ("convert", "layers", "training", "compressible"),
+    "bipolar_jax.compress": (
+        "calibrate",
+        "packed_sites",
+        "layer_store",
+        "site_inputs",
+        "hessians",
+        "rounding",
+    ),
     "bipolar_jax.models": (
         "loaders",
         "inference",
@@ -87,7 +96,7 @@ def _may_import(module: str, name: str) -> bool:
     part, imported_part = _child("bipolar_jax", module), _child("bipolar_jax", name)
     if part != imported_part and imported_part not in BELOW[part]:
         return False
-    if part in ("nn", "models") and any(is_within(name, backend) for backend in BEHIND_OPS):
+    if part in ("nn", "compress", "models") and any(is_within(name, backend) for backend in BEHIND_OPS):
         return False
     backends = {_child("bipolar_jax.kernels", each) for each in (module, name)}
     if len(backends) == 2 and backends <= set(BACKENDS):

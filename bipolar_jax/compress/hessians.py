@@ -1,0 +1,80 @@
+"""Hessians of the squared error of a linear layer's output: the second moments of its input.
+
+For rows w of weights and their rounded values q the error summed over tokens x is (w - q) H (w - q)^T with
+H = sum x x^T / tokens (OBQ, arXiv 2208.11580; GPTQ, arXiv 2210.17323). The inputs x are those that the packed layer
+multiplies: quantized and dequantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.quantize.precision import activation_format
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SecondMoments:
+    """Weighted sums over tokens, to which batches are added one after the other.
+
+    Attributes:
+      products: sum of weight * x x^T.
+      weight: sum of the weights.
+    """
+
+    products: Float[Array, "k k"]
+    weight: Float[Array, ""]
+
+    @classmethod
+    def zeros(cls, k: int) -> SecondMoments:
+        """Sums over no tokens."""
+        return cls(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.float32))
+
+    def add(
+        self,
+        x: Float[Array, "*batch k"],
+        a_bits: int | None,
+        stream: Float[Array, "*batch hidden"] | None = None,
+    ) -> SecondMoments:
+        """The sums with the tokens of a batch.
+
+        Args:
+          x: inputs of the layer.
+          a_bits: bits of its activations; None leaves them float.
+          stream: the residual stream that the layer's output is added to. An error of the output matters less where
+            the stream is large, because a norm follows: the weight of a token is 1 / mean square of its stream. None
+            gives all tokens the weight 1.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        numbers = dequantized_tokens(rows, a_bits)
+        if stream is None:
+            weights = jnp.ones(rows.shape[:1], jnp.float32)
+        else:
+            weights = stream_weights(stream.reshape(-1, stream.shape[-1]))
+        products = jnp.matmul((numbers * weights[:, None]).T, numbers, precision=jax.lax.Precision.HIGHEST)
+        return SecondMoments(self.products + products, self.weight + weights.sum())
+
+    def hessian(self) -> Float[Array, "k k"]:
+        """The mean of x x^T over tokens whose weights have the mean 1; symmetric to the last bit."""
+        mean = self.products / jnp.where(self.weight == 0, 1, self.weight)
+        return (mean + mean.T) / 2
+
+
+def dequantized_tokens(x: Float[Array, "m k"], a_bits: int | None) -> Float[Array, "m k"]:
+    """The numbers that a packed layer multiplies in place of x, float32."""
+    if a_bits is None:
+        return x.astype(jnp.float32)
+    a_format = activation_format(a_bits)
+    return quantize_tokens(x, a_format).dequantize(a_format)
+
+
+def stream_weights(stream: Float[Array, "m hidden"]) -> Float[Array, " m"]:
+    """1 / mean square of every row; 0 for rows of zeros, float32."""
+    stream = stream.astype(jnp.float32)
+    mean_square = jnp.mean(stream * stream, axis=-1)
+    return jnp.where(mean_square > 0, 1 / jnp.where(mean_square > 0, mean_square, 1), 0)

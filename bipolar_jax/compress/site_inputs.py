@@ -1,0 +1,78 @@
+"""The numbers that enter the linear layers of a block, read by stand-ins for these layers.
+
+Within one trace the layers of a `Sites` are replaced by recorders, and the trace returns what was recorded: XLA then
+drops all that comes after, and all that the recorded input does not depend on. So no model has to say how its blocks
+compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
+
+
+class Recorder(nnx.Module):
+    """Stands in for a linear layer: it hands its input to `record` and puts out zeros in the layer's shape and dtype.
+
+    It is no packed layer, so blocks give it what float layers get: the numbers after the norm or the activation, in the
+    model's dtype. Packed layers quantize the same numbers before they are rounded to that dtype.
+    """
+
+    def __init__(self, layer: nnx.Module, record: Callable[[Array], None]):
+        self.layer = layer
+        self.record = record
+
+    def __call__(self, x: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
+        """Zeros of the shape and dtype of layer(x)."""
+        self.record(x)
+        put_out = jax.eval_shape(lambda x: self.layer(x, **options), x)
+        return jnp.zeros(put_out.shape, put_out.dtype)
+
+
+def site_inputs(
+    model: Compressible, block: nnx.Module, carry: Any, sites: Sequence[Sites]
+) -> tuple[Float[Array, "batch length k"], Float[Array, "batch length hidden"]]:
+    """The input of the first of the `sites`, and the residual stream that its output is added to.
+
+    Both are inputs of the block as it is: layers that run before are packed already, or float. Call it in `jax.jit`.
+
+    Args:
+      model: runs the block.
+      block: one block of the model.
+      carry: the block's.
+      sites: those of `model.block_sites` that have not been packed, in their order.
+
+    Raises:
+      ValueError: the block has no such layer, or does not run it.
+    """
+    recorded: list[Array] = []
+    block = nnx.clone(block)
+    for index, each in enumerate(sites):
+        for name in each.names:
+            record = recorded.append if index == 0 else _ignore
+            if index == 0 or each.to_stream:
+                replace_layer(block, name, Recorder(layer_at(block, name), record))
+    # Layers that add to the stream from here on put out zeros: what the block returns is the stream at this point.
+    stream = model.stream(model.run_block(block, carry))
+    if not recorded:
+        name = sites[0].names[0]
+        raise ValueError(f"the block, a {type(block).__name__}, does not run {name}: leave it out of its sites")
+    return recorded[0], stream
+
+
+def replace_layer(block: nnx.Module, path: str, layer: nnx.Module) -> None:
+    """Puts a layer at a path such as "attention/q_proj", in place. Raises ValueError if there is none."""
+    layer_at(block, path)
+    *parents, name = path.split("/")
+    setattr(layer_at(block, "/".join(parents)) if parents else block, name, layer)
+
+
+def _ignore(x: Array) -> None:
+    del x
