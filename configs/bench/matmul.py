@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Other libraries to time on the same shapes, from "torch,gemlite,humming".
     config.peers = ""
+    # What Humming multiplies, beside this project's product of the same weights.
+    config.peer_precisions = "W8A8,W4A8,W4A8g128,W4A16g128,W2A8g64,W1A8g128"
     # The quantizer is also timed separately for activations with at least this many elements.
     config.quantizer_elements = 16 * 2**20
     # Number of random ragged shapes, and their largest size, on which whole products of all 72 pairs of formats are

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bipolar_jax.ops.dispatch import check_implementation
+from experiments.bench.peers.products import PEERS, measure_peers, parse_peer_precisions
 from experiments.bench.products.cold_weights import few_tokens, with_cold_weights
 from experiments.bench.products.exactness import measure_exactness
 from experiments.bench.products.operands import Operands, int8_product
-from experiments.bench.products.peers import PEERS, measure_peers
 from experiments.bench.products.plots import plot_roofline, plot_speedup
 from experiments.bench.products.product import Call, Ceilings, Product, check_device, parse_products
 from experiments.bench.products.quantize_bandwidth import measure_quantizers
@@ -58,6 +58,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     check_implementation(config.implementation)
     check_device(config.implementation)
     peers = app.parse_names("peers", config.peers, PEERS)
+    peer_precisions = parse_peer_precisions(config.peer_precisions)
     ceilings = Ceilings.of(config.ceilings)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"ceilings": dataclasses.asdict(ceilings), "device": jax.devices()[0].device_kind}
@@ -88,7 +89,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
             save()
     measure_exactness(config, result, save)
     for shape in shapes:  # last, because other libraries may disturb the profiler
-        measure_peers(peers, shape, result["shapes"][shape.name], config)
+        measure_peers(peers, peer_precisions, shape, result["shapes"][shape.name], config)
     save()
     plot_speedup(result, workdir / "speedup.png")
     plot_roofline(result, workdir / "roofline.png")

@@ -1,0 +1,1 @@
+"""Products of other libraries, timed beside this project's: `products.py`, of the weights of `shared_weights.py`."""
