@@ -107,7 +107,7 @@ def _cuda_microseconds(calls: list[Callable[[], Any]], iterations: int) -> Timin
     stream.synchronize()
     rounds = -(-_CALLS // len(calls))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # JAX has threads, too
         for _ in range(rounds):
             for call in calls:
                 call()
