@@ -36,6 +36,11 @@ def on_cpu() -> bool:
     return default_device().platform == "cpu"
 
 
+def has_many_rows(m: int) -> bool:
+    """Whether x has so many rows that all weights may be converted at once; also if they are symbolic."""
+    return not isinstance(m, int) or m >= _MANY_ROWS
+
+
 def signed_groups(w: BipolarNumbers) -> Int8[Array, "groups n size"]:
     """The rows of `w.signed_rows()`, split where the float scale changes; a short last group is padded with 0."""
     if isinstance(w, UnpackedArray):
@@ -81,8 +86,7 @@ def by_rows(
     """
     _, n, size = w.shape
     most = max(1, _BLOCK_WEIGHTS // size)
-    is_symbolic = not isinstance(m, int)  # in `jax.export`
-    if not on_cpu() or is_symbolic or m >= _MANY_ROWS or most >= n:
+    if not on_cpu() or has_many_rows(m) or most >= n:
         return product(jax.lax.dynamic_index_in_dim(w, group, keepdims=False))
     rows = next((rows for rows in range(most, most // 2, -1) if n % rows == 0), most)
 

@@ -49,3 +49,19 @@ def test_weight_only_products_in_blocks_are_those_of_the_whole(dtype):
     tolerance = 64 * float(jnp.finfo(jnp.float32).eps) if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
     size = jnp.abs(x.astype(jnp.float32)) @ jnp.abs(w.dequantize())
     assert jnp.all(jnp.abs(in_blocks.astype(jnp.float32) - whole[:3].astype(jnp.float32)) <= tolerance * size[:3])
+
+
+@pytest.mark.parametrize("m", [3, blocks._MANY_ROWS], ids=["few rows", "many rows"])
+def test_float_activations_take_one_product_for_all_float_groups(m, monkeypatch):
+    """As on a GPU: few rows a batch of exact products; many rows weights rounded to x's dtype."""
+    monkeypatch.setattr("bipolar_jax.kernels.xla.matmul.on_cpu", lambda: False)
+    w = bj.quantize(normal(70, 9) + 0.5, 4, 0, group_size=32, calibration="minmax", scales="float")
+    x = jnp.asarray(normal(m, 70, seed=1), jnp.bfloat16)
+    assert w.offset is not None
+    product = jax.jit(xla.weight_only_matmul)
+    assert "scan" not in str(jax.make_jaxpr(product)(x, w, None))
+    wide, w_hat = np.asarray(x, np.float64), np.asarray(w.dequantize(), np.float64)
+    eps = float(jnp.finfo(jnp.bfloat16).eps) / 2
+    exact, sizes = wide @ w_hat, np.abs(wide) @ np.abs(w_hat)
+    error = np.abs(np.asarray(product(x, w, None), np.float64) - exact)
+    assert np.all(error <= eps * np.abs(exact) + (1e-6 if m < blocks._MANY_ROWS else eps) * sizes)

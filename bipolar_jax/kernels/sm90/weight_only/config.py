@@ -7,10 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS, FloatType
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
-from bipolar_jax.kernels.sm90.weight_only.unpack import FLOATS, FloatType
 from bipolar_jax.kernels.unsupported import Unsupported
 
 CHUNK = 128  # elements of K that a warp takes at a time: a word for each of four lanes

@@ -12,51 +12,14 @@ halves.
 
 from __future__ import annotations
 
-import dataclasses
-
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Value
 
 PAIRS = 16  # pairs of elements e and e + 16 of a word
 _HALF_BITS = 4  # bits of the low half of a code of more bits
 _MANTISSA_BITS = 7  # of bfloat16; float16 has more
-
-
-@dataclasses.dataclass(frozen=True)
-class FloatType:
-    """A 16-bit floating-point type.
-
-    Attributes:
-      name: in PTX, "bf16" or "f16".
-      base: B, the power of two whose last place is 1.
-      base_bits: the bits of B.
-      one_bits: the bits of 1.
-    """
-
-    name: str
-    base: int
-    base_bits: int
-    one_bits: int
-
-    def bits_of(self, number: float) -> int:
-        """The bits of a number, which must be exact in this type."""
-        if number == 0:
-            return 0
-        sign, magnitude, exponent = int(number < 0), abs(number), 0
-        while magnitude >= 2:
-            magnitude, exponent = magnitude / 2, exponent + 1
-        while magnitude < 1:
-            magnitude, exponent = magnitude * 2, exponent - 1
-        mantissa_bits = self.base.bit_length() - 1
-        mantissa = (magnitude - 1) * (1 << mantissa_bits)
-        assert mantissa == int(mantissa), f"{number} is not exact in {self.name}"
-        return (sign << 15) + self.one_bits + (exponent << mantissa_bits) + int(mantissa)
-
-
-BF16 = FloatType("bf16", 128, 0x4300, 0x3F80)
-F16 = FloatType("f16", 1024, 0x6400, 0x3C00)
-FLOATS = {float_type.name: float_type for float_type in (BF16, F16)}
 
 
 def unpack(planes: list[Value], w_format: BipolarFormat, float_type: FloatType) -> list[Value]:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.float_types import BF16, F16
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
@@ -24,7 +25,7 @@ from bipolar_jax.kernels.sm90.weight_only.config import (
     weight_only_tiling,
 )
 from bipolar_jax.kernels.sm90.weight_only.launch import weight_only_product
-from bipolar_jax.kernels.sm90.weight_only.unpack import BF16, F16, unpack
+from bipolar_jax.kernels.sm90.weight_only.unpack import unpack
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.integer_products import random_codes
 from tests.support.interpreter import races_found

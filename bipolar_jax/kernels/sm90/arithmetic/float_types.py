@@ -1,0 +1,41 @@
+"""16-bit floating-point types as kernels make them from integers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatType:
+    """A 16-bit floating-point type.
+
+    Attributes:
+      name: in PTX, "bf16" or "f16".
+      base: B, the power of two whose last place is 1.
+      base_bits: the bits of B.
+      one_bits: the bits of 1.
+    """
+
+    name: str
+    base: int
+    base_bits: int
+    one_bits: int
+
+    def bits_of(self, number: float) -> int:
+        """The bits of a number, which must be exact in this type."""
+        if number == 0:
+            return 0
+        sign, magnitude, exponent = int(number < 0), abs(number), 0
+        while magnitude >= 2:
+            magnitude, exponent = magnitude / 2, exponent + 1
+        while magnitude < 1:
+            magnitude, exponent = magnitude * 2, exponent - 1
+        mantissa_bits = self.base.bit_length() - 1
+        mantissa = (magnitude - 1) * (1 << mantissa_bits)
+        assert mantissa == int(mantissa), f"{number} is not exact in {self.name}"
+        return (sign << 15) + self.one_bits + (exponent << mantissa_bits) + int(mantissa)
+
+
+BF16 = FloatType("bf16", 128, 0x4300, 0x3F80)
+F16 = FloatType("f16", 1024, 0x6400, 0x3C00)
+FLOATS = {float_type.name: float_type for float_type in (BF16, F16)}
