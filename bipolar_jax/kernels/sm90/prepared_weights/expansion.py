@@ -53,23 +53,25 @@ class Expansion:
           lane: of the thread in its warp.
           half: which half of the stage.
         """
+        return [
+            [
+                (
+                    ptx.pick_bytes(pair, ptx.int32(0), 0x4440 + 2 * row),
+                    ptx.pick_bytes(pair, ptx.int32(0), 0x1111 * (2 * row + 1)),
+                )
+                for pair in pairs
+                for row in range(2)
+            ]
+            for pairs in self.load_term_words(terms, lane, half)
+        ]
+
+    def load_term_words(self, terms: Pointer, lane: Value, half: int) -> list[list[Value]]:
+        """The words of `load_terms`: for each chunk that of a lane's rows of block 0, and that of block 1."""
         # Lane 4 r + t: the words 2 r, of block 0, and the next, of block 1.
         mine = ptx.advance(terms, ptx.times(ptx.shift_right(lane, 2), 8))
         first = half * self.chunks // HALVES
-        chunks = []
-        for chunk in range(first, max(first + 1, (half + 1) * self.chunks // HALVES)):
-            pairs = ptx.load(ptx.advance(mine, 4 * CHUNK_WORDS * chunk), 2)
-            chunks.append(
-                [
-                    (
-                        ptx.pick_bytes(pair, ptx.int32(0), 0x4440 + 2 * row),
-                        ptx.pick_bytes(pair, ptx.int32(0), 0x1111 * (2 * row + 1)),
-                    )
-                    for pair in pairs
-                    for row in range(2)
-                ]
-            )
-        return chunks
+        chunks = range(first, max(first + 1, (half + 1) * self.chunks // HALVES))
+        return [ptx.load(ptx.advance(mine, 4 * CHUNK_WORDS * chunk), 2) for chunk in chunks]
 
     def fragments(self, words: list[Value], terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
         """The registers of A for one step: four of the rows of block 0, four of those of block 1.
@@ -81,7 +83,7 @@ class Expansion:
         """
         registers = []
         for register in range(REGISTERS):
-            codes = self._codes(words, register)
+            codes = self.codes(words, register)
             if terms:
                 block, half, row = register // 4, register // 2 % 2, register % 2
                 scale, offset = terms[(2 * step + half) * len(terms) // (2 * HALF_STEPS)][2 * block + row]
@@ -89,7 +91,8 @@ class Expansion:
             registers.append(codes)
         return registers
 
-    def _codes(self, words: list[Value], register: int) -> Value:
+    def codes(self, words: list[Value], register: int) -> Value:
+        """The codes of one register, a byte each, of a step's words."""
         codes = None
         for word, position, width, shift in fields_of(self.bits)[register]:
             if width == 8:
