@@ -31,6 +31,7 @@ _MODULES = {
     "random_packed": "random_weights",
     "save_model": "checkpoint",
     "stream": "inference.generation",
+    "write_windows": "inference.written_text",
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "random_packed",
     "save_model",
     "stream",
+    "write_windows",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
@@ -68,6 +70,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.inference.perplexity import perplexity
     from bipolar_jax.models.inference.prepare import prepare_for_inference
     from bipolar_jax.models.inference.sampling import Sampling
+    from bipolar_jax.models.inference.written_text import write_windows
     from bipolar_jax.models.loaders import load_gguf, load_huggingface, load_pretrained
     from bipolar_jax.models.presets import preset
     from bipolar_jax.models.pretrained import PretrainedModel
