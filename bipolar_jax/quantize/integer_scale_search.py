@@ -53,7 +53,9 @@ def round_to_integer_groups(
     valid = valid_mask(x.shape[-1], group_size)
 
     def of_block(block):
-        return _search(split_groups(block, group_size), valid, number_format, calibration)
+        grouped = split_groups(block, group_size)
+        scale, offset = calibrate(grouped, valid, number_format, calibration)
+        return search_integer_groups(grouped, valid, number_format, scale, offset, keeps_zero=offset is not None)
 
     found = in_blocks(of_block, rows)
     row_scale, groups = jax.tree.map(lambda a: a.reshape(*x.shape[:-1], a.shape[-1]), found)
@@ -119,14 +121,13 @@ def integer_groups_of_codes(
     largest, top = number_format.max_value, largest_scale(number_format)
     a, b = 2 * scale, -largest * scale
     b = b if offset is None else offset + b
-    needed = jnp.maximum(a * (largest / (LARGEST_VALUE - SMALLEST_VALUE)), b / SMALLEST_VALUE)
-    needed = jnp.max(jnp.maximum(needed, (b + largest * a) / LARGEST_VALUE), axis=-1, keepdims=True)
+    needed = _least_row_scale(a, b, largest)
     # XLA's maximum on CPUs may drop NaN.
     valid = jnp.all((scale >= 0) & jnp.isfinite(b), axis=-1, keepdims=True) & jnp.isfinite(needed)
     needed = jnp.where(valid & (needed >= 4 * SMALLEST_SCALE), needed, 0.0)
 
     # Below, grids are in units of a power of two for each row, so that squares do not overflow and grids stay exact.
-    unit = jnp.where(needed > 0, _power_of_two_at_or_below(needed), 1.0)
+    unit = jnp.where(needed > 0, power_of_two_at_or_below(needed), 1.0)
     a, b, needed = a / unit, b / unit, needed / unit
     largest_a = jnp.max(a, axis=-1, keepdims=True)
     n = along_last(jnp.asarray(group_lengths(k, group_size), jnp.float32), a.ndim)
@@ -188,7 +189,7 @@ def moments_of_codes(
     return near_mean.astype(jnp.float32) + shift, jnp.maximum(squares - shift**2, 0.0)
 
 
-def _power_of_two_at_or_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def power_of_two_at_or_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Of normal float32 numbers above 0, from their exponent bits."""
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
 
@@ -205,16 +206,34 @@ def in_blocks(function: Callable[[Array], Any], rows: Shaped[Array, "rows k"]) -
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], results)
 
 
-def _search(
+def search_integer_groups(
     x: Float[Array, "rows groups size"],
     valid: Bool[np.ndarray, "groups size"],
     number_format: BipolarFormat,
-    calibration: Calibration,
+    scale: Float[Array, "rows groups"],
+    offset: Float[Array, "rows groups"] | None,
+    *,
+    keeps_zero: bool,
+    weights: Float[Array, "groups size"] | None = None,
 ) -> tuple[Float[Array, "rows 1"], IntegerGroups]:
-    """The row scale and the groups of least squared error; see `round_to_integer_groups`."""
+    """The row scale and the groups of least squared error around float grids; see `round_to_integer_groups`.
+
+    Args:
+      x: float32, split into groups.
+      valid: False for padding.
+      number_format: 1 to 6 bits.
+      scale, offset: of the float grids; offset None for symmetric ones.
+      keeps_zero: whether the offsets put zero on the grids, where it stays; else offsets are fitted.
+      weights: of the squared errors, at most about 1; None for equal ones.
+
+    Returns:
+      Row scales, NaN for rows with NaN or Inf; the groups.
+    """
     largest = number_format.max_value
-    scale, offset = calibrate(x, valid, number_format, calibration)
-    zero_code, top, unclipped = _limits(scale, offset, number_format)
+    zero_code, top, unclipped = _limits(scale, offset if keeps_zero else None, number_format)
+    if offset is not None and not keeps_zero:
+        unclipped = _least_row_scale(2 * scale, offset - largest * scale, largest)
+        unclipped = jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
 
     # Below, grids are in units of `unclipped`, and the numbers of a group in units of its largest magnitude.
     magnitude = jnp.max(jnp.abs(x), axis=-1)
@@ -225,8 +244,12 @@ def _search(
     per_unit = _inverse(unclipped)
     relative = jnp.where(has_numbers, relative * per_unit, 1.0)
     lengths = along_last(valid.sum(axis=-1).astype(np.float32), 2)
-    mean = fixed_point_sum(numbers) / lengths * relative
+    if weights is not None:
+        weights = jnp.where(valid, weights, 0.0)[None]
+        lengths = jnp.maximum(jnp.sum(weights, axis=-1), SMALLEST_SCALE)
+    mean = (fixed_point_sum(numbers) if weights is None else jnp.sum(weights * numbers, axis=-1)) / lengths * relative
     step = 2 * scale * per_unit
+    middle_of_floats = jnp.zeros_like(step) if offset is None or keeps_zero else offset * per_unit
 
     def encoded(factor, s, o):
         middle, half_steps = jax.lax.optimization_barrier((factor * (o + s * (largest / 2)) / relative, relative / s))
@@ -237,7 +260,11 @@ def _search(
         """Of every group, less the sum of x^2, which is the same for all grids."""
         codes = encoded(factor, s, o).astype(jnp.int32)
         values = jnp.where(inside, s[..., None].astype(jnp.int32) * codes + o[..., None].astype(jnp.int32), 0)
-        with_numbers, squares = sums_with_values(numbers, values, -SMALLEST_VALUE)
+        if weights is None:
+            with_numbers, squares = sums_with_values(numbers, values, -SMALLEST_VALUE)
+        else:
+            floats = values.astype(jnp.float32)
+            with_numbers, squares = (jnp.sum(weights * floats * other, axis=-1) for other in (numbers, floats))
         return factor * (factor * squares - 2 * relative * with_numbers)
 
     def best_neighbor(factor, nearest, middle, offset_fits):
@@ -245,7 +272,12 @@ def _search(
 
         def fit_offset(_, candidate):
             s, o = candidate
-            mean_code = jnp.sum(encoded(factor, s, o), axis=-1, dtype=jnp.int32).astype(jnp.float32) / lengths
+            codes = encoded(factor, s, o)
+            if weights is None:
+                sums = jnp.sum(codes, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+            else:
+                sums = jnp.sum(weights * codes.astype(jnp.float32), axis=-1)
+            mean_code = sums / lengths
             return s, _in_range(mean / factor - jax.lax.optimization_barrier(s * mean_code), s, number_format)
 
         def try_neighbor(best, neighbor):
@@ -265,7 +297,7 @@ def _search(
         refines = factor == 0
         factor = jnp.where(refines, best_factor, factor)
         nearest = jnp.where(refines, s, jnp.round(step / factor))
-        middle = jnp.where(refines, o + s * (largest / 2), 0.0)  # symmetric grids, unless zero decides
+        middle = jnp.where(refines, o + s * (largest / 2), middle_of_floats / factor)  # unless zero decides
         error, s, o = best_neighbor(factor, nearest, middle, jnp.where(refines, _OFFSET_FITS, 0))
         return _better(best, (fixed_point_sum(error)[:, None], factor, s, o)), None
 
@@ -307,6 +339,14 @@ def _limits(
     unclipped = jnp.max(2 * scale / top, axis=-1, keepdims=True)
     # Scales of groups on the same grid are at least a quarter of this.
     return zero_code, top, jnp.where(unclipped < 4 * SMALLEST_SCALE, 0.0, unclipped)
+
+
+def _least_row_scale(
+    step: Float[Array, "*rows groups"], base: Float[Array, "*rows groups"], largest: int
+) -> Float[Array, "*rows 1"]:
+    """The smallest row scale on which all grids step * u + base of a row fit int8."""
+    needed = jnp.maximum(step * (largest / (LARGEST_VALUE - SMALLEST_VALUE)), base / SMALLEST_VALUE)
+    return jnp.max(jnp.maximum(needed, (base + largest * step) / LARGEST_VALUE), axis=-1, keepdims=True)
 
 
 def _inverse(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,0 +1,85 @@
+"""What is asked of a rounding, and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+from jaxtyping import Array, Float, UInt8
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.quantize.integer_groups import IntegerGroups
+from bipolar_jax.quantize.rounding import from_grid
+
+Algorithm = Literal["nearest", "gptq"]
+Grid = Literal["free", "zero_point", "symmetric"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded to the grid of a precision. Hashable, so that it can be static in `jax.jit`.
+
+    Attributes:
+      algorithm: "nearest" rounds every weight by itself, and sees of the Hessian its diagonal at most. "gptq" moves
+        the error of each rounded input to the inputs after it (arXiv 2210.17323); descent follows.
+      descent_passes: after GPTQ, how often each code in turn is moved to its best place among the others (QuantEase,
+        arXiv 2309.01885), with scales and offsets refitted before and after.
+      act_order: whether GPTQ rounds the inputs of large Hessian diagonals first. Groups stay runs of neighbors.
+      damping: added to the Hessian's diagonal, in units of its mean; at least 1e-6, because factors are float32.
+      block: inputs that are rounded between two updates of all the others; a matter of speed alone.
+      grid: "free" fits scale and offset, "zero_point" keeps zero on the grid (one bit cannot, and is symmetric),
+        "symmetric" has no offset. Of integer groups, symmetric ones are as near to it as integers allow.
+      weighted_grid: whether the search for the grid weighs errors by the Hessian's diagonal.
+      asymmetry: 0 to 1, how much of the difference between the inputs of the float and of the quantized model the
+        rounding makes up for, see `asymmetric_target`; it needs the product of both, `cross`.
+
+    Raises:
+      ValueError: a value outside the above.
+    """
+
+    algorithm: Algorithm = "gptq"
+    descent_passes: int = 2
+    act_order: bool = True
+    damping: float = 0.01
+    block: int = 64
+    grid: Grid = "free"
+    weighted_grid: bool = False
+    asymmetry: float = 0.0
+
+    def __post_init__(self):
+        for name, allowed in {"algorithm": Algorithm, "grid": Grid}.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        for name, least in {"descent_passes": 0, "block": 1}.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping must be finite and at least 0, got {self.damping!r}")
+        if not 0 <= self.asymmetry <= 1:
+            raise ValueError(f"asymmetry must be from 0 to 1, got {self.asymmetry!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoundedRows:
+    """Rows on a grid, as `bipolar_jax.from_codes(codes, bits, -1, scale, offset, group_size, groups)` takes them.
+
+    Attributes:
+      codes: of every weight.
+      scale: number per unit of value, of every group; with integer groups of every row.
+      offset: of every group; None for symmetric grids and integer groups.
+      groups: integer scales and offsets; None for float ones.
+    """
+
+    codes: UInt8[Array, "n k"]
+    scale: Float[Array, "n scales"]
+    offset: Float[Array, "n scales"] | None
+    groups: IntegerGroups | None = None
+
+    def numbers(self, number_format: BipolarFormat, group_size: int | None) -> Float[Array, "n k"]:
+        """The rounded weights, float32."""
+        scale, offset = self.scale, self.offset
+        if self.groups is not None:
+            scale, offset = self.groups.float_grid(self.scale, number_format)
+        return from_grid(self.codes, number_format, scale, offset, group_size)
