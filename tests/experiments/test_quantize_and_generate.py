@@ -16,7 +16,7 @@ from bipolar_jax.models.loaders import load_pretrained
 from configs import generate as generate_config
 from configs import smollm2 as quantize_config
 from experiments import generate, quantize
-from experiments.support import workdir
+from experiments.support import precision_sweep, workdir
 from tests.support import tiny_checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -96,15 +96,15 @@ def test_a_stopped_run_resumes(model, text, tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize, "save_model", killed)
+    monkeypatch.setattr(precision_sweep, "save_model", killed)
     with pytest.raises(KeyboardInterrupt):
         quantize.main(tiny_config(model, text), tmp_path)
     assert read(tmp_path)["precisions"] == {}
     monkeypatch.undo()
     quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
     measured = []
-    original = quantize._measure
-    monkeypatch.setattr(quantize, "_measure", lambda name, *args: measured.append(name) or original(name, *args))
+    original = precision_sweep.measure
+    monkeypatch.setattr(precision_sweep, "measure", lambda name, *args: measured.append(name) or original(name, *args))
     quantize.main(tiny_config(model, text, "W8A8,W4A8"), tmp_path)
     assert measured == ["W4A8"]
 

@@ -1,0 +1,233 @@
+"""What programs that quantize a model to several precisions share: rows of result.json, checkpoints, and the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.table import Table
+
+import bipolar_jax as bj
+from bipolar_jax.models.checkpoint import save_model
+from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.tokenizer_json import encode
+
+from .perplexity_plot import plot_perplexity
+from .progress import console, progress_bar
+from .sources import load_model_source, load_text_source, model_fingerprint
+from .workdir import RESULT_NAME, check_rows, environment, read_result, write_json
+
+EMBEDDING, LAYERS = "^(embed|lm_head)$", "^layers/"
+_ROW_FIELDS = ("perplexity", "standard_error", "windows", "bytes", "sample")
+
+Convert = Callable[[bj.Precision], nnx.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A model, a text, and the results so far.
+
+    Attributes:
+      config: needs model, text, windows, window_length, embedding_precision, prompt, sample_tokens and checkpoints.
+      workdir: folder of the results.
+      pretrained: the float model.
+      ids: of the text.
+      result: what result.json holds.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    pretrained: PretrainedModel
+    ids: Sequence[int]
+    result: dict[str, Any]
+
+    @classmethod
+    def begin(cls, config: ConfigDict, workdir: Path, fields: Sequence[str]) -> Sweep:
+        """Loads model and text, and the results of an earlier run.
+
+        Args:
+          config, workdir: see `Sweep`.
+          fields: of the config, that the perplexity depends on; all results in a workdir share them.
+
+        Raises:
+          ValueError: results with other settings; as the loaders.
+        """
+        text = load_text_source(config.text)
+        pretrained = load_model_source(config.model)
+        ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
+        settings = {name: _plain(config[name]) for name in fields}
+        settings["model_fingerprint"] = model_fingerprint(config.model)
+        settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        result = read_result(workdir, settings, {"precisions": _ROW_FIELDS}) or {"settings": settings, "precisions": {}}
+        result["environment"] = environment()
+        return cls(config, workdir, pretrained, ids, result)
+
+    def check(self, rules: Sequence[tuple[str, bj.Precision | str | None]]) -> None:
+        """Raises ValueError if the model cannot be quantized by these rules. Nothing is computed."""
+        jax.eval_shape(lambda model: bj.quantize_model(model, rules), self.pretrained.model)
+
+    def measure_baseline(self) -> None:
+        """Adds the float model's row, unless it is there."""
+        path = self.workdir / RESULT_NAME
+        if "baseline" in self.result:
+            check_rows(path, "baseline", [self.result["baseline"]], [*_ROW_FIELDS, "tokens"])
+            return
+        self.result["baseline"] = measure("baseline", self.pretrained, self.ids, self.config)
+        self.result["baseline"] |= _text_facts(self.ids, self.config)
+        write_json(path, self.result)
+
+    def is_done(self, precision: bj.Precision) -> bool:
+        """Whether an earlier run has measured it, and its checkpoint is there."""
+        row, checkpoint = self.result["precisions"].get(str(precision)), self._checkpoint(precision)
+        if row is None or checkpoint is None:
+            return row is not None
+        if not checkpoint.is_file() or row.get("checkpoint_bytes") != checkpoint.stat().st_size:
+            return False
+        try:
+            bj.load(checkpoint)  # compares every checksum
+        except ValueError as error:
+            console.print(f"{error}; writing it again")
+            return False
+        return True
+
+    def add(self, precision: bj.Precision, convert: Convert, **facts: Any) -> None:
+        """Quantizes the model, measures it, and writes its checkpoint and its row, unless that is done.
+
+        Args:
+          precision: names the row and the checkpoint.
+          convert: makes the quantized model.
+          facts: further entries of the row.
+        """
+        if self.is_done(precision):
+            console.print(f"{precision}: already in {self.workdir / RESULT_NAME}")
+            return
+        started = time.perf_counter()
+        quantized = jax.block_until_ready(convert(precision))
+        seconds = time.perf_counter() - started
+        packed = self.pretrained.with_model(quantized)
+        row = measure(str(precision), packed, self.ids, self.config) | facts
+        row["seconds"]["quantize"] = round(seconds, 2)
+        row["relative_increase"] = _increase(row, self.result["baseline"])
+        checkpoint = self._checkpoint(precision)
+        if checkpoint is not None:
+            with progress_bar(f"{precision}: writing {checkpoint.name}"):
+                save_model(checkpoint, packed, source=self.config.model)
+            row["checkpoint"] = checkpoint.name
+            row["checkpoint_bytes"] = checkpoint.stat().st_size
+        self.result["precisions"][str(precision)] = row
+        write_json(self.workdir / RESULT_NAME, self.result)
+
+    def show(self, method: str) -> None:
+        """Draws the plot and prints the table; `method` says in its title how the weights were rounded."""
+        plot_perplexity(self.result, self.workdir / "perplexity.png")
+        _print_table(self.result, method)
+        console.print(f"results and checkpoints: {self.workdir}")
+
+    def _checkpoint(self, precision: bj.Precision) -> Path | None:
+        return self.workdir / f"{precision}.safetensors" if self.config.checkpoints else None
+
+
+def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
+    """Perplexity, size in bytes, and a greedy sample of text."""
+    started = time.perf_counter()
+    with progress_bar(f"{name}: scoring windows", config.windows) as advance:
+        scored = perplexity(
+            pretrained.model,
+            ids,
+            windows=config.windows,
+            window_length=config.window_length,
+            on_window=advance,
+        )
+    evaluated = time.perf_counter()
+    sample, margins = "", []
+    if config.sample_tokens:
+        prompt = encode(pretrained.tokenizer, config.prompt)
+        with progress_bar(f"{name}: generating"):
+            (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
+            margins = _margins(pretrained.model, jnp.asarray([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
+        sample = pretrained.tokenizer.decode(tokens)
+    return {
+        "perplexity": _json_number(scored.perplexity),
+        "standard_error": _json_number(scored.standard_error),
+        "windows": scored.windows,
+        "bytes": _nbytes(pretrained.model),
+        "prompt": config.prompt,
+        "sample": sample,
+        "sample_margins": [round(float(margin), 3) for margin in margins],
+        "seconds": {
+            "evaluate": round(evaluated - started, 2),
+            "sample": round(time.perf_counter() - evaluated, 2),
+        },
+    }
+
+
+@jax.jit
+def _margins(model: nnx.Module, ids: jax.Array) -> jax.Array:
+    """Largest minus second largest logit at each position; where it is small, rounding may change the token."""
+    largest, _ = jax.lax.top_k(model(ids), 2)
+    return largest[..., 0] - largest[..., 1]
+
+
+def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
+    """The scored text: number of predicted tokens, and SHA-256 of the windows' ids as little-endian int32."""
+    used = np.asarray(ids[: config.windows * config.window_length], "<i4")
+    return {
+        "tokens": config.windows * (config.window_length - 1),
+        "ids_sha256": hashlib.sha256(used.tobytes()).hexdigest(),
+        "text_tokens": len(ids),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A field of a config as JSON has it."""
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def _json_number(x: float) -> float | None:
+    """None for NaN (the standard error of one window) and Inf (a loss above 709 nats), which JSON does not have."""
+    return x if math.isfinite(x) else None
+
+
+def _increase(row: dict[str, Any], baseline: dict[str, Any]) -> float | None:
+    if row["perplexity"] is None or baseline["perplexity"] is None:
+        return None
+    return row["perplexity"] / baseline["perplexity"] - 1
+
+
+def _nbytes(model: nnx.Module) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def _print_table(result: dict[str, Any], method: str) -> None:
+    baseline = result["baseline"]
+    scored = f"{baseline['windows']} windows, {baseline['tokens']} tokens of {result['settings']['text']}"
+    settings = result["settings"]
+    table = Table(title=f"{settings['model']}, {method}, perplexity on {scored}")
+    headings = ("precision", "perplexity", "std. error", "increase", "MB", "size", "quantized in", "continues with")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
+    for name, row in {"float32": baseline, **result["precisions"]}.items():
+        increase, error = _increase(row, baseline), row["standard_error"]
+        table.add_row(
+            name,
+            "inf" if row["perplexity"] is None else f"{row['perplexity']:.5g}",
+            "-" if error is None else f"{error:.2g}",
+            "-" if increase is None else f"{increase:+.1%}" if increase < 10 else f"x{increase + 1:.0f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['bytes'] / baseline['bytes']:.1%}",
+            f"{seconds:.1f} s" if (seconds := row.get("seconds", {}).get("quantize")) is not None else "-",
+            row["sample"].replace("\n", " ").strip()[:60],
+        )
+    console.print(table)
