@@ -28,6 +28,10 @@ def synchronize():
     assert _active[-1].all()
 
 
+def synchronize_warp():
+    check_convergence()
+
+
 @contextlib.contextmanager
 def when(condition):
     _active.append(_active[-1] & condition)

@@ -96,10 +96,10 @@ def multiply_add_byte_tiles(a, b, c):
             continue
         mine = slice(first, first + WARP)
         left, right = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
-        for register, (row, k) in enumerate([(0, 0), (8, 0), (0, 16), (8, 16)]):
+        for register, (row, k) in enumerate([(0, 0), (8, 0), (0, 16), (8, 16)][: len(a)]):
             for i, byte in enumerate(a[register][mine, None].view(np.uint8).T):
                 left[r + row, 4 * q + k + i] = byte
-        for register, k in enumerate([0, 16]):
+        for register, k in enumerate([0, 16][: len(b)]):
             for i, byte in enumerate(b[register][mine, None].view(np.int8).T):
                 right[4 * q + k + i, r] = byte
         product = left @ right

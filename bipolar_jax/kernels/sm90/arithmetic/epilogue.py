@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic import activations
-from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 
 _ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -103,6 +103,20 @@ def finish(
     return _finish(product, recovery, tokens, columns, token_axis=0).astype(dtype)
 
 
+def finish_floats(
+    total: Float[Array, "tile_m width"],
+    recovery: FloatRecovery,
+    tokens: TokenTerms,
+    columns: ColumnTerms,
+    dtype: jnp.dtype,
+) -> Array:
+    """`finish` for sums of float activations times integer values of weights: scales and bias."""
+    y = total * lax.broadcast_in_dim(load_column_vector(columns.scale), total.shape, (1,))
+    if columns.bias is not None:
+        y = y + lax.broadcast_in_dim(load_column_vector(columns.bias), total.shape, (1,))
+    return y.astype(dtype)
+
+
 def activate(activation: Activation, chunks: list[Float[Array, "tile_m width"]], dtype: jnp.dtype) -> Array:
     """The activation of one chunk, or, gated, of a chunk of gates and one of what they multiply; in `dtype`."""
     y = activations.apply(activation.function, chunks[0])
@@ -124,6 +138,22 @@ def finish_groups_transposed(
     if columns.bias is not None:
         y = y + lax.broadcast_in_dim(load_row_vector(columns.bias), total.shape, (0,))
     return y
+
+
+def finish_scaled_transposed(
+    total: Float[Array, "tile_n width"], recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms
+) -> Float[Array, "tile_n width"]:
+    """`finish_transposed` for sums t of signed codes of tokens times numbers of weights: float32.
+
+    y = s_x s_w (t + z' N) + bias, with N the sum of the column's numbers (`columns.scaled_value_sums`).
+    """
+    zero = recovery.column_weight(load_column_vector(tokens.zero_code)).astype(jnp.float32)
+    sums = load_row_vector(columns.scaled_value_sums)
+    y = total * float(recovery.product_weight)
+    y = y + lax.broadcast_in_dim(zero, y.shape, (1,)) * lax.broadcast_in_dim(sums, y.shape, (0,))
+    y = y * lax.broadcast_in_dim(load_row_vector(columns.scale), y.shape, (0,))
+    y = y * lax.broadcast_in_dim(load_column_vector(tokens.scale) * recovery.scale_factor, y.shape, (1,))
+    return y if columns.bias is None else y + lax.broadcast_in_dim(load_row_vector(columns.bias), y.shape, (0,))
 
 
 def _finish(product: Array, recovery: Recovery, tokens: TokenTerms, columns: ColumnTerms, token_axis: int) -> Array:

@@ -78,9 +78,10 @@ def few_tokens_product(
         that is not.
     """
     columns = ColumnTerms(
-        code_sums=w.row_sums[:, 0],
+        code_sums=w.row_sums[:, 0] if w.float_terms is None else None,
         scale=w.scale[:, 0],
         offset=None if w.offset is None else w.offset[:, 0],
+        scaled_value_sums=None if w.float_terms is None else w.number_sums[:, 0],
         bias=None if bias is None else bias.astype(jnp.float32),
     )
     return _product(
@@ -110,7 +111,7 @@ def _product(
     blocks: int = MULTIPROCESSORS,
     interpret=None,
 ) -> Array:
-    if recovery.k > recovery.most_elements:
+    if w.float_terms is None and recovery.k > recovery.most_elements:
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
     if activation is not None and activation.gated and not w.gated:
         raise ValueError(f"{activation} takes gates and values of an array that is prepared with gated=True")
@@ -118,7 +119,8 @@ def _product(
         raise ValueError(f"{activation} is of an array that is prepared without gates, not of {w}")
     m, n = x_words.shape[1], w.row_sums.shape[-2]
     if tiling is None:
-        tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks)
-    problem = FewTokensProblem(m, n, recovery, w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling)
+        tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks, float_terms=w.float_terms)
+    static = (w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling, w.float_terms)
+    problem = FewTokensProblem(m, n, recovery, *static)
     x_words = in_natural_order(x_words) if w.natural_order else x_words
     return launch(problem, x_words[0], w, tokens, columns, blocks=blocks, interpret=interpret)

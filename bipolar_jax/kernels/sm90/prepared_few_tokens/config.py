@@ -12,6 +12,8 @@ from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMOR
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
+from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.prepared_array import chunk_words
 
 MOST_TOKENS = 64
 CHUNK = 8  # tokens: the columns of an instruction, and what is finished at once
@@ -99,6 +101,7 @@ class FewTokensProblem:
       activation: applied before the cast, or None.
       dtype: of the output.
       tiling: of a block.
+      float_terms: the form of float scales of groups; None if there are none.
     """
 
     m: int
@@ -110,6 +113,17 @@ class FewTokensProblem:
     activation: Activation | None
     dtype: jnp.dtype
     tiling: FewTokensTiling
+    float_terms: FloatTerms | None = None
+
+    @property
+    def sums_dtype(self) -> jnp.dtype:
+        """Of the sums that warps and blocks hand over."""
+        return jnp.dtype(jnp.int32 if self.float_terms is None else jnp.float32)
+
+    @property
+    def chunk_words(self) -> int:
+        """Words of the terms of a chunk and part."""
+        return chunk_words(self.float_terms)
 
     @property
     def half(self) -> int:
@@ -146,13 +160,12 @@ class FewTokensProblem:
 
     @property
     def term_stages(self) -> int:
-        return _term_stages(self.tiling, self.chunks)
+        return _term_stages(self.tiling, self.chunks * self.chunk_words)
 
     @property
     def shared_memory_bytes(self) -> int:
-        return self.tiling.slots * _slot_bytes(self.tiling, self.m, self.w_bits, self.chunks) + _other_bytes(
-            self.tiling
-        )
+        slot = _slot_bytes(self.tiling, self.m, self.w_bits, self.chunks * self.chunk_words)
+        return self.tiling.slots * slot + _other_bytes(self.tiling)
 
     def check(self) -> None:
         """Raises ValueError unless a block of this tiling fits the hardware."""
@@ -187,7 +200,15 @@ def num_parts(n: int, gated: bool) -> int:
 
 
 def few_tokens_tiling(
-    m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False, blocks: int = MULTIPROCESSORS
+    m: int,
+    n: int,
+    k: int,
+    w_bits: int,
+    chunks: int,
+    gated: bool = False,
+    blocks: int = MULTIPROCESSORS,
+    *,
+    float_terms: FloatTerms | None = None,
 ) -> FewTokensTiling:
     """The tiling with the least time to read what the busiest block reads; of several the one with the fewest parts.
 
@@ -197,8 +218,9 @@ def few_tokens_tiling(
       chunks: chunks of a stage with terms of their own; 0 without groups.
       gated: whether the columns are gates and as many values.
       blocks: thread blocks.
+      float_terms: the form of float scales of groups; None if there are none.
     """
-    total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks)
+    total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks * chunk_words(float_terms))
     most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
 
     def cycles(tiling: FewTokensTiling) -> float:
@@ -224,32 +246,36 @@ def few_tokens_tiling(
             # The most warps that have work.
             for tiling in sorted(by_warpgroups, key=lambda tiling: -tiling.workers):
                 for depth in range(depth_of(tiling) if tiling.workers else 0, 0, -1):
-                    fitted = with_slots(dataclasses.replace(tiling, depth=depth), m, w_bits, chunks)
+                    tiling_of_depth = dataclasses.replace(tiling, depth=depth)
+                    fitted = with_slots(tiling_of_depth, m, w_bits, chunks, float_terms)
                     if fitted.slots >= least_slots:
                         return fitted
     raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
 
 
-def with_slots(tiling: FewTokensTiling, m: int, w_bits: int, chunks: int) -> FewTokensTiling:
+def with_slots(
+    tiling: FewTokensTiling, m: int, w_bits: int, chunks: int, float_terms: FloatTerms | None = None
+) -> FewTokensTiling:
     """The tiling with as many slots as fit shared memory and are of use."""
     free = SHARED_MEMORY_BYTES - _other_bytes(tiling)
-    return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // _slot_bytes(tiling, m, w_bits, chunks)))
+    slot = _slot_bytes(tiling, m, w_bits, chunks * chunk_words(float_terms))
+    return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // slot))
 
 
-def _part_bytes(w_bits: int, chunks: int) -> int:
-    """Of one part and stage."""
-    return 4 * (w_bits * WORDS_PER_VECTOR + chunks * CHUNK_WORDS)
+def _part_bytes(w_bits: int, term_words: int) -> int:
+    """Of one part and stage, whose terms have so many words."""
+    return 4 * (w_bits * WORDS_PER_VECTOR + term_words)
 
 
-def _term_stages(tiling: FewTokensTiling, chunks: int) -> int:
-    """Stages of terms in a slot: copies are whole multiples of 128 bytes."""
-    return tiling.stages + tiling.stages * tiling.parts * chunks % 2
+def _term_stages(tiling: FewTokensTiling, term_words: int) -> int:
+    """Stages of terms in a slot: copies are whole multiples of 128 bytes, twice CHUNK_WORDS."""
+    return tiling.stages + tiling.stages * tiling.parts * (term_words // CHUNK_WORDS) % 2
 
 
-def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, chunks: int) -> int:
+def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, term_words: int) -> int:
     tokens = -(-m // CHUNK) * CHUNK * tiling.token_stages * BYTES_PER_ROW
     weights = tiling.stages * tiling.parts * 4 * w_bits * WORDS_PER_VECTOR
-    return tokens + weights + _term_stages(tiling, chunks) * tiling.parts * 4 * chunks * CHUNK_WORDS
+    return tokens + weights + _term_stages(tiling, term_words) * tiling.parts * 4 * term_words
 
 
 def _other_bytes(tiling: FewTokensTiling) -> int:

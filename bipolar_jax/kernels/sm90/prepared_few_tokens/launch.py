@@ -21,7 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, UInt32
 
-from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms, activate, finish_transposed
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
+    ColumnTerms,
+    TokenTerms,
+    activate,
+    finish_scaled_transposed,
+    finish_transposed,
+)
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import pinned
@@ -47,7 +53,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     zero_sums,
 )
 from bipolar_jax.packing import PreparedArray
-from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import PART_ROWS, WORDS_PER_VECTOR
 
 
 class Sources(NamedTuple):
@@ -56,7 +62,7 @@ class Sources(NamedTuple):
     Attributes:
       x: uint32 [m, stages, 32], signed bytes of the tokens.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
-      group_terms: uint32 [parts, stages, chunks, CHUNK_WORDS], or None.
+      group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
       tokens: terms [m] or more.
       columns: terms [n].
     """
@@ -108,7 +114,7 @@ def launch(
         out_type=[
             jax.ShapeDtypeStruct((problem.m, problem.halves * problem.padded_half), problem.dtype),
             # Totals of the blocks that divide K.
-            jax.ShapeDtypeStruct(exchanged if tiling.cluster > 1 else (1,), jnp.int32),
+            jax.ShapeDtypeStruct(exchanged if tiling.cluster > 1 else (1,), problem.sums_dtype),
         ],
         grid=(min(problem.units, tiling.clusters(blocks)),),
         grid_names=("cluster",),
@@ -136,18 +142,18 @@ def launch(
 def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
     """Scratch specifications, keyed by the kernel's keyword arguments."""
     tiling, ring = problem.tiling, functools.partial(plgpu.SMEM, dtype=jnp.uint32)
-    weights = (tiling.slots, tiling.parts)
+    weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, problem.chunks, problem.chunk_words)
     return dict(
         # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
         x_ring=ring((tiling.slots, problem.width, tiling.token_stages, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
         words_ring=ring((*weights, tiling.stages, problem.w_bits, WORDS_PER_VECTOR)),
-        terms_ring=ring((*weights, problem.term_stages, problem.chunks, CHUNK_WORDS)) if problem.chunks else None,
+        terms_ring=ring((*weights, *terms)) if problem.chunks else None,
         full=plgpu.Barrier(num_arrivals=3 if problem.chunks else 2, num_barriers=tiling.slots),
         empty=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.slots),
-        sums=plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), jnp.int32),
+        sums=plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), problem.sums_dtype),
         handed_over=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.buffers),
         taken=plgpu.Barrier(num_barriers=tiling.buffers),
-        totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), jnp.int32),
+        totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), problem.sums_dtype),
         tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), sources.tokens),
         columns=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, 2, tiling.rows), term.dtype), sources.columns),
         exchanged=plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=tiling.buffers)
@@ -332,7 +338,7 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
 
     Args:
       problem: the static side.
-      totals: int32 [2, rows, CHUNK] in shared memory.
+      totals: of `problem.sums_dtype`, [2, rows, CHUNK] in shared memory.
       terms: `TokenTerms` of [width] and `ColumnTerms` of [2, rows] in shared memory.
       out: [m, columns] in memory.
       unit: index of the unit.
@@ -344,7 +350,8 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
     def scaled(block: int, group: int):
         rows = pl.ds(FINISH_ROWS * group, FINISH_ROWS)
         product = plgpu.load(totals.at[block, rows], layout=ACCUMULATOR, optimized=False)
-        return finish_transposed(
+        finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
+        return finish(
             plgpu.layout_cast(product, plgpu.Layout.WGMMA),
             problem.recovery,
             tokens,

@@ -1,7 +1,7 @@
 """The steps of the product of few tokens on arrays: device functions around `threads`, each with its twin in jnp.
 
-A warpgroup's accumulators are int32 [2 * 64, width]: row 64 b + 16 w + i is row i of block b of the part of warp w, and
-its sum over this warp's stages alone.
+A warpgroup's accumulators are [2 * 64, width], int32 or, with float scales of groups, float32: row 64 b + 16 w + i is
+row i of block b of the part of warp w, and its sum over this warp's stages alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, Num, Shaped
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
@@ -37,25 +37,33 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     RUN,
     FewTokensProblem,
 )
+from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import scaled_products
 from bipolar_jax.packing.fields import PART_ROWS, STAGE, expand_part
 
 _ACCUMULATOR_ROWS = 2 * FINISH_ROWS
+Sums = Num[Array, "128 width"]
 
 
-def zero_sums(problem: FewTokensProblem) -> Int[Array, "128 width"]:
+def zero_sums(problem: FewTokensProblem) -> Sums:
     """Zeros to start a unit from."""
-    return plgpu.layout_cast(jnp.zeros((_ACCUMULATOR_ROWS, problem.width), jnp.int32), ACCUMULATOR)
+    return plgpu.layout_cast(jnp.zeros((_ACCUMULATOR_ROWS, problem.width), problem.sums_dtype), ACCUMULATOR)
 
 
 def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup):
     tiling = problem.tiling
-    expanded = expand_part(words[...], None if terms is None else terms[:, pl.ds(0, tiling.stages)])
+    terms = None if terms is None else terms[:, pl.ds(0, tiling.stages)]
+    expanded = expand_part(words[...], terms if problem.float_terms is None else None)
     token_bytes = lax.bitcast_convert_type(tokens[...], jnp.int8)
     plgpu.commit_smem()  # for the race detector: orders these reads before the next load into the slot
     token_bytes = token_bytes.reshape(*token_bytes.shape[:2], STAGE)[: problem.m, : tiling.stages]
     # At most 255 * 128 * 128 a stage: exact in float32.
-    products = jnp.einsum("psrk,msk->psrm", expanded.astype(jnp.float32), token_bytes.astype(jnp.float32))
-    products = products.astype(jnp.int32).reshape(tiling.parts, tiling.depth, tiling.splits, PART_ROWS, problem.m)
+    expanded, token_bytes = expanded.astype(jnp.float32), token_bytes.astype(jnp.float32)
+    if problem.float_terms is None:
+        products = jnp.einsum("psrk,msk->psrm", expanded, token_bytes).astype(jnp.int32)
+    else:
+        by_chunk = token_bytes.reshape(problem.m, tiling.stages, problem.chunks, -1)
+        products = scaled_products(expanded, by_chunk, terms, problem.recovery.w_format, problem.float_terms)
+    products = products.reshape(tiling.parts, tiling.depth, tiling.splits, PART_ROWS, problem.m)
     by_worker = jnp.sum(products, axis=1).swapaxes(0, 1).reshape(tiling.workers, PART_ROWS, problem.m)
     by_warp = jnp.pad(by_worker, ((0, tiling.warps - tiling.workers), (0, 0), (0, problem.width - problem.m)))
     mine = lax.dynamic_slice_in_dim(by_warp, WARPS * warpgroup, WARPS)
@@ -63,21 +71,20 @@ def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, w
 
 
 @with_twin(_multiply_slot_twin)
-def multiply_slot(
-    problem: FewTokensProblem, sums: Int[Array, "128 width"], words, terms, tokens, warpgroup: Int[Array, ""]
-) -> Int[Array, "128 width"]:
+def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Int[Array, ""]) -> Sums:
     """Adds the products of this warpgroup's stages of a slot; see `threads.multiply_slot`."""
     refs = [words] if terms is None else [words, terms]
 
     @plgpu.inline_mgpu(
         arg_types=(ACCUMULATOR, SPLAT, plgpu.RefType(TILE_TRANSFORMS), *[plgpu.RefType()] * len(refs)),
-        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=ACCUMULATOR),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, problem.sums_dtype, layout=ACCUMULATOR),
     )
     def inline(_, sums, warpgroup, tokens, words, *terms):
         numbers = threads.multiply_slot(
             problem, numbers_of(sums), words, terms[0] if terms else None, tokens, scalar_of(warpgroup)
         )
-        return as_array(numbers, sums.shape, ACCUMULATOR, is_signed=True)
+        is_signed = True if problem.float_terms is None else None
+        return as_array(numbers, sums.shape, ACCUMULATOR, is_signed=is_signed)
 
     return inline(sums, jnp.int32(warpgroup), tokens, *refs)
 
@@ -94,9 +101,7 @@ def _hand_over_twin(problem: FewTokensProblem, sums, chunk, target, warpgroup):
 
 
 @with_twin(_hand_over_twin)
-def hand_over(
-    problem: FewTokensProblem, sums: Int[Array, "128 width"], chunk: int, target, warpgroup: Int[Array, ""]
-) -> None:
+def hand_over(problem: FewTokensProblem, sums: Sums, chunk: int, target, warpgroup: Int[Array, ""]) -> None:
     """Stores this warpgroup's sums of a chunk in shared memory; see `threads.hand_over`."""
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SPLAT))

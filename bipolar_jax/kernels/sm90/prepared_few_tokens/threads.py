@@ -18,7 +18,8 @@ from bipolar_jax.kernels.sm90.core.ptx import GLOBAL, SHARED, Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FINISH_ROWS, RUN, FewTokensProblem
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
-from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, WORDS_PER_VECTOR
+from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces
+from bipolar_jax.packing.fields import PART_ROWS, PARTS, WORDS_PER_VECTOR
 
 _SEGMENT = 16  # bytes: half of a step of one token
 _ROWS_OF_SWIZZLE = 8
@@ -39,7 +40,7 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
       problem: the static side.
       sums: of this warp.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR] in shared memory.
-      terms: uint32 [parts, term_stages, chunks, CHUNK_WORDS] in shared memory, or None.
+      terms: uint32 [parts, term_stages, chunks, chunk_words] in shared memory, or None.
       tokens: uint32 [tokens, token_stages, 32] in shared memory, swizzled.
       warpgroup: of the calling threads.
     """
@@ -56,11 +57,12 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
             my_terms = (
                 None
                 if terms is None
-                else _stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * CHUNK_WORDS)
+                else _stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * problem.chunk_words)
             )
             load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, stage)
+            add_half = _add_half if problem.float_terms is None else _add_scaled_half
             for half in range(HALVES):
-                total = _add_half(problem, expansion, total, my_words, my_terms, load, lane, half)
+                total = add_half(problem, expansion, total, my_words, my_terms, load, lane, half)
         return total
 
     if tiling.workers == tiling.warps:
@@ -111,8 +113,39 @@ def _add_half(problem, expansion: Expansion, sums: Sums, words, terms, load, lan
     return sums
 
 
+def _add_scaled_half(problem, expansion: Expansion, sums: Sums, words, terms, load, lane: Value, half: int) -> Sums:
+    """As `_add_half`, of float scales of groups: sums are float32."""
+    scaling = FloatScaling(problem.float_terms, -problem.recovery.w_format.max_value / 2)
+    fields = expansion.load_fields(words, lane, half)
+    fragments = [expansion.fragments(fields[step], [], step) for step in range(HALF_STEPS)]
+    first, end = (i * problem.chunks // HALVES for i in (half, half + 1))
+    chunks = range(first, max(first + 1, end))
+    pointers = [ptx.advance(terms, 4 * problem.chunk_words * chunk) for chunk in chunks]
+    row_terms = [scaling.load_terms(pointer, lane) for pointer in pointers]
+    sums = list(sums)
+    for chunk in range(problem.token_chunks):
+        if chunk:
+            # Keeps the compiler from loading the tokens of all chunks at once, and from keeping terms: it would spill.
+            ptx.synchronize_warp()
+            row_terms = [scaling.load_terms(pointer, lane) for pointer in pointers]
+        tokens = load(half, chunk)
+        for number, own_terms in enumerate(row_terms):
+            pieces = chunk_pieces(number, len(row_terms))
+            own_tokens = [tokens[2 * step + first : 2 * step + last] for step, first, last in pieces]
+            token_sums = scaling.token_sums(own_tokens)
+            for block in range(2):
+                weights = [
+                    fragments[step][4 * block + 2 * first : 4 * block + 2 * last] for step, first, last in pieces
+                ]
+                start = 4 * (block * problem.token_chunks + chunk)
+                for i, product in enumerate(scaling.multiply(weights, own_tokens)):
+                    own = own_terms[2 * block + i // 2]
+                    sums[start + i] = scaling.add(sums[start + i], own, product, token_sums[i % 2])
+    return sums
+
+
 def hand_over(problem: FewTokensProblem, sums: Sums, chunk: int, target, warpgroup: Value) -> None:
-    """Stores this warp's sums of one chunk of tokens: int32 [workers, PART_ROWS, CHUNK] in shared memory."""
+    """Stores this warp's sums of one chunk of tokens: [workers, PART_ROWS, CHUNK] in shared memory."""
     lane, warp = lane_and_warp()
     index, _, _ = worker(problem, warpgroup, warp)
     # Row r is lane // 4, tokens are 2 (lane % 4) and the next: a lane's two numbers follow its neighbour's.
@@ -123,7 +156,7 @@ def hand_over(problem: FewTokensProblem, sums: Sums, chunk: int, target, warpgro
             start = 4 * (block * problem.token_chunks + chunk)
             for half in range(2):
                 at = ptx.advance(first, 4 * CHUNK * (RUN * block + RUN // 2 * half))
-                ptx.store(at, sums[start + 2 * half : start + 2 * half + 2])
+                ptx.store(at, [_as_word(problem, number) for number in sums[start + 2 * half : start + 2 * half + 2]])
 
 
 def add_up(problem: FewTokensProblem, sums, totals, space: int) -> None:
@@ -131,8 +164,8 @@ def add_up(problem: FewTokensProblem, sums, totals, space: int) -> None:
 
     Args:
       problem: the static side.
-      sums: int32 [workers, PART_ROWS, CHUNK] in shared memory.
-      totals: int32 [2, rows, CHUNK]: of either block the rows of all parts.
+      sums: of `problem.sums_dtype`, [workers, PART_ROWS, CHUNK] in shared memory.
+      totals: likewise, [2, rows, CHUNK]: of either block the rows of all parts.
       space: GLOBAL or SHARED, where the totals are.
     """
     tiling, thread = problem.tiling, thread_index()
@@ -146,7 +179,7 @@ def add_up(problem: FewTokensProblem, sums, totals, space: int) -> None:
             total = ptx.load(mine, 4)
             for split in range(1, tiling.splits):
                 more = ptx.load(ptx.advance(mine, 16 * count * split), 4)
-                total = [ptx.plus(a, b) for a, b in zip(total, more, strict=True)]
+                total = _added(problem, total, more)
             block = ptx.bits_of(ptx.shift_right(index, (per_part // 2).bit_length() - 1), 1)
             in_block = ptx.plus(
                 ptx.times(ptx.shift_right(index, per_part.bit_length() - 1), per_part // 2),
@@ -161,7 +194,7 @@ def add_blocks(problem: FewTokensProblem, by_block: list, totals) -> None:
 
     Args:
       problem: the static side.
-      by_block: int32 [2, rows, CHUNK] each, in global memory.
+      by_block: of `problem.sums_dtype`, [2, rows, CHUNK] each, in global memory.
       totals: likewise, in shared memory.
     """
     thread, count = thread_index(), 2 * problem.tiling.rows * CHUNK // 4  # four numbers at once
@@ -169,8 +202,19 @@ def add_blocks(problem: FewTokensProblem, by_block: list, totals) -> None:
         offset = ptx.times(ptx.plus(thread, first), 16)
         total, *others = [ptx.load(ptx.advance(ptx.pointer(array, GLOBAL), offset), 4) for array in by_block]
         for other in others:
-            total = [ptx.plus(a, b) for a, b in zip(total, other, strict=True)]
+            total = _added(problem, total, other)
         ptx.store(ptx.advance(ptx.pointer(totals, SHARED), offset), total)
+
+
+def _as_word(problem: FewTokensProblem, number: Value) -> Value:
+    return number if problem.sums_dtype == "int32" else ptx.as_word(number)
+
+
+def _added(problem: FewTokensProblem, a: list[Value], b: list[Value]) -> list[Value]:
+    """Sums of words that hold numbers of `problem.sums_dtype`."""
+    if problem.sums_dtype == "int32":
+        return [ptx.plus(x, y) for x, y in zip(a, b, strict=True)]
+    return [ptx.as_word(ptx.add(ptx.as_float(x), ptx.as_float(y))) for x, y in zip(a, b, strict=True)]
 
 
 def load_columns(problem: FewTokensProblem, sources, unit: Value) -> list[Value]:

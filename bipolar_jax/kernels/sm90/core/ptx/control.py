@@ -28,6 +28,11 @@ def synchronize() -> None:
     mgpu.warpgroup_barrier()
 
 
+def synchronize_warp() -> None:
+    """A barrier of the warp's threads, beyond which the compiler moves no load of shared memory."""
+    inline_ptx("bar.warp.sync -1;", has_side_effects=True, convergent=True)
+
+
 def when(condition: Value) -> AbstractContextManager:
     """Code emitted within runs where the condition holds."""
     return mgpu.when(condition)

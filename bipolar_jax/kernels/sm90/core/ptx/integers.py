@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jaxlib.mlir.dialects import arith
 
@@ -87,13 +89,15 @@ def add_bytes(word: Value, total: Value, *, signed: bool) -> Value:
 
 
 def multiply_add_byte_tiles(a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
-    """a . b + c on the warp's tensor core: [16, 32] unsigned bytes times [32, 8] signed ones, int32.
+    """a . b + c on the warp's tensor core: [16, 32] unsigned bytes times [32, 8] signed ones, int32; or K is 16.
 
     With r = lane // 4 and q = lane % 4, a lane's words of a and b each hold four elements, at k = 4 q or at 4 q + 16.
     Of a: rows r and r + 8 at the first k, then both at the second. Of b: column r at both k. Of c: columns 2 q and
-    2 q + 1 of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k32").
+    2 q + 1 of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k32"). Where K is 16, a and b have the
+    words of the first k alone.
     """
-    names = [[f"${i}" for i in range(start, start + count)] for start, count in ((0, 4), (4, 4), (8, 2), (10, 4))]
+    ends = list(itertools.accumulate((4, len(a), len(b), 4), initial=0))
+    names = [[f"${i}" for i in range(start, end)] for start, end in itertools.pairwise(ends)]
     operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
-    ptx = f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {operands};"
+    ptx = f"mma.sync.aligned.m16n8k{16 * len(b)}.row.col.s32.u8.s8.s32 {operands};"
     return list(inline_ptx(ptx, *a, *b, *c, result_types=(i32_type(),) * 4, convergent=True))
