@@ -1,0 +1,143 @@
+"""Calibration of tiny models: better than rounding, resumable, one compilation for all blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bipolar_jax as bj
+from bipolar_jax.compress import calibrate as calibration
+from bipolar_jax.compress.calibrate import calibrate
+from bipolar_jax.compress.rounding import Rounding
+from bipolar_jax.models.checkpoint import load_model, save_model
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.nn import Linear
+from tests.support import tiny_checkpoints
+from tests.support.tiny_transformers import ARCHITECTURES, random_ids, random_transformer
+
+RULES = [("embed|lm_head", "W8A16"), ("layers/", "W3A8")]
+PROGRAMS = ("_enter", "_run", "_add_moments", "_hessian", "packed_kernels")
+TOKENS = random_ids(12, 16, seed=1)
+
+
+def loss_of(model, packed) -> float:
+    """How much the perplexity's logarithm rises on text that the float model writes itself: the mean KL divergence."""
+    ids = jnp.asarray(random_ids(8, 16, seed=2))
+    wanted, found = (jax.nn.log_softmax(each(ids)) for each in (model, packed))
+    return float(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1)))
+
+
+def assert_same_bytes(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_transformer(ARCHITECTURES["llama"])
+
+
+@pytest.fixture(scope="module")
+def calibrated(model):
+    for name in PROGRAMS:
+        getattr(calibration, name).clear_cache()
+    return calibrate(model, TOKENS, RULES)
+
+
+def test_calibrated_models_lose_less(model, calibrated):
+    assert loss_of(model, calibrated) < 0.6 * loss_of(model, bj.quantize_model(model, RULES))
+    layer = calibrated.layers.ffn.down_proj
+    assert isinstance(layer, Linear)
+    assert str(layer.precision) == "W3A8"
+    assert_same_bytes(calibrated.lm_head, bj.quantize_model(model, RULES).lm_head)
+
+
+def test_all_blocks_run_the_same_programs(model, calibrated):
+    sizes = {name: getattr(calibration, name)._cache_size() for name in PROGRAMS}
+    # A Hessian for each width of inputs; otherwise a program for each input of a block.
+    assert sizes == {"_enter": 1, "_run": 1, "_add_moments": 4, "_hessian": 3, "packed_kernels": 4}
+
+
+@pytest.mark.parametrize("name", ["bloom", "opt", "qwen2"])
+@pytest.mark.sample(1)
+def test_every_architecture_is_calibrated(name):
+    model = random_transformer(ARCHITECTURES[name], dtype=jnp.bfloat16 if name == "opt" else jnp.float32)
+    rules = [("layers/", "W3A8")]
+    packed = calibrate(model, TOKENS, rules, method=Rounding("nearest", weighted_grid=True))
+    assert loss_of(model, packed) < 0.8 * loss_of(model, bj.quantize_model(model, rules))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibrated, tmp_path, blocks):
+    def kill(finished):
+        if finished == blocks:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(model, TOKENS, RULES, store=tmp_path, on_block=kill)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == [f"block_{index:05d}.safetensors" for index in range(blocks)]
+    times = [(tmp_path / name).stat().st_mtime_ns for name in written]
+    finished = []
+    resumed = calibrate(model, TOKENS, RULES, store=tmp_path, on_block=finished.append)
+    assert finished == [1, 2, 3]
+    assert [(tmp_path / name).stat().st_mtime_ns for name in written] == times
+    assert_same_bytes(resumed, calibrated)
+    with pytest.raises(ValueError, match="calibrated with other values of tokens, method: "):
+        calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
+
+
+def test_memory_holds_one_state_of_all_windows(model):
+    """Arrays that live between blocks: the states, and packed layers; neither float blocks nor second moments."""
+    before = sum(array.nbytes for array in jax.live_arrays())
+    live = []
+
+    def measure(_):
+        gc.collect()
+        live.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+
+    calibrate(model, TOKENS, RULES, on_block=measure)
+    packed = sum(leaf.nbytes for leaf in jax.tree.leaves(bj.quantize_model(model, RULES).block(0)))
+    outside = bj.quantize_model(model, RULES[:1])
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves((outside.embed, outside.lm_head)))
+    states = sum(leaf.nbytes for leaf in jax.tree.leaves([model.enter_blocks(TOKENS[:4])] * 3))
+    for blocks, size in enumerate(live, 1):
+        assert size <= states + others + blocks * packed + TOKENS.nbytes
+
+
+def test_rules_choose_layers_and_files_keep_them(tmp_path):
+    tokenizer = tiny_checkpoints.make_tokenizer("smollm")
+    config = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=tokenizer.get_vocab_size())
+    model = random_transformer(config)
+    rules = [("k_proj", None), ("v_proj", "W8A8"), ("q_proj|gate", "W2A8g8f"), ("o_proj", "W2A16"), ("down", "W1A4g4")]
+    packed = calibrate(model, TOKENS, rules, method=Rounding(descent_passes=0))
+    attention, ffn = packed.layers.attention, packed.layers.ffn
+    found = [attention.k_proj, attention.v_proj, attention.q_proj, ffn.gate_proj, attention.o_proj, ffn.down_proj]
+    names = [str(layer.precision) if isinstance(layer, Linear) else None for layer in found]
+    assert names == [None, "W8A8", "W2A8g8f", "W2A8g8f", "W2A16", "W1A4g4"]
+    assert not isinstance(ffn.up_proj, Linear)
+    save_model(tmp_path / "packed.safetensors", PretrainedModel(packed, tokenizer))
+    assert_same_bytes(load_model(tmp_path / "packed.safetensors").model, packed)
+
+
+def test_wrong_arguments_are_named(model):
+    for tokens in (TOKENS[0], TOKENS[:0]):
+        with pytest.raises(ValueError, match=r"needs tokens \[windows, length\]"):
+            calibrate(model, tokens, RULES)
+    with pytest.raises(ValueError, match="asymmetry is 0.5"):
+        calibrate(model, TOKENS, RULES, method=Rounding(asymmetry=0.5))
+    with pytest.raises(ValueError, match="the nearest paths are"):
+        calibrate(model, TOKENS, [("layer/", "W4A8")])
+    with pytest.raises(ValueError, match="group_size must be"):
+        calibrate(model, TOKENS, [("layers/", "W4A8g4096")])
