@@ -1,6 +1,6 @@
 """Arbitrary-precision (1 to 8 bit) quantized transformers for JAX."""
 
-from bipolar_jax import models, nn
+from bipolar_jax import compress, models, nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.models.inference.explain import explain_model
@@ -19,6 +19,7 @@ __all__ = [
     "GradientPrecision",
     "IntegerGroups",
     "Precision",
+    "compress",
     "explain",
     "explain_model",
     "fake_quant",

@@ -50,6 +50,7 @@ FLOORS = {
         "site_inputs",
         "hessians",
         "rounding",
+        "rotations",
     ),
     "bipolar_jax.models": (
         "loaders",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
@@ -11,11 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.blocks.attention import Heads, causal_attention, prompts_alibi
+from bipolar_jax.models.blocks.norm import make_norm
 from bipolar_jax.models.blocks.prompt_heads import Projections, PromptTables, prompt_heads, prompt_tables
 from bipolar_jax.models.blocks.rope import Tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
-from bipolar_jax.nn.compressible import Sites
+from bipolar_jax.nn.compressible import Rotation, Sites, StreamEnds, ValueHeads
 from bipolar_jax.nn.layers.packed import CountedModule
 
 
@@ -51,8 +54,18 @@ def attend_to_text(
     return causal_attention(q, k, v, bias=positions.bias), cache
 
 
+def rotate_stream(
+    config: TransformerConfig, hidden: Float[Array, "batch length hidden"]
+) -> Float[Array, "batch length hidden"]:
+    """Embeddings in the basis of the residual stream, without their mean where the model has LayerNorms."""
+    numbers = hidden.astype(jnp.float32)
+    if config.norm == "layer":
+        numbers = numbers - jnp.mean(numbers, axis=-1, keepdims=True)
+    return config.rotation.stream.rotate(numbers).astype(hidden.dtype)
+
+
 class CompressibleBlocks(CountedModule):
-    """Implements `nn.compressible.Compressible` for a model with a stack of layers."""
+    """Implements `nn.compressible.Rotatable` for a model with a stack of layers."""
 
     config: TransformerConfig
     layers: nnx.Module
@@ -65,9 +78,9 @@ class CompressibleBlocks(CountedModule):
         heads = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         inner = ("gate_up_proj",) if hasattr(ffn, "gate_up_proj") else ("gate_proj", "up_proj")
         return (
-            Sites(tuple(f"attention/{name}" for name in heads), to_stream=False),
+            Sites(tuple(f"attention/{name}" for name in heads), to_stream=False, norm="attention_norm"),
             Sites(("attention/o_proj",), to_stream=True),
-            Sites(tuple(f"ffn/{name}" for name in inner if hasattr(ffn, name)), to_stream=False),
+            Sites(tuple(f"ffn/{name}" for name in inner if hasattr(ffn, name)), to_stream=False, norm="ffn_norm"),
             Sites(("ffn/down_proj",), to_stream=True),
         )
 
@@ -116,6 +129,42 @@ class CompressibleBlocks(CountedModule):
     def stream(self, carry: BlockCarry) -> Float[Array, "batch length hidden"]:
         """The hidden states before the next norm."""
         return carry.hidden
+
+    @property
+    def stream_ends(self) -> StreamEnds:
+        """The embeddings, the final norm and the output layer."""
+        tables = ("embed", "positions") if self.config.positions == "learned" else ("embed",)
+        output = None if self.config.tie_embeddings else "lm_head"
+        return StreamEnds(tables, not self.config.embed_norm, "final_norm", output)
+
+    @property
+    def value_heads(self) -> ValueHeads:
+        """The value heads of a layer."""
+        return ValueHeads("attention/v_proj", "attention/o_proj", self.config.head_dim)
+
+    @property
+    def inner(self) -> str:
+        """The layer whose input R4 rotates."""
+        return "ffn/down_proj"
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The bases of the weights."""
+        return self.config.rotation
+
+    def with_rotation(self, rotation: Rotation) -> Self:
+        """The model with these rotations at run time, its weights as they are, and RMSNorms in a rotated stream."""
+        model = nnx.merge(*nnx.split(self))
+        model.config = dataclasses.replace(self.config, rotation=rotation)
+        model.layers.ffn.rotation = rotation.ffn
+        for name in ("attention_norm", "ffn_norm"):
+            scale = getattr(self.layers, name).scale
+            make = functools.partial(make_norm, model.config.block_norm, model.config, param_dtype=scale.dtype)
+            if isinstance(getattr(self.layers, name), nnx.LayerNorm) and model.config.block_norm == "rms":
+                norm = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+                norm.scale = nnx.Param(scale[...])
+                setattr(model.layers, name, norm)
+        return model
 
     def queries(self, hidden: Float[Array, "batch length hidden"]) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a layer's queries."""

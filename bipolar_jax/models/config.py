@@ -6,6 +6,8 @@ import dataclasses
 import operator
 from typing import Any
 
+from bipolar_jax.nn.compressible import Rotation
+
 # Largest size in a file: positions and token ids are int32.
 MOST_SIZE = 2**31 - 1
 # Bounds within which float32 cosines and sines are finite and not all zero.
@@ -110,6 +112,7 @@ class TransformerConfig:
       ffn: "swiglu", or two projections around "relu" (OPT) or tanh-approximated "gelu" (BLOOM).
       linear_bias: whether all other projections of a layer have biases (OPT, BLOOM).
       embed_norm: whether a norm follows the embedding (BLOOM).
+      rotation: the bases that weights are in, and rotations at run time, see `bipolar_jax.compress.rotate`; or None.
       bos_id: id of the token that starts a text, or None.
       eos_ids: ids of the tokens that end a text.
     """
@@ -134,6 +137,7 @@ class TransformerConfig:
     embed_norm: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    rotation: Rotation | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(_token_id(token) for token in self.eos_ids))
@@ -159,6 +163,25 @@ class TransformerConfig:
             raise ValueError(f"rope_scaling has no meaning for positions {self.positions!r}: leave it None")
         if self.positions == "rope":
             self._check_rope()
+        if self.rotation is not None:
+            self._check_rotation(self.rotation)
+
+    @property
+    def block_norm(self) -> str:
+        """The norm within layers, "rms" or "layer"; before the first and after the last it is always `norm`."""
+        return "rms" if self.rotation is not None and self.rotation.stream is not None else self.norm
+
+    def _check_rotation(self, rotation: Rotation) -> None:
+        sizes = {"stream": self.hidden_size, "ffn": self.ffn_size}
+        for name, size in sizes.items():
+            part = getattr(rotation, name)
+            if part is not None and part.size != size:
+                raise ValueError(f"rotation.{name} is of {part.size} numbers, the model has {size}")
+        if rotation.stream is not None:
+            if not rotation.enters and (self.tie_embeddings or self.embed_norm):
+                raise ValueError("a tied embedding, or one before a norm, is rotated at run time: rotation.enters")
+            if not rotation.leaves and (self.tie_embeddings or self.norm == "layer"):
+                raise ValueError("a tied output layer, or a last LayerNorm, needs rotation.leaves")
 
     def _check_rope(self) -> None:
         if self.head_dim % 2:
@@ -177,7 +200,10 @@ class TransformerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values, which `from_dict` reads."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.rotation is None:  # as files of older versions, which do not know the field
+            del fields["rotation"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TransformerConfig:
@@ -190,9 +216,13 @@ class TransformerConfig:
             raise ValueError(f"model config has unknown fields {unknown!s:.200}: it was written by another version")
         for name in set(_SIZES) & set(fields):
             _check_size(name, fields[name], MOST_SIZE)
-        scaling = fields.get("rope_scaling")
+        scaling, rotation = fields.get("rope_scaling"), fields.get("rotation")
         try:
-            return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+            parts = {
+                "rope_scaling": RopeScaling(**scaling) if scaling else None,
+                "rotation": Rotation.from_dict(rotation) if rotation else None,
+            }
+            return cls(**{**fields, **parts})
         except (TypeError, OverflowError) as error:
             raise ValueError(f"model config has missing or unknown fields: {error}") from error
 

@@ -23,7 +23,7 @@ from bipolar_jax.models.blocks.fused_decode import fused_layers
 from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
 from bipolar_jax.models.blocks.prompt_heads import Projections
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
-from bipolar_jax.models.compressible_blocks import CompressibleBlocks, attend_to_text
+from bipolar_jax.models.compressible_blocks import CompressibleBlocks, attend_to_text, rotate_stream
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn.layers.packed import CountedModule
@@ -76,9 +76,9 @@ class DecoderLayer(CountedModule):
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         feed_forward = SwiGLU if config.ffn == "swiglu" else MLP
-        self.attention_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
+        self.attention_norm = make_norm(config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
-        self.ffn_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
+        self.ffn_norm = make_norm(config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
@@ -100,14 +100,14 @@ class Transformer(CompressibleBlocks):
         if config.positions == "learned":
             self.positions = embed(config.context_length, config.hidden_size)
         if config.embed_norm:
-            self.embed_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
+            self.embed_norm = make_norm(config.norm, config, param_dtype=param_dtype, rngs=rngs)
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_layers(layer_rngs):
             return DecoderLayer(config, param_dtype=param_dtype, rngs=layer_rngs)
 
         self.layers = make_layers(rngs.split(config.num_layers))
-        self.final_norm = make_norm(config, param_dtype=param_dtype, rngs=rngs)
+        self.final_norm = make_norm(config.norm, config, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size,
@@ -127,7 +127,7 @@ class Transformer(CompressibleBlocks):
     def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Hidden states of every position after the final norm: `__call__` without the output layer."""
         hidden, _ = self._causal_layers(*self.enter_prompts(ids))
-        return normalize(self.final_norm, hidden)
+        return self.leave_blocks(hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """The output layer, for hidden states after the final norm; float32."""
@@ -169,7 +169,7 @@ class Transformer(CompressibleBlocks):
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
         hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(normalize(self.final_norm, last)), cache
+        return self.logits(self.leave_blocks(last)), cache
 
     @compiled_method
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
@@ -179,7 +179,7 @@ class Transformer(CompressibleBlocks):
             hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
         except Unsupported:
             hidden, cache = self._decode_layers(hidden, tables, cache)
-        return self.logits(normalize(self.final_norm, hidden[:, 0])), cache.advance()
+        return self.logits(self.leave_blocks(hidden[:, 0])), cache.advance()
 
     def _decode_layers(
         self, hidden: Float[Array, "batch 1 hidden"], tables: Tables | None, cache: KVCache
@@ -239,6 +239,13 @@ class Transformer(CompressibleBlocks):
         """Likewise of one new token of each sequence, at the next position of the cache."""
         return self._enter(ids[:, None], cache.lengths[:, None])
 
+    def leave_blocks(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        """Hidden states after the final norm, of those that the last layer leaves."""
+        rotation = self.config.rotation
+        if rotation is not None and rotation.leaves:
+            hidden = rotation.stream.undo(hidden)
+        return normalize(self.final_norm, hidden)
+
     def _enter(
         self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
     ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
@@ -252,4 +259,6 @@ class Transformer(CompressibleBlocks):
             hidden = hidden + self.positions(positions)
         if config.embed_norm:
             hidden = normalize(self.embed_norm, hidden)
+        if config.rotation is not None and config.rotation.enters:
+            hidden = rotate_stream(config, hidden)
         return hidden, rope_tables(config, positions) if config.positions == "rope" else None

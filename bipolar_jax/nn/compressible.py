@@ -18,6 +18,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.ops import Hadamard
+
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
@@ -26,10 +28,84 @@ class Sites:
     Attributes:
       names: paths of the layers within a block, joined by "/", such as "attention/q_proj".
       to_stream: whether the output is added to the residual stream.
+      norm: path of the norm that makes the input of the residual stream; None for other inputs.
+      output_norm: path of a norm that the output passes before it is added, or None.
     """
 
     names: tuple[str, ...]
     to_stream: bool
+    norm: str | None = None
+    output_norm: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueHeads:
+    """Heads of values, which attention weighs and adds, head by head.
+
+    Attributes:
+      value: path of the layer that makes them, within a block.
+      output: path of the layer that reads their sums: one head for each head of queries.
+      size: numbers of a head.
+    """
+
+    value: str
+    output: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEnds:
+    """Where the residual stream begins and ends.
+
+    Attributes:
+      tables: paths of the embeddings whose rows are added to begin it.
+      enters_as_is: whether that sum is the input of the first block, and not of a norm before it.
+      norm: path of the last norm.
+      output: path of the layer that makes logits of the norm's output; None if the first of the tables does.
+    """
+
+    tables: tuple[str, ...]
+    enters_as_is: bool
+    norm: str
+    output: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """The basis that a model's weights are in, and the rotations that it computes at run time.
+
+    Attributes:
+      stream: of the residual stream that blocks read and add to: blocks then read it through RMSNorms, because no other
+        norm is the same in every basis. Where the model has LayerNorms, its mean is taken out, too. None leaves it.
+      enters: whether embeddings are rotated, and freed of their mean, at run time; False if their tables are.
+      leaves: whether the stream is rotated back at run time before the last norm; False if the output layer's weights
+        are rotated.
+      ffn: of the input of a feed-forward block's last layer, at run time; None leaves it.
+
+    Raises:
+      ValueError: a field of another type, or ends of a stream that is not rotated.
+    """
+
+    stream: Hadamard | None = None
+    enters: bool = False
+    leaves: bool = False
+    ffn: Hadamard | None = None
+
+    def __post_init__(self):
+        for name in ("stream", "ffn"):
+            if not isinstance(getattr(self, name), Hadamard | None):
+                raise ValueError(f"rotation.{name} must be a Hadamard or None, got {getattr(self, name)!r:.60}")
+        for name in ("enters", "leaves"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"rotation.{name} must be True or False, got {getattr(self, name)!r:.40}")
+        if self.stream is None and (self.enters or self.leaves):
+            raise ValueError("a stream that is not rotated has no rotation where it enters or leaves")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`. Raises ValueError or TypeError for other fields."""
+        parts = {name: fields.get(name) for name in ("stream", "ffn")}
+        return cls(**{**fields, **{name: Hadamard(**part) if part else None for name, part in parts.items()}})
 
 
 @runtime_checkable
@@ -65,6 +141,36 @@ class Compressible(Protocol):
 
     def stream(self, carry: Any) -> Float[Array, "batch length hidden"]:
         """The residual stream in a carry."""
+
+
+@runtime_checkable
+class Rotatable(Compressible, Protocol):
+    """A compressible model whose weights can take other bases.
+
+    Attributes:
+      stream_ends: where the residual stream begins and ends.
+      value_heads: the heads of values, or None if a block has none.
+      inner: path, within a block, of the layer whose input `Rotation.ffn` rotates; None if there is none.
+      rotation: the bases that its weights are in, or None.
+    """
+
+    @property
+    def stream_ends(self) -> StreamEnds: ...
+
+    @property
+    def value_heads(self) -> ValueHeads | None: ...
+
+    @property
+    def inner(self) -> str | None: ...
+
+    @property
+    def rotation(self) -> Rotation | None: ...
+
+    def with_rotation(self, rotation: Rotation) -> Self:
+        """The model with these rotations at run time and RMSNorms with the same gains in its blocks.
+
+        It shares all weights with this model, which are not rotated yet. The config says it, so that files do.
+        """
 
 
 def layer_at(module: nnx.Module, path: str) -> nnx.Module:

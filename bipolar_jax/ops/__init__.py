@@ -1,5 +1,6 @@
 """Validated operations over the backends: differentiable products, and fused operations for inference."""
 
+from bipolar_jax.kernels.semantics.hadamard import Hadamard, hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.ops.explain import Explanation, explain
 from bipolar_jax.ops.fused import decode_attention, decode_layers, feed_forward, prompt_heads
@@ -11,6 +12,7 @@ __all__ = [
     "Activation",
     "Explanation",
     "GradientPrecision",
+    "Hadamard",
     "LayerNorm",
     "Prologue",
     "RMSNorm",
@@ -18,6 +20,7 @@ __all__ = [
     "decode_layers",
     "explain",
     "feed_forward",
+    "hadamard",
     "lookup",
     "matmul",
     "prompt_heads",

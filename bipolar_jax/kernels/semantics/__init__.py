@@ -4,5 +4,6 @@
 - `activations`: how a token is quantized.
 - `weights`: how weights are rounded and packed by given scales.
 - `epilogue`: from integer products to the output.
+- `hadamard`: rotations that spread outliers before activations are quantized.
 - `rotation`: rotary tables as fixed-point numbers.
 """

@@ -14,15 +14,16 @@ from bipolar_jax import ops
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Layer
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_onto
-from bipolar_jax.models.blocks.step import Step, product_step, shared_implementation
+from bipolar_jax.models.blocks.step import Step, by_xla, product_step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.nn import fuses
 from bipolar_jax.nn.layers.packed import CountedModule
-from bipolar_jax.ops import Activation
+from bipolar_jax.ops import Activation, Hadamard
 from bipolar_jax.ops.matmul import vary_alike
 from bipolar_jax.quantize.precision import activation_format
 
 _GATE = Activation("silu", gated=True)
+_ROTATED = "the input of down is rotated, between the function and the quantizer: no kernel does all three"
 
 
 def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
@@ -31,19 +32,33 @@ def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
     )
 
 
+def _rotation(config: TransformerConfig) -> Hadamard | None:
+    """The rotation of the input of down."""
+    return None if config.rotation is None else config.rotation.ffn
+
+
+def _rotation_step() -> Step:
+    return Step("rotation", by_xla("small products in float32", "Hadamard matrices of the input of down"))
+
+
 class SwiGLU(CountedModule):
-    """x + down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202.
+
+    The input of down is rotated first where the config says so.
+    """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
+        self.rotation = _rotation(config)
         self.gate_proj = linear(config.hidden_size, config.ffn_size)
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
+        if self.rotation is not None:
+            return project_onto(x, self.down_proj, self.rotation.rotate(self._gated(x, norm)))
         if not self._joined:
-            gate, up = project([self.gate_proj, self.up_proj], norm, x)
-            return project_onto(x, self.down_proj, jax.nn.silu(gate) * up)
+            return project_onto(x, self.down_proj, self._gated(x, norm))
         if self._gates_in_quantizer(x):
             return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), _GATE)
         try:
@@ -51,11 +66,22 @@ class SwiGLU(CountedModule):
         except Unsupported:
             return _gated_up(x, norm, self.gate_up_proj, self.down_proj)
 
+    def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length inner"]:
+        """silu(gate(norm(x))) * up(norm(x))."""
+        if self._joined:
+            return self.gate_up_proj(x, as_prologue(norm), activation=_GATE)
+        gate, up = project([self.gate_proj, self.up_proj], norm, x)
+        return jax.nn.silu(gate) * up
+
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
         """What `__call__` runs for these operands."""
+        rotation = [] if self.rotation is None else [_rotation_step()]
         if not self._joined:
-            products = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
-            return [product_step(name, layer, x) for name, layer in products.items()]
+            first = [product_step("gate", self.gate_proj, x), product_step("up", self.up_proj, x)]
+            return [*first, *rotation, product_step("down", self.down_proj, x)]
+        if rotation:
+            first = product_step("gate/up", self.gate_up_proj, x, _ROTATED)
+            return [first, *rotation, product_step("down", self.down_proj, x)]
         reason = None
         if not self._gates_in_quantizer(x):
             try:
@@ -130,17 +156,21 @@ _one_bit_down.defvjp(_forward, _backward)
 class MLP(CountedModule):
     """x + down(activation(up(norm(x)))).
 
-    ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (arXiv 2211.05100).
+    ReLU in OPT (arXiv 2205.01068), GELU by its tanh formula in BLOOM (arXiv 2211.05100). The input of down is rotated
+    first where the config says so.
     """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = _linear(config, param_dtype, rngs)
+        self.rotation = _rotation(config)
         self.activation = Activation(config.ffn)
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
         (up,) = project([self.up_proj], norm, x)
+        if self.rotation is not None:
+            return project_onto(x, self.down_proj, self.rotation.rotate(self.activation(up)).astype(up.dtype))
         if fuses(self.down_proj):
             return project_onto(x, self.down_proj, up, self.activation)
         return project_onto(x, self.down_proj, self.activation(up).astype(up.dtype))
@@ -148,4 +178,5 @@ class MLP(CountedModule):
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
         """What `__call__` runs for these operands."""
         del norm
-        return [product_step("up", self.up_proj, x), product_step("down", self.down_proj, x)]
+        rotation, reason = ([], None) if self.rotation is None else ([_rotation_step()], _ROTATED)
+        return [product_step("up", self.up_proj, x, reason), *rotation, product_step("down", self.down_proj, x)]

@@ -47,7 +47,7 @@ def fused_layers(
 
     Raises:
       Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
-        bits or backend; and as `ops.decode_layers`.
+        bits or backend; an input of down that is rotated at run time; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -74,6 +74,8 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
     if hidden.shape[0] != 1:
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
+    if layers.ffn.rotation is not None:
+        raise Unsupported("the kernel has no rotation of the input of down: models rotated with 'foldable' need none")
     gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),

@@ -15,10 +15,10 @@ from bipolar_jax.ops import LayerNorm, Prologue, RMSNorm
 Norm = nnx.RMSNorm | nnx.LayerNorm
 
 
-def make_norm(config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs) -> Norm:
-    """A norm over the hidden size: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450), as the config says."""
-    kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
-    return kind(
+def make_norm(kind: str, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs) -> Norm:
+    """A norm over the hidden size: "rms", RMSNorm (arXiv 1910.07467), or "layer", LayerNorm (arXiv 1607.06450)."""
+    norm = nnx.RMSNorm if kind == "rms" else nnx.LayerNorm
+    return norm(
         config.hidden_size,
         epsilon=config.norm_eps,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large

@@ -13,7 +13,7 @@ from flax import nnx
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core import execution
-from bipolar_jax.models import transformer
+from bipolar_jax.models import compressible_blocks
 from bipolar_jax.models.blocks import attention
 from bipolar_jax.models.blocks.attention import (
     causal_attention,
@@ -297,7 +297,7 @@ def test_prefill_writes_the_cache_in_place(bits, monkeypatch):
     )
 
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
-    monkeypatch.setattr(transformer, "causal_attention", lambda q, k, v, bias: q + k + v)
+    monkeypatch.setattr(compressible_blocks, "causal_attention", lambda q, k, v, bias: q + k + v)
     compiled, _ = sm90_compile.compile_for_h200(
         lambda model, ids, lengths: model.prefill(ids, lengths, 1024, bits),
         nnx.eval_shape(lambda: quantized(config, "sm90")),
