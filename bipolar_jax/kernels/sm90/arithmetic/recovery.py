@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
@@ -134,3 +135,21 @@ class Recovery:
         that.
         """
         return 8 * (self.a_format.max_value + 1) * self.w_format.max_value * self.k < _FLOAT32_EXACT
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatRecovery:
+    """A product of float activations with the integer values of weights as floats: the sums are the product.
+
+    Attributes:
+      kind: of the floats, "bf16" or "f16".
+      k: the true contracted size.
+    """
+
+    kind: OperandKind
+    k: int
+    num_pairs: ClassVar[int] = 1
+
+    def pair_groups(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        """As in `Recovery`."""
+        return [(1, [(0, 0)])]

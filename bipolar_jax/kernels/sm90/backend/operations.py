@@ -16,7 +16,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, weight_words
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery, holds_values
-from bipolar_jax.kernels.sm90.backend import expanded_products
+from bipolar_jax.kernels.sm90.backend import expanded_products, float_products
 from bipolar_jax.kernels.sm90.backend.expanded_planning import is_expanded
 from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_product
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
@@ -209,9 +209,11 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
     are float32.
 
     Raises:
-      Unsupported: float32 activations; more than FEW_TOKENS_LIMIT rows; a group size other than 32, 64 or a multiple
-        of 128; integer groups, and `PreparedArray`s.
+      Unsupported: float32 activations; of bit planes with float scales, more than FEW_TOKENS_LIMIT rows, or a group
+        size other than 32, 64 or a multiple of 128; of others what `float_products` does not serve.
     """
+    if is_expanded(w):
+        return float_products.weight_only_matmul(x, w, bias)
     _plan_weight_only(x.shape[0], x.dtype, w)
     wide_bias = None if bias is None else bias.astype(jnp.float32)
     words = weight_words(w, "planes")
@@ -258,8 +260,7 @@ def describe(choice: Choice, w: BipolarArray, a_format: BipolarFormat) -> str:
 def _plan_weight_only(m: int, dtype: jnp.dtype, w: BipolarArray) -> Plan:
     """The plan for float activations. Raises Unsupported as `weight_only_matmul` says."""
     if is_expanded(w):
-        kind = "integer groups" if w.has_integer_groups else "weights that are laid out for int8 tensor cores"
-        raise Unsupported(f"its kernel of float activations does not take {kind}")
+        return float_products.plan_matmul(m, dtype, w)
     check_dtype(dtype)
     group_size = shared_scale(w)
     check_groups(group_size)

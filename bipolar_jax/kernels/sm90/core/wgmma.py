@@ -1,13 +1,14 @@
-"""Hopper's warpgroup matrix instruction on packed words: bits or bytes.
+"""Hopper's warpgroup matrix instruction on packed words, bits or bytes, and on 16-bit floats.
 
 `wgmma.mma_async` multiplies a tile of 64 rows with a tile of n rows, both K-major in shared memory, 32 bytes of K at a
-time, and accumulates in int32 registers:
+time, and accumulates in registers, int32 or of floats float32:
 
 - "planes": popcount(x AND w) over 256 bits (`m64nNk256.s32.b1.b1.and.popc`);
-- "int8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`).
+- "int8": sum of products of 32 signed bytes (`m64nNk32.s32.s8.s8`);
+- "bf16", "f16": sum of products of 16 floats (`m64nNk16.f32.bf16.bf16`).
 
-The hardware addresses both alike, so a tile is uint32 words [rows, WORDS_PER_ROW] in either case: 128 bytes of K a row,
-in the 128-byte swizzle that TMA writes.
+The hardware addresses all alike, 128 bytes of K a row, in the 128-byte swizzle that TMA writes: a tile is uint32 words
+[rows, WORDS_PER_ROW], or 64 floats a row.
 
 Mosaic has no 1-bit operand type: the instruction is inline PTX with its own descriptors, emitted by `inline_mgpu`. The
 twins compute the same integers with a dot.
@@ -27,11 +28,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Num
 
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 
-OperandKind = Literal["planes", "int8"]
+OperandKind = Literal["planes", "int8", "bf16", "f16"]
 
 BYTES_PER_ROW = 128
 WORDS_PER_ROW = BYTES_PER_ROW // 4
@@ -40,7 +41,12 @@ _BYTES_PER_INSTRUCTION = 32
 _SWIZZLE_ROWS = 8
 
 # Elements of K in one row of a tile.
-ELEMENTS_PER_ROW: dict[OperandKind, int] = {"planes": 8 * BYTES_PER_ROW, "int8": BYTES_PER_ROW}
+ELEMENTS_PER_ROW: dict[OperandKind, int] = {
+    "planes": 8 * BYTES_PER_ROW,
+    "int8": BYTES_PER_ROW,
+    "bf16": BYTES_PER_ROW // 2,
+    "f16": BYTES_PER_ROW // 2,
+}
 # Kernels for few tokens load K in slices: a row of a bit plane's tile.
 K_SLICE = ELEMENTS_PER_ROW["planes"]
 
@@ -54,7 +60,17 @@ ACCUMULATOR = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
 )
 
-_MNEMONIC: dict[OperandKind, str] = {"planes": "k256.s32.b1.b1.and.popc", "int8": "k32.s32.s8.s8"}
+_MNEMONIC: dict[OperandKind, str] = {
+    "planes": "k256.s32.b1.b1.and.popc",
+    "int8": "k32.s32.s8.s8",
+    "bf16": "k16.f32.bf16.bf16",
+    "f16": "k16.f32.f16.f16",
+}
+
+
+def accumulator_dtype(kind: OperandKind) -> jnp.dtype:
+    """int32, or float32 for floats."""
+    return jnp.dtype(jnp.float32 if kind in ("bf16", "f16") else jnp.int32)
 
 
 def is_legal_width(n: int) -> bool:
@@ -62,19 +78,19 @@ def is_legal_width(n: int) -> bool:
     return 8 <= n <= 256 and n % (8 if n <= 32 else 16) == 0
 
 
-def zeros(m: int, n: int) -> Int[Array, "m n"]:
+def zeros(m: int, n: int, kind: OperandKind = "int8") -> Num[Array, "m n"]:
     """An accumulator of zeros; call `begin` before the first instruction on it."""
-    return plgpu.layout_cast(jnp.zeros((m, n), jnp.int32), ACCUMULATOR)
+    return plgpu.layout_cast(jnp.zeros((m, n), accumulator_dtype(kind)), ACCUMULATOR)
 
 
 @with_twin(lambda acc: acc)
-def begin(acc: Int[Array, "m n"]) -> Int[Array, "m n"]:
+def begin(acc: Num[Array, "m n"]) -> Num[Array, "m n"]:
     """Orders ordinary writes of the accumulator's registers before the following instructions.
 
     LLVM treats register arithmetic as pure, and would move it past the instructions' fence.
     """
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape, acc.dtype))
     def barrier(_, acc):
         return mgpu.fragmented_array.optimization_barrier(acc)
 
@@ -87,22 +103,23 @@ def _accumulate_twin(acc, x_tile, w_tile, kind, *, part=(0, 1), block_rows=ROWS_
 
 @with_twin(_accumulate_twin)
 def accumulate(
-    acc: Int[Array, "m n"],
+    acc: Num[Array, "m n"],
     x_tile,
     w_tile,
     kind: OperandKind,
     *,
     part: tuple[int, int] = (0, 1),
     block_rows: int = ROWS_PER_INSTRUCTION,
-) -> Int[Array, "m n"]:
+) -> Num[Array, "m n"]:
     """Starts acc += x_tile . w_tile over one 128-byte row of K, as one commit group.
 
     Asynchronous: before `settle` (or a `wgmma_wait` that covers this group) the result must not be read, nor the tiles
     overwritten.
 
     Args:
-      acc: [m, n] in the layout ACCUMULATOR; m is a multiple of 64, n a legal width (`is_legal_width`).
-      x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW], with TILE_TRANSFORMS.
+      acc: [m, n] of `accumulator_dtype` in the layout ACCUMULATOR; m is a multiple of 64, n a legal width
+        (`is_legal_width`).
+      x_tile: shared-memory ref, uint32 [m, WORDS_PER_ROW] or 64 floats a row, with TILE_TRANSFORMS.
       w_tile: likewise [n, WORDS_PER_ROW]; several leading axes may make up the n rows.
       kind: the type of the words' elements.
       part: (i, count) multiplies only the i-th of `count` (1, 2 or 4) equal parts of the row; i may be traced.
@@ -113,7 +130,8 @@ def accumulate(
     index, parts = part
 
     @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR, *_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(acc.shape)
+        arg_types=(ACCUMULATOR, *_operand_types(), plgpu.Layout.WG_SPLAT),
+        return_type=_accumulator_type(acc.shape, acc.dtype),
     )
     def instructions(_, acc, x_tile, w_tile, index):
         registers = _issue(acc.registers, x_tile, w_tile, kind, index, parts, acc.shape[1], block_rows)
@@ -152,13 +170,13 @@ def start(
 
 
 @with_twin(lambda acc, *, in_flight=0: acc)
-def settle(acc: Int[Array, "m n"], *, in_flight: int = 0) -> Int[Array, "m n"]:
+def settle(acc: Num[Array, "m n"], *, in_flight: int = 0) -> Num[Array, "m n"]:
     """Waits for all commit groups but the last `in_flight`, and returns the accumulator, which may then be read.
 
     The groups still in flight must have other accumulators.
     """
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=_accumulator_type(acc.shape, acc.dtype))
     def wait(_, acc):
         nvvm.wgmma_wait_group_sync_aligned(in_flight)
         # Ties reads of the registers to the wait; LLVM would move them above it.
@@ -176,14 +194,15 @@ def _operand_types() -> tuple[plgpu.RefType, plgpu.RefType]:
     return plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)
 
 
-def _accumulator_type(shape: tuple[int, int]) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=ACCUMULATOR)
+def _accumulator_type(shape: tuple[int, int], dtype: jnp.dtype = jnp.int32) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct(shape, dtype, layout=ACCUMULATOR)
 
 
-def _product_in_jnp(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Int[Array, "m n"]:
-    words = WORDS_PER_ROW // part[1]
+def _product_in_jnp(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) -> Num[Array, "m n"]:
+    row = x_tile.shape[-1]
+    words = row // part[1]
     x, w = (
-        jax.lax.dynamic_slice_in_dim(tile[...].reshape(-1, WORDS_PER_ROW), part[0] * words, words, axis=1)
+        jax.lax.dynamic_slice_in_dim(tile[...].reshape(-1, row), part[0] * words, words, axis=1)
         for tile in (x_tile, w_tile)
     )
     # The hardware reads through the async proxy. The race detector sees an ordinary read here, which must be ordered
@@ -192,14 +211,15 @@ def _product_in_jnp(x_tile, w_tile, kind: OperandKind, part: tuple[int, int]) ->
     if kind == "planes":
         index = jax.lax.broadcasted_iota(jnp.uint32, (1, 1, 32), 2)
         x, w = ((tile[..., None] >> index) & 1 for tile in (x, w))
-    else:
+    elif kind == "int8":
         x, w = (jax.lax.bitcast_convert_type(tile, jnp.int8) for tile in (x, w))
     # A row sums at most 1024 ones or 128 * 128^2: exact in float32, the fastest dot on a CPU.
     x, w = (tile.reshape(tile.shape[0], -1).astype(jnp.float32) for tile in (x, w))
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))).astype(jnp.int32)
+    product = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return product.astype(accumulator_dtype(kind))
 
 
-def _with_empty_rows(product: Int[Array, "rows n"], block_rows: int) -> Int[Array, "m n"]:
+def _with_empty_rows(product: Num[Array, "rows n"], block_rows: int) -> Num[Array, "m n"]:
     """Every `block_rows` rows of a product, filled up to 64 with zeros."""
     blocks = product.reshape(-1, block_rows, product.shape[1])
     filled = jnp.pad(blocks, ((0, 0), (0, ROWS_PER_INSTRUCTION - block_rows), (0, 0)))
@@ -216,8 +236,10 @@ def descriptor(tile: ir.Value) -> ir.Value:
     constant = lambda value: arith.constant(i64, value)  # noqa: E731
     shape = ir.MemRefType(tile.type).shape
     strides, _ = ir.MemRefType(tile.type).get_strides_and_offset()
-    if shape[-1] != WORDS_PER_ROW or list(strides) != [math.prod(shape[i + 1 :]) for i in range(len(shape))]:
-        raise ValueError(f"a tile must be contiguous rows of {WORDS_PER_ROW} words, got {tile.type}")
+    if shape[-1] * mgpu.utils.bitwidth(ir.MemRefType(tile.type).element_type) != 8 * BYTES_PER_ROW or list(strides) != [
+        math.prod(shape[i + 1 :]) for i in range(len(shape))
+    ]:
+        raise ValueError(f"a tile must be contiguous rows of {BYTES_PER_ROW} bytes, got {tile.type}")
     address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(tile))
     encoded_address = llvm.lshr(llvm.and_(address, constant(0x3FFFF)), constant(4))
     high = (_SWIZZLE_ROWS * BYTES_PER_ROW >> 4) | (1 << 30)
@@ -285,8 +307,8 @@ def instruction(
       n: columns of the accumulator.
       mnemonic: K and types, as PTX spells them.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    vector_type = ir.VectorType.get((1,), i32)
+    i32, is_float = ir.IntegerType.get_signless(32), ".f32." in mnemonic
+    vector_type = ir.VectorType.get((1,), ir.F32Type.get() if is_float else i32)
     count = n // 2
     assert registers.size == count
     add = registers.flat[0] is not None
@@ -300,10 +322,13 @@ def instruction(
     ptx = (
         f"{{ .reg .pred p; setp.ne.b32 p, {add_name}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{mnemonic} "
-        f"{{{outputs}}}, {x_text}, {w_name}, p; }}\n"
+        # Of floats: not negated, and K-major both.
+        f"{{{outputs}}}, {x_text}, {w_name}, p{', 1, 1, 0, 0' if is_float else ''}; }}\n"
     )
     x_constraints = ["r" if in_registers else "l"] * len(x_operand)
-    constraints = ",".join(["=r"] * count + [str(i) for i in range(len(tied))] + [*x_constraints, "l", "n"])
+    constraints = ",".join(
+        ["=f" if is_float else "=r"] * count + [str(i) for i in range(len(tied))] + [*x_constraints, "l", "n"]
+    )
     add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(add))).result
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),

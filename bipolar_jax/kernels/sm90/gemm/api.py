@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
-from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import launch
 from bipolar_jax.kernels.sm90.gemm.outputs.dense import DenseOutput
@@ -18,11 +18,11 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem
 
 
 def packed_matmul(
-    x_words: UInt32[Array, "x_planes m x_words"],
-    w_words: UInt32[Array, "w_planes n w_words"],
+    x_words: UInt32[Array, "x_planes m x_words"] | Float[Array, "1 m x_words"],
+    w_words: UInt32[Array, "w_planes n w_words"] | Float[Array, "1 n w_words"],
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: Recovery,
+    recovery: Recovery | FloatRecovery,
     tiling: Tiling,
     dtype: jnp.dtype,
     *,
@@ -37,7 +37,8 @@ def packed_matmul(
 
     Args:
       x_words: bit planes (kind "planes": bit b of word w is element 32 w + b) or signed bytes (kind "int8": one plane,
-        elements in the same order as w's), zero from the true K on; the number of words is a multiple of 4.
+        elements in the same order as w's), zero from the true K on; or bfloat16 or float16, likewise (kinds "bf16" and
+        "f16"). A row is a multiple of 16 bytes.
       w_words: likewise.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns.
@@ -59,8 +60,9 @@ def packed_matmul(
         activation together with integers, groups or a residual.
     """
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
-    if x_width % 4 or w_width % 4:
-        raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x and {w_width} of w")
+    aligned = TMA_ALIGNMENT // x_words.dtype.itemsize
+    if x_width % aligned or w_width % aligned:
+        raise ValueError(f"rows must be multiples of {aligned} words, got {x_width} words of x and {w_width} of w")
     if group_size is not None and group_size not in GEMM_GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
     if activation is not None and (tokens.scale is None or group_size is not None or residual is not None):

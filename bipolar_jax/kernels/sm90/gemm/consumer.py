@@ -12,7 +12,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.arithmetic.epilogue import GroupTerms, activate, add_group, finish, finish_grouped
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
+    GroupTerms,
+    activate,
+    add_group,
+    finish,
+    finish_floats,
+    finish_grouped,
+)
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
@@ -106,6 +114,7 @@ def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], t
       tokens, columns: terms, refs [tile_m] and [tile_n] in shared memory.
     """
     finish_sums = finish if problem.group_size is None else finish_grouped
+    finish_sums = finish_floats if isinstance(problem.recovery, FloatRecovery) else finish_sums
 
     def scaled(row, column):
         end = row + finish_shape[0], column + finish_shape[1]
@@ -126,7 +135,7 @@ def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], t
 
 
 def _sum_pairs(problem: Problem, step, slot, *, wait, operands, group_terms, release):
-    """The sum over all pairs of planes and all of K of one tile, int32 [tile_m, tile_n], by Horner's rule.
+    """The sum over all pairs of planes and all of K of one tile, [tile_m, tile_n], by Horner's rule.
 
     Args:
       problem: the static side.
@@ -137,7 +146,7 @@ def _sum_pairs(problem: Problem, step, slot, *, wait, operands, group_terms, rel
       release: lets the producer refill a stage.
     """
     del group_terms
-    acc = wgmma.zeros(problem.tiling.tile_m, problem.tiling.tile_n)
+    acc = wgmma.zeros(problem.tiling.tile_m, problem.tiling.tile_n, problem.recovery.kind)
     for factor, pairs in problem.recovery.pair_groups():
         acc = wgmma.begin(acc if factor == 1 else acc * factor)
 

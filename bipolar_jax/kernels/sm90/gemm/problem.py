@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.semantics.prologue import Activation
-from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
@@ -36,7 +36,7 @@ class Problem:
     Attributes:
       m: tokens of each sequence.
       n: columns of the output.
-      recovery: how products of planes or bytes make the product of values.
+      recovery: how products of planes, bytes or floats make the product of values.
       tiling: how blocks cut it up.
       blocks: persistent blocks at most, one a multiprocessor.
       group_size: elements of K that share a scale, or None.
@@ -46,7 +46,7 @@ class Problem:
 
     m: int
     n: int
-    recovery: Recovery
+    recovery: Recovery | FloatRecovery
     tiling: Tiling
     blocks: int = MULTIPROCESSORS
     group_size: int | None = None

@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 
 
@@ -22,7 +21,7 @@ class Sources(NamedTuple):
     """What the producer loads: arrays, in the kernel refs in memory.
 
     Attributes:
-      operands: packed rows of x and of w, uint32 [planes, rows, words].
+      operands: packed rows of x and of w, uint32 [planes, rows, words], or floats [1, rows, K].
       group_terms: [groups, n] or [groups, m] each, or None.
       terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
     """
@@ -114,7 +113,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
             def _():
                 plgpu.barrier_wait(scratch.empty.at[slot])
 
-            barrier = scratch.full.at[problem.full_barrier(index, slot)]
+            barrier, row = scratch.full.at[problem.full_barrier(index, slot)], scratch.tiles[0].shape[-1]
             for operand, target, plane, operand_ranges, segment_rows, axes in zip(
                 sources.operands, scratch.tiles, planes, ranges, (problem.m, problem.n), multicast, strict=True
             ):
@@ -124,7 +123,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
                         operand.at[
                             plane,
                             pl.ds(segment * segment_rows + start, size),
-                            pl.ds(k_step * WORDS_PER_ROW, WORDS_PER_ROW),
+                            pl.ds(k_step * row, row),
                         ],
                         target.at[slot, pl.ds(offset, size)],
                         barrier,

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import GroupTerms
-from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, TILE_TRANSFORMS
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
@@ -22,7 +21,7 @@ class Scratch(NamedTuple):
     """What the warpgroups of a block share, beside the output's own scratch.
 
     Attributes:
-      tiles: ring buffers of both operands, uint32 [slots, block_m or block_n, WORDS_PER_ROW].
+      tiles: ring buffers of both operands, [slots, block_m or block_n, words or floats of BYTES_PER_ROW].
       group_terms: `GroupTerms` of [slots, groups_per_step, block_n or block_m] in the same stages, or None.
       terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
       full: barriers of loaded stages, see `Problem.full_barrier`.
@@ -58,8 +57,10 @@ def scratch_types(problem: Problem, sources: Sources, output: Output) -> dict[st
     token_terms, column_terms = sources.terms
     own = Scratch(
         tiles=tuple(
-            plgpu.SMEM((tiling.slots, block, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
-            for block in blocks
+            plgpu.SMEM(
+                (tiling.slots, block, BYTES_PER_ROW // rows.dtype.itemsize), rows.dtype, transforms=TILE_TRANSFORMS
+            )
+            for rows, block in zip(sources.operands, blocks, strict=True)
         ),
         group_terms=group_terms,
         terms=tuple(

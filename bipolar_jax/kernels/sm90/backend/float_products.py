@@ -1,0 +1,72 @@
+"""Products of float activations with prepared weights and with integer groups.
+
+Values of integer groups, and of the formats, are exact in bfloat16 and float16, so that nothing but sums (float32) and
+the output is rounded. Few tokens read the fields and expand them in registers. For more tokens one kernel writes the
+values to memory, 16 bits each, and the product of tiles multiplies them; the columns' scales follow in its epilogue.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout
+from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
+from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, estimated_cycles, mainloop_steps
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
+from bipolar_jax.kernels.sm90.weight_only.config import check_dtype
+from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
+from bipolar_jax.kernels.unsupported import Unsupported
+from bipolar_jax.packing import BipolarNumbers, PreparedArray
+
+
+def weight_only_matmul(
+    x: Float[Array, "m k"], w: BipolarNumbers, bias: Float[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """See `Backend.weight_only_matmul`.
+
+    Raises:
+      Unsupported: as `plan_matmul`.
+    """
+    plan, w = plan_matmul(x.shape[0], x.dtype, w), laid_out(w)
+    columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
+    return packed_matmul(
+        fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
+        expand_floats(w, x.dtype, interpret=interpret_params())[None],
+        TokenTerms(None, None, None),
+        columns,
+        FloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size),
+        plan.tiling,
+        x.dtype,
+        interpret=interpret_params(),
+    )
+
+
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
+    """The plan for m tokens of `dtype`.
+
+    Raises:
+      Unsupported: float32 activations; float scales of groups, or float offsets; groups that are no multiple of 16.
+    """
+    check_dtype(dtype)
+    check_layout(w, gated=False)
+    if isinstance(w, PreparedArray) and w.float_terms is not None:
+        raise Unsupported("its kernels of float activations take prepared weights with integer groups, not float ones")
+    if w.offset is not None:
+        raise Unsupported("its kernels of float activations do not take offsets of prepared weights")
+    name = jnp.dtype(dtype).name
+    steps = mainloop_steps(w.contracted_size, PTX_TYPES[name], 1)
+    tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, w.shape[-1], steps))
+    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
+    laid_out_once = "" if isinstance(w, PreparedArray) else "; lays them out in every call, prepare_for_inference once"
+    return Plan(
+        f"{name} tensor cores, weights of {w.bits} bits{groups} expanded to {name} in memory",
+        f"{m} tokens: tiling estimated from tile sizes{laid_out_once}",
+        tiling,
+    )

@@ -1,0 +1,99 @@
+"""Float activations with prepared weights and integer groups on Hopper: whole products, plans, what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import bipolar_jax as bj
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.sm90.backend import float_products
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.unsupported import Unsupported
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.support import sm90_compile
+from tests.support.integer_products import normal, random_codes
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+
+
+def groups(n: int, k: int, bits: int = 4, group_size: int = 32):
+    fmt = BipolarFormat(bits)
+    scale = np.random.default_rng(n).uniform(2.0**-11, 2.0**-10, n).astype(np.float32)
+    return array_of_groups(random_groups(fmt, n, k, group_size), fmt, scale)
+
+
+def codes(n: int, k: int, bits: int):
+    fmt = BipolarFormat(bits)
+    return array_of_codes(random_codes(fmt, n, k, 0), fmt, np.full(n, 2.0**-10, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("m", "w", "dtype"),
+    [
+        (70, groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
+        (65, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
+        (66, codes(40, 136, 8).prepare(), jnp.bfloat16),
+    ],
+    ids=["packed groups", "gated, float16", "8 bits"],
+)
+def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype):
+    k, n = w.shape
+    x, bias = jnp.asarray(normal(m, k), dtype), jnp.asarray(normal(n))
+    with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+        found = bj.matmul(x, w, None, bias=bias, implementation="sm90")
+    assert not races_found()
+    assert found.dtype == dtype
+    wide, w_hat = np.asarray(x, np.float64), np.asarray(w.dequantize(), np.float64)
+    expected, sizes = wide @ w_hat + np.asarray(bias), np.abs(wide) @ np.abs(w_hat) + np.abs(np.asarray(bias))
+    error = np.abs(np.asarray(found, np.float64) - expected)
+    assert np.all(error <= float(jnp.finfo(dtype).eps) / 2 * np.abs(expected) + k * 2.0**-23 * sizes)
+
+
+def test_plans_are_explained():
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2048, 4096), (4096, 14336)))
+    w = jax.eval_shape(lambda kernel: bj.quantize(kernel, 4, 0, 128, scales="integer"), kernel)
+    with interpreted(plgpu.InterpretGPUParams()):
+        packed, prepared = bj.explain(x, w, None), bj.explain(x, jax.eval_shape(lambda w: w.prepare(), w), None)
+    for explained in (packed, prepared):
+        assert explained.implementation == "sm90"
+        assert explained.kernel.startswith("bfloat16 tensor cores, weights of 4 bits in integer groups of 128 expanded")
+    assert packed.reason.endswith("; lays them out in every call, prepare_for_inference once")
+
+
+@needs_compiler
+def test_tiles_of_floats_compile_without_spills():
+    x = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: w.prepare(), groups(256, 256))
+
+    def product(x, w):
+        return float_products.weight_only_matmul(x, w, None)
+
+    for tiling in float_products.CANDIDATES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(float_products, "CANDIDATES", (tiling,))
+            _, report = sm90_compile.compile_for_h200(product, x, w, ptx=True)
+        assert report.spill_bytes == report.stack_bytes == 0
+        assert not report.serialized_wgmma
+        assert "k16.f32.bf16.bf16" in report.text
+
+
+def test_what_is_not_served_is_said():
+    x = jnp.ones((2, 96), jnp.bfloat16)
+    with interpreted(plgpu.InterpretGPUParams()):
+        for dtype, w, message in (
+            (jnp.float32, groups(64, 96), "must be bfloat16 or float16"),
+            (jnp.bfloat16, groups(64, 96, group_size=24), "groups of a multiple of 16 elements can be prepared"),
+        ):
+            explained = bj.explain(x.astype(dtype), w, None)
+            assert explained.implementation == "xla"
+            assert message in explained.passed_over["sm90"]
+            with pytest.raises(Unsupported, match=message):
+                bj.matmul(x.astype(dtype), w, None, implementation="sm90")
