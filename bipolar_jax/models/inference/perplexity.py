@@ -23,12 +23,48 @@ class Perplexity:
       standard_error: of the perplexity, from the spread of the windows' means; NaN for one window.
       windows: number of windows.
       scored_tokens: number of predicted tokens, which are all but the first of every window.
+      window_losses: mean negative log-likelihood of each window's tokens, in nats.
     """
 
     perplexity: float
     standard_error: float
     windows: int
     scored_tokens: int
+    window_losses: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """How much more a model loses than another on the same windows.
+
+    Windows differ far more than models: the standard error of the difference is that of the windows' own differences.
+
+    Attributes:
+      loss: mean difference of the windows' losses, in nats a token.
+      standard_error: of `loss`; NaN for one window.
+      relative_perplexity: the ratio of the perplexities, exp(loss): 1.02 is 2% more.
+    """
+
+    loss: float
+    standard_error: float
+    relative_perplexity: float
+
+
+def paired_difference(scored: Perplexity, against: Perplexity) -> PairedDifference:
+    """The difference of two models that were scored on the same windows of the same text.
+
+    Raises:
+      ValueError: other numbers of windows or tokens.
+    """
+    if (scored.windows, scored.scored_tokens) != (against.windows, against.scored_tokens):
+        raise ValueError(
+            f"{scored.windows} windows of {scored.scored_tokens} tokens cannot be paired with {against.windows} of "
+            f"{against.scored_tokens}: score both models on the same windows"
+        )
+    differences = np.asarray(scored.window_losses) - np.asarray(against.window_losses)
+    with np.errstate(over="ignore"):
+        ratio = float(np.exp(differences.mean()))
+    return PairedDifference(float(differences.mean()), _standard_error(differences), ratio)
 
 
 def perplexity(
@@ -83,8 +119,13 @@ def perplexity(
         raise ValueError(f"the loss of window {int(np.argmin(np.isfinite(means)))} is not finite: the model gives NaN")
     with np.errstate(over="ignore"):  # above 709 nats a token it is inf
         value = float(np.exp(means.mean()))
-    error = value * means.std(ddof=1) / math.sqrt(windows) if windows > 1 else math.nan
-    return Perplexity(value, float(error), windows, windows * (window_length - 1))
+    error = value * _standard_error(means)
+    return Perplexity(value, error, windows, windows * (window_length - 1), tuple(means.tolist()))
+
+
+def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:
+    """Of the mean of the samples; NaN for one."""
+    return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
 
 
 @jax.jit

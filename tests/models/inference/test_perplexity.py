@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference, perplexity
 from bipolar_jax.models.transformer import Transformer
 
 CONFIG = TransformerConfig(
@@ -52,6 +52,7 @@ def test_perplexity_is_exp_of_the_mean_loss_of_a_token(model, window_losses, win
     # float32 logits and losses of order 1: some 1e-7 each, with a margin of ten.
     assert result.perplexity == pytest.approx(math.exp(total / (windows * (LENGTH - 1))), rel=2e-6)
     assert (result.windows, result.scored_tokens) == (windows, windows * (LENGTH - 1))
+    np.testing.assert_allclose(result.window_losses, window_losses[:windows].mean(axis=1), rtol=2e-6)
     assert result.perplexity > 1.2 * CONFIG.vocab_size, "random weights must not look like uniform ones"
 
 
@@ -61,6 +62,23 @@ def test_standard_error_is_that_of_the_mean_of_windows_times_the_perplexity(mode
     spread = math.sqrt(sum((mean - means.mean()) ** 2 for mean in means) / (WINDOWS - 1))
     result = perplexity(model, IDS, windows=WINDOWS, window_length=LENGTH)
     assert result.standard_error == pytest.approx(result.perplexity * spread / math.sqrt(WINDOWS), rel=1e-5)
+
+
+def scored(*losses: float) -> Perplexity:
+    return Perplexity(math.exp(np.mean(losses)), 0.0, len(losses), 11 * len(losses), losses)
+
+
+def test_paired_differences_leave_out_what_windows_have_in_common():
+    """Losses from 1 to 5 that all rise by 0.1 differ by 0.1 without an error."""
+    difference = paired_difference(scored(1.1, 3.1, 5.1), scored(1.0, 3.0, 5.0))
+    assert difference.loss == pytest.approx(0.1)
+    assert difference.standard_error == pytest.approx(0, abs=1e-12)
+    assert difference.relative_perplexity == pytest.approx(math.exp(0.1))
+    uneven = paired_difference(scored(1.3, 3.0), scored(1.0, 3.0))
+    assert uneven.standard_error == pytest.approx(0.15)  # deviation 0.3 / sqrt(2), over sqrt(2)
+    assert math.isnan(paired_difference(scored(1.3), scored(1.0)).standard_error)
+    with pytest.raises(ValueError, match="3 windows of 33 tokens cannot be paired with 2 of 22"):
+        paired_difference(scored(1.0, 2.0, 3.0), scored(1.0, 2.0))
 
 
 def test_one_window_has_no_standard_error(model, window_losses):

@@ -42,7 +42,7 @@ def written(model) -> np.ndarray:
 
 
 def test_tokens_follow_the_probabilities_of_the_model(model, written):
-    """A sum of independent (indicator - probability), whose variance is p (1 - p): within 4.5 deviations for each id."""
+    """Sums of (indicator - probability), a martingale whose steps have variance p (1 - p): within 4.5 deviations."""
     logits = np.asarray(jax.jit(lambda model, ids: model(ids))(model, written), np.float64)[:, :-1]
     probabilities = np.exp(logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True)))
     seen = np.eye(CONFIG.vocab_size)[written[:, 1:]]
