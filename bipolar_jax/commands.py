@@ -1,4 +1,4 @@
-"""The commands bipolar-quantize, bipolar-generate and bipolar-train: the programs of `experiments`.
+"""The commands bipolar-quantize, -calibrate, -generate and -train: the programs of `experiments`.
 
 A wheel has the programs inside the package; in a checkout they lie beside it.
 """
@@ -13,6 +13,11 @@ import sys
 def quantize() -> None:
     """Runs `experiments.quantize`."""
     _run("quantize")
+
+
+def calibrate() -> None:
+    """Runs `experiments.calibrate`."""
+    _run("calibrate")
 
 
 def generate() -> None:

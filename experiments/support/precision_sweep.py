@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,12 +55,13 @@ class Sweep:
     result: dict[str, Any]
 
     @classmethod
-    def begin(cls, config: ConfigDict, workdir: Path, fields: Sequence[str]) -> Sweep:
+    def begin(cls, config: ConfigDict, workdir: Path, fields: Sequence[str], **further: Any) -> Sweep:
         """Loads model and text, and the results of an earlier run.
 
         Args:
           config, workdir: see `Sweep`.
           fields: of the config, that the perplexity depends on; all results in a workdir share them.
+          **further: other settings, JSON.
 
         Raises:
           ValueError: results with other settings; as the loaders.
@@ -67,7 +69,7 @@ class Sweep:
         text = load_text_source(config.text)
         pretrained = load_model_source(config.model)
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
-        settings = {name: _plain(config[name]) for name in fields}
+        settings = {name: _plain(config[name]) for name in fields} | further
         settings["model_fingerprint"] = model_fingerprint(config.model)
         settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         result = read_result(workdir, settings, {"precisions": _ROW_FIELDS}) or {"settings": settings, "precisions": {}}
@@ -102,23 +104,23 @@ class Sweep:
             return False
         return True
 
-    def add(self, precision: bj.Precision, convert: Convert, **facts: Any) -> None:
+    def add(self, precision: bj.Precision, convert: Convert) -> None:
         """Quantizes the model, measures it, and writes its checkpoint and its row, unless that is done.
 
         Args:
           precision: names the row and the checkpoint.
           convert: makes the quantized model.
-          facts: further entries of the row.
         """
         if self.is_done(precision):
             console.print(f"{precision}: already in {self.workdir / RESULT_NAME}")
             return
         started = time.perf_counter()
         quantized = jax.block_until_ready(convert(precision))
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         packed = self.pretrained.with_model(quantized)
-        row = measure(str(precision), packed, self.ids, self.config) | facts
+        row = measure(str(precision), packed, self.ids, self.config)
         row["seconds"]["quantize"] = round(seconds, 2)
+        row["peak_bytes"] = peak
         row["relative_increase"] = _increase(row, self.result["baseline"])
         checkpoint = self._checkpoint(precision)
         if checkpoint is not None:
@@ -162,6 +164,7 @@ def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: 
         "perplexity": _json_number(scored.perplexity),
         "standard_error": _json_number(scored.standard_error),
         "windows": scored.windows,
+        "window_losses": [round(loss, 6) for loss in scored.window_losses],
         "bytes": _nbytes(pretrained.model),
         "prompt": config.prompt,
         "sample": sample,
@@ -171,6 +174,12 @@ def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: 
             "sample": round(time.perf_counter() - evaluated, 2),
         },
     }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has taken so far: of its device, or of the host where that is the device."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @jax.jit

@@ -61,9 +61,9 @@ def test_the_wheel_has_every_program_and_config_of_the_checkout(wheel):
     assert {f"bipolar_jax/{file.relative_to(ROOT).as_posix()}" for file in files} <= names
 
 
-@pytest.mark.parametrize("command", ["quantize", "generate", "train"])
+@pytest.mark.parametrize("command", ["quantize", "calibrate", "generate", "train"])
 def test_commands_run_with_shipped_configs(installed, tmp_path, command):
-    config = {"quantize": "smollm2", "generate": "generate", "train": "tiny_w2a2"}[command]
+    config = {"quantize": "smollm2", "calibrate": "calibrate", "generate": "generate", "train": "tiny_w2a2"}[command]
     helped = run(installed / f"bipolar-{command}", "--help", cwd=tmp_path)
     assert helped.returncode == 0, helped.stderr
     assert f"usage: bipolar-{command} --config=CONFIG" in helped.stdout

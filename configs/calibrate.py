@@ -1,0 +1,45 @@
+"""SmolLM2-135M calibrated with text that it writes itself, evaluated on CPython's help topics.
+
+python -m experiments.calibrate --config=configs/calibrate.py --workdir=runs/calibrated
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from bipolar_jax.compress import Rounding
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # "smollm2" (from the package index), a GGUF file or a Hugging Face directory.
+    config.model = "smollm2"
+    # Text that is scored: "pydoc_topics" (CPython's help topics), "python_stdlib" (its source) or a UTF-8 file.
+    config.text = "pydoc_topics"
+    # Number of scored windows, and tokens per window.
+    config.windows = 20
+    config.window_length = 512
+    # Precisions of the decoder's linear layers, comma separated; per channel, or gN for groups of N.
+    config.precisions = "W4A8,W4A8g64"
+    # Precision of the embedding and of the output layer, whose input stays float.
+    config.embedding_precision = "W8A16"
+    # A JSON file of rules that come before these: [["down_proj", "W8A8"], ["k_proj", null]]; "" for none.
+    config.rules = ""
+    # Text that is calibrated with: "self" (the model writes it), or as `text`, or a .npy file of token ids.
+    config.calibration_text = "self"
+    # Windows that are calibrated with, tokens of each, and how many run at once.
+    config.calibration_windows = 128
+    config.calibration_length = 512
+    config.windows_per_step = 4
+    # "full", "foldable" (nothing is rotated at run time within blocks) or "none".
+    config.rotation = "full"
+    # How weights are rounded, see bj.compress.Rounding.
+    config.rounding = ConfigDict(dataclasses.asdict(Rounding()))
+    # Of the rotation, and of the text that the model writes.
+    config.seed = 0
+    # Prompt of a greedy sample from every model, and its length; 0 tokens for none.
+    config.prompt = "The capital of France is"
+    config.sample_tokens = 12
+    # Whether to write a packed checkpoint of every precision.
+    config.checkpoints = True
+    return config

@@ -1,0 +1,143 @@
+"""Quantizes a language model with text that shows what its layers get, and measures the perplexity and size of each.
+
+    python -m experiments.calibrate --config=configs/calibrate.py --workdir=DIR \\
+        --config.text=PATH --config.windows=20 --config.precisions=W4A8,W4A8g64
+
+The model is rotated (QuaRot), then its layers are rounded one after the other (GPTQ and coordinate descent). Writes to
+--workdir result.json, perplexity.png and, per precision, a packed checkpoint that experiments/generate.py reads. A
+stopped run resumes: within a precision from the last block that was finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+import bipolar_jax as bj
+from bipolar_jax.checkpoint.atomic_write import atomic_write
+from bipolar_jax.models.tokenizer_json import encode
+
+from .support import app
+from .support.precision_sweep import EMBEDDING, LAYERS, Sweep
+from .support.progress import progress_bar
+from .support.sources import load_text_source
+
+# Settings that the perplexity depends on.
+_SETTINGS = (
+    "model",
+    "text",
+    "windows",
+    "window_length",
+    "embedding_precision",
+    "rules",
+    "rotation",
+    "rounding",
+    "seed",
+)
+_CALIBRATION = ("calibration_text", "calibration_windows", "calibration_length")
+_TOKENS_NAME = "calibration_tokens.npy"
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the experiment; see the module docstring."""
+    precisions = [bj.Precision.parse(text) for text in config.precisions.split(",")]
+    method = bj.compress.Rounding(**config.rounding)
+    own_rules = read_rules(config.rules)
+    first_rules = [*own_rules, (EMBEDDING, config.embedding_precision)]
+    sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), rules=own_rules)
+    for precision in precisions:  # reject impossible precisions before measuring
+        sweep.check([*first_rules, (LAYERS, precision)])
+    sweep.measure_baseline()
+    tokens = calibration_tokens(sweep)
+    with progress_bar(f"rotating: {config.rotation}"):
+        key = jax.random.key(config.seed)
+        model = jax.block_until_ready(bj.compress.rotate(sweep.pretrained.model, config.rotation, key=key))
+
+    def calibrate(precision: bj.Precision) -> nnx.Module:
+        with progress_bar(f"{precision}: calibrating", model.num_blocks) as advance:
+            return bj.compress.calibrate(
+                model,
+                tokens,
+                [*first_rules, (LAYERS, precision)],
+                method=method,
+                windows_per_step=config.windows_per_step,
+                on_block=lambda blocks: advance(blocks, "blocks"),
+                store=_store(workdir, precision),
+            )
+
+    for precision in precisions:
+        sweep.add(precision, calibrate)
+        shutil.rmtree(_store(workdir, precision), ignore_errors=True)
+    sweep.show(f"rotation {config.rotation}, {method.algorithm}, {len(tokens)} windows of {config.calibration_text}")
+
+
+def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
+    """Token ids to calibrate with; written once to the workdir, because a model takes long to write a text itself.
+
+    Raises:
+      ValueError: too short a text.
+    """
+    config, path = sweep.config, sweep.workdir / _TOKENS_NAME
+    shape = config.calibration_windows, config.calibration_length
+    if path.is_file():
+        return np.load(path)
+    if config.calibration_text == "self":
+        with progress_bar("the model writes its calibration text", config.calibration_windows) as advance:
+            key = jax.random.key(config.seed)
+            tokens = bj.models.write_windows(sweep.pretrained.model, *shape, key=key, on_window=advance)
+    else:
+        ids = _text_ids(sweep)
+        if len(ids) < shape[0] * shape[1]:
+            raise ValueError(
+                f"{config.calibration_text} has {len(ids)} tokens: {shape[0]} windows of {shape[1]} need "
+                f"{shape[0] * shape[1]}; ask for fewer, or give a longer text"
+            )
+        tokens = np.asarray(ids[: shape[0] * shape[1]], np.int32).reshape(shape)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        np.save(file, tokens)
+    return tokens
+
+
+def _text_ids(sweep: Sweep) -> Int[np.ndarray, " tokens"]:
+    """Ids of the calibration text, which may be a .npy file of ids."""
+    name = sweep.config.calibration_text
+    if name.endswith(".npy"):
+        return np.load(name).reshape(-1)
+    return np.asarray(encode(sweep.pretrained.tokenizer, load_text_source(name), add_special_tokens=False))
+
+
+def read_rules(name: str) -> list[list[str | None]]:
+    """Rules that come before all others: a JSON file of [[pattern, precision or null], ...]; "" has none.
+
+    Raises:
+      ValueError: another content.
+    """
+    if not name:
+        return []
+    try:
+        rules = json.loads(Path(name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(rules, list) or not all(isinstance(rule, list) and len(rule) == 2 for rule in rules):
+        raise ValueError(f'{name} has no rules: write a list such as [["down_proj", "W8A8"], ["k_proj", null]]')
+    return rules
+
+
+def _store(workdir: Path, precision: bj.Precision) -> Path:
+    return workdir / f"{precision}.blocks"
+
+
+def command() -> None:
+    """The command line."""
+    app.run(main, example="calibrate")
+
+
+if __name__ == "__main__":
+    command()

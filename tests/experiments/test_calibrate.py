@@ -1,0 +1,105 @@
+"""experiments/calibrate.py on a tiny model: results, checkpoints, resuming, errors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import bipolar_jax as bj
+from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.loaders import load_pretrained
+from configs import calibrate as calibrate_config
+from experiments import calibrate
+from experiments.support import workdir
+from tests.support import tiny_checkpoints
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+WINDOWS, LENGTH = 3, 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoints.write_huggingface(tiny_checkpoints.make(tied=True), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times, 1859. " * 20)
+    return path
+
+
+def tiny_config(model, text, precisions="W3A8"):
+    config = calibrate_config.get_config()
+    config.model, config.text, config.precisions, config.sample_tokens = str(model), str(text), precisions, 0
+    config.windows, config.window_length = WINDOWS, LENGTH
+    config.calibration_windows, config.calibration_length, config.rounding.descent_passes = 6, LENGTH, 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(model, text, compiled_programs, tmp_path_factory):
+    """Workdir of a run that was killed in the second precision, and resumed."""
+    folder = tmp_path_factory.mktemp("run")
+    original = bj.compress.calibrate
+
+    def killed(*arguments, on_block, **options):
+        def stop(blocks):
+            raise KeyboardInterrupt
+
+        return original(*arguments, on_block=stop, **options)
+
+    config = tiny_config(model, text)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bj.compress, "calibrate", killed)
+        calibrate.main(config, folder)
+    assert (folder / "W3A8.blocks" / "block_00000.safetensors").is_file()
+    tokens = np.load(folder / "calibration_tokens.npy")
+    calibrate.main(config, folder)
+    assert np.array_equal(np.load(folder / "calibration_tokens.npy"), tokens)
+    return folder
+
+
+def test_the_result_has_the_fields_of_quantize_and_every_windows_loss(run):
+    result = json.loads((run / workdir.RESULT_NAME).read_text())
+    assert list(result["precisions"]) == ["W3A8"]
+    for row in (result["baseline"], result["precisions"]["W3A8"]):
+        assert np.exp(np.mean(row["window_losses"])) == pytest.approx(row["perplexity"], rel=1e-5)
+        assert row["standard_error"] > 0
+    assert result["precisions"]["W3A8"]["peak_bytes"] > 0
+    assert result["precisions"]["W3A8"]["seconds"]["quantize"] > 0
+    assert result["settings"]["rounding"]["algorithm"] == "gptq"
+    assert (run / "perplexity.png").is_file()
+
+
+def test_the_checkpoint_gives_the_reported_perplexity_without_options(run, text):
+    packed = load_pretrained(run / "W3A8.safetensors")
+    ids = packed.tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    again = perplexity(packed.model, ids, windows=WINDOWS, window_length=LENGTH)
+    assert again.perplexity == json.loads((run / workdir.RESULT_NAME).read_text())["precisions"]["W3A8"]["perplexity"]
+    assert not (run / "W3A8.blocks").exists()
+
+
+def test_tokens_and_rules_come_from_files(model, text, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(WINDOWS * LENGTH * 3).reshape(-1, LENGTH) % 300)
+    (tmp_path / "rules.json").write_text('[["down_proj", null], ["o_proj", "W8A8"]]')
+    config = tiny_config(model, text, "W4A8g16")
+    config.calibration_text, config.rules = str(tmp_path / "ids.npy"), str(tmp_path / "rules.json")
+    config.rotation, config.rounding.algorithm = "none", "nearest"
+    calibrate.main(config, tmp_path / "run")
+    layers = load_pretrained(tmp_path / "run" / "W4A8g16.safetensors").model.layers
+    assert str(layers.attention.o_proj.precision) == "W8A8"
+    assert str(layers.attention.q_proj.precision) == "W4A8g16"
+    assert not isinstance(layers.ffn.down_proj, bj.nn.Linear)
+    (tmp_path / "rules.json").write_text('{"down_proj": "W8A8"}')
+    with pytest.raises(ValueError, match="has no rules: write a list"):
+        calibrate.main(config, tmp_path / "run")
+
+
+def test_too_short_a_calibration_text_is_named(model, text, tmp_path):
+    config = tiny_config(model, text)
+    config.calibration_text, config.calibration_windows = str(text), 10**5
+    with pytest.raises(ValueError, match="100000 windows of 16 need"):
+        calibrate.main(config, tmp_path)
