@@ -30,6 +30,7 @@ _MODULES = {
     "random_float": "random_weights",
     "random_packed": "random_weights",
     "save_model": "checkpoint",
+    "score_continuations": "inference.continuations",
     "stream": "inference.generation",
     "write_windows": "inference.written_text",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "random_float",
     "random_packed",
     "save_model",
+    "score_continuations",
     "stream",
     "write_windows",
 ]
@@ -64,6 +66,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.checkpoint import load_model, save_model
     from bipolar_jax.models.config import TransformerConfig
     from bipolar_jax.models.inference.command_buffers import enable_command_buffers
+    from bipolar_jax.models.inference.continuations import score_continuations
     from bipolar_jax.models.inference.explain import explain_model
     from bipolar_jax.models.inference.generation import Completion, generate, stream
     from bipolar_jax.models.inference.join import join_projections
