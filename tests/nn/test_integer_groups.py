@@ -6,6 +6,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -64,10 +65,35 @@ def test_a_layer_trains_with_the_integers_that_it_is_packed_with():
     np.testing.assert_allclose(jax.grad(dot)(weights), 2 * jnp.ones_like(weights))
 
 
-def test_learned_step_sizes_are_refused():
-    with pytest.raises(ValueError, match='float scales of groups, got W4A8g16: use scales="float", as in "W4A8g16f"'):
-        bj.quantization_aware(Two(nnx.Rngs(0)), [(".*", PRECISION)], learned_steps=True)
-    with pytest.raises(ValueError, match='use scales="float"'):
+@pytest.mark.usefixtures("standard_promotion")  # optax promotes
+def test_learned_groups_are_trained_and_packed():
+    """Training begins with the integers that `quantize` finds, and moves S, s and o; the packed layer has them."""
+    trained = bj.quantization_aware(Two(nnx.Rngs(0)), [(".*", PRECISION)], learned_steps=True)
+    expected = bj.quantize(trained.first.kernel[...], 4, 0, 16).groups
+    before = trained.first.dot_general.step_size[...]
+    assert before.shape == (32, 1 + 2 * 2)
+    jax.tree.map(np.testing.assert_array_equal, bj.quantize_model(trained).first.kernel.get_value().groups, expected)
+    x, y = normal(64, 32), normal(64, 32, seed=1)
+    optimizer = nnx.Optimizer(trained, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(trained, optimizer):
+        loss, gradients = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(trained)
+        optimizer.update(trained, gradients)
+        return loss
+
+    losses = [float(step(trained, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+    packed = bj.quantize_model(trained)
+    np.testing.assert_array_equal(packed(x), trained(x))
+    kernel, moved = packed.first.kernel.get_value(), trained.first.dot_general.step_size[...]
+    assert packed.first.learned_steps
+    for part in (np.s_[:, :1], np.s_[:, 1:3], np.s_[:, 3:]):
+        assert np.mean(np.asarray(moved[part] != before[part])) > 0.9
+    assert np.any(kernel.groups.scale != expected.scale)
+    fake = trained.first.dot_general.dot_general.fake_quant(trained.first.kernel[...], moved)
+    np.testing.assert_array_equal(kernel.dequantize(), fake)
+    with pytest.raises(ValueError, match=r"step sizes have shape \(32, 2\), weights \(32, 32\) need \(32, 5\)"):
         bj.DotGeneral.of(PRECISION).pack(normal(32, 32), np.ones((32, 2), np.float32))
 
 

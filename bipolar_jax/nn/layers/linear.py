@@ -48,7 +48,7 @@ class Linear(PackedModule):
       param_dtype: dtype of the float kernel, which takes part in Flax's promotion; None leaves the
         input's dtype.
       trained: the `DotGeneral` of the layer's training, or None.
-      learned_steps: True if the scales are trained step sizes; then there are no offsets.
+      learned_steps: True if the scales are trained; then float scales have no offsets.
     """
 
     def __init__(

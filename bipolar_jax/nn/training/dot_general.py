@@ -24,7 +24,14 @@ from bipolar_jax.quantize.clipping import check_clip, clip_tokens
 from bipolar_jax.quantize.groups import check_group_size, num_groups
 from bipolar_jax.quantize.integer_groups import Scales
 from bipolar_jax.quantize.integer_scale_search import range_of_integer_groups
-from bipolar_jax.quantize.learned_step import fake_quant_by_step_size, initial_step_size, scale_of_step
+from bipolar_jax.quantize.learned_step import (
+    LearnedGroups,
+    fake_quant_by_groups,
+    fake_quant_by_step_size,
+    initial_step_size,
+    scale_of_step,
+    step_size_length,
+)
 from bipolar_jax.quantize.rounding import SUPPORTED_DTYPES, calibrate_rows, check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
 
@@ -64,7 +71,7 @@ class DotGeneral:
       weights: which operand is the weights, "rhs" or "lhs".
       implementation: the backend, see `bipolar_jax.matmul`.
       scales: of groups, "float" or "integer", see `Precision`. Integer ones are not searched in training: their grids
-        span the float ones of the calibration. Learned step sizes are float scales.
+        span the float ones of the calibration, unless they are learned (`LearnedGroups`).
 
     Raises:
       ValueError: an attribute with another value than the above.
@@ -117,7 +124,7 @@ class DotGeneral:
         preferred_element_type: jnp.dtype | None = None,
         *,
         out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
-        step_size: Float[Array, "*batch n groups"] | None = None,
+        step_size: Float[Array, "*batch n numbers"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "..."]:
         """Quantizes both operands and computes `lax.dot_general` of them.
@@ -217,7 +224,7 @@ class DotGeneral:
         return tokens if self.clip_activations is None else clip_tokens(tokens, self.clip_activations)
 
     def pack(
-        self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
+        self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n numbers"] | None = None
     ) -> BipolarArray:
         """Normalizes, quantizes and packs weights, as every call does. No gradient passes through it.
 
@@ -248,7 +255,11 @@ class DotGeneral:
             scale, offset = calibrate_rows(rows, number_format, self.group_size, self.calibration)
         else:
             self._check_step_size(w, step_size)
-            scale, offset = scale_of_step(jax.lax.stop_gradient(step_size)), None
+            step_size, offset = jax.lax.stop_gradient(step_size), None
+            if self.scales == "integer":
+                scale, groups = LearnedGroups.of_step_size(step_size, number_format).rounded(number_format)
+            else:
+                scale = scale_of_step(step_size)
         return pack_weights(
             w,
             number_format,
@@ -261,41 +272,40 @@ class DotGeneral:
         )
 
     def fake_quant(
-        self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n groups"] | None = None
+        self, w: Float[Array, "*batch k n"], step_size: Float[Array, "*batch n numbers"] | None = None
     ) -> Float[Array, "*batch k n"]:
         """The numbers that `pack` represents, float32; differentiable in the weights and the step sizes."""
         w = normalize_weights(w.astype(jnp.float32), self.weight_norm)
         if step_size is None:
             return fake_quant(w, self.w_bits, -2, self.group_size, self.calibration, self.clip_gradient, self.scales)
         self._check_step_size(w, step_size)
-        rows = jnp.swapaxes(w, -1, -2)
-        rounded = fake_quant_by_step_size(rows, step_size, as_format(self.w_bits), self.group_size)
+        rows, number_format = jnp.swapaxes(w, -1, -2), as_format(self.w_bits)
+        if self.scales == "integer":
+            learned = LearnedGroups.of_step_size(step_size, number_format)
+            rounded = fake_quant_by_groups(rows, learned, number_format, self.group_size)
+        else:
+            rounded = fake_quant_by_step_size(rows, step_size, number_format, self.group_size)
         return jnp.swapaxes(rounded, -1, -2)
 
-    def initial_step_size(self, w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n groups"]:
-        """Initial step sizes for training, float32 (LSQ, arXiv 1902.08153, section 2.1).
+    def initial_step_size(self, w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n numbers"]:
+        """Initial step sizes for training, float32.
 
-        Raises:
-          ValueError: integer scales of groups, which are not learned.
+        One for each group (LSQ, arXiv 1902.08153, section 2.1); with integer scales those that `quantize` finds, in the
+        order and the units of `LearnedGroups.step_size`.
         """
-        self._check_float_scales()
         rows = jnp.swapaxes(normalize_weights(w.astype(jnp.float32), self.weight_norm), -1, -2)
-        return initial_step_size(rows, as_format(self.w_bits), self.group_size)
+        number_format = as_format(self.w_bits)
+        if self.scales == "integer":
+            learned = LearnedGroups.initial(rows, number_format, self.group_size, self.calibration)
+            return learned.step_size(number_format)
+        return initial_step_size(rows, number_format, self.group_size)
 
     def _check_step_size(self, w, step_size):
-        self._check_float_scales()
         check_group_size(w.shape[-2], self.group_size)
-        per_group = (*w.shape[:-2], w.shape[-1], num_groups(w.shape[-2], self.group_size))
-        if step_size.shape != per_group:
-            raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {per_group}")
-
-    def _check_float_scales(self):
-        if self.scales == "integer":
-            named = dataclasses.replace(self.precision, scales="float")
-            raise ValueError(
-                f'learned step sizes are float scales of groups, got {self.precision}: use scales="float", as in '
-                f'"{named}"'
-            )
+        groups = num_groups(w.shape[-2], self.group_size)
+        expected = (*w.shape[:-2], w.shape[-1], step_size_length(groups, integer=self.scales == "integer"))
+        if step_size.shape != expected:
+            raise ValueError(f"step sizes have shape {step_size.shape}, weights {w.shape} need {expected}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class LayerQuantization:
     """
 
     dot_general: DotGeneral
-    step_size: Float[Array, "*batch n groups"] | None = None
+    step_size: Float[Array, "*batch n numbers"] | None = None
 
     def __post_init__(self):
         if self.dot_general.weights != "rhs":

@@ -13,8 +13,8 @@ class LinenDotGeneral(linen.Module):
 
         linen.Dense(512, dot_general_cls=functools.partial(LinenDotGeneral, bj.DotGeneral(2, 4), learned_steps=True))
 
-    Step sizes are the parameter "step_size" [*batch, n, groups] of this module (LSQ, arXiv
-    1902.08153; see `quantize.learned_step`). For quantized gradients every call draws a key from
+    Step sizes are the parameter "step_size" [*batch, n, numbers] of this module (LSQ, arXiv
+    1902.08153; see `DotGeneral.initial_step_size`). For quantized gradients every call draws a key from
     the stream "gradient": `model.apply(variables, x, rngs={"gradient": key})`.
 
     Attributes:

@@ -21,8 +21,8 @@ class StatefulDotGeneral(nnx.Module):
 
     Attributes:
       dot_general: how the operands are quantized.
-      step_size: `nnx.Param` [*batch, n, groups], trained with the weights (LSQ, arXiv
-        1902.08153; see `quantize.learned_step`), or None for calibrated scales.
+      step_size: `nnx.Param` [*batch, n, numbers], trained with the weights (LSQ, arXiv
+        1902.08153; see `DotGeneral.initial_step_size`), or None for calibrated scales.
       rngs: a fork of the stream "gradient" of the given rngs, or None. Each call draws a key.
     """
 
