@@ -108,12 +108,18 @@ def finish_floats(
     recovery: FloatRecovery,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    dtype: jnp.dtype,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    token_axis: int = 0,
 ) -> Array:
     """`finish` for sums of float activations times integer values of weights: scales and bias."""
-    y = total * lax.broadcast_in_dim(load_column_vector(columns.scale), total.shape, (1,))
+    load = functools.partial(_load_term, layout=(_ALONG_COLUMNS, _ALONG_ROWS)[token_axis])
+    y = total * lax.broadcast_in_dim(load(columns.scale), total.shape, (1 - token_axis,))
+    if tokens.scale is not None:
+        token_scale = _load_term(tokens.scale, (_ALONG_ROWS, _ALONG_COLUMNS)[token_axis])
+        y = y * lax.broadcast_in_dim(token_scale, total.shape, (token_axis,))
     if columns.bias is not None:
-        y = y + lax.broadcast_in_dim(load_column_vector(columns.bias), total.shape, (1,))
+        y = y + lax.broadcast_in_dim(load(columns.bias), total.shape, (1 - token_axis,))
     return y.astype(dtype)
 
 

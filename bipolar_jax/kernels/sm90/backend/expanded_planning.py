@@ -38,14 +38,21 @@ def is_expanded(w: BipolarNumbers) -> bool:
     return isinstance(w, PreparedArray) or w.has_integer_groups
 
 
+def has_float_terms(w: BipolarNumbers) -> bool:
+    """Whether the weights are prepared with float scales of groups."""
+    return isinstance(w, PreparedArray) and w.float_terms is not None
+
+
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
     """The plan of m tokens times w, by `prepared_few_tokens` or as `plan_many_tokens` has it; arguments as there."""
     if m > FEW_TOKENS_LIMIT:
         return plan_many_tokens(m, w, dtype, gated=gated)
     check_layout(w, gated)
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    tiling = few_tokens_tiling(m, w.shape[-1], w.contracted_size, w.bits, _chunks(w), gated)
-    return Choice("int8", tiling, _with_layout(f"{m} tokens: bound by reading the weights", w))
+    float_terms = w.float_terms if has_float_terms(w) else None
+    sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w))
+    tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms)
+    return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
 
 
 def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
@@ -58,16 +65,19 @@ def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool
       gated: whether a gated activation follows, for which weights that are not prepared will be laid out.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements.
+      Unsupported: groups that are no multiple of 16 elements; float scales of groups.
     """
     check_layout(w, gated)
+    if has_float_terms(w):
+        raise Unsupported("weights are expanded in registers with integer groups, not with float scales of groups")
     able = [fitted(tiling, w, jnp.dtype(dtype).itemsize) for tiling in EXPANDED_CANDIDATES]
     n, k = w.shape[-1], w.contracted_size
     tiling = min(able, key=lambda tiling: expanded_cycles(tiling, m, n, k))
-    return Choice("int8", tiling, _with_layout("estimated from tile sizes", w))
+    return Choice("int8", tiling, with_layout("estimated from tile sizes", w))
 
 
-def _with_layout(reason: str, w: BipolarNumbers) -> str:
+def with_layout(reason: str, w: BipolarNumbers) -> str:
+    """A plan's reason, and what the weights' layout costs."""
     if isinstance(w, PreparedArray):
         return reason
     return f"{reason}; lays the weights out in every call, prepare_for_inference once"
@@ -76,8 +86,6 @@ def _with_layout(reason: str, w: BipolarNumbers) -> str:
 def check_layout(w: BipolarNumbers, gated: bool) -> None:
     """Raises Unsupported unless the weights are laid out for the tensor cores, or can be."""
     if isinstance(w, PreparedArray):
-        if w.float_terms is not None:
-            raise Unsupported("prepared weights with float scales of groups have no kernel")
         return
     try:
         check_preparable(w, gated)
@@ -87,20 +95,21 @@ def check_layout(w: BipolarNumbers, gated: bool) -> None:
 
 def describe_expanded(w: BipolarNumbers) -> str:
     """The kernel in words."""
-    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
+    kind = "float" if has_float_terms(w) else "integer"
+    groups = f" in {kind} groups of {w.group_size}" if w.has_integer_groups or kind == "float" else ""
     return f"int8 tensor cores, weights of {w.bits} bits{groups} expanded in registers"
 
 
 def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> Tiling:
     """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number."""
-    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, _chunks(w), itemsize) > SHARED_MEMORY_BYTES:
+    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, chunks_of(w), itemsize) > SHARED_MEMORY_BYTES:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
     return tiling
 
 
-def _chunks(w: BipolarNumbers) -> int:
+def chunks_of(w: BipolarNumbers) -> int:
     """As `PreparedArray.chunks`."""
-    return STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
+    return STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups or has_float_terms(w) else 0
 
 
 def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
-from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout
+from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, chunks_of, with_layout
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, estimated_cycles, mainloop_steps
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_floats
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling
 from bipolar_jax.kernels.sm90.weight_only.config import check_dtype
 from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -35,6 +37,8 @@ def weight_only_matmul(
       Unsupported: as `plan_matmul`.
     """
     plan, w = plan_matmul(x.shape[0], x.dtype, w), laid_out(w)
+    if isinstance(plan.tiling, FewTokensTiling):
+        return few_tokens_floats(x, w, bias, tiling=plan.tiling, interpret=interpret_params())
     columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
     return packed_matmul(
         fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
@@ -61,12 +65,13 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     if w.offset is not None:
         raise Unsupported("its kernels of float activations do not take offsets of prepared weights")
     name = jnp.dtype(dtype).name
+    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
+    kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
+    if m <= FEW_TOKENS_LIMIT:
+        gated = isinstance(w, PreparedArray) and w.gated
+        sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
+        tiling = few_tokens_tiling(*sizes, rows_of_stage=2)
+        return Plan(f"{kernel} in registers", with_layout(f"{m} tokens: bound by reading the weights", w), tiling)
     steps = mainloop_steps(w.contracted_size, PTX_TYPES[name], 1)
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, w.shape[-1], steps))
-    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
-    laid_out_once = "" if isinstance(w, PreparedArray) else "; lays them out in every call, prepare_for_inference once"
-    return Plan(
-        f"{name} tensor cores, weights of {w.bits} bits{groups} expanded to {name} in memory",
-        f"{m} tokens: tiling estimated from tile sizes{laid_out_once}",
-        tiling,
-    )
+    return Plan(f"{kernel} to {name} in memory", with_layout("estimated from tile sizes", w), tiling)

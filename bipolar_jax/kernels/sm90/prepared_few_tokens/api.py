@@ -12,11 +12,17 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling, few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
+    FewTokensProblem,
+    FewTokensTiling,
+    FloatTokens,
+    few_tokens_tiling,
+)
 from bipolar_jax.kernels.sm90.prepared_few_tokens.launch import launch
+from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 
@@ -98,12 +104,37 @@ def few_tokens_product(
     )
 
 
+def few_tokens_floats(
+    x: Float[Array, "m k"],
+    w: PreparedArray,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype | None = None,
+    **options: Any,
+) -> Float[Array, "m out"]:
+    """The product of float activations, with its bias: x times s u + o, exact, summed in float32, then scaled.
+
+    Args:
+      x: bfloat16 or float16, 1 to 64 rows.
+      w: [k, n], with integer groups or one scale a column, and without offsets.
+      bias: added to every row.
+      dtype: of the output; None takes that of x.
+      **options: `activation`, `tiling`, `blocks` and `interpret`, as in `few_tokens_product`.
+
+    Raises:
+      ValueError: as `few_tokens_product`.
+    """
+    columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
+    recovery = FloatTokens(PTX_TYPES[x.dtype.name], w.contracted_size, w.format)
+    words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
+    return _product(words, w, TokenTerms(None, None, None), columns, recovery, dtype or x.dtype, **options)
+
+
 def _product(
     x_words,
     w: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: ExpandedRecovery,
+    recovery: ExpandedRecovery | FloatTokens,
     dtype,
     *,
     activation: Activation | None = None,
@@ -111,7 +142,8 @@ def _product(
     blocks: int = MULTIPROCESSORS,
     interpret=None,
 ) -> Array:
-    if w.float_terms is None and recovery.k > recovery.most_elements:
+    sums_integers = isinstance(recovery, ExpandedRecovery) and w.float_terms is None
+    if sums_integers and recovery.k > recovery.most_elements:
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
     if activation is not None and activation.gated and not w.gated:
         raise ValueError(f"{activation} takes gates and values of an array that is prepared with gated=True")
@@ -119,8 +151,10 @@ def _product(
         raise ValueError(f"{activation} is of an array that is prepared without gates, not of {w}")
     m, n = x_words.shape[1], w.row_sums.shape[-2]
     if tiling is None:
-        tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks, float_terms=w.float_terms)
+        kinds = {"float_terms": w.float_terms, "rows_of_stage": 2 if isinstance(recovery, FloatTokens) else 1}
+        tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks, **kinds)
     static = (w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling, w.float_terms)
     problem = FewTokensProblem(m, n, recovery, *static)
-    x_words = in_natural_order(x_words) if w.natural_order else x_words
+    if w.natural_order and not problem.float_tokens:
+        x_words = in_natural_order(x_words)
     return launch(problem, x_words[0], w, tokens, columns, blocks=blocks, interpret=interpret)

@@ -6,11 +6,15 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import chunk_words
@@ -67,10 +71,13 @@ class FewTokensTiling:
         """Stages of K in a slot."""
         return self.splits * self.depth
 
-    @property
-    def token_stages(self) -> int:
-        """Stages of a token in a slot: an odd number, so that a swizzle spreads the rows of eight tokens over banks."""
-        return self.stages | 1
+    def token_rows(self, rows_of_stage: int = 1) -> int:
+        """Rows of 128 bytes of a token in a slot: an odd number, so that a swizzle spreads those of eight tokens.
+
+        Args:
+          rows_of_stage: of a token: 1 of bytes, 2 of 16-bit floats.
+        """
+        return self.stages * rows_of_stage | 1
 
     def clusters(self, blocks: int) -> int:
         """Clusters that run at a time: GPCs of 18 multiprocessors have two that no cluster of four takes."""
@@ -88,13 +95,28 @@ class FewTokensTiling:
 
 
 @dataclasses.dataclass(frozen=True)
+class FloatTokens(FloatRecovery):
+    """The `recovery` of float activations.
+
+    Attributes:
+      w_format: of the weights.
+    """
+
+    w_format: BipolarFormat
+
+    def expansion(self, chunks: int) -> FloatExpansion:
+        """How fields become floats, with so many chunks of a stage that have terms of their own."""
+        return FloatExpansion(self.w_format, chunks, FLOATS[self.kind])
+
+
+@dataclasses.dataclass(frozen=True)
 class FewTokensProblem:
     """One product, all static.
 
     Attributes:
       m: tokens.
       n: columns of the weights.
-      recovery: how sums of bytes make the product of values.
+      recovery: how sums of bytes, or of floats, make the product of values.
       w_bits: of the codes of weights.
       chunks: chunks of a stage with terms of their own; 0 without groups.
       gated: whether the columns are gates and as many values.
@@ -106,7 +128,7 @@ class FewTokensProblem:
 
     m: int
     n: int
-    recovery: ExpandedRecovery
+    recovery: ExpandedRecovery | FloatTokens
     w_bits: int
     chunks: int
     gated: bool
@@ -118,7 +140,22 @@ class FewTokensProblem:
     @property
     def sums_dtype(self) -> jnp.dtype:
         """Of the sums that warps and blocks hand over."""
-        return jnp.dtype(jnp.int32 if self.float_terms is None else jnp.float32)
+        return jnp.dtype(jnp.float32 if self.float_tokens or self.float_terms is not None else jnp.int32)
+
+    @property
+    def float_tokens(self) -> bool:
+        """Whether activations are floats."""
+        return isinstance(self.recovery, FloatTokens)
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of 128 bytes of a token in a slot."""
+        return self.tiling.token_rows(self.rows_of_stage)
+
+    @property
+    def rows_of_stage(self) -> int:
+        """Of a token."""
+        return 2 if self.float_tokens else 1
 
     @property
     def chunk_words(self) -> int:
@@ -164,7 +201,8 @@ class FewTokensProblem:
 
     @property
     def shared_memory_bytes(self) -> int:
-        slot = _slot_bytes(self.tiling, self.m, self.w_bits, self.chunks * self.chunk_words)
+        term_words = self.chunks * self.chunk_words
+        slot = _slot_bytes(self.tiling, self.m, self.w_bits, term_words, self.rows_of_stage)
         return self.tiling.slots * slot + _other_bytes(self.tiling)
 
     def check(self) -> None:
@@ -209,6 +247,7 @@ def few_tokens_tiling(
     blocks: int = MULTIPROCESSORS,
     *,
     float_terms: FloatTerms | None = None,
+    rows_of_stage: int = 1,
 ) -> FewTokensTiling:
     """The tiling with the least time to read what the busiest block reads; of several the one with the fewest parts.
 
@@ -219,6 +258,7 @@ def few_tokens_tiling(
       gated: whether the columns are gates and as many values.
       blocks: thread blocks.
       float_terms: the form of float scales of groups; None if there are none.
+      rows_of_stage: rows of 128 bytes of a token in a stage.
     """
     total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks * chunk_words(float_terms))
     most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
@@ -226,7 +266,7 @@ def few_tokens_tiling(
     def cycles(tiling: FewTokensTiling) -> float:
         parts, cluster = tiling.parts, tiling.cluster
         rounds = -(-total // (parts * tiling.clusters(blocks)))
-        arriving = parts * part + m * BYTES_PER_ROW
+        arriving = parts * part + m * rows_of_stage * BYTES_PER_ROW
         stage = max(parts * part / _FROM_MEMORY, arriving / _ARRIVING)
         return rounds * stages * stage / cluster + (_EXCHANGE if cluster > 1 else 0)
 
@@ -247,18 +287,23 @@ def few_tokens_tiling(
             for tiling in sorted(by_warpgroups, key=lambda tiling: -tiling.workers):
                 for depth in range(depth_of(tiling) if tiling.workers else 0, 0, -1):
                     tiling_of_depth = dataclasses.replace(tiling, depth=depth)
-                    fitted = with_slots(tiling_of_depth, m, w_bits, chunks, float_terms)
+                    fitted = with_slots(tiling_of_depth, m, w_bits, chunks, float_terms, rows_of_stage)
                     if fitted.slots >= least_slots:
                         return fitted
     raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
 
 
 def with_slots(
-    tiling: FewTokensTiling, m: int, w_bits: int, chunks: int, float_terms: FloatTerms | None = None
+    tiling: FewTokensTiling,
+    m: int,
+    w_bits: int,
+    chunks: int,
+    float_terms: FloatTerms | None = None,
+    rows_of_stage: int = 1,
 ) -> FewTokensTiling:
-    """The tiling with as many slots as fit shared memory and are of use."""
+    """The tiling with as many slots as fit shared memory and are of use; arguments as of `few_tokens_tiling`."""
     free = SHARED_MEMORY_BYTES - _other_bytes(tiling)
-    slot = _slot_bytes(tiling, m, w_bits, chunks * chunk_words(float_terms))
+    slot = _slot_bytes(tiling, m, w_bits, chunks * chunk_words(float_terms), rows_of_stage)
     return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // slot))
 
 
@@ -272,8 +317,8 @@ def _term_stages(tiling: FewTokensTiling, term_words: int) -> int:
     return tiling.stages + tiling.stages * tiling.parts * (term_words // CHUNK_WORDS) % 2
 
 
-def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, term_words: int) -> int:
-    tokens = -(-m // CHUNK) * CHUNK * tiling.token_stages * BYTES_PER_ROW
+def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, term_words: int, rows_of_stage: int) -> int:
+    tokens = -(-m // CHUNK) * CHUNK * tiling.token_rows(rows_of_stage) * BYTES_PER_ROW
     weights = tiling.stages * tiling.parts * 4 * w_bits * WORDS_PER_VECTOR
     return tokens + weights + _term_stages(tiling, term_words) * tiling.parts * 4 * term_words
 

@@ -25,6 +25,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
     ColumnTerms,
     TokenTerms,
     activate,
+    finish_floats,
     finish_scaled_transposed,
     finish_transposed,
 )
@@ -60,7 +61,7 @@ class Sources(NamedTuple):
     """Arrays, in the kernel refs in memory.
 
     Attributes:
-      x: uint32 [m, stages, 32], signed bytes of the tokens.
+      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
       group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
       tokens: terms [m] or more.
@@ -88,7 +89,7 @@ def launch(
 
     Args:
       problem: the static side.
-      x_words: signed codes of tokens, zero beyond the true K.
+      x_words: signed codes or floats of tokens, zero beyond the true K.
       weights: [k, n].
       tokens, columns: the epilogue's terms, as in `gemm_expanded.launch`.
       blocks: persistent thread blocks, at most one a multiprocessor.
@@ -145,7 +146,7 @@ def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
     weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, problem.chunks, problem.chunk_words)
     return dict(
         # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
-        x_ring=ring((tiling.slots, problem.width, tiling.token_stages, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
+        x_ring=ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
         words_ring=ring((*weights, tiling.stages, problem.w_bits, WORDS_PER_VECTOR)),
         terms_ring=ring((*weights, *terms)) if problem.chunks else None,
         full=plgpu.Barrier(num_arrivals=3 if problem.chunks else 2, num_barriers=tiling.slots),
@@ -219,7 +220,10 @@ def _produce(problem: FewTokensProblem, sources: Sources, work: _Work, rings, ba
             first = (turn * tiling.cluster + lax.axis_index("rank")) * tiling.stages
             copies = [
                 (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
-                (sources.x.at[:, pl.ds(first, tiling.token_stages)], x_ring.at[slot, pl.ds(0, problem.m)]),
+                (
+                    sources.x.at[:, pl.ds(first * problem.rows_of_stage, problem.token_rows)],
+                    x_ring.at[slot, pl.ds(0, problem.m)],
+                ),
             ]
             if terms_ring is not None:
                 copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
@@ -351,6 +355,8 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
         rows = pl.ds(FINISH_ROWS * group, FINISH_ROWS)
         product = plgpu.load(totals.at[block, rows], layout=ACCUMULATOR, optimized=False)
         finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
+        if problem.float_tokens:
+            finish = functools.partial(finish_floats, token_axis=1)
         return finish(
             plgpu.layout_cast(product, plgpu.Layout.WGMMA),
             problem.recovery,

@@ -29,7 +29,7 @@ from bipolar_jax.kernels.sm90.core.fragments import (
 )
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS
-from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
+from bipolar_jax.kernels.sm90.prepared_few_tokens import float_threads, threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
     FINISH_ROWS,
@@ -38,7 +38,8 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     FewTokensProblem,
 )
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import scaled_products
-from bipolar_jax.packing.fields import PART_ROWS, STAGE, expand_part
+from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import TOKEN_WORDS, positions_by_pair
+from bipolar_jax.packing.fields import OFFSET_BIAS, PART_ROWS, STAGE, STEPS, expand_part
 
 _ACCUMULATOR_ROWS = 2 * FINISH_ROWS
 Sums = Num[Array, "128 width"]
@@ -49,20 +50,42 @@ def zero_sums(problem: FewTokensProblem) -> Sums:
     return plgpu.layout_cast(jnp.zeros((_ACCUMULATOR_ROWS, problem.width), problem.sums_dtype), ACCUMULATOR)
 
 
+def _float_products(problem: FewTokensProblem, words, terms, tokens):
+    """Products of a slot's stages with float tokens, [parts, stages, PART_ROWS, m]; for twins."""
+    max_value, stages = problem.recovery.w_format.max_value, problem.tiling.stages
+    expanded = expand_part(words, terms)
+    values = 2 * expanded - max_value if terms is None else expanded - OFFSET_BIAS
+    dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[problem.recovery.kind]
+    rows = tokens.reshape(*tokens.shape[:1], -1)[: problem.m, : stages * TOKEN_WORDS]
+    steps = lax.bitcast_convert_type(rows, dtype).reshape(problem.m, stages, STEPS, -1)
+    positions = positions_by_pair(steps).reshape(problem.m, stages, STAGE).astype(jnp.float32)
+    return jnp.einsum("psrk,msk->psrm", values.astype(jnp.float32), positions, precision=lax.Precision.HIGHEST)
+
+
 def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup):
-    tiling = problem.tiling
-    terms = None if terms is None else terms[:, pl.ds(0, tiling.stages)]
-    expanded = expand_part(words[...], terms if problem.float_terms is None else None)
-    token_bytes = lax.bitcast_convert_type(tokens[...], jnp.int8)
+    terms = None if terms is None else terms[:, pl.ds(0, problem.tiling.stages)]
+    slot = (words[...], terms, tokens[...])
     plgpu.commit_smem()  # for the race detector: orders these reads before the next load into the slot
+    products = (_float_products if problem.float_tokens else _byte_products)(problem, *slot)
+    return _add_products(problem, sums, products, warpgroup)
+
+
+def _byte_products(problem: FewTokensProblem, words, terms, tokens):
+    """Likewise with tokens of bytes."""
+    tiling = problem.tiling
+    expanded = expand_part(words, terms if problem.float_terms is None else None)
+    token_bytes = lax.bitcast_convert_type(tokens, jnp.int8)
     token_bytes = token_bytes.reshape(*token_bytes.shape[:2], STAGE)[: problem.m, : tiling.stages]
     # At most 255 * 128 * 128 a stage: exact in float32.
     expanded, token_bytes = expanded.astype(jnp.float32), token_bytes.astype(jnp.float32)
     if problem.float_terms is None:
-        products = jnp.einsum("psrk,msk->psrm", expanded, token_bytes).astype(jnp.int32)
-    else:
-        by_chunk = token_bytes.reshape(problem.m, tiling.stages, problem.chunks, -1)
-        products = scaled_products(expanded, by_chunk, terms, problem.recovery.w_format, problem.float_terms)
+        return jnp.einsum("psrk,msk->psrm", expanded, token_bytes).astype(jnp.int32)
+    by_chunk = token_bytes.reshape(problem.m, tiling.stages, problem.chunks, -1)
+    return scaled_products(expanded, by_chunk, terms, problem.recovery.w_format, problem.float_terms)
+
+
+def _add_products(problem: FewTokensProblem, sums, products, warpgroup):
+    tiling = problem.tiling
     products = products.reshape(tiling.parts, tiling.depth, tiling.splits, PART_ROWS, problem.m)
     by_worker = jnp.sum(products, axis=1).swapaxes(0, 1).reshape(tiling.workers, PART_ROWS, problem.m)
     by_warp = jnp.pad(by_worker, ((0, tiling.warps - tiling.workers), (0, 0), (0, problem.width - problem.m)))
@@ -72,7 +95,7 @@ def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, w
 
 @with_twin(_multiply_slot_twin)
 def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Int[Array, ""]) -> Sums:
-    """Adds the products of this warpgroup's stages of a slot; see `threads.multiply_slot`."""
+    """Adds the products of this warpgroup's stages of a slot; see `multiply_slot` of `threads`, `float_threads`."""
     refs = [words] if terms is None else [words, terms]
 
     @plgpu.inline_mgpu(
@@ -80,10 +103,9 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
         return_type=plgpu.ShapeDtypeStruct(sums.shape, problem.sums_dtype, layout=ACCUMULATOR),
     )
     def inline(_, sums, warpgroup, tokens, words, *terms):
-        numbers = threads.multiply_slot(
-            problem, numbers_of(sums), words, terms[0] if terms else None, tokens, scalar_of(warpgroup)
-        )
-        is_signed = True if problem.float_terms is None else None
+        multiply = (float_threads if problem.float_tokens else threads).multiply_slot
+        numbers = multiply(problem, numbers_of(sums), words, terms[0] if terms else None, tokens, scalar_of(warpgroup))
+        is_signed = True if problem.sums_dtype == "int32" else None
         return as_array(numbers, sums.shape, ACCUMULATOR, is_signed=is_signed)
 
     return inline(sums, jnp.int32(warpgroup), tokens, *refs)
@@ -200,6 +222,8 @@ def _gather_tokens_twin(problem: FewTokensProblem, sources, targets):
 def gather_tokens(problem: FewTokensProblem, sources: Any, targets: Any) -> None:
     """Copies the `TokenTerms` to shared memory; see `threads.gather_tokens`."""
     sources, targets = jax.tree.leaves(sources), jax.tree.leaves(targets)
+    if not sources:  # float activations have no terms
+        return
 
     @plgpu.inline_mgpu(arg_types=tuple([plgpu.RefType()] * (2 * len(sources))))
     def inline(_, *refs):

@@ -41,7 +41,7 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
       sums: of this warp.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR] in shared memory.
       terms: uint32 [parts, term_stages, chunks, chunk_words] in shared memory, or None.
-      tokens: uint32 [tokens, token_stages, 32] in shared memory, swizzled.
+      tokens: uint32 [tokens, token_rows, 32] in shared memory, swizzled.
       warpgroup: of the calling threads.
     """
     tiling = problem.tiling
@@ -53,11 +53,11 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
         total = list(sums)
         for turn in range(tiling.depth):
             stage = ptx.plus(split, tiling.splits * turn)
-            my_words = _stage_of_part(words, part, stage, tiling.stages, 4 * problem.w_bits * WORDS_PER_VECTOR)
+            my_words = stage_of_part(words, part, stage, tiling.stages, 4 * problem.w_bits * WORDS_PER_VECTOR)
             my_terms = (
                 None
                 if terms is None
-                else _stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * problem.chunk_words)
+                else stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * problem.chunk_words)
             )
             load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, stage)
             add_half = _add_half if problem.float_terms is None else _add_scaled_half
@@ -70,14 +70,15 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
     return ptx.update_if(ptx.less(index, tiling.workers), sums, add_stages)
 
 
-def _stage_of_part(array, part: Value, stage: Value, stages: int, nbytes: int) -> Pointer:
+def stage_of_part(array, part: Value, stage: Value, stages: int, nbytes: int) -> Pointer:
+    """Where a stage of a part begins in an array [parts, stages, nbytes]."""
     return ptx.advance(ptx.pointer(array, SHARED), ptx.times(ptx.plus(ptx.times(part, stages), stage), nbytes))
 
 
 def _token_loader(problem: FewTokensProblem, tokens: Pointer, lane: Value, stage: Value):
     """load(half, chunk): the operands of both steps of half a stage, of eight tokens; two words each."""
     # Lane 8 i + r points to segment i of half a stage of token r.
-    row = ptx.plus(ptx.times(ptx.bits_of(lane, CHUNK - 1), problem.tiling.token_stages), stage)
+    row = ptx.plus(ptx.times(ptx.bits_of(lane, CHUNK - 1), problem.token_rows), stage)
     start, segment = ptx.advance(tokens, ptx.times(row, BYTES_PER_ROW)), ptx.shift_right(lane, 3)
     in_swizzle = ptx.bits_of(row, _ROWS_OF_SWIZZLE - 1)
 
@@ -88,9 +89,7 @@ def _token_loader(problem: FewTokensProblem, tokens: Pointer, lane: Value, stage
 
     def load(half: int, chunk: int) -> list[Value]:
         # Eight rows further on the swizzle is the same.
-        return ptx.load_matrices(
-            ptx.advance(of_half(half), CHUNK * problem.tiling.token_stages * BYTES_PER_ROW * chunk)
-        )
+        return ptx.load_matrices(ptx.advance(of_half(half), CHUNK * problem.token_rows * BYTES_PER_ROW * chunk))
 
     return load
 

@@ -41,8 +41,9 @@ def codes(n: int, k: int, bits: int):
         (70, groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
         (65, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
         (66, codes(40, 136, 8).prepare(), jnp.bfloat16),
+        (3, groups(140, 72).prepare(gated=True), jnp.bfloat16),
     ],
-    ids=["packed groups", "gated, float16", "8 bits"],
+    ids=["packed groups", "gated, float16", "8 bits", "few tokens"],
 )
 def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype):
     k, n = w.shape
@@ -65,7 +66,10 @@ def test_plans_are_explained():
     for explained in (packed, prepared):
         assert explained.implementation == "sm90"
         assert explained.kernel.startswith("bfloat16 tensor cores, weights of 4 bits in integer groups of 128 expanded")
-    assert packed.reason.endswith("; lays them out in every call, prepare_for_inference once")
+    assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
+    with interpreted(plgpu.InterpretGPUParams()):
+        few = bj.explain(jax.ShapeDtypeStruct((1, 4096), jnp.float16), w, None)
+    assert few.kernel == "float16 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers"
 
 
 @needs_compiler

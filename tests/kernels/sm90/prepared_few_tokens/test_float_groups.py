@@ -89,7 +89,7 @@ def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
     natural = np.array(code_words(jnp.asarray(x), A8, "int8")).view(np.uint8)
     if prepared.natural_order:
         natural = (x.astype(int) - 128).astype(np.int8).view(np.uint8)
-    slot = np.zeros((problem.width, tiling.token_stages, 128), np.uint8)
+    slot = np.zeros((problem.width, problem.token_rows, 128), np.uint8)
     slot[:m, : tiling.stages] = natural.reshape(m, -1, 128)
     words, terms = (
         np.array(array).reshape(PARTS, *array.shape[2:])[: tiling.parts].copy()

@@ -119,7 +119,7 @@ def test_threads_multiply_and_add_up(group_size, tiling, monkeypatch):
     problem = problem_of(bits, prepared.chunks, m, n, k, tiling)
     x = random_codes(A8, m, k, 0)
     token_bytes = np.array(code_words(jnp.asarray(x), A8, "int8")).view(np.uint8).reshape(m, -1, 128)
-    slot = np.zeros((problem.width, tiling.token_stages, 128), np.uint8)
+    slot = np.zeros((problem.width, problem.token_rows, 128), np.uint8)
     slot[:m, : tiling.stages] = token_bytes
     words, terms = (
         None if array is None else np.array(array).reshape(PARTS, *array.shape[2:])[: tiling.parts].copy()
