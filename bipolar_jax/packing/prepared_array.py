@@ -111,8 +111,7 @@ class PreparedArray(BipolarNumbers):
         codes, scale, offset, row_sums = self.codes(), self.scale, self.offset, self.row_sums
         signed, group_size = self.signed_rows(), self.scale_group_size
         if self.float_terms is not None:
-            scale, offset = _over_batch(self._unpacked_float_terms, 5)(self.terms)
-            scale, offset, group_size = scale * self.scale, offset * self.scale, self.group_size
+            (scale, offset), group_size = (term * self.scale for term in self.group_scales()), self.group_size
             row_sums = jnp.sum(split_groups(codes, group_size), axis=-1, dtype=jnp.int32)
         signed = jnp.moveaxis(split_groups(signed, group_size), -2, -3)
         static = (self.format, self.contracted_size, self.axis, self.group_size)
@@ -135,6 +134,14 @@ class PreparedArray(BipolarNumbers):
     def value_sums(self) -> Int[Array, "*batch n scales"]:
         """As in `BipolarArray`."""
         return super().value_sums() if self.float_terms is None else self.with_scales().value_sums()
+
+    def codes_by_position(self) -> UInt8[Array, "n padded_k"]:
+        """Codes of an array without a batch in the order of positions (`packing.fields`), up to whole stages."""
+        return _out_of_tiles(unpack_fields(self.words, True), self.row_sums.shape[-2], self.gated)
+
+    def group_scales(self) -> tuple[Float[Array, "*batch n groups"], Float[Array, "*batch n groups"]]:
+        """Float scales and offsets of groups, below `scale`, without which an array must not be asked."""
+        return _over_batch(self._unpacked_float_terms, 5)(self.terms)
 
     def check(self) -> None:
         """Raises ValueError if the shapes of the leaves do not fit each other and the static attributes."""

@@ -13,11 +13,18 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
-from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, describe_expanded, plan_expanded
+from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    check_layout,
+    describe_expanded,
+    has_float_terms,
+    plan_expanded,
+)
+from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
+from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 
 
@@ -25,9 +32,11 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: Bipo
     """See `Backend.integer_matmul`.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements.
+      Unsupported: groups that are no multiple of 16 elements; float scales of groups.
     """
     w = laid_out(w)
+    if w.float_terms is not None:
+        raise Unsupported("the integer sums of groups do not leave the chip")
     m, interpret = codes.shape[0], interpret_params()
     tiling = plan_expanded(m, w, jnp.int32).tiling
     if m <= FEW_TOKENS_LIMIT:
@@ -74,6 +83,8 @@ def expanded_tokens_matmul(
         # An epilogue has either of them.
         return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
     m, interpret = tokens.words.shape[1], interpret_params()
+    if w.float_terms is not None and m > FEW_TOKENS_LIMIT:
+        return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
     options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
     if m <= FEW_TOKENS_LIMIT:
         product = few_tokens_product(tokens, w, a_format, bias, dtype, **options)
@@ -86,8 +97,11 @@ def expanded_tokens_matmul(
     return tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)
 
 
-def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
+def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat) -> Plan:
     """See `Backend.plan_matmul`."""
+    if has_float_terms(w) and m > FEW_TOKENS_LIMIT:
+        check_row(w.contracted_size, dtype)
+        return explain_scaled(m, a_format, w)
     choice = plan_expanded(m, w, dtype)
     check_row(w.contracted_size, dtype)
     return Plan(describe_expanded(w), choice.reason, choice.tiling)

@@ -239,7 +239,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
     if a_format is None:
         return _plan_weight_only(m, dtype, w)
     if is_expanded(w):
-        return expanded_products.plan_matmul(m, dtype, w)
+        return expanded_products.plan_matmul(m, dtype, w, a_format)
     choice = choose_kernel(m, w, a_format)
     check_row(w.contracted_size, dtype)
     return Plan(describe(choice, w, a_format), choice.reason, choice.tiling)
