@@ -19,12 +19,12 @@ class AffineGrid:
     Attributes:
       step: at least 0; a group of step 0 has one number.
       base: the number of code 0.
-      largest: the largest code.
+      largest: the largest code. It is no static field, so that all formats share compiled programs.
     """
 
     step: Float[Array, "*groups n"]
     base: Float[Array, "*groups n"]
-    largest: int = dataclasses.field(metadata={"static": True})
+    largest: int | Int[Array, ""]
 
     def of(self, groups: Int[Array, "*k"]) -> AffineGrid:
         """The grid of one group or several, given their indices."""

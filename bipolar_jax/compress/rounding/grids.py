@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.compress.rounding.affine_grid import AffineGrid
 from bipolar_jax.compress.rounding.descent import GroupSums, change_grids
@@ -25,7 +25,7 @@ class FreeGrid:
 
     step: Float[Array, "groups n"]
     base: Float[Array, "groups n"]
-    largest: int = dataclasses.field(metadata={"static": True})
+    largest: int | Int[Array, ""]
 
     def affine(self) -> AffineGrid:
         return AffineGrid(self.step, self.base, self.largest)
@@ -57,7 +57,7 @@ class ZeroPointGrid:
 
     step: Float[Array, "groups n"]
     zero: Float[Array, "groups n"]
-    largest: int = dataclasses.field(metadata={"static": True})
+    largest: int | Int[Array, ""]
     symmetric: bool = dataclasses.field(metadata={"static": True})
 
     def affine(self) -> AffineGrid:
@@ -89,7 +89,7 @@ class IntegerGrid:
     row_scale: Float[Array, "n"]
     s: Float[Array, "groups n"]
     o: Float[Array, "groups n"]
-    largest: int = dataclasses.field(metadata={"static": True})
+    largest: int | Int[Array, ""]
     keeps_zero: bool = dataclasses.field(metadata={"static": True})
 
     def affine(self) -> AffineGrid:

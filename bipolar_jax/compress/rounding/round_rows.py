@@ -7,15 +7,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid
 from bipolar_jax.compress.rounding.descent import descend
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
 from bipolar_jax.compress.rounding.grid_search import search_grid
 from bipolar_jax.compress.rounding.grids import FittedGrid, FreeGrid, IntegerGrid, ZeroPointGrid
-from bipolar_jax.compress.rounding.method import RoundedRows, Rounding
+from bipolar_jax.compress.rounding.method import Grid, RoundedRows, Rounding
 from bipolar_jax.compress.rounding.targets import asymmetric_target
-from bipolar_jax.format import as_format
+from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import flush_scale
 from bipolar_jax.quantize.groups import check_group_size, split_groups, valid_mask
 from bipolar_jax.quantize.integer_scale_search import power_of_two_at_or_below, search_integer_groups
@@ -76,7 +78,6 @@ def round_rows(
     return _round_rows(rows, hessian, cross if method.asymmetry > 0 else None, precision, method)
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "method"))
 def _round_rows(
     rows: Float[Array, "n k"],
     hessian: Float[Array, "k k"] | None,
@@ -84,73 +85,130 @@ def _round_rows(
     precision: Precision,
     method: Rounding,
 ) -> RoundedRows:
+    """One program after the other, so that a method compiles what no other has compiled for the same shape."""
     size = precision.group_size or rows.shape[1]
+    targets, hessian, diagonal, unit = _targets(rows, hessian, cross, method.damping, method.asymmetry)
+    grid = _grid(targets, diagonal if method.weighted_grid else None, precision, method.grid)
+    if method.algorithm == "nearest":
+        return _result(grid, _nearest(targets, _affine(grid), size), unit)
+    codes = _gptq(targets, hessian, _affine(grid), size, method.act_order, method.block)
+    for _ in range(method.descent_passes):
+        grid = _refit(targets, codes, hessian, grid, size)
+        codes = _descend(targets, codes, hessian, _affine(grid), size, method.block)
+    if method.descent_passes:
+        grid = _refit(targets, codes, hessian, grid, size)
+    return _result(grid, codes, unit)
+
+
+@functools.partial(jax.jit, static_argnames=("damping", "asymmetry"))
+def _targets(
+    rows: Float[Array, "n k"],
+    hessian: Float[Array, "k k"] | None,
+    cross: Float[Array, "k k"] | None,
+    damping: float,
+    asymmetry: float,
+) -> tuple[Float[Array, "k n"], Float[Array, "k k"] | None, Float[Array, "k"] | None, Float[Array, "n 1"]]:
+    """What is rounded, inputs first; the damped Hessian and its diagonal without damping, of mean 1; units of rows.
+
+    Units are powers of two, so that no square overflows or vanishes.
+    """
     rows = rows.astype(jnp.float32)
-    # In units of a power of two for each row, so that no square overflows or vanishes.
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
     unit = jnp.where(largest > 0, power_of_two_at_or_below(largest), 1.0)
     rows = (rows / unit).T
-    importance = None
-    if hessian is not None:
-        # In units of its mean diagonal.
-        mean = jnp.mean(jnp.diagonal(hessian))
-        per_mean = 1 / jnp.where(mean > 0, mean, 1.0)
-        hessian = per_mean / 2 * (hessian + hessian.T)
-        importance = split_groups(jnp.diagonal(hessian), size)
-        damped = with_damping(hessian, method.damping)
-        if cross is not None:
-            rows = asymmetric_target(rows, damped, per_mean * cross - hessian, method.asymmetry)
-        hessian = damped
-    find_grid = _integer_grid if precision.scales == "integer" else _float_grid
-    grid = find_grid(rows, importance if method.weighted_grid else None, precision, method)
-    rounded = _codes_on(grid, rows, hessian, size, method)
-    offset = None if rounded.offset is None else rounded.offset * unit
-    return dataclasses.replace(rounded, scale=flush_scale(rounded.scale * unit), offset=offset)
+    if hessian is None:
+        return rows, None, None, unit
+    mean = jnp.mean(jnp.diagonal(hessian))
+    per_mean = 1 / jnp.where(mean > 0, mean, 1.0)
+    hessian = per_mean / 2 * (hessian + hessian.T)
+    damped = with_damping(hessian, damping)
+    if cross is not None:
+        rows = asymmetric_target(rows, damped, per_mean * cross - hessian, asymmetry)
+    return rows, damped, jnp.diagonal(hessian), unit
+
+
+@functools.partial(jax.jit, static_argnames=("precision", "kind"))
+def _grid(rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precision: Precision, kind: Grid) -> FittedGrid:
+    """The grid of least squared error, before codes are known."""
+    number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
+    grouped, inside = split_groups(rows.T, size), valid_mask(len(rows), size)
+    weights = None if weights is None else split_groups(weights, size)
+    find = _integer_grid if precision.scales == "integer" else _float_grid
+    return find(grouped, inside, weights, number_format, kind)
 
 
 def _float_grid(
-    rows: Float[Array, "k n"], weights: Float[Array, "groups size"] | None, precision: Precision, method: Rounding
+    x: Float[Array, "n groups size"],
+    inside: Bool[np.ndarray, "groups size"],
+    weights: Float[Array, "groups size"] | None,
+    number_format: BipolarFormat,
+    kind: Grid,
 ) -> FreeGrid | ZeroPointGrid:
-    number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
-    grouped, inside = split_groups(rows.T, size), valid_mask(len(rows), size)
-    step, base, zero = search_grid(grouped, inside, number_format, method.grid, weights)
+    step, base, zero = search_grid(x, inside, number_format, kind, weights)
     if zero is None:
         return FreeGrid(step.T, base.T, number_format.max_value)
-    symmetric = method.grid == "symmetric" or number_format.bits == 1
-    return ZeroPointGrid(step.T, zero.T, number_format.max_value, symmetric)
+    return ZeroPointGrid(step.T, zero.T, number_format.max_value, kind == "symmetric" or number_format.bits == 1)
 
 
 def _integer_grid(
-    rows: Float[Array, "k n"], weights: Float[Array, "groups size"] | None, precision: Precision, method: Rounding
+    x: Float[Array, "n groups size"],
+    inside: Bool[np.ndarray, "groups size"],
+    weights: Float[Array, "groups size"] | None,
+    number_format: BipolarFormat,
+    kind: Grid,
 ) -> IntegerGrid:
-    number_format, size = as_format(precision.w_bits), precision.group_size
-    grouped, inside = split_groups(rows.T, size), valid_mask(len(rows), size)
-    keeps_zero = method.grid == "zero_point" and number_format.bits > 1
-    kind = "zero_point" if keeps_zero else "free"
-    step, base, _ = search_grid(grouped, inside, number_format, kind, weights)
-    scale, offset = step / 2, base + number_format.max_value * step / 2
+    largest = number_format.max_value
+    keeps_zero = kind == "zero_point" and number_format.bits > 1
+    step, base, _ = search_grid(x, inside, number_format, "zero_point" if keeps_zero else "free", weights)
     row_scale, groups = search_integer_groups(
-        grouped, inside, number_format, scale, offset, keeps_zero=keeps_zero, weights=weights
+        x, inside, number_format, step / 2, base + largest * step / 2, keeps_zero=keeps_zero, weights=weights
     )
     s, o = (a.T.astype(jnp.float32) for a in (groups.scale, groups.offset))
-    return IntegerGrid(row_scale[:, 0], s, o, number_format.max_value, keeps_zero)
+    return IntegerGrid(row_scale[:, 0], s, o, largest, keeps_zero)
 
 
-def _codes_on(
-    grid: FittedGrid, rows: Float[Array, "k n"], hessian: Float[Array, "k k"] | None, size: int, method: Rounding
-) -> RoundedRows:
-    """Codes on the grid, and the grid fitted to them."""
-    groups = jnp.arange(len(rows)) // size
-    if method.algorithm == "nearest":
-        return grid.with_codes(grid.affine().of(groups).codes(rows).astype(jnp.uint8))
-    codes = gptq(rows, hessian, grid.affine(), groups, act_order=method.act_order, block=method.block)
-    if method.descent_passes == 0:
-        return grid.with_codes(codes)
+def _groups(rows: Float[Array, "k n"], size: int) -> Int[Array, "k"]:
+    return jnp.arange(len(rows)) // size
 
-    def refit_and_descend(_, state):
-        grid, codes = state
-        grid = grid.refit(rows, codes, hessian, size)
-        return grid, descend(rows, codes, hessian, grid.affine(), groups, method.block)
 
-    grid, codes = jax.lax.fori_loop(0, method.descent_passes, refit_and_descend, (grid, codes))
-    return grid.refit(rows, codes, hessian, size).with_codes(codes)
+@jax.jit
+def _affine(grid: FittedGrid) -> AffineGrid:
+    return grid.affine()
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _nearest(rows: Float[Array, "k n"], grid: AffineGrid, size: int) -> UInt8[Array, "k n"]:
+    return grid.of(_groups(rows, size)).codes(rows).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "act_order", "block"))
+def _gptq(
+    rows: Float[Array, "k n"], hessian: Float[Array, "k k"], grid: AffineGrid, size: int, act_order: bool, block: int
+) -> UInt8[Array, "k n"]:
+    return gptq(rows, hessian, grid, _groups(rows, size), act_order=act_order, block=block)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _refit(
+    rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], grid: FittedGrid, size: int
+) -> FittedGrid:
+    return grid.refit(rows, codes, hessian, size)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "block"))
+def _descend(
+    rows: Float[Array, "k n"],
+    codes: UInt8[Array, "k n"],
+    hessian: Float[Array, "k k"],
+    grid: AffineGrid,
+    size: int,
+    block: int,
+) -> UInt8[Array, "k n"]:
+    return descend(rows, codes, hessian, grid, _groups(rows, size), block)
+
+
+@jax.jit
+def _result(grid: FittedGrid, codes: UInt8[Array, "k n"], unit: Float[Array, "n 1"]) -> RoundedRows:
+    rounded = grid.with_codes(codes)
+    offset = None if rounded.offset is None else rounded.offset * unit
+    return dataclasses.replace(rounded, scale=flush_scale(rounded.scale * unit), offset=offset)

@@ -9,17 +9,9 @@ import pytest
 from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.compress.rounding.affine_grid import AffineGrid
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
+from tests.compress.rounding.problems import hessian_of, losses_of
 
 N, K, GROUP, LARGEST = 6, 40, 16, 15
-
-
-def hessian_of(k: int, seed: int = 0, condition: float = 1e3) -> np.ndarray:
-    """A Hessian of mean diagonal 1 with eigenvalues down to 1 / condition of the largest."""
-    rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.normal(size=(k, k)))[0]
-    eigenvalues = np.geomspace(1, 1 / condition, k)
-    hessian = (basis * eigenvalues) @ basis.T
-    return hessian / np.mean(np.diag(hessian))
 
 
 def paper_gptq(w, hessian, step, base, act_order: bool) -> np.ndarray:
@@ -56,10 +48,6 @@ def test_codes_are_those_of_the_paper(act_order):
     np.testing.assert_array_equal(got.T, want)
 
 
-def loss(w, q, hessian) -> float:
-    return float(np.trace((w - q) @ hessian @ (w - q).T))
-
-
 def test_float32_serves_a_hessian_of_condition_1e7():
     """The least damping that float32 needs costs the loss less than 3%; that of the method hides the condition."""
     w, hessian, step, base, groups = problem(condition=1e7)
@@ -69,7 +57,8 @@ def test_float32_serves_a_hessian_of_condition_1e7():
         want = paper_gptq(w, exact, step[:, groups], base[:, groups], True)
         damped = with_damping(jnp.asarray(hessian, jnp.float32), damping)
         got = gptq(jnp.asarray(w.T, jnp.float32), damped, grid, jnp.asarray(groups), act_order=True, block=64)
-        losses = [loss(w, step[:, groups] * codes + base[:, groups], exact) for codes in (np.asarray(got).T, want)]
+        numbers = (step[:, groups] * np.asarray(codes, int) + base[:, groups] for codes in (got.T, want))
+        losses = [losses_of(w, q, exact).sum() for q in numbers]
         assert losses[0] < (1 + tolerance) * losses[1]
 
 
