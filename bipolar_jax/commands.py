@@ -1,4 +1,4 @@
-"""The commands bipolar-quantize, -calibrate, -generate and -train: the programs of `experiments`.
+"""The commands bipolar-quantize, -calibrate, -evaluate, -generate and -train: the programs of `experiments`.
 
 A wheel has the programs inside the package; in a checkout they lie beside it.
 """
@@ -18,6 +18,11 @@ def quantize() -> None:
 def calibrate() -> None:
     """Runs `experiments.calibrate`."""
     _run("calibrate")
+
+
+def evaluate() -> None:
+    """Runs `experiments.evaluate`."""
+    _run("evaluate")
 
 
 def generate() -> None:
