@@ -16,9 +16,9 @@ from bipolar_jax.packing.plane_sums import high_planes, times_power_of_two
 from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, has_float_groups, prepared
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
-from bipolar_jax.quantize.groups import split_groups
+from bipolar_jax.quantize.groups import in_blocks, split_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups, check_scales
-from bipolar_jax.quantize.integer_scale_search import in_blocks, integer_groups_of_codes, moments_of_codes
+from bipolar_jax.quantize.integer_scale_search import integer_groups_of_codes, moments_of_codes
 from bipolar_jax.quantize.rounding import check_finite
 
 

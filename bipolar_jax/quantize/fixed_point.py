@@ -106,3 +106,8 @@ def sums_with_values(
     )
     total = coarse_sum.astype(jnp.float32) + fine_sum.astype(jnp.float32) * jnp.float32(1 / steps)
     return total * jnp.float32(1 / per_step), squares.astype(jnp.float32)
+
+
+def power_of_two_at_or_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Of normal float32 numbers above 0, from their exponent bits."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)

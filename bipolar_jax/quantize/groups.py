@@ -1,10 +1,17 @@
-"""Groups: runs of consecutive elements of the contracted axis that share one scale."""
+"""Groups: runs of consecutive elements of the contracted axis that share one scale; blocks of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Shaped
+
+# A block of rows has about this many numbers, so that temporaries stay small beside large arrays.
+_BLOCK_NUMBERS = 1 << 22
 
 
 def num_groups(k: int, group_size: int | None) -> int:
@@ -61,3 +68,15 @@ def spread_groups(per_group: Shaped[Array, "*rows groups"], k: int, group_size: 
     """Repeats the number of each group for every element of that group."""
     size = k if group_size is None else group_size
     return jnp.repeat(per_group, size, axis=-1)[..., :k]
+
+
+def in_blocks(function: Callable[[Array], Any], rows: Shaped[Array, "rows k"]) -> Any:
+    """function(rows), arrays [rows, ...], computed for one block of rows after the other; zeros pad the last block."""
+    count, k = rows.shape
+    blocks = min(count, -(-count * k // _BLOCK_NUMBERS))
+    if blocks == 1:
+        return function(rows)
+    size = -(-count // blocks)
+    padded = jnp.pad(rows, ((0, blocks * size - count), (0, 0)))
+    results = jax.lax.map(function, padded.reshape(blocks, size, k))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], results)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.quantize.calibration import SMALLEST_SCALE, Calibration, calibrate, half_steps_per_unit
-from bipolar_jax.quantize.fixed_point import fixed_point_sum, sums_with_values
-from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups, valid_mask
+from bipolar_jax.quantize.fixed_point import fixed_point_sum, power_of_two_at_or_below, sums_with_values
+from bipolar_jax.quantize.groups import along_last, group_lengths, in_blocks, split_groups, valid_mask
 from bipolar_jax.quantize.integer_groups import LARGEST_VALUE, SMALLEST_VALUE, IntegerGroups, largest_scale
 from bipolar_jax.quantize.rounding import encode_rows
 
@@ -25,8 +22,6 @@ _ROW_SCALE_FITS = 3
 # What is added to the nearest integer scale of a group.
 _NEIGHBORS = np.array([0, -1, 1], np.float32)
 _OFFSET_FITS = 2
-# Rows are searched in blocks of about this many numbers, so that temporaries stay small beside large arrays.
-_BLOCK_NUMBERS = 1 << 22
 
 
 def round_to_integer_groups(
@@ -187,23 +182,6 @@ def moments_of_codes(
     beside_it = jnp.where(inside, grouped - near_mean[..., None], 0)
     shift, squares = (jnp.sum(terms, axis=-1).astype(jnp.float32) / count for terms in (beside_it, beside_it**2))
     return near_mean.astype(jnp.float32) + shift, jnp.maximum(squares - shift**2, 0.0)
-
-
-def power_of_two_at_or_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Of normal float32 numbers above 0, from their exponent bits."""
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
-
-
-def in_blocks(function: Callable[[Array], Any], rows: Shaped[Array, "rows k"]) -> Any:
-    """function(rows), arrays [rows, ...], computed for one block of rows after the other; zeros pad the last block."""
-    count, k = rows.shape
-    blocks = min(count, -(-count * k // _BLOCK_NUMBERS))
-    if blocks == 1:
-        return function(rows)
-    size = -(-count // blocks)
-    padded = jnp.pad(rows, ((0, blocks * size - count), (0, 0)))
-    results = jax.lax.map(function, padded.reshape(blocks, size, k))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], results)
 
 
 def search_integer_groups(

@@ -8,7 +8,7 @@ import pytest
 
 from bipolar_jax import TERNARY, BipolarFormat, Precision, fake_quant, quantize
 from bipolar_jax.packing import pack
-from bipolar_jax.quantize import integer_scale_search
+from bipolar_jax.quantize import groups as groups_module
 from bipolar_jax.quantize.calibration import default_calibration
 from bipolar_jax.quantize.integer_groups import IntegerGroups, largest_scale, max_contraction
 from tests.support.integer_products import normal
@@ -98,8 +98,8 @@ def test_a_stack_has_the_numbers_of_its_rows():
 
 
 def test_blocks_of_rows_give_what_all_rows_give(monkeypatch):
-    monkeypatch.setattr(integer_scale_search, "_BLOCK_NUMBERS", 5 * K)
-    sums, rows = integer_scale_search.in_blocks(lambda block: (block.sum(-1), block), jnp.asarray(ROWS))
+    monkeypatch.setattr(groups_module, "_BLOCK_NUMBERS", 5 * K)
+    sums, rows = groups_module.in_blocks(lambda block: (block.sum(-1), block), jnp.asarray(ROWS))
     np.testing.assert_array_equal(rows, ROWS)
     assert sums.shape == (N,)
 
@@ -157,9 +157,9 @@ def test_errors_say_what_to_do(arguments, message):
         ("W4A8g64", "integer"),
         ("W6A8g20", "integer"),
         ("W1.58A4g32", "integer"),
-        ("W4A16g64i", "integer"),
+        ("W4A16g64", "integer"),
         ("W4A8g64f", "float"),
-        ("W4A16g64", "float"),
+        ("W4A16g64f", "float"),
         ("W7A8g64", "float"),
         ("W4A8", "float"),
     ],

@@ -19,8 +19,9 @@ from bipolar_jax.compress.rounding.method import Grid, RoundedRows, Rounding
 from bipolar_jax.compress.rounding.targets import asymmetric_target
 from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import flush_scale
-from bipolar_jax.quantize.groups import check_group_size, split_groups, valid_mask
-from bipolar_jax.quantize.integer_scale_search import power_of_two_at_or_below, search_integer_groups
+from bipolar_jax.quantize.fixed_point import power_of_two_at_or_below
+from bipolar_jax.quantize.groups import check_group_size, in_blocks, split_groups, valid_mask
+from bipolar_jax.quantize.integer_scale_search import search_integer_groups
 from bipolar_jax.quantize.precision import Precision
 from bipolar_jax.quantize.rounding import check_finite, check_float
 
@@ -131,10 +132,19 @@ def _targets(
 def _grid(rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precision: Precision, kind: Grid) -> FittedGrid:
     """The grid of least squared error, before codes are known."""
     number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
-    grouped, inside = split_groups(rows.T, size), valid_mask(len(rows), size)
+    inside = valid_mask(len(rows), size)
     weights = None if weights is None else split_groups(weights, size)
-    find = _integer_grid if precision.scales == "integer" else _float_grid
-    return find(grouped, inside, weights, number_format, kind)
+    has_integers = precision.scales == "integer"
+    if has_integers and number_format.bits == 1:
+        kind = "free"  # one bit has no zero
+    find = _integer_grid if has_integers else _float_grid
+    found = in_blocks(lambda block: find(split_groups(block, size), inside, weights, number_format, kind), rows.T)
+    found = [array.T for array in found]
+    if has_integers:
+        return IntegerGrid(*found, number_format.max_value, kind == "zero_point")
+    if kind == "free":
+        return FreeGrid(*found, number_format.max_value)
+    return ZeroPointGrid(*found, number_format.max_value, kind == "symmetric" or number_format.bits == 1)
 
 
 def _float_grid(
@@ -143,11 +153,10 @@ def _float_grid(
     weights: Float[Array, "groups size"] | None,
     number_format: BipolarFormat,
     kind: Grid,
-) -> FreeGrid | ZeroPointGrid:
+) -> tuple[Array, ...]:
+    """The arrays of `FreeGrid` or `ZeroPointGrid`, rows first."""
     step, base, zero = search_grid(x, inside, number_format, kind, weights)
-    if zero is None:
-        return FreeGrid(step.T, base.T, number_format.max_value)
-    return ZeroPointGrid(step.T, zero.T, number_format.max_value, kind == "symmetric" or number_format.bits == 1)
+    return (step, base) if zero is None else (step, zero)
 
 
 def _integer_grid(
@@ -156,15 +165,14 @@ def _integer_grid(
     weights: Float[Array, "groups size"] | None,
     number_format: BipolarFormat,
     kind: Grid,
-) -> IntegerGrid:
-    largest = number_format.max_value
-    keeps_zero = kind == "zero_point" and number_format.bits > 1
-    step, base, _ = search_grid(x, inside, number_format, "zero_point" if keeps_zero else "free", weights)
+) -> tuple[Array, ...]:
+    """The arrays of `IntegerGrid`, rows first."""
+    step, base, zero = search_grid(x, inside, number_format, kind, weights)
+    offset = base + number_format.max_value * step / 2
     row_scale, groups = search_integer_groups(
-        x, inside, number_format, step / 2, base + largest * step / 2, keeps_zero=keeps_zero, weights=weights
+        x, inside, number_format, step / 2, offset, keeps_zero=zero is not None, weights=weights
     )
-    s, o = (a.T.astype(jnp.float32) for a in (groups.scale, groups.offset))
-    return IntegerGrid(row_scale[:, 0], s, o, largest, keeps_zero)
+    return row_scale[:, 0], groups.scale.astype(jnp.float32), groups.offset.astype(jnp.float32)
 
 
 def _groups(rows: Float[Array, "k n"], size: int) -> Int[Array, "k"]:
