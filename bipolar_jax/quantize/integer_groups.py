@@ -21,16 +21,9 @@ SMALLEST_VALUE, LARGEST_VALUE = -128, 127
 _INT32_MAX = 2**31 - 1
 
 
-def default_scales(
-    number_format: BipolarFormat, group_size: int | None, *, quantized_activations: bool = True
-) -> Scales:
-    """The kind of scales where none is named: "integer" for groups of 1 to 6 bits, else "float".
-
-    Precisions whose activations stay float, such as W4A16g64, keep "float": Hopper's kernels of float activations do
-    not take integer groups. `quantize` and `fake_quant` do not know the activations, and expect quantized ones.
-    """
-    has_integer_ones = group_size is not None and number_format.bits <= MOST_BITS
-    return "integer" if has_integer_ones and quantized_activations else "float"
+def default_scales(number_format: BipolarFormat, group_size: int | None) -> Scales:
+    """The kind of scales where none is named: "integer" for groups of 1 to 6 bits, else "float"."""
+    return "integer" if group_size is not None and number_format.bits <= MOST_BITS else "float"
 
 
 def check_scales(scales: str, number_format: BipolarFormat, group_size: int | None) -> None:

@@ -34,8 +34,8 @@ class Precision:
         output channel.
       calibration: how the scales of weights are chosen, see `quantize`; None becomes the default for the weight bits,
         see `default_calibration`.
-      scales: of the groups, "float" or "integer", see `quantize`; None becomes "integer" for groups of 1 to 6 bits if
-        activations are quantized, else "float".
+      scales: of the groups, "float" or "integer", see `quantize`; None becomes "integer" for groups of 1 to 6 bits,
+        else "float".
 
     `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
     store the fields.
@@ -83,9 +83,9 @@ class Precision:
     def parse(cls, text: str, calibration: Calibration | None = None) -> Precision:
         """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
 
-        The scales of groups are of the default kind: integer in "W4A8g64", float in "W8A8g64" and "W4A16g64". An f or i
-        after the group size names the kind, as in "W4A8g64f" and "W4A16g64i". The text does not name the calibration;
-        None is the default for the weight bits.
+        The scales of groups are of the default kind: integer in "W4A8g64" and "W4A16g64", float in "W8A8g64". An f or i
+        after the group size names the kind, as in "W4A8g64f". The text does not name the calibration; None is the
+        default for the weight bits.
 
         Raises:
           ValueError: text of another form, or bits outside 1..8.
@@ -114,5 +114,4 @@ class Precision:
         return f"W{number_format.name}A{activations}{group}"
 
     def _default_scales(self) -> Scales:
-        has_activations = self.a_bits is not None
-        return default_scales(as_format(self.w_bits), self.group_size, quantized_activations=has_activations)
+        return default_scales(as_format(self.w_bits), self.group_size)

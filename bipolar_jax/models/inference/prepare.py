@@ -39,8 +39,8 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
       layout: of packed weights. "planes" leaves them as they are. "bytes" makes one byte of each (`UnpackedArray`),
         8 / n times the memory of n bits, which CPUs multiply several times as fast; layers that name another backend
         than XLA stay planes. "tensor_cores" lays them out for Hopper's int8 tensor cores (`PreparedArray`) in the same
-        memory; tables, layers with float activations or that name another backend, and what has no such layout
-        (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
+        memory; tables, layers that name another backend, layers with float activations unless they have integer groups
+        and compute in 16 bits, and what has no such layout (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
         with integer groups, or with 4 bits, one scale a column and activations of 3 bits or more.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a float dtype, such as bfloat16, got {jnp.dtype(dtype).name}")
     if layout == "tensor_cores" or (layout is None and hopper_serves()):
-        _lay_out_for_tensor_cores(prepared, everything=layout is not None)
+        _lay_out_for_tensor_cores(prepared, jnp.dtype(dtype), everything=layout is not None)
     elif layout == "bytes" or (layout is None and default_device().platform == "cpu"):
         _unpack(prepared)
     return _in_dtype(prepared, jnp.dtype(dtype))
@@ -80,8 +80,8 @@ def _unpack(model: Transformer) -> None:
             setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
 
 
-def _lay_out_for_tensor_cores(model: Transformer, *, everything: bool) -> None:
-    """Prepares the weights of layers that Hopper's int8 tensor cores can multiply, one layer at a time.
+def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everything: bool) -> None:
+    """Prepares the weights of layers that Hopper's tensor cores can multiply, one layer at a time.
 
     Without `everything` those that are faster so. Products of fewer pairs of planes belong on the binary tensor cores;
     other widths with one scale a column have not been timed.
@@ -89,12 +89,15 @@ def _lay_out_for_tensor_cores(model: Transformer, *, everything: bool) -> None:
     modules = list(nnx.iter_modules(model))
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
     for _, layer in modules:
-        if not fuses(layer) or layer.implementation not in ("auto", "sm90") or layer.precision.a_bits is None:
+        if not fuses(layer) or layer.implementation not in ("auto", "sm90"):
             continue
         weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
         if not isinstance(weights, BipolarArray):
             continue
-        faster = weights.has_integer_groups or (weights.bits == 4 and layer.precision.a_bits >= 3)
+        a_bits = layer.precision.a_bits
+        if a_bits is None and not (weights.has_integer_groups and dtype.itemsize == 2):
+            continue
+        faster = weights.has_integer_groups or (weights.bits == 4 and a_bits >= 3)
         if not (everything or faster) or has_float_groups(weights):
             continue
         try:

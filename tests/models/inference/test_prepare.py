@@ -141,7 +141,7 @@ def kernels(model: Transformer) -> dict[str, type]:
 
 def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     groups = [("^layers/", bj.Precision.parse("W4A8g16")), ("embed", bj.Precision(8))]
-    rules = [("o_proj", bj.Precision.parse("W8A8")), ("down_proj", bj.Precision.parse("W4A16g16i")), *groups]
+    rules = [("o_proj", bj.Precision.parse("W8A8")), ("down_proj", bj.Precision.parse("W4A16g16")), *groups]
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized(rules))
         text = str(bj.explain_model(prepared, batch=2, length=64))
@@ -152,6 +152,23 @@ def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     assert prepared.layers.ffn.gate_up_proj.kernel.get_value().gated
     assert not prepared.layers.attention.qkv_proj.kernel.get_value().gated
     assert "weights of 4 bits in integer groups of 16 expanded in registers (estimated from tile sizes)" in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "kind"),
+    [
+        ("W4A16g16", jnp.bfloat16, PreparedArray),
+        ("W4A16g16", jnp.float32, bj.BipolarArray),  # tensor cores multiply 16-bit floats
+        ("W4A16g16f", jnp.bfloat16, bj.BipolarArray),
+        ("W4A16", jnp.bfloat16, bj.BipolarArray),
+    ],
+)
+def test_hopper_gets_integer_groups_for_float_activations_of_16_bits(precision, dtype, kind):
+    with interpreted(plgpu.InterpretGPUParams()):
+        prepared = prepare_for_inference(quantized([("^layers/", bj.Precision.parse(precision))]), dtype)
+        text = str(bj.explain_model(prepared, batch=2, length=64))
+    assert set(kernels(prepared).values()) == {kind}
+    assert ("bfloat16 tensor cores, weights of 4 bits in integer groups of 16" in text) == (kind is PreparedArray)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("W4A8", PreparedArray), ("W4A2", bj.BipolarArray)])
