@@ -287,6 +287,7 @@ class DotGeneral:
             rounded = fake_quant_by_step_size(rows, step_size, number_format, self.group_size)
         return jnp.swapaxes(rounded, -1, -2)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def initial_step_size(self, w: Float[Array, "*batch k n"]) -> Float[Array, "*batch n numbers"]:
         """Initial step sizes for training, float32.
 
