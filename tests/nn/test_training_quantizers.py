@@ -169,7 +169,7 @@ def test_dot_general_multiplies_with_normalized_weights_and_their_gradient(weigh
 
 def test_dot_general_multiplies_with_learned_steps_and_returns_their_gradient():
     x, w = normal(4, K), normal(K, 5, seed=1)
-    dot, numbers = DotGeneral(2, group_size=5), (((1,), (0,)), ((), ()))
+    dot, numbers = DotGeneral(2, group_size=5, scales="float"), (((1,), (0,)), ((), ()))
     step = 0.7 * dot.initial_step_size(w)
 
     def plain(w, step):
