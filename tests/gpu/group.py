@@ -36,11 +36,11 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
     "attention to the cache": ("attention", "cases", ()),
     **{
         f"decode step, {model}": ("decode_step", "cases", (model,))
-        for model in ("llama-2-7b", "llama-3-8b", "opt-6.7b", "bloom-7b1", "qwen2.5-7b")
+        for model in ("llama-2-7b", "llama-3-8b", "opt-6.7b", "bloom-7b1", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b")
     },
     **{
         f"decode step of prepared weights, {model}": ("decode_step", "prepared_cases", (model,))
-        for model in ("llama-3-8b", "qwen2.5-7b")
+        for model in ("llama-3-8b", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b", "qwen2.5-0.5b")
     },
 }
 

@@ -20,6 +20,7 @@ PUBLISHED = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
 }
 # OPT's table of positions is published with two rows that no position reads; we leave them out.
@@ -47,6 +48,7 @@ def test_an_unknown_name_lists_the_known():
         ("opt-6.7b", {"positions": "learned", "ffn": "relu", "norm": "layer", "tie_embeddings": True}),
         ("bloom-7b1", {"positions": "alibi", "ffn": "gelu", "norm": "layer", "embed_norm": True}),
         ("smollm2-1.7b", {"rope_theta": 130000.0, "context_length": 8192, "tie_embeddings": True}),
+        ("qwen2.5-0.5b", {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, "tie_embeddings": True}),
         ("qwen2.5-7b", {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, "tie_embeddings": False}),
     ],
 )

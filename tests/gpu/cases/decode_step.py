@@ -279,6 +279,7 @@ def small() -> dict[str, Case]:
     )
     planes = Step(config, "W2A8", 8, lengths=(0, 40), capacity=64, blocks=2, tokens=1)
     prepared = dataclasses.replace(planes, precision="W4A8g64i", prepared=True)
-    return {
-        name: Case(name, step.trial) for name, step in (("decode step", planes), ("decode step, prepared", prepared))
-    }
+    within_tile = dataclasses.replace(config, hidden_size=192, num_heads=2, head_dim=64, ffn_size=192)
+    heads_of_64 = dataclasses.replace(prepared, config=within_tile, precision="W4A8g128i", blocks=3)
+    steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
+    return {name: Case(name, step.trial) for name, step in steps.items()}

@@ -14,10 +14,9 @@ from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT, WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
-    HEAD_DIM,
     PRODUCTS,
     WAIT_LIMIT_MS,
     LayersShape,
@@ -91,13 +90,15 @@ def decode_layers(
         {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
         {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
     )
-    cos, sin = (jnp.ones(HEAD_DIM // 2), jnp.zeros(HEAD_DIM // 2)) if tables is None else tables
+    half = shape.head_dim // 2
+    cos, sin = (jnp.ones(half), jnp.zeros(half)) if tables is None else tables
+    copies = WARPGROUP // shape.head_dim
     cache = Cache(
         keys,
         values,
         jnp.reshape(length, (1,)).astype(jnp.int32),
-        jnp.concatenate([cos, cos]),
-        jnp.concatenate([-sin, sin]),
+        jnp.concatenate([cos, cos] * copies),
+        jnp.concatenate([-sin, sin] * copies),
         None if slopes is None else slopes.astype(jnp.float32) * math.log2(math.e),
         tuple(key_grids),
         tuple(value_grids),
@@ -159,8 +160,6 @@ def _shape(
         raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
     layers, _, kv_heads, capacity, row = keys.shape
     head_dim = row * 2 if cache_bits == 4 else row
-    if head_dim != HEAD_DIM:
-        raise Unsupported(f"heads must have {HEAD_DIM} numbers, not {head_dim}")
     if cache_bits is not None and capacity % TMA_ALIGNMENT:
         raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
     kinds = {name: (type(norm).__name__, norm.eps) for name, norm in norms.items()}
@@ -178,8 +177,9 @@ def _shape(
         num_layers=layers,
         hidden=hidden.shape[0],
         ffn=kernels["down"].contracted_size,
-        heads=kernels["o"].contracted_size // HEAD_DIM,
+        heads=kernels["o"].contracted_size // head_dim,
         kv_heads=kv_heads,
+        head_dim=head_dim,
         a_format=a_format,
         w_format=kernels["qkv"].format,
         norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",

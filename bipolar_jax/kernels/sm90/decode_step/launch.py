@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     Cache,
     CacheRing,
@@ -28,7 +29,6 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     copies_of_chunk,
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
-    HEAD_DIM,
     PRODUCTS,
     WARPGROUPS,
     Layers,
@@ -133,7 +133,7 @@ def _launch(
             product_sums=plgpu.SMEM((WARPGROUPS, shape.max_rows), jnp.int32),
             warp_results=plgpu.SMEM((8, BLOCK_WARPS), jnp.float32),
             code_sums=plgpu.SMEM((BLOCK_WARPS,), jnp.int32),
-            context_sums=plgpu.SMEM((BLOCK_WARPS, HEAD_DIM), jnp.float32),
+            context_sums=plgpu.SMEM((BLOCK_WARPS, WARPGROUP), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
             released=plgpu.Barrier(),
         ),

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.arithmetic import activations
 from bipolar_jax.kernels.sm90.core.fragments import VECTOR, pinned, repeat
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, PARTIAL_SIZE, PRODUCTS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
@@ -25,7 +26,14 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     prefetch,
     store_vector,
 )
-from bipolar_jax.kernels.sm90.decode_step.products import chunk_rows, column_terms, finish, prefetch_terms
+from bipolar_jax.kernels.sm90.decode_step.products import (
+    chunk_rows,
+    column_terms,
+    finish,
+    first_row,
+    prefetch_terms,
+    rows_of_layer,
+)
 from bipolar_jax.kernels.sm90.decode_step.quantize_token import layer_normalized, quantize_token, slice_starts
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
@@ -39,7 +47,7 @@ class Buffers(NamedTuple):
       hidden: input of the layer.
       attended: input of the feed-forward block.
       qkv: projections of every layer.
-      partials: partial attentions, `splits` of PARTIAL_SIZE for every head.
+      partials: partial attentions, `splits` of `partial_size` for every head.
       context: output of attention, by head.
       ffn: activations, input of the down projection.
     """
@@ -79,8 +87,8 @@ def buffers_of(shape: LayersShape) -> Buffers:
         shape.hidden,
         shape.hidden,
         shape.num_layers * shape.products["qkv"].n,
-        PARTIAL_SIZE * shape.heads * shape.splits,
-        shape.heads * HEAD_DIM,
+        shape.partial_size * shape.heads * shape.splits,
+        shape.heads * shape.head_dim,
         shape.ffn,
     )
     return Buffers(*(jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes))
@@ -94,7 +102,7 @@ class SharedMemory:
       product_sums: of a product, int32 [warpgroups, rows].
       warp_results: float32 [8, warps]: rows for `reductions`.
       code_sums: of the token, int32 [warps].
-      context_sums: of attention, float32 [warps, HEAD_DIM].
+      context_sums: of attention, float32 [warps, 128]; of shorter heads the rest of a row is not used.
       x_operand: the token, as the ring's `WeightKind` stores it.
       meet: waits for all consumer warpgroups of the block.
     """
@@ -125,7 +133,7 @@ class Phases:
         All other values that blocks will poll for get the opposite phase bit: the buffers are not initialized.
         """
         shape, outs = self._shape, self._outs
-        zeros = plgpu.layout_cast(jnp.zeros(HEAD_DIM, jnp.float32), VECTOR)
+        zeros = plgpu.layout_cast(jnp.zeros(WARPGROUP, jnp.float32), VECTOR)
 
         def clear(ref, name: str, start, phase) -> None:
             product = shape.products[name]
@@ -134,7 +142,8 @@ class Phases:
                 store_vector(ref, zeros, start + first, count, phase, product.by_parts)
 
         def clear_projections(layer) -> None:
-            clear(outs.qkv, "qkv", layer * shape.products["qkv"].n, 1 - phase_bit(layer))
+            qkv = shape.products["qkv"]
+            clear(rows_of_layer(qkv, outs.qkv, layer), "qkv", first_row(qkv, layer), 1 - phase_bit(layer))
 
         self._ring.kind.clear_sums(self._shared.product_sums, self._warpgroup)
 
@@ -249,14 +258,13 @@ class Phases:
 
     def _store(self, name: str, layer, halves, first, count) -> None:
         """Stores a chunk of a product; `halves` are gate and up, or one chunk."""
-        values = halves[0]
+        values, target, product = halves[0], getattr(self._outs, WRITTEN[name]), self._shape.products[name]
         if name == "qkv":
-            first += layer * self._shape.products["qkv"].n
+            target, first = rows_of_layer(product, target, layer), first + first_row(product, layer)
         elif name == "up":
             values = activations.ACCURATE[self._shape.activation.function](values)
             values = (values * halves[1] if len(halves) == 2 else values) + 0.0  # -0 with phase bit 1 would be negative
-        by_parts = self._shape.products[name].by_parts
-        store_vector(getattr(self._outs, WRITTEN[name]), values, first, count, phase_bit(layer), by_parts)
+        store_vector(target, values, first, count, phase_bit(layer), product.by_parts)
 
     def _slice_starts(self, name: str):
         return slice_starts(self._warpgroup, self._shape.products[name].k_slices)

@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90.core import ptx, wgmma
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, VECTOR, lane_and_warp, pinned, repeat, scalar_of, word_of
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import store_bit_planes
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, TILE, WARPGROUPS, LayersShape, Product
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TILE, WARPGROUPS, LayersShape, Product
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights, WeightRing
 
 _word_tiles = functools.partial(plgpu.SMEM, dtype=jnp.uint32, transforms=wgmma.TILE_TRANSFORMS)
@@ -147,7 +148,7 @@ class PlaneKind:
     def take_sums(self, sums, start, count) -> Int[Array, "128"]:
         del count
         return sum(
-            plgpu.load(sums.at[warpgroup, pl.ds(start, HEAD_DIM)], layout=VECTOR, optimized=False)
+            plgpu.load(sums.at[warpgroup, pl.ds(start, WARPGROUP)], layout=VECTOR, optimized=False)
             for warpgroup in range(WARPGROUPS)
         )
 

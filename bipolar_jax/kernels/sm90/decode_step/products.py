@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM, LayersShape, Product
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
 from bipolar_jax.kernels.sm90.decode_step.plane_products import PlaneKind
@@ -26,7 +28,10 @@ def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, 
     product = shape.products[name]
 
     def load(start, count):
-        return jax.tree.map(lambda ref: load_vector(ref, start, start + count, product.by_parts), weights.of_columns)
+        def of_ref(ref):
+            return load_vector(rows_of_layer(product, ref, layer), start, start + count, product.by_parts)
+
+        return jax.tree.map(of_ref, weights.of_columns)
 
     return [
         [load(*_term_range(product, layer, block, half, chunk)) for chunk in range(product.chunks)]
@@ -39,21 +44,34 @@ def prefetch_terms(shape: LayersShape, weights: ProductWeights, layer, name: str
     product = shape.products[name]
     for half in range(product.halves):
         start, _ = _term_range(product, layer, block, half, 0)
-        count = jnp.minimum(product.rows, product.half_size - block * product.rows)
+        count = jnp.minimum(product.rows, product.counted_rows - block * product.rows)
         for ref in jax.tree.leaves(weights.of_columns):
-            prefetch(ref, start, count, product.by_parts)
+            prefetch(rows_of_layer(product, ref, layer), start, count, product.by_parts)
 
 
 def _term_range(product: Product, layer, block, half: int, chunk: int):
-    """Where the terms of a chunk begin in the flat arrays of all layers, and how many there are."""
+    """Where the terms of a chunk begin in `rows_of_layer`, and how many there are."""
     first, count = chunk_rows(product, block, chunk)
-    return layer * product.n + half * product.half_size + first, count
+    return first_row(product, layer) + half * product.half_size + first, count
+
+
+def rows_of_layer(product: Product, ref, layer):
+    """The ref of a flat array [layers * n] in which `first_row` is the layer's first.
+
+    Vectors in the order of parts need an array that begins and ends with a tile, or ends with N.
+    """
+    return ref.at[pl.ds(layer * product.n, product.n)] if product.ragged else ref
+
+
+def first_row(product: Product, layer):
+    """The index of a layer's first row in `rows_of_layer`."""
+    return 0 if product.ragged else layer * product.n
 
 
 def chunk_rows(product: Product, block, chunk: int):
     """First row of a chunk of this block within a half of the output, and how many rows there are; may be negative."""
-    first = block * product.rows + chunk * HEAD_DIM
-    return first, jnp.minimum(product.rows - chunk * HEAD_DIM, product.half_size - first)
+    first = block * product.rows + chunk * WARPGROUP
+    return first, jnp.minimum(product.rows - chunk * WARPGROUP, product.counted_rows - first)
 
 
 def finish(
@@ -68,8 +86,8 @@ def finish(
 ) -> Float[Array, "128"]:
     """A chunk of a half of this block's output: y = s_x (s_w t + o_w X) + bias, as in `arithmetic.epilogue`."""
     product, recovery = shape.products[name], shape.recovery(name)
-    start = half * product.rows + chunk * HEAD_DIM
-    total = kind.take_sums(shared.product_sums, start, product.rows - chunk * HEAD_DIM)
+    start = half * product.rows + chunk * WARPGROUP
+    total = kind.take_sums(shared.product_sums, start, product.rows - chunk * WARPGROUP)
     code_sums = reduce_block(shared.code_sums, "sum")
     total = total * recovery.product_weight + recovery.row_term(code_sums)
     total = total + recovery.column_weight(grid.zero_code) * recovery.column_value_sums(terms.code_sums)

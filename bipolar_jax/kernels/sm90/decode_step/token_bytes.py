@@ -25,7 +25,7 @@ from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import code_encoder, codes_of, low_bytes, store_code_sums
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE
-from bipolar_jax.packing.fields import STEPS
+from bipolar_jax.packing.fields import STAGE, STEPS
 
 _EVERY_BYTE = 0x01010101
 _SEGMENTS, SEGMENT_WORDS = 4, 8  # of a stage
@@ -68,8 +68,9 @@ def _store_bytes_twin(
         total += jnp.sum(codes)
 
         @pl.when(start < k)
-        def _(index=index, codes=codes):
-            operand[index] = words_of((codes - a_format.code_offset).astype(jnp.int8), natural_order)
+        def _(index=index, codes=codes, start=start):
+            signed = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes - a_format.code_offset, 0)
+            operand[index] = words_of(signed.astype(jnp.int8), natural_order)
 
     store_code_sums(code_sums, warpgroup, total)
 
@@ -94,7 +95,8 @@ def store_bytes(
       operand: shared memory, uint32 [K slices, SLICE_WORDS].
       code_sums, warpgroup, k_slices, starts, half_steps, middle, a_format: as of `bit_planes.store_bit_planes`.
       indices: of the slices in `operand`.
-      k: the contracted size, a multiple of 8. Nothing is stored from there on.
+      k: the contracted size, a multiple of 8. From there on zeros are stored, to the end of a stage and no further:
+        weights of a group that ends there are not zero in all of the stage.
       natural_order: whether positions are elements, see `packing.fields`.
     """
     count = len(k_slices)
@@ -113,9 +115,15 @@ def store_bytes(
             words = [low_bytes(codes[i : i + 4]) for i in (0, 4)]
             for word in words:
                 total = ptx.choose(inside, ptx.add_bytes(word, total, signed=False), total)
-            with ptx.when(inside):
+            stored = inside
+            if k % STAGE:
+                stored = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), -(-k // STAGE) * STAGE)
+            with ptx.when(stored):
                 target = ptx.advance(first_word, ptx.times(scalar_of(index), K_SLICE))
-                store(target, thread, [signed_bytes(word, a_format) for word in words])
+                signed = [signed_bytes(word, a_format) for word in words]
+                if k % STAGE:
+                    signed = [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
+                store(target, thread, signed)
         store_code_sums(code_sums, scalar_of(warpgroup), total)
 
     inline(

@@ -12,7 +12,6 @@ import numpy as np
 from bipolar_jax import BipolarFormat, quantize
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import HEAD_DIM
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 
@@ -43,6 +42,7 @@ class Case:
     cache_bits: int | None = None
     prepared: bool = False
     group_size: int | None = None
+    head_dim: int = 128
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -50,15 +50,16 @@ class Case:
         def normal(*shape):
             return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-        context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        context, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {
             "qkv": (self.hidden, context + 2 * kv),
             "o": (context, self.hidden),
             "up": (self.hidden, (2 if self.activation.gated else 1) * self.ffn),
             "down": (self.ffn, self.hidden),
         }
-        angle = self.length * 10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
-        cache = (self.layers, 1, self.kv_heads, self.capacity, HEAD_DIM)
+        half = self.head_dim // 2
+        angle = self.length * 10000.0 ** (-np.arange(half) / half)
+        cache = (self.layers, 1, self.kv_heads, self.capacity, self.head_dim)
         return dict(
             hidden=normal(self.hidden),
             kernels={name: self.kernel(name, normal(self.layers, k, n) / np.sqrt(k)) for name, (k, n) in sizes.items()},
@@ -131,14 +132,15 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         return jnp.concatenate([cached[:, :length], new[:, None]], axis=1)
 
     projections, kv_heads = [], keys[0].shape[2]
+    head_dim = keys[0].shape[-1] * (2 if cache_bits == 4 else 1)
     for layer in range(keys[0].shape[0]):
         projected = product(normalized(hidden, "qkv", layer), "qkv", layer)
         projections.append(projected)
-        heads = projected.reshape(-1, HEAD_DIM)
+        heads = projected.reshape(-1, head_dim)
         q, k, v = heads[: -2 * kv_heads], heads[-2 * kv_heads : -kv_heads], heads[-kv_heads:]
         group = len(q) // kv_heads
         k, v = with_new(keys, layer, rotated(k)), with_new(values, layer, v)
-        scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(HEAD_DIM)
+        scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(head_dim)
         if slopes is not None:
             scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1], dtype=jnp.float32)[None, None]
         context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
@@ -152,7 +154,7 @@ def shapes_of(case: Case) -> dict:
     small = dict(hidden=128, ffn=128, heads=1, kv_heads=1, layers=1, capacity=64, group_size=None)
     operands = dataclasses.replace(case, **small).operands()
     served = dataclasses.replace(case, calibration=None)  # `quantize`'s own, which may give offsets
-    context, kv = case.heads * HEAD_DIM, case.kv_heads * HEAD_DIM
+    context, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
     sizes = {
         "qkv": (case.hidden, context + 2 * kv),
         "o": (context, case.hidden),
@@ -163,7 +165,7 @@ def shapes_of(case: Case) -> dict:
         name: jax.vmap(functools.partial(served.kernel, name))(jnp.zeros((case.layers, *size)))
         for name, size in sizes.items()
     }
-    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, HEAD_DIM)))
+    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, case.head_dim)))
     bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
     gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
     norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)

@@ -19,23 +19,28 @@ def words_of(numbers: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(numbers).view(np.int32)[..., 0]
 
 
-@pytest.mark.parametrize("number", DTYPES)
-def test_scores_are_those_of_float32(number, monkeypatch):
+@pytest.mark.parametrize(("number", "size"), [("bf16", 128), ("f16", 128), ("bf16", 64)])
+def test_scores_are_those_of_float32(number, size, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     rng = np.random.default_rng(0)
-    query = rng.standard_normal(128).astype(np.float32)
-    keys = rng.standard_normal((64, 128)).astype(DTYPES[number])
+    query = np.tile(rng.standard_normal(size).astype(np.float32), 128 // size)
+    keys = rng.standard_normal((64, size)).astype(DTYPES[number])
     memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
-    float_fragments.store_query(number, memory, THREAD, query)
-    words = float_fragments.load_query(memory, LANE)
+    store_query(number, memory, query, size)
+    words = float_fragments.load_query(memory, LANE, size // 8)
     rows, pairs = 16 * WARP + LANE // 4, 2 * (LANE % 4)
     blocks = [
         tuple(words_of(np.stack([keys[rows + below, 8 * i + pairs + j] for j in range(2)], axis=1)) for below in (0, 8))
-        for i in range(16)
+        for i in range(size // 8)
     ]
-    expected = keys.astype(np.float64) @ query
+    expected = keys.astype(np.float64) @ query[:size]
     for below, found in zip((0, 8), float_fragments.scores(number, blocks, words), strict=True):
         np.testing.assert_allclose(found, expected[rows + below], atol=3e-6)
+
+
+def store_query(number: str, memory, query: np.ndarray, size: int, *, codes: bool = False) -> None:
+    with ptx.when(ptx.less(THREAD, size)):
+        float_fragments.store_query(number, memory, THREAD, query, codes=codes)
 
 
 @pytest.mark.parametrize("number", DTYPES)
@@ -66,48 +71,51 @@ def test_values_are_summed_by_weights_of_float32(number, monkeypatch):
 
 
 def swizzled(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [64, 128] as a cache has them, in the swizzle of 128 bytes or, of 4 bits, of 64."""
+    """Codes [64, size] as a cache has them, in the swizzle of 128, 64 or 32 bytes."""
     if bits == 4:
-        codes = codes[:, :64] | (codes[:, 64:] << 4)
+        low, high = np.split(codes, 2, axis=1)
+        codes = low | (high << 4)
     pieces = codes.reshape(64, -1, 16)
-    exchanged = [row % 8 if bits == 8 else row // 2 % 4 for row in range(64)]
-    rows = [pieces[row, np.arange(pieces.shape[1]) ^ exchanged[row]] for row in range(64)]
+    count = pieces.shape[1]
+    rows = [pieces[row, np.arange(count) ^ (row * count // 8 % count)] for row in range(64)]
     return np.stack(rows).reshape(-1).view(np.int32)
 
 
+@pytest.mark.parametrize("size", [128, 64])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_scores_of_codes_are_those_of_float32(bits, monkeypatch):
+def test_scores_of_codes_are_those_of_float32(bits, size, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     rng = np.random.default_rng(2)
-    query = rng.standard_normal(128).astype(np.float32)
-    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    query = np.tile(rng.standard_normal(size).astype(np.float32), 128 // size)
+    codes = rng.integers(0, 2**bits, (64, size), np.uint8)
     codes[0], codes[9] = 0, 2**bits - 1
     memory = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
-    float_fragments.store_query("bf16", memory, THREAD, query, codes=True)
-    words = float_fragments.load_query(memory, LANE)
+    store_query("bf16", memory, query, size, codes=True)
+    words = float_fragments.load_query(memory, LANE, size // 8)
     source = ptx.pointer(swizzled(codes, bits), ptx.SHARED)
-    expected = (codes.astype(np.float64) - 2 ** (bits - 1)) @ query
+    expected = (codes.astype(np.float64) - 2 ** (bits - 1)) @ query[:size]
     rows = 16 * WARP + LANE // 4
     for below, found in zip((0, 8), quantized_fragments.scores(bits, source, words, LANE, WARP), strict=True):
         np.testing.assert_allclose(found, expected[rows + below], atol=3e-6 * 2**bits)
     np.testing.assert_allclose(
-        quantized_fragments.query_sum(words), np.full(128, query.sum(dtype=np.float64)), atol=3e-6
+        quantized_fragments.query_sum(words), np.full(128, query[:size].sum(dtype=np.float64)), atol=3e-6
     )
 
 
+@pytest.mark.parametrize("size", [128, 64])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_values_of_codes_are_summed_by_weights_of_float32(bits, monkeypatch):
+def test_values_of_codes_are_summed_by_weights_of_float32(bits, size, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     rng = np.random.default_rng(3)
-    codes = rng.integers(0, 2**bits, (64, 128), np.uint8)
+    codes = rng.integers(0, 2**bits, (64, size), np.uint8)
     weights = rng.random(64).astype(np.float32)
     rows = 16 * WARP + LANE // 4
     words = float_fragments.spread_weights("bf16", [weights[rows], weights[rows + 8]], LANE)
-    sums = [np.zeros(128, np.float32)] * 32
+    sums = [np.zeros(128, np.float32)] * (size // 4)
     sums = quantized_fragments.add_values(bits, ptx.pointer(swizzled(codes, bits), ptx.SHARED), words, LANE, WARP, sums)
-    left = np.zeros((4, 128), np.float32)
-    for half in range(2):
-        target = ptx.advance(ptx.pointer(left, ptx.SHARED), 512 * WARP.astype(np.int64) + 256 * half)
-        float_fragments.store_sums(target, sums[16 * half : 16 * half + 16], ptx.float32(0.5), LANE, codes=True)
-    signed = codes.reshape(4, 16, 128).astype(np.float64) - 2 ** (bits - 1)
+    left = np.zeros((4, size), np.float32)
+    for tile in range(size // 64):
+        target = ptx.advance(ptx.pointer(left, ptx.SHARED), 4 * size * WARP.astype(np.int64) + 256 * tile)
+        float_fragments.store_sums(target, sums[16 * tile : 16 * tile + 16], ptx.float32(0.5), LANE, codes=True)
+    signed = codes.reshape(4, 16, size).astype(np.float64) - 2 ** (bits - 1)
     np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)

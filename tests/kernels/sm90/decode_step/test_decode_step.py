@@ -101,11 +101,17 @@ def small_model(precision: str = "W2A8", **changes) -> Transformer:
     return random_packed(config, Precision.parse(precision), dtype=jnp.bfloat16, key=jax.random.key(0), embed_bits=None)
 
 
-@pytest.mark.parametrize(("precision", "cache_bits"), [("W2A8", None), ("W4A8g64i", None), ("W2A8", 8)])
+SMALL_HEADS = {"hidden_size": 192, "num_heads": 3, "head_dim": 64, "ffn_size": 320}
+
+
+@pytest.mark.parametrize(
+    ("precision", "cache_bits", "sizes"),
+    [("W2A8", None, {}), ("W4A8g128i", None, SMALL_HEADS), ("W2A8", 8, {}), ("W4A8g64i", 4, SMALL_HEADS)],
+)
 @pytest.mark.sample(1)
-def test_a_model_decodes_the_same(precision, cache_bits, monkeypatch):
+def test_a_model_decodes_the_same(precision, cache_bits, sizes, monkeypatch):
     layout = "tensor_cores" if precision.endswith("i") else "planes"
-    model = prepare_for_inference(small_model(precision), layout=layout)
+    model = prepare_for_inference(small_model(precision, **sizes), layout=layout)
     ids = jnp.arange(1, 12)[None]
     _, cache = model.prefill(ids, jnp.array([11]), 64, cache_bits)
     layered, layered_cache = model.decode(jnp.array([5]), cache)
@@ -148,7 +154,7 @@ def recording(function, reached: list[str]):
         (lambda: join_projections(small_model("W4A8g64f")), 1, None, "one scale a column"),
         (lambda: join_projections(small_model("W2A16")), 1, None, "same bits in all products"),
         (small_model, 1, None, "qkv projections must be one packed layer"),
-        (lambda: join_projections(small_model(head_dim=64)), 1, None, "128 numbers, not 64"),
+        (lambda: join_projections(small_model(head_dim=32)), 1, None, "64 or 128 numbers, not 32"),
         (lambda: random_float(small_model().config, jnp.bfloat16, jax.random.key(0)), 1, None, "one packed layer"),
     ],
 )
@@ -255,14 +261,14 @@ def test_norms_of_a_layer_that_differ_are_refused(name, changed):
 def test_sizes_that_do_not_fit():
     def shape(**changes):
         fields = dict(
-            num_layers=1, hidden=256, ffn=256, heads=2, kv_heads=1, a_format=BipolarFormat(8),
+            num_layers=1, hidden=256, ffn=256, heads=2, kv_heads=1, head_dim=128, a_format=BipolarFormat(8),
             w_format=BipolarFormat(2), norm="rms", norm_eps=EPS, activation=SWIGLU, blocks=4,
         )  # fmt: skip
         return LayersShape(**(fields | changes))
 
     assert shape().splits == 2
     for changes, message in (
-        ({"hidden": 200}, "multiples of 128, not 200"),
+        ({"hidden": 224}, "multiples of 64, not 224"),
         ({"heads": 8}, "8 heads are more than the 4 blocks"),
         ({"ffn": 1 << 17}, "leave no shared memory"),
     ):

@@ -24,12 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, VECTOR, WARPS
+from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.decode_attention.steps import quantize_between
 from bipolar_jax.kernels.sm90.decode_step.attention import quantized_cache
-from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import HALF, KEYS, VALUES, Cache, CacheRing
+from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import COLUMNS, KEYS, VALUES, Cache, CacheRing
 from bipolar_jax.kernels.sm90.decode_step.attention.combine import store_partial
 from bipolar_jax.kernels.sm90.decode_step.attention.float_cache import (
+    SUMS_SHAPE,
     add_values,
     load_query,
     row_scores,
@@ -37,7 +39,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.float_cache import (
     store_query,
     warp_max,
 )
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import CHUNK_POSITIONS, HEAD_DIM, WARPGROUPS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import CHUNK_POSITIONS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import (
     BLOCK_WARPS,
@@ -52,7 +54,7 @@ _MASKED = -1e30  # the score of a position that is not attended to: its weight b
 
 def load_tables(cache: Cache) -> list[Float[Array, "128"]]:
     """Cosines and sines of the new token's position."""
-    return [load_vector(table, 0, HEAD_DIM) for table in (cache.cos, cache.sin)]
+    return [load_vector(table, 0, WARPGROUP) for table in (cache.cos, cache.sin)]
 
 
 def attend(
@@ -71,6 +73,8 @@ def attend(
 ) -> None:
     """Stores this block's partial attention in global memory; every warpgroup takes part.
 
+    Vectors of the new token have 128 elements; of a head of 64 these are two copies.
+
     Args:
       shape, cache, ring: of the layers.
       layer: counted from the first that is computed.
@@ -79,9 +83,9 @@ def attend(
       phase: the phase bit of the projections, and of what is stored.
       warpgroup, block: indices of the calling threads.
       shared: `phases.SharedMemory`.
-      partials: flat float32 in global memory, `splits` of PARTIAL_SIZE for every head.
+      partials: flat float32 in global memory, `splits` of `partial_size` for every head.
     """
-    bits = shape.cache_bits
+    bits, size, half = shape.cache_bits, shape.head_dim, shape.head_dim // 2
     ring.assign(warpgroup, block)
     score_results, weight_results, new_results, zero_results = (shared.warp_results.at[i] for i in range(4))
 
@@ -90,34 +94,34 @@ def attend(
         return numbers * tables[0] + halves_swapped * tables[1]
 
     head = jnp.minimum(ring.head, shape.heads - 1)
-    q_start = qkv_start + head * HEAD_DIM
-    k_start = qkv_start + (shape.heads + ring.kv_head) * HEAD_DIM
-    starts = [q_start, q_start, k_start, k_start, k_start + shape.kv_heads * HEAD_DIM]
-    q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, HALF, 0, HALF, 0], Awaited(phase, ring.active))
-    q = rotated(q, q_swapped) * (math.log2(math.e) / math.sqrt(HEAD_DIM))
+    q_start = qkv_start + head * size
+    k_start = qkv_start + (shape.heads + ring.kv_head) * size
+    starts = [q_start, q_start, k_start, k_start, k_start + shape.kv_heads * size]
+    q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, half, 0, half, 0], Awaited(phase, ring.active), size)
+    q = rotated(q, q_swapped) * (math.log2(math.e) / math.sqrt(size))
     k, v = _as_cached([rotated(k, k_swapped), v], cache.keys.dtype, bits, warpgroup, shared)
     # The query lies where the sums of values are stored at the end. Every warpgroup adds up the new token's score.
     shared_query = shared.context_sums.at[pl.ds(warpgroup * WARPS, WARPS)]
-    store_query(shared_query, q, cache.keys.dtype)
+    store_query(shared_query, q, cache.keys.dtype, size)
     reduce_warps(new_results, warpgroup, [q * k], "sum", VECTOR)
     synchronize()
-    query = load_query(shared_query)
+    query = load_query(shared_query, size)
     query_sum = None if bits is None else quantized_cache.query_sum(query)
 
     row = plgpu.broadcasted_iota(jnp.int32, (CHUNK_POSITIONS,), 0, layout=ALONG_ROWS)
-    no_sums = plgpu.layout_cast(jnp.zeros((CHUNK_POSITIONS, HALF // 2), jnp.float32), MATRIX)
+    no_sums = plgpu.layout_cast(jnp.zeros(SUMS_SHAPE, jnp.float32), MATRIX)
     total = plgpu.layout_cast(jnp.zeros((CHUNK_POSITIONS,), jnp.float32), ALONG_ROWS)
-    largest, sums, zeros = total + _MASKED, (no_sums, no_sums), None if bits is None else total
+    largest, sums, zeros = total + _MASKED, (no_sums,) * (size // COLUMNS), None if bits is None else total
 
     def chunk(index, carry):
         largest, total, sums, zeros = carry
         load_index = ring.load_index(layer, index)
         ring.wait(KEYS)
         if bits is None:
-            scores = row_scores([ring.read(KEYS, half) for half in range(2)], query)
+            scores = row_scores(ring.read(KEYS), query)
         else:
             # Loaded again, so that no registers hold it over the loop.
-            query_again = load_query(shared_query)
+            query_again = load_query(shared_query, size)
             scores = quantized_cache.row_scores(ring.codes(KEYS), query_again, bits)
             step, zero = ring.grid(KEYS)
             scores = (scores - zero * query_sum) * step
@@ -131,7 +135,7 @@ def attend(
         # A warp whose positions are all masked has weights of 2^0; its sums are dropped when warps are combined.
         ring.wait(VALUES)
         if bits is None:
-            sums = add_values(sums, before, ring.halves(VALUES), weight)
+            sums = add_values(sums, before, ring.tiles(VALUES), weight)
         else:
             step, zero = ring.grid(VALUES)
             sums = quantized_cache.add_values(sums, before, ring.codes(VALUES), weight * step, bits)
@@ -156,7 +160,7 @@ def attend(
             plgpu.load(shared.context_sums.at[warp], layout=VECTOR, optimized=False) for warp in range(BLOCK_WARPS)
         ]
         weight_sum = reduce_block(weight_results, "sum")
-        new_score = reduce_block(new_results, "sum") * (1 / WARPGROUPS)
+        new_score = reduce_block(new_results, "sum") * (size / (WARPGROUP * WARPGROUPS))
         if cache.slopes is not None:
             new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
         # The head's last block attends to the new token too, unless the cache is full.
@@ -167,7 +171,7 @@ def attend(
         if bits is not None:
             values = values - reduce_block(zero_results, "sum")
         values = values * before + v * new_weight
-        store_partial(partials, ring.partial, values, new_most, weight_sum * before + new_weight, phase)
+        store_partial(shape, partials, ring.partial, values, new_most, weight_sum * before + new_weight, phase)
 
 
 def _as_cached(

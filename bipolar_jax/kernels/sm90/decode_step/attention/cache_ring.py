@@ -16,13 +16,12 @@ from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, pinned
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     CHUNK_POSITIONS,
-    HEAD_DIM,
     WARPGROUPS,
     Layers,
     LayersShape,
 )
 
-HALF = HEAD_DIM // 2
+COLUMNS = 64  # elements of 16 bits that the widest swizzle takes
 KEYS, VALUES = 0, 1
 _LOADED_ZEROS = 128  # of which a chunk uses the first 64: Mosaic copies 128 bytes at least
 
@@ -33,10 +32,11 @@ class Cache:
     """What the new token attends to: arrays, or refs in global memory.
 
     Attributes:
-      keys, values: 16-bit floats [layers, 1, kv_heads, capacity, HEAD_DIM]; or codes as `models.kv_cache` stores them,
-        uint8 [..., HEAD_DIM] for 8 bits, [..., HEAD_DIM / 2] for 4.
+      keys, values: 16-bit floats [layers, 1, kv_heads, capacity, head_dim]; or codes as `models.kv_cache` stores them,
+        uint8 [..., head_dim] for 8 bits, [..., head_dim / 2] for 4.
       length: positions that hold a token, int32 [1].
-      cos, sin: of the new token's position, float32 [HEAD_DIM]: each half twice, the first half of the sines negative.
+      cos, sin: of the new token's position, float32 [128]: each half twice, the first half of the sines negative; of
+        shorter heads all of it several times.
       slopes: ALiBi's, float32 [heads], for scores in base 2; or None.
       key_grids, value_grids: of codes: scales, float32, and zeros, uint8 [layers, 1, kv_heads, capacity]; else empty.
     """
@@ -55,7 +55,7 @@ class CacheSlots(NamedTuple):
     """Shared memory for chunks of keys and values, of every warpgroup.
 
     Attributes:
-      vectors: floats, in halves of 64 elements; or codes, undivided.
+      vectors: floats, in tiles of 64 elements; or codes, undivided.
       grids: of codes: scales and zeros; else empty.
     """
 
@@ -67,7 +67,7 @@ def cache_slot_types(shape: LayersShape, dtype: jnp.dtype) -> CacheSlots:
     """Scratch specifications."""
     slots, row_bytes = (shape.cache_slots, WARPGROUPS), shape.cache_row_bytes
     if shape.cache_bits is None:
-        tiles, width = (*slots, 2, CHUNK_POSITIONS, HALF), row_bytes // 2
+        tiles, width = (*slots, shape.head_dim // COLUMNS, CHUNK_POSITIONS, COLUMNS), 2 * COLUMNS
         return CacheSlots(plgpu.SMEM(tiles, dtype, transforms=(plgpu.SwizzleTransform(width),)))
     tiles = (*slots, 1, CHUNK_POSITIONS, row_bytes)
     return CacheSlots(
@@ -77,8 +77,8 @@ def cache_slot_types(shape: LayersShape, dtype: jnp.dtype) -> CacheSlots:
 
 
 def copies_of_chunk(shape: LayersShape) -> int:
-    """TMA copies for a chunk's keys, or for its values: both halves; or codes, scales and zeros."""
-    return 2 if shape.cache_bits is None else 3
+    """TMA copies for a chunk's keys, or for its values: of each tile; or of codes, scales and zeros."""
+    return shape.head_dim // COLUMNS if shape.cache_bits is None else 3
 
 
 class HeadAssignment(NamedTuple):
@@ -104,7 +104,7 @@ class HeadAssignment(NamedTuple):
 def assign_head(shape: LayersShape, block: Int[Array, ""]) -> HeadAssignment:
     head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
     active, first = head < shape.heads, split * shape.combined
-    return HeadAssignment(head, split, active, head * shape.splits + split, first, active & (first < HEAD_DIM))
+    return HeadAssignment(head, split, active, head * shape.splits + split, first, active & (first < shape.head_dim))
 
 
 class CacheRing:
@@ -148,14 +148,15 @@ class CacheRing:
         """Waits for a chunk of KEYS or of VALUES."""
         plgpu.barrier_wait(self._arrived.at[kind * WARPGROUPS + self._warpgroup])
 
-    def read(self, kind: int, half: int) -> Float[Array, "64 64"]:
-        """The first or the second half of every vector."""
-        return plgpu.load(self.halves(kind)[half], layout=MATRIX)
+    def read(self, kind: int) -> list[Float[Array, "64 64"]]:
+        """The tiles of every vector."""
+        count = self._shape.head_dim // COLUMNS
+        return [plgpu.load(self.tiles(kind)[tile], layout=MATRIX) for tile in range(count)]
 
-    def halves(self, kind: int) -> list:
-        """Refs of the first and the second half of every vector."""
+    def tiles(self, kind: int) -> list:
+        """Refs of the tiles of every vector."""
         slot = self._slot(self._slots.vectors, kind, pinned(self._warpgroup))
-        return [slot.at[half] for half in range(2)]
+        return [slot.at[tile] for tile in range(slot.shape[0])]
 
     def codes(self, kind: int):
         """Ref of the codes of every vector."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -33,11 +34,14 @@ from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import ordered_bits
 
-_QUERY_WORDS = 16 * WARPGROUP
-QUERY_LAYOUT = plgpu.Layout.WG_STRIDED((_QUERY_WORDS,), vec_size=4)  # 16 words a thread
-SUMS_SHAPE = (64, 32)  # of the sums of values over half of the elements: 16 floats a thread
+SUMS_SHAPE = (64, 32)  # of the sums of values over a tile of 64 elements: 16 floats a thread
 SUMS_TYPE = plgpu.ShapeDtypeStruct(SUMS_SHAPE, jnp.float32, layout=MATRIX)
 ROWS_TYPE = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG_ROWS)
+
+
+def query_layout(words: int) -> plgpu.Layout:
+    """Of what `load_query` returns: a word of each thread for every 8 elements."""
+    return plgpu.Layout.WG_STRIDED((words,), vec_size=4)
 
 
 def _warp_max_twin(values):
@@ -59,18 +63,20 @@ def warp_max(values: Float[Array, "64"]) -> Float[Array, "64"]:
     return inline(values)
 
 
-def _store_query_twin(target, query, dtype):
+def _store_query_twin(target, query, dtype, size):
+    del size
     target[0] = query
 
 
 @with_twin(_store_query_twin)
-def store_query(target, query: Float[Array, "128"], dtype: jnp.dtype) -> None:
+def store_query(target, query: Float[Array, "128"], dtype: jnp.dtype, size: int) -> None:
     """Stores a query in shared memory, in the order and type that keys of a dtype need.
 
     Args:
       target: float32 [at least 2, 128].
       query: in the layout VECTOR.
       dtype: of the keys: bfloat16 or float16; or uint8, of codes.
+      size: elements of the query, of which those from `size` on are copies.
     """
     codes = dtype == jnp.uint8
     number = quantized_fragments.NUMBER if codes else PTX_TYPES[jnp.dtype(dtype).name]
@@ -78,30 +84,35 @@ def store_query(target, query: Float[Array, "128"], dtype: jnp.dtype) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR))
     def inline(_, target, query):
         element = ptx.as_float(only_word(query))
-        float_fragments.store_query(number, ptx.pointer(target, ptx.SHARED), thread_index(), element, codes=codes)
+        thread = thread_index()
+        with ptx.when(ptx.less(thread, size)) if size < WARPGROUP else contextlib.nullcontext():
+            float_fragments.store_query(number, ptx.pointer(target, ptx.SHARED), thread, element, codes=codes)
 
     inline(target, query)
 
 
-@with_twin(lambda source: source[0])
-def load_query(source) -> Array:
+@with_twin(lambda source, size: source[0, :size])
+def load_query(source, size: int) -> Array:
     """What `store_query` stored, as the operand of `row_scores`."""
+
+    blocks = size // float_fragments.BLOCK
+    words = blocks * WARPGROUP
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((_QUERY_WORDS,), jnp.int32, layout=QUERY_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((words,), jnp.int32, layout=query_layout(words)),
     )
     def inline(_, source):
         lane, _ = lane_and_warp()
-        words = float_fragments.load_query(ptx.pointer(source, ptx.SHARED), lane)
-        return as_array(words, (_QUERY_WORDS,), QUERY_LAYOUT, is_signed=True)
+        numbers = float_fragments.load_query(ptx.pointer(source, ptx.SHARED), lane, blocks)
+        return as_array(numbers, (words,), query_layout(words), is_signed=True)
 
     return inline(source)
 
 
 def _row_scores_twin(keys, query):
-    halves = zip(keys, jnp.split(query, 2), strict=True)
-    return sum(jnp.sum(key.astype(jnp.float32) * half[None], axis=1) for key, half in halves)
+    tiles = zip(keys, jnp.split(query, len(keys)), strict=True)
+    return sum(jnp.sum(key.astype(jnp.float32) * tile[None], axis=1) for key, tile in tiles)
 
 
 @with_twin(_row_scores_twin)
@@ -109,12 +120,12 @@ def row_scores(keys: Sequence[Float[Array, "64 64"]], query: Array) -> Float[Arr
     """keys . query, float32, in the layout ALONG_ROWS.
 
     Args:
-      keys: both halves of every row, 16-bit floats in the layout MATRIX.
+      keys: the tiles of every row, 16-bit floats in the layout MATRIX.
       query: from `load_query`.
     """
     number = PTX_TYPES[jnp.dtype(keys[0].dtype).name]
 
-    @plgpu.inline_mgpu(arg_types=(*[MATRIX] * len(keys), QUERY_LAYOUT), return_type=ROWS_TYPE)
+    @plgpu.inline_mgpu(arg_types=(*[MATRIX] * len(keys), query_layout(query.shape[0])), return_type=ROWS_TYPE)
     def inline(_, *arrays):
         *keys, query = arrays
         tiles = [tuple(map(packed_word, pair)) for key in keys for pair in key.registers.reshape(-1, 2)]
@@ -133,22 +144,22 @@ def add_values_twin(
     by_warp = weights.reshape(WARPS, 1, -1)
     factor = before.reshape(WARPS, -1)[:, :1, None]
     new = []
-    for old, half in zip(sums, values, strict=True):
-        added = (by_warp @ half.reshape(WARPS, -1, 64)).reshape(WARPS, 2, 32)
+    for old, tile in zip(sums, values, strict=True):
+        added = (by_warp @ tile.reshape(WARPS, -1, 64)).reshape(WARPS, 2, 32)
         filled = jnp.pad(added, ((0, 0), (0, 14), (0, 0)))
         new.append((old.reshape(filled.shape) * factor + filled).reshape(old.shape))
     return tuple(new)
 
 
 def _add_values_twin(sums, before, values, weights):
-    return add_values_twin(sums, before, [half[...].astype(jnp.float32) for half in values], weights)
+    return add_values_twin(sums, before, [tile[...].astype(jnp.float32) for tile in values], weights)
 
 
 @with_twin(_add_values_twin)
 def add_values(
     sums: Sequence[Float[Array, "64 32"]], before: Float[Array, "64"], values: Sequence, weights: Float[Array, "64"]
 ) -> tuple[Float[Array, "64 32"], ...]:
-    """sums * before + weights . values, for both halves of the values.
+    """sums * before + weights . values, for each tile of the values.
 
     Args:
       sums: for each warp, over its 16 rows, of 64 elements; only `store_context_sums` knows which sum is where.
@@ -156,22 +167,22 @@ def add_values(
       values: refs in shared memory, 16-bit floats [64, 64] in the 128-byte swizzle.
       weights: [rows].
     """
-    number = PTX_TYPES[jnp.dtype(values[0].dtype).name]
+    number, tiles = PTX_TYPES[jnp.dtype(values[0].dtype).name], len(values)
 
     @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * 2),
-        return_type=(SUMS_TYPE, SUMS_TYPE),
+        arg_types=(*[MATRIX] * tiles, ALONG_ROWS, ALONG_ROWS, *[plgpu.RefType((plgpu.SwizzleTransform(128),))] * tiles),
+        return_type=(SUMS_TYPE,) * tiles,
     )
     def inline(_, *arrays):
-        sums, (before, weights), values = arrays[:2], arrays[2:4], arrays[4:]
+        sums, (before, weights), values = arrays[:tiles], arrays[tiles : tiles + 2], arrays[tiles + 2 :]
         factor = ptx.as_float(word_of(before.registers.flat[0]))
         lane, warp = lane_and_warp()
         two_rows = [ptx.as_float(word_of(register)) for register in weights.registers.flat]
         words = float_fragments.spread_weights(number, two_rows, lane)
         new = []
-        for old, half in zip(sums, values, strict=True):
+        for old, tile in zip(sums, values, strict=True):
             numbers = [ptx.multiply(x, factor) for x in numbers_of(old)]
-            numbers = float_fragments.add_values(number, ptx.pointer(half, ptx.SHARED), words, lane, warp, numbers)
+            numbers = float_fragments.add_values(number, ptx.pointer(tile, ptx.SHARED), words, lane, warp, numbers)
             new.append(as_array(numbers, SUMS_SHAPE, MATRIX))
         return tuple(new)
 
@@ -179,10 +190,10 @@ def add_values(
 
 
 def _store_context_sums_twin(target, warpgroup, sums, weights, *, codes=False):
-    for half, half_sums in enumerate(sums):
-        weighted = half_sums.reshape(WARPS, 16, 32)[:, :2].reshape(WARPS, 64) * weights.reshape(WARPS, 16)[:, :1]
+    for tile, tile_sums in enumerate(sums):
+        weighted = tile_sums.reshape(WARPS, 16, 32)[:, :2].reshape(WARPS, 64) * weights.reshape(WARPS, 16)[:, :1]
         for warp in range(WARPS):
-            target[warpgroup * WARPS + warp, 64 * half : 64 * (half + 1)] = weighted[warp]
+            target[warpgroup * WARPS + warp, 64 * tile : 64 * (tile + 1)] = weighted[warp]
 
 
 @with_twin(_store_context_sums_twin)
@@ -205,15 +216,15 @@ def store_context_sums(
     """
     row_bytes = 4 * target.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, *[MATRIX] * 2, ALONG_ROWS))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, *[MATRIX] * len(sums), ALONG_ROWS))
     def inline(_, target, warpgroup, *arrays):
         *sums, weights = arrays
         weight = ptx.as_float(word_of(weights.registers.flat[0]))
         lane, warp = lane_and_warp()
         row = ptx.plus(ptx.times(scalar_of(warpgroup), WARPS), warp)
         pointer = ptx.advance_far(ptx.pointer(target, ptx.SHARED), row, row_bytes)
-        for half, half_sums in enumerate(sums):
-            half_pointer = ptx.advance(pointer, 256 * half)
-            float_fragments.store_sums(half_pointer, numbers_of(half_sums), weight, lane, codes=codes)
+        for tile, tile_sums in enumerate(sums):
+            tile_pointer = ptx.advance(pointer, 256 * tile)
+            float_fragments.store_sums(tile_pointer, numbers_of(tile_sums), weight, lane, codes=codes)
 
     inline(target, jnp.int32(warpgroup), *sums, weights)

@@ -14,8 +14,9 @@ from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 
 TERMS = 3  # 16-bit floats that add up to a float32
-_BLOCKS = 16  # of 8 elements, in a vector of 128
-_ROW_BYTES = 128  # of half a vector in shared memory; the swizzle permutes its 16-byte segments
+BLOCK = 8  # elements of a query that a thread has a word of
+_BLOCKS = 16  # there is room for, in a stored query
+_ROW_BYTES = 128  # of 64 elements in shared memory; the swizzle permutes its 16-byte segments
 
 
 def split(number: str, x: Value) -> list[Value]:
@@ -48,7 +49,7 @@ def store_query(number: str, target: Pointer, thread: Value, x: Value, *, codes:
         ptx.store_half(ptx.advance(target, ptx.plus(offset, 4 * 4 * _BLOCKS * n)), word)
 
 
-def load_query(source: Pointer, lane: Value) -> list[Value]:
+def load_query(source: Pointer, lane: Value, blocks: int = _BLOCKS) -> list[Value]:
     """The lane's fragments of the query as a matrix of 8 columns: word i has elements 2 q and 2 q + 1 of block i.
 
     They are those of column lane / 4; columns beyond the terms are 0.
@@ -57,7 +58,7 @@ def load_query(source: Pointer, lane: Value) -> list[Value]:
     inside = ptx.less(column, TERMS)
     index = ptx.choose(inside, lane, ptx.bits_of(lane, 3))
     base = ptx.advance(source, ptx.shift_left(index, 6))
-    words = [word for i in range(4) for word in ptx.load(ptx.advance(base, 16 * i), 4)]
+    words = [word for i in range(blocks // 4) for word in ptx.load(ptx.advance(base, 16 * i), 4)]
     return [ptx.choose(inside, word, ptx.int32(0)) for word in words]
 
 

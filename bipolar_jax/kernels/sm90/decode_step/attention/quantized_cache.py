@@ -13,11 +13,11 @@ from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, as_array, lane_and_warp, numbers_of, word_of
 from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
 from bipolar_jax.kernels.sm90.decode_step.attention.float_cache import (
-    QUERY_LAYOUT,
     ROWS_TYPE,
     SUMS_SHAPE,
     SUMS_TYPE,
     add_values_twin,
+    query_layout,
 )
 
 
@@ -30,12 +30,12 @@ def row_scores(keys, query: Array, bits: int) -> Float[Array, "64"]:
     """Signed codes of keys . query, float32, in the layout ALONG_ROWS.
 
     Args:
-      keys: ref in shared memory, uint8 [64, 16 * bits] in the swizzle of that width.
+      keys: ref in shared memory, uint8 [64, bytes of a vector] in the swizzle of that width.
       query: from `float_cache.load_query`, stored for codes.
       bits: 8 or 4.
     """
 
-    @plgpu.inline_mgpu(arg_types=(_swizzled(bits), QUERY_LAYOUT), return_type=ROWS_TYPE)
+    @plgpu.inline_mgpu(arg_types=(_swizzled(keys), query_layout(query.shape[0])), return_type=ROWS_TYPE)
     def inline(_, keys, query):
         lane_warp = lane_and_warp()
         keys = ptx.pointer(keys, ptx.SHARED)
@@ -48,7 +48,7 @@ def row_scores(keys, query: Array, bits: int) -> Float[Array, "64"]:
 def query_sum(query: Array) -> Float[Array, "64"]:
     """The sum of the query's elements, in all rows."""
 
-    @plgpu.inline_mgpu(arg_types=(QUERY_LAYOUT,), return_type=ROWS_TYPE)
+    @plgpu.inline_mgpu(arg_types=(query_layout(query.shape[0]),), return_type=ROWS_TYPE)
     def inline(_, query):
         return as_array([quantized_fragments.query_sum(numbers_of(query))] * 2, (64,), ALONG_ROWS)
 
@@ -56,7 +56,7 @@ def query_sum(query: Array) -> Float[Array, "64"]:
 
 
 def _add_values_twin(sums, before, values, weights, bits):
-    return add_values_twin(sums, before, jnp.split(_signed_codes(values, bits), 2, axis=1), weights)
+    return add_values_twin(sums, before, jnp.split(_signed_codes(values, bits), len(sums), axis=1), weights)
 
 
 @with_twin(_add_values_twin)
@@ -73,7 +73,8 @@ def add_values(
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(*[MATRIX] * 2, ALONG_ROWS, ALONG_ROWS, _swizzled(bits)), return_type=(SUMS_TYPE, SUMS_TYPE)
+        arg_types=(*[MATRIX] * len(sums), ALONG_ROWS, ALONG_ROWS, _swizzled(values)),
+        return_type=(SUMS_TYPE,) * len(sums),
     )
     def inline(_, *arrays):
         *sums, before, weights, values = arrays
@@ -81,19 +82,19 @@ def add_values(
         lane, warp = lane_and_warp()
         two_rows = [ptx.as_float(word_of(register)) for register in weights.registers.flat]
         words = float_fragments.spread_weights(quantized_fragments.NUMBER, two_rows, lane)
-        numbers = [ptx.multiply(x, factor) for half in sums for x in numbers_of(half)]
+        numbers = [ptx.multiply(x, factor) for tile in sums for x in numbers_of(tile)]
         numbers = quantized_fragments.add_values(bits, ptx.pointer(values, ptx.SHARED), words, lane, warp, numbers)
-        return tuple(as_array(numbers[start : start + 16], SUMS_SHAPE, MATRIX) for start in (0, 16))
+        return tuple(as_array(numbers[start : start + 16], SUMS_SHAPE, MATRIX) for start in range(0, len(numbers), 16))
 
     return inline(*sums, before, weights, values)
 
 
-def _signed_codes(ref, bits: int) -> Float[Array, "64 128"]:
+def _signed_codes(ref, bits: int) -> Float[Array, "64 size"]:
     codes = ref[...].astype(jnp.int32)
     if bits == 4:
         codes = jnp.concatenate([codes & 15, codes >> 4], axis=1)
     return (codes - (1 << (bits - 1))).astype(jnp.float32)
 
 
-def _swizzled(bits: int) -> plgpu.RefType:
-    return plgpu.RefType((plgpu.SwizzleTransform(quantized_fragments.row_bytes(bits)),))
+def _swizzled(codes) -> plgpu.RefType:
+    return plgpu.RefType((plgpu.SwizzleTransform(codes.shape[-1]),))

@@ -18,11 +18,6 @@ _SEGMENT = 16  # bytes that the swizzle moves as one
 _ONES = 0x3F803F80  # two bfloat16
 
 
-def row_bytes(bits: int) -> int:
-    """Of a vector of 128 codes in shared memory, which is the width of the swizzle."""
-    return 16 * bits
-
-
 def pairs(bits: int, word: Value) -> list[Value]:
     """The signed codes of a word, in pairs: of bytes 0 and 2, and 1 and 3; of 4 bits the high nibbles' pairs last."""
     if bits == 8:
@@ -55,16 +50,17 @@ def scores(bits: int, keys: Pointer, query: Sequence[Value], lane: Value, warp: 
       query: from `float_fragments.load_query`, stored for codes.
       lane, warp: of the warpgroup.
     """
-    width, row = row_bytes(bits), ptx.shift_right(lane, 2)
-    start = ptx.plus(_row_start(bits, row, warp), ptx.shift_left(ptx.bits_of(lane, 3), 2))
+    width, row = len(query) * bits, ptx.shift_right(lane, 2)  # a word of the query for every 8 elements
+    segments = width // _SEGMENT
+    start = ptx.plus(_row_start(width, row, warp), ptx.shift_left(ptx.bits_of(lane, 3), 2))
 
     def tiles() -> Iterator[tuple[int, list[Value]]]:
         """Each is made just before it is multiplied: all of them at once would take too many registers."""
-        for segment in range(width // _SEGMENT):
+        for segment in range(segments):
             pointer = ptx.advance(keys, ptx.flip_bits(start, segment * _SEGMENT))
             of_rows = [pairs(bits, ptx.load(ptx.advance(pointer, below * width), 1)[0]) for below in (0, 8)]
             for half in range(8 // bits):  # high nibbles are the second half of the vector
-                yield 8 * half + 2 * segment, [of_row[2 * half + i] for i in range(2) for of_row in of_rows]
+                yield 2 * (segments * half + segment), [of_row[2 * half + i] for i in range(2) for of_row in of_rows]
 
     return float_fragments.scores_of_tiles(NUMBER, tiles(), query)
 
@@ -78,7 +74,7 @@ def query_sum(query: Sequence[Value]) -> Value:
 def add_values(
     bits: int, values: Pointer, weights: Sequence[Value], lane: Value, warp: Value, sums: Sequence[Value]
 ) -> list[Value]:
-    """Adds weights . signed codes of a warp's 16 positions and 128 elements, in the columns of the weights.
+    """Adds weights . signed codes of a warp's 16 positions, in the columns of the weights.
 
     Args:
       bits: 8 or 4.
@@ -88,26 +84,27 @@ def add_values(
       sums: for every 16 elements, 4 sums: columns 2 q and 2 q + 1 of elements 2 (lane / 4) and the next.
     """
     # Matrices of ldmatrix: 8 positions by the 8 byte pairs of a segment; lower and upper positions, then the next one.
-    row = ptx.plus(ptx.bits_of(lane, 7), ptx.bits_of(lane, 8))
-    start = ptx.flip_bits(_row_start(bits, row, warp), ptx.bits_of(lane, 16))
+    width, row = len(sums) // 2 * bits, ptx.plus(ptx.bits_of(lane, 7), ptx.bits_of(lane, 8))
+    start = ptx.flip_bits(_row_start(width, row, warp), ptx.bits_of(lane, 16))
     new = list(sums)
-    for segment in range(0, row_bytes(bits) // _SEGMENT, 2):
+    for segment in range(0, width // _SEGMENT, 2):
         matrices = ptx.load_transposed(ptx.advance(values, ptx.flip_bits(start, segment * _SEGMENT)))
         for i in range(2):
             of_positions = [pairs(bits, word) for word in matrices[2 * i : 2 * i + 2]]
             for half in range(8 // bits):
                 tile = [pair for eight in of_positions for pair in eight[2 * half : 2 * half + 2]]
-                first = 4 * (4 * half + segment + i)
+                first = 4 * (width // _SEGMENT * half + segment + i)
                 new[first : first + 4] = ptx.multiply_add_tiles(NUMBER, tile, list(weights), new[first : first + 4])
     return new
 
 
-def _row_start(bits: int, row: Value, warp: Value) -> Value:
+def _row_start(width: int, row: Value, warp: Value) -> Value:
     """Offset of the segment 0 of a row of a warp; `flip_bits` with 16 s gives that of segment s.
 
-    The swizzle XORs the segment's index with the row's among 8 where rows have 128 bytes, with half of it where they
-    have 64.
+    The swizzle XORs the segment's index with the row's among 8 where rows have a width of 128 bytes, with half of that
+    where they have 64, and with a quarter where they have 32.
     """
-    swizzle = ptx.bits_of(row, 7) if bits == 8 else ptx.bits_of(ptx.shift_right(row, 1), 3)
+    shift = {128: 0, 64: 1, 32: 2}[width]
+    swizzle = ptx.bits_of(ptx.shift_right(row, shift) if shift else row, width // _SEGMENT - 1)
     row = ptx.plus(row, ptx.shift_left(warp, 4))
-    return ptx.plus(ptx.times(row, row_bytes(bits)), ptx.shift_left(swizzle, 4))
+    return ptx.plus(ptx.times(row, width), ptx.shift_left(swizzle, 4))

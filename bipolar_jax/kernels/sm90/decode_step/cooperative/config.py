@@ -10,17 +10,17 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing.fields import CHUNK_WORDS, STAGE, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import CHUNK_WORDS, STAGE, TILE_ROWS, WORDS_PER_VECTOR
 
 WARPGROUPS = 4  # that compute; a fifth loads weights
 TILE = 32  # rows of the output (columns of the weights) in a tile
 CHUNK_POSITIONS = 64  # of the cache, in a chunk
-HEAD_DIM = 128
-PARTIAL_SIZE = HEAD_DIM + TILE  # floats of a block's partial attention
+HEAD_DIMS = (64, 128)
+SIZE_UNIT = 64  # of hidden and ffn: of parts that begin in a tile with that many rows, each has some
 STAGES_PER_SLICE = K_SLICE // STAGE
 PRODUCTS = ("qkv", "o", "up", "down")
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
@@ -53,7 +53,8 @@ class Product:
 
     A block computes `rows` consecutive rows of each half of the output, in tiles of 32. Its warpgroups take K slices
     round-robin. A tile of prepared weights is a part: 16 rows of both halves where there are two. Where there is one,
-    rows are counted in the order of parts (`vectors.row_of_parts`).
+    rows are counted in the order of parts (`vectors.row_of_parts`), up to the last whole tile: rows beyond N count, and
+    are neither loaded nor stored.
 
     Attributes:
       n, k: sizes.
@@ -76,12 +77,22 @@ class Product:
     def rows(self) -> int:
         """Rows of a half for each block; the last blocks may have fewer, or none."""
         unit = TILE // self.halves if self.prepared else TILE
-        return -(-self.half_size // (self.blocks * unit)) * unit
+        return -(-self.counted_rows // (self.blocks * unit)) * unit
+
+    @property
+    def counted_rows(self) -> int:
+        """Rows of a half as blocks count them."""
+        return -(-self.half_size // TILE_ROWS) * TILE_ROWS if self.by_parts else self.half_size
 
     @property
     def by_parts(self) -> bool:
         """Whether rows are counted in the order of parts."""
         return self.prepared and self.halves == 1
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last tile of parts has rows beyond N."""
+        return self.counted_rows > self.half_size
 
     @property
     def tiles(self) -> int:
@@ -91,7 +102,7 @@ class Product:
     @property
     def chunks(self) -> int:
         """Vectors of 128 rows that cover a block's rows of a half."""
-        return -(-self.rows // HEAD_DIM)
+        return -(-self.rows // WARPGROUP)
 
     @property
     def all_k_slices(self) -> int:
@@ -111,7 +122,8 @@ class LayersShape:
     Attributes:
       num_layers: of the model.
       hidden, ffn: sizes.
-      heads, kv_heads: of HEAD_DIM numbers each.
+      heads, kv_heads: of `head_dim` numbers each.
+      head_dim: one of HEAD_DIMS.
       a_format, w_format: of all products.
       norm: "rms" or "layer".
       norm_eps: of the norms.
@@ -127,6 +139,7 @@ class LayersShape:
     ffn: int
     heads: int
     kv_heads: int
+    head_dim: int
     a_format: BipolarFormat
     w_format: BipolarFormat
     norm: Literal["rms", "layer"]
@@ -138,8 +151,10 @@ class LayersShape:
     wait_limit_ms: int = WAIT_LIMIT_MS
 
     def __post_init__(self):
-        if self.hidden % HEAD_DIM or self.ffn % HEAD_DIM:
-            raise Unsupported(f"sizes must be multiples of {HEAD_DIM}, not {self.hidden} and {self.ffn}")
+        if self.head_dim not in HEAD_DIMS:
+            raise Unsupported(f"heads must have {' or '.join(map(str, HEAD_DIMS))} numbers, not {self.head_dim}")
+        if self.hidden % SIZE_UNIT or self.ffn % SIZE_UNIT:
+            raise Unsupported(f"sizes must be multiples of {SIZE_UNIT}, not {self.hidden} and {self.ffn}")
         if self.heads > self.blocks:
             raise Unsupported(f"{self.heads} heads are more than the {self.blocks} blocks")
         if self.w_slots < 2:
@@ -147,7 +162,7 @@ class LayersShape:
 
     @functools.cached_property
     def products(self) -> dict[str, Product]:
-        context, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        context, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         halves = 2 if self.activation.gated else 1
         sizes = {
             "qkv": (context + 2 * kv, self.hidden, 1),
@@ -169,9 +184,14 @@ class LayersShape:
         return min(self.blocks // self.heads, _MAX_SPLITS)
 
     @property
+    def partial_size(self) -> int:
+        """Floats of a block's partial attention."""
+        return self.head_dim + TILE
+
+    @property
     def combined(self) -> int:
         """Elements of a head's context that each of its blocks combines: a power of two; the last blocks get none."""
-        return max(TILE, HEAD_DIM >> (self.splits.bit_length() - 1))
+        return max(TILE, self.head_dim >> (self.splits.bit_length() - 1))
 
     @property
     def cache_slots(self) -> int:
@@ -184,7 +204,7 @@ class LayersShape:
     @property
     def cache_row_bytes(self) -> int:
         """Of one position's key or value, without scale and zero."""
-        return HEAD_DIM * (self.cache_bits or 16) // 8
+        return self.head_dim * (self.cache_bits or 16) // 8
 
     @property
     def max_k_slices(self) -> int:
@@ -195,8 +215,8 @@ class LayersShape:
         """Rows of all tiles of a block, padded so that a vector of 128 may start at any row of a half."""
         products = self.products.values()
         if self.prepared is not None:  # every byte counts: the last vector starts with the last half's last chunk
-            return max((product.halves - 1) * product.rows + product.chunks * HEAD_DIM for product in products)
-        return max(product.tiles * TILE for product in products) + HEAD_DIM
+            return max((product.halves - 1) * product.rows + product.chunks * WARPGROUP for product in products)
+        return max(product.tiles * TILE for product in products) + WARPGROUP
 
     @property
     def w_slots(self) -> int:
@@ -229,5 +249,5 @@ class LayersShape:
         sums = 4 * WARPGROUPS * self.max_rows
         grid = 0 if self.cache_bits is None else 4 + 2
         cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
-        context_sums = 4 * WARPGROUPS * WARPS * HEAD_DIM
+        context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP
         return tokens + sums + cache + context_sums + reductions

@@ -3,7 +3,8 @@
 A vector is 128 elements, one a thread of the warpgroup. A K slice is 1024 elements, eight a thread.
 
 Vectors `by_parts` are counted in the order of parts of prepared weights (`packing.fields`): element
-32 (4 t + w) + 16 b + i of that order is element 128 t + 64 b + 16 w + i of the array.
+32 (4 t + w) + 16 b + i of that order is element 128 t + 64 b + 16 w + i of the array. An array that ends within a tile
+has a length that says so: elements of the tile beyond its end are 0, and are not stored.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from bipolar_jax.kernels.sm90.core.polling import poll_words, store_in_phase
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
+from bipolar_jax.packing.fields import TILE_ROWS
 
 _RUN = 16  # elements that are neighbours in either order; the count of a stored vector is a multiple
 _CACHE_LINE = 128  # bytes
@@ -57,10 +59,15 @@ def _element(index: Value, by_parts: bool) -> Value:
     return ptx.either_bits(ptx.either_bits(ptx.bits_of(index, ~0x70), block), warp)
 
 
+def _ends_within_tile(ref, by_parts: bool) -> bool:
+    return by_parts and ref.shape[0] % TILE_ROWS != 0
+
+
 def _load_vector_twin(ref, start, end, by_parts=False):
     index = start + lax.iota(jnp.int32, WARPGROUP)
-    element = jnp.where(index < end, row_of_parts(index) if by_parts else index, 0)
-    return jnp.where(index < end, ref[...][element].astype(_loaded_dtype(ref)), 0)
+    element = row_of_parts(index) if by_parts else index
+    valid = (index < end) & (element < ref.shape[0])
+    return jnp.where(valid, ref[...][jnp.where(valid, element, 0)].astype(_loaded_dtype(ref)), 0)
 
 
 @with_twin(_load_vector_twin)
@@ -71,8 +78,8 @@ def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, by_parts:
       ref: flat, in global memory; bfloat16, or 4 bytes an element.
       by_parts: whether `start` and `end` count elements in the order of parts.
     """
-    dtype, size = _loaded_dtype(ref), jnp.dtype(ref.dtype).itemsize
-    integers = dtype == jnp.int32
+    dtype, itemsize = _loaded_dtype(ref), jnp.dtype(ref.dtype).itemsize
+    integers, ends_within_tile, size = dtype == jnp.int32, _ends_within_tile(ref, by_parts), ref.shape[0]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SPLAT, SPLAT),
@@ -80,10 +87,12 @@ def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, by_parts:
     )
     def inline(_, ref, start, end):
         index = ptx.plus(scalar_of(start), thread_index())
-        valid = ptx.less(index, scalar_of(end))
-        element = ptx.choose(valid, _element(index, by_parts), ptx.int32(0))
-        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, size)
-        word = ptx.shift_left(ptx.load_half(pointer), 16) if size == 2 else ptx.load(pointer, 1)[0]
+        valid, element = ptx.less(index, scalar_of(end)), _element(index, by_parts)
+        if ends_within_tile:
+            valid = ptx.bits_of(valid, ptx.less(element, size))
+        element = ptx.choose(valid, element, ptx.int32(0))
+        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, itemsize)
+        word = ptx.shift_left(ptx.load_half(pointer), 16) if itemsize == 2 else ptx.load(pointer, 1)[0]
         word = ptx.choose(valid, word, ptx.int32(0))
         return as_vector(word if integers else ptx.as_float(word), dtype)
 
@@ -96,25 +105,26 @@ def _loaded_dtype(ref) -> jnp.dtype:
     return jnp.int32 if jnp.issubdtype(ref.dtype, jnp.integer) else jnp.float32
 
 
-def _poll_vectors_twin(ref, starts, rotations, awaited):
+def _poll_vectors_twin(ref, starts, rotations, awaited, size=WARPGROUP):
     lanes = lax.iota(jnp.int32, WARPGROUP)
     return [
-        nan_unless_in_phase(ref[...][start + (lanes + rotation) % WARPGROUP], awaited.phase)
+        nan_unless_in_phase(ref[...][start + (lanes + rotation) % size], awaited.phase)
         for start, rotation in zip(starts, rotations, strict=True)
     ]
 
 
 @with_twin(_poll_vectors_twin)
 def poll_vectors(
-    ref, starts: Sequence[Int[Array, ""]], rotations: Sequence[int], awaited: Awaited
+    ref, starts: Sequence[Int[Array, ""]], rotations: Sequence[int], awaited: Awaited, size: int = WARPGROUP
 ) -> list[Float[Array, "128"]]:
     """Vectors that other blocks write; all loads are in flight at once.
 
     Args:
       ref: flat float32 in global memory.
       starts: index of each vector's first element.
-      rotations: for each vector r: its element i is ref[start + (i + r) mod 128].
+      rotations: for each vector r: its element i is ref[start + (i + r) mod size].
       awaited: what to poll for.
+      size: a power of two; of fewer than 128 elements a vector has copies.
     """
 
     @plgpu.inline_mgpu(
@@ -124,7 +134,7 @@ def poll_vectors(
         thread, base = thread_index(), ptx.pointer(ref, ptx.GLOBAL)
         pointers = []
         for start, rotation in zip(starts, rotations, strict=True):
-            element = ptx.bits_of(ptx.plus(thread, rotation), WARPGROUP - 1)
+            element = ptx.bits_of(ptx.plus(thread, rotation), size - 1)
             pointers.append(ptx.advance_far(base, ptx.plus(scalar_of(start), element), 4))
         words = poll_words([(pointer, 1) for pointer in pointers], scalar_of(phase), scalar_of(needed))
         return tuple(as_vector(ptx.as_float(word), jnp.float32) for (word,) in words)
@@ -134,10 +144,10 @@ def poll_vectors(
 
 def _store_vector_twin(ref, values, start, count, phase, by_parts=False):
     for i in range(0, WARPGROUP, _RUN):
+        element = row_of_parts(start + i) if by_parts else start + i
 
-        @pl.when(i < count)
-        def _(i=i):
-            element = row_of_parts(start + i) if by_parts else start + i
+        @pl.when((i < count) & (element < ref.shape[0]))
+        def _(i=i, element=element):
             ref[pl.ds(element, _RUN)] = in_phase(values[i : i + _RUN], phase)
 
 
@@ -158,11 +168,15 @@ def store_vector(
       count: a multiple of 16; nothing is stored if it is not positive.
       by_parts: whether `start` counts elements in the order of parts.
     """
+    ends_within_tile, size = _ends_within_tile(ref, by_parts), ref.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR, SPLAT, SPLAT, SPLAT))
     def inline(_, ref, values, start, count, phase):
         thread = thread_index()
-        with ptx.when(ptx.less(thread, scalar_of(count))):
+        valid = ptx.less(thread, scalar_of(count))
+        if ends_within_tile:
+            valid = ptx.bits_of(valid, ptx.less(_element(ptx.plus(scalar_of(start), thread), by_parts), size))
+        with ptx.when(valid):
             element = _element(ptx.plus(scalar_of(start), thread), by_parts)
             pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, 4)
             store_in_phase(pointer, only_word(values), scalar_of(phase))
@@ -252,15 +266,19 @@ def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int, by_parts: 
     A partial line at the end, where `start` is not aligned to lines, is not prefetched. With `by_parts`, `start` counts
     elements in the order of parts, of which a thread prefetches 16 in a row.
     """
-    size = jnp.dtype(ref.dtype).itemsize
-    line = _RUN if by_parts else _CACHE_LINE // size
+    itemsize = jnp.dtype(ref.dtype).itemsize
+    line = _RUN if by_parts else _CACHE_LINE // itemsize
+    ends_within_tile, size = _ends_within_tile(ref, by_parts), ref.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
     def inline(_, ref, start, count):
         element = ptx.times(thread_index(), line)
-        with ptx.when(ptx.less(element, scalar_of(count))):
+        valid = ptx.less(element, scalar_of(count))
+        if ends_within_tile:
+            valid = ptx.bits_of(valid, ptx.less(_element(ptx.plus(scalar_of(start), element), by_parts), size))
+        with ptx.when(valid):
             index = _element(ptx.plus(scalar_of(start), element), by_parts)
-            ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, size))
+            ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, itemsize))
 
     inline(ref, jnp.int32(start), jnp.int32(count))
 

@@ -1,0 +1,100 @@
+"""The decode step of small models, with heads of 64 and sizes that end within a tile: interpreted and compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import bipolar_jax as bj
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
+from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.presets import preset
+from bipolar_jax.models.random_weights import random_packed
+from tests.kernels.sm90.decode_step.layers_twin import Case, shapes_of, twin
+from tests.support import sm90_compile
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
+
+# Sizes of one tile and a half, and of two and a half; three query heads for one of keys.
+PREPARED = Case(1, 192, 320, 3, 1, 4, 8, 128, 100, prepared=True, group_size=64, head_dim=64)
+PLANES = dataclasses.replace(PREPARED, w_bits=2, prepared=False, group_size=None)
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        # A group that ends with K and not with its stage; two layers, of which the second's rows begin within a tile.
+        (dataclasses.replace(PREPARED, layers=2, group_size=128, calibration="minmax", bias=True), 4),
+        (dataclasses.replace(PREPARED, cache_bits=8), 7),
+        (dataclasses.replace(PREPARED, w_bits=8, group_size=None, activation=Activation("gelu"), bias=True), 3),
+        (dataclasses.replace(PLANES, layers=2, bias=True), 4),
+        (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi"), 4),
+    ],
+    ids=lambda value: (
+        f"W{value.w_bits}g{value.group_size}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value}"
+    ),
+)
+@pytest.mark.sample(1)
+def test_layers_are_the_twins(case, blocks):
+    operands = case.operands()
+    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert not races_found()
+    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "w_bits", "group_size", "cache_bits", "prepared"),
+    [
+        ("smollm2-135m", 4, 128, None, True),
+        ("smollm2-1.7b", 4, 64, 8, True),
+        ("qwen2.5-0.5b", 8, None, 4, True),
+        ("smollm2-135m", 2, None, None, False),
+        ("smollm2-1.7b", 4, None, 4, False),
+    ],
+)
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.sample(2)
+def test_compiles_without_spills(name, w_bits, group_size, cache_bits, prepared):
+    config = preset(name)
+    case = Case(
+        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, 8,
+        1088, 1024, bias=config.qkv_bias, cache_bits=cache_bits, prepared=prepared, group_size=group_size, head_dim=64,
+    )  # fmt: skip
+    static = {"a_format": BipolarFormat(8), "activation": case.activation, "cache_bits": cache_bits}
+    operands = jax.eval_shape(lambda: shapes_of(case))
+    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
+    assert len(report.registers) == 1, "one kernel"
+    assert report.spill_bytes == 0
+    assert report.stack_bytes == 0
+    assert not report.serialized_wgmma
+
+
+@pytest.mark.parametrize("precision", ["W4A8g128i", "W8A8", "W2A8"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b", "qwen2.5-0.5b"])
+@pytest.mark.sample(4)
+def test_small_models_decode_in_one_kernel(name, precision):
+    def model():
+        random = random_packed(
+            preset(name), bj.Precision.parse(precision), dtype=jnp.bfloat16, key=jax.random.key(0), embed_bits=None
+        )
+        if precision == "W2A8":
+            return join_projections(random)
+        return prepare_for_inference(random, jnp.bfloat16, layout="tensor_cores")
+
+    with interpreted(plgpu.InterpretGPUParams()):
+        found = bj.explain_model(nnx.eval_shape(model), 1, 512)
+    assert found.not_one_kernel is None
+    assert f"all {preset(name).num_layers} layers in one persistent kernel" in found.decode[0].runs.kernel
