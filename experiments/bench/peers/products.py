@@ -84,8 +84,13 @@ def _record(row: dict[str, Any], shape: Shape, name: str, figures: dict[str, Any
     line = f"{figures['microseconds']:.1f} us" if "microseconds" in figures else figures["error"]
     if "ours" in figures:
         ours = figures["ours"]
-        line += f", error {figures['error_norm']:.2%}; ours {ours['microseconds']:.1f} us, {ours['error_norm']:.2%}"
-        line += f", {ours['implementation']}: {ours['kernel']}"
+        line += f", error {figures['error_norm']:.2%}; ours "
+        if "microseconds" in ours:
+            line += (
+                f"{ours['microseconds']:.1f} us, {ours['error_norm']:.2%}, {ours['implementation']}: {ours['kernel']}"
+            )
+        else:
+            line += ours["error"]
     console.print(f"{shape} {name}: {line}")
 
 
@@ -168,10 +173,11 @@ def _humming(shape: Shape, precisions: list[Precision], config: ConfigDict) -> P
         x = torch.from_numpy(np.array(shared.x, np.float32)).to("cuda", torch.bfloat16)
         layers = [layer_of(shared) for _ in range(_copies(shape, shape.n * shape.k * precision.w_bits // 8))]
         error = shared.check(layers[0](x).float().cpu().numpy())
-        return PeerProduct(
-            [lambda layer=layer: layer(x) for layer in layers],
-            {"error_norm": error, "ours": shared.measure_ours(config.iterations)},
-        )
+        try:
+            ours = shared.measure_ours(config.iterations)
+        except Exception as failure:  # which must not hide the peer's time
+            ours = {"error": one_line(failure)}
+        return PeerProduct([lambda layer=layer: layer(x) for layer in layers], {"error_norm": error, "ours": ours})
 
     for precision in precisions:
         yield str(precision), lambda precision=precision: product(precision)

@@ -121,6 +121,10 @@ def test_a_peer_is_checked_and_timed_beside_ours(humming, monkeypatch):
     assert humming == [12, 12]  # copies: of few tokens, weights come from memory
     measure_peers(["humming"], precisions, SHAPE, row, config)
     assert len(humming) == 2  # nothing is timed twice
+    monkeypatch.setattr(SharedProduct, "measure_ours", lambda *_: 1 / 0)
+    measure_peers(["humming"], parse_peer_precisions("W1A8"), SHAPE, row, config)
+    assert row["peers"]["humming W1A8"]["ours"] == {"error": "ZeroDivisionError: division by zero"}
+    assert row["peers"]["humming W1A8"]["microseconds"] == 1.0
     monkeypatch.setattr(Layer, "wrong", 1.1)
     measure_peers(["humming"], parse_peer_precisions("W2A8g32"), SHAPE, row, config)
     assert row["peers"]["humming W2A8g32"]["error"].startswith("ValueError: wrong output: its error is 10.00%")
