@@ -60,7 +60,7 @@ def decode_layers(
       hidden: of the new token.
       kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one float
         scale a column; or all of them prepared, with integer groups of one size or without, "up" gated if the
-        activation is.
+        activation is. Groups may have float scales, of one form (`packing.float_terms`).
       biases: of the same products, or None.
       norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon.
       keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
@@ -138,6 +138,7 @@ def plan_decode_layers(
 
 def _prepared(kernel: PreparedArray) -> str:
     groups = "" if kernel.terms is None else f", groups of {kernel.group_size}"
+    groups += "" if kernel.float_terms is None else f" with float {kernel.float_terms}"
     return f"prepared weights of {kernel.format.name} bits{groups}"
 
 
@@ -201,8 +202,6 @@ def _check_weights(
     for name, kernel in kernels.items():
         if isinstance(kernel, PreparedArray) != prepared:
             raise Unsupported(f"either all weights are prepared or none, {name} is {kernel} beside {first}")
-        if prepared and kernel.float_terms is not None:
-            raise Unsupported(f"{name} has float scales of groups")
         if not prepared and kernel.has_integer_groups:
             raise Unsupported(f"{name} has integer groups in bit planes: prepare_for_inference lays them out")
         same_groups = _groups(kernel) == _groups(first) if prepared else kernel.num_groups == 1
@@ -213,16 +212,19 @@ def _check_weights(
             )
         if prepared and kernel.gated != (name == "up" and activation.gated):
             raise Unsupported(f"{name} is prepared as {'' if kernel.gated else 'not '}gated, beside {activation}")
-        if kernel.contracted_size > kernel.max_contraction(a_format):
+        scaled = prepared and kernel.float_terms is not None
+        if not scaled and kernel.contracted_size > kernel.max_contraction(a_format):
             raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
 
 
-def _groups(kernel: PreparedArray) -> int | None:
-    return None if kernel.terms is None else kernel.group_size
+def _groups(kernel: PreparedArray) -> tuple[int, str | None] | None:
+    return None if kernel.terms is None else (kernel.group_size, kernel.float_terms)
 
 
 def _layout(kernel: BipolarArray | PreparedArray) -> PreparedLayout | None:
-    return PreparedLayout(kernel.chunks, kernel.natural_order) if isinstance(kernel, PreparedArray) else None
+    if not isinstance(kernel, PreparedArray):
+        return None
+    return PreparedLayout(kernel.chunks, kernel.natural_order, kernel.float_terms)
 
 
 def _multiprocessors(array) -> int:
@@ -240,13 +242,15 @@ def _product_weights(kernel: BipolarArray | PreparedArray, bias) -> ProductWeigh
         return None if fields is None else fields.reshape(fields.shape[0], -1, *fields.shape[3:])
 
     prepared = isinstance(kernel, PreparedArray)
+    scaled = prepared and kernel.float_terms is not None
     return ProductWeights(
         by_part(kernel.words) if prepared else weight_words(kernel, "planes"),
         by_part(kernel.terms) if prepared else None,
-        code_sums=flat(kernel.row_sums),
+        code_sums=None if scaled else flat(kernel.row_sums),
         scale=flat(kernel.scale),
         offset=flat(kernel.offset),
         bias=None if bias is None else _number(flat(bias)),
+        number_sums=flat(kernel.number_sums) if scaled else None,
     )
 
 

@@ -130,7 +130,7 @@ def _launch(
             x_operand=kind.operand_type,
             cache_slots=cache_slot_types(shape, cache.keys.dtype),
             cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
-            product_sums=plgpu.SMEM((WARPGROUPS, shape.max_rows), jnp.int32),
+            product_sums=kind.sums_type,
             warp_results=plgpu.SMEM((8, BLOCK_WARPS), jnp.float32),
             code_sums=plgpu.SMEM((BLOCK_WARPS,), jnp.int32),
             context_sums=plgpu.SMEM((BLOCK_WARPS, WARPGROUP), jnp.float32),

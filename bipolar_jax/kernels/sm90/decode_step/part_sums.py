@@ -6,14 +6,14 @@ belongs to row 16 b + 8 p + r. All columns of the token's operand are the token,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Int8
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
@@ -46,20 +46,25 @@ def zeros() -> Int[Array, "1024"]:
     return plgpu.layout_cast(jnp.zeros(_SUMS, jnp.int32), K_SLICE_LAYOUT)
 
 
-def _add_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
-    stages = words.shape[0]
-    weights = expand_part(words[...], None if terms is None else terms[...])
+def own_positions(
+    token: Any, part_of_slice: Int[Array, ""], valid: Any, stages: int
+) -> tuple[Int8[Array, "stages positions"], Bool[Array, " warps"]]:
+    """The token's bytes beside a load of `stages`, and which warps multiply them, in jnp."""
     # What is beyond K is not this warpgroup's to read.
     nothing = jnp.zeros(token.shape, token.dtype)
     numbers = positions_of(token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing))
+    active = jnp.arange(WARPS) // stages == part_of_slice % (WARPS // stages)
+    own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
+    return own, active if valid is None else active & valid
+
+
+def _add_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
+    stages = words.shape[0]
+    weights = expand_part(words[...], None if terms is None else terms[...])
+    own, active = own_positions(token, part_of_slice, valid, stages)
     # The race detector sees no order between these reads and the next TMA write, which waits for `release`.
     plgpu.commit_smem()
-    own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages).astype(jnp.int32)
-    sums = jnp.sum(weights * own[:, None], axis=-1)
-    warps = jnp.arange(WARPS)
-    active = warps // stages == part_of_slice % (WARPS // stages)
-    if valid is not None:
-        active &= valid
+    sums = jnp.sum(weights * own.astype(jnp.int32)[:, None], axis=-1)
     sums = jnp.where(active[:, None], jnp.concatenate([sums] * (WARPS // stages)), 0)  # [warps, rows]
     by_lane = sums.reshape(WARPS, 2, 2, 8).transpose(0, 3, 1, 2)[:, :, None, :, :, None]
     return total + jnp.broadcast_to(by_lane, (WARPS, 8, 4, 2, 2, 2)).reshape(-1)
@@ -191,11 +196,39 @@ def add_stages_of_warp(
     expansion: Expansion,
 ) -> list[Value]:
     """The thread's numbers of `add_stages`; `valid` is empty or one word."""
+
+    def multiply(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
+        return _multiply_stage(total, words, terms, token, lane, expansion)
+
+    chunks_bytes = 4 * expansion.chunks * CHUNK_WORDS
+    return multiply_own_stage(total, pointers, part_of_slice, valid, stages, expansion.bits, chunks_bytes, multiply)
+
+
+def multiply_own_stage(
+    total: list[Value],
+    pointers: Sequence[Pointer],
+    part_of_slice: Value,
+    valid: Sequence[Value],
+    stages: int,
+    bits: int,
+    terms_bytes: int,
+    multiply: Callable[[Pointer, list[Pointer], Pointer, Value], list[Value]],
+) -> list[Value]:
+    """What `multiply` makes of the total where this warp has a stage of the load, else the total.
+
+    Args:
+      total: of the thread.
+      pointers: of words, the token's slice and, with groups, terms.
+      part_of_slice, valid, stages: as of `add_stages_of_warp`.
+      bits: of the codes.
+      terms_bytes: of the terms of a stage.
+      multiply: multiply(words, terms, token, lane), of the warp's stage; the token is the lane's segment.
+    """
     lane, warp = lane_and_warp()
     words, token, *terms = pointers
     stage = ptx.bits_of(warp, stages - 1)
-    words = ptx.advance(words, ptx.times(stage, 4 * expansion.bits * WORDS_PER_VECTOR))
-    terms = [ptx.advance(ptx_terms, ptx.times(stage, 4 * expansion.chunks * CHUNK_WORDS)) for ptx_terms in terms]
+    words = ptx.advance(words, ptx.times(stage, 4 * bits * WORDS_PER_VECTOR))
+    terms = [ptx.advance(pointer, ptx.times(stage, terms_bytes)) for pointer in terms]
     stage_of_slice = ptx.plus(ptx.times(part_of_slice, stages), stage)
     token = ptx.advance(token, ptx.plus(ptx.times(stage_of_slice, STAGE), segment_bytes(stage_of_slice, lane)))
     conditions = [ptx.equal(word, 1) for word in valid]
@@ -205,7 +238,7 @@ def add_stages_of_warp(
         conditions.append(ptx.equal(turn, ptx.bits_of(part_of_slice, turns - 1)))
 
     def multiplied() -> list[Value]:
-        return _multiply_stage(total, words, terms, token, lane, expansion)
+        return multiply(words, terms, token, lane)
 
     if not conditions:
         return multiplied()
@@ -213,12 +246,17 @@ def add_stages_of_warp(
     return ptx.update_if(condition, total, multiplied)
 
 
+def load_segment(token: Pointer) -> list[Value]:
+    """The words of a lane's segment of a stage: 2 s + h of step s and half h."""
+    return ptx.load(token, SEGMENT_WORDS // 2) + ptx.load(ptx.advance(token, 2 * SEGMENT_WORDS), SEGMENT_WORDS // 2)
+
+
 def _multiply_stage(
     total: list[Value], words: Pointer, terms: list[Pointer], token: Pointer, lane: Value, expansion: Expansion
 ) -> list[Value]:
     """Adds a warp's products of one stage; all columns of the tensor core's operand are the token."""
     fields = [expansion.load_fields(words, lane, half) for half in range(HALVES)]
-    x = ptx.load(token, SEGMENT_WORDS // 2) + ptx.load(ptx.advance(token, 2 * SEGMENT_WORDS), SEGMENT_WORDS // 2)
+    x = load_segment(token)
     halves = range(HALVES) if expansion.chunks > 1 else range(1)
     group_terms = [[chunk for ref in terms for chunk in expansion.load_terms(ref, lane, half)] for half in halves]
     for step in range(STEPS):

@@ -99,7 +99,7 @@ class SharedMemory:
     """Shared memory through which the consumer warpgroups of a block pass values, and their barrier.
 
     Attributes:
-      product_sums: of a product, int32 [warpgroups, rows].
+      product_sums: of a product, as the ring's `WeightKind` says.
       warp_results: float32 [8, warps]: rows for `reductions`.
       code_sums: of the token, int32 [warps].
       context_sums: of attention, float32 [warps, 128]; of shorter heads the rest of a row is not used.

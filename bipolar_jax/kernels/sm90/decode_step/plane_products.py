@@ -48,6 +48,10 @@ class PlaneKind:
         return _word_tiles((WARPGROUPS * self.shape.w_slots + 1, TILE, WORDS_PER_ROW))
 
     @property
+    def sums_type(self) -> Any:
+        return plgpu.SMEM((WARPGROUPS, self.shape.max_rows), jnp.int32)
+
+    @property
     def operand_type(self) -> Any:
         return _word_tiles((WARPGROUPS, self.shape.max_k_slices, 8, WORDS_PER_ROW))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from bipolar_jax.kernels.sm90.core.fragments import (
     pinned,
@@ -36,7 +36,7 @@ from bipolar_jax.kernels.sm90.decode_step.token_bytes import (
 )
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights, WeightRing
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
-from bipolar_jax.packing.fields import CHUNK_WORDS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import WORDS_PER_VECTOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PreparedKind:
     """See `weight_ring.WeightKind`.
 
     Slots are uint32 [w_slots, warpgroups, stages, bits, WORDS_PER_VECTOR] and, of groups, [w_slots, warpgroups, stages,
-    chunks, CHUNK_WORDS]; the token is uint32 [K slices, SLICE_WORDS].
+    chunks, chunk_words]; the token is uint32 [K slices, SLICE_WORDS].
     """
 
     shape: LayersShape
@@ -58,7 +58,11 @@ class PreparedKind:
         shape = self.shape
         slots, chunks = (shape.w_slots, WARPGROUPS, shape.stages_per_load), shape.prepared.chunks
         words = plgpu.SMEM((*slots, shape.w_format.bits, WORDS_PER_VECTOR), jnp.uint32)
-        return words, plgpu.SMEM((*slots, chunks, CHUNK_WORDS), jnp.uint32) if chunks else None
+        return words, plgpu.SMEM((*slots, chunks, shape.prepared.chunk_words), jnp.uint32) if chunks else None
+
+    @property
+    def sums_type(self) -> Any:
+        return plgpu.SMEM((WARPGROUPS, self.shape.max_rows), jnp.int32)
 
     @property
     def operand_type(self) -> Any:
@@ -116,8 +120,7 @@ class PreparedKind:
         synchronize()
 
     def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
-        product, shape = self.shape.products[name], self.shape
-        expansion = Expansion(shape.w_format.bits, shape.prepared.chunks)
+        product = self.shape.products[name]
         # Sums of halves lie one after the other, of parts without halves 32 rows in a row.
         part_rows, block_stride = (
             (part_sums.BLOCK_ROWS, product.rows) if product.halves > 1 else (TILE, part_sums.BLOCK_ROWS)
@@ -127,14 +130,13 @@ class PreparedKind:
             k_slice, part_of_slice = lax.div(index, self._loads_per_slice), lax.rem(index, self._loads_per_slice)
             index_of_slice = warpgroup + k_slice * WARPGROUPS
             words, terms = ring.wait(first_load + index, warpgroup)
-            total = part_sums.add_stages(
+            total = self.add_stages(
                 total,
                 words,
                 terms,
                 operand.at[jnp.minimum(index_of_slice, product.all_k_slices - 1)],
                 part_of_slice,
                 index_of_slice < product.all_k_slices if product.all_k_slices % WARPGROUPS else None,
-                expansion,
             )
             ring.release(first_load + index)
             return total
@@ -145,11 +147,27 @@ class PreparedKind:
                 0,
                 pinned(self.loads_per_tile(product)),
                 lambda index, total: add_load(index, first_load, total),
-                part_sums.zeros(),
+                self.zeros(),
             )
-            part_sums.add_sums(sums.at[warpgroup], total, tile * part_rows, block_stride)
+            self.add_sums(sums.at[warpgroup], total, tile * part_rows, block_stride)
 
         repeat(product.tiles, multiply_part)
+
+    @property
+    def _expansion(self) -> Expansion:
+        return Expansion(self.shape.w_format.bits, self.shape.prepared.chunks)
+
+    def zeros(self) -> Num[Array, " sums"]:
+        """Sums of a part to begin with."""
+        return part_sums.zeros()
+
+    def add_stages(self, total, words, terms, token, part_of_slice, valid) -> Num[Array, " sums"]:
+        """See `part_sums.add_stages`."""
+        return part_sums.add_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
+
+    def add_sums(self, sums, total, start, block_stride: int) -> None:
+        """See `part_sums.add_sums`."""
+        part_sums.add_sums(sums, total, start, block_stride)
 
     def clear_sums(self, sums, warpgroup) -> None:
         part_sums.clear(sums.at[warpgroup])

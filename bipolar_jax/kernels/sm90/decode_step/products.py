@@ -11,6 +11,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
+from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_products import ScaledKind
 from bipolar_jax.kernels.sm90.decode_step.plane_products import PlaneKind
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.decode_step.quantize_token import TokenGrid
@@ -19,7 +20,9 @@ from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights, Wei
 
 def weight_kind(shape: LayersShape) -> WeightKind:
     """How the layers' weights are stored and multiplied."""
-    return PlaneKind(shape) if shape.prepared is None else PreparedKind(shape)
+    if shape.prepared is None:
+        return PlaneKind(shape)
+    return ScaledKind(shape) if shape.scaled else PreparedKind(shape)
 
 
 def column_terms(shape: LayersShape, weights: ProductWeights, layer, name: str, block) -> list[list[ProductWeights]]:
@@ -88,6 +91,12 @@ def finish(
     product, recovery = shape.products[name], shape.recovery(name)
     start = half * product.rows + chunk * WARPGROUP
     total = kind.take_sums(shared.product_sums, start, product.rows - chunk * WARPGROUP)
+    if shape.scaled:
+        # The sums are of signed codes times numbers of weights, as in `arithmetic.epilogue.finish_scaled_transposed`.
+        zero = recovery.column_weight(grid.zero_code).astype(jnp.float32)
+        y = (total * float(recovery.product_weight) + zero * terms.number_sums) * terms.scale
+        y = y * (grid.scale * recovery.scale_factor)
+        return y if terms.bias is None else y + terms.bias
     code_sums = reduce_block(shared.code_sums, "sum")
     total = total * recovery.product_weight + recovery.row_term(code_sums)
     total = total + recovery.column_weight(grid.zero_code) * recovery.column_value_sums(terms.code_sums)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.watchdog import trap_if_fewer_multiprocessors, wait_or_trap
@@ -31,8 +31,8 @@ class ProductWeights:
     Attributes:
       words: bit planes, uint32 [layers, planes, n, words]; or prepared weights, uint32 [layers, parts, stages, bits,
         WORDS_PER_VECTOR].
-      group_terms: of prepared weights with groups, uint32 [layers, parts, stages, chunks, CHUNK_WORDS]; else None.
-      code_sums, scale, offset, bias: of the columns, flat [layers * n]; None if there is none.
+      group_terms: of prepared weights with groups, uint32 [layers, parts, stages, chunks, chunk_words]; else None.
+      code_sums, scale, offset, bias, number_sums: of the columns, flat [layers * n]; None if there is none.
     """
 
     words: Any
@@ -41,6 +41,7 @@ class ProductWeights:
     scale: Any
     offset: Any = None
     bias: Any = None
+    number_sums: Any = None
 
     @property
     def of_columns(self) -> ProductWeights:
@@ -62,6 +63,10 @@ class WeightKind(Protocol):
     @property
     def operand_type(self) -> Any:
         """The scratch specification of the token."""
+
+    @property
+    def sums_type(self) -> Any:
+        """The scratch specification of a product's sums."""
 
     def loads_per_tile(self, product: Product) -> int:
         """Loads of a tile."""
@@ -102,13 +107,13 @@ class WeightKind(Protocol):
         Args:
           layer: counted from the first that is computed.
           operand: the token.
-          sums: int32 [warpgroups, rows], in the order of halves and rows.
+          sums: of `sums_type`, [warpgroups, ..., rows], in the order of halves and rows.
         """
 
     def clear_sums(self, sums, warpgroup) -> None:
         """What a warpgroup does to its sums before the first product."""
 
-    def take_sums(self, sums, start, count) -> Int[Array, "128"]:
+    def take_sums(self, sums, start, count) -> Num[Array, "128"]:
         """Sums over all warpgroups of 128 rows from `start` on, of which those from `count` on mean nothing."""
 
 

@@ -42,6 +42,7 @@ class Case:
     cache_bits: int | None = None
     prepared: bool = False
     group_size: int | None = None
+    scales: str = "integer"  # of groups
     head_dim: int = 128
 
     def operands(self) -> dict:
@@ -83,7 +84,7 @@ class Case:
         return tuple(jax.tree.leaves(QuantizedHeads.quantize(heads, self.cache_bits)))
 
     def kernel(self, name: str, numbers):
-        scales = "float" if self.group_size is None else "integer"
+        scales = "float" if self.group_size is None else self.scales
         kernel = quantize(
             numbers, self.w_bits, -2, calibration=self.calibration, group_size=self.group_size, scales=scales
         )
@@ -102,7 +103,8 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
         tokens = quantize_tokens(x[None], a_format)
         steps = a_format.values(tokens.codes)[0] - tokens.zero_value[0]
-        sums = steps @ w.values()  # integers: one bit is a sign, and sums of zero are common
+        values = w.values()  # integers, but of float groups: one bit is a sign, and sums of zero are common
+        sums = steps.astype(values.dtype) @ values
         y = w.scale[:, 0] * sums.astype(jnp.float32)
         if w.offset is not None:
             y = y + w.offset[:, 0] * jnp.sum(steps).astype(jnp.float32)

@@ -14,7 +14,9 @@ from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES, WARPGROU
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing.fields import CHUNK_WORDS, STAGE, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import STAGE, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.prepared_array import chunk_words
 
 WARPGROUPS = 4  # that compute; a fifth loads weights
 TILE = 32  # rows of the output (columns of the weights) in a tile
@@ -41,10 +43,17 @@ class PreparedLayout:
     Attributes:
       chunks: chunks of a stage with terms of their own; 0 without groups.
       natural_order: whether positions of a stage are elements.
+      float_terms: the form of float scales of groups; None if there are none.
     """
 
     chunks: int
     natural_order: bool
+    float_terms: FloatTerms | None = None
+
+    @property
+    def chunk_words(self) -> int:
+        """Words of the terms of a chunk and part."""
+        return chunk_words(self.float_terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +188,11 @@ class LayersShape:
         return ExpandedRecovery("int8", *formats, grouped=self.prepared.chunks > 0)
 
     @property
+    def scaled(self) -> bool:
+        """Whether groups have float scales, so that sums are float32, each warp's for itself."""
+        return self.prepared is not None and self.prepared.float_terms is not None
+
+    @property
     def splits(self) -> int:
         """Blocks among which a head's positions are split."""
         return min(self.blocks // self.heads, _MAX_SPLITS)
@@ -227,7 +241,7 @@ class LayersShape:
         left = SHARED_MEMORY_BYTES - self._other_bytes
         if self.prepared is None:
             return (left - TILE * BYTES_PER_ROW) // (WARPGROUPS * TILE * BYTES_PER_ROW)
-        stage_words = self.w_format.bits * WORDS_PER_VECTOR + self.prepared.chunks * CHUNK_WORDS
+        stage_words = self.w_format.bits * WORDS_PER_VECTOR + self.prepared.chunks * self.prepared.chunk_words
         return left // (WARPGROUPS * self.stages_per_load * 4 * stage_words)
 
     @property
@@ -246,7 +260,7 @@ class LayersShape:
         tokens, reductions = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW, 2 * 1024
         if self.prepared is not None:
             tokens, reductions = self.token_slices * K_SLICE, 1024
-        sums = 4 * WARPGROUPS * self.max_rows
+        sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.scaled else 1)
         grid = 0 if self.cache_bits is None else 4 + 2
         cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
         context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP

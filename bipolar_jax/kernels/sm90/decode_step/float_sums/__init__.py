@@ -1,0 +1,1 @@
+"""Products whose sums are float32."""
