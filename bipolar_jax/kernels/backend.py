@@ -201,7 +201,7 @@ class Backend(Protocol):
         length: Int[Array, ""],
         tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
         slopes: Float[Array, " heads"] | None,
-        a_format: BipolarFormat,
+        a_format: BipolarFormat | None,
         *,
         cache_bits: int | None = None,
     ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
@@ -217,7 +217,7 @@ class Backend(Protocol):
           length: tokens in the cache, which is the position of the new one.
           tables: cosines and sines of that position; None where positions are not rotary.
           slopes: ALiBi's; None without ALiBi.
-          a_format: the grid of the tokens, the same for all products.
+          a_format: the grid of the tokens, the same for all products; None if they stay floats.
           cache_bits: of the cached numbers, 8 or 4; None for floats.
 
         Returns:

@@ -47,7 +47,7 @@ def fused_layers(
 
     Raises:
       Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
-        bits or backend; an input of down that is rotated at run time; and as `ops.decode_layers`.
+        bits or backend; an input of down or keys that are rotated at run time; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -76,6 +76,8 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
     if layers.ffn.rotation is not None:
         raise Unsupported("the kernel has no rotation of the input of down: models rotated with 'foldable' need none")
+    if cache.key_rotation is not None:
+        raise Unsupported("keys are rotated once more before they are cached")
     gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
@@ -101,8 +103,10 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
     return operands, {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
 
 
-def _activation_format(products: dict[str, Linear]) -> BipolarFormat:
+def _activation_format(products: dict[str, Linear]) -> BipolarFormat | None:
+    """None for float activations."""
     bits = {layer.precision.a_bits for layer in products.values()}
-    if len(bits) > 1 or None in bits:
+    if len(bits) > 1:
         raise Unsupported(f"activations must have the same bits in all products, not {bits}")
-    return BipolarFormat(bits.pop())
+    (a_bits,) = bits
+    return None if a_bits is None else BipolarFormat(a_bits)

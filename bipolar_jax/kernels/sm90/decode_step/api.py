@@ -14,7 +14,7 @@ from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT, WARPGROUP
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, TMA_ALIGNMENT, WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     PRODUCTS,
@@ -25,6 +25,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
 from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
+from bipolar_jax.kernels.sm90.weight_only.config import check_dtype
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray, PreparedArray
 
@@ -40,7 +41,7 @@ def decode_layers(
     length: Int[Array, ""],
     tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
     slopes: Float[Array, " heads"] | None,
-    a_format: BipolarFormat,
+    a_format: BipolarFormat | None,
     *,
     cache_bits: int | None = None,
     blocks: int | None = None,
@@ -69,7 +70,8 @@ def decode_layers(
         not attend to itself.
       tables: cosines and sines of that position; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
-      a_format: 1 to 8 bits.
+      a_format: 1 to 8 bits; or None for tokens of 16-bit floats, in the dtype of `hidden`, with prepared weights of
+        integer groups.
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
@@ -87,7 +89,7 @@ def decode_layers(
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
-        {name: _product_weights(kernels[name], biases.get(name)) for name in PRODUCTS},
+        {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},
         {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
     )
     half = shape.head_dim // 2
@@ -123,16 +125,17 @@ def plan_decode_layers(
     length: Int[Array, ""],
     tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
     slopes: Float[Array, " heads"] | None,
-    a_format: BipolarFormat,
+    a_format: BipolarFormat | None,
     *,
     cache_bits: int | None = None,
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
-    kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, " + (
-        f"{a_format.bits} x {shape.w_format.bits} planes" if shape.prepared is None else _prepared(kernels["qkv"])
-    )
+    planes = shape.prepared is None
+    weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
+    weights += "" if shape.float_token is None else ", float tokens"
+    kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, {weights}"
     return Plan(kernel, "one sequence: bound by reading weights and cache, and by launches", shape)
 
 
@@ -148,7 +151,7 @@ def _shape(
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
     keys: tuple[Array, ...],
-    a_format: BipolarFormat,
+    a_format: BipolarFormat | None,
     cache_bits: int | None,
     blocks: int | None,
     wait_limit_ms: int,
@@ -156,6 +159,8 @@ def _shape(
 ) -> LayersShape:
     """The static shape of the kernel. Raises Unsupported as `decode_layers` says."""
     _check_weights(kernels, activation, a_format)
+    if a_format is None:
+        check_dtype(hidden.dtype)
     keys, *_ = keys
     if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
@@ -182,6 +187,7 @@ def _shape(
         kv_heads=kv_heads,
         head_dim=head_dim,
         a_format=a_format,
+        float_token=PTX_TYPES[hidden.dtype.name] if a_format is None else None,
         w_format=kernels["qkv"].format,
         norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
         norm_eps=norms["qkv"].eps,
@@ -194,7 +200,7 @@ def _shape(
 
 
 def _check_weights(
-    kernels: dict[str, BipolarArray | PreparedArray], activation: Activation, a_format: BipolarFormat
+    kernels: dict[str, BipolarArray | PreparedArray], activation: Activation, a_format: BipolarFormat | None
 ) -> None:
     """Raises Unsupported unless all weights are of one kind and format."""
     first = kernels["qkv"]
@@ -213,7 +219,12 @@ def _check_weights(
         if prepared and kernel.gated != (name == "up" and activation.gated):
             raise Unsupported(f"{name} is prepared as {'' if kernel.gated else 'not '}gated, beside {activation}")
         scaled = prepared and kernel.float_terms is not None
-        if not scaled and kernel.contracted_size > kernel.max_contraction(a_format):
+        if a_format is None and (not prepared or scaled or kernel.offset is not None):
+            raise Unsupported(
+                f"float activations are multiplied with prepared weights of integer groups, and without offsets: "
+                f"{name} is {kernel}"
+            )
+        if not scaled and a_format is not None and kernel.contracted_size > kernel.max_contraction(a_format):
             raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
 
 
@@ -234,7 +245,7 @@ def _multiprocessors(array) -> int:
     return min(getattr(device, "core_count", MULTIPROCESSORS) for device in devices)
 
 
-def _product_weights(kernel: BipolarArray | PreparedArray, bias) -> ProductWeights:
+def _product_weights(kernel: BipolarArray | PreparedArray, bias, floats: bool) -> ProductWeights:
     def flat(term):
         return None if term is None else term.reshape(-1)
 
@@ -246,7 +257,7 @@ def _product_weights(kernel: BipolarArray | PreparedArray, bias) -> ProductWeigh
     return ProductWeights(
         by_part(kernel.words) if prepared else weight_words(kernel, "planes"),
         by_part(kernel.terms) if prepared else None,
-        code_sums=None if scaled else flat(kernel.row_sums),
+        code_sums=None if scaled or floats else flat(kernel.row_sums),
         scale=flat(kernel.scale),
         offset=flat(kernel.offset),
         bias=None if bias is None else _number(flat(bias)),

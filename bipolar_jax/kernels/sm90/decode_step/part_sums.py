@@ -213,6 +213,7 @@ def multiply_own_stage(
     bits: int,
     terms_bytes: int,
     multiply: Callable[[Pointer, list[Pointer], Pointer, Value], list[Value]],
+    locate: Callable[[Pointer, Value, Value], Pointer] | None = None,
 ) -> list[Value]:
     """What `multiply` makes of the total where this warp has a stage of the load, else the total.
 
@@ -223,6 +224,7 @@ def multiply_own_stage(
       bits: of the codes.
       terms_bytes: of the terms of a stage.
       multiply: multiply(words, terms, token, lane), of the warp's stage; the token is the lane's segment.
+      locate: locate(token, stage, lane) finds the lane's numbers in the token's slice; None those of `token_bytes`.
     """
     lane, warp = lane_and_warp()
     words, token, *terms = pointers
@@ -230,7 +232,7 @@ def multiply_own_stage(
     words = ptx.advance(words, ptx.times(stage, 4 * bits * WORDS_PER_VECTOR))
     terms = [ptx.advance(pointer, ptx.times(stage, terms_bytes)) for pointer in terms]
     stage_of_slice = ptx.plus(ptx.times(part_of_slice, stages), stage)
-    token = ptx.advance(token, ptx.plus(ptx.times(stage_of_slice, STAGE), segment_bytes(stage_of_slice, lane)))
+    token = (locate or _segment)(token, stage_of_slice, lane)
     conditions = [ptx.equal(word, 1) for word in valid]
     turns = WARPS // stages
     if turns > 1:
@@ -244,6 +246,10 @@ def multiply_own_stage(
         return multiplied()
     condition = conditions[0] if len(conditions) == 1 else ptx.bits_of(*conditions)
     return ptx.update_if(condition, total, multiplied)
+
+
+def _segment(token: Pointer, stage_of_slice: Value, lane: Value) -> Pointer:
+    return ptx.advance(token, ptx.plus(ptx.times(stage_of_slice, STAGE), segment_bytes(stage_of_slice, lane)))
 
 
 def load_segment(token: Pointer) -> list[Value]:

@@ -34,7 +34,12 @@ from bipolar_jax.kernels.sm90.decode_step.products import (
     prefetch_terms,
     rows_of_layer,
 )
-from bipolar_jax.kernels.sm90.decode_step.quantize_token import layer_normalized, quantize_token, slice_starts
+from bipolar_jax.kernels.sm90.decode_step.quantize_token import (
+    layer_normalized,
+    quantize_token,
+    round_token,
+    slice_starts,
+)
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
 PHASES = ("qkv", "attention", "combine", "o", "up", "down")
@@ -218,10 +223,11 @@ class Phases:
             k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
         elif norm:
             k_slices = layer_normalized(k_slices, *norm, product.k, shape.norm_eps, self._warpgroup, shared)
-        kind = self._ring.kind
-        grid = quantize_token(
-            k_slices, squares, product.k, shape.norm_eps, shape.a_format, kind, self._warpgroup, shared
-        )
+        kind, grid, numbers = self._ring.kind, None, (k_slices, squares, product.k, shape.norm_eps)
+        if shape.float_token is None:
+            grid = quantize_token(*numbers, shape.a_format, kind, self._warpgroup, shared)
+        else:
+            round_token(*numbers, kind, self._warpgroup, shared)
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
         weights = self._weights.products[name]
         terms = column_terms(shape, weights, layer, name, self._block)

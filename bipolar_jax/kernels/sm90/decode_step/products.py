@@ -11,6 +11,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
+from bipolar_jax.kernels.sm90.decode_step.float_sums.float_products import FloatKind
 from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_products import ScaledKind
 from bipolar_jax.kernels.sm90.decode_step.plane_products import PlaneKind
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
@@ -22,6 +23,8 @@ def weight_kind(shape: LayersShape) -> WeightKind:
     """How the layers' weights are stored and multiplied."""
     if shape.prepared is None:
         return PlaneKind(shape)
+    if shape.float_token is not None:
+        return FloatKind(shape)
     return ScaledKind(shape) if shape.scaled else PreparedKind(shape)
 
 
@@ -83,14 +86,21 @@ def finish(
     name: str,
     terms: ProductWeights,
     shared,
-    grid: TokenGrid,
+    grid: TokenGrid | None,
     half: int,
     chunk: int,
 ) -> Float[Array, "128"]:
-    """A chunk of a half of this block's output: y = s_x (s_w t + o_w X) + bias, as in `arithmetic.epilogue`."""
-    product, recovery = shape.products[name], shape.recovery(name)
+    """A chunk of a half of this block's output: y = s_x (s_w t + o_w X) + bias, as in `arithmetic.epilogue`.
+
+    Float tokens have no grid: y = s_w t + bias.
+    """
+    product = shape.products[name]
     start = half * product.rows + chunk * WARPGROUP
     total = kind.take_sums(shared.product_sums, start, product.rows - chunk * WARPGROUP)
+    if grid is None:
+        y = total * terms.scale
+        return y if terms.bias is None else y + terms.bias
+    recovery = shape.recovery(name)
     if shape.scaled:
         # The sums are of signed codes times numbers of weights, as in `arithmetic.epilogue.finish_scaled_transposed`.
         zero = recovery.column_weight(grid.zero_code).astype(jnp.float32)

@@ -18,6 +18,7 @@ from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block, reduce_warps
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import zero_beyond
+from bipolar_jax.kernels.sm90.decode_step.float_sums.float_products import FloatKind
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import WeightKind
 
 # Rows of `SharedMemory.warp_results`.
@@ -107,3 +108,24 @@ def quantize_token(
     starts = slice_starts(warpgroup, len(k_slices))
     kind.store_token(shared.x_operand, shared.code_sums, warpgroup, k_slices, starts, k, half_steps, middle)
     return TokenGrid(scale, zero_code)
+
+
+def round_token(
+    k_slices: Sequence[Float[Array, "1024"]],
+    squares: Sequence[Float[Array, "1024"]] | None,
+    k: int,
+    eps: float,
+    kind: FloatKind,
+    warpgroup: Int[Array, ""],
+    shared,
+) -> None:
+    """Stores this warpgroup's K slices of the token as 16-bit floats; arguments as `quantize_token` has them."""
+    factor, results = None, shared.warp_results.at[_SQUARES]
+    if squares is not None:
+        reduce_warps(results, warpgroup, squares, "sum")
+    # Also without squares: sums of the product before have been taken.
+    shared.meet()
+    if squares is not None:
+        factor = lax.rsqrt(reduce_block(results, "sum") * (1 / k) + eps)
+    starts = slice_starts(warpgroup, len(k_slices))
+    kind.store_float_token(shared.x_operand, warpgroup, k_slices, starts, k, factor)

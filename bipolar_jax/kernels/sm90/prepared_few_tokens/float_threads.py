@@ -84,23 +84,6 @@ def _add_half(
             token_words = ptx.load_matrices(at)
             for block in range(2):
                 start = 4 * (block * problem.token_chunks + chunk)
-                sums[start : start + 4] = multiplied(
-                    expansion, registers[4 * block : 4 * block + 4], token_words, sums[start : start + 4]
-                )
-    return sums
-
-
-def multiplied(expansion: FloatExpansion, registers: list[list[Value]], tokens: list[Value], sums: Sums) -> Sums:
-    """sums + weights . tokens over a step: two instructions.
-
-    Args:
-      expansion: of the weights.
-      registers: pairs of values of the rows r and r + 8 of one block, for the first half of the step, then the second.
-      tokens: two words for either half.
-      sums: four.
-    """
-    for half in range(2):
-        low, high = registers[2 * half : 2 * half + 2]
-        a = [low[0], high[0], low[1], high[1]]
-        sums = ptx.multiply_add_tiles(expansion.float_type.name, a, tokens[2 * half : 2 * half + 2], sums)
+                own = registers[4 * block : 4 * block + 4]
+                sums[start : start + 4] = expansion.multiply_step(own, token_words, sums[start : start + 4])
     return sums

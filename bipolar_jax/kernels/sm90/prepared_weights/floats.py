@@ -85,6 +85,21 @@ class FloatExpansion:
             registers.append(self.values(self.fields.codes(words, register), own))
         return registers
 
+    def multiply_step(self, registers: list[list[Value]], tokens: list[Value], sums: list[Value]) -> list[Value]:
+        """sums + weights . tokens over a step: two instructions.
+
+        Args:
+          registers: pairs of values of the rows r and r + 8 of one block, for the first half of the step, then the
+            second.
+          tokens: two words for either half, see `float_tokens`.
+          sums: float32, four.
+        """
+        for half in range(2):
+            low, high = registers[2 * half : 2 * half + 2]
+            a = [low[0], high[0], low[1], high[1]]
+            sums = ptx.multiply_add_tiles(self.float_type.name, a, tokens[2 * half : 2 * half + 2], sums)
+        return sums
+
     @property
     def _signed(self) -> bool:
         return self.format.bits == 8

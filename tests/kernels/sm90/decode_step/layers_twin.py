@@ -29,7 +29,7 @@ class Case:
     heads: int
     kv_heads: int
     w_bits: int
-    a_bits: int
+    a_bits: int | None  # of bfloat16 if None
     capacity: int
     length: int
     calibration: str | None = "mse"
@@ -62,7 +62,7 @@ class Case:
         angle = self.length * 10000.0 ** (-np.arange(half) / half)
         cache = (self.layers, 1, self.kv_heads, self.capacity, self.head_dim)
         return dict(
-            hidden=normal(self.hidden),
+            hidden=normal(self.hidden).astype(jnp.float32 if self.a_bits else jnp.bfloat16),
             kernels={name: self.kernel(name, normal(self.layers, k, n) / np.sqrt(k)) for name, (k, n) in sizes.items()},
             biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
             norms={name: self._norm(normal) for name in ("qkv", "up")},
@@ -74,7 +74,7 @@ class Case:
             if self.positions == "rope"
             else None,
             slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
-            a_format=BipolarFormat(self.a_bits),
+            a_format=BipolarFormat(self.a_bits) if self.a_bits else None,
             cache_bits=self.cache_bits,
         )
 
@@ -97,10 +97,14 @@ class Case:
 
 @functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits"))
 def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits):
-    """`decode_layers` in float32, layer by layer; products of what the numbers are quantized to."""
+    """`decode_layers` in float32, layer by layer; products of what the numbers are quantized or rounded to."""
+    float_dtype, hidden = hidden.dtype, hidden.astype(jnp.float32)
 
     def product(x, name, layer):
         w = jax.tree.map(lambda leaf: leaf[layer], kernels[name])
+        if a_format is None:
+            y = (x.astype(float_dtype).astype(jnp.float32) @ w.values().astype(jnp.float32)) * w.scale[:, 0]
+            return y if biases[name] is None else y + biases[name][layer]
         tokens = quantize_tokens(x[None], a_format)
         steps = a_format.values(tokens.codes)[0] - tokens.zero_value[0]
         values = w.values()  # integers, but of float groups: one bit is a sign, and sums of zero are common

@@ -133,12 +133,13 @@ class LayersShape:
       hidden, ffn: sizes.
       heads, kv_heads: of `head_dim` numbers each.
       head_dim: one of HEAD_DIMS.
-      a_format, w_format: of all products.
+      a_format, w_format: of all products; a_format is None with float tokens.
       norm: "rms" or "layer".
       norm_eps: of the norms.
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
       blocks: of the grid, at most one a multiprocessor.
       prepared: how weights are laid out; None for bit planes.
+      float_token: "bf16" or "f16" if tokens are floats, which products of prepared weights multiply; else None.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
       wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
     """
@@ -149,13 +150,14 @@ class LayersShape:
     heads: int
     kv_heads: int
     head_dim: int
-    a_format: BipolarFormat
+    a_format: BipolarFormat | None
     w_format: BipolarFormat
     norm: Literal["rms", "layer"]
     norm_eps: float
     activation: Activation
     blocks: int
     prepared: PreparedLayout | None = None
+    float_token: str | None = None
     cache_bits: int | None = None
     wait_limit_ms: int = WAIT_LIMIT_MS
 
@@ -189,8 +191,13 @@ class LayersShape:
 
     @property
     def scaled(self) -> bool:
-        """Whether groups have float scales, so that sums are float32, each warp's for itself."""
+        """Whether groups have float scales."""
         return self.prepared is not None and self.prepared.float_terms is not None
+
+    @property
+    def has_float_sums(self) -> bool:
+        """Whether sums are float32, each warp's for itself."""
+        return self.scaled or self.float_token is not None
 
     @property
     def splits(self) -> int:
@@ -259,8 +266,8 @@ class LayersShape:
         """Shared memory besides the weight ring; a position of a quantized cache has 6 more bytes, scale and zero."""
         tokens, reductions = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW, 2 * 1024
         if self.prepared is not None:
-            tokens, reductions = self.token_slices * K_SLICE, 1024
-        sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.scaled else 1)
+            tokens, reductions = self.token_slices * K_SLICE * (1 if self.float_token is None else 2), 1024
+        sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.has_float_sums else 1)
         grid = 0 if self.cache_bits is None else 4 + 2
         cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
         context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP

@@ -1,0 +1,173 @@
+"""Products of prepared weights with a token of 16-bit floats: `PreparedKind` with float32 sums.
+
+A warp expands fields to the integer values of the weights as floats, exactly, and multiplies them with m16n8k16; all
+columns of the operand are the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
+from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.kernels.sm90.core.sync import synchronize
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
+from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums
+from bipolar_jax.kernels.sm90.decode_step.float_sums.float_token import (
+    FLOAT_SLICE_WORDS,
+    LANE_WORDS,
+    STEP_WORDS,
+    float_positions_of,
+    store_floats,
+)
+from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
+from bipolar_jax.kernels.sm90.decode_step.part_sums import multiply_own_stage
+from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, STEPS, expand_part
+
+
+class FloatKind(PreparedKind):
+    """See `weight_ring.WeightKind`; slots are those of `PreparedKind`, the token is [K slices, FLOAT_SLICE_WORDS]."""
+
+    @property
+    def sums_type(self) -> Any:
+        return plgpu.SMEM((WARPGROUPS, WARPS, self.shape.max_rows), jnp.float32)
+
+    @property
+    def operand_type(self) -> Any:
+        return plgpu.SMEM((self.shape.token_slices, FLOAT_SLICE_WORDS), jnp.uint32)
+
+    @property
+    def _expansion(self) -> FloatExpansion:
+        return FloatExpansion(self.shape.w_format, self.shape.prepared.chunks, FLOATS[self.shape.float_token])
+
+    def store_float_token(
+        self,
+        operand,
+        warpgroup: Int[Array, ""],
+        k_slices: Sequence[Float[Array, "1024"]],
+        starts: Sequence[Int[Array, ""]],
+        k: int,
+        factor: Float[Array, ""] | None,
+    ) -> None:
+        """Rounds a warpgroup's K slices times the factor, and stores them for `multiply`."""
+        shape, indices = self.shape, [warpgroup + i * WARPGROUPS for i in range(len(k_slices))]
+        natural = shape.prepared.natural_order
+        store_floats(operand, k_slices, indices, starts, k, factor, shape.float_token, natural)
+        synchronize()
+
+    def zeros(self) -> RowSums:
+        return row_sums.zeros()
+
+    def add_stages(self, total, words, terms, token, part_of_slice, valid) -> RowSums:
+        return add_float_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
+
+    def add_sums(self, sums, total, start, block_stride: int) -> None:
+        row_sums.store_sums(sums, total, start, block_stride)
+
+    def clear_sums(self, sums, warpgroup) -> None:
+        """Nothing: sums are stored, not added."""
+
+    def take_sums(self, sums, start, count) -> Float[Array, "128"]:
+        return row_sums.take(sums, start, count)
+
+
+def _add_float_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
+    stages = words.shape[0]
+    expanded = expand_part(words[...], None if terms is None else terms[...])
+    values = 2 * expanded - expansion.format.max_value if terms is None else expanded - OFFSET_BIAS
+    # What is beyond K is not this warpgroup's to read.
+    nothing = jnp.zeros(token.shape, token.dtype)
+    own_token = token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing)
+    plgpu.commit_smem()  # for the race detector, see `part_sums`
+    numbers = float_positions_of(own_token, expansion.float_type.name).astype(jnp.float32)
+    own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
+    active = jnp.arange(WARPS) // stages == part_of_slice % (WARPS // stages)
+    active = active if valid is None else active & valid
+    sums = jnp.sum(values.astype(jnp.float32) * own[:, None], axis=-1)
+    by_warp = jnp.where(active[:, None], jnp.concatenate([sums] * (WARPS // stages)), 0)
+    return total + row_sums.spread_rows(by_warp)
+
+
+@with_twin(_add_float_stages_twin)
+def add_float_stages(
+    total: RowSums,
+    words: Any,
+    terms: Any,
+    token: Any,
+    part_of_slice: Int[Array, ""],
+    valid: Any,
+    expansion: FloatExpansion,
+) -> RowSums:
+    """Adds a load's products to the sums of a warpgroup's warps; arguments as `part_sums.add_stages` has them."""
+    stages = words.shape[0]
+    refs = [words, token] if terms is None else [words, token, terms]
+    numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW_SUMS, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)), return_type=ROW_SUMS_TYPE
+    )
+    def inline(_, total, *arrays):
+        pointers = [ptx.pointer(ref, ptx.SHARED) for ref in arrays[: len(refs)]]
+        part_of_slice, *valid = map(scalar_of, arrays[len(refs) :])
+        values = add_float_stages_of_warp(numbers_of(total), pointers, part_of_slice, valid, stages, expansion)
+        return as_array(values, total.shape, ROW_SUMS)
+
+    return inline(total, *refs, *map(jnp.int32, numbers))
+
+
+# Below: for use within `plgpu.inline_mgpu`.
+
+
+def add_float_stages_of_warp(
+    total: list[Value],
+    pointers: Sequence[Pointer],
+    part_of_slice: Value,
+    valid: Sequence[Value],
+    stages: int,
+    expansion: FloatExpansion,
+) -> list[Value]:
+    """The thread's numbers of `add_float_stages`; `valid` is empty or one word."""
+
+    def multiply(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
+        return _multiply_stage(total, words, terms[0] if terms else None, token, lane, expansion)
+
+    options = {"bits": expansion.fields.bits, "terms_bytes": 4 * expansion.chunks * CHUNK_WORDS, "locate": _own_numbers}
+    return multiply_own_stage(total, pointers, part_of_slice, valid, stages, multiply=multiply, **options)
+
+
+def _own_numbers(token: Pointer, stage_of_slice: Value, lane: Value) -> Pointer:
+    """Where a lane's numbers of a stage begin in the token's slice."""
+    stage = ptx.times(stage_of_slice, 4 * STEPS * STEP_WORDS)
+    return ptx.advance(token, ptx.plus(stage, ptx.times(ptx.bits_of(lane, 3), 4 * LANE_WORDS)))
+
+
+def _multiply_stage(
+    total: list[Value], words: Pointer, terms: Pointer | None, token: Pointer, lane: Value, expansion: FloatExpansion
+) -> list[Value]:
+    """Adds a warp's products of one stage; all columns of the operand are the token."""
+    fields = [expansion.fields.load_fields(words, lane, half) for half in range(HALVES)]
+    halves = range(HALVES) if expansion.chunks > 1 else range(1)
+    group_terms = [expansion.load_terms(terms, lane, half) for half in halves]
+    # An instruction has sums of two columns, which are the same.
+    sums = [number for number in total for _ in range(2)]
+    for step in range(STEPS):
+        half, own_step = divmod(step, HALF_STEPS)
+        own_terms = group_terms[min(half, len(group_terms) - 1)]
+        registers = expansion.fragments(fields[half][own_step], own_terms, own_step)
+        tokens = ptx.load(ptx.advance(token, 4 * STEP_WORDS * step), LANE_WORDS)
+        for block in range(2):
+            own = slice(4 * block, 4 * block + 4)
+            sums[own] = expansion.multiply_step(registers[own], tokens, sums[own])
+    return sums[::2]

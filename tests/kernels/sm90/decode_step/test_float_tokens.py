@@ -1,0 +1,143 @@
+"""The decode step with tokens of 16-bit floats: interpreted, simulated, compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
+from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
+from bipolar_jax.kernels.sm90.decode_step.float_sums import float_products, float_token, row_sums
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.models.presets import preset
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.integer_products import random_codes
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
+
+FLOAT = dataclasses.replace(PREPARED, a_bits=None)
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        # Parts that are more than one block's, gates that end within a vector, biases.
+        (dataclasses.replace(FLOAT, hidden=256, ffn=384, heads=2, group_size=128, bias=True), 5),
+        # Natural order, a norm that subtracts the mean, K slices of other warpgroups that end within a stage.
+        (
+            dataclasses.replace(
+                FLOAT, w_bits=3, ffn=1152 + 64, group_size=16, norm=LayerNorm, activation=Activation("gelu")
+            ),
+            2,
+        ),
+        # Warps that take turns, and no groups.
+        (dataclasses.replace(FLOAT, w_bits=8, group_size=None), 2),
+    ],
+    ids=["W4A16g128", "W3A16g16", "W8A16"],
+)
+@pytest.mark.sample(1)
+def test_layers_are_the_twins(case, blocks):
+    operands = case.operands()
+    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert not races_found()
+    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "stages", "dtype"),
+    [
+        (4, 128, 4, ml_dtypes.bfloat16),
+        (6, 16, 2, ml_dtypes.bfloat16),
+        (8, None, 2, np.float16),
+        (1, 32, 4, ml_dtypes.bfloat16),
+    ],
+)
+def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
+    """From a token of small integers in registers to sums of rows: all is exact."""
+    fmt, part, name = BipolarFormat(bits), 2, PTX_TYPES[np.dtype(dtype).name]
+    ones = np.ones(128, np.float32)
+    if group_size is None:
+        codes = random_codes(fmt, 128, 1024, 0)
+        w, values = array_of_codes(codes, fmt, ones), 2 * codes.astype(np.int64) - fmt.max_value
+    else:
+        groups = random_groups(fmt, 128, 1024, group_size)
+        w, values = array_of_groups(groups, fmt, ones), groups.values
+    prepared = w.prepare()
+    words, terms = (None if a is None else np.array(a)[0, part] for a in (prepared.words, prepared.terms))
+    x = np.random.default_rng(bits).integers(-8, 9, 1024)
+    expected_words = float_token.float_words_of(jnp.asarray(x.astype(dtype)), prepared.natural_order)
+    back = float_token.float_positions_of(expected_words, name)
+    assert back.shape == (8, 128)
+    assert back.dtype == dtype
+    expected_words = np.asarray(expected_words)
+    warpgroup_simulator.install(monkeypatch)
+    thread = ptx.thread_in_warpgroup()
+    token = np.zeros(float_token.FLOAT_SLICE_WORDS, np.uint32)
+    store = float_token.store_natural if prepared.natural_order else float_token.store_interleaved
+    pairs = float_token.rounded_pairs(name, list(x.reshape(128, 8).T.astype(np.float32)))
+    for stored in (0, 1):
+        assert not token.any()
+        store(ptx.pointer(token, ptx.SHARED), thread, pairs, ptx.equal(ptx.int32(stored), 1))
+    np.testing.assert_array_equal(token, expected_words)
+    expansion = FloatExpansion(fmt, prepared.chunks, FLOATS[name])
+    warpgroup_simulator.bank_conflicts[0] = 0
+    total = [np.zeros(128, np.float32)] * 4
+    for load in range(8 // stages):
+        mine = slice(load * stages, (load + 1) * stages)
+        arrays = [words[mine], token] if terms is None else [words[mine], token, terms[mine]]
+        pointers = [ptx.pointer(np.ascontiguousarray(array), ptx.SHARED) for array in arrays]
+        for valid in (0, 1):  # 0 adds nothing
+            options = (ptx.int32(load), [ptx.int32(valid)], stages, expansion)
+            total = float_products.add_float_stages_of_warp(total, pointers, *options)
+    assert warpgroup_simulator.bank_conflicts[0] == 0
+    sums = np.zeros((4, 4, 130), np.float32)
+    row_sums.store_sums_of_warp(ptx.pointer(sums[0], ptx.SHARED), total, ptx.int32(2), 64, 130)
+    found = row_sums.take_of_thread(ptx.pointer(sums, ptx.SHARED), thread, ptx.int32(2), 80, 130)
+    rows = np.concatenate([16 * part + np.arange(16), 64 + 16 * part + np.arange(16)])
+    np.testing.assert_array_equal(found[[*range(16), *range(64, 80)]], values[rows] @ x)
+
+
+@pytest.mark.parametrize(
+    ("name", "w_bits", "group_size", "cache_bits"),
+    [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 8, None, None)],
+)
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.sample(1)
+def test_compiles_without_spills(name, w_bits, group_size, cache_bits):
+    config = preset(name)
+    case = Case(
+        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, None,
+        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
+        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
+        cache_bits=cache_bits, prepared=True, group_size=group_size,
+    )  # fmt: skip
+    static = {"a_format": None, "activation": case.activation, "cache_bits": cache_bits}
+    operands = jax.eval_shape(lambda: shapes_of(case))
+    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
+    assert len(report.registers) == 1, "one kernel"
+    assert report.spill_bytes == 0
+    assert report.stack_bytes == 0
+
+
+def test_the_plan_says_that_tokens_are_floats():
+    assert planned(FLOAT).endswith("prepared weights of 4 bits, groups of 64, float tokens")
+    with pytest.raises(NotImplementedError, match="prepared weights of integer groups, and without offsets: qkv is"):
+        planned(dataclasses.replace(FLOAT, prepared=False, group_size=None))
+    with pytest.raises(NotImplementedError, match="prepared weights of integer groups, and without offsets: qkv is"):
+        planned(dataclasses.replace(FLOAT, scales="float"))
