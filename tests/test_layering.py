@@ -44,7 +44,9 @@ FLOORS = {
     ),
     "bipolar_jax.nn": ("convert", "layers", "training", "compressible"),
     "bipolar_jax.compress": (
+        "distillation",
         "calibrate",
+        "whole_model",
         "packed_sites",
         "layer_store",
         "site_inputs",

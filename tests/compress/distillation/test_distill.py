@@ -1,0 +1,196 @@
+"""Distillation after rounding: stand-ins compute what packed layers do, learn, and become packed layers again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax.compress.distillation.distill import DistillationState, Schedule, make_step, window_loss
+from bipolar_jax.compress.distillation.latent_weights import INSIDE, LatentWeights
+from bipolar_jax.compress.distillation.learning_model import Student, is_latent, learning_model, packed_again
+from bipolar_jax.format import TERNARY
+from bipolar_jax.packing import quantize
+from tests.support.tiny_transformers import ARCHITECTURES, random_ids, random_transformer
+
+EMBEDDING = ("^(embed|lm_head)$", "W8A16")
+IDS = random_ids(4, 12)
+forward = jax.jit(lambda model, ids: model(ids))
+
+
+def packed_of(model, precision):
+    return bj.quantize_model(model, [EMBEDDING, ("^layers/", precision)])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [("llama", "W4A8g16"), ("opt", "W2A8g16f"), ("qwen2", "W3A8"), ("bloom", "W4A16")],
+)
+@pytest.mark.sample(2)
+def test_a_learning_model_computes_what_the_packed_one_does_and_becomes_it_again(architecture, precision):
+    model = random_transformer(ARCHITECTURES[architecture])
+    packed = packed_of(model, precision)
+    learning = learning_model(packed, model)
+    wanted, found = forward(packed, IDS), forward(learning, IDS)
+    # Float32 sums in another order; a token that is quantized a step apart moves logits by more: none does here.
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * float(np.abs(wanted).max()))
+    again = packed_again(learning, packed)
+    assert jax.tree.structure(again) == jax.tree.structure(packed)
+    for (path, one), (_, other) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (again, packed)), strict=True):
+        one, other = map(jax.tree.leaves, (one.get_value(), other.get_value()))
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)), path
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "scales", "calibration"),
+    [(4, 8, "integer", None), (2, 8, "float", None), (3, None, None, "absmax"), (TERNARY, None, None, "absmean")],
+)
+def test_latent_weights_start_within_their_cells_and_have_the_gradients_of_the_paper(
+    bits, group_size, scales, calibration
+):
+    """Against the derivatives in float64 numpy, cell by cell."""
+    rng = np.random.default_rng(0)
+    floats = rng.standard_normal((20, 6)).astype(np.float32)
+    packed = quantize(jnp.asarray(floats), bits, -2, group_size, calibration, scales)
+    latent = LatentWeights.of(packed, jnp.asarray(floats))
+    np.testing.assert_array_equal(latent.codes(), packed.codes())
+    numbers = np.asarray(packed.dequantize()).T
+    np.testing.assert_allclose(latent.numbers(), numbers, atol=1e-6)
+    scale, offset = (None if a is None else np.asarray(a, np.float64) for a in latent.grid())
+    size = group_size or 20
+    scale = np.repeat(scale, size, axis=-1)[:, :20]
+    offset = np.zeros_like(scale) if offset is None else np.repeat(offset, size, axis=-1)[:, :20]
+    assert np.all(np.abs(latent.rows - numbers) <= 2 * INSIDE * scale * 1.0001)
+    close = np.abs(floats.T - numbers) < 2 * INSIDE * scale * 0.999
+    np.testing.assert_array_equal(np.asarray(latent.rows)[close], floats.T[close])
+
+    moved = dataclasses.replace(latent, rows=latent.rows * 1.5 + 0.1)  # some beyond the grid
+    cotangent = rng.standard_normal((6, 20)).astype(np.float32)
+    by_rows, by_scale, by_offset = jax.grad(
+        lambda rows, scale, offset: jnp.sum(
+            cotangent * dataclasses.replace(moved, rows=rows, scale=scale, offset=offset).numbers()
+        ),
+        argnums=(0, 1, 2),
+        allow_int=True,
+    )(moved.rows, moved.scale, moved.offset)
+    largest = packed.format.max_value
+    z = (np.asarray(moved.rows, np.float64) - offset) / scale
+    values = np.asarray(packed.format.values(moved.codes()), np.float64)
+    inside = np.abs(z) <= largest + 1
+    assert 0 < inside.mean() < 1
+    np.testing.assert_allclose(by_rows, cotangent * inside, atol=1e-6)
+
+    def sums(of_each):
+        padded = np.pad(cotangent * of_each, [(0, 0), (0, -20 % size)])
+        return padded.reshape(6, -1, size).sum(axis=-1)
+
+    if packed.groups is not None:  # one scale a row: d/dS of S * value(u), value = s u + o
+        value, unit = numbers_over(packed, moved), 1 << (8 - packed.format.bits)
+        expected = (cotangent * np.where(inside, value - moved.rows / packed.scale, value)).sum(axis=-1)
+        np.testing.assert_allclose(by_scale[:, 0] * unit, expected, rtol=2e-4, atol=2e-3)
+    else:
+        np.testing.assert_allclose(by_scale, sums(np.where(inside, values - z, values)), rtol=1e-4, atol=1e-4)
+        if moved.offset is not None:
+            np.testing.assert_allclose(by_offset, sums(~inside), atol=1e-5)
+
+
+def numbers_over(packed, latent):
+    """s u + o of the latent codes."""
+    return np.asarray(packed.groups.values(latent.codes(), packed.group_size), np.float64)
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """A model at few bits, taught for a few steps."""
+    model = random_transformer(ARCHITECTURES["qwen2"])
+    packed = packed_of(model, "W3A8g16")
+    student, schedule = Student(learning_model(packed, model)), Schedule(steps=80, learning_rate=1e-2, warmup=3)
+    step = make_step(student, model, schedule)
+    state, losses = DistillationState.initial(student, schedule), []
+    for _ in range(schedule.steps):
+        state, metrics = step(state, IDS)
+        losses.append(float(metrics["loss"]))
+    return model, packed, student, state, losses
+
+
+def test_the_loss_falls_from_that_of_the_packed_model(distilled):
+    model, packed, _student, _state, losses = distilled
+    wanted, found = (np.asarray(forward(m, IDS), np.float64) for m in (model, packed))
+    logs = [logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)) for logits in (wanted, found)]
+    assert losses[0] == pytest.approx(np.mean(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)), rel=1e-3)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_packed_result_has_the_learned_models_logits(distilled):
+    model, packed, student, state, _losses = distilled
+    learned = student.model(state.params)
+    result = packed_again(learned, packed)
+    wanted = forward(learned, IDS)
+    np.testing.assert_allclose(forward(result, IDS), wanted, atol=3e-5 * float(np.abs(wanted).max()))
+    assert float(window_loss(result, model, jnp.asarray(IDS))) == pytest.approx(
+        float(window_loss(learned, model, jnp.asarray(IDS))), rel=1e-3
+    )
+    before, after = (m.layers.attention.q_proj.kernel.get_value() for m in (packed, result))
+    assert not np.array_equal(before.codes(), after.codes())
+    assert not np.array_equal(before.scale, after.scale)
+    assert np.array_equal(before.groups.scale, after.groups.scale), "integer groups stay"
+    assert not np.array_equal(packed.final_norm.scale[...], result.final_norm.scale[...])
+    assert np.array_equal(packed.embed.embedding.get_value().planes, result.embed.embedding.get_value().planes)
+
+
+def test_what_learns_are_weights_steps_norms_and_biases_of_blocks_and_the_last_norm(distilled):
+    _model, _packed, student, _state, _losses = distilled
+    names = set(student.params)
+    assert {name.split("/")[0] for name in names} == {"layers", "final_norm"}
+    assert {name.rpartition("/")[2] for name in names} == {"rows", "scale", "bias"}
+    assert all(is_latent(name) == name.endswith("rows") for name in names)
+
+
+def test_operands_of_16_bits_come_near(distilled):
+    model, packed, *_ = distilled
+    wanted = np.asarray(forward(learning_model(packed, model), IDS))
+    found = np.asarray(forward(learning_model(packed, model, dtype=jnp.bfloat16), IDS))
+    # Weights are rounded to 8 bits: 0.2% each, of sums of some 24; tokens may be quantized a step apart.
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    assert not np.array_equal(found, wanted)
+
+
+def test_rates_warm_up_and_fall_to_zero():
+    schedule = Schedule(steps=100, learning_rate=2.0, warmup=10)
+    rates = np.array([float(schedule.rate(step)) for step in range(100)])
+    assert rates[0] == pytest.approx(0.2)
+    assert np.argmax(rates) == 9
+    assert np.all(np.diff(rates[9:]) < 0)
+    assert rates[-1] < 0.001
+    updates = {"a/rows": jnp.ones(3), "a/scale": jnp.ones(3)}
+    optimizer = schedule.optimizer()
+    moved, _ = optimizer.update(updates, optimizer.init(updates), updates)
+    np.testing.assert_allclose(moved["a/rows"], -0.2, rtol=1e-5)
+    np.testing.assert_allclose(moved["a/scale"], -0.02, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 50}, {"steps": 60, "learning_rate": 0.0}, {"steps": 60, "scale_rate": -1.0}]
+)
+def test_impossible_schedules_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        Schedule(**({"learning_rate": 1e-4} | options))
+
+
+def test_models_that_cannot_learn_are_refused(distilled):
+    model, packed, *_ = distilled
+    with pytest.raises(ValueError, match="there is nothing to learn"):
+        learning_model(model)
+    with pytest.raises(ValueError, match="there is nothing to learn"):
+        learning_model(packed, learning="none")
+    with pytest.raises(ValueError, match="has the shape|float weights have"):
+        wide = dataclasses.replace(model.config, ffn_size=28)
+        learning_model(packed, random_transformer(wide))
+    trained = bj.quantize_model(bj.quantization_aware(model, [("^layers/", "W4A8")]))
+    with pytest.raises(ValueError, match="trained with DotGeneral"):
+        learning_model(trained)
