@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 from bipolar_jax.nn.compressible import Rotation
+from bipolar_jax.ops import Hadamard
 
 # Largest size in a file: positions and token ids are int32.
 MOST_SIZE = 2**31 - 1
@@ -171,8 +172,12 @@ class TransformerConfig:
         """The norm within layers, "rms" or "layer"; before the first and after the last it is always `norm`."""
         return "rms" if self.rotation is not None and self.rotation.stream is not None else self.norm
 
+    def key_rotation(self, cache_bits: int | None) -> Hadamard | None:
+        """The basis in which a cache of so many bits keeps keys; None for the model's own."""
+        return None if self.rotation is None or cache_bits != 4 else self.rotation.keys
+
     def _check_rotation(self, rotation: Rotation) -> None:
-        sizes = {"stream": self.hidden_size, "ffn": self.ffn_size}
+        sizes = {"stream": self.hidden_size, "ffn": self.ffn_size, "keys": self.head_dim}
         for name, size in sizes.items():
             part = getattr(rotation, name)
             if part is not None and part.size != size:

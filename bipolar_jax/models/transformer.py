@@ -167,7 +167,8 @@ class Transformer(CompressibleBlocks):
         config, lengths = self.config, lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids)
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
-        hidden, cache = self._causal_layers(hidden, tables, KVCache.empty(shape, hidden.dtype, cache_bits, lengths))
+        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
+        hidden, cache = self._causal_layers(hidden, tables, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.leave_blocks(last)), cache
 

@@ -81,6 +81,7 @@ class Rotation:
       leaves: whether the stream is rotated back at run time before the last norm; False if the output layer's weights
         are rotated.
       ffn: of the input of a feed-forward block's last layer, at run time; None leaves it.
+      keys: of each head of queries and keys where keys are cached in 4 bits, at run time; None leaves them.
 
     Raises:
       ValueError: a field of another type, or ends of a stream that is not rotated.
@@ -90,9 +91,10 @@ class Rotation:
     enters: bool = False
     leaves: bool = False
     ffn: Hadamard | None = None
+    keys: Hadamard | None = None
 
     def __post_init__(self):
-        for name in ("stream", "ffn"):
+        for name in ("stream", "ffn", "keys"):
             if not isinstance(getattr(self, name), Hadamard | None):
                 raise ValueError(f"rotation.{name} must be a Hadamard or None, got {getattr(self, name)!r:.60}")
         for name in ("enters", "leaves"):
@@ -104,7 +106,9 @@ class Rotation:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """Inverse of `dataclasses.asdict`. Raises ValueError or TypeError for other fields."""
-        parts = {name: fields.get(name) for name in ("stream", "ffn")}
+        if not isinstance(fields, dict):
+            raise ValueError(f"rotation is a {type(fields).__name__}, expected an object")
+        parts = {name: fields.get(name) for name in ("stream", "ffn", "keys")}
         return cls(**{**fields, **{name: Hadamard(**part) if part else None for name, part in parts.items()}})
 
 
@@ -174,13 +178,18 @@ class Rotatable(Compressible, Protocol):
 
 
 def layer_at(module: nnx.Module, path: str) -> nnx.Module:
-    """The submodule at a path such as "attention/q_proj".
+    """The submodule at a path such as "attention/q_proj", or "layers/0" in a list.
 
     Raises:
       ValueError: no such submodule.
     """
     for name in path.split("/"):
-        if not hasattr(module, name):
+        if isinstance(module, nnx.List | list | tuple) and name.isdecimal() and int(name) < len(module):
+            module = module[int(name)]
+        elif isinstance(module, dict) and name in module:
+            module = module[name]
+        elif hasattr(module, name):
+            module = getattr(module, name)
+        else:
             raise ValueError(f"{type(module).__name__} has no {name!r}, of the path {path!r}")
-        module = getattr(module, name)
     return module

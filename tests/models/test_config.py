@@ -8,6 +8,8 @@ import json
 import pytest
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
+from bipolar_jax.nn.compressible import Rotation
+from bipolar_jax.ops import Hadamard
 
 CONFIG = TransformerConfig(
     vocab_size=11, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=5, context_length=16
@@ -37,6 +39,8 @@ def through_json(config: TransformerConfig) -> TransformerConfig:
         {"norm": "layer", "positions": "learned", "ffn": "relu", "linear_bias": True},
         {"norm": "layer", "positions": "alibi", "ffn": "gelu", "embed_norm": True},
         {"rope_scaling": RopeScaling("linear", 2.0)},
+        {"rotation": Rotation(Hadamard((8,), signs=7), ffn=Hadamard((), 5), keys=Hadamard((4,)))},
+        {"rotation": Rotation(Hadamard((2,), 4), enters=True, leaves=True), "tie_embeddings": True},
         {"rope_scaling": RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.5, high_freq_factor=3.5)},
         {"rope_scaling": RopeScaling("yarn", 4.0, 32768, beta_fast=16, beta_slow=2, attention_factor=1.25)},
         {"rope_scaling": RopeScaling("factors", factors=(1.0, 32.0))},
@@ -150,3 +154,35 @@ def test_rope_scaling_does_not_shrink(kind):
 def test_rope_scaling_by_bands_needs_the_original_context(kind, length):
     with pytest.raises(ValueError, match=f"'{kind}' needs original_context_length"):
         RopeScaling(kind, 2.0, original_context_length=length)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "fields", "message"),
+    [
+        (Rotation(Hadamard((4,))), {}, "rotation.stream is of 4 numbers, the model has 8"),
+        (Rotation(ffn=Hadamard((4,))), {}, "rotation.ffn is of 4 numbers, the model has 5"),
+        (Rotation(Hadamard((8,)), leaves=True), {"tie_embeddings": True}, "tied embedding.* rotation.enters"),
+        (Rotation(Hadamard((8,))), {"norm": "layer"}, "LayerNorm, needs rotation.leaves"),
+    ],
+)
+def test_rotations_must_fit_the_model(rotation, fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, rotation=rotation, **fields)
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        {"stream": 3},
+        {"stream": {"orders": [3]}},
+        {"ffn": {"orders": [1], "blocks": 5, "angle": 1}},
+        {"stream": None, "enters": True},
+        {"leaves": 1},
+        {"other": None},
+        [1],
+    ],
+    ids=str,
+)
+def test_damaged_rotations_are_refused(rotation):
+    with pytest.raises(ValueError, match="rotat|Hadamard|unknown fields"):
+        TransformerConfig.from_dict(CONFIG.to_dict() | {"rotation": rotation})

@@ -1,1 +1,1 @@
-"""Rotations that leave a model's function as it is and spread its outliers: `fold` > `plan` > `rotate`."""
+"""Rotations that leave a model's function as it is and spread its outliers: `rotate` > `plan` > `fold`."""

@@ -60,14 +60,17 @@ def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1) 
     ends, norms = model.stream_ends, [layer_at(block, sites.norm) for sites in model.block_sites if sites.norm]
     centred = any(isinstance(norm, nnx.LayerNorm) for norm in norms)
     stream = _stream_rotation(block, model.block_sites, key)
-    ffn = None
+    ffn = keys = None
     if kind == "full" and model.inner is not None:
         ffn = hadamard(layer_at(block, model.inner).in_features, shards)
+    if kind == "full" and model.value_heads is not None:
+        keys = hadamard(model.value_heads.size)
     rotation = Rotation(
         stream=stream,
         enters=ends.output is None or not ends.enters_as_is,
         leaves=ends.output is None or isinstance(layer_at(model, ends.norm), nnx.LayerNorm),
         ffn=ffn,
+        keys=keys,
     )
     changes = _block_changes(block, model.block_sites, model.value_heads, rotation, centred)
     if ffn is not None:

@@ -25,20 +25,21 @@ from bipolar_jax.nn.compressible import Rotatable, layer_at
 def rotate[Model: Rotatable](model: Model, rotation: Kind = "full", *, key: PRNGKeyArray, shards: int = 1) -> Model:
     """A model with the same function whose weights and activations have fewer outliers, to be quantized afterwards.
 
-    The residual stream (R1, random signs times a Hadamard matrix), heads of values (R2) and the input of the
-    feed-forward block's last layer (R4) are rotated; gains and biases of norms move into the layers that follow, and
-    LayerNorms within blocks become RMSNorms. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406); their
-    names for the rotations are R1, R2 and R4.
+    Gains and biases of norms move into the layers that follow, and LayerNorms within blocks become RMSNorms. Then are
+    rotated, by the names of SpinQuant (arXiv 2405.16406) and with the matrices of QuaRot (arXiv 2404.00456):
 
-    R1 and R2 fold into the weights, except at the ends of the stream: a tied embedding stays as it is, and hidden
-    states are rotated after the lookup and back before the last norm; so they are where a norm follows the embedding,
-    and before a last LayerNorm. R4 is computed at run time in every block.
+    - R1, the residual stream, by random signs and a Hadamard matrix, in the weights. Only at the ends of the stream it
+      can be left to run time: a tied embedding stays as it is, and hidden states are rotated after the lookup and back
+      before the last norm; so they are where a norm follows the embedding, and before a last LayerNorm.
+    - R2, heads of values, in the weights.
+    - R3, heads of queries and keys, at run time, and only where keys are cached in 4 bits.
+    - R4, the input of the feed-forward block's last layer, at run time.
 
     Rotate models in float32: new weights are rounded to the model's dtype.
 
     Args:
       model: a float model. Its arrays are not changed.
-      rotation: "full"; "foldable", without R4, so that the same kernels as before run each block; or "none", which
+      rotation: "full"; "foldable", R1 and R2 alone, so that blocks run the same kernels as before; or "none", which
         returns the model.
       key: of R1's random signs. What they are stands in the result's config, so files need nothing else.
       shards: parts that the feed-forward block's inner numbers are divided into, for tensor parallelism: R4 then

@@ -167,9 +167,9 @@ def explain_attention_to_cache(
     projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None = None, *, alibi: bool = False
 ) -> Step:
     """What `attend_to_cache` runs for these operands."""
-    operands, options = _fused_operands(projected, cache, layer, tables, alibi)
     name = "attention" if tables is None else "rotation, attention"
     try:
+        operands, options = _fused_operands(projected, cache, layer, tables, alibi)
         return Step(f"{name}, cache write", ops.explain(ops.decode_attention, *operands, **options))
     except Unsupported as reason:
         runs = by_xla("cache write, then multiplications and sums in float32", "serves every cache")
@@ -177,7 +177,9 @@ def explain_attention_to_cache(
 
 
 def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: bool) -> tuple[tuple, dict[str, Any]]:
-    """Operands and options of `ops.decode_attention`."""
+    """Operands and options of `ops.decode_attention`. Raises Unsupported for a cache of rotated keys."""
+    if cache.key_rotation is not None:
+        raise Unsupported("keys are rotated once more before they are cached")
     keys, values = (tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values))
     heads = sum(x.shape[2] for x in projected) - 2 * cache.kv_heads
     operands = (tuple(x[:, 0] for x in projected), keys, values, layer, cache.lengths)
@@ -200,7 +202,7 @@ def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: b
     q, k, v = rotated_heads(projected, cache.kv_heads, tables)
     cache = cache.write(layer, k, v)
     bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
-    return decode_attention(q, *cache.read(layer), cache.lengths, bias=bias), cache
+    return decode_attention(cache.rotate(q), *cache.read(layer), cache.lengths, bias=bias), cache
 
 
 def decode_attention(

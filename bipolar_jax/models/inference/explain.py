@@ -100,7 +100,7 @@ def explain_model(
     def trace(model, ids, lengths):
         hidden, tables = model.enter_prompts(ids)
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths)
+        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
         layer = jax.tree.map(lambda leaf: leaf[0], model.layers)
         prefill = tuple(_prefill_steps(model, layer, hidden, tables, cache))
         token, token_tables = model.enter_tokens(ids[:, 0], cache)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 
 # Keys or values, in the model's dtype or in bipolar-INT: a vector for each head and token; the tokens of a head are
@@ -46,15 +47,23 @@ class KVCache:
     Attributes:
       keys, values: [layers, batch, kv_heads, capacity, head_dim], floats or `QuantizedHeads`.
       lengths: tokens of each sequence.
+      key_rotation: the basis that keys are kept in, in which they lose less to rounding; queries have to be rotated
+        likewise. None keeps them as they are.
     """
 
     keys: Kept
     values: Kept
     lengths: Int[Array, " batch"]
+    key_rotation: Hadamard | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int, int, int, int], dtype: jnp.dtype, bits: int | None, lengths: Int[Array, " batch"]
+        cls,
+        shape: tuple[int, int, int, int, int],
+        dtype: jnp.dtype,
+        bits: int | None,
+        lengths: Int[Array, " batch"],
+        key_rotation: Hadamard | None = None,
     ) -> KVCache:
         """A cache of uninitialized numbers; `write_prompts` must fill every layer.
 
@@ -63,6 +72,7 @@ class KVCache:
           dtype: of the heads.
           bits: 8 or 4; None keeps the dtype.
           lengths: tokens of each sequence.
+          key_rotation: the basis that keys are kept in.
 
         Raises:
           ValueError: other bits, or an odd head_dim with 4.
@@ -75,7 +85,7 @@ class KVCache:
         def room():
             return jax.tree.map(lambda leaf: row_major(jax.lax.empty(leaf.shape, leaf.dtype)), jax.eval_shape(heads))
 
-        return cls(room(), room(), lengths)
+        return cls(room(), room(), lengths, key_rotation)
 
     @property
     def capacity(self) -> int:
@@ -94,6 +104,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all arrays: floats, or codes, scales and zeros; and the lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def rotate(self, heads: Float[Array, "*layers batch length _ head_dim"]) -> Float[Array, "..."]:
+        """Queries or keys in the basis of the kept keys."""
+        return heads if self.key_rotation is None else self.key_rotation.rotate(heads)
 
     def write_prompts(
         self,
@@ -120,7 +134,7 @@ class KVCache:
 
         # Otherwise XLA computes them in the order of the cache, and transposes them for attention.
         keys, values = row_major(keys), row_major(values)
-        kept = keep(keys, self.bits), keep(values, self.bits)
+        kept = keep(self.rotate(keys), self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
 
@@ -143,7 +157,7 @@ class KVCache:
             token = token[:, :, 0].astype(rows.dtype)
             return row_major(rows.at[at].set(token, unique_indices=True, indices_are_sorted=True, mode="drop"))
 
-        kept = keep(keys, self.bits), keep(values, self.bits)
+        kept = keep(self.rotate(keys), self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
 
@@ -161,7 +175,7 @@ class KVCache:
             token = jnp.where(self.lengths[0] < self.capacity, token.astype(rows.dtype), before)
             return row_major(jax.lax.dynamic_update_slice(rows, token, at))
 
-        kept = keep(keys, self.bits), keep(values, self.bits)
+        kept = keep(self.rotate(keys), self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
 

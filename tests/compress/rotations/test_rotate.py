@@ -117,6 +117,27 @@ def test_outliers_are_spread():
     assert peak(rotate(model, key=KEY)) < 0.6 * peak(model)
 
 
+def test_a_cache_of_4_bits_loses_less():
+    """Keys with a large constant in one element, as biases give them."""
+    model = random_transformer(dataclasses.replace(ARCHITECTURES["qwen2"], head_dim=32))
+    bias = model.layers.attention.k_proj.bias
+    bias[...] = bias[...].at[:, 3].set(20.0)
+    rotated, prompts, lengths = rotate(model, key=KEY), random_ids(4, 9), jnp.full(4, 9)
+
+    def cache_and_logits(model, cache_bits):
+        _, cache = model.prefill(prompts, lengths, 12, cache_bits)
+        return cache, model.decode(random_ids(4, seed=1), cache)[0]
+
+    exact_cache, exact = cache_and_logits(model, None)
+    assert cache_and_logits(rotated, None)[0].key_rotation is None
+    cache, logits = cache_and_logits(rotated, 4)
+    other_cache, other_logits = cache_and_logits(model, 4)
+    keys = cache.key_rotation.undo(cache.keys.dequantize())
+    distances = [jnp.linalg.norm((x - exact_cache.keys)[..., :9, :]) for x in (keys, other_cache.keys.dequantize())]
+    assert distances[0] < 0.75 * distances[1]
+    assert jnp.linalg.norm(logits - exact) < 0.7 * jnp.linalg.norm(other_logits - exact)
+
+
 def test_shards_keep_their_numbers():
     model = random_transformer(CONFIG)
     rotated = rotate(model, key=KEY, shards=5)

@@ -15,6 +15,7 @@ from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.random_weights import random_float, random_packed
+from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import dispatch
 
 CONFIG = TransformerConfig(
@@ -112,6 +113,20 @@ def test_other_architectures_are_explained():
     found = on_hopper(bloom, 2, 128)
     assert names(found.prefill) == ["qkv, cache write", "attention", "o", "up", "down"]
     assert names(found.decode) == ["qkv", "attention, cache write", "o", "up", "down"]
+
+
+def test_rotations_at_run_time_are_steps_and_reasons():
+    stream, ffn, keys = map(bj.ops.hadamard, (CONFIG.hidden_size, CONFIG.ffn_size, CONFIG.head_dim))
+    folded = on_hopper(packed("W4A4", rotation=Rotation(stream)), 1, 128)
+    assert names(folded.decode) == ["all layers, cache write"]
+    full = on_hopper(packed("W4A4", rotation=Rotation(stream, ffn=ffn, keys=keys)), 1, 128, cache_bits=4)
+    assert names(full.prefill)[-3:] == names(full.decode)[-3:] == ["gate/up", "rotation", "down"]
+    assert "the kernel has no rotation of the input of down" in full.not_one_kernel
+    assert by(full.decode)["rotation, attention, cache write"] == "xla"
+    only_keys = on_hopper(packed("W4A4", rotation=Rotation(keys=keys)), 1, 128, cache_bits=4)
+    assert only_keys.not_one_kernel == "keys are rotated once more before they are cached"
+    mlp = on_hopper(packed("W4A4", rotation=Rotation(ffn=ffn), ffn="relu", linear_bias=True), 2, 128)
+    assert names(mlp.prefill)[-3:] == ["up", "rotation", "down"]
 
 
 def test_without_a_hopper_gpu_every_step_says_why():
