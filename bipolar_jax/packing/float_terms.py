@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.packing.bipolar_numbers import BipolarNumbers
 from bipolar_jax.packing.fields import PART_ROWS, PARTS, STAGE
 
 FloatTerms = Literal["scales", "zeros", "offsets"]
@@ -48,9 +49,13 @@ def narrowest_terms(
     return "zeros" if bool(_has_zeros(scale, offset, fmt)) else "offsets"
 
 
-def widest_terms(kinds: list[FloatTerms]) -> FloatTerms:
-    """The form that holds the numbers of all these."""
-    return max(kinds, key=get_args(FloatTerms).index)
+def shared_terms(arrays: list[BipolarNumbers]) -> FloatTerms:
+    """The smallest form that is exact for all these arrays with float scales of groups, of one format."""
+    kinds = {narrowest_terms(w.scale, w.offset, w.format) for w in arrays}
+    if len(kinds) > 1:
+        offsets = [0 * w.scale if w.offset is None else w.offset for w in arrays]
+        kinds = {narrowest_terms(w.scale, offset, w.format) for w, offset in zip(arrays, offsets, strict=True)}
+    return "offsets" if len(kinds) > 1 else kinds.pop()
 
 
 @functools.partial(jax.jit, static_argnums=2)

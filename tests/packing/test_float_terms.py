@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.packing.float_terms import narrowest_terms, part_float_terms, widest_terms
+from bipolar_jax.packing.float_terms import narrowest_terms, part_float_terms, shared_terms
 from tests.packing.float_groups import float_groups, numbers_of
 
 KINDS = ("scales", "zeros", "offsets")
@@ -72,8 +72,11 @@ def test_the_smallest_exact_form_is_taken():
     assert narrowest_terms(w.scale * 1.001, w.offset * 1.001, A4) == "offsets"
     none = dataclasses.replace(w, scale=0 * w.scale, offset=0 * w.offset)
     assert none.prepare().float_terms == "zeros"
-    assert widest_terms(["scales", "zeros"]) == "zeros"
-    assert widest_terms(["offsets", "zeros"]) == "offsets"
+    scales, offsets = (float_groups(A4, 8, 64, 32, kind) for kind in ("scales", "offsets"))
+    halves = dataclasses.replace(scales, scale=scales.scale.astype(np.float16).astype(np.float32))
+    assert shared_terms([scales, scales]) == "scales"
+    assert shared_terms([halves, w]) == "zeros"
+    assert shared_terms([scales, w]) == shared_terms([offsets, w]) == "offsets"
 
 
 def test_bytes_of_a_weight():

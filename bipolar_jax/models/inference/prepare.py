@@ -17,6 +17,7 @@ from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Packed, fuses
 from bipolar_jax.ops.dispatch import hopper_serves
 from bipolar_jax.packing import BipolarArray, PreparedArray
+from bipolar_jax.packing.float_terms import FloatTerms, shared_terms
 from bipolar_jax.packing.prepared_array import check_preparable, has_float_groups
 
 Layout = Literal["planes", "bytes", "tensor_cores"]
@@ -40,8 +41,9 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         8 / n times the memory of n bits, which CPUs multiply several times as fast; layers that name another backend
         than XLA stay planes. "tensor_cores" lays them out for Hopper's int8 tensor cores (`PreparedArray`) in the same
         memory; tables, layers that name another backend, layers with float activations unless they have integer groups
-        and compute in 16 bits, and what has no such layout (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
-        with integer groups, or with 4 bits, one scale a column and activations of 3 bits or more.
+        and compute in 16 bits, and what has no such layout (`BipolarArray.prepare`) stay planes. None takes "bytes" on
+        CPUs, and on Hopper GPUs "tensor_cores" for layers with groups, or with 4 bits, one scale a column and
+        activations of 3 bits or more.
 
     Raises:
       ValueError: dtype is no float dtype, or an unknown layout.
@@ -86,7 +88,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
     Without `everything` those that are faster so. Products of fewer pairs of planes belong on the binary tensor cores;
     other widths with one scale a column have not been timed.
     """
-    modules = list(nnx.iter_modules(model))
+    modules, layers = list(nnx.iter_modules(model)), []
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
     for _, layer in modules:
         if not fuses(layer) or layer.implementation not in ("auto", "sm90"):
@@ -97,22 +99,30 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         a_bits = layer.precision.a_bits
         if a_bits is None and not (weights.has_integer_groups and dtype.itemsize == 2):
             continue
-        faster = weights.has_integer_groups or (weights.bits == 4 and a_bits >= 3)
-        if not (everything or faster) or has_float_groups(weights):
+        has_groups = weights.has_integer_groups or has_float_groups(weights)
+        if not (everything or has_groups or (weights.bits == 4 and a_bits >= 3)):
             continue
         try:
             check_preparable(weights, is_gated)
         except ValueError:
             continue
-        layer.kernel = Packed(_prepared(weights, is_gated))
+        layers.append((layer, is_gated))
+    # The decode step takes one form for all layers.
+    scaled = [weights for layer, _ in layers if has_float_groups(weights := layer.kernel.get_value())]
+    terms = {fmt: shared_terms([w for w in scaled if w.format == fmt]) for fmt in {w.format for w in scaled}}
+    del scaled  # so that each layer's planes are freed with it
+    for layer, is_gated in layers:
+        weights = layer.kernel.get_value()
+        float_terms = terms[weights.format] if has_float_groups(weights) else None
+        layer.kernel = Packed(_prepared(weights, is_gated, float_terms))
 
 
-@functools.partial(jax.jit, static_argnames="gated")
-def _prepared(weights: BipolarArray, gated: bool) -> PreparedArray:
+@functools.partial(jax.jit, static_argnames=("gated", "float_terms"))
+def _prepared(weights: BipolarArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
     """`weights.prepare`, one layer of a stack after the other, so that what it makes on the way is one layer's."""
     if weights.ndim == 2:
-        return weights.prepare(gated=gated)
-    return jax.lax.map(functools.partial(_prepared, gated=gated), weights)
+        return weights.prepare(gated=gated, float_terms=float_terms)
+    return jax.lax.map(functools.partial(_prepared, gated=gated, float_terms=float_terms), weights)
 
 
 def _in_dtype(model: Transformer, dtype: jnp.dtype) -> Transformer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,23 @@ def test_hopper_gets_4_bits_with_one_scale_a_column_by_their_activations(precisi
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized([("^layers/", bj.Precision.parse(precision))]))
     assert set(kernels(prepared).values()) == {kind}
+
+
+def test_hopper_gets_float_groups_in_one_form():
+    """One layer has no offsets: the decode step takes one form, which holds the offsets of the others."""
+    model = quantized([("^layers/", bj.Precision.parse("W4A8g16f"))])
+    o_proj = model.layers.attention.o_proj
+    kernel = dataclasses.replace(o_proj.kernel.get_value(), offset=None)
+    o_proj.kernel = bj.nn.Packed(kernel)
+    with interpreted(plgpu.InterpretGPUParams()):
+        prepared = prepare_for_inference(model)
+        text = str(bj.explain_model(prepared, batch=2, length=64))
+    assert set(kernels(prepared).values()) == {PreparedArray}
+    attention = prepared.layers.attention
+    assert {layer.kernel.get_value().float_terms for layer in (attention.qkv_proj, attention.o_proj)} == {"offsets"}
+    assert "weights of 4 bits in float groups of 16 expanded to float16 in memory" in text
+    found = attention.o_proj.kernel.get_value()
+    np.testing.assert_array_equal(found.dequantize(), kernel.dequantize())
 
 
 def test_models_for_tensor_cores_give_the_same_numbers():
