@@ -14,7 +14,7 @@ from bipolar_jax.kernels.semantics.hadamard import (
     is_known_order,
     random_signs,
 )
-from tests.support.dense_rotations import dense
+from tests.compress.rotations.dense_rotations import dense
 
 # Multiples of 4 up to 256 that no product of Sylvester's and Paley's matrices reaches.
 UNKNOWN = [92, 116, 156, 172, 184, 188, 232, 236]

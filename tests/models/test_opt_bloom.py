@@ -14,7 +14,7 @@ from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.loaders import load_huggingface
 from bipolar_jax.models.pretrained import PretrainedModel
-from tests.support import tiny_opt_bloom as tiny
+from tests.models.loaders import tiny_opt_bloom as tiny
 
 CASES = {
     "opt": tiny.make_opt(),

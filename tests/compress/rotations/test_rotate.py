@@ -18,7 +18,7 @@ from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.nn.compressible import Rotatable
-from tests.support.dense_rotations import dense
+from tests.compress.rotations.dense_rotations import dense
 from tests.support.tiny_checkpoints import make_tokenizer
 from tests.support.tiny_transformers import ARCHITECTURES, CONFIG, random_ids, random_transformer, tied
 

@@ -14,7 +14,7 @@ import pytest
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders import load_huggingface
 from bipolar_jax.models.loaders.huggingface.config import read_config
-from tests.support import tiny_opt_bloom as tiny
+from tests.models.loaders import tiny_opt_bloom as tiny
 
 MAKE = {"opt": tiny.make_opt, "bloom": tiny.make_bloom}
 EXPECTED = TransformerConfig(
