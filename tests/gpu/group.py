@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
         for tokens in ("few", "many")
     },
     "weight-only products": ("weight_only", "cases", ()),
+    "float activations and prepared weights": ("float_products", "cases", ()),
     "quantizer": ("quantizer", "cases", ()),
     "packing and expansion of weights": ("weights", "cases", ()),
     "heads of prompts": ("heads", "cases", ()),

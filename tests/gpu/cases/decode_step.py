@@ -51,12 +51,14 @@ _PREPARED = (
     ("W8A8", None),
     ("W8A8", 4),
 )
+# Of prepared weights and float activations.
+_FLOAT_TOKENS = (("W4A16g128", None), ("W4A16g128", 8), ("W3A16g16", None), ("W2A16g64", 4), ("W6A16g32", None))
 _CACHE_BITS = (None, 8, 4)
 _FIRST_LAYER = 0.05
 # Of a token's logits, by bits of the activations, the difference as a share of their norm: if no code changes (8 bits
-# have so many that some do), and if codes change (one changed sign may change all that follow).
-_CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02}
-_WITHIN_NOISE = {1: math.inf, 2: 0.9, 8: 0.04}
+# have so many that some do), and if codes change (one changed sign may change all that follow). None are floats.
+_CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02, None: 0.02}
+_WITHIN_NOISE = {1: math.inf, 2: 0.9, 8: 0.04, None: 0.04}
 _CLOSE_SHARE = 0.25  # of the tokens
 _WAIT_LIMIT_MS = 100_000  # a sanitizer slows the kernel down
 _MAKING = threading.Lock()
@@ -122,7 +124,7 @@ class Step:
         return Trial(programs, check)
 
     @property
-    def _a_bits(self) -> int:
+    def _a_bits(self) -> int | None:
         return Precision.parse(self.precision).a_bits
 
     def _cache(self) -> KVCache:
@@ -210,7 +212,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         cache.lengths[0],
         tables,
         None,
-        BipolarFormat(products["o"].precision.a_bits),
+        None if products["o"].precision.a_bits is None else BipolarFormat(products["o"].precision.a_bits),
         cache_bits=cache.bits,
         blocks=blocks,
         wait_limit_ms=_WAIT_LIMIT_MS,
@@ -252,6 +254,7 @@ def prepared_cases(name: str) -> list[Case]:
     config = _two_layers(name)
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in _PREPARED]
     steps.append(Step(config, "W4A8g128i", None, jnp.bfloat16, prepared=True))
+    steps += [Step(config, precision, bits, jnp.bfloat16, prepared=True) for precision, bits in _FLOAT_TOKENS]
     return [Case(_name(step), step.trial) for step in steps]
 
 
@@ -281,5 +284,7 @@ def small() -> dict[str, Case]:
     prepared = dataclasses.replace(planes, precision="W4A8g64i", prepared=True)
     within_tile = dataclasses.replace(config, hidden_size=192, num_heads=2, head_dim=64, ffn_size=192)
     heads_of_64 = dataclasses.replace(prepared, config=within_tile, precision="W4A8g128i", blocks=3)
+    floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
+    steps["decode step, float tokens"] = floats
     return {name: Case(name, step.trial) for name, step in steps.items()}

@@ -1,0 +1,83 @@
+"""Float activations times prepared weights and integer groups, against the integer values in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+
+from bipolar_jax import TERNARY, BipolarFormat
+from bipolar_jax.ops.dispatch import BACKENDS
+from tests.gpu.cases.operands import assert_within, generator, rounding
+from tests.gpu.trial import Case, Trial, one_program
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.support.integer_products import codes_with_extremes
+
+SM90 = BACKENDS["sm90"]
+
+# n, k: ragged, one stage and many, more units than blocks.
+_SIZES = [(131, 97), (4096, 1500), (260, 14336), (9001, 640), (28672, 300)]
+_TOKENS = (1, 65, 3, 130, 8, 300, 16, 513, 17, 33, 64)
+_GROUP_SIZES = (16, 32, 48, 64, 128, 256)
+_DTYPES = (ml_dtypes.bfloat16, np.float16)
+_LAYOUTS = ("packed", "prepared", "gated")
+
+
+def cases() -> list[Case]:
+    """Every width and group size, without groups, and ternary; tokens, sizes, dtypes and layouts in turn."""
+    formats = [*map(BipolarFormat, range(1, 7)), TERNARY]
+    weights = [*itertools.product(formats, _GROUP_SIZES), *((BipolarFormat(bits), None) for bits in range(1, 9))]
+    return [
+        _case(
+            fmt,
+            group_size,
+            _TOKENS[index % len(_TOKENS)],
+            *_SIZES[index % len(_SIZES)],
+            _DTYPES[index // 2 % len(_DTYPES)],
+            # Without groups packed weights have another kernel.
+            _LAYOUTS[index % len(_LAYOUTS)] if group_size else _LAYOUTS[1 + index % 2],
+        )
+        for index, (fmt, group_size) in enumerate(weights)
+    ]
+
+
+def small() -> dict[str, Case]:
+    bf16 = ml_dtypes.bfloat16
+    return {
+        "few float tokens": _case(BipolarFormat(4), 64, 3, 300, 700, bf16, "prepared"),
+        "many float tokens": _case(BipolarFormat(4), 64, 70, 300, 700, bf16, "gated"),
+    }
+
+
+def _case(fmt: BipolarFormat, group_size: int | None, m: int, n: int, k: int, dtype, layout: str) -> Case:
+    n += n % 2 if layout == "gated" else 0
+
+    def make() -> Trial:
+        rng = generator(m, n, k)
+        scale = rng.uniform(2.0**-10, 2.0**-9, n).astype(np.float32)
+        if group_size is None:
+            codes = codes_with_extremes(fmt, n, k, seed=n + k)
+            w, values = array_of_codes(codes, fmt, scale), 2.0 * codes - fmt.max_value
+        else:
+            groups = random_groups(fmt, n, k, group_size, seed=n + k)
+            w, values = array_of_groups(groups, fmt, scale), groups.values.astype(np.float64)
+        x, bias = rng.normal(size=(m, k)).astype(dtype), rng.normal(size=n).astype(np.float32)
+        wide, w_hat = x.astype(np.float64), values * scale[:, None]
+        expected = wide @ w_hat.T + bias
+        # Values are exact in both dtypes; sums of k products in float32, one rounding of the output.
+        tolerance = rounding(dtype, expected) + 2.0**-19 * (np.abs(wide) @ np.abs(w_hat).T + np.abs(bias))
+
+        def product(x, w, bias):
+            w = w if layout == "packed" else w.prepare(gated=layout == "gated")
+            return SM90.weight_only_matmul(x, w, bias)
+
+        def check(y):
+            if y.dtype != dtype:
+                raise AssertionError(f"dtype {y.dtype}, expected {np.dtype(dtype)}")
+            assert_within(y, expected, tolerance)
+
+        return one_program(product, (x, w, bias), check)
+
+    group = "" if group_size is None else f"g{group_size}"
+    return Case(f"W{fmt.name}A16{group} {m}x{n}x{k} {np.dtype(dtype).name} {layout}", make)
