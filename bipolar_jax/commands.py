@@ -1,4 +1,4 @@
-"""The commands bipolar-quantize, -calibrate, -evaluate, -generate and -train: the programs of `experiments`.
+"""The commands bipolar-quantize, -calibrate, -distill, -evaluate, -generate and -train: the programs of `experiments`.
 
 A wheel has the programs inside the package; in a checkout they lie beside it.
 """
@@ -18,6 +18,11 @@ def quantize() -> None:
 def calibrate() -> None:
     """Runs `experiments.calibrate`."""
     _run("calibrate")
+
+
+def distill() -> None:
+    """Runs `experiments.distill`."""
+    _run("distill")
 
 
 def evaluate() -> None:
@@ -41,6 +46,6 @@ def _run(program: str) -> None:
     try:
         module = importlib.import_module(f"{package}.{program}")
     except ModuleNotFoundError as error:
-        extra = "train" if program == "train" else "experiments"
+        extra = "train" if program in ("train", "distill") else "experiments"
         sys.exit(f"error: {error}: pip install 'bipolar_jax[{extra}]'")
     module.command()

@@ -1,0 +1,144 @@
+"""experiments/distill.py on a tiny model: what it writes, resuming to the same numbers, errors."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bipolar_jax as bj
+from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.loaders import load_pretrained
+from configs import distill as distill_config
+from experiments import distill
+from experiments.support import workdir
+from experiments.training import distillation_run
+from experiments.training.distillation_run import DistillationRun, batch_of
+from tests.support import tiny_checkpoints
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny model, rotated and packed as experiments/calibrate would, and a config to distil it."""
+    folder = tmp_path_factory.mktemp("models")
+    source = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), folder / "float")
+    pretrained = load_pretrained(source)
+    rotated = bj.compress.rotate(pretrained.model, key=jax.random.key(3))
+    packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", "W3A8g32")])
+    bj.models.save_model(folder / "W3A8g32.safetensors", pretrained.with_model(packed))
+    (folder / "text.txt").write_text("It was the best of times, it was the worst of times, 1859. " * 20)
+    config = distill_config.get_config()
+    config.model, config.packed, config.text = (
+        str(source),
+        str(folder / "W3A8g32.safetensors"),
+        str(folder / "text.txt"),
+    )
+    config.rotation_seed, config.windows, config.window_length, config.sample_tokens = 3, 3, 16, 0
+    config.distillation_windows, config.distillation_length, config.windows_per_step = 10, 12, 8
+    config.steps, config.batch_size, config.warmup_steps, config.learning_rate = STEPS, 4, 2, 1e-3
+    config.log_every, config.checkpoint_every = 1, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(config, compiled_programs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    distill.main(config, folder)
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / workdir.RESULT_NAME).read_text())
+
+
+def test_the_result_has_all_models_and_the_losses(run, config):
+    result = read(run)
+    ids = load_pretrained(config.model).tokenizer.encode(open_text(config), add_special_tokens=False).ids
+    rows = {"baseline": config.model, "calibrated": config.packed}
+    for name, path in rows.items():
+        scored = perplexity(load_pretrained(path).model, ids, windows=3, window_length=16)
+        assert result[name]["perplexity"] == scored.perplexity
+    packed = load_pretrained(run / "W3A8g32.safetensors")
+    assert str(packed.model.layers.attention.q_proj.precision) == "W3A8g32"
+    scored = perplexity(packed.model, ids, windows=3, window_length=16)
+    assert result["precisions"]["W3A8g32"]["perplexity"] == scored.perplexity
+    assert scored.perplexity != result["calibrated"]["perplexity"]
+    assert [row["step"] for row in result["distillation"]] == list(range(1, STEPS + 1))
+    assert (run / "perplexity.png").is_file()
+
+
+def open_text(config):
+    with open(config.text) as file:
+        return file.read()
+
+
+def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypatch):
+    original = DistillationRun._flush
+
+    def killed(self, *arguments):
+        original(self, *arguments)
+        if self.step == 3:  # after the checkpoint of step 2
+            raise MemoryError
+
+    monkeypatch.setattr(DistillationRun, "_flush", killed)
+    with pytest.raises(MemoryError):
+        distill.main(config, tmp_path)
+    monkeypatch.undo()
+    distill.main(config, tmp_path)
+    assert read(tmp_path)["distillation"] == read(run)["distillation"]
+    name = "W3A8g32.safetensors"
+    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+    monkeypatch.setattr(distill, "learning_model", None)
+    distill.main(config, tmp_path)  # finished: nothing is trained again
+
+
+def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(config, tmp_path, monkeypatch):
+    class Pressed:
+        requested = True
+        deferred = staticmethod(distill.Interrupt().deferred)
+
+    original = DistillationRun.train
+    monkeypatch.setattr(DistillationRun, "train", lambda self, _: original(self, Pressed()))
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 1"):
+        distill.main(config, tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 2"):
+        distill.main(config, tmp_path)
+
+
+def test_batches_pass_over_all_windows_in_another_order_each_time():
+    windows = np.arange(22).reshape(11, 2)
+    first, second = ([batch_of(windows, step + start, 4, seed=0) for step in range(2)] for start in (0, 2))
+    for batches in (first, second):
+        assert len({int(window[0]) for batch in batches for window in batch}) == 8
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(batch_of(windows, 3, 4, seed=0), second[1])
+    assert not np.array_equal(batch_of(windows, 0, 4, seed=1), first[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packed": ""}, "config.packed is missing"),
+        ({"warmup_steps": 6}, "warmup=6 must be at least 0 and below steps=6"),
+        ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
+        ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+    ],
+)
+def test_impossible_configs_are_refused(config, tmp_path, changes, message):
+    config = config.copy_and_resolve_references()
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        distill.main(config, tmp_path)
+
+
+def test_losses_that_are_not_finite_end_a_run(config, tmp_path, monkeypatch):
+    nan = {"loss": np.float32("nan"), "gradient_norm": np.float32(1)}
+    monkeypatch.setattr(distillation_run, "make_step", lambda *_: lambda state, _: (state, nan))
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan: lower learning_rate"):
+        distill.main(config, tmp_path)
