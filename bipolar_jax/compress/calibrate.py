@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,24 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Num
 
 from bipolar_jax.compress.hessians import SecondMoments
-from bipolar_jax.compress.layer_store import LayerStore, digest_of_array, digest_of_model
-from bipolar_jax.compress.packed_sites import SitePlan, packed_kernels, plan_blocks, with_packed_layers
+from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
+from bipolar_jax.compress.packed_sites import SitePlan, float_matrix, packed_kernels, plan_blocks, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
+from bipolar_jax.compress.whole_model import WholeModel
 from bipolar_jax.nn.compressible import Compressible, layer_at
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
+from bipolar_jax.nn.layers.linear import sizes
 from bipolar_jax.packing import BipolarArray
 
 DEFAULT_METHOD = Rounding()
 
 
-def calibrate[Model: Compressible](
+def calibrate[Model: nnx.Module](
     model: Model,
-    tokens: Int[np.ndarray | Array, "windows length"],
+    inputs: Num[np.ndarray | Array, "windows ..."] | tuple[Num[np.ndarray | Array, "windows ..."], ...],
     rules: Rules,
     *,
     method: Rounding = DEFAULT_METHOD,
@@ -41,18 +45,23 @@ def calibrate[Model: Compressible](
     Block by block, and within a block in the order in which they run, the layers of one input are rounded against its
     second moments (`Rounding`, GPTQ by default, arXiv 2210.17323). The inputs are those of the packed model: what runs
     before is packed already, and activations are quantized. For layers that add to the residual stream every token
-    counts 1 / mean square of its stream. Layers outside the blocks are rounded as `quantize_model` does it, before.
+    counts 1 / mean square of its stream. All other layers are rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
     its float layers and second moments. All blocks run the same compiled programs.
 
+    A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
+    Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it.
+
     Args:
       model: float or partly packed, see `nn.compressible.Compressible`; it is not changed. Projections must not have
         been joined.
-      tokens: token ids, such as text that the model wrote itself: 128 windows of 512 tokens are enough for 4 bits.
+      inputs: of a Compressible token ids, [windows, length], such as text that the model wrote itself: 128 windows of
+        512 tokens are enough for 4 bits. Of another model what it is called with: an array, or a tuple of arrays, whose
+        first axes are examples.
       rules: as those of `quantize_model`.
       method: how weights are rounded.
-      windows_per_step: windows that run at once; more is faster and takes more memory.
+      windows_per_step: windows, or examples, that run at once; more is faster and takes more memory.
       on_block: called with the number of blocks that are finished.
       store: a folder where finished blocks are kept. A calibration that was stopped resumes from it, with the same
         result; it must be called with the same arguments.
@@ -64,24 +73,51 @@ def calibrate[Model: Compressible](
       ValueError: no windows; as `quantize_model`; a layer that was trained with `DotGeneral`; or a store that holds
         blocks of another model, text, rules or method.
     """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or 0 in tokens.shape or windows_per_step < 1:
-        raise ValueError(
-            f"needs tokens [windows, length] and at least 1 window a step, got tokens of shape {tokens.shape} and "
-            f"{windows_per_step=}"
-        )
     if method.asymmetry:
         raise ValueError(f"asymmetry is {method.asymmetry}, but calibrate runs no float model beside: set it to 0")
-    plans, other_rules = plan_blocks(model, rules)
-    precisions = {name: precision for plan in plans for name, precision in plan.precisions.items()}
+    batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
+    if isinstance(model, Compressible):
+        blocks, (plans, other_rules) = model, plan_blocks(model, rules)
+    else:
+        blocks = WholeModel.of(model, batches[0])
+        plans, other_rules = blocks.plan(rules)
     finished = None
     if store is not None:
-        of_rules = repr((sorted(precisions.items()), other_rules))
-        digests = {"model": digest_of_model(model), "tokens": digest_of_array(tokens)}
-        finished = LayerStore(store, digests | {"rules": of_rules, "method": repr(method)})
+        precisions = sorted((name, each) for plan in plans for name, each in plan.precisions.items())
+        digests = {"model": digest_of_model(model), "inputs": digest_of_arrays(inputs)}
+        finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": repr(method)})
     if other_rules:
         model = quantize_model(model, other_rules)
-    batches = [jnp.asarray(tokens[i : i + windows_per_step]) for i in range(0, len(tokens), windows_per_step)]
+        blocks = model if isinstance(model, Compressible) else dataclasses.replace(blocks, module=model)
+    calibrated = _pass_over_blocks(blocks, batches, plans, method, on_block, finished)
+    return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
+
+
+def _batches(inputs: Any, size: int, *, tokens: bool) -> list[Any]:
+    """The inputs in steps of `size` windows. Raises ValueError as `calibrate`."""
+    arrays = inputs if isinstance(inputs, tuple) else (inputs,)
+    shapes = [np.shape(array) for array in arrays]
+    if size < 1 or not shapes or any(not shape or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"needs at least 1 window, and 1 window a step, got inputs of shape {shapes} and {size} a step"
+        )
+    if tokens and (isinstance(inputs, tuple) or len(shapes[0]) != 2):
+        raise ValueError(f"needs tokens [windows, length], got inputs of shape {shapes}")
+    starts = range(0, shapes[0][0], size)
+    batches = [tuple(jnp.asarray(array[start : start + size]) for array in arrays) for start in starts]
+    return [batch[0] for batch in batches] if tokens else batches
+
+
+def _pass_over_blocks(
+    model: Compressible,
+    batches: Sequence[Any],
+    plans: Sequence[SitePlan],
+    method: Rounding,
+    on_block: Callable[[int], None] | None,
+    finished: LayerStore | None,
+) -> Compressible:
+    """The model with packed layers in its blocks."""
+    precisions = {name: precision for plan in plans for name, precision in plan.precisions.items()}
     carries = [_enter(model, batch) for batch in batches]
     blocks = []
     for index in range(model.num_blocks):
@@ -113,14 +149,14 @@ def _calibrated(
         if not a_bits:
             continue
         remaining = tuple(each.sites for each in plans[index:])
-        inputs = layer_at(block, plan.sites.names[0]).in_features
-        moments = tuple(SecondMoments.zeros(inputs) for _ in a_bits)
+        first = layer_at(block, plan.sites.names[0])
+        moments = tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in a_bits)
         for carry in carries:
             moments = _add_moments(model, block, carry, moments, remaining, a_bits)
         hessians = {bits: _hessian(sums) for bits, sums in zip(a_bits, moments, strict=True)}
         rounded = {}
         for precision, names in plan.joined().items():
-            floats = [layer_at(block, name).kernel[...] for name in names]
+            floats = [float_matrix(layer_at(block, name)) for name in names]
             packed = packed_kernels(floats, hessians[precision.a_bits], precision, method)
             rounded |= dict(zip(names, packed, strict=True))
         block = with_packed_layers(block, rounded, plan.precisions)
@@ -129,8 +165,8 @@ def _calibrated(
 
 
 @jax.jit
-def _enter(model: Compressible, ids: Int[Array, "batch length"]) -> Any:
-    return model.enter_blocks(ids)
+def _enter(model: Compressible, batch: Any) -> Any:
+    return model.enter_blocks(batch)
 
 
 @jax.jit

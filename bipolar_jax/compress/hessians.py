@@ -37,20 +37,20 @@ class SecondMoments:
 
     def add(
         self,
-        x: Float[Array, "*batch k"],
+        x: Float[Array, "..."],
         a_bits: int | None,
         stream: Float[Array, "*batch hidden"] | None = None,
     ) -> SecondMoments:
         """The sums with the tokens of a batch.
 
         Args:
-          x: inputs of the layer.
+          x: inputs of the layer; its last axes are k numbers.
           a_bits: bits of its activations; None leaves them float.
           stream: the residual stream that the layer's output is added to. An error of the output matters less where
             the stream is large, because a norm follows: the weight of a token is 1 / mean square of its stream. None
             gives all tokens the weight 1.
         """
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, len(self.products))
         numbers = dequantized_tokens(rows, a_bits)
         if stream is None:
             weights = jnp.ones(rows.shape[:1], jnp.float32)

@@ -76,15 +76,17 @@ def digest_of_model(model: nnx.Module) -> str:
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
         for leaf in jax.tree.leaves(variable.get_value()):
             digest.update(repr(keys).encode())
-            digest.update(digest_of_array(leaf).encode())
+            digest.update(digest_of_arrays(leaf).encode())
     return digest.hexdigest()
 
 
-def digest_of_array(array: Any) -> str:
-    """SHA-256 of the dtype, the shape and the bytes of an array."""
-    array = np.asarray(array, order="C")
-    digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+def digest_of_arrays(arrays: Any) -> str:
+    """SHA-256 of the dtypes, shapes and bytes of an array or a pytree of arrays."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(arrays):
+        array = np.asarray(array, order="C")
+        digest.update(f"{array.dtype.name}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

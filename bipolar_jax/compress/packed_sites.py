@@ -18,8 +18,8 @@ from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 from bipolar_jax.nn.convert.float_layers import float_layers
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules, chosen_precision
+from bipolar_jax.nn.layers.dense_layout import axes_of, folded_kernel
 from bipolar_jax.nn.layers.linear import Linear
-from bipolar_jax.nn.layers.packed import Packed
 from bipolar_jax.packing import BipolarArray, from_codes
 from bipolar_jax.quantize import Precision
 
@@ -50,29 +50,56 @@ def plan_blocks(model: Compressible, rules: Rules) -> tuple[tuple[SitePlan, ...]
     Nothing is computed.
 
     Raises:
-      ValueError: as `quantize_model`; or a site that is not a float `nnx.Linear`, or was trained with `DotGeneral`.
+      ValueError: as `quantize_model`; or a site that is not a dense layer, or was trained with `DotGeneral`.
     """
 
-    def block_of(model):
+    def packed_block(model):
         return quantize_model(model, rules).block(0)
 
-    packed, block = jax.eval_shape(block_of, model), jax.eval_shape(lambda model: model.block(0), model)
+    block, packed = (jax.eval_shape(of, model) for of in (lambda model: model.block(0), packed_block))
+    plans = plan_sites(model.block_sites, block, packed)
+    rest = jax.eval_shape(lambda model: model.with_blocks([packed_block(model)] * model.num_blocks), model)
+    return plans, rules_for_others(rest, rules)
+
+
+def plan_sites(sites: Sequence[Sites], block: nnx.Module, packed: nnx.Module) -> tuple[SitePlan, ...]:
+    """The plan for sites of a block, from the block after `quantize_model`; both may be abstract."""
     plans = []
-    for sites in model.block_sites:
+    for each in sites:
         precisions = {}
-        for name in sites.names:
+        for name in each.names:
             before, after = layer_at(block, name), layer_at(packed, name)
             if type(before) is type(after):
                 continue
-            if not isinstance(before, nnx.Linear):
-                raise ValueError(f"{name} is a {type(before).__name__}, not an nnx.Linear: leave it out of the rules")
+            if not is_dense(before):
+                raise ValueError(f"{name} is a {type(before).__name__}, not a dense layer: leave it out of the rules")
             if after.trained is not None:
                 raise ValueError(f"{name} was trained with DotGeneral: pack such models with quantize_model")
             precisions[name] = after.precision
-        plans.append(SitePlan(sites, precisions))
-    rest = jax.eval_shape(lambda model: model.with_blocks([block_of(model)] * model.num_blocks), model)
-    others = {layer.path: chosen_precision(rules, layer.path) for layer in float_layers(rest) if layer.reason is None}
-    return tuple(plans), [(f"^{re.escape(path)}$", each) for path, each in others.items() if each is not None]
+        plans.append(SitePlan(each, precisions))
+    return tuple(plans)
+
+
+def rules_for_others(model: nnx.Module, rules: Rules, sites: Sequence[Sites] = ()) -> list[tuple[str, Precision]]:
+    """A rule for each float layer that the rules quantize and that is none of the sites, by its whole path."""
+    names = {name for each in sites for name in each.names}
+    paths = [layer.path for layer in float_layers(model) if layer.reason is None and layer.path not in names]
+    chosen = {path: chosen_precision(rules, path) for path in paths}
+    return [(f"^{re.escape(path)}$", precision) for path, precision in chosen.items() if precision is not None]
+
+
+def is_dense(layer: nnx.Module) -> bool:
+    """Whether a float layer multiplies one matrix with the last axes of its input: not a stack, nor over batch axes."""
+    if type(layer) not in (nnx.Linear, nnx.LinearGeneral):
+        return False
+    axis, batch_axis, in_features, out_features = axes_of(layer)
+    last = tuple(range(-len(axis), 0))
+    return not batch_axis and tuple(sorted(axis)) == last and layer.kernel.ndim == len(in_features) + len(out_features)
+
+
+def float_matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "k n"]:
+    """The kernel of a dense layer, its axes of inputs and of outputs merged."""
+    return folded_kernel(layer, layer.kernel[...])
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "method"))
@@ -101,8 +128,8 @@ def with_packed_layers(
     return block
 
 
-def packed_layer(layer: nnx.Linear, kernel: BipolarArray, precision: Precision) -> Linear:
-    """The packed layer for a float one, with this kernel; it shares the bias.
+def packed_layer(layer: nnx.Linear | nnx.LinearGeneral, kernel: BipolarArray, precision: Precision) -> Linear:
+    """The packed layer for a float one, with this kernel.
 
     Its precision names a calibration that gives kernels of this structure, with offsets or without, because files
     restore the structure of a layer from its precision.
@@ -110,17 +137,4 @@ def packed_layer(layer: nnx.Linear, kernel: BipolarArray, precision: Precision) 
     has_offset = kernel.offset is not None
     if kernel.groups is None and has_offset != (precision.calibration == "minmax"):
         precision = dataclasses.replace(precision, calibration="minmax" if has_offset else "absmax")
-    packed = Linear(
-        layer.in_features,
-        layer.out_features,
-        precision=precision,
-        use_bias=False,
-        kernel=kernel,
-        dtype=layer.dtype,
-        param_dtype=layer.kernel[...].dtype,
-        promote_dtype=layer.promote_dtype,
-        preferred_element_type=layer.preferred_element_type,
-    )
-    packed.bias = nnx.data(layer.bias)
-    packed.kernel = Packed(kernel)
-    return packed
+    return Linear.from_packed(layer, kernel, precision)

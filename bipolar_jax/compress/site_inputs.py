@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
+from bipolar_jax.nn.convert.layer_paths import LayerReference
 
 
 class Recorder(nnx.Module):
@@ -38,10 +39,11 @@ class Recorder(nnx.Module):
 
 def site_inputs(
     model: Compressible, block: nnx.Module, carry: Any, sites: Sequence[Sites]
-) -> tuple[Float[Array, "batch length k"], Float[Array, "batch length hidden"]]:
+) -> tuple[Float[Array, "..."], Any]:
     """The input of the first of the `sites`, and the residual stream that its output is added to.
 
-    Both are inputs of the block as it is: layers that run before are packed already, or float. Call it in `jax.jit`.
+    Both are those of the block as it is: layers that run before are packed already, or float. Inputs of a layer that
+    runs several times are joined along their first axis. Call it in `jax.jit`.
 
     Args:
       model: runs the block.
@@ -54,24 +56,26 @@ def site_inputs(
     """
     recorded: list[Array] = []
     block = nnx.clone(block)
-    for index, each in enumerate(sites):
+    first = sites[0].names[0]
+    for each in sites:
         for name in each.names:
-            record = recorded.append if index == 0 else _ignore
-            if index == 0 or each.to_stream:
+            if each.to_stream or each is sites[0]:
+                record = recorded.append if name == first else _ignore
                 replace_layer(block, name, Recorder(layer_at(block, name), record))
     # Layers that add to the stream from here on put out zeros: what the block returns is the stream at this point.
     stream = model.stream(model.run_block(block, carry))
     if not recorded:
-        name = sites[0].names[0]
-        raise ValueError(f"the block, a {type(block).__name__}, does not run {name}: leave it out of its sites")
-    return recorded[0], stream
+        raise ValueError(f"the block, a {type(block).__name__}, does not run {first}: leave it out of its sites")
+    return recorded[0] if len(recorded) == 1 else jnp.concatenate(recorded), stream
 
 
 def replace_layer(block: nnx.Module, path: str, layer: nnx.Module) -> None:
     """Puts a layer at a path such as "attention/q_proj", in place. Raises ValueError if there is none."""
-    layer_at(block, path)
+    replaced = layer_at(block, path)
     *parents, name = path.split("/")
-    setattr(layer_at(block, "/".join(parents)) if parents else block, name, layer)
+    parent = layer_at(block, "/".join(parents)) if parents else block
+    key = int(name) if isinstance(parent, nnx.List | list) else name
+    LayerReference(path, parent, key, replaced).replace(layer)
 
 
 def _ignore(x: Array) -> None:

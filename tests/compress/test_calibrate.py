@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 import bipolar_jax as bj
-from bipolar_jax.compress import calibrate as calibration
 from bipolar_jax.compress.calibrate import calibrate
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.models.checkpoint import load_model, save_model
@@ -20,6 +20,7 @@ from bipolar_jax.nn import Linear
 from tests.support import tiny_checkpoints
 from tests.support.tiny_transformers import ARCHITECTURES, random_ids, random_transformer
 
+calibration = importlib.import_module("bipolar_jax.compress.calibrate")  # the package has a function of this name
 RULES = [("embed|lm_head", "W8A16"), ("layers/", "W3A8")]
 PROGRAMS = ("_enter", "_run", "_add_moments", "_hessian", "packed_kernels")
 TOKENS = random_ids(12, 16, seed=1)
@@ -94,7 +95,7 @@ def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibra
     assert finished == [1, 2, 3]
     assert [(tmp_path / name).stat().st_mtime_ns for name in written] == times
     assert_same_bytes(resumed, calibrated)
-    with pytest.raises(ValueError, match="calibrated with other values of tokens, method: "):
+    with pytest.raises(ValueError, match="calibrated with other values of inputs, method: "):
         calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
 
 
@@ -132,9 +133,11 @@ def test_rules_choose_layers_and_files_keep_them(tmp_path):
 
 
 def test_wrong_arguments_are_named(model):
-    for tokens in (TOKENS[0], TOKENS[:0]):
+    for tokens in (TOKENS[0], (TOKENS, TOKENS)):
         with pytest.raises(ValueError, match=r"needs tokens \[windows, length\]"):
             calibrate(model, tokens, RULES)
+    with pytest.raises(ValueError, match="needs at least 1 window"):
+        calibrate(model, TOKENS[:0], RULES)
     with pytest.raises(ValueError, match="asymmetry is 0.5"):
         calibrate(model, TOKENS, RULES, method=Rounding(asymmetry=0.5))
     with pytest.raises(ValueError, match="the nearest paths are"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bipolar_jax as bj
-from bipolar_jax.compress.layer_store import LayerStore, digest_of_array, digest_of_model
+from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
 from tests.support.tiny_transformers import ARCHITECTURES, random_transformer
 
 
@@ -41,5 +41,5 @@ def test_digests_see_numbers_dtypes_and_config():
     model = random_transformer(ARCHITECTURES["llama"])
     assert digest_of_model(model) == digest_of_model(random_transformer(ARCHITECTURES["llama"]))
     assert digest_of_model(model) != digest_of_model(random_transformer(ARCHITECTURES["llama"], seed=1))
-    assert digest_of_array(np.zeros(4, np.int32)) != digest_of_array(np.zeros(4, np.float32))
-    assert digest_of_array(np.zeros((2, 2), np.int32)) != digest_of_array(np.zeros(4, np.int32))
+    assert digest_of_arrays(np.zeros(4, np.int32)) != digest_of_arrays(np.zeros(4, np.float32))
+    assert digest_of_arrays(np.zeros((2, 2), np.int32)) != digest_of_arrays(np.zeros(4, np.int32))

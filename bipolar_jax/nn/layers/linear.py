@@ -122,33 +122,45 @@ class Linear(PackedModule):
         trained = LayerQuantization.of(layer)
         quantization = LayerQuantization.for_packing(trained, None if precision is None else Precision.of(precision))
         dot_general = quantization.on(implementation).dot_general
-        kernel = layer.kernel[...]
-        weights = folded_kernel(layer, kernel)
+        weights = folded_kernel(layer, layer.kernel[...])
         if trained is None:
             packed_kernel = _quantized(weights, dot_general.precision)
         else:
             # In training, the layer casts its kernel to `dtype` before it calls its DotGeneral.
             weights = weights if layer.dtype is None else weights.astype(layer.dtype)
             packed_kernel = dot_general.pack(weights, quantization.step_size)
+        packed = cls.from_packed(layer, packed_kernel, dot_general.precision, implementation=dot_general.implementation)
+        if trained is not None:
+            packed.trained, packed.learned_steps = dot_general, quantization.step_size is not None
+        return packed
+
+    @classmethod
+    def from_packed(
+        cls,
+        layer: nnx.Linear | nnx.LinearGeneral,
+        kernel: BipolarArray,
+        precision: Precision,
+        *,
+        implementation: str = "auto",
+    ) -> Linear:
+        """The packed layer for a float one, with this kernel in the layout of `folded_kernel`; shares its bias."""
         packed = cls(
             layer.in_features,
             layer.out_features,
-            precision=dot_general.precision,
+            precision=precision,
             use_bias=False,
-            kernel=packed_kernel,
+            kernel=kernel,
             dtype=layer.dtype,
-            param_dtype=kernel.dtype,
+            param_dtype=layer.kernel[...].dtype,
             promote_dtype=layer.promote_dtype,
             preferred_element_type=layer.preferred_element_type,
-            implementation=dot_general.implementation,
+            implementation=implementation,
         )
         packed.bias = nnx.data(layer.bias)
         packed.axis, batch_axis, _, _ = axes_of(layer)
         packed.batch_axis, packed.batch_shape = tuple(batch_axis), tuple(batch_axis.values())
         float_shape = (*packed.batch_shape, *sizes(packed.in_features), *sizes(packed.out_features))
-        packed.kernel = folded(packed_kernel, float_shape, len(batch_axis) + 2)
-        if trained is not None:
-            packed.trained, packed.learned_steps = dot_general, quantization.step_size is not None
+        packed.kernel = folded(kernel, float_shape, len(batch_axis) + 2)
         return packed
 
     @property

@@ -1,0 +1,76 @@
+"""Calibration of NNX models that say nothing of themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax.compress.calibrate import calibrate
+from bipolar_jax.compress.rounding import Rounding
+from bipolar_jax.compress.whole_model import WholeModel
+
+
+class Encoder(nnx.Module):
+    """Attention of Flax's own, two branches of one input in a list, a layer that runs twice, one with two paths."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.branches = nnx.List([nnx.Linear(16, 24, rngs=rngs), nnx.Linear(16, 24, rngs=rngs)])
+        self.twice = nnx.Linear(24, 24, rngs=rngs)
+        self.out = nnx.Linear(24, 8, rngs=rngs)
+        self.tied = self.also = nnx.Linear(8, 8, rngs=rngs)
+        self.unused = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x, shift):
+        x = x + self.attention(x)
+        x = x + shift[:, None]
+        one, other = (branch(x) for branch in self.branches)
+        x = self.twice(self.twice(nnx.relu(one) * other))
+        return self.also(self.tied(self.out(x)))
+
+
+def data(count, seed=0):
+    """Numbers of few directions, as in real models."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(9).standard_normal((4, 16))
+    x = rng.standard_normal((count, 6, 4)) @ mixing + 0.1 * rng.standard_normal((count, 6, 16))
+    return jnp.asarray(x, jnp.float32), jnp.asarray(rng.standard_normal((count, 16)), jnp.float32)
+
+
+METHOD = Rounding(descent_passes=0)
+RULES = [("unused", None), ("out", "W8A8"), (".*", "W4A8")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Encoder(nnx.Rngs(0))
+
+
+def test_layers_are_found_in_the_order_in_which_they_run(model):
+    found = [sites.names for sites in WholeModel.of(model, data(2)).block_sites]
+    heads = ("attention/query", "attention/key", "attention/value")
+    assert found == [heads, ("attention/out",), ("branches/0", "branches/1"), ("twice",), ("out",)]
+
+
+def test_a_model_that_says_nothing_of_itself_is_calibrated(model, tmp_path):
+    packed = calibrate(model, data(50), RULES, windows_per_step=20, store=tmp_path, method=METHOD)
+    assert isinstance(packed.attention.out, bj.nn.Linear)
+    assert [str(layer.precision) for layer in (packed.branches[1], packed.out)] == ["W4A8", "W8A8"]
+    assert packed.tied is packed.also
+    assert str(packed.tied.precision) == "W4A8"
+    assert isinstance(packed.unused, nnx.Linear)
+    wanted, rounded, found = (each(*data(30, 1)) for each in (model, bj.quantize_model(model, RULES), packed))
+    assert jnp.mean((found - wanted) ** 2) < 0.8 * jnp.mean((rounded - wanted) ** 2)
+    again = calibrate(model, data(50), RULES, windows_per_step=20, store=tmp_path, method=METHOD)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(each)) for each in (packed, again)), strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_examples_must_fit(model):
+    x, shift = data(4)
+    with pytest.raises(ValueError, match="needs at least 1 window"):
+        calibrate(model, (x, shift[:3]), RULES)
