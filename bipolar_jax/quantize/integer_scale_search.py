@@ -202,7 +202,7 @@ def search_integer_groups(
       number_format: 1 to 6 bits.
       scale, offset: of the float grids; offset None for symmetric ones.
       keeps_zero: whether the offsets put zero on the grids, where it stays; else offsets are fitted.
-      weights: of the squared errors, at most about 1; None for equal ones.
+      weights: of the squared errors, above 0; None for equal ones.
 
     Returns:
       Row scales, NaN for rows with NaN or Inf; the groups.
@@ -224,7 +224,7 @@ def search_integer_groups(
     lengths = along_last(valid.sum(axis=-1).astype(np.float32), 2)
     if weights is not None:
         weights = jnp.where(valid, weights, 0.0)[None]
-        lengths = jnp.maximum(jnp.sum(weights, axis=-1), SMALLEST_SCALE)
+        lengths = jnp.sum(weights, axis=-1)
     mean = (fixed_point_sum(numbers) if weights is None else jnp.sum(weights * numbers, axis=-1)) / lengths * relative
     step = 2 * scale * per_unit
     middle_of_floats = jnp.zeros_like(step) if offset is None or keeps_zero else offset * per_unit

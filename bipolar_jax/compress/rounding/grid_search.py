@@ -37,16 +37,14 @@ def search_grid(
       inside: False for padding.
       number_format: the codes.
       kind: see `Rounding`.
-      weights: of the squared errors, at least 0; None for equal ones.
+      weights: of the squared errors, above 0; None for equal ones.
 
     Returns:
       Steps; bases; the codes of zero, base = -step * zero code, or None for "free".
     """
     largest = number_format.max_value
     mask = along_last(inside, 3)
-    weight = jnp.asarray(inside, jnp.float32) if weights is None else jnp.where(inside, weights, 0.0)
-    # A group without any weight counts all its numbers alike.
-    weight = jnp.where(jnp.sum(weight, axis=-1, keepdims=True) > 0, weight, inside.astype(np.float32))[None]
+    weight = jnp.where(mask, 1.0 if weights is None else weights[None], 0.0)
 
     low = jnp.min(jnp.where(mask, x, jnp.inf), axis=-1)
     high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=-1)

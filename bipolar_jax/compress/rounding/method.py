@@ -30,7 +30,8 @@ class Rounding:
       block: inputs that are rounded between two updates of all the others; a matter of speed alone.
       grid: "free" fits scale and offset, "zero_point" keeps zero on the grid (one bit cannot, and is symmetric),
         "symmetric" has no offset. Of integer groups, symmetric ones are as near to it as integers allow.
-      weighted_grid: whether the search for the grid weighs errors by the Hessian's diagonal.
+      weighted_grid: whether the search for the grid weighs errors by the Hessian's diagonal: for models that are not
+        rotated, whose inputs are uneven.
       asymmetry: 0 to 1, how much of the difference between the inputs of the float and of the quantized model the
         rounding makes up for, see `asymmetric_target`; it needs the product of both, `cross`.
 

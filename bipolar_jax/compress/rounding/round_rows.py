@@ -25,6 +25,9 @@ from bipolar_jax.quantize.integer_scale_search import search_integer_groups
 from bipolar_jax.quantize.precision import Precision
 from bipolar_jax.quantize.rounding import check_finite, check_float
 
+# Of inputs in the search for a grid, in units of their mean: even inputs that were never active count a little.
+_WEIGHTS = 1e-3, 1e3
+
 
 def round_rows(
     rows: Float[Array, "n k"],
@@ -133,7 +136,8 @@ def _grid(rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precisio
     """The grid of least squared error, before codes are known."""
     number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
     inside = valid_mask(len(rows), size)
-    weights = None if weights is None else split_groups(weights, size)
+    if weights is not None:
+        weights = split_groups(jnp.clip(weights, *_WEIGHTS), size)
     has_integers = precision.scales == "integer"
     if has_integers and number_format.bits == 1:
         kind = "free"  # one bit has no zero
