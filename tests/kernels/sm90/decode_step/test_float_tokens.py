@@ -115,7 +115,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "w_bits", "group_size", "cache_bits"),
-    [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 8, None, None)],
+    [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 5, 32, None)],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(1)

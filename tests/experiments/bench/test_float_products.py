@@ -1,0 +1,28 @@
+"""experiments/bench/products/float_products.py on tiny shapes and interpreted kernels."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from experiments.bench.products import float_products
+from experiments.bench.products.expanded import Weights
+from experiments.bench.products.operands import Operands
+from experiments.bench.products.shapes import Shape
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+
+
+@pytest.mark.parametrize("m", [3, 65])
+@pytest.mark.sample(1)
+def test_products_pass_the_check(m):
+    operands = Operands(Shape(f"{m}x40x96", m, 40, 96), seed=0)
+    w, exact, sizes = float_products.weights_of(operands, Weights.parse("2g32"))
+    with interpreted(InterpretGPUParams()):
+        todo = float_products.calls(operands, w)
+        assert list(todo) == (["prepared"] if m == 3 else ["prepared", "expansion", "XLA"])
+        for name, (product, args) in todo.items():
+            if name != "expansion":
+                float_products.check(jax.jit(product)(*args), exact, sizes, operands)
