@@ -1,4 +1,4 @@
-"""`AffineGrid`: the numbers of codes, with rows last, as loops over inputs need them."""
+"""`AffineGrid` and `NestedGrid`: the numbers of codes, with rows last, as loops over inputs need them."""
 
 from __future__ import annotations
 
@@ -40,3 +40,46 @@ class AffineGrid:
     def numbers(self, codes: Float[Array, "*groups n"] | UInt8[Array, "*groups n"]) -> Float[Array, "*groups n"]:
         """step * u + base."""
         return self.step * codes.astype(jnp.float32) + self.base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NestedGrid:
+    """The numbers of a code and of its high planes: with d planes dropped, 2^d codes stand for their mean.
+
+    As an `AffineGrid`, but numbers and targets have an axis of precisions before the rows. The code is the one of least
+    squared distance from the targets, summed over precisions (MatGPTQ, arXiv 2602.03537). A precision that drops d
+    planes weighs 2^-d, so that its errors, of about 4^d, matter more than those of all planes, but not as much more.
+
+    Attributes:
+      step, base: of the codes with all planes.
+      largest: the largest code.
+      dropped: planes that each precision drops, 0 first.
+    """
+
+    step: Float[Array, "*groups n"]
+    base: Float[Array, "*groups n"]
+    largest: int = dataclasses.field(metadata={"static": True})
+    dropped: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def of(self, groups: Int[Array, "*k"]) -> NestedGrid:
+        """The grid of one group or several, given their indices."""
+        return dataclasses.replace(self, step=self.step[groups], base=self.base[groups])
+
+    def codes(self, x: Float[Array, "precisions n"]) -> Float[Array, "n"]:
+        """The best code of each row, as float32, of all there are."""
+
+        def distance(code):
+            apart = self.numbers(jnp.full(self.step.shape, code)) - x
+            return sum(apart[i] ** 2 / 2**d for i, d in enumerate(self.dropped))
+
+        distances = jax.vmap(distance)(jnp.arange(self.largest + 1, dtype=jnp.float32))
+        return jnp.argmin(distances, axis=0).astype(jnp.float32)
+
+    def numbers(
+        self, codes: Float[Array, "*groups n"] | UInt8[Array, "*groups n"]
+    ) -> Float[Array, "*groups precisions n"]:
+        """step * (mean of the codes with the same high planes) + base, for each precision."""
+        codes = codes.astype(jnp.float32)
+        means = [jnp.floor(codes / 2**d) * 2**d + (2**d - 1) / 2 for d in self.dropped]
+        return jnp.stack([self.step * mean + self.base for mean in means], axis=-2)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from bipolar_jax.compress.rounding.affine_grid import AffineGrid
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.sweep import HIGHEST, round_in_turn
 
 
@@ -26,17 +26,17 @@ def loss_of_rows(
 
 
 def descend(
-    rows: Float[Array, "k n"],
+    rows: Float[Array, "k *precisions n"],
     codes: UInt8[Array, "k n"],
     hessian: Float[Array, "k k"],
-    grid: AffineGrid,
+    grid: AffineGrid | NestedGrid,
     groups: Int[Array, "k"],
     block: int,
 ) -> UInt8[Array, "k n"]:
     """One pass over all inputs: each code becomes the best one for the others as they are then.
 
     Args:
-      rows: the weights, inputs first.
+      rows: the weights, inputs first; for a nested grid once for each precision.
       codes: where to begin.
       hessian: of positive diagonal, see `with_damping`.
       grid, groups, block: as for `round_in_turn`.
@@ -46,8 +46,8 @@ def descend(
     """
     numbers = grid.of(groups).numbers(codes)
     per_diagonal = (1 / jnp.diagonal(hessian))[:, None]
-    pull = jnp.matmul(hessian, rows - numbers, precision=HIGHEST)
-    return round_in_turn(numbers + per_diagonal * pull, numbers, per_diagonal * hessian, grid, groups, block)
+    steps = jnp.tensordot(per_diagonal * hessian, rows - numbers, 1, precision=HIGHEST)
+    return round_in_turn(numbers + steps, numbers, per_diagonal * hessian, grid, groups, block)
 
 
 class GroupSums(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bipolar_jax.compress.rounding.affine_grid import AffineGrid
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.sweep import round_in_turn
 
 # Below this part of the mean diagonal a Hessian that was summed in float32 is noise.
@@ -30,9 +30,9 @@ def with_damping(hessian: Float[Array, "k k"], damping: float) -> Float[Array, "
 
 
 def gptq(
-    rows: Float[Array, "k n"],
+    rows: Float[Array, "k *precisions n"],
     hessian: Float[Array, "k k"],
-    grid: AffineGrid,
+    grid: AffineGrid | NestedGrid,
     groups: Int[Array, "k"],
     *,
     act_order: bool,
@@ -47,7 +47,7 @@ def gptq(
     reversed order, is backward stable in float32 for all that `with_damping` lets pass.
 
     Args:
-      rows: the weights, inputs first.
+      rows: the weights, inputs first; for a nested grid once for each precision.
       hessian: positive definite and symmetric, see `with_damping`.
       grid, groups: static, that is known before.
       act_order: inputs of large diagonals first.

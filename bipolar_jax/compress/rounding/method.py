@@ -34,6 +34,8 @@ class Rounding:
         rotated, whose inputs are uneven.
       asymmetry: 0 to 1, how much of the difference between the inputs of the float and of the quantized model the
         rounding makes up for, see `asymmetric_target`; it needs the product of both, `cross`.
+      nested: fewer bits that the codes' high planes should serve too, such as (6, 4): `BipolarArray.truncate` then
+        loses little, at some cost to all planes. For GPTQ on float scales; the grid is not refitted.
 
     Raises:
       ValueError: a value outside the above.
@@ -47,6 +49,7 @@ class Rounding:
     grid: Grid = "free"
     weighted_grid: bool = False
     asymmetry: float = 0.0
+    nested: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name, allowed in {"algorithm": Algorithm, "grid": Grid}.items():
@@ -59,6 +62,11 @@ class Rounding:
             raise ValueError(f"damping must be finite and at least 0, got {self.damping!r}")
         if not 0 <= self.asymmetry <= 1:
             raise ValueError(f"asymmetry must be from 0 to 1, got {self.asymmetry!r}")
+        bits = [bits for bits in self.nested if type(bits) is int and bits >= 1]
+        if bits != sorted(set(self.nested), reverse=True):
+            raise ValueError(f"nested must be falling numbers of bits, such as (6, 4), got {self.nested!r}")
+        if self.nested and self.algorithm == "nearest":
+            raise ValueError('algorithm "nearest" has one target for a weight: use "gptq" for nested precisions')
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from bipolar_jax.compress.rounding.affine_grid import AffineGrid
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.descent import descend
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
 from bipolar_jax.compress.rounding.grid_search import search_grid
@@ -55,7 +55,7 @@ def round_rows(
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf (not in traced arrays), a missing Hessian or `cross`, symmetric
-        integer groups.
+        integer groups, nested precisions that do not fit.
     """
     precision = Precision.of(precision)
     rows = jnp.asarray(rows)
@@ -69,6 +69,11 @@ def round_rows(
         raise ValueError(
             f'grid "symmetric" is not one of integer groups, as of {precision}: use "free" or "zero_point"'
         )
+    number_format = as_format(precision.w_bits)
+    if method.nested and (precision.scales == "integer" or number_format.ternary):
+        raise ValueError(f"nested precisions need float scales and no ternary format, got {precision}")
+    if method.nested and method.nested[0] >= number_format.bits:
+        raise ValueError(f"nested precisions have fewer bits than {precision}, got {method.nested}")
     needs_hessian = method.algorithm != "nearest" or method.weighted_grid
     for name, array, needed in (("hessian", hessian, needs_hessian), ("cross", cross, method.asymmetry > 0)):
         if needed and array is None:
@@ -95,6 +100,12 @@ def _round_rows(
     grid = _grid(targets, diagonal if method.weighted_grid else None, precision, method.grid)
     if method.algorithm == "nearest":
         return _result(grid, _nearest(targets, _affine(grid), size), unit)
+    if method.nested:
+        targets, nested = _nested(targets, grid, as_format(precision.w_bits), method.nested)
+        codes = _gptq(targets, hessian, nested, size, method.act_order, method.block)
+        for _ in range(method.descent_passes):
+            codes = _descend(targets, codes, hessian, nested, size, method.block)
+        return _result(grid, codes, unit)
     codes = _gptq(targets, hessian, _affine(grid), size, method.act_order, method.block)
     for _ in range(method.descent_passes):
         grid = _refit(targets, codes, hessian, grid, size)
@@ -179,13 +190,24 @@ def _integer_grid(
     return row_scale[:, 0], groups.scale.astype(jnp.float32), groups.offset.astype(jnp.float32)
 
 
-def _groups(rows: Float[Array, "k n"], size: int) -> Int[Array, "k"]:
+def _groups(rows: Float[Array, "k *precisions n"], size: int) -> Int[Array, "k"]:
+    """The group of every input."""
     return jnp.arange(len(rows)) // size
 
 
 @jax.jit
 def _affine(grid: FittedGrid) -> AffineGrid:
     return grid.affine()
+
+
+@functools.partial(jax.jit, static_argnames=("number_format", "nested"))
+def _nested(
+    rows: Float[Array, "k n"], grid: FittedGrid, number_format: BipolarFormat, nested: tuple[int, ...]
+) -> tuple[Float[Array, "k precisions n"], NestedGrid]:
+    """Targets and grid of all precisions, that of all planes first."""
+    affine, dropped = grid.affine(), (0, *(number_format.bits - bits for bits in nested))
+    targets = jnp.broadcast_to(rows[:, None], (len(rows), len(dropped), rows.shape[1]))
+    return targets, NestedGrid(affine.step, affine.base, number_format.max_value, dropped)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -195,7 +217,12 @@ def _nearest(rows: Float[Array, "k n"], grid: AffineGrid, size: int) -> UInt8[Ar
 
 @functools.partial(jax.jit, static_argnames=("size", "act_order", "block"))
 def _gptq(
-    rows: Float[Array, "k n"], hessian: Float[Array, "k k"], grid: AffineGrid, size: int, act_order: bool, block: int
+    rows: Float[Array, "k *precisions n"],
+    hessian: Float[Array, "k k"],
+    grid: AffineGrid | NestedGrid,
+    size: int,
+    act_order: bool,
+    block: int,
 ) -> UInt8[Array, "k n"]:
     return gptq(rows, hessian, grid, _groups(rows, size), act_order=act_order, block=block)
 
@@ -209,10 +236,10 @@ def _refit(
 
 @functools.partial(jax.jit, static_argnames=("size", "block"))
 def _descend(
-    rows: Float[Array, "k n"],
+    rows: Float[Array, "k *precisions n"],
     codes: UInt8[Array, "k n"],
     hessian: Float[Array, "k k"],
-    grid: AffineGrid,
+    grid: AffineGrid | NestedGrid,
     size: int,
     block: int,
 ) -> UInt8[Array, "k n"]:

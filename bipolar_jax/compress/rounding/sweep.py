@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from bipolar_jax.compress.rounding.affine_grid import AffineGrid
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def round_in_turn(
-    targets: Float[Array, "k n"],
-    reference: Float[Array, "k n"],
+    targets: Float[Array, "k *precisions n"],
+    reference: Float[Array, "k *precisions n"],
     coupling: Float[Array, "k k"],
-    grid: AffineGrid,
+    grid: AffineGrid | NestedGrid,
     groups: Int[Array, "k"],
     block: int,
 ) -> UInt8[Array, "k n"]:
@@ -25,7 +25,7 @@ def round_in_turn(
     other targets follow at its end, in one matrix product (as in GPTQ, arXiv 2210.17323, section 3.3, step 2).
 
     Args:
-      targets: what each input would be rounded to if no other were rounded.
+      targets: what each input would be rounded to if no other were rounded; for a nested grid one of each precision.
       reference: the numbers from which inputs move.
       coupling: only what is below its diagonal counts.
       grid: of every group.
@@ -37,7 +37,7 @@ def round_in_turn(
     """
     k = len(targets)
     pad = -k % block
-    targets, reference = (jnp.pad(a, ((0, pad), (0, 0))) for a in (targets, reference))
+    targets, reference = (jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)) for a in (targets, reference))
     coupling, groups = jnp.pad(coupling, ((0, pad), (0, pad))), jnp.pad(groups, (0, pad))
 
     def round_block(index, carry):
@@ -50,15 +50,15 @@ def round_in_turn(
 
         def round_input(i, carry):
             moved, own_codes = carry  # `moved` is 0 from i on, so that only inputs before it count
-            target = own_targets[i] - jnp.matmul(own_coupling[i], moved, precision=HIGHEST)
+            target = own_targets[i] - jnp.tensordot(own_coupling[i], moved, 1, precision=HIGHEST)
             grid_of_input = own_grid.of(i)
             code = grid_of_input.codes(target)
             return moved.at[i].set(grid_of_input.numbers(code) - own_reference[i]), own_codes.at[i].set(code)
 
-        start = jnp.zeros_like(own_targets), jnp.zeros_like(own_targets)
+        start = jnp.zeros_like(own_targets), jnp.zeros((block, targets.shape[-1]), jnp.float32)
         moved, own_codes = jax.lax.fori_loop(0, block, round_input, start)
-        targets = targets - jnp.matmul(columns, moved, precision=HIGHEST)
+        targets = targets - jnp.tensordot(columns, moved, 1, precision=HIGHEST)
         return targets, jax.lax.dynamic_update_slice_in_dim(codes, own_codes.astype(jnp.uint8), first, axis=0)
 
-    start = targets, jnp.zeros(targets.shape, jnp.uint8)
+    start = targets, jnp.zeros((k + pad, targets.shape[-1]), jnp.uint8)
     return jax.lax.fori_loop(0, (k + pad) // block, round_block, start)[1][:k]

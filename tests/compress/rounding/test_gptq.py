@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax.compress.rounding import Rounding, round_rows
-from bipolar_jax.compress.rounding.affine_grid import AffineGrid
+from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
 from tests.compress.rounding.problems import hessian_of, losses_of
 
@@ -82,3 +82,25 @@ def test_inputs_that_were_never_active_are_rounded_to_the_nearest():
     np.testing.assert_array_equal(rounded.codes[:, dead], nearest.codes[:, dead])
     np.testing.assert_array_equal(rounded.scale, nearest.scale)
     assert np.any(rounded.codes != nearest.codes)
+
+
+def test_nested_codes_are_the_best_of_all_at_each_input():
+    """Of 5 bits and their 3 high planes: the greedy choice, in float64 with sums over all errors so far."""
+    w, hessian, step, base, groups = problem()
+    step, base, dropped = step[:, groups] / 2, base[:, groups], np.array([0, 2])
+    codes = np.arange(32)
+    means = np.stack([codes >> d << d for d in dropped]) + (2.0 ** dropped[:, None] - 1) / 2
+    reverse = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    feedback = reverse / np.diag(reverse)
+    numbers, want = np.zeros((2, N, K)), np.zeros((N, K), int)
+    for j in range(K):
+        targets = w[:, j] + (w - numbers)[:, :, :j] @ feedback[:j, j]
+        candidates = step[:, j, None] * means[:, None] + base[:, j, None]
+        distance = np.sum((candidates - targets[..., None]) ** 2 / 2.0 ** dropped[:, None, None], axis=0)
+        want[:, j] = distance.argmin(-1)
+        numbers[:, :, j] = np.take_along_axis(candidates, np.stack([want[:, j, None]] * 2), -1)[..., 0]
+    floats = [jnp.asarray(a.T, jnp.float32) for a in (w, step, base)]
+    grid = NestedGrid(floats[1], floats[2], 31, (0, 2))
+    rows = jnp.broadcast_to(floats[0][:, None], (K, 2, N))
+    got = gptq(rows, jnp.asarray(hessian, jnp.float32), grid, jnp.arange(K), act_order=False, block=16)
+    np.testing.assert_array_equal(got.T, want)

@@ -109,6 +109,24 @@ def test_asymmetric_targets_make_up_for_other_inputs():
     np.testing.assert_allclose(*same, atol=1e-4)
 
 
+def test_high_planes_of_nested_codes_serve_fewer_bits():
+    """Beside planes dropped of 8 bits that were rounded to the nearest: 4 bits lose half, 8 bits up to twice."""
+    hessian = HESSIAN.astype(np.float32)
+    methods = Rounding("nearest"), Rounding(descent_passes=0, nested=(6, 4)), Rounding(nested=(6, 4))
+    losses = []
+    for method in methods:
+        rounded = round_rows(W, hessian, "W8A8", method)
+        packed = from_codes(rounded.codes, 8, -1, rounded.scale, rounded.offset)
+        arrays = packed, packed.truncate(6), packed.truncate(4)
+        losses.append([losses_of(W[OTHERS], a.dequantize()[np.array(OTHERS)], HESSIAN).sum() for a in arrays])
+    nearest, greedy, descended = np.array(losses)
+    weights = np.array([1, 1 / 4, 1 / 16])
+    assert descended @ weights < greedy @ weights < nearest @ weights
+    assert descended[2] < 0.5 * nearest[2]
+    assert descended[1] < nearest[1]
+    assert descended[0] < 2 * nearest[0]
+
+
 def test_rows_depend_on_no_others_nor_on_the_hessians_scale():
     hessian = HESSIAN.astype(np.float32)
     together = round_rows(W, hessian, "W4A8")
@@ -125,6 +143,11 @@ def test_rows_depend_on_no_others_nor_on_the_hessians_scale():
         ({"rows": np.full_like(W, np.nan)}, "NaN"),
         ({"method": Rounding(asymmetry=1.0)}, "needs cross, got None"),
         ({"method": Rounding(grid="symmetric"), "precision": "W4A8g32"}, "not one of integer groups, as of W4A8g32"),
+        (
+            {"method": Rounding(nested=(4,)), "precision": "W6A8g32"},
+            "need float scales and no ternary format, got W6A8g32",
+        ),
+        ({"method": Rounding(nested=(4,))}, r"fewer bits than W4A8, got \(4,\)"),
         ({"precision": "W4A8g100"}, "from 1 to the contracted size 72"),
     ],
 )
@@ -142,6 +165,8 @@ def test_errors_of_round_rows(arguments, message):
         ({"descent_passes": -1}, "at least 0, got -1"),
         ({"block": 0}, "at least 1, got 0"),
         ({"damping": float("nan")}, "damping must be finite"),
+        ({"nested": (4, 6)}, "falling numbers of bits"),
+        ({"nested": (4,), "algorithm": "nearest"}, "one target for a weight"),
         ({"asymmetry": 2.0}, "asymmetry must be from 0 to 1"),
     ],
 )
