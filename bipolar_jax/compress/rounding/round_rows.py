@@ -103,15 +103,11 @@ def _round_rows(
     if method.nested:
         targets, nested = _nested(targets, grid, as_format(precision.w_bits), method.nested)
         codes = _gptq(targets, hessian, nested, size, method.act_order, method.block)
-        for _ in range(method.descent_passes):
-            codes = _descend(targets, codes, hessian, nested, size, method.block)
+        codes = _descend(targets, codes, hessian, nested, method.descent_passes, size, method.block)
         return _result(grid, codes, unit)
     codes = _gptq(targets, hessian, _affine(grid), size, method.act_order, method.block)
-    for _ in range(method.descent_passes):
-        grid = _refit(targets, codes, hessian, grid, size)
-        codes = _descend(targets, codes, hessian, _affine(grid), size, method.block)
     if method.descent_passes:
-        grid = _refit(targets, codes, hessian, grid, size)
+        grid, codes = _refit_and_descend(targets, codes, hessian, grid, method.descent_passes, size, method.block)
     return _result(grid, codes, unit)
 
 
@@ -227,23 +223,44 @@ def _gptq(
     return gptq(rows, hessian, grid, _groups(rows, size), act_order=act_order, block=block)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _refit(
-    rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], grid: FittedGrid, size: int
-) -> FittedGrid:
-    return grid.refit(rows, codes, hessian, size)
+@functools.partial(jax.jit, static_argnames=("size", "block"))
+def _refit_and_descend(
+    rows: Float[Array, "k n"],
+    codes: UInt8[Array, "k n"],
+    hessian: Float[Array, "k k"],
+    grid: FittedGrid,
+    passes: int,
+    size: int,
+    block: int,
+) -> tuple[FittedGrid, UInt8[Array, "k n"]]:
+    """Refits before and after each pass over the codes."""
+
+    def refit_and_descend(index, state):
+        grid, codes = state
+        grid = grid.refit(rows, codes, hessian, size)
+
+        def descended():
+            return descend(rows, codes, hessian, grid.affine(), _groups(rows, size), block)
+
+        return grid, jax.lax.cond(index < passes, descended, lambda: codes)
+
+    return jax.lax.fori_loop(0, passes + 1, refit_and_descend, (grid, codes))
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block"))
 def _descend(
-    rows: Float[Array, "k *precisions n"],
+    rows: Float[Array, "k precisions n"],
     codes: UInt8[Array, "k n"],
     hessian: Float[Array, "k k"],
-    grid: AffineGrid | NestedGrid,
+    grid: NestedGrid,
+    passes: int,
     size: int,
     block: int,
 ) -> UInt8[Array, "k n"]:
-    return descend(rows, codes, hessian, grid, _groups(rows, size), block)
+    def descend_once(_, codes):
+        return descend(rows, codes, hessian, grid, _groups(rows, size), block)
+
+    return jax.lax.fori_loop(0, passes, descend_once, codes)
 
 
 @jax.jit
