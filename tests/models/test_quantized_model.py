@@ -210,5 +210,5 @@ def test_gradients_are_those_of_the_dequantized_weights(a_bits, tolerance, dequa
 
 @pytest.fixture(scope="module")
 def dequantized_gradients() -> dict:
-    packed = bj.quantize_model(make_model(TIED), [(".*", Precision(4, None, 16, "minmax"))])
+    packed = bj.quantize_model(make_model(TIED), [(".*", Precision(4, None, 16, "minmax", scales="float"))])
     return float_gradients(dequantized(packed))
