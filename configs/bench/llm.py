@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
     config.embed_bits = 0
     # Of packed weights: "planes", "bytes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
     config.layout = ""
+    # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of
+    # 4 bits R3.
+    config.rotated = False
     # Bits of cached keys and values in all models: 8, 4, or 0 for bf16.
     config.cache_bits = 0
     # Backend of the packed layers: "auto", "sm90", "xla" or "reference".

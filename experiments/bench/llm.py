@@ -12,6 +12,7 @@ workloads; concurrent runs with different precisions may share a workdir (see `d
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.language_models.peers import PEERS, measure_peers
 from experiments.bench.language_models.report import add_speedups, line, plot_speedup, print_tables
@@ -40,7 +42,17 @@ from experiments.support.timing import one_line
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
 # Settings that the figures depend on; all results in a workdir share them.
-_SETTINGS = ("model", "implementation", "calibration", "cache_bits", "embed_bits", "layout", "iterations", "seed")
+_SETTINGS = (
+    "model",
+    "implementation",
+    "calibration",
+    "cache_bits",
+    "embed_bits",
+    "layout",
+    "rotated",
+    "iterations",
+    "seed",
+)
 
 # XLA compiler options of the bf16 baselines. By default XLA uses Triton for products with few rows and merges the q and
 # k products; both copy the weights out of the scanned layer stack first. cuBLAS reads them in place, but is slower on
@@ -63,8 +75,12 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
     if precision is None:
         return random_float(preset(name), jnp.bfloat16, key)
     options = {"embed_bits": config.embed_bits or None, "implementation": config.implementation}
+    model_config = preset(name)
+    if config.rotated:
+        rotation = Rotation(ffn=bj.ops.hadamard(model_config.ffn_size), keys=bj.ops.hadamard(model_config.head_dim))
+        model_config = dataclasses.replace(model_config, rotation=rotation)
     return prepare_for_inference(
-        random_packed(preset(name), precision, key=key, **options), layout=config.layout or None
+        random_packed(model_config, precision, key=key, **options), layout=config.layout or None
     )
 
 

@@ -28,6 +28,7 @@ CONFIG = TransformerConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, context_length=64
 )
 PARTS = ("prefill", "decode")
+MAKE_MODEL = llm.make_model
 
 
 def make_model(config, name, precision):
@@ -178,6 +179,13 @@ def test_the_loop_decodes_greedily_from_the_prompts():
         np.testing.assert_allclose(largest[step], jnp.max(logits, axis=-1), rtol=0.03)
         text = np.concatenate([text, np.argmax(logits, axis=-1)[:, None]], axis=1)
     np.testing.assert_array_equal(cache.lengths, [8, 8])
+
+
+def test_packed_models_may_rotate_at_run_time():
+    model = MAKE_MODEL(bench(rotated=True), "tiny", bj.Precision(2, 2))
+    rotation = model.config.rotation
+    assert (rotation.stream, rotation.ffn, rotation.keys) == (None, bj.ops.hadamard(48), bj.ops.hadamard(8))
+    assert MAKE_MODEL(bench(), "tiny", bj.Precision(2, 2)).config.rotation is None
 
 
 def test_nonfinite_logits_are_an_error():
