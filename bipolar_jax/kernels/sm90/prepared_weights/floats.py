@@ -8,6 +8,8 @@ subtracted, and one fused multiply-add makes s * u + o. All of it is exact: valu
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
@@ -54,13 +56,25 @@ class FloatExpansion:
           half: which half of the stage.
         """
         if terms is None:
-            # 2 u - W; codes that have the sign bit of a byte come as u - 128, and 255 = 2 * 128 - 1.
-            shift = 1 if self._signed else -self.format.max_value
-            return [[(self._constant(2), self._constant(shift))] * 4]
-        return [
-            [row for word in words for row in self._rows_of(word)]
-            for words in self.fields.load_term_words(terms, lane, half)
-        ]
+            return [self._of_format]
+        return [self._of_words(words) for words in self.fields.load_term_words(terms, lane, half)]
+
+    def terms_by_step(self, terms: Pointer | None, lane: Value, half: int) -> Callable[[int], list[list[RowTerms]]]:
+        """`load_terms`, of which a function of the step makes what `fragments` reads: fewer registers."""
+        loaded = None if terms is None else self.fields.load_term_words(terms, lane, half)
+
+        @functools.cache
+        def of_chunk(chunk: int) -> list[RowTerms]:
+            return self._of_format if loaded is None else self._of_words(loaded[chunk])
+
+        def of_step(step: int) -> list[list[RowTerms]]:
+            count, quarters = 1 if loaded is None else len(loaded), 2 * HALF_STEPS
+            return [
+                of_chunk((quarter if quarter // 2 == step else 2 * step) * count // quarters)
+                for quarter in range(quarters)
+            ]
+
+        return of_step
 
     def values(self, codes: Value, terms: RowTerms) -> list[Value]:
         """The PAIRS pairs of values of a register of codes."""
@@ -103,6 +117,16 @@ class FloatExpansion:
     @property
     def _signed(self) -> bool:
         return self.format.bits == 8
+
+    @property
+    def _of_format(self) -> list[RowTerms]:
+        """2 u - W; codes that have the sign bit of a byte come as u - 128, and 255 = 2 * 128 - 1."""
+        shift = 1 if self._signed else -self.format.max_value
+        return [(self._constant(2), self._constant(shift))] * 4
+
+    def _of_words(self, words: list[Value]) -> list[RowTerms]:
+        """The terms of a chunk's rows, of a word for either block."""
+        return [row for word in words for row in self._rows_of(word)]
 
     def _rows_of(self, word: Value) -> list[RowTerms]:
         """The terms of the two rows of a word: bytes s and o + 128 of one, then of the other."""

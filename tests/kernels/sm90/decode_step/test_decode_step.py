@@ -106,7 +106,13 @@ SMALL_HEADS = {"hidden_size": 192, "num_heads": 3, "head_dim": 64, "ffn_size": 3
 
 @pytest.mark.parametrize(
     ("precision", "cache_bits", "sizes"),
-    [("W2A8", None, {}), ("W4A8g128i", None, SMALL_HEADS), ("W2A8", 8, {}), ("W4A8g64i", 4, SMALL_HEADS)],
+    [
+        ("W2A8", None, {}),
+        ("W4A8g128i", None, SMALL_HEADS),
+        ("W2A8", 8, {}),
+        ("W4A8g64i", 4, SMALL_HEADS),
+        ("W4A16g64i", None, SMALL_HEADS),
+    ],
 )
 @pytest.mark.sample(1)
 def test_a_model_decodes_the_same(precision, cache_bits, sizes, monkeypatch):

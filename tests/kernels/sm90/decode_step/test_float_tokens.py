@@ -9,18 +9,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.float_sums import float_products, float_token, row_sums
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.models.inference.explain import explain_model
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.test_decode_step import small_model
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile, warpgroup_simulator
@@ -115,7 +120,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "w_bits", "group_size", "cache_bits"),
-    [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 5, 32, None)],
+    [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 3, 32, None)],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(1)
@@ -141,3 +146,17 @@ def test_the_plan_says_that_tokens_are_floats():
         planned(dataclasses.replace(FLOAT, prepared=False, group_size=None))
     with pytest.raises(NotImplementedError, match="prepared weights of integer groups, and without offsets: qkv is"):
         planned(dataclasses.replace(FLOAT, scales="float"))
+
+
+@pytest.mark.parametrize("precision", ["W4A16g64", "W3A16g16"])
+def test_models_of_float_activations_decode_in_one_kernel(precision):
+    with interpreted(plgpu.InterpretGPUParams()):
+        model = nnx.eval_shape(lambda: prepare_for_inference(small_model(precision)))
+        explained = explain_model(model, 1, 64)
+    assert explained.not_one_kernel is None
+    (step,) = explained.decode
+    assert "in one persistent kernel" in step.runs.kernel
+    assert step.runs.kernel.endswith(", float tokens")
+    products = [step.runs.kernel for step in explained.prefill if step.name in ("qkv", "o", "gate/up", "down")]
+    assert len(products) == 4
+    assert all("bfloat16 tensor cores, weights of" in kernel for kernel in products)

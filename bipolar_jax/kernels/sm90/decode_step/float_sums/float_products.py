@@ -32,7 +32,7 @@ from bipolar_jax.kernels.sm90.decode_step.float_sums.float_token import (
 from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
 from bipolar_jax.kernels.sm90.decode_step.part_sums import multiply_own_stage
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, STEPS, expand_part
 
@@ -157,15 +157,14 @@ def _multiply_stage(
     total: list[Value], words: Pointer, terms: Pointer | None, token: Pointer, lane: Value, expansion: FloatExpansion
 ) -> list[Value]:
     """Adds a warp's products of one stage; all columns of the operand are the token."""
-    fields = [expansion.fields.load_fields(words, lane, half) for half in range(HALVES)]
-    halves = range(HALVES) if expansion.chunks > 1 else range(1)
-    group_terms = [expansion.load_terms(terms, lane, half) for half in halves]
     # An instruction has sums of two columns, which are the same.
     sums = [number for number in total for _ in range(2)]
     for step in range(STEPS):
         half, own_step = divmod(step, HALF_STEPS)
-        own_terms = group_terms[min(half, len(group_terms) - 1)]
-        registers = expansion.fragments(fields[half][own_step], own_terms, own_step)
+        if own_step == 0:  # what a whole stage needs would not fit registers
+            fields = expansion.fields.load_fields(words, lane, half)
+            row_terms = expansion.terms_by_step(terms, lane, half)
+        registers = expansion.fragments(fields[own_step], row_terms(own_step), own_step)
         tokens = ptx.load(ptx.advance(token, 4 * STEP_WORDS * step), LANE_WORDS)
         for block in range(2):
             own = slice(4 * block, 4 * block + 4)
