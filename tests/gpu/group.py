@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
         for kind, weights in (("planes", "planes"), ("expanded weights", "expanded"))
         for tokens in ("few", "many")
     },
+    "products of prepared weights, float groups": ("float_groups", "cases", ()),
     "weight-only products": ("weight_only", "cases", ()),
     "float activations and prepared weights": ("float_products", "cases", ()),
     "quantizer": ("quantizer", "cases", ()),

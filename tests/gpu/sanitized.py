@@ -22,6 +22,7 @@ from tests.gpu.cases import (
     attention,
     decode_step,
     expanded_products,
+    float_groups,
     float_products,
     heads,
     prepared_few_tokens,
@@ -37,6 +38,7 @@ from tests.gpu.trial import Case, Trial, one_program, run_cases
 MODULES = (
     products,
     expanded_products,
+    float_groups,
     prepared_few_tokens,
     scaled_products,
     weight_only,

@@ -47,6 +47,9 @@ _PREPARED = (
     ("W2A2g64i", None),
     ("W1A8g128i", None),
     ("W6A8g32i", None),
+    ("W4A8g128f", None),
+    ("W4A8g32f", 8),
+    ("W8A8g64f", 4),
     ("W4A8", 8),
     ("W8A8", None),
     ("W8A8", 4),
@@ -250,7 +253,7 @@ def cases(name: str) -> list[Case]:
 
 
 def prepared_cases(name: str) -> list[Case]:
-    """Prepared weights, with integer groups and without."""
+    """Prepared weights, with integer groups, float ones and without."""
     config = _two_layers(name)
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in _PREPARED]
     steps.append(Step(config, "W4A8g128i", None, jnp.bfloat16, prepared=True))

@@ -76,7 +76,7 @@ class Product:
         # Integers are exact. Each float scale rounds some terms; the token's zero is corrected for at the end.
         tolerance = (w.scale.shape[-1] + 10) * EPS * (x_size @ w_size + np.abs(term))
         if gated:
-            expected, tolerance = _gated(self.epilogue, expected, tolerance)
+            expected, tolerance = gated_numbers(self.epilogue, expected, tolerance)
         tolerance = tolerance + rounding(self.dtype, expected)
         if residual is not None:
             expected = expected + residual.astype(np.float64)
@@ -105,7 +105,7 @@ class Product:
         return array_of_groups(groups, self.w_format, scale), (numbers, np.abs(numbers))
 
 
-def _gated(function: str, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gated_numbers(function: str, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """function(gate) * up in float64, and the error that errors of gate and up leave: |derivative| is below 1.2."""
     (gate, up), (gate_error, up_error) = np.split(y, 2, axis=1), np.split(error, 2, axis=1)
     if function == "silu":
