@@ -10,6 +10,7 @@ import pytest
 from flax import linen, nnx
 
 import bipolar_jax as bj
+from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.perplexity import perplexity
@@ -47,6 +48,13 @@ def matmul(tmp_path):
 def quantize(tmp_path):
     formats = ((4, "mse"), (1, "absmean"), (bj.TERNARY, "absmean"), (8, "absmax"))
     return [bj.quantize(W, bits, 0, calibration=calibration) for bits, calibration in formats]
+
+
+def rounding(tmp_path):
+    hessian = jnp.eye(32, dtype=jnp.float32)
+    methods = Rounding(weighted_grid=True), Rounding(grid="zero_point", asymmetry=0.5)
+    rounded = [round_rows(W.T, hessian, each, method, hessian) for each in ("W4A8", "W4A8g8") for method in methods]
+    return [*rounded, round_rows(W.T, hessian, "W8A8", Rounding(nested=(6, 4)))]
 
 
 def table(tmp_path):
@@ -124,9 +132,9 @@ def test_numbers_are_those_of_32_bits(piece, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "piece", [quantize, table, fake_quant, training, layers, models], ids=lambda piece: piece.__name__
+    "piece", [quantize, rounding, table, fake_quant, training, layers, models], ids=lambda piece: piece.__name__
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(5)
 def test_shapes_and_dtypes_are_those_of_32_bits(piece):
     """Traced, not compiled."""
 

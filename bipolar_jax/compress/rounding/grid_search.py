@@ -44,7 +44,9 @@ def search_grid(
     """
     largest = number_format.max_value
     mask = along_last(inside, 3)
-    weight = jnp.where(mask, 1.0 if weights is None else weights[None], 0.0)
+    weight = jnp.asarray(mask, jnp.float32)
+    if weights is not None:
+        weight = weight * weights[None]
 
     low = jnp.min(jnp.where(mask, x, jnp.inf), axis=-1)
     high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=-1)
