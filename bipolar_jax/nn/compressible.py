@@ -3,7 +3,7 @@
 `models.Transformer` implements it for every architecture; any other NNX model can. What always holds:
 
 - `for i in range(num_blocks): carry = run_block(block(i), carry)`, from `enter_blocks(ids)` on, leads to the residual
-  stream that the model itself has before its last norm.
+  stream that the model itself has after its last block.
 - `with_blocks([block(i) for i in range(num_blocks)])` is the model itself.
 - The layers of a `Sites` have the same input, and `block_sites` are in the order in which the layers run.
 - A block adds to the residual stream what its `to_stream` sites put out, and nothing else.

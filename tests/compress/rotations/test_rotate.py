@@ -16,6 +16,7 @@ from bipolar_jax.compress.rotations.plan import make_plan
 from bipolar_jax.compress.rotations.rotate import rotate
 from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.nn.compressible import Rotatable
 from tests.compress.rotations.dense_rotations import dense
@@ -153,6 +154,15 @@ def test_none_is_the_model_and_keys_give_signs():
     assert rotate(model, "none", key=KEY) is model
     signs = [rotate(model, "foldable", key=jax.random.key(seed)).config.rotation.stream.signs for seed in (0, 0, 1)]
     assert signs[0] == signs[1] != signs[2]
+
+
+def test_joined_layers_rotate_too():
+    packed = bj.quantize_model(rotate(random_transformer(CONFIG), key=KEY), [("^layers/", bj.Precision(8, 8))])
+    joined, ids = join_projections(packed), random_ids(1, 9)
+    assert hasattr(joined.layers.ffn, "gate_up_proj")
+    expected = packed(ids)
+    # Quantized inputs may round to the next step.
+    np.testing.assert_allclose(joined(ids), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 
 
 def test_bfloat16_models_stay_bfloat16():
