@@ -1,4 +1,4 @@
-"""experiments/bench/products/float_groups.py on tiny shapes and interpreted kernels."""
+"""experiments/bench/prepared/float_groups.py on tiny shapes and interpreted kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core.execution import interpreted
-from experiments.bench.products import float_groups
+from experiments.bench.prepared import float_groups
 from experiments.bench.products.expanded import Weights
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.shapes import Shape

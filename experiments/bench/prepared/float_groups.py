@@ -1,6 +1,6 @@
 """Times products with prepared weights whose groups have float scales beside XLA's bf16 dot, on one GPU.
 
-    python -m experiments.bench.products.float_groups --out=DIR/float_groups.json
+    python -m experiments.bench.prepared.float_groups --out=DIR/float_groups.json
 
 Times are those of the quantized tokens' product, with what it expands in memory for prompts. Every product is checked
 against the exact one of sampled rows and columns, and few tokens are timed with weights from memory.

@@ -1,0 +1,1 @@
+"""Programs that time products of prepared weights, beside those in `products`."""
