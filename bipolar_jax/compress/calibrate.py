@@ -26,6 +26,7 @@ from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
 from bipolar_jax.nn.layers.linear import sizes
 from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.rounding import check_finite
 
 DEFAULT_METHOD = Rounding()
 
@@ -70,13 +71,19 @@ def calibrate[Model: nnx.Module](
       A model of the same class.
 
     Raises:
-      ValueError: no windows; as `quantize_model`; a layer that was trained with `DotGeneral`; or a store that holds
-        blocks of another model, text, rules or method.
+      ValueError: no windows, or such as the model cannot read; as `quantize_model`; a layer that was trained with
+        `DotGeneral`; NaN or Inf in weights or in what enters a layer; or a store that is a file, or holds blocks of
+        another model, text, rules or method.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel")
+    if not isinstance(method, Rounding):
+        raise ValueError(f"method must be a Rounding, such as Rounding('nearest'), got {method!r:.60}")
     if method.asymmetry:
         raise ValueError(f"asymmetry is {method.asymmetry}, but calibrate runs no float model beside: set it to 0")
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):
+        model.check_ids(inputs)
         blocks, (plans, other_rules) = model, plan_blocks(model, rules)
     else:
         blocks = WholeModel.of(model, batches[0])
@@ -86,6 +93,7 @@ def calibrate[Model: nnx.Module](
         precisions = sorted((name, each) for plan in plans for name, each in plan.precisions.items())
         digests = {"model": digest_of_model(model), "inputs": digest_of_arrays(inputs)}
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": repr(method)})
+    _check_weights(blocks, plans)
     if other_rules:
         model = quantize_model(model, other_rules)
         blocks = model if isinstance(model, Compressible) else dataclasses.replace(blocks, module=model)
@@ -97,15 +105,24 @@ def _batches(inputs: Any, size: int, *, tokens: bool) -> list[Any]:
     """The inputs in steps of `size` windows. Raises ValueError as `calibrate`."""
     arrays = inputs if isinstance(inputs, tuple) else (inputs,)
     shapes = [np.shape(array) for array in arrays]
-    if size < 1 or not shapes or any(not shape or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
+    if type(size) is not int or size < 1 or not shapes or any(not shape or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
-            f"needs at least 1 window, and 1 window a step, got inputs of shape {shapes} and {size} a step"
+            f"needs at least 1 window, and 1 window a step, got inputs of shape {shapes} and {size!r} a step"
         )
     if tokens and (isinstance(inputs, tuple) or len(shapes[0]) != 2):
         raise ValueError(f"needs tokens [windows, length], got inputs of shape {shapes}")
     starts = range(0, shapes[0][0], size)
     batches = [tuple(jnp.asarray(array[start : start + size]) for array in arrays) for start in starts]
     return [batch[0] for batch in batches] if tokens else batches
+
+
+def _check_weights(model: Compressible, plans: Sequence[SitePlan]) -> None:
+    """Raises ValueError for weights that cannot be rounded, before anything is calculated; programs do not check."""
+    names = [name for plan in plans for name in plan.precisions]
+    for index in range(model.num_blocks if names else 0):
+        block = model.block(index)
+        for name in names:
+            check_finite(layer_at(block, name).kernel[...], f"the kernel of {name} of block {index}")
 
 
 def _pass_over_blocks(
@@ -124,7 +141,7 @@ def _pass_over_blocks(
         block = model.block(index)
         kernels = None if finished is None else finished.read(index)
         if kernels is None:
-            block, kernels = _calibrated(model, block, carries, plans, method)
+            block, kernels = _calibrated(model, block, index, carries, plans, method)
             if finished is not None:
                 finished.write(index, kernels)
         else:
@@ -140,7 +157,12 @@ def _pass_over_blocks(
 
 
 def _calibrated(
-    model: Compressible, block: nnx.Module, carries: Sequence[Any], plans: Sequence[SitePlan], method: Rounding
+    model: Compressible,
+    block: nnx.Module,
+    block_index: int,
+    carries: Sequence[Any],
+    plans: Sequence[SitePlan],
+    method: Rounding,
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
     """A block with packed layers, and these layers' kernels by path."""
     kernels: dict[str, BipolarArray] = {}
@@ -153,11 +175,16 @@ def _calibrated(
         moments = tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in a_bits)
         for carry in carries:
             moments = _add_moments(model, block, carry, moments, remaining, a_bits)
-        hessians = {bits: _hessian(sums) for bits, sums in zip(a_bits, moments, strict=True)}
+        if not all(jnp.isfinite(sums.products).all() for sums in moments):
+            raise ValueError(
+                f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
+                "them of these inputs, so look for them in its embeddings, norms and biases, or in the inputs"
+            )
+        by_bits = dict(zip(a_bits, moments, strict=True))
         rounded = {}
         for precision, names in plan.joined().items():
             floats = [float_matrix(layer_at(block, name)) for name in names]
-            packed = packed_kernels(floats, hessians[precision.a_bits], precision, method)
+            packed = packed_kernels(floats, by_bits[precision.a_bits], precision, method)
             rounded |= dict(zip(names, packed, strict=True))
         block = with_packed_layers(block, rounded, plan.precisions)
         kernels |= rounded
@@ -172,9 +199,6 @@ def _enter(model: Compressible, batch: Any) -> Any:
 @jax.jit
 def _run(model: Compressible, block: nnx.Module, carry: Any) -> Any:
     return model.run_block(block, carry)
-
-
-_hessian = jax.jit(SecondMoments.hessian)
 
 
 @functools.partial(jax.jit, static_argnames=("remaining", "a_bits"), donate_argnames="moments")

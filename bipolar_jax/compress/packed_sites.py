@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.compress.site_inputs import replace_layer
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
@@ -104,11 +105,11 @@ def float_matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "k n"]:
 
 @functools.partial(jax.jit, static_argnames=("precision", "method"))
 def packed_kernels(
-    kernels: Sequence[Float[Array, "k _"]], hessian: Float[Array, "k k"], precision: Precision, method: Rounding
+    kernels: Sequence[Float[Array, "k _"]], moments: SecondMoments, precision: Precision, method: Rounding
 ) -> list[BipolarArray]:
-    """Rounds the kernels of layers with one input, as one matrix, and packs each."""
+    """Rounds the kernels of layers with one input, whose moments these are, as one matrix; and packs each."""
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
-    rounded = round_rows(rows, hessian, precision, method)
+    rounded = round_rows(rows, moments.hessian(), precision, method)
     packed, start = [], 0
     for kernel in kernels:
         part = jax.tree.map(lambda leaf, at=start, n=kernel.shape[1]: leaf[at : at + n], rounded)
