@@ -18,7 +18,7 @@ SM90 = BACKENDS["sm90"]
 
 # n, k: ragged, one stage and many, more units than blocks.
 _SIZES = [(131, 97), (4096, 1500), (260, 14336), (9001, 640), (28672, 300)]
-_TOKENS = (1, 65, 3, 130, 8, 300, 16, 513, 17, 33, 64)
+_TOKENS = (1, 129, 3, 130, 8, 300, 16, 513, 17, 70, 64)
 _GROUP_SIZES = (16, 32, 48, 64, 128, 256)
 _DTYPES = (ml_dtypes.bfloat16, np.float16)
 _LAYOUTS = ("packed", "prepared", "gated")
@@ -46,7 +46,7 @@ def small() -> dict[str, Case]:
     bf16 = ml_dtypes.bfloat16
     return {
         "few float tokens": _case(BipolarFormat(4), 64, 3, 300, 700, bf16, "prepared"),
-        "many float tokens": _case(BipolarFormat(4), 64, 70, 300, 700, bf16, "gated"),
+        "many float tokens": _case(BipolarFormat(4), 64, 140, 300, 700, bf16, "gated"),
     }
 
 

@@ -20,12 +20,17 @@ from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, estimated_cycl
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_floats
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling
 from bipolar_jax.kernels.sm90.weight_only.config import check_dtype
 from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
+
+# Of FEW_TOKENS_LIMIT tokens. The expansion reads the weights, writes 16 bits for each, and reads these: at 4 bits the
+# bytes of nine products of few tokens.
+_MOST_PASSES = 2
 
 
 def weight_only_matmul(
@@ -38,7 +43,11 @@ def weight_only_matmul(
     """
     plan, w = plan_matmul(x.shape[0], x.dtype, w), laid_out(w)
     if isinstance(plan.tiling, FewTokensTiling):
-        return few_tokens_floats(x, w, bias, tiling=plan.tiling, interpret=interpret_params())
+        products = [
+            few_tokens_floats(x[start : start + FEW_TOKENS_LIMIT], w, bias, interpret=interpret_params())
+            for start in range(0, x.shape[0], FEW_TOKENS_LIMIT)
+        ]
+        return products[0] if len(products) == 1 else jnp.concatenate(products)
     columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
     return packed_matmul(
         fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
@@ -67,11 +76,12 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     name = jnp.dtype(dtype).name
     groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
     kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
-    if m <= FEW_TOKENS_LIMIT:
+    if m <= _MOST_PASSES * FEW_TOKENS_LIMIT:
         gated = isinstance(w, PreparedArray) and w.gated
-        sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
-        tiling = few_tokens_tiling(*sizes, rows_of_stage=2)
-        return Plan(f"{kernel} in registers", with_layout(f"{m} tokens: bound by reading the weights", w), tiling)
+        sizes = (min(m, FEW_TOKENS_LIMIT), w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
+        reason = f"{m} tokens{'' if m <= FEW_TOKENS_LIMIT else ' in two parts'}: bound by reading the weights"
+        tiling: Tiling | FewTokensTiling = few_tokens_tiling(*sizes, rows_of_stage=2)
+        return Plan(f"{kernel} in registers", with_layout(reason, w), tiling)
     steps = mainloop_steps(w.contracted_size, PTX_TYPES[name], 1)
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, w.shape[-1], steps))
     return Plan(f"{kernel} to {name} in memory", with_layout("estimated from tile sizes", w), tiling)

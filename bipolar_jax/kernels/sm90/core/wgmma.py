@@ -159,12 +159,17 @@ def start(
     _check_width(shape[1])
     index, parts = part
 
-    @plgpu.inline_mgpu(arg_types=(*_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(shape))
+    dtype = accumulator_dtype(kind)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*_operand_types(), plgpu.Layout.WG_SPLAT), return_type=_accumulator_type(shape, dtype)
+    )
     def instructions(_, x_tile, w_tile, index):
         layout = ACCUMULATOR.to_mgpu()
         nothing = np.full(layout.registers_shape(shape), None, dtype=object)
         registers = _issue(nothing, x_tile, w_tile, kind, index, parts, shape[1], block_rows)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+        is_signed = True if dtype == jnp.int32 else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
     return instructions(x_tile, w_tile, jnp.int32(index))
 
@@ -194,7 +199,7 @@ def _operand_types() -> tuple[plgpu.RefType, plgpu.RefType]:
     return plgpu.RefType(TILE_TRANSFORMS), plgpu.RefType(TILE_TRANSFORMS)
 
 
-def _accumulator_type(shape: tuple[int, int], dtype: jnp.dtype = jnp.int32) -> plgpu.ShapeDtypeStruct:
+def _accumulator_type(shape: tuple[int, int], dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct(shape, dtype, layout=ACCUMULATOR)
 
 

@@ -38,12 +38,13 @@ def codes(n: int, k: int, bits: int):
 @pytest.mark.parametrize(
     ("m", "w", "dtype"),
     [
-        (70, groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
-        (65, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
-        (66, codes(40, 136, 8).prepare(), jnp.bfloat16),
+        (130, groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
+        (129, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
+        (130, codes(40, 136, 8).prepare(), jnp.bfloat16),
         (3, groups(140, 72).prepare(gated=True), jnp.bfloat16),
+        (65, groups(40, 72).prepare(), jnp.bfloat16),  # in two parts
     ],
-    ids=["packed groups", "gated, float16", "8 bits", "few tokens"],
+    ids=["packed groups", "gated, float16", "8 bits", "few tokens", "two parts"],
 )
 def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype):
     k, n = w.shape
