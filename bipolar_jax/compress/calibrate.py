@@ -105,7 +105,8 @@ def _batches(inputs: Any, size: int, *, tokens: bool) -> list[Any]:
     """The inputs in steps of `size` windows. Raises ValueError as `calibrate`."""
     arrays = inputs if isinstance(inputs, tuple) else (inputs,)
     shapes = [np.shape(array) for array in arrays]
-    if type(size) is not int or size < 1 or not shapes or any(not shape or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
+    differ = not shapes or any(not shape or 0 in shape or shape[0] != shapes[0][0] for shape in shapes)
+    if type(size) is not int or size < 1 or differ:
         raise ValueError(
             f"needs at least 1 window, and 1 window a step, got inputs of shape {shapes} and {size!r} a step"
         )

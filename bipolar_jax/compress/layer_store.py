@@ -27,12 +27,18 @@ class LayerStore:
     """Packed layers of finished blocks in a folder.
 
     Attributes:
-      folder: where they are; made with the first file.
+      folder: where they are; made if there is none.
       fingerprint: what the layers depend on, by name; JSON.
+
+    Raises:
+      ValueError: the folder is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str]):
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"the store {self.folder} is a file: give a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.fingerprint = dict(fingerprint)
 
     def path(self, block: int) -> Path:

@@ -118,6 +118,14 @@ class Transformer(CompressibleBlocks):
                 rngs=rngs,
             )
 
+    def check_ids(self, ids: Int[np.ndarray | Array, "batch length"]) -> None:
+        """Raises ValueError for windows longer than the context, or with ids outside the vocabulary."""
+        check_ids(np.asarray(ids).reshape(-1), self.config.vocab_size)
+        if np.shape(ids)[1] > self.config.context_length:
+            raise ValueError(
+                f"windows of {np.shape(ids)[1]} tokens exceed the model's context of {self.config.context_length}"
+            )
+
     @compiled_method
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
         """Logits of every position, which attends to itself and to all before it; float32."""

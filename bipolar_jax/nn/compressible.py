@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -136,6 +137,9 @@ class Compressible(Protocol):
         Raises:
           ValueError: another number of blocks, or blocks that differ in structure.
         """
+
+    def check_ids(self, ids: Int[np.ndarray | Array, "batch length"]) -> None:
+        """Raises ValueError for windows that the model cannot read: too long ones, or ids outside its vocabulary."""
 
     def enter_blocks(self, ids: Int[Array, "batch length"]) -> Any:
         """The carry of the first block: a pytree of the residual stream and of what all blocks need, such as tables."""

@@ -46,11 +46,17 @@ def rotate[Model: Rotatable](model: Model, rotation: Kind = "full", *, key: PRNG
         mixes no numbers of two parts.
 
     Raises:
-      ValueError: an unknown rotation; a model that is rotated or quantized already; a block with a norm between a layer
-        and the stream, or with a norm's bias before a layer without one; shards that do not divide the numbers.
+      ValueError: an unknown rotation; a model that is not `Rotatable`, or rotated or quantized already; a block with a
+        norm between a layer and the stream, or with a norm's bias before a layer without one; shards that do not
+        divide the numbers.
     """
     if rotation == "none":
         return model
+    if not isinstance(model, Rotatable):
+        raise ValueError(
+            f"a {type(model).__name__} does not say where its residual stream is: rotate a models.Transformer, or a "
+            "model with the methods of nn.compressible.Rotatable"
+        )
     plan = make_plan(model, rotation, key, shards)
     rotated = model.with_rotation(plan.rotation)
     rotated = rotated.with_blocks([_rotated_block(model, rotated, index, plan) for index in range(model.num_blocks)])
