@@ -253,8 +253,12 @@ class LayersShape:
 
     @property
     def stages_per_load(self) -> int:
-        """Stages of a part that a warpgroup gets with a load: one for each warp, or for two of the four in turn."""
-        return WARPS if self.w_format.bits <= 4 else WARPS // 2
+        """Stages of a part that a warpgroup gets with a load: one for each warp, or for two of the four in turn.
+
+        The latter where four would leave room for two slots: beside many bits, or float scales of short groups.
+        """
+        wide = self.w_format.bits > 4 or (self.scaled and self.prepared.chunks > 1)
+        return WARPS // 2 if wide else WARPS
 
     @property
     def token_slices(self) -> int:
