@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     config.scale_rate = 0.1
     config.clip_norm = 1.0
     config.batch_size = 16
+    # Parts of an update's windows that run one after the other: more take less memory.
+    config.parts = 1
     # Of the order of windows, and of the text that the model writes.
     config.seed = 0
     # Of the operands of products; "" is bfloat16 on GPUs and float32 on CPUs.

@@ -129,7 +129,7 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
     key, step = jax.random.key(config.seed), config.windows_per_step
     with progress_bar("the float model writes", count) as advance:
         windows = bj.models.write_windows(
-            teacher, count, length, key=key, windows_per_step=step, on_window=lambda done: advance(done, f"{done:.0f}")
+            teacher, count, length, key=key, windows_per_step=step, on_window=lambda done: advance(int(done))
         )
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, windows)

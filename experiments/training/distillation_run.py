@@ -68,14 +68,16 @@ class DistillationRun:
           ValueError: a checkpoint that is damaged or belongs to another run; fewer windows than a batch; counts below
             1.
         """
-        for name in ("batch_size", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "parts", "log_every", "checkpoint_every"):
             if config[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {config[name]}")
+        if config.batch_size % config.parts:
+            raise ValueError(f"parts={config.parts} must divide batch_size={config.batch_size}")
         if len(windows) < config.batch_size:
             raise ValueError(f"a batch takes {config.batch_size} windows, there are {len(windows)}: write more")
         self._config, self._windows = config, windows
         self._student, self._schedule = Student(model), schedule_of(config)
-        self._update = make_step(self._student, teacher, self._schedule)
+        self._update = make_step(self._student, teacher, self._schedule, parts=config.parts)
         self.step, self.log = 0, []
         self.state = DistillationState.initial(self._student, self._schedule)
         self._checkpoints = TrainingCheckpoints(workdir, settings, keep=1, asynchronous=False)

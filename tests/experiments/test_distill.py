@@ -127,6 +127,7 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
         ({"warmup_steps": 6}, "warmup=6 must be at least 0 and below steps=6"),
         ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
         ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),
+        ({"parts": 3}, "parts=3 must divide batch_size=4"),
         ({"log_every": 0}, "log_every must be at least 1"),
     ],
 )
@@ -139,6 +140,6 @@ def test_impossible_configs_are_refused(config, tmp_path, changes, message):
 
 def test_losses_that_are_not_finite_end_a_run(config, tmp_path, monkeypatch):
     nan = {"loss": np.float32("nan"), "gradient_norm": np.float32(1)}
-    monkeypatch.setattr(distillation_run, "make_step", lambda *_: lambda state, _: (state, nan))
+    monkeypatch.setattr(distillation_run, "make_step", lambda *_, **__: lambda state, _: (state, nan))
     with pytest.raises(RuntimeError, match="the loss of step 1 is nan: lower learning_rate"):
         distill.main(config, tmp_path)

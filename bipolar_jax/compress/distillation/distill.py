@@ -113,18 +113,31 @@ Step = Callable[
 ]
 
 
-def make_step(student: Student, teacher: nnx.Module, schedule: Schedule) -> Step:
+def make_step(student: Student, teacher: nnx.Module, schedule: Schedule, *, parts: int = 1) -> Step:
     """A function (state, windows) -> (state, metrics) that runs one compiled program and donates the state.
 
     The metrics "loss" and "gradient_norm" are those before the update.
+
+    Args:
+      student: what learns.
+      teacher: the float model.
+      schedule: the rates.
+      parts: the windows of a step are run in so many parts, one after the other, where all activations of all layers
+        would take too much memory; it divides their number.
     """
     optimizer = schedule.optimizer()
 
     def program(state, rest, teacher, ids):
-        def loss_of(params):
-            return window_loss(student.model(params, rest), teacher, ids)
+        def add_part(sums, ids):
+            found = jax.value_and_grad(lambda params: window_loss(student.model(params, rest), teacher, ids))(
+                state.params
+            )
+            return jax.tree.map(jnp.add, sums, found), None
 
-        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+        # XLA makes no loop of one part.
+        sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(parts, -1, ids.shape[-1]))
+        loss, gradient = jax.tree.map(lambda array: array / parts, sums)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return DistillationState(optax.apply_updates(state.params, updates), optimizer_state), metrics

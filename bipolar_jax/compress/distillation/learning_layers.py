@@ -19,6 +19,7 @@ from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear, fuses
 from bipolar_jax.nn.layers.packed import CountedModule
+from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.straight_through import straight_through
 
@@ -87,14 +88,19 @@ class LearningLinear(CountedModule):
           dtype: of the product's operands.
 
         Raises:
-          ValueError: a layer over other axes than the last, or one that gives the bits of its training.
+          ValueError: a layer over other axes than the last, one that gives the bits of its training, or weights that
+            are laid out for inference.
         """
         if not fuses(layer):
             raise ValueError(
                 "layers that were trained with DotGeneral, or contract other axes than the last, are not distilled: "
                 "leave them float, or make others of them with without_training"
             )
-        latent = LatentWeights.of(layer.kernel.get_value(), floats)
+        packed = layer.kernel.get_value()
+        if not isinstance(packed, BipolarArray):
+            kind = type(packed).__name__
+            raise ValueError(f"weights are a {kind}: distil the model before prepare_for_inference")
+        latent = LatentWeights.of(packed, floats)
         number, step = (Latent, Step) if learns else (Frozen, Frozen)
         self.rows, self.scale = number(latent.rows), step(latent.scale)
         self.offset = nnx.data(None if latent.offset is None else step(latent.offset))

@@ -114,7 +114,7 @@ def distilled():
     state, losses = DistillationState.initial(student, schedule), []
     for _ in range(schedule.steps):
         state, metrics = step(state, IDS)
-        losses.append(float(metrics["loss"]))
+        losses.append({name: float(value) for name, value in metrics.items()})
     return model, packed, student, state, losses
 
 
@@ -122,8 +122,8 @@ def test_the_loss_falls_from_that_of_the_packed_model(distilled):
     model, packed, _student, _state, losses = distilled
     wanted, found = (np.asarray(forward(m, IDS), np.float64) for m in (model, packed))
     logs = [logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)) for logits in (wanted, found)]
-    assert losses[0] == pytest.approx(np.mean(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)), rel=1e-3)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[0]["loss"] == pytest.approx(np.mean(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)), rel=1e-3)
+    assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
 
 
 def test_the_packed_result_has_the_learned_models_logits(distilled):
@@ -160,6 +160,14 @@ def test_operands_of_16_bits_come_near(distilled):
     assert not np.array_equal(found, wanted)
 
 
+def test_windows_may_run_in_parts(distilled):
+    model, _packed, student, _state, losses = distilled
+    schedule = Schedule(steps=30, learning_rate=1e-3, warmup=3)
+    _, metrics = make_step(student, model, schedule, parts=2)(DistillationState.initial(student, schedule), IDS)
+    assert set(metrics) == {"loss", "gradient_norm"}
+    assert all(float(metrics[name]) == pytest.approx(losses[0][name], rel=1e-4) for name in metrics)
+
+
 def test_rates_warm_up_and_fall_to_zero():
     schedule = Schedule(steps=100, learning_rate=2.0, warmup=10)
     rates = np.array([float(schedule.rate(step)) for step in range(100)])
@@ -191,6 +199,8 @@ def test_models_that_cannot_learn_are_refused(distilled):
     with pytest.raises(ValueError, match="has the shape|float weights have"):
         wide = dataclasses.replace(model.config, ffn_size=28)
         learning_model(packed, random_transformer(wide))
+    with pytest.raises(ValueError, match="before prepare_for_inference"):
+        learning_model(bj.models.prepare_for_inference(packed))
     trained = bj.quantize_model(bj.quantization_aware(model, [("^layers/", "W4A8")]))
     with pytest.raises(ValueError, match="trained with DotGeneral"):
         learning_model(trained)
