@@ -135,10 +135,6 @@ class PreparedArray(BipolarNumbers):
         """As in `BipolarArray`."""
         return super().value_sums() if self.float_terms is None else self.with_scales().value_sums()
 
-    def codes_by_position(self) -> UInt8[Array, "n padded_k"]:
-        """Codes of an array without a batch in the order of positions (`packing.fields`), up to whole stages."""
-        return _out_of_tiles(unpack_fields(self.words, True), self.row_sums.shape[-2], self.gated)
-
     def group_scales(self) -> tuple[Float[Array, "*batch n groups"], Float[Array, "*batch n groups"]]:
         """Float scales and offsets of groups, below `scale`, without which an array must not be asked."""
         return _over_batch(self._unpacked_float_terms, 5)(self.terms)

@@ -24,10 +24,12 @@ from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, Choice, estima
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_bytes, expand_floats
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import STAGE
-from bipolar_jax.quantize.groups import along_last, group_lengths, spread_groups
+from bipolar_jax.quantize.groups import along_last, group_lengths
 
 
 def scaled_tokens_matmul(
@@ -50,7 +52,7 @@ def scaled_tokens_matmul(
     joined = activation if residual is None else None  # an epilogue has either of them
     numbers, exponents = float16_rows(w)
     product = packed_matmul(
-        _steps(tokens, a_format, w.contracted_size, w.natural_order)[None],
+        _steps(tokens, a_format, w.contracted_size, numbers.shape[1])[None],
         numbers[None],
         TokenTerms(None, None, tokens.scale * (2.0 if a_format.bits > 1 else 1.0)),
         ColumnTerms(scale=w.scale[:, 0] * epilogue.power_of_two(exponents), bias=bias),
@@ -93,7 +95,7 @@ def _grouped_bytes(
         # Bytes are codes, v_w = 2 c + 1: 2 S + C = 2 S + (X + z' L), as in `operations.group_terms`.
         value_sums = value_sums - jnp.sum(scale * lengths, axis=-1, keepdims=True)
         offset = offset + scale
-    x_words = fill_up(tokens.words, WORDS_PER_ROW)
+    x_words = in_natural_order(fill_up(tokens.words, WORDS_PER_ROW))
     return packed_matmul(
         x_words,
         byte_rows(w),
@@ -120,47 +122,31 @@ def _token_sums(tokens: PackedTokens, w: PreparedArray, recovery: Recovery) -> F
 
 
 def byte_rows(w: PreparedArray) -> UInt32[Array, "1 n words"]:
-    """Values, or signed codes where values do not fit a byte, as signed bytes in the order of positions."""
-    codes = w.codes_by_position().astype(jnp.int32)
-    values = 2 * codes - w.format.max_value if holds_values(w.format) else codes - w.format.code_offset
-    signed = values.astype(jnp.int8)
-    return lax.bitcast_convert_type(signed.reshape(1, signed.shape[0], -1, 4), jnp.uint32)
+    """Values, or signed codes where values do not fit a byte, as signed bytes in the order of elements."""
+    rows = expand_bytes(w, interpret=interpret_params())
+    return lax.bitcast_convert_type(rows.reshape(1, rows.shape[0], -1, 4), jnp.uint32)
 
 
 def float16_rows(w: PreparedArray) -> tuple[Float[Array, "n padded_k"], Int[Array, " n"]]:
-    """Numbers divided by 2^e of their column, in the order of positions; and e."""
+    """Numbers divided by 2^e of their column, in the order of elements; and e."""
     scale, offset = w.group_scales()
-    largest = epilogue.column_exponents(scale * w.format.max_value, jnp.abs(offset)) + 1
-    scale, offset = (epilogue.without_exponent(term, largest) for term in (scale, offset))
-    padded_k = w.words.shape[-3] * STAGE
-
-    def by_position(terms: Array) -> Array:
-        filled = jnp.pad(terms, ((0, 0), (0, -(-padded_k // w.group_size) - terms.shape[1])))
-        elements = spread_groups(filled, padded_k, w.group_size)
-        if w.natural_order:
-            return elements
-        return elements.reshape(elements.shape[0], -1, 4, 8).swapaxes(-1, -2).reshape(elements.shape)
-
-    values = 2 * w.codes_by_position().astype(jnp.float32) - w.format.max_value
-    return (by_position(scale) * values + by_position(offset)).astype(jnp.float16), largest
+    exponents = epilogue.column_exponents(scale * w.format.max_value, offset) + 1
+    scale, offset = (epilogue.without_exponent(term, exponents)[..., None] for term in (scale, offset))
+    values = expand_floats(w, jnp.dtype(jnp.float16), interpret=interpret_params())
+    by_group = fill_up(values, w.group_size)[:, : w.num_groups * w.group_size]
+    by_group = by_group.reshape(values.shape[0], w.num_groups, w.group_size).astype(jnp.float32)
+    numbers = (scale * by_group + offset).astype(jnp.float16).reshape(values.shape[0], -1)
+    return fill_up(numbers, STAGE), exponents
 
 
-def _steps(tokens: PackedTokens, a_format: BipolarFormat, k: int, natural_order: bool) -> Float[Array, "m padded_k"]:
-    """Codes less their zero code, or values of one bit, in the order of positions of the weights; zero beyond K."""
+def _steps(tokens: PackedTokens, a_format: BipolarFormat, k: int, padded_k: int) -> Float[Array, "m padded_k"]:
+    """Codes less their zero code, or values of one bit, in the order of elements; zero beyond K."""
     m = tokens.words.shape[1]
-    words = fill_up(tokens.words[0], WORDS_PER_ROW)
+    words = in_natural_order(fill_up(tokens.words, WORDS_PER_ROW))[0]
     codes = lax.bitcast_convert_type(words, jnp.int8).reshape(m, -1).astype(jnp.int32)
     if a_format.bits > 1:
         steps = codes + (a_format.code_offset - tokens.zero_code[:m, None])
     else:
         steps = 2 * codes + a_format.value_shift
-    steps = jnp.where(_elements(codes.shape[1])[None] < k, steps, 0).astype(jnp.float16)
-    if natural_order:
-        steps = steps.reshape(m, -1, 8, 4).swapaxes(-1, -2).reshape(m, -1)
-    return steps
-
-
-def _elements(padded_k: int) -> Int[Array, " padded_k"]:
-    """The element of every position, where these are interleaved: position 4 j + i is element 8 i + j of 32."""
-    position = jnp.arange(padded_k, dtype=jnp.int32)
-    return position // 32 * 32 + 8 * (position % 4) + position % 32 // 4
+    inside = jnp.arange(codes.shape[1], dtype=jnp.int32)[None] < k
+    return jnp.pad(jnp.where(inside, steps, 0).astype(jnp.float16), ((0, 0), (0, padded_k - codes.shape[1])))

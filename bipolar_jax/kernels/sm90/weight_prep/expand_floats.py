@@ -1,4 +1,4 @@
-"""Prepared weights expanded to rows of 16-bit floats in memory, for prompts of float activations.
+"""Prepared weights expanded to rows of 16-bit floats, or bytes, in memory, for prompts.
 
 The values of integer groups, or of the format, are exact in bfloat16 and float16; XLA's dot multiplies them, and the
 columns' scales follow. One pass reads the fields and writes 16 bits a weight.
@@ -18,15 +18,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.arithmetic.recovery import holds_values
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, lane_and_warp, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.core.ptx import Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import (
@@ -43,7 +45,7 @@ from bipolar_jax.packing.fields import (
 _STAGES = 2  # of a block, whose fields a thread loads at once
 _RUN = PART_ROWS // 2  # rows of a block of a part
 _HALF_TILE = TILE_ROWS // 2
-_SIZE = 2  # bytes of a float
+_EVERY_BYTE, _SIGN = 0x01010101, 128
 
 
 def expand_floats(
@@ -52,14 +54,24 @@ def expand_floats(
     """The integer values of the weights, exactly, by column; from K on to whole stages any finite numbers.
 
     Args:
-      w: [k, n], with integer groups or without groups; gated or not.
+      w: [k, n]; gated or not. Of float groups the values are those of the format, without their scales.
       dtype: bfloat16 or float16.
       interpret: parameters of interpret mode, for tests on a CPU.
     """
+    terms = None if w.float_terms is not None else w.terms
+    expansion = FloatExpansion(w.format, 0 if terms is None else w.chunks, FLOATS[PTX_TYPES[jnp.dtype(dtype).name]])
+    return _expanded_rows(w, terms, expansion, jnp.dtype(dtype), interpret)
+
+
+def expand_bytes(w: PreparedArray, *, interpret: plgpu.InterpretGPUParams | None = None) -> Int8[Array, "n padded_k"]:
+    """The values of the format, or signed codes where values do not fit a byte, by column; arguments as above."""
+    return _expanded_rows(w, None, ByteExpansion(w.format), jnp.dtype(jnp.int8), interpret)
+
+
+def _expanded_rows(w: PreparedArray, terms, expansion: FloatExpansion | ByteExpansion, dtype, interpret) -> Array:
     tiles, _, stages, _, _ = w.words.shape
-    expansion = FloatExpansion(w.format, w.chunks, FLOATS[PTX_TYPES[jnp.dtype(dtype).name]])
     rows = FloatRows(expansion, w.row_sums.shape[-2], stages, w.gated, w.natural_order)
-    refs = [w.words] if w.terms is None else [w.words, w.terms]
+    refs = [w.words] if terms is None else [w.words, terms]
 
     def kernel(*refs):
         *sources, out = refs
@@ -70,7 +82,7 @@ def expand_floats(
         out_type=jax.ShapeDtypeStruct((rows.n, stages * STAGE), dtype),
         grid=(tiles, -(-stages // _STAGES)),
         grid_names=("tile", "slice"),
-        kernel_name="expand_floats",
+        kernel_name="expand_bytes" if dtype == jnp.int8 else "expand_floats",
         interpret=interpret,
         # No barriers: threads share no memory.
         compiler_params=plgpu.CompilerParams(
@@ -80,22 +92,53 @@ def expand_floats(
 
 
 @dataclasses.dataclass(frozen=True)
+class ByteExpansion:
+    """How fields become signed bytes; as `FloatExpansion`, without groups.
+
+    Attributes:
+      format: of the codes.
+    """
+
+    format: BipolarFormat
+
+    @property
+    def fields(self) -> Expansion:
+        """How registers of codes are made of fields."""
+        return Expansion(self.format.bits, 0)
+
+    def load_terms(self, terms: None, lane: Value, half: int) -> list[list[None]]:
+        """No terms."""
+        return [[None] * 4]
+
+    def values(self, codes: Value, terms: None) -> list[Value]:
+        """2 u - W in every byte: no byte of 2 u + 128 - W carries into the next; or u - 128."""
+        if holds_values(self.format):
+            codes = ptx.plus(ptx.plus(codes, codes), (_SIGN - self.format.max_value) * _EVERY_BYTE)
+        return [ptx.flip_bits(codes, _SIGN * _EVERY_BYTE)]
+
+
+@dataclasses.dataclass(frozen=True)
 class FloatRows:
     """The static side of an expansion.
 
     Attributes:
-      expansion: of fields to floats.
+      expansion: of fields to floats, or to bytes.
       n: columns of the weights, rows of the result.
       stages: of K.
       gated: whether the columns are gates and as many values.
       natural_order: whether positions are elements.
     """
 
-    expansion: FloatExpansion
+    expansion: FloatExpansion | ByteExpansion
     n: int
     stages: int
     gated: bool
     natural_order: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of the result."""
+        return 1 if isinstance(self.expansion, ByteExpansion) else 2
 
     @property
     def limit(self) -> int:
@@ -141,7 +184,7 @@ class FloatRows:
                     self._store(values, tile, warp, lane, at, inside, out)
 
     def _values(self, words: list[Value], terms, step: int, lane: Value) -> list[list[Value]]:
-        """Four words of values, of either half of the step, for each of the lane's four rows."""
+        """Words of values, first those of the first half of the step, for each of the lane's four rows."""
         rows = []
         for row in range(4):
             block, low_row = divmod(row, 2)
@@ -165,17 +208,18 @@ class FloatRows:
                 conditions.append(ptx.less(column, self.limit))
             if self.gated:
                 column = ptx.plus(column, block * self.limit)
-            start = ptx.advance_far(ptx.pointer(out, ptx.GLOBAL), column, self.stages * STAGE * _SIZE)
+            start = ptx.advance_far(ptx.pointer(out, ptx.GLOBAL), column, self.stages * STAGE * self.size)
             with contextlib.ExitStack() as stack:
                 for condition in conditions:
                     stack.enter_context(ptx.when(condition))
                 if self.natural_order:  # four elements of either half of the step
                     for half in range(2):
                         position = ptx.plus(ptx.plus(at, 16 * half), ptx.times(quad, 4))
-                        ptx.store(ptx.advance(start, ptx.times(position, _SIZE)), words[2 * half : 2 * half + 2])
+                        own = words[self.size * half : self.size * (half + 1)]
+                        ptx.store(ptx.advance(start, ptx.times(position, self.size)), own)
                 else:
                     position = ptx.plus(at, ptx.times(quad, 8))
-                    ptx.store(ptx.advance(start, ptx.times(position, _SIZE)), words)
+                    ptx.store(ptx.advance(start, ptx.times(position, self.size)), words)
 
     def first_column_of(self, tile: Value, block: int) -> Value:
         """`first_column` for threads."""
@@ -206,6 +250,8 @@ def _expand_block_twin(rows: FloatRows, tile, first, sources, out) -> None:
             if not rows.natural_order:
                 numbers = numbers.reshape(TILE_ROWS, -1, 8, 4).swapaxes(-1, -2).reshape(TILE_ROWS, STAGE)
             values = numbers - OFFSET_BIAS if terms else 2 * numbers - max_value
+            if out.dtype == jnp.int8 and not holds_values(rows.expansion.format):
+                values = numbers - _SIGN
             for block in range(2):
                 start = rows.first_column(tile, block)
                 own = values[_HALF_TILE * block : _HALF_TILE * (block + 1)].astype(out.dtype)
