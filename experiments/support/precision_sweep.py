@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import resource
 import time
@@ -164,7 +165,7 @@ def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: 
         "perplexity": _json_number(scored.perplexity),
         "standard_error": _json_number(scored.standard_error),
         "windows": scored.windows,
-        "window_losses": [round(loss, 6) for loss in scored.window_losses],
+        "window_losses": [_json_number(round(loss, 6)) for loss in scored.window_losses],
         "bytes": _nbytes(pretrained.model),
         "prompt": config.prompt,
         "sample": sample,
@@ -200,8 +201,8 @@ def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A field of a config as JSON has it."""
-    return value.to_dict() if isinstance(value, ConfigDict) else value
+    """A field of a config as JSON has it, whose lists are no tuples."""
+    return json.loads(json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value))
 
 
 def _json_number(x: float) -> float | None:
