@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from bipolar_jax.extras import require
 from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference, perplexity
 from bipolar_jax.models.tokenizer_json import encode
 
@@ -39,6 +40,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if not (config.text or config.questions or names):
         raise ValueError("nothing to evaluate: set config.text, config.questions or config.tasks")
     if names:  # before anything is measured
+        require("lm_eval", "eval")
         from .evaluation.harness import check_tasks
 
         check_tasks(names)
@@ -86,7 +88,7 @@ def _evaluate(
             "standard_error": _json_number(scored.standard_error),
             "windows": scored.windows,
             "scored_tokens": scored.scored_tokens,
-            "window_losses": list(scored.window_losses),
+            "window_losses": [_json_number(loss) for loss in scored.window_losses],
             "ids_sha256": hashlib.sha256(used.tobytes()).hexdigest(),
         }
     if questions:
@@ -109,7 +111,7 @@ def _differences(model: dict[str, Any], against: dict[str, Any]) -> dict[str, An
         else:
             difference = paired_difference(*map(_as_perplexity, rows))
             found["text"] = {
-                "loss": difference.loss,
+                "loss": _json_number(difference.loss),
                 "standard_error": _json_number(difference.standard_error),
                 "relative_perplexity": _json_number(difference.relative_perplexity),
             }
@@ -122,7 +124,7 @@ def _differences(model: dict[str, Any], against: dict[str, Any]) -> dict[str, An
 
 
 def _as_perplexity(row: dict[str, Any]) -> Perplexity:
-    losses = tuple(row["window_losses"])
+    losses = tuple(math.nan if loss is None else loss for loss in row["window_losses"])
     return Perplexity(math.nan, math.nan, row["windows"], row["scored_tokens"], losses)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,14 @@ def test_nothing_to_evaluate_is_refused(config, tmp_path):
     other = config.copy_and_resolve_references()
     other.text = other.questions = ""
     with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate.main(other, tmp_path)
+
+
+def test_tasks_without_the_harness_name_the_extra(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    other = config.copy_and_resolve_references()
+    other.tasks = "arc_easy"
+    with pytest.raises(ModuleNotFoundError, match=r"lm_eval is not installed: pip install 'bipolar_jax\[eval\]'"):
         evaluate.main(other, tmp_path)
 
 
