@@ -52,7 +52,9 @@ def calibrate[Model: nnx.Module](
     its float layers and second moments. All blocks run the same compiled programs.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
-    Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it.
+    Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
+    warning, layers that run within `nnx.jit`, `remat`, `scan` or `vmap`. Call its `eval()` first, if it has dropout or
+    batch norms.
 
     Args:
       model: float or partly packed, see `nn.compressible.Compressible`; it is not changed. Projections must not have

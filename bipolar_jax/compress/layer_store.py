@@ -77,9 +77,14 @@ class LayerStore:
 
 
 def digest_of_model(model: nnx.Module) -> str:
-    """SHA-256 of the paths, dtypes, shapes and bytes of all arrays of a model, and of its `config` if it has one."""
+    """SHA-256 of the paths, dtypes, shapes and bytes of all arrays of a model, its `config` and its layers' precisions.
+
+    The state of random streams is left out.
+    """
     digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, module in nnx.iter_modules(model):
+        digest.update(repr((path, type(module).__name__, str(getattr(module, "precision", None)))).encode())
+    for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
         for leaf in jax.tree.leaves(variable.get_value()):
             digest.update(repr(keys).encode())
             digest.update(digest_of_arrays(leaf).encode())

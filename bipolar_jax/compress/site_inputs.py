@@ -36,6 +36,12 @@ class Recorder(nnx.Module):
         put_out = jax.eval_shape(lambda x: self.layer(x, **options), x)
         return jnp.zeros(put_out.shape, put_out.dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model reads of the layer, such as its number of outputs."""
+        if name.startswith("_") or name == "layer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.layer, name)
+
 
 def site_inputs(
     model: Compressible, block: nnx.Module, carry: Any, sites: Sequence[Sites]

@@ -70,6 +70,34 @@ def test_a_model_that_says_nothing_of_itself_is_calibrated(model, tmp_path):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+class Rematerialized(nnx.Module):
+    """A layer within `nnx.remat`, one beside it, numbers and kernels of layers that the model reads, and dropout."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.inside, self.beside, self.read = (nnx.Linear(16, 16, rngs=rngs) for _ in range(3))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        inside = nnx.remat(lambda layer, x: layer(x))(self.inside, x)
+        return self.dropout(self.beside(inside / self.beside.in_features)) @ self.read.kernel[...]
+
+
+def test_layers_whose_inputs_cannot_be_read_are_named(tmp_path):
+    model = Rematerialized(nnx.Rngs(0))
+    model.eval()
+    x, _ = data(4)
+    rules = [("inside|beside", "W4A8")]
+    with pytest.warns(UserWarning, match="^inside: rounded without data, because the model runs them within nnx.jit"):
+        packed = calibrate(model, x, rules, method=Rounding("nearest"), store=tmp_path)
+    assert isinstance(packed.beside, bj.nn.Linear)
+    rounded = bj.quantize_model(model, rules)
+    same = [
+        all(map(np.array_equal, *(jax.tree.leaves(layer.kernel.get_value()) for layer in layers)))
+        for layers in ((packed.inside, rounded.inside), (packed.beside, rounded.beside))
+    ]
+    assert same == [True, False]
+
+
 def test_examples_must_fit(model):
     x, shift = data(4)
     with pytest.raises(ValueError, match="needs at least 1 window"):
