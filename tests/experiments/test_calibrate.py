@@ -35,7 +35,8 @@ def tiny_config(model, text, precisions="W3A8"):
     config = calibrate_config.get_config()
     config.model, config.text, config.precisions, config.sample_tokens = str(model), str(text), precisions, 0
     config.windows, config.window_length = WINDOWS, LENGTH
-    config.calibration_windows, config.calibration_length, config.rounding.descent_passes = 6, LENGTH, 0
+    config.calibration_windows, config.calibration_length = 6, LENGTH
+    config.rounding.algorithm = "nearest"  # fewer programs to compile
     return config
 
 
@@ -70,7 +71,7 @@ def test_the_result_has_the_fields_of_quantize_and_every_windows_loss(run):
         assert row["standard_error"] > 0
     assert result["precisions"]["W3A8"]["peak_bytes"] > 0
     assert result["precisions"]["W3A8"]["seconds"]["quantize"] > 0
-    assert result["settings"]["rounding"]["algorithm"] == "gptq"
+    assert result["settings"]["rounding"]["algorithm"] == "nearest"
     assert (run / "perplexity.png").is_file()
 
 
@@ -87,7 +88,7 @@ def test_tokens_and_rules_come_from_files(model, text, tmp_path):
     (tmp_path / "rules.json").write_text('[["down_proj", null], ["o_proj", "W8A8"]]')
     config = tiny_config(model, text, "W4A8g16")
     config.calibration_text, config.rules = str(tmp_path / "ids.npy"), str(tmp_path / "rules.json")
-    config.rotation, config.rounding.algorithm = "none", "nearest"
+    config.rotation = "none"
     calibrate.main(config, tmp_path / "run")
     layers = load_pretrained(tmp_path / "run" / "W4A8g16.safetensors").model.layers
     assert str(layers.attention.o_proj.precision) == "W8A8"
