@@ -49,6 +49,12 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     precisions = [bj.Precision.parse(text) for text in config.precisions.split(",")]
     method = bj.compress.Rounding(**config.rounding)
+    if method.asymmetry:
+        raise ValueError(
+            f"config.rounding.asymmetry is {method.asymmetry}: calibrate runs no float model beside, set 0"
+        )
+    for precision in precisions:
+        method.check(precision)
     own_rules = read_rules(config.rules)
     first_rules = [*own_rules, (EMBEDDING, config.embedding_precision)]
     sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), rules=own_rules)

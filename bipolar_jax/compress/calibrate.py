@@ -90,6 +90,8 @@ def calibrate[Model: nnx.Module](
     else:
         blocks = WholeModel.of(model, batches[0])
         plans, other_rules = blocks.plan(rules)
+    for precision in dict.fromkeys(each for plan in plans for each in plan.precisions.values()):
+        method.check(precision)
     finished = None
     if store is not None:
         precisions = sorted((name, each) for plan in plans for name, each in plan.precisions.items())

@@ -151,6 +151,8 @@ def test_wrong_arguments_are_named(model):
         calibrate((model,), TOKENS, RULES)
     with pytest.raises(ValueError, match="is a file: give a folder"):
         calibrate(model, TOKENS, RULES, store=__file__)
+    with pytest.raises(ValueError, match="nested precisions have fewer bits than W3A8"):
+        calibrate(model, TOKENS, RULES, method=Rounding(nested=[6, 4]))
     with pytest.raises(ValueError, match="group_size must be"):
         calibrate(model, TOKENS, [("layers/", "W4A8g4096")])
 

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import jax
 from jaxtyping import Array, Float, UInt8
 
-from bipolar_jax.format import BipolarFormat
+from bipolar_jax.format import BipolarFormat, as_format
 from bipolar_jax.quantize.integer_groups import IntegerGroups
+from bipolar_jax.quantize.precision import Precision
 from bipolar_jax.quantize.rounding import from_grid
 
 Algorithm = Literal["nearest", "gptq"]
@@ -58,15 +59,32 @@ class Rounding:
         for name, least in {"descent_passes": 0, "block": 1}.items():
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
-        if not 0 <= self.damping < float("inf"):
+        for name in ("act_order", "weighted_grid"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not (isinstance(self.damping, int | float) and 0 <= self.damping < float("inf")):
             raise ValueError(f"damping must be finite and at least 0, got {self.damping!r}")
-        if not 0 <= self.asymmetry <= 1:
+        if not (isinstance(self.asymmetry, int | float) and 0 <= self.asymmetry <= 1):
             raise ValueError(f"asymmetry must be from 0 to 1, got {self.asymmetry!r}")
-        bits = [bits for bits in self.nested if type(bits) is int and bits >= 1]
-        if bits != sorted(set(self.nested), reverse=True):
+        if isinstance(self.nested, list):
+            object.__setattr__(self, "nested", tuple(self.nested))
+        are_bits = isinstance(self.nested, tuple) and all(type(bits) is int and bits >= 1 for bits in self.nested)
+        if not are_bits or self.nested != tuple(sorted(set(self.nested), reverse=True)):
             raise ValueError(f"nested must be falling numbers of bits, such as (6, 4), got {self.nested!r}")
         if self.nested and self.algorithm == "nearest":
             raise ValueError('algorithm "nearest" has one target for a weight: use "gptq" for nested precisions')
+
+    def check(self, precision: Precision) -> None:
+        """Raises ValueError for a precision that it cannot round to: symmetric integer groups, some nested bits."""
+        if precision.scales == "integer" and self.grid == "symmetric":
+            raise ValueError(
+                f'grid "symmetric" is not one of integer groups, as of {precision}: use "free" or "zero_point"'
+            )
+        number_format = as_format(precision.w_bits)
+        if self.nested and (precision.scales == "integer" or number_format.ternary):
+            raise ValueError(f"nested precisions need float scales and no ternary format, got {precision}")
+        if self.nested and self.nested[0] >= number_format.bits:
+            raise ValueError(f"nested precisions have fewer bits than {precision}, got {self.nested}")
 
 
 @jax.tree_util.register_dataclass

@@ -65,15 +65,7 @@ def round_rows(
     check_finite(rows, "the rows to round")
     k = rows.shape[1]
     check_group_size(k, precision.group_size)
-    if precision.scales == "integer" and method.grid == "symmetric":
-        raise ValueError(
-            f'grid "symmetric" is not one of integer groups, as of {precision}: use "free" or "zero_point"'
-        )
-    number_format = as_format(precision.w_bits)
-    if method.nested and (precision.scales == "integer" or number_format.ternary):
-        raise ValueError(f"nested precisions need float scales and no ternary format, got {precision}")
-    if method.nested and method.nested[0] >= number_format.bits:
-        raise ValueError(f"nested precisions have fewer bits than {precision}, got {method.nested}")
+    method.check(precision)
     needs_hessian = method.algorithm != "nearest" or method.weighted_grid
     for name, array, needed in (("hessian", hessian, needs_hessian), ("cross", cross, method.asymmetry > 0)):
         if needed and array is None:
