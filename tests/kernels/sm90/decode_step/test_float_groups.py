@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums, scaled_products
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
+from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.packing.prepared_array import chunk_words
 from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
@@ -43,8 +49,15 @@ FLOATS = dataclasses.replace(PREPARED, scales="float")
             ),
             2,
         ),
+        # Heads of 64; K that ends within a stage and a group.
+        (
+            dataclasses.replace(
+                FLOATS, hidden=192, ffn=320, heads=3, head_dim=64, calibration="minmax", group_size=128
+            ),
+            3,
+        ),
     ],
-    ids=["W4A8g128f", "W6A4g16f"],
+    ids=["W4A8g128f", "W6A4g16f", "ragged"],
 )
 @pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
@@ -127,3 +140,17 @@ def test_the_plan_says_how_groups_are_scaled():
     assert planned(offsets).endswith("with float offsets")
     with pytest.raises(NotImplementedError, match="groups of one size: down is PreparedArray"):
         planned(FLOATS, down=offsets)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "smollm2-135m"])
+@pytest.mark.sample(1)
+def test_models_decode_in_one_kernel(name):
+    def model():
+        precision = bj.Precision.parse("W4A8g128f")
+        random = random_packed(preset(name), precision, dtype=jnp.bfloat16, key=jax.random.key(0), embed_bits=None)
+        return prepare_for_inference(random, jnp.bfloat16)
+
+    with interpreted(plgpu.InterpretGPUParams()):
+        found = bj.explain_model(nnx.eval_shape(model), 1, 512)
+    assert found.not_one_kernel is None
+    assert "groups of 128 with float offsets" in found.decode[0].runs.kernel
