@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
+from bipolar_jax.compress.rotations.plan import Kind
 from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app
@@ -49,6 +51,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     precisions = [bj.Precision.parse(text) for text in config.precisions.split(",")]
     method = bj.compress.Rounding(**config.rounding)
+    if config.rotation not in get_args(Kind):
+        raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
+    if min(config.calibration_windows, config.calibration_length) < 1:
+        raise ValueError("config.calibration_windows and config.calibration_length must be at least 1")
     if method.asymmetry:
         raise ValueError(
             f"config.rounding.asymmetry is {method.asymmetry}: calibrate runs no float model beside, set 0"
@@ -88,12 +94,15 @@ def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
     """Token ids to calibrate with; written once to the workdir, because a model takes long to write a text itself.
 
     Raises:
-      ValueError: too short a text.
+      ValueError: too short a text, or windows of another run.
     """
     config, path = sweep.config, sweep.workdir / _TOKENS_NAME
     shape = config.calibration_windows, config.calibration_length
     if path.is_file():
-        return np.load(path)
+        tokens = np.load(path)
+        if tokens.shape != shape:
+            raise ValueError(f"{path} has windows of shape {tokens.shape}, asked for are {shape}: delete it")
+        return tokens
     if config.calibration_text == "self":
         with progress_bar("the model writes its calibration text", config.calibration_windows) as advance:
             key = jax.random.key(config.seed)
@@ -112,10 +121,13 @@ def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
 
 
 def _text_ids(sweep: Sweep) -> Int[np.ndarray, " tokens"]:
-    """Ids of the calibration text, which may be a .npy file of ids."""
+    """Ids of the calibration text, which may be a .npy file of ids. Raises ValueError for one of other numbers."""
     name = sweep.config.calibration_text
     if name.endswith(".npy"):
-        return np.load(name).reshape(-1)
+        ids = np.load(name)
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"{name} has {ids.dtype.name} numbers, token ids are integers")
+        return ids.reshape(-1)
     return np.asarray(encode(sweep.pretrained.tokenizer, load_text_source(name), add_special_tokens=False))
 
 

@@ -104,3 +104,26 @@ def test_too_short_a_calibration_text_is_named(model, text, tmp_path):
     config.calibration_text, config.calibration_windows = str(text), 10**5
     with pytest.raises(ValueError, match="100000 windows of 16 need"):
         calibrate.main(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rotation", "half", "config.rotation is 'half': choose from full, foldable, none"),
+        ("calibration_windows", 0, "must be at least 1"),
+        ("rounding.asymmetry", 0.5, "config.rounding.asymmetry is 0.5"),
+        ("rounding.grid", "symmetric", "not one of integer groups, as of W3A8g8"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(text, tmp_path, field, value, message):
+    config = tiny_config("no model", text, "W3A8g8")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        calibrate.main(config, tmp_path)
+
+
+def test_windows_of_other_runs_are_refused(model, text, tmp_path):
+    config = tiny_config(model, text)
+    np.save(tmp_path / "calibration_tokens.npy", np.zeros((2, 5), np.int32))
+    with pytest.raises(ValueError, match=r"windows of shape \(2, 5\), asked for are \(6, 16\): delete it"):
+        calibrate.main(config, tmp_path)
