@@ -113,7 +113,7 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
     """Text to learn from; what the teacher writes is kept in the workdir, because writing takes long.
 
     Raises:
-      ValueError: a file of other shapes.
+      ValueError: a file of other shapes, or of no token ids of the model.
     """
     count, length = config.distillation_windows, config.distillation_length
     if config.distillation_text != "self":
@@ -122,7 +122,9 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
             raise ValueError(
                 f"{config.distillation_text} has the shape {windows.shape}, asked for are {count} windows of {length}"
             )
-        return np.asarray(windows[:count, :length], np.int32)
+        windows = windows[:count, :length]
+        teacher.check_ids(windows)
+        return windows.astype(np.int32)
     path = workdir / WINDOWS_NAME
     if path.is_file():
         return np.load(path)

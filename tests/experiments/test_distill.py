@@ -143,3 +143,16 @@ def test_losses_that_are_not_finite_end_a_run(config, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation_run, "make_step", lambda *_, **__: lambda state, _: (state, nan))
     with pytest.raises(RuntimeError, match="the loss of step 1 is nan: lower learning_rate"):
         distill.main(config, tmp_path)
+
+
+def test_windows_of_other_tokens_are_refused(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.distillation_text = str(tmp_path / "windows.npy")
+    teacher = load_pretrained(config.model).model
+    for windows, message in (
+        (np.full((10, 12), 10**6), "outside the vocabulary"),
+        (np.ones((10, 12)), "be a sequence"),
+    ):
+        np.save(config.distillation_text, windows)
+        with pytest.raises(ValueError, match=message):
+            distill._windows(config, tmp_path, teacher)
