@@ -56,7 +56,7 @@ class Block(nnx.Module):
     """A Llama's feed-forward block, in bf16."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.norm = make_norm(config, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.norm = make_norm(config.norm, config, param_dtype=jnp.bfloat16, rngs=rngs)
         self.ffn = SwiGLU(config, param_dtype=jnp.bfloat16, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:

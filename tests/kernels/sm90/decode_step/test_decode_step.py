@@ -74,7 +74,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
         f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
     ),
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the kernel, by `make gpu-test`; these phases, by test_a_model_decodes_the_same")
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))

@@ -37,7 +37,7 @@ PREPARED = Case(1, 128, 128, 1, 1, 4, 8, 64, 32, prepared=True, group_size=64)
     ],
     ids=lambda value: f"W{value.w_bits}A{value.a_bits}g{value.group_size}" if isinstance(value, Case) else f"{value}",
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the kernel, by `make gpu-test`; these phases, by test_heads_of_64.py and test_float_groups.py")
 def test_layers_are_the_twins(case, blocks):
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
