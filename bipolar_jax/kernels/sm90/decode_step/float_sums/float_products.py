@@ -1,4 +1,4 @@
-"""Products of prepared weights with a token of 16-bit floats: `PreparedKind` with float32 sums.
+"""Products of prepared weights with a token of 16-bit floats: a kind with float32 sums.
 
 A warp expands fields to the integer values of the weights as floats, exactly, and multiplies them with m16n8k16; all
 columns of the operand are the token.
@@ -22,6 +22,7 @@ from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums
+from bipolar_jax.kernels.sm90.decode_step.float_sums.float_sums_kind import FloatSumsKind
 from bipolar_jax.kernels.sm90.decode_step.float_sums.float_token import (
     FLOAT_SLICE_WORDS,
     LANE_WORDS,
@@ -31,18 +32,13 @@ from bipolar_jax.kernels.sm90.decode_step.float_sums.float_token import (
 )
 from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
 from bipolar_jax.kernels.sm90.decode_step.part_sums import multiply_own_stage
-from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, STEPS, expand_part
 
 
-class FloatKind(PreparedKind):
+class FloatKind(FloatSumsKind):
     """See `weight_ring.WeightKind`; slots are those of `PreparedKind`, the token is [K slices, FLOAT_SLICE_WORDS]."""
-
-    @property
-    def sums_type(self) -> Any:
-        return plgpu.SMEM((WARPGROUPS, WARPS, self.shape.max_rows), jnp.float32)
 
     @property
     def operand_type(self) -> Any:
@@ -67,20 +63,8 @@ class FloatKind(PreparedKind):
         store_floats(operand, k_slices, indices, starts, k, factor, shape.float_token, natural)
         synchronize()
 
-    def zeros(self) -> RowSums:
-        return row_sums.zeros()
-
     def add_stages(self, total, words, terms, token, part_of_slice, valid) -> RowSums:
         return add_float_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
-
-    def add_sums(self, sums, total, start, block_stride: int) -> None:
-        row_sums.store_sums(sums, total, start, block_stride)
-
-    def clear_sums(self, sums, warpgroup) -> None:
-        """Nothing: sums are stored, not added."""
-
-    def take_sums(self, sums, start, count) -> Float[Array, "128"]:
-        return row_sums.take(sums, start, count)
 
 
 def _add_float_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):

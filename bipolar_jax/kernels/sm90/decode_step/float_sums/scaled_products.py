@@ -1,4 +1,4 @@
-"""Products of prepared weights whose groups have float scales: `PreparedKind` with float32 sums.
+"""Products of prepared weights whose groups have float scales: a kind with float32 sums.
 
 A warp multiplies codes; the int32 sums of every chunk of K are scaled and added in float32, as
 `prepared_weights.float_scaling` says.
@@ -12,18 +12,17 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums
+from bipolar_jax.kernels.sm90.decode_step.float_sums.float_sums_kind import FloatSumsKind
 from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
 from bipolar_jax.kernels.sm90.decode_step.part_sums import load_segment, multiply_own_stage, own_positions
-from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces, scaled_products
 from bipolar_jax.packing.fields import STEPS, expand_part
@@ -51,31 +50,15 @@ class ScaledExpansion:
         return FloatScaling(self.kind, -self.w_format.max_value / 2)
 
 
-class ScaledKind(PreparedKind):
+class ScaledKind(FloatSumsKind):
     """See `weight_ring.WeightKind`; slots are those of `PreparedKind`."""
-
-    @property
-    def sums_type(self) -> Any:
-        return plgpu.SMEM((WARPGROUPS, WARPS, self.shape.max_rows), jnp.float32)
 
     @property
     def _expansion(self) -> ScaledExpansion:
         return ScaledExpansion(super()._expansion, self.shape.w_format, self.shape.prepared.float_terms)
 
-    def zeros(self) -> RowSums:
-        return row_sums.zeros()
-
     def add_stages(self, total, words, terms, token, part_of_slice, valid) -> RowSums:
         return add_scaled_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
-
-    def add_sums(self, sums, total, start, block_stride: int) -> None:
-        row_sums.store_sums(sums, total, start, block_stride)
-
-    def clear_sums(self, sums, warpgroup) -> None:
-        """Nothing: sums are stored, not added."""
-
-    def take_sums(self, sums, start, count) -> Float[Array, "128"]:
-        return row_sums.take(sums, start, count)
 
 
 def _add_scaled_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
