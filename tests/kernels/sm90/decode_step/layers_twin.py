@@ -8,12 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, quantize
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+from tests.support.interpreter import races_found
 
 EPS = 1e-5
 SWIGLU = Activation("silu", gated=True)
@@ -153,6 +156,15 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         hidden = hidden + product(context.reshape(-1), "o", layer)
         hidden = hidden + product(activation(product(normalized(hidden, "up", layer), "up", layer)), "down", layer)
     return hidden, jnp.stack(projections)
+
+
+def check_layers(case: Case, blocks: int) -> None:
+    """Compares the interpreted kernel with `twin`; the race detector finds nothing."""
+    operands = case.operands()
+    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert not races_found()
+    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def shapes_of(case: Case) -> dict:

@@ -30,9 +30,8 @@ from bipolar_jax.models.kv_cache.cache import keep
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
-from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, check_layers, shapes_of
 from tests.support import sm90_compile, warpgroup_simulator
-from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
@@ -76,11 +75,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
 )
 @pytest.mark.covered("the kernel, by `make gpu-test`; these phases, by test_a_model_decodes_the_same")
 def test_layers_are_the_twins(case, blocks):
-    operands = case.operands()
-    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    check_layers(case, blocks)
 
 
 def small_model(precision: str = "W2A8", **changes) -> Transformer:

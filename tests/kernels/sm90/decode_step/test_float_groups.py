@@ -23,12 +23,11 @@ from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.packing.prepared_array import chunk_words
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.kernels.sm90.decode_step.test_prepared_threads import stored_token
 from tests.packing.float_groups import float_groups, numbers_of
 from tests.support import sm90_compile, warpgroup_simulator
-from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
@@ -61,11 +60,7 @@ FLOATS = dataclasses.replace(PREPARED, scales="float")
 )
 @pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
-    operands = case.operands()
-    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    check_layers(case, blocks)
 
 
 @pytest.mark.parametrize(

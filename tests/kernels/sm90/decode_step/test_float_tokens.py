@@ -24,13 +24,12 @@ from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
 from tests.kernels.sm90.decode_step.test_decode_step import small_model
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.integer_products import random_codes
-from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
@@ -57,11 +56,7 @@ FLOAT = dataclasses.replace(PREPARED, a_bits=None)
 )
 @pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
-    operands = case.operands()
-    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    check_layers(case, blocks)
 
 
 @pytest.mark.parametrize(

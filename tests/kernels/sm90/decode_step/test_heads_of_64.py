@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -20,9 +19,8 @@ from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
-from tests.kernels.sm90.decode_step.layers_twin import Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, shapes_of
 from tests.support import sm90_compile
-from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
@@ -48,11 +46,7 @@ PLANES = dataclasses.replace(PREPARED, w_bits=2, prepared=False, group_size=None
 )
 @pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
-    operands = case.operands()
-    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    check_layers(case, blocks)
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers, plan_decode_layers
 from bipolar_jax.models.presets import preset
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, shapes_of, twin
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
 from tests.support import sm90_compile
-from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
@@ -39,11 +36,7 @@ PREPARED = Case(1, 128, 128, 1, 1, 4, 8, 64, 32, prepared=True, group_size=64)
 )
 @pytest.mark.covered("the kernel, by `make gpu-test`; these phases, by test_heads_of_64.py and test_float_groups.py")
 def test_layers_are_the_twins(case, blocks):
-    operands = case.operands()
-    found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    check_layers(case, blocks)
 
 
 @pytest.mark.parametrize(
