@@ -33,13 +33,16 @@ class BipolarFormat:
     Attributes:
       bits: number of planes, 1 to 8.
       ternary: the ternary format; both of its planes have the weight 1.
+      span: of activations, the part of a token's range that the grid spans: numbers beyond it take its ends, all others
+        get finer steps. At most 1; the formats of weights have 1.
 
     Raises:
-      ValueError: bits is not an integer in 1..8, or not 2 in the ternary format.
+      ValueError: bits is not an integer in 1..8, or not 2 in the ternary format; a span that is not in (0, 1].
     """
 
     bits: int
     ternary: bool = False
+    span: float = 1.0
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | np.integer):
@@ -49,6 +52,9 @@ class BipolarFormat:
             raise ValueError(f"bits must be from {MIN_BITS} to {MAX_BITS}, got {self.bits}")
         if self.ternary and self.bits != 2:
             raise ValueError(f"a ternary format has 2 planes, got bits={self.bits}: use bipolar_jax.TERNARY")
+        if isinstance(self.span, bool) or not isinstance(self.span, float | int) or not 0 < self.span <= 1:
+            raise ValueError(f"span must be a number above 0 and at most 1, got {self.span!r}")
+        object.__setattr__(self, "span", float(self.span))
 
     @functools.cached_property
     def plane_weights(self) -> tuple[int, ...]:
@@ -153,5 +159,13 @@ TERNARY = BipolarFormat(2, ternary=True)
 
 
 def as_format(bits: int | BipolarFormat) -> BipolarFormat:
-    """The n-bit format of a number of bits; a `BipolarFormat` is returned unchanged."""
-    return bits if isinstance(bits, BipolarFormat) else BipolarFormat(bits)
+    """The n-bit format of weights of a number of bits; a `BipolarFormat` is returned unchanged.
+
+    Raises:
+      ValueError: as `BipolarFormat`, or a span, which only activations have.
+    """
+    if not isinstance(bits, BipolarFormat):
+        return BipolarFormat(bits)
+    if bits.span != 1:
+        raise ValueError(f"weights have no span, got {bits.span}: their calibration chooses the grid")
+    return bits

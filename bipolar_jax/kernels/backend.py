@@ -11,6 +11,7 @@ Every operation has a planner that applies the same checks and runs nothing: `pl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -204,6 +205,7 @@ class Backend(Protocol):
         a_format: BipolarFormat | None,
         *,
         cache_bits: int | None = None,
+        spans: Mapping[str, float] | None = None,
     ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
         """All layers of a pre-norm decoder for one new token of one sequence; float32 between products.
 
@@ -219,6 +221,7 @@ class Backend(Protocol):
           slopes: ALiBi's; None without ALiBi.
           a_format: the grid of the tokens, the same for all products; None if they stay floats.
           cache_bits: of the cached numbers, 8 or 4; None for floats.
+          spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
 
         Returns:
           float32: the hidden state after all layers, before the final norm; and for every layer the token's queries,

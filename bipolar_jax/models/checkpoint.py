@@ -160,6 +160,8 @@ def _describe(layer: Linear | Embed) -> dict[str, Any]:
         "calibration": precision.calibration,
         "scales": precision.scales,
     }
+    if precision.a_span != 1:
+        description["a_span"] = precision.a_span
     if isinstance(layer, Linear) and layer.trained is not None:
         description["trained"] = {
             "learned_steps": layer.learned_steps,
@@ -173,7 +175,7 @@ def _precision(description: dict[str, Any], bits: int | None) -> Precision:
     if bits is not None and not number_format.ternary and bits < number_format.bits:
         number_format = number_format.truncate(bits)
     fields = (description[name] for name in ("a_bits", "group_size", "calibration"))
-    return Precision(number_format, *fields, description.get("scales", "float"))
+    return Precision(number_format, *fields, description.get("scales", "float"), description.get("a_span", 1.0))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

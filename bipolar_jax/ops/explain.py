@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.ops.dispatch import check_implementation, first_able
 from bipolar_jax.ops.fused import planner
 from bipolar_jax.ops.matmul import check_operands
@@ -70,7 +71,7 @@ def explain(
     return _explanation(implementation, _product_planner(operation_or_x, *operands, **options), "this product")
 
 
-def _product_planner(x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | None) -> Callable:
+def _product_planner(x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | BipolarFormat | None) -> Callable:
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, None)
     # Batch axes of w are mapped over; the other axes of x are rows.

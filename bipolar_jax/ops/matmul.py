@@ -27,7 +27,7 @@ from bipolar_jax.quantize.straight_through import straight_through
 def matmul(
     x: Float[Array, "*batch columns"],
     w: BipolarNumbers,
-    a_bits: int | None,
+    a_bits: int | BipolarFormat | None,
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
     prologue: Prologue | None = None,
@@ -65,7 +65,8 @@ def matmul(
         batch axes, x's leading axes must equal them. Other leading axes may be empty.
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T` of an array quantized with
         axis=-1. What its `unpack` and `prepare` make gives the same numbers, faster on CPUs and on Hopper GPUs.
-      a_bits: activation bits 1..8; None leaves the activations float (weight-only).
+      a_bits: activation bits 1..8, or their format, whose `span` may leave out the ends of a token's range; None leaves
+        the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
       prologue: `RMSNorm`, `LayerNorm` or `Activation` of `bipolar_jax.ops`, computed in float32 in the pass over x
         that quantizes it; float activations are rounded to x's dtype after it. Its vectors have shape (k,), or w's

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.ops.matmul import matmul, vary_alike
 from bipolar_jax.packing import BipolarArray
@@ -48,7 +49,7 @@ def trainable_matmul(
     x: Float[Array, "*batch_and_free k"],
     w_hat: Float[Array, "*batch k n"],
     packed: BipolarArray,
-    a_bits: int | None,
+    a_bits: int | BipolarFormat | None,
     *,
     gradient: GradientPrecision = GradientPrecision(),
     key: Array | None = None,
@@ -98,7 +99,7 @@ def trainable_matmul(
 class _Static:
     """The static operands of a product."""
 
-    a_bits: int | None
+    a_bits: int | BipolarFormat | None
     gradient: GradientPrecision
     implementation: str
 
@@ -109,7 +110,7 @@ def _product(static, x, w_hat, packed, key):
 
 
 def fenced_matmul(
-    x: Float[Array, "*batch_and_free k"], packed: BipolarArray, a_bits: int | None, implementation: str
+    x: Float[Array, "*batch_and_free k"], packed: BipolarArray, a_bits: int | BipolarFormat | None, implementation: str
 ) -> Float[Array, "*batch_and_free n"]:
     """`matmul`, which XLA may not fuse with the operations around it.
 

@@ -95,19 +95,23 @@ def spanning_grid(
     The range is from min(x, 0) to max(x, 0); v0 is rounded to the grid. Without an offset the
     grid has no zero: where an outlier sets a large scale, every small number becomes +-scale,
     and weights and tokens of language models have such outliers. One bit has two values, too
-    few for a zero, so its grid stays symmetric.
+    few for a zero, so its grid stays symmetric. Of a format with a `span` below 1 the grid spans
+    that part of the range.
 
     Returns:
       float32 scales as in `absmax_scale`; int32 v0, the value that zero is encoded as.
     """
-    x = x.astype(jnp.float32)
+    x, span = x.astype(jnp.float32), number_format.span
     if number_format.bits == 1:
-        return absmax_scale(x, number_format), jnp.zeros(x.shape[:-1], jnp.int32)
+        return flush_scale(absmax_scale(x, number_format) * span), jnp.zeros(x.shape[:-1], jnp.int32)
     low = jnp.minimum(jnp.min(x, axis=-1), 0)
     high = jnp.maximum(jnp.max(x, axis=-1), 0)
     # Halves are subtracted because high - low may exceed the largest float32.
-    scale = flush_scale(_propagate_nan(x, high / 2 - low / 2) / number_format.max_value)
-    zero_code = jnp.clip(jnp.floor(0.5 - low * half_steps_per_unit(scale)), 0, number_format.max_value)
+    half_range = _propagate_nan(x, high / 2 - low / 2)
+    # With a span one product, as XLA makes of the division by a constant: kernels multiply once.
+    top = number_format.max_value
+    scale = flush_scale(half_range / top if span == 1 else half_range * (span / top))
+    zero_code = jnp.clip(jnp.floor(0.5 - (low * span) * half_steps_per_unit(scale)), 0, top)
     return scale, number_format.values(zero_code.astype(jnp.int32))
 
 

@@ -10,10 +10,18 @@ from bipolar_jax.quantize.calibration import Calibration, check_calibration, def
 from bipolar_jax.quantize.integer_groups import Scales, check_scales, default_scales
 
 
-def activation_format(a_bits: int) -> BipolarFormat:
-    """The n-bit format of activations. Raises ValueError unless `a_bits` is from 1 to 8."""
+def activation_format(a_bits: int | BipolarFormat, span: float = 1.0) -> BipolarFormat:
+    """The n-bit format of activations; a format is returned as it is.
+
+    Raises:
+      ValueError: bits outside 1 to 8, the ternary format, or a span that is not in (0, 1].
+    """
     try:
-        return BipolarFormat(a_bits)
+        if not isinstance(a_bits, BipolarFormat):
+            return BipolarFormat(a_bits, span=span)
+        if a_bits.ternary:
+            raise ValueError("numbers have 1 to 8 bits, got the ternary format")
+        return a_bits
     except ValueError as error:
         raise ValueError(f"activation {error}; a_bits=None leaves activations float") from error
 
@@ -36,9 +44,11 @@ class Precision:
         see `default_calibration`.
       scales: of the groups, "float" or "integer", see `quantize`; None becomes "integer" for groups of 1 to 6 bits,
         else "float".
+      a_span: the part of a token's range that the grid of its activations spans, see `BipolarFormat.span`;
+        `compress.calibrate` can find it.
 
-    `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration, so files
-    store the fields.
+    `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration
+    and the span, so files store the fields.
 
     Raises:
       ValueError: a value outside the above.
@@ -49,6 +59,7 @@ class Precision:
     group_size: int | None = None
     calibration: Calibration | None = None
     scales: Scales | None = None
+    a_span: float = 1.0
 
     def __post_init__(self):
         if isinstance(self.w_bits, str):
@@ -56,7 +67,9 @@ class Precision:
         number_format = as_format(self.w_bits)
         object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
         if self.a_bits is not None:
-            activation_format(self.a_bits)
+            object.__setattr__(self, "a_span", activation_format(self.a_bits, self.a_span).span)
+        elif self.a_span != 1:
+            raise ValueError(f"a_span is {self.a_span!r}, but float activations have no grid: leave it at 1")
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
         if self.calibration is None:
@@ -65,6 +78,11 @@ class Precision:
         if self.scales is None:
             object.__setattr__(self, "scales", self._default_scales())
         check_scales(self.scales, number_format, self.group_size)
+
+    @property
+    def a_format(self) -> BipolarFormat | None:
+        """The grid of activations; None if they stay float."""
+        return None if self.a_bits is None else activation_format(self.a_bits, self.a_span)
 
     @classmethod
     def of(cls, precision: Precision | str) -> Precision:

@@ -65,6 +65,25 @@ def test_the_grid_of_a_token_spans_its_extremes_and_zero(a_bits):
     assert np.asarray(tokens.zero_value)[2] == -(2**a_bits - 1)  # a positive row: zero is the lowest code
 
 
+@every_a_bits
+def test_a_span_leaves_out_the_ends_of_a_range(a_bits):
+    """The grid is that of a token whose numbers are 0.8 times as large; numbers beyond it take its ends."""
+    x, clipped = activations(64), BipolarFormat(a_bits, span=0.8)
+    tokens = jax.jit(quantize_tokens, static_argnums=1)(x, clipped)
+    smaller = tokens_of(np.float32(0.8) * x, a_bits)
+    np.testing.assert_allclose(tokens.scale, smaller.scale, rtol=4 * EPS)
+    np.testing.assert_array_equal(tokens.zero_value, smaller.zero_value)
+    grid = np.asarray(tokens.scale, np.float64)[:, None, None] * (
+        clipped.grid() - np.asarray(tokens.zero_value)[:, None, None]
+    )
+    nearest = np.abs(x[:4, :, None] - grid[:4]).min(-1)
+    found = np.abs(decode_tokens(tokens, a_bits)[:4] - x[:4])
+    np.testing.assert_allclose(found, nearest, atol=4 * EPS * 50)
+    np.testing.assert_array_equal(
+        jax.jit(quantize_tokens, static_argnums=1)(x, BipolarFormat(a_bits, span=1)).codes, tokens_of(x, a_bits).codes
+    )
+
+
 @pytest.mark.parametrize("a_bits", range(2, 9))
 def test_zero_is_represented_exactly(a_bits):
     x = activations(64)

@@ -102,7 +102,20 @@ def plan_decode_attention(*operands, **options):
 
 
 def decode_layers(
-    hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, *, cache_bits=None
+    hidden,
+    kernels,
+    biases,
+    norms,
+    activation,
+    keys,
+    values,
+    length,
+    tables,
+    slopes,
+    a_format,
+    *,
+    cache_bits=None,
+    spans=None,
 ):
     """See `Backend.decode_layers`, and `decode_step.api` for what is not served."""
     return _decode_step(kernels).decode_layers(
@@ -118,6 +131,7 @@ def decode_layers(
         slopes,
         a_format,
         cache_bits=cache_bits,
+        spans=spans,
         interpret=interpret_params(),
     )
 

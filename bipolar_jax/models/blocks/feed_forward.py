@@ -20,7 +20,6 @@ from bipolar_jax.nn import fuses
 from bipolar_jax.nn.layers.packed import CountedModule
 from bipolar_jax.ops import Activation, Hadamard
 from bipolar_jax.ops.matmul import vary_alike
-from bipolar_jax.quantize.precision import activation_format
 
 _GATE = Activation("silu", gated=True)
 _ROTATED = "the input of down is rotated, between the function and the quantizer: no kernel does all three"
@@ -132,7 +131,7 @@ def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any) -> tuple[str, tupl
     first, second = (
         Layer(
             layer.kernel.get_value(),
-            activation_format(layer.precision.a_bits),
+            layer.precision.a_format,
             None if layer.bias is None else jnp.asarray(layer.bias[...]),
         )
         for layer in (gate_up, down)

@@ -100,7 +100,9 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         jnp.asarray(alibi_slopes(config.num_heads), jnp.float32) if config.positions == "alibi" else None,
         _activation_format(products),
     )
-    return operands, {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
+    options = {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
+    spans = {name: layer.precision.a_span for name, layer in products.items()}
+    return operands, options if set(spans.values()) == {1.0} else {**options, "spans": spans}
 
 
 def _activation_format(products: dict[str, Linear]) -> BipolarFormat | None:

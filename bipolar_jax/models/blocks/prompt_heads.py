@@ -19,7 +19,6 @@ from bipolar_jax.models.blocks.step import Step, by_xla, product_step
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear, fuses
-from bipolar_jax.quantize.precision import activation_format
 
 # Rows of the largest tile of the fused operation's kernel: tables padded to it need no copy in each layer.
 _TILE_ROWS = 128
@@ -141,7 +140,7 @@ def _fused_operands(
     return layer.implementation, (
         projections.x,
         layer.kernel.get_value(),
-        activation_format(layer.precision.a_bits),
+        layer.precision.a_format,
         bias,
         as_prologue(projections.norm),
         cache.keys,

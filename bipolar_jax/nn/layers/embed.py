@@ -120,7 +120,7 @@ class Embed(PackedModule):
         """
 
         def product(query: Array, table: BipolarArray) -> Array:
-            return matmul(query, table.T, self.precision.a_bits, implementation=self.implementation)
+            return matmul(query, table.T, self.precision.a_format, implementation=self.implementation)
 
         if out_sharding is not None:
             product = jax.sharding.auto_axes(product, out_sharding=out_sharding)

@@ -218,12 +218,12 @@ class Linear(PackedModule):
     def _matmul(self, x, bias, prologue, residual, activation, out_sharding):
         """The fused product, in x's dtype."""
         fixed = {"activation": activation, "implementation": self.implementation}
-        kernel = self.kernel.get_value()
+        kernel, a_format = self.kernel.get_value(), self.precision.a_format
         if out_sharding is None:
-            return matmul(x, kernel, self.precision.a_bits, bias=bias, prologue=prologue, residual=residual, **fixed)
+            return matmul(x, kernel, a_format, bias=bias, prologue=prologue, residual=residual, **fixed)
 
         def product(x, kernel, bias, prologue, residual):
-            return matmul(x, kernel, self.precision.a_bits, bias=bias, prologue=prologue, residual=residual, **fixed)
+            return matmul(x, kernel, a_format, bias=bias, prologue=prologue, residual=residual, **fixed)
 
         return jax.sharding.auto_axes(product, out_sharding=out_sharding)(x, kernel, bias, prologue, residual)
 

@@ -72,6 +72,8 @@ class DotGeneral:
       implementation: the backend, see `bipolar_jax.matmul`.
       scales: of groups, "float" or "integer", see `Precision`. Integer ones are not searched in training: their grids
         span the float ones of the calibration, unless they are learned (`LearnedGroups`).
+      a_span: the part of a token's range that its grid spans, see `Precision`; numbers beyond it have the gradient of
+        all others.
 
     Raises:
       ValueError: an attribute with another value than the above.
@@ -88,6 +90,7 @@ class DotGeneral:
     weights: Literal["rhs", "lhs"] = "rhs"
     implementation: str = "auto"
     scales: Scales | None = None
+    a_span: float = 1.0
 
     def __post_init__(self):
         precision = self.precision  # which checks its fields
@@ -107,13 +110,13 @@ class DotGeneral:
     @classmethod
     def of(cls, precision: Precision, **options) -> DotGeneral:
         """Makes a `DotGeneral` from a `Precision`, with the other attributes as keyword arguments."""
-        names = ("w_bits", "a_bits", "group_size", "calibration", "scales")
+        names = ("w_bits", "a_bits", "group_size", "calibration", "scales", "a_span")
         return cls(**{name: getattr(precision, name) for name in names}, **options)
 
     @property
     def precision(self) -> Precision:
         """Bits of both operands, groups and calibration."""
-        return Precision(self.w_bits, self.a_bits, self.group_size, self.calibration, self.scales)
+        return Precision(self.w_bits, self.a_bits, self.group_size, self.calibration, self.scales, self.a_span)
 
     def __call__(
         self,
@@ -178,7 +181,7 @@ class DotGeneral:
             self._tokens(contraction.fold_x(lhs), result.dtype),
             self.fake_quant(w, step_size),
             self._pack(w, step_size, True),
-            self.a_bits,
+            self.precision.a_format,
             gradient=gradient,
             key=key,
             implementation=self.implementation,
@@ -338,7 +341,7 @@ class _PackedCall:
 def _multiply_packed(call: _PackedCall, x, packed):
     dot_general, contraction = call.dot_general, call.contraction
     tokens = dot_general._tokens(contraction.fold_x(x), call.dtype)
-    y = fenced_matmul(tokens, packed, dot_general.a_bits, dot_general.implementation)
+    y = fenced_matmul(tokens, packed, dot_general.precision.a_format, dot_general.implementation)
     return contraction.unfold(y.astype(call.dtype))
 
 

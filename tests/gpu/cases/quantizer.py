@@ -34,7 +34,8 @@ def cases() -> list[Case]:
         for index, prologue in enumerate(_PROLOGUES)
         for turn, (m, k, bits) in enumerate([(9, 100, 8), (3, 4100, 4), (700, 300, 8)])
     ]
-    return plain + with_prologue
+    clipped = [_case(33, 1568, bits, _OPERANDS[bits % 2], np.float32, None, 0.85) for bits in (1, 3, 4, 8)]
+    return plain + with_prologue + clipped
 
 
 def small() -> dict[str, Case]:
@@ -44,8 +45,8 @@ def small() -> dict[str, Case]:
     }
 
 
-def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None) -> Case:
-    a_format = BipolarFormat(bits)
+def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None, span: float = 1.0) -> Case:
+    a_format = BipolarFormat(bits, span=span)
 
     def make() -> Trial:
         rng = generator(m, k, bits)
@@ -78,7 +79,8 @@ def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None) 
 
         return one_program(quantize, (x, wanted), check)
 
-    return Case(f"A{bits} {operand} {m}x{k} {np.dtype(dtype).name} {prologue or ''}".strip(), make)
+    note = prologue or ("" if span == 1 else f"span {span}")
+    return Case(f"A{bits} {operand} {m}x{k} {np.dtype(dtype).name} {note}".strip(), make)
 
 
 def _rows(rng: np.random.Generator, m: int, k: int, dtype) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,7 @@ def decode_layers(
     a_format: BipolarFormat | None,
     *,
     cache_bits: int | None = None,
+    spans: Mapping[str, float] | None = None,
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -73,6 +76,7 @@ def decode_layers(
       a_format: 1 to 8 bits; or None for tokens of 16-bit floats, in the dtype of `hidden`, with prepared weights of
         integer groups.
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
+      spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
         (compute-sanitizer) needs more.
@@ -87,6 +91,7 @@ def decode_layers(
         multiprocessors.
     """
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
+    shape = _with_spans(shape, spans)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},
@@ -128,15 +133,23 @@ def plan_decode_layers(
     a_format: BipolarFormat | None,
     *,
     cache_bits: int | None = None,
+    spans: Mapping[str, float] | None = None,
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
+    shape = _with_spans(shape, spans)
     planes = shape.prepared is None
     weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
     weights += "" if shape.float_token is None else ", float tokens"
     kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, {weights}"
     return Plan(kernel, "one sequence: bound by reading weights and cache, and by launches", shape)
+
+
+def _with_spans(shape: LayersShape, spans: Mapping[str, float] | None) -> LayersShape:
+    if spans is None:
+        return shape
+    return dataclasses.replace(shape, spans=tuple(spans[name] for name in PRODUCTS))
 
 
 def _prepared(kernel: PreparedArray) -> str:

@@ -225,7 +225,7 @@ class Phases:
             k_slices = layer_normalized(k_slices, *norm, product.k, shape.norm_eps, self._warpgroup, shared)
         kind, grid, numbers = self._ring.kind, None, (k_slices, squares, product.k, shape.norm_eps)
         if shape.float_token is None:
-            grid = quantize_token(*numbers, shape.a_format, kind, self._warpgroup, shared)
+            grid = quantize_token(*numbers, shape.token_format(name), kind, self._warpgroup, shared)
         else:
             round_token(*numbers, kind, self._warpgroup, shared)
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.

@@ -88,6 +88,8 @@ def _choose(x: Float[Array, "m columns"], up: Layer, down: Layer) -> tuple[Choic
         raise Unsupported(f"signs are taken of bfloat16 or float16, not {dtype.name}")
     if down.a_format.bits != 1:
         raise Unsupported(f"signs are tokens of one bit, not {down.a_format.bits}")
+    if down.a_format.span != 1:
+        raise Unsupported(f"signs are tokens whose grid spans their whole range, not {down.a_format.span} of it")
     if is_expanded(up.w) or is_expanded(down.w):
         raise Unsupported("products of prepared weights, or of integer groups, neither leave signs nor take them")
     if shared_scale(up.w) is not None or shared_scale(down.w) is not None:

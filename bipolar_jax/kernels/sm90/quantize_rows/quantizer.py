@@ -91,7 +91,10 @@ class RowQuantizer:
             steps = ptx.multiply(x, grid.half_steps) if grid.zero is None else ptx.fma(x, grid.half_steps, half)
             # The limit corrects ties at the upper end, which are rounded to one code too many, and makes a code of NaN.
             most = codes.rounding_base(field_start) + codes.least_code + codes.a_format.max_value
-            return ptx.as_word(ptx.at_most(ptx.add_down(steps, bases[field_start]), most))
+            rounded = ptx.at_most(ptx.add_down(steps, bases[field_start]), most)
+            if codes.a_format.span < 1:  # numbers below the grid have its lowest code
+                rounded = ptx.at_least(rounded, codes.rounding_base(field_start) + codes.least_code)
+            return ptx.as_word(rounded)
 
         def visit(block: Value, position: Value | None, values: list[Value]) -> list[Value]:
             rounded = [[encode(x, codes.field_start(i)) for i, x in enumerate(q)] for q in source.numbers(block)]

@@ -14,6 +14,7 @@ from bipolar_jax import BipolarFormat, quantize
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 from tests.support.interpreter import races_found
@@ -47,6 +48,7 @@ class Case:
     group_size: int | None = None
     scales: str = "integer"  # of groups
     head_dim: int = 128
+    spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)  # of the tokens of each product
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -79,6 +81,7 @@ class Case:
             slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
             a_format=BipolarFormat(self.a_bits) if self.a_bits else None,
             cache_bits=self.cache_bits,
+            spans=dict(zip(PRODUCTS, self.spans, strict=True)),
         )
 
     def kept(self, heads) -> tuple:
@@ -98,8 +101,8 @@ class Case:
         return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits"))
-def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits):
+@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits", "spans"))
+def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits, spans):
     """`decode_layers` in float32, layer by layer; products of what the numbers are quantized or rounded to."""
     float_dtype, hidden = hidden.dtype, hidden.astype(jnp.float32)
 
@@ -108,7 +111,7 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         if a_format is None:
             y = (x.astype(float_dtype).astype(jnp.float32) @ w.values().astype(jnp.float32)) * w.scale[:, 0]
             return y if biases[name] is None else y + biases[name][layer]
-        tokens = quantize_tokens(x[None], a_format)
+        tokens = quantize_tokens(x[None], dataclasses.replace(a_format, span=spans[PRODUCTS.index(name)]))
         steps = a_format.values(tokens.codes)[0] - tokens.zero_value[0]
         values = w.values()  # integers, but of float groups: one bit is a sign, and sums of zero are common
         sums = steps.astype(values.dtype) @ values
@@ -163,7 +166,7 @@ def check_layers(case: Case, blocks: int) -> None:
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length}), strict=True):
+    for got, expected in zip(found, twin(**operands | {"length": case.length, "spans": case.spans}), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -190,5 +193,5 @@ def shapes_of(case: Case) -> dict:
     slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
     operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
     operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
-    static = ("a_format", "activation", "cache_bits")
+    static = ("a_format", "activation", "cache_bits", "spans")
     return {name: value for name, value in operands.items() if name not in static}

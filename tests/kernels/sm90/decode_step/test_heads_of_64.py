@@ -26,7 +26,7 @@ from tests.support import sm90_compile
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
 
 # Sizes of one tile and a half, and of two and a half; three query heads for one of keys.
-PREPARED = Case(1, 192, 320, 3, 1, 4, 8, 128, 100, prepared=True, group_size=64, head_dim=64)
+PREPARED = Case(1, 192, 320, 3, 1, 4, 8, 128, 100, prepared=True, group_size=64, head_dim=64, spans=(0.9, 1, 0.85, 0.8))
 PLANES = dataclasses.replace(PREPARED, w_bits=2, prepared=False, group_size=None)
 
 

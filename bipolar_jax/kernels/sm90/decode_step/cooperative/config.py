@@ -142,6 +142,7 @@ class LayersShape:
       float_token: "bf16" or "f16" if tokens are floats, which products of prepared weights multiply; else None.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
       wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
+      spans: of the tokens of each product, see `BipolarFormat.span`.
     """
 
     num_layers: int
@@ -160,6 +161,7 @@ class LayersShape:
     float_token: str | None = None
     cache_bits: int | None = None
     wait_limit_ms: int = WAIT_LIMIT_MS
+    spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)
 
     def __post_init__(self):
         if self.head_dim not in HEAD_DIMS:
@@ -182,6 +184,10 @@ class LayersShape:
             "down": (self.hidden, self.ffn, 1),
         }
         return {name: Product(*size, self.blocks, self.prepared is not None) for name, size in sizes.items()}
+
+    def token_format(self, name: str) -> BipolarFormat:
+        """The grid of a product's tokens, which are not floats."""
+        return dataclasses.replace(self.a_format, span=self.spans[PRODUCTS.index(name)])
 
     def recovery(self, name: str) -> Recovery:
         formats = (self.a_format, self.w_format, self.products[name].k, self.a_format.bits > 1)
