@@ -82,11 +82,19 @@ def _unpack(model: Transformer) -> None:
             setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
 
 
+def belongs_on_tensor_cores(w_bits: int, a_bits: int | None, *, has_groups: bool) -> bool:
+    """Whether weights that int8 tensor cores can multiply are faster so than as planes.
+
+    Products of fewer pairs of planes belong on the binary tensor cores; other widths with one scale a column have not
+    been timed.
+    """
+    return has_groups or (w_bits == 4 and a_bits is not None and a_bits >= 3)
+
+
 def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everything: bool) -> None:
     """Prepares the weights of layers that Hopper's tensor cores can multiply, one layer at a time.
 
-    Without `everything` those that are faster so. Products of fewer pairs of planes belong on the binary tensor cores;
-    other widths with one scale a column have not been timed.
+    Without `everything` those that are faster so.
     """
     modules, layers = list(nnx.iter_modules(model)), []
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
@@ -96,11 +104,10 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
         if not isinstance(weights, BipolarArray):
             continue
-        a_bits = layer.precision.a_bits
+        a_bits, has_groups = layer.precision.a_bits, weights.has_integer_groups or has_float_groups(weights)
         if a_bits is None and not (weights.has_integer_groups and dtype.itemsize == 2):
             continue
-        has_groups = weights.has_integer_groups or has_float_groups(weights)
-        if not (everything or has_groups or (weights.bits == 4 and a_bits >= 3)):
+        if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, has_groups=has_groups)):
             continue
         try:
             check_preparable(weights, is_gated)

@@ -24,7 +24,7 @@ def few_tokens(shape: Shape) -> bool:
 
 def copies_of(weights, least_bytes: int = 2 * L2_BYTES) -> int:
     """Number of copies that together have so many bytes, from 2 to 12."""
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     return max(2, min(_MOST_COPIES, -(-least_bytes // nbytes)))
 
 

@@ -47,10 +47,10 @@ class Operands:
       columns: sampled columns of w.
     """
 
-    def __init__(self, shape: Shape, seed: int):
-        """Chooses the sample; `seed` decides it and the operands."""
+    def __init__(self, shape: Shape, seed: int, key: Array | None = None):
+        """Chooses the sample; `seed` decides it and, unless they have a `key` of their own, the operands."""
         self.shape = shape
-        self._keys = jax.random.split(jax.random.key(seed), 6)
+        self._keys = jax.random.split(jax.random.key(seed) if key is None else key, 6)
         rng = np.random.default_rng(seed)
         self.rows = np.sort(rng.choice(shape.m, min(_CHECKED, shape.m), replace=False))
         self.columns = np.sort(rng.choice(shape.n, min(_CHECKED, shape.n), replace=False))

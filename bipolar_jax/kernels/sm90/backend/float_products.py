@@ -34,17 +34,20 @@ _MOST_PASSES = 2
 
 
 def weight_only_matmul(
-    x: Float[Array, "m k"], w: BipolarNumbers, bias: Float[Array, " n"] | None
+    x: Float[Array, "m k"],
+    w: BipolarNumbers,
+    bias: Float[Array, " n"] | None,
+    tiling: Tiling | FewTokensTiling | None = None,
 ) -> Float[Array, "m n"]:
-    """See `Backend.weight_only_matmul`.
+    """See `Backend.weight_only_matmul`; with the tiling of `plan_matmul`, or another one.
 
     Raises:
       Unsupported: as `plan_matmul`.
     """
     plan, w = plan_matmul(x.shape[0], x.dtype, w), laid_out(w)
-    if isinstance(plan.tiling, FewTokensTiling):
+    if isinstance(tiling or plan.tiling, FewTokensTiling):
         products = [
-            few_tokens_floats(x[start : start + FEW_TOKENS_LIMIT], w, bias, interpret=interpret_params())
+            few_tokens_floats(x[start : start + FEW_TOKENS_LIMIT], w, bias, tiling=tiling, interpret=interpret_params())
             for start in range(0, x.shape[0], FEW_TOKENS_LIMIT)
         ]
         return products[0] if len(products) == 1 else jnp.concatenate(products)
@@ -55,7 +58,7 @@ def weight_only_matmul(
         TokenTerms(None, None, None),
         columns,
         FloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size),
-        plan.tiling,
+        tiling or plan.tiling,
         x.dtype,
         interpret=interpret_params(),
     )
@@ -77,11 +80,15 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
     kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
     if m <= _MOST_PASSES * FEW_TOKENS_LIMIT:
-        gated = isinstance(w, PreparedArray) and w.gated
-        sizes = (min(m, FEW_TOKENS_LIMIT), w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
         reason = f"{m} tokens{'' if m <= FEW_TOKENS_LIMIT else ' in two parts'}: bound by reading the weights"
-        tiling: Tiling | FewTokensTiling = few_tokens_tiling(*sizes, rows_of_stage=2)
-        return Plan(f"{kernel} in registers", with_layout(reason, w), tiling)
+        return Plan(f"{kernel} in registers", with_layout(reason, w), parted_tiling(m, w))
     steps = mainloop_steps(w.contracted_size, PTX_TYPES[name], 1)
     tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, w.shape[-1], steps))
     return Plan(f"{kernel} to {name} in memory", with_layout("estimated from tile sizes", w), tiling)
+
+
+def parted_tiling(m: int, w: BipolarNumbers) -> FewTokensTiling:
+    """The tiling of the product of few tokens, for m tokens of which it takes at most FEW_TOKENS_LIMIT at a time."""
+    gated = isinstance(w, PreparedArray) and w.gated
+    sizes = (min(m, FEW_TOKENS_LIMIT), w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
+    return few_tokens_tiling(*sizes, rows_of_stage=2)

@@ -1,0 +1,1 @@
+"""What measures and fits the planner of the Hopper kernels."""

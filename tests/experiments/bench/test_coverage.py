@@ -1,0 +1,87 @@
+"""experiments/bench/coverage.py on tiny shapes and the interpreted Hopper kernels."""
+
+from __future__ import annotations
+
+import pytest
+from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+from bipolar_jax import Precision
+from bipolar_jax.kernels.sm90.core.execution import interpreted
+from configs.bench import coverage as coverage_config
+from experiments.bench import coverage
+from experiments.bench.planning import coverage_report
+from experiments.bench.planning.cases import Case
+from experiments.bench.products.shapes import Shape
+from tests.support.tiny_benchmarks import PNG_SIGNATURE, result_of, tiny
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+
+
+def test_draws_repeat_and_spread():
+    shapes = coverage.draw(60, 0)
+    assert shapes == coverage.draw(60, 0) != coverage.draw(60, 1)
+    assert len({shape.name for shape in shapes}) == 60
+    assert min(shape.m for shape in shapes) < 8
+    assert max(shape.m for shape in shapes) > 4096
+    assert {shape.n for shape in shapes} | {shape.k for shape in shapes} == set(coverage.SIZES)
+    assert any(shape.m % 8 for shape in shapes if shape.m > 64)
+
+
+def test_parts_share_the_shapes():
+    config = coverage_config.get_config()
+    cases = coverage.all_cases(config)
+    assert len(cases) == 60 * 9
+    parts = [coverage.part_of(cases, f"{i}/7") for i in range(7)]
+    assert sorted(case.name for part in parts for case in part) == sorted(case.name for case in cases)
+    with pytest.raises(ValueError, match="must be"):
+        coverage.part_of(cases, "7/7")
+
+
+@pytest.mark.parametrize("m", [3, 65])
+@pytest.mark.parametrize("precision", ["W2A1", "W4A8g32", "W4A16g32"])
+@pytest.mark.sample(1)
+def test_operations_and_other_plans_are_exact(tmp_path, monkeypatch, m, precision):
+    monkeypatch.setattr(coverage, "draw", lambda *_: [Shape(f"{m}x72x96", m, 72, 96)])
+    monkeypatch.setattr(coverage, "_MOST_CALLS", 1)
+    monkeypatch.setattr(coverage, "copies_of", lambda *_: 1)
+    monkeypatch.setattr(coverage, "_WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(coverage, "_RUN_MICROSECONDS", 0.0)
+    config = tiny(coverage_config.get_config(), shapes=1, precisions=precision, implementation="sm90", plans=1)
+    with interpreted(InterpretGPUParams()), pytest.raises(RuntimeError, match="failures in 1 cases"):
+        config.most_over_best, config.counted, config.least_float, config.least = 0.0, 1, 0.0, 0.0
+        coverage.main(config, tmp_path)
+    (row,) = result_of(tmp_path)["cases"].values()
+    assert row["chosen"]["clock"] == "wall"
+    assert len(row["others"]) == 1
+    assert all("microseconds" in figures for figures in row["others"].values()), row["others"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_what_fails():
+    settings = {"counted": 100, "least": 0.97, "least_float": 0.95, "most_over_best": 1.1}
+
+    def row(chosen, precision="W4A8", m=2, other=100.0):
+        sizes = {"m": m, "n": 10, "k": 10, "precision": precision}
+        return sizes | {
+            "bf16": {"microseconds": 96.0},
+            "chosen": {"microseconds": chosen},
+            "others": {"a": {"microseconds": other}, "b": {"error": "e"}},
+        }
+
+    def failures(*args, **options):
+        return len(coverage_report.verdicts("case", row(*args, **options), settings))
+
+    assert failures(98.0) == 0
+    assert failures(100.0) == 1
+    assert failures(100.0, "W4A16g128") == 0
+    assert failures(100.0, m=0) == 0
+    assert failures(111.0, other=100.0, m=0) == 1
+    assert failures(120.0) == 2
+    assert coverage_report.verdicts("case", {"chosen": {"error": "wrong"}}, settings) == ["case: wrong"]
+
+
+def test_each_kind_of_weights_has_other_plans():
+    for m in (4, 100, 700):
+        for precision in ("W1A1", "W2A2", "W4A8", "W8A8", "W2A8g64", "W4A16g128"):
+            case = Case(Shape(f"{m}x4096x3072", m, 4096, 3072), Precision.parse(precision))
+            assert len(case.others(2)) == (1 if (m, precision) == (4, "W4A16g128") else 2), case.name
