@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +61,34 @@ def test_shards_have_whole_blocks():
     assert hadamard(1536, shards=3) == Hadamard((32, 16), 3)
     with pytest.raises(ValueError, match="1536 numbers cannot be divided into 5 equal shards"):
         hadamard(1536, shards=5)
+
+
+def test_blocks_of_one_size():
+    assert hadamard(1536, block=64) == Hadamard((64,), 24)
+    assert hadamard(11008, shards=2, block=128) == Hadamard((128,), 86)
+    for block in (0, 1024, 3):
+        with pytest.raises(ValueError, match=f"1536 numbers cannot be rotated in blocks of {block}"):
+            hadamard(1536, block=block)
+
+
+@pytest.mark.parametrize("orders", [(64,), (4, 16), (2, 2)])
+def test_powers_of_two_are_butterflies_in_a_stated_order(orders):
+    """Bit for bit: kernels have the same stages."""
+    rotation = Hadamard(orders, 3)
+    x = np.random.default_rng(1).standard_normal((5, rotation.size)).astype(np.float32)
+    expected, places = x.copy(), np.arange(rotation.size)
+    for stage in range(rotation.block.bit_length() - 1):
+        low = places[places >> stage & 1 == 0]
+        a, b = expected[:, low], expected[:, low + 2**stage]
+        expected[:, low], expected[:, low + 2**stage] = a + b, a - b
+    expected *= np.float32(rotation.block**-0.5)
+    for rotate in (rotation, jax.jit(rotation)):
+        np.testing.assert_array_equal(rotate(jnp.asarray(x)), expected)
+
+
+def test_kernels_rotate_blocks_of_a_warp():
+    assert [r.within_warp for r in (hadamard(512, block=256), Hadamard((2,), 7))] == [True, True]
+    assert [r.within_warp for r in (hadamard(512), hadamard(48), hadamard(64, signs=1))] == [False] * 3
 
 
 @pytest.mark.parametrize(

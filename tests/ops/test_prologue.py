@@ -1,4 +1,4 @@
-"""Norms and activation functions before a product: one definition, every backend, gradients, layers."""
+"""Norms, activation functions and rotations before a product: one definition, every backend, gradients, layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core.execution import interpreted
-from bipolar_jax.ops import Activation, LayerNorm, Prologue, RMSNorm
+from bipolar_jax.ops import Activation, LayerNorm, Prologue, RMSNorm, hadamard
+from tests.compress.rotations.dense_rotations import dense
 from tests.support.interpreter import races_found
 
 M, K, N = 5, 44, 6
-NAMES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
+NAMES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu", "rotated", "silu gated rotated")
 every_prologue = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,8 +30,11 @@ def make(name: str, k: int = K, batch: tuple[int, ...] = ()) -> Prologue:
         return RMSNorm(gain, 1e-5)
     if name == "layer":
         return LayerNorm(gain, bias, 1e-5)
-    function, *gated = name.split()
-    return Activation(function, gated=bool(gated))
+    if name == "rotated":
+        return hadamard(k)
+    function, *others = name.split()
+    rotation = hadamard(k, block=4) if "rotated" in others else None
+    return Activation(function, gated="gated" in others, rotation=rotation)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +72,14 @@ def test_prologues_are_the_published_functions_in_float32(name, dtype):
         centered = wide - wide.mean(-1, keepdims=True)
         expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
         expected = expected * np.asarray(prologue.gain) + np.asarray(prologue.bias)
+    elif name == "rotated":
+        expected = wide @ dense(prologue)
     elif prologue.gated:
         expected = FUNCTIONS[prologue.function](wide[..., :K]) * wide[..., K:]
     else:
         expected = FUNCTIONS[prologue.function](wide)
+    if name == "silu gated rotated":
+        expected = expected @ dense(prologue.rotation)
     got = jax.jit(lambda x: prologue(x))(x)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
@@ -110,7 +118,7 @@ def test_the_product_is_that_of_what_the_prologue_gives(name, a_bits, implementa
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rms", "layer", "silu gated", "gelu"])
+@pytest.mark.parametrize("name", ["rms", "layer", "gelu", "rotated", "silu gated rotated"])
 @pytest.mark.sample(2)
 def test_hopper_kernels_give_what_xla_does(name):
     w, prologue = bj.quantize(normal(K, N, seed=1), 2, 0), make(name)
@@ -189,7 +197,8 @@ def test_a_linear_layer_takes_a_prologue():
         (LayerNorm(jnp.ones(K), jnp.ones(K, jnp.int32), 1e-5), K, "LayerNorm.bias must be bfloat16.*got int32"),
         (Activation("silu", gated=True), K, rf"x's last axis must be 2 \* k = {2 * K}, gates first"),
         (Activation("silu"), 2 * K, rf"x's last axis must be k={K}"),
-        (jax.nn.silu, K, "an RMSNorm, a LayerNorm or an Activation, got"),
+        (jax.nn.silu, K, "an RMSNorm, a LayerNorm, an Activation or a Hadamard, got"),
+        (hadamard(K - 4), K, f"the prologue rotates {K - 4} numbers, w needs k={K}"),
     ],
 )
 def test_what_does_not_fit_is_said(prologue, columns, message, w):

@@ -3,7 +3,11 @@
 A Hadamard matrix of order n has entries of 1 and -1 and orthogonal rows; divided by sqrt(n) it is a rotation that
 spreads every number evenly over n. Orders come from Sylvester (powers of two) and from Paley's two constructions
 (Paley 1933, "On orthogonal matrices", J. Math. Phys. 12), their products from Kronecker: the rotation of 1536 numbers
-is one of 12 and one of 128, 140 multiplications a number where the dense matrix needs 1536.
+is one of 12 and one of 128, 12 multiplications and 7 additions a number where the dense matrix needs 1536.
+
+A power of two is computed by butterflies in float32: stage s = 0, 1, 2 ... replaces the numbers a and b of the places
+p and p + 2^s, where bit s of p is 0, by a + b and a - b; one multiplication by size^-0.5 comes last. This order is part
+of the definition: kernels with the same stages give the same bits. Sums of other orders are left to XLA's products.
 
 Use in quantization: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
 """
@@ -13,37 +17,48 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int, Int8
 
 # Of one matrix: products with larger ones cost more than the rotation gains. It leaves out 344, an order that would
-# serve 11008 = 344 * 32 numbers in one block for 376 multiplications each; 43 blocks of 256 take 32.
+# serve 11008 = 344 * 32 numbers in one block for 344 multiplications each; 43 blocks of 256 take 8 additions.
 LARGEST_ORDER = 256
 _LARGEST_POWER_OF_TWO = 128
 _LARGEST_SIZE = 2**24
+# Of blocks that kernels rotate: eight numbers each of 32 lanes.
+LARGEST_WARP_BLOCK = 256
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hadamard:
     """The rotation x -> (x * s) @ M: x times random signs, then a block-diagonal Hadamard matrix.
 
-    A block of M is the Kronecker product of Hadamard matrices of `orders`, divided by the root of its size.
+    A block of M is the Kronecker product of Hadamard matrices of `orders`, divided by the root of its size. As a
+    prologue (`semantics.prologue`) it rotates the numbers of a row before they are quantized.
 
     Attributes:
       orders: of the matrices, the outermost first; each is known (`is_known_order`).
       blocks: equal blocks on the diagonal of M.
       signs: seed of s, from 0 to 2^32 - 1; None for signs that are all 1.
+      parts: numbers of x for each number of the result.
 
     Raises:
       ValueError: an unknown order, or other blocks and signs than these.
     """
 
-    orders: tuple[int, ...]
-    blocks: int = 1
-    signs: int | None = None
+    orders: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    blocks: int = dataclasses.field(default=1, metadata=_STATIC)
+    signs: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    parts: ClassVar[int] = 1
 
     def __post_init__(self):
         object.__setattr__(self, "orders", tuple(self.orders))
@@ -57,7 +72,21 @@ class Hadamard:
     @property
     def size(self) -> int:
         """Numbers that it rotates."""
-        return self.blocks * math.prod(self.orders)
+        return self.blocks * self.block
+
+    @property
+    def block(self) -> int:
+        """Numbers of a block."""
+        return math.prod(self.orders)
+
+    @property
+    def within_warp(self) -> bool:
+        """Whether kernels can rotate as a part of what they compute: small powers of two, without signs."""
+        return self.signs is None and self.block <= LARGEST_WARP_BLOCK and _is_power_of_two(self.block)
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
+        """`rotate`, in float32."""
+        return self.rotate(x.astype(jnp.float32))
 
     def rotate(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
         """The rotation of the last axis, computed in float32, in x's dtype. Raises ValueError for another size."""
@@ -79,20 +108,33 @@ class Hadamard:
         return signs.reshape(*(1,) * (ndim - 1), -1)
 
     def _multiply(self, x: Float[Array, "*rows k"], *, transposed: bool = False) -> Float[Array, "*rows k"]:
-        """x @ M, or x @ M.T: one product of a small matrix along each axis of x as [rows, blocks, *orders]."""
-        numbers, inner = x, math.prod(self.orders)
-        for order in self.orders:
-            inner //= order
-            matrix = jnp.asarray(hadamard_matrix(order), jnp.float32)
+        """x @ M, or x @ M.T: along each axis of x as [rows, blocks, *orders], the innermost first."""
+        numbers, inner = x, 1
+        for order in reversed(self.orders):
             numbers = numbers.reshape(*x.shape[:-1], -1, order, inner)
-            equation = "...oi,po->...pi" if transposed else "...oi,op->...pi"
-            numbers = jnp.einsum(equation, numbers, matrix, precision=Precision.HIGHEST)
-        return numbers.reshape(x.shape) * math.prod(self.orders) ** -0.5
+            if _is_power_of_two(order):
+                numbers = _butterflies(numbers)
+            else:
+                matrix = jnp.asarray(hadamard_matrix(order), jnp.float32)
+                equation = "...oi,po->...pi" if transposed else "...oi,op->...pi"
+                numbers = jnp.einsum(equation, numbers, matrix, precision=Precision.HIGHEST)
+            inner *= order
+        return numbers.reshape(x.shape) * self.block**-0.5
+
+
+def _butterflies(x: Float[Array, "*rows order inner"]) -> Float[Array, "*rows order inner"]:
+    """The product with Sylvester's matrix, which is symmetric, along the last but one axis."""
+    *rows, order, inner = x.shape
+    for stage in range(order.bit_length() - 1):
+        pairs = x.reshape(*rows, -1, 2, 2**stage, inner)
+        a, b = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        x = jnp.stack([a + b, a - b], axis=-3)
+    return x.reshape(*rows, order, inner)
 
 
 @functools.lru_cache(maxsize=64)
-def hadamard(size: int, shards: int = 1, signs: int | None = None) -> Hadamard:
-    """The rotation of `size` numbers with the largest blocks whose size is known.
+def hadamard(size: int, shards: int = 1, signs: int | None = None, block: int | None = None) -> Hadamard:
+    """The rotation of `size` numbers with the largest blocks whose size is known, or blocks of one size.
 
     Orders with an odd factor come first, those with the least sum; then powers of two up to 128.
 
@@ -100,14 +142,21 @@ def hadamard(size: int, shards: int = 1, signs: int | None = None) -> Hadamard:
       size: numbers.
       shards: equal parts that the numbers are divided into, with no block in two of them.
       signs: seed of random signs, or None.
+      block: numbers of a block; None takes the largest.
 
     Raises:
-      ValueError: a size that is not divisible by `shards`.
+      ValueError: a size that is not divisible by `shards`, or a part of it not by `block`; a block of unknown size.
     """
     if not (_is_count(size) and _is_count(shards)) or size % shards:
         raise ValueError(f"{size} numbers cannot be divided into {shards} equal shards")
     part = size // shards
-    block = next(block for block in range(part, 0, -1) if part % block == 0 and _orders(block) is not None)
+    if block is None:
+        block = next(block for block in range(part, 0, -1) if part % block == 0 and _orders(block) is not None)
+    if not _is_count(block) or part % block or _orders(block) is None:
+        raise ValueError(
+            f"{part} numbers cannot be rotated in blocks of {block}: choose a divisor that is a product of known "
+            "orders, such as a power of two"
+        )
     return Hadamard(_orders(block), size // block, signs)
 
 

@@ -1,4 +1,4 @@
-"""Prologues: the norm or activation function that a quantizer computes on its input before it rounds.
+"""Prologues: the norm, activation function or rotation that a quantizer computes on its input before it rounds.
 
 A prologue maps rows of x to the float32 numbers that are quantized, with no rounding to x's dtype in between. The
 functions here are the definition; a backend may sum in another order. Arrays are leaves of a pytree and the rest is
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
 from bipolar_jax.quantize.groups import along_last
 
 _STATIC = {"static": True}
@@ -78,6 +79,7 @@ class Activation:
     Attributes:
       function: "silu"; "gelu", by its tanh formula; or "relu".
       gated: x has twice as many numbers as the result: the gates, then the numbers that they multiply.
+      rotation: of the result, or None. A prologue may have one, the epilogue of a product not.
 
     Raises:
       ValueError: another function.
@@ -85,6 +87,7 @@ class Activation:
 
     function: Function = dataclasses.field(metadata=_STATIC)
     gated: bool = dataclasses.field(default=False, metadata=_STATIC)
+    rotation: Hadamard | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def __post_init__(self):
         if self.function not in get_args(Function):
@@ -98,15 +101,24 @@ class Activation:
     def __call__(self, x: Float[Array, "*rows columns"]) -> Float[Array, "*rows k"]:
         """float32."""
         x = x.astype(jnp.float32)
-        if not self.gated:
-            return _FUNCTIONS[self.function](x)
-        gate, up = jnp.split(x, 2, axis=-1)
-        return _FUNCTIONS[self.function](gate) * up
+        if self.gated:
+            gate, up = jnp.split(x, 2, axis=-1)
+            numbers = _FUNCTIONS[self.function](gate) * up
+        else:
+            numbers = _FUNCTIONS[self.function](x)
+        return numbers if self.rotation is None else self.rotation(numbers)
 
 
 _FUNCTIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True), "relu": jax.nn.relu}
 
-Prologue = RMSNorm | LayerNorm | Activation
+Prologue = RMSNorm | LayerNorm | Activation | Hadamard
+
+
+def rotation_of(prologue: Prologue | None) -> Hadamard | None:
+    """The rotation that a prologue ends with, or None."""
+    if isinstance(prologue, Activation):
+        return prologue.rotation
+    return prologue if isinstance(prologue, Hadamard) else None
 
 
 def check_activation(activation: Activation, columns: int) -> None:
@@ -115,6 +127,8 @@ def check_activation(activation: Activation, columns: int) -> None:
         raise ValueError(
             f"the activation must be an Activation, got {type(activation).__name__}: make one with bipolar_jax.ops"
         )
+    if activation.rotation is not None:
+        raise ValueError("the activation of a product has no rotation: give it to the prologue of the next product")
     if columns % activation.parts:
         raise ValueError(f"a gated activation needs an even number of columns, half of them gates; got {columns}")
 
@@ -123,9 +137,12 @@ def check_prologue(prologue: Prologue, k: int, w_batch: tuple[int, ...]) -> None
     """Raises ValueError unless it is a prologue whose vectors are floats of shape (k,) or (*w_batch, k)."""
     if not isinstance(prologue, Prologue):
         raise ValueError(
-            f"the prologue must be an RMSNorm, a LayerNorm or an Activation, got {type(prologue).__name__}: "
-            "make one with bipolar_jax.ops"
+            f"the prologue must be an RMSNorm, a LayerNorm, an Activation or a Hadamard, got "
+            f"{type(prologue).__name__}: make one with bipolar_jax.ops"
         )
+    rotation = rotation_of(prologue)
+    if rotation is not None and rotation.size != k:
+        raise ValueError(f"the prologue rotates {rotation.size} numbers, w needs {k=}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(prologue):
         name = f"{type(prologue).__name__}{jax.tree_util.keystr(path)}"
         if leaf.dtype.name not in ("bfloat16", "float16", "float32"):

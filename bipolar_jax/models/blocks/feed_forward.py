@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax import ops
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Layer
+from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_onto
 from bipolar_jax.models.blocks.step import Step, by_xla, product_step, shared_implementation
@@ -22,7 +24,6 @@ from bipolar_jax.ops import Activation, Hadamard
 from bipolar_jax.ops.matmul import vary_alike
 
 _GATE = Activation("silu", gated=True)
-_ROTATED = "the input of down is rotated, between the function and the quantizer: no kernel does all three"
 
 
 def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
@@ -36,8 +37,15 @@ def _rotation(config: TransformerConfig) -> Hadamard | None:
     return None if config.rotation is None else config.rotation.ffn
 
 
-def _rotation_step() -> Step:
-    return Step("rotation", by_xla("small products in float32", "Hadamard matrices of the input of down"))
+def _down_steps(down: nnx.Module, rotation: Hadamard | None, x: Any) -> list[Step]:
+    """The product with the weights of down, and the rotation of its input: within its quantizer, or before it."""
+    if rotation is None:
+        return [product_step("down", down, x)]
+    if fuses(down) and down.precision.a_bits is not None and rotation.within_warp:
+        return [product_step("rotation, down", down, x)]
+    reason = f"of the input of down, in blocks of {rotation.block}: a quantizer rotates powers of two up to "
+    reason += f"{LARGEST_WARP_BLOCK}, before integer products"
+    return [Step("rotation", by_xla("float32 sums", reason)), product_step("down", down, x)]
 
 
 class SwiGLU(CountedModule):
@@ -54,16 +62,15 @@ class SwiGLU(CountedModule):
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
-        if self.rotation is not None:
-            return project_onto(x, self.down_proj, self.rotation.rotate(self._gated(x, norm)))
-        if not self._joined:
-            return project_onto(x, self.down_proj, self._gated(x, norm))
-        if self._gates_in_quantizer(x):
-            return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), _GATE)
-        try:
-            return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)))
-        except Unsupported:
-            return _gated_up(x, norm, self.gate_up_proj, self.down_proj)
+        if self._joined and self._gates_in_quantizer(x):
+            gate = dataclasses.replace(_GATE, rotation=self.rotation)
+            return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), gate)
+        if self._joined and self.rotation is None:
+            try:
+                return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)))
+            except Unsupported:
+                pass
+        return project_onto(x, self.down_proj, self._gated(x, norm), self.rotation)
 
     def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length inner"]:
         """silu(gate(norm(x))) * up(norm(x))."""
@@ -74,21 +81,17 @@ class SwiGLU(CountedModule):
 
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
         """What `__call__` runs for these operands."""
-        rotation = [] if self.rotation is None else [_rotation_step()]
+        down = _down_steps(self.down_proj, self.rotation, x)
         if not self._joined:
-            first = [product_step("gate", self.gate_proj, x), product_step("up", self.up_proj, x)]
-            return [*first, *rotation, product_step("down", self.down_proj, x)]
-        if rotation:
-            first = product_step("gate/up", self.gate_up_proj, x, _ROTATED)
-            return [first, *rotation, product_step("down", self.down_proj, x)]
+            return [product_step("gate", self.gate_proj, x), product_step("up", self.up_proj, x), *down]
         reason = None
-        if not self._gates_in_quantizer(x):
+        if self.rotation is None and not self._gates_in_quantizer(x):
             try:
                 implementation, operands = _one_bit_operands(x, norm, self.gate_up_proj, self.down_proj)
                 return [Step("gate/up, down", ops.explain(ops.feed_forward, *operands, implementation=implementation))]
             except Unsupported as unsupported:
                 reason = str(unsupported)
-        return [product_step("gate/up", self.gate_up_proj, x, reason), product_step("down", self.down_proj, x)]
+        return [product_step("gate/up", self.gate_up_proj, x, reason), *down]
 
     @property
     def _joined(self) -> bool:
@@ -168,14 +171,9 @@ class MLP(CountedModule):
 
     def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
         (up,) = project([self.up_proj], norm, x)
-        if self.rotation is not None:
-            return project_onto(x, self.down_proj, self.rotation.rotate(self.activation(up)).astype(up.dtype))
-        if fuses(self.down_proj):
-            return project_onto(x, self.down_proj, up, self.activation)
-        return project_onto(x, self.down_proj, self.activation(up).astype(up.dtype))
+        return project_onto(x, self.down_proj, up, dataclasses.replace(self.activation, rotation=self.rotation))
 
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
         """What `__call__` runs for these operands."""
         del norm
-        rotation, reason = ([], None) if self.rotation is None else ([_rotation_step()], _ROTATED)
-        return [product_step("up", self.up_proj, x, reason), *rotation, product_step("down", self.down_proj, x)]
+        return [product_step("up", self.up_proj, x), *_down_steps(self.down_proj, self.rotation, x)]

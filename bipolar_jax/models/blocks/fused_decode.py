@@ -47,7 +47,7 @@ def fused_layers(
 
     Raises:
       Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
-        bits or backend; an input of down or keys that are rotated at run time; and as `ops.decode_layers`.
+        bits or backend; keys that are rotated at run time; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -74,8 +74,6 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
     if hidden.shape[0] != 1:
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
-    if layers.ffn.rotation is not None:
-        raise Unsupported("the kernel has no rotation of the input of down: models rotated with 'foldable' need none")
     if cache.key_rotation is not None:
         raise Unsupported("keys are rotated once more before they are cached")
     gated = config.ffn == "swiglu"
@@ -93,7 +91,7 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
-        Activation("silu", gated=True) if gated else Activation(config.ffn),
+        Activation("silu" if gated else config.ffn, gated=gated, rotation=layers.ffn.rotation),
         *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
         jnp.minimum(cache.lengths[0], cache.capacity),
         None if tables is None else tuple(table[0, 0] for table in tables),

@@ -51,8 +51,10 @@ def project_onto(
     x: Float[Array, "*batch columns"],
     prologue: Prologue | None = None,
 ) -> Float[Array, "*batch out"]:
-    """residual + layer(x); packed layers add the residual in the epilogue of their product, and take a prologue."""
-    return layer(x, prologue, residual) if fuses(layer) else residual + layer(x)
+    """residual + layer(prologue(x)); packed layers compute all of it with their product."""
+    if fuses(layer):
+        return layer(x, prologue, residual)
+    return residual + layer(x if prologue is None else prologue(x).astype(x.dtype))
 
 
 def as_prologue(norm: Norm) -> RMSNorm | LayerNorm:

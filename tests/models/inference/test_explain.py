@@ -119,14 +119,19 @@ def test_rotations_at_run_time_are_steps_and_reasons():
     stream, ffn, keys = map(bj.ops.hadamard, (CONFIG.hidden_size, CONFIG.ffn_size, CONFIG.head_dim))
     folded = on_hopper(packed("W4A4", rotation=Rotation(stream)), 1, 128)
     assert names(folded.decode) == ["all layers, cache write"]
-    full = on_hopper(packed("W4A4", rotation=Rotation(stream, ffn=ffn, keys=keys)), 1, 128, cache_bits=4)
+    full = on_hopper(packed("W4A4", rotation=Rotation(stream, ffn=ffn)), 1, 128)
+    assert names(full.prefill)[-2:] == ["gate/up", "rotation, down"]
+    assert names(full.decode) == ["all layers, cache write"]
+    large = {"ffn_size": 384, "rotation": Rotation(stream, ffn=bj.ops.hadamard(384), keys=keys)}
+    full = on_hopper(packed("W4A4", **large), 1, 128, cache_bits=4)
     assert names(full.prefill)[-3:] == names(full.decode)[-3:] == ["gate/up", "rotation", "down"]
-    assert "the kernel has no rotation of the input of down" in full.not_one_kernel
+    assert "keys are rotated once more" in full.not_one_kernel
+    assert "the input of down is rotated in blocks of 384" in on_hopper(packed("W4A4", **large), 1, 128).not_one_kernel
     assert by(full.decode)["rotation, attention, cache write"] == "xla"
     only_keys = on_hopper(packed("W4A4", rotation=Rotation(keys=keys)), 1, 128, cache_bits=4)
     assert only_keys.not_one_kernel == "keys are rotated once more before they are cached"
     mlp = on_hopper(packed("W4A4", rotation=Rotation(ffn=ffn), ffn="relu", linear_bias=True), 2, 128)
-    assert names(mlp.prefill)[-3:] == ["up", "rotation", "down"]
+    assert names(mlp.prefill)[-2:] == ["up", "rotation, down"]
 
 
 def test_without_a_hopper_gpu_every_step_says_why():

@@ -24,6 +24,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_vector,
     poll_slices,
     prefetch,
+    rotate_slice,
     store_vector,
 )
 from bipolar_jax.kernels.sm90.decode_step.products import (
@@ -214,9 +215,11 @@ class Phases:
         attend(self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, self._shared, partials)
 
     def _multiply(self, name: str, index, layer, norm) -> None:
-        """A product: norm, quantization, integer sums, and the rest by the first warpgroup."""
+        """A product: norm or rotation, quantization, integer sums, and the rest by the first warpgroup."""
         shape, shared = self._shape, self._shared
         product, k_slices, squares = shape.products[name], self._inputs(name, layer), None
+        if name == "down" and shape.activation.rotation is not None:
+            k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
         if norm and shape.norm == "rms":
             squares = [x * x for x in k_slices]

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Prologue
+from bipolar_jax.kernels.semantics.prologue import Prologue, rotation_of
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, vector_length
 from bipolar_jax.kernels.sm90.core.bit_transpose import CodeWords
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
@@ -83,7 +83,8 @@ def quantize_and_pack(
         multiple of 32 (64, for some shapes).
       a_format: 1 to 8 bits, not ternary.
       operand: the kind of words, see `PackedTokens`.
-      prologue: applied to x first, in float32; its sums are in another order than XLA's.
+      prologue: applied to x first, in float32; its sums are in another order than XLA's. XLA computes one that rotates
+        blocks that are not within a warp (`Hadamard.within_warp`).
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -91,6 +92,9 @@ def quantize_and_pack(
       ValueError: another dtype, format or operand, or vectors of another length.
       Unsupported: a row does not fit the shared memory.
     """
+    rotation = rotation_of(prologue)
+    if rotation is not None and not rotation.within_warp:
+        x, prologue = prologue(x), None
     quantizer, inputs = plan(x, a_format, operand, prologue)
     # A jit of its own is lowered once: XLA can then merge the calls of layers that share x.
     launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
@@ -100,7 +104,10 @@ def quantize_and_pack(
 def plan(
     x: Float[Array, "m columns"], a_format: BipolarFormat, operand: OperandKind, prologue: Prologue | None
 ) -> tuple[RowQuantizer, list[Array]]:
-    """The quantizer, and the kernel's inputs: x and the prologue's vectors, filled up to whole blocks and copies."""
+    """The quantizer, and the kernel's inputs: x and the prologue's vectors, filled up to whole blocks and copies.
+
+    A rotation of the prologue is within a warp.
+    """
     m, columns = x.shape
     vectors = jax.tree.leaves(prologue)
     dtypes = [array.dtype.name for array in (x, *vectors)]
@@ -109,7 +116,9 @@ def plan(
     if a_format.ternary or operand not in ("planes", "int8"):
         raise ValueError(f'activations are packed as "planes" or "int8" of 1 to 8 bits, got {operand!r}, {a_format}')
     parts = 1 if prologue is None else prologue.parts
-    k = columns // parts
+    k, rotation = columns // parts, rotation_of(prologue)
+    if rotation is not None and rotation.size != k:
+        raise ValueError(f"x of shape {x.shape} does not fit a prologue that rotates {rotation.size} numbers")
     if columns % parts or any(vector.shape != (k,) for vector in vectors):
         raise ValueError(
             f"x of shape {x.shape} does not fit the prologue of {parts} parts and vectors of shapes "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import tree
 from bipolar_jax.kernels.sm90.core.hardware import WARP, WARPGROUP
@@ -108,6 +109,14 @@ class RowThreads:
     def load_numbers(self, start: Pointer, ptx_type: str, block: Value) -> list[list[Value]]:
         """The numbers of a block as float32, in the order of `load`."""
         return [[n for word in q for n in ptx.expand(ptx_type, word)] for q in self.load(start, ptx_type, block)]
+
+    def rotate(self, numbers: list[list[Value]], block: int) -> list[list[Value]]:
+        """The numbers of this thread's block of 32, in the order of `load`, after a rotation of blocks of `block`.
+
+        All lanes of the warp take part. Rows have whole blocks: lanes without one rotate what is not used.
+        """
+        flat = rotate_numbers([x for quarter in numbers for x in quarter], block, self._lane, self.swizzle)
+        return [flat[i : i + 8] for i in range(0, BLOCK, 8)]
 
     def over_blocks(self, visit: Visit, values: list[Value], *, wanted: int, partial: bool = False) -> list[Value]:
         """Visits this thread's blocks, and carries values from one visit to the next.

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax import TERNARY
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.kernels.sm90.quantize_rows import launch
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
@@ -65,9 +66,9 @@ def unpacked(packed: PackedTokens, a_format: BipolarFormat, operand: str, k: int
     return codes[:, :k] + a_format.code_offset
 
 
-def assert_same(packed: PackedTokens, x, a_format: BipolarFormat, operand: str) -> None:
+def assert_same(packed: PackedTokens, x, a_format: BipolarFormat, operand: str, prologue=None) -> None:
     """Bit for bit what `quantize_tokens` gives."""
-    tokens = jax.jit(quantize_tokens, static_argnums=1)(x, a_format)
+    tokens = jax.jit(quantize_tokens, static_argnums=1)(x, a_format, prologue)
     zero_code = 0 * tokens.zero_value if a_format.bits == 1 else (tokens.zero_value + a_format.max_value) // 2
     np.testing.assert_array_equal(packed.scale[: len(x)], tokens.scale)
     np.testing.assert_array_equal(packed.zero_code[: len(x)], zero_code)
@@ -150,8 +151,9 @@ def a_prologue(name: str, k: int, dtype) -> Prologue:
         return RMSNorm(1 + gain, 1e-5)
     if name == "layer":
         return LayerNorm(1 + gain, bias, 1e-5)
-    function, *gated = name.split()
-    return Activation(function, gated=bool(gated))
+    function, *others = name.split()
+    rotation = hadamard(k, block=int(others[-1])) if others and others[-1].isdecimal() else None
+    return rotation if function == "rotated" else Activation(function, gated="gated" in others, rotation=rotation)
 
 
 PROLOGUES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
@@ -193,6 +195,30 @@ def test_rows_of_few_threads_have_prologues_too(prologue, simulate, monkeypatch)
     x = jnp.concatenate([x, x[:6]])
     assert launch.plan(x, a_format, "planes", prologue)[0].threads == 8
     assert_close(simulate(x, a_format, "planes", prologue), x, a_format, "planes", prologue)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "block", "dtype", "threads"),
+    [
+        (9, 192, 64, jnp.bfloat16, 32),  # lanes without a block
+        (2, 1536, 256, jnp.float16, 128),  # the last warps have none
+        (3, 4224, 128, jnp.float32, 128),
+        (20, 512, 256, jnp.bfloat16, 8),
+        (5, 1100, 4, jnp.bfloat16, 128),  # not a multiple of 32
+    ],
+)
+def test_threads_rotate_bit_for_bit(m, k, block, dtype, threads, simulate, monkeypatch):
+    if threads == 8:
+        monkeypatch.setattr(launch, "MULTIPROCESSORS", 1)
+    rotation, a_format, x = hadamard(k, block=block), BipolarFormat(8), numbers(m, k, dtype)
+    assert launch.plan(x, a_format, "int8", rotation)[0].threads == threads
+    assert_same(simulate(x, a_format, "int8", rotation), x, a_format, "int8", rotation)
+    gated = Activation("silu", gated=True, rotation=rotation)
+    x = numbers(m, 2 * k, dtype, seed=1)
+    x = x.at[2:5].set(x[0]) if m < 8 else x[7:].at[-3:].set(x[7])
+    assert_close(simulate(x, a_format, "planes", gated), x, a_format, "planes", gated)
+    relu = Activation("relu", rotation=rotation)
+    assert_same(simulate(x[:, :k], a_format, "planes", relu), x[:, :k], a_format, "planes", relu)
 
 
 def test_the_deviations_of_a_layer_norm_survive_a_large_mean(simulate):
@@ -240,7 +266,7 @@ def test_the_pipeline_has_no_race(m, k, bits, operand, dtype, monkeypatch):
     assert_same(interpreted(x, a_format, operand), x, a_format, operand)
 
 
-@pytest.mark.parametrize("prologue", ["rms", "layer", "silu gated", "relu"])
+@pytest.mark.parametrize("prologue", ["rms", "layer", "silu gated 2", "relu"])
 @pytest.mark.sample(2)
 def test_the_pipeline_computes_the_prologue(prologue, monkeypatch):
     monkeypatch.setattr(launch, "_WARPGROUPS", 2)
@@ -296,11 +322,14 @@ def test_what_it_cannot_do_is_said():
         (2048, 4096, 2, "planes", jnp.bfloat16, "layer"),
         (2048, 11008, 8, "int8", jnp.bfloat16, "silu gated"),
         (2048, 28672, 2, "planes", jnp.bfloat16, "silu gated"),
+        (2048, 14336, 8, "int8", jnp.bfloat16, "silu gated 64"),
+        (1024, 14336, 8, "int8", jnp.bfloat16, "rotated 256"),
+        (1024, 8192, 4, "planes", jnp.bfloat16, "gelu 32"),
         (4000, 1000, 8, "planes", jnp.float32, "gelu gated"),
         (2048, 16384, 8, "planes", jnp.bfloat16, "relu"),
     ],
 )
-@pytest.mark.sample(6)
+@pytest.mark.sample(7)
 def test_it_compiles_for_the_h200_without_spills(m, k, bits, operand, dtype, prologue):
     prologue = None if prologue is None else jax.eval_shape(lambda: a_prologue(prologue, k, dtype))
     parts = 1 if prologue is None else prologue.parts

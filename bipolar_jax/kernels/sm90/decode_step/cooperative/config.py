@@ -7,6 +7,7 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
@@ -136,7 +137,8 @@ class LayersShape:
       a_format, w_format: of all products; a_format is None with float tokens.
       norm: "rms" or "layer".
       norm_eps: of the norms.
-      activation: of the feed-forward block; if it is gated, the gate's rows come before up's.
+      activation: of the feed-forward block; if it is gated, the gate's rows come before up's. Its rotation, of blocks
+        within a warp, is that of the input of "down".
       blocks: of the grid, at most one a multiprocessor.
       prepared: how weights are laid out; None for bit planes.
       float_token: "bf16" or "f16" if tokens are floats, which products of prepared weights multiply; else None.
@@ -172,6 +174,14 @@ class LayersShape:
             raise Unsupported(f"{self.heads} heads are more than the {self.blocks} blocks")
         if self.w_slots < 2:
             raise Unsupported(f"tokens of {self.ffn} numbers leave no shared memory for weights")
+        rotation = self.activation.rotation
+        if rotation is not None and rotation.size != self.ffn:
+            raise ValueError(f"the activation rotates {rotation.size} numbers, the input of down has {self.ffn}")
+        if rotation is not None and not rotation.within_warp:
+            raise Unsupported(
+                f"the input of down is rotated in blocks of {rotation.block}: warps rotate powers of two up to "
+                f"{LARGEST_WARP_BLOCK} without signs, as rotate(block=...) makes them"
+            )
 
     @functools.cached_property
     def products(self) -> dict[str, Product]:

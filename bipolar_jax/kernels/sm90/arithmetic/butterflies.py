@@ -1,0 +1,64 @@
+"""Rotations by Hadamard matrices within a warp: each lane has some numbers, in registers.
+
+The stages are those of `kernels.semantics.hadamard`: numbers a and b, 2^s apart, become a + b and a - b. Stages of
+numbers that a thread has are additions; others exchange numbers between lanes. A factor of 1 or -1 chooses between the
+sum and the difference: a fused multiply-add rounds once, so that the bits are those of an addition.
+"""
+
+from __future__ import annotations
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.hardware import WARP
+from bipolar_jax.kernels.sm90.core.ptx import Value
+
+
+def rotate_numbers(numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None) -> list[Value]:
+    """The rotation of blocks of consecutive numbers, of which consecutive lanes have runs; all lanes take part.
+
+    Args:
+      numbers: float32, a power of two of them.
+      block: numbers of a block, a power of two, at most WARP times those of a thread.
+      lane: of the thread.
+      swizzle: where the numbers are 32 in quarters of 8, and the i-th quarter that a thread has is quarter i ^ swizzle:
+        bits 1 and 2 of the lane, see `quantize_rows.row_threads`. None where they are in order.
+    """
+    count = len(numbers)
+    if block > WARP * count:
+        raise ValueError(f"blocks of {block} numbers exceed a warp whose lanes have {count} each")
+    distance = 1
+    while distance < min(block, count):
+        signs = None if swizzle is None or distance < 8 else _sign(ptx.bits_of(swizzle, distance // 8))
+        numbers = _within_thread(numbers, distance, signs)
+        distance *= 2
+    while distance < block:
+        lanes = distance // count
+        sign = _sign(ptx.bits_of(lane, lanes))
+        # The other lane's swizzle differs in that bit, and so does the place of its quarter.
+        elsewhere = 8 * (lanes // 2) if swizzle is not None and lanes in (2, 4) else 0
+        numbers = [
+            ptx.fma(x, sign, ptx.as_float(ptx.exchange(ptx.as_word(numbers[i ^ elsewhere]), lanes)))
+            for i, x in enumerate(numbers)
+        ]
+        distance *= 2
+    factor = ptx.float32(block**-0.5)
+    return [ptx.multiply(x, factor) for x in numbers]
+
+
+def _within_thread(numbers: list[Value], distance: int, sign: Value | None) -> list[Value]:
+    """One stage of numbers that a thread has; with a sign of -1 the later number of a pair is a, the earlier b."""
+    stage = list(numbers)
+    minus = None if sign is None else ptx.multiply(sign, ptx.float32(-1))
+    for i in range(len(numbers)):
+        if i & distance:
+            continue
+        first, second = numbers[i], numbers[i + distance]
+        if sign is None:
+            stage[i], stage[i + distance] = ptx.add(first, second), ptx.subtract(first, second)
+        else:
+            stage[i], stage[i + distance] = ptx.fma(first, sign, second), ptx.fma(second, minus, first)
+    return stage
+
+
+def _sign(bit: Value) -> Value:
+    """1 where a bit is 0, else -1."""
+    return ptx.choose(ptx.equal(bit, 0), ptx.float32(1), ptx.float32(-1))
