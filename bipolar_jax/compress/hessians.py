@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.quantize.precision import activation_format
 
@@ -38,14 +39,14 @@ class SecondMoments:
     def add(
         self,
         x: Float[Array, "..."],
-        a_bits: int | None,
+        a_bits: int | BipolarFormat | None,
         stream: Float[Array, "*batch hidden"] | None = None,
     ) -> SecondMoments:
         """The sums with the tokens of a batch.
 
         Args:
           x: inputs of the layer; its last axes are k numbers.
-          a_bits: bits of its activations; None leaves them float.
+          a_bits: bits of its activations, or their format; None leaves them float.
           stream: the residual stream that the layer's output is added to. An error of the output matters less where
             the stream is large, because a norm follows: the weight of a token is 1 / mean square of its stream. None
             gives all tokens the weight 1.
@@ -65,7 +66,7 @@ class SecondMoments:
         return (mean + mean.T) / 2
 
 
-def dequantized_tokens(x: Float[Array, "m k"], a_bits: int | None) -> Float[Array, "m k"]:
+def dequantized_tokens(x: Float[Array, "m k"], a_bits: int | BipolarFormat | None) -> Float[Array, "m k"]:
     """The numbers that a packed layer multiplies in place of x, float32."""
     if a_bits is None:
         return x.astype(jnp.float32)
