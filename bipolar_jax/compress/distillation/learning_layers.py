@@ -15,12 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from bipolar_jax.compress.distillation.latent_weights import LatentWeights
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear, fuses
 from bipolar_jax.nn.layers.packed import CountedModule
 from bipolar_jax.packing import BipolarArray
-from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.straight_through import straight_through
 
 
@@ -37,20 +37,19 @@ class Frozen(nnx.Param):
 
 
 def quantized_product(
-    x: Float[Array, "*batch k"], rows: Float[Array, "n k"], a_bits: int | None, dtype: Any
+    x: Float[Array, "*batch k"], rows: Float[Array, "n k"], a_format: BipolarFormat | None, dtype: Any
 ) -> Float[Array, "*batch n"]:
     """x @ rows.T with quantized activations, float32.
 
     Args:
       x: activations, differentiated straight through.
       rows: weights.
-      a_bits: activation bits; None leaves them float.
+      a_format: the grid of the activations; None leaves them float.
       dtype: of the product's operands; sums are float32.
     """
     tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     scale = None
-    if a_bits is not None:
-        a_format = activation_format(a_bits)
+    if a_format is not None:
         quantized = quantize_tokens(jax.lax.stop_gradient(tokens), a_format)
         # Values are 2 apart, but for one bit: half of the difference to zero's value is a small integer.
         steps = (a_format.values(quantized.codes) - quantized.zero_value[:, None]).astype(jnp.float32) / 2
@@ -74,7 +73,7 @@ class LearningLinear(CountedModule):
     Attributes:
       rows, scale, offset, groups: see `LatentWeights`; variables, whose class says how they learn.
       bias: the packed layer's, or None.
-      a_bits: activation bits.
+      a_format: the grid of the activations, or None.
       dtype: of the product's operands.
     """
 
@@ -107,7 +106,7 @@ class LearningLinear(CountedModule):
         self.groups = nnx.data(None if latent.groups is None else Frozen(latent.groups))
         self.bias = nnx.data(None if layer.bias is None else step(layer.bias[...]))
         self.number_format, self.group_size = latent.format, latent.group_size
-        self.a_bits, self.dtype = layer.precision.a_bits, jnp.dtype(dtype)
+        self.a_format, self.dtype = layer.precision.a_format, jnp.dtype(dtype)
 
     def latent(self) -> LatentWeights:
         """The layer's weights."""
@@ -117,7 +116,7 @@ class LearningLinear(CountedModule):
 
     def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
         """The packed layer's product and bias, in x's dtype."""
-        y = quantized_product(x, self.latent().numbers(), self.a_bits, self.dtype)
+        y = quantized_product(x, self.latent().numbers(), self.a_format, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
         return y.astype(x.dtype)
@@ -128,14 +127,14 @@ class FrozenEmbed(CountedModule):
 
     Attributes:
       table: its numbers, float32.
-      a_bits: activation bits of `attend`.
+      a_format: the grid of the activations of `attend`, or None.
       dtype: of the operands of `attend`.
       row_dtype: of the rows that a lookup returns.
     """
 
     def __init__(self, layer: Embed, *, dtype: Any):
         self.table = Frozen(layer.embedding.get_value().dequantize())
-        self.a_bits, self.dtype, self.row_dtype = layer.precision.a_bits, jnp.dtype(dtype), jnp.dtype(layer.dtype)
+        self.a_format, self.dtype, self.row_dtype = layer.precision.a_format, jnp.dtype(dtype), jnp.dtype(layer.dtype)
 
     def __call__(self, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch features"]:
         """The rows of these ids."""
@@ -143,4 +142,4 @@ class FrozenEmbed(CountedModule):
 
     def attend(self, query: Float[Array, "*batch features"]) -> Float[Array, "*batch rows"]:
         """query @ table.T, float32."""
-        return quantized_product(query, self.table[...], self.a_bits, self.dtype)
+        return quantized_product(query, self.table[...], self.a_format, self.dtype)
