@@ -10,6 +10,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
+from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.launch import launch
@@ -56,8 +57,8 @@ def packed_matmul(
       [m, n] in `dtype`, or [m, n / 2] if gated.
 
     Raises:
-      ValueError: a tiling that does not fit, rows of words that TMA cannot address, another group size, or an
-        activation together with integers, groups or a residual.
+      ValueError: a tiling that does not fit, or splits the K of groups; rows of words that TMA cannot address, another
+        group size, or an activation together with integers, groups or a residual.
     """
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
     aligned = TMA_ALIGNMENT // x_words.dtype.itemsize
@@ -67,6 +68,12 @@ def packed_matmul(
         raise ValueError(f"group_size must be 32, 64 or a multiple of 128 up to 1024, got {group_size}")
     if activation is not None and (tokens.scale is None or group_size is not None or residual is not None):
         raise ValueError("an activation is of scaled products, without groups and without a residual")
+    if tiling.splits > 1:
+        problem = Problem(m, n, recovery, tiling, blocks, group_size)
+        sums_dtype = jnp.dtype(jnp.float32 if isinstance(recovery, FloatRecovery) else jnp.int32)
+        output = DenseOutput.of(sums_dtype, None)
+        (sums,) = launch(problem, (x_words, w_words), tokens, columns, output, interpret=interpret)
+        return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
     n //= 1 if activation is None else activation.parts  # from here on, columns of the output
     problem = Problem(m, n, recovery, tiling, blocks, group_size, activation)
     output = DenseOutput.of(jnp.dtype(dtype), residual)

@@ -34,6 +34,7 @@ class Tiling:
       band: output tiles are visited in bands of this width, so that blocks that run at the same time read few
         distinct rows and columns, which stay in L2.
       band_axis: the axis along which a band is narrow, "m" or "n".
+      splits: parts of K that blocks multiply as tiles of their own; XLA adds their sums (`arithmetic.split_sums`).
     """
 
     tile_m: int = 128
@@ -44,6 +45,7 @@ class Tiling:
     cluster_n: int = 1
     band: int = 8
     band_axis: Literal["m", "n"] = "n"
+    splits: int = 1
 
     @property
     def block_m(self) -> int:
@@ -96,6 +98,8 @@ class Tiling:
         """
         if self.schedule not in get_args(Schedule) or self.band_axis not in ("m", "n") or self.band < 1:
             raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, and band 1 or more, got {self}")
+        if self.splits < 1:
+            raise ValueError(f"splits must be 1 or more, got {self}")
         if {self.cluster_m, self.cluster_n} - {1, 2}:
             raise ValueError(f"clusters have 1 or 2 blocks along an axis, got {self}")
         if self.tile_m not in (64, 128) or self.tile_n % 64 or not 64 <= self.tile_n <= 256:

@@ -106,6 +106,8 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
 def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], total, tokens, columns) -> Finish:
     """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
 
+    Of a split of K the sums themselves are what the output gets.
+
     Args:
       problem: the static side.
       output: whose dtype the numbers have.
@@ -116,11 +118,14 @@ def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], t
     finish_sums = finish if problem.group_size is None else finish_grouped
     finish_sums = finish_floats if isinstance(problem.recovery, FloatRecovery) else finish_sums
 
-    def scaled(row, column):
+    def sums(row, column):
         end = row + finish_shape[0], column + finish_shape[1]
+        return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
+
+    def scaled(row, column):
         row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
         return finish_sums(
-            plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA),
+            sums(row, column),
             problem.recovery,
             jax.tree.map(lambda ref: ref.at[row_range], tokens),
             jax.tree.map(lambda ref: ref.at[column_range], columns),
@@ -131,7 +136,7 @@ def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], t
         factors = [scaled(row, column + factor * problem.out_tile_n) for factor in range(problem.factors)]
         return factors[0] if problem.activation is None else activate(problem.activation, factors, output.dtype)
 
-    return finished
+    return finished if problem.splits == 1 else sums
 
 
 def _sum_pairs(problem: Problem, step, slot, *, wait, operands, group_terms, release):

@@ -19,7 +19,7 @@ class TileOrigin(NamedTuple):
     """Where a tile of the output begins.
 
     Attributes:
-      sequence: whose tokens its rows are.
+      sequence: whose tokens its rows are; with splits of K, of which split its sums are.
       token: the first, counted within the sequence.
       column: the first column of the output.
     """
@@ -55,6 +55,10 @@ class Problem:
 
     # Activations are the M operand of wgmma: the rows of the accumulator are tokens, its columns those of the output.
     token_axis: ClassVar[Literal[0, 1]] = 0
+
+    def __post_init__(self):
+        if self.splits > 1 and (self.sequences > 1 or self.group_size is not None or self.activation is not None):
+            raise ValueError(f"{self.tiling} splits K: neither several sequences nor groups nor an activation fit")
 
     # Sizes along N. A column of a gated output is made of two columns of the product, `n` apart in w: gate and value.
 
@@ -97,10 +101,15 @@ class Problem:
         return -(-self.recovery.k // elements)
 
     @property
+    def splits(self) -> int:
+        """Parts of K whose sums are apart; the last may be shorter, and TMA fills it up with zeros."""
+        return self.tiling.splits
+
+    @property
     def steps_over_k(self) -> int:
-        """Steps of one pass over K; with groups in whole iterations, which TMA fills up with zeros."""
+        """Steps of one pass over a split of K; with groups in whole iterations, which TMA fills up with zeros."""
         if self.group_size is None:
-            return -(-self.recovery.k // ELEMENTS_PER_ROW[self.recovery.kind])
+            return -(-self.recovery.k // (ELEMENTS_PER_ROW[self.recovery.kind] * self.splits))
         return self.group_iterations * self.groups_per_iteration * self.steps_per_group // self.groups_per_step
 
     @property
@@ -123,7 +132,9 @@ class Problem:
     @property
     def _tile_grid(self) -> tuple[int, int]:
         """Tiles along all tokens and along n, in units of a cluster's."""
-        return self.sequences * self._token_tiles, -(-self.n // (self.out_block_n * self.tiling.cluster_n))
+        return self.sequences * self.splits * self._token_tiles, -(
+            -self.n // (self.out_block_n * self.tiling.cluster_n)
+        )
 
     @property
     def tiles(self) -> int:
@@ -149,13 +160,21 @@ class Problem:
             tile_width=tiling.band,
         )
         sequence = 0
-        if self.sequences > 1:
+        if self.sequences * self.splits > 1:
             sequence, m_tile = lax.div(m_tile, self._token_tiles), lax.rem(m_tile, self._token_tiles)
         return TileOrigin(
             sequence,
             (m_tile * tiling.cluster_m + lax.axis_index("cluster_m")) * tiling.block_m,
             (n_tile * tiling.cluster_n + lax.axis_index("cluster_n")) * self.out_block_n,
         )
+
+    def token_segment(self, origin: TileOrigin):
+        """The sequence of a tile's tokens."""
+        return 0 if self.splits > 1 else origin.sequence
+
+    def first_step(self, origin: TileOrigin):
+        """The first step over K of a tile's split."""
+        return origin.sequence * self.steps_over_k if self.splits > 1 else 0
 
     def consumer_rank(self, consumer):
         """Rank of this block's consumer among the consumers of all blocks, and their number."""

@@ -103,11 +103,12 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
     def load_tile(index, carry):
         origin = problem.block_origin(index)
         # Beyond a sequence's last token follow those of the next one: rows whose numbers no output stores.
-        token_ranges = [Range(origin.sequence, origin.token, 0, tiling.block_m)]
+        token_ranges = [Range(problem.token_segment(origin), origin.token, 0, tiling.block_m)]
         ranges = (token_ranges, column_ranges(problem, origin.column))
 
         def load_step(planes, k_step, carry):
             step, slot = carry
+            k_step = k_step + problem.first_step(origin)
 
             @pl.when(step >= tiling.slots)
             def _():

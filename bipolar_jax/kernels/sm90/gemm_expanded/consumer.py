@@ -131,6 +131,8 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
 def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tokens, columns) -> Finish:
     """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
 
+    Of a split of K the sums themselves are what the output gets.
+
     Args:
       problem: the static side.
       output: whose dtype the numbers have.
@@ -139,11 +141,14 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
       tokens, columns: terms, refs [tile_m] and [TILE_ROWS] in shared memory.
     """
 
-    def scaled(row, column):
+    def sums(row, column):
         end = row + finish_shape[0], column + finish_shape[1]
+        return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
+
+    def scaled(row, column):
         row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
         return finish_transposed(
-            plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA),
+            sums(row, column),
             problem.recovery,
             jax.tree.map(lambda ref: ref.at[column_range], tokens),
             jax.tree.map(lambda ref: ref.at[row_range], columns),
@@ -156,4 +161,4 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
             return factors[0].astype(output.dtype)
         return activate(problem.activation, factors, output.dtype)
 
-    return finished
+    return finished if problem.splits == 1 else sums

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Tiling
@@ -76,8 +77,8 @@ def expanded_matmul(
       [m, n] in `dtype`, or [m, n / 2] if gated.
 
     Raises:
-      ValueError: a tiling that does not fit, words that TMA cannot address, K whose sums exceed int32, operands that
-        do not belong together, or an activation together with integers or a residual.
+      ValueError: a tiling that does not fit, or splits K of gated weights; words that TMA cannot address, K whose sums
+        exceed int32, operands that do not belong together, or an activation together with integers or a residual.
     """
     _, m, x_width = x_words.shape
     if x_width % 4:
@@ -88,18 +89,17 @@ def expanded_matmul(
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
     if activation is not None and (tokens.scale is None or residual is not None):
         raise ValueError("an activation is of scaled products without a residual")
-    n = weights.shape[-1] // (1 if activation is None else activation.parts)
-    problem = ExpandedProblem(
-        m,
-        n,
-        recovery,
-        tiling,
-        blocks,
-        activation=activation,
-        w_bits=weights.bits,
-        chunks=weights.chunks,
-        lag=lag,
-    )
+    of_weights = {"w_bits": weights.bits, "chunks": weights.chunks, "lag": lag}
+    n = weights.shape[-1]
+    if tiling.splits > 1:
+        if weights.gated:
+            raise ValueError(f"columns of gated weights are in the order of tiles: no splits of K, got {tiling}")
+        problem = ExpandedProblem(m, n, recovery, tiling, blocks, **of_weights)
+        output = TransposedOutput.of(jnp.dtype(jnp.int32), None)
+        (sums,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
+        return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
+    n //= 1 if activation is None else activation.parts
+    problem = ExpandedProblem(m, n, recovery, tiling, blocks, activation=activation, **of_weights)
     output = TransposedOutput.of(jnp.dtype(dtype), residual)
     (out,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
     return out[:, :n]

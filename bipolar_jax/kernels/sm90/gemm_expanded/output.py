@@ -29,7 +29,9 @@ from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, CHUNK_
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransposedOutput:
-    """[m, n] in memory. TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
+    """[m, n] in memory, or [splits, m, n]: sums of splits of K, without a residual.
+
+    TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
 
     Attributes:
       residual: of `dtype` and the padded shape, added to the numbers after they are rounded to `dtype`; or None.
@@ -51,7 +53,8 @@ class TransposedOutput:
 
     def out_types(self, problem: ExpandedProblem) -> list[jax.ShapeDtypeStruct]:
         columns_unit = TMA_ALIGNMENT // self.dtype.itemsize
-        return [jax.ShapeDtypeStruct((problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
+        splits = (problem.splits,) if problem.splits > 1 else ()
+        return [jax.ShapeDtypeStruct((*splits, problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
 
     def scratch(self, problem: ExpandedProblem, staging_slots: int) -> dict[str, Any]:
         """Staging slots, [consumers, slots, CHUNK_TOKENS, CHUNK_COLUMNS]; with a residual, a barrier for each."""
@@ -79,7 +82,7 @@ class TransposedWriter:
     Attributes:
       problem: the product.
       residual: ref in memory, or None.
-      out: [m, n] in memory.
+      out: [m, n] or [splits, m, n] in memory.
       staging: [slots, CHUNK_TOKENS, CHUNK_COLUMNS] in shared memory.
       arrived: barriers of the residual's arrival, one for every slot of all consumers, or None.
       consumer: index of this warpgroup.
@@ -156,4 +159,5 @@ class TransposedWriter:
     def _in_memory(self, array, origin: TileOrigin, number: int):
         """A chunk's part of [m, n] in memory."""
         column, token = self._chunks()[number]
+        array = array if self.problem.splits == 1 else array.at[origin.sequence]
         return array.at[pl.ds(origin.token + token, CHUNK_TOKENS), pl.ds(origin.column + column, CHUNK_COLUMNS)]

@@ -48,10 +48,12 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     def load_tile(index, carry):
         origin = problem.block_origin(index)
         first_tile = lax.div(origin.column, problem.out_tile_n)
-        token_rows = pl.ds(origin.sequence * problem.m + origin.token, tiling.block_m)
+        sequence = problem.token_segment(origin)
+        token_rows = pl.ds(sequence * problem.m + origin.token, tiling.block_m)
 
         def load_stage(k_step, carry):
             step, slot = carry
+            k_step = k_step + problem.first_step(origin)
 
             @pl.when(step >= tiling.slots)
             def _():
@@ -65,12 +67,14 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                 barrier,
                 collective_axes=token_axes,
             )
+            # Behind the last stage tokens are zeros, and any weights do.
+            stage = k_step if problem.splits == 1 else jnp.minimum(k_step, sources.words.shape[2] - 1)
             weights = [(sources.words, scratch.words)]
             if scratch.group_terms is not None:
                 weights.append((sources.group_terms, scratch.group_terms))
             for source, target in weights:
                 plgpu.copy_gmem_to_smem(
-                    source.at[pl.ds(first_tile, problem.weight_tiles), :, k_step],
+                    source.at[pl.ds(first_tile, problem.weight_tiles), :, stage],
                     target.at[slot],
                     barrier,
                     collective_axes=weight_axes,
@@ -86,7 +90,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 
-        ranges = ([Range(origin.sequence, origin.token, 0, tiling.block_m)], column_ranges(problem, origin.column))
+        ranges = ([Range(sequence, origin.token, 0, tiling.block_m)], column_ranges(problem, origin.column))
         for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
             for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
                 for segment, start, offset, size in term_ranges:

@@ -110,12 +110,14 @@ def test_every_schedule_and_cluster_is_exact_and_has_no_races(schedule, cluster_
 
 
 @pytest.mark.parametrize("kind", ["planes", "int8"])
-@pytest.mark.parametrize(("tile_m", "tile_n"), [(128, 192), (64, 256), (128, 64)])
+@pytest.mark.parametrize(("tile_m", "tile_n", "splits"), [(128, 192, 1), (64, 256, 2), (128, 64, 3)])
 @pytest.mark.sample(3)
-def test_every_kind_of_operand_and_tile_is_exact(kind, tile_m, tile_n):
+def test_every_kind_of_operand_and_tile_is_exact(kind, tile_m, tile_n, splits):
+    """Some with K split, of planes with splits behind its end."""
     a_format, w_format = BipolarFormat(3), BipolarFormat(2)
     x, w = random_codes(a_format, 150, 200, 0), random_codes(w_format, 270, 200, 1)
-    product = integer_product(x, a_format, w, w_format, kind, Tiling(tile_m, tile_n, "alternate", slots=3), blocks=2)
+    tiling = Tiling(tile_m, tile_n, "alternate", slots=3, splits=splits)
+    product = integer_product(x, a_format, w, w_format, kind, tiling, blocks=2)
     np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
     assert no_races()
 
@@ -232,11 +234,15 @@ def test_tilings_that_do_not_fit_are_refused():
         (Tiling(64, 192, "split_n", slots=2), "at most 256 rows"),
         (Tiling(64, 64, "both"), "schedule must be one of split_m, split_n, alternate"),
         (Tiling(64, 64, cluster_m=4), "clusters have 1 or 2 blocks"),
+        (Tiling(64, 64, splits=0), "splits must be 1 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiling.check()
     with pytest.raises(ValueError, match="registers"):
         Tiling(128, 128).check(group_bytes=512)
+    fmt = BipolarFormat(1)
+    with pytest.raises(ValueError, match="splits K: neither several sequences"):
+        Problem(64, 64, Recovery("planes", fmt, fmt, 128, False), Tiling(64, 64, splits=2), sequences=2)
 
 
 OUTPUTS = [

@@ -41,10 +41,10 @@ SMALL = Tiling(64, 128, "split_n", slots=3, band=2)
     ("bits", "group_size", "changes", "lag"),
     [
         (4, 64, dict(cluster_m=2), 1),
-        (3, 16, dict(schedule="alternate", cluster_n=2), 0),
-        (8, None, dict(schedule="split_m"), 0),
+        (3, 16, dict(schedule="alternate", cluster_n=2, splits=2), 0),
+        (8, None, dict(schedule="split_m", splits=4), 0),
     ],
-    ids=["clusters along m, with a lag", "clusters along n, alternating", "codes"],
+    ids=["clusters along m, with a lag", "clusters along n, alternating, K split", "codes, a split behind K"],
 )
 def test_integer_products_are_exact(bits, group_size, changes, lag):
     """Ragged in every direction, several tiles a block, more stages than slots."""
@@ -82,13 +82,14 @@ def test_scaled_products(epilogue):
         w_format = BipolarFormat(4)
         groups = random_groups(w_format, columns, k, 32)
         w, numbers = array_of_groups(groups, w_format, column_scale), column_scale[:, None] * groups.values
-        options = {"activation": Activation("silu", gated=True)}
+        options = {"activation": Activation("silu", gated=True), "tiling": SMALL}
     else:
         w_format = BipolarFormat(7)
         codes = random_codes(w_format, n, k, 1)
         w = dataclasses.replace(array_of_codes(codes, w_format, column_scale), offset=offset[:, None])
         numbers = column_scale[:, None] * (2.0 * codes - w_format.max_value) + offset[:, None]
         options = {"residual": jnp.asarray(rng.normal(size=(m, n)), jnp.bfloat16)}
+        options["tiling"] = dataclasses.replace(SMALL, splits=2)
     expected = 2 * scale[:, None] * ((x.astype(int) - zero_code[:, None]) @ numbers.T) + bias
     if gated:
         gate, value = expected[:, :n], expected[:, n:]
@@ -102,7 +103,6 @@ def test_scaled_products(epilogue):
         A8,
         bias,
         jnp.bfloat16,
-        tiling=SMALL,
         blocks=2,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         **options,
@@ -208,8 +208,9 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         (5, 16, dict(tiling=Tiling(128, 128, "alternate", slots=4))),
         (6, 64, dict(tiling=Tiling(128, 128, "split_n", slots=4), residual=True, dtype=jnp.float32)),
         (8, None, dict(tiling=Tiling(128, 128, "split_n", slots=4, cluster_m=2, cluster_n=2))),
+        (4, 128, dict(tiling=Tiling(128, 128, "split_n", slots=4, splits=3), dtype=jnp.float32)),
     ],
-    ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6, float32", "W8, clusters"],
+    ids=["W1", "W3, residual", "W4, gated, lag", "W5, alternating", "W6, float32", "W8, clusters", "W4, splits"],
 )
 @pytest.mark.sample(2)
 def test_it_compiles_without_spills(bits, group_size, options):

@@ -34,7 +34,9 @@ _ROOMY_ACCUMULATOR = 128 * 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseOutput:
-    """[m, n] in memory. TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
+    """[m, n] in memory, or [splits, m, n]: sums of splits of K, without a residual.
+
+    TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
 
     Attributes:
       residual: of `dtype` and the padded shape, added to the numbers after they are rounded to `dtype`; or None.
@@ -56,7 +58,8 @@ class DenseOutput:
 
     def out_types(self, problem: Problem) -> list[jax.ShapeDtypeStruct]:
         columns_unit = TMA_ALIGNMENT // self.dtype.itemsize
-        return [jax.ShapeDtypeStruct((problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
+        splits = (problem.splits,) if problem.splits > 1 else ()
+        return [jax.ShapeDtypeStruct((*splits, problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
 
     def scratch(self, problem: Problem, staging_slots: int) -> dict[str, Any]:
         """Staging slots, [consumers, slots, 64, width]; with a residual, a barrier for each."""
@@ -82,7 +85,7 @@ class DenseWriter:
     Attributes:
       problem: the product.
       residual: ref in memory, or None.
-      out: [m, n] in memory.
+      out: [m, n] or [splits, m, n] in memory.
       staging: [slots, 64, width] in shared memory.
       arrived: barriers of the residual's arrival, one for every slot of all consumers, or None.
       consumer: index of this warpgroup.
@@ -178,6 +181,7 @@ class DenseWriter:
 
     def _in_memory(self, array, origin: TileOrigin, chunk: int):
         """A chunk's part of [m, n] in memory."""
+        array = array if self.problem.splits == 1 else array.at[origin.sequence]
         tile = array.at[pl.ds(origin.token, self.problem.tiling.tile_m), pl.ds(origin.column, self.problem.out_tile_n)]
         row, column = self._chunk_origins()[chunk]
         return tile.at[pl.ds(row, self.staging.shape[1]), pl.ds(column, self.staging.shape[2])]
