@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.window_length = 512
     # Precisions of the decoder's linear layers, comma separated; per channel, or gN for groups of N.
     config.precisions = "W4A8,W4A8g64"
+    # Precisions that are also rounded to nearest, as a comparison; "" for none.
+    config.rounded = ""
     # Precision of the embedding and of the output layer, whose input stays float.
     config.embedding_precision = "W8A16"
     # A JSON file of rules that come before these: [["down_proj", "W8A8"], ["k_proj", null]]; "" for none.
@@ -37,8 +39,13 @@ def get_config() -> ConfigDict:
     config.windows_per_step = 4
     # "full", "foldable" (nothing is rotated at run time within blocks) or "none".
     config.rotation = "full"
+    # Numbers that "full" mixes of the input of down, such as 64: kernels rotate powers of two up to 256 while they
+    # quantize; 0 mixes as many as can be, by XLA where they are others.
+    config.rotation_block = 0
     # How weights are rounded, see bj.compress.Rounding.
     config.rounding = ConfigDict(dataclasses.asdict(Rounding()))
+    # Activations of at most so many bits are clipped to a part of each token's range, found on the text; 0: none are.
+    config.learn_spans = 4
     # Of the rotation, and of the text that the model writes.
     config.seed = 0
     # Prompt of a greedy sample from every model, and its length; 0 tokens for none.

@@ -3,7 +3,8 @@
     python -m experiments.calibrate --config=configs/calibrate.py --workdir=DIR \\
         --config.text=PATH --config.windows=20 --config.precisions=W4A8,W4A8g64
 
-The model is rotated (QuaRot), then its layers are rounded one after the other (GPTQ and coordinate descent). Writes to
+The model is rotated (QuaRot), then its layers are rounded one after the other (GPTQ and coordinate descent);
+--config.rounded names precisions that are also rounded to nearest, without rotation or text, as a comparison. Writes to
 --workdir result.json, perplexity.png and, per precision, a packed checkpoint that experiments/generate.py reads. A
 stopped run resumes: within a precision from the last block that was finished.
 """
@@ -27,8 +28,8 @@ from bipolar_jax.compress.rotations.plan import Kind
 from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app
-from .support.precision_sweep import EMBEDDING, LAYERS, Sweep
-from .support.progress import progress_bar
+from .support.precision_sweep import EMBEDDING, LAYERS, MADE, ROUNDED, Sweep
+from .support.progress import console, progress_bar
 from .support.sources import load_text_source
 
 # Settings that the perplexity depends on.
@@ -40,7 +41,9 @@ _SETTINGS = (
     "embedding_precision",
     "rules",
     "rotation",
+    "rotation_block",
     "rounding",
+    "learn_spans",
     "seed",
 )
 _CALIBRATION = ("calibration_text", "calibration_windows", "calibration_length")
@@ -49,7 +52,11 @@ _TOKENS_NAME = "calibration_tokens.npy"
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
-    precisions = [bj.Precision.parse(text) for text in config.precisions.split(",")]
+    precisions, rounded = (
+        [bj.Precision.parse(text) for text in app.split_names(names)] for names in (config.precisions, config.rounded)
+    )
+    if not precisions:
+        raise ValueError("config.precisions is empty: name at least one, such as W4A8g64")
     method = bj.compress.Rounding(**config.rounding)
     if config.rotation not in get_args(Kind):
         raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
@@ -63,14 +70,20 @@ def main(config: ConfigDict, workdir: Path) -> None:
         method.check(precision)
     own_rules = read_rules(config.rules)
     first_rules = [*own_rules, (EMBEDDING, config.embedding_precision)]
-    sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), rules=own_rules)
-    for precision in precisions:  # reject impossible precisions before measuring
+    sections = (MADE, ROUNDED) if rounded else (MADE,)
+    sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, rules=own_rules)
+    for precision in [*precisions, *rounded]:  # reject impossible precisions before measuring
         sweep.check([*first_rules, (LAYERS, precision)])
+    block = config.rotation_block or None
+    bj.ops.hadamard(sweep.pretrained.model.config.ffn_size, block=block)  # rejects impossible blocks
     sweep.measure_baseline()
+    for precision in rounded:
+        rules = [*first_rules, (LAYERS, precision)]
+        sweep.add(precision, lambda _, rules=rules: bj.quantize_model(sweep.pretrained.model, rules), ROUNDED)
     tokens = calibration_tokens(sweep)
     with progress_bar(f"rotating: {config.rotation}"):
         key = jax.random.key(config.seed)
-        model = jax.block_until_ready(bj.compress.rotate(sweep.pretrained.model, config.rotation, key=key))
+        model = jax.block_until_ready(bj.compress.rotate(sweep.pretrained.model, config.rotation, key=key, block=block))
 
     def calibrate(precision: bj.Precision) -> nnx.Module:
         with progress_bar(f"{precision}: calibrating", model.num_blocks) as advance:
@@ -79,6 +92,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 tokens,
                 [*first_rules, (LAYERS, precision)],
                 method=method,
+                learn_spans=config.learn_spans,
                 windows_per_step=config.windows_per_step,
                 on_block=lambda blocks: advance(blocks, "blocks"),
                 store=_store(workdir, precision),
@@ -88,6 +102,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
         sweep.add(precision, calibrate)
         shutil.rmtree(_store(workdir, precision), ignore_errors=True)
     sweep.show(f"rotation {config.rotation}, {method.algorithm}, {len(tokens)} windows of {config.calibration_text}")
+    if config.sample_tokens:
+        console.print(f"{precisions[-1]} continues: {config.prompt}", end="", highlight=False, markup=False)
+        console.print(sweep.result[MADE][str(precisions[-1])]["sample"], highlight=False, markup=False)
 
 
 def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:

@@ -88,8 +88,9 @@ def in_basis_of(packed: Transformer, floats: Transformer, seed: int) -> Transfor
     wanted = packed.config.rotation
     if wanted is None:
         return floats
+    block = None if wanted.ffn is None else wanted.ffn.block
     for kind in ("full", "foldable"):
-        rotated = bj.compress.rotate(floats, kind, key=jax.random.key(seed))
+        rotated = bj.compress.rotate(floats, kind, key=jax.random.key(seed), block=block)
         if rotated.config.rotation == wanted:
             return rotated
     raise ValueError(

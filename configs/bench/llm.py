@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of
     # 4 bits R3.
     config.rotated = False
+    # Numbers that R4 mixes; 0 mixes as many as can be.
+    config.rotation_block = 0
     # Bits of cached keys and values in all models: 8, 4, or 0 for bf16.
     config.cache_bits = 0
     # Backend of the packed layers: "auto", "sm90", "xla" or "reference".

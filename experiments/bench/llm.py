@@ -50,6 +50,7 @@ _SETTINGS = (
     "embed_bits",
     "layout",
     "rotated",
+    "rotation_block",
     "iterations",
     "seed",
 )
@@ -77,7 +78,8 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
     options = {"embed_bits": config.embed_bits or None, "implementation": config.implementation}
     model_config = preset(name)
     if config.rotated:
-        rotation = Rotation(ffn=bj.ops.hadamard(model_config.ffn_size), keys=bj.ops.hadamard(model_config.head_dim))
+        ffn = bj.ops.hadamard(model_config.ffn_size, block=config.rotation_block or None)
+        rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
         model_config = dataclasses.replace(model_config, rotation=rotation)
     return prepare_for_inference(
         random_packed(model_config, precision, key=key, **options), layout=config.layout or None

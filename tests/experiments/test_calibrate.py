@@ -36,6 +36,7 @@ def tiny_config(model, text, precisions="W3A8"):
     config.model, config.text, config.precisions, config.sample_tokens = str(model), str(text), precisions, 0
     config.windows, config.window_length = WINDOWS, LENGTH
     config.calibration_windows, config.calibration_length = 6, LENGTH
+    config.rotation_block = 4
     config.rounding.algorithm = "nearest"  # fewer programs to compile
     return config
 

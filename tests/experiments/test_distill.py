@@ -28,7 +28,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     source = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), folder / "float")
     pretrained = load_pretrained(source)
-    rotated = bj.compress.rotate(pretrained.model, key=jax.random.key(3))
+    rotated = bj.compress.rotate(pretrained.model, key=jax.random.key(3), block=4)
     packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", "W3A8g32")])
     bj.models.save_model(folder / "W3A8g32.safetensors", pretrained.with_model(packed))
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times, 1859. " * 20)

@@ -49,20 +49,20 @@ class Plan:
     centred: bool
 
 
-def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1) -> Plan:
+def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1, block: int | None = None) -> Plan:
     """The plan for `rotate`. Raises ValueError as that does."""
     if kind not in get_args(Kind):
         raise ValueError(f"rotation must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     if model.rotation is not None:
         raise ValueError("the model is rotated already: rotate the model that it was made from")
-    block = model.block(0)
-    _check_sites(block, model.block_sites)
-    ends, norms = model.stream_ends, [layer_at(block, sites.norm) for sites in model.block_sites if sites.norm]
+    first = model.block(0)
+    _check_sites(first, model.block_sites)
+    ends, norms = model.stream_ends, [layer_at(first, sites.norm) for sites in model.block_sites if sites.norm]
     centred = any(isinstance(norm, nnx.LayerNorm) for norm in norms)
-    stream = _stream_rotation(block, model.block_sites, key)
+    stream = _stream_rotation(first, model.block_sites, key)
     ffn = keys = None
     if kind == "full" and model.inner is not None:
-        ffn = hadamard(layer_at(block, model.inner).in_features, shards)
+        ffn = hadamard(layer_at(first, model.inner).in_features, shards, block=block)
     if kind == "full" and model.value_heads is not None:
         keys = hadamard(model.value_heads.size)
     rotation = Rotation(
@@ -72,7 +72,7 @@ def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1) 
         ffn=ffn,
         keys=keys,
     )
-    changes = _block_changes(block, model.block_sites, model.value_heads, rotation, centred)
+    changes = _block_changes(first, model.block_sites, model.value_heads, rotation, centred)
     if ffn is not None:
         changes[model.inner] = dataclasses.replace(changes[model.inner], inputs=(ffn,))
     return Plan(rotation, changes, not rotation.enters, centred)

@@ -22,7 +22,9 @@ from bipolar_jax.compress.rotations.plan import Kind, LayerChange, Plan, make_pl
 from bipolar_jax.nn.compressible import Rotatable, layer_at
 
 
-def rotate[Model: Rotatable](model: Model, rotation: Kind = "full", *, key: PRNGKeyArray, shards: int = 1) -> Model:
+def rotate[Model: Rotatable](
+    model: Model, rotation: Kind = "full", *, key: PRNGKeyArray, shards: int = 1, block: int | None = None
+) -> Model:
     """A model with the same function whose weights and activations have fewer outliers, to be quantized afterwards.
 
     Gains and biases of norms move into the layers that follow, and LayerNorms within blocks become RMSNorms. Then are
@@ -44,11 +46,13 @@ def rotate[Model: Rotatable](model: Model, rotation: Kind = "full", *, key: PRNG
       key: of R1's random signs. What they are stands in the result's config, so files need nothing else.
       shards: parts that the feed-forward block's inner numbers are divided into, for tensor parallelism: R4 then
         mixes no numbers of two parts.
+      block: numbers that R4 mixes; None takes the most that known matrices allow. Kernels rotate powers of two up to
+        256 while they quantize, and keep all layers of a token in one kernel; XLA rotates other blocks before.
 
     Raises:
       ValueError: an unknown rotation; a model that is not `Rotatable`, or rotated or quantized already; a block with a
-        norm between a layer and the stream, or with a norm's bias before a layer without one; shards that do not
-        divide the numbers.
+        norm between a layer and the stream, or with a norm's bias before a layer without one; shards or a block that
+        do not divide the numbers.
     """
     if rotation == "none":
         return model
@@ -57,7 +61,7 @@ def rotate[Model: Rotatable](model: Model, rotation: Kind = "full", *, key: PRNG
             f"a {type(model).__name__} does not say where its residual stream is: rotate a models.Transformer, or a "
             "model with the methods of nn.compressible.Rotatable"
         )
-    plan = make_plan(model, rotation, key, shards)
+    plan = make_plan(model, rotation, key, shards, block)
     rotated = model.with_rotation(plan.rotation)
     rotated = rotated.with_blocks([_rotated_block(model, rotated, index, plan) for index in range(model.num_blocks)])
     _rotate_ends(rotated, plan)

@@ -148,6 +148,9 @@ def test_shards_keep_their_numbers():
     assert_same(rotated(ids), model(ids))
     with pytest.raises(ValueError, match="20 numbers cannot be divided into 3"):
         rotate(model, key=KEY, shards=3)
+    assert make_plan(model, "full", KEY, block=2).rotation.ffn == bj.ops.Hadamard((2,), 10)
+    with pytest.raises(ValueError, match="20 numbers cannot be rotated in blocks of 8"):
+        rotate(model, key=KEY, block=8)
 
 
 def test_none_is_the_model_and_keys_give_signs():

@@ -182,9 +182,10 @@ def test_the_loop_decodes_greedily_from_the_prompts():
 
 
 def test_packed_models_may_rotate_at_run_time():
-    model = MAKE_MODEL(bench(rotated=True), "tiny", bj.Precision(2, 2))
-    rotation = model.config.rotation
-    assert (rotation.stream, rotation.ffn, rotation.keys) == (None, bj.ops.hadamard(48), bj.ops.hadamard(8))
+    for block, ffn in ((0, bj.ops.Hadamard((12, 4))), (16, bj.ops.Hadamard((16,), 3))):
+        model = MAKE_MODEL(bench(rotated=True, rotation_block=block), "tiny", bj.Precision(2, 2))
+        rotation = model.config.rotation
+        assert (rotation.stream, rotation.ffn, rotation.keys) == (None, ffn, bj.ops.hadamard(8))
     assert MAKE_MODEL(bench(), "tiny", bj.Precision(2, 2)).config.rotation is None
 
 
