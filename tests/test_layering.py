@@ -46,9 +46,11 @@ FLOORS = {
     "bipolar_jax.compress": (
         "distillation",
         "calibrate",
+        "activation_spans",
         "whole_model",
         "packed_sites",
         "layer_store",
+        "smoothing",
         "site_inputs",
         "hessians",
         "rounding",

@@ -77,11 +77,14 @@ class CompressibleBlocks(CountedModule):
         attention, ffn = self.layers.attention, self.layers.ffn
         heads = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         inner = ("gate_up_proj",) if hasattr(ffn, "gate_up_proj") else ("gate_proj", "up_proj")
+        values = None if heads == ("qkv_proj",) else "attention/v_proj"
+        # silu(gate) * up and relu(up) are proportional to up; gelu(up) is not.
+        proportional = inner != ("gate_up_proj",) and self.config.ffn in ("swiglu", "relu")
         return (
             Sites(tuple(f"attention/{name}" for name in heads), to_stream=False, norm="attention_norm"),
-            Sites(("attention/o_proj",), to_stream=True),
+            Sites(("attention/o_proj",), to_stream=True, proportional_to=values),
             Sites(tuple(f"ffn/{name}" for name in inner if hasattr(ffn, name)), to_stream=False, norm="ffn_norm"),
-            Sites(("ffn/down_proj",), to_stream=True),
+            Sites(("ffn/down_proj",), to_stream=True, proportional_to="ffn/up_proj" if proportional else None),
         )
 
     @property

@@ -31,12 +31,15 @@ class Sites:
       to_stream: whether the output is added to the residual stream.
       norm: path of the norm that makes the input of the residual stream; None for other inputs.
       output_norm: path of a norm that the output passes before it is added, or None.
+      proportional_to: path of a layer of the block to whose outputs the input is proportional, number by number; a head
+        of values, of which there may be fewer, makes as many consecutive heads of the input. None for other inputs.
     """
 
     names: tuple[str, ...]
     to_stream: bool
     norm: str | None = None
     output_norm: str | None = None
+    proportional_to: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
