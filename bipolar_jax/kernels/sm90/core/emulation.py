@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bipolar_jax.kernels.sm90.core.module_name import keep_module_name
+
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -29,6 +31,8 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
     def traced(*refs, **scratch):
         token = _interpreted.set(interpret is not None)
         try:
+            if interpret is None:
+                keep_module_name(options.get("kernel_name") or body.__name__)
             return body(*refs, **scratch)
         finally:
             _interpreted.reset(token)
