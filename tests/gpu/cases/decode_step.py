@@ -37,7 +37,8 @@ from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.ops import Activation
+from bipolar_jax.nn.compressible import Rotation
+from bipolar_jax.ops import Activation, hadamard
 from tests.gpu.cases.operands import generator
 from tests.gpu.rounding_noise import Noise, decode_noise, through_cache, ties_in_cache
 from tests.gpu.trial import Case, Program, Trial, repeated
@@ -105,7 +106,8 @@ class Step:
     def name(self) -> str:
         cache = "bfloat16" if self.cache_bits is None else f"{self.cache_bits} bits"
         model = f"model in {jnp.dtype(self.dtype).name}{', prepared' if self.prepared else ''}"
-        return f"{self.precision}, cache of {cache}, {model}, texts of {self.lengths}"
+        rotation = "" if self.config.rotation is None else f", rotated by {self.config.rotation.ffn.block}"
+        return f"{self.precision}, cache of {cache}, {model}{rotation}, texts of {self.lengths}"
 
     def trial(self) -> Trial:
         model = _model(self.config, self.precision, jnp.dtype(self.dtype), self.prepared)
@@ -231,7 +233,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
-        Activation("silu", gated=True),
+        Activation("silu", gated=True, rotation=layers.ffn.rotation),
         tuple(jax.tree.leaves(cache.keys)),
         tuple(jax.tree.leaves(cache.values)),
         cache.lengths[0],
@@ -276,25 +278,36 @@ def prepared_cases(name: str) -> list[Case]:
 
 
 def plane_steps(name: str) -> list[Step]:
-    """Every precision with one of the caches, in turns; one model as served in bfloat16; and W1A2 or a full cache."""
+    """Every precision with one of the caches, in turns; one as served in bfloat16, maybe rotated; W1A2 or a full cache."""
     config, turn = _two_layers(name), PLANE_MODELS.index(name)
     steps = [Step(config, precision, _CACHE_BITS[(at + turn) % 3]) for at, precision in enumerate(_PRECISIONS)]
-    steps.append(Step(config, *(("W4A8", None), ("W8A8", 4))[turn % 2], jnp.bfloat16))
+    served = _rotated(config, turn) if turn % 4 < 2 else config
+    steps.append(Step(served, *(("W4A8", None), ("W8A8", 4))[turn % 2], jnp.bfloat16))
     steps.append((Step(config, "W2A8", None, lengths=(319, 64)), Step(config, "W1A2", 8))[turn % 2])
     return steps
 
 
 def prepared_steps(name: str) -> list[Step]:
-    """Of each kind of groups every second or third precision, in turns; and as served in bfloat16."""
+    """Of each kind of groups every second or third precision, in turns; and as served in bfloat16, some rotated."""
     config, turn = _two_layers(name), PREPARED_MODELS.index(name)
     chosen = [kind[at] for kind in _PREPARED for at in range(turn % 2, len(kind), 2)]
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in chosen]
     served = [("W4A8g128i", None), *(_FLOAT_TOKENS[(at + turn) % len(_FLOAT_TOKENS)] for at in (0, 2))]
-    return steps + [Step(config, precision, bits, jnp.bfloat16, prepared=True) for precision, bits in served]
+    configs = [_rotated(config, turn) if at % 2 == turn % 2 else config for at in range(len(served))]
+    return steps + [
+        Step(config, precision, bits, jnp.bfloat16, prepared=True)
+        for config, (precision, bits) in zip(configs, served, strict=True)
+    ]
 
 
 def _two_layers(name: str) -> TransformerConfig:
     return dataclasses.replace(preset(name), num_layers=2, vocab_size=512, context_length=1024, bos_id=0, eos_ids=(1,))
+
+
+def _rotated(config: TransformerConfig, turn: int) -> TransformerConfig:
+    """The input of down is rotated in blocks of 256, 128, 64 or 32, if these divide it."""
+    block = min(256 >> turn % 4, config.ffn_size & -config.ffn_size)
+    return dataclasses.replace(config, rotation=Rotation(ffn=hadamard(config.ffn_size, block=block)))
 
 
 def small() -> dict[str, Case]:
@@ -312,7 +325,7 @@ def small() -> dict[str, Case]:
     planes = Step(config, "W2A8", 8, lengths=(0, 40), capacity=64, blocks=2, tokens=1)
     prepared = dataclasses.replace(planes, precision="W4A8g64i", prepared=True)
     within_tile = dataclasses.replace(config, hidden_size=192, num_heads=2, head_dim=64, ffn_size=192)
-    heads_of_64 = dataclasses.replace(prepared, config=within_tile, precision="W4A8g128i", blocks=3)
+    heads_of_64 = dataclasses.replace(prepared, config=_rotated(within_tile, 0), precision="W4A8g128i", blocks=3)
     floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
     steps["decode step, float tokens"] = floats

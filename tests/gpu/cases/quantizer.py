@@ -11,6 +11,7 @@ import numpy as np
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK, Hadamard, hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
@@ -22,6 +23,9 @@ _OPERANDS = ("planes", "int8")
 # Rows of one to several warps, of a warpgroup, and enough rows for few threads each.
 _SIZES = [(9, 100), (8, 1024), (33, 1568), (1, 4096), (3, 13000), (700, 600), (1100, 1088), (300, 6144)]
 _PROLOGUES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu")
+# Rotated in the largest blocks of powers of two that divide them.
+_ROTATED = ("rotated", "silu gated rotated", "relu rotated")
+_ROTATED_SIZES = [(1, 14336), (33, 1536), (3, 4224), (1100, 1088), (700, 512), (300, 6144), (9, 100), (1100, 1056)]
 
 
 def cases() -> list[Case]:
@@ -35,13 +39,19 @@ def cases() -> list[Case]:
         for turn, (m, k, bits) in enumerate([(9, 100, 8), (3, 4100, 4), (700, 300, 8)])
     ]
     clipped = [_case(33, 1568, bits, _OPERANDS[bits % 2], np.float32, None, 0.85) for bits in (1, 3, 4, 8)]
-    return plain + with_prologue + clipped
+    rotated = [
+        _case(m, k, (8, 4, 2)[index % 3], _OPERANDS[(index + turn) % 2], _DTYPES[(index + turn) % 3], _ROTATED[turn])
+        for index, (m, k) in enumerate(_ROTATED_SIZES)
+        for turn in range(3)
+    ]
+    return plain + with_prologue + clipped + rotated
 
 
 def small() -> dict[str, Case]:
     return {
         "quantizer": _case(9, 100, 3, "planes", np.float32, None),
         "quantizer, norm": _case(5, 70, 8, "int8", ml_dtypes.bfloat16, "rms"),
+        "quantizer, rotation": _case(5, 192, 8, "int8", ml_dtypes.bfloat16, "silu gated rotated"),
     }
 
 
@@ -58,7 +68,7 @@ def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None, 
             words, scale, zero_code, code_sums = packed
             codes = _unpacked(np.asarray(words), a_format, operand, k)
             np.testing.assert_array_equal(code_sums, codes.sum(axis=1))
-            if wanted is not None:
+            if not (wanted is None or isinstance(wanted, Hadamard)):
                 # Sums in another order and the last bits of functions turn what is nearly a tie.
                 np.testing.assert_allclose(scale, tokens.scale, rtol=4e-6)
                 difference = np.abs(codes - tokens.codes.astype(np.int32))
@@ -100,8 +110,9 @@ def _prologue(name: str, rng: np.random.Generator, k: int) -> Prologue:
         return RMSNorm(gain, 1e-5)
     if name == "layer":
         return LayerNorm(gain, bias, 1e-5)
-    function, *gated = name.split()
-    return Activation(function, gated=bool(gated))
+    function, *others = name.split()
+    rotation = hadamard(k, block=min(k & -k, LARGEST_WARP_BLOCK)) if name.endswith("rotated") else None
+    return rotation if function == "rotated" else Activation(function, gated="gated" in others, rotation=rotation)
 
 
 def _on_cpu(x: np.ndarray, a_format: BipolarFormat, prologue: Prologue | None):
