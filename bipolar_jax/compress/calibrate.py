@@ -17,11 +17,12 @@ from jaxtyping import Array, Num
 
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
-from bipolar_jax.compress.packed_sites import SitePlan, float_matrix, packed_kernels, plan_blocks, with_packed_layers
+from bipolar_jax.compress.packed_sites import BlockPlan, float_matrix, packed_kernels, plan_blocks, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.compress.whole_model import WholeModel
 from bipolar_jax.nn.compressible import Compressible, layer_at
+from bipolar_jax.nn.convert.layer_runs import cut_by_rules
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
 from bipolar_jax.nn.layers.linear import sizes
@@ -49,7 +50,8 @@ def calibrate[Model: nnx.Module](
     counts 1 / mean square of its stream. All other layers are rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
-    its float layers and second moments. All blocks run the same compiled programs.
+    its float layers and second moments. All blocks run the same compiled programs, where rules give them the same
+    precisions.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
     Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
@@ -86,15 +88,18 @@ def calibrate[Model: nnx.Module](
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):
         model.check_ids(inputs)
+        model, rules = cut_by_rules(model, rules)
         blocks, (plans, other_rules) = model, plan_blocks(model, rules)
     else:
         blocks = WholeModel.of(model, batches[0])
-        plans, other_rules = blocks.plan(rules)
-    for precision in dict.fromkeys(each for plan in plans for each in plan.precisions.values()):
+        plan, other_rules = blocks.plan(rules)
+        plans = (plan,)
+    for precision in dict.fromkeys(each for block in plans for plan in block for each in plan.precisions.values()):
         method.check(precision)
     finished = None
     if store is not None:
-        precisions = sorted((name, each) for plan in plans for name, each in plan.precisions.items())
+        by_block = [sorted(item for plan in block for item in plan.precisions.items()) for block in plans]
+        precisions = by_block[0] if all(each == by_block[0] for each in by_block) else by_block
         digests = {"model": digest_of_model(model), "inputs": digest_of_arrays(inputs)}
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": repr(method)})
     _check_weights(blocks, plans)
@@ -121,11 +126,11 @@ def _batches(inputs: Any, size: int, *, tokens: bool) -> list[Any]:
     return [batch[0] for batch in batches] if tokens else batches
 
 
-def _check_weights(model: Compressible, plans: Sequence[SitePlan]) -> None:
+def _check_weights(model: Compressible, plans: Sequence[BlockPlan]) -> None:
     """Raises ValueError for weights that cannot be rounded, before anything is calculated; programs do not check."""
-    names = [name for plan in plans for name in plan.precisions]
-    for index in range(model.num_blocks if names else 0):
-        block = model.block(index)
+    for index, plan in enumerate(plans):
+        names = [name for sites in plan for name in sites.precisions]
+        block = model.block(index) if names else None
         for name in names:
             check_finite(layer_at(block, name).kernel[...], f"the kernel of {name} of block {index}")
 
@@ -133,23 +138,23 @@ def _check_weights(model: Compressible, plans: Sequence[SitePlan]) -> None:
 def _pass_over_blocks(
     model: Compressible,
     batches: Sequence[Any],
-    plans: Sequence[SitePlan],
+    plans: Sequence[BlockPlan],
     method: Rounding,
     on_block: Callable[[int], None] | None,
     finished: LayerStore | None,
 ) -> Compressible:
     """The model with packed layers in its blocks."""
-    precisions = {name: precision for plan in plans for name, precision in plan.precisions.items()}
     carries = [_enter(model, batch) for batch in batches]
     blocks = []
-    for index in range(model.num_blocks):
+    for index, plan in enumerate(plans):
         block = model.block(index)
         kernels = None if finished is None else finished.read(index)
         if kernels is None:
-            block, kernels = _calibrated(model, block, index, carries, plans, method)
+            block, kernels = _calibrated(model, block, index, carries, plan, method)
             if finished is not None:
                 finished.write(index, kernels)
         else:
+            precisions = {name: precision for sites in plan for name, precision in sites.precisions.items()}
             block = with_packed_layers(block, kernels, precisions)
         blocks.append(block)
         if index + 1 < model.num_blocks:
@@ -166,7 +171,7 @@ def _calibrated(
     block: nnx.Module,
     block_index: int,
     carries: Sequence[Any],
-    plans: Sequence[SitePlan],
+    plans: BlockPlan,
     method: Rounding,
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
     """A block with packed layers, and these layers' kernels by path."""

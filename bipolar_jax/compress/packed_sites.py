@@ -17,6 +17,7 @@ from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.compress.site_inputs import replace_layer
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 from bipolar_jax.nn.convert.float_layers import float_layers
+from bipolar_jax.nn.convert.layer_runs import names_of_layers
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules, chosen_precision
 from bipolar_jax.nn.layers.dense_layout import axes_of, folded_kernel
@@ -45,25 +46,30 @@ class SitePlan:
         }
 
 
-def plan_blocks(model: Compressible, rules: Rules) -> tuple[tuple[SitePlan, ...], list[tuple[str, Precision]]]:
-    """What the rules say of the sites of a block; and rules for all other layers, each by its whole path.
+# What is done with the sites of a block, in order.
+BlockPlan = tuple[SitePlan, ...]
 
-    Nothing is computed.
+
+def plan_blocks(model: Compressible, rules: Rules) -> tuple[tuple[BlockPlan, ...], list[tuple[str, Precision]]]:
+    """What the rules say of the sites of every block; and rules for all other layers, each by its whole path.
+
+    Nothing is computed. Where rules differ in layers of one stack, `cut_by_rules` has cut it.
 
     Raises:
       ValueError: as `quantize_model`; or a site that is not a dense layer, or was trained with `DotGeneral`.
     """
 
-    def packed_block(model):
-        return quantize_model(model, rules).block(0)
+    def all_blocks(model):
+        return [model.block(index) for index in range(model.num_blocks)]
 
-    block, packed = (jax.eval_shape(of, model) for of in (lambda model: model.block(0), packed_block))
-    plans = plan_sites(model.block_sites, block, packed)
-    rest = jax.eval_shape(lambda model: model.with_blocks([packed_block(model)] * model.num_blocks), model)
+    blocks = jax.eval_shape(all_blocks, model)
+    packed = jax.eval_shape(lambda model: all_blocks(quantize_model(model, rules)), model)
+    plans = tuple(plan_sites(model.block_sites, *each) for each in zip(blocks, packed, strict=True))
+    rest = jax.eval_shape(lambda model, packed: model.with_blocks(packed), model, packed)
     return plans, rules_for_others(rest, rules)
 
 
-def plan_sites(sites: Sequence[Sites], block: nnx.Module, packed: nnx.Module) -> tuple[SitePlan, ...]:
+def plan_sites(sites: Sequence[Sites], block: nnx.Module, packed: nnx.Module) -> BlockPlan:
     """The plan for sites of a block, from the block after `quantize_model`; both may be abstract."""
     plans = []
     for each in sites:
@@ -85,7 +91,8 @@ def rules_for_others(model: nnx.Module, rules: Rules, sites: Sequence[Sites] = (
     """A rule for each float layer that the rules quantize and that is none of the sites, by its whole path."""
     names = {name for each in sites for name in each.names}
     paths = [layer.path for layer in float_layers(model) if layer.reason is None and layer.path not in names]
-    chosen = {path: chosen_precision(rules, path) for path in paths}
+    aliases = names_of_layers(model)
+    chosen = {path: chosen_precision(rules, *aliases(path)) for path in paths}
     return [(f"^{re.escape(path)}$", precision) for path, precision in chosen.items() if precision is not None]
 
 

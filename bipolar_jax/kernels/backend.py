@@ -206,6 +206,7 @@ class Backend(Protocol):
         *,
         cache_bits: int | None = None,
         spans: Mapping[str, float] | None = None,
+        first_layer: int = 0,
     ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
         """All layers of a pre-norm decoder for one new token of one sequence; float32 between products.
 
@@ -222,6 +223,7 @@ class Backend(Protocol):
           a_format: the grid of the tokens, the same for all products; None if they stay floats.
           cache_bits: of the cached numbers, 8 or 4; None for floats.
           spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
+          first_layer: index in the cache of the first of these layers: the cache may be that of more layers.
 
         Returns:
           float32: the hidden state after all layers, before the final norm; and for every layer the token's queries,

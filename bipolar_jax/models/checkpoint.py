@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
         "precisions": precisions,
         "tokenizer": pretrained.tokenizer.to_str(),
     }
+    if len(model.runs) > 1:
+        user["runs"] = [[run.start, run.stop] for run in model.runs]
     if pretrained.chat_template is not None:
         user["chat_template"] = dataclasses.asdict(pretrained.chat_template)
     save(path, tree, user)
@@ -83,14 +86,16 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None, param_dtyp
         config = TransformerConfig.from_dict(user["config"])
         saved = check_param_dtype(_text(user["param_dtype"], "param_dtype"))
         template = ChatTemplate.from_dict(user["chat_template"]) if "chat_template" in user else None
+        runs = tuple(range(*map(operator.index, run)) for run in user.get("runs", ())) or (range(config.num_layers),)
 
     def packed_model(dtype):
-        return _abstract_packed(config, dtype.name, json.dumps(user["precisions"]), bits)
+        return _abstract_packed(config, dtype.name, runs, json.dumps(user["precisions"]), bits)
 
     stored = _flatten(load(path, bits))
     with _errors_name(path):
         # Before the packed layers are traced, which allocates in proportion to the sizes.
-        _check_shapes(path, stored, _leaves(abstract_model(config, saved.name)))
+        float_model = jax.eval_shape(lambda model: model.with_runs(runs), abstract_model(config, saved.name))
+        _check_shapes(path, stored, _leaves(float_model))
         tokenizer = parse_tokenizer(_text(user["tokenizer"], "tokenizer"), path, config.vocab_size)
         abstract = packed_model(saved)
     _check_leaves(path, stored, _leaves(abstract))
@@ -122,11 +127,13 @@ def _text(value: Any, name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # tracing takes a tenth of a second
-def _abstract_packed(config: TransformerConfig, param_dtype: str, precisions: str, bits: int | None) -> Transformer:
+def _abstract_packed(
+    config: TransformerConfig, param_dtype: str, runs: tuple[range, ...], precisions: str, bits: int | None
+) -> Transformer:
     """Shapes and dtypes of a model with the packed layers that this JSON describes."""
 
     def build():
-        model = Transformer(config, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0))
+        model = Transformer(config, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0)).with_runs(runs)
         return _packed(model, json.loads(precisions), bits)
 
     return nnx.eval_shape(build)

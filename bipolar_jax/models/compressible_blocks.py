@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
@@ -18,20 +19,28 @@ from bipolar_jax.models.blocks.prompt_heads import Projections, PromptTables, pr
 from bipolar_jax.models.blocks.rope import Tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
-from bipolar_jax.nn.compressible import Rotation, Sites, StreamEnds, ValueHeads
+from bipolar_jax.models.kv_cache.quantized_heads import CACHE_BITS, as_read, check_cache_bits
+from bipolar_jax.nn.compressible import Rotation, Sites, StreamEnds, ValueHeads, run_name, run_of_name
 from bipolar_jax.nn.layers.packed import CountedModule
+from bipolar_jax.ops import Hadamard
 
 
-class Positions(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positions:
     """What all layers need to know of the positions of whole texts.
 
     Attributes:
       tables: cosines and sines, where positions are rotary.
       bias: ALiBi's biases on the scores, where it is used.
+      cache_bits: keys and values are rounded as a cache of so many bits would keep them; None leaves them.
+      key_rotation: of queries and keys before that, or None.
     """
 
     tables: PromptTables | None
     bias: Float[Array, "1 heads #length length"] | None
+    cache_bits: int | None = dataclasses.field(default=None, metadata={"static": True})
+    key_rotation: Hadamard | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class BlockCarry(NamedTuple):
@@ -51,6 +60,10 @@ def attend_to_text(
     """The context of every token of whole texts; and the cache, if there is one, with this layer's keys and values."""
     index = jnp.int32(0) if layer is None else layer
     q, k, v, cache = prompt_heads(projections, kv_heads, positions.tables, cache, index)
+    if positions.key_rotation is not None:
+        q, k = positions.key_rotation.rotate(q), positions.key_rotation.rotate(k)
+    if positions.cache_bits is not None:
+        k, v = as_read(k, positions.cache_bits), as_read(v, positions.cache_bits)
     return causal_attention(q, k, v, bias=positions.bias), cache
 
 
@@ -65,16 +78,59 @@ def rotate_stream(
 
 
 class CompressibleBlocks(CountedModule):
-    """Implements `nn.compressible.Rotatable` for a model with a stack of layers."""
+    """Implements `nn.compressible.Rotatable` and `Layered` for a model with stacks of layers.
 
+    Attributes:
+      layers: the stack; or the stacks by the names of their runs, see `nn.compressible.run_name`.
+    """
+
+    stack = "layers"
+    cached_bits = CACHE_BITS
     config: TransformerConfig
     layers: nnx.Module
     enter_prompts: Callable[[Int[Array, "batch length"]], tuple[Float[Array, "batch length hidden"], Tables | None]]
 
     @property
+    def stacks(self) -> tuple[tuple[range, nnx.Module], ...]:
+        """The indices of the layers of every stack, and the stack; in order."""
+        if not isinstance(self.layers, nnx.Dict):
+            return ((range(self.num_blocks), self.layers),)
+        stacks = ((run_of_name(name), stack) for name, stack in self.layers.items())
+        return tuple(sorted(stacks, key=lambda found: found[0].start))
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """The indices of the layers of every stack."""
+        return tuple(run for run, _ in self.stacks)
+
+    def with_runs(self, runs: Sequence[range]) -> Self:
+        """The model with its stacks cut into these runs of layers; the numbers stay the same.
+
+        Raises:
+          ValueError: runs that do not have all layers in order, or that would join layers of several stacks.
+        """
+        starts = [0, *(run.stop for run in runs)]
+        ends_fit = starts == [*(run.start for run in runs), self.num_blocks] and all(run.step == 1 for run in runs)
+        if not ends_fit or not all(runs) or not {run.start for run in self.runs} <= {run.start for run in runs}:
+            raise ValueError(f"the runs {list(map(run_name, self.runs))} cannot be cut into {list(runs)}")
+        stacks = []
+        for run in runs:
+            whole, stack = next(found for found in self.stacks if run.start in found[0])
+            at = slice(run.start - whole.start, run.stop - whole.start)
+            stacks.append(jax.tree.map(lambda leaf, at=at, same=run == whole: leaf if same else leaf[at], stack))
+        return self._with_stacks(runs, stacks)
+
+    def _with_stacks(self, runs: Sequence[range], stacks: Sequence[nnx.Module]) -> Self:
+        model = nnx.merge(*nnx.split(self))
+        named = dict(zip(map(run_name, runs), stacks, strict=True))
+        model.layers = stacks[0] if len(stacks) == 1 else nnx.Dict(named)
+        return model
+
+    @property
     def block_sites(self) -> tuple[Sites, ...]:
         """Query, key and value; the output of attention; gate and up; down. Joined layers are one."""
-        attention, ffn = self.layers.attention, self.layers.ffn
+        layers = self.stacks[0][1]
+        attention, ffn = layers.attention, layers.ffn
         heads = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         inner = ("gate_up_proj",) if hasattr(ffn, "gate_up_proj") else ("gate_proj", "up_proj")
         values = None if heads == ("qkv_proj",) else "attention/v_proj"
@@ -96,30 +152,39 @@ class CompressibleBlocks(CountedModule):
         """A decoder layer, without the layer axis. Raises IndexError if there is none of this index."""
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"the model has the blocks 0 to {self.num_blocks - 1}, not {index}")
-        return jax.tree.map(lambda leaf: leaf[index], self.layers)
+        run, stack = next(found for found in self.stacks if index in found[0])
+        return jax.tree.map(lambda leaf: leaf[index - run.start], stack)
 
     def with_blocks(self, blocks: Sequence[nnx.Module]) -> Self:
-        """A new model with these layers, stacked. Raises ValueError unless they fit one stack of this model."""
+        """A new model with these layers: consecutive ones of equal structure are one stack.
+
+        Raises:
+          ValueError: another number of layers.
+        """
         if len(blocks) != self.num_blocks:
             raise ValueError(f"the model has {self.num_blocks} blocks, got {len(blocks)}")
-        first, *others = map(jax.tree.structure, blocks)
-        if different := [index for index, structure in enumerate(others, 1) if structure != first]:
-            raise ValueError(
-                f"blocks {different} differ from block 0 in their layers, precisions or dtypes: all blocks are one "
-                "stack, so give them the same rules"
-            )
-        model = nnx.merge(*nnx.split(self))
-        model.layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        return model
+        kinds = [(jax.tree.structure(block), [(x.shape, x.dtype) for x in jax.tree.leaves(block)]) for block in blocks]
+        starts = [index for index, kind in enumerate(kinds) if index == 0 or kind != kinds[index - 1]]
+        runs = [range(*ends) for ends in itertools.pairwise([*starts, len(blocks)])]
+        return self._with_stacks(
+            runs, [jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[i] for i in run)) for run in runs]
+        )
 
-    def enter_blocks(self, ids: Int[Array, "batch length"]) -> BlockCarry:
-        """The input of the first layer, and the positions of whole texts."""
-        return self.block_carry(*self.enter_prompts(ids))
+    def enter_blocks(self, ids: Int[Array, "batch length"], cache_bits: int | None = None) -> BlockCarry:
+        """The input of the first layer, and the positions of whole texts.
 
-    def block_carry(self, hidden: Float[Array, "batch length hidden"], tables: Tables | None) -> BlockCarry:
+        With `cache_bits` all tokens attend to keys and values as a cache of 8 or 4 bits keeps them.
+        """
+        return self.block_carry(*self.enter_prompts(ids), cache_bits)
+
+    def block_carry(
+        self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache_bits: int | None = None
+    ) -> BlockCarry:
         """The same from what `enter_prompts` gives."""
+        check_cache_bits(cache_bits, self.config.head_dim)
         bias = prompts_alibi(self.queries(hidden)) if self.config.positions == "alibi" else None
-        return BlockCarry(hidden, Positions(None if tables is None else prompt_tables(self.config, tables), bias))
+        tables = None if tables is None else prompt_tables(self.config, tables)
+        return BlockCarry(hidden, Positions(tables, bias, cache_bits, self.config.key_rotation(cache_bits)))
 
     def run_block(self, block: nnx.Module, carry: BlockCarry) -> BlockCarry:
         """The carry of the next layer."""
@@ -159,14 +224,15 @@ class CompressibleBlocks(CountedModule):
         """The model with these rotations at run time, its weights as they are, and RMSNorms in a rotated stream."""
         model = nnx.merge(*nnx.split(self))
         model.config = dataclasses.replace(self.config, rotation=rotation)
-        model.layers.ffn.rotation = rotation.ffn
-        for name in ("attention_norm", "ffn_norm"):
-            scale = getattr(self.layers, name).scale
-            make = functools.partial(make_norm, model.config.block_norm, model.config, param_dtype=scale.dtype)
-            if isinstance(getattr(self.layers, name), nnx.LayerNorm) and model.config.block_norm == "rms":
-                norm = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
-                norm.scale = nnx.Param(scale[...])
-                setattr(model.layers, name, norm)
+        for _, layers in model.stacks:
+            layers.ffn.rotation = rotation.ffn
+            for name in ("attention_norm", "ffn_norm"):
+                scale = getattr(layers, name).scale
+                make = functools.partial(make_norm, model.config.block_norm, model.config, param_dtype=scale.dtype)
+                if isinstance(getattr(layers, name), nnx.LayerNorm) and model.config.block_norm == "rms":
+                    norm = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+                    norm.scale = nnx.Param(scale[...])
+                    setattr(layers, name, norm)
         return model
 
     def queries(self, hidden: Float[Array, "batch length hidden"]) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,8 @@
 """A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, an OPT or a BLOOM.
 
-Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Each layer is given the
-function that attends: training and prefill attend causally within the sequence, decoding attends to a `KVCache`.
+Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Layers that are packed
+differently are several stacks, see `nn.compressible.Layered`. Each layer is given the function that attends: training
+and prefill attend causally within the sequence, decoding attends to a `KVCache`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bipolar_jax.models.blocks.fused_decode import fused_layers
 from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
 from bipolar_jax.models.blocks.prompt_heads import Projections
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
-from bipolar_jax.models.compressible_blocks import CompressibleBlocks, attend_to_text, rotate_stream
+from bipolar_jax.models.compressible_blocks import BlockCarry, CompressibleBlocks, attend_to_text, rotate_stream
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn.layers.packed import CountedModule
@@ -132,15 +133,24 @@ class Transformer(CompressibleBlocks):
         return self.logits(self.hidden_states(ids))
 
     @compiled_method
-    def hidden_states(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
-        """Hidden states of every position after the final norm: `__call__` without the output layer."""
-        hidden, _ = self._causal_layers(*self.enter_prompts(ids))
+    def hidden_states(
+        self, ids: Int[Array, "batch length"], cache_bits: int | None = None
+    ) -> Float[Array, "batch length hidden"]:
+        """Hidden states of every position after the final norm: `__call__` without the output layer.
+
+        With `cache_bits`, 8 or 4, every position attends to keys and values as a cache of so many bits keeps them.
+        """
+        hidden, _ = self._causal_layers(*self.enter_prompts(ids), cache_bits=cache_bits)
         return self.leave_blocks(hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """The output layer, for hidden states after the final norm; float32."""
         project = self.embed.attend if self.config.tie_embeddings else self.lm_head
         return project(hidden).astype(jnp.float32)
+
+    def predict(self, carry: BlockCarry) -> Float[Array, "batch length vocab"]:
+        """Logits of every position, from what the last block leaves; see `nn.compressible`."""
+        return self.logits(self.leave_blocks(self.stream(carry)))
 
     @property
     def output_layer(self) -> nnx.Module:
@@ -184,41 +194,51 @@ class Transformer(CompressibleBlocks):
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Appends one token to every sequence; returns the next logits, float32, and the cache with the token."""
         hidden, tables = self.enter_tokens(ids, cache)
-        try:
-            hidden, cache = fused_layers(self.layers, self.config, hidden, tables, cache)
-        except Unsupported:
-            hidden, cache = self._decode_layers(hidden, tables, cache)
+        for run, stack in self.stacks:
+            try:
+                hidden, cache = fused_layers(stack, self.config, hidden, tables, cache, run.start)
+            except Unsupported:
+                hidden, cache = self._decode_layers(hidden, tables, cache, [(run, stack)])
         return self.logits(self.leave_blocks(hidden[:, 0])), cache.advance()
 
     def _decode_layers(
-        self, hidden: Float[Array, "batch 1 hidden"], tables: Tables | None, cache: KVCache
+        self,
+        hidden: Float[Array, "batch 1 hidden"],
+        tables: Tables | None,
+        cache: KVCache,
+        stacks: Sequence[tuple[range, nnx.Module]],
     ) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
-        """Layer by layer: hidden states before the final norm; and the cache with the tokens, not yet counted."""
+        """Layer by layer: hidden states after these stacks; and the cache with the tokens, not yet counted."""
         alibi = self.config.positions == "alibi"
 
         def attend(projections, cache, index):
             return attend_to_cache(projections.heads(), cache, index, tables, alibi=alibi)
 
-        return self._through_layers(hidden, cache, attend)
+        return self._through_layers(hidden, cache, attend, stacks)
 
     def _causal_layers(
-        self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache: KVCache | None = None
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        tables: Tables | None,
+        cache: KVCache | None = None,
+        cache_bits: int | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states before the final norm; and the cache, if there is one, with every layer's keys and values."""
-        start = self.block_carry(hidden, tables)
+        start = self.block_carry(hidden, tables, cache_bits)
 
         def attend(projections, cache, index):
             return attend_to_text(projections, self.config.num_kv_heads, start.positions, cache, index)
 
-        return self._through_layers(hidden, cache, attend)
+        return self._through_layers(hidden, cache, attend, self.stacks)
 
     def _through_layers(
         self,
         hidden: Float[Array, "batch length hidden"],
         cache: KVCache | None,
         attend: Callable[[Projections, KVCache | None, Int[Array, ""]], tuple[Heads, KVCache | None]],
+        stacks: Sequence[tuple[range, nnx.Module]],
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
-        """Hidden states and cache after all layers; `attend` takes a layer's projections, the cache, and its index."""
+        """Hidden states and cache after the stacks; `attend` takes a layer's projections, the cache, and its index."""
 
         def step(carry, layer):
             hidden, cache, index = carry
@@ -233,7 +253,8 @@ class Transformer(CompressibleBlocks):
             return (hidden, written, index + 1), None
 
         # Kernels read the index from memory, where a carry is; XLA would slice a scanned array by one more kernel.
-        (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(0)), self.layers)
+        for run, stack in stacks:
+            (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(run.start)), stack)
         return hidden, cache
 
     def enter_prompts(

@@ -118,10 +118,10 @@ class Rotation:
 
 @runtime_checkable
 class Compressible(Protocol):
-    """A model whose residual stream passes through blocks of equal structure.
+    """A model whose residual stream passes through blocks of the same layers.
 
     Attributes:
-      block_sites: linear layers of a block, the same for every block.
+      block_sites: linear layers of a block, the same for every block; blocks may differ in how they are packed.
       num_blocks: number of blocks.
     """
 
@@ -138,7 +138,7 @@ class Compressible(Protocol):
         """A new model with these blocks, whose layers may be packed; everything else is shared with this model.
 
         Raises:
-          ValueError: another number of blocks, or blocks that differ in structure.
+          ValueError: another number of blocks.
         """
 
     def check_ids(self, ids: Int[np.ndarray | Array, "batch length"]) -> None:
@@ -152,6 +152,28 @@ class Compressible(Protocol):
 
     def stream(self, carry: Any) -> Float[Array, "batch length hidden"]:
         """The residual stream in a carry."""
+
+
+@runtime_checkable
+class Predictive(Compressible, Protocol):
+    """A compressible language model."""
+
+    def predict(self, carry: Any) -> Float[Array, "batch length vocab"]:
+        """Logits of every position's next token, from what the last block leaves; float32."""
+
+
+@runtime_checkable
+class CachesHeads(Compressible, Protocol):
+    """A compressible model that can attend to keys and values as a cache of few bits keeps them.
+
+    Attributes:
+      cached_bits: numbers of bits that its cache can have.
+    """
+
+    cached_bits: tuple[int, ...]
+
+    def enter_blocks(self, ids: Int[Array, "batch length"], cache_bits: int | None = None) -> Any:
+        """`Compressible.enter_blocks`; the blocks then round keys and values to so many bits."""
 
 
 @runtime_checkable
@@ -182,6 +204,43 @@ class Rotatable(Compressible, Protocol):
 
         It shares all weights with this model, which are not rotated yet. The config says it, so that files do.
         """
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A model whose decoder layers are stacked: each run of consecutive equal layers is one stack, which is scanned.
+
+    With one run, the parameters of all layers have paths such as "layers/ffn/down_proj"; with several, those of a run
+    have "layers/0-4/ffn/down_proj" (`run_name`). Rules may say "layers/3/ffn/down_proj", of one layer, too: then
+    `quantize_model` cuts the stacks where layers begin to differ.
+
+    Attributes:
+      stack: attribute of the model that holds the layers, such as "layers".
+      runs: the layers of each stack, in order.
+    """
+
+    stack: str
+
+    @property
+    def runs(self) -> tuple[range, ...]: ...
+
+    def with_runs(self, runs: Sequence[range]) -> Self:
+        """The model with its stacks cut into these runs; the numbers stay the same.
+
+        Raises:
+          ValueError: runs that do not have all layers in order, or that would join layers of several runs.
+        """
+
+
+def run_name(layers: range) -> str:
+    """The name of a run in paths: its first and last layer, as in "0-4"; or "7" for one layer."""
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+def run_of_name(name: str) -> range:
+    """Inverse of `run_name`. Raises ValueError for other texts."""
+    first, _, last = name.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def layer_at(module: nnx.Module, path: str) -> nnx.Module:

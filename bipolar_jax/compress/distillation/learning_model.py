@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.compress.distillation.learning_layers import FrozenEmbed, Latent, LearningLinear, Step
-from bipolar_jax.nn.compressible import layer_at
+from bipolar_jax.nn.compressible import Layered, layer_at
 from bipolar_jax.nn.convert.summary import packed_layers
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear
@@ -43,6 +43,8 @@ def learning_model[Model: nnx.Module](
       ValueError: no packed layers that learn; packed layers of another kind than `nn.Linear` and `nn.Embed`, or trained
         ones; floats without a layer of the same shape.
     """
+    if isinstance(packed, Layered) and isinstance(floats, Layered):
+        floats = floats.with_runs(packed.runs)
     model, count = nnx.clone(packed), 0
     for path, layer in packed_layers(packed):
         if isinstance(layer, Embed):

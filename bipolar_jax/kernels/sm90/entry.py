@@ -116,6 +116,7 @@ def decode_layers(
     *,
     cache_bits=None,
     spans=None,
+    first_layer=0,
 ):
     """See `Backend.decode_layers`, and `decode_step.api` for what is not served."""
     return _decode_step(kernels).decode_layers(
@@ -132,6 +133,7 @@ def decode_layers(
         a_format,
         cache_bits=cache_bits,
         spans=spans,
+        first_layer=first_layer,
         interpret=interpret_params(),
     )
 

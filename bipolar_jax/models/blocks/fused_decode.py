@@ -28,8 +28,9 @@ def fused_layers(
     hidden: Float[Array, "1 1 hidden"],
     tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
     cache: KVCache,
+    first_layer: int = 0,
 ) -> tuple[Float[Array, "1 1 hidden"], KVCache]:
-    """All layers for the new token of one sequence, by `ops.decode_layers`.
+    """All layers of a stack for the new token of one sequence, by `ops.decode_layers`.
 
     The numbers are those of the layers one after the other up to rounding: between products they stay float32 here,
     where layers round them to the model's dtype.
@@ -39,23 +40,24 @@ def fused_layers(
       config: of the model.
       hidden: of the new token.
       tables: cosines and sines of its position, where positions are rotary.
-      cache: its length is the token's position.
+      cache: of all layers of the model; its length is the token's position.
+      first_layer: index of the stack's first layer in the model.
 
     Returns:
-      The hidden state before the final norm, in the dtype of `hidden`; and the cache with the token written and not
+      The hidden state after the last layer, in the dtype of `hidden`; and the cache with the token written and not
       yet counted.
 
     Raises:
       Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
         bits or backend; keys that are rotated at run time; and as `ops.decode_layers`.
     """
-    operands, options = _fused_operands(layers, config, hidden, tables, cache)
+    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
     outcome, qkv = ops.decode_layers(*operands, **options)
-    heads = qkv.reshape(config.num_layers, 1, -1, config.head_dim)[:, :, config.num_heads :]
+    heads = qkv.reshape(len(qkv), 1, -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)
     if tables is not None:
-        keys = rotate(keys, tuple(jnp.broadcast_to(table, (config.num_layers, *table.shape[1:])) for table in tables))
-    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None])
+        keys = rotate(keys, tuple(jnp.broadcast_to(table, (len(keys), *table.shape[1:])) for table in tables))
+    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None], first_layer)
 
 
 def explain_fused_layers(
@@ -64,13 +66,16 @@ def explain_fused_layers(
     hidden: Float[Array, "batch 1 hidden"],
     tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
     cache: KVCache,
+    first_layer: int = 0,
 ) -> Step:
     """What `fused_layers` runs for these operands. Raises Unsupported as it does."""
-    operands, options = _fused_operands(layers, config, hidden, tables, cache)
+    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
     return Step("all layers, cache write", ops.explain(ops.decode_layers, *operands, **options))
 
 
-def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KVCache) -> tuple[tuple, dict[str, Any]]:
+def _fused_operands(
+    layers, config: TransformerConfig, hidden, tables, cache: KVCache, first_layer: int
+) -> tuple[tuple, dict[str, Any]]:
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
     if hidden.shape[0] != 1:
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
@@ -99,6 +104,8 @@ def _fused_operands(layers, config: TransformerConfig, hidden, tables, cache: KV
         _activation_format(products),
     )
     options = {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
+    if first_layer:
+        options["first_layer"] = first_layer
     spans = {name: layer.precision.a_span for name, layer in products.items()}
     return operands, options if set(spans.values()) == {1.0} else {**options, "spans": spans}
 

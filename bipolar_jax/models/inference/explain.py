@@ -19,6 +19,31 @@ from bipolar_jax.models.blocks.step import Step, product_step
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import DecoderLayer, Transformer
+from bipolar_jax.nn.compressible import run_name
+
+
+@dataclasses.dataclass(frozen=True)
+class RunExplanation:
+    """The kernels of equal layers, which are one scanned stack.
+
+    Attributes:
+      layers: their indices in the model.
+      prefill, decode: steps of one layer, in order; or in decode the one step of all of them.
+      not_one_kernel: why they do not run as one kernel in a decode step; None if they do.
+    """
+
+    layers: range
+    prefill: tuple[Step, ...]
+    decode: tuple[Step, ...]
+    not_one_kernel: str | None
+
+    def rows(self, phase: str, steps: tuple[Step, ...]) -> list[tuple[tuple[str, ...], list[str]]]:
+        """Cells and notes of one phase's steps."""
+        where = f"layer{'s' if len(self.layers) > 1 else ''} {run_name(self.layers)}"
+        rows = [((phase, where, *_cells(step)), _notes(step)) for step in steps]
+        if phase == "decode" and self.not_one_kernel is not None:
+            rows[0][1].insert(0, f"not one kernel for all layers: {self.not_one_kernel}")
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +52,36 @@ class ModelExplanation:
 
     Attributes:
       workload: model, batch, lengths, cache and device in words.
-      num_layers: layers, which are equal: they are one scanned stack.
-      prefill, decode: steps of one layer, in order; or in decode the one step of all layers.
+      runs: the layers, those that are equal together.
       output: the output layer of both phases, which make logits of one position of each sequence.
-      not_one_kernel: why the layers of a decode step do not run as one kernel; None if they do.
     """
 
     workload: str
-    num_layers: int
-    prefill: tuple[Step, ...]
-    decode: tuple[Step, ...]
+    runs: tuple[RunExplanation, ...]
     output: Step
-    not_one_kernel: str | None
+
+    @property
+    def prefill(self) -> tuple[Step, ...]:
+        """The steps of a layer of the first run, then of the next."""
+        return tuple(step for run in self.runs for step in run.prefill)
+
+    @property
+    def decode(self) -> tuple[Step, ...]:
+        """Likewise of a decode step."""
+        return tuple(step for run in self.runs for step in run.decode)
+
+    @property
+    def not_one_kernel(self) -> str | None:
+        """Why the layers of a run are not one kernel in a decode step; None if they are in every run."""
+        return next((run.not_one_kernel for run in self.runs if run.not_one_kernel is not None), None)
 
     def __str__(self) -> str:
-        last = self.num_layers - 1
-        layers = f"layers 0-{last}" if last else "layer 0"
-        rows = [("prefill", layers, self.prefill), ("prefill", "output", (self.output,))]
-        rows += [("decode", layers, self.decode), ("decode", "output", (self.output,))]
-        cells = [(phase, where, *_cells(step)) for phase, where, steps in rows for step in steps]
-        notes = [(phase, _notes(step)) for phase, _, steps in rows for step in steps]
-        if self.not_one_kernel is not None:
-            first = next(i for i, (phase, _) in enumerate(notes) if phase == "decode")
-            notes[first] = ("decode", [f"not one kernel for all layers: {self.not_one_kernel}", *notes[first][1]])
-        return "\n".join([self.workload, *_table(cells, [note for _, note in notes])])
+        rows = []
+        for phase in ("prefill", "decode"):
+            for run in self.runs:
+                rows += run.rows(phase, run.prefill if phase == "prefill" else run.decode)
+            rows.append(((phase, "output", *_cells(self.output)), _notes(self.output)))
+        return "\n".join([self.workload, *_table([cells for cells, _ in rows], [notes for _, notes in rows])])
 
 
 def _cells(step: Step) -> tuple[str, str, str]:
@@ -101,24 +132,23 @@ def explain_model(
         hidden, tables = model.enter_prompts(ids)
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
-        layer = jax.tree.map(lambda leaf: leaf[0], model.layers)
-        prefill = tuple(_prefill_steps(model, layer, hidden, tables, cache))
         token, token_tables = model.enter_tokens(ids[:, 0], cache)
-        not_one_kernel = None
-        try:
-            decode = (explain_fused_layers(model.layers, config, token, token_tables, cache),)
-        except Unsupported as reason:
-            decode, not_one_kernel = tuple(_decode_steps(model, layer, token, token_tables, cache)), str(reason)
+        runs = []
+        for run, stack in model.stacks:
+            layer = jax.tree.map(lambda leaf: leaf[0], stack)
+            prefill, not_one_kernel = tuple(_prefill_steps(model, layer, hidden, tables, cache)), None
+            try:
+                decode = (explain_fused_layers(stack, config, token, token_tables, cache, run.start),)
+            except Unsupported as reason:
+                decode, not_one_kernel = tuple(_decode_steps(model, layer, token, token_tables, cache)), str(reason)
+            runs.append(RunExplanation(run, prefill, decode, not_one_kernel))
         numbers = hidden.dtype.name if cache_bits is None else f"{cache_bits}-bit numbers"
         found.append(
             ModelExplanation(
                 f"{config.num_layers} layers, batch {batch}, prompts of {length} tokens, cache of {capacity} positions "
                 f"in {numbers}, {default_device().device_kind}",
-                config.num_layers,
-                prefill,
-                decode,
+                tuple(runs),
                 product_step("logits", model.output_layer, token[:, 0]),
-                not_one_kernel,
             )
         )
 

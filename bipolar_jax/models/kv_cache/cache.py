@@ -165,12 +165,13 @@ class KVCache:
         self,
         keys: Float[Array, "layers batch 1 kv_heads head_dim"],
         values: Float[Array, "layers batch 1 kv_heads head_dim"],
+        first_layer: int = 0,
     ) -> KVCache:
-        """`write` for all layers at once, for a batch of one sequence."""
+        """`write` for consecutive layers at once, for a batch of one sequence."""
 
         def put(rows, token):
             zero = jnp.zeros_like(self.lengths[0])
-            at = (zero, zero, zero, self.lengths[0], zero)[: rows.ndim]
+            at = (zero + first_layer, zero, zero, self.lengths[0], zero)[: rows.ndim]
             before = jax.lax.dynamic_slice(rows, at, token.shape)
             token = jnp.where(self.lengths[0] < self.capacity, token.astype(rows.dtype), before)
             return row_major(jax.lax.dynamic_update_slice(rows, token, at))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flax import nnx
 
@@ -69,9 +69,11 @@ def parameter_bytes(layer: nnx.Pytree) -> int:
     return sum(num_bytes(variable.get_value()) for variable in own_parameters(layer).values())
 
 
-def warn_of_float_layers(rules: Rules, layers: Iterable[FloatLayer]) -> None:
-    """Warns once of weights that stay float although a rule gives them a precision."""
-    matched = [layer for layer in layers if layer.weights and chosen_precision(rules, layer.path) is not None]
+def warn_of_float_layers(
+    rules: Rules, layers: Iterable[FloatLayer], names: Callable[[str], tuple[str, ...]] = lambda path: (path,)
+) -> None:
+    """Warns once of weights that stay float although a rule gives them a precision; `names` as of `match_rules`."""
+    matched = [layer for layer in layers if layer.weights and chosen_precision(rules, *names(layer.path)) is not None]
     warn_of_matched({layer.path: (layer.reason, layer.weights) for layer in matched}, stacklevel=4)
 
 

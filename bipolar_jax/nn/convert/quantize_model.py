@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 from bipolar_jax.nn.convert.float_layers import FLOAT_LAYERS, float_layers, warn_of_float_layers
 from bipolar_jax.nn.convert.layer_paths import first_references, layer_references
+from bipolar_jax.nn.convert.layer_runs import cut_by_rules, names_of_layers
 from bipolar_jax.nn.convert.quantize_linen import quantize_linen
 from bipolar_jax.nn.convert.rules import Rules, match_rules, trained_precisions
 from bipolar_jax.nn.layers.einsum import Einsum
@@ -34,6 +35,9 @@ def quantize_model[Model: nnx.Module](
 
     Layers trained with `DotGeneral` are packed at the precision of their training and then give
     the same bits. Without rules only these layers are replaced.
+
+    The layers of a `Transformer` are one stack. A pattern may name some of them, as "layers/3/ffn/down_proj" or
+    "layers/0-4/" do: the stack is then cut into runs of equal layers, each of which is compiled by itself.
 
     For a linen model, give its variables and example inputs too; the result is a pair:
 
@@ -81,7 +85,9 @@ def quantize_model[Model: nnx.Module](
             f"got a {type(model).__name__}{' with variables or inputs' if linen_arguments or linen_options else ''}: "
             "give an nnx.Module and rules, or a linen.Module, rules, its variables and example inputs"
         )
-    quantized = nnx.clone(model)
+    if rules is not None:
+        model, rules = cut_by_rules(model, rules)
+    quantized, names = nnx.clone(model), names_of_layers(model)
     if type(quantized) in FLOAT_LAYERS:
         raise ValueError(
             f"the model is itself an {type(quantized).__name__}, so there is no path for a rule to match: "
@@ -96,7 +102,7 @@ def quantize_model[Model: nnx.Module](
     else:
         paths, all_paths = ([r.path for r in some] for some in (first.values(), references))
         reasons = {layer.path: layer.reason for layer in left_float}
-        precisions = match_rules(rules, paths, reasons, _ELIGIBLE, all_paths)
+        precisions = match_rules(rules, paths, reasons, _ELIGIBLE, all_paths, names)
     packed: dict[int, nnx.Module] = {}
     for reference in references:
         layer, path = reference.layer, first[id(reference.layer)].path
@@ -106,7 +112,7 @@ def quantize_model[Model: nnx.Module](
                 packed[id(layer)] = _pack(path, layer, precision, implementation)
             reference.replace(packed[id(layer)])
     if rules is not None:
-        warn_of_float_layers(rules, left_float)
+        warn_of_float_layers(rules, left_float, names)
     return quantized
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.quantize import Precision
@@ -15,7 +15,12 @@ _NUM_NEAR_MISSES = 5
 
 
 def match_rules(
-    rules: Rules, paths: Sequence[str], others: Mapping[str, str], eligible: str, tied: Sequence[str] = ()
+    rules: Rules,
+    paths: Sequence[str],
+    others: Mapping[str, str],
+    eligible: str,
+    tied: Sequence[str] = (),
+    names: Callable[[str], tuple[str, ...]] = lambda path: (path,),
 ) -> dict[str, Precision | None]:
     """The precision (or None) of every path that a rule matches.
 
@@ -26,6 +31,7 @@ def match_rules(
       eligible: the classes that can be quantized, for the messages of errors.
       tied: all paths of the layers, including further paths of tied layers, for the messages of
         errors.
+      names: of a path, the texts in which patterns are searched for.
 
     Raises:
       ValueError: a rule that decides no layer, or that is not a (pattern, precision) pair; a text that is no precision.
@@ -33,20 +39,21 @@ def match_rules(
     compiled = [_compile(rule) for rule in rules]
     used, precisions = set(), {}
     for path in paths:
-        index = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(path)), None)
+        index = next((i for i, (pattern, _) in enumerate(compiled) if any(map(pattern.search, names(path)))), None)
         used.add(index)
         if index is not None:
             precisions[path] = compiled[index][1]
     for index, (pattern, _) in enumerate(compiled):
         if index not in used:
-            raise ValueError(_explain_unused(pattern, list(dict.fromkeys([*paths, *tied])), others, eligible))
+            candidates = list(dict.fromkeys(name for path in (*paths, *tied) for name in names(path)))
+            raise ValueError(_explain_unused(pattern, candidates, others, eligible))
     return precisions
 
 
-def chosen_precision(rules: Rules, path: str) -> Precision | None:
-    """The precision of the first rule that matches a path; None if that is None, or no rule matches."""
+def chosen_precision(rules: Rules, *names: str) -> Precision | None:
+    """The precision of the first rule that matches one of a layer's names; None if that is None, or no rule matches."""
     compiled = map(_compile, rules)
-    return next((precision for pattern, precision in compiled if pattern.search(path)), None)
+    return next((precision for pattern, precision in compiled if any(map(pattern.search, names))), None)
 
 
 def trained_precisions(layers: Mapping[str, LayerQuantization | None]) -> dict[str, Precision]:

@@ -47,6 +47,7 @@ def decode_layers(
     *,
     cache_bits: int | None = None,
     spans: Mapping[str, float] | None = None,
+    first_layer: int = 0,
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -77,6 +78,7 @@ def decode_layers(
         integer groups.
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
       spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
+      first_layer: index in the cache of the first of these layers: the cache may be that of more layers.
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
         (compute-sanitizer) needs more.
@@ -91,7 +93,7 @@ def decode_layers(
         multiprocessors.
     """
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
-    shape = _with_spans(shape, spans)
+    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},
@@ -134,11 +136,12 @@ def plan_decode_layers(
     *,
     cache_bits: int | None = None,
     spans: Mapping[str, float] | None = None,
+    first_layer: int = 0,
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
-    shape = _with_spans(shape, spans)
+    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer)
     planes = shape.prepared is None
     weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
     weights += "" if shape.float_token is None else ", float tokens"
@@ -177,7 +180,7 @@ def _shape(
     keys, *_ = keys
     if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
-    layers, _, kv_heads, capacity, row = keys.shape
+    _, _, kv_heads, capacity, row = keys.shape
     head_dim = row * 2 if cache_bits == 4 else row
     if cache_bits is not None and capacity % TMA_ALIGNMENT:
         raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
@@ -193,7 +196,7 @@ def _shape(
             f"{blocks} blocks wait for each other, more than the device's {multiprocessors} multiprocessors"
         )
     return LayersShape(
-        num_layers=layers,
+        num_layers=kernels["qkv"].shape[0],
         hidden=hidden.shape[0],
         ffn=kernels["down"].contracted_size,
         heads=kernels["o"].contracted_size // head_dim,

@@ -100,19 +100,21 @@ SMALL_HEADS = {"hidden_size": 192, "num_heads": 3, "head_dim": 64, "ffn_size": 3
 
 
 @pytest.mark.parametrize(
-    ("precision", "cache_bits", "sizes"),
+    ("precision", "cache_bits", "sizes", "runs"),
     [
-        ("W2A8", None, {}),
-        ("W4A8g128i", None, SMALL_HEADS),
-        ("W2A8", 8, {}),
-        ("W4A8g64i", 4, SMALL_HEADS),
-        ("W4A16g64i", None, SMALL_HEADS),
+        ("W2A8", None, {}, 2),
+        ("W4A8g128i", None, SMALL_HEADS, 1),
+        ("W2A8", 8, {}, 2),
+        ("W4A8g64i", 4, SMALL_HEADS, 2),
+        ("W4A16g64i", None, SMALL_HEADS, 1),
     ],
 )
 @pytest.mark.sample(1)
-def test_a_model_decodes_the_same(precision, cache_bits, sizes, monkeypatch):
+def test_a_model_decodes_the_same(precision, cache_bits, sizes, runs, monkeypatch):
+    """Every run of layers is a kernel, which finds its layers in the cache of all."""
     layout = "tensor_cores" if precision.endswith("i") else "planes"
     model = prepare_for_inference(small_model(precision, **sizes), layout=layout)
+    model = model.with_runs([range(2)] if runs == 1 else [range(1), range(1, 2)])
     ids = jnp.arange(1, 12)[None]
     _, cache = model.prefill(ids, jnp.array([11]), 64, cache_bits)
     layered, layered_cache = model.decode(jnp.array([5]), cache)
@@ -122,7 +124,7 @@ def test_a_model_decodes_the_same(precision, cache_bits, sizes, monkeypatch):
     monkeypatch.setattr(sm90, "decode_layers", recording(sm90.decode_layers, reached))
     with interpreted(plgpu.InterpretGPUParams()):
         fused, fused_cache = model.decode(jnp.array([5]), cache)
-    assert reached == ["done"]
+    assert reached == ["done"] * runs
     np.testing.assert_array_equal(fused_cache.lengths, layered_cache.lengths)
     np.testing.assert_allclose(fused, layered, atol=0.03 * float(jnp.max(jnp.abs(layered))))
     for got, expected in ((fused_cache.keys, layered_cache.keys), (fused_cache.values, layered_cache.values)):

@@ -187,7 +187,7 @@ class CacheRing:
     def _load(self, kind: int, load_index) -> None:
         @pl.when(load_index < self._layers.count * self.chunks)
         def _():
-            layer = self._layers.first + lax.div(load_index, jnp.maximum(self.chunks, 1))
+            layer = self._shape.first_layer + self._layers.first + lax.div(load_index, jnp.maximum(self.chunks, 1))
             chunk = lax.rem(load_index, jnp.maximum(self.chunks, 1))
             source = (self._cache.keys, self._cache.values)[kind]
             slot = self._slot(self._slots.vectors, kind, self._warpgroup)

@@ -130,7 +130,7 @@ class LayersShape:
     """All that is static about the layers.
 
     Attributes:
-      num_layers: of the model.
+      num_layers: of the weights.
       hidden, ffn: sizes.
       heads, kv_heads: of `head_dim` numbers each.
       head_dim: one of HEAD_DIMS.
@@ -145,6 +145,7 @@ class LayersShape:
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
       wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
       spans: of the tokens of each product, see `BipolarFormat.span`.
+      first_layer: index in the cache of the first of these layers.
     """
 
     num_layers: int
@@ -164,6 +165,7 @@ class LayersShape:
     cache_bits: int | None = None
     wait_limit_ms: int = WAIT_LIMIT_MS
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)
+    first_layer: int = 0
 
     def __post_init__(self):
         if self.head_dim not in HEAD_DIMS:
@@ -172,8 +174,6 @@ class LayersShape:
             raise Unsupported(f"sizes must be multiples of {SIZE_UNIT}, not {self.hidden} and {self.ffn}")
         if self.heads > self.blocks:
             raise Unsupported(f"{self.heads} heads are more than the {self.blocks} blocks")
-        if self.w_slots < 2:
-            raise Unsupported(f"tokens of {self.ffn} numbers leave no shared memory for weights")
         rotation = self.activation.rotation
         if rotation is not None and rotation.size != self.ffn:
             raise ValueError(f"the activation rotates {rotation.size} numbers, the input of down has {self.ffn}")
@@ -182,6 +182,8 @@ class LayersShape:
                 f"the input of down is rotated in blocks of {rotation.block}: warps rotate powers of two up to "
                 f"{LARGEST_WARP_BLOCK} without signs, as rotate(block=...) makes them"
             )
+        if self.w_slots < 2:
+            raise Unsupported(f"tokens of {self.ffn} numbers leave no shared memory for weights")
 
     @functools.cached_property
     def products(self) -> dict[str, Product]:
