@@ -278,7 +278,7 @@ def prepared_cases(name: str) -> list[Case]:
 
 
 def plane_steps(name: str) -> list[Step]:
-    """Every precision with one of the caches, in turns; one as served in bfloat16, maybe rotated; W1A2 or a full cache."""
+    """Every precision with a cache, in turns; one as served in bfloat16, maybe rotated; W1A2 or a full cache."""
     config, turn = _two_layers(name), PLANE_MODELS.index(name)
     steps = [Step(config, precision, _CACHE_BITS[(at + turn) % 3]) for at, precision in enumerate(_PRECISIONS)]
     served = _rotated(config, turn) if turn % 4 < 2 else config
