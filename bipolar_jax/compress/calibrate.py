@@ -15,13 +15,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Num
 
+from bipolar_jax.compress.activation_spans import with_learned_spans
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
 from bipolar_jax.compress.packed_sites import BlockPlan, float_matrix, packed_kernels, plan_blocks, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.compress.whole_model import WholeModel
-from bipolar_jax.nn.compressible import Compressible, layer_at
+from bipolar_jax.nn.compressible import CachesHeads, Compressible, layer_at
 from bipolar_jax.nn.convert.layer_runs import cut_by_rules
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
@@ -30,6 +31,7 @@ from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.rounding import check_finite
 
 DEFAULT_METHOD = Rounding()
+_SPAN_WINDOWS = 8  # spans are learned on so many
 
 
 def calibrate[Model: nnx.Module](
@@ -38,6 +40,8 @@ def calibrate[Model: nnx.Module](
     rules: Rules,
     *,
     method: Rounding = DEFAULT_METHOD,
+    learn_spans: int = 4,
+    cache_bits: int | None = None,
     windows_per_step: int = 4,
     on_block: Callable[[int], None] | None = None,
     store: str | os.PathLike[str] | None = None,
@@ -66,6 +70,10 @@ def calibrate[Model: nnx.Module](
         first axes are examples.
       rules: as those of `quantize_model`.
       method: how weights are rounded.
+      learn_spans: activations of at most so many bits get the part of a token's range that their grid should span
+        (`Precision.a_span`), one for each input of a block; 0 learns none. The first windows are enough for it.
+      cache_bits: of the cache of keys and values that the model will decode with, 8 or 4: layers are then rounded for
+        what attention reads from it. None leaves keys and values as they are.
       windows_per_step: windows, or examples, that run at once; more is faster and takes more memory.
       on_block: called with the number of blocks that are finished.
       store: a folder where finished blocks are kept. A calibration that was stopped resumes from it, with the same
@@ -85,6 +93,9 @@ def calibrate[Model: nnx.Module](
         raise ValueError(f"method must be a Rounding, such as Rounding('nearest'), got {method!r:.60}")
     if method.asymmetry:
         raise ValueError(f"asymmetry is {method.asymmetry}, but calibrate runs no float model beside: set it to 0")
+    if cache_bits is not None and not (isinstance(model, CachesHeads) and cache_bits in model.cached_bits):
+        kinds = model.cached_bits if isinstance(model, CachesHeads) else "no"
+        raise ValueError(f"cache_bits is {cache_bits!r}, but the model keeps caches of {kinds} bits: leave it None")
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):
         model.check_ids(inputs)
@@ -96,17 +107,21 @@ def calibrate[Model: nnx.Module](
         plans = (plan,)
     for precision in dict.fromkeys(each for block in plans for plan in block for each in plan.precisions.values()):
         method.check(precision)
+    _check_weights(blocks, plans)
+    floats = model
+    if other_rules:
+        model = quantize_model(model, other_rules)
+        blocks = model if isinstance(model, Compressible) else dataclasses.replace(blocks, module=model)
+    if learn_spans:
+        plans = with_learned_spans(blocks, batches[: -(-_SPAN_WINDOWS // windows_per_step)], plans, learn_spans)
     finished = None
     if store is not None:
         by_block = [sorted(item for plan in block for item in plan.precisions.items()) for block in plans]
         precisions = by_block[0] if all(each == by_block[0] for each in by_block) else by_block
-        digests = {"model": digest_of_model(model), "inputs": digest_of_arrays(inputs)}
-        finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": repr(method)})
-    _check_weights(blocks, plans)
-    if other_rules:
-        model = quantize_model(model, other_rules)
-        blocks = model if isinstance(model, Compressible) else dataclasses.replace(blocks, module=model)
-    calibrated = _pass_over_blocks(blocks, batches, plans, method, on_block, finished)
+        settings = repr(method) if cache_bits is None else repr((method, cache_bits))
+        digests = {"model": digest_of_model(floats), "inputs": digest_of_arrays(inputs)}
+        finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": settings})
+    calibrated = _pass_over_blocks(blocks, batches, plans, method, cache_bits, on_block, finished)
     return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
 
 
@@ -140,11 +155,12 @@ def _pass_over_blocks(
     batches: Sequence[Any],
     plans: Sequence[BlockPlan],
     method: Rounding,
+    cache_bits: int | None,
     on_block: Callable[[int], None] | None,
     finished: LayerStore | None,
 ) -> Compressible:
     """The model with packed layers in its blocks."""
-    carries = [_enter(model, batch) for batch in batches]
+    carries = [_enter(model, batch, cache_bits) for batch in batches]
     blocks = []
     for index, plan in enumerate(plans):
         block = model.block(index)
@@ -177,33 +193,33 @@ def _calibrated(
     """A block with packed layers, and these layers' kernels by path."""
     kernels: dict[str, BipolarArray] = {}
     for index, plan in enumerate(plans):
-        a_bits = tuple(dict.fromkeys(precision.a_bits for precision in plan.precisions.values()))
-        if not a_bits:
+        a_formats = tuple(dict.fromkeys(precision.a_format for precision in plan.precisions.values()))
+        if not a_formats:
             continue
         remaining = tuple(each.sites for each in plans[index:])
         first = layer_at(block, plan.sites.names[0])
-        moments = tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in a_bits)
+        moments = tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in a_formats)
         for carry in carries:
-            moments = _add_moments(model, block, carry, moments, remaining, a_bits)
+            moments = _add_moments(model, block, carry, moments, remaining, a_formats)
         if not all(jnp.isfinite(sums.products).all() for sums in moments):
             raise ValueError(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
                 "them of these inputs, so look for them in its embeddings, norms and biases, or in the inputs"
             )
-        by_bits = dict(zip(a_bits, moments, strict=True))
+        by_format = dict(zip(a_formats, moments, strict=True))
         rounded = {}
         for precision, names in plan.joined().items():
             floats = [float_matrix(layer_at(block, name)) for name in names]
-            packed = packed_kernels(floats, by_bits[precision.a_bits], precision, method)
+            packed = packed_kernels(floats, by_format[precision.a_format], precision, method)
             rounded |= dict(zip(names, packed, strict=True))
         block = with_packed_layers(block, rounded, plan.precisions)
         kernels |= rounded
     return block, kernels
 
 
-@jax.jit
-def _enter(model: Compressible, batch: Any) -> Any:
-    return model.enter_blocks(batch)
+@functools.partial(jax.jit, static_argnames="cache_bits")
+def _enter(model: Compressible, batch: Any, cache_bits: int | None) -> Any:
+    return model.enter_blocks(batch) if cache_bits is None else model.enter_blocks(batch, cache_bits)
 
 
 @jax.jit
@@ -211,9 +227,9 @@ def _run(model: Compressible, block: nnx.Module, carry: Any) -> Any:
     return model.run_block(block, carry)
 
 
-@functools.partial(jax.jit, static_argnames=("remaining", "a_bits"), donate_argnames="moments")
-def _add_moments(model, block, carry, moments, remaining, a_bits) -> tuple[SecondMoments, ...]:
-    """The second moments of the first of the remaining sites, for each number of activation bits, with one batch."""
+@functools.partial(jax.jit, static_argnames=("remaining", "a_formats"), donate_argnames="moments")
+def _add_moments(model, block, carry, moments, remaining, a_formats) -> tuple[SecondMoments, ...]:
+    """The second moments of the first of the remaining sites, for each format of activations, with one batch."""
     x, stream = site_inputs(model, block, carry, remaining)
     stream = stream if remaining[0].to_stream else None
-    return tuple(sums.add(x, bits, stream) for sums, bits in zip(moments, a_bits, strict=True))
+    return tuple(sums.add(x, a_format, stream) for sums, a_format in zip(moments, a_formats, strict=True))

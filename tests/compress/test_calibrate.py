@@ -146,6 +146,8 @@ def test_wrong_arguments_are_named(model):
         calibrate(model, TOKENS[:0], RULES)
     with pytest.raises(ValueError, match="asymmetry is 0.5"):
         calibrate(model, TOKENS, RULES, method=Rounding(asymmetry=0.5))
+    with pytest.raises(ValueError, match=r"cache_bits is 6, but the model keeps caches of \(8, 4\) bits"):
+        calibrate(model, TOKENS, RULES, cache_bits=6)
     with pytest.raises(ValueError, match="the nearest paths are"):
         calibrate(model, TOKENS, [("layer/", "W4A8")])
     with pytest.raises(ValueError, match="token ids span 0..37, outside the vocabulary 0..36"):

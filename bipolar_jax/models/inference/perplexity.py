@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -74,6 +75,7 @@ def perplexity(
     windows: int,
     window_length: int = 512,
     windows_per_step: int = 4,
+    cache_bits: int | None = None,
     on_window: Callable[[int], None] | None = None,
 ) -> Perplexity:
     """Perplexity on the first windows of a text.
@@ -87,6 +89,7 @@ def perplexity(
       windows: number of windows to score.
       window_length: tokens of a window, at least 2.
       windows_per_step: windows of a forward pass; more is faster and takes more memory.
+      cache_bits: every token attends to keys and values as a cache of 8 or 4 bits keeps them; None leaves them.
       on_window: called with the number of windows scored so far.
 
     Raises:
@@ -111,7 +114,7 @@ def perplexity(
     losses = []
     for start in range(0, windows, windows_per_step):
         batch = used[start : start + windows_per_step]
-        losses.extend(np.asarray(_window_losses(model, jnp.asarray(batch)), np.float64))
+        losses.extend(np.asarray(_window_losses(model, jnp.asarray(batch), cache_bits), np.float64))
         if on_window is not None:
             on_window(len(losses))
     means = np.asarray(losses)
@@ -128,10 +131,12 @@ def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:
     return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
 
 
-@jax.jit
-def _window_losses(model: Transformer, ids: Int[Array, "windows length"]) -> Float[Array, " windows"]:
+@functools.partial(jax.jit, static_argnames="cache_bits")
+def _window_losses(
+    model: Transformer, ids: Int[Array, "windows length"], cache_bits: int | None = None
+) -> Float[Array, " windows"]:
     """Mean negative log-likelihood of every window, in nats."""
-    hidden = model.hidden_states(ids)
+    hidden = model.hidden_states(ids, cache_bits)
 
     def one_window(window):  # the logits, the largest array by far, of one window at a time
         hidden, ids = window

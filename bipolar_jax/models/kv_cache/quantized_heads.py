@@ -66,6 +66,11 @@ class QuantizedHeads:
         return 2 * self.scale[..., None] * steps
 
 
+def as_read(heads: Float[Array, "*vectors head_dim"], bits: int) -> Float[Array, "*vectors head_dim"]:
+    """The numbers that attention reads from a cache of so many bits in place of these, in their dtype."""
+    return QuantizedHeads.quantize(heads, bits).dequantize().astype(heads.dtype)
+
+
 def check_cache_bits(bits: int | None, head_dim: int) -> None:
     """Raises ValueError unless a cache can store heads of this size in `bits` bits; None is the model's own dtype."""
     if bits is not None and bits not in CACHE_BITS:

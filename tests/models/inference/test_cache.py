@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bipolar_jax.compress import rotate
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache, keep
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
@@ -145,6 +146,22 @@ def test_decoding_is_close_to_the_full_forward_pass(model, bits):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(full).max())
         if step < capacity - 6:
             logits, cache = decode(model, ids[np.arange(2), at], cache)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_texts_attend_to_what_a_cache_would_keep(model, bits):
+    """All at once they are what decoding from an empty cache makes of them, keys of 4 bits rotated, too."""
+    model, ids = rotate(model, key=jax.random.key(0)), random_ids(1, 8)
+    shape = (CONFIG.num_layers, 1, CONFIG.num_kv_heads, 8, CONFIG.head_dim)
+    cache = KVCache.empty(shape, jnp.float32, bits, jnp.zeros(1, jnp.int32), model.config.key_rotation(bits))
+    found = np.asarray(model.logits(model.hidden_states(ids, bits)))[0]
+    worst = []
+    for step, logits in enumerate(found):
+        expected, cache = decode(model, ids[:, step], cache)
+        worst.append(np.abs(logits - expected[0]).max())
+    # Sums in another order may round a number to the next code.
+    assert np.median(worst) < 1e-4 * np.abs(found).max()
+    assert np.abs(found - np.asarray(forward(model, ids))[0]).max() > 100 * np.median(worst)
 
 
 @pytest.mark.parametrize("bits", BITS)
