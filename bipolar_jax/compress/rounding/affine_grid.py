@@ -45,7 +45,7 @@ class AffineGrid:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NestedGrid:
-    """The numbers of a code and of its high planes: with d planes dropped, 2^d codes stand for their mean.
+    """The numbers of a code and of its high planes: with d planes dropped, 2^d codes stand for one number.
 
     As an `AffineGrid`, but numbers and targets have an axis of precisions before the rows. The code is the one of least
     squared distance from the targets, summed over precisions (MatGPTQ, arXiv 2602.03537). A precision that drops d
@@ -53,18 +53,21 @@ class NestedGrid:
 
     Attributes:
       step, base: of the codes with all planes.
+      middle: of each precision, what the number of 2^d codes is above that of the lowest: step * (2^d - 1) / 2, their
+        mean; with integer groups the integer below.
       largest: the largest code.
       dropped: planes that each precision drops, 0 first.
     """
 
     step: Float[Array, "*groups n"]
     base: Float[Array, "*groups n"]
+    middle: Float[Array, "*groups precisions n"]
     largest: int = dataclasses.field(metadata={"static": True})
     dropped: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def of(self, groups: Int[Array, "*k"]) -> NestedGrid:
         """The grid of one group or several, given their indices."""
-        return dataclasses.replace(self, step=self.step[groups], base=self.base[groups])
+        return dataclasses.replace(self, step=self.step[groups], base=self.base[groups], middle=self.middle[groups])
 
     def codes(self, x: Float[Array, "precisions n"]) -> Float[Array, "n"]:
         """The best code of each row, as float32, of all there are."""
@@ -79,7 +82,7 @@ class NestedGrid:
     def numbers(
         self, codes: Float[Array, "*groups n"] | UInt8[Array, "*groups n"]
     ) -> Float[Array, "*groups precisions n"]:
-        """step * (mean of the codes with the same high planes) + base, for each precision."""
+        """step * (the lowest code with the same high planes) + base + middle, for each precision."""
         codes = codes.astype(jnp.float32)
-        means = [jnp.floor(codes / 2**d) * 2**d + (2**d - 1) / 2 for d in self.dropped]
-        return jnp.stack([self.step * mean + self.base for mean in means], axis=-2)
+        lowest = [jnp.floor(codes / 2**d) * 2**d for d in self.dropped]
+        return jnp.stack([self.step * code + self.base for code in lowest], axis=-2) + self.middle

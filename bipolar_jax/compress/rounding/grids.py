@@ -30,6 +30,10 @@ class FreeGrid:
     def affine(self) -> AffineGrid:
         return AffineGrid(self.step, self.base, self.largest)
 
+    def middle(self, dropped: int) -> Float[Array, "groups n"]:
+        """What 2^dropped codes stand for without their low planes, above the number of the lowest: their mean."""
+        return self.step * ((2**dropped - 1) / 2)
+
     def refit(
         self, rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], size: int
     ) -> FreeGrid:
@@ -63,6 +67,10 @@ class ZeroPointGrid:
     def affine(self) -> AffineGrid:
         return AffineGrid(self.step, -self.step * self.zero, self.largest)
 
+    def middle(self, dropped: int) -> Float[Array, "groups n"]:
+        """As `FreeGrid.middle`."""
+        return self.step * ((2**dropped - 1) / 2)
+
     def refit(
         self, rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], size: int
     ) -> ZeroPointGrid:
@@ -94,6 +102,10 @@ class IntegerGrid:
 
     def affine(self) -> AffineGrid:
         return AffineGrid(self.row_scale[None] * self.s, self.row_scale[None] * self.o, self.largest)
+
+    def middle(self, dropped: int) -> Float[Array, "groups n"]:
+        """As `FreeGrid.middle`, but the integer below: see `IntegerGroups.without_planes`."""
+        return self.row_scale[None] * jnp.floor(self.s * ((2**dropped - 1) / 2))
 
     def refit(
         self, rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], size: int

@@ -36,7 +36,7 @@ class Rounding:
       asymmetry: 0 to 1, how much of the difference between the inputs of the float and of the quantized model the
         rounding makes up for, see `asymmetric_target`; it needs the product of both, `cross`.
       nested: fewer bits that the codes' high planes should serve too, such as (6, 4): `BipolarArray.truncate` then
-        loses little, at some cost to all planes. For GPTQ on float scales; the grid is not refitted.
+        loses little, at some cost to all planes. For GPTQ; the grid is not refitted.
 
     Raises:
       ValueError: a value outside the above.
@@ -81,8 +81,10 @@ class Rounding:
                 f'grid "symmetric" is not one of integer groups, as of {precision}: use "free" or "zero_point"'
             )
         number_format = as_format(precision.w_bits)
-        if self.nested and (precision.scales == "integer" or number_format.ternary):
-            raise ValueError(f"nested precisions need float scales and no ternary format, got {precision}")
+        if self.nested and number_format.ternary:
+            raise ValueError(
+                f"codes of a ternary format have no high planes: nested precisions need bits, got {precision}"
+            )
         if self.nested and self.nested[0] >= number_format.bits:
             raise ValueError(f"nested precisions have fewer bits than {precision}, got {self.nested}")
 

@@ -195,7 +195,8 @@ def _nested(
     """Targets and grid of all precisions, that of all planes first."""
     affine, dropped = grid.affine(), (0, *(number_format.bits - bits for bits in nested))
     targets = jnp.broadcast_to(rows[:, None], (len(rows), len(dropped), rows.shape[1]))
-    return targets, NestedGrid(affine.step, affine.base, number_format.max_value, dropped)
+    middle = jnp.stack([grid.middle(d) for d in dropped], axis=-2)
+    return targets, NestedGrid(affine.step, affine.base, middle, number_format.max_value, dropped)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -100,7 +100,8 @@ def test_nested_codes_are_the_best_of_all_at_each_input():
         want[:, j] = distance.argmin(-1)
         numbers[:, :, j] = np.take_along_axis(candidates, np.stack([want[:, j, None]] * 2), -1)[..., 0]
     floats = [jnp.asarray(a.T, jnp.float32) for a in (w, step, base)]
-    grid = NestedGrid(floats[1], floats[2], 31, (0, 2))
+    middle = jnp.stack([floats[1] * 0, floats[1] * 1.5], axis=1)
+    grid = NestedGrid(floats[1], floats[2], middle, 31, (0, 2))
     rows = jnp.broadcast_to(floats[0][:, None], (K, 2, N))
     got = gptq(rows, jnp.asarray(hessian, jnp.float32), grid, jnp.arange(K), act_order=False, block=16)
     np.testing.assert_array_equal(got.T, want)

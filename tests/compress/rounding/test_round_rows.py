@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax import Precision, from_codes
+from bipolar_jax import BipolarFormat, Precision, from_codes
 from bipolar_jax.compress.rounding import Rounding, round_rows
+from bipolar_jax.compress.rounding.grids import IntegerGrid
+from bipolar_jax.compress.rounding.round_rows import _nested
 from bipolar_jax.format import as_format
 from tests.compress.rounding.problems import hessian_of, losses_of
 
@@ -127,6 +130,27 @@ def test_high_planes_of_nested_codes_serve_fewer_bits():
     assert descended[0] < 2 * nearest[0]
 
 
+def test_high_planes_of_integer_groups_serve_fewer_bits():
+    """The numbers that are rounded to are those of `truncate`, whose middles are integers; 4 of 6 bits lose less."""
+    hessian, precision = HESSIAN.astype(np.float32), Precision.parse("W6A8g24")
+    losses = []
+    for method in Rounding("nearest"), Rounding(nested=(4, 3)):
+        rounded = round_rows(W, hessian, precision, method)
+        packed = from_codes(rounded.codes, 6, -1, rounded.scale, None, 24, rounded.groups)
+        truncated = {bits: packed.truncate(bits).dequantize()[np.array(OTHERS)] for bits in (6, 4, 3)}
+        losses.append([losses_of(W[OTHERS], a, HESSIAN).sum() for a in truncated.values()])
+    (six, four, three), nested = losses
+    assert nested[0] < 2 * six
+    assert nested[1] < 0.7 * four
+    assert nested[2] < 0.7 * three
+    integers = (a.T.astype(jnp.float32) for a in (rounded.groups.scale, rounded.groups.offset))
+    grid = IntegerGrid(rounded.scale[:, 0], *integers, 63, False)
+    _, of_planes = _nested(jnp.asarray(W.T), grid, BipolarFormat(6), (4, 3))
+    numbers = of_planes.of(jnp.arange(W.shape[1]) // 24).numbers(rounded.codes.T)
+    for index, bits in enumerate((6, 4, 3)):
+        np.testing.assert_allclose(numbers[:, index].T[np.array(OTHERS)], truncated[bits], atol=1e-5)
+
+
 def test_rows_depend_on_no_others_nor_on_the_hessians_scale():
     hessian = HESSIAN.astype(np.float32)
     together = round_rows(W, hessian, "W4A8")
@@ -143,10 +167,7 @@ def test_rows_depend_on_no_others_nor_on_the_hessians_scale():
         ({"rows": np.full_like(W, np.nan)}, "NaN"),
         ({"method": Rounding(asymmetry=1.0)}, "needs cross, got None"),
         ({"method": Rounding(grid="symmetric"), "precision": "W4A8g32"}, "not one of integer groups, as of W4A8g32"),
-        (
-            {"method": Rounding(nested=(4,)), "precision": "W6A8g32"},
-            "need float scales and no ternary format, got W6A8g32",
-        ),
+        ({"method": Rounding(nested=(1,)), "precision": "W1.58A8"}, "codes of a ternary format have no high planes"),
         ({"method": Rounding(nested=(4,))}, r"fewer bits than W4A8, got \(4,\)"),
         ({"precision": "W4A8g100"}, "from 1 to the contracted size 72"),
     ],
