@@ -19,6 +19,7 @@ _MANY = {
     "cluster_n": (1, 2),
     "band": range(1, _MOST),
     "band_axis": ("m", "n"),
+    "splits": range(1, 2),  # outputs that are no matrix take these tilings, too
 }
 _FEW = {"warpgroups": range(1, 5), "w_slots": range(1, 65), "x_slots": range(1, 65), "parts": range(1, 65)}
 TILINGS = {"planes": _MANY, "int8": _MANY, "few tokens": _FEW}
@@ -67,7 +68,7 @@ def _check_entry(entry: Any, place: str, source: str | os.PathLike[str]) -> None
     names = ", ".join(fields)
     check("tiling", lambda tiling: isinstance(tiling, dict) and set(tiling) <= set(fields), f"an object with {names}")
     for name, values in fields.items():
-        value = entry["tiling"].get(name, 1 if name == "parts" else None)
+        value = entry["tiling"].get(name, 1 if name in ("parts", "splits") else None)
         if type(value) is not type(values[0]) or value not in values:  # a text in a range is compared with all of it
             allowed = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
             raise _damaged(source, f"{place}.tiling.{name} is {_shown(value)}, expected {allowed}")

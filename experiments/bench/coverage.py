@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from bipolar_jax import Precision
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import check_implementation
-from experiments.bench.planning.cases import Case, Layout, Operation
+from experiments.bench.planning.cases import Case, Layout, Operation, layout_of
 from experiments.bench.planning.coverage_report import is_slow, plot, print_report, speed, verdicts
 from experiments.bench.products.cold_weights import copies_of, few_tokens
 from experiments.bench.products.operands import Operands
@@ -149,9 +149,10 @@ def _measure(case: Case, row: dict[str, Any], config: ConfigDict) -> None:
     """
     calls = _calls(case.shape, case.weights)
     key = jax.random.key(case.seed)
-    operations: dict[str, Operation] = {"chosen": case.operation}
     with device_unlocked():
-        operations |= case.others(config.plans)
+        others = case.others(config.plans)
+        operations: dict[str, Operation] = {"chosen": case.operation}
+        operations |= {name: plan.operation for name, plan in others.items()}
         operands = jax.eval_shape(case.make, key)[0]
         todo = {name: (_repeated(operation), (operands,) * calls) for name, operation in operations.items()}
         compiled = compile_all(todo | {"make": (case.make, (key,))}, config.compile_threads)
@@ -161,7 +162,7 @@ def _measure(case: Case, row: dict[str, Any], config: ConfigDict) -> None:
     make = raise_if_error(compiled["make"])
     made = [make(each) for each in jax.random.split(key, calls)]
     copies, sample = tuple(args for args, _ in made), made[0][1]
-    row["others"] = {}
+    row["others"], layout = {}, layout_of(case.weights)
     for name in operations:
         try:
             function = raise_if_error(compiled[name])
@@ -174,7 +175,7 @@ def _measure(case: Case, row: dict[str, Any], config: ConfigDict) -> None:
         if name == "chosen":
             row["chosen"] = figures
         else:
-            row["others"][name] = figures
+            row["others"][name] = figures | others[name].to_json() | {"layout": layout}
     if is_slow(row, {name: config[name] for name in _SETTINGS}):
         profile = profile_kernels(lambda: jax.block_until_ready(compiled["chosen"](*copies)), calls, most=6)
         row["kernels"] = profile["kernels"]
@@ -200,7 +201,8 @@ def _plan(case: Case) -> dict[str, Any]:
     except Unsupported as reason:
         return {"refused": str(reason)}
     tiling = {} if plan.tiling is None else dataclasses.asdict(plan.tiling)
-    return {"reason": plan.reason, "tiling": tiling, "kind": getattr(plan, "kind", None)}
+    kind = getattr(plan, "kind", None)
+    return {"reason": plan.reason, "tiling": tiling, "kind": kind, "layout": layout_of(case.weights)}
 
 
 @functools.lru_cache(maxsize=1)  # a shape's precisions follow each other

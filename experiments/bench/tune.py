@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 import bipolar_jax.tuning
-from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, FEW_TOKENS, estimated_cycles, mainloop_steps
+from bipolar_jax.kernels.sm90.backend.cost import tiles_microseconds
+from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, FEW_TOKENS, mainloop_steps
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, accumulator_columns, decode_tilings
 from bipolar_jax.tuning.parse import parse_table
@@ -118,7 +119,7 @@ class Problem:
 
 
 def first_tilings(product: Product, candidates: str, count: int) -> list[Tiling]:
-    """The planner's choice, followed by the legal tilings with the best estimates.
+    """The planner's choice, without splits of K, followed by the legal tilings with the best estimates.
 
     Args:
       product: the problem.
@@ -130,12 +131,12 @@ def first_tilings(product: Product, candidates: str, count: int) -> list[Tiling]
     """
     if candidates not in ("planner", "all"):
         raise ValueError(f'candidates must be "planner" or "all", got {candidates!r}')
-    tilings = list(CANDIDATES)
+    tilings, planned = list(CANDIDATES), dataclasses.replace(product.choice.tiling, splits=1)
     if candidates == "all":
         tilings += [_with_deepest_ring(Tiling(m, n, schedule)) for m, n in _TILES for schedule in _SCHEDULES]
     m, n = product.shape.m, product.shape.n
-    by_estimate = sorted(_legal(tilings), key=lambda tiling: estimated_cycles(tiling, m, n, product.steps))
-    return list(dict.fromkeys([product.choice.tiling, *by_estimate]))[:count]
+    by_estimate = sorted(_legal(tilings), key=lambda tiling: tiles_microseconds(tiling, m, n, product.steps))
+    return list(dict.fromkeys([planned, *by_estimate]))[:count]
 
 
 def variations(tiling: Tiling) -> list[Tiling]:

@@ -22,13 +22,7 @@ from bipolar_jax.format import as_format
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.activations import QuantizedTokens, quantize_tokens
 from bipolar_jax.kernels.sm90.backend import float_products, planning
-from bipolar_jax.kernels.sm90.backend.expanded_planning import (
-    EXPANDED_CANDIDATES,
-    chunks_of,
-    expanded_cycles,
-    fitted,
-    plan_expanded,
-)
+from bipolar_jax.kernels.sm90.backend.expanded_planning import chunks_of, expanded_times, plan_expanded
 from bipolar_jax.kernels.sm90.backend.operations import choose_kernel, tokens_matmul
 from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
@@ -50,6 +44,28 @@ Layout = Literal["models", "planes", "tensor_cores"]
 Operation = Callable[[Array, Any], Array]  # of activations and weights
 
 _MOST_OTHER_PAIRS = 16  # planes up to which the other kind of operands is tried
+
+
+class OtherPlan(NamedTuple):
+    """A plan of a product that may not be the chosen one.
+
+    Attributes:
+      kind: operands of the kernel, "planes" or "int8"; None of float activations.
+      tiling: of the kernel.
+      operation: the whole operation.
+    """
+
+    kind: str | None
+    tiling: Any
+    operation: Operation
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tiling": dataclasses.asdict(self.tiling)}
+
+
+def layout_of(w: BipolarArray | PreparedArray) -> Layout:
+    """The layout of weights."""
+    return "tensor_cores" if isinstance(w, PreparedArray) else "planes"
 
 
 class Sample(NamedTuple):
@@ -164,9 +180,9 @@ class Case:
             return float_products.plan_matmul(m, jnp.bfloat16, w)
         if isinstance(w, PreparedArray):
             return plan_expanded(m, w, jnp.bfloat16)
-        return choose_kernel(m, w, a_format)
+        return choose_kernel(m, w, a_format, may_split=True)
 
-    def others(self, most: int) -> dict[str, Operation]:
+    def others(self, most: int) -> dict[str, OtherPlan]:
         """At most so many other plans of the same product: the best by estimate, and one that differs by shape."""
         try:
             chosen = self.plan
@@ -180,15 +196,14 @@ class Case:
             plans = self._few_prepared_plans() if few else self._many_prepared_plans()
         else:
             plans = self._packed_plans()
-        names = [
-            name for name, (tiling, _) in plans.items() if tiling != (getattr(chosen, "kind", None), chosen.tiling)
-        ]
+        of_chosen = getattr(chosen, "kind", None), chosen.tiling
+        names = [name for name, plan in plans.items() if (plan.kind, plan.tiling) != of_chosen]
         if len(names) > most > 0:
             rest = names[most - 1 :]
             names = [*names[: most - 1], rest[zlib.crc32(self.name.encode()) % len(rest)]]
-        return {name: plans[name][1] for name in names[:most]}
+        return {name: plans[name] for name in names[:most]}
 
-    def _packed_plans(self) -> dict[str, tuple[Any, Operation]]:
+    def _packed_plans(self) -> dict[str, OtherPlan]:
         """Of bit planes: tilings of the kind that is chosen, then of the other."""
         (m, n, k), w, a_format = (self.shape.m, self.shape.n, self.shape.k), self.weights, self.precision.a_format
         chosen, pairs = self.plan, w.bits * a_format.bits
@@ -197,9 +212,13 @@ class Case:
             kinds.append("int8" if chosen.kind == "planes" else "planes")
         choices = []
         for number, kind in enumerate(kinds):
-            candidates = planning.CANDIDATES if w.num_groups == 1 else planning.GROUPED_CANDIDATES
-            steps = planning.mainloop_steps(k, kind, pairs)
-            tilings = sorted(candidates, key=lambda tiling, steps=steps: planning.estimated_cycles(tiling, m, n, steps))
+            if w.num_groups == 1:
+                times = planning.tiling_times(m, n, k, kind, pairs)
+            else:
+                steps = planning.mainloop_steps(k, kind, pairs)
+                candidates = planning.GROUPED_CANDIDATES
+                times = {tiling: planning.estimated_cycles(tiling, m, n, steps) for tiling in candidates}
+            tilings = sorted(times, key=times.get)
             choices += [Choice(kind, tiling, "") for tiling in (tilings if number == 0 else tilings[:1])]
         if isinstance(chosen.tiling, DecodeTiling) and w.num_groups == 1 and chosen.tiling.parts == 1:
             tilings = decode_tilings(m, k, a_format.bits, w.bits)
@@ -213,19 +232,18 @@ class Case:
             return product
 
         return {
-            f"{choice.kind} {_shown(choice.tiling)}": ((choice.kind, choice.tiling), operation(choice))
+            f"{choice.kind} {_shown(choice.tiling)}": OtherPlan(choice.kind, choice.tiling, operation(choice))
             for choice in choices
         }
 
-    def _many_prepared_plans(self) -> dict[str, tuple[Any, Operation]]:
-        (m, n, k), w = (self.shape.m, self.shape.n, self.shape.k), self.weights
-        tilings = sorted(
-            (fitted(tiling, w, jnp.dtype(jnp.bfloat16).itemsize) for tiling in EXPANDED_CANDIDATES),
-            key=lambda tiling: expanded_cycles(tiling, m, n, k),
-        )
-        return {_shown(tiling): (("int8", tiling), self._tokens_product(tokens_product, tiling)) for tiling in tilings}
+    def _many_prepared_plans(self) -> dict[str, OtherPlan]:
+        times = expanded_times(self.shape.m, self.weights, jnp.dtype(jnp.bfloat16))
+        return {
+            _shown(tiling): OtherPlan("int8", tiling, self._tokens_product(tokens_product, tiling))
+            for tiling in sorted(times, key=times.get)
+        }
 
-    def _few_prepared_plans(self) -> dict[str, tuple[Any, Operation]]:
+    def _few_prepared_plans(self) -> dict[str, OtherPlan]:
         m, w = self.shape.m, self.weights
         tilings = [
             with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), m, w.bits, chunks_of(w))
@@ -235,7 +253,7 @@ class Case:
             if warpgroups < 4 or m <= 16  # more accumulators need more registers
         ]
         return {
-            _shown(tiling): (("int8", tiling), self._tokens_product(few_tokens_product, tiling))
+            _shown(tiling): OtherPlan("int8", tiling, self._tokens_product(few_tokens_product, tiling))
             for tiling in tilings
             if tiling.slots >= 2
         }
@@ -249,21 +267,21 @@ class Case:
 
         return product
 
-    def _float_plans(self) -> dict[str, tuple[Any, Operation]]:
+    def _float_plans(self) -> dict[str, OtherPlan]:
         """Tiles of floats in memory; few tokens in parts where that is not chosen."""
-        m, n, w = self.shape.m, self.shape.n, self.weights
+        m, w = self.shape.m, self.weights
         if not isinstance(w, PreparedArray):
             return {}
-        tilings: list[Any] = sorted(
-            planning.CANDIDATES, key=lambda tiling: planning.estimated_cycles(tiling, m, n, -(-self.shape.k // 64))
-        )
+        times: dict[Any, float] = float_products.tiling_times(m, w)
+        tilings = sorted(times, key=times.get)
         if m <= FEW_TOKENS_LIMIT:
             tilings = tilings[:1]
         elif m <= 4 * FEW_TOKENS_LIMIT:
             tilings = [float_products.parted_tiling(m, w), *tilings]
         return {
-            _shown(tiling): (
-                (None, tiling),
+            _shown(tiling): OtherPlan(
+                None,
+                tiling,
                 lambda x, w, tiling=tiling: float_products.weight_only_matmul(x, w, None, tiling),
             )
             for tiling in tilings
@@ -279,4 +297,5 @@ def _shown(tiling: Any) -> str:
             f"{tiling.warpgroups} warpgroups, {tiling.parts} parts, depth {tiling.depth}, {tiling.slots} slots, "
             f"clusters of {tiling.cluster}"
         )
-    return f"{tiling.tile_m}x{tiling.tile_n} {tiling.schedule}, {tiling.slots} slots"
+    splits = f", {tiling.splits} splits" if tiling.splits > 1 else ""
+    return f"{tiling.tile_m}x{tiling.tile_n} {tiling.schedule}, {tiling.slots} slots{splits}"

@@ -102,7 +102,7 @@ class Product:
         m, n, k = self.shape.m, self.shape.n, self.shape.k
         if self.integer_groups:
             return plan_expanded(m, self._abstract_weights, jnp.bfloat16)
-        return plan_product(m, n, k, self.a_format, self.w_format, self.group_size)
+        return plan_product(m, n, k, self.a_format, self.w_format, self.group_size, may_split=True)
 
     @functools.cached_property
     def _abstract_weights(self) -> BipolarArray | PreparedArray:

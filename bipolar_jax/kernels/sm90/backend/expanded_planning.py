@@ -8,9 +8,10 @@ import math
 import jax.numpy as jnp
 
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from bipolar_jax.kernels.sm90.backend import cost
 from bipolar_jax.kernels.sm90.backend.planning import Choice
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_tiling
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -27,10 +28,7 @@ EXPANDED_CANDIDATES = (
     Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# Cycles of a stage that do not depend on its tokens, and those of each: fitted to these times at 1.75 GHz. The first
-# are the expansion's, of two consumers or of one; the second mostly the tensor cores'.
-_STAGE_CYCLES = {"split_n": (540, 4.6), "alternate": (400, 2.4)}
-_EPILOGUE_CYCLES = 20  # for each token of a consumer's tile
+_SUM_BYTES = 4  # of the sums that splits of K leave in memory
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
@@ -46,7 +44,7 @@ def has_float_terms(w: BipolarNumbers) -> bool:
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
     """The plan of m tokens times w, by `prepared_few_tokens` or as `plan_many_tokens` has it; arguments as there."""
     if m > FEW_TOKENS_LIMIT:
-        return plan_many_tokens(m, w, dtype, gated=gated)
+        return plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
     check_layout(w, gated)
     gated = w.gated if isinstance(w, PreparedArray) else gated
     float_terms = w.float_terms if has_float_terms(w) else None
@@ -55,7 +53,9 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
     return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
 
 
-def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
+def plan_many_tokens(
+    m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False, may_split: bool = False
+) -> Choice:
     """The plan of m tokens times w by `gemm_expanded`, for an output of `dtype`.
 
     Args:
@@ -63,6 +63,7 @@ def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool
       w: weights of which `is_expanded` is true.
       dtype: of the output.
       gated: whether a gated activation follows, for which weights that are not prepared will be laid out.
+      may_split: whether the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
       Unsupported: groups that are no multiple of 16 elements; float scales of groups.
@@ -70,10 +71,23 @@ def plan_many_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool
     check_layout(w, gated)
     if has_float_terms(w):
         raise Unsupported("weights are expanded in registers with integer groups, not with float scales of groups")
-    able = [fitted(tiling, w, jnp.dtype(dtype).itemsize) for tiling in EXPANDED_CANDIDATES]
-    n, k = w.shape[-1], w.contracted_size
-    tiling = min(able, key=lambda tiling: expanded_cycles(tiling, m, n, k))
-    return Choice("int8", tiling, with_layout("estimated from tile sizes", w))
+    gated = w.gated if isinstance(w, PreparedArray) else gated
+    tiling = cost.cheapest(expanded_times(m, w, dtype, may_split=may_split and not gated))
+    return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
+
+
+def expanded_times(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, may_split: bool = True) -> dict[Tiling, float]:
+    """Modelled microseconds of `gemm_expanded`, by tiling."""
+    n, k, itemsize = w.shape[-1], w.contracted_size, jnp.dtype(dtype).itemsize
+    stages = math.ceil(k / STAGE)
+    tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages) if may_split else EXPANDED_CANDIDATES
+    able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES) for tiling in tilings]
+    return {tiling: expanded_microseconds(tiling, m, n, k, w) for tiling in able}
+
+
+def expanded_microseconds(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> float:
+    """The modelled time of m tokens times n columns of weights like these."""
+    return cost.microseconds("expanded", cost.expanded_counts(tiling, m, n, k, w.bits, chunks_of(w)))
 
 
 def with_layout(reason: str, w: BipolarNumbers) -> str:
@@ -115,15 +129,3 @@ def chunks_of(w: BipolarNumbers) -> int:
 def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:
     problem = ExpandedProblem(1, TILE_ROWS, None, tiling, w_bits=bits, chunks=chunks)
     return problem.shared_memory_bytes(itemsize)
-
-
-def expanded_cycles(tiling: Tiling, m: int, n: int, k: int) -> float:
-    """Estimated cycles of the busiest block."""
-    fixed, per_token = _STAGE_CYCLES[tiling.schedule]
-    mainloop = math.ceil(k / STAGE) * (fixed + per_token * tiling.tile_m)
-    epilogue = _EPILOGUE_CYCLES * tiling.tile_m
-    turns = math.ceil(math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n) / MULTIPROCESSORS)
-    if tiling.schedule != "alternate":
-        return turns * (mainloop + epilogue)
-    # One consumer's mainloop runs at a time; each consumer has every other tile.
-    return max(turns * mainloop + epilogue, math.ceil(turns / CONSUMERS) * (mainloop + epilogue))

@@ -14,9 +14,9 @@ from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
+from bipolar_jax.kernels.sm90.backend import cost, planning
 from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, chunks_of, with_layout
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
-from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES, estimated_cycles, mainloop_steps
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
@@ -82,9 +82,13 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     if m <= _MOST_PASSES * FEW_TOKENS_LIMIT:
         reason = f"{m} tokens{'' if m <= FEW_TOKENS_LIMIT else ' in two parts'}: bound by reading the weights"
         return Plan(f"{kernel} in registers", with_layout(reason, w), parted_tiling(m, w))
-    steps = mainloop_steps(w.contracted_size, PTX_TYPES[name], 1)
-    tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, w.shape[-1], steps))
-    return Plan(f"{kernel} to {name} in memory", with_layout("estimated from tile sizes", w), tiling)
+    tiling = cost.cheapest(tiling_times(m, w))
+    return Plan(f"{kernel} to {name} in memory", with_layout(cost.reason(tiling), w), tiling)
+
+
+def tiling_times(m: int, w: BipolarNumbers) -> dict[Tiling, float]:
+    """Modelled microseconds of the product of m tokens with 16-bit floats in memory, by tiling."""
+    return planning.tiling_times(m, w.shape[-1], w.contracted_size, "bf16", 1)
 
 
 def parted_tiling(m: int, w: BipolarNumbers) -> FewTokensTiling:

@@ -61,7 +61,7 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarArray, a_format: Bipola
         return expanded_products.integer_matmul(codes, w, a_format)
     if w.num_groups > 1:
         raise Unsupported("the integer sums of groups do not leave the chip")
-    choice = choose_kernel(codes.shape[0], w, a_format)
+    choice = choose_kernel(codes.shape[0], w, a_format, may_split=True)
     recovery = Recovery(choice.kind, a_format, w.format, w.contracted_size, with_zero=False)
     code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
     operands = ProductOperands(
@@ -94,7 +94,7 @@ def quantized_matmul(
     """
     if is_expanded(w):
         return expanded_products.quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
-    choice = choose_kernel(x.shape[0], w, a_format)
+    choice = choose_kernel(x.shape[0], w, a_format, may_split=True)
     tokens = quantize_and_pack(x, a_format, choice.kind, prologue=prologue, interpret=interpret_params())
     return tokens_matmul(tokens, w, a_format, bias, choice, x.dtype, residual, activation)
 
@@ -240,7 +240,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarForm
         return _plan_weight_only(m, dtype, w)
     if is_expanded(w):
         return expanded_products.plan_matmul(m, dtype, w, a_format)
-    choice = choose_kernel(m, w, a_format)
+    choice = choose_kernel(m, w, a_format, may_split=True)
     check_row(w.contracted_size, dtype)
     return Plan(describe(choice, w, a_format), choice.reason, choice.tiling)
 
@@ -280,8 +280,10 @@ def product_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "planes n
     return expand(w.planes, w.format, interpret=interpret_params())
 
 
-def choose_kernel(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
+def choose_kernel(m: int, w: BipolarArray, a_format: BipolarFormat, *, may_split: bool = False) -> Choice:
     """Kernel and tiling of the product of m tokens with w; `planning.plan_product` chooses.
+
+    Where `may_split`, the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
       Unsupported: a group size that is none of GEMM_GROUP_SIZES.
@@ -289,7 +291,8 @@ def choose_kernel(m: int, w: BipolarArray, a_format: BipolarFormat) -> Choice:
     group_size = shared_scale(w)
     if group_size is not None and group_size not in GEMM_GROUP_SIZES:
         raise Unsupported(f"groups must have 32, 64 or a multiple of 128 elements up to 1024, not {group_size}")
-    return plan_product(m, w.planes.shape[-2], w.contracted_size, a_format, w.format, group_size)
+    sizes = m, w.planes.shape[-2], w.contracted_size
+    return plan_product(*sizes, a_format, w.format, group_size, may_split=may_split)
 
 
 def shared_scale(w: BipolarArray) -> int | None:

@@ -9,6 +9,7 @@ import math
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.device import default_device
+from bipolar_jax.kernels.sm90.backend import cost
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ELEMENTS_PER_ROW, ROWS_PER_INSTRUCTION, OperandKind
@@ -35,6 +36,9 @@ _MEMORY_BYTES_PER_CYCLE = 2300  # 4.1 TB/s at 1.755 GHz
 _L2_BYTES_PER_CYCLE = 32  # of each multiprocessor, when all load
 _LAUNCH_CYCLES = 3500  # 2 us, for an additional kernel
 _SETTLING = 1.4  # in the product of few tokens: for waits between planes; fits n = 22016
+
+# Of modelled times: what 19 of 20 are off by at most.
+_ERROR = 0.1
 
 # Columns of a tile whose heads are rotated: wider accumulators would spill.
 MOST_HEAD_COLUMNS = 128
@@ -74,9 +78,19 @@ class Choice:
 
 
 def plan_product(
-    m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, group_size: int | None = None
+    m: int,
+    n: int,
+    k: int,
+    a_format: BipolarFormat,
+    w_format: BipolarFormat,
+    group_size: int | None = None,
+    *,
+    may_split: bool = False,
 ) -> Choice:
-    """The plan of x [m, k] times w [k, n], with one scale for each column, or one for each group of `group_size`."""
+    """The plan of x [m, k] times w [k, n], with one scale for each column, or one for each group of `group_size`.
+
+    Where `may_split`, the output is a matrix, for which blocks may multiply parts of K.
+    """
     if m <= FEW_TOKENS_LIMIT:
         with contextlib.suppress(Unsupported):
             return _plan_few(m, n, k, a_format, w_format, group_size)
@@ -84,7 +98,7 @@ def plan_product(
         steps = mainloop_steps(k, "int8", 1)
         tiling = min(GROUPED_CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
         return Choice("int8", tiling, "estimated from tile sizes")
-    choice = _plan_many(m, n, k, a_format, w_format)
+    choice = _plan_many(m, n, k, a_format, w_format, may_split)
     if m <= FEW_TOKENS_LIMIT:
         tiling = parted_tiling(m, k, a_format.bits)
         sizes = (m, n, k, a_format, w_format)
@@ -108,17 +122,32 @@ def _plan_few(
     return Choice("planes", tilings[0], f"{m} tokens: bound by reading the weights")
 
 
-def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat) -> Choice:
-    """The plan of `packed_matmul` with one scale for each column."""
+def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: BipolarFormat, may_split: bool) -> Choice:
+    """The plan of `packed_matmul` with one scale for each column.
+
+    It is the tiling that was measured for the nearest problem, unless the model promises to save more than it is off.
+    """
     pairs = a_format.bits * w_format.bits
     kind: OperandKind = "planes" if pairs <= MOST_BINARY_PAIRS else "int8"
     steps = mainloop_steps(k, kind, pairs)
+    times = tiling_times(m, n, k, kind, pairs, may_split=may_split)
+    best = cost.cheapest(times)
     if interpret_params() is None:
         entry = nearest_entry(default_device().device_kind, kind, m, n, steps)
         if entry is not None:
-            return Choice(kind, Tiling(**entry["tiling"]), f"measured at {entry['shape']}")
-    tiling = min(CANDIDATES, key=lambda tiling: estimated_cycles(tiling, m, n, steps))
-    return Choice(kind, tiling, "estimated from tile sizes")
+            measured = Tiling(**entry["tiling"])
+            if times[best] >= (1 - _ERROR) * cost.tiles_microseconds(measured, m, n, steps):
+                return Choice(kind, measured, f"measured at {entry['shape']}")
+    return Choice(kind, best, cost.reason(best))
+
+
+def tiling_times(
+    m: int, n: int, k: int, kind: OperandKind, pairs: int, *, may_split: bool = True
+) -> dict[Tiling, float]:
+    """Modelled microseconds of `packed_matmul`, by tiling; with splits of K if the output may be made of them."""
+    steps, passes = mainloop_steps(k, kind, pairs), pairs if kind == "planes" else 1
+    tilings = cost.with_splits(CANDIDATES, m, n, steps, passes) if may_split else CANDIDATES
+    return {tiling: cost.tiles_microseconds(tiling, m, n, steps, passes) for tiling in tilings}
 
 
 def few_tokens_cycles(

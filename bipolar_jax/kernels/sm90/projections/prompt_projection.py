@@ -29,7 +29,7 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     EXPANDED_CANDIDATES,
     describe_expanded,
-    expanded_cycles,
+    expanded_microseconds,
     is_expanded,
     plan_many_tokens,
 )
@@ -149,10 +149,10 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     """
     choice = plan_many_tokens(sequences * length, w, jnp.dtype(jnp.float32))
 
-    def cycles(tiling: Tiling) -> float:
-        return expanded_cycles(tiling, length, sequences * layout.columns, w.contracted_size)
+    def microseconds(tiling: Tiling) -> float:
+        return expanded_microseconds(tiling, length, sequences * layout.columns, w.contracted_size, w)
 
-    tiling = min(EXPANDED_TILINGS, key=cycles)
+    tiling = min(EXPANDED_TILINGS, key=microseconds)
     chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
     return dataclasses.replace(choice, tiling=with_room_for_heads(tiling, layout, w.bits, chunks))
 

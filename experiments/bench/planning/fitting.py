@@ -1,0 +1,174 @@
+"""Coefficients of the planner's cost model from measured times: sources of measurements, and the fit.
+
+Three kinds of results are read: tilings of `bench.tune` and those of `products.expanded`, both device times of kernels;
+and wall times of whole operations by `bench.coverage`, which also contain the quantizer, launches, and what is expanded
+in memory. These have counts of their own, so that one fit takes all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from bipolar_jax import Precision
+from bipolar_jax.format import as_format
+from bipolar_jax.kernels.sm90.backend.cost import Kernel, expanded_counts, tile_counts
+from bipolar_jax.kernels.sm90.backend.planning import mainloop_steps
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.packing.fields import STAGE
+
+_EXPANDED_NAME = re.compile(r"(?P<tile_m>\d+) (?P<schedule>\w+), (?P<slots>\d+) slots(, clusters of 1x1.*lag 0)?")
+# Weight of the coefficients that were, beside that of all measurements: it decides what these leave open.
+_OF_PRIOR = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One time.
+
+    Attributes:
+      kernel: of the product.
+      problem: measurements with equal ones differ in their tilings alone.
+      counts: of the kernel, and of what else the operation does.
+      microseconds: the median.
+    """
+
+    kernel: Kernel
+    problem: str
+    counts: dict[str, float]
+    microseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Coefficients of one kernel, and how far the model is off.
+
+    Attributes:
+      coefficients: microseconds a count, by name.
+      measurements: their number.
+      median_error, high_error: half of the measurements, and 19 of 20, are off by at most such a part of their time.
+      mean_loss, largest_loss: time of the tiling that the model chooses over the fastest measured one, of problems
+        with several.
+    """
+
+    coefficients: dict[str, float]
+    measurements: int
+    median_error: float
+    high_error: float
+    mean_loss: float
+    largest_loss: float
+
+
+def read(path: Path) -> list[Measurement]:
+    """The measurements of a result. Raises ValueError for a file that is none of the three kinds."""
+    result = json.loads(path.read_text())
+    if "problems" in result:
+        return list(_of_tune(result["problems"]))
+    if "cases" in result:
+        return list(_of_coverage(result["cases"]))
+    if "shapes" in result and "settings" not in result:
+        return list(_of_expanded(result["shapes"]))
+    raise ValueError(f"{path} is no result of bench.tune, bench.coverage or bench.products.expanded")
+
+
+def _of_tune(problems: dict[str, Any]) -> Iterable[Measurement]:
+    for name, row in problems.items():
+        if row["kind"] not in ("planes", "int8"):
+            continue
+        passes = 1
+        if row["kind"] == "planes":
+            precision = Precision.parse(row["shape"].split()[-1])
+            passes = as_format(precision.w_bits).bits * precision.a_bits
+        for figures in row["tilings"].values():
+            fields = dict(figures["tiling"])
+            if "microseconds" not in figures or fields.pop("consumers", 2) != 2:  # an older kernel had one, too
+                continue
+            counts = tile_counts(Tiling(**fields), row["m"], row["n"], row["steps"], passes)
+            yield Measurement("tiles", name, counts, figures["microseconds"])
+
+
+def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
+    for shape, row in shapes.items():
+        m, n, k = map(int, shape.split("x"))
+        for weights, tilings in row.items():
+            if "microseconds" in tilings:  # of bf16 and of bytes
+                continue
+            bits, _, group_size = weights.partition("g")
+            for name, figures in tilings.items():
+                match = _EXPANDED_NAME.fullmatch(name)
+                if match and "microseconds" in figures:
+                    tiling = Tiling(int(match["tile_m"]), 128, match["schedule"], int(match["slots"]))
+                    counts = expanded_counts(tiling, m, n, k, int(bits), _chunks(group_size))
+                    yield Measurement("expanded", f"{shape} {weights}", counts, figures["microseconds"])
+
+
+def _of_coverage(cases: dict[str, Any]) -> Iterable[Measurement]:
+    for name, row in cases.items():
+        plans = [row.get("chosen", {}) | row.get("plan", {}), *row.get("others", {}).values()]
+        for figures in plans:
+            if "microseconds" not in figures or "tile_m" not in figures.get("tiling", {}):
+                continue
+            kernel, counts = _counts_of_operation(row, figures)
+            yield Measurement(kernel, name, counts, figures["microseconds"])
+
+
+def _counts_of_operation(row: dict[str, Any], figures: dict[str, Any]) -> tuple[Kernel, dict[str, float]]:
+    (m, n, k), precision = (row["m"], row["n"], row["k"]), Precision.parse(row["precision"])
+    tiling, w_bits = Tiling(**figures["tiling"]), as_format(precision.w_bits).bits
+    counts = {"operation": 1.0}
+    if precision.a_bits is None:
+        counts["floats of weights"] = n * k / 1000
+        return "tiles", counts | tile_counts(tiling, m, n, mainloop_steps(k, "bf16", 1))
+    counts["quantized numbers"] = m * k / 1000
+    if figures.get("layout") == "tensor_cores":
+        group_size = "" if precision.group_size is None else str(precision.group_size)
+        return "expanded", counts | expanded_counts(tiling, m, n, k, w_bits, _chunks(group_size))
+    pairs = w_bits * precision.a_bits
+    if figures["kind"] == "int8":
+        counts["bytes of weights"] = n * k / 1000
+    passes = pairs if figures["kind"] == "planes" else 1
+    return "tiles", counts | tile_counts(tiling, m, n, mainloop_steps(k, figures["kind"], pairs), passes)
+
+
+def _chunks(group_size: str) -> int:
+    return STAGE // math.gcd(int(group_size), STAGE) if group_size else 0
+
+
+def fit(measurements: list[Measurement], prior: dict[str, float]) -> Fit:
+    """Coefficients of at least 0 with the least squares of relative errors; of what was not measured the prior ones."""
+    names = list(dict.fromkeys([*prior, *(name for each in measurements for name in each.counts)]))
+    counts = np.array([[each.counts.get(name, 0.0) for name in names] for each in measurements])
+    times = np.array([each.microseconds for each in measurements])
+    before = np.array([prior.get(name, 0.0) for name in names])
+    near = [index for index, name in enumerate(names) if prior.get(name, 0.0) > 0]
+    weight = math.sqrt(_OF_PRIOR * len(times))
+    rows = np.concatenate([counts / times[:, None], weight * np.eye(len(names))[near] / before[near, None]])
+    found, _ = nnls(rows, np.concatenate([np.ones(len(times)), np.full(len(near), weight)]))
+    modelled = counts @ found
+    errors = np.abs(modelled / times - 1)
+    losses = _losses(measurements, modelled)
+    return Fit(
+        {name: float(f"{value:.4g}") for name, value in zip(names, found, strict=True)},
+        len(times),
+        *(round(float(np.quantile(errors, share)), 4) for share in (0.5, 0.95)),
+        round(float(np.mean(losses)), 4),
+        round(float(np.max(losses)), 4),
+    )
+
+
+def _losses(measurements: list[Measurement], modelled: np.ndarray) -> list[float]:
+    by_problem: dict[str, list[tuple[float, float]]] = {}
+    for each, time in zip(measurements, modelled, strict=True):
+        by_problem.setdefault(each.problem, []).append((time, each.microseconds))
+    several = [times for times in by_problem.values() if len(times) > 1]
+    return [min(times, key=lambda pair: pair[0])[1] / min(measured for _, measured in times) for times in several] or [
+        1.0
+    ]
