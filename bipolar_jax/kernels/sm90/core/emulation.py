@@ -1,4 +1,4 @@
-"""Pairs device functions with twins for interpret mode; the kernel's launch selects which of the two run.
+"""Pairs device functions with twins for interpret mode; `launch_kernel` selects which run, and names the module.
 
 Interpret mode runs a kernel on a CPU and has no inline PTX or MLIR. A function that uses them is paired with a twin:
 plain jnp with the same arguments and results. `launch_kernel` selects for the whole body of the kernel.
@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from bipolar_jax.kernels.sm90.core.module_name import keep_module_name
+from jaxlib.mlir import ir
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
@@ -32,7 +31,7 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
         token = _interpreted.set(interpret is not None)
         try:
             if interpret is None:
-                keep_module_name(options.get("kernel_name") or body.__name__)
+                _name_module(options.get("kernel_name") or body.__name__)
             return body(*refs, **scratch)
         finally:
             _interpreted.reset(token)
@@ -45,6 +44,19 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
             return kernel(*operands)
 
     return call
+
+
+def _name_module(name: str) -> None:
+    """Within a kernel's body: names its dumps, else Mosaic GPU numbers modules in their order; caches compare bytes."""
+
+    @plgpu.inline_mgpu()
+    def inline(_):
+        operation = ir.InsertionPoint.current.block.owner.operation
+        while operation.parent is not None:
+            operation = operation.parent.operation
+        operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+    inline()
 
 
 def is_interpreted() -> bool:

@@ -24,7 +24,12 @@ def opaque(word: Value) -> Value:
 
 
 def synchronize() -> None:
-    """A barrier of the warpgroup's threads."""
+    """A barrier of the warpgroup's threads.
+
+    Lanes may leave a loop that waits for an mbarrier one after the other. The hardware barrier counts warps: lanes that
+    came to it in two groups would count twice, and the second group would wait for ever.
+    """
+    synchronize_warp()
     mgpu.warpgroup_barrier()
 
 
