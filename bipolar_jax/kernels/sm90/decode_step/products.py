@@ -102,7 +102,7 @@ def finish(
         return y if terms.bias is None else y + terms.bias
     recovery = shape.recovery(name)
     if shape.scaled:
-        # The sums are of signed codes times numbers of weights, as in `arithmetic.epilogue.finish_scaled_transposed`.
+        # Sums of signed codes times numbers of weights, as in `arithmetic.scaled_epilogue.finish_scaled_transposed`.
         zero = recovery.column_weight(grid.zero_code).astype(jnp.float32)
         y = (total * float(recovery.product_weight) + zero * terms.number_sums) * terms.scale
         y = y * (grid.scale * recovery.scale_factor)

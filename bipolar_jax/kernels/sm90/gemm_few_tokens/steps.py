@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.arithmetic.epilogue import finish_groups_transposed, finish_transposed
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import finish_transposed
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_groups_transposed
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm_few_tokens.groups import DecodeGroups, add_decode_group

@@ -26,10 +26,10 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
     TokenTerms,
     activate,
     finish_floats,
-    finish_scaled_transposed,
     finish_transposed,
 )
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
