@@ -87,12 +87,16 @@ class AttentionPlan:
     @property
     def layout(self) -> Any:
         """Layout of fragments [ROWS, half]: 8 threads a row, with vectors as long as one load."""
-        return rows_layout(self.half, 8 if self.itemsize < 4 else 4)
+        return rows_layout(self.half, self._longest)
 
     @property
-    def sums_layout(self) -> Any:
-        """Layout of float32 fragments [ROWS, half] that are stored to shared memory and summed over rows."""
-        return rows_layout(self.half, 4)
+    def _longest(self) -> int:
+        return 8 if self.itemsize < 4 else 4
+
+    @property
+    def layout_vector(self) -> int:
+        """Neighbouring elements of `layout` in a thread."""
+        return row_vector(self.half, self._longest)
 
 
 def rows_layout(columns: int, longest: int) -> Any:
@@ -103,9 +107,7 @@ def rows_layout(columns: int, longest: int) -> Any:
     """
     if columns % _THREADS_PER_ROW:
         raise Unsupported(f"head_dim must be a multiple of {2 * _THREADS_PER_ROW}, not {2 * columns}")
-    vector = longest
-    while columns % (_THREADS_PER_ROW * vector):
-        vector //= 2
+    vector = row_vector(columns, longest)
     width = _THREADS_PER_ROW * vector
     return canonical_layout(
         plgpu.Tiling(((ROWS, width), (ROWS // 4, width), (1, vector))),
@@ -113,6 +115,14 @@ def rows_layout(columns: int, longest: int) -> Any:
         lane_dims=(-4, -3),
         vector_dim=-1,
     )
+
+
+def row_vector(columns: int, longest: int) -> int:
+    """Neighbouring elements that a thread has of a row of `rows_layout`."""
+    vector = longest
+    while columns % (_THREADS_PER_ROW * vector):
+        vector //= 2
+    return vector
 
 
 def plan_attention(

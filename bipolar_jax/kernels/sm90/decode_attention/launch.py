@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
-from bipolar_jax.kernels.sm90.core.sync import fence_gpu
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
+from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
-from bipolar_jax.kernels.sm90.decode_attention.reduce import load_total, store_total, sum_rows
+from bipolar_jax.kernels.sm90.decode_attention.reduce import TERMS, store_context, store_rows, store_total
 from bipolar_jax.kernels.sm90.decode_attention.steps import (
     CachedVector,
     add_values,
@@ -42,7 +43,6 @@ from bipolar_jax.kernels.sm90.decode_attention.steps import (
 from bipolar_jax.kernels.unsupported import Unsupported
 
 _MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
-_REDUCTION_BYTES = 4 * 32 * 4 * 4  # for sums of 4 columns a thread over the 4 warps
 
 
 def decode_attention(
@@ -94,8 +94,8 @@ def decode_attention(
         out_type=[
             jax.ShapeDtypeStruct((batch, heads, head_dim), dtype),
             # Totals of the blocks that divide a sequence.
-            jax.ShapeDtypeStruct((batch, heads, ROWS, head_dim) if plan.splits > 1 else (1,), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, 2, ROWS) if plan.splits > 1 else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, plan.splits, head_dim) if plan.splits > 1 else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, plan.splits, TERMS) if plan.splits > 1 else (1,), jnp.float32),
         ],
         grid=(kv_heads, batch),
         grid_names=("kv_head", "sequence"),
@@ -107,7 +107,6 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # powers of two
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=_REDUCTION_BYTES,
         ),
         kernel_name="decode_attention",
         interpret=interpret,
@@ -162,7 +161,8 @@ def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:
         value_ring=ring,
         keys_arrived=plgpu.Barrier(num_barriers=plan.slots),
         values_arrived=plgpu.Barrier(num_barriers=plan.slots),
-        staging=plgpu.SMEM((ROWS, plan.head_dim), jnp.float32),
+        totals=plgpu.SMEM((WARPS, plan.queries, plan.head_dim), jnp.float32),
+        terms=plgpu.SMEM((WARPS, plan.queries, TERMS), jnp.float32),
         blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)),
     )
 
@@ -178,7 +178,8 @@ def _kernel(
     value_ring,
     keys_arrived,
     values_arrived,
-    staging,
+    totals,
+    terms,
     blocks_done,
 ):
     """The kernel of one block; `_scratch` describes the keyword arguments."""
@@ -284,23 +285,18 @@ def _kernel(
 
     sums = lax.fori_loop(0, turns, step, sums)
 
-    def store_context(head, total):
-        for i, half in enumerate(total.context()):
-            out[sequence, head, i * plan.half : (i + 1) * plan.half] = half.astype(out.dtype)
-
+    store_rows(plan, sums, totals, terms)
+    synchronize()
     for i, head in enumerate(heads):
-        total = sum_rows(plan, sums[i], staging)
-
-        @pl.when(member * plan.queries + i < plan.group)
-        def _(head=head, total=total):
-            if plan.splits == 1:
-                store_context(head, total)
-            else:
-                store_total(plan, total, sums_out, terms_out, (sequence, head), rank)
+        targets = (out.at[sequence, head], None)
+        if plan.splits > 1:
+            targets = (ref.at[sequence, head, rank] for ref in (sums_out, terms_out))
+        store_total(plan, i, totals, terms, *targets, member * plan.queries + i < plan.group)
 
     if plan.cluster > 1:
         # The cluster's barrier orders a block's own accesses only; the fences order the other blocks' with them.
         fence_gpu()
+        synchronize()
         plgpu.barrier_arrive(blocks_done)
         plgpu.barrier_wait(blocks_done)
         fence_gpu()
@@ -309,7 +305,7 @@ def _kernel(
 
             @pl.when((member * plan.queries + i < plan.group) & (rank == i % plan.splits))
             def _(head=head):
-                store_context(head, load_total(plan, sums_out, terms_out, (sequence, head)))
+                store_context(plan, *(ref.at[sequence, head] for ref in (sums_out, terms_out, out)))
 
     # After the barrier, when no block loads from the cache any more; by a block that has the least left to do.
     @pl.when(joins & (block == plan.cluster - 1))
