@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
@@ -26,11 +27,12 @@ def opaque(word: Value) -> Value:
 def synchronize() -> None:
     """A barrier of the warpgroup's threads.
 
-    Lanes may leave a loop that waits for an mbarrier one after the other. The hardware barrier counts warps: lanes that
-    came to it in two groups would count twice, and the second group would wait for ever.
+    Not `mgpu.warpgroup_barrier`, which is `bar.sync` and wants whole warps: lanes may leave a loop that waits for an
+    mbarrier one after the other, a warp that comes in two groups counts twice, and the second group waits for ever.
+    `barrier.sync` brings the lanes together first; the number is the same.
     """
-    synchronize_warp()
-    mgpu.warpgroup_barrier()
+    index = mgpu_utils.warpgroup_barrier_idx(sync=False)
+    inline_ptx(f"barrier.sync $0, {mgpu_utils.WARPGROUP_SIZE};", index, has_side_effects=True)
 
 
 def synchronize_warp() -> None:
