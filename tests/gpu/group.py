@@ -54,14 +54,23 @@ def cases_of(group: str) -> list[Case]:
     return make(*arguments)
 
 
+def part_of(cases: list[Case], part: str) -> list[Case]:
+    """Of a part "2/3" every third case, from the second on. Raises ValueError for another text."""
+    first, _, count = part.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ValueError(f'a part is "1/3", "2/3" or "3/3", for another number of parts likewise; got "{part}"')
+    return cases[int(first) - 1 :: int(count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--log", required=True)
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--part", default="1/1", help="see tests.gpu.run")
     options = parser.parse_args()
     with open(options.log, "a", buffering=1) as log:
-        cases = cases_of(options.group)
+        cases = part_of(cases_of(options.group), options.part)
         log.write(json.dumps({"cases": len(cases)}) + "\n")
         for outcome in run_cases(
             cases,

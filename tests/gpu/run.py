@@ -2,10 +2,11 @@
 
 Groups of cases (`group.GROUPS`) run in processes of their own, one a core up to 14, so that one compiles while another
 is on the GPU: nearly all time is compilation, about 18 s of one core for a decode step. On 16 cores everything fits
---minutes; with fewer, run it in two parts: `--only "decode step" --no-sanitizer`, then `--without "decode step"`. The
-groups end first, then each kernel runs at a small size under compute-sanitizer's racecheck and memcheck. A process that
-passes its time limit is killed and is a failure with its name. The exit status is 0 only if everything passed; what the
-sanitizer could not watch is "not run" in the summary and does not count.
+--minutes; with fewer, run it in two parts: `--only "decode step" --no-sanitizer`, then `--without "decode step"`; or
+every third case at a time, `--part 1/3`. The groups end first, then each kernel runs at a small size under
+compute-sanitizer's racecheck and memcheck. A process that passes its time limit is killed and is a failure with its
+name. The exit status is 0 only if everything passed; what the sanitizer could not watch is "not run" in the summary and
+does not count.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.gpu import sanitizer
-from tests.gpu.group import GROUPS
+from tests.gpu.group import GROUPS, part_of
 from tests.gpu.sanitizer import Verdict
 from tests.gpu.summary import Group, Summary, commit, driver, read_group
 from tests.gpu.watchdog import Ended, run
@@ -59,15 +60,17 @@ def main() -> None:
     parser.add_argument("--without", help="leave out groups and sanitizer runs whose name contains this")
     parser.add_argument("--minutes", type=float, default=9, help="what still runs then is killed")
     parser.add_argument("--jobs", type=int, default=_jobs(), help="processes at a time")
+    parser.add_argument("--part", default="1/1", help="2/3: of each group every third case, from the second on")
     parser.add_argument("--commit", help="for the summary, where the files are no git checkout")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave out compute-sanitizer")
     options = parser.parse_args()
+    part_of([], options.part)
     begun, failures = time.monotonic(), options.summary.with_suffix(".log")
     with tempfile.TemporaryDirectory() as folder:
         device = _device(Path(folder))
         print(f"{device['kind']}, driver {device['driver']}", flush=True)
-        summary = Summary(options.summary, device, options.commit or commit())
-        suite = _Suite(summary, Path(folder), failures, begun, options.minutes, options.jobs)
+        summary = Summary(options.summary, device, options.commit or commit(), options.part)
+        suite = _Suite(summary, Path(folder), failures, begun, options.minutes, options.jobs, options.part)
 
         def chosen(name: str) -> bool:
             return options.only in name and (options.without is None or options.without not in name)
@@ -102,8 +105,10 @@ class _Suite:
     `failures` is a file for the output of every process that did not pass.
     """
 
-    def __init__(self, summary: Summary, folder: Path, failures: Path, begun: float, minutes: float, jobs: int):
-        self._summary, self._folder, self._failures, self._jobs = summary, folder, failures, jobs
+    def __init__(
+        self, summary: Summary, folder: Path, failures: Path, begun: float, minutes: float, jobs: int, part: str
+    ):
+        self._summary, self._folder, self._failures, self._jobs, self._part = summary, folder, failures, jobs, part
         self._begun, self._deadline = begun, begun + 60 * minutes
         failures.parent.mkdir(parents=True, exist_ok=True)
         failures.write_text("")
@@ -124,7 +129,7 @@ class _Suite:
         if limit <= 0:
             return Group("not run", "out of time", 0, 0, {}, [], 0.0)
         log.touch()
-        command = [sys.executable, "-m", "tests.gpu.group", name, "--log", str(log)]
+        command = [sys.executable, "-m", "tests.gpu.group", name, "--log", str(log), "--part", self._part]
         ended = run(command, limit, output, _ENVIRONMENT)
         group = read_group(name, ended, log.read_text())
         if ended.hung and limit < _GROUP_LIMIT:

@@ -71,11 +71,11 @@ def read_group(name: str, ended: Ended, log: str) -> Group:
 class Summary:
     """What is known so far; every change is written to the file, so that a killed run leaves what it had."""
 
-    def __init__(self, path: Path, device: dict[str, Any], commit: str | None):
+    def __init__(self, path: Path, device: dict[str, Any], commit: str | None, part: str = "1/1"):
         self._path = path
         self.groups: dict[str, Group] = {}
         self.sanitizer: dict[str, Verdict] = {}
-        self._facts = {"device": device, "versions": versions(), "commit": commit}
+        self._facts = {"device": device, "versions": versions(), "commit": commit, "part": part}
         self._seconds = 0.0
         self._complete = False
 

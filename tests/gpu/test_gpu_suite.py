@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from tests.gpu import sanitizer
 from tests.gpu.cases import heads
-from tests.gpu.group import GROUPS, cases_of
+from tests.gpu.group import GROUPS, cases_of, part_of
 from tests.gpu.known_reports import KNOWN, KnownReport
 from tests.gpu.sanitized import KERNELS, MODULES, PLANTED
 from tests.gpu.sanitizer import Verdict
@@ -70,6 +70,16 @@ def test_groups_have_cases_with_names_of_their_own():
         names = [case.name for case in cases_of(group)]
         assert names
         assert len(names) == len(set(names)), f"{group}: {sorted(name for name in names if names.count(name) > 1)}"
+
+
+def test_parts_have_every_case_once():
+    cases = [doubled(number) for number in range(8)]
+    parts = [part_of(cases, f"{i}/3") for i in (1, 2, 3)]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert sorted((case for part in parts for case in part), key=cases.index) == cases
+    for text in ("0/3", "4/3", "2", "a/b"):
+        with pytest.raises(ValueError, match="a part is"):
+            part_of(cases, text)
 
 
 def doubled(expected: float) -> Case:
