@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.packing import BipolarArray
@@ -207,6 +208,7 @@ class Backend(Protocol):
         cache_bits: int | None = None,
         spans: Mapping[str, float] | None = None,
         first_layer: int = 0,
+        key_rotation: Hadamard | None = None,
     ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
         """All layers of a pre-norm decoder for one new token of one sequence; float32 between products.
 
@@ -215,7 +217,7 @@ class Backend(Protocol):
           kernels: of the products "qkv", "o", "up" and "down", each of all layers: [layers, k, n].
           biases: of the same products, or None.
           norms: before attention ("qkv") and before the feed-forward block ("up"); vectors are [layers, hidden].
-          activation: of the feed-forward block.
+          activation: of the feed-forward block; it may have a rotation, of the input of "down".
           keys, values: leaves of the cache, without the new token; they are not written.
           length: tokens in the cache, which is the position of the new one.
           tables: cosines and sines of that position; None where positions are not rotary.
@@ -224,6 +226,7 @@ class Backend(Protocol):
           cache_bits: of the cached numbers, 8 or 4; None for floats.
           spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
           first_layer: index in the cache of the first of these layers: the cache may be that of more layers.
+          key_rotation: of each head of queries and keys, after `tables`; cached keys are rotated already.
 
         Returns:
           float32: the hidden state after all layers, before the final norm; and for every layer the token's queries,

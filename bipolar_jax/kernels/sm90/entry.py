@@ -117,6 +117,7 @@ def decode_layers(
     cache_bits=None,
     spans=None,
     first_layer=0,
+    key_rotation=None,
 ):
     """See `Backend.decode_layers`, and `decode_step.api` for what is not served."""
     return _decode_step(kernels).decode_layers(
@@ -134,6 +135,7 @@ def decode_layers(
         cache_bits=cache_bits,
         spans=spans,
         first_layer=first_layer,
+        key_rotation=key_rotation,
         interpret=interpret_params(),
     )
 

@@ -177,9 +177,10 @@ def explain_attention_to_cache(
 
 
 def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: bool) -> tuple[tuple, dict[str, Any]]:
-    """Operands and options of `ops.decode_attention`. Raises Unsupported for a cache of rotated keys."""
+    """Operands and options of `ops.decode_attention`; in another basis than the model's, XLA rotates q and k before."""
     if cache.key_rotation is not None:
-        raise Unsupported("keys are rotated once more before they are cached")
+        q, k, v = rotated_heads(projected, cache.kv_heads, tables)
+        projected, tables = (cache.rotate(q), cache.rotate(k), v), None
     keys, values = (tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values))
     heads = sum(x.shape[2] for x in projected) - 2 * cache.kv_heads
     operands = (tuple(x[:, 0] for x in projected), keys, values, layer, cache.lengths)

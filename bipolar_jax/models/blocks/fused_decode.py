@@ -49,7 +49,7 @@ def fused_layers(
 
     Raises:
       Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
-        bits or backend; keys that are rotated at run time; and as `ops.decode_layers`.
+        bits or backend; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -79,8 +79,6 @@ def _fused_operands(
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
     if hidden.shape[0] != 1:
         raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
-    if cache.key_rotation is not None:
-        raise Unsupported("keys are rotated once more before they are cached")
     gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
@@ -106,6 +104,8 @@ def _fused_operands(
     options = {"cache_bits": cache.bits, "implementation": shared_implementation(products.values())}
     if first_layer:
         options["first_layer"] = first_layer
+    if cache.key_rotation is not None:
+        options["key_rotation"] = cache.key_rotation
     spans = {name: layer.precision.a_span for name, layer in products.items()}
     return operands, options if set(spans.values()) == {1.0} else {**options, "spans": spans}
 

@@ -157,7 +157,8 @@ class Step:
                 heads = [head.astype(jnp.bfloat16) for head in heads]
             else:
                 heads = [QuantizedHeads.quantize(head, self.cache_bits) for head in heads]
-            return jax.device_get(KVCache(*heads, jnp.asarray(self.lengths, jnp.int32)))
+            lengths, rotation = jnp.asarray(self.lengths, jnp.int32), config.key_rotation(self.cache_bits)
+            return jax.device_get(KVCache(*heads, lengths, rotation))
 
     def _check_cache(self, found: KVCache, expected: KVCache, length: int) -> None:
         np.testing.assert_array_equal(found.lengths, expected.lengths)
@@ -241,6 +242,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         None,
         None if products["o"].precision.a_bits is None else BipolarFormat(products["o"].precision.a_bits),
         cache_bits=cache.bits,
+        key_rotation=cache.key_rotation,
         blocks=blocks,
         wait_limit_ms=_WAIT_LIMIT_MS,
         interpret=interpret_params(),
@@ -251,7 +253,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
 def _of_text(cache: KVCache, text: int) -> KVCache:
     """The cache of one of several texts."""
     kept = jax.tree.map(lambda leaf: leaf[:, text : text + 1], (cache.keys, cache.values))
-    return KVCache(*kept, cache.lengths[text : text + 1])
+    return KVCache(*kept, cache.lengths[text : text + 1], cache.key_rotation)
 
 
 def _numbers(kept) -> np.ndarray:
@@ -305,9 +307,10 @@ def _two_layers(name: str) -> TransformerConfig:
 
 
 def _rotated(config: TransformerConfig, turn: int) -> TransformerConfig:
-    """The input of down is rotated in blocks of 256, 128, 64 or 32, if these divide it."""
+    """The input of down is rotated in blocks of 256, 128, 64 or 32, if these divide it; keys are in a 4-bit cache."""
     block = min(256 >> turn % 4, config.ffn_size & -config.ffn_size)
-    return dataclasses.replace(config, rotation=Rotation(ffn=hadamard(config.ffn_size, block=block)))
+    rotation = Rotation(ffn=hadamard(config.ffn_size, block=block), keys=hadamard(config.head_dim))
+    return dataclasses.replace(config, rotation=rotation)
 
 
 def small() -> dict[str, Case]:
@@ -325,7 +328,9 @@ def small() -> dict[str, Case]:
     planes = Step(config, "W2A8", 8, lengths=(0, 40), capacity=64, blocks=2, tokens=1)
     prepared = dataclasses.replace(planes, precision="W4A8g64i", prepared=True)
     within_tile = dataclasses.replace(config, hidden_size=192, num_heads=2, head_dim=64, ffn_size=192)
-    heads_of_64 = dataclasses.replace(prepared, config=_rotated(within_tile, 0), precision="W4A8g128i", blocks=3)
+    heads_of_64 = dataclasses.replace(
+        prepared, config=_rotated(within_tile, 0), precision="W4A8g128i", cache_bits=4, blocks=3
+    )
     floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
     steps["decode step, float tokens"] = floats

@@ -1,4 +1,4 @@
-"""Rotations by Hadamard matrices within a warp: each lane has some numbers, in registers.
+"""Rotations by Hadamard matrices within a warp, whose lanes have some numbers each, and of vectors of a warpgroup.
 
 The stages are those of `kernels.semantics.hadamard`: numbers a and b, 2^s apart, become a + b and a - b. Stages of
 numbers that a thread has are additions; others exchange numbers between lanes. A factor of 1 or -1 chooses between the
@@ -8,12 +8,18 @@ sum and the difference: a fused multiply-add rounds once, so that the bits are t
 from __future__ import annotations
 
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.core.hardware import WARP
-from bipolar_jax.kernels.sm90.core.ptx import Value
+from bipolar_jax.kernels.sm90.core.hardware import WARP, WARPGROUP
+from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 
 
 def rotate_numbers(numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None) -> list[Value]:
-    """The rotation of blocks of consecutive numbers, of which consecutive lanes have runs; all lanes take part.
+    """The rotation of blocks of consecutive numbers; arguments as of `stages_of_warp`."""
+    factor = ptx.float32(block**-0.5)
+    return [ptx.multiply(x, factor) for x in stages_of_warp(numbers, block, lane, swizzle)]
+
+
+def stages_of_warp(numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None) -> list[Value]:
+    """All stages of blocks of consecutive numbers, of which consecutive lanes have runs; all lanes take part.
 
     Args:
       numbers: float32, a power of two of them.
@@ -40,8 +46,46 @@ def rotate_numbers(numbers: list[Value], block: int, lane: Value, swizzle: Value
             for i, x in enumerate(numbers)
         ]
         distance *= 2
-    factor = ptx.float32(block**-0.5)
-    return [ptx.multiply(x, factor) for x in numbers]
+    return numbers
+
+
+def rotate_vectors(scratch: Pointer, numbers: list[Value], size: int, thread: Value) -> list[Value]:
+    """Rotations of vectors of which every thread of a warpgroup has one number; all threads take part, and meet once.
+
+    Args:
+      scratch: shared memory of this warpgroup, 128 numbers for each vector. A thread reads what others wrote: these may
+        write again after the next barrier.
+      numbers: float32, one of each vector.
+      size: numbers of a block, 64 or 128.
+      thread: of the warpgroup.
+    """
+    lane = ptx.bits_of(thread, WARP - 1)
+    rows = [ptx.advance(scratch, 4 * WARPGROUP * i) for i in range(len(numbers))]
+    numbers = [stages_of_warp([x], WARP, lane)[0] for x in numbers]
+    for row, x in zip(rows, numbers, strict=True):
+        ptx.store(ptx.advance(row, ptx.times(thread, 4)), [ptx.as_word(x)])
+    ptx.synchronize()
+    return [_between_warps(row, x, thread, size) for row, x in zip(rows, numbers, strict=True)]
+
+
+def _between_warps(row: Pointer, own: Value, thread: Value, size: int) -> Value:
+    """The stages of distances 32 and 64 of a thread's number, and the factor."""
+
+    def of_thread(distance: int) -> Value:
+        (word,) = ptx.load(ptx.advance(row, ptx.times(ptx.flip_bits(thread, distance), 4)), 1)
+        return ptx.as_float(word)
+
+    sign = _sign(ptx.bits_of(thread, WARP))
+    number = ptx.fma(own, sign, of_thread(WARP))
+    if size == WARPGROUP:
+        other = ptx.fma(of_thread(2 * WARP), sign, of_thread(3 * WARP))
+        number = ptx.fma(number, _sign(ptx.bits_of(thread, 2 * WARP)), other)
+    return ptx.multiply(number, ptx.float32(size**-0.5))
+
+
+def _sign(bit: Value) -> Value:
+    """1 where a bit is 0, else -1: the factor of a number in the stage of that bit of its place."""
+    return ptx.choose(ptx.equal(bit, 0), ptx.float32(1), ptx.float32(-1))
 
 
 def _within_thread(numbers: list[Value], distance: int, sign: Value | None) -> list[Value]:
@@ -57,8 +101,3 @@ def _within_thread(numbers: list[Value], distance: int, sign: Value | None) -> l
         else:
             stage[i], stage[i + distance] = ptx.fma(first, sign, second), ptx.fma(second, minus, first)
     return stage
-
-
-def _sign(bit: Value) -> Value:
-    """1 where a bit is 0, else -1."""
-    return ptx.choose(ptx.equal(bit, 0), ptx.float32(1), ptx.float32(-1))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.device import default_device
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, TMA_ALIGNMENT, WARPGROUP
@@ -48,6 +49,7 @@ def decode_layers(
     cache_bits: int | None = None,
     spans: Mapping[str, float] | None = None,
     first_layer: int = 0,
+    key_rotation: Hadamard | None = None,
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -79,6 +81,8 @@ def decode_layers(
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
       spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
       first_layer: index in the cache of the first of these layers: the cache may be that of more layers.
+      key_rotation: of each head of queries and keys, after `tables`, as one block; cached keys, which are codes, are
+        rotated already.
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
         (compute-sanitizer) needs more.
@@ -93,7 +97,7 @@ def decode_layers(
         multiprocessors.
     """
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
-    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer)
+    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer, key_rotation=key_rotation)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},
@@ -137,11 +141,12 @@ def plan_decode_layers(
     cache_bits: int | None = None,
     spans: Mapping[str, float] | None = None,
     first_layer: int = 0,
+    key_rotation: Hadamard | None = None,
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
     del biases, values, length, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
-    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer)
+    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer, key_rotation=key_rotation)
     planes = shape.prepared is None
     weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
     weights += "" if shape.float_token is None else ", float tokens"

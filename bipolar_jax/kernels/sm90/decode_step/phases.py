@@ -19,12 +19,12 @@ from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
+from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_slice
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
     load_vector,
     poll_slices,
     prefetch,
-    rotate_slice,
     store_vector,
 )
 from bipolar_jax.kernels.sm90.decode_step.products import (

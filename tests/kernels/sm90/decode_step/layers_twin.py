@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, quantize
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS
@@ -49,6 +50,7 @@ class Case:
     scales: str = "integer"  # of groups
     head_dim: int = 128
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)  # of the tokens of each product
+    rotates_keys: bool = False
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -82,6 +84,7 @@ class Case:
             a_format=BipolarFormat(self.a_bits) if self.a_bits else None,
             cache_bits=self.cache_bits,
             spans=dict(zip(PRODUCTS, self.spans, strict=True)),
+            key_rotation=hadamard(self.head_dim) if self.rotates_keys else None,
         )
 
     def kept(self, heads) -> tuple:
@@ -101,8 +104,11 @@ class Case:
         return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits", "spans"))
-def twin(hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits, spans):
+@functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits", "spans", "key_rotation"))
+def twin(
+    hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits, spans,
+    key_rotation,
+):  # fmt: skip
     """`decode_layers` in float32, layer by layer; products of what the numbers are quantized or rounded to."""
     float_dtype, hidden = hidden.dtype, hidden.astype(jnp.float32)
 
@@ -125,11 +131,11 @@ def twin(hidden, kernels, biases, norms, activation, keys, values, length, table
         return jax.tree.map(lambda leaf: leaf[layer], norms[name])(x)
 
     def rotated(x):
-        if tables is None:
-            return x
-        cos, sin = (table[None] for table in tables)
-        a, b = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        if tables is not None:
+            cos, sin = (table[None] for table in tables)
+            a, b = jnp.split(x, 2, axis=-1)
+            x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return x if key_rotation is None else key_rotation(x)
 
     def with_new(kept, layer, new):
         cached = jax.tree.map(lambda leaf: leaf[layer, 0], kept)
@@ -193,5 +199,5 @@ def shapes_of(case: Case) -> dict:
     slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
     operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
     operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
-    static = ("a_format", "activation", "cache_bits", "spans")
+    static = ("a_format", "activation", "cache_bits", "spans", "key_rotation")
     return {name: value for name, value in operands.items() if name not in static}

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
+from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_vectors
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
 from tests.support import warpgroup_simulator
@@ -119,3 +121,12 @@ def test_values_of_codes_are_summed_by_weights_of_float32(bits, size, monkeypatc
         float_fragments.store_sums(target, sums[16 * tile : 16 * tile + 16], ptx.float32(0.5), LANE, codes=True)
     signed = codes.reshape(4, 16, size).astype(np.float64) - 2 ** (bits - 1)
     np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_queries_and_keys_are_rotated_bit_for_bit(size, monkeypatch):
+    warpgroup_simulator.install(monkeypatch)
+    heads = np.random.default_rng(2).standard_normal((2, 128)).astype(np.float32)
+    scratch = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
+    found = rotate_vectors(scratch, list(heads), size, THREAD)
+    np.testing.assert_array_equal(found, Hadamard((size,), 128 // size)(heads))

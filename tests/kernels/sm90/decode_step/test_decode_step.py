@@ -14,6 +14,7 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core.execution import interpreted
@@ -30,6 +31,7 @@ from bipolar_jax.models.kv_cache.cache import keep
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn.compressible import Rotation
 from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, check_layers, shapes_of
 from tests.support import sm90_compile, warpgroup_simulator
 
@@ -63,6 +65,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
                 Activation("gelu"),
                 "alibi",
                 cache_bits=4,
+                rotates_keys=True,
             ),
             3,
         ),
@@ -97,6 +100,7 @@ def small_model(precision: str = "W2A8", **changes) -> Transformer:
 
 
 SMALL_HEADS = {"hidden_size": 192, "num_heads": 3, "head_dim": 64, "ffn_size": 320}
+ROTATED = Rotation(ffn=hadamard(320, block=64), keys=hadamard(64))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ SMALL_HEADS = {"hidden_size": 192, "num_heads": 3, "head_dim": 64, "ffn_size": 3
         ("W2A8", None, {}, 2),
         ("W4A8g128i", None, SMALL_HEADS, 1),
         ("W2A8", 8, {}, 2),
-        ("W4A8g64i", 4, SMALL_HEADS, 2),
+        ("W4A8g64i", 4, SMALL_HEADS | {"rotation": ROTATED}, 2),
         ("W4A16g64i", None, SMALL_HEADS, 1),
     ],
 )

@@ -40,7 +40,7 @@ ROTATED = dataclasses.replace(PREPARED, activation=Activation("silu", True, hada
         (dataclasses.replace(PREPARED, cache_bits=8), 7),
         (dataclasses.replace(PREPARED, w_bits=8, group_size=None, activation=Activation("gelu"), bias=True), 3),
         (dataclasses.replace(PLANES, layers=2, bias=True), 4),
-        (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi"), 4),
+        (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi", rotates_keys=True), 4),
     ],
     ids=lambda value: (
         f"W{value.w_bits}g{value.group_size}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value}"

@@ -47,6 +47,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import (
     reduce_warpgroup,
     reduce_warps,
 )
+from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_heads
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, poll_vectors
 
 _MASKED = -1e30  # the score of a position that is not attended to: its weight beside any other is 0
@@ -98,10 +99,13 @@ def attend(
     k_start = qkv_start + (shape.heads + ring.kv_head) * size
     starts = [q_start, q_start, k_start, k_start, k_start + shape.kv_heads * size]
     q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, half, 0, half, 0], Awaited(phase, ring.active), size)
-    q = rotated(q, q_swapped) * (math.log2(math.e) / math.sqrt(size))
-    k, v = _as_cached([rotated(k, k_swapped), v], cache.keys.dtype, bits, warpgroup, shared)
     # The query lies where the sums of values are stored at the end. Every warpgroup adds up the new token's score.
     shared_query = shared.context_sums.at[pl.ds(warpgroup * WARPS, WARPS)]
+    q, k = rotated(q, q_swapped), rotated(k, k_swapped)
+    if shape.key_rotation is not None:  # of quantized keys: `_as_cached` has the barrier before the query is stored
+        q, k = rotate_heads(shared_query, [q, k], size)
+    q = q * (math.log2(math.e) / math.sqrt(size))
+    k, v = _as_cached([k, v], cache.keys.dtype, bits, warpgroup, shared)
     store_query(shared_query, q, cache.keys.dtype, size)
     reduce_warps(new_results, warpgroup, [q * k], "sum", VECTOR)
     synchronize()

@@ -7,7 +7,7 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK
+from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK, Hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
@@ -146,6 +146,7 @@ class LayersShape:
       wait_limit_ms: milliseconds without progress in a block, after which the kernel traps.
       spans: of the tokens of each product, see `BipolarFormat.span`.
       first_layer: index in the cache of the first of these layers.
+      key_rotation: of each head of queries and of cached keys, which are codes; None if there is none.
     """
 
     num_layers: int
@@ -166,6 +167,7 @@ class LayersShape:
     wait_limit_ms: int = WAIT_LIMIT_MS
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)
     first_layer: int = 0
+    key_rotation: Hadamard | None = None
 
     def __post_init__(self):
         if self.head_dim not in HEAD_DIMS:
@@ -181,6 +183,11 @@ class LayersShape:
             raise Unsupported(
                 f"the input of down is rotated in blocks of {rotation.block}: warps rotate powers of two up to "
                 f"{LARGEST_WARP_BLOCK} without signs, as rotate(block=...) makes them"
+            )
+        keys = self.key_rotation
+        if keys is not None and not (keys.within_warp and keys.block == self.head_dim and self.cache_bits):
+            raise Unsupported(
+                "heads of queries and keys are rotated as one block each, without signs, for cached codes"
             )
         if self.w_slots < 2:
             raise Unsupported(f"tokens of {self.ffn} numbers leave no shared memory for weights")

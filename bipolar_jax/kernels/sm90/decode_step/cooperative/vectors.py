@@ -18,8 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.kernels.semantics.hadamard import Hadamard
-from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
@@ -28,7 +26,6 @@ from bipolar_jax.kernels.sm90.core.fragments import (
     VECTOR,
     as_k_slice,
     as_vector,
-    lane_and_warp,
     load_k_slice,
     numbers_of,
     only_word,
@@ -301,19 +298,3 @@ def zero_beyond(values: Float[Array, "1024"], start: Int[Array, ""], end: Int[Ar
         return as_k_slice([ptx.choose(inside, number, ptx.float32(0)) for number in numbers_of(values)])
 
     return inline(values, jnp.int32(start), jnp.int32(end))
-
-
-def _rotate_slice_twin(values, block):
-    return Hadamard((block,), K_SLICE // block)(values)
-
-
-@with_twin(_rotate_slice_twin)
-def rotate_slice(values: Float[Array, "1024"], block: int) -> Float[Array, "1024"]:
-    """A K slice, of which every block is rotated: a power of two of numbers, at most those of a warp."""
-
-    @plgpu.inline_mgpu(arg_types=(K_SLICE_LAYOUT,), return_type=_K_SLICE_TYPE)
-    def inline(_, values):
-        lane, _ = lane_and_warp()
-        return as_k_slice(rotate_numbers(numbers_of(values), block, lane))
-
-    return inline(values)
