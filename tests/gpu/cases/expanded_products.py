@@ -18,9 +18,9 @@ from tests.support.integer_products import codes_with_extremes
 _SIZES = [(70, 131, 97), (300, 259, 1500), (131, 2051, 2049), (1025, 4099, 640)]
 _TILINGS = [
     Tiling(128, 128, "split_n", slots=3),
-    Tiling(128, 128, "alternate", slots=3),
+    Tiling(128, 128, "alternate", slots=3, splits=2),
     Tiling(64, 128, "split_m", slots=4),
-    Tiling(64, 128, "split_n", slots=3),
+    Tiling(64, 128, "split_n", slots=3, splits=4),  # some behind the end of K
 ]
 _GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256)
 
@@ -45,7 +45,7 @@ def small() -> dict[str, Case]:
 def _case(bits: int, group_size: int | None, a_bits: int, sizes: tuple[int, int, int], tiling: Tiling) -> Case:
     name = f"W{bits}A{a_bits}" + ("" if group_size is None else f"g{group_size}")
     return Case(
-        f"{name} {'x'.join(map(str, sizes))} {tiling.tile_m} {tiling.schedule}",
+        f"{name} {'x'.join(map(str, sizes))} {tiling.tile_m} {tiling.schedule}, {tiling.splits} splits",
         lambda: _trial(BipolarFormat(bits), group_size, BipolarFormat(a_bits), *sizes, tiling),
     )
 

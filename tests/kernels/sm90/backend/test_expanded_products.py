@@ -13,7 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.backend import expanded_planning, operations
-from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES, fitted, plan_expanded
+from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    EXPANDED_CANDIDATES,
+    fitted,
+    plan_expanded,
+    plan_many_tokens,
+)
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -95,18 +100,22 @@ def test_plans_are_explained():
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "tiling"),
+    ("m", "n", "k", "tile_m", "schedule", "splits"),
     [
-        (1024, 4096, 14336, EXPANDED_CANDIDATES[0]),  # 128 tiles
-        (777, 3584, 18944, EXPANDED_CANDIDATES[0]),  # 98
-        (512, 4096, 4096, EXPANDED_CANDIDATES[1]),  # 64 tiles of both consumers, or 128 of one
-        (128, 4096, 14336, EXPANDED_CANDIDATES[3]),
-        (192, 11264, 4096, EXPANDED_CANDIDATES[2]),
+        (1024, 4096, 14336, 128, "split_n", 1),  # 128 tiles
+        (777, 3584, 18944, 128, "split_n", 1),  # 98
+        (512, 4096, 4096, 128, "alternate", 1),  # 64 tiles of both consumers, or 128 of one
+        (128, 4096, 14336, 128, "alternate", 4),  # 32 tiles
+        (192, 11264, 4096, 64, "split_n", 1),
     ],
 )
-def test_few_tiles_are_made_smaller(m, n, k, tiling):
+def test_few_tiles_are_made_smaller_or_split_along_k(m, n, k, tile_m, schedule, splits):
     w = jax.eval_shape(lambda: dataclasses.replace(codes(n, 32, 4), contracted_size=k).prepare())
-    assert plan_expanded(m, w, jnp.bfloat16).tiling == tiling
+    tiling = plan_expanded(m, w, jnp.bfloat16).tiling
+    assert (tiling.tile_m, tiling.schedule, tiling.splits) == (tile_m, schedule, splits)
+    # Heads are no matrix that XLA could add up; gated weights have columns in the order of tiles.
+    assert plan_many_tokens(m, w, jnp.bfloat16).tiling.splits == 1
+    assert plan_expanded(m, dataclasses.replace(w, gated=True), jnp.bfloat16).tiling.splits == 1
 
 
 def test_tilings_fit_shared_memory():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.backend import float_products
+from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.unsupported import Unsupported
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
@@ -75,16 +78,16 @@ def test_plans_are_explained():
 
 @needs_compiler
 def test_tiles_of_floats_compile_without_spills():
+    """The largest tile, a small one, and splits of K; the other tiles differ from these of bytes in nothing."""
     x = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
     w = jax.eval_shape(lambda w: w.prepare(), groups(256, 256))
 
-    def product(x, w):
-        return float_products.weight_only_matmul(x, w, None)
+    for tiling in (CANDIDATES[0], CANDIDATES[4], dataclasses.replace(CANDIDATES[1], splits=2)):
 
-    for tiling in float_products.CANDIDATES:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(float_products, "CANDIDATES", (tiling,))
-            _, report = sm90_compile.compile_for_h200(product, x, w, ptx=True)
+        def product(x, w, tiling=tiling):
+            return float_products.weight_only_matmul(x, w, None, tiling)
+
+        _, report = sm90_compile.compile_for_h200(product, x, w, ptx=True)
         assert report.spill_bytes == report.stack_bytes == 0
         assert not report.serialized_wgmma
         assert "k16.f32.bf16.bf16" in report.text
