@@ -45,9 +45,11 @@ FLOORS = {
     "bipolar_jax.nn": ("convert", "layers", "training", "compressible"),
     "bipolar_jax.compress": (
         "distillation",
+        "allocation",
         "calibrate",
         "activation_spans",
         "whole_model",
+        "block_programs",
         "packed_sites",
         "layer_store",
         "smoothing",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +15,23 @@ from flax import nnx
 from jaxtyping import Array, Num
 
 from bipolar_jax.compress.activation_spans import with_learned_spans
-from bipolar_jax.compress.hessians import SecondMoments
+from bipolar_jax.compress.block_programs import (
+    add_moments,
+    compile_programs,
+    empty_moments,
+    enter_blocks,
+    float_matrices,
+    formats_of_inputs,
+    run_block,
+)
 from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
-from bipolar_jax.compress.packed_sites import BlockPlan, float_matrix, packed_kernels, plan_blocks, with_packed_layers
+from bipolar_jax.compress.packed_sites import BlockPlan, packed_kernels, plan_blocks, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
-from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.compress.whole_model import WholeModel
 from bipolar_jax.nn.compressible import CachesHeads, Compressible, layer_at
 from bipolar_jax.nn.convert.layer_runs import cut_by_rules
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
-from bipolar_jax.nn.layers.linear import sizes
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.rounding import check_finite
 
@@ -96,6 +101,7 @@ def calibrate[Model: nnx.Module](
     if cache_bits is not None and not (isinstance(model, CachesHeads) and cache_bits in model.cached_bits):
         kinds = model.cached_bits if isinstance(model, CachesHeads) else "no"
         raise ValueError(f"cache_bits is {cache_bits!r}, but the model keeps caches of {kinds} bits: leave it None")
+    _warn_of_training_mode(model)
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):
         model.check_ids(inputs)
@@ -123,6 +129,22 @@ def calibrate[Model: nnx.Module](
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": settings})
     calibrated = _pass_over_blocks(blocks, batches, plans, method, cache_bits, on_block, finished)
     return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
+
+
+def _warn_of_training_mode(model: nnx.Module) -> None:
+    """Warns of layers that change numbers at random, or by their batch, as they do in training."""
+    training = [
+        "/".join(map(str, path))
+        for path, layer in nnx.iter_modules(model)
+        if (isinstance(layer, nnx.Dropout) and layer.rate > 0 and not layer.deterministic)
+        or (isinstance(layer, nnx.BatchNorm) and not layer.use_running_average)
+    ]
+    if training:
+        warnings.warn(
+            f"{', '.join(training[:5])}{' and others' if len(training) > 5 else ''}: in training mode, so that layers "
+            "are rounded for numbers of training; call the model's eval() first",
+            stacklevel=3,
+        )
 
 
 def _batches(inputs: Any, size: int, *, tokens: bool) -> list[Any]:
@@ -160,12 +182,15 @@ def _pass_over_blocks(
     finished: LayerStore | None,
 ) -> Compressible:
     """The model with packed layers in its blocks."""
-    carries = [_enter(model, batch, cache_bits) for batch in batches]
-    blocks = []
+    carries = [enter_blocks(model, batch, cache_bits) for batch in batches]
+    blocks, compiled = [], []
     for index, plan in enumerate(plans):
         block = model.block(index)
         kernels = None if finished is None else finished.read(index)
         if kernels is None:
+            if plan not in compiled:
+                compile_programs(model, block, carries[0], plan, method)
+                compiled.append(plan)
             block, kernels = _calibrated(model, block, index, carries, plan, method)
             if finished is not None:
                 finished.write(index, kernels)
@@ -175,7 +200,7 @@ def _pass_over_blocks(
         blocks.append(block)
         if index + 1 < model.num_blocks:
             for each in range(len(carries)):  # one by one, so that old and new states are not all in memory
-                carries[each] = _run(model, block, carries[each])
+                carries[each] = run_block(model, block, carries[each])
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
@@ -193,14 +218,13 @@ def _calibrated(
     """A block with packed layers, and these layers' kernels by path."""
     kernels: dict[str, BipolarArray] = {}
     for index, plan in enumerate(plans):
-        a_formats = tuple(dict.fromkeys(precision.a_format for precision in plan.precisions.values()))
+        a_formats = formats_of_inputs(plan)
         if not a_formats:
             continue
         remaining = tuple(each.sites for each in plans[index:])
-        first = layer_at(block, plan.sites.names[0])
-        moments = tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in a_formats)
+        moments = empty_moments(block, plan)
         for carry in carries:
-            moments = _add_moments(model, block, carry, moments, remaining, a_formats)
+            moments = add_moments(model, block, carry, moments, remaining, a_formats)
         if not all(jnp.isfinite(sums.products).all() for sums in moments):
             raise ValueError(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
@@ -209,27 +233,9 @@ def _calibrated(
         by_format = dict(zip(a_formats, moments, strict=True))
         rounded = {}
         for precision, names in plan.joined().items():
-            floats = [float_matrix(layer_at(block, name)) for name in names]
+            floats = float_matrices(block, names)
             packed = packed_kernels(floats, by_format[precision.a_format], precision, method)
             rounded |= dict(zip(names, packed, strict=True))
         block = with_packed_layers(block, rounded, plan.precisions)
         kernels |= rounded
     return block, kernels
-
-
-@functools.partial(jax.jit, static_argnames="cache_bits")
-def _enter(model: Compressible, batch: Any, cache_bits: int | None) -> Any:
-    return model.enter_blocks(batch) if cache_bits is None else model.enter_blocks(batch, cache_bits)
-
-
-@jax.jit
-def _run(model: Compressible, block: nnx.Module, carry: Any) -> Any:
-    return model.run_block(block, carry)
-
-
-@functools.partial(jax.jit, static_argnames=("remaining", "a_formats"), donate_argnames="moments")
-def _add_moments(model, block, carry, moments, remaining, a_formats) -> tuple[SecondMoments, ...]:
-    """The second moments of the first of the remaining sites, for each format of activations, with one batch."""
-    x, stream = site_inputs(model, block, carry, remaining)
-    stream = stream if remaining[0].to_stream else None
-    return tuple(sums.add(x, a_format, stream) for sums, a_format in zip(moments, a_formats, strict=True))
