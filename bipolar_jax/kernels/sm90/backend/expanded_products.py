@@ -87,8 +87,9 @@ def expanded_tokens_matmul(
         return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
     options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
     if m <= FEW_TOKENS_LIMIT:
-        product = few_tokens_product(tokens, w, a_format, bias, dtype, **options)
-        return product if residual is None else residual + product
+        if residual is not None and w.gated:
+            return residual + few_tokens_product(tokens, w, a_format, bias, dtype, **options)
+        return few_tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)
     if w.gated and activation is None:
         if bias is not None:
             bias = w.rows_in_order_of_tiles(bias[:, None])[:, 0]

@@ -62,6 +62,7 @@ def few_tokens_product(
     dtype: jnp.dtype,
     *,
     activation: Activation | None = None,
+    residual: Float[Array, "m out"] | None = None,
     tiling: FewTokensTiling | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -75,6 +76,7 @@ def few_tokens_product(
       bias: added to every row.
       dtype: of the output: float32, bfloat16 or float16.
       activation: applied to the product in float32, before the cast; a gated one makes one column of two.
+      residual: added to the product once it is rounded, in `dtype`. Of a gated array only beside an activation.
       tiling: how a block divides its work; None chooses.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
@@ -98,6 +100,7 @@ def few_tokens_product(
         ExpandedRecovery("int8", a_format, w.format, w.contracted_size, a_format.bits > 1, w.terms is not None),
         dtype,
         activation=activation,
+        residual=residual,
         tiling=tiling,
         blocks=blocks,
         interpret=interpret,
@@ -118,7 +121,7 @@ def few_tokens_floats(
       w: [k, n], with integer groups or one scale a column, and without offsets.
       bias: added to every row.
       dtype: of the output; None takes that of x.
-      **options: `activation`, `tiling`, `blocks` and `interpret`, as in `few_tokens_product`.
+      **options: `activation`, `residual`, `tiling`, `blocks` and `interpret`, as in `few_tokens_product`.
 
     Raises:
       ValueError: as `few_tokens_product`.
@@ -138,6 +141,7 @@ def _product(
     dtype,
     *,
     activation: Activation | None = None,
+    residual: Array | None = None,
     tiling: FewTokensTiling | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret=None,
@@ -157,4 +161,4 @@ def _product(
     problem = FewTokensProblem(m, n, recovery, *static)
     if w.natural_order and not problem.float_tokens:
         x_words = in_natural_order(x_words)
-    return launch(problem, x_words[0], w, tokens, columns, blocks=blocks, interpret=interpret)
+    return launch(problem, x_words[0], w, tokens, columns, residual, blocks=blocks, interpret=interpret)

@@ -66,6 +66,7 @@ class Sources(NamedTuple):
       group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
       tokens: terms [m] or more.
       columns: terms [n].
+      residual: of the output's shape, before it is cut, and its dtype; or None.
     """
 
     x: Any
@@ -73,6 +74,7 @@ class Sources(NamedTuple):
     group_terms: Any
     tokens: TokenTerms
     columns: ColumnTerms
+    residual: Any
 
 
 def launch(
@@ -81,6 +83,7 @@ def launch(
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
+    residual: Array | None = None,
     *,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -92,6 +95,7 @@ def launch(
       x_words: signed codes or floats of tokens, zero beyond the true K.
       weights: [k, n].
       tokens, columns: the epilogue's terms, as in `gemm_expanded.launch`.
+      residual: added to the output, in its shape and dtype; or None. An output of two halves has none.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -106,7 +110,9 @@ def launch(
     words, group_terms = (
         None if array is None else array.reshape(-1, *array.shape[2:]) for array in (weights.words, weights.terms)
     )
-    sources = Sources(x, words, group_terms, tokens, columns)
+    if residual is not None:
+        residual = jnp.pad(residual, ((0, 0), (0, problem.padded_half - problem.half)))
+    sources = Sources(x, words, group_terms, tokens, columns, residual)
     arrays, tree = jax.tree.flatten(sources)
     tiling = problem.tiling
     exchanged = (problem.units, tiling.cluster, problem.token_chunks, 2, tiling.rows, CHUNK)
@@ -256,7 +262,7 @@ def _consume(
     """Multiplies this warpgroup's share of all units, and finishes chunks in turn with another warpgroup."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
     total_steps, total_chunks = work.units * work.turns, work.units * problem.token_chunks
-    out, by_block = targets
+    out, by_block = (targets[0], sources.residual), targets[1]
     finishes = warpgroup < tiling.buffers
     own = [jax.tree.map(lambda ref: ref.at[warpgroup], terms) for terms in (tokens, columns)]
 
@@ -344,7 +350,7 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
       problem: the static side.
       totals: of `problem.sums_dtype`, [2, rows, CHUNK] in shared memory.
       terms: `TokenTerms` of [width] and `ColumnTerms` of [2, rows] in shared memory.
-      out: [m, columns] in memory.
+      out: [m, columns] in memory, and the residual or None.
       unit: index of the unit.
       chunk: index of the tokens.
     """
@@ -372,4 +378,4 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
         elif activation is not None:
             finished = [activate(activation, [numbers], jnp.float32) for numbers in finished]
         for block, numbers in enumerate(finished):
-            store_finished(problem, numbers, out, unit, block, group, chunk)
+            store_finished(problem, numbers, *out, unit, block, group, chunk)

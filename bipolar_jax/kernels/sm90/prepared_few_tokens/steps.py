@@ -232,7 +232,7 @@ def gather_tokens(problem: FewTokensProblem, sources: Any, targets: Any) -> None
     inline(*sources, *targets)
 
 
-def _store_finished_twin(problem: FewTokensProblem, numbers, out, unit, block, group, chunk):
+def _store_finished_twin(problem: FewTokensProblem, numbers, out, residual, unit, block, group, chunk):
     count = min(CHUNK, problem.m - CHUNK * chunk)
     for warp in range(WARPS):
         in_unit = PARTS_AT_ONCE * group + warp
@@ -243,17 +243,20 @@ def _store_finished_twin(problem: FewTokensProblem, numbers, out, unit, block, g
         @pl.when((run < problem.padded_half) & (in_unit < problem.tiling.parts))
         def _(first=first, warp=warp):
             run_numbers = numbers[RUN * warp : RUN * (warp + 1), :count]
-            out[pl.ds(CHUNK * chunk, count), pl.ds(first, RUN)] = run_numbers.T.astype(problem.dtype)
+            at = (pl.ds(CHUNK * chunk, count), pl.ds(first, RUN))
+            run_numbers = run_numbers.T.astype(problem.dtype)
+            out[at] = run_numbers if residual is None else run_numbers + residual[at]
 
 
 @with_twin(_store_finished_twin)
 def store_finished(
-    problem: FewTokensProblem, numbers: Array, out, unit: Int[Array, ""], block: int, group: int, chunk: int
+    problem: FewTokensProblem, numbers: Array, out, residual, unit: Int[Array, ""], block: int, group: int, chunk: int
 ) -> None:
-    """Stores [FINISH_ROWS, CHUNK] finished numbers; see `threads.store_finished`."""
+    """Stores [FINISH_ROWS, CHUNK] finished numbers plus the residual; see `threads.store_finished`."""
+    refs = [out] if residual is None else [out, residual]
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SPLAT))
-    def inline(_, numbers, out, unit):
-        threads.store_finished(problem, numbers_of(numbers), out, scalar_of(unit), block, group, chunk)
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, SPLAT, *[plgpu.RefType()] * len(refs)))
+    def inline(_, numbers, unit, out, residual=None):
+        threads.store_finished(problem, numbers_of(numbers), out, residual, scalar_of(unit), block, group, chunk)
 
-    inline(plgpu.layout_cast(numbers, ACCUMULATOR), out, jnp.int32(unit))
+    inline(plgpu.layout_cast(numbers, ACCUMULATOR), jnp.int32(unit), *refs)

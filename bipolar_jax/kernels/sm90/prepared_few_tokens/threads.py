@@ -258,14 +258,15 @@ def gather_tokens(problem: FewTokensProblem, sources, targets) -> None:
 
 
 def store_finished(
-    problem: FewTokensProblem, numbers: list[Value], out, unit: Value, block: int, group: int, chunk: int
+    problem: FewTokensProblem, numbers: list[Value], out, residual, unit: Value, block: int, group: int, chunk: int
 ) -> None:
-    """Stores finished numbers: this lane's four of FINISH_ROWS rows by CHUNK tokens.
+    """Stores finished numbers plus the residual: this lane's four of FINISH_ROWS rows by CHUNK tokens.
 
     Args:
       problem: the static side.
       numbers: float32, or int32; of rows r and r + 8 of the warp's, tokens 2 q and 2 q + 1.
       out: [m, halves * padded_half] in global memory.
+      residual: likewise, or None; added to numbers that are rounded to its dtype.
       unit: index of the unit.
       block: of the parts.
       group: index of the rows in the block, in units of FINISH_ROWS.
@@ -281,10 +282,26 @@ def store_finished(
     for token_of_pair in range(2):
         token = ptx.plus(ptx.times(ptx.bits_of(lane, 3), 2), CHUNK * chunk + token_of_pair)
         with ptx.when(ptx.bits_of(exists, ptx.less(token, problem.m))):
-            row = ptx.advance_far(ptx.pointer(out, GLOBAL), token, row_width * size)
             for half in range(2):
-                at = ptx.advance_far(row, ptx.plus(first, RUN // 2 * half), size)
-                _store_number(problem, at, numbers[2 * half + token_of_pair])
+                at, *added_at = (
+                    ptx.advance_far(
+                        ptx.advance_far(ptx.pointer(array, GLOBAL), token, row_width * size),
+                        ptx.plus(first, RUN // 2 * half),
+                        size,
+                    )
+                    for array in ([out] if residual is None else [out, residual])
+                )
+                number = numbers[2 * half + token_of_pair]
+                _store_number(problem, at, number if residual is None else _plus_loaded(problem, number, *added_at))
+
+
+def _plus_loaded(problem: FewTokensProblem, number: Value, at: Pointer) -> Value:
+    """A number, rounded, plus the one in memory."""
+    if problem.dtype.itemsize == 4:
+        return ptx.add(number, ptx.as_float(ptx.load(at, 1)[0]))
+    kind = PTX_TYPES[problem.dtype.name]
+    rounded, added = (ptx.expand(kind, word)[0] for word in (ptx.rounded(kind, number), ptx.load_half(at)))
+    return ptx.add(rounded, added)
 
 
 def _store_number(problem: FewTokensProblem, at: Pointer, number: Value) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -87,10 +88,13 @@ def test_numbers_are_those_of_many_tokens(activation):
     tokens = PackedTokens(code_words(jnp.asarray(x), A8, "int8"), scale, zero_code, x.sum(1, dtype=np.int32))
     args = (tokens, w.prepare(gated=gated), A8, bias, jnp.bfloat16)
     tiling = FewTokensTiling(1, parts=2, slots=2)
-    found = few_tokens_product(*args, activation=activation, tiling=tiling, blocks=2, interpret=INTERPRET)
+    options = {"activation": activation}
+    if activation is None:
+        options["residual"] = jnp.asarray(rng.standard_normal((m, n)), jnp.bfloat16)
+    found = few_tokens_product(*args, **options, tiling=tiling, blocks=2, interpret=INTERPRET)
     assert not races_found()
     tiling = Tiling(64, 128, "split_n", slots=3)
-    expected = tokens_product(*args, activation=activation, tiling=tiling, blocks=2, interpret=NO_RACES)
+    expected = tokens_product(*args, **options, tiling=tiling, blocks=2, interpret=NO_RACES)
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
@@ -151,13 +155,17 @@ def test_threads_multiply_and_add_up(group_size, tiling, monkeypatch):
                 np.testing.assert_array_equal(found, expected[8 * chunk : 8 * chunk + 8, columns].T)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_threads_gather_terms_and_store(gated, monkeypatch):
-    """Every number of the output is stored once, by the lane that has its column's terms."""
+@pytest.mark.parametrize(("gated", "residual_dtype"), [(False, None), (True, None), (False, ml_dtypes.bfloat16)])
+def test_threads_gather_terms_and_store(gated, residual_dtype, monkeypatch):
+    """Every number of the output is stored once, by the lane that has its column's terms, plus the residual."""
     m, n = 10, 296
-    problem = problem_of(4, 0, m, n, 256, FewTokensTiling(2, parts=5), gated=gated)
+    dtype = np.dtype(np.int32 if residual_dtype is None else residual_dtype)
+    problem = problem_of(4, 0, m, n, 256, FewTokensTiling(2, parts=5), gated=gated, dtype=dtype)
     rows = problem.tiling.rows
-    out = np.full((m, problem.halves * problem.padded_half), -1, np.int32)
+    out = np.full((m, problem.halves * problem.padded_half), -1, dtype)
+    residual = None
+    if residual_dtype is not None:
+        residual = np.random.default_rng(0).standard_normal(out.shape).astype(residual_dtype)
     source, target = np.arange(n, dtype=np.int32), np.zeros((2, rows), np.int32)
     warpgroup_simulator.install(monkeypatch)
     lane, row_of_warp = np.arange(128) % 32, np.arange(128) // 32 * 16
@@ -169,13 +177,19 @@ def test_threads_gather_terms_and_store(gated, monkeypatch):
                 first = 64 * group + row_of_warp + lane // 4
                 for chunk in range(problem.token_chunks):
                     numbers = [
-                        (target[block, first + 8 * half] + 1000 * (8 * chunk + lane % 4 * 2 + i)).astype(np.int32)
+                        (target[block, first + 8 * half] + 1000 * (8 * chunk + lane % 4 * 2 + i)).astype(
+                            np.int32 if residual is None else np.float32
+                        )
                         for half in range(2)
                         for i in range(2)
                     ]
-                    threads.store_finished(problem, numbers, out, warpgroup_simulator.int32(unit), block, group, chunk)
+                    at = (warpgroup_simulator.int32(unit), block, group, chunk)
+                    threads.store_finished(problem, numbers, out, residual, *at)
     found = out.reshape(m, problem.halves, -1)[..., : problem.half].reshape(m, n)
-    np.testing.assert_array_equal(found, np.arange(n) + 1000 * np.arange(m)[:, None])
+    expected = (np.arange(n) + 1000 * np.arange(m)[:, None]).astype(dtype)
+    if residual is not None:
+        expected = (expected.astype(np.float32) + residual[:, :n].astype(np.float32)).astype(dtype)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64])
@@ -212,7 +226,7 @@ def test_what_does_not_fit_is_refused():
         few_tokens_product(tokens, w, A8, None, jnp.bfloat16, activation=Activation("silu", gated=True))
 
 
-def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16):
+def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16, adds=False):
     tiles, stages = n // 128, k // 128
     terms = None
     if group_size is not None:
@@ -230,21 +244,23 @@ def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16):
         vector(m, jnp.int32),
     )
 
-    def multiply(tokens, w, bias):
-        return few_tokens_product(tokens, w, A8, bias, dtype, activation=activation)
+    residual = jax.ShapeDtypeStruct((m, n), dtype) if adds else None
 
-    return sm90_compile.compile_for_h200(multiply, tokens, w, vector(n, jnp.float32), ptx=True)[1]
+    def multiply(tokens, w, bias, residual):
+        return few_tokens_product(tokens, w, A8, bias, dtype, activation=activation, residual=residual)
+
+    return sm90_compile.compile_for_h200(multiply, tokens, w, vector(n, jnp.float32), residual, ptx=True)[1]
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     ("bits", "group_size", "m", "n", "k", "options"),
     [
-        (4, 128, 1, 4096, 14336, {}),
+        (4, 128, 1, 4096, 14336, dict(adds=True)),
         (6, 16, 16, 4096, 14336, dict(dtype=jnp.float32)),
         (3, 64, 64, 28672, 4096, dict(gated=True)),
         (1, 128, 32, 28672, 4096, {}),
-        (8, None, 64, 4096, 14336, {}),
+        (8, None, 64, 4096, 14336, dict(adds=True)),
     ],
     ids=["one token", "W6, 16 tokens", "W3, gated", "W1, 32 tokens", "W8, 64 tokens, a cluster"],
 )
