@@ -46,6 +46,8 @@ def get_config() -> ConfigDict:
     config.rounding = ConfigDict(dataclasses.asdict(Rounding()))
     # Activations of at most so many bits are clipped to a part of each token's range, found on the text; 0: none are.
     config.learn_spans = 4
+    # Bits of the cache of keys and values that the model will decode with, 8 or 4; 0: floats. Scores are without it.
+    config.cache_bits = 0
     # Of the rotation, and of the text that the model writes.
     config.seed = 0
     # Prompt of a greedy sample from every model, and its length; 0 tokens for none.

@@ -44,6 +44,7 @@ _SETTINGS = (
     "rotation_block",
     "rounding",
     "learn_spans",
+    "cache_bits",
     "seed",
 )
 _CALIBRATION = ("calibration_text", "calibration_windows", "calibration_length")
@@ -93,6 +94,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 [*first_rules, (LAYERS, precision)],
                 method=method,
                 learn_spans=config.learn_spans,
+                cache_bits=config.cache_bits or None,
                 windows_per_step=config.windows_per_step,
                 on_block=lambda blocks: advance(blocks, "blocks"),
                 store=_store(workdir, precision),

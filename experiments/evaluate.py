@@ -31,7 +31,18 @@ from .support.sources import load_model_source, load_text_source, model_fingerpr
 from .support.workdir import RESULT_NAME, environment, read_result, write_json
 
 # Settings that the figures depend on.
-_SETTINGS = ("model", "against", "bits", "text", "windows", "window_length", "questions", "tasks", "task_limit")
+_SETTINGS = (
+    "model",
+    "against",
+    "bits",
+    "cache_bits",
+    "text",
+    "windows",
+    "window_length",
+    "questions",
+    "tasks",
+    "task_limit",
+)
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -56,7 +67,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         if name in result["models"]:
             console.print(f"{source}: already in {workdir / RESULT_NAME}")
             continue
-        result["models"][name] = _evaluate(source, config, text, questions, names)
+        cache_bits = config.cache_bits or None if name == "model" else None
+        result["models"][name] = _evaluate(source, config, text, questions, names, cache_bits)
         write_json(workdir / RESULT_NAME, result)
     if config.against:
         result["difference"] = _differences(result["models"]["model"], result["models"]["against"])
@@ -65,9 +77,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 def _evaluate(
-    source: str, config: ConfigDict, text: str, questions: list[Question], tasks: list[str]
+    source: str,
+    config: ConfigDict,
+    text: str,
+    questions: list[Question],
+    tasks: list[str],
+    cache_bits: int | None,
 ) -> dict[str, Any]:
-    """All figures of one model, JSON."""
+    """All figures of one model, JSON. The text is scored with a cache of so many bits."""
     started = time.perf_counter()
     pretrained = load_model_source(source, config.bits or None)
     row: dict[str, Any] = {}
@@ -81,6 +98,7 @@ def _evaluate(
                 windows=config.windows,
                 window_length=config.window_length,
                 windows_per_step=config.windows_per_step,
+                cache_bits=cache_bits,
                 on_window=advance,
             )
         row["text"] = {

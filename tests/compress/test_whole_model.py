@@ -98,6 +98,13 @@ def test_layers_whose_inputs_cannot_be_read_are_named(tmp_path):
     assert same == [True, False]
 
 
+def test_models_in_training_mode_are_warned_of():
+    model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(0)))
+    x, _ = data(4)
+    with pytest.warns(UserWarning, match="^layers/0: in training mode, so that layers are rounded for numbers"):
+        calibrate(model, x, [("", None)])
+
+
 def test_examples_must_fit(model):
     x, shift = data(4)
     with pytest.raises(ValueError, match="needs at least 1 window"):

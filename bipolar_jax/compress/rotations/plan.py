@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+import jax
 from flax import nnx
 from jax import random
 from jaxtyping import PRNGKeyArray
@@ -53,6 +54,8 @@ def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1, 
     """The plan for `rotate`. Raises ValueError as that does."""
     if kind not in get_args(Kind):
         raise ValueError(f"rotation must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {key!r:.40}")
     if model.rotation is not None:
         raise ValueError("the model is rotated already: rotate the model that it was made from")
     first = model.block(0)

@@ -179,6 +179,8 @@ def test_what_cannot_be_rotated_is_refused_by_name():
     model = random_transformer(CONFIG)
     with pytest.raises(ValueError, match="rotation must be one of full, foldable, none, got 'half'"):
         rotate(model, "half", key=KEY)
+    with pytest.raises(ValueError, match="key must be a PRNG key such as jax.random.key"):
+        rotate(model, key=0)
     with pytest.raises(ValueError, match="is rotated already"):
         rotate(rotate(model, key=KEY), key=KEY)
     with pytest.raises(ValueError, match="attention/q_proj is a Linear, not a float nnx.Linear"):
