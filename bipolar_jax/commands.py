@@ -1,4 +1,4 @@
-"""The commands bipolar-quantize, -calibrate, -distill, -evaluate, -generate and -train: the programs of `experiments`.
+"""The programs of `experiments` as commands: bipolar-quantize, -calibrate, -allocate, -distill, -evaluate and so on.
 
 A wheel has the programs inside the package; in a checkout they lie beside it.
 """
@@ -18,6 +18,11 @@ def quantize() -> None:
 def calibrate() -> None:
     """Runs `experiments.calibrate`."""
     _run("calibrate")
+
+
+def allocate() -> None:
+    """Runs `experiments.allocate`."""
+    _run("allocate")
 
 
 def distill() -> None:

@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
     config.rounded = ""
     # Precision of the embedding and of the output layer, whose input stays float.
     config.embedding_precision = "W8A16"
-    # A JSON file of rules that come before these: [["down_proj", "W8A8"], ["k_proj", null]]; "" for none.
+    # A JSON file of rules that come before these: [["layers/0-3/ffn", "W8A8"], ["k_proj", null]]; "" for none. With
+    # rules for all layers, such as those of experiments/allocate.py, leave precisions empty.
     config.rules = ""
     # Text that is calibrated with: "self" (the model writes it), or as `text`, or a .npy file of token ids.
     config.calibration_text = "self"

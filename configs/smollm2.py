@@ -20,10 +20,12 @@ def get_config() -> ConfigDict:
     config.window_length = 512
     # Precisions of the decoder's linear layers, comma separated; per channel, or gN for groups of N.
     config.precisions = "W8A8,W6A8,W4A8,W4A4,W2A8,W1A8,W8A8g64,W6A8g64,W4A8g64,W4A4g64,W2A8g64,W1A8g64"
+    # A JSON file of rules that come before these, see configs/calibrate.py; "" for none.
+    config.rules = ""
     # Precision of the embedding and of the output layer, whose input stays float.
     config.embedding_precision = "W8A16"
-    # Calibration of the weight scales: "minmax", "mse" or "absmax".
-    config.calibration = "minmax"
+    # How the scales of weights are chosen: "minmax", "mse", "absmean" or "absmax"; "" is the best for each width.
+    config.calibration = ""
     # Prompt of a greedy sample from every model, and its length; 0 tokens for none.
     config.prompt = "The capital of France is"
     config.sample_tokens = 12

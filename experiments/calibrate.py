@@ -11,7 +11,6 @@ stopped run resumes: within a precision from the last block that was finished.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -25,10 +24,11 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.compress.rotations.plan import Kind
+from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app
-from .support.precision_sweep import EMBEDDING, LAYERS, MADE, ROUNDED, Sweep
+from .support.precision_sweep import BY_RULES, EMBEDDING, MADE, ROUNDED, Sweep, read_rules, rules_of_row
 from .support.progress import console, progress_bar
 from .support.sources import load_text_source
 
@@ -56,8 +56,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
     precisions, rounded = (
         [bj.Precision.parse(text) for text in app.split_names(names)] for names in (config.precisions, config.rounded)
     )
-    if not precisions:
-        raise ValueError("config.precisions is empty: name at least one, such as W4A8g64")
+    own_rules = read_rules(config.rules)
+    if not precisions and not own_rules:
+        raise ValueError("config.precisions is empty: name at least one, such as W4A8g64, or give config.rules")
+    precisions = precisions or [BY_RULES]
     method = bj.compress.Rounding(**config.rounding)
     if config.rotation not in get_args(Kind):
         raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
@@ -67,31 +69,30 @@ def main(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(
             f"config.rounding.asymmetry is {method.asymmetry}: calibrate runs no float model beside, set 0"
         )
-    for precision in precisions:
+    for precision in precisions if precisions != [BY_RULES] else []:
         method.check(precision)
-    own_rules = read_rules(config.rules)
     first_rules = [*own_rules, (EMBEDDING, config.embedding_precision)]
     sections = (MADE, ROUNDED) if rounded else (MADE,)
     sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, rules=own_rules)
     for precision in [*precisions, *rounded]:  # reject impossible precisions before measuring
-        sweep.check([*first_rules, (LAYERS, precision)])
+        sweep.check(rules_of_row(first_rules, precision))
     block = config.rotation_block or None
     bj.ops.hadamard(sweep.pretrained.model.config.ffn_size, block=block)  # rejects impossible blocks
     sweep.measure_baseline()
     for precision in rounded:
-        rules = [*first_rules, (LAYERS, precision)]
+        rules = rules_of_row(first_rules, precision)
         sweep.add(precision, lambda _, rules=rules: bj.quantize_model(sweep.pretrained.model, rules), ROUNDED)
-    tokens = calibration_tokens(sweep)
+    tokens = calibration_tokens(config, workdir, sweep.pretrained)
     with progress_bar(f"rotating: {config.rotation}"):
         key = jax.random.key(config.seed)
         model = jax.block_until_ready(bj.compress.rotate(sweep.pretrained.model, config.rotation, key=key, block=block))
 
-    def calibrate(precision: bj.Precision) -> nnx.Module:
+    def calibrate(precision: bj.Precision | str) -> nnx.Module:
         with progress_bar(f"{precision}: calibrating", model.num_blocks) as advance:
             return bj.compress.calibrate(
                 model,
                 tokens,
-                [*first_rules, (LAYERS, precision)],
+                rules_of_row(first_rules, precision),
                 method=method,
                 learn_spans=config.learn_spans,
                 cache_bits=config.cache_bits or None,
@@ -109,13 +110,15 @@ def main(config: ConfigDict, workdir: Path) -> None:
         console.print(sweep.result[MADE][str(precisions[-1])]["sample"], highlight=False, markup=False)
 
 
-def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
+def calibration_tokens(
+    config: ConfigDict, workdir: Path, pretrained: PretrainedModel
+) -> Int[np.ndarray, "windows length"]:
     """Token ids to calibrate with; written once to the workdir, because a model takes long to write a text itself.
 
     Raises:
       ValueError: too short a text, or windows of another run.
     """
-    config, path = sweep.config, sweep.workdir / _TOKENS_NAME
+    path = workdir / _TOKENS_NAME
     shape = config.calibration_windows, config.calibration_length
     if path.is_file():
         tokens = np.load(path)
@@ -125,9 +128,9 @@ def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
     if config.calibration_text == "self":
         with progress_bar("the model writes its calibration text", config.calibration_windows) as advance:
             key = jax.random.key(config.seed)
-            tokens = bj.models.write_windows(sweep.pretrained.model, *shape, key=key, on_window=advance)
+            tokens = bj.models.write_windows(pretrained.model, *shape, key=key, on_window=advance)
     else:
-        ids = _text_ids(sweep)
+        ids = _text_ids(config.calibration_text, pretrained)
         if len(ids) < shape[0] * shape[1]:
             raise ValueError(
                 f"{config.calibration_text} has {len(ids)} tokens: {shape[0]} windows of {shape[1]} need "
@@ -139,35 +142,17 @@ def calibration_tokens(sweep: Sweep) -> Int[np.ndarray, "windows length"]:
     return tokens
 
 
-def _text_ids(sweep: Sweep) -> Int[np.ndarray, " tokens"]:
+def _text_ids(name: str, pretrained: PretrainedModel) -> Int[np.ndarray, " tokens"]:
     """Ids of the calibration text, which may be a .npy file of ids. Raises ValueError for one of other numbers."""
-    name = sweep.config.calibration_text
     if name.endswith(".npy"):
         ids = np.load(name)
         if ids.dtype.kind not in "iu":
             raise ValueError(f"{name} has {ids.dtype.name} numbers, token ids are integers")
         return ids.reshape(-1)
-    return np.asarray(encode(sweep.pretrained.tokenizer, load_text_source(name), add_special_tokens=False))
+    return np.asarray(encode(pretrained.tokenizer, load_text_source(name), add_special_tokens=False))
 
 
-def read_rules(name: str) -> list[list[str | None]]:
-    """Rules that come before all others: a JSON file of [[pattern, precision or null], ...]; "" has none.
-
-    Raises:
-      ValueError: another content.
-    """
-    if not name:
-        return []
-    try:
-        rules = json.loads(Path(name).read_text())
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(rules, list) or not all(isinstance(rule, list) and len(rule) == 2 for rule in rules):
-        raise ValueError(f'{name} has no rules: write a list such as [["down_proj", "W8A8"], ["k_proj", null]]')
-    return rules
-
-
-def _store(workdir: Path, precision: bj.Precision) -> Path:
+def _store(workdir: Path, precision: bj.Precision | str) -> Path:
     return workdir / f"{precision}.blocks"
 
 

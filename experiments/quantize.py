@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 
 from .support import app
-from .support.precision_sweep import EMBEDDING, LAYERS, Sweep
+from .support.precision_sweep import BY_RULES, EMBEDDING, Sweep, read_rules, rules_of_row
 from .support.progress import progress_bar
 
 # Settings that the perplexity depends on.
@@ -27,22 +27,27 @@ _SETTINGS = ("model", "text", "windows", "window_length", "embedding_precision",
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
-    precisions = [bj.Precision.parse(text, config.calibration) for text in config.precisions.split(",")]
-    embedding_rules = [(EMBEDDING, bj.Precision.parse(config.embedding_precision, config.calibration))]
-    sweep = Sweep.begin(config, workdir, _SETTINGS)
+    calibration = config.calibration or None
+    own_rules = read_rules(config.rules)
+    precisions = [bj.Precision.parse(text, calibration) for text in app.split_names(config.precisions)]
+    if not precisions and not own_rules:
+        raise ValueError("config.precisions is empty: name at least one, such as W8A8, or give config.rules")
+    first_rules = [(pattern, text and bj.Precision.parse(text, calibration)) for pattern, text in own_rules]
+    first_rules += [(EMBEDDING, bj.Precision.parse(config.embedding_precision, calibration))]
+    sweep = Sweep.begin(config, workdir, _SETTINGS, **({"rules": own_rules} if own_rules else {}))
+    precisions = precisions or [BY_RULES]
     for precision in precisions:  # reject impossible precisions before measuring
-        sweep.check([*embedding_rules, (LAYERS, precision)])
+        sweep.check(rules_of_row(first_rules, precision))
     sweep.measure_baseline()
-    with progress_bar("quantizing the embedding"):
-        model = jax.block_until_ready(bj.quantize_model(sweep.pretrained.model, embedding_rules))
 
-    def quantize(precision: bj.Precision) -> nnx.Module:
+    def quantize(precision: bj.Precision | str) -> nnx.Module:
         with progress_bar(f"{precision}: quantizing"):
-            return jax.block_until_ready(bj.quantize_model(model, [(LAYERS, precision)]))
+            rules = rules_of_row(first_rules, precision)
+            return jax.block_until_ready(bj.quantize_model(sweep.pretrained.model, rules))
 
     for precision in precisions:
         sweep.add(precision, quantize)
-    sweep.show(f"calibration {config.calibration}")
+    sweep.show(f"rounded to nearest, {config.calibration or 'default'} grids")
 
 
 def command() -> None:

@@ -46,6 +46,7 @@ FLOORS = {
     "bipolar_jax.compress": (
         "distillation",
         "allocation",
+        "allocation",
         "calibrate",
         "activation_spans",
         "whole_model",

@@ -32,9 +32,37 @@ from .sources import load_model_source, load_text_source, model_fingerprint
 from .workdir import RESULT_NAME, check_rows, environment, read_result, write_json
 
 EMBEDDING, LAYERS = "^(embed|lm_head)$", "^layers/"
+# Sections of result.json: models that the program makes; and such as are rounded to nearest, to compare them with.
+MADE, ROUNDED = "precisions", "rounded"
+# The name of the row, and of the checkpoint, of a model whose layers all have rules of their own.
+BY_RULES = "rules"
 _ROW_FIELDS = ("perplexity", "standard_error", "windows", "bytes", "sample")
 
 Convert = Callable[[bj.Precision], nnx.Module]
+
+
+def read_rules(name: str) -> list[list[str | None]]:
+    """Rules that come before all others: a JSON file of [[pattern, precision or null], ...]; "" has none.
+
+    Raises:
+      ValueError: no such file, or another content.
+    """
+    if not name:
+        return []
+    if not Path(name).is_file():
+        raise ValueError(f"config.rules is {name}, which is no file: give a JSON file of rules, or leave it empty")
+    try:
+        rules = json.loads(Path(name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(rules, list) or not all(isinstance(rule, list) and len(rule) == 2 for rule in rules):
+        raise ValueError(f'{name} has no rules: write a list such as [["down_proj", "W8A8"], ["k_proj", null]]')
+    return rules
+
+
+def rules_of_row(first: Sequence[Any], precision: bj.Precision | str) -> list[Any]:
+    """The rules of a row of the result, after the `first`: the precision is that of all other layers."""
+    return [*first] if precision == BY_RULES else [*first, (LAYERS, precision)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +84,20 @@ class Sweep:
     result: dict[str, Any]
 
     @classmethod
-    def begin(cls, config: ConfigDict, workdir: Path, fields: Sequence[str], **further: Any) -> Sweep:
+    def begin(
+        cls,
+        config: ConfigDict,
+        workdir: Path,
+        fields: Sequence[str],
+        sections: Sequence[str] = (MADE,),
+        **further: Any,
+    ) -> Sweep:
         """Loads model and text, and the results of an earlier run.
 
         Args:
           config, workdir: see `Sweep`.
           fields: of the config, that the perplexity depends on; all results in a workdir share them.
+          sections: of rows, `MADE` and perhaps `ROUNDED`.
           **further: other settings, JSON.
 
         Raises:
@@ -70,10 +106,11 @@ class Sweep:
         text = load_text_source(config.text)
         pretrained = load_model_source(config.model)
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
-        settings = {name: _plain(config[name]) for name in fields} | further
+        settings = {name: plain(config[name]) for name in fields} | further
         settings["model_fingerprint"] = model_fingerprint(config.model)
         settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        result = read_result(workdir, settings, {"precisions": _ROW_FIELDS}) or {"settings": settings, "precisions": {}}
+        result = read_result(workdir, settings, dict.fromkeys(sections, _ROW_FIELDS)) or {"settings": settings}
+        result |= {section: result.get(section, {}) for section in sections}
         result["environment"] = environment()
         return cls(config, workdir, pretrained, ids, result)
 
@@ -91,9 +128,9 @@ class Sweep:
         self.result["baseline"] |= _text_facts(self.ids, self.config)
         write_json(path, self.result)
 
-    def is_done(self, precision: bj.Precision) -> bool:
+    def is_done(self, precision: bj.Precision, section: str = MADE) -> bool:
         """Whether an earlier run has measured it, and its checkpoint is there."""
-        row, checkpoint = self.result["precisions"].get(str(precision)), self._checkpoint(precision)
+        row, checkpoint = self.result[section].get(str(precision)), self._checkpoint(precision, section)
         if row is None or checkpoint is None:
             return row is not None
         if not checkpoint.is_file() or row.get("checkpoint_bytes") != checkpoint.stat().st_size:
@@ -105,41 +142,43 @@ class Sweep:
             return False
         return True
 
-    def add(self, precision: bj.Precision, convert: Convert) -> None:
+    def add(self, precision: bj.Precision, convert: Convert, section: str = MADE) -> None:
         """Quantizes the model, measures it, and writes its checkpoint and its row, unless that is done.
 
         Args:
           precision: names the row and the checkpoint.
           convert: makes the quantized model.
+          section: of the row; only models of `MADE` get a checkpoint.
         """
-        if self.is_done(precision):
-            console.print(f"{precision}: already in {self.workdir / RESULT_NAME}")
+        name = str(precision) if section == MADE else f"{precision} {section}"
+        if self.is_done(precision, section):
+            console.print(f"{name}: already in {self.workdir / RESULT_NAME}")
             return
         started = time.perf_counter()
         quantized = jax.block_until_ready(convert(precision))
         seconds, peak = time.perf_counter() - started, peak_bytes()
         packed = self.pretrained.with_model(quantized)
-        row = measure(str(precision), packed, self.ids, self.config)
+        row = measure(name, packed, self.ids, self.config)
         row["seconds"]["quantize"] = round(seconds, 2)
         row["peak_bytes"] = peak
         row["relative_increase"] = _increase(row, self.result["baseline"])
-        checkpoint = self._checkpoint(precision)
+        checkpoint = self._checkpoint(precision, section)
         if checkpoint is not None:
             with progress_bar(f"{precision}: writing {checkpoint.name}"):
                 save_model(checkpoint, packed, source=self.config.model)
             row["checkpoint"] = checkpoint.name
             row["checkpoint_bytes"] = checkpoint.stat().st_size
-        self.result["precisions"][str(precision)] = row
+        self.result[section][str(precision)] = row
         write_json(self.workdir / RESULT_NAME, self.result)
 
     def show(self, method: str) -> None:
         """Draws the plot and prints the table; `method` says in its title how the weights were rounded."""
         plot_perplexity(self.result, self.workdir / "perplexity.png")
-        _print_table(self.result, method)
+        print_table(self.result, method)
         console.print(f"results and checkpoints: {self.workdir}")
 
-    def _checkpoint(self, precision: bj.Precision) -> Path | None:
-        return self.workdir / f"{precision}.safetensors" if self.config.checkpoints else None
+    def _checkpoint(self, precision: bj.Precision, section: str) -> Path | None:
+        return self.workdir / f"{precision}.safetensors" if self.config.checkpoints and section == MADE else None
 
 
 def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
@@ -200,7 +239,7 @@ def _text_facts(ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A field of a config as JSON has it, whose lists are no tuples."""
     return json.loads(json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value))
 
@@ -220,7 +259,8 @@ def _nbytes(model: nnx.Module) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def _print_table(result: dict[str, Any], method: str) -> None:
+def print_table(result: dict[str, Any], method: str) -> None:
+    """Prints the rows of a result; `method` says in the title how the weights were rounded."""
     baseline = result["baseline"]
     scored = f"{baseline['windows']} windows, {baseline['tokens']} tokens of {result['settings']['text']}"
     settings = result["settings"]
@@ -228,7 +268,8 @@ def _print_table(result: dict[str, Any], method: str) -> None:
     headings = ("precision", "perplexity", "std. error", "increase", "MB", "size", "quantized in", "continues with")
     for heading in headings:
         table.add_column(heading, justify="left" if heading.startswith(("precision", "continues")) else "right")
-    for name, row in {"float32": baseline, **result["precisions"]}.items():
+    rounded = {f"{name} {ROUNDED}": row for name, row in result.get(ROUNDED, {}).items()}
+    for name, row in {"float32": baseline, **rounded, **result[MADE]}.items():
         increase, error = _increase(row, baseline), row["standard_error"]
         table.add_row(
             name,

@@ -1,0 +1,110 @@
+"""What a model loses if the layers of one input are packed, and all others stay float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.compress.site_inputs import replace_layer
+from bipolar_jax.nn.compressible import Predictive, Sites, layer_at
+
+# Losses of the sites of a block, and of all of them at once, for every option.
+BlockLosses = Float[np.ndarray, "sites options"]
+
+
+def site_losses(
+    model: Predictive,
+    options: Sequence[Predictive],
+    tokens: Int[np.ndarray, "windows length"],
+    *,
+    windows_per_step: int = 4,
+    known: Mapping[int, BlockLosses] | None = None,
+    on_block: Callable[[int, BlockLosses], None] | None = None,
+) -> Float[np.ndarray, "blocks sites options"]:
+    """Mean Kullback-Leibler divergence of the next token's distribution, for each block, site and option.
+
+    It is that of the model with the packed layers of one option at one site of one block, from the float model: how
+    much the logarithm of the perplexity rises on text that the float model writes. A float model has it exactly 0, and
+    unlike the rise of the loss on given tokens it has little noise, so that some windows are enough.
+
+    Args:
+      model: float, in the basis (`rotate`) that the options have.
+      options: the model packed differently, for example by `calibrate`; projections are not joined.
+      tokens: text.
+      windows_per_step: windows that run at once.
+      known: losses of blocks of an earlier call, which are not measured again.
+      on_block: called with the index of a block and its losses, as soon as they are measured.
+    """
+    blocks = [model.block(index) for index in range(model.num_blocks)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    starts = range(0, len(tokens), windows_per_step)
+    carries = [_enter(model, jnp.asarray(tokens[start : start + windows_per_step])) for start in starts]
+    counts = np.array([len(tokens[start : start + windows_per_step]) for start in starts], np.float64)
+    losses = []
+    for index, block in enumerate(blocks):
+        found = None if known is None else known.get(index)
+        if found is None:
+            sums = np.zeros((len(model.block_sites), len(options)))
+            variants = _variants(block, options, index, model.block_sites)
+            for carry, count in zip(carries, counts, strict=True):
+                wanted = _log_probabilities(model, stack, index, carry)
+                for at, variant in variants.items():
+                    after = _run(model, variant, carry)
+                    sums[at] += count * float(_divergence(model, stack, index + 1, after, wanted))
+            found = sums / counts.sum()
+            if on_block is not None:
+                on_block(index, found)
+        losses.append(found)
+        if index + 1 < len(blocks):
+            carries = [_run(model, block, carry) for carry in carries]
+    return np.stack(losses)
+
+
+def _variants(
+    block: nnx.Module, options: Sequence[Predictive], index: int, sites: Sequence[Sites]
+) -> dict[tuple[int, int], nnx.Module]:
+    """The block with the packed layers of each site of each option."""
+    variants = {}
+    for option, packed_model in enumerate(options):
+        packed = packed_model.block(index)
+        for site, each in enumerate(sites):
+            variant = nnx.clone(block)
+            for name in each.names:
+                replace_layer(variant, name, layer_at(packed, name))
+            variants[site, option] = variant
+    return variants
+
+
+@jax.jit
+def _enter(model: Predictive, ids: Int[Array, "windows length"]) -> Any:
+    return model.enter_blocks(ids)
+
+
+@jax.jit
+def _run(model: Predictive, block: nnx.Module, carry: Any) -> Any:
+    return model.run_block(block, carry)
+
+
+def _rest(model: Predictive, stack: nnx.Module, start: Int[Array, ""], carry: Any) -> Float[Array, "windows length v"]:
+    """Log-probabilities of next tokens after the float blocks from `start` on."""
+    count = len(jax.tree.leaves(stack)[0])
+
+    def step(index, carry):
+        return model.run_block(jax.tree.map(lambda leaf: leaf[index], stack), carry)
+
+    return jax.nn.log_softmax(model.predict(jax.lax.fori_loop(start, count, step, carry)))
+
+
+_log_probabilities = jax.jit(_rest)
+
+
+@jax.jit
+def _divergence(model: Predictive, stack: nnx.Module, start: Int[Array, ""], carry: Any, wanted) -> Float[Array, ""]:
+    found = _rest(model, stack, start, carry)
+    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1))

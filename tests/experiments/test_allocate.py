@@ -1,0 +1,121 @@
+"""experiments/allocate.py on a tiny model: from precisions and a budget to rules, and to the model that they make."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import bipolar_jax as bj
+from bipolar_jax.models.loaders import load_pretrained
+from configs import allocate as allocate_config
+from configs import calibrate as calibrate_config
+from experiments import allocate, calibrate
+from experiments.support import workdir
+from tests.support import tiny_checkpoints
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoints.write_huggingface(tiny_checkpoints.make(tied=True), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 300, (4, LENGTH)))
+    return path
+
+
+def tiny_config(model, tokens, configs=allocate_config):
+    config = configs.get_config()
+    config.model, config.calibration_text, config.rotation = str(model), str(tokens), "none"
+    config.calibration_windows, config.calibration_length, config.windows_per_step = 4, LENGTH, 4
+    config.rounding.algorithm = "nearest"  # fewer programs to compile
+    if configs is allocate_config:
+        config.precisions, config.budget, config.sensitivity_windows, config.runs = "W2A8,W5A8", "W2A8", 4, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(model, tokens, compiled_programs, tmp_path_factory):
+    """Workdir of a run that was killed after it had measured a block, and resumed with another budget."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(model, tokens)
+    original = allocate.write_json
+
+    def killed(path, value):
+        original(path, value)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(allocate, "write_json", killed)
+        allocate.main(config, folder)
+    first = json.loads((folder / workdir.RESULT_NAME).read_text())["losses"]
+    assert list(first) == ["0"]
+    bits = 3.6 + 64 / 48  # between both precisions
+    config.budget = str(bits)
+    allocate.main(config, folder)
+    assert json.loads((folder / workdir.RESULT_NAME).read_text())["losses"]["0"] == first["0"]
+    return folder, bits
+
+
+def test_the_budget_is_spent_where_it_counts(run):
+    folder, bits = run
+    result = json.loads((folder / workdir.RESULT_NAME).read_text())
+    found, uniform = result["assignments"][str(bits)], result["uniform"]
+    for losses in result["losses"].values():
+        assert (np.array(losses["W5A8"]) < np.array(losses["W2A8"])).all()  # more bits, less loss
+    assert uniform["W2A8"]["cost"] < found["cost"] <= found["budget"] == bits
+    assert uniform["W5A8"]["predicted_loss"] < found["predicted_loss"]
+    assert found["predicted_loss"] < uniform["W2A8"]["predicted_loss"]
+    assert len(found["runs"]) <= 2
+    assert (folder / "pareto.png").is_file()
+
+
+def test_the_rules_make_a_model_that_takes_the_budget(run, model, tokens, tmp_path):
+    folder, bits = run
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times, 1859. " * 20)
+    config = tiny_config(model, tokens, calibrate_config)
+    config.precisions, config.rules, config.text = "", str(folder / f"rules_{bits}.json"), str(text)
+    config.windows, config.window_length, config.sample_tokens = 2, LENGTH, 0
+    calibrate.main(config, tmp_path / "run")
+    assert list(json.loads((tmp_path / "run" / workdir.RESULT_NAME).read_text())["precisions"]) == ["rules"]
+    packed = load_pretrained(tmp_path / "run" / "rules.safetensors").model
+    result = json.loads((folder / workdir.RESULT_NAME).read_text())["assignments"][str(bits)]
+    taken, weights = bj.compress.allocation.site_bits([packed])
+    assert taken.sum() / weights == pytest.approx(result["cost"])
+    for layer, chosen in enumerate(result["choices"]):
+        assert str(packed.block(layer).ffn.down_proj.precision) == chosen[3]
+
+
+def test_milliseconds_are_those_of_this_device(run, model, tokens):
+    folder, _ = run
+    config = tiny_config(model, tokens)
+    config.unit, config.budget = "milliseconds", "W5A8"
+    allocate.main(config, folder)
+    result = json.loads((folder / workdir.RESULT_NAME).read_text())
+    assert all(time > 0 for times in result["milliseconds"].values() for time in times)
+    assert result["assignments"]["W5A8"]["cost"] <= result["uniform"]["W5A8"]["cost"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("unit", "hours", "config.unit is 'hours': choose from bits, bytes, milliseconds"),
+        ("budget", "much", "config.budget is 'much': give numbers of bits, or some of the precisions"),
+        ("precisions", "W4A8", "name at least two different ones"),
+        ("runs", 0, "config.runs must be at least 1"),
+        ("only", "W3A8", "config.only is 'W3A8', which is none of W2A8, W5A8"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(tmp_path, field, value, message):
+    config = tiny_config("no model", "no tokens")
+    config[field] = value
+    with pytest.raises(ValueError, match=message):
+        allocate.main(config, tmp_path)
