@@ -13,7 +13,10 @@ FILE = "nvidia_h200_costs.json"
 
 @functools.cache
 def load_costs() -> dict[str, Any]:
-    """The file: {"device": name, "kernels": {kernel: {"coefficients": {name: microseconds a count}, ...}}}."""
+    """The file: {"device": name, "kernels": {kernel: {"coefficients": {name: microseconds a count}, ...}}}.
+
+    Beside them are what they were before any measurement ("prior"), the results that they are fitted to, and errors.
+    """
     return json.loads((importlib.resources.files(__package__) / FILE).read_text())
 
 

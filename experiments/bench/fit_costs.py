@@ -4,7 +4,8 @@
     python -m experiments.bench.fit_costs tune_matmul.json bench_expanded{,_chosen}.json
 
 Takes results of `bench.tune`, `bench.products.expanded` and `bench.coverage`, prints the model as a table with its
-errors, and writes bipolar_jax/tuning/nvidia_h200_costs.json, or --out. Coefficients that nothing measures stay.
+errors, and writes bipolar_jax/tuning/nvidia_h200_costs.json, or --out. Coefficients that
+nothing measures are those of "prior" in that file.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     for kernel, before in costs["kernels"].items():
         own = [each for each in measurements if each.kernel == kernel]
         if own:
-            fitted = fit(own, before["coefficients"])
-            kernels[kernel] = dataclasses.asdict(fitted) | {"results": [path.name for path in options.results]}
+            fitted = fit(own, before["prior"])
+            of_fit = {"results": [path.name for path in options.results], "prior": before["prior"]}
+            kernels[kernel] = dataclasses.asdict(fitted) | of_fit
             console.print(table(kernel, fitted, before["coefficients"]))
         else:
             console.print(f"{kernel}: nothing measured, stays as it is")

@@ -56,7 +56,7 @@ class Fit:
       measurements: their number.
       median_error, high_error: half of the measurements, and 19 of 20, are off by at most such a part of their time.
       mean_loss, largest_loss: time of the tiling that the model chooses over the fastest measured one, of problems
-        with several.
+        with several, each left out of the fit that chooses its tiling.
     """
 
     coefficients: dict[str, float]
@@ -112,7 +112,7 @@ def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
 
 def _of_coverage(cases: dict[str, Any]) -> Iterable[Measurement]:
     for name, row in cases.items():
-        plans = [row.get("chosen", {}) | row.get("plan", {}), *row.get("others", {}).values()]
+        plans = [row.get("plan", {}) | row.get("chosen", {}), *row.get("others", {}).values()]
         for figures in plans:
             if "microseconds" not in figures or "tile_m" not in figures.get("tiling", {}):
                 continue
@@ -148,13 +148,16 @@ def fit(measurements: list[Measurement], prior: dict[str, float]) -> Fit:
     counts = np.array([[each.counts.get(name, 0.0) for name in names] for each in measurements])
     times = np.array([each.microseconds for each in measurements])
     before = np.array([prior.get(name, 0.0) for name in names])
-    near = [index for index, name in enumerate(names) if prior.get(name, 0.0) > 0]
-    weight = math.sqrt(_OF_PRIOR * len(times))
-    rows = np.concatenate([counts / times[:, None], weight * np.eye(len(names))[near] / before[near, None]])
-    found, _ = nnls(rows, np.concatenate([np.ones(len(times)), np.full(len(near), weight)]))
-    modelled = counts @ found
-    errors = np.abs(modelled / times - 1)
-    losses = _losses(measurements, modelled)
+    found = _coefficients(counts, times, before)
+    errors = np.abs(counts @ found / times - 1)
+    problems = np.array([each.problem for each in measurements])
+    losses = [1.0]
+    for problem in dict.fromkeys(problems):
+        own = problems == problem
+        if own.sum() > 1 and not own.all():
+            modelled = counts[own] @ _coefficients(counts[~own], times[~own], before)
+            losses.append(times[own][np.argmin(modelled)] / times[own].min())
+    losses = losses[1:] or losses
     return Fit(
         {name: float(f"{value:.4g}") for name, value in zip(names, found, strict=True)},
         len(times),
@@ -164,11 +167,8 @@ def fit(measurements: list[Measurement], prior: dict[str, float]) -> Fit:
     )
 
 
-def _losses(measurements: list[Measurement], modelled: np.ndarray) -> list[float]:
-    by_problem: dict[str, list[tuple[float, float]]] = {}
-    for each, time in zip(measurements, modelled, strict=True):
-        by_problem.setdefault(each.problem, []).append((time, each.microseconds))
-    several = [times for times in by_problem.values() if len(times) > 1]
-    return [min(times, key=lambda pair: pair[0])[1] / min(measured for _, measured in times) for times in several] or [
-        1.0
-    ]
+def _coefficients(counts: np.ndarray, times: np.ndarray, before: np.ndarray) -> np.ndarray:
+    near = np.flatnonzero(before)
+    weight = math.sqrt(_OF_PRIOR * len(times))
+    rows = np.concatenate([counts / times[:, None], weight * np.eye(len(before))[near] / before[near, None]])
+    return nnls(rows, np.concatenate([np.ones(len(times)), np.full(len(near), weight)]))[0]
