@@ -46,7 +46,6 @@ FLOORS = {
     "bipolar_jax.compress": (
         "distillation",
         "allocation",
-        "allocation",
         "calibrate",
         "activation_spans",
         "whole_model",
@@ -65,6 +64,7 @@ FLOORS = {
         "random_weights",
         "checkpoint",
         "assemble",
+        "packed_kernels",
         "pretrained",
         "chat",
         "presets",

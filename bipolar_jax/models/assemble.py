@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,14 @@ import numpy as np
 from flax import nnx
 
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.packed_kernels import (
+    PackedBuffer,
+    PackedKind,
+    PackedTensor,
+    runs_of_kinds,
+    stacked_path,
+    with_packed_kernels,
+)
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.packing.host_memory import aligned_empty
 
@@ -67,36 +76,53 @@ def check_layout(config: TransformerConfig, layout: Iterable[Entry]) -> None:
 
 def assemble(
     config: TransformerConfig,
-    tensors: Iterable[tuple[str, int | None, np.ndarray | LazyTensor]],
+    tensors: Iterable[tuple[str, int | None, np.ndarray | LazyTensor | PackedTensor]],
     param_dtype: Any = jnp.float32,
+    kinds: Mapping[tuple[str, int | None], PackedKind] = types.MappingProxyType({}),
 ) -> Transformer:
     """Builds a model from tensors in any order.
 
-    Each parameter has one host buffer in `param_dtype`, allocated with its first tensor and
-    handed to JAX after its last, which takes it over on CPUs. If tensors are sorted by path, at
-    most one parameter is in memory twice elsewhere.
+    Each parameter has one host buffer in `param_dtype`, or of packed numbers, allocated with its
+    first tensor and handed to JAX after its last, which takes it over on CPUs. If tensors are
+    sorted by path, at most one parameter is in memory twice elsewhere. Layers whose kernels are
+    packed differently become several stacks.
 
     Args:
       config: the model's config, which determines the required tensors and their shapes.
       tensors: (path, layer, array). The path of the parameter is joined by "/", such as
         "layers/attention/q_proj/kernel"; the layer is None outside "layers/"; the float array,
-        or `LazyTensor`, has the parameter's orientation (kernels are [in, out]) without the
-        layer axis.
-      param_dtype: dtype of the parameters and of the computation.
+        `LazyTensor` or `PackedTensor`, has the parameter's orientation (kernels are [in, out])
+        without the layer axis.
+      param_dtype: dtype of the float parameters and of the computation.
+      kinds: of all packed tensors, by path and layer.
 
     Raises:
       ValueError: a tensor is missing, unexpected or duplicate, has the wrong shape or a layer
         out of range, or holds values that are not finite in `param_dtype`.
     """
-    checklist = _Checklist(config, param_dtype)
-    buffers: dict[str, np.ndarray] = {}
+    checklist = _Checklist(config, param_dtype, kinds)
+    buffers: dict[str, np.ndarray | PackedBuffer] = {}
     arrays: dict[str, Any] = {}
     for path, layer, array in tensors:
         checklist.add(path, layer, array.shape)
-        if path not in buffers:
+        stacked, index, stack = checklist.place(path, layer)
+        is_packed = isinstance(array, PackedTensor)
+        if stacked not in buffers:
             # Allocated after the check, so that a wrong config allocates no memory.
-            buffers[path] = aligned_empty(checklist.stacked_shape(path), param_dtype)
-        target = buffers[path] if layer is None else buffers[path][layer]
+            if is_packed:
+                buffers[stacked] = PackedBuffer(stack, array)
+            else:
+                buffers[stacked] = aligned_empty((*stack, *array.shape), param_dtype)
+        if is_packed:
+            try:
+                buffers[stacked].fill(index, array.read())
+            except ValueError as error:
+                raise ValueError(f"tensor {_name(path, layer)}: {error}") from error
+            if checklist.is_complete(path, layer):
+                arrays[stacked], order = buffers.pop(stacked).finish()
+                arrays[f"{stacked.removesuffix('kernel')}order"] = order
+            continue
+        target = buffers[stacked][index]
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
             if isinstance(array, LazyTensor):
                 array.copy_to(target)
@@ -108,11 +134,12 @@ def assemble(
                 f"tensor {_name(path, layer)} has {bad} values of {target.size} that are not finite in "
                 f"{np.dtype(param_dtype).name}: the file is damaged, or needs a wider param_dtype"
             )
-        if checklist.is_complete(path):
+        if checklist.is_complete(path, layer):
             # device_put takes the buffer over, unlike jnp.asarray; there is no other reference to it.
-            arrays[path] = jax.device_put(buffers.pop(path))
+            arrays[stacked] = jax.device_put(buffers.pop(stacked))
     checklist.check_complete()
-    graph, state = nnx.split(checklist.abstract)
+    abstract = with_packed_kernels(checklist.abstract, checklist.runs, kinds) if kinds else checklist.abstract
+    graph, state = nnx.split(abstract)
     filled = [(path, variable.replace(arrays["/".join(path)])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -136,21 +163,39 @@ def abstract_model(config: TransformerConfig, param_dtype: str) -> Transformer:
 class _Checklist:
     """The tensors that a model requires, and which of them have been added."""
 
-    def __init__(self, config: TransformerConfig, param_dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        param_dtype: Any = jnp.float32,
+        kinds: Mapping[tuple[str, int | None], PackedKind] = types.MappingProxyType({}),
+    ):
         self.abstract = abstract_model(config, np.dtype(param_dtype).name)
         self._num_layers = config.num_layers
+        self.runs = runs_of_kinds(kinds, config.num_layers) if kinds else (range(config.num_layers),)
         self._shapes = {
             "/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(self.abstract)[1])
         }
         self._seen: dict[str, set[int | None]] = {path: set() for path in self._shapes}
 
-    def stacked_shape(self, path: str) -> tuple[int, ...]:
-        """Shape of the whole parameter, layer axis included."""
-        return self._shapes[path]
+    def place(self, path: str, layer: int | None) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The path of the parameter in the model of `runs`, the tensor's index in it, and the size of its stack."""
+        if layer is None:
+            return path, (), ()
+        run = self._run(layer)
+        return stacked_path(path, run, self._num_layers), (layer - run.start,), (len(run),)
 
-    def is_complete(self, path: str) -> bool:
-        """Whether all tensors of a parameter have been added."""
+    def is_complete(self, path: str, layer: int | None) -> bool:
+        """Whether all tensors of a parameter, or of the run of layers that this one is in, have been added."""
+        if layer is None:
+            return None in self._seen[path]
+        run = self._run(layer)
+        return len(run) <= len(self._seen[path]) and self._seen[path].issuperset(run)
+
+    def _has_all(self, path: str) -> bool:
         return len(self._seen[path]) == (self._num_layers if _is_stacked(path) else 1)
+
+    def _run(self, layer: int) -> range:
+        return next(run for run in self.runs if layer in run)
 
     def add(self, path: str, layer: int | None, shape: tuple[int, ...]) -> None:
         """Adds one tensor. Raises ValueError if the model does not require it."""
@@ -177,7 +222,7 @@ class _Checklist:
         missing = (
             _name(path, layer)
             for path in self._shapes
-            if not self.is_complete(path)
+            if not self._has_all(path)
             for layer in (range(self._num_layers) if _is_stacked(path) else (None,))
             if layer not in self._seen[path]
         )

@@ -26,6 +26,8 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import parse_tokenizer
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Linear, quantization_aware, quantize_model
+from bipolar_jax.nn.compressible import layer_at
+from bipolar_jax.nn.layers.linear import InputOrder
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize import Precision
 
@@ -152,7 +154,12 @@ def _packed(model: Transformer, precisions: dict[str, dict[str, Any]], bits: int
         ]
         model = quantization_aware(model, rules, **options)
     rules = [(f"^{re.escape(path)}$", _precision(description, bits)) for path, description in precisions.items()]
-    return quantize_model(model, rules)
+    model = quantize_model(model, rules)
+    for path, description in precisions.items():
+        if description.get("ordered"):
+            layer = layer_at(model, path)
+            layer.order = InputOrder(jnp.zeros(layer.kernel.shape[:-1], jnp.int32))
+    return model
 
 
 def _describe(layer: Linear | Embed) -> dict[str, Any]:
@@ -169,6 +176,8 @@ def _describe(layer: Linear | Embed) -> dict[str, Any]:
     }
     if precision.a_span != 1:
         description["a_span"] = precision.a_span
+    if isinstance(layer, Linear) and layer.order is not None:
+        description["ordered"] = True
     if isinstance(layer, Linear) and layer.trained is not None:
         description["trained"] = {
             "learned_steps": layer.learned_steps,
@@ -223,14 +232,21 @@ def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected
             raise ValueError(
                 f"{path} has {name} {_layout(leaf)}, but its config asks for {_layout(expected[name])}: write it again"
             )
+        if name.endswith("/order") and not _are_orders(np.asarray(leaf)):
+            raise ValueError(f"{path}: {name} does not name every input once: write it again")
         for array in jax.tree.leaves(leaf):
             if jnp.issubdtype(array.dtype, jnp.floating) and (bad := count_not_finite(np.asarray(array))):
                 raise ValueError(f"{path}: {name} has {bad} values that are not finite: quantize the model again")
 
 
+def _are_orders(orders: np.ndarray) -> bool:
+    return bool((np.sort(orders, axis=-1) == np.arange(orders.shape[-1])).all())
+
+
 def _in_dtype(path: str | os.PathLike[str], stored: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
     """The leaves with the float parameters in another dtype; packed arrays stay as they are."""
-    cast = {name: leaf.astype(dtype) for name, leaf in stored.items() if not isinstance(leaf, BipolarArray)}
+    others = {name: leaf for name, leaf in stored.items() if not isinstance(leaf, BipolarArray)}
+    cast = {name: leaf.astype(dtype) for name, leaf in others.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     for name, array in cast.items():
         if bad := count_not_finite(np.asarray(array)):
             raise ValueError(f"{path}: {name} has {bad} values beyond the range of {dtype.name}: give a wider dtype")

@@ -87,6 +87,8 @@ def _fused_operands(
         "down": layers.ffn.down_proj,
     }
     for name, layer in products.items():
+        if getattr(layer, "order", None) is not None:
+            raise Unsupported(f"the {name} projections gather their inputs in the order of their groups")
         if not fuses(layer):
             raise Unsupported(f"the {name} projections must be one packed layer")
     operands = (

@@ -60,6 +60,8 @@ def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = N
     if isinstance(layer, Linear | Embed):
         w = layer.embedding.get_value().T if isinstance(layer, Embed) else layer.kernel.get_value()
         rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), w.shape[-2]), x.dtype)
+        if getattr(layer, "order", None) is not None:
+            not_fused = "its inputs are gathered first, in the order of their groups"
         runs = explain(rows, w, layer.precision.a_format, implementation=layer.implementation)
         return Step(name, runs, not_fused)
     dtype = jnp.dtype(layer.dtype or x.dtype).name

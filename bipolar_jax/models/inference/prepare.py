@@ -14,7 +14,8 @@ from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Embed, Packed, fuses
+from bipolar_jax.nn import Embed, Packed
+from bipolar_jax.nn.layers.linear import is_plain
 from bipolar_jax.ops.dispatch import hopper_serves
 from bipolar_jax.packing import BipolarArray, PreparedArray
 from bipolar_jax.packing.float_terms import FloatTerms, shared_terms
@@ -75,7 +76,7 @@ def _unpack(model: Transformer) -> None:
     """Unpacks the weights of the layers that XLA multiplies, one layer at a time."""
     for _, layer in list(nnx.iter_modules(model)):
         is_table = isinstance(layer, Embed)
-        if not (is_table or fuses(layer)) or layer.implementation not in ("auto", "xla"):
+        if not (is_table or is_plain(layer)) or layer.implementation not in ("auto", "xla"):
             continue
         weights = layer.embedding if is_table else layer.kernel
         if isinstance(weights.get_value(), BipolarArray):
@@ -99,7 +100,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
     modules, layers = list(nnx.iter_modules(model)), []
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
     for _, layer in modules:
-        if not fuses(layer) or layer.implementation not in ("auto", "sm90"):
+        if not is_plain(layer) or layer.implementation not in ("auto", "sm90"):
             continue
         weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
         if not isinstance(weights, BipolarArray):

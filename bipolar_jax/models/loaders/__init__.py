@@ -18,7 +18,9 @@ __all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"
 _SUPPORTED = "a .gguf file, a Hugging Face directory with config.json, or a packed .safetensors checkpoint"
 
 
-def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = None, bits: int | None = None) -> PretrainedModel:
+def load_pretrained(
+    path: str | os.PathLike[str], param_dtype: Any = None, bits: int | None = None, activations: int | None = None
+) -> PretrainedModel:
     """Loads a .gguf file, a Hugging Face directory, or a .safetensors file written by `save_model`.
 
     Args:
@@ -26,6 +28,7 @@ def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = None, bits:
       param_dtype: dtype of the float parameters and of the computation; None is that of a packed checkpoint, and
         float32 for other files.
       bits: most weight bits to read from a packed checkpoint, see `load_model`.
+      activations: bits of the activations of a quantized Hugging Face directory, see `load_huggingface`.
 
     Raises:
       FileNotFoundError: nothing at `path`.
@@ -38,11 +41,14 @@ def load_pretrained(path: str | os.PathLike[str], param_dtype: Any = None, bits:
         raise ValueError(
             f"{path} is not packed, so it cannot be read at {bits} bits: load it without bits, then use quantize_model"
         )
+    is_directory = path.is_dir() and (path / "config.json").is_file()
+    if activations is not None and not is_directory:
+        raise ValueError(f"{path} is no Hugging Face directory, so it takes no activations: leave them None")
     if path.is_file() and path.suffix.lower() == ".safetensors":
         return load_model(path, bits, param_dtype)
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
-    if path.is_dir() and (path / "config.json").is_file():
-        return load_huggingface(path, param_dtype)
+    if is_directory:
+        return load_huggingface(path, param_dtype, activations)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return load_gguf(path, param_dtype)
     kind = "a directory without config.json" if path.is_dir() else f"a file named *{path.suffix}"

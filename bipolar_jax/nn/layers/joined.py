@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from bipolar_jax.nn.layers.linear import Linear, sizes, without_training
 from bipolar_jax.nn.layers.packed import Packed
@@ -24,8 +25,9 @@ def joined(layers: Sequence[Linear]) -> Linear:
     unchanged, but for the roundings of training, see `without_training`. Also joins stacks of layers, column by column.
 
     Raises:
-      ValueError: the layers differ in precision, dtype, contracted size, backend, in how they clip activations, or in
-        whether they have offsets, integer groups or a bias; or they contract other axes than the last.
+      ValueError: the layers differ in precision, dtype, contracted size, backend, in how they clip activations, in the
+        order of their inputs, or in whether they have offsets, integer groups or a bias; or they contract other axes
+        than the last.
     """
     first, *_ = layers = [without_training(layer) for layer in layers]
     if general := [layer for layer in layers if not layer.contracts_last_axis]:
@@ -43,18 +45,28 @@ def joined(layers: Sequence[Linear]) -> Linear:
             ("offsets", kernels[0].offset is not None, kernel.offset is not None),
             ("integer groups", kernels[0].groups is not None, kernel.groups is not None),
             ("bias", first.bias is not None, layer.bias is not None),
+            ("order of inputs", first.order is not None, layer.order is not None),
         ):
             if expected != found:
                 raise ValueError(
                     f"layers to be joined differ: {name} is {expected} in one and {found} in another; "
                     "join only layers that agree in it"
                 )
+    if first.order is not None and not all(_same(first.order[...], layer.order[...]) for layer in layers[1:]):
+        raise ValueError("layers to be joined read their inputs in different orders; join only layers that share one")
     result = nnx.clone(first)
     result.out_features = sum(math.prod(sizes(layer.out_features)) for layer in layers)
     result.kernel = Packed(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=_COLUMNS_AXIS), *kernels))
     if first.bias is not None:
         result.bias = nnx.Param(jnp.concatenate([layer.bias[...] for layer in layers], axis=-1))
     return result
+
+
+def _same(order: Array, other: Array) -> bool:
+    """Whether two orders of inputs are known to be equal."""
+    if order is other:
+        return True
+    return not any(isinstance(each, jax.core.Tracer) for each in (order, other)) and bool(jnp.array_equal(order, other))
 
 
 def _dtypes(layer: Linear) -> tuple:

@@ -26,6 +26,10 @@ _default_kernel_init = nnx.initializers.lecun_normal()
 _default_bias_init = nnx.initializers.zeros_init()
 
 
+class InputOrder(nnx.Variable):
+    """The variable that holds the order in which a layer reads its inputs."""
+
+
 class Linear(PackedModule):
     """`nnx.Linear` and `nnx.LinearGeneral` with bipolar-INT weights: y = x @ kernel + bias.
 
@@ -49,6 +53,8 @@ class Linear(PackedModule):
         input's dtype.
       trained: the `DotGeneral` of the layer's training, or None.
       learned_steps: True if the scales are trained; then float scales have no offsets.
+      order: `InputOrder` of int32 (*stack, k), or None: input order[i] meets row i of the kernel, so that inputs that
+        share a scale are neighbours. Such a layer gathers its inputs before it quantizes them, and fuses nothing.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Linear(PackedModule):
         self.implementation = implementation
         self.trained: DotGeneral | None = None
         self.learned_steps = False
+        self.order = nnx.data(None)
 
     @classmethod
     def from_float(
@@ -196,10 +203,13 @@ class Linear(PackedModule):
           ValueError: as `bipolar_jax.matmul`.
         """
         x = as_array(x)
+        if self.order is not None:
+            x = x if prologue is None else prologue(x).astype(x.dtype)
+            x, prologue = jnp.take(x, self.order[...], axis=-1), None
         bias = None if self.bias is None else self.bias[...]
         dtype = compute_dtype(self, x, bias)
         result_dtype = jnp.dtype(self.preferred_element_type or dtype)
-        if not fuses(self):
+        if not is_plain(self):
             x = x if prologue is None else prologue(x).astype(x.dtype)
             y = self._product_of_training(x.astype(dtype), dtype, result_dtype, bias, out_sharding)
             y = y if activation is None else activation(y).astype(y.dtype)
@@ -244,8 +254,14 @@ class Linear(PackedModule):
 def fuses(layer: Any) -> bool:
     """Whether a layer is a packed one that runs its prologue, activation and residual within its product.
 
-    Layers that give the bits of their training do not, until `without_training` has made others of them.
+    Layers that give the bits of their training do not, until `without_training` has made others of them; nor do those
+    that read their inputs in another order.
     """
+    return is_plain(layer) and layer.order is None
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is a packed one that is computed by one `matmul`, of its inputs in any order."""
     return isinstance(layer, Linear) and layer.trained is None and layer.contracts_last_axis
 
 

@@ -82,7 +82,6 @@ def test_token_ids(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias true, which adds a bias to o_proj too"),
         ({"mlp_bias": True}, "mlp_bias true"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: load the unquantized model"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 of 128"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},

@@ -31,8 +31,6 @@ def read_config(directory: Path) -> tuple[Architecture, TransformerConfig]:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"{path} has model_type {model_type!r:.60}, supported are {', '.join(ARCHITECTURES)}")
-    if fields.get("quantization_config"):  # null and {} say that it is not quantized
-        raise ValueError(f"{path} has a quantization_config: load the unquantized model, or a GGUF file, instead")
     architecture = ARCHITECTURES[model_type]
     translated = architecture.translate(fields)
     bos_id, eos_ids = _token_ids(fields, directory)

@@ -16,48 +16,66 @@ from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import HEAD, Architecture, Target
 from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
+from bipolar_jax.models.loaders.huggingface.quantized.method import read_format
+from bipolar_jax.models.loaders.huggingface.quantized.module import QuantizedFormat
+from bipolar_jax.models.loaders.huggingface.quantized.tensors import packed_tensors
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import load_tokenizer
 
 
-def load_huggingface(directory: str | os.PathLike[str], param_dtype: Any = jnp.float32) -> PretrainedModel:
+def load_huggingface(
+    directory: str | os.PathLike[str], param_dtype: Any = jnp.float32, activations: int | None = None
+) -> PretrainedModel:
     """Loads a Llama, Mistral, Qwen2, OPT or BLOOM model and its tokenizer, tensor by tensor.
+
+    Layers that the directory has quantized by GPTQ, AWQ, compressed-tensors, BitNet or bitsandbytes' 8 bits become
+    packed layers of the same integers, scales and zeros; all others stay as they are stored.
 
     Args:
       directory: folder with config.json, tokenizer.json, optionally generation_config.json, and
         model.safetensors or the shards that model.safetensors.index.json names.
-      param_dtype: dtype of the parameters and of the computation: float32, bfloat16 or float16.
+      param_dtype: dtype of the float parameters and of the computation: float32, bfloat16 or float16.
+      activations: bits of the activations of quantized layers, 1 to 8, or 16 for float ones; None takes what the
+        directory states, and 16 where it states nothing.
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
       PermissionError: a file is not readable.
-      ValueError: a file is damaged, contradicts another, or is of an unsupported kind; another param_dtype.
+      ValueError: a file is damaged, contradicts another, or is of an unsupported kind; another param_dtype;
+        activations of other bits, or of a directory that is not quantized.
       ModuleNotFoundError: the extra "models" is not installed.
     """
     directory, param_dtype = Path(directory), check_param_dtype(param_dtype)
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}: give the folder of a Hugging Face model")
     architecture, config = read_config(directory)
+    quantized_format = read_format(directory, activations)
     tokenizer = load_tokenizer(directory / "tokenizer.json", config.vocab_size)
     config, template = with_end_tokens(config, tokenizer), read_chat_template(directory)
-    with SafetensorsFiles(directory) as files:
-        with errors_name(directory):
-            if config.tie_embeddings and _has_own_head(architecture, files):
-                config = dataclasses.replace(config, tie_embeddings=False)
-            # In the order of parameters, so that `assemble` completes one before it starts the next.
-            targets = sorted(target for name in files for target in architecture.targets(name, config.tie_embeddings))
-        shapes = {target.name: files.shape(target.name) for target in targets}
-        with errors_name(directory):
-            check_layout(config, ((t.path, _layer(t), t.shape(shapes[t.name], config.num_heads)) for t in targets))
-            tensors = ((t.path, _layer(t), _lazy(files, t, config.num_heads)) for t in targets)
-            return PretrainedModel(assemble(config, tensors, param_dtype), tokenizer, template)
+    with SafetensorsFiles(directory) as files, errors_name(directory):
+        if config.tie_embeddings and _has_own_head(architecture, files, quantized_format):
+            config = dataclasses.replace(config, tie_embeddings=False)
+        packed, names = {}, list(files)
+        if quantized_format is not None:
+            packed, names = packed_tensors(architecture, config, files, quantized_format)
+        found = [(*key, tensor) for key, tensor in packed.items()]
+        for target in (target for name in names for target in architecture.targets(name, config.tie_embeddings)):
+            found.append((target.path, _layer(target), _lazy(files, target, config.num_heads)))
+        # In the order of parameters, so that `assemble` completes one before it starts the next.
+        found.sort(key=lambda entry: (entry[0], -1 if entry[1] is None else entry[1]))
+        check_layout(config, ((path, layer, tensor.shape) for path, layer, tensor in found))
+        kinds = {key: tensor.kind for key, tensor in packed.items()}
+        return PretrainedModel(assemble(config, found, param_dtype, kinds), tokenizer, template)
 
 
-def _has_own_head(architecture: Architecture, files: SafetensorsFiles) -> bool:
+def _has_own_head(architecture: Architecture, files: SafetensorsFiles, quantized: QuantizedFormat | None) -> bool:
     """Whether an output layer is stored that differs from the embedding; transformers uses it, tied or not."""
+    if quantized is not None and f"{HEAD.removesuffix('weight')}{quantized.marker}" in files:
+        return True
+    weights = (name for name in files if name.endswith(".weight"))
     embeddings = [
-        name for name in files for target in architecture.targets(name, tied=True) if target.path == "embed/embedding"
+        name for name in weights for target in architecture.targets(name, tied=True) if target.path == "embed/embedding"
     ]
     if HEAD not in files or len(embeddings) != 1:
         return False

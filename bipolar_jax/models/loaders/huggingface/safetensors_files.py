@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from bipolar_jax.checkpoint.safetensors_reader import DTYPES, SafetensorsError, SafetensorsReader
+from bipolar_jax.checkpoint.safetensors_reader import DTYPES, SafetensorsError, SafetensorsReader, StoredTensor
 from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.huggingface.json_fields import read_json
 
@@ -56,6 +56,18 @@ class SafetensorsFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def stored(self, name: str) -> StoredTensor:
+        """The description of a tensor of any dtype."""
+        return self._file_of[name][1].tensors[name]
+
+    def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
+        """A tensor of any known dtype, whole. Raises ValueError for an unknown one, or if the file is truncated."""
+        path, file = self._file_of[name]
+        try:
+            return file.read(name)
+        except SafetensorsError as error:
+            raise _damaged(path, error) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored. Raises ValueError for an unsupported dtype."""

@@ -1,0 +1,177 @@
+"""Packed kernels of a model that is loaded: what is known of them before they are read, and their host buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32, UInt8
+
+from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn import Linear
+from bipolar_jax.nn.compressible import layer_at, run_name
+from bipolar_jax.nn.layers.linear import InputOrder
+from bipolar_jax.packing import BipolarArray, from_codes
+from bipolar_jax.packing.host_memory import aligned_empty
+from bipolar_jax.quantize import Precision
+from bipolar_jax.quantize.groups import num_groups
+
+_STACK = "layers/"
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedKind:
+    """How a kernel is packed; layers that are stacked have equal kinds.
+
+    Attributes:
+      precision: of the layer; its scales are floats.
+      has_offset: whether numbers have an offset.
+      ordered: whether the layer reads its inputs in another order, see `Linear.order`.
+    """
+
+    precision: Precision
+    has_offset: bool
+    ordered: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedNumbers:
+    """The numbers of one kernel on the host: scale * (2 code - W) + offset.
+
+    Attributes:
+      codes: unsigned, of every output.
+      scale, offset: of the groups of its inputs, see `packing.from_codes`; offset is None where the kind has none.
+      order: see `Linear.order`; None keeps the order of the inputs.
+    """
+
+    codes: UInt8[np.ndarray, "n k"]
+    scale: Float[np.ndarray, "n groups"]
+    offset: Float[np.ndarray, "n groups"] | None
+    order: Int32[np.ndarray, " k"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTensor:
+    """A kernel that is read when its turn comes.
+
+    Attributes:
+      shape: (k, n), the parameter's orientation.
+      kind: how it is packed.
+      read: reads the numbers. Raises ValueError for damage.
+    """
+
+    shape: tuple[int, int]
+    kind: PackedKind
+    read: Callable[[], PackedNumbers]
+
+
+class PackedBuffer:
+    """Host memory of one kernel, or of a run of stacked ones, that JAX takes over on CPUs."""
+
+    def __init__(self, stack: tuple[int, ...], tensor: PackedTensor):
+        """Allocates the leaves for kernels like `tensor`, with the axes `stack` before their own."""
+        kernel, order = abstract_kernel(tensor.kind, tensor.shape)
+        self.kind = tensor.kind
+        self._kernel = jax.tree.map(lambda leaf: aligned_empty((*stack, *leaf.shape), leaf.dtype), kernel)
+        self._order = None if order is None else aligned_empty((*stack, *order.shape), order.dtype)
+
+    def fill(self, index: tuple[int, ...], numbers: PackedNumbers) -> None:
+        """Packs the numbers of one kernel. Raises ValueError for scales or offsets that are not finite."""
+        for name in ("scale", "offset"):
+            array = getattr(numbers, name)
+            if array is not None and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
+                raise ValueError(f"{bad} of its {array.size} numbers of {name} are not finite: the file is damaged")
+        precision = self.kind.precision
+        packed = _packed(numbers.codes, numbers.scale, numbers.offset, precision.w_bits, precision.group_size)
+        for target, leaf in zip(jax.tree.leaves(self._kernel), jax.tree.leaves(packed), strict=True):
+            target[index] = np.asarray(leaf)
+        if self._order is not None:
+            k = numbers.codes.shape[1]
+            self._order[index] = np.arange(k, dtype=np.int32) if numbers.order is None else numbers.order
+
+    def finish(self) -> tuple[BipolarArray, Array | None]:
+        """The kernel and the order of its inputs, on the device. The buffer is given away."""
+        kernel, order, self._kernel, self._order = self._kernel, self._order, None, None
+        leaves, structure = jax.tree.flatten(kernel)
+        del kernel
+        leaves = [jax.device_put(leaves.pop(0)) for _ in range(len(leaves))]
+        return jax.tree.unflatten(structure, leaves), None if order is None else jax.device_put(order)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _packed(codes, scale, offset, bits, group_size) -> BipolarArray:
+    return from_codes(codes, bits, -1, scale, offset, group_size).T
+
+
+def abstract_kernel(kind: PackedKind, shape: tuple[int, int]) -> tuple[BipolarArray, jax.ShapeDtypeStruct | None]:
+    """Shapes and dtypes of a kernel (k, n), and of the order of its inputs."""
+    k, n = shape
+    scale = jax.ShapeDtypeStruct((n, num_groups(k, kind.precision.group_size)), jnp.float32)
+    codes = jax.ShapeDtypeStruct((n, k), jnp.uint8)
+    static = (kind.precision.w_bits, kind.precision.group_size)
+    kernel = jax.eval_shape(lambda *x: _packed(*x, *static), codes, scale, scale if kind.has_offset else None)
+    return kernel, jax.ShapeDtypeStruct((k,), jnp.int32) if kind.ordered else None
+
+
+def unified(kinds: Mapping[tuple[str, int | None], PackedKind]) -> dict[tuple[str, int | None], PackedKind]:
+    """The kinds by path and layer; if one layer of a stack is ordered, all its packed layers are."""
+    ordered = {path for (path, _), kind in kinds.items() if kind.ordered}
+    return {key: dataclasses.replace(kind, ordered=key[0] in ordered) for key, kind in kinds.items()}
+
+
+def runs_of_kinds(kinds: Mapping[tuple[str, int | None], PackedKind], num_layers: int) -> tuple[range, ...]:
+    """Runs of layers within which every kernel has one kind, or is float."""
+    paths = {path for path, layer in kinds if layer is not None}
+    starts = [
+        layer
+        for layer in range(num_layers)
+        if layer == 0 or any(kinds.get((path, layer)) != kinds.get((path, layer - 1)) for path in paths)
+    ]
+    return tuple(range(*ends) for ends in zip(starts, [*starts[1:], num_layers], strict=True))
+
+
+def stacked_path(path: str, run: range, num_layers: int) -> str:
+    """The path of a parameter in a model whose layers are cut into runs."""
+    if not path.startswith(_STACK) or len(run) == num_layers:
+        return path
+    return f"{_STACK}{run_name(run)}/{path.removeprefix(_STACK)}"
+
+
+def with_packed_kernels(
+    model: Transformer, runs: Sequence[range], kinds: Mapping[tuple[str, int | None], PackedKind]
+) -> Transformer:
+    """Shapes and dtypes of the model with packed layers in place of float ones.
+
+    Args:
+      model: shapes and dtypes of the float model.
+      runs: see `runs_of_kinds`.
+      kinds: of the packed kernels, by their paths in the float model, such as "layers/ffn/up_proj/kernel".
+    """
+    num_layers = model.config.num_layers
+
+    def build(model: Transformer) -> Transformer:
+        model = model.with_runs(runs)
+        for (path, layer), kind in kinds.items():
+            run = next((run for run in runs if layer is not None and run.start == layer), None)
+            if layer is not None and run is None:
+                continue
+            parent, _, name = stacked_path(path, run or range(0), num_layers).removesuffix("/kernel").rpartition("/")
+            module = layer_at(model, parent) if parent else model
+            setattr(module, name, _packed_layer(getattr(module, name), kind, () if run is None else (len(run),)))
+        return model
+
+    return nnx.eval_shape(build, model)
+
+
+def _packed_layer(layer: nnx.Linear, kind: PackedKind, stack: tuple[int, ...]) -> Linear:
+    kernel, order = abstract_kernel(kind, layer.kernel.get_value().shape[-2:])
+    kernel = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), kernel)
+    packed = Linear.from_packed(layer, kernel, kind.precision)
+    if order is not None:
+        packed.order = InputOrder(jnp.zeros((*stack, *order.shape), order.dtype))
+    return packed
