@@ -1,12 +1,12 @@
 # A fresh clone, Python 3.12 and PyPI are enough for every target but gpu-test.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
-WORKDIR ?= runs/smollm2
+WORKDIR ?= runs/demo
 
 .PHONY: demo test test-fast test-exhaustive lint gpu-test compiler clean
 
 demo: $(VENV)/experiments.stamp
-	$(VENV)/bin/python -m experiments.quantize --config=configs/smollm2.py --workdir=$(WORKDIR)
+	$(VENV)/bin/python -m experiments.calibrate --config=configs/demo.py --workdir=$(WORKDIR)
 
 # A worker that crashes ends the run: pytest-xdist would wait for the rest of its file for ever.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0

@@ -1,0 +1,35 @@
+"""Methods of compression on the same draws of calibration text, against one of them: means with standard errors.
+
+    python -m experiments.compare_methods --config=configs/compression/compare_methods.py --workdir=runs/methods \\
+        --config.precisions=W4A8g64,W4A8 --config.seeds=0,1,2,3,4 --config.text=wikitext2_valid.txt
+"""
+
+from ml_collections import ConfigDict
+
+from . import calibrate
+
+
+def get_config() -> ConfigDict:
+    """Fields of configs/calibrate.py, which every method starts from, and what the methods change."""
+    config = calibrate.get_config()
+    # Seeds of the draws: each has its own calibration text, and its own signs of the rotation.
+    config.seeds = "0,1,2"
+    # Methods that are compared, comma separated names of `methods`; "rounding" is to the nearest and has no draws.
+    config.compared = "rounding,gptq,descent,foldable"
+    # The one that all others are compared with.
+    config.against = "descent"
+    # What each method changes in the config; "suffix" is added to precisions: "f" asks for float scales of groups.
+    config.methods = ConfigDict(
+        {
+            "gptq": {"rounding": {"descent_passes": 0}},
+            "descent": {},
+            "nearest": {"rounding": {"algorithm": "nearest"}},
+            "unrotated": {"rotation": "none"},
+            "foldable": {"rotation": "foldable"},
+            "float_groups": {"suffix": "f"},
+            "nested": {"rounding": {"nested": (6, 4)}},
+        }
+    )
+    config.checkpoints = False
+    config.sample_tokens = 0
+    return config
