@@ -1,6 +1,6 @@
 """Reads packed checkpoints at fewer and fewer bits, and plots what one file gives at every precision.
 
-    python -m experiments.dropped_planes --config=configs/dropped_planes.py --workdir=DIR \\
+    python -m experiments.dropped_planes --config=configs/compression/dropped_planes.py --workdir=DIR \\
         --config.models=NESTED/W8A8.safetensors,CALIBRATED/W4A8.safetensors --config.text=PATH
 
 A checkpoint of 8 bits holds those of fewer: their bit planes. Whether these serve well depends on how the codes were
@@ -137,7 +137,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def command() -> None:
     """The command line."""
-    app.run(main, example="dropped_planes")
+    app.run(main, example="compression/dropped_planes")
 
 
 if __name__ == "__main__":

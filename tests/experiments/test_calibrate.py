@@ -98,6 +98,9 @@ def test_tokens_and_rules_come_from_files(model, text, tmp_path):
     (tmp_path / "rules.json").write_text('{"down_proj": "W8A8"}')
     with pytest.raises(ValueError, match="has no rules: write a list"):
         calibrate.main(config, tmp_path / "run")
+    (tmp_path / "rules.json").unlink()
+    with pytest.raises(ValueError, match=r"config.rules is .*rules.json, which is no file"):
+        calibrate.main(config, tmp_path / "run")
 
 
 def test_too_short_a_calibration_text_is_named(model, text, tmp_path):

@@ -10,7 +10,7 @@ import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.loaders import load_pretrained
-from configs import dropped_planes as dropped_planes_config
+from configs.compression import dropped_planes as dropped_planes_config
 from experiments import dropped_planes
 from experiments.support import workdir
 from tests.support import tiny_checkpoints

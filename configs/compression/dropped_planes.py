@@ -2,7 +2,7 @@
 
     python -m experiments.calibrate --config=configs/calibrate.py --workdir=runs/nested \\
         --config.precisions=W8A8 --config.rounding.nested="(6, 4)"
-    python -m experiments.dropped_planes --config=configs/dropped_planes.py --workdir=runs/dropped_planes \\
+    python -m experiments.dropped_planes --config=configs/compression/dropped_planes.py --workdir=runs/dropped_planes \\
         --config.models=runs/nested/W8A8.safetensors
 """
 
