@@ -1,0 +1,17 @@
+"""The page of what calibration reaches, experiments/results/CALIBRATION.md, from the results that are kept there.
+
+python -m experiments.bench.calibration_page --config=configs/bench/calibration_page.py --workdir=experiments/results
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # Files below --workdir, comma separated: of experiments.quantize, experiments.calibrate and experiments.distill.
+    config.models = "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json"
+    # Of experiments.compare_methods; "" for none.
+    config.comparisons = ""
+    # Of experiments.bench.calibration; "" for none.
+    config.parts = "nvidia_h200/bench_calibration_smollm2.json,nvidia_h200/bench_calibration_llama-3-8b.json"
+    return config
