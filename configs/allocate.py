@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.unit = "bits"
     # Most runs of consecutive layers that are packed alike; each is compiled by itself.
     config.runs = 4
+    # Whether all sites of a layer get the same precision, so that Hopper GPUs decode each run of layers as one kernel.
+    config.alike = False
     # Tokens of the products that are timed, with the unit "milliseconds".
     config.timed_tokens = 1
     # Text that is calibrated with: see configs/calibrate.py.

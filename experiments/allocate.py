@@ -17,6 +17,7 @@ What was measured is in DIR/result.json, the least loss of every budget in DIR/p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     packed = [_calibrated(model, tokens, option, method, config, workdir) for option in options]
     losses = _losses(model, packed, options, tokens[: config.sensitivity_windows], config, workdir, result)
     costs, unit_of_one = _costs(packed, options, config, result)
-    found = frontier(losses, costs, costs.max(-1).sum(), config.runs)
+    found = frontier(*_by_site(losses, costs, config.alike), costs.max(-1).sum(), config.runs)
     uniform = {
         option: {"cost": costs[..., index].sum() / unit_of_one, "predicted_loss": losses[..., index].sum()}
         for index, option in enumerate(options)
@@ -94,6 +95,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     for budget in app.split_names(str(config.budget)):
         amount = uniform[budget]["cost"] if budget in options else float(budget)
         best = found.within(amount * unit_of_one)
+        best = dataclasses.replace(best, choices=np.broadcast_to(best.choices, losses.shape[:2]))
         result["assignments"][budget] = {
             "budget": amount,
             "cost": best.cost / unit_of_one,
@@ -167,6 +169,13 @@ def _costs(
     for name, each in zip(names, packed, strict=True):
         timed[name] = timed.get(name) or _milliseconds(each, config.timed_tokens)
     return np.broadcast_to(np.array([timed[name] for name in names]).T, bits.shape).copy(), 1.0
+
+
+def _by_site(
+    losses: Float[np.ndarray, "blocks sites options"], costs: Float[np.ndarray, "blocks sites options"], alike: bool
+) -> tuple[Float[np.ndarray, "blocks _ options"], Float[np.ndarray, "blocks _ options"]]:
+    """Losses and costs of what has an option of its own: every site, or if they are to be alike whole layers."""
+    return (losses.sum(1, keepdims=True), costs.sum(1, keepdims=True)) if alike else (losses, costs)
 
 
 def _milliseconds(packed: Transformer, tokens: int) -> list[float]:

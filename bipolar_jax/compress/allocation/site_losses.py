@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.compress.block_programs import enter_blocks, run_block
 from bipolar_jax.compress.site_inputs import replace_layer
 from bipolar_jax.nn.compressible import Predictive, Sites, layer_at
 
@@ -44,7 +45,7 @@ def site_losses(
     blocks = [model.block(index) for index in range(model.num_blocks)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     starts = range(0, len(tokens), windows_per_step)
-    carries = [_enter(model, jnp.asarray(tokens[start : start + windows_per_step])) for start in starts]
+    carries = [enter_blocks(model, jnp.asarray(tokens[start : start + windows_per_step]), None) for start in starts]
     counts = np.array([len(tokens[start : start + windows_per_step]) for start in starts], np.float64)
     losses = []
     for index, block in enumerate(blocks):
@@ -55,14 +56,14 @@ def site_losses(
             for carry, count in zip(carries, counts, strict=True):
                 wanted = _log_probabilities(model, stack, index, carry)
                 for at, variant in variants.items():
-                    after = _run(model, variant, carry)
+                    after = run_block(model, variant, carry)
                     sums[at] += count * float(_divergence(model, stack, index + 1, after, wanted))
             found = sums / counts.sum()
             if on_block is not None:
                 on_block(index, found)
         losses.append(found)
         if index + 1 < len(blocks):
-            carries = [_run(model, block, carry) for carry in carries]
+            carries = [run_block(model, block, carry) for carry in carries]
     return np.stack(losses)
 
 
@@ -79,16 +80,6 @@ def _variants(
                 replace_layer(variant, name, layer_at(packed, name))
             variants[site, option] = variant
     return variants
-
-
-@jax.jit
-def _enter(model: Predictive, ids: Int[Array, "windows length"]) -> Any:
-    return model.enter_blocks(ids)
-
-
-@jax.jit
-def _run(model: Predictive, block: nnx.Module, carry: Any) -> Any:
-    return model.run_block(block, carry)
 
 
 def _rest(model: Predictive, stack: nnx.Module, start: Int[Array, ""], carry: Any) -> Float[Array, "windows length v"]:

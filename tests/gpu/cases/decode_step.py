@@ -72,6 +72,7 @@ _CLOSE = {1: 1e-3, 2: 1e-3, 8: 0.02, None: 0.02}
 _WITHIN_NOISE = {1: math.inf, 2: 0.9}
 _MARGIN = 1.5  # a token's noise over the predicted one, which is a mean
 _CLOSE_SHARE = 0.25  # of the tokens
+_ONE_RUN, _TWO_RUNS = (range(2),), (range(1), range(1, 2))
 _WAIT_LIMIT_MS = 100_000  # a sanitizer slows the kernel down
 _MAKING = threading.Lock()
 
@@ -90,6 +91,7 @@ class Step:
       blocks: of the kernel, or None for all multiprocessors. With it the cache is not written.
       tokens: decoded one after the other.
       prepared: whether weights are prepared.
+      runs: of layers: each is a kernel by itself, which reads its layers of the cache.
     """
 
     config: TransformerConfig
@@ -101,16 +103,19 @@ class Step:
     blocks: int | None = None
     tokens: int = 6
     prepared: bool = False
+    runs: tuple[range, ...] = _ONE_RUN
 
     @property
     def name(self) -> str:
         cache = "bfloat16" if self.cache_bits is None else f"{self.cache_bits} bits"
         model = f"model in {jnp.dtype(self.dtype).name}{', prepared' if self.prepared else ''}"
         rotation = "" if self.config.rotation is None else f", rotated by {self.config.rotation.ffn.block}"
-        return f"{self.precision}, cache of {cache}, {model}{rotation}, texts of {self.lengths}"
+        runs = "" if len(self.runs) == 1 else f", {len(self.runs)} runs of layers"
+        return f"{self.precision}, cache of {cache}, {model}{rotation}{runs}, texts of {self.lengths}"
 
     def trial(self) -> Trial:
         model = _model(self.config, self.precision, jnp.dtype(self.dtype), self.prepared)
+        model = model if len(self.runs) == 1 else model.with_runs(self.runs)
         cache, rng = self._cache(), generator(*self.lengths)
         ids = rng.integers(0, self.config.vocab_size, (self.tokens, _TEXTS)).astype(np.int32)
 
@@ -286,6 +291,7 @@ def plane_steps(name: str) -> list[Step]:
     served = _rotated(config, turn) if turn % 4 < 2 else config
     steps.append(Step(served, *(("W4A8", None), ("W8A8", 4))[turn % 2], jnp.bfloat16))
     steps.append((Step(config, "W2A8", None, lengths=(319, 64)), Step(config, "W1A2", 8))[turn % 2])
+    steps[-1] = dataclasses.replace(steps[-1], runs=_TWO_RUNS if turn == 1 else _ONE_RUN)
     return steps
 
 
@@ -296,9 +302,10 @@ def prepared_steps(name: str) -> list[Step]:
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in chosen]
     served = [("W4A8g128i", None), *(_FLOAT_TOKENS[(at + turn) % len(_FLOAT_TOKENS)] for at in (0, 2))]
     configs = [_rotated(config, turn) if at % 2 == turn % 2 else config for at in range(len(served))]
+    runs = [_TWO_RUNS if (at, turn % 3) == (0, 0) else _ONE_RUN for at in range(len(served))]
     return steps + [
-        Step(config, precision, bits, jnp.bfloat16, prepared=True)
-        for config, (precision, bits) in zip(configs, served, strict=True)
+        Step(config, precision, bits, jnp.bfloat16, prepared=True, runs=runs)
+        for config, (precision, bits), runs in zip(configs, served, runs, strict=True)
     ]
 
 
