@@ -21,13 +21,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bipolar_jax.compress.block_programs import enter_blocks, run_block
 from bipolar_jax.compress.hessians import dequantized_tokens, stream_weights
 from bipolar_jax.compress.packed_sites import SitePlan, float_matrix
 from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 from bipolar_jax.quantize.precision import activation_format
 
-SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 
 
 def with_learned_spans(
@@ -51,7 +52,7 @@ def with_learned_spans(
     if not any(map(searched, (each for plan in plans for sites in plan for each in sites.precisions.values()))):
         return tuple(plans)
     sums: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(len(SPANS)))
-    carries = [jax.jit(_enter)(model, batch) for batch in batches]
+    carries = [enter_blocks(model, batch, None) for batch in batches]
     for block_index, plan in enumerate(plans):
         block = model.block(block_index)
         for index, sites in enumerate(plan):
@@ -62,7 +63,7 @@ def with_learned_spans(
                 errors = sum(np.asarray(_errors(model, block, carry, remaining, alike, a_bits)) for carry in carries)
                 sums[index, a_bits] += errors / max(errors[0], np.finfo(np.float32).tiny)
         if block_index + 1 < len(plans):
-            carries = [_run(model, block, carry) for carry in carries]
+            carries = [run_block(model, block, carry) for carry in carries]
     best = {key: SPANS[int(np.argmin(errors))] for key, errors in sums.items()}
 
     def with_span(index: int, precision):
@@ -104,15 +105,6 @@ def output_errors(
             by_token = jnp.sum(product(difference, gram) * difference, axis=-1)
         errors.append(jnp.sum(by_token * weights))
     return jnp.stack(errors)
-
-
-def _enter(model: Compressible, batch: Any) -> Any:
-    return model.enter_blocks(batch)
-
-
-@jax.jit
-def _run(model: Compressible, block: nnx.Module, carry: Any) -> Any:
-    return model.run_block(block, carry)
 
 
 @functools.partial(jax.jit, static_argnames=("remaining", "names", "a_bits"))
