@@ -41,7 +41,7 @@ FLOAT = dataclasses.replace(PREPARED, a_bits=None)
     ("case", "blocks"),
     [
         # Parts that are more than one block's, gates that end within a vector, biases.
-        (dataclasses.replace(FLOAT, hidden=256, ffn=384, heads=2, group_size=128, bias=True), 5),
+        (dataclasses.replace(FLOAT, ffn=320, group_size=128, bias=True), 3),
         # Natural order, a norm that subtracts the mean, K slices of other warpgroups that end within a stage.
         (
             dataclasses.replace(
