@@ -40,7 +40,7 @@ FLOATS = dataclasses.replace(PREPARED, scales="float")
     ("case", "blocks"),
     [
         # Float32 offsets, a block of several parts, more loads than slots.
-        (dataclasses.replace(FLOATS, hidden=256, ffn=384, heads=2, calibration="minmax", group_size=128), 5),
+        (dataclasses.replace(FLOATS, hidden=256, ffn=256, heads=2, calibration="minmax", group_size=128), 3),
         # Warps that take turns; natural order; no offsets.
         (
             dataclasses.replace(
