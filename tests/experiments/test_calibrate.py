@@ -11,7 +11,9 @@ import bipolar_jax as bj
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.loaders import load_pretrained
 from configs import calibrate as calibrate_config
+from configs.bench import rotation_blocks as rotation_blocks_config
 from experiments import calibrate
+from experiments.bench import rotation_blocks
 from experiments.support import workdir
 from tests.support import tiny_checkpoints
 
@@ -54,6 +56,7 @@ def run(model, text, compiled_programs, tmp_path_factory):
         return original(*arguments, on_block=stop, **options)
 
     config = tiny_config(model, text)
+    config.rounded = "W3A8"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bj.compress, "calibrate", killed)
         calibrate.main(config, folder)
@@ -66,8 +69,10 @@ def run(model, text, compiled_programs, tmp_path_factory):
 
 def test_the_result_has_the_fields_of_quantize_and_every_windows_loss(run):
     result = json.loads((run / workdir.RESULT_NAME).read_text())
-    assert list(result["precisions"]) == ["W3A8"]
-    for row in (result["baseline"], result["precisions"]["W3A8"]):
+    assert list(result["precisions"]) == list(result["rounded"]) == ["W3A8"]
+    assert result["rounded"]["W3A8"]["perplexity"] != result["precisions"]["W3A8"]["perplexity"]
+    assert "checkpoint" not in result["rounded"]["W3A8"]
+    for row in (result["baseline"], result["rounded"]["W3A8"], result["precisions"]["W3A8"]):
         assert np.exp(np.mean(row["window_losses"])) == pytest.approx(row["perplexity"], rel=1e-5)
         assert row["standard_error"] > 0
     assert result["precisions"]["W3A8"]["peak_bytes"] > 0
@@ -131,3 +136,16 @@ def test_windows_of_other_runs_are_refused(model, text, tmp_path):
     np.save(tmp_path / "calibration_tokens.npy", np.zeros((2, 5), np.int32))
     with pytest.raises(ValueError, match=r"windows of shape \(2, 5\), asked for are \(6, 16\): delete it"):
         calibrate.main(config, tmp_path)
+
+
+def test_sizes_of_blocks_are_compared(model, text, tmp_path):
+    config = rotation_blocks_config.get_config()
+    config.model, config.text, config.windows, config.window_length = str(model), str(text), WINDOWS, LENGTH
+    config.precisions, config.blocks = "W8A8", "none,4"
+    rotation_blocks.main(config, tmp_path)
+    errors = json.loads((tmp_path / workdir.RESULT_NAME).read_text())["squared_error"]
+    assert errors["none"] == {"W8A8": 1.0}
+    assert 0.3 < errors["4"]["W8A8"] < 3
+    config.blocks = "none,all"
+    with pytest.raises(ValueError, match="config.blocks has 'all': write numbers"):
+        rotation_blocks.main(config, tmp_path)
