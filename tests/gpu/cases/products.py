@@ -40,7 +40,7 @@ def cases(kernel: str, weights: str) -> list[Case]:
             for w_bits, m, k in ((1, 64, 96), (2, 33, 1100), (4, 48, 200), (3, 41, 1500))
         ]
     if kernel == "gemm" and weights == "W1 to W4":  # tiles so few that the plan splits K
-        long = ((2, 2, 60_000), (4, 8, 12_100))
+        long = ((2, 2, 56_000), (4, 8, 12_100))  # a row of more float32 numbers is too long for the quantizer
         chosen += [_case(kernel, BipolarFormat(w), BipolarFormat(a), 70, 67, k) for w, a, k in long]
     if weights != "W1 to W4":
         chosen += [_largest_sum(kernel, sign) for sign in (1, -1)]
