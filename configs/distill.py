@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
     config.learning_rate = 2e-5
     config.warmup_steps = 50
     config.scale_rate = 0.1
+    # Whether the integers of integer groups learn, too, or only the scale of each row.
+    config.learn_groups = False
     config.clip_norm = 1.0
     config.batch_size = 16
     # Parts of an update's windows that run one after the other: more take less memory.

@@ -40,7 +40,7 @@ from .training.interrupt import Interrupt
 WINDOWS_NAME = "distillation_windows.npy"
 # Settings that the losses and the perplexity depend on.
 _LEARNING = ("steps", "learning_rate", "warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype")
-_SETTINGS = ("model", "packed", "rotation_seed", "text", "windows", "window_length", *_LEARNING)
+_SETTINGS = ("model", "packed", "rotation_seed", "learn_groups", "text", "windows", "window_length", *_LEARNING)
 _DISTILLATION = ("distillation_text", "distillation_windows", "distillation_length")
 
 
@@ -69,7 +69,12 @@ def _distil(config: ConfigDict, workdir: Path, interrupt: Interrupt) -> None:
         dtype = jnp.dtype(config.dtype or ("bfloat16" if default_device().platform == "gpu" else "float32"))
         teacher = prepare_for_inference(floats, dtype)
         windows = _windows(config, workdir, teacher)
-        learning = learning_model(packed, in_basis_of(packed, floats, config.rotation_seed), dtype=dtype)
+        learning = learning_model(
+            packed,
+            in_basis_of(packed, floats, config.rotation_seed),
+            learn_groups=config.learn_groups,
+            dtype=dtype,
+        )
         run = DistillationRun(config, workdir, sweep.result["settings"], learning, teacher, windows)
         run.train(interrupt)
         sweep.result["distillation"] = run.log

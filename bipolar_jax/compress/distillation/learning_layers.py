@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from bipolar_jax.compress.distillation.latent_weights import LatentWeights
+from bipolar_jax.compress.distillation.latent_weights import LatentGroups, LatentWeights
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.nn.layers.embed import Embed
@@ -77,13 +77,16 @@ class LearningLinear(CountedModule):
       dtype: of the product's operands.
     """
 
-    def __init__(self, layer: Linear, floats: Float[Array, "*stack k n"] | None, *, learns: bool, dtype: Any):
+    def __init__(
+        self, layer: Linear, floats: Float[Array, "*stack k n"] | None, *, learns: bool, learn_groups: bool, dtype: Any
+    ):
         """Makes the stand-in.
 
         Args:
           layer: the packed layer.
           floats: its weights before they were rounded, or None.
           learns: False freezes all its numbers.
+          learn_groups: whether integers of integer groups learn with the others.
           dtype: of the product's operands.
 
         Raises:
@@ -100,10 +103,16 @@ class LearningLinear(CountedModule):
             kind = type(packed).__name__
             raise ValueError(f"weights are a {kind}: distil the model before prepare_for_inference")
         latent = LatentWeights.of(packed, floats)
+        latent = latent.with_latent_groups() if learns and learn_groups else latent
         number, step = (Latent, Step) if learns else (Frozen, Frozen)
         self.rows, self.scale = number(latent.rows), step(latent.scale)
         self.offset = nnx.data(None if latent.offset is None else step(latent.offset))
-        self.groups = nnx.data(None if latent.groups is None else Frozen(latent.groups))
+        self.groups, self.group_steps = nnx.data(None), nnx.data(None)
+        if isinstance(latent.groups, LatentGroups):
+            self.groups = nnx.data(Frozen(latent.groups.unit))
+            self.group_steps = nnx.data(Step(jnp.stack([latent.groups.scale, latent.groups.offset], axis=-3)))
+        elif latent.groups is not None:
+            self.groups = nnx.data(Frozen(latent.groups))
         self.bias = nnx.data(None if layer.bias is None else step(layer.bias[...]))
         self.number_format, self.group_size = latent.format, latent.group_size
         self.a_format, self.dtype = layer.precision.a_format, jnp.dtype(dtype)
@@ -112,6 +121,8 @@ class LearningLinear(CountedModule):
         """The layer's weights."""
         offset = None if self.offset is None else self.offset[...]
         groups = None if self.groups is None else self.groups.get_value()
+        if self.group_steps is not None:
+            groups = LatentGroups(*jnp.moveaxis(self.group_steps[...], -3, 0), groups)
         return LatentWeights(self.rows[...], self.scale[...], offset, groups, self.number_format, self.group_size)
 
     def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:

@@ -25,7 +25,12 @@ _VECTORS = ("scale", "bias")
 
 
 def learning_model[Model: nnx.Module](
-    packed: Model, floats: nnx.Module | None = None, *, learning: str = LEARNING, dtype: Any = jnp.float32
+    packed: Model,
+    floats: nnx.Module | None = None,
+    *,
+    learning: str = LEARNING,
+    learn_groups: bool = False,
+    dtype: Any = jnp.float32,
 ) -> Model:
     """A copy of a packed model that computes the same with float products, and can be differentiated.
 
@@ -37,6 +42,7 @@ def learning_model[Model: nnx.Module](
       floats: the model that it was made from, in the same basis: rotated as it is. Its weights say where latent weights
         start within their cells; None starts them in the middle.
       learning: regular expression of the paths of layers that learn.
+      learn_groups: whether the integers of integer groups learn, too; else only the scale of each row does.
       dtype: of the products' operands: bfloat16 is fast on GPUs. Sums, norms and the residual stream keep the model's.
 
     Raises:
@@ -52,7 +58,8 @@ def learning_model[Model: nnx.Module](
         elif isinstance(layer, Linear):
             learns = re.search(learning, path) is not None
             kernel = layer_at(floats, path).kernel[...] if learns and floats is not None else None
-            stand_in, count = LearningLinear(layer, kernel, learns=learns, dtype=dtype), count + learns
+            stand_in = LearningLinear(layer, kernel, learns=learns, learn_groups=learn_groups, dtype=dtype)
+            count += learns
         else:
             raise ValueError(f"{path} is a {type(layer).__name__}, which is not distilled: leave it float")
         _replace(model, path, stand_in)

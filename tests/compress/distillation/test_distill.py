@@ -143,6 +143,44 @@ def test_the_packed_result_has_the_learned_models_logits(distilled):
     assert np.array_equal(packed.embed.embedding.get_value().planes, result.embed.embedding.get_value().planes)
 
 
+def test_integers_of_groups_learn_where_they_are_asked_to():
+    """With the gradients of float groups, times what S has become; the packed result has the same integers."""
+    model = random_transformer(ARCHITECTURES["llama"])
+    packed = packed_of(model, "W3A8g16")
+    kernel = packed.layers.attention.q_proj.kernel.get_value()
+    latent = LatentWeights.of(kernel, model.layers.attention.q_proj.kernel[...]).with_latent_groups()
+    np.testing.assert_array_equal(latent.codes(), kernel.codes())
+    for one, other in zip(*map(jax.tree.leaves, (latent.packed(), kernel)), strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=1e-6)
+
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(latent.rows.shape), jnp.float32)
+    scale, offset = latent.grid()
+    floats = dataclasses.replace(latent, groups=None)
+
+    def of_floats(scale, offset):
+        return jnp.sum(weights * dataclasses.replace(floats, scale=scale, offset=offset).numbers())
+
+    by_scale, by_offset = jax.grad(of_floats, argnums=(0, 1))(scale, offset)
+    found = jax.grad(lambda groups: jnp.sum(weights * dataclasses.replace(latent, groups=groups).numbers()))(
+        latent.groups
+    )
+    # A float group's offset is that of value 0, the middle of the codes: S (o + s W / 2).
+    np.testing.assert_allclose(found.offset, by_offset, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.scale, by_scale + kernel.format.max_value * by_offset, rtol=1e-4, atol=1e-3)
+    student, schedule = Student(learning_model(packed, model, learn_groups=True)), Schedule(20, 1e-2, warmup=3)
+    assert any(name.endswith("group_steps") for name in student.params)
+    step, state = make_step(student, model, schedule), DistillationState.initial(student, schedule)
+    for _ in range(schedule.steps):
+        state, _ = step(state, IDS)
+    learned = student.model(state.params)
+    result = packed_again(learned, packed)
+    after = result.layers.attention.q_proj.kernel.get_value()
+    assert not np.array_equal(kernel.groups.scale, after.groups.scale)
+    assert not np.array_equal(kernel.groups.offset, after.groups.offset)
+    wanted = forward(learned, IDS)
+    np.testing.assert_allclose(forward(result, IDS), wanted, atol=3e-5 * float(np.abs(wanted).max()))
+
+
 def test_what_learns_are_weights_steps_norms_and_biases_of_blocks_and_the_last_norm(distilled):
     _model, _packed, student, _state, _losses = distilled
     names = set(student.params)
