@@ -1,6 +1,6 @@
 """Finds how many bits each layer and site of a language model should have, under a budget.
 
-    python -m experiments.allocate --config=configs/allocate.py --workdir=DIR \\
+    python -m experiments.allocate --config=configs/compression/allocate.py --workdir=DIR \\
         --config.precisions=W2A8g64,W3A8g64,W4A8g64,W5A8g64 --config.budget=4.0
 
 The model is calibrated once at each precision. Then, for every decoder layer and every input in it (query, key and
@@ -228,7 +228,7 @@ def _print_table(model: Transformer, best: Assignment, result: dict[str, Any], b
 
 def command() -> None:
     """The command line."""
-    app.run(main, example="allocate")
+    app.run(main, example="compression/allocate")
 
 
 if __name__ == "__main__":

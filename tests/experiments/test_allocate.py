@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bipolar_jax.models.loaders import load_pretrained
-from configs import allocate as allocate_config
 from configs import smollm2 as quantize_config
 from experiments import allocate, quantize
 from experiments.support import workdir
+from experiments.support.config_files import load_config
 from tests.support import tiny_checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -31,7 +31,7 @@ def tokens(tmp_path_factory):
 
 
 def tiny_config(model, tokens):
-    config = allocate_config.get_config()
+    config = load_config("compression/allocate").config
     config.model, config.calibration_text, config.rotation = str(model), str(tokens), "none"
     config.calibration_windows, config.calibration_length, config.windows_per_step = 4, LENGTH, 4
     config.rounding.algorithm = "nearest"  # fewer programs to compile

@@ -1,6 +1,6 @@
 """SmolLM2-135M: which layers get how many bits, four on average.
 
-    python -m experiments.allocate --config=configs/allocate.py --workdir=runs/allocated
+    python -m experiments.allocate --config=configs/compression/allocate.py --workdir=runs/allocated
     python -m experiments.calibrate --config=configs/calibrate.py --workdir=runs/calibrated --config.precisions= \\
         --config.rules=runs/allocated/rules_4.0.json
 """
