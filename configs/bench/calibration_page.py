@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     # Files below --workdir, comma separated: of experiments.quantize, experiments.calibrate and experiments.distill.
-    config.models = "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json"
+    config.models = (
+        "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,cpu_2_cores/calibrate_demo.json"
+    )
     # Of experiments.compare_methods; "" for none.
     config.comparisons = ""
     # Of experiments.bench.calibration; "" for none.

@@ -28,7 +28,8 @@ _HEAD = """# What calibration reaches, and what it takes
 
 Written by `python -m experiments.bench.calibration_page --config=configs/bench/calibration_page.py
 --workdir=experiments/results`; its files name their commands in `environment`. Figures in parentheses are standard
-errors. "Rounded" is to the nearest number of a grid with zero on it, without rotation or text.
+errors. "Rounded" is to the nearest number of a grid with zero on it, without rotation or text. Seconds are those of the
+run, which may have shared its machine; the README of each folder says so.
 """
 
 
