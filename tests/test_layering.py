@@ -59,6 +59,7 @@ FLOORS = {
         "rotations",
     ),
     "bipolar_jax.models": (
+        "exporters",
         "loaders",
         "inference",
         "random_weights",

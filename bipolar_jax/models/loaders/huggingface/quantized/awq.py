@@ -18,7 +18,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.module import (
     Module,
     affine_kind,
     affine_numbers,
-    as_group_size,
+    group_size_of,
 )
 from bipolar_jax.models.loaders.huggingface.quantized.words import unpack_aligned
 from bipolar_jax.models.packed_kernels import PackedKind, PackedNumbers, PackedTensor
@@ -60,7 +60,7 @@ class AWQ:
             raise fields.wrong("version", version, "'gemm': other versions of AWQ store words in other orders")
         if not fields.flag("zero_point", True):
             raise ValueError(f"{fields.source} has zero_point false: AWQ is served with zeros")
-        return cls(as_group_size(fields.get("group_size", fields.get("q_group_size")), "group_size"), a_bits)
+        return cls(group_size_of(fields, "q_group_size" if "q_group_size" in fields.values else "group_size"), a_bits)
 
     def tensor(self, module: Module) -> PackedTensor:
         """See `QuantizedFormat`."""

@@ -29,7 +29,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.module import (
     Module,
     affine_kind,
     affine_numbers,
-    as_group_size,
+    group_size_of,
     order_of_groups,
     spread,
 )
@@ -216,7 +216,7 @@ def _scheme(fields: Fields, whole_format: Any, a_bits: int | None, stated: bool)
         raise fields.wrong("format", kind, " or ".join(_FORMATS))
     if type(bits) is not int or not 1 <= bits <= 8:
         raise weights.wrong("num_bits", bits, "1 to 8")
-    group_size = as_group_size(weights.get("group_size"), "group_size")
+    group_size = group_size_of(weights)
     default = "group" if group_size else "tensor" if weights.get("group_size") is None else "channel"
     strategy = weights.get("strategy", default)
     if strategy not in _STRATEGIES:

@@ -22,7 +22,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.module import (
     Module,
     affine_kind,
     affine_numbers,
-    as_group_size,
+    group_size_of,
     order_of_groups,
 )
 from bipolar_jax.models.loaders.huggingface.quantized.words import num_dense_words, unpack_dense
@@ -58,7 +58,7 @@ class GPTQ:
         if type(bits) is not int or bits not in _BITS:
             raise fields.wrong("bits", bits, f"{', '.join(map(str, _BITS))} for GPTQ")
         version = fields.get("checkpoint_format", "gptq")
-        if version not in _VERSIONS:
+        if not isinstance(version, str) or version not in _VERSIONS:
             raise fields.wrong("checkpoint_format", version, " or ".join(_VERSIONS))
         overrides = fields.nested("dynamic").values
         if changed := [pattern for pattern, value in overrides.items() if not pattern.startswith("-:") and value]:
@@ -66,7 +66,7 @@ class GPTQ:
                 f"{fields.source} gives layers that match {changed[0]!r:.80} settings of their own (dynamic): "
                 "only the same bits and groups for all quantized layers are served"
             )
-        return cls(bits, as_group_size(fields.get("group_size"), "group_size"), _VERSIONS[version], a_bits)
+        return cls(bits, group_size_of(fields), _VERSIONS[version], a_bits)
 
     def tensor(self, module: Module) -> PackedTensor:
         """See `QuantizedFormat`; reads g_idx."""

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
 
 from bipolar_jax.format import as_format
+from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.packed_kernels import PackedKind, PackedNumbers, PackedTensor
 from bipolar_jax.quantize import Precision
@@ -133,12 +134,13 @@ def order_of_groups(
     return order
 
 
-def as_group_size(value: object, name: str) -> int | None:
+def group_size_of(fields: Fields, name: str = "group_size") -> int | None:
     """A group size as configs state it: -1 or null is one group. Raises ValueError for other than positive integers."""
-    if value is None or value == -1:
+    value = fields.get(name)
+    if value is None or (type(value) is int and value == -1):
         return None
     if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{name} is {value!r:.40}, expected a positive integer, or -1 for one group")
+        raise fields.wrong(name, value, "a positive integer, or -1 for one group")
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int32, Integer, UInt8
 
 WORD_BITS = 32
 
@@ -16,6 +16,14 @@ def num_dense_words(count: int, bits: int) -> int:
 def num_aligned_words(count: int, bits: int) -> int:
     """Words of a row of `count` integers, WORD_BITS // bits in each word."""
     return -(-count // (WORD_BITS // bits))
+
+
+def pack_dense(codes: UInt8[np.ndarray, "rows count"], bits: int) -> Int32[np.ndarray, "rows words"]:
+    """Inverse of `unpack_dense`; zeros fill the last word of every row."""
+    planes = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    stream = planes.reshape(len(codes), -1)
+    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD_BITS)))
+    return np.packbits(padded, axis=-1, bitorder="little").view("<i4").astype(np.int32, copy=False)
 
 
 def unpack_dense(words: Integer[np.ndarray, "rows words"], bits: int, count: int) -> UInt8[np.ndarray, "rows count"]:
