@@ -22,6 +22,7 @@ from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import num_groups
 
 _STACK = "layers/"
+_BLOCK_NUMBERS = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +88,16 @@ class PackedBuffer:
             if array is not None and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
                 raise ValueError(f"{bad} of its {array.size} numbers of {name} are not finite: the file is damaged")
         precision = self.kind.precision
-        packed = _packed(numbers.codes, numbers.scale, numbers.offset, precision.w_bits, precision.group_size)
-        for target, leaf in zip(jax.tree.leaves(self._kernel), jax.tree.leaves(packed), strict=True):
-            target[index] = np.asarray(leaf)
+        n, k = numbers.codes.shape
+        arrays = (numbers.codes, numbers.scale, numbers.offset)
+        step = max(1, _BLOCK_NUMBERS // k)  # outputs, so that what is made on the way stays small
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            block = (None if array is None else array[rows] for array in arrays)
+            packed = _packed(*block, precision.w_bits, precision.group_size)
+            for target, leaf in zip(jax.tree.leaves(self._kernel), jax.tree.leaves(packed), strict=True):
+                target[index][..., rows, :] = np.asarray(leaf)
         if self._order is not None:
-            k = numbers.codes.shape[1]
             self._order[index] = np.arange(k, dtype=np.int32) if numbers.order is None else numbers.order
 
     def finish(self) -> tuple[BipolarArray, Array | None]:
