@@ -153,11 +153,7 @@ class LatentWeights:
 
     def packed(self) -> BipolarArray:
         """The rounded weights as a packed array, contracted along the axis before the last."""
-        codes = jnp.swapaxes(self.codes(), -1, -2)
-        scale, groups = self.scale if self.groups is None else self.scale / _unit(self.format), self.groups
-        if isinstance(groups, LatentGroups):
-            groups = groups.integers(scale, self.format)
-        return from_codes(codes, self.format, -2, scale, self.offset, self.group_size, groups)
+        return _packed(self)
 
 
 @jax.jit  # one program a shape, not one an operation
@@ -171,6 +167,15 @@ def _latent(packed: BipolarArray, floats: Float[Array, "*stack k n"] | None) -> 
     reach = 2 * INSIDE * spread_groups(jnp.abs(scale), centre.shape[-1], packed.group_size)
     rows = jnp.clip(jnp.swapaxes(floats, -1, -2).astype(jnp.float32), centre - reach, centre + reach)
     return dataclasses.replace(latent, rows=rows)
+
+
+@jax.jit
+def _packed(latent: LatentWeights) -> BipolarArray:
+    codes = jnp.swapaxes(latent.codes(), -1, -2)
+    groups, scale = latent.groups, latent.scale if latent.groups is None else latent.scale / _unit(latent.format)
+    if isinstance(groups, LatentGroups):
+        groups = groups.integers(scale, latent.format)
+    return from_codes(codes, latent.format, -2, scale, latent.offset, latent.group_size, groups)
 
 
 def _unit(number_format: BipolarFormat) -> int:
