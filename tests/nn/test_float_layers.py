@@ -100,6 +100,11 @@ def test_summary_lists_every_layer(quantized, capsys):
     assert lines["8"] == ["8", "float", "504", "2.0", "KB"]
     notes = {layer.path: layer.note for layer in bnn.layer_summaries(Adapted(nnx.Rngs(0)))}
     assert notes["box/inner"] == notes["einsum"] == "no rule has chosen it"
+    layers = nnx.Sequential(nnx.Linear(16, 4, rngs=nnx.Rngs(0)))
+    clipped = bj.quantize_model(layers, [("", bj.Precision(4, 4, a_span=0.85))])
+    (layer,) = bnn.layer_summaries(clipped)
+    assert layer.is_packed
+    assert layer.note == "tokens are clipped to 0.85 of their range"
     with pytest.raises(ValueError, match="give an nnx.Module"):
         bj.summary(jnp.ones(3))
 

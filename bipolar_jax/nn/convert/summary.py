@@ -28,7 +28,8 @@ class LayerSummary:
       precision: such as "W4A8g64", or the dtype of a float layer.
       parameters: numbers that the layer holds, with its bias.
       num_bytes: their memory, with scales, offsets and row sums.
-      note: why the layer is float; "" for packed layers.
+      note: why the layer is float; of packed layers, which part of a token's range they quantize if not all of it.
+      is_packed: whether the layer is packed.
     """
 
     path: str
@@ -37,6 +38,7 @@ class LayerSummary:
     parameters: int
     num_bytes: int
     note: str = ""
+    is_packed: bool = False
 
 
 def layer_summaries(model: nnx.Module) -> list[LayerSummary]:
@@ -45,7 +47,9 @@ def layer_summaries(model: nnx.Module) -> list[LayerSummary]:
     for path, layer in packed_layers(model):
         values = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(layer))]
         size, count = sum(map(num_bytes, values)), sum(map(num_parameters, values))
-        packed.append(LayerSummary(path, type(layer).__name__, str(layer.precision), count, size))
+        span = layer.precision.a_span
+        note = "" if span == 1 else f"tokens are clipped to {span:g} of their range"
+        packed.append(LayerSummary(path, type(layer).__name__, str(layer.precision), count, size, note, is_packed=True))
     return [*packed, *map(_float_summary, float_layers(model))]
 
 
@@ -88,7 +92,8 @@ def summary(model: nnx.Module) -> None:
         (each.path or ".", each.name, each.precision, f"{each.parameters:,}", format_bytes(each.num_bytes), each.note)
         for each in layers
     ]
-    for name, chosen in (("packed", [x for x in layers if not x.note]), ("float", [x for x in layers if x.note])):
+    for name, is_packed in (("packed", True), ("float", False)):
+        chosen = [each for each in layers if each.is_packed == is_packed]
         count, size = sum(x.parameters for x in chosen), sum(x.num_bytes for x in chosen)
         rows.append((f"{len(chosen)} {name}", "", "", f"{count:,}", format_bytes(size), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
