@@ -69,7 +69,7 @@ def both_ways(precision: str, config: TransformerConfig) -> list[np.ndarray]:
     return [np.asarray(model.decode(ids, jax.tree.map(jnp.asarray, step._cache()))[0], np.float64) for model in models]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.covered("`make gpu-test` holds the limits that follow")
 @pytest.mark.parametrize("config", [TIED, CONFIG], ids=["tied", "untied"])
 def test_noise_is_as_predicted(config):
     rounded, exact = both_ways("W4A8", config)

@@ -41,6 +41,7 @@ def test_stages_add_up(tmp_path):
     assert rows["cache"]["entries"] > 2
 
 
+@pytest.mark.covered("programs of a text are counted by models/inference/test_generation.py")
 def test_a_first_text_is_two_programs():
     """In this process; `generate` must not compile more, which a GPU takes seconds for."""
     stages = measure(Settings("smollm2-135m", TINY, "W4A8", 4, 3, None))["stages"]
