@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
             "foldable": {"rotation": "foldable"},
             "float_groups": {"suffix": "f"},
             "nested": {"rounding": {"nested": (6, 4)}},
+            "whole_spans": {"learn_spans": 0},
         }
     )
     config.checkpoints = False
