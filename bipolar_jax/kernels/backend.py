@@ -193,15 +193,15 @@ class Backend(Protocol):
 
     def decode_layers(
         self,
-        hidden: Float[Array, " hidden"],
+        hidden: Float[Array, "texts hidden"],
         kernels: dict[str, BipolarArray],
         biases: dict[str, Float[Array, "layers n"] | None],
         norms: dict[str, RMSNorm | LayerNorm],
         activation: Activation,
         keys: CacheLeaves,
         values: CacheLeaves,
-        length: Int[Array, ""],
-        tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+        lengths: Int[Array, " texts"],
+        tables: tuple[Float[Array, "texts half"], Float[Array, "texts half"]] | None,
         slopes: Float[Array, " heads"] | None,
         a_format: BipolarFormat | None,
         *,
@@ -209,18 +209,18 @@ class Backend(Protocol):
         spans: Mapping[str, float] | None = None,
         first_layer: int = 0,
         key_rotation: Hadamard | None = None,
-    ) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
-        """All layers of a pre-norm decoder for one new token of one sequence; float32 between products.
+    ) -> tuple[Float[Array, "texts hidden"], Float[Array, "layers texts qkv"]]:
+        """All layers of a pre-norm decoder for one new token of each text; float32 between products.
 
         Args:
-          hidden: of the new token.
+          hidden: of the new tokens.
           kernels: of the products "qkv", "o", "up" and "down", each of all layers: [layers, k, n].
           biases: of the same products, or None.
           norms: before attention ("qkv") and before the feed-forward block ("up"); vectors are [layers, hidden].
           activation: of the feed-forward block; it may have a rotation, of the input of "down".
-          keys, values: leaves of the cache, without the new token; they are not written.
-          length: tokens in the cache, which is the position of the new one.
-          tables: cosines and sines of that position; None where positions are not rotary.
+          keys, values: leaves of the cache, without the new tokens; they are not written.
+          lengths: tokens of each text in the cache, which is the position of the new one.
+          tables: cosines and sines of these positions; None where positions are not rotary.
           slopes: ALiBi's; None without ALiBi.
           a_format: the grid of the tokens, the same for all products; None if they stay floats.
           cache_bits: of the cached numbers, 8 or 4; None for floats.
@@ -229,7 +229,7 @@ class Backend(Protocol):
           key_rotation: of each head of queries and keys, after `tables`; cached keys are rotated already.
 
         Returns:
-          float32: the hidden state after all layers, before the final norm; and for every layer the token's queries,
+          float32: the hidden states after all layers, before the final norm; and for every layer the tokens' queries,
           keys and values, before rotation.
 
         Raises:

@@ -36,7 +36,7 @@ def decode_attention(*operands: Any, implementation: str = "auto", **options: An
 
 
 def decode_layers(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
-    """All layers of a decoder for one new token of one sequence; see `Backend.decode_layers`.
+    """All layers of a decoder for one new token of each of a few sequences; see `Backend.decode_layers`.
 
     Raises: as `prompt_heads`.
     """

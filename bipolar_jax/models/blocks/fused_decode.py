@@ -1,4 +1,4 @@
-"""A decode step of one sequence whose layers run as one kernel, where a backend has it."""
+"""A decode step of a few sequences whose layers run as one kernel, where a backend has it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.ops import Activation
 
+# Sequences that one kernel decodes. The kernel serves up to four; more than one have not been timed, see
+# `kernels/sm90/decode_step/README.md`.
+MOST_SEQUENCES = 1
+
 
 def fused_layers(
     layers: nnx.Module,
     config: TransformerConfig,
-    hidden: Float[Array, "1 1 hidden"],
-    tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
+    hidden: Float[Array, "batch 1 hidden"],
+    tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None,
     cache: KVCache,
     first_layer: int = 0,
-) -> tuple[Float[Array, "1 1 hidden"], KVCache]:
-    """All layers of a stack for the new token of one sequence, by `ops.decode_layers`.
+) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
+    """All layers of a stack for one new token of each sequence, by `ops.decode_layers`.
 
     The numbers are those of the layers one after the other up to rounding: between products they stay float32 here,
     where layers round them to the model's dtype.
@@ -38,33 +42,33 @@ def fused_layers(
     Args:
       layers: the stack of `transformer.DecoderLayer`.
       config: of the model.
-      hidden: of the new token.
-      tables: cosines and sines of its position, where positions are rotary.
-      cache: of all layers of the model; its length is the token's position.
+      hidden: of the new tokens.
+      tables: cosines and sines of their positions, where positions are rotary.
+      cache: of all layers of the model; its lengths are the tokens' positions.
       first_layer: index of the stack's first layer in the model.
 
     Returns:
-      The hidden state after the last layer, in the dtype of `hidden`; and the cache with the token written and not
+      The hidden states after the last layer, in the dtype of `hidden`; and the cache with the tokens written and not
       yet counted.
 
     Raises:
-      Unsupported: several sequences; layers that are not packed and joined (`join_projections`) or differ in activation
-        bits or backend; and as `ops.decode_layers`.
+      Unsupported: more sequences than MOST_SEQUENCES; layers that are not packed and joined (`join_projections`) or
+        differ in activation bits or backend; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
     outcome, qkv = ops.decode_layers(*operands, **options)
-    heads = qkv.reshape(len(qkv), 1, -1, config.head_dim)[:, :, config.num_heads :]
+    heads = qkv.reshape(*qkv.shape[:2], -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)
-    if tables is not None:
-        keys = rotate(keys, tuple(jnp.broadcast_to(table, (len(keys), *table.shape[1:])) for table in tables))
-    return outcome.astype(hidden.dtype)[None, None], cache.write_all(keys[:, None], values[:, None], first_layer)
+    if tables is not None:  # `rotate` takes layers as sequences, and sequences as their positions
+        keys = rotate(keys, tuple(jnp.broadcast_to(table[:, 0], (len(keys), *table[:, 0].shape)) for table in tables))
+    return outcome.astype(hidden.dtype)[:, None], cache.write_all(keys[:, :, None], values[:, :, None], first_layer)
 
 
 def explain_fused_layers(
     layers: nnx.Module,
     config: TransformerConfig,
     hidden: Float[Array, "batch 1 hidden"],
-    tables: tuple[Float[Array, "1 1 half"], Float[Array, "1 1 half"]] | None,
+    tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None,
     cache: KVCache,
     first_layer: int = 0,
 ) -> Step:
@@ -77,8 +81,9 @@ def _fused_operands(
     layers, config: TransformerConfig, hidden, tables, cache: KVCache, first_layer: int
 ) -> tuple[tuple, dict[str, Any]]:
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
-    if hidden.shape[0] != 1:
-        raise Unsupported(f"layers are one kernel for one sequence, not for {hidden.shape[0]}")
+    if hidden.shape[0] > MOST_SEQUENCES:
+        most = "one sequence" if MOST_SEQUENCES == 1 else f"{MOST_SEQUENCES} sequences"
+        raise Unsupported(f"layers are one kernel for {most}, not for {hidden.shape[0]}")
     gated = config.ffn == "swiglu"
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
@@ -92,14 +97,14 @@ def _fused_operands(
         if not fuses(layer):
             raise Unsupported(f"the {name} projections must be one packed layer")
     operands = (
-        hidden[0, 0],
+        hidden[:, 0],
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
         Activation("silu" if gated else config.ffn, gated=gated, rotation=layers.ffn.rotation),
         *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
-        jnp.minimum(cache.lengths[0], cache.capacity),
-        None if tables is None else tuple(table[0, 0] for table in tables),
+        jnp.minimum(cache.lengths, cache.capacity),
+        None if tables is None else tuple(table[:, 0] for table in tables),
         jnp.asarray(alibi_slopes(config.num_heads), jnp.float32) if config.positions == "alibi" else None,
         _activation_format(products),
     )

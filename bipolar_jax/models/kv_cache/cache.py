@@ -167,7 +167,15 @@ class KVCache:
         values: Float[Array, "layers batch 1 kv_heads head_dim"],
         first_layer: int = 0,
     ) -> KVCache:
-        """`write` for consecutive layers at once, for a batch of one sequence."""
+        """`write` for consecutive layers at once."""
+        layers, batch, _, kv_heads, _ = keys.shape
+
+        def scatter(rows, token):
+            layer, sequence, head = (jnp.arange(size, dtype=jnp.int32) for size in (layers, batch, kv_heads))
+            layer, position = first_layer + layer[:, None, None], self.lengths[None, :, None]
+            at = (layer, sequence[None, :, None], head[None, None], position)
+            token = token[:, :, :, 0].astype(rows.dtype)
+            return row_major(rows.at[at].set(token, unique_indices=True, indices_are_sorted=True, mode="drop"))
 
         def put(rows, token):
             zero = jnp.zeros_like(self.lengths[0])
@@ -177,7 +185,7 @@ class KVCache:
             return row_major(jax.lax.dynamic_update_slice(rows, token, at))
 
         kept = keep(self.rotate(keys), self.bits), keep(values, self.bits)
-        keys, values = jax.tree.map(put, (self.keys, self.values), kept)
+        keys, values = jax.tree.map(put if batch == 1 else scatter, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
 
     def read(self, layer: Int[Array, ""]) -> tuple[Kept, Kept]:

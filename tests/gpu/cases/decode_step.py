@@ -91,6 +91,7 @@ class Step:
       blocks: of the kernel, or None for all multiprocessors. With it the cache is not written.
       tokens: decoded one after the other.
       prepared: whether weights are prepared.
+      at_once: whether the kernel decodes both texts in one call; then the cache is not written.
       runs: of layers: each is a kernel by itself, which reads its layers of the cache.
     """
 
@@ -103,6 +104,7 @@ class Step:
     blocks: int | None = None
     tokens: int = 6
     prepared: bool = False
+    at_once: bool = False
     runs: tuple[range, ...] = _ONE_RUN
 
     @property
@@ -111,7 +113,8 @@ class Step:
         model = f"model in {jnp.dtype(self.dtype).name}{', prepared' if self.prepared else ''}"
         rotation = "" if self.config.rotation is None else f", rotated by {self.config.rotation.ffn.block}"
         runs = "" if len(self.runs) == 1 else f", {len(self.runs)} runs of layers"
-        return f"{self.precision}, cache of {cache}, {model}{rotation}{runs}, texts of {self.lengths}"
+        at_once = " at once" if self.at_once else ""
+        return f"{self.precision}, cache of {cache}, {model}{rotation}{runs}, texts of {self.lengths}{at_once}"
 
     def trial(self) -> Trial:
         model = _model(self.config, self.precision, jnp.dtype(self.dtype), self.prepared)
@@ -125,9 +128,10 @@ class Step:
         def decode_in_blocks(model, ids, cache):
             return _decode_in_blocks(model, ids, cache, self.blocks)
 
-        one_kernel = decode if self.blocks is None else decode_in_blocks
+        writes = self.blocks is None and not self.at_once
+        operands = (ids[0], cache) if self.at_once else (ids[0, :1], _of_text(cache, 0))
         programs = {
-            "one kernel": Program(one_kernel, (model, ids[0, :1], _of_text(cache, 0)), kernel="decode_layers"),
+            "one kernel": Program(decode if writes else decode_in_blocks, (model, *operands), kernel="decode_layers"),
             "layer by layer": Program(decode, (model, ids[0], cache)),
         }
 
@@ -136,12 +140,13 @@ class Step:
             for token in ids:
                 before = expected
                 logits, expected = jax.device_get(compiled["layer by layer"](model, token, before))
-                for text in range(_TEXTS):
-                    arguments = (model, token[text : text + 1], _of_text(before, text))
+                for text in range(1 if self.at_once else _TEXTS):
+                    texts = slice(0, _TEXTS) if self.at_once else slice(text, text + 1)
+                    arguments = (model, token[texts], before if self.at_once else _of_text(before, text))
                     found = repeated(lambda arguments=arguments: compiled["one kernel"](*arguments))
                     assert np.isfinite(found[0]).all(), "logits are not finite"
-                    differences.append(_difference(found[0][0], logits[text]))
-                    if self.blocks is None:
+                    differences += [_difference(*pair) for pair in zip(found[0], logits[texts], strict=True)]
+                    if writes:
                         self._check_cache(found[1], _of_text(expected, text), before.lengths[text])
             self._check_logits(differences)
 
@@ -224,10 +229,10 @@ def _model(config: TransformerConfig, precision: str, dtype: jnp.dtype, prepared
         return _cached_model(config, precision, dtype, prepared)
 
 
-def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
+def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int | None):
     """`Transformer.decode` of a Llama with rotary positions, by `decode_layers` of so many blocks; logits only."""
     layers = model.layers
-    tables = tuple(table[0, 0] for table in rope_tables(model.config, cache.lengths[:, None]))
+    tables = tuple(table[:, 0] for table in rope_tables(model.config, cache.lengths[:, None]))
     products = {
         "qkv": layers.attention.qkv_proj,
         "o": layers.attention.o_proj,
@@ -235,14 +240,14 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         "down": layers.ffn.down_proj,
     }
     hidden, _ = decode_layers(
-        model.embed(ids)[0],
+        model.embed(ids),
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
         Activation("silu", gated=True, rotation=layers.ffn.rotation),
         tuple(jax.tree.leaves(cache.keys)),
         tuple(jax.tree.leaves(cache.values)),
-        cache.lengths[0],
+        cache.lengths,
         tables,
         None,
         None if products["o"].precision.a_bits is None else BipolarFormat(products["o"].precision.a_bits),
@@ -252,7 +257,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int):
         wait_limit_ms=_WAIT_LIMIT_MS,
         interpret=interpret_params(),
     )
-    return (model.logits(normalize(model.final_norm, hidden.astype(model.embed(ids).dtype)[None])),)
+    return (model.logits(normalize(model.final_norm, hidden.astype(model.embed(ids).dtype))),)
 
 
 def _of_text(cache: KVCache, text: int) -> KVCache:
@@ -302,6 +307,9 @@ def prepared_steps(name: str) -> list[Step]:
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in chosen]
     served = [("W4A8g128i", None), *(_FLOAT_TOKENS[(at + turn) % len(_FLOAT_TOKENS)] for at in (0, 2))]
     configs = [_rotated(config, turn) if at % 2 == turn % 2 else config for at in range(len(served))]
+    if config.positions == "rope" and config.ffn == "swiglu":
+        precision, bits = (("W4A8g128i", None), ("W2A8g64i", 4))[turn % 2]
+        steps.append(Step(config, precision, bits, prepared=True, at_once=True))
     runs = [_TWO_RUNS if (at, turn % 3) == (0, 0) else _ONE_RUN for at in range(len(served))]
     return steps + [
         Step(config, precision, bits, jnp.bfloat16, prepared=True, runs=runs)
@@ -341,4 +349,5 @@ def small() -> dict[str, Case]:
     floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
     steps["decode step, float tokens"] = floats
+    steps["decode step, two texts"] = dataclasses.replace(prepared, at_once=True)
     return {name: Case(name, step.trial) for name, step in steps.items()}

@@ -1,4 +1,4 @@
-"""Decodes one token through all layers: checks what the kernel serves, and lays out its operands."""
+"""Decodes a token of each text through all layers: checks what the kernel serves, and lays out its operands."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from bipolar_jax.packing import BipolarArray, PreparedArray
 
 
 def decode_layers(
-    hidden: Float[Array, " hidden"],
+    hidden: Float[Array, "texts hidden"],
     kernels: dict[str, BipolarArray | PreparedArray],
     biases: dict[str, Float[Array, "layers n"] | None],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
-    length: Int[Array, ""],
-    tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+    lengths: Int[Array, " texts"],
+    tables: tuple[Float[Array, "texts half"], Float[Array, "texts half"]] | None,
     slopes: Float[Array, " heads"] | None,
     a_format: BipolarFormat | None,
     *,
@@ -53,8 +53,8 @@ def decode_layers(
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
-    """All layers of a pre-norm decoder for one new token of one sequence.
+) -> tuple[Float[Array, "texts hidden"], Float[Array, "layers texts qkv"]]:
+    """All layers of a pre-norm decoder for one new token of each of a few texts.
 
     Values between products are float32: norms, quantization and residual sums see no other rounding.
 
@@ -64,17 +64,17 @@ def decode_layers(
     exceeds its limit: the host gets a CUDA error when it next synchronizes.
 
     Args:
-      hidden: of the new token.
+      hidden: of the new tokens; of more than one text, up to MOST_TEXTS, with prepared weights and no float sums.
       kernels: of the products "qkv", "o", "up" and "down" of all layers, [layers, k, n], of one format and one float
         scale a column; or all of them prepared, with integer groups of one size or without, "up" gated if the
         activation is. Groups may have float scales, of one form (`packing.float_terms`).
       biases: of the same products, or None.
       norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon.
-      keys, values: of the cache: bfloat16 or float16 [layers, 1, kv_heads, capacity, head_dim]; or codes, scales and
-        zeros as `models.kv_cache` stores them. They lack the new token, and are not written.
-      length: positions that hold a token, which is the new token's position. If the cache is full, the new token does
-        not attend to itself.
-      tables: cosines and sines of that position; None where positions are not rotary.
+      keys, values: of the cache: bfloat16 or float16 [layers, texts, kv_heads, capacity, head_dim]; or codes, scales
+        and zeros as `models.kv_cache` stores them. They lack the new tokens, and are not written.
+      lengths: positions that hold a token, which is the new token's position. If the cache is full, the new token
+        does not attend to itself.
+      tables: cosines and sines of these positions; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
       a_format: 1 to 8 bits; or None for tokens of 16-bit floats, in the dtype of `hidden`, with prepared weights of
         integer groups.
@@ -89,7 +89,7 @@ def decode_layers(
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      float32: the hidden state after all layers, before the final norm; and for every layer the token's queries, keys
+      float32: the hidden states after all layers, before the final norm; and for every layer the tokens' queries, keys
       and values, one after the other, before rotation.
 
     Raises:
@@ -104,14 +104,15 @@ def decode_layers(
         {name: tuple(_number(leaf.reshape(-1)) for leaf in jax.tree.leaves(norm)) for name, norm in norms.items()},
     )
     half = shape.head_dim // 2
-    cos, sin = (jnp.ones(half), jnp.zeros(half)) if tables is None else tables
+    angles = (shape.texts, half)
+    cos, sin = (jnp.ones(angles), jnp.zeros(angles)) if tables is None else tables
     copies = WARPGROUP // shape.head_dim
     cache = Cache(
         keys,
         values,
-        jnp.reshape(length, (1,)).astype(jnp.int32),
-        jnp.concatenate([cos, cos] * copies),
-        jnp.concatenate([-sin, sin] * copies),
+        lengths.astype(jnp.int32),
+        jnp.concatenate([cos, cos] * copies, axis=-1).reshape(-1),
+        jnp.concatenate([-sin, sin] * copies, axis=-1).reshape(-1),
         None if slopes is None else slopes.astype(jnp.float32) * math.log2(math.e),
         tuple(key_grids),
         tuple(value_grids),
@@ -126,15 +127,15 @@ def decode_layers(
 
 
 def plan_decode_layers(
-    hidden: Float[Array, " hidden"],
+    hidden: Float[Array, "texts hidden"],
     kernels: dict[str, BipolarArray | PreparedArray],
     biases: dict[str, Float[Array, "layers n"] | None],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
-    length: Int[Array, ""],
-    tables: tuple[Float[Array, " half"], Float[Array, " half"]] | None,
+    lengths: Int[Array, " texts"],
+    tables: tuple[Float[Array, "texts half"], Float[Array, "texts half"]] | None,
     slopes: Float[Array, " heads"] | None,
     a_format: BipolarFormat | None,
     *,
@@ -144,14 +145,15 @@ def plan_decode_layers(
     key_rotation: Hadamard | None = None,
 ) -> Plan:
     """What `decode_layers` would run for these operands; raises as it would."""
-    del biases, values, length, tables, slopes
+    del biases, values, lengths, tables, slopes
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, None, WAIT_LIMIT_MS, None)
     shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer, key_rotation=key_rotation)
     planes = shape.prepared is None
     weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
     weights += "" if shape.float_token is None else ", float tokens"
     kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, {weights}"
-    return Plan(kernel, "one sequence: bound by reading weights and cache, and by launches", shape)
+    texts = "one sequence" if shape.texts == 1 else f"{shape.texts} sequences"
+    return Plan(kernel, f"{texts}: bound by reading weights and cache, and by launches", shape)
 
 
 def _with_spans(shape: LayersShape, spans: Mapping[str, float] | None) -> LayersShape:
@@ -167,7 +169,7 @@ def _prepared(kernel: PreparedArray) -> str:
 
 
 def _shape(
-    hidden: Float[Array, " hidden"],
+    hidden: Float[Array, "texts hidden"],
     kernels: dict[str, BipolarArray | PreparedArray],
     norms: dict[str, RMSNorm | LayerNorm],
     activation: Activation,
@@ -185,7 +187,7 @@ def _shape(
     keys, *_ = keys
     if cache_bits is None and keys.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"the cache must be bfloat16 or float16, not {keys.dtype}")
-    _, _, kv_heads, capacity, row = keys.shape
+    _, texts, kv_heads, capacity, row = keys.shape
     head_dim = row * 2 if cache_bits == 4 else row
     if cache_bits is not None and capacity % TMA_ALIGNMENT:
         raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
@@ -202,7 +204,7 @@ def _shape(
         )
     return LayersShape(
         num_layers=kernels["qkv"].shape[0],
-        hidden=hidden.shape[0],
+        hidden=hidden.shape[1],
         ffn=kernels["down"].contracted_size,
         heads=kernels["o"].contracted_size // head_dim,
         kv_heads=kv_heads,
@@ -214,6 +216,7 @@ def _shape(
         norm_eps=norms["qkv"].eps,
         activation=activation,
         blocks=blocks,
+        texts=texts,
         prepared=_layout(kernels["qkv"]),
         cache_bits=cache_bits,
         wait_limit_ms=wait_limit_ms,

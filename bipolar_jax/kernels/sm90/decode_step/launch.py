@@ -1,9 +1,9 @@
-"""All layers of a decoder for one new token, as one persistent kernel.
+"""All layers of a decoder for one new token of each of a few texts, as one persistent kernel.
 
 One block a multiprocessor; all blocks go through the layers together. They wait for each other six times in each: after
 the projections of queries, keys and values, after attention, after its combination, after the output projection, after
 gate and up, and after down. Only a few vectors pass from one phase to the next, in global memory and self-flagging
-(`cooperative.polling`). Every block normalizes and quantizes the whole token itself, which is quicker than waiting for
+(`cooperative.polling`). Every block normalizes and quantizes all tokens itself, which is quicker than waiting for
 another block to do it. Weights and the cache depend on nothing that is computed: they keep arriving in shared memory
 while blocks compute and while they wait.
 """
@@ -30,6 +30,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     PRODUCTS,
+    RESULTS_OF_TEXT,
     WARPGROUPS,
     Layers,
     LayersShape,
@@ -54,26 +55,27 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 112
 
 
 def run_layers(
-    hidden: Float[Array, " hidden"],
+    hidden: Float[Array, "texts hidden"],
     weights: LayersWeights,
     cache: Cache,
     shape: LayersShape,
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, " hidden"], Float[Array, "layers qkv"]]:
-    """The hidden state after all layers, and the projections of every layer.
+) -> tuple[Float[Array, "texts hidden"], Float[Array, "layers texts qkv"]]:
+    """The hidden states after all layers, and the projections of every layer.
 
     Args:
-      hidden: of the new token, float32.
+      hidden: of the new tokens, float32.
       weights: arrays.
-      cache: arrays; the new token's keys and values are not in it, and are not written.
+      cache: arrays; the new tokens' keys and values are not in it, and are not written.
       shape: static.
       interpret: parameters of interpret mode, for tests on a CPU. Interpret mode runs blocks one after the other, so
         they cannot wait for each other: every phase is a kernel there, in a loop over layers.
 
     Returns:
-      [hidden] float32; and queries, keys and values of the token before rotation.
+      [texts, hidden] float32; and queries, keys and values of the tokens before rotation.
     """
+    hidden = hidden.reshape(-1)
     if interpret is None:
         buffers = _launch(shape, weights, cache, hidden, None, None, PHASES, None)
     else:
@@ -87,7 +89,8 @@ def run_layers(
 
         empty = Buffers(in_phase(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
         buffers = lax.fori_loop(0, shape.num_layers, layer, empty)
-    return buffers.hidden, buffers.qkv.reshape(shape.num_layers, -1)
+    qkv = buffers.qkv.reshape(shape.texts, shape.num_layers, -1)
+    return buffers.hidden.reshape(shape.texts, -1), qkv.swapaxes(0, 1)
 
 
 def _with_written(shape: LayersShape, layer, phase: str, before: Buffers, after: Buffers) -> Buffers:
@@ -95,7 +98,8 @@ def _with_written(shape: LayersShape, layer, phase: str, before: Buffers, after:
     name = WRITTEN[phase]
     new = getattr(after, name)
     if name == "qkv":
-        new = jnp.where(jnp.arange(new.size, dtype=jnp.int32) // shape.products["qkv"].n == layer, new, before.qkv)
+        of_layer = jnp.arange(new.size, dtype=jnp.int32) // shape.products["qkv"].n % shape.num_layers == layer
+        new = jnp.where(of_layer, new, before.qkv)
     return before._replace(**{name: new})
 
 
@@ -131,11 +135,11 @@ def _launch(
             cache_slots=cache_slot_types(shape, cache.keys.dtype),
             cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
             product_sums=kind.sums_type,
-            warp_results=plgpu.SMEM((8, BLOCK_WARPS), jnp.float32),
-            code_sums=plgpu.SMEM((BLOCK_WARPS,), jnp.int32),
+            warp_results=plgpu.SMEM((max(8, RESULTS_OF_TEXT * shape.texts), BLOCK_WARPS), jnp.float32),
+            code_sums=plgpu.SMEM((shape.texts, BLOCK_WARPS), jnp.int32),
             context_sums=plgpu.SMEM((BLOCK_WARPS, WARPGROUP), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
-            released=plgpu.Barrier(),
+            released=plgpu.Barrier(num_arrivals=1 if shape.texts == 1 else WARPGROUPS),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="decode_layers",
@@ -188,7 +192,8 @@ def _consume(
     what all of them read (rows of `warp_results`) is written before one meeting, read after it, and overwritten after
     the next. The first warpgroup alone reads after a phase's last meeting: `product_sums`, `code_sums`,
     `context_sums`, and the rows of `warp_results` that attention ends with. It arrives at `released` when it has read
-    all of these, and every warpgroup waits for that before it runs the next phase, which overwrites them.
+    all of these, and every warpgroup waits for that before it runs the next phase, which overwrites them. Of several
+    texts each warpgroup reads the sums of its own, and all of them arrive.
     """
     warpgroup, block = indices
 
@@ -206,6 +211,10 @@ def _consume(
         return
 
     def release():
+        if shape.texts > 1:
+            plgpu.barrier_arrive(released)
+            return
+
         @pl.when(warpgroup == 0)
         def _():
             plgpu.barrier_arrive(released)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
@@ -36,25 +37,31 @@ from bipolar_jax.kernels.sm90.decode_step.products import (
     rows_of_layer,
 )
 from bipolar_jax.kernels.sm90.decode_step.quantize_token import (
+    TokenGrid,
+    TokenSlices,
     layer_normalized,
-    quantize_token,
+    quantize_tokens,
     round_token,
     slice_starts,
+    with_grids_of,
 )
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
+_SLICES_AT_ONCE = 2  # of tokens, that registers hold
 PHASES = ("qkv", "attention", "combine", "o", "up", "down")
 
 
 class Buffers(NamedTuple):
     """Values that pass between phases: flat float32 arrays in global memory, self-flagging (`cooperative.polling`).
 
+    Each has the values of all texts, one text after the other.
+
     Attributes:
       hidden: input of the layer.
       attended: input of the feed-forward block.
       qkv: projections of every layer.
       partials: partial attentions, `splits` of `partial_size` for every head.
-      context: output of attention, by head.
+      context: output of attention, by text and head.
       ffn: activations, input of the down projection.
     """
 
@@ -97,7 +104,7 @@ def buffers_of(shape: LayersShape) -> Buffers:
         shape.heads * shape.head_dim,
         shape.ffn,
     )
-    return Buffers(*(jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes))
+    return Buffers(*(jax.ShapeDtypeStruct((shape.texts * size,), jnp.float32) for size in sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +113,8 @@ class SharedMemory:
 
     Attributes:
       product_sums: of a product, as the ring's `WeightKind` says.
-      warp_results: float32 [8, warps]: rows for `reductions`.
-      code_sums: of the token, int32 [warps].
+      warp_results: float32 [8 or more, warps]: rows for `reductions`.
+      code_sums: of the tokens, int32 [texts, warps].
       context_sums: of attention, float32 [warps, 128]; of shorter heads the rest of a row is not used.
       x_operand: the token, as the ring's `WeightKind` stores it.
       meet: waits for all consumer warpgroups of the block.
@@ -122,7 +129,10 @@ class SharedMemory:
 
 
 class Phases:
-    """The phases of a layer, for one warpgroup. Only the first warpgroup writes to global memory."""
+    """The phases of a layer, for one warpgroup.
+
+    Of one text only the first warpgroup writes to global memory; of several each writes what belongs to one text.
+    """
 
     def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block):
         self._shape, self._weights, self._cache = shape, weights, cache
@@ -147,29 +157,36 @@ class Phases:
                 first, count = chunk_rows(product, self._block, chunk)
                 store_vector(ref, zeros, start + first, count, phase, product.by_parts)
 
-        def clear_projections(layer) -> None:
-            qkv = shape.products["qkv"]
-            clear(rows_of_layer(qkv, outs.qkv, layer), "qkv", first_row(qkv, layer), 1 - phase_bit(layer))
+        def enter_text(text) -> None:
+            qkv, down = shape.products["qkv"], shape.products["down"]
+            of_text = outs.qkv if shape.texts == 1 else self._of_text(outs.qkv, text)
+
+            def clear_projections(layer) -> None:
+                clear(rows_of_layer(qkv, of_text, layer), "qkv", first_row(qkv, layer), 1 - phase_bit(layer))
+
+            for chunk in range(down.chunks):
+                first, count = chunk_rows(down, self._block, chunk)
+                values = load_vector(self._of_text(hidden, text), first, first + count, down.by_parts)
+                store_vector(self._of_text(outs.hidden, text), values, first, count, 0, down.by_parts)
+            repeat(shape.num_layers, clear_projections)
+            clear(self._of_text(outs.attended, text), "o", 0, 0)
+            clear(self._of_text(outs.ffn, text), "up", 0, 0)
 
         self._ring.kind.clear_sums(self._shared.product_sums, self._warpgroup)
 
         @pl.when(self._warpgroup == 0)
         def _():
-            down = shape.products["down"]
-            for chunk in range(down.chunks):
-                first, count = chunk_rows(down, self._block, chunk)
-                values = load_vector(hidden, first, first + count, down.by_parts)
-                store_vector(outs.hidden, values, first, count, 0, down.by_parts)
-            repeat(shape.num_layers, clear_projections)
-            clear(outs.attended, "o", 0, 0)
-            clear(outs.ffn, "up", 0, 0)
+            if shape.texts == 1:
+                enter_text(0)
+            else:
+                repeat(shape.texts, enter_text)
             combine.clear(shape, self._block, outs.partials, outs.context)
 
     def prepare(self, phase: str, layer) -> Any:
         """Loads the phase's static inputs (norm weights, RoPE tables), and prefetches the next product's terms."""
         self._pin()
         if phase == "attention":
-            return load_tables(self._cache)
+            return load_tables(self._cache, self._cache_ring.text)
         if phase == "combine":
             return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
@@ -210,64 +227,107 @@ class Phases:
             self._multiply(phase, index, layer, prepared)
 
     def _attend(self, index, layer, tables) -> None:
-        qkv_start, partials, phase = layer * self._shape.products["qkv"].n, self._outs.partials, phase_bit(layer)
         ring, qkv, indices = self._cache_ring, self._sources.qkv, (self._warpgroup, self._block)
+        qkv_start, partials, phase = layer * self._shape.products["qkv"].n, self._outs.partials, phase_bit(layer)
+        qkv_start += ring.text * (qkv.shape[0] // self._shape.texts)
         attend(self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, self._shared, partials)
 
     def _multiply(self, name: str, index, layer, norm) -> None:
-        """A product: norm or rotation, quantization, integer sums, and the rest by the first warpgroup."""
-        shape, shared = self._shape, self._shared
-        product, k_slices, squares = shape.products[name], self._inputs(name, layer), None
-        if name == "down" and shape.activation.rotation is not None:
-            k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]
+        """A product: norm or rotation, quantization, sums, and the rest by the first warpgroup, or one a text."""
+        shape, shared, kind = self._shape, self._shared, self._ring.kind
+        product = shape.products[name]
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
-        if norm and shape.norm == "rms":
-            squares = [x * x for x in k_slices]
-            k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
-        elif norm:
-            k_slices = layer_normalized(k_slices, *norm, product.k, shape.norm_eps, self._warpgroup, shared)
-        kind, grid, numbers = self._ring.kind, None, (k_slices, squares, product.k, shape.norm_eps)
-        if shape.float_token is None:
-            grid = quantize_token(*numbers, shape.token_format(name), kind, self._warpgroup, shared)
-        else:
-            round_token(*numbers, kind, self._warpgroup, shared)
+        text = 0 if shape.texts == 1 else jnp.minimum(self._warpgroup, shape.texts - 1)
+        grid = self._read_tokens(name, layer, norm, text)
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
         weights = self._weights.products[name]
         terms = column_terms(shape, weights, layer, name, self._block)
-        residual = self._residual(name)
+        residual = self._residual(name, text)
         kind.multiply(self._ring, index, name, self._warpgroup, shared.x_operand, shared.product_sums)
         shared.meet()
 
-        @pl.when(self._warpgroup == 0)
+        @pl.when(self._warpgroup < shape.texts)
         def _():
             for chunk in range(product.chunks):
                 halves = [
-                    finish(shape, kind, name, terms[half][chunk], shared, grid, half, chunk)
+                    finish(shape, kind, name, terms[half][chunk], shared, grid, half, chunk, text)
                     for half in range(product.halves)
                 ]
                 if residual is not None:
                     halves = [halves[0] + residual[chunk]]
-                self._store(name, layer, halves, *chunk_rows(product, self._block, chunk))
+                self._store(name, layer, text, halves, *chunk_rows(product, self._block, chunk))
 
-    def _inputs(self, name: str, layer) -> list[Float[Array, "1024"]]:
-        """The K slices of the token that this warpgroup multiplies, once other blocks have written them."""
+    def _read_tokens(self, name: str, layer, norm, own_text) -> TokenGrid | None:
+        """Stores the K slices of all tokens as this warpgroup multiplies them; returns the grid of one text.
+
+        As many tokens at a time as registers hold.
+        """
+        shape, slices = self._shape, self._shape.products[name].k_slices
+        at_once = max(1, min(shape.texts, _SLICES_AT_ONCE // slices // (2 if norm else 1)))
+        if at_once >= shape.texts:
+            first, *others = range(shape.texts)
+            grids = self._read_texts([first, *others], name, layer, norm)
+            return with_grids_of(own_text, grids[0], others, grids[1:])
+
+        def read(turn, grid):
+            texts = [jnp.minimum(turn * at_once + i, shape.texts - 1) for i in range(at_once)]
+            return with_grids_of(own_text, grid, texts, self._read_texts(texts, name, layer, norm))
+
+        no_grid = TokenGrid(jnp.float32(0), jnp.int32(0))
+        return lax.fori_loop(0, pinned(-(-shape.texts // at_once)), read, no_grid)
+
+    def _read_texts(self, texts, name: str, layer, norm) -> list[TokenGrid | None]:
+        """Normalizes and quantizes tokens of some texts."""
+        shape, shared, product = self._shape, self._shared, self._shape.products[name]
+        tokens = []
+        for text, k_slices in zip(texts, self._inputs(name, layer, texts), strict=True):
+            squares = None
+            if name == "down" and shape.activation.rotation is not None:
+                k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]
+            if norm and shape.norm == "rms":
+                squares = [x * x for x in k_slices]
+                k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
+            elif norm:
+                sizes = (product.k, shape.norm_eps)
+                k_slices = layer_normalized(k_slices, *norm, *sizes, self._warpgroup, shared, text)
+            tokens.append(TokenSlices(text, k_slices, squares))
+        kind, sizes = self._ring.kind, (product.k, shape.norm_eps)
+        if shape.float_token is None:
+            return quantize_tokens(tokens, *sizes, shape.token_format(name), kind, self._warpgroup, shared)
+        (token,) = tokens
+        round_token(token.k_slices, token.squares, *sizes, kind, self._warpgroup, shared)
+        return [None]
+
+    def _inputs(self, name: str, layer, texts) -> list[list[Float[Array, "1024"]]]:
+        """The K slices of tokens that this warpgroup multiplies, by text, once other blocks have written them."""
         product = self._shape.products[name]
         source = getattr(self._sources, _INPUTS[name])
         phase = phase_bit(layer - 1 if name == "qkv" else layer)
         needed = chunk_rows(product, self._block, 0)[1] > 0
-        return poll_slices(source, self._slice_starts(name), product.k, Awaited(phase, needed))
+        starts, awaited = self._slice_starts(name), Awaited(phase, needed)
+        if self._shape.texts == 1:
+            return [poll_slices(source, starts, product.k, awaited)]
+        firsts = [text * product.k for text in texts for _ in starts]
+        slices = poll_slices(source, starts * len(texts), product.k, awaited, firsts)
+        return [slices[i : i + len(starts)] for i in range(0, len(slices), len(starts))]
 
-    def _residual(self, name: str) -> list[Float[Array, "128"]] | None:
+    def _of_text(self, ref, text):
+        """A text's part of a flat array of all texts."""
+        size = ref.shape[0] // self._shape.texts
+        return ref if self._shape.texts == 1 else ref.at[pl.ds(text * size, size)]
+
+    def _residual(self, name: str, text) -> list[Float[Array, "128"]] | None:
         """What the product is added to, by chunk. This block wrote it itself, so there is nothing to poll for."""
         if name not in _RESIDUALS:
             return None
-        source, product = getattr(self._sources, _RESIDUALS[name]), self._shape.products[name]
+        source, product = self._of_text(getattr(self._sources, _RESIDUALS[name]), text), self._shape.products[name]
         rows = [chunk_rows(product, self._block, chunk) for chunk in range(product.chunks)]
         return [load_vector(source, first, first + count, product.by_parts) for first, count in rows]
 
-    def _store(self, name: str, layer, halves, first, count) -> None:
-        """Stores a chunk of a product; `halves` are gate and up, or one chunk."""
-        values, target, product = halves[0], getattr(self._outs, WRITTEN[name]), self._shape.products[name]
+    def _store(self, name: str, layer, text, halves, first, count) -> None:
+        """Stores a chunk of a product of a text; `halves` are gate and up, or one chunk."""
+        values, product = halves[0], self._shape.products[name]
+        target = self._of_text(getattr(self._outs, WRITTEN[name]), text)
         if name == "qkv":
             target, first = rows_of_layer(product, target, layer), first + first_row(product, layer)
         elif name == "up":

@@ -97,7 +97,9 @@ class PlaneKind:
         k: int,
         half_steps: Float[Array, ""],
         middle: Float[Array, ""],
+        text: Int[Array, ""] | int = 0,
     ) -> None:
+        del text  # there is one
         tiles = [operand.at[warpgroup, i] for i in range(len(k_slices))]
         store_bit_planes(tiles, code_sums, warpgroup, k_slices, starts, k, half_steps, middle, self.shape.a_format)
         plgpu.commit_smem()
@@ -149,8 +151,8 @@ class PlaneKind:
     def clear_sums(self, sums, warpgroup) -> None:
         del sums, warpgroup  # stored, not added to
 
-    def take_sums(self, sums, start, count) -> Int[Array, "128"]:
-        del count
+    def take_sums(self, sums, start, count, text=0) -> Int[Array, "128"]:
+        del count, text
         return sum(
             plgpu.load(sums.at[warpgroup, pl.ds(start, WARPGROUP)], layout=VECTOR, optimized=False)
             for warpgroup in range(WARPGROUPS)

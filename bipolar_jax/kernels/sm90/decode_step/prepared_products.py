@@ -112,11 +112,12 @@ class PreparedKind:
         k: int,
         half_steps: Float[Array, ""],
         middle: Float[Array, ""],
+        text: Int[Array, ""] | int = 0,
     ) -> None:
         shape, indices = self.shape, [warpgroup + i * WARPGROUPS for i in range(len(k_slices))]
-        natural = shape.prepared.natural_order
+        natural, text = shape.prepared.natural_order, None if shape.texts == 1 else text
         numbers = (k_slices, indices, starts, k, half_steps, middle)
-        store_bytes(operand, code_sums, warpgroup, *numbers, shape.a_format, natural)
+        store_bytes(operand, code_sums, warpgroup, *numbers, shape.a_format, natural, text)
         synchronize()
 
     def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
@@ -172,5 +173,5 @@ class PreparedKind:
     def clear_sums(self, sums, warpgroup) -> None:
         part_sums.clear(sums.at[warpgroup])
 
-    def take_sums(self, sums, start, count) -> Int[Array, "128"]:
+    def take_sums(self, sums, start, count, text=0) -> Int[Array, "128"]:
         return part_sums.take(sums, start, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
@@ -16,6 +16,7 @@ from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_products import Scal
 from bipolar_jax.kernels.sm90.decode_step.plane_products import PlaneKind
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.decode_step.quantize_token import TokenGrid
+from bipolar_jax.kernels.sm90.decode_step.text_products import TextsKind
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights, WeightKind
 
 
@@ -25,6 +26,8 @@ def weight_kind(shape: LayersShape) -> WeightKind:
         return PlaneKind(shape)
     if shape.float_token is not None:
         return FloatKind(shape)
+    if shape.texts > 1:
+        return TextsKind(shape)
     return ScaledKind(shape) if shape.scaled else PreparedKind(shape)
 
 
@@ -89,14 +92,15 @@ def finish(
     grid: TokenGrid | None,
     half: int,
     chunk: int,
+    text: Int[Array, ""] | int = 0,
 ) -> Float[Array, "128"]:
-    """A chunk of a half of this block's output: y = s_x (s_w t + o_w X) + bias, as in `arithmetic.epilogue`.
+    """A chunk of a half of this block's output of a text: y = s_x (s_w t + o_w X) + bias, as in `arithmetic.epilogue`.
 
     Float tokens have no grid: y = s_w t + bias.
     """
     product = shape.products[name]
     start = half * product.rows + chunk * WARPGROUP
-    total = kind.take_sums(shared.product_sums, start, product.rows - chunk * WARPGROUP)
+    total = kind.take_sums(shared.product_sums, start, product.rows - chunk * WARPGROUP, text)
     if grid is None:
         y = total * terms.scale
         return y if terms.bias is None else y + terms.bias
@@ -107,7 +111,7 @@ def finish(
         y = (total * float(recovery.product_weight) + zero * terms.number_sums) * terms.scale
         y = y * (grid.scale * recovery.scale_factor)
         return y if terms.bias is None else y + terms.bias
-    code_sums = reduce_block(shared.code_sums, "sum")
+    code_sums = reduce_block(shared.code_sums.at[text], "sum")
     total = total * recovery.product_weight + recovery.row_term(code_sums)
     total = total + recovery.column_weight(grid.zero_code) * recovery.column_value_sums(terms.code_sums)
     y = total.astype(jnp.float32) * terms.scale

@@ -8,6 +8,7 @@ of two neighbouring stages at once, and would meet in the same banks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def _exchanged(segments):
 
 
 def _store_bytes_twin(
-    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, natural_order
+    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, natural_order, text=None
 ):
     total = jnp.int32(0)
     for index, numbers, start in zip(indices, k_slices, starts, strict=True):
@@ -70,7 +71,11 @@ def _store_bytes_twin(
         @pl.when(start < k)
         def _(index=index, codes=codes, start=start):
             signed = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes - a_format.code_offset, 0)
-            operand[index] = words_of(signed.astype(jnp.int8), natural_order)
+            words = words_of(signed.astype(jnp.int8), natural_order)
+            if text is None:
+                operand[index] = words
+            else:
+                operand[index, text, pl.ds(0, SLICE_WORDS)] = words
 
     store_code_sums(code_sums, warpgroup, total)
 
@@ -88,20 +93,23 @@ def store_bytes(
     middle: Float[Array, ""],
     a_format: BipolarFormat,
     natural_order: bool,
+    text: Int[Array, ""] | int | None = None,
 ) -> None:
     """Encodes K slices, and stores their signed codes u - o and every warp's sum of codes u.
 
     Args:
-      operand: shared memory, uint32 [K slices, SLICE_WORDS].
+      operand: shared memory, uint32 [K slices, SLICE_WORDS]; of several texts [K slices, texts, SLICE_WORDS or more].
       code_sums, warpgroup, k_slices, starts, half_steps, middle, a_format: as of `bit_planes.store_bit_planes`.
       indices: of the slices in `operand`.
       k: the contracted size, a multiple of 8. From there on zeros are stored, to the end of a stage and no further:
         weights of a group that ends there are not zero in all of the stage.
       natural_order: whether positions are elements, see `packing.fields`.
+      text: whose token, or None if there is one.
     """
-    count = len(k_slices)
+    count, slice_bytes = len(k_slices), 4 * math.prod(operand.shape[1:])
+    texts, operand_words = [] if text is None else [jnp.int32(text)], operand.shape[-1]
     types = [plgpu.RefType(), plgpu.RefType(), SPLAT, SPLAT, SPLAT]
-    types += [K_SLICE_LAYOUT] * count + [SPLAT] * (2 * count)
+    types += [K_SLICE_LAYOUT] * count + [SPLAT] * (2 * count + len(texts))
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def inline(_, operand, code_sums, warpgroup, half_steps, middle, *arrays):
@@ -109,6 +117,8 @@ def store_bytes(
         encode = code_encoder(scalar_of(half_steps), scalar_of(middle), a_format)
         first_word, store = ptx.pointer(operand, ptx.SHARED), store_natural if natural_order else store_interleaved
         slices, indices, starts = (arrays[i * count : (i + 1) * count] for i in range(3))
+        if texts:
+            first_word = ptx.advance(first_word, ptx.times(scalar_of(arrays[-1]), 4 * operand_words))
         for numbers, index, start in zip(slices, indices, starts, strict=True):
             codes = [encode(number) for number in numbers_of(numbers)]
             inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
@@ -119,7 +129,7 @@ def store_bytes(
             if k % STAGE:
                 stored = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), -(-k // STAGE) * STAGE)
             with ptx.when(stored):
-                target = ptx.advance(first_word, ptx.times(scalar_of(index), K_SLICE))
+                target = ptx.advance(first_word, ptx.times(scalar_of(index), slice_bytes))
                 signed = [signed_bytes(word, a_format) for word in words]
                 if k % STAGE:
                     signed = [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
@@ -135,6 +145,7 @@ def store_bytes(
         *k_slices,
         *map(jnp.int32, indices),
         *map(jnp.int32, starts),
+        *texts,
     )
 
 

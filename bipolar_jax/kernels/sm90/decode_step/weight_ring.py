@@ -95,10 +95,11 @@ class WeightKind(Protocol):
         k: int,
         half_steps: Float[Array, ""],
         middle: Float[Array, ""],
+        text: Int[Array, ""] | int = 0,
     ) -> None:
         """Encodes a warpgroup's K slices as `bit_planes.store_bit_planes` says, and stores them for `multiply`.
 
-        When it returns, the warpgroup may multiply them.
+        When it returns, the warpgroup may multiply them. `text` says whose they are.
         """
 
     def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
@@ -113,8 +114,8 @@ class WeightKind(Protocol):
     def clear_sums(self, sums, warpgroup) -> None:
         """What a warpgroup does to its sums before the first product."""
 
-    def take_sums(self, sums, start, count) -> Num[Array, "128"]:
-        """Sums over all warpgroups of 128 rows from `start` on, of which those from `count` on mean nothing."""
+    def take_sums(self, sums, start, count, text: Int[Array, ""] | int = 0) -> Num[Array, "128"]:
+        """Sums over all warpgroups of 128 rows of a text from `start` on; those from `count` on mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

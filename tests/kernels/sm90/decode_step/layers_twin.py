@@ -1,4 +1,4 @@
-"""Random layers, a cache and a token, and what all layers make of them: a twin written from the definitions."""
+"""Random layers, caches and tokens of texts, and what all layers make of them: a twin written from the definitions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SWIGLU = Activation("silu", gated=True)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Random layers, a cache and a token."""
+    """Random layers, a cache and a token of each text."""
 
     layers: int
     hidden: int
@@ -51,6 +51,12 @@ class Case:
     head_dim: int = 128
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)  # of the tokens of each product
     rotates_keys: bool = False
+    texts: int = 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each text."""
+        return [max(0, self.length - 29 * text) for text in range(self.texts)]
 
     def operands(self) -> dict:
         rng = np.random.default_rng(self.length)
@@ -66,17 +72,17 @@ class Case:
             "down": (self.ffn, self.hidden),
         }
         half = self.head_dim // 2
-        angle = self.length * 10000.0 ** (-np.arange(half) / half)
-        cache = (self.layers, 1, self.kv_heads, self.capacity, self.head_dim)
+        angle = np.array(self.lengths)[:, None] * 10000.0 ** (-np.arange(half) / half)
+        cache = (self.layers, self.texts, self.kv_heads, self.capacity, self.head_dim)
         return dict(
-            hidden=normal(self.hidden).astype(jnp.float32 if self.a_bits else jnp.bfloat16),
+            hidden=normal(self.texts, self.hidden).astype(jnp.float32 if self.a_bits else jnp.bfloat16),
             kernels={name: self.kernel(name, normal(self.layers, k, n) / np.sqrt(k)) for name, (k, n) in sizes.items()},
             biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
             norms={name: self._norm(normal) for name in ("qkv", "up")},
             activation=self.activation,
             keys=self.kept(normal(*cache)),
             values=self.kept(normal(*cache)),
-            length=jnp.int32(self.length),
+            lengths=jnp.asarray(self.lengths, jnp.int32),
             tables=tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
             if self.positions == "rope"
             else None,
@@ -109,7 +115,10 @@ def twin(
     hidden, kernels, biases, norms, activation, keys, values, length, tables, slopes, a_format, cache_bits, spans,
     key_rotation,
 ):  # fmt: skip
-    """`decode_layers` in float32, layer by layer; products of what the numbers are quantized or rounded to."""
+    """`decode_layers` of one text in float32, layer by layer; products of what numbers are quantized or rounded to.
+
+    Of the text, `hidden` is a vector, `keys` and `values` have no axis of texts, and `length` is a Python number.
+    """
     float_dtype, hidden = hidden.dtype, hidden.astype(jnp.float32)
 
     def product(x, name, layer):
@@ -138,7 +147,7 @@ def twin(
         return x if key_rotation is None else key_rotation(x)
 
     def with_new(kept, layer, new):
-        cached = jax.tree.map(lambda leaf: leaf[layer, 0], kept)
+        cached = jax.tree.map(lambda leaf: leaf[layer], kept)
         if cache_bits is None:
             (cached,) = cached
             cached, new = (x.astype(kept[0].dtype).astype(jnp.float32) for x in (cached, new))
@@ -149,7 +158,7 @@ def twin(
             return cached
         return jnp.concatenate([cached[:, :length], new[:, None]], axis=1)
 
-    projections, kv_heads = [], keys[0].shape[2]
+    projections, kv_heads = [], keys[0].shape[1]
     head_dim = keys[0].shape[-1] * (2 if cache_bits == 4 else 1)
     for layer in range(keys[0].shape[0]):
         projected = product(normalized(hidden, "qkv", layer), "qkv", layer)
@@ -172,8 +181,13 @@ def check_layers(case: Case, blocks: int) -> None:
     operands = case.operands()
     found = decode_layers(**operands, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert not races_found()
-    for got, expected in zip(found, twin(**operands | {"length": case.length, "spans": case.spans}), strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    del operands["lengths"]
+    for text, length in enumerate(case.lengths):
+        of_text = {name: tuple(leaf[:, text] for leaf in operands[name]) for name in ("keys", "values")}
+        tables = None if operands["tables"] is None else tuple(table[text] for table in operands["tables"])
+        of_text |= {"hidden": operands["hidden"][text], "length": length, "tables": tables, "spans": case.spans}
+        for got, expected in zip((found[0][text], found[1][:, text]), twin(**operands | of_text), strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def shapes_of(case: Case) -> dict:
@@ -192,12 +206,12 @@ def shapes_of(case: Case) -> dict:
         name: jax.vmap(functools.partial(served.kernel, name))(jnp.zeros((case.layers, *size)))
         for name, size in sizes.items()
     }
-    cache = case.kept(jnp.zeros((case.layers, 1, case.kv_heads, case.capacity, case.head_dim)))
+    cache = case.kept(jnp.zeros((case.layers, case.texts, case.kv_heads, case.capacity, case.head_dim)))
     bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
     gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
     norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
     slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
     operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
-    operands |= dict(hidden=jnp.zeros(case.hidden, jnp.bfloat16), slopes=slopes)
+    operands |= dict(hidden=jnp.zeros((case.texts, case.hidden), jnp.bfloat16), slopes=slopes)
     static = ("a_format", "activation", "cache_bits", "spans", "key_rotation")
     return {name: value for name, value in operands.items() if name not in static}

@@ -231,7 +231,7 @@ SMALL = Case(1, 128, 128, 1, 1, 2, 8, 64, 32)
 def test_a_kernel_without_progress_traps():
     """The producer's waits for the consumers are bounded; these wait for other blocks, and then for the producer."""
     operands = SMALL.operands()
-    static = {name: operands.pop(name) for name in ("a_format", "activation", "cache_bits")}
+    static = {n: operands.pop(n) for n in ("a_format", "activation", "cache_bits", "spans", "key_rotation")}
     avals = jax.eval_shape(lambda: operands)
     _, report = sm90_compile.compile_for_h200(
         lambda operands: decode_layers(**operands, **static, blocks=4, wait_limit_ms=10**6), avals, ptx=True

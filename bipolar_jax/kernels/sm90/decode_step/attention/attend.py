@@ -53,9 +53,10 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector
 _MASKED = -1e30  # the score of a position that is not attended to: its weight beside any other is 0
 
 
-def load_tables(cache: Cache) -> list[Float[Array, "128"]]:
-    """Cosines and sines of the new token's position."""
-    return [load_vector(table, 0, WARPGROUP) for table in (cache.cos, cache.sin)]
+def load_tables(cache: Cache, text: Int[Array, ""] | int) -> list[Float[Array, "128"]]:
+    """Cosines and sines of the position of a text's new token."""
+    first = text * WARPGROUP
+    return [load_vector(table, first, first + WARPGROUP) for table in (cache.cos, cache.sin)]
 
 
 def attend(
@@ -80,7 +81,7 @@ def attend(
       shape, cache, ring: of the layers.
       layer: counted from the first that is computed.
       tables: `load_tables`.
-      qkv: flat float32 in global memory; the layer's projections begin at `qkv_start`.
+      qkv: flat float32 in global memory; the layer's projections of this block's text begin at `qkv_start`.
       phase: the phase bit of the projections, and of what is stored.
       warpgroup, block: indices of the calling threads.
       shared: `phases.SharedMemory`.

@@ -29,16 +29,17 @@ _LOADED_ZEROS = 128  # of which a chunk uses the first 64: Mosaic copies 128 byt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What the new token attends to: arrays, or refs in global memory.
+    """What new tokens attend to: arrays, or refs in global memory.
 
     Attributes:
-      keys, values: 16-bit floats [layers, 1, kv_heads, capacity, head_dim]; or codes as `models.kv_cache` stores them,
-        uint8 [..., head_dim] for 8 bits, [..., head_dim / 2] for 4.
-      length: positions that hold a token, int32 [1].
-      cos, sin: of the new token's position, float32 [128]: each half twice, the first half of the sines negative; of
-        shorter heads all of it several times.
+      keys, values: 16-bit floats [layers, texts, kv_heads, capacity, head_dim]; or codes as `models.kv_cache` stores
+        them, uint8 [..., head_dim] for 8 bits, [..., head_dim / 2] for 4.
+      length: positions that hold a token, int32 [texts].
+      cos, sin: of the new tokens' positions, float32 [texts * 128]: each half twice, the first half of the sines
+        negative; of shorter heads all of it several times.
       slopes: ALiBi's, float32 [heads], for scores in base 2; or None.
-      key_grids, value_grids: of codes: scales, float32, and zeros, uint8 [layers, 1, kv_heads, capacity]; else empty.
+      key_grids, value_grids: of codes: scales, float32, and zeros, uint8 [layers, texts, kv_heads, capacity]; else
+        empty.
     """
 
     keys: Any
@@ -85,6 +86,8 @@ class HeadAssignment(NamedTuple):
     """A block's share of attention.
 
     Attributes:
+      unit: index among the heads of all texts, by text.
+      text: whose head it attends for; not traced if there is one.
       head: that it attends for.
       split: its index among the blocks of the head.
       active: whether there is such a head.
@@ -93,6 +96,8 @@ class HeadAssignment(NamedTuple):
       combines: whether there are such elements.
     """
 
+    unit: Int[Array, ""]
+    text: Int[Array, ""] | int
     head: Int[Array, ""]
     split: Int[Array, ""]
     active: Bool[Array, ""]
@@ -102,9 +107,13 @@ class HeadAssignment(NamedTuple):
 
 
 def assign_head(shape: LayersShape, block: Int[Array, ""]) -> HeadAssignment:
-    head, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
-    active, first = head < shape.heads, split * shape.combined
-    return HeadAssignment(head, split, active, head * shape.splits + split, first, active & (first < shape.head_dim))
+    unit, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
+    active, first, text, head = unit < shape.units, split * shape.combined, 0, unit
+    if shape.texts > 1:
+        text = jnp.minimum(lax.div(unit, shape.heads), shape.texts - 1)
+        head = unit - text * shape.heads
+    partial, combines = unit * shape.splits + split, active & (first < shape.head_dim)
+    return HeadAssignment(unit, text, head, split, active, partial, first, combines)
 
 
 class CacheRing:
@@ -117,7 +126,7 @@ class CacheRing:
         self._shape, self._cache, self._slots, self._arrived = shape, cache, slots, arrived
         self._separate_slots = shape.cache_slots == 2
         self._layers = layers
-        self.length = cache.length[0]
+        self.length = cache.length[assign_head(shape, block).text]
         self.assign(warpgroup, block)
         self._load(KEYS, 0 * warpgroup)
         if self._separate_slots:
@@ -127,7 +136,7 @@ class CacheRing:
         """Computes which chunks are this warpgroup's. Called in every layer: keeping the results costs registers."""
         shape, self._warpgroup = self._shape, warpgroup
         assigned = assign_head(shape, block)
-        self.head, split, self.active, self.partial = assigned[:4]
+        self.text, self.head, split, self.active, self.partial = assigned[1:6]
         self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
         chunks = lax.div(self.length + (CHUNK_POSITIONS - 1), CHUNK_POSITIONS)
         self._first = lax.div(chunks * split, shape.splits) + warpgroup
@@ -195,11 +204,12 @@ class CacheRing:
             tiles, _, columns = slot.shape
             for tile in range(tiles):
                 # [64 positions, 64 elements], or the codes of whole vectors
-                block = source.at[layer, 0, self.kv_head, pl.ds(first, CHUNK_POSITIONS), pl.ds(tile * columns, columns)]
+                rows, own_columns = pl.ds(first, CHUNK_POSITIONS), pl.ds(tile * columns, columns)
+                block = source.at[layer, self.text, self.kv_head, rows, own_columns]
                 plgpu.copy_gmem_to_smem(block, slot.at[tile], arrived)
             grids = (self._cache.key_grids, self._cache.value_grids)[kind]
             for grid, slots in zip(grids, self._slots.grids, strict=True):
                 # [64 positions] of scales, [128] of zeros
                 slot = self._slot(slots, kind, self._warpgroup)
-                block = grid.at[layer, 0, self.kv_head, pl.ds(first, slot.shape[0])]
+                block = grid.at[layer, self.text, self.kv_head, pl.ds(first, slot.shape[0])]
                 plgpu.copy_gmem_to_smem(block, slot, arrived)

@@ -32,7 +32,7 @@ def clear(shape: LayersShape, block, partials, context) -> None:
 
     @pl.when(assigned.combines)
     def _():
-        store_vector(context, zeros, assigned.head * shape.head_dim + assigned.first, shape.combined, 0)
+        store_vector(context, zeros, assigned.unit * shape.head_dim + assigned.first, shape.combined, 0)
 
 
 def combine(shape: LayersShape, block, partials, context, phase) -> None:
@@ -45,8 +45,8 @@ def combine(shape: LayersShape, block, partials, context, phase) -> None:
 
     @pl.when(assigned.combines)
     def _():
-        values = poll_combined(shape, partials, assigned.head, assigned.first, Awaited(phase, 1))
-        store_vector(context, values, assigned.head * shape.head_dim + assigned.first, shape.combined, phase)
+        values = poll_combined(shape, partials, assigned.unit, assigned.first, Awaited(phase, 1))
+        store_vector(context, values, assigned.unit * shape.head_dim + assigned.first, shape.combined, phase)
 
 
 def store_partial(shape: LayersShape, partials, index, values, largest, total, phase) -> None:
@@ -63,8 +63,8 @@ def store_partial(shape: LayersShape, partials, index, values, largest, total, p
     store_vector(partials, jnp.where(even, largest, total), start + shape.head_dim, TILE, phase)
 
 
-def _poll_combined_twin(shape, partials, head, start, awaited):
-    of_head = nan_unless_in_phase(partials[...], awaited.phase).reshape(-1, shape.splits, shape.partial_size)[head]
+def _poll_combined_twin(shape, partials, unit, start, awaited):
+    of_head = nan_unless_in_phase(partials[...], awaited.phase).reshape(-1, shape.splits, shape.partial_size)[unit]
     largest, totals = of_head[:, shape.head_dim], of_head[:, shape.head_dim + 1]
     weights = jnp.exp2(largest - jnp.max(largest))
     sums = jnp.sum(of_head[:, : shape.head_dim] * weights[:, None], axis=0)
@@ -73,7 +73,7 @@ def _poll_combined_twin(shape, partials, head, start, awaited):
 
 @with_twin(_poll_combined_twin)
 def poll_combined(
-    shape: LayersShape, partials, head: Int[Array, ""], start: Int[Array, ""], awaited: Awaited
+    shape: LayersShape, partials, unit: Int[Array, ""], start: Int[Array, ""], awaited: Awaited
 ) -> Float[Array, "128"]:
     """Elements of a head's context, combined from partial attentions that other blocks write.
 
@@ -84,7 +84,7 @@ def poll_combined(
 
     Args:
       partials: flat float32 in global memory, `splits` of `partial_size` for each head.
-      head: whose.
+      unit: index of the head among those of all texts.
       start: of the elements, a multiple of 32.
       awaited: what to poll for.
     """
@@ -93,10 +93,10 @@ def poll_combined(
         arg_types=(plgpu.RefType(), *[SPLAT] * 3),
         return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
     )
-    def inline(_, partials, head, start, phase):
+    def inline(_, partials, unit, start, phase):
         element = ptx.plus(scalar_of(start), ptx.bits_of(thread_index(), shape.combined - 1))
         base = ptx.pointer(partials, ptx.GLOBAL)
-        base = ptx.advance_far(base, ptx.times(scalar_of(head), shape.splits * shape.partial_size), 4)
+        base = ptx.advance_far(base, ptx.times(scalar_of(unit), shape.splits * shape.partial_size), 4)
         loads = []
         for split in range(shape.splits):
             partial = ptx.advance(base, 4 * shape.partial_size * split)
@@ -113,4 +113,4 @@ def poll_combined(
         )
         return as_vector(ptx.divide(numerator, denominator), jnp.float32)
 
-    return inline(partials, *(jnp.int32(number) for number in (head, start, awaited.phase)))
+    return inline(partials, *(jnp.int32(number) for number in (unit, start, awaited.phase)))

@@ -25,7 +25,10 @@ CHUNK_POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIMS = (64, 128)
 SIZE_UNIT = 64  # of hidden and ffn: of parts that begin in a tile with that many rows, each has some
 STAGES_PER_SLICE = K_SLICE // STAGE
+TEXT_SLICE_WORDS = K_SLICE // 4 + 4  # of one of several texts: a word of the next text is in another bank
 PRODUCTS = ("qkv", "o", "up", "down")
+RESULTS_OF_TEXT = 4  # rows of `SharedMemory.warp_results`
+MOST_TEXTS = 4  # whose tokens are in shared memory at the same time
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
 _MAX_SPLITS = 16  # partial attentions that one thread combines
 
@@ -140,6 +143,7 @@ class LayersShape:
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's. Its rotation, of blocks
         within a warp, is that of the input of "down".
       blocks: of the grid, at most one a multiprocessor.
+      texts: sequences, of which each has a new token.
       prepared: how weights are laid out; None for bit planes.
       float_token: "bf16" or "f16" if tokens are floats, which products of prepared weights multiply; else None.
       cache_bits: of the cache's codes, 8 or 4; or None for a cache of 16-bit floats.
@@ -161,6 +165,7 @@ class LayersShape:
     norm_eps: float
     activation: Activation
     blocks: int
+    texts: int = 1
     prepared: PreparedLayout | None = None
     float_token: str | None = None
     cache_bits: int | None = None
@@ -174,8 +179,13 @@ class LayersShape:
             raise Unsupported(f"heads must have {' or '.join(map(str, HEAD_DIMS))} numbers, not {self.head_dim}")
         if self.hidden % SIZE_UNIT or self.ffn % SIZE_UNIT:
             raise Unsupported(f"sizes must be multiples of {SIZE_UNIT}, not {self.hidden} and {self.ffn}")
-        if self.heads > self.blocks:
-            raise Unsupported(f"{self.heads} heads are more than the {self.blocks} blocks")
+        if self.texts > MOST_TEXTS:
+            raise Unsupported(f"layers are one kernel for up to {MOST_TEXTS} texts, not for {self.texts}")
+        if self.texts > 1 and (self.prepared is None or self.has_float_sums):
+            raise Unsupported("layers of several texts are one kernel for prepared weights whose sums are integers")
+        if self.units > self.blocks:
+            texts = "" if self.texts == 1 else f" of {self.texts} texts"
+            raise Unsupported(f"{self.heads} heads{texts} are more than the {self.blocks} blocks")
         rotation = self.activation.rotation
         if rotation is not None and rotation.size != self.ffn:
             raise ValueError(f"the activation rotates {rotation.size} numbers, the input of down has {self.ffn}")
@@ -225,9 +235,19 @@ class LayersShape:
         return self.scaled or self.float_token is not None
 
     @property
+    def units(self) -> int:
+        """Heads of all texts."""
+        return self.heads * self.texts
+
+    @property
+    def columns(self) -> int:
+        """Columns of a product that belong to different texts: their number, filled up to a power of two."""
+        return 1 << (self.texts - 1).bit_length()
+
+    @property
     def splits(self) -> int:
         """Blocks among which a head's positions are split."""
-        return min(self.blocks // self.heads, _MAX_SPLITS)
+        return min(self.blocks // self.units, _MAX_SPLITS)
 
     @property
     def partial_size(self) -> int:
@@ -243,9 +263,9 @@ class LayersShape:
     def cache_slots(self) -> int:
         """Chunks that a warpgroup has room for: one of keys and one of values, or one for both in turn.
 
-        Floats beside wide weights leave room for one only.
+        Floats beside wide weights, or several tokens, leave room for one only.
         """
-        return 2 if self.w_format.bits <= 2 or self.cache_bits is not None else 1
+        return 2 if (self.w_format.bits <= 2 and self.texts == 1) or self.cache_bits is not None else 1
 
     @property
     def cache_row_bytes(self) -> int:
@@ -273,16 +293,24 @@ class LayersShape:
         left = SHARED_MEMORY_BYTES - self._other_bytes
         if self.prepared is None:
             return (left - TILE * BYTES_PER_ROW) // (WARPGROUPS * TILE * BYTES_PER_ROW)
+        return left // (self.stages_per_load * self._stage_bytes)
+
+    @property
+    def _stage_bytes(self) -> int:
+        """Of a stage of prepared weights for every warpgroup."""
         stage_words = self.w_format.bits * WORDS_PER_VECTOR + self.prepared.chunks * self.prepared.chunk_words
-        return left // (WARPGROUPS * self.stages_per_load * 4 * stage_words)
+        return WARPGROUPS * 4 * stage_words
 
     @property
     def stages_per_load(self) -> int:
         """Stages of a part that a warpgroup gets with a load: one for each warp, or for two of the four in turn.
 
-        The latter where four would leave room for two slots: beside many bits, or float scales of short groups.
+        The latter where four would leave room for two slots: beside many bits, float scales of short groups, or the
+        tokens of several texts.
         """
         wide = self.w_format.bits > 4 or (self.scaled and self.prepared.chunks > 1)
+        if self.texts > 1:
+            wide = SHARED_MEMORY_BYTES - self._other_bytes < 3 * WARPS * self._stage_bytes
         return WARPS // 2 if wide else WARPS
 
     @property
@@ -296,7 +324,9 @@ class LayersShape:
         tokens, reductions = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW, 2 * 1024
         if self.prepared is not None:
             tokens, reductions = self.token_slices * K_SLICE * (1 if self.float_token is None else 2), 1024
-        sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.has_float_sums else 1)
+        if self.texts > 1:
+            tokens, reductions = self.texts * self.token_slices * 4 * TEXT_SLICE_WORDS, 1024 + 512 * self.texts
+        sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.has_float_sums else self.texts)
         grid = 0 if self.cache_bits is None else 4 + 2
         cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
         context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP

@@ -184,15 +184,22 @@ def store_vector(
     inline(ref, values, jnp.int32(start), jnp.int32(count), jnp.int32(phase))
 
 
-def _poll_slices_twin(ref, starts, end, awaited):
+def _poll_slices_twin(ref, starts, end, awaited, firsts=None):
     indices = [start + lax.iota(jnp.int32, K_SLICE) for start in starts]
     return [
-        jnp.where(i < end, nan_unless_in_phase(ref[...][jnp.where(i < end, i, 0)], awaited.phase), 0) for i in indices
+        jnp.where(i < end, nan_unless_in_phase(ref[...][first + jnp.where(i < end, i, 0)], awaited.phase), 0)
+        for i, first in zip(indices, firsts or [0] * len(starts), strict=True)
     ]
 
 
 @with_twin(_poll_slices_twin)
-def poll_slices(ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaited) -> list[Float[Array, "1024"]]:
+def poll_slices(
+    ref,
+    starts: Sequence[Int[Array, ""]],
+    end: int,
+    awaited: Awaited,
+    firsts: Sequence[Int[Array, ""] | int] | None = None,
+) -> list[Float[Array, "1024"]]:
     """K slices that other blocks write; all loads are in flight at once.
 
     Args:
@@ -200,18 +207,25 @@ def poll_slices(ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaite
       starts: index of each slice's first element, a multiple of 8.
       end: a multiple of 8; elements from there on are 0.
       awaited: what to poll for.
+      firsts: where the vector of each slice begins in `ref`, multiples of 8; None if there is one vector.
     """
+    count = len(starts)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts))), return_type=tuple(_K_SLICE_TYPE for _ in starts)
+        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts) + len(firsts or ()))),
+        return_type=tuple(_K_SLICE_TYPE for _ in starts),
     )
-    def inline(_, ref, phase, needed, *starts):
+    def inline(_, ref, phase, needed, *numbers):
+        starts, firsts = numbers[:count], numbers[count:]
         first, base = ptx.times(thread_index(), 8), ptx.pointer(ref, ptx.GLOBAL)
         indices = [ptx.plus(scalar_of(start), first) for start in starts]
         inside = [ptx.less(index, end) for index in indices]
         loads = []
-        for index, valid in zip(indices, inside, strict=True):
-            pointer = ptx.advance_far(base, ptx.choose(valid, index, ptx.int32(0)), 4)
+        for i, (index, valid) in enumerate(zip(indices, inside, strict=True)):
+            index = ptx.choose(valid, index, ptx.int32(0))
+            if firsts:
+                index = ptx.plus(index, scalar_of(firsts[i]))
+            pointer = ptx.advance_far(base, index, 4)
             loads += [(pointer, 4), (ptx.advance(pointer, 16), 4)]
         quads = poll_words(loads, scalar_of(phase), scalar_of(needed))
         slices = []
@@ -219,7 +233,8 @@ def poll_slices(ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaite
             slices.append(as_k_slice([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
         return tuple(slices)
 
-    return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
+    numbers = [awaited.phase, awaited.needed, *starts, *(firsts or ())]
+    return list(inline(ref, *map(jnp.int32, numbers)))
 
 
 def _load_slice_twin(ref, start, end):

@@ -31,5 +31,5 @@ class FloatSumsKind(PreparedKind):
     def clear_sums(self, sums, warpgroup) -> None:
         """Nothing: sums are stored, not added."""
 
-    def take_sums(self, sums, start, count) -> Float[Array, "128"]:
+    def take_sums(self, sums, start, count, text=0) -> Float[Array, "128"]:
         return row_sums.take(sums, start, count)
