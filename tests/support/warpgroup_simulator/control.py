@@ -24,7 +24,7 @@ def opaque(word):
     return word
 
 
-def synchronize():
+def synchronize(lanes_apart=False):
     assert _active[-1].all()
 
 

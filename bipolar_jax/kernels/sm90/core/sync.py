@@ -9,17 +9,20 @@ from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 
 
-@with_twin(plgpu.commit_smem)
-def synchronize() -> None:
+@with_twin(lambda lanes_apart=False: plgpu.commit_smem())
+def synchronize(lanes_apart: bool = False) -> None:
     """A barrier of the warpgroup's threads; after it each sees what the others wrote to shared memory.
 
     `plgpu.commit_smem` also waits for all loads and stores in flight, those of global memory too. It is for what tensor
     cores or TMA read.
+
+    Args:
+      lanes_apart: whether the lanes of a warp may come one after the other, see `ptx.synchronize`.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def inline(_, nothing):
-        ptx.synchronize()
+        ptx.synchronize(lanes_apart)
 
     inline(jnp.int32(0))
 

@@ -24,15 +24,21 @@ def opaque(word: Value) -> Value:
     return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
 
 
-def synchronize() -> None:
+def synchronize(lanes_apart: bool = False) -> None:
     """A barrier of the warpgroup's threads.
 
-    Not `mgpu.warpgroup_barrier`, which is `bar.sync` and wants whole warps: lanes may leave a loop that waits for an
-    mbarrier one after the other, a warp that comes in two groups counts twice, and the second group waits for ever.
-    `barrier.sync` brings the lanes together first; the number is the same.
+    Lanes may leave a loop that waits for an mbarrier one after the other. `bar.sync` wants whole warps: a warp that comes
+    in two groups counts twice, and the second group waits for ever. A shuffle after the loop brings the lanes together;
+    where there is none, `barrier.sync` does, for some instructions and registers.
+
+    Args:
+      lanes_apart: whether there is no shuffle between such a loop and this.
     """
-    index = mgpu_utils.warpgroup_barrier_idx(sync=False)
-    inline_ptx(f"barrier.sync $0, {mgpu_utils.WARPGROUP_SIZE};", index, has_side_effects=True)
+    if lanes_apart:
+        index = mgpu_utils.warpgroup_barrier_idx(sync=False)
+        inline_ptx(f"barrier.sync $0, {mgpu_utils.WARPGROUP_SIZE};", index, has_side_effects=True)
+    else:
+        mgpu.warpgroup_barrier()
 
 
 def synchronize_warp() -> None:

@@ -61,7 +61,8 @@ class FloatKind(FloatSumsKind):
         shape, indices = self.shape, [warpgroup + i * WARPGROUPS for i in range(len(k_slices))]
         natural = shape.prepared.natural_order
         store_floats(operand, k_slices, indices, starts, k, factor, shape.float_token, natural)
-        synchronize()
+        # Numbers that are not normalized came here from a wait without a reduction over the warp.
+        synchronize(lanes_apart=True)
 
     def add_stages(self, total, words, terms, token, part_of_slice, valid) -> RowSums:
         return add_float_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
