@@ -27,9 +27,9 @@ def opaque(word: Value) -> Value:
 def synchronize(lanes_apart: bool = False) -> None:
     """A barrier of the warpgroup's threads.
 
-    Lanes may leave a loop that waits for an mbarrier one after the other. `bar.sync` wants whole warps: a warp that comes
-    in two groups counts twice, and the second group waits for ever. A shuffle after the loop brings the lanes together;
-    where there is none, `barrier.sync` does, for some instructions and registers.
+    Lanes may leave a loop that waits for an mbarrier one after the other. `bar.sync` wants whole warps: a warp that
+    comes in two groups counts twice, and the second group waits for ever. A shuffle after the loop brings the lanes
+    together; where there is none, `barrier.sync` does, for some instructions and registers.
 
     Args:
       lanes_apart: whether there is no shuffle between such a loop and this.
