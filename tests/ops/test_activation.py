@@ -85,7 +85,7 @@ def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, t
     w = quantize(normal(K, columns, seed=1), 2, 0)
     x = normal(150, K, dtype=dtype)
     kind = "planes" if a_bits <= 2 else "int8"
-    monkeypatch.setattr(operations, "plan_product", lambda *sizes: Choice(kind, tiling, "this one"))
+    monkeypatch.setattr(operations, "plan_product", lambda *sizes, **options: Choice(kind, tiling, "this one"))
     options = dict(bias=normal(columns, seed=3), activation=activation)
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         found = matmul(x, w, a_bits, implementation="sm90", **options)
