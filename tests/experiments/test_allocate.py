@@ -75,6 +75,7 @@ def test_the_budget_is_spent_where_it_counts(run):
     assert (folder / "pareto.png").is_file()
 
 
+@pytest.mark.covered("rules from files, by test_calibrate.py")
 def test_quantize_takes_the_rules(run, model, tokens, tmp_path):
     folder, bits = run
     text = tmp_path / "text.txt"

@@ -138,6 +138,7 @@ def test_impossible_configs_are_refused(config, tmp_path, changes, message):
         distill.main(config, tmp_path)
 
 
+@pytest.mark.covered("the check, by test_train_resume.py")
 def test_losses_that_are_not_finite_end_a_run(config, tmp_path, monkeypatch):
     nan = {"loss": np.float32("nan"), "gradient_norm": np.float32(1)}
     monkeypatch.setattr(distillation_run, "make_step", lambda *_, **__: lambda state, _: (state, nan))

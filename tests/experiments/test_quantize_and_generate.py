@@ -166,6 +166,7 @@ def command(module, *flags):
     )
 
 
+@pytest.mark.covered("support/test_app.py")
 def test_command_line_overrides_the_config(model, text, tmp_path):
     done = command(
         "quantize",

@@ -46,7 +46,7 @@ def test_the_packed_model_scores_as_the_trained_one(tiny_run):
 
 
 @pytest.mark.parametrize("learned_steps", [False, True])
-@pytest.mark.sample(1)
+@pytest.mark.covered("nn/test_training_conversion.py")
 def test_the_exported_model_has_the_trained_logits_bit_for_bit(tiny_text, tmp_path, monkeypatch, learned_steps):
     config = whole_config(tiny_text)
     config.steps, config.optimizer.warmup_steps, config.model.tie_embeddings = 3, 1, False

@@ -49,6 +49,7 @@ def around(program: str):
 
 
 @pytest.mark.parametrize("case", INTERPRETED.values(), ids=INTERPRETED)
+@pytest.mark.sample(3)
 class TestCasesInterpreted:
     pytestmark = interprets
 

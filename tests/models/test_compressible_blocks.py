@@ -25,7 +25,7 @@ def block_by_block(model, ids):
     return model.leave_blocks(model.stream(carry))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @pytest.mark.parametrize("form", ["float", "packed", "joined", "rotated"])
 def test_blocks_one_by_one_are_the_model(config, form):

@@ -139,7 +139,7 @@ def test_the_key_decides_the_bits():
         assert (one != different).any()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.covered("inference/test_generation.py; their shapes, by the tests beside")
 def test_they_prefill_decode_and_generate(config):
     model = random_packed(config, PRECISIONS["W8A8"], key=KEY, dtype=jnp.float32)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]

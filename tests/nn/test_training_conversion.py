@@ -74,7 +74,7 @@ run = nnx.jit(lambda model, x: model(x))
         "8-bit gradients",
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_nnx_outputs_are_the_same_to_the_bit(precision, options, dtype):
     model = bj.quantization_aware(Model(nnx.Rngs(0), dtype), [("up|down|attention", precision)], **options)
     train(model, X, Y, steps=3)

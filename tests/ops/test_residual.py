@@ -46,7 +46,7 @@ def test_it_is_added_to_the_rounded_product(w, implementation, a_bits, dtype):
 @pytest.mark.usefixtures("clean_interpreter")
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("m", [3, 70])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_hopper_kernels_add_the_same(m, group_size):
     """Few tokens and many, of more columns than a whole number of copied bytes."""
     w = quantize(normal(K, 203, seed=1), 2, 0, group_size, scales="float")

@@ -111,6 +111,7 @@ def test_the_result_has_settings_peers_and_profiles(folder):
     assert (folder / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.covered("resuming, by test_bench_matmul.py")
 def test_a_stopped_run_resumes_and_retries_failures(tmp_path, monkeypatch):
     original = CompiledWorkload.check
 

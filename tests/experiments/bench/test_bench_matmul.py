@@ -48,7 +48,7 @@ def xla_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.sample(1)
+@pytest.mark.covered("the program, on XLA below; rows of tilings, by test_bench_tune.py")
 def test_kernels_are_timed_with_their_tiling(kernels_run):
     result = result_of(kernels_run)
     row = result["shapes"]["4x40x96"]
@@ -109,11 +109,9 @@ def test_on_other_backends_only_the_operation_is_timed(xla_run):
         assert row["peers"] == {"humming": {"error": "torch is not installed"}}
 
 
-@pytest.mark.sample(1)
-def test_plots_are_pngs(kernels_run, xla_run):
-    for folder in (kernels_run, xla_run):
-        for name in ("speedup.png", "roofline.png"):
-            assert (folder / name).read_bytes().startswith(PNG_SIGNATURE)
+def test_plots_are_pngs(xla_run):
+    for name in ("speedup.png", "roofline.png"):
+        assert (xla_run / name).read_bytes().startswith(PNG_SIGNATURE)
 
 
 def test_a_stopped_run_resumes_and_retries_failures(tmp_path, monkeypatch):

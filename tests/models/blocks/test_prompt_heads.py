@@ -64,7 +64,9 @@ def prefill(model: Transformer, ids, lengths):
         ("W4A8g32i", {"head_dim": 128}, 2),
     ],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered(
+    "the projection, by the tests above and in kernels/sm90/projections; the model, by `make gpu-test`"
+)
 def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch):
     model, (ids, lengths) = make(precision, **fields), prompts(batch)
     expected, written = prefill(model, ids, lengths)

@@ -57,6 +57,7 @@ def make(num_layers: int) -> Transformer:
     return joined(Transformer(config(num_layers), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "W1A1")
 
 
+@pytest.mark.covered("the kernel, by kernels/sm90/gemm/test_signs.py; the model, by `make gpu-test`")
 def test_a_model_has_the_logits_of_layers_by_themselves(monkeypatch):
     model = make(1)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, M // 2)), jnp.int32)

@@ -102,6 +102,7 @@ def test_files_keep_runs(packed, tmp_path, bits):
         assert_same(loaded, packed)
 
 
+@pytest.mark.covered("tests/compress/test_calibrate.py and the tests of files beside it")
 def test_calibration_gives_every_layer_its_own_precision_and_resumes(tmp_path):
     model = bj.compress.rotate(random_transformer(ARCHITECTURES["opt"]), key=jax.random.key(0))
     method, tokens = Rounding("nearest"), random_ids(4, 8)

@@ -76,7 +76,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
         f"W{value.w_bits}A{value.a_bits}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value} blocks"
     ),
 )
-@pytest.mark.covered("the kernel, by `make gpu-test`; these phases, by test_a_model_decodes_the_same")
+@pytest.mark.covered("the kernel, by `make gpu-test`; the phases, by test_heads_of_64.py")
 def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
 
@@ -113,7 +113,7 @@ ROTATED = Rotation(ffn=hadamard(320, block=64), keys=hadamard(64))
         ("W4A16g64i", None, SMALL_HEADS, 1),
     ],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the model, by `make gpu-test`; a kernel of all phases, by test_heads_of_64.py")
 def test_a_model_decodes_the_same(precision, cache_bits, sizes, runs, monkeypatch):
     """Every run of layers is a kernel, which finds its layers in the cache of all."""
     layout = "tensor_cores" if precision.endswith("i") else "planes"

@@ -58,7 +58,7 @@ FLOATS = dataclasses.replace(PREPARED, scales="float")
     ],
     ids=["W4A8g128f", "W6A4g16f", "ragged"],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the phases, by test_heads_of_64.py; threads, below; the kernel, by `make gpu-test`")
 def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
 

@@ -54,7 +54,7 @@ FLOAT = dataclasses.replace(PREPARED, a_bits=None)
     ],
     ids=["W4A16g128", "W3A16g16", "W8A16"],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the phases, by test_heads_of_64.py; threads, below; the kernel, by `make gpu-test`")
 def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
 

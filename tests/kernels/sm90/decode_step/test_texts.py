@@ -43,7 +43,7 @@ TEXTS = Case(1, 128, 128, 1, 1, 4, 8, 64, 40, prepared=True, group_size=64, text
     ],
     ids=["two", "three", "heads of 64"],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the phases, by test_heads_of_64.py; threads, below; the kernel, by `make gpu-test`")
 def test_layers_are_the_twins(case, blocks, slices_at_once, monkeypatch):
     monkeypatch.setattr(phases, "_SLICES_AT_ONCE", slices_at_once)
     check_layers(case, blocks)

@@ -73,6 +73,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_heads_are_those_of_bytes(case):
     """Weights of one scale a column: both products finish the same integers by the same float operations.
@@ -117,6 +118,7 @@ def test_heads_are_those_of_bytes(case):
         assert np.mean(got == wanted) + np.mean(np.isnan(got)) >= 0.999
 
 
+@pytest.mark.covered("the kernel, by the tests beside it; the model, by `make gpu-test`")
 def test_prompts_of_integer_groups_are_served():
     """Quantized, laid out, multiplied and cached; groups of 16, for which tokens are in natural order."""
     prompts = Prompts(3, 8, 2, 67, 1, 1, 128, 70, rope=False, bias=True, group_size=16, k=70)
