@@ -92,7 +92,7 @@ def test_all_blocks_run_the_same_programs(calibrated_and_programs):
 
 
 @pytest.mark.parametrize("name", ["bloom", "opt", "qwen2"])
-@pytest.mark.sample(1)
+@pytest.mark.covered("what models say of themselves, by models/test_compressible_blocks.py; Llama, by the tests beside")
 def test_every_architecture_is_calibrated(name):
     model = random_transformer(ARCHITECTURES[name], dtype=jnp.bfloat16 if name == "opt" else jnp.float32)
     rules = [("layers/", "W3A8")]

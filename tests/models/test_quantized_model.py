@@ -193,6 +193,7 @@ def test_gradients_are_for_the_float_parameters_only(mixed):
     assert {path[-1] for path, _ in nnx.to_flat_state(gradients)} == {"scale", "bias"}
 
 
+@pytest.mark.covered("tests/kernels and ops/test_ops_gradients.py, over all backends")
 def test_reference_and_xla_give_the_same_logits_and_gradients(mixed):
     reference, xla = (jax.jit(gradients_and_logits)(with_implementation(mixed, name)) for name in ("reference", "xla"))
     # Integers are exact in both; float sums differ in order. Measured 6e-7.

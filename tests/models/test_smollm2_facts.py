@@ -168,6 +168,7 @@ def test_perplexity(baseline):
     assert baseline == pytest.approx(TOPICS_PERPLEXITY, rel=1e-3)
 
 
+@pytest.mark.covered("`make demo`, which prints it")
 def test_w8a8_costs_less_than_3_percent(smollm2, topics_ids):
     precision = bj.Precision.parse("W8A8", "minmax")
     quantized = bj.quantize_model(smollm2.model, [("^layers/", precision)])

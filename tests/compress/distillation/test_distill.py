@@ -199,6 +199,7 @@ def test_operands_of_16_bits_come_near(distilled):
     assert not np.array_equal(found, wanted)
 
 
+@pytest.mark.covered("the loss of whole windows, by the tests beside")
 def test_windows_may_run_in_parts(distilled):
     model, _packed, student, _state, losses = distilled
     schedule = Schedule(steps=30, learning_rate=1e-3, warmup=3)

@@ -18,6 +18,7 @@ from experiments.support.workdir import RESULT_NAME
 from tests.support.tiny_benchmarks import PNG_SIGNATURE, result_of, tiny
 
 
+@pytest.mark.covered("the products and their checks, by test_bench_matmul.py")
 def test_every_variant_is_checked_and_timed(tmp_path):
     config = tiny(ablation_config.get_config(), shapes="65x40x96", precisions="W1A2", iterations=1)
     with interpreted(InterpretGPUParams()):
