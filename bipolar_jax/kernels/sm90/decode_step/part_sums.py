@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Int, Int8
+from jaxtyping import Array, Bool, Int, Int8, Num
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
@@ -92,18 +92,43 @@ def add_stages(
       expansion: how fields become bytes.
     """
     stages = words.shape[0]
+
+    def of_warp(total, pointers, part_of_slice, valid):
+        return add_stages_of_warp(total, pointers, part_of_slice, valid, stages, expansion)
+
+    return inline_stages(of_warp, total, words, terms, token, part_of_slice, valid, K_SLICE_LAYOUT)
+
+
+def inline_stages(
+    of_warp: Callable[[list[Value], list[Pointer], Value, list[Value]], list[Value]],
+    total: Num[Array, " sums"],
+    words: Any,
+    terms: Any,
+    token: Any,
+    part_of_slice: Int[Array, ""],
+    valid: Any,
+    layout: plgpu.Layout,
+) -> Num[Array, " sums"]:
+    """Calls a thread's part of a function such as `add_stages`.
+
+    Args:
+      of_warp: of_warp(total, pointers, part_of_slice, valid), of the thread's numbers, of pointers to words, the token
+        and, with groups, terms, and of no or one word.
+      total, words, terms, token, part_of_slice, valid: as of `add_stages`.
+      layout: of the total.
+    """
     refs = [words, token] if terms is None else [words, token, terms]
     numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
 
     @plgpu.inline_mgpu(
-        arg_types=(K_SLICE_LAYOUT, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)),
-        return_type=plgpu.ShapeDtypeStruct((_SUMS,), jnp.int32, layout=K_SLICE_LAYOUT),
+        arg_types=(layout, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)),
+        return_type=plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=layout),
     )
-    def inline(_, total, *arrays):
+    def inline(_, values, *arrays):
         pointers = [ptx.pointer(ref, ptx.SHARED) for ref in arrays[: len(refs)]]
         part_of_slice, *valid = map(scalar_of, arrays[len(refs) :])
-        values = add_stages_of_warp(numbers_of(total), pointers, part_of_slice, valid, stages, expansion)
-        return as_array(values, (_SUMS,), K_SLICE_LAYOUT, is_signed=True)
+        sums = of_warp(numbers_of(values), pointers, part_of_slice, valid)
+        return as_array(sums, total.shape, layout, is_signed=True if total.dtype == jnp.int32 else None)
 
     return inline(total, *refs, *map(jnp.int32, numbers))
 

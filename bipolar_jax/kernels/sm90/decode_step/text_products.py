@@ -20,7 +20,6 @@ from bipolar_jax.kernels.sm90.core.fragments import (
     K_SLICE_LAYOUT,
     SPLAT,
     WARPS,
-    as_array,
     lane_and_warp,
     numbers_of,
     scalar_of,
@@ -28,7 +27,7 @@ from bipolar_jax.kernels.sm90.core.fragments import (
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.decode_step import part_sums
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.part_sums import BLOCK_ROWS, add_stages_of_warp, own_positions
+from bipolar_jax.kernels.sm90.decode_step.part_sums import BLOCK_ROWS, add_stages_of_warp, inline_stages, own_positions
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.packing.fields import expand_part
@@ -97,21 +96,13 @@ def add_stages(
       shape: of the layers.
     """
     stages = words.shape[0]
-    refs = [words, token] if terms is None else [words, token, terms]
-    numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
 
-    @plgpu.inline_mgpu(
-        arg_types=(K_SLICE_LAYOUT, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)),
-        return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.int32, layout=K_SLICE_LAYOUT),
-    )
-    def inline(_, total, *arrays):
-        words, token, *terms = [ptx.pointer(ref, ptx.SHARED) for ref in arrays[: len(refs)]]
-        part_of_slice, *valid = map(scalar_of, arrays[len(refs) :])
-        pointers = [words, token_of_lane(token, shape), *terms]
-        values = add_stages_of_warp(numbers_of(total), pointers, part_of_slice, valid, stages, expansion)
-        return as_array(values, (1024,), K_SLICE_LAYOUT, is_signed=True)
+    def of_warp(total, pointers, part_of_slice, valid):
+        words, token, *terms = pointers
+        own = [words, token_of_lane(token, shape), *terms]
+        return add_stages_of_warp(total, own, part_of_slice, valid, stages, expansion)
 
-    return inline(total, *refs, *map(jnp.int32, numbers))
+    return inline_stages(of_warp, total, words, terms, token, part_of_slice, valid, K_SLICE_LAYOUT)
 
 
 def _add_sums_twin(sums, total, start, block_stride, shape):

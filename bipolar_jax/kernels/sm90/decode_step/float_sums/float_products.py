@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
@@ -30,8 +30,8 @@ from bipolar_jax.kernels.sm90.decode_step.float_sums.float_token import (
     float_positions_of,
     store_floats,
 )
-from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
-from bipolar_jax.kernels.sm90.decode_step.part_sums import multiply_own_stage
+from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, RowSums
+from bipolar_jax.kernels.sm90.decode_step.part_sums import inline_stages, multiply_own_stage
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, STEPS, expand_part
@@ -97,19 +97,11 @@ def add_float_stages(
 ) -> RowSums:
     """Adds a load's products to the sums of a warpgroup's warps; arguments as `part_sums.add_stages` has them."""
     stages = words.shape[0]
-    refs = [words, token] if terms is None else [words, token, terms]
-    numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
 
-    @plgpu.inline_mgpu(
-        arg_types=(ROW_SUMS, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)), return_type=ROW_SUMS_TYPE
-    )
-    def inline(_, total, *arrays):
-        pointers = [ptx.pointer(ref, ptx.SHARED) for ref in arrays[: len(refs)]]
-        part_of_slice, *valid = map(scalar_of, arrays[len(refs) :])
-        values = add_float_stages_of_warp(numbers_of(total), pointers, part_of_slice, valid, stages, expansion)
-        return as_array(values, total.shape, ROW_SUMS)
+    def of_warp(total, pointers, part_of_slice, valid):
+        return add_float_stages_of_warp(total, pointers, part_of_slice, valid, stages, expansion)
 
-    return inline(total, *refs, *map(jnp.int32, numbers))
+    return inline_stages(of_warp, total, words, terms, token, part_of_slice, valid, ROW_SUMS)
 
 
 # Below: for use within `plgpu.inline_mgpu`.

@@ -39,7 +39,6 @@ BLOCK_ROWS = PART_ROWS // 2
 _SIZE = WARPGROUP * ROWS_OF_LANE
 ROW_SUMS = plgpu.Layout.WG_STRIDED((_SIZE,), vec_size=ROWS_OF_LANE)  # of a warpgroup: four numbers a thread
 RowSums = Float[Array, "512"]
-ROW_SUMS_TYPE = plgpu.ShapeDtypeStruct((_SIZE,), jnp.float32, layout=ROW_SUMS)
 
 
 def zeros() -> RowSums:

@@ -17,12 +17,17 @@ from jaxtyping import Array, Int
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_array, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums
 from bipolar_jax.kernels.sm90.decode_step.float_sums.float_sums_kind import FloatSumsKind
-from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, ROW_SUMS_TYPE, RowSums
-from bipolar_jax.kernels.sm90.decode_step.part_sums import load_segment, multiply_own_stage, own_positions
+from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, RowSums
+from bipolar_jax.kernels.sm90.decode_step.part_sums import (
+    inline_stages,
+    load_segment,
+    multiply_own_stage,
+    own_positions,
+)
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces, scaled_products
 from bipolar_jax.packing.fields import STEPS, expand_part
@@ -84,16 +89,11 @@ def add_scaled_stages(
 ) -> RowSums:
     """Adds a load's products to the sums of a warpgroup's warps; arguments as `part_sums.add_stages` has them."""
     stages = words.shape[0]
-    numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
 
-    @plgpu.inline_mgpu(arg_types=(ROW_SUMS, *[plgpu.RefType()] * 3, *[SPLAT] * len(numbers)), return_type=ROW_SUMS_TYPE)
-    def inline(_, total, words, token, terms, *numbers):
-        pointers = [ptx.pointer(ref, ptx.SHARED) for ref in (words, token, terms)]
-        part_of_slice, *valid = map(scalar_of, numbers)
-        values = add_scaled_stages_of_warp(numbers_of(total), pointers, part_of_slice, valid, stages, expansion)
-        return as_array(values, total.shape, ROW_SUMS)
+    def of_warp(total, pointers, part_of_slice, valid):
+        return add_scaled_stages_of_warp(total, pointers, part_of_slice, valid, stages, expansion)
 
-    return inline(total, words, token, terms, *map(jnp.int32, numbers))
+    return inline_stages(of_warp, total, words, terms, token, part_of_slice, valid, ROW_SUMS)
 
 
 # Below: for use within `plgpu.inline_mgpu`.
