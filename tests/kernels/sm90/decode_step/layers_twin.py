@@ -18,6 +18,8 @@ from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS
 from bipolar_jax.models.blocks.alibi import alibi_slopes
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+from bipolar_jax.models.presets import preset
+from tests.support import sm90_compile
 from tests.support.interpreter import races_found
 
 EPS = 1e-5
@@ -215,3 +217,28 @@ def shapes_of(case: Case) -> dict:
     operands |= dict(hidden=jnp.zeros((case.texts, case.hidden), jnp.bfloat16), slopes=slopes)
     static = ("a_format", "activation", "cache_bits", "spans", "key_rotation")
     return {name: value for name, value in operands.items() if name not in static}
+
+
+def preset_case(name: str, w_bits: int, a_bits: int | None, **fields) -> Case:
+    """The layers of a preset after 1024 of 1088 positions; `fields` are others of the case."""
+    config = preset(name)
+    sizes = config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads
+    of_model = dict(
+        bias=config.qkv_bias,
+        norm=RMSNorm if config.norm == "rms" else LayerNorm,
+        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn),
+        positions=config.positions,
+        head_dim=config.head_dim,
+    )
+    return Case(*sizes, w_bits, a_bits, 1088, 1024, **of_model | fields)
+
+
+def compiled(case: Case) -> sm90_compile.PtxasReport:
+    """What ptxas says of the kernel of a case: one, without spills."""
+    a_format = None if case.a_bits is None else BipolarFormat(case.a_bits)
+    static = {"a_format": a_format, "activation": case.activation, "cache_bits": case.cache_bits}
+    operands = jax.eval_shape(lambda: shapes_of(case))
+    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
+    assert len(report.registers) == 1, "one kernel"
+    assert report.spill_bytes == 0
+    return report

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat, Precision
 from bipolar_jax.kernels.semantics.hadamard import hadamard
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90 import entry as sm90
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.decode_step import api
@@ -28,11 +28,10 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.cache import keep
-from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import Rotation
-from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, check_layers, shapes_of
+from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, check_layers, compiled, preset_case
 from tests.support import sm90_compile, warpgroup_simulator
 
 # A kernel that deadlocks waits for ever.
@@ -209,19 +208,9 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(3)
 def test_compiles_without_spills(name, precision, cache_bits):
-    config, (w_bits, a_bits) = preset(name), precision
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
-        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
-        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
-        cache_dtype=jnp.float16 if name.startswith("qwen") else jnp.bfloat16, cache_bits=cache_bits,
-    )  # fmt: skip
-    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
-    assert not report.serialized_wgmma
+    cache_dtype = jnp.float16 if name.startswith("qwen") else jnp.bfloat16
+    case = preset_case(name, *precision, cache_dtype=cache_dtype, cache_bits=cache_bits)
+    assert not compiled(case).serialized_wgmma
 
 
 SMALL = Case(1, 128, 128, 1, 1, 2, 8, 64, 32)

@@ -13,17 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.execution import interpreted
-from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.float_sums import row_sums, scaled_products
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.packing.prepared_array import chunk_words
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
+from tests.kernels.sm90.decode_step.layers_twin import check_layers, compiled, preset_case
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.kernels.sm90.decode_step.test_prepared_threads import stored_token
 from tests.packing.float_groups import float_groups, numbers_of
@@ -114,19 +113,9 @@ def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(1)
 def test_compiles_without_spills(name, precision, group_size, calibration, cache_bits):
-    config, (w_bits, a_bits) = preset(name), precision
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
-        1088, 1024, calibration, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
-        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
-        cache_bits=cache_bits, prepared=True, group_size=group_size, scales="float",
-    )  # fmt: skip
-    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
-    assert report.stack_bytes == 0
+    fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size, "scales": "float"}
+    case = preset_case(name, *precision, calibration=calibration, **fields)
+    assert compiled(case).stack_bytes == 0
 
 
 def test_the_plan_says_how_groups_are_scaled():

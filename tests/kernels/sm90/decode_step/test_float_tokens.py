@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,18 +12,16 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
-from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.float_sums import float_products, float_token, row_sums
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.models.inference.prepare import prepare_for_inference
-from bipolar_jax.models.presets import preset
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
+from tests.kernels.sm90.decode_step.layers_twin import check_layers, compiled, preset_case
 from tests.kernels.sm90.decode_step.test_decode_step import small_model
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
@@ -120,19 +117,8 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(1)
 def test_compiles_without_spills(name, w_bits, group_size, cache_bits):
-    config = preset(name)
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, None,
-        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
-        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
-        cache_bits=cache_bits, prepared=True, group_size=group_size,
-    )  # fmt: skip
-    static = {"a_format": None, "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
-    assert report.stack_bytes == 0
+    fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size}
+    assert compiled(preset_case(name, w_bits, None, **fields)).stack_bytes == 0
 
 
 def test_the_plan_says_that_tokens_are_floats():

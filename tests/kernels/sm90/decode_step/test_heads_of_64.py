@@ -11,16 +11,14 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
-from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.core.execution import interpreted
-from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
-from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, shapes_of
+from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, compiled, preset_case
 from tests.support import sm90_compile
 
 # A kernel that deadlocks waits for ever.
@@ -64,16 +62,8 @@ def test_layers_are_the_twins(case, blocks):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(2)
 def test_compiles_without_spills(name, w_bits, group_size, cache_bits, prepared):
-    config = preset(name)
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, 8,
-        1088, 1024, bias=config.qkv_bias, cache_bits=cache_bits, prepared=prepared, group_size=group_size, head_dim=64,
-    )  # fmt: skip
-    static = {"a_format": BipolarFormat(8), "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
+    fields = {"cache_bits": cache_bits, "prepared": prepared, "group_size": group_size}
+    report = compiled(preset_case(name, w_bits, 8, **fields))
     assert report.stack_bytes == 0
     assert not report.serialized_wgmma
 

@@ -7,11 +7,9 @@ import dataclasses
 import jax
 import pytest
 
-from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
-from bipolar_jax.kernels.sm90.decode_step.api import decode_layers, plan_decode_layers
-from bipolar_jax.models.presets import preset
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
+from bipolar_jax.kernels.sm90.decode_step.api import plan_decode_layers
+from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, compiled, preset_case
 from tests.support import sm90_compile
 
 # A kernel that deadlocks waits for ever.
@@ -54,19 +52,8 @@ def test_layers_are_the_twins(case, blocks):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(2)
 def test_compiles_without_spills(name, precision, group_size, cache_bits):
-    config, (w_bits, a_bits) = preset(name), precision
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
-        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
-        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
-        cache_bits=cache_bits, prepared=True, group_size=group_size,
-    )  # fmt: skip
-    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
-    assert report.stack_bytes == 0
+    fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size}
+    assert compiled(preset_case(name, *precision, **fields)).stack_bytes == 0
 
 
 def planned(case: Case, **changed_kernels: Case) -> str:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
+from bipolar_jax.kernels.semantics.prologue import LayerNorm
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step import part_sums, phases, text_products, token_bytes
-from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, LayersShape, PreparedLayout
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
-from bipolar_jax.models.presets import preset
 from bipolar_jax.packing.fields import expand_part
-from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, shapes_of
+from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, compiled, preset_case
 from tests.support import sm90_compile, warpgroup_simulator
 
 # A kernel that deadlocks waits for ever.
@@ -85,16 +82,5 @@ def test_threads_multiply_the_tokens_of_texts(texts, monkeypatch):
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 @pytest.mark.sample(1)
 def test_compiles_without_spills(name, precision, group_size, cache_bits, texts):
-    config, (w_bits, a_bits) = preset(name), precision
-    case = Case(
-        config.num_layers, config.hidden_size, config.ffn_size, config.num_heads, config.num_kv_heads, w_bits, a_bits,
-        1088, 1024, bias=config.qkv_bias, norm=RMSNorm if config.norm == "rms" else LayerNorm,
-        activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn), positions=config.positions,
-        cache_bits=cache_bits, prepared=True, group_size=group_size, texts=texts,
-    )  # fmt: skip
-    static = {"a_format": BipolarFormat(a_bits), "activation": case.activation, "cache_bits": cache_bits}
-    operands = jax.eval_shape(lambda: shapes_of(case))
-    _, report = sm90_compile.compile_for_h200(lambda operands: decode_layers(**operands, **static), operands)
-    assert len(report.registers) == 1, "one kernel"
-    assert report.spill_bytes == 0
-    assert report.stack_bytes == 0
+    fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size, "texts": texts}
+    assert compiled(preset_case(name, *precision, **fields)).stack_bytes == 0
