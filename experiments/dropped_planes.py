@@ -21,14 +21,15 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from bipolar_jax.format import as_format
-from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference, perplexity
+from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn.layers.linear import Linear
 
 from .support import app
 from .support.plotting import save
-from .support.progress import console, progress_bar
+from .support.precision_sweep import scored_windows
+from .support.progress import console
 from .support.sources import load_model_source, load_text_source, model_fingerprint
 from .support.workdir import RESULT_NAME, environment, read_result, write_json
 
@@ -77,15 +78,7 @@ def largest_bits(pretrained: PretrainedModel) -> int:
 
 def _score(name: str, pretrained: PretrainedModel, text: str, config: ConfigDict) -> dict[str, Any]:
     ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
-    with progress_bar(f"{name}: scoring windows", config.windows) as advance:
-        scored = perplexity(
-            pretrained.model,
-            ids,
-            windows=config.windows,
-            window_length=config.window_length,
-            windows_per_step=config.windows_per_step,
-            on_window=advance,
-        )
+    scored = scored_windows(name, pretrained.model, ids, config, windows_per_step=config.windows_per_step)
     numbers = scored.perplexity, scored.standard_error
     row = {field: number if math.isfinite(number) else None for field, number in zip(_FIELDS, numbers, strict=False)}
     return row | {"window_losses": list(scored.window_losses)}

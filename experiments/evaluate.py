@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from bipolar_jax.extras import require
-from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference, perplexity
+from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference
 from bipolar_jax.models.tokenizer_json import encode
 
 from .evaluation.multiple_choice import Question, answer_all, mean_and_error, read_questions
 from .support import app
+from .support.precision_sweep import scored_windows
 from .support.progress import console, progress_bar
 from .support.sources import load_model_source, load_text_source, model_fingerprint
 from .support.workdir import RESULT_NAME, environment, read_result, write_json
@@ -91,16 +92,8 @@ def _evaluate(
     if text:
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
         used = np.asarray(ids[: config.windows * config.window_length], "<i4")
-        with progress_bar(f"{source}: scoring windows", config.windows) as advance:
-            scored = perplexity(
-                pretrained.model,
-                ids,
-                windows=config.windows,
-                window_length=config.window_length,
-                windows_per_step=config.windows_per_step,
-                cache_bits=cache_bits,
-                on_window=advance,
-            )
+        options = {"windows_per_step": config.windows_per_step, "cache_bits": cache_bits}
+        scored = scored_windows(source, pretrained.model, ids, config, **options)
         row["text"] = {
             "perplexity": _json_number(scored.perplexity),
             "standard_error": _json_number(scored.standard_error),

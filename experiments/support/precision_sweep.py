@@ -22,7 +22,7 @@ from rich.table import Table
 import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
-from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.inference.perplexity import Perplexity, perplexity
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 
@@ -181,17 +181,20 @@ class Sweep:
         return self.workdir / f"{precision}.safetensors" if self.config.checkpoints and section == MADE else None
 
 
+def scored_windows(
+    name: str, model: nnx.Module, ids: Sequence[int], config: ConfigDict, **options: int | None
+) -> Perplexity:
+    """`perplexity` of the config's windows, with progress; `options` are others of it."""
+    with progress_bar(f"{name}: scoring windows", config.windows) as advance:
+        return perplexity(
+            model, ids, windows=config.windows, window_length=config.window_length, on_window=advance, **options
+        )
+
+
 def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
     """Perplexity, size in bytes, and a greedy sample of text."""
     started = time.perf_counter()
-    with progress_bar(f"{name}: scoring windows", config.windows) as advance:
-        scored = perplexity(
-            pretrained.model,
-            ids,
-            windows=config.windows,
-            window_length=config.window_length,
-            on_window=advance,
-        )
+    scored = scored_windows(name, pretrained.model, ids, config)
     evaluated = time.perf_counter()
     sample, margins = "", []
     if config.sample_tokens:

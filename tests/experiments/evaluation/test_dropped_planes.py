@@ -38,7 +38,7 @@ def test_one_file_is_scored_at_every_precision(tmp_path, monkeypatch):
         assert row["perplexity"] == values[-1]
         assert row["growth"] == pytest.approx(values[-1] / values[0] - 1)
     assert (tmp_path / "dropped_planes.png").stat().st_size > 1000
-    monkeypatch.setattr(dropped_planes, "perplexity", None)
+    monkeypatch.setattr(dropped_planes, "scored_windows", None)
     dropped_planes.main(config, tmp_path)  # nothing is measured again
     monkeypatch.undo()
     config.models = str(folder)
