@@ -101,15 +101,26 @@ def spanning_grid(
     Returns:
       float32 scales as in `absmax_scale`; int32 v0, the value that zero is encoded as.
     """
-    x, span = x.astype(jnp.float32), number_format.span
+    return grid_between(*row_extremes(x), number_format)
+
+
+def row_extremes(x: Float[Array, "*rows size"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """min(x, 0) and max(x, 0) of each row, float32; the second is NaN for rows with NaN."""
+    x = x.astype(jnp.float32)
+    high = _propagate_nan(x, jnp.maximum(jnp.max(x, axis=-1), 0))
+    return jnp.minimum(jnp.min(x, axis=-1), 0), high
+
+
+def grid_between(
+    low: Float[Array, "*rows"], high: Float[Array, "*rows"], number_format: BipolarFormat
+) -> tuple[Float[Array, "*rows"], Int[Array, "*rows"]]:
+    """`spanning_grid` of rows with these `row_extremes`, which parts of a row can find one by one."""
+    span, top = number_format.span, number_format.max_value
     if number_format.bits == 1:
-        return flush_scale(absmax_scale(x, number_format) * span), jnp.zeros(x.shape[:-1], jnp.int32)
-    low = jnp.minimum(jnp.min(x, axis=-1), 0)
-    high = jnp.maximum(jnp.max(x, axis=-1), 0)
+        return flush_scale(flush_scale(jnp.maximum(high, -low) / top) * span), jnp.zeros(low.shape, jnp.int32)
     # Halves are subtracted because high - low may exceed the largest float32.
-    half_range = _propagate_nan(x, high / 2 - low / 2)
+    half_range = high / 2 - low / 2
     # With a span one product, as XLA makes of the division by a constant: kernels multiply once.
-    top = number_format.max_value
     scale = flush_scale(half_range / top if span == 1 else half_range * (span / top))
     zero_code = jnp.clip(jnp.floor(0.5 - (low * span) * half_steps_per_unit(scale)), 0, top)
     return scale, number_format.values(zero_code.astype(jnp.int32))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Prologue
-from bipolar_jax.quantize.calibration import half_steps_per_unit, spanning_grid
+from bipolar_jax.quantize.calibration import grid_between, half_steps_per_unit, row_extremes
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,14 @@ def quantize_tokens(
       prologue: see `semantics.prologue`; None quantizes x itself.
     """
     x = x.astype(jnp.float32) if prologue is None else prologue(x)
-    scale, zero_value = spanning_grid(x, a_format)
+    return tokens_between(x, *row_extremes(x), a_format)
+
+
+def tokens_between(
+    x: Float[Array, "m k"], low: Float[Array, " m"], high: Float[Array, " m"], a_format: BipolarFormat
+) -> QuantizedTokens:
+    """The tokens of `quantize_tokens`, or a part of their k: `low` and `high` are the `row_extremes` of whole rows."""
+    scale, zero_value = grid_between(low, high, a_format)
     # Zero has the value v0 and values are 2 apart, so the nearest value is v0 + 2 round(x / (2 scale)).
     half_steps = half_steps_per_unit(scale)[:, None]
     if a_format.bits == 1:

@@ -11,7 +11,13 @@ from bipolar_jax.kernels.unfused import (
     plan_prompt_heads,
     prompt_heads,
 )
-from bipolar_jax.kernels.xla.matmul import integer_matmul, plan_matmul, quantized_matmul, weight_only_matmul
+from bipolar_jax.kernels.xla.matmul import (
+    integer_matmul,
+    plan_matmul,
+    quantized_matmul,
+    tokens_matmul,
+    weight_only_matmul,
+)
 
 __all__ = [
     "decode_attention",
@@ -26,5 +32,6 @@ __all__ = [
     "plan_prompt_heads",
     "prompt_heads",
     "quantized_matmul",
+    "tokens_matmul",
     "weight_only_matmul",
 ]

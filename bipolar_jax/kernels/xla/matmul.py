@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics import epilogue
-from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.activations import QuantizedTokens, quantize_tokens
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.xla.blocks import NT, by_rows, has_many_rows, on_cpu, signed_groups, signed_product
 from bipolar_jax.packing import BipolarNumbers, PreparedArray, UnpackedArray
@@ -45,9 +45,23 @@ def quantized_matmul(
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
     """See `Backend.quantized_matmul`."""
-    w = w.with_scales()
     rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
     tokens = quantize_tokens(rows, a_format)
+    return tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation, row_factor)
+
+
+def tokens_matmul(
+    tokens: QuantizedTokens,
+    w: BipolarNumbers,
+    a_format: BipolarFormat,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+    row_factor: Float[Array, " m"] | None = None,
+) -> Float[Array, "m out"]:
+    """The product of quantized activations; the arguments are those of `quantized_matmul` and of `epilogue.finish`."""
+    w = w.with_scales()
     exponents = epilogue.column_exponents(w.scale, w.offset)
     w_signed = signed_groups(w)
 
@@ -61,10 +75,10 @@ def quantized_matmul(
             total += epilogue.offset_group(x_sums, tokens.zero_value, length, offset)
         return total, None
 
-    total = _zeros(w.row_sums, x.shape[0])
+    total = _zeros(w.row_sums, len(tokens.codes))
     scales = _scales_and_offsets(w, exponents)
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), *scales))
-    return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation, exponents, row_factor)
+    return epilogue.finish(total, tokens.scale, bias, dtype, residual, activation, exponents, row_factor)
 
 
 def weight_only_matmul(
