@@ -20,7 +20,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, attend_to_cache
 from bipolar_jax.models.blocks.compiled_method import compiled_method
 from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
-from bipolar_jax.models.blocks.fused_decode import fused_layers
+from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES, fused_layers
 from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
 from bipolar_jax.models.blocks.prompt_heads import Projections
 from bipolar_jax.models.blocks.rope import Tables, rope_tables
@@ -96,6 +96,7 @@ class Transformer(CompressibleBlocks):
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.fused_sequences = MOST_SEQUENCES  # that one kernel may decode, see `prepare_for_inference`
         embed = functools.partial(nnx.Embed, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
         self.embed = embed(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
@@ -196,7 +197,8 @@ class Transformer(CompressibleBlocks):
         hidden, tables = self.enter_tokens(ids, cache)
         for run, stack in self.stacks:
             try:
-                hidden, cache = fused_layers(stack, self.config, hidden, tables, cache, run.start)
+                operands = (stack, self.config, hidden, tables, cache, run.start)
+                hidden, cache = fused_layers(*operands, most_sequences=self.fused_sequences)
             except Unsupported:
                 hidden, cache = self._decode_layers(hidden, tables, cache, [(run, stack)])
         return self.logits(self.leave_blocks(hidden[:, 0])), cache.advance()

@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
     config.embed_bits = 0
     # Of packed weights: "planes", "bytes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
     config.layout = ""
+    # Sequences that packed models decode in one kernel, where a backend has it: up to 4.
+    config.fused_sequences = 1
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of
     # 4 bits R3.
     config.rotated = False

@@ -51,6 +51,7 @@ _SETTINGS = (
     "layout",
     "rotated",
     "rotation_block",
+    "fused_sequences",
     "iterations",
     "seed",
 )
@@ -82,7 +83,9 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
         rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
         model_config = dataclasses.replace(model_config, rotation=rotation)
     return prepare_for_inference(
-        random_packed(model_config, precision, key=key, **options), layout=config.layout or None
+        random_packed(model_config, precision, key=key, **options),
+        layout=config.layout or None,
+        fused_sequences=config.fused_sequences,
     )
 
 

@@ -21,8 +21,8 @@ from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.ops import Activation
 
-# Sequences that one kernel decodes. The kernel serves up to four; more than one have not been timed, see
-# `kernels/sm90/decode_step/README.md`.
+# Sequences that one kernel decodes unless a model says otherwise (`prepare_for_inference`). The kernel serves up to
+# four; more than one have not been timed, see `kernels/sm90/decode_step/README.md`.
 MOST_SEQUENCES = 1
 
 
@@ -33,6 +33,8 @@ def fused_layers(
     tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None,
     cache: KVCache,
     first_layer: int = 0,
+    *,
+    most_sequences: int = MOST_SEQUENCES,
 ) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
     """All layers of a stack for one new token of each sequence, by `ops.decode_layers`.
 
@@ -46,16 +48,17 @@ def fused_layers(
       tables: cosines and sines of their positions, where positions are rotary.
       cache: of all layers of the model; its lengths are the tokens' positions.
       first_layer: index of the stack's first layer in the model.
+      most_sequences: more are refused.
 
     Returns:
       The hidden states after the last layer, in the dtype of `hidden`; and the cache with the tokens written and not
       yet counted.
 
     Raises:
-      Unsupported: more sequences than MOST_SEQUENCES; layers that are not packed and joined (`join_projections`) or
+      Unsupported: more sequences than `most_sequences`; layers that are not packed and joined (`join_projections`) or
         differ in activation bits or backend; and as `ops.decode_layers`.
     """
-    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
+    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer, most_sequences)
     outcome, qkv = ops.decode_layers(*operands, **options)
     heads = qkv.reshape(*qkv.shape[:2], -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)
@@ -71,18 +74,20 @@ def explain_fused_layers(
     tables: tuple[Float[Array, "batch 1 half"], Float[Array, "batch 1 half"]] | None,
     cache: KVCache,
     first_layer: int = 0,
+    *,
+    most_sequences: int = MOST_SEQUENCES,
 ) -> Step:
     """What `fused_layers` runs for these operands. Raises Unsupported as it does."""
-    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer)
+    operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer, most_sequences)
     return Step("all layers, cache write", ops.explain(ops.decode_layers, *operands, **options))
 
 
 def _fused_operands(
-    layers, config: TransformerConfig, hidden, tables, cache: KVCache, first_layer: int
+    layers, config: TransformerConfig, hidden, tables, cache: KVCache, first_layer: int, most_sequences: int
 ) -> tuple[tuple, dict[str, Any]]:
     """Operands and options of `ops.decode_layers`. Raises Unsupported as `fused_layers` says."""
-    if hidden.shape[0] > MOST_SEQUENCES:
-        most = "one sequence" if MOST_SEQUENCES == 1 else f"{MOST_SEQUENCES} sequences"
+    if hidden.shape[0] > most_sequences:
+        most = "one sequence" if most_sequences == 1 else f"up to {most_sequences} sequences"
         raise Unsupported(f"layers are one kernel for {most}, not for {hidden.shape[0]}")
     gated = config.ffn == "swiglu"
     products = {

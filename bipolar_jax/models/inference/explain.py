@@ -138,7 +138,8 @@ def explain_model(
             layer = jax.tree.map(lambda leaf: leaf[0], stack)
             prefill, not_one_kernel = tuple(_prefill_steps(model, layer, hidden, tables, cache)), None
             try:
-                decode = (explain_fused_layers(stack, config, token, token_tables, cache, run.start),)
+                operands = (stack, config, token, token_tables, cache, run.start)
+                decode = (explain_fused_layers(*operands, most_sequences=model.fused_sequences),)
             except Unsupported as reason:
                 decode, not_one_kernel = tuple(_decode_steps(model, layer, token, token_tables, cache)), str(reason)
             runs.append(RunExplanation(run, prefill, decode, not_one_kernel))

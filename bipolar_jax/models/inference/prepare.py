@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bipolar_jax.kernels.device import default_device
+from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES
 from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
@@ -25,7 +26,7 @@ Layout = Literal["planes", "bytes", "tensor_cores"]
 
 
 def prepare_for_inference[Model: (Transformer, PretrainedModel)](
-    model: Model, dtype: Any = None, *, layout: Layout | None = None
+    model: Model, dtype: Any = None, *, layout: Layout | None = None, fused_sequences: int = MOST_SEQUENCES
 ) -> Model:
     """A copy of the model, ready for `generate`, `stream` and `perplexity`; unchanged arrays are shared.
 
@@ -45,19 +46,26 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         and compute in 16 bits, and what has no such layout (`BipolarArray.prepare`) stay planes. None takes "bytes" on
         CPUs, and on Hopper GPUs "tensor_cores" for layers with groups, or with 4 bits, one scale a column and
         activations of 3 bits or more.
+      fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
+        up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
+        layer by layer.
 
     Raises:
-      ValueError: dtype is no float dtype, or an unknown layout.
+      ValueError: dtype is no float dtype, an unknown layout, or no sequence.
 
     Warns:
       UserWarning: packed layers stay apart, for example because their precisions differ; the message says which and
         why.
     """
     if isinstance(model, PretrainedModel):
-        return model.with_model(prepare_for_inference(model.model, dtype, layout=layout))
+        options = {"layout": layout, "fused_sequences": fused_sequences}
+        return model.with_model(prepare_for_inference(model.model, dtype, **options))
     if layout not in (None, *get_args(Layout)):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, or None, got {layout!r}")
+    if fused_sequences < 1:
+        raise ValueError(f"fused_sequences must be 1 or more, got {fused_sequences!r}")
     prepared, reasons = join_with_reasons(model)
+    prepared.fused_sequences = fused_sequences
     if reasons:
         warnings.warn(f"layers stay apart, which decodes more slowly: {'; '.join(reasons)}", stacklevel=2)
     if dtype is None:

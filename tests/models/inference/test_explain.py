@@ -14,6 +14,7 @@ import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
+from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.random_weights import random_float, random_packed
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import dispatch
@@ -72,6 +73,19 @@ def test_two_sequences_decode_layer_by_layer():
     assert by(found.decode) == dict.fromkeys(
         ["qkv", "rotation, attention, cache write", "o", "gate/up", "down"], "sm90"
     )
+
+
+def test_several_sequences_decode_in_one_kernel_where_the_model_asks_for_it():
+    def prepared():
+        config = dataclasses.replace(CONFIG, num_layers=1)
+        model = random_packed(config, bj.Precision.parse("W4A8g64i"), key=jax.random.key(0), embed_bits=None)
+        return prepare_for_inference(model, jnp.bfloat16, layout="tensor_cores", fused_sequences=3)
+
+    model = nnx.eval_shape(prepared)
+    found = on_hopper(model, 3, 128)
+    assert names(found.decode) == ["all layers, cache write"]
+    assert "3 sequences" in found.decode[0].runs.reason
+    assert on_hopper(model, 4, 128).not_one_kernel == "layers are one kernel for up to 3 sequences, not for 4"
 
 
 def test_an_unjoined_model_says_what_joining_would_give():

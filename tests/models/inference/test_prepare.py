@@ -210,6 +210,11 @@ def test_another_layout_is_refused():
         prepare_for_inference(quantized(), layout="packed")
 
 
+def test_no_sequence_in_a_kernel_is_refused():
+    with pytest.raises(ValueError, match="fused_sequences must be 1 or more, got 0"):
+        prepare_for_inference(quantized(), fused_sequences=0)
+
+
 def test_layers_of_another_backend_stay_packed():
     model = bj.quantize_model(Transformer(CONFIG, rngs=nnx.Rngs(0)), RULES, implementation="reference")
     prepared = prepare_for_inference(model)

@@ -103,30 +103,31 @@ ROTATED = Rotation(ffn=hadamard(320, block=64), keys=hadamard(64))
 
 
 @pytest.mark.parametrize(
-    ("precision", "cache_bits", "sizes", "runs"),
+    ("precision", "cache_bits", "sizes", "runs", "texts"),
     [
-        ("W2A8", None, {}, 2),
-        ("W4A8g128i", None, SMALL_HEADS, 1),
-        ("W2A8", 8, {}, 2),
-        ("W4A8g64i", 4, SMALL_HEADS | {"rotation": ROTATED}, 2),
-        ("W4A16g64i", None, SMALL_HEADS, 1),
+        ("W2A8", None, {}, 2, 1),
+        ("W4A8g128i", None, SMALL_HEADS, 1, 1),
+        ("W4A8g128i", None, SMALL_HEADS, 2, 2),
+        ("W2A8", 8, {}, 2, 1),
+        ("W4A8g64i", 4, SMALL_HEADS | {"rotation": ROTATED}, 2, 1),
+        ("W4A16g64i", None, SMALL_HEADS, 1, 1),
     ],
 )
 @pytest.mark.covered("the model, by `make gpu-test`; a kernel of all phases, by test_heads_of_64.py")
-def test_a_model_decodes_the_same(precision, cache_bits, sizes, runs, monkeypatch):
+def test_a_model_decodes_the_same(precision, cache_bits, sizes, runs, texts, monkeypatch):
     """Every run of layers is a kernel, which finds its layers in the cache of all."""
     layout = "tensor_cores" if precision.endswith("i") else "planes"
-    model = prepare_for_inference(small_model(precision, **sizes), layout=layout)
+    model = prepare_for_inference(small_model(precision, **sizes), layout=layout, fused_sequences=texts)
     model = model.with_runs([range(2)] if runs == 1 else [range(1), range(1, 2)])
-    ids = jnp.arange(1, 12)[None]
-    _, cache = model.prefill(ids, jnp.array([11]), 64, cache_bits)
-    layered, layered_cache = model.decode(jnp.array([5]), cache)
+    ids, tokens = jnp.arange(1, 11 * texts + 1).reshape(texts, 11), jnp.arange(5, 5 + texts)
+    _, cache = model.prefill(ids, jnp.full(texts, 11), 64, cache_bits)
+    layered, layered_cache = model.decode(tokens, cache)
     monkeypatch.setattr(api, "default_device", lambda: None)
-    monkeypatch.setattr(api, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(api, "MULTIPROCESSORS", 3 * texts)  # a head a block, at most
     reached = []
     monkeypatch.setattr(sm90, "decode_layers", recording(sm90.decode_layers, reached))
     with interpreted(plgpu.InterpretGPUParams()):
-        fused, fused_cache = model.decode(jnp.array([5]), cache)
+        fused, fused_cache = model.decode(tokens, cache)
     assert reached == ["done"] * runs
     np.testing.assert_array_equal(fused_cache.lengths, layered_cache.lengths)
     np.testing.assert_allclose(fused, layered, atol=0.03 * float(jnp.max(jnp.abs(layered))))
@@ -179,10 +180,10 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
 @pytest.mark.sample(3)
 def test_all_layers_are_written_as_one_by_one(bits, length):
     """Where there is room: a full cache keeps what it has."""
-    heads = jax.random.normal(jax.random.key(0), (2, 1, 64, 3, 8), jnp.bfloat16)  # tokens before heads
+    heads = jax.random.normal(jax.random.key(0), (2, 2, 64, 3, 8), jnp.bfloat16)  # tokens before heads
     kept = keep(heads, bits)
-    cache = fused_decode.KVCache(kept, jax.tree.map(jnp.flip, kept), jnp.array([length]))
-    keys, values = jax.random.normal(jax.random.key(1), (2, 2, 1, 1, 3, 8), jnp.bfloat16)
+    cache = fused_decode.KVCache(kept, jax.tree.map(jnp.flip, kept), jnp.array([length, 5]))
+    keys, values = jax.random.normal(jax.random.key(1), (2, 2, 2, 1, 3, 8), jnp.bfloat16)
     expected = cache
     for layer in range(2):
         expected = expected.write(layer, keys[layer], values[layer])
