@@ -93,6 +93,9 @@ def add_shared(ptr, word):
     np.add.at(data.view(np.int32), offsets[active()] // 4, word[active()])
 
 
+add_global = add_shared
+
+
 def take_shared(ptr):
     words = load(ptr, 1)[0]
     store(ptr, [np.zeros_like(words)])

@@ -52,8 +52,9 @@ def decode_layers(
     key_rotation: Hadamard | None = None,
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
+    timed: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "texts hidden"], Float[Array, "layers texts qkv"]]:
+) -> tuple[Array, ...]:
     """All layers of a pre-norm decoder for one new token of each of a few texts.
 
     Values between products are float32: norms, quantization and residual sums see no other rounding.
@@ -86,18 +87,21 @@ def decode_layers(
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
         (compute-sanitizer) needs more.
+      timed: whether warpgroups also store when they reached the steps of a phase; on a device alone.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
-      float32: the hidden states after all layers, before the final norm; and for every layer the tokens' queries, keys
-      and values, one after the other, before rotation.
+      float32: the hidden states after all layers, before the final norm, [texts, hidden]; and for every layer the
+      tokens' queries, keys and values, one after the other, before rotation, [layers, texts, qkv]. If they are timed,
+      also what `cooperative.timeline.split_timeline` divides.
 
     Raises:
       Unsupported: formats, norms or sizes that differ or that the kernel does not serve; more blocks than
         multiprocessors.
     """
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
-    shape = dataclasses.replace(_with_spans(shape, spans), first_layer=first_layer, key_rotation=key_rotation)
+    static = {"first_layer": first_layer, "key_rotation": key_rotation, "timed": timed}
+    shape = dataclasses.replace(_with_spans(shape, spans), **static)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},

@@ -37,6 +37,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import in_phase
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import BLOCK_WARPS
+from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline, timeline_type
 from bipolar_jax.kernels.sm90.decode_step.phases import (
     PHASES,
     WRITTEN,
@@ -61,7 +62,7 @@ def run_layers(
     shape: LayersShape,
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "texts hidden"], Float[Array, "layers texts qkv"]]:
+) -> tuple[Array, ...]:
     """The hidden states after all layers, and the projections of every layer.
 
     Args:
@@ -73,24 +74,31 @@ def run_layers(
         they cannot wait for each other: every phase is a kernel there, in a loop over layers.
 
     Returns:
-      [texts, hidden] float32; and queries, keys and values of the tokens before rotation.
+      [texts, hidden] float32; and queries, keys and values of the tokens before rotation, [layers, texts, qkv]. If
+      they are timed, also readings of the clock (`timeline.split_timeline`).
+
+    Raises:
+      ValueError: interpret mode has no clock.
     """
-    hidden = hidden.reshape(-1)
+    hidden, times = hidden.reshape(-1), []
     if interpret is None:
-        buffers = _launch(shape, weights, cache, hidden, None, None, PHASES, None)
+        buffers, times = _launch(shape, weights, cache, hidden, None, None, PHASES, None)
+    elif shape.timed:
+        raise ValueError("interpret mode has no clock: timed=True needs a device")
     else:
 
         def layer(index, buffers):
             index = index.astype(jnp.int32)
             for phase in PHASES:
-                after = _launch(shape, weights, cache, hidden, buffers, jnp.reshape(index, (1,)), (phase,), interpret)
+                operands = (weights, cache, hidden, buffers, jnp.reshape(index, (1,)))
+                after, _ = _launch(shape, *operands, (phase,), interpret)
                 buffers = _with_written(shape, index, phase, buffers, after)
             return buffers
 
         empty = Buffers(in_phase(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
         buffers = lax.fori_loop(0, shape.num_layers, layer, empty)
     qkv = buffers.qkv.reshape(shape.texts, shape.num_layers, -1)
-    return buffers.hidden.reshape(shape.texts, -1), qkv.swapaxes(0, 1)
+    return buffers.hidden.reshape(shape.texts, -1), qkv.swapaxes(0, 1), *times
 
 
 def _with_written(shape: LayersShape, layer, phase: str, before: Buffers, after: Buffers) -> Buffers:
@@ -112,17 +120,17 @@ def _launch(
     layer,
     phases: Sequence[str],
     interpret: plgpu.InterpretGPUParams | None,
-) -> Buffers:
+) -> tuple[Buffers, list[Array]]:
     """Runs phases of all layers; or, if `layer` is given as int32 [1], of that one.
 
-    Phases read `sources`, or without these the buffers that they write.
+    Phases read `sources`, or without these the buffers that they write. Also returns readings of the clock, if any.
     """
     operands = (hidden, weights, cache, sources, layer)
     flat, tree = jax.tree.flatten(operands)
-    kind = weight_kind(shape)
+    kind, times = weight_kind(shape), [timeline_type(shape, len(phases))] if shape.timed else []
     outs = launch_kernel(
         functools.partial(_kernel, shape, tuple(phases), tree),
-        out_type=list(buffers_of(shape)),
+        out_type=[*buffers_of(shape), *times],
         grid=(shape.blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
@@ -145,11 +153,13 @@ def _launch(
         kernel_name="decode_layers",
         interpret=interpret,
     )(*flat)
-    return Buffers(*outs)
+    count = len(Buffers._fields)
+    return Buffers(*outs[:count]), outs[count:]
 
 
 def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared):
-    operands, outs = refs[: tree.num_leaves], Buffers(*refs[tree.num_leaves :])
+    operands, outs = refs[: tree.num_leaves], refs[tree.num_leaves :]
+    outs, times = Buffers(*outs[: len(Buffers._fields)]), outs[len(Buffers._fields) :]
     hidden, weights, cache, sources, layer = jax.tree.unflatten(tree, operands)
     layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -164,8 +174,9 @@ def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared)
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-        indices = (warpgroup, block)
-        _consume(shape, layers, phases, ring, weights, cache, hidden, sources or outs, outs, indices, **shared)
+        indices, timeline = (warpgroup, block), Timeline(shape, phases, *times, warpgroup=warpgroup, block=block)
+        buffers = (hidden, sources or outs, outs)
+        _consume(shape, layers, phases, ring, weights, cache, *buffers, indices, timeline, **shared)
 
 
 def _consume(
@@ -179,6 +190,7 @@ def _consume(
     sources,
     outs,
     indices,
+    timeline,
     *,
     cache_slots,
     cache_arrived,
@@ -205,7 +217,7 @@ def _consume(
     cache_ring = None
     if "attention" in phases:
         cache_ring = CacheRing(shape, cache, layers, warpgroup, block, cache_slots, cache_arrived)
-    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block)
+    steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block, timeline)
     if is_interpreted():  # one phase of one layer, whose inputs are complete
         steps.run(phases[0], 0 * warpgroup, layers.first, steps.prepare(phases[0], layers.first))
         return
@@ -220,15 +232,19 @@ def _consume(
             plgpu.barrier_arrive(released)
 
     steps.enter(hidden)
+    timeline.enter()
     _meet_blocks(shape, warpgroup, meet)
 
     def layer(index, carry):
         for phase in phases:
+            marks = timeline.of(phase, index)
             prepared = steps.prepare(phase, index)
+            marks.mark("prepared")
             # Also keeps the other warpgroups from polling, and loading memory, while the first one finishes a phase.
             # The first one alone combines what it wrote in "attention", so that these two count as one phase.
             if phase != "combine":
                 plgpu.barrier_wait(released)
+            marks.mark("released")
             steps.run(phase, index, index, prepared)
             if phase != "attention":
                 release()
@@ -236,6 +252,7 @@ def _consume(
 
     release()
     lax.fori_loop(0, layers.count, layer, ())
+    timeline.leave()
 
 
 def _meet_blocks(shape: LayersShape, warpgroup, meet) -> None:

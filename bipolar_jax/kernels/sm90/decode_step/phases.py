@@ -21,6 +21,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_t
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
 from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_slice
+from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
     load_vector,
@@ -134,10 +135,10 @@ class Phases:
     Of one text only the first warpgroup writes to global memory; of several each writes what belongs to one text.
     """
 
-    def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block):
+    def __init__(self, shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block, timeline):
         self._shape, self._weights, self._cache = shape, weights, cache
         self._ring, self._cache_ring, self._shared = ring, cache_ring, shared
-        self._sources, self._outs, self._indices = sources, outs, (warpgroup, block)
+        self._sources, self._outs, self._indices, self._timeline = sources, outs, (warpgroup, block), timeline
         self._pin()
 
     def _pin(self) -> None:
@@ -222,6 +223,7 @@ class Phases:
             def _():
                 partials, context = self._sources.partials, self._outs.context
                 combine.combine(self._shape, self._block, partials, context, phase_bit(layer))
+                self._timeline.of(phase, index).mark("stored")
 
         else:
             self._multiply(phase, index, layer, prepared)
@@ -230,21 +232,28 @@ class Phases:
         ring, qkv, indices = self._cache_ring, self._sources.qkv, (self._warpgroup, self._block)
         qkv_start, partials, phase = layer * self._shape.products["qkv"].n, self._outs.partials, phase_bit(layer)
         qkv_start += ring.text * (qkv.shape[0] // self._shape.texts)
-        attend(self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, self._shared, partials)
+        shared, timeline = self._shared, self._timeline.of("attention", index)
+        attend(
+            self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, shared, partials, timeline
+        )
 
     def _multiply(self, name: str, index, layer, norm) -> None:
         """A product: norm or rotation, quantization, sums, and the rest by the first warpgroup, or one a text."""
         shape, shared, kind = self._shape, self._shared, self._ring.kind
-        product = shape.products[name]
+        product, timeline = shape.products[name], self._timeline.of(name, index)
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
         text = 0 if shape.texts == 1 else jnp.minimum(self._warpgroup, shape.texts - 1)
-        grid = self._read_tokens(name, layer, norm, text)
+        grid = self._read_tokens(name, layer, norm, text, timeline)
+        timeline.mark("encoded")
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
         weights = self._weights.products[name]
         terms = column_terms(shape, weights, layer, name, self._block)
         residual = self._residual(name, text)
-        kind.multiply(self._ring, index, name, self._warpgroup, shared.x_operand, shared.product_sums)
+        ring = dataclasses.replace(self._ring, timeline=timeline)
+        kind.multiply(ring, index, name, self._warpgroup, shared.x_operand, shared.product_sums)
+        timeline.mark("multiplied")
         shared.meet()
+        timeline.mark("met")
 
         @pl.when(self._warpgroup < shape.texts)
         def _():
@@ -256,8 +265,9 @@ class Phases:
                 if residual is not None:
                     halves = [halves[0] + residual[chunk]]
                 self._store(name, layer, text, halves, *chunk_rows(product, self._block, chunk))
+            timeline.mark("stored")
 
-    def _read_tokens(self, name: str, layer, norm, own_text) -> TokenGrid | None:
+    def _read_tokens(self, name: str, layer, norm, own_text, timeline: Timeline) -> TokenGrid | None:
         """Stores the K slices of all tokens as this warpgroup multiplies them; returns the grid of one text.
 
         As many tokens at a time as registers hold.
@@ -266,21 +276,22 @@ class Phases:
         at_once = max(1, min(shape.texts, _SLICES_AT_ONCE // slices // (2 if norm else 1)))
         if at_once >= shape.texts:
             first, *others = range(shape.texts)
-            grids = self._read_texts([first, *others], name, layer, norm)
+            grids = self._read_texts([first, *others], name, layer, norm, timeline)
             return with_grids_of(own_text, grids[0], others, grids[1:])
 
         def read(turn, grid):
             texts = [jnp.minimum(turn * at_once + i, shape.texts - 1) for i in range(at_once)]
-            return with_grids_of(own_text, grid, texts, self._read_texts(texts, name, layer, norm))
+            return with_grids_of(own_text, grid, texts, self._read_texts(texts, name, layer, norm, timeline))
 
         no_grid = TokenGrid(jnp.float32(0), jnp.int32(0))
         return lax.fori_loop(0, pinned(-(-shape.texts // at_once)), read, no_grid)
 
-    def _read_texts(self, texts, name: str, layer, norm) -> list[TokenGrid | None]:
+    def _read_texts(self, texts, name: str, layer, norm, timeline: Timeline) -> list[TokenGrid | None]:
         """Normalizes and quantizes tokens of some texts."""
         shape, shared, product = self._shape, self._shared, self._shape.products[name]
-        tokens = []
-        for text, k_slices in zip(texts, self._inputs(name, layer, texts), strict=True):
+        tokens, inputs = [], self._inputs(name, layer, texts)
+        timeline.mark("arrived")
+        for text, k_slices in zip(texts, inputs, strict=True):
             squares = None
             if name == "down" and shape.activation.rotation is not None:
                 k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]

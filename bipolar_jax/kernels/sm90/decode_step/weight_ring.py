@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int, Num
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.watchdog import trap_if_fewer_multiprocessors, wait_or_trap
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import Layers, LayersShape, Product
+from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +131,7 @@ class WeightRing:
       slots: shared memory, as `kind` says.
       arrived: barriers [w_slots], one arrival for each copy of a load.
       emptied: barriers [w_slots], one arrival for each warpgroup.
+      timeline: where waits for loads are counted, of the phase.
     """
 
     shape: LayersShape
@@ -137,6 +140,7 @@ class WeightRing:
     slots: Any
     arrived: Any
     emptied: Any
+    timeline: Timeline | None = None
 
     def first_load(self, layer, name: str, tile) -> Int[Array, ""]:
         """The index of a tile's first load; layers are counted from the first that is computed."""
@@ -147,7 +151,8 @@ class WeightRing:
     def wait(self, load, warpgroup):
         """Waits for a load; returns the warpgroup's share of it."""
         slot = lax.rem(load, self.shape.w_slots)
-        plgpu.barrier_wait(self.arrived.at[slot])
+        with nullcontext() if self.timeline is None else self.timeline.waiting():
+            plgpu.barrier_wait(self.arrived.at[slot])
         return self.kind.of_warpgroup(self.slots, slot, warpgroup)
 
     def release(self, load) -> None:

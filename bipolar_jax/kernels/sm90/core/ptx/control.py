@@ -24,6 +24,16 @@ def opaque(word: Value) -> Value:
     return inline_ptx("mov.b32 $0, $1;", word, result_types=i32_type(), has_side_effects=True)
 
 
+def clock() -> Value:
+    """The low word of the multiprocessor's clock."""
+    return inline_ptx("mov.u32 $0, %clock;", result_types=i32_type(), has_side_effects=True)
+
+
+def nanoseconds() -> Value:
+    """The low word of the device's time."""
+    return inline_ptx("mov.u32 $0, %globaltimer_lo;", result_types=i32_type(), has_side_effects=True)
+
+
 def synchronize(lanes_apart: bool = False) -> None:
     """A barrier of the warpgroup's threads.
 

@@ -90,6 +90,11 @@ def add_shared(ptr: Pointer, word: Value) -> None:
     inline_ptx("red.relaxed.cta.shared::cta.add.u32 [$0], $1;", ptr, word, has_side_effects=True)
 
 
+def add_global(ptr: Pointer, word: Value) -> None:
+    """Adds a word to one in global memory, atomically."""
+    inline_ptx("red.relaxed.gpu.global.add.u32 [$0], $1;", ptr, word, has_side_effects=True)
+
+
 def take_shared(ptr: Pointer) -> Value:
     """The word in shared memory, which becomes 0; one instruction: LLVM moved a load behind the store that followed."""
     ptx = "atom.relaxed.cta.shared::cta.exch.b32 $0, [$1], $2;"

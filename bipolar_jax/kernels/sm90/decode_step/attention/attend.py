@@ -48,6 +48,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import (
     reduce_warps,
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_heads
+from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, poll_vectors
 
 _MASKED = -1e30  # the score of a position that is not attended to: its weight beside any other is 0
@@ -72,6 +73,7 @@ def attend(
     block: Int[Array, ""],
     shared: Any,
     partials: Any,
+    timeline: Timeline,
 ) -> None:
     """Stores this block's partial attention in global memory; every warpgroup takes part.
 
@@ -86,6 +88,7 @@ def attend(
       warpgroup, block: indices of the calling threads.
       shared: `phases.SharedMemory`.
       partials: flat float32 in global memory, `splits` of `partial_size` for every head.
+      timeline: of this phase.
     """
     bits, size, half = shape.cache_bits, shape.head_dim, shape.head_dim // 2
     ring.assign(warpgroup, block)
@@ -100,6 +103,7 @@ def attend(
     k_start = qkv_start + (shape.heads + ring.kv_head) * size
     starts = [q_start, q_start, k_start, k_start, k_start + shape.kv_heads * size]
     q, q_swapped, k, k_swapped, v = poll_vectors(qkv, starts, [0, half, 0, half, 0], Awaited(phase, ring.active), size)
+    timeline.mark("arrived")
     # The query lies where the sums of values are stored at the end. Every warpgroup adds up the new token's score.
     shared_query = shared.context_sums.at[pl.ds(warpgroup * WARPS, WARPS)]
     q, k = rotated(q, q_swapped), rotated(k, k_swapped)
@@ -110,6 +114,7 @@ def attend(
     store_query(shared_query, q, cache.keys.dtype, size)
     reduce_warps(new_results, warpgroup, [q * k], "sum", VECTOR)
     synchronize()
+    timeline.mark("encoded")
     query = load_query(shared_query, size)
     query_sum = None if bits is None else quantized_cache.query_sum(query)
 
@@ -121,7 +126,8 @@ def attend(
     def chunk(index, carry):
         largest, total, sums, zeros = carry
         load_index = ring.load_index(layer, index)
-        ring.wait(KEYS)
+        with timeline.waiting():
+            ring.wait(KEYS)
         if bits is None:
             scores = row_scores(ring.read(KEYS), query)
         else:
@@ -138,7 +144,8 @@ def attend(
         larger = warp_max(jnp.maximum(largest, scores))
         weight, before = jnp.exp2(scores - larger), jnp.exp2(largest - larger)
         # A warp whose positions are all masked has weights of 2^0; its sums are dropped when warps are combined.
-        ring.wait(VALUES)
+        with timeline.waiting():
+            ring.wait(VALUES)
         if bits is None:
             sums = add_values(sums, before, ring.tiles(VALUES), weight)
         else:
@@ -149,6 +156,7 @@ def attend(
         return larger, total * before + weight, sums, zeros
 
     largest, total, sums, zeros = lax.fori_loop(0, ring.chunks, chunk, (largest, total, sums, zeros))
+    timeline.mark("multiplied")
     reduce_warps(score_results, warpgroup, [largest], "max", ALONG_ROWS)
     shared.meet()
     most = reduce_block(score_results, "max")
@@ -158,6 +166,7 @@ def attend(
         reduce_warps(zero_results, warpgroup, [zeros * weight], "sum", ALONG_ROWS)
     store_context_sums(shared.context_sums, warpgroup, sums, weight, codes=bits is not None)
     shared.meet()
+    timeline.mark("met")
 
     @pl.when((warpgroup == 0) & ring.active)
     def _():
@@ -177,6 +186,7 @@ def attend(
             values = values - reduce_block(zero_results, "sum")
         values = values * before + v * new_weight
         store_partial(shape, partials, ring.partial, values, new_most, weight_sum * before + new_weight, phase)
+        timeline.mark("stored")
 
 
 def _as_cached(

@@ -151,6 +151,7 @@ class LayersShape:
       spans: of the tokens of each product, see `BipolarFormat.span`.
       first_layer: index in the cache of the first of these layers.
       key_rotation: of each head of queries and of cached keys, which are codes; None if there is none.
+      timed: whether warpgroups store readings of the clock, see `timeline`.
     """
 
     num_layers: int
@@ -173,6 +174,7 @@ class LayersShape:
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)
     first_layer: int = 0
     key_rotation: Hadamard | None = None
+    timed: bool = False
 
     def __post_init__(self):
         if self.head_dim not in HEAD_DIMS:

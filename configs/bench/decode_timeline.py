@@ -1,0 +1,24 @@
+"""Where a decode step of Llama-3-8B spends its time after 1024 tokens, phase by phase, on one NVIDIA H200.
+
+Not measured yet; a minute.
+
+    python -m experiments.bench.language_models.decode_timeline --config=configs/bench/decode_timeline.py --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # A preset of bipolar_jax/models/presets.py, with SwiGLU and rotary positions.
+    config.model = "llama-3-8b"
+    # Precisions of the decoder's linear layers.
+    config.precisions = "W4A8g128i,W2A8g64i,W1A8g128i"
+    # Tokens in the cache.
+    config.length = 1024
+    # Steps that are timed; the readings are those of the last.
+    config.iterations = 20
+    config.seed = 0
+    # Whether all readings are written to --workdir: 14 MB a precision before compression.
+    config.save_clocks = False
+    return config
