@@ -196,6 +196,18 @@ class FewTokensProblem:
         return CHUNK * self.token_chunks
 
     @property
+    def finished(self) -> list[tuple[int, int]]:
+        """Arrays of FINISH_ROWS in a finished chunk: (group of rows, block); a gated activation joins the blocks."""
+        joins = self.activation is not None and self.activation.gated
+        groups = self.tiling.rows // FINISH_ROWS
+        return [(group, block) for group in range(groups) for block in range(1 if joins else 2)]
+
+    @property
+    def adds_early(self) -> bool:
+        """Whether the residual is loaded before a unit is multiplied: a warpgroup finishes one small chunk of it."""
+        return self.tiling.cluster == 1 and self.token_chunks <= self.tiling.buffers and len(self.finished) <= 2
+
+    @property
     def term_stages(self) -> int:
         return _term_stages(self.tiling, self.chunks * self.chunk_words)
 

@@ -31,7 +31,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.fragments import pinned
+from bipolar_jax.kernels.sm90.core.fragments import WARPS, pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
@@ -48,6 +48,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     gather_tokens,
     hand_over,
     load_columns,
+    load_residual,
     multiply_slot,
     store_columns,
     store_finished,
@@ -262,7 +263,7 @@ def _consume(
     """Multiplies this warpgroup's share of all units, and finishes chunks in turn with another warpgroup."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
     total_steps, total_chunks = work.units * work.turns, work.units * problem.token_chunks
-    out, by_block = (targets[0], sources.residual), targets[1]
+    out, by_block = targets
     finishes = warpgroup < tiling.buffers
     own = [jax.tree.map(lambda ref: ref.at[warpgroup], terms) for terms in (tokens, columns)]
 
@@ -270,9 +271,13 @@ def _consume(
     def _():
         gather_tokens(problem, sources.tokens, own[0])
 
+    def residual(index, chunk):
+        return None if sources.residual is None else load_residual(problem, sources.residual, _unit(index), chunk)
+
     def unit(index, carry):
-        # They arrive under the mainloop.
+        # They arrive under the mainloop; so does the residual of one chunk, but registers do not suffice for more.
         column_terms = load_columns(problem, sources.columns, _unit(index))
+        early = residual(index, jnp.minimum(warpgroup, problem.token_chunks - 1)) if problem.adds_early else None
 
         def add(turn, carry):
             total, slot = carry
@@ -304,6 +309,7 @@ def _consume(
 
             @pl.when(warpgroup == buffer)
             def _(buffer=buffer, position=position, chunk=chunk):
+                added = early if early is not None or tiling.cluster > 1 else residual(index, chunk)
                 plgpu.barrier_wait(handed_over.at[buffer])
                 synchronize()  # the totals of the chunk before have been read
                 share = by_block.at[_unit(index), lax.axis_index("rank"), chunk] if tiling.cluster > 1 else None
@@ -311,7 +317,7 @@ def _consume(
                 plgpu.barrier_arrive(taken.at[buffer], predicate=position + tiling.buffers < total_chunks)
                 if share is None:
                     synchronize()
-                    _finish(problem, totals.at[buffer], own, out, _unit(index), chunk)
+                    _finish(problem, totals.at[buffer], own, out, added, _unit(index), chunk)
 
         if tiling.cluster > 1:
 
@@ -323,11 +329,12 @@ def _consume(
 
                     @pl.when((lax.axis_index("rank") == rank) & (warpgroup == turn % tiling.buffers))
                     def _(chunk=chunk):
+                        added = residual(index, chunk)
                         synchronize()  # the totals of the chunk before have been read
                         shares = [by_block.at[_unit(index), rank, chunk] for rank in range(tiling.cluster)]
                         add_blocks(problem, shares, totals.at[warpgroup])
                         synchronize()
-                        _finish(problem, totals.at[warpgroup], own, out, _unit(index), chunk)
+                        _finish(problem, totals.at[warpgroup], own, out, added, _unit(index), chunk)
 
         return slot
 
@@ -343,14 +350,15 @@ def _exchange(exchanged) -> None:
     fence_gpu()
 
 
-def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> None:
+def _finish(problem: FewTokensProblem, totals, terms, out, added, unit, chunk: int) -> None:
     """Finishes a chunk of tokens of all rows of a unit, and stores them.
 
     Args:
       problem: the static side.
       totals: of `problem.sums_dtype`, [2, rows, CHUNK] in shared memory.
       terms: `TokenTerms` of [width] and `ColumnTerms` of [2, rows] in shared memory.
-      out: [m, columns] in memory, and the residual or None.
+      out: [m, columns] in memory.
+      added: what `load_residual` loaded for the chunk, or None.
       unit: index of the unit.
       chunk: index of the tokens.
     """
@@ -371,6 +379,9 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
         )
 
     activation = problem.activation
+    residuals = {}
+    if added is not None:
+        residuals = dict(zip(problem.finished, zip(*[iter(added)] * WARPS, strict=True), strict=True))
     for group in range(problem.tiling.rows // FINISH_ROWS):
         finished = [scaled(block, group) for block in range(2)]
         if activation is not None and activation.gated:
@@ -378,4 +389,4 @@ def _finish(problem: FewTokensProblem, totals, terms, out, unit, chunk: int) -> 
         elif activation is not None:
             finished = [activate(activation, [numbers], jnp.float32) for numbers in finished]
         for block, numbers in enumerate(finished):
-            store_finished(problem, numbers, *out, unit, block, group, chunk)
+            store_finished(problem, numbers, out, residuals.get((group, block)), unit, block, group, chunk)

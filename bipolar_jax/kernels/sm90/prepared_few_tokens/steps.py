@@ -232,7 +232,32 @@ def gather_tokens(problem: FewTokensProblem, sources: Any, targets: Any) -> None
     inline(*sources, *targets)
 
 
-def _store_finished_twin(problem: FewTokensProblem, numbers, out, residual, unit, block, group, chunk):
+def _load_residual_twin(problem: FewTokensProblem, residual, unit, chunk):
+    token = jnp.minimum(chunk * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32), problem.m - 1)
+    loaded = []
+    for group, block in problem.finished:
+        for warp in range(WARPS):
+            run = problem.first_in_half(block, unit * problem.tiling.parts + PARTS_AT_ONCE * group + warp)
+            loaded.append(residual[:, pl.ds(jnp.minimum(run, problem.padded_half - RUN), RUN)][token])
+    return loaded
+
+
+@with_twin(_load_residual_twin)
+def load_residual(
+    problem: FewTokensProblem, residual, unit: Int[Array, ""], chunk: Int[Array, ""]
+) -> list[Shaped[Array, "..."]]:
+    """Loads what is added to a chunk: four arrays for each of `problem.finished`; see `threads.load_residual`."""
+    word = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.int32, layout=VECTOR)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT), return_type=[word] * (WARPS * len(problem.finished)))
+    def inline(_, residual, unit, chunk):
+        words = threads.load_residual(problem, residual, scalar_of(unit), scalar_of(chunk))
+        return [as_vector(word, jnp.int32) for word in words]
+
+    return list(inline(residual, jnp.int32(unit), jnp.int32(chunk)))
+
+
+def _store_finished_twin(problem: FewTokensProblem, numbers, out, added, unit, block, group, chunk):
     count = min(CHUNK, problem.m - CHUNK * chunk)
     for warp in range(WARPS):
         in_unit = PARTS_AT_ONCE * group + warp
@@ -245,18 +270,30 @@ def _store_finished_twin(problem: FewTokensProblem, numbers, out, residual, unit
             run_numbers = numbers[RUN * warp : RUN * (warp + 1), :count]
             at = (pl.ds(CHUNK * chunk, count), pl.ds(first, RUN))
             run_numbers = run_numbers.T.astype(problem.dtype)
-            out[at] = run_numbers if residual is None else run_numbers + residual[at]
+            out[at] = run_numbers if added is None else run_numbers + added[warp][:count]
 
 
 @with_twin(_store_finished_twin)
 def store_finished(
-    problem: FewTokensProblem, numbers: Array, out, residual, unit: Int[Array, ""], block: int, group: int, chunk: int
+    problem: FewTokensProblem,
+    numbers: Array,
+    out,
+    added: list[Array] | None,
+    unit: Int[Array, ""],
+    block: int,
+    group: int,
+    chunk: int,
 ) -> None:
-    """Stores [FINISH_ROWS, CHUNK] finished numbers plus the residual; see `threads.store_finished`."""
-    refs = [out] if residual is None else [out, residual]
+    """Stores [FINISH_ROWS, CHUNK] finished numbers plus the residual; see `threads.store_finished`.
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, SPLAT, *[plgpu.RefType()] * len(refs)))
-    def inline(_, numbers, unit, out, residual=None):
-        threads.store_finished(problem, numbers_of(numbers), out, residual, scalar_of(unit), block, group, chunk)
+    Args:
+      added: the four arrays of `load_residual` for these rows, or None.
+    """
+    words = [] if added is None else added
 
-    inline(plgpu.layout_cast(numbers, ACCUMULATOR), jnp.int32(unit), *refs)
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, SPLAT, plgpu.RefType(), *[VECTOR] * len(words)))
+    def inline(_, numbers, unit, out, *added):
+        words = [only_word(vector) for vector in added] or None
+        threads.store_finished(problem, numbers_of(numbers), out, words, scalar_of(unit), block, group, chunk)
+
+    inline(plgpu.layout_cast(numbers, ACCUMULATOR), jnp.int32(unit), out, *words)

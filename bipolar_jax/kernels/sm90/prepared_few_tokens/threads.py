@@ -257,8 +257,43 @@ def gather_tokens(problem: FewTokensProblem, sources, targets) -> None:
             ptx.store(ptx.advance(ptx.pointer(target, SHARED), ptx.times(thread, 4)), number)
 
 
+def load_residual(problem: FewTokensProblem, residual, unit: Value, chunk: Value) -> list[Value]:
+    """Loads what will be added to this lane's numbers of a chunk: four words for each array of `problem.finished`.
+
+    All loads are under way at once, and none is conditional. Those of numbers that do not exist are of others.
+
+    Args:
+      problem: the static side.
+      residual: [m, padded_half] in global memory, of the output's dtype.
+      unit: index of the unit.
+      chunk: index of the tokens.
+    """
+    lane, warp = lane_and_warp()
+    size, words = problem.dtype.itemsize, []
+    rows = []
+    for token_of_pair in range(2):
+        token = ptx.plus(ptx.plus(ptx.times(ptx.bits_of(lane, 3), 2), ptx.times(chunk, CHUNK)), token_of_pair)
+        token = ptx.smaller(token, problem.m - 1)
+        rows.append(ptx.advance_far(ptx.pointer(residual, GLOBAL), token, problem.padded_half * size))
+    for group, block in problem.finished:
+        run, _ = _run_of_warp(problem, warp, unit, block, group)
+        first = ptx.plus(ptx.smaller(run, problem.padded_half - RUN), ptx.shift_right(lane, 2))
+        for row in rows:
+            for half in range(2):
+                at = ptx.advance_far(row, ptx.plus(first, RUN // 2 * half), size)
+                words.append(ptx.load(at, 1)[0] if size == 4 else ptx.load_half(at))
+    return words
+
+
 def store_finished(
-    problem: FewTokensProblem, numbers: list[Value], out, residual, unit: Value, block: int, group: int, chunk: int
+    problem: FewTokensProblem,
+    numbers: list[Value],
+    out,
+    added: list[Value] | None,
+    unit: Value,
+    block: int,
+    group: int,
+    chunk: int,
 ) -> None:
     """Stores finished numbers plus the residual: this lane's four of FINISH_ROWS rows by CHUNK tokens.
 
@@ -266,41 +301,42 @@ def store_finished(
       problem: the static side.
       numbers: float32, or int32; of rows r and r + 8 of the warp's, tokens 2 q and 2 q + 1.
       out: [m, halves * padded_half] in global memory.
-      residual: likewise, or None; added to numbers that are rounded to its dtype.
+      added: the words of `load_residual` for these rows, or None; added to numbers that are rounded to their dtype.
       unit: index of the unit.
       block: of the parts.
       group: index of the rows in the block, in units of FINISH_ROWS.
       chunk: index of the tokens.
     """
     lane, warp = lane_and_warp()
-    in_unit = ptx.plus(warp, FINISH_ROWS // RUN * group)
-    part = ptx.plus(ptx.times(unit, problem.tiling.parts), in_unit)
-    run = ptx.times(part, RUN) if problem.gated else _term_column(problem, block, part)
-    exists = ptx.bits_of(ptx.less(in_unit, problem.tiling.parts), ptx.less(run, problem.padded_half))
+    run, exists = _run_of_warp(problem, warp, unit, block, group)
     first = ptx.plus(ptx.plus(run, ptx.shift_right(lane, 2)), block * problem.padded_half if problem.halves > 1 else 0)
     size, row_width = problem.dtype.itemsize, problem.halves * problem.padded_half
     for token_of_pair in range(2):
         token = ptx.plus(ptx.times(ptx.bits_of(lane, 3), 2), CHUNK * chunk + token_of_pair)
         with ptx.when(ptx.bits_of(exists, ptx.less(token, problem.m))):
             for half in range(2):
-                at, *added_at = (
-                    ptx.advance_far(
-                        ptx.advance_far(ptx.pointer(array, GLOBAL), token, row_width * size),
-                        ptx.plus(first, RUN // 2 * half),
-                        size,
-                    )
-                    for array in ([out] if residual is None else [out, residual])
-                )
+                row = ptx.advance_far(ptx.pointer(out, GLOBAL), token, row_width * size)
+                at = ptx.advance_far(row, ptx.plus(first, RUN // 2 * half), size)
                 number = numbers[2 * half + token_of_pair]
-                _store_number(problem, at, number if residual is None else _plus_loaded(problem, number, *added_at))
+                if added is not None:
+                    number = _plus_loaded(problem, number, added[2 * token_of_pair + half])
+                _store_number(problem, at, number)
 
 
-def _plus_loaded(problem: FewTokensProblem, number: Value, at: Pointer) -> Value:
-    """A number, rounded, plus the one in memory."""
+def _run_of_warp(problem: FewTokensProblem, warp: Value, unit: Value, block: int, group: int) -> tuple[Value, Value]:
+    """The first column, within `half`, of the rows that a warp finishes; and whether they exist."""
+    in_unit = ptx.plus(warp, FINISH_ROWS // RUN * group)
+    part = ptx.plus(ptx.times(unit, problem.tiling.parts), in_unit)
+    run = ptx.times(part, RUN) if problem.gated else _term_column(problem, block, part)
+    return run, ptx.bits_of(ptx.less(in_unit, problem.tiling.parts), ptx.less(run, problem.padded_half))
+
+
+def _plus_loaded(problem: FewTokensProblem, number: Value, word: Value) -> Value:
+    """A number, rounded, plus the one that was loaded."""
     if problem.dtype.itemsize == 4:
-        return ptx.add(number, ptx.as_float(ptx.load(at, 1)[0]))
+        return ptx.add(number, ptx.as_float(word))
     kind = PTX_TYPES[problem.dtype.name]
-    rounded, added = (ptx.expand(kind, word)[0] for word in (ptx.rounded(kind, number), ptx.load_half(at)))
+    rounded, added = (ptx.expand(kind, word)[0] for word in (ptx.rounded(kind, number), word))
     return ptx.add(rounded, added)
 
 

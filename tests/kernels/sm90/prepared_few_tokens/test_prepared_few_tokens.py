@@ -76,9 +76,18 @@ def test_integer_products_are_exact(bits, group_size, m, n, k, tiling, gated):
     assert not races_found()
 
 
-@pytest.mark.parametrize("activation", [None, Activation("gelu"), Activation("silu", gated=True)], ids=str)
-@pytest.mark.sample(2)
-def test_numbers_are_those_of_many_tokens(activation):
+@pytest.mark.parametrize(
+    ("activation", "warpgroups"),
+    [
+        (None, 1),  # the residual of one chunk after the other
+        (None, 2),  # before the product
+        (Activation("gelu"), 1),
+        (Activation("silu", gated=True), 1),
+    ],
+    ids=str,
+)
+@pytest.mark.sample(3)
+def test_numbers_are_those_of_many_tokens(activation, warpgroups):
     (m, n, k), rng = (9, 72, 128), np.random.default_rng(0)
     gated = activation is not None and activation.gated
     w, _ = weights(4, 32, n, k)
@@ -87,7 +96,7 @@ def test_numbers_are_those_of_many_tokens(activation):
     x, bias = random_codes(A8, m, k, 0), rng.random(n, np.float32)
     tokens = PackedTokens(code_words(jnp.asarray(x), A8, "int8"), scale, zero_code, x.sum(1, dtype=np.int32))
     args = (tokens, w.prepare(gated=gated), A8, bias, jnp.bfloat16)
-    tiling = FewTokensTiling(1, parts=2, slots=2)
+    tiling = FewTokensTiling(warpgroups, parts=2, slots=2)
     options = {"activation": activation}
     if activation is None:
         options["residual"] = jnp.asarray(rng.standard_normal((m, n)), jnp.bfloat16)
@@ -183,8 +192,12 @@ def test_threads_gather_terms_and_store(gated, residual_dtype, monkeypatch):
                         for half in range(2)
                         for i in range(2)
                     ]
-                    at = (warpgroup_simulator.int32(unit), block, group, chunk)
-                    threads.store_finished(problem, numbers, out, residual, *at)
+                    index, added = warpgroup_simulator.int32(unit), None
+                    if residual is not None:
+                        words = threads.load_residual(problem, residual, index, warpgroup_simulator.int32(chunk))
+                        which = problem.finished.index((group, block))
+                        added = words[4 * which : 4 * which + 4]
+                    threads.store_finished(problem, numbers, out, added, index, block, group, chunk)
     found = out.reshape(m, problem.halves, -1)[..., : problem.half].reshape(m, n)
     expected = (np.arange(n) + 1000 * np.arange(m)[:, None]).astype(dtype)
     if residual is not None:
@@ -257,12 +270,22 @@ def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16, adds
     ("bits", "group_size", "m", "n", "k", "options"),
     [
         (4, 128, 1, 4096, 14336, dict(adds=True)),
+        (4, 128, 16, 4096, 14336, dict(adds=True)),
+        (4, 128, 32, 4096, 4096, dict(adds=True)),
         (6, 16, 16, 4096, 14336, dict(dtype=jnp.float32)),
         (3, 64, 64, 28672, 4096, dict(gated=True)),
         (1, 128, 32, 28672, 4096, {}),
         (8, None, 64, 4096, 14336, dict(adds=True)),
     ],
-    ids=["one token", "W6, 16 tokens", "W3, gated", "W1, 32 tokens", "W8, 64 tokens, a cluster"],
+    ids=[
+        "one token",
+        "16 tokens",
+        "32 tokens",
+        "W6, 16 tokens",
+        "W3, gated",
+        "W1, 32 tokens",
+        "W8, 64 tokens, a cluster",
+    ],
 )
 @pytest.mark.sample(3)
 def test_it_compiles_without_spills(bits, group_size, m, n, k, options):
