@@ -121,7 +121,7 @@ def _errors(
     w = jnp.concatenate([float_matrix(layer_at(block, name)).astype(jnp.float32) for name in names], axis=1)
     rows = x.reshape(-1, len(w)).astype(jnp.float32)
     weights = jnp.ones(len(rows), jnp.float32)
-    if remaining[0].to_stream:
+    if remaining[0].adds_to_stream:
         stream = stream.reshape(-1, stream.shape[-1]).astype(jnp.float32)
         added = jnp.matmul(rows, w) if w.shape[1] == stream.shape[1] else 0
         weights = stream_weights(stream + added)

@@ -43,7 +43,7 @@ def run_block(model: Compressible, block: nnx.Module, carry: Any) -> Any:
 def add_moments(model, block, carry, moments, remaining, a_formats) -> tuple[SecondMoments, ...]:
     """The second moments of the first of the remaining sites, for each format of activations, with one batch."""
     x, stream = site_inputs(model, block, carry, remaining)
-    stream = stream if remaining[0].to_stream else None
+    stream = stream if remaining[0].adds_to_stream else None
     return tuple(sums.add(x, a_format, stream) for sums, a_format in zip(moments, a_formats, strict=True))
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.models.blocks.attention import Heads, causal_attention, prompts_alibi
 from bipolar_jax.models.blocks.norm import make_norm
 from bipolar_jax.models.blocks.prompt_heads import Projections, PromptTables, prompt_heads, prompt_tables
-from bipolar_jax.models.blocks.rope import Tables
-from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.blocks.rope import Tables, TablesByKind, tables_of_layer
+from bipolar_jax.models.blocks.scoring import PLAIN, Scoring
+from bipolar_jax.models.config import GATED_FFNS, TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.kv_cache.quantized_heads import CACHE_BITS, as_read, check_cache_bits
 from bipolar_jax.nn.compressible import Rotation, Sites, StreamEnds, ValueHeads, run_name, run_of_name
@@ -35,19 +36,22 @@ class Positions:
       bias: ALiBi's biases on the scores, where it is used.
       cache_bits: keys and values are rounded as a cache of so many bits would keep them; None leaves them.
       key_rotation: of queries and keys before that, or None.
+      scoring: of all layers: scale and cap of scores, and windows.
     """
 
-    tables: PromptTables | None
+    tables: PromptTables | TablesByKind[PromptTables] | None
     bias: Float[Array, "1 heads #length length"] | None
     cache_bits: int | None = dataclasses.field(default=None, metadata={"static": True})
     key_rotation: Hadamard | None = dataclasses.field(default=None, metadata={"static": True})
+    scoring: Scoring = PLAIN
 
 
 class BlockCarry(NamedTuple):
-    """What passes from block to block."""
+    """What passes from block to block; `layer` is the next one's index, where layers differ in windows, else None."""
 
     hidden: Float[Array, "batch length hidden"]
     positions: Positions
+    layer: Int[Array, ""] | None = None
 
 
 def attend_to_text(
@@ -59,12 +63,14 @@ def attend_to_text(
 ) -> tuple[Heads, KVCache | None]:
     """The context of every token of whole texts; and the cache, if there is one, with this layer's keys and values."""
     index = jnp.int32(0) if layer is None else layer
-    q, k, v, cache = prompt_heads(projections, kv_heads, positions.tables, cache, index)
+    scoring = positions.scoring.at(index)
+    tables = tables_of_layer(positions.tables, scoring.windowed)
+    q, k, v, cache = prompt_heads(projections, kv_heads, tables, cache, index)
     if positions.key_rotation is not None:
         q, k = positions.key_rotation.rotate(q), positions.key_rotation.rotate(k)
     if positions.cache_bits is not None:
         k, v = as_read(k, positions.cache_bits), as_read(v, positions.cache_bits)
-    return causal_attention(q, k, v, bias=positions.bias), cache
+    return causal_attention(q, k, v, bias=positions.bias, scoring=scoring), cache
 
 
 def rotate_stream(
@@ -88,7 +94,10 @@ class CompressibleBlocks(CountedModule):
     cached_bits = CACHE_BITS
     config: TransformerConfig
     layers: nnx.Module
-    enter_prompts: Callable[[Int[Array, "batch length"]], tuple[Float[Array, "batch length hidden"], Tables | None]]
+    enter_prompts: Callable[
+        [Int[Array, "batch length"]],
+        tuple[Float[Array, "batch length hidden"], Tables | TablesByKind[Tables] | None],
+    ]
 
     @property
     def stacks(self) -> tuple[tuple[range, nnx.Module], ...]:
@@ -134,13 +143,21 @@ class CompressibleBlocks(CountedModule):
         heads = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         inner = ("gate_up_proj",) if hasattr(ffn, "gate_up_proj") else ("gate_proj", "up_proj")
         values = None if heads == ("qkv_proj",) else "attention/v_proj"
-        # silu(gate) * up and relu(up) are proportional to up; gelu(up) is not.
-        proportional = inner != ("gate_up_proj",) and self.config.ffn in ("swiglu", "relu")
+        # function(gate) * up and relu(up) are proportional to up; gelu(up) and what a norm makes of them are not.
+        proportional = inner != ("gate_up_proj",) and self.config.ffn in (*GATED_FFNS, "relu")
+        if self.config.sub_norms:
+            values, proportional = None, False
+        o_norm, down_norm = ("attention_post_norm", "ffn_post_norm") if self.config.post_norms else (None, None)
         return (
             Sites(tuple(f"attention/{name}" for name in heads), to_stream=False, norm="attention_norm"),
-            Sites(("attention/o_proj",), to_stream=True, proportional_to=values),
+            Sites(("attention/o_proj",), to_stream=True, proportional_to=values, output_norm=o_norm),
             Sites(tuple(f"ffn/{name}" for name in inner if hasattr(ffn, name)), to_stream=False, norm="ffn_norm"),
-            Sites(("ffn/down_proj",), to_stream=True, proportional_to="ffn/up_proj" if proportional else None),
+            Sites(
+                ("ffn/down_proj",),
+                to_stream=True,
+                proportional_to="ffn/up_proj" if proportional else None,
+                output_norm=down_norm,
+            ),
         )
 
     @property
@@ -178,21 +195,27 @@ class CompressibleBlocks(CountedModule):
         return self.block_carry(*self.enter_prompts(ids), cache_bits)
 
     def block_carry(
-        self, hidden: Float[Array, "batch length hidden"], tables: Tables | None, cache_bits: int | None = None
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        tables: Tables | TablesByKind[Tables] | None,
+        cache_bits: int | None = None,
     ) -> BlockCarry:
         """The same from what `enter_prompts` gives."""
         check_cache_bits(cache_bits, self.config.head_dim)
         bias = prompts_alibi(self.queries(hidden)) if self.config.positions == "alibi" else None
         tables = None if tables is None else prompt_tables(self.config, tables)
-        return BlockCarry(hidden, Positions(tables, bias, cache_bits, self.config.key_rotation(cache_bits)))
+        scoring = Scoring.of(self.config)
+        positions = Positions(tables, bias, cache_bits, self.config.key_rotation(cache_bits), scoring)
+        return BlockCarry(hidden, positions, None if scoring.windowed is None else jnp.int32(0))
 
     def run_block(self, block: nnx.Module, carry: BlockCarry) -> BlockCarry:
         """The carry of the next layer."""
 
         def attend(projections):
-            return attend_to_text(projections, self.config.num_kv_heads, carry.positions)[0]
+            return attend_to_text(projections, self.config.num_kv_heads, carry.positions, layer=carry.layer)[0]
 
-        return carry._replace(hidden=block(carry.hidden, attend))
+        after = None if carry.layer is None else carry.layer + 1
+        return carry._replace(hidden=block(carry.hidden, attend), layer=after)
 
     def stream(self, carry: BlockCarry) -> Float[Array, "batch length hidden"]:
         """The hidden states before the next norm."""
@@ -206,14 +229,16 @@ class CompressibleBlocks(CountedModule):
         return StreamEnds(tables, not self.config.embed_norm, "final_norm", output)
 
     @property
-    def value_heads(self) -> ValueHeads:
-        """The value heads of a layer."""
-        return ValueHeads("attention/v_proj", "attention/o_proj", self.config.head_dim)
+    def value_heads(self) -> ValueHeads | None:
+        """The value heads of a layer; None where a norm of all heads follows them."""
+        return (
+            None if self.config.sub_norms else ValueHeads("attention/v_proj", "attention/o_proj", self.config.head_dim)
+        )
 
     @property
-    def inner(self) -> str:
-        """The layer whose input R4 rotates."""
-        return "ffn/down_proj"
+    def inner(self) -> str | None:
+        """The layer whose input R4 rotates; None where a norm precedes it."""
+        return None if self.config.sub_norms else "ffn/down_proj"
 
     @property
     def rotation(self) -> Rotation | None:

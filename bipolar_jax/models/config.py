@@ -1,4 +1,4 @@
-"""The configuration of a decoder-only Transformer: Llama, Mistral, Qwen2, OPT, BLOOM."""
+"""The configuration of a decoder-only Transformer: the Llama, Qwen, Gemma and Phi families, BitNet, OPT, BLOOM."""
 
 from __future__ import annotations
 
@@ -24,10 +24,25 @@ _SIZES = (
     "ffn_size",
     "context_length",
 )
+_OPTIONAL_NUMBERS = ("attention_scale", "attention_softcap", "logit_softcap")
+# Fields that `to_dict` leaves out where they have their defaults.
+_NEWER = {
+    "rotation",
+    "qk_norm",
+    "post_norms",
+    "sub_norms",
+    "embed_scale",
+    *_OPTIONAL_NUMBERS,
+    "window",
+    "window_layers",
+    "window_rope_theta",
+    "rotary_dim",
+}
 # Allowed values of `norm`, `positions` and `ffn`; the first is Llama's.
 NORMS = ("rms", "layer")
 POSITIONS = ("rope", "learned", "alibi")
-FFNS = ("swiglu", "relu", "gelu")
+FFNS = ("swiglu", "relu", "gelu", "geglu", "relu2glu")
+GATED_FFNS = ("swiglu", "geglu", "relu2glu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +51,16 @@ class RopeScaling:
 
     Attributes:
       kind: "linear" (Chen et al. 2023, arXiv 2306.15595), "llama3" (Llama 3.1's
-        interpolation by bands), "yarn" (Peng et al. 2023, arXiv 2309.00071) or
-        "factors" (one divisor per frequency, as in GGUF's `rope_freqs`).
+        interpolation by bands), "yarn" (Peng et al. 2023, arXiv 2309.00071),
+        "factors" (one divisor per frequency, as in GGUF's `rope_freqs`) or "longrope" (Ding et al. 2024, arXiv
+        2402.13753: `short_factors` where cache or text have at most original_context_length positions, else `factors`).
       factor: ratio of the new to the trained context length, at least 1; unused by "factors".
-      original_context_length: trained context length (llama3, yarn).
+      original_context_length: trained context length (llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: band limits of llama3.
       beta_fast, beta_slow: band limits of yarn, in rotations.
-      attention_factor: factor on cos and sin (yarn); None is 0.1 ln(factor) + 1.
-      factors: divisors of the head_dim // 2 frequencies (kind "factors").
+      attention_factor: factor on cos and sin (yarn, longrope); None is 0.1 ln(factor) + 1, and of longrope
+        sqrt(1 + ln(factor) / ln(original_context_length)).
+      factors, short_factors: divisors of the rotary frequencies (factors, longrope).
     """
 
     kind: str
@@ -55,15 +72,18 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
 
-    KINDS = ("linear", "llama3", "yarn", "factors")
+    KINDS = ("linear", "llama3", "yarn", "factors", "longrope")
 
     def __post_init__(self):
-        object.__setattr__(self, "factors", _floats(self.factors))
+        for name in ("factors", "short_factors"):
+            object.__setattr__(self, name, _floats(getattr(self, name)))
         if self.kind not in self.KINDS:
             raise ValueError(f"RoPE scaling kind {self.kind!r} is unknown: use one of {', '.join(self.KINDS)}, or None")
-        if self.kind == "factors" and not all(1 / _MOST_FACTOR <= factor <= _MOST_FACTOR for factor in self.factors):
-            raise ValueError(f"RoPE factors must be positive, finite and at most {_MOST_FACTOR:g}, got {self.factors}")
+        for factors in (self.factors, self.short_factors):
+            if not all(1 / _MOST_FACTOR <= factor <= _MOST_FACTOR for factor in factors):
+                raise ValueError(f"RoPE factors must be positive, finite and at most {_MOST_FACTOR:g}, got {factors}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor <= _MOST_FACTOR:
             raise ValueError(
                 f"llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor} "
@@ -82,12 +102,14 @@ class RopeScaling:
                 f"RoPE attention_factor must be above 0 and at most {_MOST_ATTENTION_FACTOR:g}, got "
                 f"{self.attention_factor}"
             )
-        if self.kind in ("llama3", "yarn"):
+        if self.kind in ("llama3", "yarn", "longrope"):
             if not self.original_context_length:
                 raise ValueError(
                     f"RoPE scaling {self.kind!r} needs original_context_length, the trained context length"
                 )
             _check_size("original_context_length", self.original_context_length, MOST_SIZE)
+        if self.kind == "longrope" and self.original_context_length == 1:
+            raise ValueError("longrope RoPE scaling needs an original_context_length above 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +132,25 @@ class TransformerConfig:
       norm: "rms", or "layer" with biases (OPT, BLOOM).
       positions: "rope", "learned" (a table of context_length rows added to the embeddings;
         OPT) or "alibi" (a bias on the attention scores; BLOOM).
-      ffn: "swiglu", or two projections around "relu" (OPT) or tanh-approximated "gelu" (BLOOM).
+      ffn: "swiglu", "geglu" (its gate is the tanh-approximated gelu; Gemma) or "relu2glu" (relu squared; BitNet); or
+        two projections around "relu" (OPT) or tanh-approximated "gelu" (BLOOM).
       linear_bias: whether all other projections of a layer have biases (OPT, BLOOM).
       embed_norm: whether a norm follows the embedding (BLOOM).
       rotation: the bases that weights are in, and rotations at run time, see `bipolar_jax.compress.rotate`; or None.
+      qk_norm: whether an RMSNorm over head_dim, one for all heads, follows the projections of queries and keys, before
+        they are rotated (Qwen3, Gemma 3).
+      post_norms: whether norms follow attention and feed-forward block, before the sum with the residual stream (Gemma
+        2 and 3).
+      sub_norms: whether norms precede the last projection of attention and of the feed-forward block (BitNet).
+      embed_scale: factor on the embeddings, rounded to their dtype (Gemma).
+      attention_scale: factor on the scores of attention; None is head_dim^-0.5.
+      attention_softcap: cap c of scores, c tanh(score / c), before softmax (Gemma 2); or None.
+      logit_softcap: the same of logits; or None.
+      window: positions that a layer with a window attends to, its own included; None has no windows.
+      window_layers: layers with a window, in order; None is all of them.
+      window_rope_theta: rope_theta of layers with a window, whose frequencies are then not rescaled (Gemma 3); None is
+        that of all other layers, and their scaling.
+      rotary_dim: first numbers of each head that are rotated; None is all of head_dim.
       bos_id: id of the token that starts a text, or None.
       eos_ids: ids of the tokens that end a text.
     """
@@ -139,15 +176,27 @@ class TransformerConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     rotation: Rotation | None = None
+    qk_norm: bool = False
+    post_norms: bool = False
+    sub_norms: bool = False
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    window_rope_theta: float | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(_token_id(token) for token in self.eos_ids))
         for name in _SIZES:
             _check_size(name, getattr(self, name))
-        for name in ("tie_embeddings", "qkv_bias", "linear_bias", "embed_norm"):
+        for name in ("tie_embeddings", "qkv_bias", "linear_bias", "embed_norm", "qk_norm", "post_norms", "sub_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
-        for name in ("rope_theta", "norm_eps"):
+        optional = [name for name in _OPTIONAL_NUMBERS if getattr(self, name) is not None]
+        for name in ("rope_theta", "norm_eps", "embed_scale", *optional):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.bos_id is not None:
@@ -162,10 +211,20 @@ class TransformerConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
         if self.rope_scaling is not None and self.positions != "rope":
             raise ValueError(f"rope_scaling has no meaning for positions {self.positions!r}: leave it None")
+        self._check_attention()
         if self.positions == "rope":
             self._check_rope()
         if self.rotation is not None:
             self._check_rotation(self.rotation)
+
+    @property
+    def num_rotary(self) -> int:
+        """Numbers of each head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a layer attends to its last `window` positions alone."""
+        return self.window is not None and (self.window_layers is None or layer in self.window_layers)
 
     @property
     def block_norm(self) -> str:
@@ -182,33 +241,75 @@ class TransformerConfig:
             part = getattr(rotation, name)
             if part is not None and part.size != size:
                 raise ValueError(f"rotation.{name} is of {part.size} numbers, the model has {size}")
+        if self.sub_norms and rotation.ffn is not None:
+            raise ValueError("rotation.ffn has no place where a norm precedes the last layer: sub_norms")
+        if self.post_norms and rotation.stream is not None:
+            raise ValueError("rotation.stream has no place where norms follow the blocks: post_norms")
         if rotation.stream is not None:
             if not rotation.enters and (self.tie_embeddings or self.embed_norm):
                 raise ValueError("a tied embedding, or one before a norm, is rotated at run time: rotation.enters")
             if not rotation.leaves and (self.tie_embeddings or self.norm == "layer"):
                 raise ValueError("a tied output layer, or a last LayerNorm, needs rotation.leaves")
 
+    def _check_attention(self) -> None:
+        """Raises ValueError for windows and norms that contradict other fields."""
+        if self.sub_norms and self.ffn not in GATED_FFNS:
+            raise ValueError(f"sub_norms belong to a feed-forward block with gates, not to {self.ffn!r}")
+        if self.window is not None:
+            _check_size("window", self.window, MOST_SIZE)
+        if self.window_layers is not None:
+            layers = tuple(_layer(layer) for layer in self.window_layers)
+            object.__setattr__(self, "window_layers", layers)
+            if (
+                self.window is None
+                or sorted({*layers}) != [*layers]
+                or not all(0 <= i < self.num_layers for i in layers)
+            ):
+                raise ValueError(
+                    f"window_layers must be ascending indices of the {self.num_layers} layers, beside a window, got "
+                    f"{layers!s:.60} and window={self.window}"
+                )
+        for name in ("rotary_dim", "window_rope_theta"):
+            if getattr(self, name) is not None and self.positions != "rope":
+                raise ValueError(f"{name} has no meaning for positions {self.positions!r}: leave it None")
+        if self.window_rope_theta is not None and self.window is None:
+            raise ValueError("window_rope_theta has no meaning without a window: leave it None")
+        scores = ("attention_scale", "attention_softcap", "window")
+        changed = [name for name in scores if getattr(self, name) is not None]
+        if changed and self.positions == "alibi":
+            raise ValueError(f"{', '.join(changed)} is not computed beside ALiBi: leave it None")
+
     def _check_rope(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if not 1 <= self.rope_theta <= _MOST_THETA:
-            raise ValueError(f"rope_theta must be from 1 to {_MOST_THETA:g}, got {self.rope_theta}")
+        if self.rotary_dim is not None:
+            _check_size("rotary_dim", self.rotary_dim, self.head_dim)
+        if self.num_rotary % 2:
+            name = "head_dim" if self.rotary_dim is None else "rotary_dim"
+            raise ValueError(f"{name} must be even for rotary embeddings, got {self.num_rotary}")
+        for name in ("rope_theta", "window_rope_theta"):
+            theta = getattr(self, name)
+            if theta is not None and not 1 <= theta <= _MOST_THETA:
+                raise ValueError(f"{name} must be from 1 to {_MOST_THETA:g}, got {theta}")
         scaling = self.rope_scaling
         if scaling is None:
             return
         if scaling.kind == "yarn" and self.rope_theta == 1:
             raise ValueError("yarn RoPE scaling needs a rope_theta above 1, got 1")
-        if scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
-            raise ValueError(
-                f"RoPE has {len(scaling.factors)} explicit factors; head_dim={self.head_dim} needs {self.head_dim // 2}"
-            )
+        counts = {"factors": (scaling.factors,), "longrope": (scaling.factors, scaling.short_factors)}
+        for factors in counts.get(scaling.kind, ()):
+            if len(factors) != self.num_rotary // 2:
+                raise ValueError(
+                    f"RoPE has {len(factors)} explicit factors; {self.num_rotary} rotated numbers of a head need "
+                    f"{self.num_rotary // 2}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values, which `from_dict` reads."""
         fields = dataclasses.asdict(self)
-        if self.rotation is None:  # as files of older versions, which do not know the field
-            del fields["rotation"]
-        return fields
+        # As files of older versions, which do not know these fields.
+        newer = {f.name: f.default for f in dataclasses.fields(self) if f.name in _NEWER}
+        if self.rope_scaling is not None and not self.rope_scaling.short_factors:
+            del fields["rope_scaling"]["short_factors"]
+        return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TransformerConfig:
@@ -250,6 +351,13 @@ def _token_id(value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise ValueError(f"BOS and EOS ids must be integers, got {value!r:.40}") from error
+
+
+def _layer(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"window_layers must be integers, got {value!r:.40}") from error
 
 
 def _floats(values: Any) -> tuple[float, ...]:

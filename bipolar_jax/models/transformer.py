@@ -1,4 +1,4 @@
-"""A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, an OPT or a BLOOM.
+"""A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, a Gemma or an OPT.
 
 Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Layers that are packed
 differently are several stacks, see `nn.compressible.Layered`. Each layer is given the function that attends: training
@@ -19,13 +19,14 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, attend_to_cache
 from bipolar_jax.models.blocks.compiled_method import compiled_method
-from bipolar_jax.models.blocks.feed_forward import MLP, SwiGLU
+from bipolar_jax.models.blocks.feed_forward import MLP, GatedMLP
 from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES, fused_layers
-from bipolar_jax.models.blocks.norm import Norm, make_norm, normalize, project_onto
+from bipolar_jax.models.blocks.norm import Norm, as_prologue, make_norm, normalize, project_onto
 from bipolar_jax.models.blocks.prompt_heads import Projections
-from bipolar_jax.models.blocks.rope import Tables, rope_tables
+from bipolar_jax.models.blocks.rope import Tables, TablesByKind, rope_tables, tables_of_layer
+from bipolar_jax.models.blocks.scoring import Scoring, cap
 from bipolar_jax.models.compressible_blocks import BlockCarry, CompressibleBlocks, attend_to_text, rotate_stream
-from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.config import GATED_FFNS, TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn.layers.packed import CountedModule
 
@@ -46,7 +47,10 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Attention(CountedModule):
-    """x + grouped-query self-attention of norm(x); positions enter by `x` or by `attend`."""
+    """x + grouped-query self-attention of norm(x); positions enter by `x` or by `attend`.
+
+    Where the config says so, each head of queries and keys is normalized, and so is what enters the output projection.
+    """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
@@ -58,32 +62,48 @@ class Attention(CountedModule):
         self.k_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_size, use_bias=config.qkv_bias)
         self.o_proj = linear(query_size, config.hidden_size, use_bias=config.linear_bias)
+        rms = functools.partial(make_norm, "rms", config, param_dtype=param_dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = rms(config.head_dim), rms(config.head_dim)
+        if config.sub_norms:
+            self.sub_norm = rms(query_size)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend
+        self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend, post_norm: Norm | None = None
     ) -> Float[Array, "batch length hidden"]:
         context = attend(self.projections(x, norm))
-        return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1))
+        prologue = as_prologue(self.sub_norm) if hasattr(self, "sub_norm") else None
+        return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1), prologue, post_norm)
 
     def projections(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Projections:
         """Queries, keys and values of norm(x), for `attend` to compute."""
         joined = hasattr(self, "qkv_proj")  # see `join_projections`
         layers = [self.qkv_proj] if joined else [self.q_proj, self.k_proj, self.v_proj]
-        return Projections(layers, norm, x, self.head_dim)
+        head_norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None
+        return Projections(layers, norm, x, self.head_dim, head_norms, self.num_kv_heads)
 
 
 class DecoderLayer(CountedModule):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward; in some models a norm follows either, too."""
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        feed_forward = SwiGLU if config.ffn == "swiglu" else MLP
-        self.attention_norm = make_norm(config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
+        feed_forward = GatedMLP if config.ffn in GATED_FFNS else MLP
+        make = functools.partial(make_norm, config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
+        self.attention_norm = make()
         self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
-        self.ffn_norm = make_norm(config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
+        self.ffn_norm = make()
         self.ffn = feed_forward(config, param_dtype=param_dtype, rngs=rngs)
+        if config.post_norms:
+            self.attention_post_norm, self.ffn_post_norm = make(), make()
 
     def __call__(self, x: Float[Array, "batch length hidden"], attend: Attend) -> Float[Array, "batch length hidden"]:
-        return self.ffn(self.attention(x, self.attention_norm, attend), self.ffn_norm)
+        after_attention, after_ffn = self.post_norms
+        return self.ffn(self.attention(x, self.attention_norm, attend, after_attention), self.ffn_norm, after_ffn)
+
+    @property
+    def post_norms(self) -> tuple[Norm | None, Norm | None]:
+        """The norms of the outputs of attention and feed-forward block; None where the model has none."""
+        return getattr(self, "attention_post_norm", None), getattr(self, "ffn_post_norm", None)
 
 
 class Transformer(CompressibleBlocks):
@@ -147,7 +167,7 @@ class Transformer(CompressibleBlocks):
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """The output layer, for hidden states after the final norm; float32."""
         project = self.embed.attend if self.config.tie_embeddings else self.lm_head
-        return project(hidden).astype(jnp.float32)
+        return cap(project(hidden).astype(jnp.float32), self.config.logit_softcap)
 
     def predict(self, carry: BlockCarry) -> Float[Array, "batch length vocab"]:
         """Logits of every position, from what the last block leaves; see `nn.compressible`."""
@@ -184,7 +204,7 @@ class Transformer(CompressibleBlocks):
           ValueError: other cache_bits, or prompts longer than `capacity`.
         """
         config, lengths = self.config, lengths.astype(jnp.int32)
-        hidden, tables = self.enter_prompts(ids)
+        hidden, tables = self.enter_prompts(ids, capacity)
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
         cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
         hidden, cache = self._causal_layers(hidden, tables, cache)
@@ -206,22 +226,24 @@ class Transformer(CompressibleBlocks):
     def _decode_layers(
         self,
         hidden: Float[Array, "batch 1 hidden"],
-        tables: Tables | None,
+        tables: Tables | TablesByKind[Tables] | None,
         cache: KVCache,
         stacks: Sequence[tuple[range, nnx.Module]],
     ) -> tuple[Float[Array, "batch 1 hidden"], KVCache]:
         """Layer by layer: hidden states after these stacks; and the cache with the tokens, not yet counted."""
-        alibi = self.config.positions == "alibi"
+        alibi, scoring = self.config.positions == "alibi", Scoring.of(self.config)
 
         def attend(projections, cache, index):
-            return attend_to_cache(projections.heads(), cache, index, tables, alibi=alibi)
+            here = scoring.at(index)
+            own_tables = tables_of_layer(tables, here.windowed)
+            return attend_to_cache(projections.heads(), cache, index, own_tables, alibi=alibi, scoring=here)
 
         return self._through_layers(hidden, cache, attend, stacks)
 
     def _causal_layers(
         self,
         hidden: Float[Array, "batch length hidden"],
-        tables: Tables | None,
+        tables: Tables | TablesByKind[Tables] | None,
         cache: KVCache | None = None,
         cache_bits: int | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
@@ -260,16 +282,20 @@ class Transformer(CompressibleBlocks):
         return hidden, cache
 
     def enter_prompts(
-        self, ids: Int[Array, "batch length"]
-    ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
-        """The input of the first layer, and the rotary tables where positions are rotary, of whole texts."""
-        return self._enter(ids, jnp.arange(ids.shape[1])[None])
+        self, ids: Int[Array, "batch length"], capacity: int | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], Tables | TablesByKind[Tables] | None]:
+        """The input of the first layer, and the rotary tables where positions are rotary, of whole texts.
+
+        Frequencies of "longrope" depend on the positions of the cache that follows, the `capacity`; None has no cache.
+        """
+        room = ids.shape[1] if capacity is None else capacity
+        return self._enter(ids, jnp.arange(ids.shape[1])[None], room)
 
     def enter_tokens(
         self, ids: Int[Array, " batch"], cache: KVCache
-    ) -> tuple[Float[Array, "batch 1 hidden"], Tables | None]:
+    ) -> tuple[Float[Array, "batch 1 hidden"], Tables | TablesByKind[Tables] | None]:
         """Likewise of one new token of each sequence, at the next position of the cache."""
-        return self._enter(ids[:, None], cache.lengths[:, None])
+        return self._enter(ids[:, None], cache.lengths[:, None], cache.capacity)
 
     def leave_blocks(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """Hidden states after the final norm, of those that the last layer leaves."""
@@ -279,18 +305,20 @@ class Transformer(CompressibleBlocks):
         return normalize(self.final_norm, hidden)
 
     def _enter(
-        self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
-    ) -> tuple[Float[Array, "batch length hidden"], Tables | None]:
+        self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"], room: int
+    ) -> tuple[Float[Array, "batch length hidden"], Tables | TablesByKind[Tables] | None]:
         config = self.config
         if config.positions == "learned" and ids.shape[1] > config.context_length:
             raise ValueError(
                 f"{ids.shape[1]} tokens exceed the {config.context_length} learned positions: shorten the text"
             )
         hidden = self.embed(ids)
+        if config.embed_scale != 1:
+            hidden = hidden * jnp.asarray(config.embed_scale, hidden.dtype)
         if config.positions == "learned":
             hidden = hidden + self.positions(positions)
         if config.embed_norm:
             hidden = normalize(self.embed_norm, hidden)
         if config.rotation is not None and config.rotation.enters:
             hidden = rotate_stream(config, hidden)
-        return hidden, rope_tables(config, positions) if config.positions == "rope" else None
+        return hidden, rope_tables(config, positions, room) if config.positions == "rope" else None

@@ -41,6 +41,11 @@ class Sites:
     output_norm: str | None = None
     proportional_to: str | None = None
 
+    @property
+    def adds_to_stream(self) -> bool:
+        """Whether the output is added to the residual stream as it is, whose size then says how much errors matter."""
+        return self.to_stream and self.output_norm is None
+
 
 @dataclasses.dataclass(frozen=True)
 class ValueHeads:

@@ -30,7 +30,7 @@ from rich.table import Table
 
 import bipolar_jax as bj
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
-from bipolar_jax.models.blocks.feed_forward import SwiGLU
+from bipolar_jax.models.blocks.feed_forward import GatedMLP
 from bipolar_jax.models.blocks.norm import make_norm, normalize
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.ops.dispatch import BACKENDS, check_implementation
@@ -57,7 +57,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.norm = make_norm(config.norm, config, param_dtype=jnp.bfloat16, rngs=rngs)
-        self.ffn = SwiGLU(config, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.ffn = GatedMLP(config, param_dtype=jnp.bfloat16, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
         return x + self.ffn(x, self.norm)

@@ -106,8 +106,8 @@ def test_special_ids_must_be_in_the_vocabulary(fields):
 
 
 def test_unknown_fields_are_named():
-    fields = CONFIG.to_dict() | {"window": 3, "bias": True}
-    with pytest.raises(ValueError, match=r"unknown fields \['bias', 'window'\]"):
+    fields = CONFIG.to_dict() | {"windows": 3, "bias": True}
+    with pytest.raises(ValueError, match=r"unknown fields \['bias', 'windows'\]"):
         TransformerConfig.from_dict(fields)
 
 
@@ -139,7 +139,9 @@ def test_a_damaged_rope_scaling_is_a_value_error(scaling):
 
 
 def test_unknown_rope_scaling_lists_the_known():
-    with pytest.raises(ValueError, match="'ntk' is unknown: use one of linear, llama3, yarn, factors, or None"):
+    with pytest.raises(
+        ValueError, match="'ntk' is unknown: use one of linear, llama3, yarn, factors, longrope, or None"
+    ):
         RopeScaling("ntk")
 
 

@@ -146,7 +146,7 @@ def test_models_do_not_hide_an_error_inside_a_backend(monkeypatch):
     gate_up, down = bj.nn.Linear(64, 192, **layers), bj.nn.Linear(96, 64, **layers)
     norm = nnx.RMSNorm(64, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="Mosaic"):
-        feed_forward._one_bit_down(jnp.ones((1, 70, 64)), norm, gate_up, down)
+        feed_forward._one_bit_down(jnp.ones((1, 70, 64)), norm, gate_up, down, feed_forward.gate_activation("swiglu"))
     projections = prompt_heads.Projections([bj.nn.Linear(64, 128, **layers)], norm, jnp.ones((1, 70, 64)), 32)
     with pytest.raises(NotImplementedError, match="Mosaic"):
         prompt_heads.prompt_heads(projections, 1, None, cache, jnp.int32(0))

@@ -69,14 +69,15 @@ def smooth[Model: Rotatable](
         _enter(model, jnp.asarray(tokens[start : start + windows_per_step]))
         for start in range(0, shape[0], windows_per_step)
     ]
-    sites = smoothed_sites(model)
+    sites, heads = smoothed_sites(model), model.value_heads
+    head_size = 0 if heads is None else heads.size
     blocks = []
     for index in range(model.num_blocks):
         block = model.block(index)
         statistics = tuple(None for _ in sites)
         for carry in carries:
             statistics = _add_statistics(model, block, carry, statistics, sites)
-        blocks.append(_smoothed(block, statistics, sites, model.value_heads.size, precision, method))
+        blocks.append(_smoothed(block, statistics, sites, head_size, precision, method))
         if index + 1 < model.num_blocks:
             carries = [_run(model, block, carry) for carry in carries]
         if on_block is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_bias, alibi_slopes
 from bipolar_jax.models.blocks.rope import Tables, rotate
+from bipolar_jax.models.blocks.scoring import PLAIN, Scoring, capped_attention
 from bipolar_jax.models.blocks.step import Step, by_xla
 from bipolar_jax.models.kv_cache.cache import Kept, KVCache, row_major
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
@@ -34,6 +36,7 @@ def causal_attention(
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
     bias: Float[Array, "#batch #heads #length length"] | None = None,
+    scoring: Scoring = PLAIN,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Every position attends to itself and to all before it, by cuDNN's flash attention where it serves the operands.
 
@@ -42,10 +45,14 @@ def causal_attention(
       k: keys.
       v: values.
       bias: added to the scaled scores, such as ALiBi's; axes of size 1 are broadcast.
+      scoring: of the layer: scale, cap and window; a cap and a bias exclude each other.
 
     Returns:
       The context of each query, in q's dtype.
     """
+    scoring = scoring.within(q.shape[1])
+    if scoring.softcap is not None:
+        return capped_attention(q, k, v, scoring)
     dtype = q.dtype
     implementation = causal_implementation(default_device(), q, bias)
     if bias is not None and implementation == "cudnn":
@@ -54,10 +61,18 @@ def causal_attention(
         # Of 16-bit operands JAX asks for dots that CPUs do not have in float16, and whose gradients its own strict
         # promotion of dtypes refuses when they are compiled (jax 0.11.2).
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    options = dict(bias=bias, is_causal=True, implementation=implementation, scale=scoring.scale)
+
+    def attend(q, k, v, window: int | None):
+        near = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(q, k, v, **options, local_window_size=near)
+
     # cuDNN's has operands promoted to float32 within, which the strict setting refuses too.
     with jax.numpy_dtype_promotion("standard"):
-        context = jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation=implementation)
-    return context.astype(dtype)
+        if scoring.window is None or scoring.windowed is None:
+            return attend(q, k, v, scoring.window).astype(dtype)
+        near, far = (functools.partial(attend, window=window) for window in (scoring.window, None))
+        return jax.lax.cond(scoring.windowed, near, far, q, k, v).astype(dtype)
 
 
 def prompts_alibi(q: Any) -> Float[Array, "1 heads #length length"]:
@@ -114,14 +129,18 @@ def whole_bias(bias: Float[Array, "batch heads #length length"]) -> Float[Array,
     return bias if bias.shape[2] == bias.shape[3] else bias - jnp.swapaxes(bias, 2, 3)
 
 
+def separate_heads(projected: Projected, kv_heads: int) -> tuple[Heads, Heads, Heads]:
+    """Queries, keys and values as three arrays."""
+    if len(projected) == 3:
+        return projected
+    (whole,) = projected
+    heads = whole.shape[2] - 2 * kv_heads
+    return tuple(jnp.split(whole, (heads, heads + kv_heads), axis=2))
+
+
 def rotated_heads(projected: Projected, kv_heads: int, tables: Tables | None) -> tuple[Heads, Heads, Heads]:
     """Queries, keys and values as three arrays; q and k rotated if there are tables."""
-    if len(projected) == 3:
-        q, k, v = projected
-    else:
-        (whole,) = projected
-        heads = whole.shape[2] - 2 * kv_heads
-        q, k, v = jnp.split(whole, (heads, heads + kv_heads), axis=2)
+    q, k, v = separate_heads(projected, kv_heads)
     return (q, k, v) if tables is None else (rotate(q, tables), rotate(k, tables), v)
 
 
@@ -132,6 +151,7 @@ def attend_to_cache(
     tables: Tables | None = None,
     *,
     alibi: bool = False,
+    scoring: Scoring = PLAIN,
 ) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
     """One token of each sequence enters the cache and attends to it: by one kernel where a backend has it, else by XLA.
 
@@ -143,42 +163,65 @@ def attend_to_cache(
       layer: index of the cache's layer to write and to read.
       tables: cosines and sines that q and k are rotated by first, see `rope.rope_tables`.
       alibi: whether to add ALiBi's biases to the scores.
+      scoring: of the layer: scale, cap and window.
 
     Returns:
       The context of the queries; and the cache with the token written and not yet counted.
     """
     try:
-        return attend_in_one_kernel(projected, cache, layer, tables, alibi)
+        return attend_in_one_kernel(projected, cache, layer, tables, alibi, scoring)
     except Unsupported:
-        return _attend_on_xla(projected, cache, layer, tables, alibi)
+        return _attend_on_xla(projected, cache, layer, tables, alibi, scoring)
 
 
 def attend_in_one_kernel(
-    projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None, alibi: bool
+    projected: Projected,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    tables: Tables | None,
+    alibi: bool,
+    scoring: Scoring = PLAIN,
 ) -> tuple[Float[Array, "batch 1 heads head_dim"], KVCache]:
-    """`attend_to_cache` by `ops.decode_attention`. Raises Unsupported as that does."""
-    operands, options = _fused_operands(projected, cache, layer, tables, alibi)
+    """`attend_to_cache` by `ops.decode_attention`. Raises Unsupported as that does, and for another scoring."""
+    operands, options = _fused_operands(projected, cache, layer, tables, alibi, scoring)
     context, *leaves = ops.decode_attention(*operands, **options)
     keys, values = map(jax.tree.unflatten, map(jax.tree.structure, (cache.keys, cache.values)), leaves)
     return context[:, None], dataclasses.replace(cache, keys=keys, values=values)
 
 
 def explain_attention_to_cache(
-    projected: Projected, cache: KVCache, layer: Int[Array, ""], tables: Tables | None = None, *, alibi: bool = False
+    projected: Projected,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    tables: Tables | None = None,
+    *,
+    alibi: bool = False,
+    scoring: Scoring = PLAIN,
 ) -> Step:
     """What `attend_to_cache` runs for these operands."""
     name = "attention" if tables is None else "rotation, attention"
     try:
-        operands, options = _fused_operands(projected, cache, layer, tables, alibi)
+        operands, options = _fused_operands(projected, cache, layer, tables, alibi, scoring)
         return Step(f"{name}, cache write", ops.explain(ops.decode_attention, *operands, **options))
     except Unsupported as reason:
         runs = by_xla("cache write, then multiplications and sums in float32", "serves every cache")
         return Step(f"{name}, cache write", runs, str(reason))
 
 
-def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: bool) -> tuple[tuple, dict[str, Any]]:
-    """Operands and options of `ops.decode_attention`; in another basis than the model's, XLA rotates q and k before."""
-    if cache.key_rotation is not None:
+def _fused_operands(
+    projected: Projected, cache: KVCache, layer, tables, alibi: bool, scoring: Scoring
+) -> tuple[tuple, dict[str, Any]]:
+    """Operands and options of `ops.decode_attention`.
+
+    XLA rotates q and k before where a part of each head is rotated, or keys are kept in another basis.
+
+    Raises:
+      Unsupported: another scoring than the kernel's.
+    """
+    head_dim = projected[0].shape[-1]
+    if (differs := scoring.differs(cache.capacity, head_dim)) is not None:
+        raise Unsupported(differs)
+    if cache.key_rotation is not None or (tables is not None and 2 * tables[0].shape[-1] != head_dim):
         q, k, v = rotated_heads(projected, cache.kv_heads, tables)
         projected, tables = (cache.rotate(q), cache.rotate(k), v), None
     keys, values = (tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values))
@@ -192,18 +235,20 @@ def _fused_operands(projected: Projected, cache: KVCache, layer, tables, alibi: 
     return operands, options
 
 
-def explain_causal(q: Any, bias: Any | None) -> Step:
+def explain_causal(q: Any, bias: Any | None, scoring: Scoring = PLAIN) -> Step:
     """What `causal_attention` runs for queries and a bias, or their shapes and dtypes."""
+    if scoring.softcap is not None:
+        return Step("attention", by_xla("dot products and softmax", "scores are capped, which cuDNN does not compute"))
     if causal_implementation(default_device(), q, bias) == "cudnn":
         return Step("attention", Explanation("cudnn", "flash attention", None, "fused on NVIDIA GPUs", {}))
     return Step("attention", by_xla("dot products and softmax", "cuDNN does not serve these heads or this device"))
 
 
-def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool):
+def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool, scoring: Scoring):
     q, k, v = rotated_heads(projected, cache.kv_heads, tables)
     cache = cache.write(layer, k, v)
     bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
-    return decode_attention(cache.rotate(q), *cache.read(layer), cache.lengths, bias=bias), cache
+    return decode_attention(cache.rotate(q), *cache.read(layer), cache.lengths, bias=bias, scoring=scoring), cache
 
 
 def decode_attention(
@@ -212,6 +257,7 @@ def decode_attention(
     values: Kept,
     lengths: Int[Array, " batch"],
     bias: Float[Array, "#batch #heads 1 capacity"] | None = None,
+    scoring: Scoring = PLAIN,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """One token of each sequence attends to the positions 0 ... lengths of a cache that already holds it.
 
@@ -226,6 +272,7 @@ def decode_attention(
       values: likewise.
       lengths: position of the token in each sequence.
       bias: added to the scaled scores, such as ALiBi's; axes of size 1 are broadcast.
+      scoring: of the layer: scale, cap and window.
 
     Returns:
       The context of the queries, in their dtype.
@@ -233,12 +280,13 @@ def decode_attention(
     keys, values = _numbers(keys), _numbers(values)
     batch, _, heads, head_dim = q.shape
     kv_heads, capacity = keys.shape[1:3]
-    queries = q.astype(jnp.float32).reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+    queries = q.astype(jnp.float32).reshape(batch, kv_heads, -1, head_dim) * scoring.factor(head_dim)
     scores = jnp.sum(row_major(queries[..., None, :] * keys[:, :, None]), axis=-1)
     if bias is not None:
         groups = (1, 1) if bias.shape[1] == 1 else scores.shape[1:3]
         scores += bias.reshape(bias.shape[0], *groups, capacity)
-    visible = jnp.arange(capacity, dtype=jnp.int32)[None] <= lengths[:, None]
+    visible = scoring.within(capacity).visible(lengths[:, None], jnp.arange(capacity, dtype=jnp.int32)[None])
+    scores = scoring.capped(scores)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     products = row_major(weights[..., None] * values[:, :, None])
     run = _POSITIONS_PER_SUM if capacity % _POSITIONS_PER_SUM == 0 else capacity

@@ -15,15 +15,17 @@ from bipolar_jax import ops
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Layer
 from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.models.blocks.norm import Norm, as_prologue, project, project_onto
-from bipolar_jax.models.blocks.step import Step, by_xla, product_step, shared_implementation
+from bipolar_jax.models.blocks.norm import Norm, as_prologue, make_norm, project, project_onto
+from bipolar_jax.models.blocks.step import Step, by_xla, post_norm_step, product_step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.nn import fuses
 from bipolar_jax.nn.layers.packed import CountedModule
 from bipolar_jax.ops import Activation, Hadamard
 from bipolar_jax.ops.matmul import vary_alike
 
-_GATE = Activation("silu", gated=True)
+# The functions of gates that kernels compute, by `TransformerConfig.ffn`; XLA squares those of "relu2glu".
+_GATES = {"swiglu": "silu", "geglu": "gelu"}
+_FUNCTIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 def _linear(config: TransformerConfig, param_dtype, rngs: nnx.Rngs):
@@ -48,10 +50,16 @@ def _down_steps(down: nnx.Module, rotation: Hadamard | None, x: Any) -> list[Ste
     return [Step("rotation", by_xla("float32 sums", reason)), product_step("down", down, x)]
 
 
-class SwiGLU(CountedModule):
-    """x + down(silu(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202.
+def gate_activation(ffn: str) -> Activation | None:
+    """The gates of a feed-forward block as kernels compute them; None for others."""
+    return Activation(_GATES[ffn], gated=True) if ffn in _GATES else None
 
-    The input of down is rotated first where the config says so.
+
+class GatedMLP(CountedModule):
+    """x + down(function(gate(norm(x))) * up(norm(x))); Shazeer 2020, arXiv 2002.05202.
+
+    The function is silu ("swiglu"), tanh-approximated gelu ("geglu") or relu squared ("relu2glu"; arXiv 2504.12285).
+    Where the config says so, the input of down is normalized or rotated first; a `post_norm` takes the output of down.
     """
 
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -60,34 +68,52 @@ class SwiGLU(CountedModule):
         self.gate_proj = linear(config.hidden_size, config.ffn_size)
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
+        self.gate = gate_activation(config.ffn)
+        if config.sub_norms:
+            self.sub_norm = make_norm("rms", config, config.ffn_size, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None
+    ) -> Float[Array, "batch length hidden"]:
+        if hasattr(self, "sub_norm"):
+            return project_onto(x, self.down_proj, self._gated(x, norm), as_prologue(self.sub_norm), post_norm)
         if self._joined and self._gates_in_quantizer(x):
-            gate = dataclasses.replace(_GATE, rotation=self.rotation)
-            return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), gate)
-        if self._joined and self.rotation is None:
+            gate = dataclasses.replace(self.gate, rotation=self.rotation)
+            return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), gate, post_norm)
+        if self._joined and self.rotation is None and post_norm is None:
             try:
-                return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)))
+                return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)), self.gate)
             except Unsupported:
                 pass
-        return project_onto(x, self.down_proj, self._gated(x, norm), self.rotation)
+        return project_onto(x, self.down_proj, self._gated(x, norm), self.rotation, post_norm)
 
     def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length inner"]:
-        """silu(gate(norm(x))) * up(norm(x))."""
+        """function(gate(norm(x))) * up(norm(x))."""
+        if self._joined and self.gate is not None:
+            return self.gate_up_proj(x, as_prologue(norm), activation=self.gate)
         if self._joined:
-            return self.gate_up_proj(x, as_prologue(norm), activation=_GATE)
-        gate, up = project([self.gate_proj, self.up_proj], norm, x)
-        return jax.nn.silu(gate) * up
+            gate, up = jnp.split(self.gate_up_proj(x, as_prologue(norm)), 2, axis=-1)
+        else:
+            gate, up = project([self.gate_proj, self.up_proj], norm, x)
+        if self.gate is None:
+            return jnp.square(jax.nn.relu(gate)) * up
+        return _FUNCTIONS[self.gate.function](gate) * up
 
-    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
+    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None) -> list[Step]:
         """What `__call__` runs for these operands."""
         down = _down_steps(self.down_proj, self.rotation, x)
+        if post_norm is not None:
+            down.append(post_norm_step("down"))
         if not self._joined:
             return [product_step("gate", self.gate_proj, x), product_step("up", self.up_proj, x), *down]
         reason = None
-        if self.rotation is None and not self._gates_in_quantizer(x):
+        if hasattr(self, "sub_norm"):
+            reason = "a norm follows the gates"
+        elif post_norm is not None:
+            reason = "a norm follows down, before the sum"
+        elif self.rotation is None and not self._gates_in_quantizer(x):
             try:
-                implementation, operands = _one_bit_operands(x, norm, self.gate_up_proj, self.down_proj)
+                implementation, operands = _one_bit_operands(x, norm, self.gate_up_proj, self.down_proj, self.gate)
                 return [Step("gate/up, down", ops.explain(ops.feed_forward, *operands, implementation=implementation))]
             except Unsupported as unsupported:
                 reason = str(unsupported)
@@ -105,27 +131,31 @@ class SwiGLU(CountedModule):
         in its epilogue on Hopper, and the quantizer that follows computes it on the way. That of weights which are laid
         out for the activation has one.
         """
+        if self.gate is None:
+            return False
         gated = getattr(self.gate_up_proj.kernel.get_value(), "gated", False)
         return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and fuses(self.down_proj) and not gated
 
 
-def _gated_up(x, norm, gate_up, down):
-    return project_onto(x, down, gate_up(x, as_prologue(norm), activation=_GATE))
+def _gated_up(x, norm, gate_up, down, gate):
+    return project_onto(x, down, gate_up(x, as_prologue(norm), activation=gate))
 
 
 @jax.custom_vjp
-def _one_bit_down(x, norm, gate_up, down):
+def _one_bit_down(x, norm, gate_up, down, gate):
     """The numbers of `_gated_up` by the fused operation. Raises Unsupported as `_one_bit_operands` and that do."""
-    implementation, operands = _one_bit_operands(x, norm, gate_up, down)
+    implementation, operands = _one_bit_operands(x, norm, gate_up, down, gate)
     return ops.feed_forward(*operands, implementation=implementation).reshape(x.shape)
 
 
-def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any) -> tuple[str, tuple]:
+def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any, gate: Activation | None) -> tuple[str, tuple]:
     """The backend and the operands of `ops.feed_forward`.
 
     Raises:
-      Unsupported: layers that are not packed; float activations, or more than one bit for `down`.
+      Unsupported: layers that are not packed; float activations, or more than one bit for `down`; squared gates.
     """
+    if gate is None:
+        raise Unsupported("the fused feed-forward block has no gates that are squared")
     if not (fuses(gate_up) and fuses(down)):
         raise Unsupported("the fused feed-forward block takes packed layers")
     if gate_up.precision.a_bits is None or down.precision.a_bits != 1:
@@ -139,7 +169,7 @@ def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any) -> tuple[str, tupl
         )
         for layer in (gate_up, down)
     )
-    return shared_implementation((gate_up, down)), (rows, first, second, as_prologue(norm), _GATE, rows)
+    return shared_implementation((gate_up, down)), (rows, first, second, as_prologue(norm), gate, rows)
 
 
 def _forward(*operands):
@@ -169,11 +199,15 @@ class MLP(CountedModule):
         self.up_proj = linear(config.hidden_size, config.ffn_size)
         self.down_proj = linear(config.ffn_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None
+    ) -> Float[Array, "batch length hidden"]:
         (up,) = project([self.up_proj], norm, x)
-        return project_onto(x, self.down_proj, up, dataclasses.replace(self.activation, rotation=self.rotation))
+        activation = dataclasses.replace(self.activation, rotation=self.rotation)
+        return project_onto(x, self.down_proj, up, activation, post_norm)
 
-    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm) -> list[Step]:
+    def explain(self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None) -> list[Step]:
         """What `__call__` runs for these operands."""
         del norm
-        return [product_step("up", self.up_proj, x), *_down_steps(self.down_proj, self.rotation, x)]
+        last = [] if post_norm is None else [post_norm_step("down")]
+        return [product_step("up", self.up_proj, x), *_down_steps(self.down_proj, self.rotation, x), *last]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from bipolar_jax import ops
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_slopes
+from bipolar_jax.models.blocks.feed_forward import gate_activation
 from bipolar_jax.models.blocks.norm import as_prologue
 from bipolar_jax.models.blocks.rope import rotate
+from bipolar_jax.models.blocks.scoring import Scoring
 from bipolar_jax.models.blocks.step import Step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
@@ -56,7 +59,7 @@ def fused_layers(
 
     Raises:
       Unsupported: more sequences than `most_sequences`; layers that are not packed and joined (`join_projections`) or
-        differ in activation bits or backend; and as `ops.decode_layers`.
+        differ in activation bits or backend; norms, scores or rotations of another kind; and as `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer, most_sequences)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -89,7 +92,10 @@ def _fused_operands(
     if hidden.shape[0] > most_sequences:
         most = "one sequence" if most_sequences == 1 else f"up to {most_sequences} sequences"
         raise Unsupported(f"layers are one kernel for {most}, not for {hidden.shape[0]}")
-    gated = config.ffn == "swiglu"
+    if (differs := _differs(config, cache)) is not None:
+        raise Unsupported(f"the kernel of all layers does not compute this model: {differs}")
+    gate = gate_activation(config.ffn)
+    gated = gate is not None
     products = {
         "qkv": getattr(layers.attention, "qkv_proj", None),
         "o": layers.attention.o_proj,
@@ -106,7 +112,7 @@ def _fused_operands(
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
-        Activation("silu" if gated else config.ffn, gated=gated, rotation=layers.ffn.rotation),
+        dataclasses.replace(gate if gated else Activation(config.ffn), rotation=layers.ffn.rotation),
         *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
         jnp.minimum(cache.lengths, cache.capacity),
         None if tables is None else tuple(table[:, 0] for table in tables),
@@ -120,6 +126,21 @@ def _fused_operands(
         options["key_rotation"] = cache.key_rotation
     spans = {name: layer.precision.a_span for name, layer in products.items()}
     return operands, options if set(spans.values()) == {1.0} else {**options, "spans": spans}
+
+
+def _differs(config: TransformerConfig, cache: KVCache) -> str | None:
+    """What the model computes that `ops.decode_layers` does not, in words; None if nothing."""
+    named = {
+        "queries and keys are normalized": config.qk_norm,
+        "norms follow the blocks": config.post_norms,
+        "norms precede the last projections": config.sub_norms,
+        "gates are squared": config.ffn == "relu2glu",
+        "a part of each head is rotated": config.num_rotary != config.head_dim,
+        "layers rotate by different frequencies": config.window_rope_theta is not None,
+    }
+    scores = Scoring.of(config).differs(cache.capacity, config.head_dim)
+    found = [name for name, differs in named.items() if differs] + ([] if scores is None else [scores])
+    return ", ".join(found) or None
 
 
 def _activation_format(products: dict[str, Linear]) -> BipolarFormat | None:

@@ -15,11 +15,21 @@ from bipolar_jax.ops import LayerNorm, Prologue, RMSNorm
 Norm = nnx.RMSNorm | nnx.LayerNorm
 
 
-def make_norm(kind: str, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs) -> Norm:
-    """A norm over the hidden size: "rms", RMSNorm (arXiv 1910.07467), or "layer", LayerNorm (arXiv 1607.06450)."""
+def make_norm(
+    kind: str, config: TransformerConfig, size: int | None = None, *, param_dtype=jnp.float32, rngs: nnx.Rngs
+) -> Norm:
+    """A norm: "rms", RMSNorm (arXiv 1910.07467), or "layer", LayerNorm (arXiv 1607.06450).
+
+    Args:
+      kind: "rms" or "layer".
+      config: has the epsilon.
+      size: numbers that are normalized together; None is the hidden size.
+      param_dtype: of the gain, and of the output.
+      rngs: as all modules take them; gains start as ones.
+    """
     norm = nnx.RMSNorm if kind == "rms" else nnx.LayerNorm
     return norm(
-        config.hidden_size,
+        config.hidden_size if size is None else size,
         epsilon=config.norm_eps,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
         param_dtype=param_dtype,
@@ -50,8 +60,15 @@ def project_onto(
     layer: nnx.Linear | Linear,
     x: Float[Array, "*batch columns"],
     prologue: Prologue | None = None,
+    post_norm: Norm | None = None,
 ) -> Float[Array, "*batch out"]:
-    """residual + layer(prologue(x)); packed layers compute all of it with their product."""
+    """residual + layer(prologue(x)); packed layers compute all of it with their product.
+
+    With a `post_norm` it is residual + post_norm(layer(prologue(x))), whose norm and sum follow the product.
+    """
+    if post_norm is not None:
+        out = layer(x, prologue) if fuses(layer) else layer(x if prologue is None else prologue(x).astype(x.dtype))
+        return residual + normalize(post_norm, out)
     if fuses(layer):
         return layer(x, prologue, residual)
     return residual + layer(x if prologue is None else prologue(x).astype(x.dtype))

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax import ops
 from bipolar_jax.kernels.semantics.rotation import LARGEST_AMPLITUDE, FixedPointTables, fixed_point_tables
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.models.blocks.attention import Heads, Projected, rotated_heads
-from bipolar_jax.models.blocks.norm import Norm, as_prologue, project
-from bipolar_jax.models.blocks.rope import Tables, rope_frequencies
+from bipolar_jax.models.blocks.attention import Heads, Projected, rotated_heads, separate_heads
+from bipolar_jax.models.blocks.norm import Norm, as_prologue, normalize, project
+from bipolar_jax.models.blocks.rope import Tables, TablesByKind, rope_frequencies
 from bipolar_jax.models.blocks.step import Step, by_xla, product_step
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
@@ -33,29 +33,42 @@ class Projections:
       norm: of their input.
       x: the input, before the norm.
       head_dim: numbers of a head.
+      head_norms: of each head of queries and of keys; None where the model has none.
+      kv_heads: heads of keys, and of values; needed with `head_norms`.
     """
 
     layers: list[nnx.Linear | Linear]
     norm: Norm
     x: Float[Array, "batch length hidden"]
     head_dim: int
+    head_norms: tuple[Norm, Norm] | None = None
+    kv_heads: int = 0
 
     def heads(self) -> Projected:
-        """The projections, not rotated."""
+        """The projections, queries and keys normalized, not rotated."""
         products = project(self.layers, self.norm, self.x)
-        return tuple(product.reshape(*product.shape[:2], -1, self.head_dim) for product in products)
+        heads = tuple(product.reshape(*product.shape[:2], -1, self.head_dim) for product in products)
+        if self.head_norms is None:
+            return heads
+        q, k, v = separate_heads(heads, self.kv_heads)
+        q_norm, k_norm = self.head_norms
+        return normalize(q_norm, q), normalize(k_norm, k), v
 
     def empty_heads(self) -> Projected:
         """Arrays of the shapes and dtype of `heads`, to plan with: nothing is computed."""
         sizes = [layer.kernel.get_value().shape[-1] for layer in self.layers]
         shape = self.x.shape[:2]
-        return tuple(jnp.zeros((*shape, size // self.head_dim, self.head_dim), self.x.dtype) for size in sizes)
+        heads = tuple(jnp.zeros((*shape, size // self.head_dim, self.head_dim), self.x.dtype) for size in sizes)
+        return heads if self.head_norms is None else separate_heads(heads, self.kv_heads)
 
     def explain(self, not_fused: str | None = None) -> list[Step]:
         """What `heads` runs."""
         names = ("qkv",) if len(self.layers) == 1 else ("q", "k", "v")
         first, *others = (product_step(name, layer, self.x) for name, layer in zip(names, self.layers, strict=True))
-        return [dataclasses.replace(first, not_fused=not_fused), *others]
+        steps = [dataclasses.replace(first, not_fused=not_fused), *others]
+        if self.head_norms is not None:
+            steps.append(Step("norms of q and k", by_xla("elementwise kernels", "after the product, head by head")))
+        return steps
 
 
 class PromptTables(NamedTuple):
@@ -70,8 +83,12 @@ class PromptTables(NamedTuple):
     fixed_point: FixedPointTables | None
 
 
-def prompt_tables(config: TransformerConfig, tables: Tables) -> PromptTables:
+def prompt_tables(
+    config: TransformerConfig, tables: Tables | TablesByKind[Tables]
+) -> PromptTables | TablesByKind[PromptTables]:
     """Both forms of the tables that `rope_tables` gives for the positions 0, 1, 2 ... of any number of prompts."""
+    if isinstance(tables, TablesByKind):
+        return TablesByKind(*(prompt_tables(config, each) for each in tables))
     _, amplitude = rope_frequencies(config)
     fits = abs(amplitude) <= LARGEST_AMPLITUDE
     return PromptTables(tables, fixed_point_tables(tables, _TILE_ROWS) if fits else None)
@@ -125,10 +142,14 @@ def _fused_operands(
 
     Raises:
       Unsupported: no cache, or a quantized one; projections that are not joined or not packed; float activations;
-        tables that do not fit 16 bits.
+        tables that do not fit 16 bits, or rotate a part of each head; norms of queries and keys.
     """
     if cache is None or cache.bits is not None:
         raise Unsupported("heads leave a product to a cache of floats")
+    if projections.head_norms is not None:
+        raise Unsupported("norms of queries and keys come between the product and the rotation")
+    if tables is not None and 2 * tables.exact[0].shape[-1] != projections.head_dim:
+        raise Unsupported("the kernel rotates whole heads, the model a part of each")
     (layer, *others) = projections.layers
     if others or not fuses(layer):
         raise Unsupported("heads leave one product, of one packed layer")

@@ -66,3 +66,8 @@ def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = N
         return Step(name, runs, not_fused)
     dtype = jnp.dtype(layer.dtype or x.dtype).name
     return Step(name, by_xla(f"{dtype} dot", "the layer is not packed"), not_fused)
+
+
+def post_norm_step(name: str) -> Step:
+    """The norm of what a product puts out, and the sum with the residual stream."""
+    return Step(f"norm of {name}, sum", by_xla("elementwise kernels", "the norm needs all numbers of the product"))

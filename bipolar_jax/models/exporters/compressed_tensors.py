@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.extras import require
 from bipolar_jax.models.exporters.huggingface_config import huggingface_config, token_ids
-from bipolar_jax.models.loaders.huggingface.llama import LLAMA
+from bipolar_jax.models.loaders.huggingface.architectures.llama import LLAMA
 from bipolar_jax.models.loaders.huggingface.quantized.words import pack_dense
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.nn import Linear
@@ -113,7 +113,7 @@ def _modules(pretrained: PretrainedModel):
     model = pretrained.model
     for name, ours in LLAMA.top.items():
         if hasattr(model, ours):
-            yield (name if ours == "lm_head" else f"{LLAMA.prefix}{name}"), getattr(model, ours)
+            yield (name if ours == "lm_head" else f"{LLAMA.prefixes[0]}{name}"), getattr(model, ours)
     for index in range(model.num_blocks):
         block = model.block(index)
         for name, ours in LLAMA.in_layer.items():
@@ -121,7 +121,7 @@ def _modules(pretrained: PretrainedModel):
                 module = layer_at(block, ours)
             except ValueError as error:
                 raise ValueError(f"layer {index} has no {ours}: export the model before it is prepared") from error
-            yield f"{LLAMA.prefix}{LLAMA.layers}{index}.{name}", module
+            yield f"{LLAMA.prefixes[0]}{LLAMA.layers}{index}.{name}", module
 
 
 def _float_tensors(module: nnx.Module) -> dict[str, np.ndarray]:

@@ -14,8 +14,9 @@ from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import explain_attention_to_cache, explain_causal, prompts_alibi
 from bipolar_jax.models.blocks.fused_decode import explain_fused_layers
 from bipolar_jax.models.blocks.prompt_heads import explain_prompt_heads, prompt_tables
-from bipolar_jax.models.blocks.rope import Tables
-from bipolar_jax.models.blocks.step import Step, product_step
+from bipolar_jax.models.blocks.rope import Tables, TablesByKind, tables_of_layer
+from bipolar_jax.models.blocks.scoring import Scoring
+from bipolar_jax.models.blocks.step import Step, post_norm_step, product_step
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import DecoderLayer, Transformer
@@ -129,7 +130,7 @@ def explain_model(
     found: list[ModelExplanation] = []
 
     def trace(model, ids, lengths):
-        hidden, tables = model.enter_prompts(ids)
+        hidden, tables = model.enter_prompts(ids, capacity)
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
         token, token_tables = model.enter_tokens(ids[:, 0], cache)
@@ -163,31 +164,44 @@ def _prefill_steps(
     model: Transformer,
     layer: DecoderLayer,
     hidden: Float[Array, "batch length hidden"],
-    tables: Tables | None,
+    tables: Tables | TablesByKind[Tables] | None,
     cache: KVCache,
 ) -> Iterable[Step]:
     """The steps of one layer in `Transformer.prefill`."""
     alibi = model.config.positions == "alibi"
     queries = model.queries(hidden)
     projections = layer.attention.projections(hidden, layer.attention_norm)
-    prompt = None if tables is None else prompt_tables(model.config, tables)
+    prompt, scoring = None if tables is None else prompt_tables(model.config, tables), _first_scoring(model)
+    prompt = tables_of_layer(prompt, scoring.windowed)
     yield from explain_prompt_heads(projections, prompt, cache, jnp.int32(0))
-    yield explain_causal(queries, prompts_alibi(queries) if alibi else None)
-    yield product_step("o", layer.attention.o_proj, hidden)
-    yield from layer.ffn.explain(hidden, layer.ffn_norm)
+    yield explain_causal(queries, prompts_alibi(queries) if alibi else None, scoring)
+    yield from _steps_after_attention(layer, hidden)
 
 
 def _decode_steps(
     model: Transformer,
     layer: DecoderLayer,
     hidden: Float[Array, "batch 1 hidden"],
-    tables: Tables | None,
+    tables: Tables | TablesByKind[Tables] | None,
     cache: KVCache,
 ) -> Iterable[Step]:
     """The steps of one layer in `Transformer.decode`, where the layers are not one kernel."""
     projections = layer.attention.projections(hidden, layer.attention_norm)
     yield from projections.explain()
-    alibi = model.config.positions == "alibi"
-    yield explain_attention_to_cache(projections.empty_heads(), cache, jnp.int32(0), tables, alibi=alibi)
+    options = dict(alibi=model.config.positions == "alibi", scoring=_first_scoring(model))
+    tables = tables_of_layer(tables, options["scoring"].windowed)
+    yield explain_attention_to_cache(projections.empty_heads(), cache, jnp.int32(0), tables, **options)
+    yield from _steps_after_attention(layer, hidden)
+
+
+def _first_scoring(model: Transformer) -> Scoring:
+    """That of the first layer: what runs does not depend on which layers have windows, only on whether some do."""
+    return Scoring.of(model.config).at(jnp.int32(0))
+
+
+def _steps_after_attention(layer: DecoderLayer, hidden: Float[Array, "batch length hidden"]) -> Iterable[Step]:
+    after_attention, after_ffn = layer.post_norms
     yield product_step("o", layer.attention.o_proj, hidden)
-    yield from layer.ffn.explain(hidden, layer.ffn_norm)
+    if after_attention is not None:
+        yield post_norm_step("o")
+    yield from layer.ffn.explain(hidden, layer.ffn_norm, after_ffn)

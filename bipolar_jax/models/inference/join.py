@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import nnx
 
-from bipolar_jax.models.blocks.feed_forward import SwiGLU
+from bipolar_jax.models.blocks.feed_forward import GatedMLP
 from bipolar_jax.models.transformer import Attention, Transformer
 from bipolar_jax.nn import Linear, joined, without_training
 
@@ -24,7 +24,7 @@ def join_with_reasons(model: Transformer) -> tuple[Transformer, list[str]]:
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Attention):
             reason = _join(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
-        elif isinstance(module, SwiGLU):
+        elif isinstance(module, GatedMLP):
             reason = _join(module, ("gate_proj", "up_proj"), "gate_up_proj")
         else:
             continue

@@ -259,7 +259,7 @@ def test_alibi_for_cudnn_is_made_once(monkeypatch):
     )
     implementations = []
 
-    def as_cudnn(q, k, v, bias, is_causal, implementation):
+    def as_cudnn(q, k, v, *, bias, implementation, **_):
         """What takes the whole bias, as cuDNN does, which cannot be asked without a GPU."""
         implementations.append(implementation)
         return q + k + v + jnp.sum(jax.lax.optimization_barrier(bias), axis=(0, 2, 3))[None, None, :, None]
@@ -297,7 +297,7 @@ def test_prefill_writes_the_cache_in_place(bits, monkeypatch):
     )
 
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
-    monkeypatch.setattr(compressible_blocks, "causal_attention", lambda q, k, v, bias: q + k + v)
+    monkeypatch.setattr(compressible_blocks, "causal_attention", lambda q, k, v, **_: q + k + v)
     compiled, _ = sm90_compile.compile_for_h200(
         lambda model, ids, lengths: model.prefill(ids, lengths, 1024, bits),
         nnx.eval_shape(lambda: quantized(config, "sm90")),

@@ -149,7 +149,7 @@ def test_on_the_h200_no_kernel_of_xla_touches_heads(monkeypatch):
     """Between the product and attention there is nothing, and the cache is written in place."""
     model = nnx.eval_shape(lambda: make("W1A1", num_layers=16, num_heads=4, num_kv_heads=2, head_dim=128))
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)
-    monkeypatch.setattr(compressible_blocks, "causal_attention", lambda q, k, v, bias: q + jnp.repeat(k + v, 2, axis=2))
+    monkeypatch.setattr(compressible_blocks, "causal_attention", lambda q, k, v, **_: q + jnp.repeat(k + v, 2, axis=2))
     compiled, report = sm90_compile.compile_for_h200(
         lambda model, ids, lengths: model.prefill(ids, lengths, 1024),
         model,

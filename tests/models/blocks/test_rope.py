@@ -175,5 +175,5 @@ def test_rotation_keeps_the_dtype_and_rounds_once():
 
 @pytest.mark.parametrize("count", [1, 7, 9])
 def test_explicit_factors_must_be_one_for_each_frequency(count):
-    with pytest.raises(ValueError, match=f"RoPE has {count} explicit factors; head_dim=16 needs 8"):
+    with pytest.raises(ValueError, match=f"RoPE has {count} explicit factors; 16 rotated numbers of a head need 8"):
         rope_frequencies(config_of(16, 1e4, RopeScaling("factors", factors=(1.0,) * count)))

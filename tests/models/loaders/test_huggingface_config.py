@@ -19,6 +19,7 @@ def config_of(directory, **fields):
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+FULL_TWICE = ["full_attention"] * 2
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -78,33 +79,19 @@ def test_token_ids(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2, opt, bloom"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2, qwen3, gemma2"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias true, which adds a bias to o_proj too"),
         ({"mlp_bias": True}, "mlp_bias true"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 of 128"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected an integer"),
+        ({"model_type": "qwen2", "max_window_layers": 1.5}, "max_window_layers is 1.5, expected an integer"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
-            "sliding window of 64 of 128",
-        ),
-        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096 of 8192"),
-        (
-            {
-                "model_type": "qwen2",
-                "use_sliding_window": True,
-                "max_window_layers": 0,
-                "max_position_embeddings": 4097,
-            },
-            "sliding window of 4096 of 4097",
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "layer_types": FULL_TWICE},
+            "2 layer_types for 3 layers",
         ),
         (
-            {
-                "model_type": "qwen2",
-                "use_sliding_window": True,
-                "sliding_window": 64,
-                "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
-            },
-            "sliding window of 64 of 128",
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 2**31 - 1},
+            "2147483647 layers, at most 65536 are plausible",
         ),
         ({"layer_types": ["chunked_attention"]}, "layer_types is"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\], supported are"),
@@ -162,6 +149,21 @@ def test_unsupported_configs_are_rejected(tmp_path, fields, message):
         ({"hidden_act": "swish"}, {}),
         ({"model_type": "mistral", "sliding_window": 4096}, {}),
         ({"model_type": "mistral"}, {}),
+        ({"model_type": "mistral", "sliding_window": 64}, {"window": 64}),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, {"context_length": 8192, "window": 4096}),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+            {"qkv_bias": True, "window": 64, "window_layers": (2,)},
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+            {"qkv_bias": True, "window": 64},
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}
+            | {"layer_types": [*FULL_TWICE, "sliding_attention"]},
+            {"qkv_bias": True, "window": 64, "window_layers": (2,)},
+        ),
         ({"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 8192}, {"context_length": 8192}),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, {"qkv_bias": True}),
         (

@@ -12,6 +12,7 @@ import numpy as np
 
 from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout, check_param_dtype
 from bipolar_jax.models.chat import with_end_tokens
+from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import HEAD, Architecture, Target
 from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
@@ -27,7 +28,7 @@ from bipolar_jax.models.tokenizer_json import load_tokenizer
 def load_huggingface(
     directory: str | os.PathLike[str], param_dtype: Any = jnp.float32, activations: int | None = None
 ) -> PretrainedModel:
-    """Loads a Llama, Mistral, Qwen2, OPT or BLOOM model and its tokenizer, tensor by tensor.
+    """Loads a model of an architecture in `config.ARCHITECTURES` and its tokenizer, tensor by tensor.
 
     Layers that the directory has quantized by GPTQ, AWQ, compressed-tensors, BitNet or bitsandbytes' 8 bits become
     packed layers of the same integers, scales and zeros; all others stay as they are stored.
@@ -61,7 +62,7 @@ def load_huggingface(
             packed, names = packed_tensors(architecture, config, files, quantized_format)
         found = [(*key, tensor) for key, tensor in packed.items()]
         for target in (target for name in names for target in architecture.targets(name, config.tie_embeddings)):
-            found.append((target.path, _layer(target), _lazy(files, target, config.num_heads)))
+            found.append((target.path, _layer(target), _lazy(files, target, config)))
         # In the order of parameters, so that `assemble` completes one before it starts the next.
         found.sort(key=lambda entry: (entry[0], -1 if entry[1] is None else entry[1]))
         check_layout(config, ((path, layer, tensor.shape) for path, layer, tensor in found))
@@ -90,16 +91,18 @@ def _has_own_head(architecture: Architecture, files: SafetensorsFiles, quantized
     )
 
 
-def _lazy(files: SafetensorsFiles, target: Target, num_heads: int) -> LazyTensor:
+def _lazy(files: SafetensorsFiles, target: Target, config: TransformerConfig) -> LazyTensor:
     stored = files.shape(target.name)
 
     def copy_to(parameter: np.ndarray) -> None:
         view = target.as_stored(parameter)
-        for start, end, ours in target.row_ranges(stored[0], num_heads):
+        for start, end, ours in target.row_ranges(stored[0], config):
             for offset, rows in files.rows(target.name, start, end):
+                if target.plus_one:  # rounded once, to the parameter's dtype
+                    rows = rows.astype(np.float32) + 1
                 view[ours + offset : ours + offset + len(rows)] = rows
 
-    return LazyTensor(target.shape(stored, num_heads), copy_to)
+    return LazyTensor(target.shape(stored, config), copy_to)
 
 
 def _layer(target: Target) -> int | None:

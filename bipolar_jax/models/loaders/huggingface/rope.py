@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from bipolar_jax.models.config import RopeScaling
@@ -33,24 +35,38 @@ _KNOWN = {
 _WITHOUT_KIND = {*_KINDS, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
-def rope_config(fields: Fields, context: int) -> dict[str, Any]:
-    """The fields rope_theta and rope_scaling of TransformerConfig.
+def rope_config(
+    fields: Fields,
+    context: int,
+    *,
+    theta: float = 10000.0,
+    head_dim: int | None = None,
+    renamed: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """The fields rope_theta, rope_scaling and, if a part of each head is rotated, rotary_dim of TransformerConfig.
 
     Args:
       fields: config.json.
       context: the model's context length.
+      theta: rope_theta where it is absent.
+      head_dim: numbers of a head, where an architecture can rotate a part of them; None where it cannot.
+      renamed: kinds that the architecture reads as others.
 
     Raises:
       ValueError: an unsupported kind, or fields that are unknown, contradict each other or lack their kind.
     """
     rope = _rope_fields(fields)
-    if rope.number("partial_rotary_factor", 1.0) != 1:
-        raise ValueError(f"{rope.source} has a partial_rotary_factor: only rotation of whole heads is supported")
-    scaling = _rope_scaling(rope, context)
-    with errors_name(fields.source):
-        return dict(
-            rope_theta=rope.number("rope_theta", 10000.0), rope_scaling=RopeScaling(**scaling) if scaling else None
+    partial = rope.number("partial_rotary_factor", 1.0)
+    if partial != 1 and (head_dim is None or not 0 < partial < 1):
+        raise ValueError(
+            f"{rope.source} has a partial_rotary_factor of {partial:g}: only rotation of whole heads is supported, and "
+            "in Phi models of a part"
         )
+    rotary = {} if partial == 1 else dict(rotary_dim=int(head_dim * partial))
+    scaling = _rope_scaling(rope, context, renamed)
+    with errors_name(fields.source):
+        scaling = RopeScaling(**scaling) if scaling else None
+        return dict(rope_theta=rope.number("rope_theta", theta), rope_scaling=scaling, **rotary)
 
 
 def _rope_fields(fields: Fields) -> Fields:
@@ -96,9 +112,10 @@ def _kind(rope: Fields) -> str:
     return kinds[0]
 
 
-def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
+def _rope_scaling(rope: Fields, context: int, renamed: Mapping[str, str]) -> dict[str, Any] | None:
     """Keyword arguments of RopeScaling, or None without scaling."""
     kind = _kind(rope)
+    kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
     if kind in ("default", "none"):
         return None
     if kind == "linear":
@@ -112,8 +129,19 @@ def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
         )
+    if kind == "longrope":
+        return dict(
+            kind="longrope",
+            factor=max(rope.number("factor", context / original), 1.0),
+            original_context_length=original,
+            attention_factor=None if rope.get("attention_factor") is None else rope.number("attention_factor"),
+            factors=_numbers(rope, "long_factor"),
+            short_factors=_numbers(rope, "short_factor"),
+        )
     if kind != "yarn":
-        raise ValueError(f"{rope.source} has RoPE scaling {kind!r:.60}, supported are default, linear, llama3, yarn")
+        raise ValueError(
+            f"{rope.source} has RoPE scaling {kind!r:.60}, supported are default, linear, llama3, yarn, longrope"
+        )
     if not rope.flag("truncate", True):
         raise ValueError(f"{rope.source} has YaRN with truncate false: only the truncated band limits are supported")
     factor = rope.number("factor")
@@ -125,6 +153,14 @@ def _rope_scaling(rope: Fields, context: int) -> dict[str, Any] | None:
         beta_slow=rope.number("beta_slow", 1.0),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
+
+
+def _numbers(rope: Fields, name: str) -> tuple[float, ...]:
+    """A list of numbers. Raises ValueError for another value."""
+    values = rope.get(name)
+    if not isinstance(values, list) or any(type(value) not in (int, float) for value in values):
+        raise rope.wrong(name, values, "a list of numbers")
+    return tuple(values)
 
 
 def _yarn_attention_factor(rope: Fields, factor: float) -> float | None:

@@ -58,9 +58,10 @@ def make_weights(config: dict[str, Any], own_head: bool = False) -> dict[str, np
     """The weights of a config in transformers 4's layout, by stored name; exact in float32, bfloat16 and float16."""
     architecture = config["model_type"]
     shapes = {"opt": _opt_shapes, "bloom": _bloom_shapes}.get(architecture, _llama_shapes)(config)
-    if own_head or not config.get("tie_word_embeddings", architecture in ("opt", "bloom")):
+    if own_head or not config.get("tie_word_embeddings", architecture in ("opt", "bloom", "gemma2", "gemma3_text")):
         shapes[HEAD] = (config["vocab_size"], _hidden(config))
-    return {name: _tensor(name, shape) for name, shape in shapes.items()}
+    less_one = architecture.startswith("gemma")
+    return {name: _tensor(name, shape) - (less_one and len(shape) == 1) for name, shape in shapes.items()}
 
 
 def write(directory: Path, config: dict[str, Any], weights: dict[str, np.ndarray], dtype: Any, shards: int) -> Path:
@@ -115,7 +116,7 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}."
-        shapes |= {name + f"{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {name + f"{norm}.weight": size for norm, size in _norms(config, heads * head_dim, head_dim).items()}
         for projection, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             shapes[name + f"self_attn.{projection}_proj.weight"] = (count * head_dim, hidden)
             if config["model_type"] == "qwen2":
@@ -123,7 +124,29 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[name + "self_attn.o_proj.weight"] = (hidden, heads * head_dim)
         shapes |= {name + f"mlp.{projection}_proj.weight": (ffn, hidden) for projection in ("gate", "up")}
         shapes[name + "mlp.down_proj.weight"] = (hidden, ffn)
+        if config["model_type"] == "phi3":
+            _join(shapes, name + "self_attn.", ("q", "k", "v"), "qkv")
+            _join(shapes, name + "mlp.", ("gate", "up"), "gate_up")
     return shapes
+
+
+def _norms(config: dict[str, Any], query_size: int, head_dim: int) -> dict[str, tuple[int]]:
+    """Sizes of the norms of a layer."""
+    hidden, architecture = (config["hidden_size"],), config["model_type"]
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if architecture.startswith("gemma"):
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if architecture in ("qwen3", "gemma3_text"):
+        norms |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    if architecture == "bitnet":
+        norms |= {"self_attn.attn_sub_norm": (query_size,), "mlp.ffn_sub_norm": (config["intermediate_size"],)}
+    return norms
+
+
+def _join(shapes: dict[str, tuple[int, ...]], name: str, parts: tuple[str, ...], whole: str) -> None:
+    """One projection in place of several, whose rows it has."""
+    sizes = [shapes.pop(f"{name}{part}_proj.weight") for part in parts]
+    shapes[f"{name}{whole}_proj.weight"] = (sum(size[0] for size in sizes), sizes[0][1])
 
 
 def _opt_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

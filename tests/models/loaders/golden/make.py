@@ -86,6 +86,24 @@ def bloom(vocab: int, **fields) -> dict[str, Any]:
     }
 
 
+def gemma(model_type: str, hidden: int, heads: int, ffn: int, vocab: int, **fields) -> dict[str, Any]:
+    config = llama(hidden, heads, ffn, vocab, model_type, rms_norm_eps=1e-6, bos_token_id=2, eos_token_id=1)
+    activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0}
+    return config | activation | {"attention_bias": False, **fields}
+
+
+def phi3(hidden: int, heads: int, ffn: int, vocab: int, **fields) -> dict[str, Any]:
+    dropout = {"attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    return llama(hidden, heads, ffn, vocab, "phi3", attention_bias=False, pad_token_id=0, **dropout, **fields)
+
+
+def longrope(count: int) -> dict[str, Any]:
+    """Factors for `count` frequencies."""
+    short, long = ([round(first + 0.25 * i, 3) for i in range(count)] for first in (1.0, 2.0))
+    return {"short_factor": short, "long_factor": long, "type": "longrope"}
+
+
+QWEN3 = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}
 QWEN2 = {"rope_theta": 1e6, "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
 CONFIGS = {
     "llama 1": llama(30, 3, 41, 67, rms_norm_eps=1e-6, tie_word_embeddings=False),
@@ -132,6 +150,95 @@ CONFIGS = {
     "qwen2.5, window of no layer": llama(
         32, 4, 40, 48, "qwen2", num_key_value_heads=4, **QWEN2 | {"use_sliding_window": True, "max_window_layers": 2}
     ),
+    "mistral 0.1, a window": llama(32, 4, 40, 67, "mistral", num_key_value_heads=2, sliding_window=5),
+    "qwen2, windows from layer 1": llama(
+        32, 4, 40, 48, "qwen2", num_key_value_heads=2, **QWEN2 | {"use_sliding_window": True, "sliding_window": 5}
+    ),
+    "qwen3 0.6b": llama(
+        32, 4, 56, 64, "qwen3", num_key_value_heads=2, head_dim=12, rope_theta=1e6, tie_word_embeddings=True, **QWEN3
+    ),
+    "qwen3 8b, yarn": llama(
+        36,
+        4,
+        40,
+        67,
+        "qwen3",
+        num_key_value_heads=1,
+        head_dim=10,
+        rope_theta=1e6,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        tie_word_embeddings=False,
+        **QWEN3,
+    ),
+    "gemma 2": gemma(
+        "gemma2",
+        32,
+        4,
+        40,
+        64,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_hidden_layers=3,
+        sliding_window=5,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=8.0,
+    ),
+    "gemma 2, a window of the context": gemma(
+        "gemma2", 36, 4, 40, 67, num_key_value_heads=1, head_dim=10, sliding_window=32, tie_word_embeddings=False
+    ),
+    "gemma 3 1b": gemma(
+        "gemma3_text",
+        32,
+        4,
+        40,
+        64,
+        num_key_value_heads=1,
+        head_dim=12,
+        num_hidden_layers=4,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=20,
+        rope_theta=1e4,
+        rope_local_base_freq=100.0,
+        rope_scaling=None,
+    ),
+    "gemma 3 4b": gemma(
+        "gemma3_text",
+        36,
+        4,
+        40,
+        67,
+        num_key_value_heads=2,
+        head_dim=10,
+        sliding_window=4,
+        query_pre_attn_scalar=10,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_scaling={"factor": 8.0, "rope_type": "linear"},
+    ),
+    "phi 3 mini 4k": phi3(32, 4, 40, 64, num_key_value_heads=4, sliding_window=7, rope_scaling=None),
+    "phi 3 mini 128k": phi3(
+        36,
+        3,
+        40,
+        67,
+        num_key_value_heads=3,
+        sliding_window=32,
+        original_max_position_embeddings=8,
+        rope_scaling=longrope(6),
+    ),
+    "phi 4 mini": phi3(
+        32,
+        4,
+        40,
+        64,
+        num_key_value_heads=2,
+        original_max_position_embeddings=16,
+        partial_rotary_factor=0.75,
+        rope_scaling=longrope(3),
+        tie_word_embeddings=True,
+    ),
+    "bitnet 2b": llama(32, 4, 40, 64, "bitnet", num_key_value_heads=2, rope_theta=500000.0, hidden_act="relu2"),
     "opt": opt(32, 4, 128, 64),
     "opt, untied": opt(30, 3, 41, 67, tie_word_embeddings=False),
     "bloom": bloom(64, n_embed=32, num_attention_heads=4, layer_norm_epsilon=1e-5, offset_alibi=100),

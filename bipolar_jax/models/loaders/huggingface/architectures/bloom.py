@@ -40,7 +40,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
 
 BLOOM = Architecture(
     _translate,
-    prefix="transformer.",
+    prefixes=("transformer.",),
     layers="h.",
     top={
         "word_embeddings": "embed",

@@ -51,7 +51,7 @@ def _translate(fields: Fields) -> dict[str, Any]:
 
 OPT = Architecture(
     _translate,
-    prefix="model.",
+    prefixes=("model.",),
     layers="decoder.layers.",
     top={
         "decoder.embed_tokens": "embed",

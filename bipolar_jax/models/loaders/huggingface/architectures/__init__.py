@@ -1,0 +1,1 @@
+"""What config.json and the tensors of each architecture say, a file an architecture."""
