@@ -7,6 +7,7 @@ from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model, summary
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
 from bipolar_jax.packing import BipolarArray, from_codes, quantize
+from bipolar_jax.packing.cuts import partition_specs, shard
 from bipolar_jax.quantize import IntegerGroups, Precision, fake_quant
 
 __version__ = "0.1.0"
@@ -29,9 +30,11 @@ __all__ = [
     "matmul",
     "models",
     "nn",
+    "partition_specs",
     "quantization_aware",
     "quantize",
     "quantize_model",
     "save",
+    "shard",
     "summary",
 ]

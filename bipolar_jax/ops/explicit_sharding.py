@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Shaped
 
-# The mesh axes that one axis of an array is sharded over.
-MeshAxes = str | tuple[str, ...] | None
+from bipolar_jax.packing.cuts import MeshAxes
 
 
 def mesh_axes(array: Shaped[Array, "*shape"]) -> tuple[MeshAxes, ...]:

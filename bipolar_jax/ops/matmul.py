@@ -17,6 +17,8 @@ from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, check_a
 from bipolar_jax.ops.compiled import as_array, compiled
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
+from bipolar_jax.ops.partitioned import is_distributed, partitioned
+from bipolar_jax.ops.parts_of_k import PartsOfK, check_prologue_of_parts, part_of, parts_product
 from bipolar_jax.packing import BipolarNumbers
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
@@ -33,6 +35,7 @@ def matmul(
     prologue: Prologue | None = None,
     residual: Float[Array, "*batch out"] | None = None,
     activation: Activation | None = None,
+    k_axes: str | tuple[str, ...] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*batch out"]:
     """prologue(x) @ w, with the rows of prologue(x) quantized to `a_bits`; plus bias, activation and residual.
@@ -57,8 +60,9 @@ def matmul(
     `jax.hessian`) raises JAX's TypeError, because the gradient is a `jax.custom_vjp`: use `jax.jacrev`, twice for a
     Hessian.
 
-    On several devices, call it within `jax.shard_map`: XLA cannot partition a GPU kernel, and under a plain `jit`
-    gathers sharded operands and repeats the product on every device.
+    On several devices a product within `jax.jit` partitions itself by the sharding of w (`packing.cuts.shard`), which
+    stays where it is: n may be cut anywhere, k at ends of words and groups. Products of a w with batch axes, or of one
+    that was prepared, do not: call those within `jax.shard_map`, as XLA gathers their operands.
 
     Args:
       x: float32, bfloat16 or float16; the last axis has k numbers, or as many as the prologue reduces to k. If w has
@@ -74,6 +78,10 @@ def matmul(
       residual: of the shape and dtype of the result; added in the epilogue.
       activation: `Activation` of the product and its bias, in float32 before the cast (with float activations, after
         it). A gated one takes the first n / 2 columns as gates of the others, and makes n / 2 columns.
+      k_axes: within `jax.shard_map`, the mesh axes that k is cut over: x has this device's part of every row, and w is
+        cut as `packing.cuts.partition_specs` says. The result is that of whole rows, on every device, with the same
+        bits (with float scales of groups up to the rounding of float32 sums); residual and bias are whole. There is no
+        gradient.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
@@ -81,13 +89,16 @@ def matmul(
 
     Raises:
       ValueError: x is not float, sizes do not fit, bits outside 1..8, or K so large that
-        an int32 sum could overflow.
+        an int32 sum could overflow; with `k_axes` a w with batch axes, or a prologue that needs whole rows.
       Unsupported: the backend asked for cannot serve these operands.
     """
     x = as_array(x)
     bias, residual = (None if array is None else as_array(array) for array in (bias, residual))
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
+    if k_axes is not None:
+        axes = (k_axes,) if isinstance(k_axes, str) else tuple(k_axes)
+        return _matmul_of_parts(x, residual, w, bias, prologue, a_format, activation, axes, implementation)
     check_operands(x, w, a_format, bias, prologue, residual, activation)
     if 0 in x.shape:  # an empty batch
         columns = w.shape[-1] // (1 if activation is None else activation.parts)
@@ -97,6 +108,23 @@ def matmul(
     operands = (x, residual, w.scale, w.offset, integers, bias, prologue)
     out_axes = (*mesh_axes(x)[:-1], mesh_axes(w.row_sums)[-2])
     return with_out_sharding(functools.partial(_batched_matmul, static), out_axes, operands)
+
+
+def _matmul_of_parts(x, residual, w, bias, prologue, a_format, activation, axes, implementation):
+    """`matmul` with `k_axes`."""
+    if w.ndim != 2:
+        raise ValueError(f"with k_axes w has no batch axes, got shape {w.shape}: map over them with jax.vmap")
+    check_prologue_of_parts(prologue, axes)
+    parts = 1 if prologue is None else prologue.parts
+    part = part_of(w, x.shape[-1] // parts, axes)
+    check_operands(x, part.w, a_format, bias, prologue, residual, activation)
+    if a_format is not None:
+        check_contraction(part.k, part.w, a_format)
+    columns = w.shape[-1] // (1 if activation is None else activation.parts)
+    if 0 in x.shape:
+        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
+    static = PartsOfK(axes, a_format, activation, implementation, x.dtype.name)
+    return parts_product(static, x, residual, w, bias, prologue)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +179,12 @@ def _varying_axes(leaf) -> frozenset:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(static: _Static, x, residual, scale, offset, integers, bias, prologue):
     w = dataclasses.replace(integers, scale=scale, offset=offset)
+    operands = (x, residual, w, bias, prologue)
+    return partitioned(_product, static, *operands) if is_distributed(operands, w) else _product(static, *operands)
+
+
+def _product(static, x, residual, w, bias, prologue):
+    """The product of rows and one matrix, by the backend that serves it."""
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
             x = _contracted(prologue, x).astype(x.dtype)
@@ -240,10 +274,15 @@ def check_operands(x, w, a_format, bias, prologue=None, residual=None, activatio
             f"{x.dtype.name} of shape {(*x.shape[:-1], n)}: they must be the same"
         )
     if a_format is not None:
-        terms = min(k, w.scale_group_size or k)
-        if terms > w.max_contraction(a_format):
-            raise ValueError(
-                f"W{w.format.name}A{a_format.name} sums {terms} products, and int32 is exact only up to "
-                f"{w.max_contraction(a_format)}: use fewer bits, or quantize w with float scales and a group_size "
-                "below that"
-            )
+        check_contraction(k, w, a_format)
+
+
+def check_contraction(k: int, w: BipolarNumbers, a_format: BipolarFormat) -> None:
+    """Raises ValueError if int32 sums over a scale of w, of k products at most, could overflow."""
+    terms = min(k, w.scale_group_size or k)
+    if terms > w.max_contraction(a_format):
+        raise ValueError(
+            f"W{w.format.name}A{a_format.name} sums {terms} products, and int32 is exact only up to "
+            f"{w.max_contraction(a_format)}: use fewer bits, or quantize w with float scales and a group_size "
+            "below that"
+        )

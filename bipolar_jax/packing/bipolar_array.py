@@ -136,8 +136,7 @@ class BipolarArray(BipolarNumbers):
     def check(self) -> None:
         """Raises ValueError if the leaves do not fit each other and the static attributes.
 
-        They may not if leaves were replaced by hand, or were sharded along k, which packed
-        words do not support.
+        They may not if leaves were replaced by hand, or are those of one device, cut along k, in `jax.shard_map`.
         """
         *batch, planes, n, words = self.planes.shape
         wrong = self._misshaped((*batch, n))
@@ -146,7 +145,7 @@ class BipolarArray(BipolarNumbers):
                 f"inconsistent BipolarArray: planes {tuple(self.planes.shape)} should be "
                 f"{(*batch, self.bits, n, num_words(self.contracted_size))} for bits={self.bits} and "
                 f"contracted size {self.contracted_size}; got {', '.join(wrong) or 'those'}. "
-                "Shard it along n or a batch axis, not along the contracted one"
+                "If they are cut along k, in jax.shard_map, give `matmul` its k_axes, or take `packing.cuts.own_part`"
             )
 
 

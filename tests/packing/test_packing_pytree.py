@@ -129,7 +129,7 @@ def test_sharding_along_the_contracted_axis_raises(mesh):
     sharded = jax.shard_map(
         lambda x, w: matmul(x, w, 8), mesh=mesh, in_specs=(P(), spec), out_specs=P(), check_vma=False
     )
-    with pytest.raises(ValueError, match="Shard it along n or a batch axis, not along the contracted one"):
+    with pytest.raises(ValueError, match="If they are cut along k, in jax.shard_map, give `matmul` its k_axes"):
         sharded(normal(5, 64), w)
 
 

@@ -92,8 +92,13 @@ def reduced_rows(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Arr
     """
     if x.dtype == jnp.float16:
         return x, None
-    large = jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32) > 2.0**96
-    return jnp.where(large[:, None], x * 2.0**-32, x), jnp.where(large, jnp.float32(2.0**32), jnp.float32(1))
+    factor = row_factors(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32))
+    return jnp.where(factor[:, None] > 1, x * 2.0**-32, x), factor
+
+
+def row_factors(largest: Float[Array, " m"]) -> Float[Array, " m"]:
+    """What rows with these largest magnitudes are divided by: 2^32, or 1."""
+    return jnp.where(largest > 2.0**96, jnp.float32(2.0**32), jnp.float32(1))
 
 
 def finish(

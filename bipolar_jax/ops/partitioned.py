@@ -1,0 +1,182 @@
+"""Products that partition themselves where XLA distributes a program: weights stay where they are.
+
+XLA knows no sharding rule for kernels, nor for words of packed weights, and would gather both. Within `jax.jit`, on
+meshes of Auto axes or of Explicit ones, a product is one operation that tells XLA what each device multiplies: columns
+of its own if n is cut; its own part of k if that is cut, and then int32 sums are added (`parts_of_k`); rows of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.ops.parts_of_k import PartsOfK, part_of, sum_of_parts
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
+from bipolar_jax.packing.cuts import MeshAxes, check_cut, partition_specs
+
+# product(static, x, residual, w, bias, prologue) of one device; `static` has a_format, activation and implementation.
+Product = Callable[..., Float[Array, "m out"]]
+
+
+def is_distributed(operands: Any, w: BipolarNumbers) -> bool:
+    """Whether XLA will distribute the product: an operand lies on a mesh of several devices, outside of shard_map."""
+    if not isinstance(w, BipolarArray | UnpackedArray):
+        return False
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands))
+    return any(mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} for mesh in meshes if not mesh.empty)
+
+
+def partitioned(product: Product, static: Any, *operands: Any) -> Float[Array, "m out"]:
+    """product(static, *operands), each device's part of it where its part of the weights is.
+
+    Args:
+      product: of rows [m, columns] and one matrix of weights.
+      static: its static operands.
+      *operands: x, residual, w, bias, prologue.
+    """
+
+    call = _Call(static, _factors(static, operands))
+
+    @custom_vmap
+    def whole(*operands):
+        return _partitioned(product)(call, *operands)
+
+    @whole.def_vmap
+    def _(axis_size, in_batched, *operands):
+        # XLA partitions products that are mapped over as it does other operations.
+        del axis_size
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+        return jax.vmap(functools.partial(product, static), in_axes=axes)(*operands), True
+
+    return whole(*operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static operands of a product, and how shardings propagate through it.
+
+    Attributes:
+      static: of the product.
+      factors: the names of all operands' axes and of the result's, as an einsum: axes of one name are cut alike.
+    """
+
+    static: Any
+    factors: str
+
+
+@functools.cache
+def _partitioned(product: Product) -> custom_partitioning:
+    # jax.jit keeps constant arrays within: custom_partitioning takes none.
+    whole = jax.jit(lambda call, *operands: product(call.static, *operands), static_argnums=0)
+    operation = custom_partitioning(whole, static_argnums=(0,))
+    operation.def_partition(
+        partition=functools.partial(_partition, product), sharding_rule=lambda call, mesh, *types: call.factors
+    )
+    return operation
+
+
+def _factors(static: Any, operands: tuple) -> str:
+    """`_Call.factors`: rows m go from x to the result, and so do columns n from w; `_partition` decides the rest."""
+    _, residual, w, bias, prologue = operands
+    gated = static.activation is not None and static.activation.gated
+    columns = "n_out" if gated else "n"
+    numbers = itertools.count()
+
+    def others(count):
+        return [f"f{next(numbers)}" for _ in range(count)]
+
+    def of_weights(leaf):
+        return [*others(leaf.ndim - 2), "n", *others(1)]
+
+    axes = [["m", *others(1)]]
+    axes += [] if residual is None else [["m", columns]]
+    axes += [of_weights(leaf) for leaf in jax.tree.leaves(w)]
+    axes += [] if bias is None else [["n"]]
+    axes += [others(leaf.ndim) for leaf in jax.tree.leaves(prologue)]
+    return f"{', '.join(map(' '.join, axes))} -> m {columns}"
+
+
+def _partition(product: Product, call: _Call, mesh: Mesh, operands: Any, result: Any) -> tuple:
+    """What one device computes, and the shardings of the result and of the operands; see `custom_partitioning`."""
+    del result
+    static = call.static
+    x, residual, w, _, prologue = operands
+    n, k = _axes_of_weights(w)
+    k = tuple(name for name in k if name not in n)
+    m = tuple(name for name in _axes(x)[0] if name not in (*n, *k))
+    if x.shape[0] % math.prod(mesh.shape[name] for name in m):
+        m = ()
+    spec = PartitionSpec(k or None, n or None) if w.axis == -2 else PartitionSpec(n or None, k or None)
+    check_cut(w, mesh.shape, tuple(spec))
+    # A gated activation takes columns of the first half with those of the second.
+    gated = static.activation is not None and static.activation.gated and bool(n)
+    columns = None if gated else n or None
+    by_elements = prologue is None or (
+        isinstance(prologue, Activation) and prologue.parts == 1 and not prologue.rotation
+    )
+    specs = (
+        PartitionSpec(m or None, (k or None) if by_elements else None),
+        None if residual is None else PartitionSpec(m or None, columns),
+        partition_specs(w, spec),
+        None if operands[3] is None else PartitionSpec(n or None),
+        jax.tree.map(lambda _: PartitionSpec(), prologue),
+    )
+
+    def on_device(*operands):
+        # A mesh that the caller has set would give the operations here shardings of their own.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return part(*operands)
+
+    def part(x, residual, w, bias, prologue):
+        dtype, activation = x.dtype, static.activation
+        inner = dataclasses.replace(static, activation=None) if gated else static
+        if gated:
+            x = x.astype(jnp.float32)  # for the product in float32, which the activation takes
+        if k:
+            parts = PartsOfK(k, inner.a_format, inner.activation, inner.implementation, x.dtype.name)
+            if not by_elements:
+                x, prologue = _own_columns(prologue(x), k), None
+            size = x.shape[-1]
+            y = sum_of_parts(parts, x, None if gated else residual, part_of(w, size, k), bias, prologue)
+        else:
+            y = product(inner, x, None if gated else residual, w, bias, prologue)
+        if not gated:
+            return y
+        y = jax.lax.all_gather(y, n, axis=1, tiled=True)
+        return epilogue.activate_and_add(y, activation, dtype, residual)
+
+    named = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return mesh, on_device, NamedSharding(mesh, PartitionSpec(m or None, columns)), named
+
+
+def _own_columns(rows: Float[Array, "m k"], axes: tuple[str, ...]) -> Float[Array, "m part"]:
+    """This device's part of whole rows."""
+    size = rows.shape[1] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axes) * size, size, axis=1)
+
+
+def _axes_of_weights(w: BipolarArray | UnpackedArray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that n and k are cut over, as far as the codes are."""
+    if isinstance(w, BipolarArray):
+        return tuple(_axes(w.planes)[-2:])
+    groups, n, size = _axes(w.signed_codes)
+    return n, groups if w.signed_codes.shape[0] > 1 else size
+
+
+def _axes(array: Any) -> list[tuple[str, ...]]:
+    """Mesh axes of each axis of an array."""
+    axes: list[MeshAxes] = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
+    return [(names,) if isinstance(names, str) else tuple(names or ()) for names in axes]
