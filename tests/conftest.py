@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # them. Programs that tests start inherit this too.
 if os.environ.get("TEST_NEWER_EMITTERS") != "1" and "xla_backend_extra_options" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+# XLA cuts the code of a program into up to 32 modules that it compiles in parallel, which costs a third more CPU time
+# than one module does; the cores are busy with other tests.
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 # Threads of XLA on CPUs: an interpreted warpgroup that waits at a barrier holds one, and with as few as there
 # are cores the others may never get to run.
 os.environ.setdefault("NPROC", "16")
