@@ -53,7 +53,7 @@ from bipolar_jax.checkpoint.safetensors_reader import (
 )
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing import BipolarArray, BipolarNumbers, UnpackedArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, UnpackedArray
 
 # dtypes of safetensors that JAX loads unchanged; by default JAX narrows 64-bit numbers to 32 bits.
 _DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32", "uint16", "uint8", "bool")
@@ -169,6 +169,8 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"keys {key_names} cannot be a tensor name in a safetensors file: rename the key")
         if len(name) > MOST_NAME_CHARACTERS - max(len(f".{field}") for field in FIELDS):
             raise ValueError(f"keys {key_names!r:.100} make a path of {len(name):,} characters: rename them")
+        if isinstance(leaf, BlockScaledArray):
+            leaf = leaf.with_scales()
         if isinstance(leaf, BipolarNumbers) and not isinstance(leaf, BipolarArray):
             layout = "unpacked" if isinstance(leaf, UnpackedArray) else "laid out"
             raise ValueError(f"{name} is {layout} for inference: save the model as it was before it was prepared")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32, Integer, UInt8, UInt32
 
+from bipolar_jax.format import as_format
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import Embed, Linear, Packed
 from bipolar_jax.nn.compressible import layer_at, run_name
 from bipolar_jax.nn.layers.linear import InputOrder
-from bipolar_jax.packing import BipolarArray, from_codes
+from bipolar_jax.packing import BipolarArray, BlockScaledArray, from_codes
+from bipolar_jax.packing.block_scaled_array import BlockForm
 from bipolar_jax.packing.host_memory import aligned_empty
+from bipolar_jax.packing.words import pack_codes
 from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import num_groups
 
@@ -33,27 +37,40 @@ class PackedKind:
       precision: of the layer; its scales are floats.
       has_offset: whether numbers have an offset.
       ordered: whether the layer reads its inputs in another order, see `Linear.order`.
+      form: of scales that stay as a GGUF file has them, in a `BlockScaledArray`; None for a `BipolarArray`.
+      axis: -2 for kernels, -1 for tables of embeddings.
     """
 
     precision: Precision
     has_offset: bool
     ordered: bool = False
+    form: BlockForm | None = None
+    axis: int = -2
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedNumbers:
-    """The numbers of one kernel on the host: scale * (2 code - W) + offset.
+    """The numbers of one kernel, or of some of its outputs, on the host: scale * (2 code - W) + offset.
 
     Attributes:
       codes: unsigned, of every output.
-      scale, offset: of the groups of its inputs, see `packing.from_codes`; offset is None where the kind has none.
+      scale, offset: of the groups of its inputs, see `packing.from_codes`; offset is None where the kind has none. Of a
+        kind with a form, the block_scale and block_minimum of `BlockScaledArray`.
       order: see `Linear.order`; None keeps the order of the inputs.
+      group_scales, group_minimums: see `BlockScaledArray`.
     """
 
     codes: UInt8[np.ndarray, "n k"]
     scale: Float[np.ndarray, "n groups"]
     offset: Float[np.ndarray, "n groups"] | None
     order: Int32[np.ndarray, " k"] | None = None
+    group_scales: Integer[np.ndarray, "n groups"] | None = None
+    group_minimums: Integer[np.ndarray, "n groups"] | None = None
+
+    def rows(self, rows: slice) -> PackedNumbers:
+        """Those of some outputs."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "order"}
+        return PackedNumbers(**{name: None if array is None else array[rows] for name, array in arrays.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +78,20 @@ class PackedTensor:
     """A kernel that is read when its turn comes.
 
     Attributes:
-      shape: (k, n), the parameter's orientation.
+      shape: the parameter's: (k, n), or (n, k) of a table.
       kind: how it is packed.
-      read: reads the numbers. Raises ValueError for damage.
+      read: reads the numbers, or those of some outputs after the others. Raises ValueError for damage.
     """
 
     shape: tuple[int, int]
     kind: PackedKind
-    read: Callable[[], PackedNumbers]
+    read: Callable[[], PackedNumbers | Iterator[PackedNumbers]]
+
+
+def check_activations(activations: Any) -> None:
+    """Raises ValueError unless the bits of activations that a loader is given are None, 1 to 8, or 16 for floats."""
+    if activations is not None and (type(activations) is not int or activations not in (*range(1, 9), 16)):
+        raise ValueError(f"activations must be 1 to 8 bits, or 16 for floats, got {activations!r:.40}")
 
 
 class PackedBuffer:
@@ -81,20 +104,25 @@ class PackedBuffer:
         self._kernel = jax.tree.map(lambda leaf: aligned_empty((*stack, *leaf.shape), leaf.dtype), kernel)
         self._order = None if order is None else aligned_empty((*stack, *order.shape), order.dtype)
 
-    def fill(self, index: tuple[int, ...], numbers: PackedNumbers) -> None:
+    def fill(self, index: tuple[int, ...], numbers: PackedNumbers | Iterator[PackedNumbers]) -> None:
         """Packs the numbers of one kernel. Raises ValueError for scales or offsets that are not finite."""
+        first = 0
+        for block in [numbers] if isinstance(numbers, PackedNumbers) else numbers:
+            self._fill_rows(index, first, block)
+            first += len(block.codes)
+
+    def _fill_rows(self, index: tuple[int, ...], first: int, numbers: PackedNumbers) -> None:
+        """Packs the numbers of outputs from `first` on."""
         for name in ("scale", "offset"):
             array = getattr(numbers, name)
             if array is not None and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
                 raise ValueError(f"{bad} of its {array.size} numbers of {name} are not finite: the file is damaged")
-        precision = self.kind.precision
         n, k = numbers.codes.shape
-        arrays = (numbers.codes, numbers.scale, numbers.offset)
         step = max(1, _BLOCK_NUMBERS // k)  # outputs, so that what is made on the way stays small
         for start in range(0, n, step):
-            rows = slice(start, start + step)
-            block = (None if array is None else array[rows] for array in arrays)
-            packed = _packed(*block, precision.w_bits, precision.group_size)
+            block = numbers.rows(slice(start, min(start + step, n)))
+            rows = slice(first + start, first + start + len(block.codes))
+            packed = _packed(block, self.kind)
             for target, leaf in zip(jax.tree.leaves(self._kernel), jax.tree.leaves(packed), strict=True):
                 target[index][..., rows, :] = np.asarray(leaf)
         if self._order is not None:
@@ -109,18 +137,56 @@ class PackedBuffer:
         return jax.tree.unflatten(structure, leaves), None if order is None else jax.device_put(order)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _packed(codes, scale, offset, bits, group_size) -> BipolarArray:
-    return from_codes(codes, bits, -1, scale, offset, group_size).T
+def _packed(numbers: PackedNumbers, kind: PackedKind) -> BipolarArray | BlockScaledArray:
+    """The kernel of some outputs; also of shapes and dtypes, within `jax.eval_shape`."""
+    bits, group_size = kind.precision.w_bits, kind.precision.group_size
+    if kind.form is None:
+        return _with_float_scales(numbers.codes, numbers.scale, numbers.offset, bits, group_size, kind.axis)
+    return BlockScaledArray(
+        _planes(numbers.codes, bits),
+        numbers.scale,
+        numbers.offset,
+        numbers.group_scales,
+        numbers.group_minimums,
+        as_format(bits),
+        numbers.codes.shape[1],
+        kind.axis,
+        group_size,
+        kind.form,
+    )
 
 
-def abstract_kernel(kind: PackedKind, shape: tuple[int, int]) -> tuple[BipolarArray, jax.ShapeDtypeStruct | None]:
-    """Shapes and dtypes of a kernel (k, n), and of the order of its inputs."""
-    k, n = shape
-    scale = jax.ShapeDtypeStruct((n, num_groups(k, kind.precision.group_size)), jnp.float32)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _with_float_scales(codes, scale, offset, bits, group_size, axis) -> BipolarArray:
+    packed = from_codes(codes, bits, -1, scale, offset, group_size)
+    return packed if axis == -1 else packed.T
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _planes(codes, bits) -> UInt32[Array, "planes n words"]:
+    return pack_codes(codes, as_format(bits))
+
+
+def abstract_kernel(
+    kind: PackedKind, shape: tuple[int, int]
+) -> tuple[BipolarArray | BlockScaledArray, jax.ShapeDtypeStruct | None]:
+    """Shapes and dtypes of a kernel of a parameter's shape, and of the order of its inputs."""
+    k, n = shape if kind.axis == -2 else shape[::-1]
+    form = kind.form
+
+    def leaf(size: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, num_groups(k, size)), dtype)
+
     codes = jax.ShapeDtypeStruct((n, k), jnp.uint8)
-    static = (kind.precision.w_bits, kind.precision.group_size)
-    kernel = jax.eval_shape(lambda *x: _packed(*x, *static), codes, scale, scale if kind.has_offset else None)
+    if form is None:
+        scale = leaf(kind.precision.group_size, jnp.float32)
+        numbers = (codes, scale, scale if kind.has_offset else None)
+    else:
+        scale = leaf(form.block_size, jnp.float16)
+        integers = leaf(kind.precision.group_size, jnp.int8 if form.group_scales == "int8" else jnp.uint8)
+        numbers = (codes, scale, scale if form.minimum else None, None)
+        numbers += (None if form.group_scales is None else integers, integers if form.has_group_minimums else None)
+    kernel = jax.eval_shape(lambda *arrays: _packed(PackedNumbers(*arrays), kind), *numbers)
     return kernel, jax.ShapeDtypeStruct((k,), jnp.int32) if kind.ordered else None
 
 
@@ -166,7 +232,8 @@ def with_packed_kernels(
             run = next((run for run in runs if layer is not None and run.start == layer), None)
             if layer is not None and run is None:
                 continue
-            parent, _, name = stacked_path(path, run or range(0), num_layers).removesuffix("/kernel").rpartition("/")
+            where = stacked_path(path, run or range(0), num_layers).rpartition("/")[0]
+            parent, _, name = where.rpartition("/")
             module = layer_at(model, parent) if parent else model
             setattr(module, name, _packed_layer(getattr(module, name), kind, () if run is None else (len(run),)))
         return model
@@ -174,9 +241,14 @@ def with_packed_kernels(
     return nnx.eval_shape(build, model)
 
 
-def _packed_layer(layer: nnx.Linear, kind: PackedKind, stack: tuple[int, ...]) -> Linear:
-    kernel, order = abstract_kernel(kind, layer.kernel.get_value().shape[-2:])
+def _packed_layer(layer: nnx.Linear | nnx.Embed, kind: PackedKind, stack: tuple[int, ...]) -> Linear | Embed:
+    weights = layer.embedding if kind.axis == -1 else layer.kernel
+    kernel, order = abstract_kernel(kind, weights.get_value().shape[-2:])
     kernel = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), kernel)
+    if kind.axis == -1:
+        table = Embed.from_float(layer, kind.precision)
+        table.embedding = Packed(kernel)
+        return table
     packed = Linear.from_packed(layer, kernel, kind.precision)
     if order is not None:
         packed.order = InputOrder(jnp.zeros((*stack, *order.shape), order.dtype))

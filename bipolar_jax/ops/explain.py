@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.ops.dispatch import check_implementation, first_able
-from bipolar_jax.ops.fused import planner
+from bipolar_jax.ops.fused import planner, with_float_scales
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.precision import activation_format
@@ -74,6 +74,7 @@ def explain(
 def _product_planner(x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | BipolarFormat | None) -> Callable:
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, None)
+    w = with_float_scales(w, abstract=True)
     # Batch axes of w are mapped over; the other axes of x are rows.
     m = math.prod(x.shape[w.ndim - 2 : -1])
     return lambda backend: backend.plan_matmul(m, x.dtype, w, a_format)

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 
 from bipolar_jax.kernels.backend import Backend, Layer
+from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.ops.matmul import check_operands
+from bipolar_jax.packing import BlockScaledArray
 
 
 def prompt_heads(*operands: Any, implementation: str = "auto", **options: Any) -> Any:
@@ -63,7 +65,19 @@ def _run(name: str, implementation: str, operands: tuple, options: dict) -> Any:
 def _checked(name: str, prefix: str, implementation: str, operands: tuple, options: dict) -> Callable[[Backend], Any]:
     check_implementation(implementation)
     _CHECKS.get(name, lambda *_, **__: None)(*operands, **options)
+    operands = with_float_scales(operands, abstract=bool(prefix))
     return lambda backend: getattr(backend, prefix + name)(*operands, **options)
+
+
+def with_float_scales(operands: Any, *, abstract: bool) -> Any:
+    """The operands with `BipolarArray`s for every `BlockScaledArray`; `abstract` makes shapes and dtypes alone."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, BlockScaledArray):
+            return leaf
+        return jax.eval_shape(BlockScaledArray.with_scales, leaf) if abstract else leaf.with_scales()
+
+    return jax.tree.map(convert, operands, is_leaf=lambda node: isinstance(node, BlockScaledArray))
 
 
 def _check_prompt_heads(x, w, a_format, bias, prologue, *others, **options) -> None:
@@ -76,4 +90,14 @@ def _check_feed_forward(x, up: Layer, down: Layer, prologue, activation, residua
     check_operands(jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype), *down, residual=residual)
 
 
-_CHECKS = {"prompt_heads": _check_prompt_heads, "feed_forward": _check_feed_forward}
+def _check_decode_layers(*operands, **options) -> None:
+    leaves = jax.tree.leaves(operands, is_leaf=lambda node: isinstance(node, BlockScaledArray))
+    if any(isinstance(leaf, BlockScaledArray) for leaf in leaves):
+        raise Unsupported("weights have the scales of a GGUF file, which are multiplied out layer by layer")
+
+
+_CHECKS = {
+    "prompt_heads": _check_prompt_heads,
+    "feed_forward": _check_feed_forward,
+    "decode_layers": _check_decode_layers,
+}

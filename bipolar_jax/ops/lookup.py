@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
-from bipolar_jax.packing import BipolarArray, PreparedArray, UnpackedArray
+from bipolar_jax.packing import BipolarArray, BlockScaledArray, PreparedArray, UnpackedArray
 
 
 def lookup(
-    table: BipolarArray | UnpackedArray, ids: Integer[Array, "*batch"], dtype: jnp.dtype = jnp.float32
+    table: BipolarArray | BlockScaledArray | UnpackedArray,
+    ids: Integer[Array, "*batch"],
+    dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "*batch d"]:
     """Decodes the rows `ids` of a table; the other rows stay packed.
 
@@ -42,10 +44,14 @@ def lookup(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _decoded_rows(
-    dtype: jnp.dtype, table: BipolarArray | UnpackedArray, ids: Integer[Array, "*batch"]
+    dtype: jnp.dtype, table: BipolarArray | BlockScaledArray | UnpackedArray, ids: Integer[Array, "*batch"]
 ) -> Float[Array, "*batch d"]:
     flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type may not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
     rows = jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=-2, mode="clip"), table)
-    rows = dataclasses.replace(rows, scale=jnp.where(in_range[:, None], rows.scale, jnp.nan))
+    if isinstance(rows, BlockScaledArray):
+        scale = jnp.where(in_range[:, None], rows.block_scale, jnp.float16(jnp.nan))
+        rows = dataclasses.replace(rows, block_scale=scale)
+    else:
+        rows = dataclasses.replace(rows, scale=jnp.where(in_range[:, None], rows.scale, jnp.nan))
     return rows.dequantize().astype(dtype).reshape(*ids.shape, table.shape[-1])

@@ -19,7 +19,7 @@ from bipolar_jax.ops.dispatch import check_implementation, dispatch
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
 from bipolar_jax.ops.partitioned import is_distributed, partitioned
 from bipolar_jax.ops.parts_of_k import PartsOfK, check_prologue_of_parts, part_of, parts_product
-from bipolar_jax.packing import BipolarNumbers
+from bipolar_jax.packing import BipolarNumbers, BlockScaledArray
 from bipolar_jax.quantize.groups import split_groups
 from bipolar_jax.quantize.precision import activation_format
 from bipolar_jax.quantize.rounding import check_float
@@ -68,7 +68,8 @@ def matmul(
       x: float32, bfloat16 or float16; the last axis has k numbers, or as many as the prologue reduces to k. If w has
         batch axes, x's leading axes must equal them. Other leading axes may be empty.
       w: packed weights of logical shape (..., k, n): quantized with axis=-2, or the `T` of an array quantized with
-        axis=-1. What its `unpack` and `prepare` make gives the same numbers, faster on CPUs and on Hopper GPUs.
+        axis=-1; or a `BlockScaledArray`, whose float scales are made in every call. What their `unpack` and `prepare`
+        make gives the same numbers, faster on CPUs and on Hopper GPUs.
       a_bits: activation bits 1..8, or their format, whose `span` may leave out the ends of a token's range; None leaves
         the activations float (weight-only).
       bias: added to every row; with or without w's batch axes.
@@ -104,6 +105,8 @@ def matmul(
         columns = w.shape[-1] // (1 if activation is None else activation.parts)
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
     static = _Static(a_format, activation, implementation)
+    if isinstance(w, BlockScaledArray):
+        w = w.with_scales()
     integers = dataclasses.replace(w, scale=None, offset=None)
     operands = (x, residual, w.scale, w.offset, integers, bias, prologue)
     out_axes = (*mesh_axes(x)[:-1], mesh_axes(w.row_sums)[-2])

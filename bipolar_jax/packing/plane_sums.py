@@ -15,6 +15,7 @@ from bipolar_jax.packing.words import WORD_BITS
 from bipolar_jax.quantize.groups import num_groups, split_groups
 
 _CHUNK_BYTES = 1 << 20
+_HALF = WORD_BITS // 2
 
 
 def high_planes(
@@ -61,6 +62,10 @@ def plane_sums(
         counts = jax.lax.population_count(planes).astype(jnp.int32)
         size = planes.shape[-1] if group_size is None else group_size // WORD_BITS
         groups = split_groups(counts, size)
+    elif group_size % _HALF == 0:
+        halves = jnp.stack([planes & jnp.uint32(2**_HALF - 1), planes >> jnp.uint32(_HALF)], axis=-1)
+        counts = jax.lax.population_count(halves).astype(jnp.int32).reshape(*planes.shape[:-1], -1)
+        groups = split_groups(counts[..., : num_groups(k, _HALF)], group_size // _HALF)
     else:
         positions = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * planes.ndim + (-1,))
         bits = (planes[..., None] >> positions) & jnp.uint32(1)

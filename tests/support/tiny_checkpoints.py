@@ -167,7 +167,7 @@ def write_gguf(tiny: Tiny, path: Path, type_name: str = "F32") -> Path:
     """Writes the checkpoint as llama.cpp's converter would; vectors stay float32."""
     writer = gguf.GGUFWriter(path, tiny.arch)
     for key, value in (gguf_metadata(tiny) | tiny.metadata).items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     kind = gguf.GGMLQuantizationType[type_name]
     for name, array in tiny.weights.items():
         if tiny.arch == "llama":
@@ -239,7 +239,8 @@ def gguf_metadata(tiny: Tiny) -> dict:
     }
 
 
-def _add_value(writer: gguf.GGUFWriter, key: str, value) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value) -> None:
+    """Adds a key of the metadata; None adds nothing."""
     if value is None:
         return
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}

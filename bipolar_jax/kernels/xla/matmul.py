@@ -75,7 +75,7 @@ def tokens_matmul(
             total += epilogue.offset_group(x_sums, tokens.zero_value, length, offset)
         return total, None
 
-    total = _zeros(w.row_sums, len(tokens.codes))
+    total = _zeros(w.row_sums, tokens.codes.shape[0])
     scales = _scales_and_offsets(w, exponents)
     total, _ = jax.lax.scan(add_group, total, (_groups(tokens.codes, w, a_format), *scales))
     return epilogue.finish(total, tokens.scale, bias, dtype, residual, activation, exponents, row_factor)

@@ -18,7 +18,7 @@ from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Packed
 from bipolar_jax.nn.layers.linear import is_plain
 from bipolar_jax.ops.dispatch import hopper_serves
-from bipolar_jax.packing import BipolarArray, PreparedArray
+from bipolar_jax.packing import BipolarArray, BlockScaledArray, PreparedArray
 from bipolar_jax.packing.float_terms import FloatTerms, shared_terms
 from bipolar_jax.packing.prepared_array import check_preparable, has_float_groups
 
@@ -87,7 +87,7 @@ def _unpack(model: Transformer) -> None:
         if not (is_table or is_plain(layer)) or layer.implementation not in ("auto", "xla"):
             continue
         weights = layer.embedding if is_table else layer.kernel
-        if isinstance(weights.get_value(), BipolarArray):
+        if isinstance(weights.get_value(), BipolarArray | BlockScaledArray):
             setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
 
 
@@ -111,13 +111,16 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         if not is_plain(layer) or layer.implementation not in ("auto", "sm90"):
             continue
         weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
-        if not isinstance(weights, BipolarArray):
+        if not isinstance(weights, BipolarArray | BlockScaledArray):
             continue
         a_bits, has_groups = layer.precision.a_bits, weights.has_integer_groups or has_float_groups(weights)
         if a_bits is None and not (weights.has_integer_groups and dtype.itemsize == 2):
             continue
         if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, has_groups=has_groups)):
             continue
+        if isinstance(weights, BlockScaledArray):
+            weights = weights.with_scales()
+            layer.kernel = Packed(weights)
         try:
             check_preparable(weights, is_gated)
         except ValueError:

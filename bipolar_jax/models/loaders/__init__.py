@@ -28,7 +28,8 @@ def load_pretrained(
       param_dtype: dtype of the float parameters and of the computation; None is that of a packed checkpoint, and
         float32 for other files.
       bits: most weight bits to read from a packed checkpoint, see `load_model`.
-      activations: bits of the activations of a quantized Hugging Face directory, see `load_huggingface`.
+      activations: bits of the activations of a quantized Hugging Face directory, see `load_huggingface`. Of a GGUF
+        file, whose integers then stay as they are; None dequantizes it, see `load_gguf`.
 
     Raises:
       FileNotFoundError: nothing at `path`.
@@ -42,14 +43,16 @@ def load_pretrained(
             f"{path} is not packed, so it cannot be read at {bits} bits: load it without bits, then use quantize_model"
         )
     is_directory = path.is_dir() and (path / "config.json").is_file()
-    if activations is not None and not is_directory:
-        raise ValueError(f"{path} is no Hugging Face directory, so it takes no activations: leave them None")
+    if activations is not None and not is_directory and path.suffix.lower() != ".gguf":
+        raise ValueError(
+            f"{path} is no GGUF file or Hugging Face directory, so it takes no activations: leave them None"
+        )
     if path.is_file() and path.suffix.lower() == ".safetensors":
         return load_model(path, bits, param_dtype)
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
     if is_directory:
         return load_huggingface(path, param_dtype, activations)
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return load_gguf(path, param_dtype)
+        return load_gguf(path, param_dtype, activations)
     kind = "a directory without config.json" if path.is_dir() else f"a file named *{path.suffix}"
     raise ValueError(f"{path} is {kind}: give {_SUPPORTED}")

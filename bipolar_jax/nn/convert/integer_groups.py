@@ -12,7 +12,7 @@ from bipolar_jax.nn.convert.summary import packed_layers
 from bipolar_jax.nn.layers.einsum import Einsum
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear
-from bipolar_jax.packing import BipolarArray, BipolarNumbers
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray
 from bipolar_jax.quantize.integer_groups import MOST_BITS
 
 
@@ -81,6 +81,8 @@ def _convert(path: str, layer: Linear | Einsum | Embed) -> ConvertedLayer:
     if note := _why_unchanged(array):
         return ConvertedLayer(path, str(layer.precision), (), note)
     try:
+        if isinstance(array, BlockScaledArray):
+            array = array.with_scales()
         if not isinstance(array, BipolarArray):
             raise ValueError(f"{array} is laid out for a device: convert before prepare_for_inference")
         integers, errors = array.to_integer_groups()

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from bipolar_jax.nn.layers.linear import Linear, sizes, without_training
 from bipolar_jax.nn.layers.packed import Packed
-from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing import BipolarNumbers, PreparedArray
 
 # The axis n of the leaves of a packed kernel, [..., planes, n, words] and [..., n, groups].
 _COLUMNS_AXIS = -2
@@ -42,7 +42,9 @@ def joined(layers: Sequence[Linear]) -> Linear:
             ("dtype", _dtypes(first), _dtypes(layer)),
             ("backend", first.implementation, layer.implementation),
             ("contracted size", kernels[0].contracted_size, kernel.contracted_size),
-            ("offsets", kernels[0].offset is not None, kernel.offset is not None),
+            ("kind of weights", type(kernels[0]).__name__, type(kernel).__name__),
+            ("form of scales", *(getattr(each, "form", None) for each in (kernels[0], kernel))),
+            ("offsets", *(jax.eval_shape(_offset, each) is not None for each in (kernels[0], kernel))),
             ("integer groups", kernels[0].groups is not None, kernel.groups is not None),
             ("bias", first.bias is not None, layer.bias is not None),
             ("order of inputs", first.order is not None, layer.order is not None),
@@ -60,6 +62,10 @@ def joined(layers: Sequence[Linear]) -> Linear:
     if first.bias is not None:
         result.bias = nnx.Param(jnp.concatenate([layer.bias[...] for layer in layers], axis=-1))
     return result
+
+
+def _offset(kernel: BipolarNumbers) -> Array | None:
+    return kernel.offset
 
 
 def _same(order: Array, other: Array) -> bool:

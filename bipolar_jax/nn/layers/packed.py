@@ -94,7 +94,8 @@ def _count(variables: dict[type, list[nnx.Variable]]) -> str:
     counts = {}
     for kind, members in variables.items():
         values = [variable.get_value() for variable in members]
-        if any(isinstance(value, BipolarNumbers) and not hasattr(value.row_sums, "shape") for value in values):
+        arrays = [value for value in values if isinstance(value, BipolarNumbers)]
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(arrays)):
             return ""  # a tree_map has put other objects in the leaves
         counts[kind.__name__] = sum(map(num_parameters, values)), sum(map(num_bytes, values))
     if len(counts) > 1:

@@ -14,7 +14,8 @@ import jax.export
 from flax.traverse_util import flatten_dict
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray, UnpackedArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, PreparedArray, UnpackedArray
+from bipolar_jax.packing.block_scaled_array import BlockForm
 from bipolar_jax.quantize import IntegerGroups
 
 
@@ -85,11 +86,15 @@ def _from_state_dict(target: BipolarArray, state: Mapping[str, Any]) -> BipolarA
 def _serialize_static(kind: type[BipolarNumbers], values: tuple) -> bytes:
     fields = dict(zip(_names(kind, static=True), values, strict=True))
     number_format = fields.pop("format")
+    if "form" in fields:
+        fields["form"] = dataclasses.asdict(fields["form"])
     return json.dumps({"bits": number_format.bits, "ternary": number_format.ternary, **fields}).encode()
 
 
 def _deserialize_static(kind: type[BipolarNumbers], data: bytes) -> tuple:
     fields = json.loads(data)
+    if "form" in fields:
+        fields["form"] = BlockForm(**fields["form"])
     fields["format"] = BipolarFormat(fields.pop("bits"), ternary=fields.pop("ternary"))
     return tuple(fields[name] for name in _names(kind, static=True))
 
@@ -100,7 +105,7 @@ def _from_children(kind: type[BipolarNumbers], static: tuple, children: tuple) -
 
 
 flax.serialization.register_serialization_state(BipolarArray, _to_state_dict, _from_state_dict)
-for _kind in (BipolarArray, UnpackedArray, PreparedArray):
+for _kind in (BipolarArray, BlockScaledArray, UnpackedArray, PreparedArray):
     jax.export.register_pytree_node_serialization(
         _kind,
         serialized_name=f"bipolar_jax.{_kind.__name__}",

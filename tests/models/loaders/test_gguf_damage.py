@@ -144,7 +144,9 @@ def test_damaged_tensor_descriptions(whole, scratch):
     assert "has shape (96, 65), impossible" in refusal(scratch, patched(whole, at + 4, "<Q", 65))
     assert "has shape (96, 0), impossible" in refusal(scratch, patched(whole, at + 4, "<Q", 0))
     assert "is at offset" in refusal(scratch, patched(whole, at + 4, "<Q", 2**63))
-    assert "type IQ2_XXS (16), supported are F32" in refusal(scratch, patched(whole, at + 20, "<I", 16))
+    assert "type IQ2_XXS (16), whose weights are entries of codebooks, no integer grid, supported are F32" in refusal(
+        scratch, patched(whole, at + 20, "<I", 16)
+    )
     assert "type 9999, supported are F32" in refusal(scratch, patched(whole, at + 20, "<I", 9999))
     assert "is at offset 64, expected" in refusal(scratch, patched(whole, at + 24, "<Q", 64))
 

@@ -26,14 +26,26 @@ TENSOR_TYPES = {
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
 # Metadata value types of fixed size: number in the file -> struct's and NumPy's letter.
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FIXED_SIZES = {kind: struct.calcsize(f"<{letter}") for kind, letter in _FIXED.items()}
-# The arrays that are kept.
+# The arrays that are kept, and the end of the names of others.
 _ARRAYS = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores", "merges")}
+_PATTERN = ".attention.sliding_window_pattern"
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -156,8 +168,10 @@ class _HeaderReader:
         type_number, offset = self._unpack("<IQ", f"type of tensor {name!r:.100}")
         if type_number not in TENSOR_TYPES:
             supported = ", ".join(type_name for type_name, _, _ in TENSOR_TYPES.values())
+            type_name = _type_name(type_number)
+            reason = ", whose weights are entries of codebooks, no integer grid" if "IQ" in type_name else ""
             raise ValueError(
-                f"{self._path}: tensor {name!r:.100} has type {_type_name(type_number)}, supported are {supported}: "
+                f"{self._path}: tensor {name!r:.100} has type {type_name}{reason}, supported are {supported}: "
                 "convert the model to one of these, or download it again if it should be one"
             )
         type_name, block, block_bytes = TENSOR_TYPES[type_number]
@@ -185,14 +199,15 @@ class _HeaderReader:
 
     def _array(self, key: str) -> list | UnreadArray:
         kind, count = self._unpack("<IQ", f"array of metadata key {key!r:.100}")
+        is_kept = key in _ARRAYS or key.endswith(_PATTERN)
         if kind in _FIXED:
             self._check_count(count, _FIXED_SIZES[kind], f"values of metadata key {key!r:.100}")
-            if key in _ARRAYS:
+            if is_kept:
                 return np.frombuffer(self._take(count * _FIXED_SIZES[kind], key), f"<{_FIXED[kind]}").tolist()
             self._position += count * _FIXED_SIZES[kind]
         elif kind == _STRING:
             self._check_count(count, 8, f"strings of metadata key {key!r:.100}")
-            if key in _ARRAYS:
+            if is_kept:
                 return [self._string(key) for _ in range(count)]
             self._skip_strings(count, key)
         else:

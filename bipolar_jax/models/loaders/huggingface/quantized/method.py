@@ -11,6 +11,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.bitsandbytes import BitsAn
 from bipolar_jax.models.loaders.huggingface.quantized.compressed_tensors import CompressedTensors
 from bipolar_jax.models.loaders.huggingface.quantized.gptq import GPTQ
 from bipolar_jax.models.loaders.huggingface.quantized.module import QuantizedFormat
+from bipolar_jax.models.packed_kernels import check_activations
 
 SERVED = "gptq, awq, compressed-tensors, bitnet, bitsandbytes"
 _FLOATS = "its weights are floats of few bits, no integer grid"
@@ -49,8 +50,7 @@ def read_format(directory: Path, activations: int | None = None) -> QuantizedFor
       FileNotFoundError: no config.json.
       ValueError: a format that is not served, with the reason; other activations.
     """
-    if activations is not None and (type(activations) is not int or activations not in (*range(1, 9), 16)):
-        raise ValueError(f"activations must be 1 to 8 bits, or 16 for floats, got {activations!r:.40}")
+    check_activations(activations)
     fields, method = _quantization(directory)
     if fields is None:
         if activations is not None:
