@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
     config.against = ""
     # Most weight bits to read from packed checkpoints; 0 reads all.
     config.bits = 0
+    # A GGUF file, or a quantized Hugging Face directory, served at its own precision: bits of its activations, 16 for
+    # float ones; 0 reads GGUF files as floats, and takes what directories state.
+    config.activations = 0
     # The text is read by `model`, not by `against`, through a cache of keys and values of 8 or 4 bits; 0: of floats.
     config.cache_bits = 0
     # "pydoc_topics" (CPython's help topics), "python_stdlib" (its source) or a UTF-8 file; "" for no perplexity.

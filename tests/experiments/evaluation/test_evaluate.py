@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from bipolar_jax.models.inference.continuations import score_continuations
-from bipolar_jax.models.inference.perplexity import perplexity
+from bipolar_jax.models.inference.perplexity import Perplexity, perplexity
 from bipolar_jax.models.loaders import load_pretrained
 from configs import evaluate as evaluate_config
 from experiments import evaluate
@@ -157,3 +158,13 @@ def test_files_without_questions_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no questions"):
         read_questions(tmp_path / "empty.jsonl")
+
+
+def test_gguf_files_are_served_at_their_own_precision(tmp_path, config, monkeypatch):
+    """`activations` is for the model alone; the one that it is compared with is dequantized."""
+    path = tiny_checkpoints.write_gguf(tiny_checkpoints.make(), tmp_path / "model.gguf", "Q4_1")
+    monkeypatch.setattr(evaluate, "scored_windows", lambda source, model, *_, **__: Perplexity(1.0, 0.0, 1, 1, (0.0,)))
+    changes = {"model": str(path), "against": str(path), "activations": 8, "questions": ""}
+    evaluate.main(ConfigDict(config.to_dict() | changes), tmp_path)
+    rows = read(tmp_path)["models"]
+    assert [rows[name]["linear_bits"] for name in ("model", "against")] == [5.0, None]
