@@ -222,6 +222,11 @@ class TransformerConfig:
         """Numbers of each head that are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
+    def outputs(self, projection: str) -> int:
+        """Outputs of "q_proj", "k_proj", "v_proj", "gate_proj" or "up_proj"."""
+        heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads, "v_proj": self.num_kv_heads}
+        return heads[projection] * self.head_dim if projection in heads else self.ffn_size
+
     def has_window(self, layer: int) -> bool:
         """Whether a layer attends to its last `window` positions alone."""
         return self.window is not None and (self.window_layers is None or layer in self.window_layers)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bipolar_jax.models.loaders import load_gguf
-from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
 from tests.support import tiny_checkpoints as tiny
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bipolar_jax.models.chat import ChatTemplate
-from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 

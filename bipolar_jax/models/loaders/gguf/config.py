@@ -9,72 +9,23 @@ import numpy as np
 
 from bipolar_jax.models.config import MOST_SIZE, RopeScaling, TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
+from bipolar_jax.models.loaders.gguf.architectures import ARCHITECTURES, architecture_fields
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 
-ARCHITECTURES = ("llama", "qwen2")
 _MOST_UINT32 = 2**32 - 1
 
 
-class Metadata:
-    """Typed lookups in a GGUF file's metadata.
-
-    A missing key gives the default; a value of another type or range, as in a damaged file, raises ValueError.
-    """
-
-    def __init__(self, values: dict[str, Any], source: str):
-        """Wraps `values`; `source` is the file named in errors."""
-        self._values, self.source = values, source
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def integer(self, key: str, default: int | None = None, least: int = 0, most: int | None = None) -> int | None:
-        """An integer from `least` to `most`."""
-        expected = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
-        return self._get(key, default, int, lambda value: least <= value <= (most or value), expected)
-
-    def positive(self, key: str, default: float | None = None) -> float | None:
-        """A positive finite number."""
-        good = lambda value: math.isfinite(value) and value > 0  # noqa: E731
-        return self._get(key, default, (float, int), good, "a positive number")
-
-    def text(self, key: str, default: str | None = None) -> str | None:
-        """A string."""
-        return self._get(key, default, str, lambda value: True, "a string")
-
-    def flag(self, key: str, default: bool) -> bool:
-        """A boolean."""
-        return self._get(key, default, bool, lambda value: True, "a bool")
-
-    def array(self, key: str, kind: type) -> list | None:
-        """A list with items of type `kind`."""
-        good = lambda value: all(isinstance(item, kind) for item in value)  # noqa: E731
-        return self._get(key, None, list, good, f"an array of {kind.__name__}")
-
-    def require(self, value: Any, key: str) -> Any:
-        """`value`, the result of a lookup of `key`; raises ValueError if it is None."""
-        if value is None:
-            raise ValueError(f"{self.source} has no metadata key {key!r}: convert the model again")
-        return value
-
-    def _get(self, key, default, kinds, good, expected):
-        if key not in self._values:
-            return default
-        value = self._values[key]
-        # bool is a subclass of int.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or not good(value):
-            raise ValueError(
-                f"{self.source}: metadata key {key!r} is {value!r:.60}, expected {expected}; download it again"
-            )
-        return value
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+RopeFactors = dict[str, tuple[float, ...]]
 
 
-def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[float, ...]) -> TransformerConfig:
+def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: RopeFactors) -> TransformerConfig:
     """Translates the metadata into a config.
 
     Args:
       metadata: the file's metadata.
       tensor_names: names of the file's tensors, which show tied embeddings and biases of q, k and v.
-      rope_factors: values of the tensor "rope_freqs.weight"; empty without one.
+      rope_factors: values of the tensors named ROPE_TENSORS, those that the file has.
 
     Raises:
       ValueError: an unsupported architecture or feature, or a missing or invalid key.
@@ -98,7 +49,8 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
     rotary = metadata.integer(f"{arch}.rope.dimension_count", None, least=1)
     head_dim = size("attention.key_length", rotary or max(hidden // heads, 1))
     context = size("context_length")
-    _refuse_unsupported(metadata, arch, head_dim, rotary or head_dim, context)
+    partial = rotary is not None and rotary < head_dim and arch == "phi3"
+    _refuse_unsupported(metadata, arch, head_dim, head_dim if partial else rotary or head_dim)
     tokens = metadata.array("tokenizer.ggml.tokens", str) or []
     vocab_size = size("vocab_size", len(tokens) or None)
     scaling = _rope_scaling(metadata, arch, context, rope_factors)
@@ -117,12 +69,14 @@ def read_config(metadata: Metadata, tensor_names: set[str], rope_factors: tuple[
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         bos_id=_token_id(metadata, "bos"),
         eos_ids=_eos_ids(metadata),
+        rotary_dim=rotary if partial else None,
     )
+    fields |= architecture_fields(metadata, arch, fields)
     with errors_name(metadata.source):
         return TransformerConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
-def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: int, context: int) -> None:
+def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: int) -> None:
     value_dim = metadata.integer(f"{arch}.attention.value_length", head_dim)
     if value_dim != head_dim or rotary != head_dim:
         raise ValueError(
@@ -132,12 +86,6 @@ def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: in
     experts = metadata.integer(f"{arch}.expert_count", 0)
     if experts:
         raise ValueError(f"{metadata.source} has {experts} experts: only dense models are supported")
-    window = metadata.integer(f"{arch}.attention.sliding_window", 0)
-    if window and window < context:
-        raise ValueError(
-            f"{metadata.source} attends to a sliding window of {window} of {context} positions: "
-            "only full attention is supported"
-        )
 
 
 def _norm_eps(metadata: Metadata, key: str) -> float:
@@ -159,9 +107,12 @@ def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
-def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[float, ...]) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata, arch: str, context: int, tensors: RopeFactors) -> dict[str, Any] | None:
     """Keyword arguments of RopeScaling, or None without scaling."""
     prefix = f"{arch}.rope.scaling"
+    factors, *both = (tensors.get(name, ()) for name in ROPE_TENSORS)
+    if any(both):
+        return _longrope(metadata, prefix, context, *both)
     factor = metadata.positive(f"{prefix}.factor", metadata.positive(f"{arch}.rope.scale_linear", 1.0))
     # As in llama.cpp, a factor without a type is linear scaling.
     kind = metadata.text(f"{prefix}.type", "linear" if factor != 1 else "none")
@@ -182,4 +133,24 @@ def _rope_scaling(metadata: Metadata, arch: str, context: int, factors: tuple[fl
         beta_fast=metadata.positive(f"{prefix}.yarn_beta_fast", 32.0),
         beta_slow=metadata.positive(f"{prefix}.yarn_beta_slow", 1.0),
         attention_factor=None if multiplier == 1 else multiplier * (0.1 * math.log(factor) + 1.0),
+    )
+
+
+def _longrope(
+    metadata: Metadata, prefix: str, context: int, short: tuple[float, ...], long: tuple[float, ...]
+) -> dict[str, Any]:
+    """That of Phi-3: the file states the factor on cos and sin, and no type."""
+    if not (short and long):
+        raise ValueError(f"{metadata.source} has short or long RoPE factors, but not both: convert the model again")
+    kind = metadata.text(f"{prefix}.type", "longrope")
+    if kind not in ("longrope", "none"):
+        raise ValueError(f"{metadata.source} has both RoPE scaling {kind!r:.60} and RoPE factors: one is supported")
+    original = metadata.integer(f"{prefix}.original_context_length", context, least=2, most=MOST_SIZE)
+    return dict(
+        kind="longrope",
+        factor=max(context / original, 1.0),
+        original_context_length=original,
+        attention_factor=metadata.positive(f"{prefix}.attn_factor"),
+        factors=long,
+        short_factors=short,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,42 +16,24 @@ from bipolar_jax.models.assemble import LazyTensor, assemble, check_layout, chec
 from bipolar_jax.models.chat import with_end_tokens
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.error_source import errors_name
+from bipolar_jax.models.loaders.gguf.architectures import PERMUTED, targets
 from bipolar_jax.models.loaders.gguf.blocks import BLOCK_TYPES
 from bipolar_jax.models.loaders.gguf.chat_template import read_chat_template
-from bipolar_jax.models.loaders.gguf.config import Metadata, read_config
+from bipolar_jax.models.loaders.gguf.config import ROPE_TENSORS, read_config
 from bipolar_jax.models.loaders.gguf.data import GGUFData
 from bipolar_jax.models.loaders.gguf.header import GGUFTensor, check_gguf
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
 from bipolar_jax.models.packed_kernels import PackedKind, PackedNumbers, PackedTensor, check_activations
 from bipolar_jax.models.pretrained import PretrainedModel
 
-# Tensor names in the file -> parameter paths of the Transformer.
-_TOP = {
-    "token_embd.weight": "embed/embedding",
-    "output_norm.weight": "final_norm/scale",
-    "output.weight": "lm_head/kernel",
-}
-_IN_LAYER = {
-    "attn_norm.weight": "attention_norm/scale",
-    "ffn_norm.weight": "ffn_norm/scale",
-    "attn_output.weight": "attention/o_proj/kernel",
-    "ffn_gate.weight": "ffn/gate_proj/kernel",
-    "ffn_up.weight": "ffn/up_proj/kernel",
-    "ffn_down.weight": "ffn/down_proj/kernel",
-} | {
-    f"attn_{projection}.{kind}": f"attention/{projection}_proj/{variable}"
-    for projection in "qkv"
-    for kind, variable in (("weight", "kernel"), ("bias", "bias"))
-}
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)")
-_ROPE_FACTORS = "rope_freqs.weight"
 _MOST_ROPE_FACTORS = 1 << 16
 
 
 def load_gguf(
     path: str | os.PathLike[str], param_dtype: Any = jnp.float32, activations: int | None = None
 ) -> PretrainedModel:
-    """Loads a Llama or Qwen2 model and its tokenizer, tensor by tensor.
+    """Loads a model of an architecture in `architectures.ARCHITECTURES` and its tokenizer, tensor by tensor.
 
     The header is validated, and the tensors' shapes are compared with the metadata, before any weight is read.
 
@@ -75,26 +57,28 @@ def load_gguf(
     metadata = Metadata(values, str(path))
     stored = {tensor.name: tensor for tensor in tensors}
     with GGUFData(path) as data:
-        factors = _rope_factors(data, stored.pop(_ROPE_FACTORS, None), path)
+        factors = {name: _rope_factors(data, stored.pop(name), path) for name in ROPE_TENSORS if name in stored}
         config = read_config(metadata, set(stored), factors)
         tokenizer = build_tokenizer(metadata, config.vocab_size)
         config, template = with_end_tokens(config, tokenizer), read_chat_template(metadata)
-        permuted = metadata.text("general.architecture") == "llama"
+        arch = metadata.text("general.architecture")
         # The metadata may hold millions of texts, which would stay beside the weights.
         del values, metadata
         # In the order of parameters, so that `assemble` completes one before it starts the next.
-        targets = sorted((*_target(name, path), name) for name in stored)
+        named = [(tensor, *targets(name, arch, str(path))) for name, tensor in stored.items()]
         with errors_name(path):
-            check_layout(config, ((target, _layer(layer), _our_shape(stored[name])) for target, layer, name in targets))
+            parts = [part for tensor, paths, layer in named for part in _parts(config, tensor, paths, layer)]
+            parts.sort(key=lambda part: part[:2])
+            check_layout(config, ((target, _layer(layer), _our_shape(part)) for target, layer, part in parts))
             found, kinds = [], {}
-            for target, layer, name in targets:
-                heads = _interleaved_heads(config, target, permuted)
-                kind = None if activations is None else _packed_kind(stored[name], target, activations)
+            for target, layer, part in parts:
+                heads = _interleaved_heads(config, target, arch in PERMUTED)
+                kind = None if activations is None else _packed_kind(part, target, activations)
                 if kind is None:
-                    tensor = _lazy(data, stored[name], target, heads)
+                    tensor = _lazy(data, part, target, heads)
                 else:
                     kinds[target, _layer(layer)] = kind
-                    tensor = _packed(data, stored[name], kind, heads)
+                    tensor = _packed(data, part, kind, heads)
                 found.append((target, _layer(layer), tensor))
             if activations is not None and not kinds:
                 raise ValueError(f"it has no integers, so it takes no activations={activations}: use quantize_model")
@@ -102,23 +86,35 @@ def load_gguf(
     return PretrainedModel(model, tokenizer, template)
 
 
-def _rope_factors(data: GGUFData, tensor: GGUFTensor | None, path: str | os.PathLike[str]) -> tuple[float, ...]:
-    if tensor is None:
-        return ()
+def _rope_factors(data: GGUFData, tensor: GGUFTensor, path: str | os.PathLike[str]) -> tuple[float, ...]:
     count = math.prod(tensor.shape)
     if count > _MOST_ROPE_FACTORS:
         raise ValueError(f"{path} has {count:,} RoPE factors, at most {_MOST_ROPE_FACTORS:,} are plausible")
     return tuple(float(factor) for _, rows in data.rows(tensor) for factor in rows.ravel())
 
 
-def _target(name: str, path: str | os.PathLike[str]) -> tuple[str, int]:
-    """The parameter path of a tensor, and its layer or -1 outside the layers."""
-    if name in _TOP:
-        return _TOP[name], -1
-    match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in _IN_LAYER:
-        raise ValueError(f"{path} has an unexpected tensor {name!r:.100}: no supported architecture has one")
-    return f"layers/{_IN_LAYER[match[2]]}", int(match[1])
+def _parts(
+    config: TransformerConfig, tensor: GGUFTensor, paths: tuple[str, ...], layer: int
+) -> Iterator[tuple[str, int, GGUFTensor]]:
+    """The parameter, the layer and the rows of each part of a tensor; parts lie one after the other.
+
+    Raises:
+      ValueError: another number of rows than the parts have together.
+    """
+    if len(paths) == 1:
+        yield paths[0], layer, tensor
+        return
+    sizes = [config.outputs(path.split("/")[-2]) for path in paths]
+    if len(tensor.shape) != 2 or tensor.shape[0] != sum(sizes):
+        raise ValueError(
+            f"tensor {tensor.name!r:.100} has shape {tensor.shape}, its rows are not the {sizes} of its parts: the "
+            "metadata and the weights disagree"
+        )
+    first = 0
+    for path, size in zip(paths, sizes, strict=True):
+        start = tensor.start + first * tensor.row_bytes
+        yield path, layer, dataclasses.replace(tensor, shape=(size, *tensor.shape[1:]), start=start)
+        first += size
 
 
 def _layer(layer: int) -> int | None:

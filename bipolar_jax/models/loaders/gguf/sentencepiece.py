@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bipolar_jax.extras import require
-from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 from bipolar_jax.models.loaders.gguf.vocabulary import (
     NORMAL,
     USER_DEFINED,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bipolar_jax.extras import require
-from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 from bipolar_jax.models.loaders.gguf.sentencepiece import build_sentencepiece
 from bipolar_jax.models.loaders.gguf.vocabulary import REMEDY, add_special_tokens, read_tokens, special_id
 from bipolar_jax.models.tokenizer_json import check_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bipolar_jax.models.loaders.gguf.config import Metadata
+from bipolar_jax.models.loaders.gguf.metadata import Metadata
 
 if TYPE_CHECKING:
     import tokenizers

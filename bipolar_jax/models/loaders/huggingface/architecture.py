@@ -56,13 +56,13 @@ class Target:
         """
         num_heads = config.num_heads
         if self.beside:
-            sizes = [_outputs(module, config) for module in self.beside]
+            sizes = [config.outputs(_name(module)) for module in self.beside]
             if not stored or stored[0] != sum(sizes):
                 raise ValueError(
                     f"tensor {self.name!r} has shape {stored}, its rows are not the {sizes} of its parts: the file's "
                     "config and its weights disagree"
                 )
-            stored = (_outputs(self._module, config), *stored[1:])
+            stored = (config.outputs(_name(self._module)), *stored[1:])
         if self.fused >= 0:
             if not stored or stored[0] % (_FUSED * num_heads):
                 raise ValueError(
@@ -84,8 +84,8 @@ class Target:
         num_heads = config.num_heads
         if self.beside:
             before = self.beside[: self.beside.index(self._module)]
-            start = sum(_outputs(module, config) for module in before)
-            return [(start, start + _outputs(self._module, config), 0)]
+            start = sum(config.outputs(_name(module)) for module in before)
+            return [(start, start + config.outputs(_name(self._module)), 0)]
         if self.fused < 0:
             return [(self.first_row, rows, 0)]
         size = rows // (_FUSED * num_heads)
@@ -162,11 +162,8 @@ class Architecture:
         ]
 
 
-def _outputs(module: str, config: TransformerConfig) -> int:
-    """Outputs of a projection of a layer."""
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
-    name = module.rpartition("/")[2]
-    return heads[name] * config.head_dim if name in heads else config.ffn_size
+def _name(module: str) -> str:
+    return module.rpartition("/")[2]
 
 
 def _variable(module: str, kind: str) -> str:
