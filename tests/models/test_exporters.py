@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from bipolar_jax.models.exporters import export_compressed_tensors
+from bipolar_jax.models.exporters.huggingface_config import model_type
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.loaders import load_huggingface
+from bipolar_jax.models.loaders.huggingface.config import read_config
 from bipolar_jax.nn import quantize_model
 from bipolar_jax.quantize import Precision
 from tests.models.loaders import tiny_quantized as formats
+from tests.models.loaders.golden import checkpoints as golden_checkpoints
 from tests.models.loaders.test_quantized_formats import CASES, maker
 from tests.support import tiny_checkpoints as tiny
+
+GOLDEN = golden_checkpoints.read()
 
 
 @pytest.mark.parametrize("case", ["gptq v2, act-order", "pack-quantized, aligned 5 bits with zeros, W5A8", "bitnet"])
@@ -60,6 +65,26 @@ def test_precisions_that_differ_are_groups_of_names(tmp_path):
         np.testing.assert_allclose(one.kernel.get_value().dequantize(), two.kernel.get_value().dequantize(), rtol=1e-6)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "model.layers.0.mlp.up_proj" in fields["quantization_config"]["ignore"]
+
+
+@pytest.mark.parametrize("name", ["qwen3 0.6b", "mistral 0.1, a window"])
+def test_norms_of_heads_and_windows_are_exported(name, tmp_path):
+    config = GOLDEN[name].configs["5"]
+    weights = golden_checkpoints.make_weights(config)
+    loaded = load_huggingface(golden_checkpoints.write(tmp_path / "float", config, weights, np.float32, 1))
+    packed = loaded.with_model(quantize_model(loaded.model, [("down_proj", Precision(4, 8, calibration="minmax"))]))
+    export_compressed_tensors(tmp_path / "out", packed)
+    again = load_huggingface(tmp_path / "out").model
+    assert again.config == packed.model.config
+    for first, second in zip(jax.tree.leaves(again), jax.tree.leaves(packed.model), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["gemma 3 1b", "phi 4 mini", "bitnet 2b", "qwen2, windows from layer 1"])
+def test_other_architectures_are_not_exported(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GOLDEN[name].configs["5"]))
+    with pytest.raises(ValueError, match=r"only models of the Llama family are exported: .*; this one has \w+="):
+        model_type(read_config(tmp_path)[1])
 
 
 @pytest.mark.parametrize(

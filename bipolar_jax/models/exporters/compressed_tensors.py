@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.extras import require
-from bipolar_jax.models.exporters.huggingface_config import huggingface_config, token_ids
-from bipolar_jax.models.loaders.huggingface.architectures.llama import LLAMA
+from bipolar_jax.models.exporters.huggingface_config import huggingface_config, model_type, token_ids
+from bipolar_jax.models.loaders.huggingface.config import ARCHITECTURES
 from bipolar_jax.models.loaders.huggingface.quantized.words import pack_dense
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.nn import Linear
@@ -111,17 +111,19 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
 def _modules(pretrained: PretrainedModel):
     """Every module with tensors, by its stored name."""
     model = pretrained.model
-    for name, ours in LLAMA.top.items():
+    architecture = ARCHITECTURES[model_type(model.config)]
+    prefix = architecture.prefixes[0]
+    for name, ours in architecture.top.items():
         if hasattr(model, ours):
-            yield (name if ours == "lm_head" else f"{LLAMA.prefixes[0]}{name}"), getattr(model, ours)
+            yield (name if ours == "lm_head" else f"{prefix}{name}"), getattr(model, ours)
     for index in range(model.num_blocks):
         block = model.block(index)
-        for name, ours in LLAMA.in_layer.items():
+        for name, ours in architecture.in_layer.items():
             try:
                 module = layer_at(block, ours)
             except ValueError as error:
                 raise ValueError(f"layer {index} has no {ours}: export the model before it is prepared") from error
-            yield f"{LLAMA.prefixes[0]}{LLAMA.layers}{index}.{name}", module
+            yield f"{prefix}{architecture.layers}{index}.{name}", module
 
 
 def _float_tensors(module: nnx.Module) -> dict[str, np.ndarray]:

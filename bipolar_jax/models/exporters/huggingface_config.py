@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
+import dataclasses
 from typing import Any
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 
+# Fields of other families.
+_UNSAID = {
+    "embed_norm",
+    "qk_norm",
+    "post_norms",
+    "sub_norms",
+    "embed_scale",
+    "attention_scale",
+    "attention_softcap",
+    "logit_softcap",
+    "window",
+    "rotary_dim",
+}
+
+# Fields that models of one architecture may have of any value; rotations at run time are refused by name.
+_FREE = {
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "context_length"),
+    *("rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "bos_id", "eos_ids", "rotation"),
+}
+
 
 def huggingface_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """The fields of config.json for a Llama, or, with biases of queries, keys and values, a Qwen2 model.
+    """The fields of config.json for a Llama, a Mistral with windows, a Qwen2 (biases) or a Qwen3 model (QK-norm).
 
     Args:
       config: the model's config.
       dtype: of the float parameters.
 
     Raises:
-      ValueError: a model that neither computes, such as OPT, BLOOM or one that is rotated at run time.
+      ValueError: a model that none of them computes, such as OPT, BLOOM, Gemma or one that is rotated at run time.
     """
-    if (config.norm, config.positions, config.ffn, config.linear_bias) != ("rms", "rope", "swiglu", False):
-        raise ValueError("only models of the Llama family are exported: RMSNorm, rope, SwiGLU and no biases")
+    kind = model_type(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _UNSAID}
+    if changed := sorted(name for name, default in defaults.items() if getattr(config, name) != default):
+        raise ValueError(f"only models of the Llama family are exported, which have no {', '.join(changed)}")
     if config.rotation is not None:
         raise ValueError(
             "the model computes rotations at run time, which config.json does not say: export one that is not rotated"
         )
-    kind = "qwen2" if config.qkv_bias else "llama"
+    windows = {"mistral": {"sliding_window": config.window}, "qwen3": {"use_sliding_window": False}}
     return {
-        "architectures": ["Qwen2ForCausalLM" if config.qkv_bias else "LlamaForCausalLM"],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
@@ -41,8 +65,28 @@ def huggingface_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
         "torch_dtype": dtype,
+        **windows.get(kind, {}),
         **token_ids(config),
     }
+
+
+def model_type(config: TransformerConfig) -> str:
+    """The architecture of `loaders.huggingface.config.ARCHITECTURES` that computes the model.
+
+    Raises:
+      ValueError: none of those that are exported does.
+    """
+    kinds = {"qwen2": config.qkv_bias, "qwen3": config.qk_norm, "mistral": config.window is not None}
+    found = [kind for kind, has in kinds.items() if has] or ["llama"]
+    others = [f for f in dataclasses.fields(config) if f.name not in _FREE | {"qkv_bias", "qk_norm", "window"}]
+    other = [f.name for f in others if getattr(config, f.name) != f.default]
+    if other or len(found) > 1:
+        other = other or ["qkv_bias", "qk_norm", "window"]
+        raise ValueError(
+            "only models of the Llama family are exported: RMSNorm, rope, SwiGLU and no biases; this one has "
+            f"{', '.join(f'{name}={getattr(config, name)!s:.40}' for name in other)}"
+        )
+    return found[0]
 
 
 def token_ids(config: TransformerConfig) -> dict[str, Any]:
@@ -53,7 +97,7 @@ def token_ids(config: TransformerConfig) -> dict[str, Any]:
 def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if scaling.kind == "factors":
+    if scaling.kind in ("factors", "longrope"):
         raise ValueError("RoPE with a factor for every frequency has no form in config.json that all readers share")
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind in ("llama3", "yarn"):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.exporters.huggingface_config import model_type
 from experiments.bench.language_models.report import line
 from experiments.bench.language_models.workload import Workload
 from experiments.support.progress import console
@@ -86,8 +87,8 @@ def _transformers(config: TransformerConfig) -> Callable[[Workload, int], None]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if config.qkv_bias:
-        raise ValueError("transformers is only built as a Llama, which has no biases; this model has qkv_bias")
+    if (kind := model_type(config)) != "llama":
+        raise ValueError(f"transformers is only built as a Llama, this model is of the kind {kind}")
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU")
     llama = LlamaConfig(
