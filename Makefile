@@ -8,8 +8,9 @@ WORKDIR ?= runs/demo
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.calibrate --config=configs/demo.py --workdir=$(WORKDIR)
 
-# A worker that crashes ends the run: pytest-xdist would wait for the rest of its file for ever.
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+# A worker that crashes ends the run: pytest-xdist would wait for the rest of its file for ever. Files run in the order
+# of tests/conftest.py: xdist's own leaves files of few tests to the end, which are the longest.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: lint
 	$(PYTEST)

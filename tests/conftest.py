@@ -1,6 +1,8 @@
 """What holds for every test: two CPU devices, quick compilation, strict dtypes and ranks, bounded memory; fixtures."""
 
+import gc
 import os
+from pathlib import Path
 
 # Read by XLA when its first backend starts, so these must be set before jax is used.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -31,6 +33,9 @@ from tests.support.memory import forget_programs_beyond_the_limit
 
 pytest_plugins = ["pytester"]
 
+_TESTS = Path(__file__).parent
+_SHORT_FILES = {"checkpoint", "format", "packing", "quantize", "tuning"}  # folders whose files take seconds
+
 check_arrays_of_package()
 
 # The first example of a shape compiles, which no deadline allows for.
@@ -47,6 +52,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("exhaustive"):
         leave_out_unsampled(config, items, fast=config.getoption("fast"))
+    # The workers of one run take file after file; they finish together if the last files are short.
+    items.sort(key=lambda item: item.path.relative_to(_TESTS).parts[0] in _SHORT_FILES)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # imported modules stay: no later collection looks through them
 
 
 @pytest.fixture(autouse=True)
