@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     config.model = "llama-3-8b"
     # Precisions of the decoder's linear layers.
     config.precisions = "W4A8g128i,W2A8g64i,W1A8g128i"
+    # How attention is divided: "shared chunks" for four heads of the same keys, "own chunks" for each warpgroup.
+    config.variants = "shared chunks,own chunks"
     # Tokens in the cache.
     config.length = 1024
     # Steps that are timed; the readings are those of the last.

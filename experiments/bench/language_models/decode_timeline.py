@@ -10,6 +10,7 @@ without readings is timed beside it, so that one sees what they cost. Needs a Ho
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -48,6 +49,8 @@ STEPS = {
     "meet": ("multiplied", "met"),
     "finish": ("met", "stored"),
 }
+# Options of `decode_layers` that are compared.
+VARIANTS = {"shared chunks": {}, "own chunks": {"shares_chunks": False}}
 _SKIPPED = 2  # layers at either end, whose ring is being filled or has nothing more to load
 
 
@@ -61,13 +64,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
             model = random_packed(preset(config.model), precision, key=jax.random.key(config.seed), embed_bits=None)
             operands, static = operands_of(prepare_for_inference(model), config.length, config.seed)
             del model
-            milliseconds, timeline = run(operands, static, config.iterations)
-            clocks, ends = split_timeline(timeline, preset(config.model).num_layers, len(PHASES))
-            active = active_blocks(plan_decode_layers(**operands, **static).tiling)
-            tables[str(precision)] = milliseconds | summary(clocks, ends, active)
-            show(str(precision), tables[str(precision)])
-            if config.save_clocks:
-                np.savez_compressed(workdir / f"{precision}.npz", clocks=clocks, ends=ends)
+            shape = plan_decode_layers(**operands, **static).tiling
+            for variant in app.parse_names("variants", config.variants, VARIANTS):
+                name = f"{precision} {variant}"
+                milliseconds, timeline = run(operands, static | VARIANTS[variant], config.iterations)
+                clocks, ends = split_timeline(timeline, shape.num_layers, len(PHASES))
+                active = active_blocks(dataclasses.replace(shape, **VARIANTS[variant]))
+                tables[name] = milliseconds | summary(clocks, ends, active)
+                show(name, tables[name])
+                if config.save_clocks:
+                    np.savez_compressed(workdir / f"{name}.npz", clocks=clocks, ends=ends)
             del operands
     write_json(workdir / RESULT_NAME, {"settings": config.to_dict(), "environment": environment(), "timelines": tables})
 

@@ -52,6 +52,7 @@ def decode_layers(
     key_rotation: Hadamard | None = None,
     blocks: int | None = None,
     wait_limit_ms: int = WAIT_LIMIT_MS,
+    shares_chunks: bool = True,
     timed: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, ...]:
@@ -87,6 +88,8 @@ def decode_layers(
       blocks: thread blocks of the kernel; None takes one for each multiprocessor.
       wait_limit_ms: milliseconds that a block waits for others before the kernel traps. A tool that slows kernels down
         (compute-sanitizer) needs more.
+      shares_chunks: whether four heads that have the same keys are attended for by one block where that can be; False
+        is for comparison.
       timed: whether warpgroups also store when they reached the steps of a phase; on a device alone.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -100,8 +103,8 @@ def decode_layers(
         multiprocessors.
     """
     shape = _shape(hidden, kernels, norms, activation, keys, a_format, cache_bits, blocks, wait_limit_ms, interpret)
-    static = {"first_layer": first_layer, "key_rotation": key_rotation, "timed": timed}
-    shape = dataclasses.replace(_with_spans(shape, spans), **static)
+    static = {"first_layer": first_layer, "key_rotation": key_rotation}
+    shape = dataclasses.replace(_with_spans(shape, spans), **static, shares_chunks=shares_chunks, timed=timed)
     (keys, *key_grids), (values, *value_grids) = keys, values
     weights = LayersWeights(
         {name: _product_weights(kernels[name], biases.get(name), a_format is None) for name in PRODUCTS},

@@ -141,13 +141,14 @@ def _launch(
             w_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.w_slots),
             x_operand=kind.operand_type,
             cache_slots=cache_slot_types(shape, cache.keys.dtype),
-            cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * WARPGROUPS),
+            cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * shape.chunks_at_once),
+            cache_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2) if shape.heads_at_once > 1 else None,
             product_sums=kind.sums_type,
             warp_results=plgpu.SMEM((max(8, RESULTS_OF_TEXT * shape.texts), BLOCK_WARPS), jnp.float32),
             code_sums=plgpu.SMEM((shape.texts, BLOCK_WARPS), jnp.int32),
             context_sums=plgpu.SMEM((BLOCK_WARPS, WARPGROUP), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
-            released=plgpu.Barrier(num_arrivals=1 if shape.texts == 1 else WARPGROUPS),
+            released=plgpu.Barrier(num_arrivals=WARPGROUPS if shape.every_warpgroup_finishes else 1),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="decode_layers",
@@ -194,6 +195,7 @@ def _consume(
     *,
     cache_slots,
     cache_arrived,
+    cache_emptied,
     met,
     released,
     **shared_refs,
@@ -205,7 +207,8 @@ def _consume(
     the next. The first warpgroup alone reads after a phase's last meeting: `product_sums`, `code_sums`,
     `context_sums`, and the rows of `warp_results` that attention ends with. It arrives at `released` when it has read
     all of these, and every warpgroup waits for that before it runs the next phase, which overwrites them. Of several
-    texts each warpgroup reads the sums of its own, and all of them arrive.
+    texts each warpgroup reads the sums of its own, and where each attends for a head of its own it reads that head's
+    rows: then all of them arrive. Attention has no meeting there.
     """
     warpgroup, block = indices
 
@@ -216,14 +219,14 @@ def _consume(
     shared = SharedMemory(meet=meet, **shared_refs)
     cache_ring = None
     if "attention" in phases:
-        cache_ring = CacheRing(shape, cache, layers, warpgroup, block, cache_slots, cache_arrived)
+        cache_ring = CacheRing(shape, cache, layers, warpgroup, block, cache_slots, cache_arrived, cache_emptied)
     steps = Phases(shape, weights, cache, ring, cache_ring, shared, sources, outs, warpgroup, block, timeline)
     if is_interpreted():  # one phase of one layer, whose inputs are complete
         steps.run(phases[0], 0 * warpgroup, layers.first, steps.prepare(phases[0], layers.first))
         return
 
     def release():
-        if shape.texts > 1:
+        if shape.every_warpgroup_finishes:
             plgpu.barrier_arrive(released)
             return
 

@@ -1,5 +1,8 @@
 """Attention of the new token to the cache and to itself; a head's positions are divided over blocks and warpgroups.
 
+Where heads share their keys by fours, each warpgroup has a head of its own instead, and positions are divided over
+blocks alone: a chunk of the cache is loaded once for four heads.
+
 Every warp keeps a softmax of its own over its positions, 16 of each chunk of 64, so nothing passes between warps inside
 the loop. At the end warps and then blocks are combined. With the largest score m, the sum l of 2^(score - m), and the
 sum of values a with the same weights, the result is sum 2^(m - M) a / sum 2^(m - M) l, where M is the largest m.
@@ -75,7 +78,7 @@ def attend(
     partials: Any,
     timeline: Timeline,
 ) -> None:
-    """Stores this block's partial attention in global memory; every warpgroup takes part.
+    """Stores this block's partial attention, or one of each warpgroup, in global memory; all warpgroups take part.
 
     Vectors of the new token have 128 elements; of a head of 64 these are two copies.
 
@@ -92,6 +95,13 @@ def attend(
     """
     bits, size, half = shape.cache_bits, shape.head_dim, shape.head_dim // 2
     ring.assign(warpgroup, block)
+    # Warpgroups of one head meet and reduce over the block; those of different heads each for itself.
+    alone = shape.heads_at_once > 1
+    meet, copies = (synchronize, 1) if alone else (shared.meet, WARPGROUPS)
+
+    def reduce(results, kind):
+        return reduce_warpgroup(results, warpgroup, kind) if alone else reduce_block(results, kind)
+
     score_results, weight_results, new_results, zero_results = (shared.warp_results.at[i] for i in range(4))
 
     def rotated(numbers, halves_swapped):
@@ -158,23 +168,22 @@ def attend(
     largest, total, sums, zeros = lax.fori_loop(0, ring.chunks, chunk, (largest, total, sums, zeros))
     timeline.mark("multiplied")
     reduce_warps(score_results, warpgroup, [largest], "max", ALONG_ROWS)
-    shared.meet()
-    most = reduce_block(score_results, "max")
+    meet()
+    most = reduce(score_results, "max")
     weight = jnp.exp2(largest - most)
     reduce_warps(weight_results, warpgroup, [total * weight], "sum", ALONG_ROWS)
     if bits is not None:
         reduce_warps(zero_results, warpgroup, [zeros * weight], "sum", ALONG_ROWS)
     store_context_sums(shared.context_sums, warpgroup, sums, weight, codes=bits is not None)
-    shared.meet()
+    meet()
     timeline.mark("met")
 
-    @pl.when((warpgroup == 0) & ring.active)
+    @pl.when(ring.active if alone else (warpgroup == 0) & ring.active)
     def _():
-        by_warp = [
-            plgpu.load(shared.context_sums.at[warp], layout=VECTOR, optimized=False) for warp in range(BLOCK_WARPS)
-        ]
-        weight_sum = reduce_block(weight_results, "sum")
-        new_score = reduce_block(new_results, "sum") * (size / (WARPGROUP * WARPGROUPS))
+        rows = [warpgroup * WARPS + warp for warp in range(WARPS)] if alone else range(BLOCK_WARPS)
+        by_warp = [plgpu.load(shared.context_sums.at[row], layout=VECTOR, optimized=False) for row in rows]
+        weight_sum = reduce(weight_results, "sum")
+        new_score = reduce(new_results, "sum") * (size / (WARPGROUP * copies))
         if cache.slopes is not None:
             new_score += ring.length.astype(jnp.float32) * cache.slopes[head]
         # The head's last block attends to the new token too, unless the cache is full.
@@ -183,7 +192,7 @@ def attend(
         before, new_weight = jnp.exp2(most - new_most), jnp.where(with_new, jnp.exp2(new_score - new_most), 0.0)
         values = functools.reduce(operator.add, by_warp)
         if bits is not None:
-            values = values - reduce_block(zero_results, "sum")
+            values = values - reduce(zero_results, "sum")
         values = values * before + v * new_weight
         store_partial(shape, partials, ring.partial, values, new_most, weight_sum * before + new_weight, phase)
         timeline.mark("stored")

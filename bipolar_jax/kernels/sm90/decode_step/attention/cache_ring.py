@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bipolar_jax.kernels.sm90.core.emulation import is_interpreted
 from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, pinned
 from bipolar_jax.kernels.sm90.core.sync import synchronize
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
@@ -53,7 +54,7 @@ class Cache:
 
 
 class CacheSlots(NamedTuple):
-    """Shared memory for chunks of keys and values, of every warpgroup.
+    """Shared memory for `chunks_at_once` chunks of keys and values.
 
     Attributes:
       vectors: floats, in tiles of 64 elements; or codes, undivided.
@@ -66,7 +67,7 @@ class CacheSlots(NamedTuple):
 
 def cache_slot_types(shape: LayersShape, dtype: jnp.dtype) -> CacheSlots:
     """Scratch specifications."""
-    slots, row_bytes = (shape.cache_slots, WARPGROUPS), shape.cache_row_bytes
+    slots, row_bytes = (shape.cache_slots, shape.chunks_at_once), shape.cache_row_bytes
     if shape.cache_bits is None:
         tiles, width = (*slots, shape.head_dim // COLUMNS, CHUNK_POSITIONS, COLUMNS), 2 * COLUMNS
         return CacheSlots(plgpu.SMEM(tiles, dtype, transforms=(plgpu.SwizzleTransform(width),)))
@@ -83,16 +84,16 @@ def copies_of_chunk(shape: LayersShape) -> int:
 
 
 class HeadAssignment(NamedTuple):
-    """A block's share of attention.
+    """A warpgroup's share of attention, or the block's.
 
     Attributes:
-      unit: index among the heads of all texts, by text.
+      unit: index among the heads of all texts, by text; of a block that attends for several, the first.
       text: whose head it attends for; not traced if there is one.
       head: that it attends for.
       split: its index among the blocks of the head.
       active: whether there is such a head.
       partial: index of the partial attention that it writes.
-      first: first of the head's elements that it combines, see `LayersShape.combined`.
+      first: first of the elements of its block's heads that the block combines, see `LayersShape.combined`.
       combines: whether there are such elements.
     """
 
@@ -106,24 +107,43 @@ class HeadAssignment(NamedTuple):
     combines: Bool[Array, ""]
 
 
-def assign_head(shape: LayersShape, block: Int[Array, ""]) -> HeadAssignment:
-    unit, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
+def assign_head(shape: LayersShape, block: Int[Array, ""], warpgroup: Int[Array, ""] | int = 0) -> HeadAssignment:
+    team, split = lax.div(block, shape.splits), lax.rem(block, shape.splits)
+    unit = team if shape.heads_at_once == 1 else team * shape.heads_at_once + warpgroup
     active, first, text, head = unit < shape.units, split * shape.combined, 0, unit
     if shape.texts > 1:
         text = jnp.minimum(lax.div(unit, shape.heads), shape.texts - 1)
         head = unit - text * shape.heads
-    partial, combines = unit * shape.splits + split, active & (first < shape.head_dim)
+    partial, combines = unit * shape.splits + split, active & (first < shape.heads_at_once * shape.head_dim)
     return HeadAssignment(unit, text, head, split, active, partial, first, combines)
 
 
 class CacheRing:
     """A warpgroup's chunks of 64 positions of its head's keys and values, over all layers.
 
-    There is one slot for keys and one for values, or one for both in turn.
+    There is one slot for keys and one for values, or one for both in turn. Warpgroups that share their chunks wait for
+    the same loads, which the last one starts when all have emptied the slot.
     """
 
-    def __init__(self, shape: LayersShape, cache: Cache, layers: Layers, warpgroup, block, slots: CacheSlots, arrived):
+    def __init__(
+        self,
+        shape: LayersShape,
+        cache: Cache,
+        layers: Layers,
+        warpgroup,
+        block,
+        slots: CacheSlots,
+        arrived,
+        emptied=None,
+    ):
+        """Starts the first loads.
+
+        Args:
+          arrived: barriers [2 chunks_at_once], one arrival for each copy of a chunk.
+          emptied: barriers [2], one arrival for each warpgroup, where warpgroups share chunks; else None.
+        """
         self._shape, self._cache, self._slots, self._arrived = shape, cache, slots, arrived
+        self._emptied = emptied
         self._separate_slots = shape.cache_slots == 2
         self._layers = layers
         self.length = cache.length[assign_head(shape, block).text]
@@ -135,13 +155,15 @@ class CacheRing:
     def assign(self, warpgroup, block) -> None:
         """Computes which chunks are this warpgroup's. Called in every layer: keeping the results costs registers."""
         shape, self._warpgroup = self._shape, warpgroup
-        assigned = assign_head(shape, block)
+        at_once = shape.chunks_at_once
+        self._lane = 0 if at_once == 1 else warpgroup
+        assigned = assign_head(shape, block, warpgroup)
         self.text, self.head, split, self.active, self.partial = assigned[1:6]
         self.kv_head = lax.div(jnp.minimum(self.head, shape.heads - 1), shape.heads // shape.kv_heads)
         chunks = lax.div(self.length + (CHUNK_POSITIONS - 1), CHUNK_POSITIONS)
-        self._first = lax.div(chunks * split, shape.splits) + warpgroup
+        self._first = lax.div(chunks * split, shape.splits) + self._lane
         end = lax.div(chunks * (split + 1), shape.splits)
-        count = lax.div(jnp.maximum(end - self._first + (WARPGROUPS - 1), 0), WARPGROUPS)
+        count = lax.div(jnp.maximum(end - self._first + (at_once - 1), 0), at_once)
         self.chunks = jnp.where(self.active, count, 0)
         self.has_new = self.active & (split == shape.splits - 1)
 
@@ -151,11 +173,11 @@ class CacheRing:
 
     def position(self, chunk):
         """Of a chunk's first row."""
-        return (self._first + chunk * WARPGROUPS) * CHUNK_POSITIONS
+        return (self._first + chunk * self._shape.chunks_at_once) * CHUNK_POSITIONS
 
     def wait(self, kind: int) -> None:
         """Waits for a chunk of KEYS or of VALUES."""
-        plgpu.barrier_wait(self._arrived.at[kind * WARPGROUPS + self._warpgroup])
+        plgpu.barrier_wait(self._arrived_barrier(kind))
 
     def read(self, kind: int) -> list[Float[Array, "64 64"]]:
         """The tiles of every vector."""
@@ -164,43 +186,62 @@ class CacheRing:
 
     def tiles(self, kind: int) -> list:
         """Refs of the tiles of every vector."""
-        slot = self._slot(self._slots.vectors, kind, pinned(self._warpgroup))
+        slot = self._slot(self._slots.vectors, kind, self._pinned_lane())
         return [slot.at[tile] for tile in range(slot.shape[0])]
 
     def codes(self, kind: int):
         """Ref of the codes of every vector."""
-        return self._slot(self._slots.vectors, kind, pinned(self._warpgroup)).at[0]
+        return self._slot(self._slots.vectors, kind, self._pinned_lane()).at[0]
 
     def grid(self, kind: int) -> tuple[Float[Array, "64"], Float[Array, "64"]]:
         """Of codes: steps (twice the scale) and signed zeros, in the layout ALONG_ROWS."""
-        warpgroup = pinned(self._warpgroup)
+        lane = self._pinned_lane()
         scale, zero = (
-            plgpu.load(
-                self._slot(ref, kind, warpgroup).at[pl.ds(0, CHUNK_POSITIONS)], layout=ALONG_ROWS, optimized=False
-            )
+            plgpu.load(self._slot(ref, kind, lane).at[pl.ds(0, CHUNK_POSITIONS)], layout=ALONG_ROWS, optimized=False)
             for ref in self._slots.grids
         )
         return 2.0 * scale, zero.astype(jnp.float32) - float(1 << (self._shape.cache_bits - 1))
 
     def refill(self, kind: int, load_index) -> None:
         """Starts the next load into the slot of a chunk's keys or values, which the warpgroup has read."""
+        if self._emptied is not None:
+            if is_interpreted():  # whose race detector sees no order between these reads and a copy that waits for them
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(self._emptied.at[kind])
+
+            @pl.when(self._warpgroup == WARPGROUPS - 1)
+            def _():
+                plgpu.barrier_wait(self._emptied.at[kind])
+
+            self._load(kind, load_index + 1)
+            return
         synchronize()
         if self._separate_slots:
             self._load(kind, load_index + 1)
         else:
             self._load(1 - kind, load_index + kind)
 
-    def _slot(self, ref, kind: int, warpgroup):
-        return ref.at[kind if self._separate_slots else 0, warpgroup]
+    def _slot(self, ref, kind: int, lane):
+        return ref.at[kind if self._separate_slots else 0, lane]
+
+    def _pinned_lane(self):
+        return self._lane if self._shape.chunks_at_once == 1 else pinned(self._lane)
+
+    def _arrived_barrier(self, kind: int):
+        return self._arrived.at[kind * self._shape.chunks_at_once + self._lane]
 
     def _load(self, kind: int, load_index) -> None:
-        @pl.when(load_index < self._layers.count * self.chunks)
+        loads = load_index < self._layers.count * self.chunks
+        if self._emptied is not None:
+            loads &= self._warpgroup == WARPGROUPS - 1
+
+        @pl.when(loads)
         def _():
             layer = self._shape.first_layer + self._layers.first + lax.div(load_index, jnp.maximum(self.chunks, 1))
             chunk = lax.rem(load_index, jnp.maximum(self.chunks, 1))
             source = (self._cache.keys, self._cache.values)[kind]
-            slot = self._slot(self._slots.vectors, kind, self._warpgroup)
-            first, arrived = self.position(chunk), self._arrived.at[kind * WARPGROUPS + self._warpgroup]
+            slot = self._slot(self._slots.vectors, kind, self._lane)
+            first, arrived = self.position(chunk), self._arrived_barrier(kind)
             tiles, _, columns = slot.shape
             for tile in range(tiles):
                 # [64 positions, 64 elements], or the codes of whole vectors
@@ -210,6 +251,6 @@ class CacheRing:
             grids = (self._cache.key_grids, self._cache.value_grids)[kind]
             for grid, slots in zip(grids, self._slots.grids, strict=True):
                 # [64 positions] of scales, [128] of zeros
-                slot = self._slot(slots, kind, self._warpgroup)
+                slot = self._slot(slots, kind, self._lane)
                 block = grid.at[layer, self.text, self.kv_head, pl.ds(first, slot.shape[0])]
                 plgpu.copy_gmem_to_smem(block, slot, arrived)

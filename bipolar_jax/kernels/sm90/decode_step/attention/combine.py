@@ -28,7 +28,8 @@ def clear(shape: LayersShape, block, partials, context) -> None:
 
     @pl.when(assigned.active)
     def _():
-        store_partial(shape, partials, assigned.partial, zeros, 0.0, 0.0, 0)
+        for head in range(shape.heads_at_once):
+            store_partial(shape, partials, assigned.partial + head * shape.splits, zeros, 0.0, 0.0, 0)
 
     @pl.when(assigned.combines)
     def _():
@@ -36,7 +37,7 @@ def clear(shape: LayersShape, block, partials, context) -> None:
 
 
 def combine(shape: LayersShape, block, partials, context, phase) -> None:
-    """Combines the partial attentions of this block's head; each of the head's blocks does some of the elements.
+    """Combines the partial attentions of this block's heads; each of their blocks does some of the elements.
 
     The next product's blocks then read a token as short as any other. If they all read all partial attentions, it took
     longer than this additional wait.
@@ -45,7 +46,10 @@ def combine(shape: LayersShape, block, partials, context, phase) -> None:
 
     @pl.when(assigned.combines)
     def _():
-        values = poll_combined(shape, partials, assigned.unit, assigned.first, Awaited(phase, 1))
+        unit, start = assigned.unit, assigned.first
+        if shape.heads_at_once > 1:
+            unit, start = unit + lax.div(start, shape.head_dim), lax.rem(start, shape.head_dim)
+        values = poll_combined(shape, partials, unit, start, Awaited(phase, 1))
         store_vector(context, values, assigned.unit * shape.head_dim + assigned.first, shape.combined, phase)
 
 

@@ -151,6 +151,7 @@ class LayersShape:
       spans: of the tokens of each product, see `BipolarFormat.span`.
       first_layer: index in the cache of the first of these layers.
       key_rotation: of each head of queries and of cached keys, which are codes; None if there is none.
+      shares_chunks: whether warpgroups attend for heads of their own with the same chunks of the cache, where they can.
       timed: whether warpgroups store readings of the clock, see `timeline`.
     """
 
@@ -174,6 +175,7 @@ class LayersShape:
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)
     first_layer: int = 0
     key_rotation: Hadamard | None = None
+    shares_chunks: bool = True
     timed: bool = False
 
     def __post_init__(self):
@@ -185,7 +187,7 @@ class LayersShape:
             raise Unsupported(f"layers are one kernel for up to {MOST_TEXTS} texts, not for {self.texts}")
         if self.texts > 1 and (self.prepared is None or self.has_float_sums):
             raise Unsupported("layers of several texts are one kernel for prepared weights whose sums are integers")
-        if self.units > self.blocks:
+        if self.units > self.blocks * self.heads_at_once:
             texts = "" if self.texts == 1 else f" of {self.texts} texts"
             raise Unsupported(f"{self.heads} heads{texts} are more than the {self.blocks} blocks")
         rotation = self.activation.rotation
@@ -247,9 +249,28 @@ class LayersShape:
         return 1 << (self.texts - 1).bit_length()
 
     @property
+    def heads_at_once(self) -> int:
+        """Heads for which a block attends: one; or one a warpgroup, which share a head of keys and each chunk of it.
+
+        The latter takes at least as many blocks for each such team of heads, so that they divide its context.
+        """
+        can_share = self.heads // self.kv_heads % WARPGROUPS == 0 and self.blocks >= self.units
+        return WARPGROUPS if can_share and self.shares_chunks else 1
+
+    @property
+    def chunks_at_once(self) -> int:
+        """Chunks of the cache that a block's warpgroups read at the same time: one each, or one that all share."""
+        return WARPGROUPS // self.heads_at_once
+
+    @property
+    def every_warpgroup_finishes(self) -> bool:
+        """Whether a phase ends with work of all warpgroups, or of the first alone."""
+        return self.texts > 1 or self.heads_at_once > 1
+
+    @property
     def splits(self) -> int:
         """Blocks among which a head's positions are split."""
-        return min(self.blocks // self.units, _MAX_SPLITS)
+        return min(self.blocks * self.heads_at_once // self.units, _MAX_SPLITS)
 
     @property
     def partial_size(self) -> int:
@@ -258,15 +279,17 @@ class LayersShape:
 
     @property
     def combined(self) -> int:
-        """Elements of a head's context that each of its blocks combines: a power of two; the last blocks get none."""
-        return max(TILE, self.head_dim >> (self.splits.bit_length() - 1))
+        """Elements of its heads' context that a block combines: a power of two; the last blocks get none."""
+        return max(TILE, self.heads_at_once * self.head_dim >> (self.splits.bit_length() - 1))
 
     @property
     def cache_slots(self) -> int:
-        """Chunks that a warpgroup has room for: one of keys and one of values, or one for both in turn.
+        """Slots for each of `chunks_at_once`: one for keys and one for values, or one for both in turn.
 
-        Floats beside wide weights, or several tokens, leave room for one only.
+        Floats beside wide weights, or several tokens, leave room for one only, unless warpgroups share it.
         """
+        if self.heads_at_once > 1:
+            return 2
         return 2 if (self.w_format.bits <= 2 and self.texts == 1) or self.cache_bits is not None else 1
 
     @property
@@ -330,6 +353,6 @@ class LayersShape:
             tokens, reductions = self.texts * self.token_slices * 4 * TEXT_SLICE_WORDS, 1024 + 512 * self.texts
         sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.has_float_sums else self.texts)
         grid = 0 if self.cache_bits is None else 4 + 2
-        cache = self.cache_slots * WARPGROUPS * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
+        cache = self.cache_slots * self.chunks_at_once * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
         context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP
         return tokens + sums + cache + context_sums + reductions

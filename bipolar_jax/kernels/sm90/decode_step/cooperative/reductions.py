@@ -25,6 +25,7 @@ from bipolar_jax.kernels.sm90.core.fragments import (
     scalar_of,
     tree,
 )
+from bipolar_jax.kernels.sm90.core.hardware import WARP
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 
@@ -63,9 +64,7 @@ def reduce_warps(
     def inline(_, results, warpgroup, *values):
         numbers = [number for array in values for number in numbers_of(array)]
         if kind == "sum":
-            number = tree(ptx.add, numbers)
-            for distance in (1, 2, 4, 8, 16):
-                number = ptx.add(number, ptx.as_float(ptx.exchange(ptx.as_word(number), distance)))
+            number = _over_lanes(tree(ptx.add, numbers), WARP)
             word = ptx.as_word(ptx.multiply(number, ptx.float32(1 / _COPIES[layout])))
         else:
             extreme = tree(functools.partial(ptx.extreme, kind, "f32"), [ptx.as_word(number) for number in numbers])
@@ -83,8 +82,8 @@ def _reduce_warpgroup_twin(results, warpgroup, kind):
 
 
 @with_twin(_reduce_warpgroup_twin)
-def reduce_warpgroup(results, warpgroup: Int[Array, ""], kind: Literal["max", "min"]) -> Float[Array, ""]:
-    """The extreme over the warps of this warpgroup, after `reduce_warps` and a barrier of the warpgroup."""
+def reduce_warpgroup(results, warpgroup: Int[Array, ""], kind: Kind) -> Float[Array, ""]:
+    """The sum or extreme over the warps of this warpgroup, after `reduce_warps` and a barrier of the warpgroup."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SPLAT)
@@ -93,6 +92,8 @@ def reduce_warpgroup(results, warpgroup: Int[Array, ""], kind: Literal["max", "m
         lane, _ = lane_and_warp()
         index = ptx.plus(ptx.times(scalar_of(warpgroup), WARPS), ptx.bits_of(lane, WARPS - 1))
         (word,) = ptx.load(ptx.advance_far(ptx.pointer(results, ptx.SHARED), index, 4), 1)
+        if kind == "sum":
+            return as_splat(_over_lanes(ptx.as_float(word), WARPS), None)
         return as_splat(ptx.as_float(ordered_bits(ptx.over_warp(kind, ordered_bits(word)))), None)
 
     return inline(results, jnp.int32(warpgroup))
@@ -122,12 +123,16 @@ def reduce_block(results, kind: Kind) -> Array:
             return as_splat(ptx.as_float(ordered_bits(ptx.over_warp(kind, ordered_bits(word)))), None)
         if integers:  # each half of the warp holds all 16 results
             return as_splat(ptx.shift_right_signed(ptx.over_warp("add", word), 1), True)
-        number = ptx.as_float(word)
-        for distance in (1, 2, 4, 8):
-            number = ptx.add(number, ptx.as_float(ptx.exchange(ptx.as_word(number), distance)))
-        return as_splat(number, None)
+        return as_splat(_over_lanes(ptx.as_float(word), BLOCK_WARPS), None)
 
     return inline(results)
+
+
+def _over_lanes(number: Value, count: int) -> Value:
+    """The sum over `count` neighbouring lanes, a power of two."""
+    for distance in (1 << i for i in range(count.bit_length() - 1)):
+        number = ptx.add(number, ptx.as_float(ptx.exchange(ptx.as_word(number), distance)))
+    return number
 
 
 def ordered_bits(word: Value) -> Value:
