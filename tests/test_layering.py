@@ -59,6 +59,7 @@ FLOORS = {
         "rotations",
     ),
     "bipolar_jax.models": (
+        "sharding",
         "exporters",
         "loaders",
         "inference",

@@ -32,6 +32,7 @@ _MODULES = {
     "random_packed": "random_weights",
     "save_model": "checkpoint",
     "score_continuations": "inference.continuations",
+    "shard_model": "sharding.sharded_transformer",
     "stream": "inference.generation",
     "write_windows": "inference.written_text",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "random_packed",
     "save_model",
     "score_continuations",
+    "shard_model",
     "stream",
     "write_windows",
 ]
@@ -81,6 +83,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.presets import preset
     from bipolar_jax.models.pretrained import PretrainedModel
     from bipolar_jax.models.random_weights import random_float, random_packed
+    from bipolar_jax.models.sharding.sharded_transformer import shard_model
     from bipolar_jax.models.transformer import Transformer
 
 

@@ -158,6 +158,8 @@ def _one_bit_operands(x, norm: Norm, gate_up: Any, down: Any, gate: Activation |
         raise Unsupported("the fused feed-forward block has no gates that are squared")
     if not (fuses(gate_up) and fuses(down)):
         raise Unsupported("the fused feed-forward block takes packed layers")
+    if down.k_axes is not None:
+        raise Unsupported("the rows of down are cut over devices, which add their sums")
     if gate_up.precision.a_bits is None or down.precision.a_bits != 1:
         raise Unsupported("the fused feed-forward block takes integer activations, of one bit for down")
     rows = x.reshape(-1, x.shape[-1])

@@ -107,6 +107,8 @@ def _fused_operands(
             raise Unsupported(f"the {name} projections gather their inputs in the order of their groups")
         if not fuses(layer):
             raise Unsupported(f"the {name} projections must be one packed layer")
+        if layer.k_axes is not None:
+            raise Unsupported(f"the rows of the {name} projections are cut over devices, which add their sums")
     operands = (
         hidden[:, 0],
         {name: layer.kernel.get_value() for name, layer in products.items()},

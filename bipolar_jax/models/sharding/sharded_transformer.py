@@ -1,0 +1,259 @@
+"""A Transformer on the devices of a mesh: each runs a smaller model of its own, and sums are reduced twice a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.inference.prepare import Layout, prepare_for_inference
+from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.sharding.plan import DATA, MODEL, ShardingPlan, plan_shards
+from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn import Linear, Packed, without_training
+from bipolar_jax.packing import BipolarNumbers
+from bipolar_jax.packing.cuts import own_part
+
+_HEADS_AXIS = 2  # of a cache [layers, batch, kv_heads, capacity, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["graph", "mesh", "plan", "config"]
+)
+@dataclasses.dataclass(frozen=True)
+class ShardedTransformer:
+    """A model that `shard_model` has cut. `generate` and `stream` take it as they take a `Transformer`.
+
+    Texts are divided over the mesh axis "data", heads and columns over "model". A layer reduces over "model" twice
+    (int32 sums after o and after down), and before each of the two the smallest and the largest number of every token;
+    nothing else. Logits are those of one device: every integer is the same, float operations are the same operations.
+
+    Attributes:
+      state: the parameters of the devices' models, prepared; the first axis of each is that of devices along "model".
+      graph: structure of one device's model.
+      mesh: with the axes "data" and "model".
+      plan: what is cut.
+      config: of the whole model.
+    """
+
+    state: Any
+    graph: nnx.GraphDef
+    mesh: Mesh
+    plan: ShardingPlan
+    config: TransformerConfig
+
+    def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+        """As `Transformer.__call__`. Raises ValueError for texts that do not divide over "data"."""
+        self._check_batch(ids)
+        return _logits(self, ids)
+
+    def prefill(
+        self,
+        ids: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
+        capacity: int,
+        cache_bits: int | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """As `Transformer.prefill`; the cache lies where the heads are, one copy for each device that shares a head.
+
+        Raises:
+          ValueError: as `Transformer.prefill`; texts that do not divide over "data".
+        """
+        self._check_batch(ids)
+        return _prefill(self, ids, lengths, capacity, cache_bits)
+
+    def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """As `Transformer.decode`."""
+        self._check_batch(ids)
+        return _decode(self, ids, cache)
+
+    def _check_batch(self, ids: Any) -> None:
+        if len(ids) % self.plan.data:
+            raise ValueError(
+                f"{len(ids)} texts do not divide over {self.plan.data} devices of {DATA!r}: "
+                "add texts, or make that axis of the mesh smaller"
+            )
+
+    def run(self, method: Callable, out_specs: Any, *operands: Any, in_specs: Sequence[Any]) -> Any:
+        """method(model of one device, *operands) on every device; specs as for `jax.shard_map`."""
+
+        def on_device(state, *operands):
+            model = nnx.merge(self.graph, jax.tree.map(lambda leaf: leaf[0], state))
+            return method(model, *operands)
+
+        specs = (PartitionSpec(MODEL), *in_specs)
+        # Replicated results are: they are made of reduced sums. JAX's check of that does not know Pallas kernels.
+        program = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+        return program(self.state, *operands)
+
+    def cache_specs(self, cache: KVCache) -> KVCache:
+        """Specs of a cache: texts over "data", heads over "model" if attention is cut."""
+        heads = MODEL if self.plan.attention else None
+
+        def spec(leaf):
+            return PartitionSpec(None, DATA, heads) if leaf.ndim > _HEADS_AXIS else PartitionSpec(DATA)
+
+        return jax.tree.map(spec, cache)
+
+    def logits_spec(self, *axes: str | None) -> PartitionSpec:
+        """The spec of logits, whose last axis lies where the output layer's columns do."""
+        return PartitionSpec(*axes, MODEL if self.plan.output else None)
+
+
+@jax.jit
+def _logits(model: ShardedTransformer, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+    spec = PartitionSpec(DATA)
+    return model.run(lambda part, ids: part(ids), model.logits_spec(DATA, None), ids, in_specs=[spec])
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _prefill(model: ShardedTransformer, ids, lengths, capacity: int, cache_bits: int | None):
+    config = model.config
+    heads = model.plan.model if model.plan.repeats_kv_heads(config) else config.num_kv_heads
+    shape = (config.num_layers, *ids.shape[:1], heads, capacity, config.head_dim)
+    cache = jax.eval_shape(
+        lambda lengths: KVCache.empty(shape, np.float32, cache_bits, lengths, config.key_rotation(cache_bits)), lengths
+    )
+    return model.run(
+        lambda part, ids, lengths: part.prefill(ids, lengths, capacity, cache_bits),
+        (model.logits_spec(DATA), model.cache_specs(cache)),
+        ids,
+        lengths,
+        in_specs=[PartitionSpec(DATA), PartitionSpec(DATA)],
+    )
+
+
+@jax.jit
+def _decode(model: ShardedTransformer, ids, cache: KVCache):
+    specs = model.cache_specs(cache)
+    return model.run(
+        lambda part, ids, cache: part.decode(ids, cache),
+        (model.logits_spec(DATA), specs),
+        ids,
+        cache,
+        in_specs=[PartitionSpec(DATA), specs],
+    )
+
+
+def shard_model(
+    model: Transformer | PretrainedModel, mesh: Mesh, dtype: Any = None, *, layout: Layout | None = None
+) -> ShardedTransformer | PretrainedModel:
+    """The model cut over a mesh with the axes "data" and "model", or one of them, and prepared for inference.
+
+    `plan.plan_shards` says what is cut; `print(sharded.plan)` what stays whole, and why. Arrays that are cut already
+    (`place_model`) stay where they are.
+
+    Args:
+      model: packed, not joined, not prepared.
+      mesh: of any axis types.
+      dtype, layout: as for `prepare_for_inference`, which prepares each device's part.
+
+    Raises:
+      ValueError: a mesh with other axes; as `plan_shards` and `prepare_for_inference`.
+    """
+    if isinstance(model, PretrainedModel):
+        return model.with_model(shard_model(model.model, mesh, dtype, layout=layout))
+    mesh = two_axes(mesh)
+    model = without_training(model)
+    plan = plan_shards(model, mesh.shape)
+    graph, paths, arrays, specs = _cut(model, plan)
+    graphs = []
+
+    def on_device(arrays):
+        part = _model_of_device(_merged(graph, paths, arrays), plan, model.config)
+        graph_of_part, state = nnx.split(prepare_for_inference(part, dtype, layout=layout))
+        graphs.append(graph_of_part)
+        return jax.tree.map(lambda leaf: leaf[None], state)
+
+    prepare = jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(MODEL), check_vma=False)
+    state = jax.jit(prepare)(_placed(arrays, mesh, specs))
+    return ShardedTransformer(state, graphs[-1], mesh, plan, model.config)
+
+
+def place_model(model: Transformer, mesh: Mesh) -> Transformer:
+    """The same model, its arrays cut over a mesh as `shard_model` will take them; `save_model` takes it, too.
+
+    Raises:
+      ValueError: as `shard_model`.
+    """
+    mesh = two_axes(mesh)
+    graph, paths, arrays, specs = _cut(model, plan_shards(model, mesh.shape))
+    return _merged(graph, paths, _placed(arrays, mesh, specs))
+
+
+def two_axes(mesh: Mesh) -> Mesh:
+    """The devices of a mesh as one with the Auto axes "data" and "model"; an axis that it lacks has one device.
+
+    Raises:
+      ValueError: other axes.
+    """
+    if unknown := sorted(set(mesh.axis_names) - {DATA, MODEL}):
+        raise ValueError(f"the mesh has the axis {unknown[0]!r}: models are cut over {DATA!r} and {MODEL!r} alone")
+    devices = mesh.devices if mesh.axis_names != (MODEL, DATA) else mesh.devices.T
+    sizes = [dict(mesh.shape).get(name, 1) for name in (DATA, MODEL)]
+    return Mesh(devices.reshape(sizes), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _cut(model: Transformer, plan: ShardingPlan) -> tuple[nnx.GraphDef, list, list[Any], list[Any]]:
+    """Structure, paths and variables, arrays, and specs of a model's parameters."""
+    graph, state = nnx.split(model)
+    variables = nnx.to_flat_state(state)
+    arrays = [variable.get_value() for _, variable in variables]
+    specs = [plan.spec(path, array, model.config) for (path, _), array in zip(variables, arrays, strict=True)]
+    return graph, list(variables), arrays, specs
+
+
+def _merged(graph: nnx.GraphDef, variables: list, arrays: Sequence[Any]) -> Transformer:
+    flat = [(path, variable.replace(array)) for (path, variable), array in zip(variables, arrays, strict=True)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _placed(arrays: list[Any], mesh: Mesh, specs: list[Any]) -> list[Any]:
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.device_put(arrays, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec))
+
+
+def _model_of_device(model: Transformer, plan: ShardingPlan, config: TransformerConfig) -> Transformer:
+    """The model that a device runs, of the whole model's structure with that device's part of every array."""
+    model.config = plan.config_of_device(config)
+    for _, stack in model.stacks:
+        stack.attention.num_kv_heads = model.config.num_kv_heads
+        if model.config.rotation is not None:
+            stack.ffn.rotation = model.config.rotation.ffn
+        if plan.repeats_kv_heads(config):
+            for name in ("k_proj", "v_proj"):
+                _take_head(getattr(stack.attention, name), plan, config)
+    for path, layer in nnx.iter_modules(model):
+        name = path[-1] if path else None
+        if name in plan.rows():
+            layer.in_features //= plan.model
+            layer.kernel = Packed(own_part(layer.kernel.get_value(), plan.model))
+            layer.k_axes = MODEL
+        elif name in plan.columns(config):
+            layer.out_features //= plan.model
+    return model
+
+
+def _take_head(layer: nnx.Module, plan: ShardingPlan, config: TransformerConfig) -> None:
+    """Leaves a layer of keys or values, which the device has whole, the head of the device's queries."""
+    head = jax.lax.axis_index(MODEL) * config.num_kv_heads // plan.model
+
+    def columns(leaf, axis):
+        return jax.lax.dynamic_slice_in_dim(leaf, head * config.head_dim, config.head_dim, axis % leaf.ndim)
+
+    kernel = layer.kernel.get_value()
+    axis = -2 if isinstance(kernel, BipolarNumbers) else -1
+    taken = jax.tree.map(lambda leaf: columns(leaf, axis), kernel)
+    layer.kernel = Packed(taken) if isinstance(layer, Linear) else nnx.Param(taken)
+    if layer.bias is not None:
+        layer.bias = nnx.Param(columns(layer.bias[...], -1))
+    layer.out_features = config.head_dim
