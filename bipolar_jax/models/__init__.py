@@ -19,6 +19,7 @@ _MODULES = {
     "enable_command_buffers": "inference.command_buffers",
     "explain_model": "inference.explain",
     "export_compressed_tensors": "exporters",
+    "export_gguf": "exporters",
     "generate": "inference.generation",
     "join_projections": "inference.join",
     "load_gguf": "loaders",
@@ -47,6 +48,7 @@ __all__ = [
     "enable_command_buffers",
     "explain_model",
     "export_compressed_tensors",
+    "export_gguf",
     "generate",
     "join_projections",
     "load_gguf",
@@ -69,7 +71,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.chat import ChatTemplate
     from bipolar_jax.models.checkpoint import load_model, save_model
     from bipolar_jax.models.config import TransformerConfig
-    from bipolar_jax.models.exporters import export_compressed_tensors
+    from bipolar_jax.models.exporters import export_compressed_tensors, export_gguf
     from bipolar_jax.models.inference.command_buffers import enable_command_buffers
     from bipolar_jax.models.inference.continuations import score_continuations
     from bipolar_jax.models.inference.explain import explain_model

@@ -49,7 +49,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     return {
         "packed": _packed(folder),
         "gguf": _gguf(folder / "model.gguf", checkpoint),
-        "sentencepiece": _gguf(folder / "sentencepiece.gguf", _with_sentencepiece(checkpoint)),
+        "sentencepiece": _gguf(folder / "sentencepiece.gguf", with_sentencepiece(checkpoint)),
         "safetensors": _safetensors(folder, checkpoint),
         "config": _config(folder, checkpoint),
         "tokenizer": _tokenizer(folder, checkpoint),
@@ -79,7 +79,7 @@ def _gguf(path: Path, checkpoint: tiny.Tiny) -> Reader:
     return Reader(path, raw, lambda rng: mutations.damaged_gguf(raw, rng), lambda: load_gguf(path))
 
 
-def _with_sentencepiece(checkpoint: tiny.Tiny) -> tiny.Tiny:
+def with_sentencepiece(checkpoint: tiny.Tiny) -> tiny.Tiny:
     """The checkpoint with the tokens of bytes and some words, instead of byte-level BPE."""
     words = ["\u2581", "\u2581the", "th", "he", "\u2581quick", "qu", "ick", *"abcdehiknoqrtuwxyz", "\u2581q"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]

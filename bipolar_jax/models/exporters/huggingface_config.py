@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import dataclasses
 from typing import Any
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
-
-# Fields of other families.
-_UNSAID = {
-    "embed_norm",
-    "qk_norm",
-    "post_norms",
-    "sub_norms",
-    "embed_scale",
-    "attention_scale",
-    "attention_softcap",
-    "logit_softcap",
-    "window",
-    "rotary_dim",
-}
 
 # Fields that models of one architecture may have of any value; rotations at run time are refused by name.
 _FREE = {
@@ -40,9 +25,6 @@ def huggingface_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
       ValueError: a model that none of them computes, such as OPT, BLOOM, Gemma or one that is rotated at run time.
     """
     kind = model_type(config)
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _UNSAID}
-    if changed := sorted(name for name, default in defaults.items() if getattr(config, name) != default):
-        raise ValueError(f"only models of the Llama family are exported, which have no {', '.join(changed)}")
     if config.rotation is not None:
         raise ValueError(
             "the model computes rotations at run time, which config.json does not say: export one that is not rotated"
