@@ -39,6 +39,10 @@ def synchronize_warp():
     check_convergence()
 
 
+def meet_cluster():
+    assert _active[-1].all()
+
+
 @contextlib.contextmanager
 def when(condition):
     _active.append(_active[-1] & condition)

@@ -155,5 +155,9 @@ def floor(a):
     return np.floor(a)
 
 
+def from_int(word):
+    return word.astype(np.float32)
+
+
 def to_int(a):
     return a.astype(np.int32)

@@ -27,6 +27,28 @@ def synchronize(lanes_apart: bool = False) -> None:
     inline(jnp.int32(0))
 
 
+def _meet_cluster_twin(barrier):
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+@with_twin(_meet_cluster_twin)
+def meet_cluster(barrier) -> None:
+    """A barrier of all threads of a cluster, after which each sees what the others wrote to global memory.
+
+    Unlike a `plgpu.ClusterBarrier` it needs no fences around it.
+
+    Args:
+      barrier: a `plgpu.ClusterBarrier` for interpret mode; else of no use, and may be None.
+    """
+
+    @plgpu.inline_mgpu()
+    def inline(_):
+        ptx.meet_cluster()
+
+    inline()
+
+
 @with_twin(lambda: None)
 def fence_gpu() -> None:
     """Orders this thread's accesses of global memory with those of other blocks.

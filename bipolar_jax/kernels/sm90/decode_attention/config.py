@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.core.fragments import canonical_layout
+from bipolar_jax.kernels.sm90.core.fragments import WARPS, canonical_layout
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.unsupported import Unsupported
 
@@ -19,6 +20,12 @@ _RING_BYTES = 96 * 1024  # ring buffers of keys and values: two blocks fit a mul
 _TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
 _MOST_BLOCKS = 8  # in a portable cluster
+# Tiles on the tensor cores.
+TILE_QUERIES = 8  # rows of an instruction that are used
+WARP_POSITIONS = 16
+_TENSOR_CORE_HEADS = (64, 128)
+MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
+TERMS = 2  # of a total, besides the values: the largest score and the sum of weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,22 @@ class AttentionPlan:
     def slots(self) -> int:
         """Stages of the ring buffer of keys, and of that of values; each holds a tile."""
         return max(2, min(_MOST_SLOTS, _RING_BYTES // (2 * self.positions * self.row_bytes)))
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether scores and sums of values are products of tiles (`tiles.py`): of 16-bit floats."""
+        fits = self.head_dim in _TENSOR_CORE_HEADS and self.queries <= TILE_QUERIES
+        return fits and self.bits is None and self.itemsize == 2 and self.positions == WARPS * WARP_POSITIONS
+
+    @property
+    def totals(self) -> int:
+        """Totals of a query in a block: of each warp, and on tensor cores of the new token."""
+        return WARPS + self.on_tensor_cores
+
+    @property
+    def score_unit(self) -> float:
+        """What scores are multiplied with, as exponents of 2."""
+        return math.log2(math.e) / math.sqrt(self.head_dim)
 
     @property
     def layout(self) -> Any:

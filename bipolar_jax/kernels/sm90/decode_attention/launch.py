@@ -24,9 +24,16 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
-from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan, plan_attention
-from bipolar_jax.kernels.sm90.decode_attention.reduce import TERMS, store_context, store_rows, store_total
+from bipolar_jax.kernels.sm90.core.sync import meet_cluster, synchronize
+from bipolar_jax.kernels.sm90.decode_attention.config import (
+    MASKED_SCORE,
+    ROWS,
+    TERMS,
+    TILE_QUERIES,
+    AttentionPlan,
+    plan_attention,
+)
+from bipolar_jax.kernels.sm90.decode_attention.reduce import store_contexts, store_rows, store_totals
 from bipolar_jax.kernels.sm90.decode_attention.steps import (
     CachedVector,
     add_values,
@@ -40,9 +47,14 @@ from bipolar_jax.kernels.sm90.decode_attention.steps import (
     store_vector,
     to_rows,
 )
+from bipolar_jax.kernels.sm90.decode_attention.tiles import (
+    add_tile,
+    load_queries,
+    score_tile,
+    start_tile_sums,
+    store_tile_sums,
+)
 from bipolar_jax.kernels.unsupported import Unsupported
-
-_MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
 
 
 def decode_attention(
@@ -103,7 +115,7 @@ def decode_attention(
         cluster_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=_scratch(plan, keys[0].dtype),
+        scratch_types=_scratch(plan, keys[0].dtype, interpret is not None),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # powers of two
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -153,7 +165,7 @@ def _plan(
     return plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
 
 
-def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:
+def _scratch(plan: AttentionPlan, dtype: jnp.dtype, is_interpreted: bool) -> dict:
     """Scratch specifications, keyed by the kernel's keyword arguments."""
     ring = plgpu.SMEM((plan.slots, plan.positions, plan.row_bytes // plan.itemsize), dtype)
     return dict(
@@ -161,9 +173,10 @@ def _scratch(plan: AttentionPlan, dtype: jnp.dtype) -> dict:
         value_ring=ring,
         keys_arrived=plgpu.Barrier(num_barriers=plan.slots),
         values_arrived=plgpu.Barrier(num_barriers=plan.slots),
-        totals=plgpu.SMEM((WARPS, plan.queries, plan.head_dim), jnp.float32),
-        terms=plgpu.SMEM((WARPS, plan.queries, TERMS), jnp.float32),
-        blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)),
+        query_rows=plgpu.SMEM((TILE_QUERIES, plan.head_dim), dtype) if plan.on_tensor_cores else None,
+        totals=plgpu.SMEM((plan.totals, plan.queries, plan.head_dim), jnp.float32),
+        terms=plgpu.SMEM((plan.totals, plan.queries, TERMS), jnp.float32),
+        blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)) if is_interpreted else None,
     )
 
 
@@ -178,6 +191,7 @@ def _kernel(
     value_ring,
     keys_arrived,
     values_arrived,
+    query_rows,
     totals,
     terms,
     blocks_done,
@@ -234,8 +248,8 @@ def _kernel(
     heads = [kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)]
     if tables is not None:
         tables = [table.at[sequence] for table in tables]
-    unit = math.log2(math.e) / math.sqrt(plan.head_dim)
-    queries = [tuple(half * unit for half in vector(q, head, tables)) for head in heads]
+    rotated = [vector(q, head, tables) for head in heads]
+    queries = [tuple(half * plan.score_unit for half in query) for query in rotated]
     slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
 
     def new_token() -> tuple[CachedVector, CachedVector]:
@@ -243,73 +257,98 @@ def _kernel(
 
     key, value = (cached.numbers() for cached in new_token())
     joins = length < plan.capacity
-    share = jnp.where(joins & (rank == 0), 1 / ROWS, 0.0)
-    scores = [sum(jnp.sum(a * b, axis=0) for a, b in zip(query, key, strict=True)) for query in queries]
+    scores = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in queries]
     if slopes is not None:
         scores = [score + length.astype(jnp.float32) * each for score, each in zip(scores, slope, strict=True)]
-    sums = [start_sums(plan, jnp.where(joins, score, _MASKED_SCORE), value, share) for score in scores]
-    query_sums = [jnp.sum(first + second, axis=0) for first, second in queries]
-    wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
-    slices = range(0, plan.positions, ROWS)
+    scores = [jnp.where(joins, score, MASKED_SCORE) for score in scores]
+    counts = joins & (rank == 0)  # whether the new token is among this block's positions
 
-    def grids(arrays, first):
-        if plan.bits is None:
-            return [None for _ in slices]
-        scale, zero = (array.at[layer, sequence, kv_head] for array in arrays[1:])
-        return [load_grids(plan, scale, zero, first + row) for row in slices]
-
-    def step(turn, sums):
-        slot, first = lax.rem(turn, plan.slots), first_position(turn)
-        key_grids, value_grids = grids(keys, first), grids(values, first)
-        plgpu.barrier_wait(keys_arrived.at[slot])
-        scores = [[] for _ in heads]
-        for row, grid in zip(slices, key_grids, strict=True):
-            rows = load_rows(plan, key_ring.at[slot], row)
-            position = first + row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plan.layout.reduce(1))
-            for i in range(len(heads)):
-                score = products(wide_queries[i], rows)
-                if grid is not None:
-                    score = (score - grid[1] * query_sums[i]) * grid[0]
-                if slopes is not None:
-                    score = score + position.astype(jnp.float32) * slope[i]
-                scores[i].append(jnp.where(position < seen, score, _MASKED_SCORE))
-        reload(turn, load_keys)
-        rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
-        sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
-        plgpu.barrier_wait(values_arrived.at[slot])
-        for j, (row, grid) in enumerate(zip(slices, value_grids, strict=True)):
-            rows = load_rows(plan, value_ring.at[slot], row)
-            sums = [add_values(plan, each, weight[j], rows, grid) for each, weight in zip(sums, weights, strict=True)]
-        reload(turn, load_values)
-        return sums
-
-    sums = lax.fori_loop(0, turns, step, sums)
-
-    store_rows(plan, sums, totals, terms)
-    synchronize()
-    for i, head in enumerate(heads):
-        targets = (out.at[sequence, head], None)
-        if plan.splits > 1:
-            targets = (ref.at[sequence, head, rank] for ref in (sums_out, terms_out))
-        store_total(plan, i, totals, terms, *targets, member * plan.queries + i < plan.group)
-
-    if plan.cluster > 1:
-        # The cluster's barrier orders a block's own accesses only; the fences order the other blocks' with them.
-        fence_gpu()
+    def by_tiles():
+        """The sums by `tiles`; the new token is a total of its own."""
+        share = jnp.where(counts, 1.0, 0.0)
+        for i, score in enumerate(scores):
+            for half in range(2):
+                elements = slice(half * plan.half, (half + 1) * plan.half)
+                query_rows[i, elements] = rotated[i][half].astype(query_rows.dtype)
+                totals[WARPS, i, elements] = value[half] * share
+            terms[WARPS, i, 0] = score
+            terms[WARPS, i, 1] = share
         synchronize()
-        plgpu.barrier_arrive(blocks_done)
-        plgpu.barrier_wait(blocks_done)
-        fence_gpu()
-    if plan.splits > 1:
-        for i, head in enumerate(heads):
+        rows = load_queries(plan, query_rows)
 
-            @pl.when((member * plan.queries + i < plan.group) & (rank == i % plan.splits))
-            def _(head=head):
-                store_context(plan, *(ref.at[sequence, head] for ref in (sums_out, terms_out, out)))
+        def step(turn, sums):
+            slot = lax.rem(turn, plan.slots)
+            plgpu.barrier_wait(keys_arrived.at[slot])
+            slopes_of_queries = None if slopes is None else slope
+            sums, weights = score_tile(
+                plan, sums, rows, key_ring.at[slot], first_position(turn), seen, slopes_of_queries
+            )
+            reload(turn, load_keys)
+            plgpu.barrier_wait(values_arrived.at[slot])
+            sums = add_tile(plan, sums, weights, value_ring.at[slot])
+            reload(turn, load_values)
+            return sums
 
-    # After the barrier, when no block loads from the cache any more; by a block that has the least left to do.
+        store_tile_sums(plan, lax.fori_loop(0, turns, step, start_tile_sums(plan, scores)), totals, terms)
+
+    def by_rows():
+        """The sums by `steps`; the new token is in every row."""
+        share = jnp.where(counts, 1 / ROWS, 0.0)
+        sums = [start_sums(plan, score, value, share) for score in scores]
+        query_sums = [None if plan.bits is None else jnp.sum(first + second, axis=0) for first, second in queries]
+        wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
+        slices = range(0, plan.positions, ROWS)
+
+        def grids(arrays, first):
+            if plan.bits is None:
+                return [None for _ in slices]
+            scale, zero = (array.at[layer, sequence, kv_head] for array in arrays[1:])
+            return [load_grids(plan, scale, zero, first + row) for row in slices]
+
+        def step(turn, sums):
+            slot, first = lax.rem(turn, plan.slots), first_position(turn)
+            key_grids, value_grids = grids(keys, first), grids(values, first)
+            plgpu.barrier_wait(keys_arrived.at[slot])
+            scores = [[] for _ in heads]
+            for row, grid in zip(slices, key_grids, strict=True):
+                rows = load_rows(plan, key_ring.at[slot], row)
+                position = first + row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plan.layout.reduce(1))
+                for i in range(len(heads)):
+                    score = products(wide_queries[i], rows)
+                    if grid is not None:
+                        score = (score - grid[1] * query_sums[i]) * grid[0]
+                    if slopes is not None:
+                        score = score + position.astype(jnp.float32) * slope[i]
+                    scores[i].append(jnp.where(position < seen, score, MASKED_SCORE))
+            reload(turn, load_keys)
+            rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
+            sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
+            plgpu.barrier_wait(values_arrived.at[slot])
+            for j, (row, grid) in enumerate(zip(slices, value_grids, strict=True)):
+                rows = load_rows(plan, value_ring.at[slot], row)
+                pairs = zip(sums, weights, strict=True)
+                sums = [add_values(plan, each, weight[j], rows, grid) for each, weight in pairs]
+            reload(turn, load_values)
+            return sums
+
+        store_rows(plan, lax.fori_loop(0, turns, step, sums), totals, terms)
+
+    (by_tiles if plan.on_tensor_cores else by_rows)()
+    # Loaded here, under the sums' way through shared memory, and stored when no block loads from the cache any more.
+    entering = new_token()
+    synchronize()
+    first_head = kv_head * plan.group + member * plan.queries
+    own = (first_head, rank, jnp.minimum(plan.group - member * plan.queries, plan.queries))
+    context, *by_block = (ref.at[sequence] for ref in ([out, sums_out, terms_out] if plan.splits > 1 else [out]))
+    store_totals(plan, totals, terms, *(by_block or (context, None)), *own)
+    if plan.cluster > 1:
+        meet_cluster(blocks_done)
+
     @pl.when(joins & (block == plan.cluster - 1))
     def _():
         at = (layer, sequence, kv_head, length)
-        for cached, arrays in zip(new_token(), (keys, values), strict=True):
+        for cached, arrays in zip(entering, (keys, values), strict=True):
             store_vector(plan, cached, arrays, at)
+
+    if plan.splits > 1:
+        store_contexts(plan, *by_block, context, *own)

@@ -1,8 +1,9 @@
 """Reduces the rows' softmax sums: over the rows of a warp, the warps of a block, and the blocks of a cluster.
 
 Every warp adds up its four rows by shuffles, for all queries, and leaves a total of each in shared memory; after one
-barrier of the warpgroup a thread has an element of the vector, for which it combines the warps' totals. Totals are the
-largest score, and sums in units of 2^largest: of weights, and of weighted values.
+barrier of the warpgroup a thread has an element of some vectors, for which it combines the warps' totals, and after a
+barrier of the cluster the blocks'. Totals are the largest score, and sums in units of 2^largest: of weights, and of
+weighted values.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
@@ -28,11 +29,10 @@ from bipolar_jax.kernels.sm90.core.fragments import (
 )
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan
+from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, TERMS, AttentionPlan
 from bipolar_jax.kernels.sm90.decode_attention.steps import Sums
 
 ROWS_OF_WARP = ROWS // WARPS
-TERMS = 2  # of a total, besides the values: the largest score and the sum of weights
 
 
 def _store_rows_twin(plan, sums, totals, terms):
@@ -82,76 +82,89 @@ def _combined(totals, terms):
     return jnp.sum(totals * share[:, None], axis=0), largest, jnp.sum(terms[:, 1] * share)
 
 
-def _store_total_twin(plan, query, totals, terms, target, terms_target, exists):
-    values, largest, weight = _combined(totals[:, query], terms[:, query])
+def _store_totals_twin(plan, totals, terms, target, terms_target, first_head, rank, count):
+    for query in range(plan.queries):
+        values, largest, weight = _combined(totals[:, query], terms[:, query])
 
-    @pl.when(exists)
-    def _():
-        if terms_target is None:
-            target[...] = (values / weight).astype(target.dtype)
-        else:
-            target[...] = values
-            terms_target[...] = jnp.stack([largest, weight])
+        @pl.when(query < count)
+        def _(query=query, values=values, largest=largest, weight=weight):
+            if terms_target is None:
+                target[first_head + query] = (values / weight).astype(target.dtype)
+            else:
+                target[first_head + query, rank] = values
+                terms_target[first_head + query, rank] = jnp.stack([largest, weight])
 
 
-@with_twin(_store_total_twin)
-def store_total(
-    plan: AttentionPlan, query: int, totals: Any, terms: Any, target: Any, terms_target: Any, exists: Bool[Array, ""]
+@with_twin(_store_totals_twin)
+def store_totals(
+    plan: AttentionPlan,
+    totals: Any,
+    terms: Any,
+    target: Any,
+    terms_target: Any,
+    first_head: Int[Array, ""],
+    rank: Int[Array, ""],
+    count: Int[Array, ""],
 ) -> None:
     """Combines the totals of the warps, after a barrier of the warpgroup, and stores them in global memory.
 
     Args:
       plan: of the kernel.
-      query: index of the query in the block.
       totals, terms: as `store_rows` has written them.
-      target: [head_dim]: of float32 for the block's total; or, without `terms_target`, of the query's context.
-      terms_target: float32 [TERMS], or None.
-      exists: whether there is such a query.
+      target: float32 [heads, splits, head_dim] for the block's totals; or, without `terms_target`, the contexts,
+        [heads, head_dim].
+      terms_target: float32 [heads, splits, TERMS], or None.
+      first_head: of the block's queries.
+      rank: of the block among those that divide the positions.
+      count: queries of the block that exist.
     """
     targets = [target] if terms_target is None else [target, terms_target]
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (2 + len(targets)), SPLAT))
-    def inline(_, totals, terms, *rest):
-        *targets, exists = rest
-        sources = [
-            (
-                ptx.advance(ptx.pointer(totals, ptx.SHARED), 4 * plan.head_dim * (warp * plan.queries + query)),
-                ptx.advance(ptx.pointer(terms, ptx.SHARED), 4 * TERMS * (warp * plan.queries + query)),
-            )
-            for warp in range(WARPS)
-        ]
-        pointers = [ptx.pointer(target, ptx.GLOBAL) for target in targets]
-        with ptx.when(ptx.equal(scalar_of(exists), 1)):
-            store_combined(plan, sources, *pointers, dtype=target.dtype)
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (2 + len(targets)), *[SPLAT] * 3))
+    def inline(_, *args):
+        refs, numbers = args[:-3], [scalar_of(number) for number in args[-3:]]
+        shared = [ptx.pointer(ref, ptx.SHARED) for ref in refs[:2]]
+        pointers = [ptx.pointer(ref, ptx.GLOBAL) for ref in refs[2:]]
+        store_totals_of_block(plan, *shared, pointers, *numbers, dtype=jnp.dtype(target.dtype))
 
-    inline(totals, terms, *targets, exists.astype(jnp.int32))
+    inline(totals, terms, *targets, *map(jnp.int32, (first_head, rank, count)))
 
 
-def _store_context_twin(plan, totals, terms, target):
-    values, _, weight = _combined(totals[...], terms[...])
-    target[...] = (values / weight).astype(target.dtype)
+def _store_contexts_twin(plan, totals, terms, target, first_head, rank, count):
+    for query in range(plan.queries):
+
+        @pl.when((query < count) & (rank == query % plan.splits))
+        def _(query=query):
+            head = first_head + query
+            values, _, weight = _combined(totals[head], terms[head])
+            target[head] = (values / weight).astype(target.dtype)
 
 
-@with_twin(_store_context_twin)
-def store_context(plan: AttentionPlan, totals: Any, terms: Any, target: Any) -> None:
-    """Combines the totals of the blocks that divide a sequence, and stores the context of a query.
+@with_twin(_store_contexts_twin)
+def store_contexts(
+    plan: AttentionPlan,
+    totals: Any,
+    terms: Any,
+    target: Any,
+    first_head: Int[Array, ""],
+    rank: Int[Array, ""],
+    count: Int[Array, ""],
+) -> None:
+    """Combines the totals of the blocks that divide a sequence; each stores its share of the queries' contexts.
 
     Args:
       plan: of the kernel.
-      totals, terms: float32 [splits, head_dim] and [splits, TERMS] in global memory.
-      target: [head_dim] in global memory.
+      totals, terms: float32 [heads, splits, head_dim] and [heads, splits, TERMS] in global memory.
+      target: [heads, head_dim] in global memory.
+      first_head, rank, count: as of `store_totals`.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-    def inline(_, totals, terms, target_ref):
-        totals, terms, pointer = (ptx.pointer(ref, ptx.GLOBAL) for ref in (totals, terms, target_ref))
-        sources = [
-            (ptx.advance(totals, 4 * plan.head_dim * rank), ptx.advance(terms, 4 * TERMS * rank))
-            for rank in range(plan.splits)
-        ]
-        store_combined(plan, sources, pointer, dtype=target.dtype)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (SPLAT,) * 3)
+    def inline(_, *args):
+        pointers = [ptx.pointer(ref, ptx.GLOBAL) for ref in args[:3]]
+        store_contexts_of_block(plan, *pointers, *map(scalar_of, args[3:]), dtype=jnp.dtype(target.dtype))
 
-    inline(totals, terms, target)
+    inline(totals, terms, target, *map(jnp.int32, (first_head, rank, count)))
 
 
 # Below: for use within `plgpu.inline_mgpu`.
@@ -215,37 +228,92 @@ def _over_rows(number: Value) -> Value:
     return number
 
 
-def store_combined(
+def store_totals_of_block(
     plan: AttentionPlan,
-    sources: Sequence[tuple[Pointer, Pointer]],
-    target: Pointer,
-    terms_target: Pointer | None = None,
+    totals: Pointer,
+    terms: Pointer,
+    targets: Sequence[Pointer],
+    first_head: Value,
+    rank: Value,
+    count: Value,
     *,
     dtype: jnp.dtype,
 ) -> None:
-    """Combines totals, each of values and terms; stores the total, or without terms the context in `dtype`."""
-    thread = thread_index()
-    terms = [[ptx.as_float(word) for word in ptx.load(pointer, TERMS)] for _, pointer in sources]
-    most = tree(_largest, [largest for largest, _ in terms])
-    shares = [ptx.exp2(ptx.subtract(largest, most)) for largest, _ in terms]
-    weight = tree(ptx.add, [ptx.multiply(own, share) for (_, own), share in zip(terms, shares, strict=True)])
-    for first in range(0, plan.head_dim, WARPGROUP):
-        element = ptx.plus(thread, first)
-        with ptx.when(ptx.less(element, plan.head_dim)):
-            values = [ptx.as_float(ptx.load(ptx.advance_far(source, element, 4), 1)[0]) for source, _ in sources]
-            total = tree(ptx.add, [ptx.multiply(*pair) for pair in zip(values, shares, strict=True)])
-            at = ptx.advance_far(target, element, jnp.dtype(dtype).itemsize)
-            if terms_target is None:
+    """The thread's part of `store_totals`; `targets` are of values, and of terms unless contexts are stored."""
+    finished = []
+    for first in range(0, plan.queries * plan.head_dim, WARPGROUP):
+        item = ptx.plus(thread_index(), first)
+        query, element = _query_and_element(plan, item, ptx.int32(plan.queries - 1))
+        parts = [ptx.plus(query, warp * plan.queries) for warp in range(plan.totals)]
+        finished.append((item, query, element, _combine(plan, totals, terms, parts, element)))
+    for item, query, element, (most, weight, total) in finished:
+        exists = ptx.bits_of(ptx.less(query, count), ptx.less(item, plan.queries * plan.head_dim))
+        head = ptx.plus(first_head, query)
+        with ptx.when(exists):
+            if len(targets) == 1:
+                at = ptx.advance_far(targets[0], ptx.plus(ptx.times(head, plan.head_dim), element), dtype.itemsize)
                 _store_number(at, ptx.divide(total, weight), dtype)
             else:
-                ptx.store(at, [ptx.as_word(total)])
-    if terms_target is not None:
-        with ptx.when(ptx.equal(thread, 0)):
-            ptx.store(terms_target, [ptx.as_word(most), ptx.as_word(weight)])
+                part = ptx.plus(ptx.times(head, plan.splits), rank)
+                ptx.store(_element_of(plan, targets[0], part, element), [ptx.as_word(total)])
+                with ptx.when(ptx.equal(element, 0)):
+                    ptx.store(ptx.advance_far(targets[1], part, 4 * TERMS), [ptx.as_word(most), ptx.as_word(weight)])
+
+
+def store_contexts_of_block(
+    plan: AttentionPlan,
+    totals: Pointer,
+    terms: Pointer,
+    target: Pointer,
+    first_head: Value,
+    rank: Value,
+    count: Value,
+    *,
+    dtype: jnp.dtype,
+) -> None:
+    """The thread's part of `store_contexts`: the elements of all queries are dealt out in runs of a warpgroup.
+
+    All loads come before the first store, so that they are under way at once.
+    """
+    finished = []
+    last = ptx.plus(count, -1)
+    for turn in range(-(-plan.queries * plan.head_dim // (WARPGROUP * plan.splits))):
+        item = ptx.plus(thread_index(), ptx.times(ptx.plus(rank, turn * plan.splits), WARPGROUP))
+        query, element = _query_and_element(plan, item, last)
+        head = ptx.plus(first_head, query)
+        parts = [ptx.plus(ptx.times(head, plan.splits), other) for other in range(plan.splits)]
+        finished.append((item, head, element, _combine(plan, totals, terms, parts, element)))
+    for item, head, element, (_, weight, total) in finished:
+        with ptx.when(ptx.less(item, ptx.times(count, plan.head_dim))):
+            at = ptx.advance_far(target, ptx.plus(ptx.times(head, plan.head_dim), element), dtype.itemsize)
+            _store_number(at, ptx.divide(total, weight), dtype)
+
+
+def _query_and_element(plan: AttentionPlan, item: Value, last: Value) -> tuple[Value, Value]:
+    """The query of an element of all queries, at most `last`; and the index of the element in its vector."""
+    query = ptx.divided(item, plan.head_dim)
+    element = ptx.plus(item, ptx.times(query, -plan.head_dim))
+    return ptx.choose(ptx.less(query, last), query, last), element
+
+
+def _element_of(plan: AttentionPlan, totals: Pointer, part: Value, element: Value) -> Pointer:
+    return ptx.advance_far(totals, ptx.plus(ptx.times(part, plan.head_dim), element), 4)
+
+
+def _combine(
+    plan: AttentionPlan, totals: Pointer, terms: Pointer, parts: Sequence[Value], element: Value
+) -> tuple[Value, Value, Value]:
+    """The largest score, the weight and the value of some parts of totals together."""
+    own = [[ptx.as_float(word) for word in ptx.load(ptx.advance_far(terms, part, 4 * TERMS), TERMS)] for part in parts]
+    values = [ptx.as_float(ptx.load(_element_of(plan, totals, part, element), 1)[0]) for part in parts]
+    most = tree(_largest, [largest for largest, _ in own])
+    shares = [ptx.exp2(ptx.subtract(largest, most)) for largest, _ in own]
+    weight = tree(ptx.add, [ptx.multiply(each, share) for (_, each), share in zip(own, shares, strict=True)])
+    return most, weight, tree(ptx.add, [ptx.multiply(*pair) for pair in zip(values, shares, strict=True)])
 
 
 def _store_number(at: Pointer, number: Value, dtype: jnp.dtype) -> None:
-    if jnp.dtype(dtype).itemsize == 4:
+    if dtype.itemsize == 4:
         ptx.store(at, [ptx.as_word(number)])
     else:
-        ptx.store_half(at, ptx.rounded(PTX_TYPES[jnp.dtype(dtype).name], number))
+        ptx.store_half(at, ptx.rounded(PTX_TYPES[dtype.name], number))

@@ -98,6 +98,10 @@ def in_float64(case: Case, q, cache: KVCache) -> np.ndarray:
 
 
 CASES = {
+    "tiles, alibi, full": (
+        Case((90, 128), heads=2, kv_heads=2, head_dim=64, capacity=128, dtype=jnp.bfloat16, rope=False, alibi=True),
+        2,
+    ),
     "one query a key": (Case((0, 63), heads=2, kv_heads=2), 1),
     "ragged": (Case((0, 1, 63, 64, 130, 191), heads=1, capacity=192, head_dim=64), 2),
     "full": (Case((128, 127), capacity=128), 2),

@@ -56,6 +56,12 @@ def synchronize_warp() -> None:
     inline_ptx("bar.warp.sync -1;", has_side_effects=True, convergent=True)
 
 
+def meet_cluster() -> None:
+    """A barrier of all threads of a cluster; after it each sees what the others wrote, to global memory too."""
+    inline_ptx("barrier.cluster.arrive.release;", has_side_effects=True)
+    inline_ptx("barrier.cluster.wait.acquire;", has_side_effects=True)
+
+
 def when(condition: Value) -> AbstractContextManager:
     """Code emitted within runs where the condition holds."""
     return mgpu.when(condition)

@@ -125,6 +125,11 @@ def floor(a: Value) -> Value:
     return _float_op("cvt.rmi.f32.f32", a)
 
 
+def from_int(word: Value) -> Value:
+    """A signed word as float32, to nearest."""
+    return inline_ptx("cvt.rn.f32.s32 $0, $1;", word, result_types=f32_type())
+
+
 def to_int(a: Value) -> Value:
     """The int32 of a float that is an integer."""
     return arith.fptosi(i32_type(), a)
