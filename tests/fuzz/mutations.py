@@ -148,3 +148,20 @@ def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
     layout = rng.choice("IQ")
     size = struct.calcsize(layout)
     return raw[:at] + struct.pack(f"<{layout}", rng.choice(INTEGERS) % (1 << 8 * size)) + raw[at + size :]
+
+
+def damaged_gguf_integers(raw: bytes, rng: random.Random) -> bytes:
+    """As `damaged_gguf`; or a matrix of a layer says that it has another type, or its weights are damaged."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return damaged_gguf(raw, rng)
+    if kind == 1:
+        data = bytearray(raw)
+        at = rng.randrange(len(raw) // 2, len(raw))
+        length = min(rng.choice((1, 2, 300)), len(raw) - at)
+        data[at : at + length] = rng.randbytes(length)
+        return bytes(data)
+    matrix = rng.choice((b"attn_q", b"attn_k", b"attn_v", b"attn_output", b"ffn_gate", b"ffn_up", b"ffn_down"))
+    name = b"blk.%d.%s.weight" % (rng.randrange(2), matrix)
+    at = raw.find(name) + len(name) + 4 + 16  # rank, two dimensions
+    return raw[:at] + struct.pack("<I", rng.randrange(48)) + raw[at + 4 :]

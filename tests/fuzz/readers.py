@@ -23,6 +23,7 @@ from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
 from bipolar_jax.tuning.parse import parse_table
 from experiments.support.workdir import RESULT_NAME, read_result
 from tests.fuzz import mutations
+from tests.models.loaders.gguf_integers import tiny_blocks
 from tests.support import tiny_checkpoints as tiny
 
 
@@ -49,6 +50,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     return {
         "packed": _packed(folder),
         "gguf": _gguf(folder / "model.gguf", checkpoint),
+        "gguf_integers": _gguf_integers(folder / "integers.gguf"),
         "sentencepiece": _gguf(folder / "sentencepiece.gguf", with_sentencepiece(checkpoint)),
         "safetensors": _safetensors(folder, checkpoint),
         "config": _config(folder, checkpoint),
@@ -77,6 +79,15 @@ def _packed(folder: Path) -> Reader:
 def _gguf(path: Path, checkpoint: tiny.Tiny) -> Reader:
     raw = tiny.write_gguf(checkpoint, path, "Q8_0").read_bytes()
     return Reader(path, raw, lambda rng: mutations.damaged_gguf(raw, rng), lambda: load_gguf(path))
+
+
+def _gguf_integers(path: Path) -> Reader:
+    """Every type of integers, which stay as they are."""
+    tiny_blocks.write(path, tiny_blocks.EVERY_TYPE, "Q1_0", tied=True, heads=(2, 1), ffn=32)
+    raw = path.read_bytes()
+    return Reader(
+        path, raw, lambda rng: mutations.damaged_gguf_integers(raw, rng), lambda: load_gguf(path, activations=16)
+    )
 
 
 def with_sentencepiece(checkpoint: tiny.Tiny) -> tiny.Tiny:

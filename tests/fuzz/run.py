@@ -25,7 +25,10 @@ import traceback
 import warnings
 from pathlib import Path
 
-NAMES = ("packed", "gguf", "sentencepiece", "safetensors", "config", "tokenizer", "index", "chat", "tuning", "result")
+NAMES = (
+    *("packed", "gguf", "gguf_integers", "sentencepiece", "safetensors"),
+    *("config", "tokenizer", "index", "chat", "tuning", "result"),
+)
 # A missing shard, or a name that is too long for the file system.
 EXPECTED = (ValueError, FileNotFoundError)
 MOST_SECONDS = 20  # of the processor, because the machine may be busy

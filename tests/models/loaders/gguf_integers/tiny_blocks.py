@@ -31,6 +31,11 @@ NUMBERS = {"Q1_0": 41, "Q2_0": 42}
 NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # Sizes that every type divides, but for the inputs of attention's output.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 16
+# Every type once, of layers with two heads and 32 inner numbers.
+EVERY_TYPE = [
+    dict(zip(NAMES, ("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q2_K", "Q3_K", "Q4_0"), strict=True)),
+    dict(zip(NAMES, ("TQ1_0", "TQ2_0", "Q1_0", "Q5_0", "Q5_1", "Q2_0", "Q8_0"), strict=True)),
+]
 
 
 def random_blocks(type_name: str, rows: int, columns: int, seed: int = 0, size: float | None = None) -> np.ndarray:
@@ -72,7 +77,15 @@ def dequantized(type_name: str, raw: np.ndarray, columns: int) -> np.ndarray:
     return numbers.reshape(len(raw), columns)
 
 
-def write(path: Path, types: list[dict[str, str]], head: str = "Q8_0", *, tied: bool = False) -> Path:
+def write(
+    path: Path,
+    types: list[dict[str, str]],
+    head: str = "Q8_0",
+    *,
+    tied: bool = False,
+    heads: tuple[int, int] = (HEADS, KV_HEADS),
+    ffn: int = HIDDEN,
+) -> Path:
     """A Llama of random blocks.
 
     Args:
@@ -80,26 +93,28 @@ def write(path: Path, types: list[dict[str, str]], head: str = "Q8_0", *, tied: 
       types: of each layer, by the names of its matrices, such as "attn_q"; all others are F16.
       head: type of the embedding and of the output layer.
       tied: whether there is no output layer.
+      heads: of queries, and of keys and values.
+      ffn: inner width of the feed-forward block.
     """
     vocab = tiny.make_tokenizer("smollm").get_vocab_size()
     fields = {
         "num_hidden_layers": len(types),
         "hidden_size": HIDDEN,
-        "intermediate_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
     }
     checkpoint = tiny.Tiny("llama", {"model.embed_tokens.weight": np.zeros((vocab, 1))}, config=fields)
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in tiny.gguf_metadata(checkpoint).items():
         tiny.add_value(writer, key, value)
     tensors = {name: (head, vocab, HIDDEN) for name in ["token_embd", *([] if tied else ["output"])]}
-    width = HEADS * HEAD_DIM
+    width, kv_width = (count * HEAD_DIM for count in heads)
     for layer, of_names in enumerate(types):
-        rows = {"attn_q": width, "attn_k": KV_HEADS * HEAD_DIM, "attn_v": KV_HEADS * HEAD_DIM}
+        rows = {"attn_q": width, "attn_k": kv_width, "attn_v": kv_width, "ffn_gate": ffn, "ffn_up": ffn}
+        inputs = {"attn_output": width, "ffn_down": ffn}
         for name, type_name in (dict.fromkeys(NAMES, "F16") | of_names).items():
-            columns = width if name == "attn_output" else HIDDEN
-            tensors[f"blk.{layer}.{name}"] = (type_name, rows.get(name, HIDDEN), columns)
+            tensors[f"blk.{layer}.{name}"] = (type_name, rows.get(name, HIDDEN), inputs.get(name, HIDDEN))
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, np.float32))
     writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
