@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.config import RopeScaling, TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 
 CONFIG = TransformerConfig(
@@ -23,6 +23,32 @@ ARCHITECTURES = {
     "bloom": dataclasses.replace(
         CONFIG, positions="alibi", ffn="gelu", embed_norm=True, tie_embeddings=True, num_kv_heads=6, **_BIASED
     ),
+}
+# After Llama; windows are shorter than the texts of tests.
+_GEMMA = dict(
+    ffn="geglu",
+    post_norms=True,
+    embed_scale=24**0.5,
+    attention_scale=0.3,
+    window=3,
+    tie_embeddings=True,
+    num_kv_heads=3,
+)
+NEWER_ARCHITECTURES = {
+    "mistral": dataclasses.replace(CONFIG, window=3),
+    "qwen3": dataclasses.replace(CONFIG, qk_norm=True),
+    "gemma2": dataclasses.replace(
+        CONFIG, attention_softcap=1.5, logit_softcap=4.0, window_layers=(0, 2), num_layers=3, **_GEMMA
+    ),
+    "gemma3": dataclasses.replace(
+        CONFIG, qk_norm=True, window_layers=(0, 2), window_rope_theta=50.0, num_layers=3, **_GEMMA
+    ),
+    "phi4": dataclasses.replace(
+        CONFIG,
+        rotary_dim=6,
+        rope_scaling=RopeScaling("longrope", 4.0, 5, factors=(4.0, 5.0, 6.0), short_factors=(1.0, 1.5, 2.0)),
+    ),
+    "bitnet": dataclasses.replace(CONFIG, ffn="relu2glu", sub_norms=True),
 }
 
 

@@ -19,8 +19,9 @@ from tests.support import tiny_checkpoints as tiny
 GOLDEN = checkpoints.read()
 # The storage of each layout's checkpoint: dtype and number of files.
 STORAGE = {"4": (ml_dtypes.bfloat16, 2), "5": (np.float32, 1)}
-# One of each kind of positions, norms and biases; heads that are shared, and numbers of heads that are odd or even.
-KINDS = ("llama 3.1", "qwen2 0.5b", "opt, untied", "bloom, 6 heads")
+# One of each kind of positions, norms, biases, windows, caps and scalings; heads that are shared, and numbers of heads
+# that are odd or even.
+KINDS = ("llama 3.1", "qwen2 0.5b", "opt, untied", "bloom, 6 heads", "gemma 2", "gemma 3 1b", "phi 4 mini")
 # float32 against float32, summed in another order: measured at most 7e-7 of the largest logit.
 ROUNDING = 5e-6
 
@@ -46,7 +47,7 @@ def assert_same_logits(found, expected):
 
 @pytest.mark.parametrize("layout", STORAGE)
 @pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.sample(22)
+@pytest.mark.sample(34)
 def test_logits_are_those_of_transformers(tmp_path, name, layout):
     golden = GOLDEN[name]
     assert_same_logits(forward(load(name, tmp_path, layout), golden.ids), golden.logits)
@@ -87,6 +88,7 @@ def test_prefill_and_decoding_give_the_full_forward_pass(kind):
             logits, cache = decode(model, golden.ids[rows, at], cache)
 
 
+@pytest.mark.sample(4)
 def test_a_text_alone_scores_as_in_a_batch(kind):
     golden, model = kind
     for row in range(checkpoints.BATCH):
