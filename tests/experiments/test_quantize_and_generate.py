@@ -45,10 +45,33 @@ def tiny_config(model, text, precisions="W8A8,W2A8g32", sample_tokens=0):
 
 @pytest.fixture(scope="module")
 def run(model, text, compiled_programs, tmp_path_factory):
-    """Workdir of one complete run."""
+    """Workdir of one complete run, of one precision: samples take many programs."""
     folder = tmp_path_factory.mktemp("run")
-    quantize.main(tiny_config(model, text, sample_tokens=3), folder)
+    quantize.main(tiny_config(model, text, "W2A8g32", sample_tokens=3), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(model, text, compiled_programs, tmp_path_factory):
+    """Workdir of a run that was killed in the first precision, and resumed twice; what the last time measured."""
+    folder, measured = tmp_path_factory.mktemp("resumed"), []
+    original = precision_sweep.measure
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(precision_sweep, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.main(tiny_config(model, text), folder)
+        assert read(folder)["precisions"] == {}
+        monkeypatch.undo()
+        quantize.main(tiny_config(model, text, "W8A8"), folder)
+        monkeypatch.setattr(
+            precision_sweep, "measure", lambda name, *args: measured.append(name) or original(name, *args)
+        )
+        quantize.main(tiny_config(model, text), folder)
+    return folder, measured
 
 
 def read(folder):
@@ -62,7 +85,7 @@ def test_the_result_describes_text_and_models(run, model, text):
     assert result["baseline"]["tokens"] == WINDOWS * (LENGTH - 1)
     assert result["baseline"]["text_tokens"] == len(ids)
     assert result["baseline"]["ids_sha256"] == hashlib.sha256(used.tobytes()).hexdigest()
-    assert list(result["precisions"]) == ["W8A8", "W2A8g32"]
+    assert list(result["precisions"]) == ["W2A8g32"]
     for row in (result["baseline"], *result["precisions"].values()):
         assert math.isfinite(row["perplexity"])
         assert row["standard_error"] > 0
@@ -72,8 +95,10 @@ def test_the_result_describes_text_and_models(run, model, text):
         assert len(row["sample_margins"]) <= 3
 
 
-def test_fewer_bits_take_fewer_bytes(run):
-    result = read(run)
+def test_fewer_bits_take_fewer_bytes(resumed):
+    folder, _ = resumed
+    result = read(folder)
+    assert list(result["precisions"]) == ["W8A8", "W2A8g32"]
     sizes = [result["baseline"]["bytes"], *(result["precisions"][name]["bytes"] for name in ("W8A8", "W2A8g32"))]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
@@ -85,33 +110,22 @@ def test_plot_is_a_png(run):
 
 @pytest.mark.parametrize("name", ["W8A8", "W2A8g32"])
 @pytest.mark.sample(1)
-def test_checkpoints_give_the_reported_perplexity(run, text, name):
-    packed = load_pretrained(run / f"{name}.safetensors")
+def test_checkpoints_give_the_reported_perplexity(resumed, text, name):
+    folder, _ = resumed
+    packed = load_pretrained(folder / f"{name}.safetensors")
     ids = packed.tokenizer.encode(text.read_text(), add_special_tokens=False).ids
     again = perplexity(packed.model, ids, windows=WINDOWS, window_length=LENGTH)
-    assert again.perplexity == read(run)["precisions"][name]["perplexity"]
+    assert again.perplexity == read(folder)["precisions"][name]["perplexity"]
 
 
-def test_a_stopped_run_resumes(model, text, tmp_path, monkeypatch):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(precision_sweep, "save_model", killed)
-    with pytest.raises(KeyboardInterrupt):
-        quantize.main(tiny_config(model, text), tmp_path)
-    assert read(tmp_path)["precisions"] == {}
-    monkeypatch.undo()
-    quantize.main(tiny_config(model, text, "W8A8"), tmp_path)
-    measured = []
-    original = precision_sweep.measure
-    monkeypatch.setattr(precision_sweep, "measure", lambda name, *args: measured.append(name) or original(name, *args))
-    quantize.main(tiny_config(model, text, "W8A8,W4A8"), tmp_path)
-    assert measured == ["W4A8"]
+def test_a_stopped_run_measures_what_it_lacks(resumed):
+    _, measured = resumed
+    assert measured == ["W2A8g32"]
 
 
 def test_results_with_other_settings_are_kept_and_named(run, model, text):
     before = read(run)
-    config = tiny_config(model, text, "W8A8")
+    config = tiny_config(model, text, "W2A8g32")
     config.windows, config.calibration = WINDOWS - 1, "mse"
     with pytest.raises(ValueError, match="calibration: stored '', now 'mse'; windows: stored 3, now 2"):
         quantize.main(config, run)
@@ -144,15 +158,15 @@ def test_impossible_precisions_are_rejected_before_measuring(model, text, tmp_pa
 
 def test_a_packed_model_is_rejected(run, text, tmp_path):
     with pytest.raises(ValueError, match="packed layers are not packed again"):
-        quantize.main(tiny_config(run / "W8A8.safetensors", text, "W4A8"), tmp_path)
+        quantize.main(tiny_config(run / "W2A8g32.safetensors", text, "W4A8"), tmp_path)
 
 
 def test_generate_prints_the_text_of_its_result(run, tmp_path, capsys):
     config = generate_config.get_config()
-    config.model, config.prompt, config.max_new_tokens = str(run / "W8A8.safetensors"), "It was", 4
+    config.model, config.prompt, config.max_new_tokens = str(run / "W2A8g32.safetensors"), "It was", 4
     generate.main(config, tmp_path)
     result = read(tmp_path)
-    packed = load_pretrained(run / "W8A8.safetensors")
+    packed = load_pretrained(run / "W2A8g32.safetensors")
     prompt = packed.tokenizer.encode("It was").ids
     whole = packed.tokenizer.decode(prompt + result["tokens"])
     assert 1 <= len(result["tokens"]) <= 4
