@@ -3,7 +3,8 @@
     python -m experiments.bench.products.few_tokens --out=DIR/few_tokens.json
 
 Every product is checked against the exact one of sampled rows and columns, and timed with weights from memory: calls
-rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and the terms of their groups.
+rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and the terms of their groups. From 17 tokens
+on `gemm_expanded` is timed beside it, with and without splits of K.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bipolar_jax import BipolarArray
+from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling, with_slots
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.cold_weights import with_cold_weights
@@ -34,11 +39,12 @@ SHAPES = ",".join(f"{m}x{layer}" for layer in ("28672x4096", "4096x14336") for m
 PRECISIONS = "4g128,4g64,4,3g128,2g64,1g128"
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
+_FEWEST_EXPANDED, _EXPANDED_TOKENS = 16, 64  # tokens: from how many on `gemm_expanded` is timed, and of its tiles
 
 
 def product_of(
     operands: Operands, weights: Weights
-) -> tuple[tuple[PackedTokens, Any], dict[str, FewTokensTiling], np.ndarray]:
+) -> tuple[tuple[PackedTokens, Any], dict[str, FewTokensTiling | Tiling], np.ndarray]:
     """Operands of the product, its tilings by name, the first the one that is chosen, and the exact sample."""
     shape, w_format = operands.shape, weights.format
     planes = operands.weights(w_format).planes
@@ -62,7 +68,22 @@ def product_of(
     zero_code, scale = (np.asarray(t, np.float64)[operands.rows, None] for t in (tokens.zero_code, tokens.scale))
     x = np.asarray(operands.codes(A_FORMAT)[operands.rows], np.float64) - zero_code
     exact = 2.0**-9 * scale * (x @ weights.values(codes[operands.columns], terms, operands.columns).T)
-    return (tokens, w), tilings_of(shape, w.bits, w.chunks), exact
+    return (tokens, w), tilings_of(shape, w.bits, w.chunks) | expanded_tilings(shape, w), exact
+
+
+def expanded_tilings(shape: Shape, w: PreparedArray) -> dict[str, Tiling]:
+    """By name, the tilings of `gemm_expanded` that its cost model likes best, with K whole and split."""
+    if shape.m <= _FEWEST_EXPANDED:
+        return {}
+    times = expanded_times(shape.m, w, jnp.dtype(jnp.bfloat16))
+    best = {}
+    for tiling in sorted(times, key=times.get):
+        best.setdefault((tiling.schedule, tiling.splits > 1), tiling)
+    return {
+        f"expanded, {t.tile_m} {t.schedule}, {t.slots} slots, {t.splits} splits": t
+        for t in best.values()
+        if t.tile_m == _EXPANDED_TOKENS
+    }
 
 
 def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTiling]:
@@ -70,7 +91,7 @@ def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTilin
     chosen = few_tokens_tiling(shape.m, shape.n, shape.k, bits, chunks)
     others = [
         with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), shape.m, bits, chunks)
-        for cluster, all_parts in ((1, (1, 2, 7)), (2, (1, 2)), (4, (1, 4)))
+        for cluster, all_parts in ((1, (1, 2, 4, 7)), (2, (1, 2, 3)), (4, (1, 4)))
         for parts in all_parts
         for warpgroups in (2, 3, 4)
         for depth in (1, 2)
@@ -82,10 +103,12 @@ def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTilin
     }
 
 
-def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling) -> Call:
+def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling) -> Call:
     """The product as a function of its operands."""
 
     def product(tokens, w):
+        if isinstance(tiling, Tiling):
+            return tokens_product(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
         return few_tokens_product(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
 
     return product, operands
@@ -105,7 +128,8 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     for text in options.precisions.split(","):
         args, tilings, exact = product_of(operands, Weights.parse(text))
         if not options.tune:
-            tilings = dict([next(iter(tilings.items()))])
+            first, *others = tilings.items()
+            tilings = dict([first, *(pair for pair in others if isinstance(pair[1], Tiling))])
         compiled = compile_all({name: call(args, tiling) for name, tiling in tilings.items()}, options.threads)
         figures: dict[str, Any] = {}
         for name, tiling in tilings.items():
