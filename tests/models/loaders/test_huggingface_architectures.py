@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ import safetensors.numpy
 from bipolar_jax.models.config import RopeScaling
 from bipolar_jax.models.loaders import load_huggingface
 from bipolar_jax.models.loaders.huggingface.config import read_config
+from bipolar_jax.nn.compressible import layer_at
+from tests.models.loaders import tiny_quantized as formats
 from tests.models.loaders.golden import checkpoints
 
 GOLDEN = checkpoints.read()
@@ -126,3 +129,41 @@ def test_rows_of_joined_projections_must_be_those_of_the_config(tmp_path):
     checkpoints.write(tmp_path, config, weights | {name: weights[name][1:]}, np.float32, 1)
     with pytest.raises(ValueError, match=r"gate_up_proj.weight' has shape \(79, 32\), its rows are not the \[40, 40\]"):
         load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "make"),
+    [
+        (
+            "bitnet 2b",
+            {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+            functools.partial(formats.bitnet, divides=False),
+        ),
+        (
+            "phi 4 mini",
+            {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False},
+            functools.partial(formats.gptq, bits=4, group=8),
+        ),
+    ],
+)
+def test_packed_layers_are_the_float_model_of_their_weights(tmp_path, name, quantization, make):
+    """BitNet 2B4T as it is published; and layers that lie side by side in a quantized tensor."""
+    config, rng = GOLDEN[name].configs["4"], np.random.default_rng(0)
+    weights, stored = checkpoints.make_weights(config), {}
+    for tensor, array in list(weights.items()):
+        if not tensor.endswith("_proj.weight"):
+            stored[tensor] = array
+            continue
+        layer = make(rng, *array.shape)
+        weights[tensor] = layer.weight
+        parts = {f"{tensor.removesuffix('weight')}{suffix}": part for suffix, part in layer.tensors.items()}
+        stored |= {part: np.ascontiguousarray(value) for part, value in parts.items()}
+    directory = checkpoints.write(tmp_path / "low", config | {"quantization_config": quantization}, {}, np.float32, 1)
+    safetensors.numpy.save_file(stored, directory / "model.safetensors")
+    model = load_huggingface(directory, activations=16).model
+    expected = load_huggingface(checkpoints.write(tmp_path / "float", config, weights, np.float32, 1)).model
+    for path in ("attention/k_proj", "attention/v_proj", "ffn/gate_proj", "ffn/up_proj"):
+        packed, exact = (layer_at(each.layers, path).kernel.get_value() for each in (model, expected))
+        np.testing.assert_allclose(packed.dequantize(), exact, rtol=1e-6)
+    ids, logits = GOLDEN[name].ids, expected(GOLDEN[name].ids)
+    np.testing.assert_allclose(model(ids), logits, rtol=0, atol=2e-4 * np.abs(logits).max())

@@ -11,7 +11,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.loaders.huggingface.architecture import Architecture, Target
 from bipolar_jax.models.loaders.huggingface.quantized.module import Module, QuantizedFormat
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
-from bipolar_jax.models.packed_kernels import PackedTensor, unified
+from bipolar_jax.models.packed_kernels import PackedNumbers, PackedTensor, unified
 
 Key = tuple[str, int | None]
 
@@ -36,6 +36,7 @@ def packed_tensors(
         for target in architecture.targets(f"{name}.weight", config.tie_embeddings):
             tensor = quantized.tensor(Module(name, files))
             _check_target(target, name)
+            tensor = _rows_of(tensor, target, config) if target.beside else tensor
             found[target.path, None if target.layer < 0 else target.layer] = tensor
     names = [name for name in names if not _is_surplus_bias(name, modules, architecture, config, files)]
     kinds = unified({key: tensor.kind for key, tensor in found.items()})
@@ -52,6 +53,19 @@ def _check_target(target: Target, name: str) -> None:
         raise ValueError(f"layer {name!r:.200} is quantized, but only linear layers are served packed")
     if target.fused >= 0 or target.first_row:
         raise ValueError(f"layer {name!r:.200} is quantized and makes query, key and value at once: that is not served")
+
+
+def _rows_of(tensor: PackedTensor, target: Target, config: TransformerConfig) -> PackedTensor:
+    """The outputs of one of several layers that lie side by side. Raises ValueError for another number of them."""
+    k, rows = tensor.shape
+    shape = target.shape((rows, k), config)
+    ((start, end, _),) = target.row_ranges(rows, config)
+
+    def read() -> PackedNumbers:
+        numbers = tensor.read()
+        return dataclasses.replace(numbers.rows(slice(start, end)), order=numbers.order)
+
+    return dataclasses.replace(tensor, shape=shape, read=read)
 
 
 def _is_surplus_bias(
