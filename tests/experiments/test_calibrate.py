@@ -37,7 +37,7 @@ def tiny_config(model, text, precisions="W3A8"):
     config = calibrate_config.get_config()
     config.model, config.text, config.precisions, config.sample_tokens = str(model), str(text), precisions, 0
     config.windows, config.window_length = WINDOWS, LENGTH
-    config.calibration_windows, config.calibration_length = 6, LENGTH
+    config.calibration_windows, config.calibration_length, config.windows_per_step = 6, LENGTH, 3
     config.rotation_block = 4
     config.rounding.algorithm = "nearest"  # fewer programs to compile
     return config
@@ -120,7 +120,7 @@ def test_too_short_a_calibration_text_is_named(model, text, tmp_path):
     [
         ("rotation", "half", "config.rotation is 'half': choose from full, foldable, none"),
         ("calibration_windows", 0, "must be at least 1"),
-        ("rounding.asymmetry", 0.5, "config.rounding.asymmetry is 0.5"),
+        ("rounding.asymmetry", 2.0, "asymmetry must be from 0 to 1"),
         ("rounding.grid", "symmetric", "not one of integer groups, as of W3A8g8"),
     ],
 )
