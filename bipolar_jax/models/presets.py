@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bipolar_jax.models.config import TransformerConfig
 
 
@@ -38,6 +40,64 @@ def _smollm2(
         tie_embeddings=True,
         bos_id=0,
         eos_ids=(0,),
+    )
+
+
+def _qwen3(
+    hidden_size: int, num_layers: int, num_heads: int, ffn_size: int, *, tied: bool, num_kv_heads: int = 8
+) -> TransformerConfig:
+    """Yang et al. 2025, arXiv 2505.09388; the chat models."""
+    return TransformerConfig(
+        vocab_size=151936,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        ffn_size=ffn_size,
+        context_length=40960,
+        rope_theta=1000000.0,
+        norm_eps=1e-6,
+        tie_embeddings=tied,
+        qk_norm=True,
+        bos_id=151643,
+        eos_ids=(151645, 151643),
+    )
+
+
+def _gemma(hidden_size: int, num_layers: int, num_heads: int, num_kv_heads: int, **fields: Any) -> TransformerConfig:
+    """What Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) share."""
+    return TransformerConfig(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=256,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        ffn="geglu",
+        post_norms=True,
+        embed_scale=hidden_size**0.5,
+        attention_scale=256**-0.5,
+        bos_id=2,
+        **fields,
+    )
+
+
+def _gemma2(hidden_size: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_size: int) -> TransformerConfig:
+    return _gemma(
+        hidden_size,
+        num_layers,
+        num_heads,
+        num_kv_heads,
+        vocab_size=256000,
+        ffn_size=ffn_size,
+        context_length=8192,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        window=4096,
+        window_layers=tuple(range(0, num_layers, 2)),
+        eos_ids=(1,),
     )
 
 
@@ -129,6 +189,69 @@ _PRESETS = {
         qkv_bias=True,
         bos_id=151643,
         eos_ids=(151643,),
+    ),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216),
+    "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336),
+    "gemma-3-1b": _gemma(
+        1152,
+        26,
+        4,
+        1,
+        vocab_size=262144,
+        ffn_size=6912,
+        context_length=32768,
+        rope_theta=1000000.0,
+        qk_norm=True,
+        window=512,
+        window_layers=tuple(layer for layer in range(26) if layer % 6 != 5),
+        window_rope_theta=10000.0,
+        eos_ids=(1, 106),
+    ),
+    "phi-3-mini": TransformerConfig(
+        vocab_size=32064,
+        hidden_size=3072,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=96,
+        ffn_size=8192,
+        context_length=4096,
+        window=2047,
+        bos_id=1,
+        eos_ids=(32000, 32001, 32007),
+    ),
+    "mistral-7b": TransformerConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_size=14336,
+        context_length=32768,
+        window=4096,
+        bos_id=1,
+        eos_ids=(2,),
+    ),
+    "bitnet-2b": TransformerConfig(
+        vocab_size=128256,
+        hidden_size=2560,
+        num_layers=30,
+        num_heads=20,
+        num_kv_heads=5,
+        head_dim=128,
+        ffn_size=6912,
+        context_length=4096,
+        rope_theta=500000.0,
+        tie_embeddings=True,
+        ffn="relu2glu",
+        sub_norms=True,
+        bos_id=128000,
+        eos_ids=(128001, 128009),
     ),
 }
 

@@ -22,6 +22,16 @@ PUBLISHED = {
     "smollm2-1.7b": 1_711_376_384,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+    "mistral-7b": 7_241_732_096,
+    "bitnet-2b": 2_412_820_480,
 }
 # OPT's table of positions is published with two rows that no position reads; we leave them out.
 UNUSED = {"opt-6.7b": 2 * 4096}
@@ -49,6 +59,11 @@ def test_an_unknown_name_lists_the_known():
         ("bloom-7b1", {"positions": "alibi", "ffn": "gelu", "norm": "layer", "embed_norm": True}),
         ("smollm2-1.7b", {"rope_theta": 130000.0, "context_length": 8192, "tie_embeddings": True}),
         ("qwen2.5-0.5b", {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, "tie_embeddings": True}),
+        ("qwen3-1.7b", {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, "qkv_bias": False}),
+        ("gemma-2-2b", {"attention_scale": 1 / 16, "embed_scale": 48.0, "window": 4096, "logit_softcap": 30.0}),
+        ("gemma-3-1b", {"rope_theta": 1e6, "window_rope_theta": 1e4, "window": 512, "attention_softcap": None}),
+        ("phi-3-mini", {"window": 2047, "window_layers": None, "rope_scaling": None}),
+        ("mistral-7b", {"window": 4096, "window_layers": None, "rope_theta": 1e4}),
         ("qwen2.5-7b", {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, "tie_embeddings": False}),
     ],
 )
