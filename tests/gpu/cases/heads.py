@@ -14,8 +14,10 @@ from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.ops.dispatch import BACKENDS
+from bipolar_jax.packing.float_terms import FloatTerms
 from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
 from tests.gpu.trial import Case, Trial, one_program
+from tests.packing.float_groups import float_groups
 from tests.packing.integer_groups import array_of_groups, random_groups
 
 SM90 = BACKENDS["sm90"]
@@ -28,7 +30,10 @@ _TILE_ROWS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """One product of prompts; all shapes are those of the operation. Weights with a group size have integer groups."""
+    """One product of prompts; all shapes are those of the operation.
+
+    Weights with a group size have integer groups, or float ones of this form of terms.
+    """
 
     w_bits: int
     a_bits: int
@@ -45,13 +50,18 @@ class Prompts:
     group_size: int | None = None
     prepared: bool = False
     k: int = 200
+    float_terms: FloatTerms | None = None
 
     @property
     def name(self) -> str:
         options = [name for name in ("rope", "bias", "offsets", "prepared") if getattr(self, name)]
         heads = f"{self.queries}/{self.kv_heads} heads of {self.head_dim}"
         sizes = f"{self.batch} prompts of {self.length} in {self.capacity}"
-        groups = "" if self.group_size is None else f"g{self.group_size}i"
+        groups = (
+            ""
+            if self.group_size is None
+            else f"g{self.group_size}{'i' if self.float_terms is None else f'f {self.float_terms}'}"
+        )
         return " ".join(
             [f"W{self.w_bits}A{self.a_bits}{groups}, {sizes}, {heads},", np.dtype(self.dtype).name, *options]
         )
@@ -84,7 +94,7 @@ class Prompts:
 
         def project(x, w, bias, keys, values, layer, tables):
             fixed = None if tables is None else fixed_point_tables(tables, _TILE_ROWS)
-            w = w.prepare() if self.prepared else w
+            w = w.prepare(float_terms=self.float_terms) if self.prepared else w
             return SM90.prompt_heads(x, w, a_format, bias, None, keys, values, layer, fixed)
 
         x = x.reshape(self.batch, self.length, self.k)
@@ -96,6 +106,12 @@ class Prompts:
         if self.group_size is None:
             w = random_weights(rng, n, self.k, w_format, None, self.offsets)
             return w, *numbers_of(w)
+        if self.float_terms is not None:
+            w = float_groups(w_format, n, self.k, self.group_size, self.float_terms)
+            w = dataclasses.replace(w, scale=w.scale / 16, offset=None if w.offset is None else w.offset / 16)
+            w_hat, w_size = numbers_of(w)
+            # A code times S and Z times S are up to twice a value each.
+            return w, w_hat, 2 * np.max(w_size, axis=0, keepdims=True) * np.ones_like(w_size)
         groups = random_groups(w_format, n, self.k, self.group_size, int(rng.integers(1 << 30)))
         scale = (rng.uniform(0.5, 1.5, n) / (128 * np.sqrt(self.k))).astype(np.float32)
         numbers = scale.astype(np.float64) * groups.values.T
@@ -136,6 +152,9 @@ def cases() -> list[Case]:
         Prompts(3, 8, 2, 100, 4, 4, 128, 300, rope=False, bias=True, group_size=16),
         Prompts(5, 8, 1, 70, 3, 1, 64, 70, group_size=96),
         Prompts(6, 1, 2, 128, 4, 2, 64, 192, rope=False, prepared=True),
+        Prompts(4, 8, 1, 2048, 32, 8, 128, 2100, group_size=128, prepared=True, float_terms="offsets", k=1000),
+        Prompts(4, 8, 3, 130, 8, 2, 128, 192, half, group_size=128, prepared=True, float_terms="zeros", bias=True),
+        Prompts(8, 5, 2, 67, 9, 3, 64, 128, group_size=256, prepared=True, float_terms="scales", k=700),
     ]
     return [Case(each.name, each.trial) for each in prompts]
 

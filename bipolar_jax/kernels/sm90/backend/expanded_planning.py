@@ -17,6 +17,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_tilin
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE, TILE_ROWS
+from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import check_preparable
 
 # With these it took 157, 184, 226 and 286 us for 2048 x 14336 x 4096 at W4A8 in groups of 128, on an H200 and with one
@@ -28,6 +29,13 @@ EXPANDED_CANDIDATES = (
     Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
 )
 
+# With float scales of groups, 64 tokens a tile: see `gemm_expanded.scaled_multiply`.
+SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
+# The switch: without it prompts with float groups take what `scaled_products` expands in memory.
+SCALES_SUMS_IN_REGISTERS = True
+# Scaling the sums of 64 elements of K costs more issue slots than the tensor cores take cycles for them.
+_LEAST_SCALED_CHUNK = 128
+
 _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 
 
@@ -38,7 +46,18 @@ def is_expanded(w: BipolarNumbers) -> bool:
 
 def has_float_terms(w: BipolarNumbers) -> bool:
     """Whether the weights are prepared with float scales of groups."""
-    return isinstance(w, PreparedArray) and w.float_terms is not None
+    return float_terms_of(w) is not None
+
+
+def float_terms_of(w: BipolarNumbers) -> FloatTerms | None:
+    """The form of float scales of groups, if the weights are prepared with such."""
+    return w.float_terms if isinstance(w, PreparedArray) else None
+
+
+def expands_in_memory(w: BipolarNumbers) -> bool:
+    """Whether prompts with these weights take `scaled_products`: `gemm_expanded` does not scale their sums."""
+    is_scaled = SCALES_SUMS_IN_REGISTERS and w.group_size is not None and w.group_size % _LEAST_SCALED_CHUNK == 0
+    return has_float_terms(w) and not is_scaled
 
 
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
@@ -47,9 +66,8 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
         return plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
     check_layout(w, gated)
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    float_terms = w.float_terms if has_float_terms(w) else None
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w))
-    tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms)
+    tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms_of(w))
     return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
 
 
@@ -66,11 +84,14 @@ def plan_many_tokens(
       may_split: whether the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements; float scales of groups.
+      Unsupported: groups that are no multiple of 16 elements; float scales of groups of no multiple of 128.
     """
     check_layout(w, gated)
-    if has_float_terms(w):
-        raise Unsupported("weights are expanded in registers with integer groups, not with float scales of groups")
+    if expands_in_memory(w):
+        raise Unsupported(
+            f"weights in float groups of {w.group_size} are not expanded in registers: groups of a multiple of "
+            f"{_LEAST_SCALED_CHUNK} are"
+        )
     gated = w.gated if isinstance(w, PreparedArray) else gated
     tiling = cost.cheapest(expanded_times(m, w, dtype, may_split=may_split and not gated))
     return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
@@ -80,6 +101,11 @@ def expanded_times(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, may_split: bo
     """Modelled microseconds of `gemm_expanded`, by tiling."""
     n, k, itemsize = w.shape[-1], w.contracted_size, jnp.dtype(dtype).itemsize
     stages = math.ceil(k / STAGE)
+    if has_float_terms(w):
+        return {
+            tiling: expanded_microseconds(tiling, m, n, k, w)
+            for tiling in (fitted(tiling, w, itemsize) for tiling in SCALED_CANDIDATES)
+        }
     tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages) if may_split else EXPANDED_CANDIDATES
     able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES) for tiling in tilings]
     return {tiling: expanded_microseconds(tiling, m, n, k, w) for tiling in able}
@@ -116,7 +142,7 @@ def describe_expanded(w: BipolarNumbers) -> str:
 
 def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> Tiling:
     """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number."""
-    while tiling.slots > 2 and _bytes_needed(tiling, w.bits, chunks_of(w), itemsize) > SHARED_MEMORY_BYTES:
+    while tiling.slots > 2 and _bytes_needed(tiling, w, itemsize) > SHARED_MEMORY_BYTES:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
     return tiling
 
@@ -126,6 +152,7 @@ def chunks_of(w: BipolarNumbers) -> int:
     return STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups or has_float_terms(w) else 0
 
 
-def _bytes_needed(tiling: Tiling, bits: int, chunks: int, itemsize: int) -> int:
-    problem = ExpandedProblem(1, TILE_ROWS, None, tiling, w_bits=bits, chunks=chunks)
+def _bytes_needed(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> int:
+    of_weights = {"w_bits": w.bits, "chunks": chunks_of(w), "float_terms": float_terms_of(w)}
+    problem = ExpandedProblem(1, TILE_ROWS, None, tiling, **of_weights)
     return problem.shared_memory_bytes(itemsize)

@@ -16,7 +16,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     check_layout,
     describe_expanded,
-    has_float_terms,
+    expands_in_memory,
     plan_expanded,
 )
 from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
@@ -83,7 +83,7 @@ def expanded_tokens_matmul(
         # An epilogue has either of them.
         return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
     m, interpret = tokens.words.shape[1], interpret_params()
-    if w.float_terms is not None and m > FEW_TOKENS_LIMIT:
+    if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
         return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
     options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
     if m <= FEW_TOKENS_LIMIT:
@@ -100,7 +100,7 @@ def expanded_tokens_matmul(
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat) -> Plan:
     """See `Backend.plan_matmul`."""
-    if has_float_terms(w) and m > FEW_TOKENS_LIMIT:
+    if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
         check_row(w.contracted_size, dtype)
         return explain_scaled(m, a_format, w)
     choice = plan_expanded(m, w, dtype)

@@ -1,8 +1,8 @@
-"""wgmma on bytes with the operand of rows in registers: unsigned bytes times signed ones, for `plgpu.inline_mgpu`.
+"""wgmma on bytes with the operand of rows in registers: unsigned bytes times bytes, for `plgpu.inline_mgpu`.
 
-`wgmma.mma_async.m64nNk32.s32.u8.s8` reads A from four registers of each thread, and B from shared memory. For lane
-4 r + t of warp w, the first register has the bytes of row 16 w + r at k = 4 t to 4 t + 3, the second those of the row 8
-later, the third and fourth those of both rows at k + 16 (PTX ISA, "Register Fragments for wgmma.mma_async").
+`wgmma.mma_async.m64nNk32.s32.u8.s8`, or `.u8.u8`, reads A from four registers of each thread, and B from shared memory.
+For lane 4 r + t of warp w, the first register has the bytes of row 16 w + r at k = 4 t to 4 t + 3, the second those of
+the row 8 later, the third and fourth those of both rows at k + 16 (PTX ISA, "Register Fragments for wgmma.mma_async").
 
 An instruction in flight reads its registers: whoever writes them next waits first. ptxas sees to that, and where it
 cannot tell it serializes all products (warning C7510).
@@ -10,11 +10,12 @@ cannot tell it serializes all products (warning C7510).
 
 from __future__ import annotations
 
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import llvm, nvvm
 
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.core.fragments import Fragment
+from bipolar_jax.kernels.sm90.core.fragments import Fragment, element
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import advanced, descriptor, instruction
 
@@ -33,7 +34,7 @@ def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step:
     """
     n = acc.shape[1]
     # Without this, LLVM would compute them after the fence that makes them visible to the tensor cores.
-    fragments = _pinned(fragments)
+    fragments = pinned(fragments)
     w_descriptor = advanced(descriptor(tile), step * _BYTES_PER_INSTRUCTION)
     registers = acc.registers.copy()
     nvvm.wgmma_fence_aligned()
@@ -44,20 +45,51 @@ def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step:
     return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
 
+def start_unsigned(fragments: list[list[Value]], tile: Value, first_step: int, n: int) -> list[Value]:
+    """Starts A . tile^T of 64 rows and unsigned bytes, from zero, as one commit group.
+
+    Args:
+      fragments: A's four registers of each step of 32 bytes of K.
+      tile: uint32 [n, WORDS_PER_ROW] in shared memory, with TILE_TRANSFORMS.
+      first_step: which 32 bytes of a row of the tile the first step reads.
+      n: columns, a legal width.
+
+    Returns:
+      A thread's n / 2 sums as words, in the order of PTX. Before `settled` they must not be read.
+    """
+    words = pinned([word for step in fragments for word in step])
+    tile_descriptor = descriptor(tile)
+    sums = np.full(n // 2, None, dtype=object)
+    nvvm.wgmma_fence_aligned()
+    for step in range(len(fragments)):
+        operands = words[_FRAGMENT_REGISTERS * step : _FRAGMENT_REGISTERS * (step + 1)]
+        w_descriptor = advanced(tile_descriptor, (first_step + step) * _BYTES_PER_INSTRUCTION)
+        sums = instruction(sums, operands, w_descriptor, n, "k32.s32.u8.u8")
+    nvvm.wgmma_commit_group_sync_aligned()
+    return [element(register, 0) for register in sums]
+
+
 def wait(*, in_flight: int) -> None:
     """Waits for all commit groups but the last `in_flight`."""
     nvvm.wgmma_wait_group_sync_aligned(in_flight)
 
 
-def _pinned(words: list[Value]) -> list[Value]:
-    """The same words, computed before any instruction with side effects that follows; no instruction."""
-    i32, count = ptx.i32_type(), len(words)
+def settled(sums: list[Value], *, in_flight: int) -> list[Value]:
+    """Words of `start_unsigned` that may be read: waits for all commit groups but the last `in_flight`."""
+    wait(in_flight=in_flight)
+    # LLVM would read the registers before the wait.
+    return pinned(sums)
+
+
+def pinned(numbers: list[Value]) -> list[Value]:
+    """The same words or floats, computed before any instruction with side effects that follows; no instruction."""
+    constraints = ["=f" if number.type == ptx.f32_type() else "=r" for number in numbers]
     results = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * count),
-        words,
+        llvm.StructType.get_literal([number.type for number in numbers]),
+        numbers,
         "",
-        ",".join(["=r"] * count + [str(i) for i in range(count)]),
+        ",".join(constraints + [str(i) for i in range(len(numbers))]),
         asm_dialect=0,
         has_side_effects=True,
     )
-    return [llvm.extractvalue(i32, results, [i]) for i in range(count)]
+    return [llvm.extractvalue(number.type, results, [i]) for i, number in enumerate(numbers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,20 +11,11 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
-from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands, expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.scaled_arrays import scaled_operands
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
-
-
-class ExpandedOperands(NamedTuple):
-    """The operands of `expanded_matmul`, in its order."""
-
-    x_words: UInt32[Array, "1 m words"]
-    weights: PreparedArray
-    tokens: TokenTerms
-    columns: ColumnTerms
-    recovery: ExpandedRecovery
 
 
 def integer_product(
@@ -76,6 +67,8 @@ def product_operands(
     tokens: PackedTokens, w: PreparedArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
 ) -> ExpandedOperands:
     """The operands of the product of quantized activations; arguments as `tokens_product` has them."""
+    if w.float_terms is not None:
+        return scaled_operands(tokens, w, a_format, bias)
     columns = ColumnTerms(
         code_sums=w.row_sums[:, 0],
         scale=w.scale[:, 0],

@@ -11,12 +11,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_transposed
+from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
 from bipolar_jax.kernels.sm90.gemm_expanded.multiply import multiply_half, zeros
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import ChunkScaling, add_pending, add_stage
+from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import zeros as scaled_zeros
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
+
+_SCALED_STAGES = 2  # of the mainloop with float scales of groups that an iteration unrolls
 
 
 def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_scratch: dict) -> None:
@@ -45,13 +50,15 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
 
     def operands(slot):
         terms = None if scratch.group_terms is None else scratch.group_terms.at[slot, weight_tile]
-        return scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
+        shared = scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
+        return shared if scratch.token_sums is None else (*shared, scratch.token_sums.at[slot])
 
     def end_stage(step):
         """Lets the second consumer begin once the first is ahead by the lag."""
         if scratch.lagged is not None:
             plgpu.barrier_arrive(scratch.lagged, predicate=(step == problem.stages_of_lag - 1) & (consumer == 0))
 
+    mainloop = _sum_stages if problem.float_terms is None else _sum_scaled_stages
     writer.start()
     if scratch.lagged is not None:
 
@@ -65,7 +72,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         sequence, token, column = problem.block_origin(index)
         origin = TileOrigin(sequence, token + tokens.start, column + columns.start // problem.factors)
         writer.preload(origin)
-        total = _sum_stages(
+        total = mainloop(
             problem,
             step,
             lax.rem(step, tiling.slots),
@@ -128,6 +135,36 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
     return acc
 
 
+def _sum_scaled_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_stage):
+    """The scaled sum over all of K of one tile, float32 [TILE_ROWS, tile_m] in units of SUM_UNIT.
+
+    A unit of products is in flight while the one before is scaled, but not across the back edge of the loop. Arguments
+    as `_sum_stages` has them; `operands` has a stage's sums of tokens last.
+    """
+    scaling = ChunkScaling(problem.recovery.w_format, problem.float_terms, problem.chunks)
+
+    def add_stages(count, carry):
+        total, step, slot = carry
+        before = previous = None
+        for _ in range(count):
+            wait(slot)
+            pending, total = add_stage(total, *operands(slot), scaling, before)
+            if previous is not None:
+                release(step - 1, previous)
+            end_stage(step)
+            before, previous, step, slot = (pending, operands(slot)[2]), slot, step + 1, problem.next_slot(slot)
+        total = add_pending(before[0], total, before[1], scaling)
+        release(step - 1, previous)
+        return total, step, slot
+
+    iterations, rest = divmod(problem.steps_over_k, _SCALED_STAGES)
+    with jax.named_scope("mainloop"):
+        carry = scaled_zeros(problem.tiling.tile_m), step, slot
+        carry = lax.fori_loop(0, iterations, lambda _, carry: add_stages(_SCALED_STAGES, carry), carry)
+        total, _, _ = add_stages(rest, carry) if rest else carry
+    return total
+
+
 def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tokens, columns) -> Finish:
     """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
 
@@ -145,9 +182,11 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
         end = row + finish_shape[0], column + finish_shape[1]
         return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
 
+    finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
+
     def scaled(row, column):
         row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
-        return finish_transposed(
+        return finish(
             sums(row, column),
             problem.recovery,
             jax.tree.map(lambda ref: ref.at[column_range], tokens),

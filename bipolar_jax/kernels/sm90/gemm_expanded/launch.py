@@ -3,7 +3,8 @@
 A persistent kernel as that of `gemm`, one producer and two consumer warpgroups a block, with the operands exchanged:
 weights are the rows of the accumulators. They arrive packed, and the consumers expand them in registers, from which the
 int8 tensor cores read them: neither memory nor shared memory ever holds a weight's byte. Integer groups are applied
-where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue.
+where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue. Float
+scales of groups are applied to the sums of chunks of K (`scaled_multiply.py`).
 
 `packing.fields` says how weights are laid out, `recovery.py` which terms complete their sums.
 """
@@ -11,7 +12,7 @@ where codes are expanded, so that int32 sums run over all of K, and one scale a 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
@@ -32,7 +34,8 @@ from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
 from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import SUMS_ORDER, in_order_of_lanes
 from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
 from bipolar_jax.packing import PreparedArray
 
@@ -40,12 +43,34 @@ from bipolar_jax.packing import PreparedArray
 DEFAULT_TILING = Tiling(128, 128, "split_n", slots=4, band=8, band_axis="n")
 
 
+class SummedTokens(NamedTuple):
+    """Tokens of a product with float scales of groups.
+
+    Attributes:
+      words: unsigned codes as bytes; any from the true K on.
+      chunk_sums: float32, sums of codes over the part of every chunk of K that is below the true K.
+    """
+
+    words: UInt32[Array, "1 m words"]
+    chunk_sums: Float[Array, "m chunks"]
+
+
+class ExpandedOperands(NamedTuple):
+    """The operands of `expanded_matmul`, in its order."""
+
+    x_words: UInt32[Array, "1 m words"] | SummedTokens
+    weights: PreparedArray
+    tokens: TokenTerms
+    columns: ColumnTerms
+    recovery: ExpandedRecovery | ScaledRecovery
+
+
 def expanded_matmul(
-    x_words: UInt32[Array, "1 m words"],
+    x_words: UInt32[Array, "1 m words"] | SummedTokens,
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: ExpandedRecovery,
+    recovery: ExpandedRecovery | ScaledRecovery,
     dtype: jnp.dtype,
     *,
     tiling: Tiling = DEFAULT_TILING,
@@ -59,7 +84,8 @@ def expanded_matmul(
 
     Args:
       x_words: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8";
-        through `arrays.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4.
+        through `arrays.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4. Of weights
+        with float terms `SummedTokens`.
       weights: [k, n], gated if the activation is; scales and sums are those of `columns`.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns. `code_sums` are the sums of s * u + o over the true K with groups, those
@@ -80,16 +106,21 @@ def expanded_matmul(
       ValueError: a tiling that does not fit, or splits K of gated weights; words that TMA cannot address, K whose sums
         exceed int32, operands that do not belong together, or an activation together with integers or a residual.
     """
-    _, m, x_width = x_words.shape
+    scaled = isinstance(x_words, SummedTokens)
+    _, m, x_width = (x_words.words if scaled else x_words).shape
     if x_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x")
-    if recovery.k != weights.contracted_size or recovery.grouped != (weights.terms is not None):
+    if (
+        recovery.k != weights.contracted_size
+        or recovery.grouped != (weights.terms is not None)
+        or scaled != (weights.float_terms is not None)
+    ):
         raise ValueError(f"{recovery} is not of {weights} with {weights.chunks} chunks of groups")
-    if recovery.k > recovery.most_elements:
+    if not scaled and recovery.k > recovery.most_elements:
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
     if activation is not None and (tokens.scale is None or residual is not None):
         raise ValueError("an activation is of scaled products without a residual")
-    of_weights = {"w_bits": weights.bits, "chunks": weights.chunks, "lag": lag}
+    of_weights = {"w_bits": weights.bits, "chunks": weights.chunks, "float_terms": weights.float_terms, "lag": lag}
     n = weights.shape[-1]
     if tiling.splits > 1:
         if weights.gated:
@@ -107,7 +138,7 @@ def expanded_matmul(
 
 def launch(
     problem: ExpandedProblem,
-    x_words: UInt32[Array, "1 tokens words"],
+    x_words: UInt32[Array, "1 tokens words"] | SummedTokens,
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
@@ -125,8 +156,12 @@ def launch(
             f"tokens are axis {problem.token_axis} of the accumulator, but {type(output).__name__} takes them "
             f"along axis {output.token_axis}"
         )
+    x_words, token_sums = x_words if isinstance(x_words, SummedTokens) else (x_words, None)
+    if token_sums is not None:
+        by_sequence = token_sums.reshape(problem.sequences, problem.m, -1).swapaxes(1, 2)
+        token_sums = in_order_of_lanes(fill_up(by_sequence, SUMS_ORDER))
     terms = arrange(problem, (x_words, weights.words), tokens, columns).terms
-    sources = Sources(x_words, weights.words, weights.terms, terms)
+    sources = Sources(x_words, weights.words, weights.terms, token_sums, terms)
     arrays, tree = jax.tree.flatten((sources, output))
     return launch_kernel(
         functools.partial(_kernel, problem, tree),
@@ -146,7 +181,12 @@ def launch(
             approx_math=problem.activation is not None,
         ),
         kernel_name="_".join(
-            ["expanded_matmul", *["activation"] * (problem.activation is not None), *output.name_endings]
+            [
+                "expanded_matmul",
+                *["scaled"] * (problem.float_terms is not None),
+                *["activation"] * (problem.activation is not None),
+                *output.name_endings,
+            ]
         ),
         interpret=interpret,
     )(*arrays)

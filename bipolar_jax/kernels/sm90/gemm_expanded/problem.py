@@ -13,10 +13,13 @@ from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
-from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import PARTS, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.prepared_array import chunk_words
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
 _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
+_MOST_SCALED_TOKENS = 64  # with float scales of groups: 32 sums of a chunk a thread, twice, and 64 of all
 _MOST_TMA_ROWS = 256
 
 
@@ -29,11 +32,13 @@ class ExpandedProblem(Problem):
       chunks: chunks of a stage with terms of their own, see `packing.fields`; 0 without groups.
       lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
         under the epilogue of the other.
+      float_terms: the form of float scales of groups, or None; see `scaled_multiply`.
     """
 
     w_bits: int = 4
     chunks: int = 0
     lag: int = 0
+    float_terms: FloatTerms | None = None
 
     token_axis: ClassVar[Literal[0, 1]] = 1
 
@@ -50,8 +55,9 @@ class ExpandedProblem(Problem):
     @property
     def stage_bytes(self) -> int:
         """Bytes of a stage of the ring buffer."""
-        weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + self.chunks * CHUNK_WORDS)
-        return self.tiling.block_m * BYTES_PER_ROW + self.weight_tiles * weights
+        weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + self.chunks * chunk_words(self.float_terms))
+        token_sums = 0 if self.float_terms is None else 4 * self.chunks
+        return self.tiling.block_m * (BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
 
     def staging_slots(self, itemsize: int) -> int:
         """Chunks of output that each consumer can have on their way to memory: a tile's, or as many as fit."""
@@ -74,6 +80,13 @@ class ExpandedProblem(Problem):
             raise ValueError(f"tile_n must be {TILE_ROWS}, the rows of a tile of prepared weights, got {tiling}")
         if tiling.tile_m % CHUNK_TOKENS or tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m):
             raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
+        if self.float_terms is not None and (
+            tiling.block_m > _MOST_SCALED_TOKENS or tiling.splits > 1 or self.chunks not in (1, 2, 4)
+        ):
+            raise ValueError(
+                f"with float scales of groups a block has tiles of {_MOST_SCALED_TOKENS} tokens, no splits of K and 1, "
+                f"2 or 4 chunks a stage, got {tiling} and {self.chunks} chunks"
+            )
         if max(tiling.block_m, tiling.block_n) > _MOST_TMA_ROWS or {tiling.cluster_m, tiling.cluster_n} - {1, 2}:
             raise ValueError(f"TMA loads at most {_MOST_TMA_ROWS} rows, for clusters of 1 or 2 along an axis: {tiling}")
         if self.lag >= tiling.slots:

@@ -22,13 +22,15 @@ class Sources(NamedTuple):
     Attributes:
       tokens: uint32 [1, rows, words], signed bytes.
       words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR], prepared weights.
-      group_terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS], or None.
+      group_terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS or words of float terms], or None.
+      token_sums: float32 [sequences, stages * chunks, m], sums of codes over chunks (`scaled_multiply`), or None.
       terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
     """
 
     tokens: Any
     words: Any
     group_terms: Any
+    token_sums: Any
     terms: tuple[TokenTerms, ColumnTerms]
 
 
@@ -78,6 +80,15 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                     target.at[slot],
                     barrier,
                     collective_axes=weight_axes,
+                )
+            if scratch.token_sums is not None:
+                plgpu.copy_gmem_to_smem(
+                    sources.token_sums.at[
+                        sequence, pl.ds(k_step * problem.chunks, problem.chunks), pl.ds(origin.token, tiling.block_m)
+                    ],
+                    scratch.token_sums.at[slot],
+                    barrier,
+                    collective_axes=token_axes,
                 )
             return step + 1, problem.next_slot(slot)
 

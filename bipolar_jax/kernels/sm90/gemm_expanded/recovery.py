@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import SUM_UNIT
 from bipolar_jax.packing.fields import OFFSET_BIAS
 from bipolar_jax.quantize.integer_groups import max_contraction
 
@@ -63,3 +64,21 @@ class ExpandedRecovery(Recovery):
         Each of its three terms is at most product_weight * 256 * (A + 1) * K, and sums of two at most twice that.
         """
         return 4 * self.product_weight * (_LARGEST_BYTE + 1) * (self.a_format.max_value + 1) * self.k < _FLOAT32_EXACT
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledRecovery(Recovery):
+    """`Recovery` of the scaled sums of `scaled_multiply`, for `scaled_epilogue.finish_scaled_transposed`.
+
+    With numbers y of a column, N their sum and u_a unsigned codes, sum_k (u_a - z) y = sum_k u_a y - z N. Without a
+    zero z is A / 2, and the sums are twice that.
+    """
+
+    grouped: bool = True
+
+    @property
+    def product_weight(self) -> float:
+        return SUM_UNIT * (1 if self.with_zero else 2)
+
+    def column_weight(self, zero_code):
+        return -zero_code if self.with_zero else 0 * zero_code - self.a_format.max_value

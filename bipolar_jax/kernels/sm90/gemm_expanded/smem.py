@@ -24,7 +24,8 @@ class Scratch(NamedTuple):
     Attributes:
       tokens: ring buffer, uint32 [slots, block_m, WORDS_PER_ROW].
       words: ring buffer, uint32 [slots, weight_tiles, PARTS, bits, WORDS_PER_VECTOR].
-      group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, CHUNK_WORDS], or None.
+      group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, words], or None.
+      token_sums: ring buffer, float32 [slots, chunks, block_m], or None.
       terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
       full: barriers of loaded stages, see `Problem.full_barrier`.
       empty: barriers of stages that may be refilled, one a slot.
@@ -36,6 +37,7 @@ class Scratch(NamedTuple):
     tokens: Any
     words: Any
     group_terms: Any
+    token_sums: Any
     terms: Any
     full: Any
     empty: Any
@@ -55,7 +57,7 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     if problem.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     token_terms, column_terms = sources.terms
-    copies = 2 + (sources.group_terms is not None)
+    copies = 2 + (sources.group_terms is not None) + (sources.token_sums is not None)
 
     def ring(source):
         return plgpu.SMEM((tiling.slots, problem.weight_tiles, PARTS, *source.shape[3:]), source.dtype)
@@ -64,6 +66,9 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         tokens=plgpu.SMEM((tiling.slots, tiling.block_m, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS),
         words=ring(sources.words),
         group_terms=None if sources.group_terms is None else ring(sources.group_terms),
+        token_sums=None
+        if sources.token_sums is None
+        else plgpu.SMEM((tiling.slots, problem.chunks, tiling.block_m), jnp.float32),
         terms=tuple(
             jax.tree.map(lambda term, block=block: plgpu.SMEM((tiling.tiles_in_progress, block), term.dtype), terms)
             for terms, block in zip(sources.terms, (tiling.block_m, tiling.block_n), strict=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -28,8 +27,11 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     EXPANDED_CANDIDATES,
+    SCALED_CANDIDATES,
+    chunks_of,
     describe_expanded,
     expanded_microseconds,
+    float_terms_of,
     is_expanded,
     plan_many_tokens,
 )
@@ -47,12 +49,12 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.kernels.sm90.gemm_expanded import launch as gemm_expanded
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import TransposedHeadOutput, with_room_for_heads
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import SummedTokens
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray
-from bipolar_jax.packing.fields import STAGE
 
 HEAD_SIZES = (64, 128)
 # Of the product of expanded weights. Alternating tiles of 128 tokens would spill.
@@ -99,8 +101,8 @@ def prompt_heads(
     Raises:
       ValueError: prompts longer than the cache; shapes that do not fit.
       Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
-        64 tokens; float scales of groups, or integer ones of no multiple of 16 elements; gated weights; rows too long
-        to quantize on chip.
+        64 tokens; float scales of groups, but of a multiple of 128 elements and prepared; integer ones of no multiple
+        of 16 elements; gated weights; rows too long to quantize on chip.
     """
     layout = _layout(x, w, keys, values)
     batch, length, columns = x.shape
@@ -145,16 +147,17 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     """The plan of heads by the product of expanded weights.
 
     Raises:
-      Unsupported: integer groups of no multiple of 16 elements.
+      Unsupported: integer groups of no multiple of 16 elements; float scales of groups of no multiple of 128.
     """
     choice = plan_many_tokens(sequences * length, w, jnp.dtype(jnp.float32))
 
     def microseconds(tiling: Tiling) -> float:
         return expanded_microseconds(tiling, length, sequences * layout.columns, w.contracted_size, w)
 
-    tiling = min(EXPANDED_TILINGS, key=microseconds)
-    chunks = STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups else 0
-    return dataclasses.replace(choice, tiling=with_room_for_heads(tiling, layout, w.bits, chunks))
+    float_terms = float_terms_of(w)
+    tiling = min(EXPANDED_TILINGS if float_terms is None else SCALED_CANDIDATES, key=microseconds)
+    tiling = with_room_for_heads(tiling, layout, w.bits, chunks_of(w), float_terms)
+    return dataclasses.replace(choice, tiling=tiling)
 
 
 def _layout(x: Float[Array, "batch length columns"], w: BipolarNumbers, keys: Cache, values: Cache) -> HeadLayout:
@@ -210,11 +213,11 @@ def project_heads(
 
 
 def project_expanded_heads(
-    x_words: UInt32[Array, "1 rows x_words"],
+    x_words: UInt32[Array, "1 rows x_words"] | SummedTokens,
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: ExpandedRecovery,
+    recovery: ExpandedRecovery | ScaledRecovery,
     tiling: Tiling,
     layout: HeadLayout,
     keys: Cache,
@@ -236,6 +239,7 @@ def project_expanded_heads(
         sequences=keys.shape[1],
         w_bits=weights.bits,
         chunks=weights.chunks,
+        float_terms=weights.float_terms,
     )
     run = functools.partial(gemm_expanded.launch, problem, x_words, weights, interpret=interpret)
     return _project(problem, run, TransposedHeadOutput, tokens, columns, layout, keys, values, layer, tables)

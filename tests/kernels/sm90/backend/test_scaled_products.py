@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.backend import operations
+from bipolar_jax.kernels.sm90.backend import expanded_planning, operations
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -26,17 +26,21 @@ GATE = Activation("silu", gated=True)
 
 
 @pytest.mark.parametrize(
-    ("m", "bits", "group_size", "kind", "a_bits", "gated", "tolerance"),
+    ("m", "bits", "group_size", "kind", "a_bits", "gated", "tolerance", "in_registers"),
     [
-        (3, 4, 32, "zeros", 8, True, 1e-5),
-        (66, 4, 128, "offsets", 8, False, 1e-5),  # bytes that are values
-        (65, 8, 128, "scales", 5, True, 1e-5),  # bytes that are codes, an activation of its own
-        (66, 4, 32, "offsets", 8, True, 1e-3),  # float16, the activation in the epilogue
-        (65, 2, 48, "zeros", 1, False, 1e-3),  # in natural order
+        (3, 4, 32, "zeros", 8, True, 1e-5, True),
+        (66, 4, 128, "offsets", 8, False, 1e-5, True),
+        (66, 4, 128, "offsets", 8, False, 1e-5, False),  # bytes that are values
+        (65, 8, 128, "scales", 5, True, 1e-5, False),  # bytes that are codes, an activation of its own
+        (66, 4, 32, "offsets", 8, True, 1e-3, True),  # float16, the activation in the epilogue
+        (65, 2, 48, "zeros", 1, False, 1e-3, True),  # in natural order
     ],
 )
 @pytest.mark.sample(2)
-def test_the_whole_product_is_that_of_xla(m, bits, group_size, kind, a_bits, gated, tolerance):
+def test_the_whole_product_is_that_of_xla(
+    m, bits, group_size, kind, a_bits, gated, tolerance, in_registers, monkeypatch
+):
+    monkeypatch.setattr(expanded_planning, "SCALES_SUMS_IN_REGISTERS", in_registers)
     n, k = 72, 200
     w = float_groups(BipolarFormat(bits), n, k, group_size, kind)
     columns, activation = (n // 2, GATE) if gated else (n, None)
@@ -53,7 +57,7 @@ def test_the_whole_product_is_that_of_xla(m, bits, group_size, kind, a_bits, gat
     assert not races_found()
 
 
-def test_plans_are_explained():
+def test_plans_are_explained(monkeypatch):
     kernel = jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16)
 
     def explained(m, group_size):
@@ -66,8 +70,12 @@ def test_plans_are_explained():
     assert few.reason == "3 tokens: bound by reading the weights"
     assert isinstance(few.tiling, FewTokensTiling)
     many, short = explained(2048, 128), explained(2048, 32)
-    assert many.kernel.startswith("int8 tensor cores, weights of 4 bits in float groups of 128 expanded to bytes")
+    assert many.kernel == few.kernel
+    assert many.tiling == expanded_planning.SCALED_CANDIDATES[0]
     assert short.kernel.startswith("float16 tensor cores, weights of 4 bits in float groups of 32 expanded to float16")
+    monkeypatch.setattr(expanded_planning, "SCALES_SUMS_IN_REGISTERS", False)
+    in_memory = explained(2048, 128)
+    assert in_memory.kernel.startswith("int8 tensor cores, weights of 4 bits in float groups of 128 expanded to bytes")
 
 
 def test_integer_sums_stay_on_the_chip():

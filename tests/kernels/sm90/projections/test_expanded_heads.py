@@ -15,14 +15,16 @@ from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import SCALED_CANDIDATES
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import ExchangedHeadWriter, TransposedHeadOutput, TransposedHeadWriter
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import SummedTokens
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.projections.prompt_projection import (
     EXPANDED_TILINGS,
     plan_expanded_heads,
@@ -33,10 +35,12 @@ from bipolar_jax.kernels.sm90.projections.prompt_projection import (
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import PreparedArray
-from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import PARTS, WORDS_PER_VECTOR
+from bipolar_jax.packing.prepared_array import chunk_words
 from tests.gpu.cases.heads import Prompts
 from tests.gpu.trial import Case as Trial
 from tests.gpu.trial import run_cases
+from tests.packing.float_groups import float_groups
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
@@ -141,6 +145,27 @@ def weights(bits=4, group_size=128, n=512, k=256):
     return array_of_groups(random_groups(fmt, n, k, group_size), fmt, np.ones(n, np.float32))
 
 
+@pytest.mark.covered("the kernel, by the tests beside it; the model, by `make gpu-test`")
+def test_prompts_of_float_groups_are_served():
+    """Several sequences, whose tokens' sums begin rows of their own."""
+    prompts = Prompts(4, 8, 2, 67, 1, 1, 64, 70, bias=True, group_size=128, prepared=True, float_terms="offsets", k=300)
+    (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
+    assert outcome.error is None
+    assert not races_found()
+
+
+def test_plans_of_float_groups():
+    with interpreted(RACES):
+        plan = plan_prompt_heads(*avals(float_groups(BipolarFormat(4), 512, 256, 128, "zeros").prepare()))
+        assert plan.kernel == (
+            "int8 tensor cores, weights of 4 bits in float groups of 128 expanded in registers, "
+            "heads written to the cache"
+        )
+        assert plan.tiling.tile_m == 64
+        with pytest.raises(Unsupported, match="float groups of 32 are not expanded in registers: groups of a multiple"):
+            plan_prompt_heads(*avals(float_groups(BipolarFormat(4), 512, 256, 32, "zeros").prepare()))
+
+
 def test_plans_leave_room_for_heads():
     with interpreted(RACES):
         packed, prepared = (plan_prompt_heads(*avals(w)) for w in (weights(), weights().prepare()))
@@ -187,7 +212,7 @@ def test_the_outputs_offer_what_the_protocol_says():
     assert isinstance(ExchangedHeadWriter(*[None] * 10), Writer)
 
 
-def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
+def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, float_terms=None):
     """Of prompts that leave rows of tiles empty, with a bias: what takes the most registers."""
     batch, length, k, layout, w_format = 2, 1000, 4096, HeadLayout(8, 4, size, 1100), BipolarFormat(bits)
     m, n = batch * length, layout.columns
@@ -195,11 +220,16 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
     tiles, stages, terms = -(-n // 128), k // 128, None
     if group_size is not None:
         chunks = 128 // np.gcd(group_size, 128)
-        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, chunks, CHUNK_WORDS), jnp.uint32)
+        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, chunks, chunk_words(float_terms)), jnp.uint32)
     words = jax.ShapeDtypeStruct((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
     column = [jax.ShapeDtypeStruct((n, 1), dtype) for dtype in (jnp.float32, jnp.int32)]
-    weights = PreparedArray(words, terms, *column, w_format, k, -2, group_size, False)
-    recovery = ExpandedRecovery("int8", A8, w_format, k, True, terms is not None)
+    is_scaled = float_terms is not None
+    of_groups = (column[0], float_terms) if is_scaled else ()
+    weights = PreparedArray(words, terms, *column, w_format, k, -2, group_size, False, None, *of_groups)
+    recovery = (ScaledRecovery if is_scaled else ExpandedRecovery)("int8", A8, w_format, k, True, terms is not None)
+    x_words = jax.ShapeDtypeStruct((1, m, k // 4), jnp.uint32)
+    if is_scaled:
+        x_words = SummedTokens(x_words, jax.ShapeDtypeStruct((m, stages * chunks), jnp.float32))
     cache = jax.ShapeDtypeStruct((2, batch, layout.keys, layout.capacity, size), dtype)
 
     def project(x, weights, tokens, columns, keys, values, layer, tables):
@@ -208,11 +238,12 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
 
     return sm90_compile.compile_for_h200(
         project,
-        jax.ShapeDtypeStruct((1, m, k // 4), jnp.uint32),
+        x_words,
         weights,
-        TokenTerms(vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
+        TokenTerms(None if is_scaled else vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
         ColumnTerms(
-            code_sums=vector(n, jnp.int32),
+            code_sums=None if is_scaled else vector(n, jnp.int32),
+            scaled_value_sums=vector(n, jnp.float32) if is_scaled else None,
             scale=vector(n, jnp.float32),
             offset=None if terms is not None else vector(n, jnp.float32),
             bias=vector(n, jnp.float32),
@@ -234,6 +265,8 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16):
         (8, None, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), dtype=jnp.float16)),
         (4, 64, 64, dict(tiling=EXPANDED_TILINGS[1], rope=False)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2])),
+        (4, 128, 128, dict(tiling=SCALED_CANDIDATES[0], float_terms="offsets")),
+        (5, 128, 64, dict(tiling=Tiling(64, 128, "alternate", slots=6), float_terms="zeros", dtype=jnp.float16)),
     ],
 )
 @pytest.mark.sample(1)
