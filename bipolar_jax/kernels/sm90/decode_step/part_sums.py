@@ -33,6 +33,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
+from bipolar_jax.kernels.sm90.decode_step.group_sums import multiply_codes, sums_are_scaled
 from bipolar_jax.kernels.sm90.decode_step.token_bytes import SEGMENT_WORDS, positions_of, segment_bytes
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, STAGE, STEPS, WORDS_PER_VECTOR, expand_part
@@ -53,7 +54,7 @@ def own_positions(
     # What is beyond K is not this warpgroup's to read.
     nothing = jnp.zeros(token.shape, token.dtype)
     numbers = positions_of(token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing))
-    active = jnp.arange(WARPS) // stages == part_of_slice % (WARPS // stages)
+    active = jnp.arange(WARPS) // stages == part_of_slice % max(1, WARPS // stages)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
     return own, active if valid is None else active & valid
 
@@ -65,7 +66,8 @@ def _add_stages_twin(total, words, terms, token, part_of_slice, valid, expansion
     # The race detector sees no order between these reads and the next TMA write, which waits for `release`.
     plgpu.commit_smem()
     sums = jnp.sum(weights * own.astype(jnp.int32)[:, None], axis=-1)
-    sums = jnp.where(active[:, None], jnp.concatenate([sums] * (WARPS // stages)), 0)  # [warps, rows]
+    by_warp = jnp.concatenate([sums] * (WARPS // stages)) if stages <= WARPS else sum(jnp.split(sums, stages // WARPS))
+    sums = jnp.where(active[:, None], by_warp, 0)  # [warps, rows]
     by_lane = sums.reshape(WARPS, 2, 2, 8).transpose(0, 3, 1, 2)[:, :, None, :, :, None]
     return total + jnp.broadcast_to(by_lane, (WARPS, 8, 4, 2, 2, 2)).reshape(-1)
 
@@ -219,13 +221,21 @@ def add_stages_of_warp(
     valid: Sequence[Value],
     stages: int,
     expansion: Expansion,
+    one_token: bool = True,
 ) -> list[Value]:
-    """The thread's numbers of `add_stages`; `valid` is empty or one word."""
+    """The thread's numbers of `add_stages`; `valid` is empty or one word. See `group_sums` for `one_token`."""
+
+    words_bytes, chunks_bytes = 4 * expansion.bits * WORDS_PER_VECTOR, 4 * expansion.chunks * CHUNK_WORDS
 
     def multiply(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
-        return _multiply_stage(total, words, terms, token, lane, expansion)
+        sums = total
+        # Of twice as many stages as warps, the warp's second lies behind the first of all; its token too.
+        for first in range(0, stages, WARPS):
+            own = [ptx.advance(pointer, first * chunks_bytes) for pointer in terms]
+            stage = ptx.advance(words, first * words_bytes), own, ptx.advance(token, first * STAGE)
+            sums = _multiply_stage(sums, *stage, lane, expansion, one_token)
+        return sums
 
-    chunks_bytes = 4 * expansion.chunks * CHUNK_WORDS
     return multiply_own_stage(total, pointers, part_of_slice, valid, stages, expansion.bits, chunks_bytes, multiply)
 
 
@@ -283,9 +293,17 @@ def load_segment(token: Pointer) -> list[Value]:
 
 
 def _multiply_stage(
-    total: list[Value], words: Pointer, terms: list[Pointer], token: Pointer, lane: Value, expansion: Expansion
+    total: list[Value],
+    words: Pointer,
+    terms: list[Pointer],
+    token: Pointer,
+    lane: Value,
+    expansion: Expansion,
+    one_token: bool,
 ) -> list[Value]:
-    """Adds a warp's products of one stage; all columns of the tensor core's operand are the token."""
+    """Adds a warp's products of one stage; each column of the tensor core's operand is the token, or one of several."""
+    if sums_are_scaled(expansion):
+        return multiply_codes(total, words, *terms, load_segment(token), lane, expansion, one_token)
     fields = [expansion.load_fields(words, lane, half) for half in range(HALVES)]
     x = load_segment(token)
     halves = range(HALVES) if expansion.chunks > 1 else range(1)

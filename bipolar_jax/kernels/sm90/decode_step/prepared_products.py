@@ -43,20 +43,20 @@ from bipolar_jax.packing.fields import WORDS_PER_VECTOR
 class PreparedKind:
     """See `weight_ring.WeightKind`.
 
-    Slots are uint32 [w_slots, warpgroups, stages, bits, WORDS_PER_VECTOR] and, of groups, [w_slots, warpgroups, stages,
-    chunks, chunk_words]; the token is uint32 [K slices, SLICE_WORDS].
+    Slots are uint32 [w_slots, warpgroups * stages, bits, WORDS_PER_VECTOR] and, of groups, [w_slots, warpgroups *
+    stages, chunks, chunk_words]; the token is uint32 [K slices, SLICE_WORDS].
     """
 
     shape: LayersShape
 
     @property
     def copies(self) -> int:
-        return WARPGROUPS * (2 if self.shape.prepared.chunks else 1)
+        return len(self._shares) * (2 if self.shape.prepared.chunks else 1)
 
     @property
     def slot_types(self) -> Any:
         shape = self.shape
-        slots, chunks = (shape.w_slots, WARPGROUPS, shape.stages_per_load), shape.prepared.chunks
+        slots, chunks = (shape.w_slots, WARPGROUPS * shape.stages_per_load), shape.prepared.chunks
         words = plgpu.SMEM((*slots, shape.w_format.bits, WORDS_PER_VECTOR), jnp.uint32)
         return words, plgpu.SMEM((*slots, chunks, shape.prepared.chunk_words), jnp.uint32) if chunks else None
 
@@ -71,6 +71,18 @@ class PreparedKind:
     @property
     def _loads_per_slice(self) -> int:
         return STAGES_PER_SLICE // self.shape.stages_per_load
+
+    @property
+    def _shares(self) -> list[tuple[int, int, int]]:
+        """What each copy of a load brings: first stage in memory and in the slot, and how many.
+
+        Whole K slices of all warpgroups follow each other in memory. Each copy costs the producer a barrier and some
+        twenty instructions in a row.
+        """
+        stages = self.shape.stages_per_load
+        if stages == STAGES_PER_SLICE:
+            return [(0, 0, WARPGROUPS * stages)]
+        return [(warpgroup * STAGES_PER_SLICE, warpgroup * stages, stages) for warpgroup in range(WARPGROUPS)]
 
     def loads_per_tile(self, product: Product) -> int:
         return product.k_slices * self._loads_per_slice
@@ -88,11 +100,11 @@ class PreparedKind:
             first = k_slice * (WARPGROUPS * STAGES_PER_SLICE) + part_of_slice * stages
 
             def copy(slot, arrived):
-                for warpgroup in range(WARPGROUPS):
+                for start, start_in_slot, count in self._shares:
                     # Zeros beyond K and beyond the last part.
-                    own = pl.ds(first + warpgroup * STAGES_PER_SLICE, stages)
+                    own, of_slot = pl.ds(first + start, count), pl.ds(start_in_slot, count)
                     for source, target in pairs:
-                        plgpu.copy_gmem_to_smem(source.at[layer, part, own], target.at[slot, warpgroup], arrived)
+                        plgpu.copy_gmem_to_smem(source.at[layer, part, own], target.at[slot, of_slot], arrived)
 
             return load(copy, carry)
 
@@ -100,7 +112,8 @@ class PreparedKind:
 
     def of_warpgroup(self, slots, slot, warpgroup) -> Any:
         """The warpgroup's words and terms, the latter None without groups."""
-        return [None if ref is None else ref.at[slot, warpgroup] for ref in slots]
+        stages = self.shape.stages_per_load
+        return [None if ref is None else ref.at[slot, pl.ds(warpgroup * stages, stages)] for ref in slots]
 
     def store_token(
         self,

@@ -100,7 +100,7 @@ def add_stages(
     def of_warp(total, pointers, part_of_slice, valid):
         words, token, *terms = pointers
         own = [words, token_of_lane(token, shape), *terms]
-        return add_stages_of_warp(total, own, part_of_slice, valid, stages, expansion)
+        return add_stages_of_warp(total, own, part_of_slice, valid, stages, expansion, one_token=False)
 
     return inline_stages(of_warp, total, words, terms, token, part_of_slice, valid, K_SLICE_LAYOUT)
 

@@ -328,11 +328,16 @@ class LayersShape:
 
     @property
     def stages_per_load(self) -> int:
-        """Stages of a part that a warpgroup gets with a load: one for each warp, or for two of the four in turn.
+        """Stages of a part that a warpgroup gets with a load: two or one for each warp, or one for two warps in turn.
 
-        The latter where four would leave room for two slots: beside many bits, float scales of short groups, or the
-        tokens of several texts.
+        Two of few bits, where four such slots have room: a whole K slice, those of all warpgroups in one copy. Half
+        where four stages would leave room for two slots: beside many bits, float scales of short groups, or the tokens
+        of several texts.
         """
+        plain = self.texts == 1 and not self.has_float_sums
+        slice_bytes = STAGES_PER_SLICE * self._stage_bytes
+        if plain and self.w_format.bits <= 2 and SHARED_MEMORY_BYTES - self._other_bytes >= 4 * slice_bytes:
+            return STAGES_PER_SLICE
         wide = self.w_format.bits > 4 or (self.scaled and self.prepared.chunks > 1)
         if self.texts > 1:
             wide = SHARED_MEMORY_BYTES - self._other_bytes < 3 * WARPS * self._stage_bytes
