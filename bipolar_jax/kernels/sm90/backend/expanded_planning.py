@@ -13,7 +13,7 @@ from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_microseconds, few_tokens_tiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE, TILE_ROWS
@@ -37,6 +37,9 @@ SCALES_SUMS_IN_REGISTERS = True
 _LEAST_SCALED_CHUNK = 128
 
 _SUM_BYTES = 4  # of the sums that splits of K leave in memory
+_FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
+_LEAST_SAVING = 0.1  # of the modelled time
+_LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
@@ -61,14 +64,40 @@ def expands_in_memory(w: BipolarNumbers) -> bool:
 
 
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
-    """The plan of m tokens times w, by `prepared_few_tokens` or as `plan_many_tokens` has it; arguments as there."""
+    """The plan of m tokens times w, by `prepared_few_tokens` or as `plan_many_tokens` has it; arguments as there.
+
+    Its tiling is a `FewTokensTiling` or a `Tiling` of `gemm_expanded`. From 17 to 64 tokens the cheaper one is taken.
+    """
     if m > FEW_TOKENS_LIMIT:
         return plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
+    tiled = _plan_tiles_of_few_tokens(m, w, dtype, gated)
+    if tiled is not None:
+        return tiled
     check_layout(w, gated)
     gated = w.gated if isinstance(w, PreparedArray) else gated
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w))
     tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms_of(w))
     return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
+
+
+def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated: bool) -> Choice | None:
+    """The plan of up to 64 tokens by `gemm_expanded`, or None where `prepared_few_tokens` is as quick."""
+    check_layout(w, gated)
+    if m <= _FEWEST_TILED or has_float_terms(w):
+        return None
+    gated = w.gated if isinstance(w, PreparedArray) else gated
+    tiled = plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
+    sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
+    time = max(expanded_microseconds(tiled.tiling, *sizes[:3], w), _reading_microseconds(w))
+    few_tokens = few_tokens_microseconds(few_tokens_tiling(*sizes), *sizes)
+    return tiled if time < (1 - _LEAST_SAVING) * few_tokens else None
+
+
+def _reading_microseconds(w: BipolarNumbers) -> float:
+    """Of reading the weights from memory, with a launch: what the model of many tokens leaves out."""
+    part_bytes = STAGE * TILE_ROWS * (w.bits / 8) + (2 * TILE_ROWS * chunks_of(w))
+    tiles = math.ceil(w.shape[-1] / TILE_ROWS) * math.ceil(w.contracted_size / STAGE)
+    return _LAUNCH + tiles * part_bytes / _BYTES_PER_MICROSECOND
 
 
 def plan_many_tokens(

@@ -23,6 +23,7 @@ from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, sca
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
@@ -39,7 +40,7 @@ def integer_matmul(codes: UInt8[Array, "m k"], w: BipolarNumbers, a_format: Bipo
         raise Unsupported("the integer sums of groups do not leave the chip")
     m, interpret = codes.shape[0], interpret_params()
     tiling = plan_expanded(m, w, jnp.int32).tiling
-    if m <= FEW_TOKENS_LIMIT:
+    if isinstance(tiling, FewTokensTiling):
         return few_tokens_integers(codes, w, a_format, tiling=tiling, interpret=interpret)
     if not w.gated:
         return integer_product(codes, w, a_format, tiling=tiling, interpret=interpret)
@@ -86,7 +87,7 @@ def expanded_tokens_matmul(
     if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
         return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
     options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
-    if m <= FEW_TOKENS_LIMIT:
+    if isinstance(options["tiling"], FewTokensTiling):
         if residual is not None and w.gated:
             return residual + few_tokens_product(tokens, w, a_format, bias, dtype, **options)
         return few_tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)

@@ -32,6 +32,10 @@ _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
 # Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
 _FROM_MEMORY, _ARRIVING = 18, 26
 _EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
+# Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
+# model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
+# 28 for 64 tokens of the largest two, which took 29.3 and 30.0 (W4A8g128, `few_tokens.py`).
+_LAUNCH, _CHUNK, _CYCLES_PER_MICROSECOND = 3.3, 1.9, 1755
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,11 +280,7 @@ def few_tokens_tiling(
     most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
 
     def cycles(tiling: FewTokensTiling) -> float:
-        parts, cluster = tiling.parts, tiling.cluster
-        rounds = -(-total // (parts * tiling.clusters(blocks)))
-        arriving = parts * part + m * rows_of_stage * BYTES_PER_ROW
-        stage = max(parts * part / _FROM_MEMORY, arriving / _ARRIVING)
-        return rounds * stages * stage / cluster + (_EXCHANGE if cluster > 1 else 0)
+        return _reading_cycles(tiling, m * rows_of_stage, total, stages, part, blocks)
 
     def depth_of(tiling: FewTokensTiling) -> int:
         wanted = -(-_SLOT_BYTES // (tiling.workers * part))
@@ -303,6 +303,28 @@ def few_tokens_tiling(
                     if fitted.slots >= least_slots:
                         return fitted
     raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
+
+
+def few_tokens_microseconds(
+    tiling: FewTokensTiling, m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False
+) -> float:
+    """The modelled time of a product of bytes on all multiprocessors; arguments as of `few_tokens_tiling`."""
+    total, stages = num_parts(n, gated), -(-k // STAGE)
+    part = _part_bytes(w_bits, chunks * chunk_words(None))
+    rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
+    finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
+    cycles = _reading_cycles(tiling, m, total, stages, part, MULTIPROCESSORS)
+    return _LAUNCH + cycles / _CYCLES_PER_MICROSECOND + _CHUNK * finished
+
+
+def _reading_cycles(
+    tiling: FewTokensTiling, token_rows: int, parts: int, stages: int, part_bytes: int, blocks: int
+) -> float:
+    """Cycles that the busiest block reads: `token_rows` of 128 bytes and some of the parts in each of the stages."""
+    rounds = -(-parts // (tiling.parts * tiling.clusters(blocks)))
+    arriving = tiling.parts * part_bytes + token_rows * BYTES_PER_ROW
+    stage = max(tiling.parts * part_bytes / _FROM_MEMORY, arriving / _ARRIVING)
+    return rounds * stages * stage / tiling.cluster + (_EXCHANGE if tiling.cluster > 1 else 0)
 
 
 def with_slots(

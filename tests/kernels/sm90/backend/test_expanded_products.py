@@ -20,6 +20,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     plan_many_tokens,
 )
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops import Activation
@@ -70,7 +71,7 @@ def test_the_whole_product_is_that_of_xla(m, w, gated, activation, residual):
     assert not races_found()
 
 
-@pytest.mark.parametrize(("m", "gated"), [(65, None), (65, True), (3, True)])
+@pytest.mark.parametrize(("m", "gated"), [(65, None), (65, True), (3, True), (20, None)])
 @pytest.mark.sample(2)
 def test_integer_products_have_one_sum_for_all_groups(m, gated):
     w, x = groups(140, 96), random_codes(A8, m, 96, 1)
@@ -92,9 +93,9 @@ def test_plans_are_explained():
         assert explained.tiling == EXPANDED_CANDIDATES[0]
     assert prepared.reason == "estimated from tile sizes"
     with interpreted(plgpu.InterpretGPUParams()):
-        few = bj.explain(jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), w, 8)
+        few = bj.explain(jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), w, 8)
     assert (few.implementation, few.kernel) == ("sm90", packed.kernel)
-    assert few.reason.startswith("64 tokens: bound by reading the weights; lays the weights out")
+    assert few.reason.startswith("16 tokens: bound by reading the weights; lays the weights out")
     assert isinstance(few.tiling, FewTokensTiling)
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
 
@@ -116,6 +117,23 @@ def test_few_tiles_are_made_smaller_or_split_along_k(m, n, k, tile_m, schedule, 
     # Heads are no matrix that XLA could add up; gated weights have columns in the order of tiles.
     assert plan_many_tokens(m, w, jnp.bfloat16).tiling.splits == 1
     assert plan_expanded(m, dataclasses.replace(w, gated=True), jnp.bfloat16).tiling.splits == 1
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "kind", "splits"),
+    [
+        (64, 28672, 4096, Tiling, 1),
+        (64, 4096, 14336, Tiling, 4),
+        (32, 4096, 14336, Tiling, 8),
+        (24, 28672, 4096, FewTokensTiling, None),
+        (16, 4096, 14336, FewTokensTiling, None),
+    ],
+)
+def test_tiles_serve_from_17_tokens_on_where_they_are_quicker(m, n, k, kind, splits):
+    w = jax.eval_shape(lambda: bj.quantize(jnp.zeros((k, n)), 4, 0, group_size=128, scales="integer").prepare())
+    tiling = plan_expanded(m, w, jnp.dtype(jnp.bfloat16)).tiling
+    assert isinstance(tiling, kind)
+    assert splits is None or tiling.splits == splits
 
 
 def test_tilings_fit_shared_memory():
