@@ -9,6 +9,10 @@ import numpy as np
 BLOCK_ROWS = 1024
 
 
+class ChecksumError(ValueError):
+    """The message names the part of a file that does not match its checksum."""
+
+
 def checksum(array: np.ndarray) -> int:
     """crc32 of dtype, shape and data."""
     return zlib.crc32(_bytes(np.ascontiguousarray(array)), _of_description(array.dtype, array.shape))

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt32
+from jax.sharding import Sharding
+from jaxtyping import Array, Float32, Shaped, UInt32
 
-from bipolar_jax.checkpoint.checksums import block_checksums, checksum, plane_checksums
+from bipolar_jax.checkpoint.checksums import ChecksumError, block_checksums, checksum, plane_checksums
 from bipolar_jax.checkpoint.packed_body import Description
 from bipolar_jax.checkpoint.safetensors_reader import SafetensorsError, SafetensorsReader
+from bipolar_jax.checkpoint.shards import in_shards, planes_in_shards, sums_in_shards
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.packing.host_memory import aligned_empty
@@ -26,10 +28,6 @@ PLANES = "planes"
 FIELDS = (PLANES, "scale", "offset", "row_sums", "groups.scale", "groups.offset")
 _FLOATS = ("float32", "float16", "bfloat16")
 _WHOLE = ("int8", "int16")
-
-
-class ChecksumError(ValueError):
-    """The message names the part of a file that does not match its checksum."""
 
 
 def stored_fields(array: BipolarArray) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -108,19 +106,43 @@ def read_tensor(
 
 
 def read_packed(
-    file: SafetensorsReader, checksums: dict[str, Any], name: str, description: Description, bits: int | None
+    file: SafetensorsReader,
+    checksums: dict[str, Any],
+    name: str,
+    description: Description,
+    bits: int | None,
+    shardings: BipolarArray | None = None,
 ) -> BipolarArray:
     """The packed array `name`, truncated to at most `bits` bits; the planes that are dropped are not read.
 
+    Args:
+      file: the open file.
+      checksums: of all tensors.
+      name: path of the array.
+      description: its static attributes.
+      bits: most bits, or None.
+      shardings: of the array's leaves; of planes only the parts of this process's devices are kept. None puts the array
+        on the default device.
+
     Raises:
       ChecksumError: a tensor does not match its checksum.
-      SafetensorsError: tensors that do not fit the description or each other.
+      SafetensorsError: tensors that do not fit the description or each other, or the shardings.
     """
     number_format = description.format
     dropped = 0 if bits is None or number_format.ternary else max(0, number_format.bits - bits)
     shorter = BipolarFormat(number_format.bits - dropped) if dropped else number_format
     k, group_size = description.contracted_size, description.group_size
-    planes = _read_planes(file, checksums, f"{name}.{PLANES}", (number_format.bits, num_words(k)), dropped)
+    has_fields = {field: f"{name}.{field}" in checksums for field in ("offset", "groups.scale")}
+    if shardings is not None and list(has_fields.values()) != [
+        shardings.offset is not None,
+        shardings.groups is not None,
+    ]:
+        raise SafetensorsError(f"packed array {name!r:.100} has other fields than its config asks for")
+    of_planes = None if shardings is None else shardings.planes
+    with _damage():
+        planes = _read_planes(
+            file, checksums, f"{name}.{PLANES}", (number_format.bits, num_words(k)), dropped, of_planes
+        )
     rows = (*planes.shape[:-3], planes.shape[-2])
 
     def field(field_name, *dtypes, groups=group_size):
@@ -150,18 +172,26 @@ def read_packed(
         check_finite(name, scale, offset)
     counts = not has("row_sums") and _are_counted(group_size, groups is not None)
     sums = None if counts else field("row_sums", "int32", groups=shared)
-    if dropped or counts:
-        sums = host_plane_sums(planes, shorter, k, group_size)
     if dropped and groups is None:
         scale = scale * np.float32(2.0**dropped)
     elif dropped:
         groups = groups.without_planes(dropped)
-        sums = groups.value_sums(sums, k, group_size)
+    if (dropped or counts) and shardings is not None:
+        sums = sums_in_shards(planes, groups, shorter, k, group_size, shardings.row_sums)
+    elif dropped or counts:
+        sums = host_plane_sums(planes, shorter, k, group_size)
+        sums = sums if groups is None else groups.value_sums(sums, k, group_size)
     arrays = {"planes": planes, "scale": scale, "row_sums": sums, "groups": groups}
     arrays["offset"] = None if offset is None else offset.astype(np.float32, copy=False)
-    # device_put takes the buffers over on CPUs; there is no other reference to them.
+    if shardings is None:
+        # device_put takes the buffers over on CPUs; there is no other reference to them.
+        arrays = jax.device_put(arrays)
+    else:
+        wanted = {field: getattr(shardings, field) for field in arrays}
+        with _damage():
+            arrays = jax.tree.map(lambda a, s: in_shards(a, s) if isinstance(a, np.ndarray) else a, arrays, wanted)
     return BipolarArray(
-        **jax.device_put(arrays),
+        **arrays,
         format=shorter,
         contracted_size=k,
         axis=description.axis,
@@ -174,14 +204,21 @@ def _damage() -> Iterator[None]:
     """Turns the ValueErrors of checks of what was read into damage of the file."""
     try:
         yield
+    except (ChecksumError, SafetensorsError):
+        raise
     except ValueError as error:
         raise SafetensorsError(str(error)) from error
 
 
 def _read_planes(
-    file: SafetensorsReader, checksums: dict[str, Any], name: str, bits_and_words: tuple[int, int], dropped: int
-) -> UInt32[np.ndarray, "*batch planes n words"]:
-    """The planes of a packed array without the `dropped` lowest ones, which are not read."""
+    file: SafetensorsReader,
+    checksums: dict[str, Any],
+    name: str,
+    bits_and_words: tuple[int, int],
+    dropped: int,
+    sharding: Sharding | None = None,
+) -> UInt32[Array | np.ndarray, "*batch planes n words"]:
+    """The planes of a packed array without the `dropped` lowest ones, which are not read; cut, or on the host."""
     stored = file.tensors[name]
     if stored.dtype != "U32" or len(stored.shape) < 3 or stored.shape[-3::2] != bits_and_words:
         raise SafetensorsError(
@@ -189,13 +226,16 @@ def _read_planes(
             f"{bits_and_words[1]} words a row"
         )
     *batch, bits, n, words = stored.shape
+    expected = checksums[name]
+    if sharding is not None and isinstance(expected, list) and all(isinstance(each, list) for each in expected):
+        return planes_in_shards(file, name, expected, dropped, sharding)
     planes = aligned_empty((*batch, bits - dropped, n, words), np.uint32)
     plane_bytes = 4 * n * words
     for index, matrix in enumerate(planes.reshape(-1, *planes.shape[-3:])):
         file.read_bytes(stored.start + (index * bits + dropped) * plane_bytes, matrix)
     if not _are_intact(planes, checksums[name], dropped):
         raise ChecksumError(f"tensor {name:.100}")
-    return planes
+    return planes if sharding is None else in_shards(planes, sharding)  # version 1 has checksums of whole planes
 
 
 def _are_intact(planes: UInt32[np.ndarray, "*batch planes n words"], expected: Any, dropped: int) -> bool:

@@ -27,7 +27,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ import jax
 import numpy as np
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
-from bipolar_jax.checkpoint.checksums import block_checksums, checksum
+from bipolar_jax.checkpoint.checksums import ChecksumError, block_checksums, checksum
 from bipolar_jax.checkpoint.packed_arrays import (
     FIELDS,
     PLANES,
-    ChecksumError,
     check_finite,
     read_packed,
     read_tensor,
@@ -51,6 +50,7 @@ from bipolar_jax.checkpoint.safetensors_reader import (
     SafetensorsError,
     SafetensorsReader,
 )
+from bipolar_jax.checkpoint.shards import in_shards
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, UnpackedArray
@@ -108,7 +108,7 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
             raise OSError(f"cannot write {path}: {error}") from error
 
 
-def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
+def load(path: str | os.PathLike[str], bits: int | None = None, shardings: Mapping[str, Any] | None = None) -> Any:
     """Reads a file that `save` wrote, and checks the checksum of every tensor that it reads.
 
     Args:
@@ -116,6 +116,9 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
       bits: truncates packed arrays with more bits to this many, as `BipolarArray.truncate`
         does, but reads only the planes that are kept. Ternary arrays are read whole. None
         reads all planes.
+      shardings: of arrays by path, a pytree like the array (`packing.cuts.shardings`); arrays that it does not name go
+        to the default device. Of planes a process reads and checks the rows of which its devices have a part, and keeps
+        their parts; other tensors it reads whole.
 
     Returns:
       Nested dicts of arrays, keyed by the parts of each path; the array itself if `save` was
@@ -129,6 +132,7 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
       ModuleNotFoundError: safetensors is not installed.
     """
     tree: dict[str, Any] = {}
+    shardings = shardings or {}
     if bits is not None:
         BipolarFormat(bits)  # raises if out of range
     with _open_checked(path) as (file, body):
@@ -136,9 +140,10 @@ def load(path: str | os.PathLike[str], bits: int | None = None) -> Any:
         for name in sorted({*body.packed, *(set(body.checksums) - packed_fields)}):
             description = body.packed.get(name)
             if description is None:
-                leaf = jax.device_put(read_tensor(file, body.checksums, name, _DTYPES))
+                array = read_tensor(file, body.checksums, name, _DTYPES)
+                leaf = in_shards(array, shardings[name]) if name in shardings else jax.device_put(array)
             else:
-                leaf = read_packed(file, body.checksums, name, description, bits)
+                leaf = read_packed(file, body.checksums, name, description, bits, shardings.get(name))
             if name == "":
                 return leaf
             *parents, last = name.split("/")

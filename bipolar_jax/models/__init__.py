@@ -26,6 +26,7 @@ _MODULES = {
     "load_huggingface": "loaders",
     "load_model": "checkpoint",
     "load_pretrained": "loaders",
+    "load_sharded": "sharding.load",
     "perplexity": "inference.perplexity",
     "prepare_for_inference": "inference.prepare",
     "preset": "presets",
@@ -55,6 +56,7 @@ __all__ = [
     "load_huggingface",
     "load_model",
     "load_pretrained",
+    "load_sharded",
     "perplexity",
     "prepare_for_inference",
     "preset",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.presets import preset
     from bipolar_jax.models.pretrained import PretrainedModel
     from bipolar_jax.models.random_weights import random_float, random_packed
+    from bipolar_jax.models.sharding.load import load_sharded
     from bipolar_jax.models.sharding.sharded_transformer import shard_model
     from bipolar_jax.models.transformer import Transformer
 

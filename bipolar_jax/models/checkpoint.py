@@ -9,7 +9,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -66,7 +66,12 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
     save(path, tree, user)
 
 
-def load_model(path: str | os.PathLike[str], bits: int | None = None, param_dtype: Any = None) -> PretrainedModel:
+def load_model(
+    path: str | os.PathLike[str],
+    bits: int | None = None,
+    param_dtype: Any = None,
+    place: Callable[[Transformer], Mapping[str, Any]] | None = None,
+) -> PretrainedModel:
     """Reads a file written by `save_model`.
 
     Args:
@@ -74,6 +79,8 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None, param_dtyp
       bits: most weight bits to read; packed arrays with more bits are truncated to their top
         planes, and only those planes are read.
       param_dtype: dtype of the float parameters and of the computation; None keeps the file's.
+      place: of the model's shapes and dtypes, makes the shardings of its arrays by path, see `checkpoint.load`; None
+        puts all on the default device. `load_sharded` gives one.
 
     Raises:
       FileNotFoundError: no such file.
@@ -93,7 +100,12 @@ def load_model(path: str | os.PathLike[str], bits: int | None = None, param_dtyp
     def packed_model(dtype):
         return _abstract_packed(config, dtype.name, runs, json.dumps(user["precisions"]), bits)
 
-    stored = _flatten(load(path, bits))
+    shardings = None
+    if place is not None:
+        with _errors_name(path):
+            abstract = packed_model(saved)
+        shardings = place(abstract)
+    stored = _flatten(load(path, bits, shardings))
     with _errors_name(path):
         # Before the packed layers are traced, which allocates in proportion to the sizes.
         float_model = jax.eval_shape(lambda model: model.with_runs(runs), abstract_model(config, saved.name))
@@ -235,8 +247,13 @@ def _check_leaves(path: str | os.PathLike[str], stored: dict[str, Any], expected
         if name.endswith("/order") and not _are_orders(np.asarray(leaf)):
             raise ValueError(f"{path}: {name} does not name every input once: write it again")
         for array in jax.tree.leaves(leaf):
-            if jnp.issubdtype(array.dtype, jnp.floating) and (bad := count_not_finite(np.asarray(array))):
+            if jnp.issubdtype(array.dtype, jnp.floating) and (bad := sum(map(count_not_finite, _parts(array)))):
                 raise ValueError(f"{path}: {name} has {bad} values that are not finite: quantize the model again")
+
+
+def _parts(array: jax.Array) -> Iterator[np.ndarray]:
+    """What this process has of an array, each number once."""
+    return (np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0)
 
 
 def _are_orders(orders: np.ndarray) -> bool:
@@ -248,7 +265,7 @@ def _in_dtype(path: str | os.PathLike[str], stored: dict[str, Any], dtype: jnp.d
     others = {name: leaf for name, leaf in stored.items() if not isinstance(leaf, BipolarArray)}
     cast = {name: leaf.astype(dtype) for name, leaf in others.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     for name, array in cast.items():
-        if bad := count_not_finite(np.asarray(array)):
+        if bad := sum(map(count_not_finite, _parts(array))):
             raise ValueError(f"{path}: {name} has {bad} values beyond the range of {dtype.name}: give a wider dtype")
     return stored | cast
 
