@@ -39,7 +39,7 @@ def config(tmp_path_factory):
         str(folder / "text.txt"),
     )
     config.rotation_seed, config.windows, config.window_length, config.sample_tokens = 3, 3, 16, 0
-    config.distillation_windows, config.distillation_length, config.windows_per_step = 10, 12, 8
+    config.distillation_windows, config.distillation_length, config.windows_per_step = 10, 12, 5
     config.steps, config.batch_size, config.warmup_steps, config.learning_rate = STEPS, 4, 2, 1e-3
     config.log_every, config.checkpoint_every = 1, 2
     return config

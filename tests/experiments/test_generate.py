@@ -17,6 +17,7 @@ from experiments import generate, sample_text
 from experiments.support import workdir
 from tests.support.tiny_checkpoints import hf_config, make, make_tokenizer, write_huggingface
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|turn|>"
 
 
