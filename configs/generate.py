@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     config.calibration = "minmax"
     # Most weight bits to read from a packed checkpoint; 0 reads all.
     config.bits = 0
+    # A GGUF file, or a quantized Hugging Face directory, served at its own precision: bits of its activations, 16 for
+    # float ones; 0 reads GGUF files as floats, and takes what directories state.
+    config.activations = 0
     # Whether integers take the place of float scales of groups, see bj.nn.with_integer_groups; prints the errors.
     config.integer_groups = False
     # Dtype of what stays float: "" is bfloat16 on GPUs and the model's own on CPUs.

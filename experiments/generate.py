@@ -34,7 +34,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     enable_command_buffers()
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p, config.repetition_penalty)
     precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
-    pretrained = load_model_source(config.model, config.bits or None)
+    pretrained = load_model_source(config.model, config.bits or None, config.activations or None)
     prompt = _encode(pretrained, config)
     if precision is not None:
         with progress_bar(f"quantizing to {precision}"):

@@ -29,8 +29,8 @@ from bipolar_jax.nn.compressible import layer_at
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # GGUF's names of the tensors of the model, and of each layer, by ours.
-_TOP = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
-_IN_LAYER = {
+TOP = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+IN_LAYER = {
     "attention_norm": "attn_norm",
     "attention/q_proj": "attn_q",
     "attention/k_proj": "attn_k",
@@ -144,12 +144,12 @@ def export_gguf(
 def _modules(pretrained: PretrainedModel):
     """Every module with tensors, by its name in the file."""
     model = pretrained.model
-    for ours, name in _TOP.items():
+    for ours, name in TOP.items():
         if hasattr(model, ours):
             yield name, getattr(model, ours)
     for index in range(model.num_blocks):
         block = model.block(index)
-        for ours, name in _IN_LAYER.items():
+        for ours, name in IN_LAYER.items():
             if ours.endswith(("/q_norm", "/k_norm")) and not model.config.qk_norm:
                 continue
             try:

@@ -144,6 +144,9 @@ def test_damaged_tensor_descriptions(whole, scratch):
     assert "has shape (96, 65), impossible" in refusal(scratch, patched(whole, at + 4, "<Q", 65))
     assert "has shape (96, 0), impossible" in refusal(scratch, patched(whole, at + 4, "<Q", 0))
     assert "is at offset" in refusal(scratch, patched(whole, at + 4, "<Q", 2**63))
+    assert "type MXFP4 (39), whose weights are floats of four bits" in refusal(
+        scratch, patched(whole, at + 20, "<I", 39)
+    )
     assert "type IQ2_XXS (16), whose weights are entries of codebooks, no integer grid, supported are F32" in refusal(
         scratch, patched(whole, at + 20, "<I", 16)
     )

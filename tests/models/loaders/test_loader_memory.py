@@ -81,6 +81,24 @@ def test_weights_are_in_memory_once(tmp_path, kind):
     assert table.nbytes < peak < table.nbytes + (24 << 20)
 
 
+def test_packed_weights_are_in_memory_once(tmp_path):
+    """33 MB of 8-bit weights in one tensor, which are read in chunks of half a million."""
+    rows, width = 491_520, tiny.HIDDEN
+    checkpoint = tiny.make(tied=True)
+    table = np.zeros((rows, width), np.float32)
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        weights=checkpoint.weights | {"model.embed_tokens.weight": table},
+        metadata={"llama.vocab_size": rows},
+    )
+    path = tiny.write_gguf(checkpoint, tmp_path / "model.gguf", "Q8_0")
+    small = tiny.write_gguf(tiny.make(), tmp_path / "small.gguf", "Q8_0")
+    prepare = f"{PREPARE}\nload_gguf({str(small)!r}, activations=8)"
+    peak = peak_bytes(prepare, f"(lambda m: m.model.config)(load_gguf({str(path)!r}, activations=8))")
+    packed = table.size * 34 // 32
+    assert packed < peak < packed + (24 << 20)
+
+
 NESTED = "[" * 1000 + "]" * 1000
 
 

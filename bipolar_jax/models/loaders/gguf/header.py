@@ -169,7 +169,10 @@ class _HeaderReader:
         if type_number not in TENSOR_TYPES:
             supported = ", ".join(type_name for type_name, _, _ in TENSOR_TYPES.values())
             type_name = _type_name(type_number)
-            reason = ", whose weights are entries of codebooks, no integer grid" if "IQ" in type_name else ""
+            reasons = {"IQ": "entries of codebooks", "FP4": "floats of four bits"}
+            reason = "".join(
+                f", whose weights are {of}, no integer grid" for kind, of in reasons.items() if kind in type_name
+            )
             raise ValueError(
                 f"{self._path}: tensor {name!r:.100} has type {type_name}{reason}, supported are {supported}: "
                 "convert the model to one of these, or download it again if it should be one"
