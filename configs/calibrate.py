@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
     config.rounded = ""
     # Precision of the embedding and of the output layer, whose input stays float.
     config.embedding_precision = "W8A16"
+    # How its scales are chosen; "" is the default of its bits. With "absmax" the largest number of each row, often of
+    # one feature in all rows, stays exact: SmolLM2 has 0.4% less perplexity than with zero on the grid of its range.
+    config.embedding_calibration = "absmax"
     # A JSON file of rules that come before these: [["layers/0-3/ffn", "W8A8"], ["k_proj", null]]; "" for none. With
     # rules for all layers, such as those of experiments/allocate.py, leave precisions empty.
     config.rules = ""

@@ -4,7 +4,8 @@
         --config.compared=rounding,gptq,descent --config.seeds=0,1,2 --config.precisions=W4A8g64 --config.text=PATH
 
 Every method and draw is a run of experiments/calibrate in a folder of its own, so that a stopped comparison resumes
-from the last block that was finished. Methods of one draw share its text. Writes to --workdir result.json, a table and
+from the last block that was finished. Methods of one draw share its text. Methods with a "peer" are those of qwix
+(experiments/evaluation/qwix_methods.py). Writes to --workdir result.json, a table and
 comparison.png: of each method the mean perplexity over draws, and how much more it loses than `config.against`, with
 the standard errors of both.
 """
@@ -16,14 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
+from bipolar_jax.extras import require
 
 from . import calibrate
 from .support import app
@@ -46,8 +46,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"config.seeds is {config.seeds!r}: give whole numbers, such as 0,1,2")
     if config.against not in names:
         raise ValueError(f"config.against is {config.against!r}: choose from {', '.join(names)}")
-    if ROUNDING in names and names == [ROUNDING]:
-        raise ValueError("config.compared has rounding alone: use experiments.quantize")
+    peers = {name for name in names if name != ROUNDING and "peer" in config.methods[name]}
+    if ROUNDING in names and peers.issuperset(set(names) - {ROUNDING}):
+        raise ValueError("config.compared has rounding without a calibration of ours: use experiments.quantize")
+    if peers:
+        require("qwix", "peers")
     workdir.mkdir(parents=True, exist_ok=True)
     # Draws outside, so that a stopped comparison has whole draws.
     runs: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
@@ -55,9 +58,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
         text = _draw(config, seed, workdir)
         for name in (name for name in names if name != ROUNDING):
             console.print(f"draw {seed}, {name}")
-            rounds_too = ROUNDING in names and not runs[ROUNDING]
+            rounds_too = ROUNDING in names and name not in peers and not runs[ROUNDING]
             folder = workdir / f"{name}_{seed}"
-            calibrate.main(_config_of(config, name, seed, text, with_rounding=rounds_too), folder)
+            _run(_config_of(config, name, seed, text, with_rounding=rounds_too), folder)
             found = read_json(folder / RESULT_NAME)
             runs[name][seed] = found
             if rounds_too:
@@ -69,6 +72,15 @@ def main(config: ConfigDict, workdir: Path) -> None:
     console.print(f"results and plot: {workdir}")
 
 
+def _run(config: ConfigDict, folder: Path) -> None:
+    """Calibrates by this package, or by the library that the method names."""
+    if "peer" not in config:
+        return calibrate.main(config, folder)
+    from .evaluation import qwix_methods  # needs an optional package
+
+    return qwix_methods.main(config, folder)
+
+
 def _draw(config: ConfigDict, seed: str, workdir: Path) -> str:
     """The calibration text of a draw: a file of windows that the model wrote, or, where a text is given, that text."""
     if config.calibration_text != "self":
@@ -78,7 +90,7 @@ def _draw(config: ConfigDict, seed: str, workdir: Path) -> str:
         shape = config.calibration_windows, config.calibration_length
         model = load_model_source(config.model).model
         with progress_bar(f"draw {seed}: the model writes its text", config.calibration_windows) as advance:
-            tokens = bj.models.write_windows(model, *shape, key=jax.random.key(int(seed)), on_window=advance)
+            tokens = calibrate.written_text(model, shape, int(seed), advance)
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.save(file, tokens)
     return str(path)
@@ -89,6 +101,8 @@ def _config_of(config: ConfigDict, name: str, seed: str, text: str, *, with_roun
     run = ConfigDict({field: value for field, value in config.items() if field not in _OWN_FIELDS})
     changes = config.methods[name].to_dict()
     suffix = changes.pop("suffix", "")
+    if "peer" in changes:
+        run.peer, run.checkpoints = changes.pop("peer"), False
     run.update(changes)
     run.seed, run.calibration_text = int(seed), text
     run.precisions = ",".join(precision + suffix for precision in app.split_names(config.precisions))

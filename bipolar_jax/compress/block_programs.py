@@ -40,11 +40,15 @@ def run_block(model: Compressible, block: nnx.Module, carry: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("remaining", "a_formats"), donate_argnames="moments")
-def add_moments(model, block, carry, moments, remaining, a_formats) -> tuple[SecondMoments, ...]:
-    """The second moments of the first of the remaining sites, for each format of activations, with one batch."""
+def add_moments(model, block, carry, moments, remaining, a_formats, floats=None) -> tuple[SecondMoments, ...]:
+    """The second moments of the first of the remaining sites, for each format of activations, with one batch.
+
+    `floats` are the float block and its carry, if the inputs of the float model are asked for, too.
+    """
     x, stream = site_inputs(model, block, carry, remaining)
     stream = stream if remaining[0].adds_to_stream else None
-    return tuple(sums.add(x, a_format, stream) for sums, a_format in zip(moments, a_formats, strict=True))
+    float_x = None if floats is None else site_inputs(model, *floats, remaining)[0]
+    return tuple(sums.add(x, a_format, stream, float_x) for sums, a_format in zip(moments, a_formats, strict=True))
 
 
 def formats_of_inputs(plan: SitePlan) -> tuple:
@@ -52,10 +56,10 @@ def formats_of_inputs(plan: SitePlan) -> tuple:
     return tuple(dict.fromkeys(precision.a_format for precision in plan.precisions.values()))
 
 
-def empty_moments(block: nnx.Module, plan: SitePlan) -> tuple[SecondMoments, ...]:
+def empty_moments(block: nnx.Module, plan: SitePlan, *, with_cross: bool = False) -> tuple[SecondMoments, ...]:
     """Sums over no tokens, for each of `formats_of_inputs`."""
-    first = layer_at(block, plan.sites.names[0])
-    return tuple(SecondMoments.zeros(math.prod(sizes(first.in_features))) for _ in formats_of_inputs(plan))
+    k = math.prod(sizes(layer_at(block, plan.sites.names[0]).in_features))
+    return tuple(SecondMoments.zeros(k, with_cross=with_cross) for _ in formats_of_inputs(plan))
 
 
 def float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Array, "k _"]]:
@@ -63,23 +67,28 @@ def float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Arra
     return [float_matrix(layer_at(block, name)) for name in names]
 
 
-def compile_programs(model: Compressible, block: nnx.Module, carry: Any, plan: BlockPlan, method: Rounding) -> None:
+def compile_programs(
+    model: Compressible, block: nnx.Module, carry: Any, plan: BlockPlan, method: Rounding, beside: Any = None
+) -> None:
     """Compiles the programs of a block at the same time, as far as there are cores; nothing is computed.
 
     Args:
       model, block, carry: as the programs get them; the block is float.
       plan: what is done with the block's sites.
       method: how weights are rounded.
+      beside: the float block and its carry, as `add_moments` gets them; None for none.
     """
+    with_cross = beside is not None
     with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         compiling = []
         for index, each in enumerate(plan):
             formats = formats_of_inputs(each)
             if not formats:
                 continue
-            moments = jax.eval_shape(lambda block, each=each: empty_moments(block, each), block)
+            moments = jax.eval_shape(lambda block, each=each: empty_moments(block, each, with_cross=with_cross), block)
             remaining = tuple(other.sites for other in plan[index:])
-            compiling.append(pool.submit(add_moments.lower(model, block, carry, moments, remaining, formats).compile))
+            lowered = add_moments.lower(model, block, carry, moments, remaining, formats, beside)
+            compiling.append(pool.submit(lowered.compile))
             of_format, rounded = dict(zip(formats, moments, strict=True)), {}
             for precision, names in each.joined().items():
                 floats = jax.eval_shape(lambda block, names=names: float_matrices(block, names), block)

@@ -59,8 +59,8 @@ def calibrate[Model: nnx.Module](
     counts 1 / mean square of its stream. All other layers are rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
-    its float layers and second moments. All blocks run the same compiled programs, where rules give them the same
-    precisions.
+    its float layers and second moments; with `Rounding.asymmetry` the float model's hidden states, too. All blocks run
+    the same compiled programs, where rules give them the same precisions.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
     Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
@@ -96,8 +96,6 @@ def calibrate[Model: nnx.Module](
         raise ValueError(f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel")
     if not isinstance(method, Rounding):
         raise ValueError(f"method must be a Rounding, such as Rounding('nearest'), got {method!r:.60}")
-    if method.asymmetry:
-        raise ValueError(f"asymmetry is {method.asymmetry}, but calibrate runs no float model beside: set it to 0")
     if cache_bits is not None and not (isinstance(model, CachesHeads) and cache_bits in model.cached_bits):
         kinds = model.cached_bits if isinstance(model, CachesHeads) else "no"
         raise ValueError(f"cache_bits is {cache_bits!r}, but the model keeps caches of {kinds} bits: leave it None")
@@ -114,7 +112,7 @@ def calibrate[Model: nnx.Module](
     for precision in dict.fromkeys(each for block in plans for plan in block for each in plan.precisions.values()):
         method.check(precision)
     _check_weights(blocks, plans)
-    floats = model
+    floats, float_blocks = model, blocks
     if other_rules:
         model = quantize_model(model, other_rules)
         blocks = model if isinstance(model, Compressible) else dataclasses.replace(blocks, module=model)
@@ -127,7 +125,8 @@ def calibrate[Model: nnx.Module](
         settings = repr(method) if cache_bits is None else repr((method, cache_bits))
         digests = {"model": digest_of_model(floats), "inputs": digest_of_arrays(inputs)}
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": settings})
-    calibrated = _pass_over_blocks(blocks, batches, plans, method, cache_bits, on_block, finished)
+    float_blocks = float_blocks if method.asymmetry else None
+    calibrated = _pass_over_blocks(blocks, float_blocks, batches, plans, method, cache_bits, on_block, finished)
     return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
 
 
@@ -174,6 +173,7 @@ def _check_weights(model: Compressible, plans: Sequence[BlockPlan]) -> None:
 
 def _pass_over_blocks(
     model: Compressible,
+    floats: Compressible | None,
     batches: Sequence[Any],
     plans: Sequence[BlockPlan],
     method: Rounding,
@@ -181,17 +181,21 @@ def _pass_over_blocks(
     on_block: Callable[[int], None] | None,
     finished: LayerStore | None,
 ) -> Compressible:
-    """The model with packed layers in its blocks."""
+    """The model with packed layers in its blocks; `floats` runs beside it where the rounding asks for its inputs."""
     carries = [enter_blocks(model, batch, cache_bits) for batch in batches]
+    float_carries = None if floats is None else [enter_blocks(floats, batch, None) for batch in batches]
     blocks, compiled = [], []
     for index, plan in enumerate(plans):
         block = model.block(index)
+        float_block = None if floats is None else floats.block(index)
         kernels = None if finished is None else finished.read(index)
         if kernels is None:
             if plan not in compiled:
-                compile_programs(model, block, carries[0], plan, method)
+                beside = None if float_carries is None else (float_block, float_carries[0])
+                compile_programs(model, block, carries[0], plan, method, beside)
                 compiled.append(plan)
-            block, kernels = _calibrated(model, block, index, carries, plan, method)
+            beside = None if float_carries is None else [(float_block, carry) for carry in float_carries]
+            block, kernels = _calibrated(model, block, index, carries, plan, method, beside)
             if finished is not None:
                 finished.write(index, kernels)
         else:
@@ -201,6 +205,8 @@ def _pass_over_blocks(
         if index + 1 < model.num_blocks:
             for each in range(len(carries)):  # one by one, so that old and new states are not all in memory
                 carries[each] = run_block(model, block, carries[each])
+                if float_carries is not None:
+                    float_carries[each] = run_block(model, float_block, float_carries[each])
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
@@ -214,17 +220,21 @@ def _calibrated(
     carries: Sequence[Any],
     plans: BlockPlan,
     method: Rounding,
+    float_blocks: Sequence[tuple[nnx.Module, Any]] | None,
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
-    """A block with packed layers, and these layers' kernels by path."""
+    """A block with packed layers, and these layers' kernels by path.
+
+    `float_blocks` has the float block with its carry, for each of the carries.
+    """
     kernels: dict[str, BipolarArray] = {}
     for index, plan in enumerate(plans):
         a_formats = formats_of_inputs(plan)
         if not a_formats:
             continue
         remaining = tuple(each.sites for each in plans[index:])
-        moments = empty_moments(block, plan)
-        for carry in carries:
-            moments = add_moments(model, block, carry, moments, remaining, a_formats)
+        moments = empty_moments(block, plan, with_cross=float_blocks is not None)
+        for carry, beside in zip(carries, float_blocks or [None] * len(carries), strict=True):
+            moments = add_moments(model, block, carry, moments, remaining, a_formats, beside)
         if not all(jnp.isfinite(sums.products).all() for sums in moments):
             raise ValueError(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "

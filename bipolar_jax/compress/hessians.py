@@ -26,21 +26,25 @@ class SecondMoments:
     Attributes:
       products: sum of weight * x x^T.
       weight: sum of the weights.
+      cross_products: sum of weight * x y^T, with y the inputs of the float model; None if they are not summed.
     """
 
     products: Float[Array, "k k"]
     weight: Float[Array, ""]
+    cross_products: Float[Array, "k k"] | None = None
 
     @classmethod
-    def zeros(cls, k: int) -> SecondMoments:
+    def zeros(cls, k: int, *, with_cross: bool = False) -> SecondMoments:
         """Sums over no tokens."""
-        return cls(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.float32))
+        cross = jnp.zeros((k, k), jnp.float32) if with_cross else None
+        return cls(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.float32), cross)
 
     def add(
         self,
         x: Float[Array, "..."],
         a_bits: int | BipolarFormat | None,
         stream: Float[Array, "*batch hidden"] | None = None,
+        float_x: Float[Array, "..."] | None = None,
     ) -> SecondMoments:
         """The sums with the tokens of a batch.
 
@@ -50,6 +54,7 @@ class SecondMoments:
           stream: the residual stream that the layer's output is added to. An error of the output matters less where
             the stream is large, because a norm follows: the weight of a token is 1 / mean square of its stream. None
             gives all tokens the weight 1.
+          float_x: inputs of the layer in the float model, for `cross_products`.
         """
         rows = x.reshape(-1, len(self.products))
         numbers = dequantized_tokens(rows, a_bits)
@@ -57,13 +62,24 @@ class SecondMoments:
             weights = jnp.ones(rows.shape[:1], jnp.float32)
         else:
             weights = stream_weights(stream.reshape(-1, stream.shape[-1]))
-        products = jnp.matmul((numbers * weights[:, None]).T, numbers, precision=jax.lax.Precision.HIGHEST)
-        return SecondMoments(self.products + products, self.weight + weights.sum())
+        weighted = (numbers * weights[:, None]).T
+        products = self.products + jnp.matmul(weighted, numbers, precision=jax.lax.Precision.HIGHEST)
+        cross = self.cross_products
+        if cross is not None:
+            float_rows = float_x.reshape(rows.shape).astype(jnp.float32)
+            cross = cross + jnp.matmul(weighted, float_rows, precision=jax.lax.Precision.HIGHEST)
+        return SecondMoments(products, self.weight + weights.sum(), cross)
 
     def hessian(self) -> Float[Array, "k k"]:
         """The mean of x x^T over tokens whose weights have the mean 1; symmetric to the last bit."""
         mean = self.products / jnp.where(self.weight == 0, 1, self.weight)
         return (mean + mean.T) / 2
+
+    def cross(self) -> Float[Array, "k k"] | None:
+        """The mean of x y^T, in the units of `hessian`; None if it was not summed."""
+        if self.cross_products is None:
+            return None
+        return self.cross_products / jnp.where(self.weight == 0, 1, self.weight)
 
 
 def dequantized_tokens(x: Float[Array, "m k"], a_bits: int | BipolarFormat | None) -> Float[Array, "m k"]:

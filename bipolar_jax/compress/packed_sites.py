@@ -116,7 +116,7 @@ def packed_kernels(
 ) -> list[BipolarArray]:
     """Rounds the kernels of layers with one input, whose moments these are, as one matrix; and packs each."""
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
-    rounded = round_rows(rows, moments.hessian(), precision, method)
+    rounded = round_rows(rows, moments.hessian(), precision, method, moments.cross())
     packed, start = [], 0
     for kernel in kernels:
         part = jax.tree.map(lambda leaf, at=start, n=kernel.shape[1]: leaf[at : at + n], rounded)

@@ -42,6 +42,19 @@ def test_batches_sum_to_the_mean_over_weighted_tokens(a_bits, weighted):
     assert np.array_equal(hessian, hessian.T)
 
 
+def test_cross_products_are_means_with_the_same_weights():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 6, 4)).astype(np.float32)
+    stream = rng.standard_normal((6, 3)).astype(np.float32)
+    zeros = SecondMoments.zeros(4, with_cross=True)
+    sums = zeros.add(jnp.asarray(x), None, jnp.asarray(stream), jnp.asarray(y))
+    weights = 1 / np.square(stream.astype(np.float64)).mean(-1)
+    np.testing.assert_allclose(sums.cross(), (x * weights[:, None]).T @ y / weights.sum(), rtol=1e-4, atol=1e-5)
+    same = zeros.add(jnp.asarray(x), None, jnp.asarray(stream), jnp.asarray(x))
+    np.testing.assert_allclose(same.cross(), same.hessian(), rtol=1e-5, atol=1e-6)
+    assert SecondMoments.zeros(4).cross() is None
+
+
 def test_tokens_of_zeros_have_no_weight():
     x, stream = np.eye(4, dtype=np.float32), np.ones((4, 2), np.float32)
     stream[1] = 0

@@ -66,7 +66,7 @@ def round_rows(
     k = rows.shape[1]
     check_group_size(k, precision.group_size)
     method.check(precision)
-    needs_hessian = method.algorithm != "nearest" or method.weighted_grid
+    needs_hessian = method.algorithm != "nearest" or method.weighted_grid or method.asymmetry > 0
     for name, array, needed in (("hessian", hessian, needs_hessian), ("cross", cross, method.asymmetry > 0)):
         if needed and array is None:
             raise ValueError(f"{method} needs {name}, got None")
