@@ -4,11 +4,20 @@
 
 Times are those of the quantized tokens' product, with what it expands in memory for prompts. Every product is checked
 against the exact one of sampled rows and columns, and few tokens are timed with weights from memory.
+
+Precisions are bits, groups and the form of their terms, such as 4g128zeros; W4A8g128f is 4g128offsets, the form that
+`bj.quantize` makes. With --tilings prompts are also timed with every tiling of `TILINGS` whose sums are scaled in
+registers, also in groups that the planner expands in memory, and expanded in memory where the planner does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,10 +26,15 @@ import numpy as np
 
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from bipolar_jax.kernels.sm90.backend import expanded_planning
+from bipolar_jax.kernels.sm90.backend.expanded_planning import SCALED_CANDIDATES, expands_in_memory, fitted
 from bipolar_jax.kernels.sm90.backend.expanded_products import expanded_tokens_matmul
+from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.bipolar_array import code_sums
+from bipolar_jax.packing.fields import STAGE
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.groups import num_groups
@@ -34,8 +48,31 @@ from experiments.support.timing import measure, one_line
 
 SHAPES = ",".join(f"{m}x{layer}" for layer in ("28672x4096", "4096x14336") for m in (1, 16, 64, 1024, 2048))
 PRECISIONS = "4g128scales,4g128zeros,4g128offsets,4g32zeros,8g128scales"
+# Tiling, and lag of the second consumer, by name.
+TILINGS = {
+    f"{tiling.tile_m} {tiling.schedule}, clusters of {tiling.cluster_m}x{tiling.cluster_n}, lag {lag}": (tiling, lag)
+    for tiling, lag in (
+        *((SCALED_CANDIDATES[0], lag) for lag in (0, 1, 2)),
+        (dataclasses.replace(SCALED_CANDIDATES[0], cluster_m=2), 0),
+        (dataclasses.replace(SCALED_CANDIDATES[0], cluster_n=2), 0),
+        (dataclasses.replace(SCALED_CANDIDATES[0], band=16, band_axis="m"), 0),
+        (SCALED_CANDIDATES[1], 0),
+    )
+}
+_KINDS = ("scales", "zeros", "offsets")
+_LEAST_CHUNK = 32  # that `gemm_expanded` scales the sums of
+_PRECISION = re.compile(r"W(\d+)A8g(\d+)f")
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
+
+
+def parse(text: str) -> tuple[Weights, FloatTerms]:
+    """Reads "4g128zeros" or "W4A8g128f". Raises ValueError for other notation."""
+    text = _PRECISION.sub(r"\1g\2offsets", text)
+    for kind in _KINDS:
+        if text.endswith(kind):
+            return Weights.parse(text.removesuffix(kind)), kind
+    raise ValueError(f"a precision is bits, groups and a form, such as 4g128zeros, or W4A8g128f; got {text!r}")
 
 
 def weights_of(operands: Operands, weights: Weights, kind: FloatTerms) -> tuple[PreparedArray, np.ndarray]:
@@ -75,6 +112,36 @@ def product_of(operands: Operands, weights: Weights, kind: FloatTerms) -> tuple[
     return (product, (tokens, w)), x @ numbers.T
 
 
+def other_ways(call: Call) -> dict[str, Call]:
+    """The same product with every tiling of `TILINGS`, and expanded in memory where the planner does not."""
+    _, (tokens, w) = call
+    ways = {}
+    if not expands_in_memory(w):
+
+        def in_memory(tokens, w):
+            with _without_scaling_in_registers():
+                return expanded_tokens_matmul(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16))
+
+        ways["in memory"] = (in_memory, (tokens, w))
+    for name, (tiling, lag) in TILINGS.items() if math.gcd(w.group_size, STAGE) >= _LEAST_CHUNK else ():
+
+        def product(tokens, w, tiling=tiling, lag=lag):
+            options = {"tiling": fitted(tiling, w, itemsize=2), "lag": lag, "interpret": interpret_params()}
+            return tokens_product(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16), **options)
+
+        ways[name] = (product, (tokens, w))
+    return ways
+
+
+@contextlib.contextmanager
+def _without_scaling_in_registers() -> Iterator[None]:
+    before, expanded_planning.SCALES_SUMS_IN_REGISTERS = expanded_planning.SCALES_SUMS_IN_REGISTERS, False
+    try:
+        yield
+    finally:
+        expanded_planning.SCALES_SUMS_IN_REGISTERS = before
+
+
 def check(product: jax.Array, exact: np.ndarray, operands: Operands) -> None:
     """Raises ValueError unless the sampled numbers are the exact ones, but for bfloat16's rounding and float32's."""
     found = np.asarray(product[operands.rows][:, operands.columns], np.float64)
@@ -98,24 +165,28 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"bf16": measured((jnp.dot, (operands.x, operands.dense_w)), few, options.iterations)}
     console.print(f"{shape.name}: bf16 {row['bf16']['microseconds']:.1f} us")
     for text in options.precisions.split(","):
-        kind = next(kind for kind in ("scales", "zeros", "offsets") if text.endswith(kind))
-        call, exact = product_of(operands, Weights.parse(text.removesuffix(kind)), kind)
-        function, (_, w) = call
-        try:
-            check(jax.jit(function)(*call[1]), exact, operands)
-            row[text] = measured(call, few, options.iterations)
-        except Exception as error:
-            row[text] = {"error": one_line(error)}
-            console.print(f"  W{text}: {row[text]['error']}")
-            continue
-        time, nbytes = row[text]["microseconds"], w.words.nbytes + w.terms.nbytes
-        speed = row["bf16"]["microseconds"] / time
-        console.print(f"  W{text} {time:.1f} us, {nbytes / time / 1e3:.0f} GB/s, {speed:.2f}x bf16")
+        call, exact = product_of(operands, *parse(text))
+        w = call[1][1]
+        ways = {"": call} | (other_ways(call) if options.tilings and not few else {})
+        for way, (function, args) in ways.items():
+            name = f"{text}, {way}" if way else text
+            try:
+                check(jax.jit(function)(*args), exact, operands)
+                row[name] = measured((function, args), few, options.iterations)
+            except Exception as error:
+                row[name] = {"error": one_line(error)}
+                console.print(f"  {name}: {row[name]['error']}")
+                continue
+            time, nbytes = row[name]["microseconds"], w.words.nbytes + w.terms.nbytes
+            speed = row["bf16"]["microseconds"] / time
+            console.print(f"  {name} {time:.1f} us, {nbytes / time / 1e3:.0f} GB/s, {speed:.2f}x bf16")
     return row
 
 
 def main() -> None:
-    options = arguments(__doc__, SHAPES, PRECISIONS, iterations=10).parse_args()
+    parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
+    parser.add_argument("--tilings", action="store_true", help="time prompts with every tiling too")
+    options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))
 
 

@@ -16,6 +16,21 @@ from experiments.bench.products.shapes import Shape
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 
+def test_precisions_are_read():
+    assert float_groups.parse("4g32zeros") == (Weights(4, 32), "zeros")
+    assert float_groups.parse("W4A8g128f") == (Weights(4, 128), "offsets")
+    with pytest.raises(ValueError, match="such as 4g128zeros, or W4A8g128f; got '4g128'"):
+        float_groups.parse("4g128")
+
+
+def test_prompts_are_timed_in_every_way():
+    operands = Operands(Shape("tiny", 70, 64, 256), seed=0)
+    with interpreted(plgpu.InterpretGPUParams()):
+        long, short = (float_groups.product_of(operands, *float_groups.parse(f"4g{g}zeros"))[0] for g in (128, 32))
+        assert list(float_groups.other_ways(long)) == ["in memory", *float_groups.TILINGS]
+        assert list(float_groups.other_ways(short)) == list(float_groups.TILINGS)
+
+
 @pytest.mark.parametrize(("m", "kind"), [(3, "offsets"), (70, "zeros"), (2, "scales")])
 @pytest.mark.sample(1)
 def test_products_are_checked(m, kind):

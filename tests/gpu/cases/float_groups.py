@@ -23,7 +23,7 @@ _FEW, _MANY = (1, 3, 8, 16, 17, 33, 64), (65, 130, 300)
 # n, k: ragged, one stage and many, more units than blocks.
 _SIZES = [(132, 97), (4096, 1500), (260, 14336), (9002, 640), (1024, 4096)]
 _GROUP_SIZES = (16, 32, 48, 64, 96, 128, 256)
-_LONG = 128  # groups of a multiple of it are scaled as sums of bytes
+_LONG = 64  # groups of a multiple of it are scaled as sums of products of bytes
 _FLOAT16 = 2.0**-11  # of a weight: half a unit in the last place, of a number that is at least half of the largest
 
 
@@ -87,9 +87,18 @@ def cases() -> list[Case]:
     ]
     products += [Product("zeros", 4, 128, 8, m, 4096, 2048) for m in _FEW]
     products += [Product("zeros", 4, group_size, 8, 64, 4096, 14336) for group_size in (32, 128)]
+    # Sums that are scaled in registers: more tiles than blocks, every width, and one that ends within a stage.
+    products += [Product(kind, 4, 128, 8, 1025, 4099, 4096) for kind in _KINDS]
+    products += [
+        Product("offsets", 4, 128, 8, 2048, 28672, 4096, gated=True),
+        Product("zeros", 4, 64, 8, 777, 4096, 1500),
+    ]
+    products += [Product(_KINDS[bits % 3], bits, 128 * (1 + bits % 2), 8, 200, 1000, 1500) for bits in range(1, 9)]
     return [Case(product.name, product.trial) for product in products]
 
 
 def small() -> dict[str, Case]:
     few, many = Product("offsets", 4, 64, 8, 3, 300, 700), Product("zeros", 3, 32, 8, 70, 68, 300, gated=True)
-    return {f"{name} tokens, float groups": Case(name, p.trial) for name, p in {"few": few, "many": many}.items()}
+    scaled = Product("offsets", 4, 128, 8, 140, 600, 700)
+    products = {"few": few, "many": many, "in registers, many": scaled}
+    return {f"{name} tokens, float groups": Case(name, product.trial) for name, product in products.items()}

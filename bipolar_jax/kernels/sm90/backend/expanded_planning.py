@@ -33,8 +33,9 @@ EXPANDED_CANDIDATES = (
 SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
 # The switch: without it prompts with float groups take what `scaled_products` expands in memory.
 SCALES_SUMS_IN_REGISTERS = True
-# Scaling the sums of 64 elements of K costs more issue slots than the tensor cores take cycles for them.
-_LEAST_SCALED_CHUNK = 128
+# Groups of a multiple of so many elements. By count 128 elements of K issue 500, 807 or 1426 instructions in chunks of
+# 128, 64 or 32 (`gemm_expanded`); float16 tensor cores take 1024 cycles for them, behind an expansion in memory.
+_LEAST_SCALED_CHUNK = 64
 
 _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
@@ -113,7 +114,7 @@ def plan_many_tokens(
       may_split: whether the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements; float scales of groups of no multiple of 128.
+      Unsupported: groups that are no multiple of 16 elements; float scales of groups of no multiple of 64.
     """
     check_layout(w, gated)
     if expands_in_memory(w):

@@ -1,10 +1,10 @@
 """Prompts with prepared weights whose groups have float scales, which are expanded in memory.
 
-Groups of a multiple of 128 elements take `gemm_expanded` instead, unless the switch
-`expanded_planning.SCALES_SUMS_IN_REGISTERS` is off: then their codes become bytes in memory, and the product of tiles
-scales the int32 sums of each group in float32. Shorter groups would leave the tensor cores waiting for that: weights
-become float16 in memory, divided by a power of two for each column, and multiply the tokens' codes less their zero,
-which float16 holds exactly. Weights are rounded to 11 significant bits, tokens have 8 at most; sums are float32.
+Groups of a multiple of 64 elements take `gemm_expanded` instead, unless `expanded_planning.SCALES_SUMS_IN_REGISTERS` is
+off: then the codes of groups of a multiple of 128 become bytes in memory, and the product of tiles scales the int32
+sums of each group in float32. Shorter groups would leave the tensor cores waiting for that: weights become float16 in
+memory, divided by a power of two for each column, and multiply the tokens' codes less their zero, which float16 holds
+exactly. Weights are rounded to 11 significant bits, tokens have 8 at most; sums are float32.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def prompt_heads(
     Raises:
       ValueError: prompts longer than the cache; shapes that do not fit.
       Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
-        64 tokens; float scales of groups, but of a multiple of 128 elements and prepared; integer ones of no multiple
+        64 tokens; float scales of groups, but of a multiple of 64 elements and prepared; integer ones of no multiple
         of 16 elements; gated weights; rows too long to quantize on chip.
     """
     layout = _layout(x, w, keys, values)
@@ -147,7 +147,7 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     """The plan of heads by the product of expanded weights.
 
     Raises:
-      Unsupported: integer groups of no multiple of 16 elements; float scales of groups of no multiple of 128.
+      Unsupported: integer groups of no multiple of 16 elements; float scales of groups of no multiple of 64.
     """
     choice = plan_many_tokens(sequences * length, w, jnp.dtype(jnp.float32))
 

@@ -148,7 +148,8 @@ def weights(bits=4, group_size=128, n=512, k=256):
 @pytest.mark.covered("the kernel, by the tests beside it; the model, by `make gpu-test`")
 def test_prompts_of_float_groups_are_served():
     """Several sequences, whose tokens' sums begin rows of their own."""
-    prompts = Prompts(4, 8, 2, 67, 1, 1, 64, 70, bias=True, group_size=128, prepared=True, float_terms="offsets", k=300)
+    groups = dict(group_size=128, prepared=True, float_terms="offsets", k=300)
+    prompts = Prompts(4, 8, 2, 67, 1, 1, 64, 70, rope=False, bias=True, **groups)
     (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
     assert outcome.error is None
     assert not races_found()
