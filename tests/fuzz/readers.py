@@ -24,7 +24,11 @@ from bipolar_jax.tuning.parse import parse_table
 from experiments.support.workdir import RESULT_NAME, read_result
 from tests.fuzz import mutations
 from tests.models.loaders.gguf_integers import tiny_blocks
+from tests.models.loaders.golden import checkpoints
 from tests.support import tiny_checkpoints as tiny
+
+# Golden checkpoints with windows, caps, two kinds of rotary tables, partial and long ones.
+NEWER = ("qwen3 8b, yarn", "gemma 2", "gemma 3 1b", "phi 4 mini", "bitnet 2b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,8 @@ def _config(folder: Path, checkpoint: tiny.Tiny) -> Reader:
         fields,
         fields | {"rope_scaling": scaled | {"beta_fast": 32.0, "beta_slow": 1.0}},
         fields | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        fields | {"model_type": "mistral", "sliding_window": 4096, "layer_types": ["full_attention"] * 3},
+        fields | {"model_type": "mistral", "sliding_window": 64, "layer_types": ["full_attention"] * 3},
+        *(golden.configs[layout] for name, golden in checkpoints.read().items() for layout in "45" if name in NEWER),
     ]
 
     def read():

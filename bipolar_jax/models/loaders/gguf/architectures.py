@@ -83,7 +83,7 @@ def architecture_fields(metadata: Metadata, arch: str, sizes: dict[str, Any]) ->
         fields["qk_norm"] = True
     if arch not in _PATTERNS:
         return fields
-    share = sizes["hidden_size"] // sizes["num_heads"]
+    share = max(sizes["hidden_size"] // sizes["num_heads"], 1)
     is_27b = sizes["num_layers"] == _LAYERS_OF_27B[arch]
     fields |= dict(
         ffn="geglu",
