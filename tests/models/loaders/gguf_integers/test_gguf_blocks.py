@@ -255,3 +255,21 @@ def test_files_of_floats_take_no_activations(tmp_path):
 
 def test_ternary_types_are_ternary():
     assert {name for name, each in BLOCK_TYPES.items() if each.bits is TERNARY} == {"TQ1_0", "TQ2_0"}
+
+
+def test_programs_with_packed_weights_are_exported(cases):
+    """`jax.export` stores the form of the scales beside the other static attributes."""
+    array = cases["Q2_K"].array
+    lookup = jax.jit(lambda array: array.block_scale.sum(dtype=jnp.float32))
+    blob = jax.export.export(lookup)(array).serialize()
+    assert jax.export.deserialize(blob).call(array) == lookup(array)
+    assert "blocks of 256" in repr(array)
+    assert repr(jax.tree.map(lambda leaf: None, array)) == "BlockScaledArray(2, group_size=16, blocks of 256)"
+
+
+def test_arrays_that_do_not_fit_their_form_are_refused(cases):
+    array = cases["Q4_K"].array
+    with pytest.raises(ValueError, match="inconsistent BlockScaledArray"):
+        dataclasses.replace(array, block_scale=array.block_scale[:, :1]).check()
+    with pytest.raises(ValueError, match="inconsistent BlockScaledArray"):
+        dataclasses.replace(array, group_minimums=None).check()
