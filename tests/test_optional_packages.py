@@ -16,6 +16,7 @@ OPTIONAL = (
     "matplotlib",
     "grain",
     "tensorboardX",
+    "qwix",
 )  # flax itself imports rich
 
 

@@ -2,6 +2,10 @@
 
     python -m experiments.compare_methods --config=configs/compression/compare_methods.py --workdir=runs/methods \\
         --config.precisions=W4A8g64,W4A8 --config.seeds=0,1,2,3,4 --config.text=wikitext2_valid.txt
+
+Against qwix, whose groups have float scales (pip install 'bipolar_jax[peers]'):
+
+    ... --config.precisions=W4A16g64,W4A8g64 --config.compared=descent,float_groups,qwix_ptq,qwix_gptq,qwix_awq
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +22,8 @@ def get_config() -> ConfigDict:
     config.compared = "rounding,gptq,descent,foldable"
     # The one that all others are compared with.
     config.against = "descent"
-    # What each method changes in the config; "suffix" is added to precisions: "f" asks for float scales of groups.
+    # What each method changes in the config; "suffix" is added to precisions: "f" asks for float scales of groups;
+    # "peer" is a method of qwix.
     config.methods = ConfigDict(
         {
             "gptq": {"rounding": {"descent_passes": 0}},
@@ -29,6 +34,12 @@ def get_config() -> ConfigDict:
             "float_groups": {"suffix": "f"},
             "nested": {"rounding": {"nested": (6, 4)}},
             "whole_spans": {"learn_spans": 0},
+            "asymmetric": {"rounding": {"asymmetry": 0.25}},
+            "damped": {"rounding": {"damping": 0.05}},
+            "embedding_minmax": {"embedding_calibration": "minmax"},
+            "qwix_ptq": {"peer": "ptq"},
+            "qwix_gptq": {"peer": "gptq"},
+            "qwix_awq": {"peer": "awq"},
         }
     )
     config.checkpoints = False
