@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from jaxtyping import Float, Int
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.extras import require
 from bipolar_jax.models.exporters.huggingface_config import huggingface_config, model_type, token_ids
+from bipolar_jax.models.exporters.stream_ends import folded_ends
 from bipolar_jax.models.loaders.huggingface.config import ARCHITECTURES
 from bipolar_jax.models.loaders.huggingface.quantized.words import pack_dense
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import BipolarArray
@@ -70,11 +73,12 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
     """
     save_file = require("safetensors.numpy", "models").save_file
     directory, model = Path(directory), pretrained.model
-    fields = huggingface_config(model.config, model.final_norm.scale.dtype.name)
+    config, ends = folded_ends(model)
+    fields = huggingface_config(config, model.final_norm.scale.dtype.name)
     tensors: dict[str, np.ndarray] = {}
     groups: dict[_Group, list[str]] = {}
     ignored: list[str] = []
-    for name, module in _modules(pretrained):
+    for name, module in _modules(model, ends):
         if isinstance(module, Linear):
             group, stored = _packed_tensors(name, module)
             groups.setdefault(group, []).append(name)
@@ -92,7 +96,7 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
         "config_groups": {
             f"group_{i}": group.fields(["Linear"] if lone else names) for i, (group, names) in enumerate(groups.items())
         },
-        "ignore": ignored if not model.config.tie_embeddings else [*ignored, "lm_head"],
+        "ignore": ignored if not config.tie_embeddings else [*ignored, "lm_head"],
     }
     texts = {"config.json": fields, "generation_config.json": token_ids(model.config)}
     template = pretrained.chat_template
@@ -108,14 +112,13 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
         path.write_text(pretrained.tokenizer.to_str())
 
 
-def _modules(pretrained: PretrainedModel):
+def _modules(model: Transformer, ends: dict[str, nnx.Module]) -> Iterator[tuple[str, nnx.Module]]:
     """Every module with tensors, by its stored name."""
-    model = pretrained.model
     architecture = ARCHITECTURES[model_type(model.config)]
     prefix = architecture.prefixes[0]
     for name, ours in architecture.top.items():
-        if hasattr(model, ours):
-            yield (name if ours == "lm_head" else f"{prefix}{name}"), getattr(model, ours)
+        if ours in ends:
+            yield (name if ours == "lm_head" else f"{prefix}{name}"), ends[ours]
     for index in range(model.num_blocks):
         block = model.block(index)
         for name, ours in architecture.in_layer.items():

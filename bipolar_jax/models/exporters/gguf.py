@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.exporters.gguf_blocks import ADVICE, encode
 from bipolar_jax.models.exporters.gguf_metadata import config_metadata, rope_factors, tokenizer_metadata
 from bipolar_jax.models.exporters.huggingface_config import model_type
+from bipolar_jax.models.exporters.stream_ends import folded_ends
 from bipolar_jax.models.loaders.gguf.architectures import PERMUTED
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Linear
 from bipolar_jax.nn.compressible import layer_at
 
@@ -92,7 +95,8 @@ def export_gguf(
     Packed layers keep their integers; their scales and minimums become float16. Each takes the first of Q4_0, Q4_1,
     Q5_0, Q5_1 and Q8_0 that holds its integers: grids of up to 4 bits with zero code 8, or of up to 3 bits without
     offsets, are Q4_0; all others of up to 4 bits, also of integer groups, Q4_1. Float matrices are F16, BF16 or F32,
-    whichever is exact. The tensors are in memory once more while they are written.
+    whichever is exact. Rotations that are folded are no hindrance: where a tied embedding is rotated at run time, the
+    file has a rotated one and an output layer of its own. The tensors are in memory once more while they are written.
 
     Args:
       path: of the file, by convention ending in .gguf; it is written atomically.
@@ -112,13 +116,12 @@ def export_gguf(
     arch = model_type(model.config)
     if arch not in _ARCHITECTURES:
         raise ValueError(f"{arch} models are not written to GGUF files, only {', '.join(_ARCHITECTURES)} are")
-    if model.config.rotation is not None:
-        raise ValueError("the model computes rotations at run time, which GGUF does not say: export one without")
-    metadata = config_metadata(model.config, arch) | tokenizer_metadata(pretrained)
+    config, ends = folded_ends(model)
+    metadata = config_metadata(config, arch) | tokenizer_metadata(pretrained)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     exported: list[ExportedTensor] = []
-    for name, module in _modules(pretrained):
-        heads = _interleaved_heads(model.config, name) if arch in PERMUTED else 0
+    for name, module in _modules(model, ends):
+        heads = _interleaved_heads(config, name) if arch in PERMUTED else 0
         if isinstance(module, Linear | Embed):
             stored, error = _packed_rows(name, module, type_name)
             if error > most_error:
@@ -134,19 +137,17 @@ def export_gguf(
             tensors[f"{name}.bias"] = (_interleaved(np.asarray(module.bias[...], np.float32), heads), "F32")
     if not exported:
         raise ValueError(f"the model has no packed layer: {ADVICE}")
-    if (factors := rope_factors(model.config)) is not None:
+    if (factors := rope_factors(config)) is not None:
         tensors["rope_freqs.weight"] = (factors, "F32")
     with atomic_write(Path(path)) as temporary:
         _write(library, temporary, arch, metadata, tensors)
     return GGUFExport(tuple(exported))
 
 
-def _modules(pretrained: PretrainedModel):
+def _modules(model: Transformer, ends: dict[str, nnx.Module]) -> Iterator[tuple[str, nnx.Module]]:
     """Every module with tensors, by its name in the file."""
-    model = pretrained.model
-    for ours, name in TOP.items():
-        if hasattr(model, ours):
-            yield name, getattr(model, ours)
+    for ours, module in ends.items():
+        yield TOP[ours], module
     for index in range(model.num_blocks):
         block = model.block(index)
         for ours, name in IN_LAYER.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
 
-# Fields that models of one architecture may have of any value; rotations at run time are refused by name.
+# Fields that models of one architecture may have of any value; `stream_ends` folds rotations, or refuses them.
 _FREE = {
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "context_length"),
     *("rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "bos_id", "eos_ids", "rotation"),
@@ -22,13 +22,9 @@ def huggingface_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
       dtype: of the float parameters.
 
     Raises:
-      ValueError: a model that none of them computes, such as OPT, BLOOM, Gemma or one that is rotated at run time.
+      ValueError: a model that none of them computes, such as OPT, BLOOM or Gemma.
     """
     kind = model_type(config)
-    if config.rotation is not None:
-        raise ValueError(
-            "the model computes rotations at run time, which config.json does not say: export one that is not rotated"
-        )
     windows = {"mistral": {"sliding_window": config.window}, "qwen3": {"use_sliding_window": False}}
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bipolar_jax.compress import rotate
 from bipolar_jax.format import TERNARY
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
-from bipolar_jax.models.exporters import export_gguf
+from bipolar_jax.models.exporters import export_compressed_tensors, export_gguf
 from bipolar_jax.models.exporters.gguf_blocks import encode
 from bipolar_jax.models.exporters.gguf_metadata import rope_factors
 from bipolar_jax.models.inference.prepare import prepare_for_inference
-from bipolar_jax.models.loaders import load_gguf, load_huggingface
+from bipolar_jax.models.loaders import load_gguf, load_huggingface, load_pretrained
 from bipolar_jax.nn import quantize_model
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import quantize
@@ -146,6 +149,27 @@ def test_what_files_do_not_hold_is_refused(floats, tmp_path):
     with pytest.raises(ValueError, match="this one has logit_softcap=30.0"):
         export_gguf(out, packed)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("export", [export_gguf, export_compressed_tensors])
+def test_rotations_are_folded_and_tied_models_untied(export, tmp_path):
+    """The exported model computes the logits of the rotated one, whose table is rotated at run time."""
+    tied = load_huggingface(tiny.write_huggingface(tiny.make(tied=True), tmp_path / "float"))
+    rotated = rotate(tied.model, "foldable", key=jax.random.key(0))
+    assert rotated.config.rotation.enters
+    # One packed layer, so that logits differ by its rounded scales alone.
+    packed = tied.with_model(quantize_model(rotated, [("o_proj", Precision(8, None, None, "minmax"))]))
+    if export is export_gguf:
+        packed = tied.with_model(quantize_model(rotated, [("o_proj", Precision(7, None, 32, "mse", "float"))]))
+    export(tmp_path / "out.gguf", packed)
+    again = load_pretrained(tmp_path / "out.gguf")
+    assert again.model.config == dataclasses.replace(tied.model.config, tie_embeddings=False)
+    ids = jnp.array([[5, 300, 17, 42, 8, 8, 101]])
+    logits = jax.jit(lambda model: model(ids))
+    np.testing.assert_allclose(logits(again.model), logits(packed.model), atol=2e-3)
+    full = tied.with_model(quantize_model(rotate(tied.model, "full", key=jax.random.key(0)), [("o_proj", "W4A16g32")]))
+    with pytest.raises(ValueError, match='rotation="foldable"'):
+        export(tmp_path / "full.gguf", full)
 
 
 def test_llama3_frequencies_are_divisors():
