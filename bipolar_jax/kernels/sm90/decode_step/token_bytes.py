@@ -25,7 +25,7 @@ from bipolar_jax.kernels.sm90.core.fragments import K_SLICE_LAYOUT, SPLAT, numbe
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import code_encoder, codes_of, low_bytes, store_code_sums
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE, WARPGROUPS
 from bipolar_jax.packing.fields import STAGE, STEPS
 
 _EVERY_BYTE = 0x01010101
@@ -100,7 +100,7 @@ def store_bytes(
     Args:
       operand: shared memory, uint32 [K slices, SLICE_WORDS]; of several texts [K slices, texts, SLICE_WORDS or more].
       code_sums, warpgroup, k_slices, starts, half_steps, middle, a_format: as of `bit_planes.store_bit_planes`.
-      indices: of the slices in `operand`.
+      indices: of the slices in `operand`: warpgroup, warpgroup + 4 and so on.
       k: the contracted size, a multiple of 8. From there on zeros are stored, to the end of a stage and no further:
         weights of a group that ends there are not zero in all of the stage.
       natural_order: whether positions are elements, see `packing.fields`.
@@ -119,10 +119,16 @@ def store_bytes(
         slices, indices, starts = (arrays[i * count : (i + 1) * count] for i in range(3))
         if texts:
             first_word = ptx.advance(first_word, ptx.times(scalar_of(arrays[-1]), 4 * operand_words))
-        for numbers, index, start in zip(slices, indices, starts, strict=True):
+        for turn, (numbers, index, start) in enumerate(zip(slices, indices, starts, strict=True)):
             codes = [encode(number) for number in numbers_of(numbers)]
-            inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
             words = [low_bytes(codes[i : i + 4]) for i in (0, 4)]
+            if (turn + 1) * WARPGROUPS * K_SLICE <= k:  # the slices of all warpgroups
+                for word in words:
+                    total = ptx.add_bytes(word, total, signed=False)
+                target = ptx.advance(first_word, ptx.times(scalar_of(index), slice_bytes))
+                store(target, thread, [signed_bytes(word, a_format) for word in words])
+                continue
+            inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
             for word in words:
                 total = ptx.choose(inside, ptx.add_bytes(word, total, signed=False), total)
             stored = inside

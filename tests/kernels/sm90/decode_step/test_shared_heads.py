@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import in_phase
 from bipolar_jax.kernels.sm90.decode_step.launch import _launch
-from bipolar_jax.kernels.sm90.decode_step.phases import Buffers, LayersWeights, buffers_of
+from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights, buffers_of
 from tests.kernels.sm90.decode_step.layers_twin import EPS, SWIGLU, Case, check_layers
 from tests.support.interpreter import races_found
 
@@ -56,7 +57,7 @@ def test_heads_attend_together(blocks):
     qkv = jnp.asarray(rng.standard_normal((HEADS + 2) * SIZE), jnp.float32)
     tables = jnp.ones(128), jnp.zeros(128)
     cache = Cache(keys, values, jnp.array([LENGTH], jnp.int32), *tables)
-    buffers = Buffers(*(jnp.zeros(buffer.shape, buffer.dtype) for buffer in buffers_of(shape)))
+    buffers = jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), buffers_of(shape))
     buffers = buffers._replace(qkv=in_phase(qkv, 1))
     for phase, name in (("attention", "partials"), ("combine", "context")):
         operands = (LayersWeights({}, {}), cache, buffers.hidden, buffers, jnp.zeros(1, jnp.int32))

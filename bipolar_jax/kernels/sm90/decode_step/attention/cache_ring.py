@@ -118,6 +118,13 @@ def assign_head(shape: LayersShape, block: Int[Array, ""], warpgroup: Int[Array,
     return HeadAssignment(unit, text, head, split, active, partial, first, combines)
 
 
+class ChunkIndex(NamedTuple):
+    """A chunk of a warpgroup; layers are counted from the first that is computed."""
+
+    layer: Int[Array, ""] | int
+    chunk: Int[Array, ""] | int
+
+
 class CacheRing:
     """A warpgroup's chunks of 64 positions of its head's keys and values, over all layers.
 
@@ -148,9 +155,10 @@ class CacheRing:
         self._layers = layers
         self.length = cache.length[assign_head(shape, block).text]
         self.assign(warpgroup, block)
-        self._load(KEYS, 0 * warpgroup)
+        first = ChunkIndex(0, 0)
+        self._load(KEYS, first)
         if self._separate_slots:
-            self._load(VALUES, 0 * warpgroup)
+            self._load(VALUES, first)
 
     def assign(self, warpgroup, block) -> None:
         """Computes which chunks are this warpgroup's. Called in every layer: keeping the results costs registers."""
@@ -167,9 +175,9 @@ class CacheRing:
         self.chunks = jnp.where(self.active, count, 0)
         self.has_new = self.active & (split == shape.splits - 1)
 
-    def load_index(self, layer, chunk):
-        """The number of chunks loaded before one; layers are counted from the first that is computed."""
-        return layer * self.chunks + chunk
+    def load_index(self, layer, chunk) -> ChunkIndex:
+        """Which chunk `refill` is called for."""
+        return ChunkIndex(layer, chunk)
 
     def position(self, chunk):
         """Of a chunk's first row."""
@@ -202,8 +210,11 @@ class CacheRing:
         )
         return 2.0 * scale, zero.astype(jnp.float32) - float(1 << (self._shape.cache_bits - 1))
 
-    def refill(self, kind: int, load_index) -> None:
+    def refill(self, kind: int, index: ChunkIndex) -> None:
         """Starts the next load into the slot of a chunk's keys or values, which the warpgroup has read."""
+        # No division by the number of chunks, which would take some fifty instructions between keys and values.
+        is_last = index.chunk + 1 == self.chunks
+        following = ChunkIndex(index.layer + is_last.astype(jnp.int32), jnp.where(is_last, 0, index.chunk + 1))
         if self._emptied is not None:
             if is_interpreted():  # whose race detector sees no order between these reads and a copy that waits for them
                 plgpu.commit_smem()
@@ -213,13 +224,13 @@ class CacheRing:
             def _():
                 plgpu.barrier_wait(self._emptied.at[kind])
 
-            self._load(kind, load_index + 1)
+            self._load(kind, following)
             return
         synchronize()
         if self._separate_slots:
-            self._load(kind, load_index + 1)
+            self._load(kind, following)
         else:
-            self._load(1 - kind, load_index + kind)
+            self._load(1 - kind, index if kind == KEYS else following)
 
     def _slot(self, ref, kind: int, lane):
         return ref.at[kind if self._separate_slots else 0, lane]
@@ -230,18 +241,17 @@ class CacheRing:
     def _arrived_barrier(self, kind: int):
         return self._arrived.at[kind * self._shape.chunks_at_once + self._lane]
 
-    def _load(self, kind: int, load_index) -> None:
-        loads = load_index < self._layers.count * self.chunks
+    def _load(self, kind: int, index: ChunkIndex) -> None:
+        loads = (index.layer < self._layers.count) & (self.chunks > 0)
         if self._emptied is not None:
             loads &= self._warpgroup == WARPGROUPS - 1
 
         @pl.when(loads)
         def _():
-            layer = self._shape.first_layer + self._layers.first + lax.div(load_index, jnp.maximum(self.chunks, 1))
-            chunk = lax.rem(load_index, jnp.maximum(self.chunks, 1))
+            layer = self._shape.first_layer + self._layers.first + index.layer
             source = (self._cache.keys, self._cache.values)[kind]
             slot = self._slot(self._slots.vectors, kind, self._lane)
-            first, arrived = self.position(chunk), self._arrived_barrier(kind)
+            first, arrived = self.position(index.chunk), self._arrived_barrier(kind)
             tiles, _, columns = slot.shape
             for tile in range(tiles):
                 # [64 positions, 64 elements], or the codes of whole vectors

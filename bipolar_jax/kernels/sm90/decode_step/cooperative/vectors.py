@@ -36,6 +36,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.polling import poll_words, store_in_phase
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
 from bipolar_jax.packing.fields import TILE_ROWS
 
@@ -204,7 +205,7 @@ def poll_slices(
 
     Args:
       ref: flat float32 in global memory.
-      starts: index of each slice's first element, a multiple of 8.
+      starts: index of each slice's first element, as `quantize_token.slice_starts` has them for each vector.
       end: a multiple of 8; elements from there on are 0.
       awaited: what to poll for.
       firsts: where the vector of each slice begins in `ref`, multiples of 8; None if there is one vector.
@@ -218,11 +219,16 @@ def poll_slices(
     def inline(_, ref, phase, needed, *numbers):
         starts, firsts = numbers[:count], numbers[count:]
         first, base = ptx.times(thread_index(), 8), ptx.pointer(ref, ptx.GLOBAL)
-        indices = [ptx.plus(scalar_of(start), first) for start in starts]
-        inside = [ptx.less(index, end) for index in indices]
+        indices, turn = [ptx.plus(scalar_of(start), first) for start in starts], K_SLICE * WARPGROUPS
+        # None where the slices of all warpgroups lie before the end.
+        turns = [i % -(-end // turn) for i in range(count)]
+        inside = [
+            ptx.less(index, end) if (i + 1) * turn > end else None for i, index in zip(turns, indices, strict=True)
+        ]
         loads = []
         for i, (index, valid) in enumerate(zip(indices, inside, strict=True)):
-            index = ptx.choose(valid, index, ptx.int32(0))
+            if valid is not None:
+                index = ptx.choose(valid, index, ptx.int32(0))
             if firsts:
                 index = ptx.plus(index, scalar_of(firsts[i]))
             pointer = ptx.advance_far(base, index, 4)
@@ -230,7 +236,10 @@ def poll_slices(
         quads = poll_words(loads, scalar_of(phase), scalar_of(needed))
         slices = []
         for valid, low, high in zip(inside, quads[::2], quads[1::2], strict=True):
-            slices.append(as_k_slice([ptx.choose(valid, ptx.as_float(w), ptx.float32(0)) for w in (*low, *high)]))
+            numbers = [ptx.as_float(word) for word in (*low, *high)]
+            if valid is not None:
+                numbers = [ptx.choose(valid, number, ptx.float32(0)) for number in numbers]
+            slices.append(as_k_slice(numbers))
         return tuple(slices)
 
     numbers = [awaited.phase, awaited.needed, *starts, *(firsts or ())]
