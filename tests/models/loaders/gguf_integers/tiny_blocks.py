@@ -85,8 +85,9 @@ def write(
     tied: bool = False,
     heads: tuple[int, int] = (HEADS, KV_HEADS),
     ffn: int = HIDDEN,
+    arch: str = "llama",
 ) -> Path:
-    """A Llama of random blocks.
+    """A Llama, or a Qwen3, of random blocks.
 
     Args:
       path: of the file.
@@ -95,6 +96,7 @@ def write(
       tied: whether there is no output layer.
       heads: of queries, and of keys and values.
       ffn: inner width of the feed-forward block.
+      arch: "llama" or "qwen3", which has norms of heads.
     """
     vocab = tiny.make_tokenizer("smollm").get_vocab_size()
     fields = {
@@ -104,8 +106,8 @@ def write(
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
     }
-    checkpoint = tiny.Tiny("llama", {"model.embed_tokens.weight": np.zeros((vocab, 1))}, config=fields)
-    writer = gguf.GGUFWriter(path, "llama")
+    checkpoint = tiny.Tiny(arch, {"model.embed_tokens.weight": np.zeros((vocab, 1))}, config=fields)
+    writer = gguf.GGUFWriter(path, arch)
     for key, value in tiny.gguf_metadata(checkpoint).items():
         tiny.add_value(writer, key, value)
     tensors = {name: (head, vocab, HIDDEN) for name in ["token_embd", *([] if tied else ["output"])]}
@@ -117,6 +119,8 @@ def write(
             tensors[f"blk.{layer}.{name}"] = (type_name, rows.get(name, HIDDEN), inputs.get(name, HIDDEN))
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, np.float32))
+        for name in ("attn_q_norm", "attn_k_norm") if arch == "qwen3" else ():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.linspace(0.5, 1.5, HEAD_DIM, dtype=np.float32))
     writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
     for seed, (name, (type_name, rows, columns)) in enumerate(tensors.items()):
         if type_name == "F16":
