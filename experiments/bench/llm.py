@@ -5,9 +5,10 @@
 
 Weights are random with the model's shapes; a precision applies to the decoder's linear layers. The baseline is the
 same `Transformer` with `nnx.Linear` in bf16, jitted and timed in the same run: on GPUs once with XLA's defaults and
-once with cuBLAS only; speed-ups are over the faster. All times are wall time; decode steps are timed as a loop on the
-device, divided by its steps. Writes result.json and speedup.png to --workdir. A stopped run resumes and retries failed
-workloads; concurrent runs with different precisions may share a workdir (see `device_lock`).
+once with cuBLAS only; speed-ups are over the faster. With --config.mesh.model=2 packed models are cut over two devices,
+baselines stay on one. All times are wall time; decode steps are timed as a loop on the device, divided by its steps.
+Writes result.json and speedup.png to --workdir. A stopped run resumes and retries failed workloads; concurrent runs
+with different precisions may share a workdir (see `device_lock`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
+from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer, shard_model
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops.dispatch import check_implementation
@@ -52,6 +54,7 @@ _SETTINGS = (
     "rotated",
     "rotation_block",
     "fused_sequences",
+    "mesh",
     "iterations",
     "seed",
 )
@@ -71,7 +74,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         _measure(config, workdir)
 
 
-def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) -> Transformer:
+def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) -> Transformer | ShardedTransformer:
     """The preset `name` with random weights: packed at `precision`, or in bf16 if that is None."""
     key = jax.random.key(config.seed)
     if precision is None:
@@ -82,11 +85,16 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
         ffn = bj.ops.hadamard(model_config.ffn_size, block=config.rotation_block or None)
         rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
         model_config = dataclasses.replace(model_config, rotation=rotation)
-    return prepare_for_inference(
-        random_packed(model_config, precision, key=key, **options),
-        layout=config.layout or None,
-        fused_sequences=config.fused_sequences,
-    )
+    model = random_packed(model_config, precision, key=key, **options)
+    if num_devices(config) > 1:
+        sizes = config.mesh.data, config.mesh.model
+        return shard_model(model, jax.make_mesh(sizes, ("data", "model")), layout=config.layout or None)
+    return prepare_for_inference(model, layout=config.layout or None, fused_sequences=config.fused_sequences)
+
+
+def num_devices(config: ConfigDict) -> int:
+    """Devices that packed models are cut over; the baselines run on one."""
+    return config.mesh.data * config.mesh.model
 
 
 def _measure(config: ConfigDict, workdir: Path) -> None:
@@ -100,7 +108,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     profiled = app.parse_names("profile", config.profile, models)
     peers = app.parse_names("peers", config.peers, PEERS)
     bandwidth = float(config.ceilings.bandwidth)
-    settings = {name: config[name] for name in _SETTINGS}
+    settings = {name: config[name] for name in _SETTINGS} | {"mesh": config.mesh.to_dict()}
     settings |= {"bandwidth": bandwidth, "device": jax.devices()[0].device_kind}
     settings["sources_sha256"] = kernels_fingerprint("models", "nn", "ops")
     result = read_result(workdir, settings, {"models": (), "peers": (), "profiles": ()}) or {
@@ -176,7 +184,8 @@ def _measure_workload(
     cache_bits, options = config.cache_bits or None, BASELINES.get(name, {})
     try:
         compiled = CompiledWorkload(model, workload, cache_bits=cache_bits, options=options, seed=config.seed)
-        measured = _figures(compiled, bandwidth, config.iterations)
+        devices = 1 if name in BASELINES else num_devices(config)
+        measured = _figures(compiled, bandwidth * devices, config.iterations)
     except Exception as error:
         measured = {"error": one_line(error)}
     result["models"][name]["workloads"][workload.name] = measured

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer
 from bipolar_jax.models.transformer import Transformer
 from experiments.support.device_lock import device_unlocked
 from experiments.support.timing import Timing
@@ -75,7 +76,7 @@ class CompiledWorkload:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | ShardedTransformer,
         workload: Workload,
         *,
         cache_bits: int | None = None,
@@ -112,10 +113,14 @@ class CompiledWorkload:
         with device_unlocked():
             lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
             _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
+        # With the device locked: XLA autotunes float products on it.
+        self._prefill = lowered_prefill.compile(options)
+        if isinstance(model, ShardedTransformer):  # the decode loop takes the cache as the prompts leave it
+            cache = jax.tree.map(_placed, cache, self._prefill.output_shardings[1])
+        with device_unlocked():
             lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
         self.cache_bytes = cache.nbytes
-        # With the device locked: XLA autotunes float products on it.
-        self._prefill, self._decode = (lowered.compile(options) for lowered in (lowered_prefill, lowered_decode))
+        self._decode = lowered_decode.compile(options)
 
     def check(self) -> float:
         """Compares the logits after the last prompt token from prefill with those from a decode step.
@@ -172,7 +177,7 @@ class CompiledWorkload:
     def memory(self) -> dict[str, int]:
         """Bytes of all weights, of the weights that a decode step reads, of the cache, and of XLA's temporaries."""
         return {
-            "weight_bytes": _nbytes(nnx.state(self.model)),
+            "weight_bytes": _nbytes(self.model),
             "read_bytes": read_bytes(self.model),
             "cache_bytes": self.cache_bytes,
             "prefill_temporary_bytes": self._prefill.memory_analysis().temp_size_in_bytes,
@@ -184,16 +189,20 @@ class CompiledWorkload:
         return dataclasses.replace(cache, lengths=self.lengths - 1)
 
 
-def read_bytes(model: Transformer) -> int:
-    """Bytes of the weights that a decode step reads; excludes tables of which it reads single rows."""
+def read_bytes(model: Transformer | ShardedTransformer) -> int:
+    """Bytes of the weights that a decode step reads, on all devices; excludes tables of which it reads single rows."""
     tables = {"positions"} | (set() if model.config.tie_embeddings else {"embed"})
-    flat = nnx.to_flat_state(nnx.state(model))
+    flat = nnx.to_flat_state(model.state if isinstance(model, ShardedTransformer) else nnx.state(model))
     return sum(_nbytes(variable) for path, variable in flat if path[0] not in tables)
 
 
 def peak_bytes() -> int | None:
     """Peak device memory of this process, or None if JAX does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _nbytes(tree: Any) -> int:

@@ -70,11 +70,13 @@ def compare(mesh: str, precision: str, with_tokens: bool) -> dict[str, Any]:
     one = prepare_for_inference(model)
     _, _, expected, _ = programs(one)
     prefill, decode, found, cache = programs(sharded)
+    differences = np.max([np.abs(a - b).max(axis=-1) for a, b in zip(found, expected, strict=True)], axis=0)
     result = {
         "mesh": mesh,
         "precision": precision,
         "plan": str(sharded.plan),
-        "largest difference": float(max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True))),
+        "largest difference": float(differences.max()),
+        "texts that differ": int((differences > 5e-6).sum()),
         "prefill": collectives(prefill),
         "decode": collectives(decode),
         "cache": [list(cache.keys.shape), list(cache.keys.addressable_shards[0].data.shape)],

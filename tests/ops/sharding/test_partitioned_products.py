@@ -45,7 +45,7 @@ def compiled(function, *operands):
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_products_of_k_cut_have_the_bits_of_one_device(name):
     w, a_bits = packed(name)
     expected = bj.matmul(X, w, a_bits, bias=BIAS, residual=RESIDUAL)
@@ -66,6 +66,7 @@ def test_products_of_k_cut_have_the_bits_of_one_device(name):
         assert exchanged == [EXTREMES, sums]
 
 
+@pytest.mark.covered("the products above, by the same partition")
 def test_unpacked_weights_are_cut_likewise():
     w, a_bits = packed("W4A8g32")
     found, exchanged = compiled(lambda x, w: bj.matmul(x, w, a_bits), X, shard(w.unpack(), MESH, P("model")))
@@ -99,6 +100,7 @@ def test_columns_stay_on_their_device():
     assert compiled(product, X, cut)[1] == []
 
 
+@pytest.mark.covered("the products above, by the same partition")
 def test_a_gated_activation_gathers_columns_and_no_weights():
     w, a_bits = packed("W2A2")
     product = functools.partial(bj.matmul, a_bits=a_bits, activation=Activation("silu", gated=True))
@@ -151,6 +153,7 @@ def test_gradients_of_columns():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.covered("the products above, by the same partition")
 def test_nan_and_large_numbers_reach_their_row_alone():
     w, a_bits = packed("W4A8")
     x = X.copy()
