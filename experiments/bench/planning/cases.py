@@ -192,8 +192,9 @@ class Case:
         if a_format is None:
             plans = self._float_plans()
         elif isinstance(w, PreparedArray):
-            few = m <= FEW_TOKENS_LIMIT
-            plans = self._few_prepared_plans() if few else self._many_prepared_plans()
+            plans = self._few_prepared_plans() if m <= FEW_TOKENS_LIMIT else {}
+            if m > FEW_TOKENS_LIMIT // 4:  # between, either kernel may be quicker
+                plans = self._many_prepared_plans() | plans
         else:
             plans = self._packed_plans()
         of_chosen = getattr(chosen, "kind", None), chosen.tiling

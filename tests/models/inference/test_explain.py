@@ -68,7 +68,9 @@ def test_a_joined_model_of_one_bit_runs_every_fused_kernel():
 
 
 def test_two_sequences_decode_layer_by_layer():
-    found = on_hopper(packed("W1A1"), 2, 128)
+    model = packed("W1A1")
+    model.fused_sequences = 1
+    found = on_hopper(model, 2, 128)
     assert found.not_one_kernel == "layers are one kernel for one sequence, not for 2"
     assert by(found.decode) == dict.fromkeys(
         ["qkv", "rotation, attention, cache write", "o", "gate/up", "down"], "sm90"

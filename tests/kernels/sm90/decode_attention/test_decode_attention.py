@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from bipolar_jax.kernels.sm90.core import execution
 from bipolar_jax.kernels.sm90.decode_attention.config import plan_attention
 from bipolar_jax.kernels.sm90.decode_attention.launch import decode_attention
 from bipolar_jax.models.blocks import attention
+from bipolar_jax.models.blocks.scoring import PLAIN
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
@@ -126,9 +128,8 @@ CASES = {
 def test_a_token_attends_and_enters_the_cache(monkeypatch, case, splits):
     operands = q, _, _, before, tables = case.make()
     context, after = interpreted(monkeypatch, case, operands, splits)
-    expected, written = jax.jit(attention._attend_on_xla, static_argnums=4)(
-        operands[:3], before, LAYER, tables, case.alibi
-    )
+    on_xla = functools.partial(attention._attend_on_xla, scoring=PLAIN)
+    expected, written = jax.jit(on_xla, static_argnums=4)(operands[:3], before, LAYER, tables, case.alibi)
     assert (context.shape, context.dtype) == (q.shape, q.dtype)
     precision = float(jnp.finfo(case.dtype).eps)
     np.testing.assert_allclose(

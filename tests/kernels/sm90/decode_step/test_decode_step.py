@@ -172,7 +172,7 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
         _, cache = there.prefill(ids, jnp.full(batch, 8), 64 if cache_bits is None else 40, cache_bits)
         hidden, tables = there.enter_tokens(ids[:, 0], cache)
         with interpreted(plgpu.InterpretGPUParams()), pytest.raises(NotImplementedError, match=message):
-            fused_decode.fused_layers(there.layers, there.config, hidden, tables, cache)
+            fused_decode.fused_layers(there.layers, there.config, hidden, tables, cache, most_sequences=1)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
