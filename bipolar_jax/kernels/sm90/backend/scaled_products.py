@@ -27,7 +27,8 @@ from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
-from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_bytes, expand_floats
+from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_bytes
+from bipolar_jax.kernels.sm90.weight_prep.expand_scaled import expand_scaled
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import STAGE
 from bipolar_jax.quantize.groups import along_last, group_lengths
@@ -132,12 +133,8 @@ def float16_rows(w: PreparedArray) -> tuple[Float[Array, "n padded_k"], Int[Arra
     """Numbers divided by 2^e of their column, in the order of elements; and e."""
     scale, offset = w.group_scales()
     exponents = epilogue.column_exponents(scale * w.format.max_value, offset) + 1
-    scale, offset = (epilogue.without_exponent(term, exponents)[..., None] for term in (scale, offset))
-    values = expand_floats(w, jnp.dtype(jnp.float16), interpret=interpret_params())
-    by_group = fill_up(values, w.group_size)[:, : w.num_groups * w.group_size]
-    by_group = by_group.reshape(values.shape[0], w.num_groups, w.group_size).astype(jnp.float32)
-    numbers = (scale * by_group + offset).astype(jnp.float16).reshape(values.shape[0], -1)
-    return fill_up(numbers, STAGE), exponents
+    scale, offset = (epilogue.without_exponent(term, exponents) for term in (scale, offset))
+    return expand_scaled(w, scale, offset, interpret=interpret_params()), exponents
 
 
 def _steps(tokens: PackedTokens, a_format: BipolarFormat, k: int, padded_k: int) -> Float[Array, "m padded_k"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,20 +59,34 @@ def expand_floats(
       dtype: bfloat16 or float16.
       interpret: parameters of interpret mode, for tests on a CPU.
     """
-    terms = None if w.float_terms is not None else w.terms
-    expansion = FloatExpansion(w.format, 0 if terms is None else w.chunks, FLOATS[PTX_TYPES[jnp.dtype(dtype).name]])
-    return _expanded_rows(w, terms, expansion, jnp.dtype(dtype), interpret)
+    terms = [] if w.float_terms is not None or w.terms is None else [w.terms]
+    expansion = FloatExpansion(w.format, w.chunks if terms else 0, FLOATS[PTX_TYPES[jnp.dtype(dtype).name]])
+    return _expanded(w, terms, expansion, jnp.dtype(dtype), interpret)
 
 
 def expand_bytes(w: PreparedArray, *, interpret: plgpu.InterpretGPUParams | None = None) -> Int8[Array, "n padded_k"]:
     """The values of the format, or signed codes where values do not fit a byte, by column; arguments as above."""
-    return _expanded_rows(w, None, ByteExpansion(w.format), jnp.dtype(jnp.int8), interpret)
+    return _expanded(w, [], ByteExpansion(w.format), jnp.dtype(jnp.int8), interpret)
 
 
-def _expanded_rows(w: PreparedArray, terms, expansion: FloatExpansion | ByteExpansion, dtype, interpret) -> Array:
-    tiles, _, stages, _, _ = w.words.shape
-    rows = FloatRows(expansion, w.row_sums.shape[-2], stages, w.gated, w.natural_order)
-    refs = [w.words] if terms is None else [w.words, terms]
+def _expanded(w: PreparedArray, terms, expansion: FloatExpansion | ByteExpansion, dtype, interpret) -> Array:
+    rows = FloatRows(expansion, w.row_sums.shape[-2], w.words.shape[2], w.gated, w.natural_order)
+    return expanded_rows(rows, [w.words, *terms], w.words.shape[0], dtype, interpret)
+
+
+def expanded_rows(
+    rows: FloatRows, sources: list[Array], tiles: int, dtype: jnp.dtype, interpret: plgpu.InterpretGPUParams | None
+) -> Array:
+    """The rows [n, stages * STAGE] of an expansion.
+
+    Args:
+      rows: the static side.
+      sources: the weights' words, and their terms if there are any.
+      tiles: of the weights.
+      dtype: of the result.
+      interpret: parameters of interpret mode.
+    """
+    stages = rows.stages
 
     def kernel(*refs):
         *sources, out = refs
@@ -82,13 +97,13 @@ def _expanded_rows(w: PreparedArray, terms, expansion: FloatExpansion | ByteExpa
         out_type=jax.ShapeDtypeStruct((rows.n, stages * STAGE), dtype),
         grid=(tiles, -(-stages // _STAGES)),
         grid_names=("tile", "slice"),
-        kernel_name="expand_bytes" if dtype == jnp.int8 else "expand_floats",
+        kernel_name="expand_bytes" if dtype == jnp.int8 else rows.kernel_name,
         interpret=interpret,
         # No barriers: threads share no memory.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*refs)
+    )(*sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +150,8 @@ class FloatRows:
     gated: bool
     natural_order: bool
 
+    kernel_name: ClassVar[str] = "expand_floats"
+
     @property
     def size(self) -> int:
         """Bytes of an element of the result."""
@@ -149,14 +166,14 @@ class FloatRows:
         """The first of the columns of a tile's block, without those of gates before values; the tile may be traced."""
         return tile * _HALF_TILE if self.gated else tile * TILE_ROWS + block * _HALF_TILE
 
-    def expand_block(self, tile: Value, first: Value, words: Value, terms: Value | None, out: Value) -> None:
+    def expand_block(self, tile: Value, first: Value, words: Value, terms: list[Value], out: Value) -> None:
         """Expands _STAGES stages of a tile; what is beyond K or n is not stored.
 
         Args:
           tile: index of the tile.
           first: of the stages.
           words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR] in global memory.
-          terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS] likewise, or None.
+          terms: what `load_terms` takes, likewise.
           out: [n, stages * STAGE], likewise.
         """
         (lane, warp), fields = lane_and_warp(), self.expansion.fields
@@ -168,11 +185,8 @@ class FloatRows:
             stage = ptx.smaller(stage, self.stages - 1) if ragged else stage
             index = ptx.plus(ptx.times(ptx.plus(ptx.times(tile, PARTS), warp), self.stages), stage)
             mine = ptx.advance_far(ptx.pointer(words, ptx.GLOBAL), index, 4 * fields.bits * WORDS_PER_VECTOR)
-            my_terms = None
-            if terms is not None:
-                my_terms = ptx.advance_far(ptx.pointer(terms, ptx.GLOBAL), index, 4 * fields.chunks * CHUNK_WORDS)
             by_half = [
-                (fields.load_fields(mine, lane, half), self.expansion.load_terms(my_terms, lane, half))
+                (fields.load_fields(mine, lane, half), self.load_terms(terms, tile, stage, warp, lane, half))
                 for half in range(HALVES)
             ]
             loaded.append((stage, inside, by_half))
@@ -182,6 +196,27 @@ class FloatRows:
                     values = self._values(words_of_steps[step], group_terms, step, lane)
                     at = ptx.plus(ptx.times(stage, STAGE), 32 * (HALF_STEPS * half + step))
                     self._store(values, tile, warp, lane, at, inside, out)
+
+    def load_terms(
+        self, terms: list[Value], tile: Value, stage: Value, warp: Value, lane: Value, half: int
+    ) -> list[list[Any]]:
+        """Terms of a lane's four rows, for each chunk of half a stage, as the expansion has them.
+
+        Args:
+          terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS] in global memory, if there are any.
+          tile, stage, warp, lane, half: what the thread expands.
+        """
+        if not terms:
+            return self.expansion.load_terms(None, lane, half)
+        index = ptx.plus(ptx.times(ptx.plus(ptx.times(tile, PARTS), warp), self.stages), stage)
+        stage_bytes = 4 * self.expansion.fields.chunks * CHUNK_WORDS
+        own = ptx.advance_far(ptx.pointer(terms[0], ptx.GLOBAL), index, stage_bytes)
+        return self.expansion.load_terms(own, lane, half)
+
+    def numbers(self, values: Array, terms, row, count: int, stage) -> Array:
+        """What is written of the values of `count` columns from `row` on, in jnp."""
+        del terms, row, count, stage
+        return values
 
     def _values(self, words: list[Value], terms, step: int, lane: Value) -> list[list[Value]]:
         """Words of values, first those of the first half of the step, for each of the lane's four rows."""
@@ -199,10 +234,8 @@ class FloatRows:
 
     def _store(self, values, tile: Value, warp: Value, lane: Value, at: Value, inside: Value | None, out) -> None:
         quad = ptx.bits_of(lane, 3)
-        for row, words in enumerate(values):
-            block, low_row = divmod(row, 2)
-            column = ptx.plus(ptx.times(warp, _RUN), ptx.plus(ptx.shift_right(lane, 2), 8 * low_row))
-            column = ptx.plus(column, self.first_column_of(tile, block))
+        for row, (words, column) in enumerate(zip(values, self._columns_of_kind(tile, warp, lane), strict=True)):
+            block = row // 2
             conditions = [] if inside is None else [inside]
             if self.limit % (_HALF_TILE if self.gated else TILE_ROWS):
                 conditions.append(ptx.less(column, self.limit))
@@ -220,6 +253,22 @@ class FloatRows:
                 else:
                     position = ptx.plus(at, ptx.times(quad, 8))
                     ptx.store(ptx.advance(start, ptx.times(position, self.size)), words)
+
+    def columns(self, tile: Value, warp: Value, lane: Value) -> list[Value]:
+        """The columns of a lane's four rows; they may be beyond n, or gates beyond the last."""
+        columns = self._columns_of_kind(tile, warp, lane)
+        if not self.gated:
+            return columns
+        return [ptx.plus(column, row // 2 * self.limit) for row, column in enumerate(columns)]
+
+    def _columns_of_kind(self, tile: Value, warp: Value, lane: Value) -> list[Value]:
+        """`columns`, values without the gates before them."""
+        columns = []
+        for row in range(4):
+            block, low_row = divmod(row, 2)
+            column = ptx.plus(ptx.times(warp, _RUN), ptx.plus(ptx.shift_right(lane, 2), 8 * low_row))
+            columns.append(ptx.plus(column, self.first_column_of(tile, block)))
+        return columns
 
     def first_column_of(self, tile: Value, block: int) -> Value:
         """`first_column` for threads."""
@@ -246,20 +295,22 @@ def _expand_block_twin(rows: FloatRows, tile, first, sources, out) -> None:
 
         @pl.when(stage < rows.stages)
         def _(stage=stage):
-            numbers = expand_tile(words[tile, :, stage], terms[0][tile, :, stage] if terms else None)
+            grouped = isinstance(rows.expansion, FloatExpansion) and terms
+            numbers = expand_tile(words[tile, :, stage], terms[0][tile, :, stage] if grouped else None)
             if not rows.natural_order:
                 numbers = numbers.reshape(TILE_ROWS, -1, 8, 4).swapaxes(-1, -2).reshape(TILE_ROWS, STAGE)
-            values = numbers - OFFSET_BIAS if terms else 2 * numbers - max_value
+            values = numbers - OFFSET_BIAS if grouped else 2 * numbers - max_value
             if out.dtype == jnp.int8 and not holds_values(rows.expansion.format):
                 values = numbers - _SIGN
             for block in range(2):
                 start = rows.first_column(tile, block)
-                own = values[_HALF_TILE * block : _HALF_TILE * (block + 1)].astype(out.dtype)
+                own = values[_HALF_TILE * block : _HALF_TILE * (block + 1)]
                 filled = rows.limit % _HALF_TILE
 
                 def store(count, start=start, own=own, block=block):
                     row = start + block * rows.limit if rows.gated else start
-                    out[pl.ds(row, count), pl.ds(stage * STAGE, STAGE)] = own[:count]
+                    numbers = rows.numbers(own[:count], terms, row, count, stage)
+                    out[pl.ds(row, count), pl.ds(stage * STAGE, STAGE)] = numbers.astype(out.dtype)
 
                 pl.when(start + _HALF_TILE <= rows.limit)(lambda store=store: store(_HALF_TILE))
                 if filled:
@@ -274,6 +325,6 @@ def _expand_block(rows: FloatRows, tile, first, sources, out) -> None:
     @plgpu.inline_mgpu(arg_types=(SPLAT, SPLAT, *[plgpu.RefType()] * (len(sources) + 1)))
     def inline(_, tile, first, *refs):
         words, *terms, out = refs
-        rows.expand_block(scalar_of(tile), scalar_of(first), words, terms[0] if terms else None, out)
+        rows.expand_block(scalar_of(tile), scalar_of(first), words, terms, out)
 
     inline(jnp.int32(tile), jnp.int32(first), *sources, out)

@@ -39,7 +39,7 @@ def test_threads_write_the_values(fmt, group_size, n, k, gated, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     for tile in range(tiles):
         for first in range(0, stages, _STAGES):
-            rows.expand_block(*map(warpgroup_simulator.int32, (tile, first)), words, None, out)
+            rows.expand_block(*map(warpgroup_simulator.int32, (tile, first)), words, [], out)
     np.testing.assert_array_equal(out[:, :k], expected)
 
 

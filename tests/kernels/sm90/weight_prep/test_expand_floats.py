@@ -65,7 +65,9 @@ def test_threads_write_the_values(fmt, group_size, n, k, gated, dtype, monkeypat
         warpgroup_simulator.install(patch)
         for tile in range(tiles):
             for first in range(0, stages, _STAGES):
-                rows.expand_block(*map(warpgroup_simulator.int32, (tile, first)), words, terms, out)
+                rows.expand_block(
+                    *map(warpgroup_simulator.int32, (tile, first)), words, [] if terms is None else [terms], out
+                )
     assert np.isfinite(out.astype(np.float32)).all()
     np.testing.assert_array_equal(out[:, :k].astype(np.int64), values)
 
