@@ -146,7 +146,7 @@ def operands(m=M, dtype=jnp.bfloat16, bits=1, group_size=None, ffn=FFN):
     up, down = (bj.quantize(jnp.ones(shape), 1, 0, **options) for shape in ((HIDDEN, 2 * FFN), (ffn, HIDDEN)))
     x = jnp.zeros((m, HIDDEN), dtype)
     layers = Layer(up, bj.BipolarFormat(1), None), Layer(down, bj.BipolarFormat(bits), None)
-    return x, *layers, None, feed_forward._GATE, x
+    return x, *layers, None, feed_forward.gate_activation("swiglu"), x
 
 
 @pytest.mark.parametrize(
