@@ -30,6 +30,8 @@ PRODUCTS = ("qkv", "o", "up", "down")
 RESULTS_OF_TEXT = 4  # rows of `SharedMemory.warp_results`
 MOST_TEXTS = 4  # whose tokens are in shared memory at the same time
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
+# Of shared memory. Barriers and alignment take 1.5 KB of the 4 KB that SHARED_MEMORY_BYTES leaves for them.
+_AVAILABLE_BYTES = SHARED_MEMORY_BYTES + 2048
 _MAX_SPLITS = 16  # partial attentions that one thread combines
 
 
@@ -328,7 +330,7 @@ class LayersShape:
 
         Each holds a plane of a tile, a K slice for every warpgroup; or `stages_per_load` stages of a part for each.
         """
-        left = SHARED_MEMORY_BYTES - self._other_bytes
+        left = _AVAILABLE_BYTES - self._other_bytes
         if self.prepared is None:
             return (left - TILE * BYTES_PER_ROW) // (WARPGROUPS * TILE * BYTES_PER_ROW)
         return left // (self.stages_per_load * self._stage_bytes)
@@ -349,11 +351,11 @@ class LayersShape:
         """
         plain = self.texts == 1 and not self.has_float_sums
         slice_bytes = STAGES_PER_SLICE * self._stage_bytes
-        if plain and self.w_format.bits <= 2 and SHARED_MEMORY_BYTES - self._other_bytes >= 4 * slice_bytes:
+        if plain and self.w_format.bits <= 2 and _AVAILABLE_BYTES - self._other_bytes >= 4 * slice_bytes:
             return STAGES_PER_SLICE
         wide = self.w_format.bits > 4 or (self.scaled and self.prepared.chunks > 1)
         if self.texts > 1:
-            wide = SHARED_MEMORY_BYTES - self._other_bytes < 3 * WARPS * self._stage_bytes
+            wide = _AVAILABLE_BYTES - self._other_bytes < 3 * WARPS * self._stage_bytes
         return WARPS // 2 if wide else WARPS
 
     @property
