@@ -2,11 +2,12 @@
 
 A number is S * (u + Z) + o, with u the code, S twice the scale of a value, and Z = -W / 2 where the codes themselves
 have no other zero. A row's terms are stored for every chunk of K in which no group ends, gcd(group_size, STAGE)
-elements, in one of three forms:
+elements, in one of four forms:
 
 - "scales": S as float32. Without offsets; Z is -W / 2.
 - "zeros": S and Z as float16. Where both are exact: S is a float16, every offset a multiple of half of S, as in GPTQ,
   AWQ, and GGUF's Q4_0 and Q8_0; o is 0.
+- "minimums": S and the number of code 0 as float16, o is that + S * W / 2. Where both are exact: GGUF's Q4_1 and Q5_1.
 - "offsets": S and o as float32, for all others; Z is -W / 2.
 
 A chunk of a part has one vector of 32 words, or two: words 4 r + 2 b + p belong to row 16 b + 8 p + r of the part, so
@@ -28,7 +29,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers
 from bipolar_jax.packing.fields import PART_ROWS, PARTS, STAGE
 
-FloatTerms = Literal["scales", "zeros", "offsets"]
+FloatTerms = Literal["scales", "zeros", "minimums", "offsets"]
 # Multiples of 1/2 up to this are exact in float16, and so are their products with a float16 in float32.
 _LARGEST_ZERO = 1024
 
@@ -46,7 +47,9 @@ def narrowest_terms(
         return "scales"
     if isinstance(scale, jax.core.Tracer) or isinstance(offset, jax.core.Tracer):
         return "offsets"
-    return "zeros" if bool(_has_zeros(scale, offset, fmt)) else "offsets"
+    if bool(_has_zeros(scale, offset, fmt)):
+        return "zeros"
+    return "minimums" if bool(_has_minimums(scale, offset, fmt)) else "offsets"
 
 
 def shared_terms(arrays: list[BipolarNumbers]) -> FloatTerms:
@@ -64,6 +67,14 @@ def _has_zeros(scale: Array, offset: Array, fmt: BipolarFormat) -> Array:
     zero = _zeros(scale, offset, fmt)
     exact = (scale == scale.astype(jnp.float16).astype(jnp.float32)) & (jnp.abs(zero) <= _LARGEST_ZERO)
     return jnp.all(exact & (scale * (zero + fmt.max_value / 2) == offset))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _has_minimums(scale: Array, offset: Array, fmt: BipolarFormat) -> Array:
+    scale = 2 * scale
+    minimum = (offset - scale * (fmt.max_value / 2)).astype(jnp.float16).astype(jnp.float32)
+    exact = scale == scale.astype(jnp.float16).astype(jnp.float32)
+    return jnp.all(exact & (minimum + scale * (fmt.max_value / 2) == offset))
 
 
 def _zeros(scale: Array, offset: Array, fmt: BipolarFormat) -> Array:
@@ -92,9 +103,10 @@ def pack_float_terms(
     scale = 2 * scale
     if kind == "scales":
         vectors = [_as_words(scale)]
-    elif kind == "zeros":
-        zero = _zeros(scale, jnp.zeros_like(scale) if offset is None else offset, fmt)
-        pairs = jnp.stack([scale, zero], axis=-1).astype(jnp.float16)
+    elif kind in ("zeros", "minimums"):
+        offset = jnp.zeros_like(scale) if offset is None else offset
+        second = _zeros(scale, offset, fmt) if kind == "zeros" else offset - scale * (fmt.max_value / 2)
+        pairs = jnp.stack([scale, second], axis=-1).astype(jnp.float16)
         vectors = [jax.lax.bitcast_convert_type(pairs, jnp.uint32)]
     else:
         vectors = [_as_words(scale), _as_words(jnp.zeros_like(scale) if offset is None else offset)]
@@ -110,15 +122,18 @@ def pack_float_terms(
 def part_float_terms(
     terms: UInt32[Array, "*batch chunks words"], fmt: BipolarFormat, kind: FloatTerms
 ) -> tuple[Float[Array, "*batch part_rows chunks"], Float[Array, "*batch part_rows chunks"], Array | None]:
-    """S, Z and o of parts of a stage, float32, o None but of "offsets": row 16 b + 8 p + r."""
+    """S, Z and o of parts of a stage, float32, o None of "scales" and "zeros": row 16 b + 8 p + r."""
     *batch, chunks, _ = terms.shape
     words = terms.reshape(*batch, chunks, vectors_of(kind), 8, 2, 2)  # lane / 4, block, half of the rows
     axes = [len(batch) + axis for axis in (1, 3, 4, 2, 0)]
     words = words.transpose(*range(len(batch)), *axes).reshape(*batch, vectors_of(kind), PART_ROWS, chunks)
     first = words[..., 0, :, :]
-    if kind == "zeros":
+    if kind in ("zeros", "minimums"):
         pair = jax.lax.bitcast_convert_type(first, jnp.float16).astype(jnp.float32)
-        return pair[..., 0], pair[..., 1], None
+        scale, second = pair[..., 0], pair[..., 1]
+        if kind == "zeros":
+            return scale, second, None
+        return scale, jnp.full_like(scale, -fmt.max_value / 2), second + scale * (fmt.max_value / 2)
     scale = jax.lax.bitcast_convert_type(first, jnp.float32)
     zero = jnp.full(scale.shape, -fmt.max_value / 2, jnp.float32)
     return scale, zero, jax.lax.bitcast_convert_type(words[..., 1, :, :], jnp.float32) if kind == "offsets" else None

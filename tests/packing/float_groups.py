@@ -29,6 +29,11 @@ def float_groups(
         scale = scale.astype(np.float16).astype(np.float32) / 2
         zero = rng.integers(0, fmt.max_value + 1, (n, groups))
         offset = (scale * (fmt.max_value - 2 * zero)).astype(np.float32)
+    elif kind == "minimums":
+        scale, minimum = (
+            each.astype(np.float16).astype(np.float32) for each in (scale, rng.uniform(-0.5, 0, scale.shape))
+        )
+        offset, scale = minimum + scale * np.float32(fmt.max_value / 2), scale / 2
     elif kind == "offsets":
         offset = rng.uniform(-0.2, 0.2, (n, groups)).astype(np.float32)
     padded = np.pad(codes, ((0, 0), (0, groups * group_size - k)))

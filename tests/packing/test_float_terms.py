@@ -13,13 +13,14 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.packing.float_terms import narrowest_terms, part_float_terms, shared_terms
 from tests.packing.float_groups import float_groups, numbers_of
 
-KINDS = ("scales", "zeros", "offsets")
+KINDS = ("scales", "zeros", "minimums", "offsets")
 N, K = 150, 300  # two tiles and three stages, both ragged
 A4 = BipolarFormat(4)
 
 
 @pytest.mark.parametrize(("kind", "bits", "group_size", "gated"), [
     ("scales", 4, 128, False), ("zeros", 4, 32, True), ("offsets", 8, 192, False), ("scales", 1, 16, False),
+    ("minimums", 5, 32, False),
 ])  # fmt: skip
 def test_numbers_come_back(kind, bits, group_size, gated):
     w = float_groups(BipolarFormat(bits), N, K, group_size, kind)
@@ -49,6 +50,9 @@ def test_terms_are_in_the_order_of_threads(kind):
         if kind == "zeros":
             scale, zero = words[index : index + 1].view(np.float16).astype(np.float32)
             assert scale * (zero + 7.5) == w.offset[row, group]
+        elif kind == "minimums":
+            scale, minimum = words[index : index + 1].view(np.float16).astype(np.float32)
+            assert minimum + scale * np.float32(7.5) == w.offset[row, group]
         else:
             (scale,) = words[index : index + 1].view(np.float32)
         assert scale == 2 * w.scale[row, group]
@@ -81,7 +85,12 @@ def test_the_smallest_exact_form_is_taken():
 
 def test_bytes_of_a_weight():
     """Four bytes a group, eight with float32 offsets, beside those of the codes."""
-    for kind, group_size, bits in (("scales", 128, 4.25), ("zeros", 32, 5.0), ("offsets", 128, 4.5)):
+    for kind, group_size, bits in (
+        ("scales", 128, 4.25),
+        ("zeros", 32, 5.0),
+        ("minimums", 32, 5.0),
+        ("offsets", 128, 4.5),
+    ):
         prepared = float_groups(A4, 128, 1024, group_size, kind).prepare()
         assert 32 * (prepared.words.size + prepared.terms.size) == bits * 128 * 1024
 

@@ -18,7 +18,7 @@ from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.float_groups import float_groups
 
 SM90 = BACKENDS["sm90"]
-_KINDS = ("scales", "zeros", "offsets")
+_KINDS = ("scales", "zeros", "minimums", "offsets")
 _FEW, _MANY = (1, 3, 8, 16, 17, 33, 64), (65, 130, 300)
 # n, k: ragged, one stage and many, more units than blocks.
 _SIZES = [(132, 97), (4096, 1500), (260, 14336), (9002, 640), (1024, 4096)]

@@ -65,6 +65,9 @@ class FloatScaling:
         if self.kind == "zeros":
             pairs = [ptx.expand("f16", word) for word in first]
             return [(scale, zero, None) for scale, zero in pairs]
+        if self.kind == "minimums":  # the products with W / 2 are exact
+            pairs, half = [ptx.expand("f16", word) for word in first], ptx.float32(-self.zero)
+            return [(scale, ptx.float32(self.zero), ptx.fma(scale, half, minimum)) for scale, minimum in pairs]
         scales, zero = [ptx.as_float(word) for word in first], ptx.float32(self.zero)
         if self.kind == "scales":
             return [(scale, zero, None) for scale in scales]

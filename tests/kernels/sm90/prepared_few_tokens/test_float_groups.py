@@ -32,7 +32,7 @@ from tests.support.interpreter import races_found
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
-KINDS = ("scales", "zeros", "offsets")
+KINDS = ("scales", "zeros", "minimums", "offsets")
 
 
 def packed(x: np.ndarray, scale: np.ndarray, zero_code: np.ndarray) -> PackedTokens:
@@ -75,7 +75,9 @@ def test_products_are_those_of_the_numbers(kind, bits, group_size, m, n, k, tili
     assert np.all(np.abs(found - expected) <= bound)
 
 
-@pytest.mark.parametrize(("kind", "bits", "group_size"), [("scales", 8, 128), ("zeros", 5, 32), ("offsets", 4, 16)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "group_size"), [("scales", 8, 128), ("zeros", 5, 32), ("offsets", 4, 16), ("minimums", 4, 32)]
+)
 def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
     """Lanes of one warpgroup with codes at their limits: sums are exact, so that numbers differ by roundings alone."""
     tiling, m, k = FewTokensTiling(1, parts=2, depth=1), 13, 256
@@ -134,6 +136,7 @@ def test_a_tiling_is_found_for_all_weights(m):
         ("zeros", 4, 128, 64, 4096, 14336, False),
         ("zeros", 4, 32, 16, 28672, 4096, True),
         ("offsets", 6, 16, 16, 4096, 14336, False),
+        ("minimums", 4, 32, 16, 28672, 4096, True),
     ],
     ids=str,
 )

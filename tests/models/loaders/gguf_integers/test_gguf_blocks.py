@@ -19,6 +19,7 @@ from bipolar_jax.models.packed_kernels import PackedBuffer, PackedTensor
 from bipolar_jax.nn import with_integer_groups
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import BipolarArray, BlockScaledArray
+from bipolar_jax.packing.float_terms import narrowest_terms
 from tests.models.loaders.gguf_integers import tiny_blocks as tiny
 from tests.support import tiny_checkpoints
 
@@ -265,6 +266,15 @@ def test_programs_with_packed_weights_are_exported(cases):
     assert jax.export.deserialize(blob).call(array) == lookup(array)
     assert "blocks of 256" in repr(array)
     assert repr(jax.tree.map(lambda leaf: None, array)) == "BlockScaledArray(2, group_size=16, blocks of 256)"
+
+
+@pytest.mark.parametrize(("name", "terms"), [("Q4_0", "zeros"), ("Q4_1", "minimums"), ("Q4_K", "offsets")])
+def test_tensor_cores_get_the_smallest_exact_terms(name, terms):
+    """4 bytes a group for the scales of the simple types, which keep their float16; minimums if steps are positive."""
+    raw = tiny.random_blocks(name, ROWS, COLUMNS, size=0.05)
+    raw.reshape(-1, tiny.LAYOUTS[name][1])[:, 1] &= 0x7F  # the sign of the first half
+    array = packed(name, raw)
+    assert narrowest_terms(array.scale, array.offset, array.format) == terms
 
 
 def test_arrays_that_do_not_fit_their_form_are_refused(cases):
