@@ -157,10 +157,12 @@ def test_it_compiles_without_spills(kind, bits, group_size, m, n, k, gated):
     tokens = PackedTokens(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     activation = Activation("silu", gated=True) if gated else None
 
-    def multiply(tokens, w):
-        return few_tokens_product(tokens, w, A8, None, jnp.bfloat16, activation=activation)
+    residual = None if gated else jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
 
-    _, report = sm90_compile.compile_for_h200(multiply, tokens, w)
+    def multiply(tokens, w, residual):
+        return few_tokens_product(tokens, w, A8, None, jnp.bfloat16, activation=activation, residual=residual)
+
+    _, report = sm90_compile.compile_for_h200(multiply, tokens, w, residual)
     warpgroups = few_tokens_tiling(m, n, k, bits, w.chunks, gated, float_terms=kind).warpgroups
     # setmaxnreg waits for registers that the block has not.
     assert PRODUCER_REGISTERS + warpgroups * CONSUMER_REGISTERS[warpgroups] <= report.registers[0] * (warpgroups + 1)

@@ -165,7 +165,12 @@ def test_it_compiles_without_spills(bits, group_size, m, dtype):
     w = jax.eval_shape(lambda: weights(BipolarFormat(bits), group_size, 128, k)[0].prepare())
     w = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n // 128 if a.ndim > 2 else n, *a.shape[1:]), a.dtype), w)
     x, bias = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)
-    _, report = sm90_compile.compile_for_h200(few_tokens_floats, x, w, bias, ptx=True)
+    residual = jax.ShapeDtypeStruct((m, n), dtype)
+
+    def multiply(x, w, bias, residual):
+        return few_tokens_floats(x, w, bias, residual=residual)
+
+    _, report = sm90_compile.compile_for_h200(multiply, x, w, bias, residual, ptx=True)
     assert report.spill_bytes == report.stack_bytes == 0
     chunks = 0 if group_size is None else 128 // group_size
     warpgroups = few_tokens_tiling(m, n, k, bits, chunks, rows_of_stage=2).warpgroups
