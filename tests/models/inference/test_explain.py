@@ -90,6 +90,18 @@ def test_several_sequences_decode_in_one_kernel_where_the_model_asks_for_it():
     assert on_hopper(model, 4, 128).not_one_kernel == "layers are one kernel for up to 3 sequences, not for 4"
 
 
+def test_prompts_of_long_float_groups_run_the_kernels_of_prepared_weights():
+    def prepared():
+        config = dataclasses.replace(CONFIG, hidden_size=256)  # two groups
+        model = random_packed(config, bj.Precision.parse("W4A8g128f"), key=jax.random.key(0), embed_bits=None)
+        return prepare_for_inference(model, jnp.bfloat16, layout="tensor_cores")
+
+    steps = on_hopper(nnx.eval_shape(prepared), 1, 128).prefill
+    assert names(steps) == ["qkv, rotation, cache write", "attention", "o", "gate/up", "down"]
+    products = [step.runs.kernel for step in steps if step.name != "attention"]
+    assert all("float groups of 128 expanded in registers" in kernel for kernel in products)
+
+
 def test_an_unjoined_model_says_what_joining_would_give():
     found = on_hopper(packed("W4A8", joined=False), 1, 128)
     assert names(found.prefill) == ["q", "k", "v", "rotation, cache write", "attention", "o", "gate", "up", "down"]
