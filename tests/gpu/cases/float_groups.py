@@ -90,7 +90,7 @@ def cases() -> list[Case]:
     # Sums that are scaled in registers: more tiles than blocks, every width, and one that ends within a stage.
     products += [Product(kind, 4, 128, 8, 1025, 4099, 4096) for kind in _KINDS]
     products += [
-        Product("offsets", 4, 128, 8, 2048, 28672, 4096, gated=True),
+        Product("offsets", 4, 128, 8, 1500, 8192, 4096, gated=True),
         Product("zeros", 4, 64, 8, 777, 4096, 1500),
     ]
     products += [Product(_KINDS[bits % 3], bits, 128 * (1 + bits % 2), 8, 200, 1000, 1500) for bits in range(1, 9)]
