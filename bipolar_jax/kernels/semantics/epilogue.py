@@ -36,7 +36,7 @@ def scale_group(
     scale: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """The term s_w * (I - v0 V_w) of one group, float32."""
-    return _difference(integers, zero_value[:, None] * w_value_sums[None]) * scale[None]
+    return _rounded(_difference(integers, zero_value[:, None] * w_value_sums[None]) * scale[None])
 
 
 def offset_group(
@@ -46,7 +46,15 @@ def offset_group(
     offset: Float[Array, " n"],
 ) -> Float[Array, "m n"]:
     """The term o_w * (V_x - v0 L) of one group, float32."""
-    return _difference(x_value_sums, zero_value * length)[:, None] * offset[None]
+    return _rounded(_difference(x_value_sums, zero_value * length)[:, None] * offset[None])
+
+
+def _rounded(product: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """The product, which XLA may not contract with a sum that follows: whether it did would depend on the program.
+
+    The maximum changes no finite number; a barrier would write the product to memory.
+    """
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min)
 
 
 def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
