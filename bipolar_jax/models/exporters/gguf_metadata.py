@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from bipolar_jax.models.config import RopeScaling, TransformerConfig
+from bipolar_jax.models.loaders.gguf.chat_template import SPECIAL_TOKENS
 from bipolar_jax.models.loaders.gguf.metadata import Metadata
-from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
+from bipolar_jax.models.loaders.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer
 from bipolar_jax.models.loaders.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from bipolar_jax.models.pretrained import PretrainedModel
 
 _KEY = "tokenizer.ggml"
 _SOURCE = "the exported file"
-# GGUF's names of pre-tokenizers that our loader builds, and of a chat template's tokens.
-PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
-_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def config_metadata(config: TransformerConfig, arch: str) -> dict[str, Any]:
@@ -137,8 +135,8 @@ def _special_ids(pretrained: PretrainedModel) -> dict[str, Any]:
         keys["tokenizer.chat_template"] = template.source
         for name, text in template.special_tokens.items():
             token = pretrained.tokenizer.token_to_id(text)
-            if name in _SPECIAL_TOKENS and token is not None:
-                ids.setdefault(_SPECIAL_TOKENS[name], token)
+            if name in SPECIAL_TOKENS and token is not None:
+                ids.setdefault(SPECIAL_TOKENS[name], token)
     return keys | {f"{_KEY}.{name}_token_id": token for name, token in ids.items()}
 
 

@@ -32,7 +32,7 @@ _DEFAULT_PATTERNS = (
 )
 # llama.cpp's other names.
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-_PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
+PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
 _KEY = "tokenizer.ggml"
 
 
@@ -80,8 +80,8 @@ def _errors(source: str) -> Iterator[None]:
 
 def _build_bpe(metadata: Metadata, vocab_size: int) -> tokenizers.Tokenizer:
     pre = _pre(metadata)
-    if pre not in _PRE_TOKENIZERS:
-        supported = ", ".join(_PRE_TOKENIZERS)
+    if pre not in PRE_TOKENIZERS:
+        supported = ", ".join(PRE_TOKENIZERS)
         raise ValueError(f"{metadata.source} has pre-tokenizer {pre!r:.60}, supported are {supported}: {REMEDY}")
     tokens, types = read_tokens(metadata, vocab_size)
     merges = metadata.require(metadata.array(f"{_KEY}.merges", str), f"{_KEY}.merges")
