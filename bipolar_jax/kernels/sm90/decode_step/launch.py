@@ -3,9 +3,9 @@
 One block a multiprocessor; all blocks go through the layers together. They wait for each other six times in each: after
 the projections of queries, keys and values, after attention, after its combination, after the output projection, after
 gate and up, and after down; and once more where the input of down is rotated. Only a few vectors pass from one phase to
-the next, in global memory and self-flagging (`cooperative.polling`). Every block normalizes and quantizes all tokens itself, which is quicker than waiting for
-another block to do it. Weights and the cache depend on nothing that is computed: they keep arriving in shared memory
-while blocks compute and while they wait.
+the next, in global memory and self-flagging (`cooperative.polling`). Every block normalizes and quantizes all tokens
+itself, which is quicker than waiting for another block to do it. Weights and the cache depend on nothing that is
+computed: they keep arriving in shared memory while blocks compute and while they wait.
 """
 
 from __future__ import annotations
