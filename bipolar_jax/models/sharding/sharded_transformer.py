@@ -153,7 +153,8 @@ def shard_model(
     (`place_model`) stay where they are.
 
     Args:
-      model: packed, not joined, not prepared.
+      model: packed, not joined, not prepared. Of several processes each gives the same arrays of the host (NumPy's), or
+        arrays that are cut already.
       mesh: of any axis types.
       dtype, layout: as for `prepare_for_inference`, which prepares each device's part.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,29 @@ def test_a_mesh_of_eight():
 def test_meshes_of_eight(mesh, precision):
     (found,) = on_eight_devices("--tokens", f"{mesh}:{precision}")
     check(found)
+
+
+@pytest.mark.covered("test_a_mesh_of_eight; the parts are the same, only how numbers travel is not")
+def test_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.models.sharding.two_processes", port]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(index)], **options) for index in range(2)]
+    try:
+        outputs = [process.communicate(timeout=280) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (out, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error[-4000:]
+        results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        assert [found["mesh"] for found in results] == [[1, 4], [2, 2]]
+        for found in results:
+            assert found["processes"] == 2
+            assert found["largest difference"] < 5e-6
+            assert found["tokens"][0] == found["tokens"][1]
 
 
 def model_of(precision="W2A2", **fields):
