@@ -223,6 +223,7 @@ class CacheRing:
             @pl.when(self._warpgroup == WARPGROUPS - 1)
             def _():
                 plgpu.barrier_wait(self._emptied.at[kind])
+                synchronize(lanes_apart=True)  # the copies begin with a barrier of whole warps
 
             self._load(kind, following)
             return
