@@ -132,16 +132,23 @@ def from_codes(
     for name, array in {"scale": scale, "offset": offset}.items():
         if array is not None and jnp.shape(array) != per_group:
             raise ValueError(f"{name} has shape {jnp.shape(array)}: these codes and groups need {per_group}")
-    in_range = jnp.all((rows >= 0) & (rows <= number_format.max_value), axis=-1, keepdims=True)
-    scale = jnp.where(in_range, jnp.asarray(scale, jnp.float32), jnp.nan)
+    scale = jnp.asarray(scale, jnp.float32)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
-    rows = jnp.clip(rows, 0, number_format.max_value)
     if groups is not None:
         groups.check(number_format, (*rows.shape[:-1], num_groups(rows.shape[-1], group_size)))
         groups = jax.tree.map(jnp.asarray, groups)
-    packed = _pack(rows.astype(jnp.uint8), number_format, scale, offset, from_end, group_size, groups)
+    packed = _pack_codes_in_range(rows, scale, offset, groups, number_format, from_end, group_size)
     packed.check()
     return packed
+
+
+# A program, so that an eager call passes over the codes once; within a trace it is inlined.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _pack_codes_in_range(rows, scale, offset, groups, number_format, axis, group_size) -> BipolarArray:
+    in_range = jnp.all((rows >= 0) & (rows <= number_format.max_value), axis=-1, keepdims=True)
+    scale = jnp.where(in_range, scale, jnp.nan)
+    rows = jnp.clip(rows, 0, number_format.max_value).astype(jnp.uint8)
+    return _pack(rows, number_format, scale, offset, axis, group_size, groups)
 
 
 def _pack(codes, number_format, scale, offset, axis, group_size, groups=None) -> BipolarArray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8, UInt32
@@ -17,6 +20,8 @@ def num_words(k: int) -> int:
     return -(-k // WORD_BITS)
 
 
+# Programs, so that an eager call makes all planes in one; within a trace they are inlined.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def pack_codes(
     codes: UInt8[Array, "*batch n k"], number_format: BipolarFormat
 ) -> UInt32[Array, "*batch planes n words"]:
@@ -36,6 +41,7 @@ def pack_codes(
     return jnp.stack(planes, axis=-3)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def unpack_codes(
     planes: UInt32[Array, "*batch planes n words"], number_format: BipolarFormat, k: int
 ) -> UInt8[Array, "*batch n k"]:

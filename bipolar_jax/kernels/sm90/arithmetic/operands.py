@@ -7,6 +7,9 @@ word. A sum over K is the same in any order, if both operands have the same.
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,6 +31,8 @@ def weight_words(w: BipolarArray, kind: OperandKind) -> UInt32[Array, "*layers p
     return fill_up(w.planes if kind == "planes" else expand_planes(w.planes, w.format), ALIGNED_WORDS)
 
 
+# Programs, so that an eager call is one; within a trace they are inlined.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def code_words(
     codes: UInt8[Array, "m k"], a_format: BipolarFormat, kind: OperandKind
 ) -> UInt32[Array, "planes m words"]:
@@ -51,6 +56,7 @@ def vector_length(m: int) -> int:
     return -(-m // ALIGNED_WORDS) * ALIGNED_WORDS
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def expand_planes(
     planes: UInt32[Array, "planes n words"], number_format: BipolarFormat
 ) -> UInt32[Array, "1 n byte_words"]:
