@@ -244,7 +244,7 @@ def test_packed_arrays_without_a_model_are_refused(mixed_file, tmp_path, field):
         ({"tie_embeddings": True}, "lm_head/kernel"),
         ({"qkv_bias": True}, r"lacks \[.*layers/attention/k_proj/bias.*\] and has in excess nothing"),
         ({"num_heads": 3}, "num_heads=3 must be a multiple of num_kv_heads=2"),
-        ({"window": 4}, r"unknown fields \['window'\]"),
+        ({"wings": 4}, r"unknown fields \['wings'\]"),
     ],
     ids=str,
 )
