@@ -209,7 +209,7 @@ def test_check_names_the_leaf_whose_shape_is_wrong():
     w = quantize(normal(40, 6), 4, 0, 16, scales="float")
     w.check()
     for field, leaf in {"scale": w.scale[:, :2], "row_sums": w.row_sums[:5], "offset": jnp.ones(6)}.items():
-        with pytest.raises(ValueError, match=rf"got {field} .*Shard it along n"):
+        with pytest.raises(ValueError, match=rf"got {field} .*cut along k"):
             dataclasses.replace(w, **{field: leaf}).check()
     for planes in (w.planes[:3], w.planes[..., :1]):
         with pytest.raises(ValueError, match=r"should be \(4, 6, 2\)"):
