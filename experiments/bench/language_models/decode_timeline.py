@@ -27,7 +27,7 @@ from bipolar_jax.kernels.sm90.decode_step.api import decode_layers, plan_decode_
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import assign_head
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import ENTER, LEAVE, MARKS, WAITED, split_timeline
-from bipolar_jax.kernels.sm90.decode_step.phases import PHASES, phases_of
+from bipolar_jax.kernels.sm90.decode_step.phases import PHASES
 from bipolar_jax.models.blocks.norm import as_prologue
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
@@ -68,7 +68,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             for variant in app.parse_names("variants", config.variants, VARIANTS):
                 name = f"{precision} {variant}"
                 milliseconds, timeline = run(operands, static | VARIANTS[variant], config.iterations)
-                clocks, ends = split_timeline(timeline, shape.num_layers, len(phases_of(shape)))
+                clocks, ends = split_timeline(timeline, shape.num_layers, len(PHASES))
                 active = active_blocks(dataclasses.replace(shape, **VARIANTS[variant]))
                 tables[name] = milliseconds | summary(clocks, ends, active)
                 show(name, tables[name])
@@ -160,12 +160,11 @@ def summary(clocks: np.ndarray, ends: np.ndarray, active: dict[str, np.ndarray])
     waits = clocks[..., WAITED] % 2**32 / frequency / 1e3
     layers = np.arange(_SKIPPED, times.shape[2] - _SKIPPED)
     steps, rows = {name: i for i, name in enumerate(MARKS)}, {}
-    phases = [name for name in PHASES if name in active]
-    for i, name in enumerate(phases):
+    for i, name in enumerate(PHASES):
         # The phase before, of the layer before if this is the first.
-        before, layers_before = (i - 1, layers) if i else (len(phases) - 1, layers - 1)
+        before, layers_before = (i - 1, layers) if i else (len(PHASES) - 1, layers - 1)
         stored_before = times[:, 0, layers_before, before, steps["stored"]]
-        last_before = stored_before[active[phases[before]]].max(axis=0)
+        last_before = stored_before[active[PHASES[before]]].max(axis=0)
         blocks = active[name]
         marks = {step: times[blocks][:, 0, layers, i, at] for step, at in steps.items()}
         marks["begin"] = stored_before[blocks]

@@ -56,26 +56,20 @@ def rotate_vectors(scratch: Pointer, numbers: list[Value], size: int, thread: Va
       scratch: shared memory of this warpgroup, 128 numbers for each vector. A thread reads what others wrote: these may
         write again after the next barrier.
       numbers: float32, one of each vector.
-      size: numbers of a block, a power of two. Blocks of 256 are pairs of vectors, one after the other.
+      size: numbers of a block, 64 or 128.
       thread: of the warpgroup.
     """
-    lane, factor = ptx.bits_of(thread, WARP - 1), ptx.float32(size**-0.5)
-    numbers = [stages_of_warp([x], min(size, WARP), lane)[0] for x in numbers]
-    if size > WARP:
-        rows = [ptx.advance(scratch, 4 * WARPGROUP * i) for i in range(len(numbers))]
-        for row, x in zip(rows, numbers, strict=True):
-            ptx.store(ptx.advance(row, ptx.times(thread, 4)), [ptx.as_word(x)])
-        ptx.synchronize()
-        within = min(size, WARPGROUP)
-        numbers = [_between_warps(row, x, thread, within) for row, x in zip(rows, numbers, strict=True)]
-    if size > WARPGROUP:
-        pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        numbers = [x for a, b in pairs for x in (ptx.add(a, b), ptx.subtract(a, b))]
-    return [ptx.multiply(x, factor) for x in numbers]
+    lane = ptx.bits_of(thread, WARP - 1)
+    rows = [ptx.advance(scratch, 4 * WARPGROUP * i) for i in range(len(numbers))]
+    numbers = [stages_of_warp([x], WARP, lane)[0] for x in numbers]
+    for row, x in zip(rows, numbers, strict=True):
+        ptx.store(ptx.advance(row, ptx.times(thread, 4)), [ptx.as_word(x)])
+    ptx.synchronize()
+    return [_between_warps(row, x, thread, size) for row, x in zip(rows, numbers, strict=True)]
 
 
 def _between_warps(row: Pointer, own: Value, thread: Value, size: int) -> Value:
-    """The stages of distances 32 and 64 of a thread's number."""
+    """The stages of distances 32 and 64 of a thread's number, and the factor."""
 
     def of_thread(distance: int) -> Value:
         (word,) = ptx.load(ptx.advance(row, ptx.times(ptx.flip_bits(thread, distance), 4)), 1)
@@ -86,7 +80,7 @@ def _between_warps(row: Pointer, own: Value, thread: Value, size: int) -> Value:
     if size == WARPGROUP:
         other = ptx.fma(of_thread(2 * WARP), sign, of_thread(3 * WARP))
         number = ptx.fma(number, _sign(ptx.bits_of(thread, 2 * WARP)), other)
-    return number
+    return ptx.multiply(number, ptx.float32(size**-0.5))
 
 
 def _sign(bit: Value) -> Value:

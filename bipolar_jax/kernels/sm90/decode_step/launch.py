@@ -2,10 +2,10 @@
 
 One block a multiprocessor; all blocks go through the layers together. They wait for each other six times in each: after
 the projections of queries, keys and values, after attention, after its combination, after the output projection, after
-gate and up, and after down; and once more where the input of down is rotated. Only a few vectors pass from one phase to
-the next, in global memory and self-flagging (`cooperative.polling`). Every block normalizes and quantizes all tokens
-itself, which is quicker than waiting for another block to do it. Weights and the cache depend on nothing that is
-computed: they keep arriving in shared memory while blocks compute and while they wait.
+gate and up, and after down. Only a few vectors pass from one phase to the next, in global memory and self-flagging
+(`cooperative.polling`). Every block normalizes and quantizes all tokens itself, which is quicker than waiting for
+another block to do it. Weights and the cache depend on nothing that is computed: they keep arriving in shared memory
+while blocks compute and while they wait.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import in_phase
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import BLOCK_WARPS
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline, timeline_type
 from bipolar_jax.kernels.sm90.decode_step.phases import (
-    CONTINUING,
+    PHASES,
     WRITTEN,
     Buffers,
     LayersWeights,
     Phases,
     SharedMemory,
     buffers_of,
-    phases_of,
 )
 from bipolar_jax.kernels.sm90.decode_step.products import weight_kind
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import WeightRing
@@ -83,21 +82,20 @@ def run_layers(
     """
     hidden, times = hidden.reshape(-1), []
     if interpret is None:
-        buffers, times = _launch(shape, weights, cache, hidden, None, None, phases_of(shape), None)
+        buffers, times = _launch(shape, weights, cache, hidden, None, None, PHASES, None)
     elif shape.timed:
         raise ValueError("interpret mode has no clock: timed=True needs a device")
     else:
 
         def layer(index, buffers):
             index = index.astype(jnp.int32)
-            for phase in phases_of(shape):
+            for phase in PHASES:
                 operands = (weights, cache, hidden, buffers, jnp.reshape(index, (1,)))
                 after, _ = _launch(shape, *operands, (phase,), interpret)
                 buffers = _with_written(shape, index, phase, buffers, after)
             return buffers
 
-        empty = jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), buffers_of(shape))
-        empty = empty._replace(hidden=in_phase(hidden, 0))
+        empty = Buffers(in_phase(hidden, 0), *(jnp.zeros(b.shape, b.dtype) for b in buffers_of(shape)[1:]))
         buffers = lax.fori_loop(0, shape.num_layers, layer, empty)
     qkv = buffers.qkv.reshape(shape.texts, shape.num_layers, -1)
     return buffers.hidden.reshape(shape.texts, -1), qkv.swapaxes(0, 1), *times
@@ -132,7 +130,7 @@ def _launch(
     kind, times = weight_kind(shape), [timeline_type(shape, len(phases))] if shape.timed else []
     outs = launch_kernel(
         functools.partial(_kernel, shape, tuple(phases), tree),
-        out_type=[*jax.tree.leaves(buffers_of(shape)), *times],
+        out_type=[*buffers_of(shape), *times],
         grid=(shape.blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
@@ -156,14 +154,13 @@ def _launch(
         kernel_name="decode_layers",
         interpret=interpret,
     )(*flat)
-    count = len(jax.tree.leaves(buffers_of(shape)))
+    count = len(Buffers._fields)
     return Buffers(*outs[:count]), outs[count:]
 
 
 def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared):
     operands, outs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    count = len(jax.tree.leaves(buffers_of(shape)))
-    outs, times = Buffers(*outs[:count]), outs[count:]
+    outs, times = Buffers(*outs[: len(Buffers._fields)]), outs[len(Buffers._fields) :]
     hidden, weights, cache, sources, layer = jax.tree.unflatten(tree, operands)
     layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -242,18 +239,17 @@ def _consume(
     _meet_blocks(shape, warpgroup, meet)
 
     def layer(index, carry):
-        for phase, following in zip(phases, (*phases[1:], phases[0]), strict=True):
+        for phase in phases:
             marks = timeline.of(phase, index)
             prepared = steps.prepare(phase, index)
             marks.mark("prepared")
             # Also keeps the other warpgroups from polling, and loading memory, while the first one finishes a phase.
-            # The first one alone combines what it wrote in "attention", so that these two count as one phase; "up" and
-            # "rotate" likewise.
-            if phase not in CONTINUING:
+            # The first one alone combines what it wrote in "attention", so that these two count as one phase.
+            if phase != "combine":
                 plgpu.barrier_wait(released)
             marks.mark("released")
             steps.run(phase, index, index, prepared)
-            if following not in CONTINUING:
+            if phase != "attention":
                 release()
         return carry
 

@@ -20,7 +20,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
-from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import clear_rotated, rotate_input_of_down
+from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_slice
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
@@ -49,9 +49,7 @@ from bipolar_jax.kernels.sm90.decode_step.quantize_token import (
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
 _SLICES_AT_ONCE = 2  # of tokens, that registers hold
-PHASES = ("qkv", "attention", "combine", "o", "up", "rotate", "down")
-# Phases that the first warpgroup, or one a text, runs after its part of the phase before; the others do not wait.
-CONTINUING = ("combine", "rotate")
+PHASES = ("qkv", "attention", "combine", "o", "up", "down")
 
 
 class Buffers(NamedTuple):
@@ -66,7 +64,6 @@ class Buffers(NamedTuple):
       partials: partial attentions, `splits` of `partial_size` for every head.
       context: output of attention, by text and head.
       ffn: activations, input of the down projection.
-      rotated: the same, rotated; None if the input of down is not rotated.
     """
 
     hidden: Any
@@ -75,11 +72,10 @@ class Buffers(NamedTuple):
     partials: Any
     context: Any
     ffn: Any
-    rotated: Any = None
 
 
 # The buffer that each phase writes.
-WRITTEN = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "rotated", "hidden"), strict=True))
+WRITTEN = dict(zip(PHASES, ("qkv", "partials", "context", "attended", "ffn", "hidden"), strict=True))
 # The buffer that each product multiplies, and the one that it is added to.
 _INPUTS = {"qkv": "hidden", "o": "context", "up": "attended", "down": "ffn"}
 _RESIDUALS = {"o": "hidden", "down": "attended"}
@@ -108,14 +104,8 @@ def buffers_of(shape: LayersShape) -> Buffers:
         shape.partial_size * shape.heads * shape.splits,
         shape.heads * shape.head_dim,
         shape.ffn,
-        *([shape.ffn] if shape.activation.rotation is not None else []),
     )
     return Buffers(*(jax.ShapeDtypeStruct((shape.texts * size,), jnp.float32) for size in sizes))
-
-
-def phases_of(shape: LayersShape) -> tuple[str, ...]:
-    """The phases of a layer, in order."""
-    return tuple(phase for phase in PHASES if phase != "rotate" or shape.activation.rotation is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +172,6 @@ class Phases:
             repeat(shape.num_layers, clear_projections)
             clear(self._of_text(outs.attended, text), "o", 0, 0)
             clear(self._of_text(outs.ffn, text), "up", 0, 0)
-            if outs.rotated is not None:
-                clear_rotated(shape, self._block, self._of_text(outs.rotated, text))
 
         self._ring.kind.clear_sums(self._shared.product_sums, self._warpgroup)
 
@@ -200,7 +188,7 @@ class Phases:
         self._pin()
         if phase == "attention":
             return load_tables(self._cache, self._cache_ring.text)
-        if phase in CONTINUING:
+        if phase == "combine":
             return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
         self._prefetch(following, jnp.minimum(layer + int(following == PRODUCTS[0]), self._shape.num_layers - 1))
@@ -237,13 +225,6 @@ class Phases:
                 combine.combine(self._shape, self._block, partials, context, phase_bit(layer))
                 self._timeline.of(phase, index).mark("stored")
 
-        elif phase == "rotate":
-
-            @pl.when(self._warpgroup < self._shape.texts)
-            def _():
-                self._rotate(phase_bit(layer))
-                self._timeline.of(phase, index).mark("stored")
-
         else:
             self._multiply(phase, index, layer, prepared)
 
@@ -256,15 +237,8 @@ class Phases:
             self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, shared, partials, timeline
         )
 
-    def _rotate(self, phase) -> None:
-        """This block's share of the input of down, of the warpgroup's text."""
-        shape, rows = self._shape, 2 * self._shape.rotated_unit.vectors
-        source, rotated = (self._of_text(ref, self._warpgroup) for ref in (self._sources.ffn, self._outs.rotated))
-        scratch = self._shared.context_sums, self._warpgroup * rows
-        rotate_input_of_down(shape, self._block, source, rotated, phase, *scratch)
-
     def _multiply(self, name: str, index, layer, norm) -> None:
-        """A product: norm, quantization, sums, and the rest by the first warpgroup, or one a text."""
+        """A product: norm or rotation, quantization, sums, and the rest by the first warpgroup, or one a text."""
         shape, shared, kind = self._shape, self._shared, self._ring.kind
         product, timeline = shape.products[name], self._timeline.of(name, index)
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
@@ -319,6 +293,8 @@ class Phases:
         timeline.mark("arrived")
         for text, k_slices in zip(texts, inputs, strict=True):
             squares = None
+            if name == "down" and shape.activation.rotation is not None:
+                k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]
             if norm and shape.norm == "rms":
                 squares = [x * x for x in k_slices]
                 k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
@@ -336,8 +312,7 @@ class Phases:
     def _inputs(self, name: str, layer, texts) -> list[list[Float[Array, "1024"]]]:
         """The K slices of tokens that this warpgroup multiplies, by text, once other blocks have written them."""
         product = self._shape.products[name]
-        rotated = name == "down" and self._sources.rotated is not None
-        source = self._sources.rotated if rotated else getattr(self._sources, _INPUTS[name])
+        source = getattr(self._sources, _INPUTS[name])
         phase = phase_bit(layer - 1 if name == "qkv" else layer)
         needed = chunk_rows(product, self._block, 0)[1] > 0
         starts, awaited = self._slice_starts(name), Awaited(phase, needed)

@@ -50,7 +50,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import (
     reduce_warpgroup,
     reduce_warps,
 )
-from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate
+from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_heads
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, poll_vectors
 
@@ -118,7 +118,7 @@ def attend(
     shared_query = shared.context_sums.at[pl.ds(warpgroup * WARPS, WARPS)]
     q, k = rotated(q, q_swapped), rotated(k, k_swapped)
     if shape.key_rotation is not None:  # of quantized keys: `_as_cached` has the barrier before the query is stored
-        q, k = rotate(shared_query, [q, k], size)
+        q, k = rotate_heads(shared_query, [q, k], size)
     q = q * (math.log2(math.e) / math.sqrt(size))
     k, v = _as_cached([k, v], cache.keys.dtype, bits, warpgroup, shared)
     store_query(shared_query, q, cache.keys.dtype, size)

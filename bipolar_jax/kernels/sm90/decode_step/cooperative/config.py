@@ -42,13 +42,6 @@ class Layers(NamedTuple):
     count: int
 
 
-class RotatedUnit(NamedTuple):
-    """Consecutive numbers of the input of down that a block rotates together: `vectors` of `size` numbers."""
-
-    vectors: int
-    size: int
-
-
 @dataclasses.dataclass(frozen=True)
 class PreparedLayout:
     """What is static about prepared weights (`packing.fields`) besides their format.
@@ -226,12 +219,6 @@ class LayersShape:
             "down": (self.hidden, self.ffn, 1),
         }
         return {name: Product(*size, self.blocks, self.prepared is not None) for name, size in sizes.items()}
-
-    @property
-    def rotated_unit(self) -> RotatedUnit:
-        """Whole blocks of the rotation of down's input; vectors of 64 where there are no whole ones of 128."""
-        size = WARPGROUP if self.ffn % WARPGROUP == 0 else SIZE_UNIT
-        return RotatedUnit(max(1, self.activation.rotation.block // WARPGROUP), size)
 
     def token_format(self, name: str) -> BipolarFormat:
         """The grid of a product's tokens, which are not floats."""
