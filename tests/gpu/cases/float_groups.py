@@ -12,7 +12,7 @@ from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.float_terms import FloatTerms
-from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of
+from tests.gpu.cases.operands import ALWAYS_FEW, EPS, assert_within, exact_tokens, generator, numbers_of
 from tests.gpu.cases.scaled_products import gated_numbers
 from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.float_groups import float_groups
@@ -66,7 +66,7 @@ class Product:
             prepared = w.prepare(gated=self.gated, float_terms=self.kind)
             return SM90.quantized_matmul(x, prepared, a_format, bias, None, None, activation)
 
-        kernel = "few_tokens_matmul" if self.m <= FEW_TOKENS_LIMIT else None
+        kernel = "few_tokens_matmul" if self.m <= ALWAYS_FEW else None  # groups that hold all of K are none: tiles
         return one_program(product, (x, w, bias), lambda y: assert_within(y, expected, tolerance), kernel=kernel)
 
 

@@ -11,6 +11,8 @@ from bipolar_jax import BipolarArray, BipolarFormat
 from tests.support.integer_products import random_codes
 
 EPS = float(np.finfo(np.float32).eps)
+# Up to so many tokens prepared weights always take `prepared_few_tokens`; up to FEW_TOKENS_LIMIT they may.
+ALWAYS_FEW = 16
 _WORD_BITS = 32
 
 

@@ -15,7 +15,16 @@ from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.ops.dispatch import BACKENDS
-from tests.gpu.cases.operands import EPS, assert_within, exact_tokens, generator, numbers_of, random_weights, rounding
+from tests.gpu.cases.operands import (
+    ALWAYS_FEW,
+    EPS,
+    assert_within,
+    exact_tokens,
+    generator,
+    numbers_of,
+    random_weights,
+    rounding,
+)
 from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.integer_groups import array_of_groups, random_groups
 from tests.sampling import sample
@@ -91,8 +100,10 @@ class Product:
             w = w if self.layout in (None, "packed") else w.prepare(gated=self.layout == "gated")
             return SM90.quantized_matmul(x, w, a_format, bias, None, residual, activation)
 
-        few = "few_tokens_matmul" if self.m <= FEW_TOKENS_LIMIT else "expanded_matmul"
-        return one_program(product, (x, w, bias, residual), check, kernel=None if self.layout is None else few)
+        kernel = None  # from 17 to 64 tokens the planner chooses between these two
+        if self.layout is not None and not ALWAYS_FEW < self.m <= FEW_TOKENS_LIMIT:
+            kernel = "few_tokens_matmul" if self.m <= ALWAYS_FEW else "expanded_matmul"
+        return one_program(product, (x, w, bias, residual), check, kernel=kernel)
 
     def _weights(self, rng: np.random.Generator, n: int) -> tuple[BipolarArray, tuple[np.ndarray, np.ndarray]]:
         """Weights, and their numbers and sizes as `numbers_of` gives them."""
