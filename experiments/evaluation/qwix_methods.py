@@ -146,7 +146,8 @@ def rounded_rows(
     tiles = {} if precision.group_size is None else {1: precision.group_size}
     how = _qarray.HowToQuantize(qtype=_DTYPES[precision.w_bits], channelwise_axes=[0], tiled_axes=tiles)
     if peer == "gptq":
-        return _qarray.dequantize(gptq_core.quantize_weight(rows, products, how)[0])
+        with jax.numpy_rank_promotion("allow"):  # qwix promotes ranks
+            return _qarray.dequantize(gptq_core.quantize_weight(rows, products, how)[0])
     if peer == "awq":
         quantized, scales = awq_core.quantize_weight(rows, magnitudes, how)
         return _qarray.dequantize(quantized) / scales

@@ -21,7 +21,7 @@ def test_models_of_one_text_share_a_table_and_are_paired(tmp_path):
         result = {"settings": _SETTINGS | settings, "baseline": baseline, "precisions": {"W4A8": row}}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     config = page_config.get_config()
-    config.models, config.parts = "one.json,two.json", ""
+    config.models, config.comparisons, config.parts = "one.json,two.json", "", ""
     calibration_page.main(config, tmp_path)
     page = (tmp_path / calibration_page.PAGE).read_text()
     assert page.count("## m, 2 windows of 4 tokens of text.txt") == 1

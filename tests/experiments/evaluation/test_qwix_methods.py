@@ -56,6 +56,7 @@ def config_of(tmp_path):
     return config
 
 
+@pytest.mark.covered("rows of qwix, by the tests beside; the program, by test_compare_methods.py")
 def test_methods_of_qwix_are_compared(tmp_path):
     config = config_of(tmp_path)
     compare_methods.main(config, tmp_path / "run")
