@@ -207,7 +207,7 @@ def test_command_line_overrides_the_config(model, text, tmp_path):
         ("--config.model=/nowhere/model.gguf", "no checkpoint at /nowhere/model.gguf"),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_bad_input_is_reported_in_one_line(text, tmp_path, flag, message):
     done = command("quantize", "--config=configs/smollm2.py", f"--workdir={tmp_path}", f"--config.text={text}", flag)
     assert done.returncode == 1

@@ -51,6 +51,7 @@ def test_problems_are_measured_once_and_their_best_tiling_is_written(tmp_path, m
     assert entry["microseconds"] == times[-1] == min(times)
 
 
+@pytest.mark.covered("tuning, by the test above; plans of few tokens, by kernels/sm90/backend/test_planning.py")
 def test_few_tokens_are_tuned_on_cold_weights_and_planned_from_the_table(tmp_path, monkeypatch):
     copies = []
 

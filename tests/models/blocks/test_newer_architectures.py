@@ -35,7 +35,7 @@ def explained(config, capacity=16, **options):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "gemma2", "bitnet"])
-@pytest.mark.sample(1)
+@pytest.mark.covered("joined layers, by inference/test_join_projections.py; numbers, by loaders/test_golden_logits.py")
 def test_joined_layers_give_the_logits_of_layers_by_themselves(models, name):
     packed = bj.quantize_model(models[name], PACKED)
     prepared = prepare_for_inference(packed)

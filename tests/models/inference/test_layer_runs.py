@@ -61,6 +61,7 @@ def test_rules_cut_the_stack_where_layers_begin_to_differ(model, packed, capsys)
         bj.quantize_model(model, [("layers/7/", "W4A8")])
 
 
+@pytest.mark.covered("prepared models of runs, by a test below; calibrated ones, by experiments/test_allocate.py")
 def test_a_model_of_runs_computes_what_its_layers_compute(model, packed):
     """Its layers one after the other; and decoding as whole texts."""
     alone = Linear.from_float(model.block(1).ffn.down_proj, "W6A8").kernel.get_value()

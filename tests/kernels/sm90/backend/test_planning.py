@@ -106,7 +106,7 @@ def compile_product(
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_candidates_compile_without_spills(tiling, kind, residual):
     compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
 
@@ -130,7 +130,7 @@ def test_candidates_compile_with_activations(tiling):
     ],
     ids=lambda value: f"{value.tile_m}x{value.tile_n}-{value.slots}" if isinstance(value, Tiling) else str(value),
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
     options = dict(group_size=group_size, offsets=offsets, residual=offsets)
     compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, **options)
@@ -139,7 +139,7 @@ def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
 @needs_compiler
 @pytest.mark.parametrize("schedule", ["split_m", "alternate"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_clusters_ragged_sizes_and_other_dtypes_compile(schedule, dtype):
     compile_product(37, 1001, 333, 1, 2, "planes", Tiling(64, 128, schedule, slots=4, cluster_m=2, cluster_n=2), dtype)
 
@@ -193,7 +193,7 @@ def kernels_of_the_table() -> list[dict]:
 
 @needs_compiler
 @pytest.mark.parametrize("entry", kernels_of_the_table(), ids=lambda entry: entry["shape"].replace(" ", "-"))
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_the_shipped_table_compiles_without_spills(entry):
     *_, precision = entry["shape"].split()
     formats = bj.Precision.parse(precision)

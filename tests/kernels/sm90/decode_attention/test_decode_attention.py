@@ -124,7 +124,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "splits"), CASES.values(), ids=CASES)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_token_attends_and_enters_the_cache(monkeypatch, case, splits):
     operands = q, _, _, before, tables = case.make()
     context, after = interpreted(monkeypatch, case, operands, splits)
@@ -271,7 +271,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
     ],
     ids=str,
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_kernels_compile_without_spills(batch, heads, kv_heads, head_dim, alibi, bits):
     case = Case((1,) * batch, heads, kv_heads, head_dim, 256, bits, jnp.bfloat16, rope=not alibi, alibi=alibi)
 

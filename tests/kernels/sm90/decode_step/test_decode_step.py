@@ -177,7 +177,7 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("length", [3, 64])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_all_layers_are_written_as_one_by_one(bits, length):
     """Where there is room: a full cache keeps what it has."""
     heads = jax.random.normal(jax.random.key(0), (2, 2, 64, 3, 8), jnp.bfloat16)  # tokens before heads
@@ -207,7 +207,7 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_compiles_without_spills(name, precision, cache_bits):
     cache_dtype = jnp.float16 if name.startswith("qwen") else jnp.bfloat16
     case = preset_case(name, *precision, cache_dtype=cache_dtype, cache_bits=cache_bits)

@@ -60,7 +60,7 @@ def test_layers_are_the_twins(case, blocks):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_compiles_without_spills(name, w_bits, group_size, cache_bits, prepared):
     fields = {"cache_bits": cache_bits, "prepared": prepared, "group_size": group_size}
     report = compiled(preset_case(name, w_bits, 8, **fields))
@@ -70,7 +70,7 @@ def test_compiles_without_spills(name, w_bits, group_size, cache_bits, prepared)
 
 @pytest.mark.parametrize("precision", ["W4A8g128i", "W8A8", "W2A8"])
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b", "qwen2.5-0.5b"])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_small_models_decode_in_one_kernel(name, precision):
     def model():
         random = random_packed(

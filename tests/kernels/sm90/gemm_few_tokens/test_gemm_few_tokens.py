@@ -61,7 +61,7 @@ def integers(x: np.ndarray, w: np.ndarray, a_format, w_format, **fields) -> np.n
 
 
 @pytest.mark.parametrize(("a_format", "w_format"), EXTREME_PAIRS, ids=lambda fmt: fmt.name)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_pairs_of_formats_are_exact(a_format, w_format):
     """With the planned tiling; K ends within a word."""
     x, w = codes_with_extremes(a_format, 3, 70, seed=1), codes_with_extremes(w_format, 5, 70, seed=2)
@@ -85,7 +85,7 @@ def test_pairs_of_formats_are_exact(a_format, w_format):
         (40, 64, 96, 3, BipolarFormat(2)),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_products_are_exact(m, n, k, a_bits, w_format):
     a_format = BipolarFormat(a_bits)
     x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
@@ -98,7 +98,7 @@ def test_products_are_exact(m, n, k, a_bits, w_format):
     [(DecodeTiling(4, 2, 2), 1), (DecodeTiling(3, 3, 1), 2), (DecodeTiling(2, 8, 2), 1), (DecodeTiling(1, 1, 1), 3)],
     ids=str,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_rings_run_on_across_tiles(tiling, blocks):
     """More tiles than blocks, parts of K beyond its end, rings deeper and shallower than a tile's work."""
     a_format, w_format = BipolarFormat(2), BipolarFormat(3)
@@ -117,7 +117,7 @@ def test_rings_run_on_across_tiles(tiling, blocks):
         (41, 64, 64, 7, BipolarFormat(3), 132),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_parts_of_the_tokens_are_exact(m, n, k, a_bits, w_format, blocks):
     """More planes than an instruction has columns; blocks that have both parts of a tile, or one, or of several."""
     a_format = BipolarFormat(a_bits)
@@ -129,7 +129,7 @@ def test_parts_of_the_tokens_are_exact(m, n, k, a_bits, w_format, blocks):
 
 
 @pytest.mark.parametrize("m", [1, 6, 40, 64])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_scales_zero_codes_offsets_and_bias(m):
     a_format, w_format = BipolarFormat(4), BipolarFormat(3)
     k, n, rng = 700, 90, np.random.default_rng(4)
@@ -166,7 +166,7 @@ def test_scales_zero_codes_offsets_and_bias(m):
         (1024, 9, 64, 2048, 2, 4, True),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_groups_have_scales_of_their_own(group_size, m, n, k, a_bits, w_bits, offsets):
     a_format, w_format, rng = BipolarFormat(a_bits), BipolarFormat(w_bits), np.random.default_rng(7)
     x, w, groups = random_codes(a_format, m, k, 8), random_codes(w_format, n, k, 9), -(-k // group_size)
@@ -274,7 +274,7 @@ def test_rows_that_tma_cannot_address_are_refused():
         (64, 4096, 4096, 4, 4, 1024),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
     compile_product(m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits) if group_size is None else None)
 
@@ -282,7 +282,7 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
 @needs_compiler
 @pytest.mark.parametrize("a_bits", [8, 4])
 @pytest.mark.parametrize("choice", range(1, 8))
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_tilings_that_only_a_table_chooses_compile_without_spills(a_bits, choice):
     m = 1 if choice % 2 else 16
     compile_product(m, 4096, 4096, a_bits, 4, None, decode_tilings(m, 4096, a_bits, 4)[choice])

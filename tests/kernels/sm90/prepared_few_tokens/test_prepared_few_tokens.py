@@ -86,7 +86,7 @@ def test_integer_products_are_exact(bits, group_size, m, n, k, tiling, gated):
     ],
     ids=str,
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_numbers_are_those_of_many_tokens(activation, warpgroups):
     (m, n, k), rng = (9, 72, 128), np.random.default_rng(0)
     gated = activation is not None and activation.gated
@@ -287,7 +287,7 @@ def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16, adds
         "W8, 64 tokens, a cluster",
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_it_compiles_without_spills(bits, group_size, m, n, k, options):
     report = compiled(bits, group_size, m, n, k, **options)
     assert len(report.registers) == 1

@@ -177,7 +177,7 @@ def assert_close(
     ("m", "k", "dtype", "vector_dtype"),
     [(9, 100, jnp.bfloat16, jnp.float32), (3, 1600, jnp.float16, jnp.bfloat16), (2, 4100, jnp.float32, jnp.float32)],
 )
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 def test_threads_compute_the_prologue(m, k, dtype, vector_dtype, prologue, simulate):
     prologue, a_format = a_prologue(prologue, k, vector_dtype), BipolarFormat(8)
     x = numbers(m, prologue.parts * k, dtype)
@@ -329,7 +329,7 @@ def test_what_it_cannot_do_is_said():
         (2048, 16384, 8, "planes", jnp.bfloat16, "relu"),
     ],
 )
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 def test_it_compiles_for_the_h200_without_spills(m, k, bits, operand, dtype, prologue):
     prologue = None if prologue is None else jax.eval_shape(lambda: a_prologue(prologue, k, dtype))
     parts = 1 if prologue is None else prologue.parts

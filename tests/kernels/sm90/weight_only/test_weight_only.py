@@ -168,7 +168,7 @@ def interpreted_product(x, w, bias=None, **fields):
         (32, 64, 1500, BipolarFormat(2), 256, True, jnp.bfloat16),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_products_are_those_of_the_dequantized_weights(m, n, k, w_format, group_size, offset, dtype):
     x, w = activations(m, k, dtype), packed(w_format, n, k, group_size, offset=offset)
     bias = jnp.asarray(np.random.default_rng(2).normal(size=n), jnp.float32)
@@ -186,7 +186,7 @@ def test_products_are_those_of_the_dequantized_weights(m, n, k, w_format, group_
     ],
     ids=str,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_rings_run_on_across_tiles(tiling, blocks, group_size):
     """More tiles than blocks, parts of K beyond its end, rings deeper and shallower than a tile's work."""
     x, w = activations(2, 4500, jnp.bfloat16), packed(BipolarFormat(3), 300, 4500, group_size)
@@ -253,7 +253,7 @@ COMPILED = [
     ("m", "n", "k", "w_bits", "group_size", "offset", "dtype"),
     [*((*sizes, jnp.bfloat16) for sizes in COMPILED), *((*sizes, jnp.float16) for sizes in COMPILED[::2])],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_kernels_compile_without_spills(m, n, k, w_bits, group_size, offset, dtype):
     terms = jax.ShapeDtypeStruct((n, -(-k // (group_size or k))), jnp.float32)
     _, report = sm90_compile.compile_for_h200(
