@@ -97,6 +97,7 @@ def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypa
     distill.main(config, tmp_path)  # finished: nothing is trained again
 
 
+@pytest.mark.covered("Ctrl-C, by test_train_resume.py")
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(config, tmp_path, monkeypatch):
     class Pressed:
         requested = True

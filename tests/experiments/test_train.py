@@ -176,7 +176,7 @@ def test_packed_models_are_rejected(tiny_run, tiny_text, tmp_path):
 @pytest.mark.parametrize(
     "module", [tiny_w1a1, tiny_w2a2, tiny_ternary_a8, tiny_bf16], ids=lambda module: module.__name__
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("a whole run, by the tests above; products of few bits, by nn/test_dot_general.py")
 def test_each_config_takes_its_first_steps(module, tiny_text, tmp_path):
     config = shrink(module.get_config(), tiny_text)
     config.steps, config.optimizer.warmup_steps, config.batch_size = 2, 1, 1

@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_with_the_same_losses(tiny_run, tiny_text, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["bit schedule", "distilled, learned steps, random gradients"])
-@pytest.mark.covered("resuming, by test_a_killed_run_resumes_with_the_same_losses; Ctrl-C, by test_distill.py")
+@pytest.mark.covered("resuming, by test_a_killed_run_resumes_with_the_same_losses; Ctrl-C, by a test below")
 def test_an_interrupted_run_resumes_with_the_same_losses(tiny_text, tmp_path, monkeypatch, kind):
     without_evaluation(monkeypatch)
     if kind == "bit schedule":

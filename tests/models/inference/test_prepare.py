@@ -45,6 +45,7 @@ def float_dtypes(model: Transformer) -> set[str]:
     return {value.dtype.name for value in values if isinstance(value, jax.Array) and value.dtype.kind in "fV"}
 
 
+@pytest.mark.covered("joining, by test_join_projections.py; what is prepared, by the tests below")
 def test_packed_layers_are_joined_and_the_numbers_stay():
     model = quantized()
     prepared = prepare_for_inference(model)
