@@ -98,6 +98,7 @@ def test_quantize_takes_the_rules(run, model, tokens, tmp_path):
         assert [str(each.precision) for each in layers] == chosen
 
 
+@pytest.mark.covered("the choice, by the tests beside and compress/allocation; times of products, by bench/products")
 def test_milliseconds_are_those_of_this_device_and_sites_may_be_alike(run, model, tokens):
     folder, _ = run
     config = tiny_config(model, tokens)

@@ -77,6 +77,7 @@ def open_text(config):
         return file.read()
 
 
+@pytest.mark.covered("checkpoints and resuming, by test_train_resume.py, which shares them")
 def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypatch):
     original = DistillationRun._flush
 

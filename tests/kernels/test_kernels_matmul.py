@@ -146,7 +146,7 @@ CASES = [  # k, w_format, group_size, calibration
 @every_backend
 @pytest.mark.parametrize(("k", "w_format", "group_size", "calibration"), CASES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_quantized_matmul_is_the_product_of_what_the_codes_stand_for(
     backend, k, w_format, group_size, calibration, biased
 ):
@@ -193,7 +193,7 @@ def test_weight_only_matmul_is_the_product_with_dequantized_weights(
 
 @every_backend
 @every_dtype
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_narrow_floats_give_the_float32_result_rounded_once(backend, dtype):
     x = jnp.asarray(activations(100), dtype)
     w = quantize(normal(100, N, seed=1), 4, 0, 32, scales="float")

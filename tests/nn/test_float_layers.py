@@ -146,7 +146,7 @@ EQUATIONS = [
 
 @pytest.mark.parametrize("trained", [False, True], ids=["", "trained"])
 @pytest.mark.parametrize(("equation", "x_shape", "kernel_shape", "bias_shape"), EQUATIONS)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("standard_promotion")  # bfloat16 inputs of float32 layers
 @pytest.mark.sample(3)
 def test_an_einsum_that_contracts_its_kernel_is_packed(equation, x_shape, kernel_shape, bias_shape, trained):

@@ -160,7 +160,7 @@ DTYPES = (None, jnp.float32, jnp.bfloat16)
 @pytest.mark.parametrize("trained", [False, True], ids=["", "trained"])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_linear_answers_in_the_dtype_of_the_float_layer(general, trained, use_bias):
     """For every dtype, parameter dtype, preferred dtype and dtype of x; values differ by 8-bit roundings."""
     for dtype, param_dtype, preferred in itertools.product(DTYPES, DTYPES[1:], DTYPES):

@@ -37,7 +37,7 @@ def w() -> BipolarArray:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("a_bits", [1, 8])
 @pytest.mark.parametrize("implementation", PORTABLE)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_it_is_of_the_float32_product_with_its_bias(w, implementation, a_bits, activation):
     """Before the cast: the bfloat16 result is the float32 one, rounded."""
     x = normal(2, 3, K, dtype=jnp.bfloat16)

@@ -107,7 +107,7 @@ def compilations_of(call) -> int:
 
 
 @pytest.mark.parametrize("name", EAGER)
-@pytest.mark.sample(15)
+@pytest.mark.sample(8)
 def test_no_call_compiles_again(name):
     assert compilations_of(EAGER[name]) == 0
 

@@ -39,7 +39,7 @@ def expected(x, w: BipolarArray, a_bits: int | None) -> np.ndarray:
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("a_bits", [1, 8, None])
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K)])
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_batch_axes_of_x_are_rows(w, shape, a_bits, implementation):
     x, bias = normal(*shape), normal(N)
     y = matmul(x, w, a_bits, bias=bias, implementation=implementation)

@@ -104,7 +104,7 @@ def test_norms_are_those_of_flax(norm):
 @every_prologue
 @pytest.mark.parametrize("a_bits", [1, 2, 8, None])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.sample(14)
+@pytest.mark.sample(7)
 def test_the_product_is_that_of_what_the_prologue_gives(name, a_bits, implementation, w):
     prologue, bias = make(name), normal(N, seed=3)
     x = rows_of(prologue, 2, M)
@@ -157,7 +157,7 @@ def test_every_matrix_of_a_stack_may_have_a_norm_of_its_own(name, own):
 
 @every_prologue
 @pytest.mark.parametrize("a_bits", [2, 8, None])
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 def test_gradients_are_those_of_the_prologue_and_the_product_one_after_the_other(name, a_bits, w):
     prologue, cotangent = make(name), normal(2, M, N, seed=2)
     x = rows_of(prologue, 2, M)

@@ -31,7 +31,7 @@ def w() -> BipolarArray:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("a_bits", [1, 8, None])
 @pytest.mark.parametrize("implementation", PORTABLE)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_it_is_added_to_the_rounded_product(w, implementation, a_bits, dtype):
     x, residual = normal(2, 3, K, dtype=dtype), 30 * normal(2, 3, N, seed=2, dtype=dtype)
     options = dict(

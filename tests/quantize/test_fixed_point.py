@@ -39,7 +39,7 @@ def test_sums_are_close_and_do_not_depend_on_the_order(n):
         (65536, 0.1, 1e6),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_small_numbers_beside_an_outlier_are_not_lost(size, number, outlier):
     x = np.full((2, size), number, np.float32)
     x[0, 77], x[1, 77] = outlier, -outlier

@@ -39,7 +39,7 @@ def numbers_of(rounded, precision) -> np.ndarray:
     return numbers
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("precision", FORMATS)
 def test_losses_fall_from_nearest_to_gptq_to_descent(precision):
     """And rows of zeros stay zeros, whatever the scale of the others; the last group is short."""
@@ -69,7 +69,7 @@ def test_grids_keep_their_zero(grid):
     assert errors[1] < errors[0]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("n", "k"), [(1, 5), (3, 1), (1, 1)])
 @pytest.mark.parametrize("precision", ["W4A8", "W2A8g1", "W2A8g1f"])
 def test_one_row_and_one_input(n, k, precision):

@@ -47,7 +47,7 @@ def assert_same_logits(found, expected):
 
 @pytest.mark.parametrize("layout", STORAGE)
 @pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.sample(34)
+@pytest.mark.sample(20)
 def test_logits_are_those_of_transformers(tmp_path, name, layout):
     golden = GOLDEN[name]
     assert_same_logits(forward(load(name, tmp_path, layout), golden.ids), golden.logits)
@@ -88,7 +88,7 @@ def test_prefill_and_decoding_give_the_full_forward_pass(kind):
             logits, cache = decode(model, golden.ids[rows, at], cache)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_a_text_alone_scores_as_in_a_batch(kind):
     golden, model = kind
     for row in range(checkpoints.BATCH):

@@ -114,7 +114,7 @@ NESTED = "[" * 1000 + "]" * 1000
         ("model.safetensors.index.json", "{},"),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_json_files(tmp_path, name, item):
     directory = tiny.write_huggingface(tiny.make(), tmp_path / "hf", shards=2)
     path = directory / name

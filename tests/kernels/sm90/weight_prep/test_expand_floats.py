@@ -73,7 +73,7 @@ def test_threads_write_the_values(fmt, group_size, n, k, gated, dtype, monkeypat
 
 
 @with_every_case
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_blocks_write_what_is_theirs(fmt, group_size, n, k, gated, dtype):
     w, values = weights(fmt, group_size, n, k)
     params = plgpu.InterpretGPUParams(detect_races=True)
