@@ -148,7 +148,7 @@ def calibration_tokens(
 def written_text(
     model: Transformer, shape: tuple[int, int], seed: int, on_window: Callable[[float], None]
 ) -> Int[np.ndarray, "windows length"]:
-    """Windows that the float model writes: on GPUs in bfloat16 and many at once, fifty times as fast."""
+    """Windows that the float model writes: on GPUs in bfloat16 and many at once, which is faster."""
     key = jax.random.key(seed)
     if default_device().platform != "gpu":
         return bj.models.write_windows(model, *shape, key=key, on_window=on_window)

@@ -187,14 +187,12 @@ def _pass_over_blocks(
     blocks, compiled = [], []
     for index, plan in enumerate(plans):
         block = model.block(index)
-        float_block = None if floats is None else floats.block(index)
+        beside = None if floats is None else (floats.block(index), float_carries)
         kernels = None if finished is None else finished.read(index)
         if kernels is None:
             if plan not in compiled:
-                beside = None if float_carries is None else (float_block, float_carries[0])
-                compile_programs(model, block, carries[0], plan, method, beside)
+                compile_programs(model, block, carries[0], plan, method, beside and (beside[0], float_carries[0]))
                 compiled.append(plan)
-            beside = None if float_carries is None else [(float_block, carry) for carry in float_carries]
             block, kernels = _calibrated(model, block, index, carries, plan, method, beside)
             if finished is not None:
                 finished.write(index, kernels)
@@ -205,8 +203,8 @@ def _pass_over_blocks(
         if index + 1 < model.num_blocks:
             for each in range(len(carries)):  # one by one, so that old and new states are not all in memory
                 carries[each] = run_block(model, block, carries[each])
-                if float_carries is not None:
-                    float_carries[each] = run_block(model, float_block, float_carries[each])
+                if beside is not None:
+                    float_carries[each] = run_block(model, beside[0], float_carries[each])
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
@@ -220,11 +218,11 @@ def _calibrated(
     carries: Sequence[Any],
     plans: BlockPlan,
     method: Rounding,
-    float_blocks: Sequence[tuple[nnx.Module, Any]] | None,
+    beside: tuple[nnx.Module, Sequence[Any]] | None,
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
     """A block with packed layers, and these layers' kernels by path.
 
-    `float_blocks` has the float block with its carry, for each of the carries.
+    `beside` has the float block and its carries.
     """
     kernels: dict[str, BipolarArray] = {}
     for index, plan in enumerate(plans):
@@ -232,9 +230,10 @@ def _calibrated(
         if not a_formats:
             continue
         remaining = tuple(each.sites for each in plans[index:])
-        moments = empty_moments(block, plan, with_cross=float_blocks is not None)
-        for carry, beside in zip(carries, float_blocks or [None] * len(carries), strict=True):
-            moments = add_moments(model, block, carry, moments, remaining, a_formats, beside)
+        moments = empty_moments(block, plan, with_cross=beside is not None)
+        for each, carry in enumerate(carries):
+            own = None if beside is None else (beside[0], beside[1][each])
+            moments = add_moments(model, block, carry, moments, remaining, a_formats, own)
         if not all(jnp.isfinite(sums.products).all() for sums in moments):
             raise ValueError(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
