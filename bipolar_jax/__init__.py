@@ -3,6 +3,7 @@
 from bipolar_jax import compress, models, nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
+from bipolar_jax.interop import from_qwix, to_qwix
 from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.nn import DotGeneral, quantization_aware, quantize_model, summary
 from bipolar_jax.ops import GradientPrecision, explain, lookup, matmul
@@ -25,6 +26,7 @@ __all__ = [
     "explain_model",
     "fake_quant",
     "from_codes",
+    "from_qwix",
     "load",
     "lookup",
     "matmul",
@@ -37,4 +39,5 @@ __all__ = [
     "save",
     "shard",
     "summary",
+    "to_qwix",
 ]

@@ -19,6 +19,7 @@ BELOW = {
     "kernels": {"format", "quantize", "packing", "tuning"},
     "ops": {"format", "quantize", "packing", "kernels"},
     "nn": {"format", "quantize", "packing", "ops"},
+    "interop": {"format", "quantize", "packing", "nn", "extras"},
     "checkpoint": {"format", "quantize", "packing", "extras"},
     "compress": {"format", "quantize", "packing", "kernels", "ops", "nn", "checkpoint"},
     "models": {"format", "quantize", "packing", "kernels", "ops", "nn", "compress", "checkpoint", "extras"},
