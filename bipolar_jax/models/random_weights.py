@@ -41,6 +41,7 @@ def random_packed(
     key: PRNGKeyArray,
     dtype: Any = jnp.bfloat16,
     embed_bits: int | None = 8,
+    embed_group_size: int | None = None,
     implementation: str = "auto",
 ) -> Transformer:
     """A packed model with random bits and the structure of `quantize_model`'s result.
@@ -55,6 +56,7 @@ def random_packed(
       dtype: dtype of the computation and of everything that is not packed, such as norms and biases.
       embed_bits: weight bits of the embedding and the output layer, whose input stays float; None
         leaves both float.
+      embed_group_size: numbers of them that share a scale; None is one scale a row.
       implementation: backend of the packed layers, see `bipolar_jax.matmul`.
 
     Raises:
@@ -62,7 +64,7 @@ def random_packed(
     """
     rules = [("^layers/", precision)]
     if embed_bits is not None:
-        rules.append(("^(embed|lm_head)$", Precision(embed_bits)))
+        rules.append(("^(embed|lm_head)$", Precision(embed_bits, group_size=embed_group_size)))
     return _fill(lambda: quantize_model(_float_model(config, dtype), rules, implementation=implementation), config, key)
 
 

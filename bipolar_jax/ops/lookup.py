@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Integer
 from bipolar_jax.ops.explicit_sharding import mesh_axes, with_out_sharding
 from bipolar_jax.packing import BipolarArray, BlockScaledArray, PreparedArray, UnpackedArray
 
+Table = BipolarArray | BlockScaledArray | UnpackedArray | PreparedArray
+
 
 def lookup(
-    table: BipolarArray | BlockScaledArray | UnpackedArray,
+    table: Table,
     ids: Integer[Array, "*batch"],
     dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "*batch d"]:
@@ -27,7 +29,7 @@ def lookup(
 
     Raises:
       ValueError: ids that are not integers; a table without two axes, or not packed along the last one, or a
-        `PreparedArray`.
+        `PreparedArray` that is gated or has float scales of groups.
     """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
@@ -36,18 +38,17 @@ def lookup(
             f"a table of shape {table.shape} packed along axis {table.axis} has no rows to look up: "
             "it must have two axes and be quantized with axis=-1"
         )
-    if isinstance(table, PreparedArray):
-        raise ValueError(f"{table} is laid out for products: look rows up in the BipolarArray that it is made of")
     table.check()
     return with_out_sharding(functools.partial(_decoded_rows, jnp.dtype(dtype)), (*mesh_axes(ids), None), (table, ids))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _decoded_rows(
-    dtype: jnp.dtype, table: BipolarArray | BlockScaledArray | UnpackedArray, ids: Integer[Array, "*batch"]
-) -> Float[Array, "*batch d"]:
+def _decoded_rows(dtype: jnp.dtype, table: Table, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch d"]:
     flat = ids.reshape(-1).astype(jnp.int32)  # a narrower type may not hold the number of rows
     in_range = (flat >= 0) & (flat < table.shape[0])
+    if isinstance(table, PreparedArray):
+        numbers = table.rows_at(jnp.clip(flat, 0, table.shape[0] - 1))
+        return jnp.where(in_range[:, None], numbers, jnp.nan).astype(dtype).reshape(*ids.shape, table.shape[-1])
     rows = jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=-2, mode="clip"), table)
     if isinstance(rows, BlockScaledArray):
         scale = jnp.where(in_range[:, None], rows.block_scale, jnp.float16(jnp.nan))

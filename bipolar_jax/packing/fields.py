@@ -123,11 +123,22 @@ def unpack_fields(
 ) -> UInt8[Array, "rows k"]:
     """Codes of whole tiles and stages: the inverse of `pack_fields`."""
     tiles, _, stages = words.shape[:3]
-    codes = unpack_part(words)
-    if not natural_order:
-        codes = codes.reshape(*codes.shape[:-1], -1, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+    codes = _in_order_of_elements(unpack_part(words), natural_order)
     codes = codes.reshape(tiles, PARTS, stages, 2, PART_ROWS // 2, STAGE).transpose(0, 3, 1, 4, 2, 5)
     return codes.reshape(tiles * TILE_ROWS, stages * STAGE)
+
+
+def row_codes(
+    words: UInt32[Array, "tiles parts stages bits vector_words"], rows: Int[Array, " ids"], natural_order: bool
+) -> UInt8[Array, "ids k"]:
+    """Codes of some rows of whole tiles; reads the words of four lanes for each, which hold four rows."""
+    tiles, _, stages, bits, _ = words.shape
+    tile, part, lane_row, block, half = _places(rows)
+    lanes = words.reshape(tiles, PARTS, stages, bits, 8, LANES // 8 * VECTOR)[tile, part, :, :, lane_row]
+    codes = _registers_of(lanes).reshape(-1, stages, LANES // 8, STEPS, 2, 2, 2, 4)  # lane % 4, step, b, h, p, byte
+    codes = _chosen(_chosen(codes, block, 4), half, 5)
+    codes = codes.transpose(0, 1, 3, 4, 2, 5).reshape(-1, stages, STAGE)
+    return _in_order_of_elements(codes, natural_order).reshape(-1, stages * STAGE)
 
 
 def pack_terms(
@@ -164,7 +175,7 @@ def unpack_terms(
 ) -> tuple[UInt8[Array, "rows groups"], Int8[Array, "rows groups"]]:
     """s and o of whole tiles: the inverse of `pack_terms`."""
     tiles, _, stages, chunks, _ = terms.shape
-    group_starts = np.arange(-(-k // group_size)) * group_size // (STAGE // chunks)
+    group_starts = _first_chunks(group_size, k, chunks)
 
     def of_rows(part: Array) -> Array:
         rows = part.reshape(tiles, PARTS, stages, 2, PART_ROWS // 2, chunks).transpose(0, 3, 1, 4, 2, 5)
@@ -172,6 +183,19 @@ def unpack_terms(
 
     scale, offset = map(of_rows, part_terms(terms))
     return scale.astype(jnp.uint8), (offset - OFFSET_BIAS).astype(jnp.int8)
+
+
+def row_terms(
+    terms: UInt32[Array, "tiles parts stages chunks chunk_words"], rows: Int[Array, " ids"], group_size: int, k: int
+) -> tuple[UInt8[Array, "ids groups"], Int8[Array, "ids groups"]]:
+    """s and o of some rows of whole tiles."""
+    tiles, _, stages, chunks, _ = terms.shape
+    tile, part, lane_row, block, half = _places(rows)
+    words = terms.reshape(tiles, PARTS, stages, chunks, 8, 2)[tile, part, :, :, lane_row, block]
+    words = words.reshape(-1, stages * chunks)[:, _first_chunks(group_size, k, chunks)]
+    words >>= 16 * half[:, None].astype(jnp.uint32)
+    offset = ((words >> 8) & 0xFF).astype(jnp.int32) - OFFSET_BIAS
+    return (words & 0xFF).astype(jnp.uint8), offset.astype(jnp.int8)
 
 
 def expand_part(
@@ -194,10 +218,10 @@ def expand_tile(
     return parts.swapaxes(0, 1).reshape(TILE_ROWS, STAGE)
 
 
-def _registers_of(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
-    """Every lane's registers of codes."""
+def _registers_of(words: UInt32[Array, "*batch bits lane_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
+    """The registers of codes of neighbouring lanes, VECTOR words each for a bit."""
     *batch, bits, _ = words.shape
-    words = words.reshape(*batch, bits, LANES, VECTOR).swapaxes(-3, -2).reshape(*batch, LANES, STEPS, bits)
+    words = words.reshape(*batch, bits, -1, VECTOR).swapaxes(-3, -2).reshape(*batch, -1, STEPS, bits)
     registers = []
     for fields in fields_of(bits):
         parts = []
@@ -206,3 +230,26 @@ def _registers_of(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Arr
             parts.append(((words[..., word] >> position) & mask) << shift)
         registers.append(functools.reduce(jnp.bitwise_or, parts))
     return jax.lax.bitcast_convert_type(jnp.stack(registers, axis=-1), jnp.uint8)
+
+
+def _in_order_of_elements(codes: UInt8[Array, "*batch positions"], natural_order: bool) -> UInt8[Array, "*batch k"]:
+    """Codes of stages in order of position, reordered."""
+    if natural_order:
+        return codes
+    return codes.reshape(*codes.shape[:-1], -1, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+
+
+def _places(rows: Int[Array, " ids"]) -> tuple[Int[Array, " ids"], ...]:
+    """Tile, part, lane / 4, block and half of the part's rows: r, b and p of the module's docstring."""
+    return rows // TILE_ROWS, rows // 16 % PARTS, rows % 8, rows // 64 % 2, rows // 8 % 2
+
+
+def _chosen(pairs: Array, index: Int[Array, " ids"], axis: int) -> Array:
+    """Entry index[i], 0 or 1, of an axis of array i."""
+    first, second = (jnp.take(pairs, entry, axis=axis) for entry in range(2))
+    return jnp.where(index.reshape(-1, *[1] * (first.ndim - 1)) == 0, first, second)
+
+
+def _first_chunks(group_size: int, k: int, chunks: int) -> Int[np.ndarray, " groups"]:
+    """The first chunk of every group, of `chunks` a stage."""
+    return np.arange(-(-k // group_size)) * group_size // (STAGE // chunks)

@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.workloads = "1x512+128,8x512+128,1x2048+128,8x2048+128"
     # Weight bits of the embedding and the output layer in packed models; 0 keeps them in bf16, as in the baselines.
     config.embed_bits = 0
+    # Numbers of them that share a scale, such as 128 beside 4 or 6 bits; 0 has one scale a row.
+    config.embed_group_size = 0
     # Of packed weights: "planes", "bytes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
     config.layout = ""
     # Sequences that packed models decode in one kernel, where a backend has it: up to 4.

@@ -50,6 +50,7 @@ _SETTINGS = (
     "calibration",
     "cache_bits",
     "embed_bits",
+    "embed_group_size",
     "layout",
     "rotated",
     "rotation_block",
@@ -79,13 +80,13 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(preset(name), jnp.bfloat16, key)
-    options = {"embed_bits": config.embed_bits or None, "implementation": config.implementation}
+    options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
     model_config = preset(name)
     if config.rotated:
         ffn = bj.ops.hadamard(model_config.ffn_size, block=config.rotation_block or None)
         rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
         model_config = dataclasses.replace(model_config, rotation=rotation)
-    model = random_packed(model_config, precision, key=key, **options)
+    model = random_packed(model_config, precision, key=key, implementation=config.implementation, **options)
     if num_devices(config) > 1:
         sizes = config.mesh.data, config.mesh.model
         return shard_model(model, jax.make_mesh(sizes, ("data", "model")), layout=config.layout or None)

@@ -78,13 +78,20 @@ def test_what_needs_planes_or_rows_refuses(tmp_path):
     prepared = GROUPS.prepare()
     with pytest.raises(ValueError, match="a PreparedArray has no planes to drop: truncate the BipolarArray"):
         prepared.truncate(2)
-    with pytest.raises(ValueError, match="look rows up in the BipolarArray that it is made of"):
-        lookup(prepared.T, jnp.asarray([0]))
+    with pytest.raises(ValueError, match="has no rows to look up: look them up in the array that it is made of"):
+        lookup(FLOATS.prepare().T, jnp.asarray([0]))
     with pytest.raises(ValueError, match="w is laid out for inference: save the model as it was before"):
         bj.save(tmp_path / "w.safetensors", {"w": prepared})
     layer = bj.nn.Linear(72, 20, precision="W4A8g32", use_bias=False, kernel=prepared)
     with pytest.raises(ValueError, match="laid out for a GPU are not joined"):
         joined([layer, layer])
+
+
+def test_rows_of_a_prepared_table_are_looked_up():
+    ids = jnp.asarray([[19, 3], [0, 20]])
+    found = lookup(GROUPS.T.prepare(), ids, jnp.bfloat16)
+    np.testing.assert_array_equal(found, lookup(GROUPS.T, ids, jnp.bfloat16))
+    assert np.isnan(found[1, 1]).all()
 
 
 def test_columns_of_tiles_come_back_in_order():

@@ -78,6 +78,13 @@ def test_groups_come_back(group_size, gated):
     np.testing.assert_array_equal(prepared.values(), w.values())
 
 
+@pytest.mark.parametrize("group_size", [None, 48, 64])
+def test_rows_are_those_of_the_array(group_size):
+    w = codes_of(BipolarFormat(6)) if group_size is None else groups_of(BipolarFormat(6), group_size)[1]
+    ids = jnp.asarray([149, 0, 9, 9, 77, 127, 128], jnp.int32)
+    np.testing.assert_array_equal(w.T.prepare().rows_at(ids), w.T.dequantize()[ids])
+
+
 @pytest.mark.parametrize("bits", [3, 6])
 @pytest.mark.parametrize("group_size", [16, 32])
 def test_every_code_is_where_its_thread_looks(bits, group_size):

@@ -15,10 +15,10 @@ from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES
 from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Embed, Packed
+from bipolar_jax.nn import Embed, Linear, Packed
 from bipolar_jax.nn.layers.linear import is_plain
 from bipolar_jax.ops.dispatch import hopper_serves
-from bipolar_jax.packing import BipolarArray, BlockScaledArray, PreparedArray
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, PreparedArray
 from bipolar_jax.packing.float_terms import FloatTerms, shared_terms
 from bipolar_jax.packing.prepared_array import check_preparable, has_float_groups
 
@@ -42,10 +42,10 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
       layout: of packed weights. "planes" leaves them as they are. "bytes" makes one byte of each (`UnpackedArray`),
         8 / n times the memory of n bits, which CPUs multiply several times as fast; layers that name another backend
         than XLA stay planes. "tensor_cores" lays them out for Hopper's int8 tensor cores (`PreparedArray`) in the same
-        memory; tables, layers that name another backend, layers with float activations unless they have integer groups
-        and compute in 16 bits, and what has no such layout (`BipolarArray.prepare`) stay planes. None takes "bytes" on
-        CPUs, and on Hopper GPUs "tensor_cores" for layers with groups, or with 4 bits, one scale a column and
-        activations of 3 bits or more.
+        memory; tables that make no logits or have float scales of groups, layers that name another backend, layers with
+        float activations unless they have integer groups and compute in 16 bits, and what has no such layout
+        (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
+        with groups, or with 4 bits, one scale a column and activations of 3 bits or more.
       fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
         up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
         layer by layer.
@@ -83,12 +83,20 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
 def _unpack(model: Transformer) -> None:
     """Unpacks the weights of the layers that XLA multiplies, one layer at a time."""
     for _, layer in list(nnx.iter_modules(model)):
-        is_table = isinstance(layer, Embed)
-        if not (is_table or is_plain(layer)) or layer.implementation not in ("auto", "xla"):
+        is_multiplied = isinstance(layer, Embed) or is_plain(layer)
+        if not is_multiplied or layer.implementation not in ("auto", "xla"):
             continue
-        weights = layer.embedding if is_table else layer.kernel
-        if isinstance(weights.get_value(), BipolarArray | BlockScaledArray):
-            setattr(layer, "embedding" if is_table else "kernel", Packed(weights.get_value().unpack()))
+        weights = _weights(layer)
+        if isinstance(weights, BipolarArray | BlockScaledArray):
+            _set_weights(layer, weights.unpack())
+
+
+def _weights(layer: Embed | Linear) -> BipolarNumbers:
+    return (layer.embedding if isinstance(layer, Embed) else layer.kernel).get_value()
+
+
+def _set_weights(layer: Embed | Linear, weights: BipolarNumbers) -> None:
+    setattr(layer, "embedding" if isinstance(layer, Embed) else "kernel", Packed(weights))
 
 
 def belongs_on_tensor_cores(w_bits: int, a_bits: int | None, *, has_groups: bool) -> bool:
@@ -108,10 +116,12 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
     modules, layers = list(nnx.iter_modules(model)), []
     gated = [module.gate_up_proj for _, module in modules if hasattr(module, "gate_up_proj")]
     for _, layer in modules:
-        if not is_plain(layer) or layer.implementation not in ("auto", "sm90"):
+        # A table that makes logits too: its rows can be looked up in this layout.
+        is_table = isinstance(layer, Embed) and layer is model.output_layer
+        if not (is_table or is_plain(layer)) or layer.implementation not in ("auto", "sm90"):
             continue
-        weights, is_gated = layer.kernel.get_value(), any(layer is each for each in gated)
-        if not isinstance(weights, BipolarArray | BlockScaledArray):
+        weights, is_gated = _weights(layer), any(layer is each for each in gated)
+        if not isinstance(weights, BipolarArray | BlockScaledArray) or (is_table and has_float_groups(weights)):
             continue
         a_bits, has_groups = layer.precision.a_bits, weights.has_integer_groups or has_float_groups(weights)
         if a_bits is None and not (weights.has_integer_groups and dtype.itemsize == 2):
@@ -120,20 +130,20 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
             continue
         if isinstance(weights, BlockScaledArray):
             weights = weights.with_scales()
-            layer.kernel = Packed(weights)
+            _set_weights(layer, weights)
         try:
             check_preparable(weights, is_gated)
         except ValueError:
             continue
         layers.append((layer, is_gated))
     # The decode step takes one form for all layers.
-    scaled = [weights for layer, _ in layers if has_float_groups(weights := layer.kernel.get_value())]
+    scaled = [weights for layer, _ in layers if has_float_groups(weights := _weights(layer))]
     terms = {fmt: shared_terms([w for w in scaled if w.format == fmt]) for fmt in {w.format for w in scaled}}
     del scaled  # so that each layer's planes are freed with it
     for layer, is_gated in layers:
-        weights = layer.kernel.get_value()
+        weights = _weights(layer)
         float_terms = terms[weights.format] if has_float_groups(weights) else None
-        layer.kernel = Packed(_prepared(weights, is_gated, float_terms))
+        _set_weights(layer, _prepared(weights, is_gated, float_terms))
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "float_terms"))

@@ -181,6 +181,23 @@ def test_hopper_gets_4_bits_with_one_scale_a_column_by_their_activations(precisi
     assert set(kernels(prepared).values()) == {kind}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_output_layers_with_integer_groups_are_laid_out(tied):
+    """A tied table is laid out whole, and its rows are looked up there; one that is only looked up stays planes."""
+    ends = [("^(embed|lm_head)$", bj.Precision.parse("W6A16g16")), ("^layers/", bj.Precision.parse("W4A8"))]
+    model = quantized(ends, tie_embeddings=tied)
+    with interpreted(plgpu.InterpretGPUParams()):
+        prepared = prepare_for_inference(model, jnp.bfloat16)
+        text = str(bj.explain_model(prepared, batch=1, length=64).output)
+    assert "bfloat16 tensor cores, weights of 6 bits in integer groups of 16 expanded in registers" in text
+    assert "lays the weights out in every call" not in text
+    assert isinstance(prepared.embed.embedding.get_value(), PreparedArray if tied else bj.BipolarArray)
+    planes, ids = prepare_for_inference(model, jnp.bfloat16, layout="planes"), jnp.asarray([[1, 49, 3]])
+    np.testing.assert_array_equal(prepared.embed(ids), planes.embed(ids))
+    hidden = planes.embed(ids)
+    np.testing.assert_array_equal(prepared.logits(hidden), planes.logits(hidden))
+
+
 def test_hopper_gets_float_groups_in_one_form():
     """One layer has no offsets: the decode step takes one form, which holds the offsets of the others."""
     model = quantized([("^layers/", bj.Precision.parse("W4A8g16f"))])
