@@ -25,8 +25,8 @@ from bipolar_jax.compress.block_programs import enter_blocks, run_block
 from bipolar_jax.compress.hessians import dequantized_tokens, stream_weights
 from bipolar_jax.compress.packed_sites import SitePlan, float_matrix
 from bipolar_jax.compress.site_inputs import site_inputs
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
-from bipolar_jax.quantize.precision import activation_format
 
 SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 
@@ -51,24 +51,24 @@ def with_learned_spans(
 
     if not any(map(searched, (each for plan in plans for sites in plan for each in sites.precisions.values()))):
         return tuple(plans)
-    sums: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(len(SPANS)))
+    sums: dict[tuple[int, BipolarFormat], np.ndarray] = defaultdict(lambda: np.zeros(len(SPANS)))
     carries = [enter_blocks(model, batch, None) for batch in batches]
     for block_index, plan in enumerate(plans):
         block = model.block(block_index)
         for index, sites in enumerate(plan):
             names = tuple(name for name, precision in sites.precisions.items() if searched(precision))
             remaining = tuple(each.sites for each in plan[index:])
-            for a_bits in dict.fromkeys(sites.precisions[name].a_bits for name in names):
-                alike = tuple(name for name in names if sites.precisions[name].a_bits == a_bits)
-                errors = sum(np.asarray(_errors(model, block, carry, remaining, alike, a_bits)) for carry in carries)
-                sums[index, a_bits] += errors / max(errors[0], np.finfo(np.float32).tiny)
+            for a_format in dict.fromkeys(sites.precisions[name].a_format for name in names):
+                alike = tuple(name for name in names if sites.precisions[name].a_format == a_format)
+                errors = sum(np.asarray(_errors(model, block, carry, remaining, alike, a_format)) for carry in carries)
+                sums[index, a_format] += errors / max(errors[0], np.finfo(np.float32).tiny)
         if block_index + 1 < len(plans):
             carries = [run_block(model, block, carry) for carry in carries]
     best = {key: SPANS[int(np.argmin(errors))] for key, errors in sums.items()}
 
     def with_span(index: int, precision):
         return (
-            dataclasses.replace(precision, a_span=best[index, precision.a_bits]) if searched(precision) else precision
+            dataclasses.replace(precision, a_span=best[index, precision.a_format]) if searched(precision) else precision
         )
 
     return tuple(
@@ -83,7 +83,7 @@ def with_learned_spans(
 
 
 def output_errors(
-    x: Float[Array, "m k"], weights: Float[Array, " m"], w: Float[Array, "k n"], a_bits: int
+    x: Float[Array, "m k"], weights: Float[Array, " m"], w: Float[Array, "k n"], a_format: BipolarFormat
 ) -> Float[Array, " spans"]:
     """The squared error of x @ w that quantizing x makes, summed over weighted tokens, for each of `SPANS`.
 
@@ -91,14 +91,14 @@ def output_errors(
       x: float32 tokens.
       weights: of the tokens.
       w: float32 weights.
-      a_bits: activation bits.
+      a_format: of the tokens, whose span is replaced.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     k, n = w.shape
     gram = None if n <= k else product(w, w.T)
     errors = []
     for span in SPANS:
-        difference = dequantized_tokens(x, activation_format(a_bits, span)) - x
+        difference = dequantized_tokens(x, dataclasses.replace(a_format, span=span)) - x
         if gram is None:
             by_token = jnp.sum(product(difference, w) ** 2, axis=-1)
         else:
@@ -107,14 +107,14 @@ def output_errors(
     return jnp.stack(errors)
 
 
-@functools.partial(jax.jit, static_argnames=("remaining", "names", "a_bits"))
+@functools.partial(jax.jit, static_argnames=("remaining", "names", "a_format"))
 def _errors(
     model: Compressible,
     block: nnx.Module,
     carry: Any,
     remaining: tuple[Sites, ...],
     names: tuple[str, ...],
-    a_bits: int,
+    a_format: BipolarFormat,
 ) -> Float[Array, " spans"]:
     """`output_errors` of the layers of these names, which are among the first of the remaining sites."""
     x, stream = site_inputs(model, block, carry, remaining)
@@ -125,4 +125,4 @@ def _errors(
         stream = stream.reshape(-1, stream.shape[-1]).astype(jnp.float32)
         added = jnp.matmul(rows, w) if w.shape[1] == stream.shape[1] else 0
         weights = stream_weights(stream + added)
-    return output_errors(rows, weights, w, a_bits)
+    return output_errors(rows, weights, w, a_format)

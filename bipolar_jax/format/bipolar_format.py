@@ -35,14 +35,18 @@ class BipolarFormat:
       ternary: the ternary format; both of its planes have the weight 1.
       span: of activations, the part of a token's range that the grid spans: numbers beyond it take its ends, all others
         get finer steps. At most 1; the formats of weights have 1.
+      symmetric: of activations of 2 bits and more, whether every token has zero at the code `code_offset` and the step
+        2 max|x| / W, whatever its smallest and largest number: signed integers without a zero point.
 
     Raises:
-      ValueError: bits is not an integer in 1..8, or not 2 in the ternary format; a span that is not in (0, 1].
+      ValueError: bits is not an integer in 1..8, or not 2 in the ternary format; a span that is not in (0, 1]; 1 bit or
+        ternary as symmetric, which they are by themselves.
     """
 
     bits: int
     ternary: bool = False
     span: float = 1.0
+    symmetric: bool = False
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | np.integer):
@@ -55,6 +59,10 @@ class BipolarFormat:
         if isinstance(self.span, bool) or not isinstance(self.span, float | int) or not 0 < self.span <= 1:
             raise ValueError(f"span must be a number above 0 and at most 1, got {self.span!r}")
         object.__setattr__(self, "span", float(self.span))
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.symmetric and (self.ternary or self.bits == 1):
+            raise ValueError(f"numbers of {self.name} bits are symmetric by themselves: leave `symmetric` False")
 
     @functools.cached_property
     def plane_weights(self) -> tuple[int, ...]:
@@ -162,10 +170,12 @@ def as_format(bits: int | BipolarFormat) -> BipolarFormat:
     """The n-bit format of weights of a number of bits; a `BipolarFormat` is returned unchanged.
 
     Raises:
-      ValueError: as `BipolarFormat`, or a span, which only activations have.
+      ValueError: as `BipolarFormat`, or a span or symmetric zeros, which only activations have.
     """
     if not isinstance(bits, BipolarFormat):
         return BipolarFormat(bits)
     if bits.span != 1:
         raise ValueError(f"weights have no span, got {bits.span}: their calibration chooses the grid")
+    if bits.symmetric:
+        raise ValueError('weights have no symmetric format: quantize them with the calibration "absmax"')
     return bits

@@ -188,6 +188,8 @@ def _describe(layer: Linear | Embed) -> dict[str, Any]:
     }
     if precision.a_span != 1:
         description["a_span"] = precision.a_span
+    if precision.a_symmetric:
+        description["a_symmetric"] = True
     if isinstance(layer, Linear) and layer.order is not None:
         description["ordered"] = True
     if isinstance(layer, Linear) and layer.trained is not None:
@@ -203,7 +205,8 @@ def _precision(description: dict[str, Any], bits: int | None) -> Precision:
     if bits is not None and not number_format.ternary and bits < number_format.bits:
         number_format = number_format.truncate(bits)
     fields = (description[name] for name in ("a_bits", "group_size", "calibration"))
-    return Precision(number_format, *fields, description.get("scales", "float"), description.get("a_span", 1.0))
+    options = {name: description[name] for name in ("a_span", "a_symmetric") if name in description}
+    return Precision(number_format, *fields, description.get("scales", "float"), **options)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

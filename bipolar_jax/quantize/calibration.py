@@ -96,7 +96,8 @@ def spanning_grid(
     grid has no zero: where an outlier sets a large scale, every small number becomes +-scale,
     and weights and tokens of language models have such outliers. One bit has two values, too
     few for a zero, so its grid stays symmetric. Of a format with a `span` below 1 the grid spans
-    that part of the range.
+    that part of the range. Of a `symmetric` one the range is from -max|x| to max|x|, and v0 is the value of its
+    `code_offset`, 1, whatever x.
 
     Returns:
       float32 scales as in `absmax_scale`; int32 v0, the value that zero is encoded as.
@@ -119,9 +120,11 @@ def grid_between(
     if number_format.bits == 1:
         return flush_scale(flush_scale(jnp.maximum(high, -low) / top) * span), jnp.zeros(low.shape, jnp.int32)
     # Halves are subtracted because high - low may exceed the largest float32.
-    half_range = high / 2 - low / 2
+    half_range = jnp.maximum(high, -low) if number_format.symmetric else high / 2 - low / 2
     # With a span one product, as XLA makes of the division by a constant: kernels multiply once.
     scale = flush_scale(half_range / top if span == 1 else half_range * (span / top))
+    if number_format.symmetric:
+        return scale, jnp.full(low.shape, number_format.value_shift, jnp.int32)
     zero_code = jnp.clip(jnp.floor(0.5 - (low * span) * half_steps_per_unit(scale)), 0, top)
     return scale, number_format.values(zero_code.astype(jnp.int32))
 

@@ -10,15 +10,15 @@ from bipolar_jax.quantize.calibration import Calibration, check_calibration, def
 from bipolar_jax.quantize.integer_groups import Scales, check_scales, default_scales
 
 
-def activation_format(a_bits: int | BipolarFormat, span: float = 1.0) -> BipolarFormat:
+def activation_format(a_bits: int | BipolarFormat, span: float = 1.0, symmetric: bool = False) -> BipolarFormat:
     """The n-bit format of activations; a format is returned as it is.
 
     Raises:
-      ValueError: bits outside 1 to 8, the ternary format, or a span that is not in (0, 1].
+      ValueError: bits outside 1 to 8, the ternary format, a span that is not in (0, 1], or symmetric at 1 bit.
     """
     try:
         if not isinstance(a_bits, BipolarFormat):
-            return BipolarFormat(a_bits, span=span)
+            return BipolarFormat(a_bits, span=span, symmetric=symmetric)
         if a_bits.ternary:
             raise ValueError("numbers have 1 to 8 bits, got the ternary format")
         return a_bits
@@ -26,7 +26,7 @@ def activation_format(a_bits: int | BipolarFormat, span: float = 1.0) -> Bipolar
         raise ValueError(f"activation {error}; a_bits=None leaves activations float") from error
 
 
-_PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?:g(?P<group>\d+)(?P<scales>[fi])?)?")
+_PATTERN = re.compile(r"W(?P<w>1\.58|\d+)A(?P<a>\d+)(?P<symmetric>s)?(?:g(?P<group>\d+)(?P<scales>[fi])?)?")
 _SCALES: dict[str, Scales] = {"f": "float", "i": "integer"}
 
 
@@ -46,9 +46,12 @@ class Precision:
         else "float".
       a_span: the part of a token's range that the grid of its activations spans, see `BipolarFormat.span`;
         `compress.calibrate` can find it.
+      a_symmetric: whether the grid of a token is symmetric about 0, as files of other libraries may state, see
+        `BipolarFormat.symmetric`. Otherwise it spans from the token's smallest to its largest number, which is at least
+        as fine.
 
-    `print` shows the text that `parse` reads, such as "W4A8g64". It covers every field but the calibration
-    and the span, so files store the fields.
+    `print` shows the text that `parse` reads, such as "W4A8g64", or "W4A8sg64" of symmetric tokens. It covers every
+    field but the calibration and the span, so files store the fields.
 
     Raises:
       ValueError: a value outside the above.
@@ -60,6 +63,7 @@ class Precision:
     calibration: Calibration | None = None
     scales: Scales | None = None
     a_span: float = 1.0
+    a_symmetric: bool = False
 
     def __post_init__(self):
         if isinstance(self.w_bits, str):
@@ -67,9 +71,11 @@ class Precision:
         number_format = as_format(self.w_bits)
         object.__setattr__(self, "w_bits", number_format if number_format.ternary else number_format.bits)
         if self.a_bits is not None:
-            object.__setattr__(self, "a_span", activation_format(self.a_bits, self.a_span).span)
+            object.__setattr__(self, "a_span", self.a_format.span)
         elif self.a_span != 1:
             raise ValueError(f"a_span is {self.a_span!r}, but float activations have no grid: leave it at 1")
+        elif self.a_symmetric:
+            raise ValueError("a_symmetric is set, but float activations have no grid: leave it False")
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be an integer of at least 1, or None, got {self.group_size!r}")
         if self.calibration is None:
@@ -82,7 +88,7 @@ class Precision:
     @property
     def a_format(self) -> BipolarFormat | None:
         """The grid of activations; None if they stay float."""
-        return None if self.a_bits is None else activation_format(self.a_bits, self.a_span)
+        return None if self.a_bits is None else activation_format(self.a_bits, self.a_span, self.a_symmetric)
 
     @classmethod
     def of(cls, precision: Precision | str) -> Precision:
@@ -99,7 +105,8 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str, calibration: Calibration | None = None) -> Precision:
-        """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary).
+        """Reads the notation "W4A8", "W4A8g64" (groups of 64), "W4A16" (float activations), "W1.58A8" (ternary),
+        "W4A8s" (tokens on symmetric grids).
 
         The scales of groups are of the default kind: integer in "W4A8g64" and "W4A16g64", float in "W8A8g64". An f or i
         after the group size names the kind, as in "W4A8g64f". The text does not name the calibration; None is the
@@ -112,8 +119,8 @@ class Precision:
         if not match:
             raise ValueError(
                 f"precision {text!r} is not of the form W4A8 or W4A8g64: weight bits 1..8 or 1.58, "
-                "activation bits 1..8 or 16 for float, and optionally a group size, with f or i after it for float or "
-                "integer scales"
+                "activation bits 1..8 or 16 for float, with s after them for symmetric grids, and optionally a group "
+                "size, with f or i after it for float or integer scales"
             )
         return cls(
             w_bits=TERNARY if match["w"] == "1.58" else int(match["w"]),
@@ -121,10 +128,11 @@ class Precision:
             group_size=int(match["group"]) if match["group"] else None,
             calibration=calibration,
             scales=_SCALES.get(match["scales"]),
+            a_symmetric=match["symmetric"] is not None,
         )
 
     def __str__(self) -> str:
-        activations = 16 if self.a_bits is None else self.a_bits
+        activations = "16" if self.a_bits is None else f"{self.a_bits}{'s' if self.a_symmetric else ''}"
         number_format = as_format(self.w_bits)
         group = "" if self.group_size is None else f"g{self.group_size}"
         if self.scales != self._default_scales():

@@ -31,7 +31,9 @@ def test_errors_are_those_of_the_outputs(columns):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(30, 12)), rng.normal(size=(12, columns))
     weights = rng.uniform(0.5, 2, 30)
-    found = jax.jit(output_errors, static_argnums=3)(*(jnp.asarray(a, jnp.float32) for a in (x, weights, w)), 3)
+    found = jax.jit(output_errors, static_argnums=3)(
+        *(jnp.asarray(a, jnp.float32) for a in (x, weights, w)), bj.BipolarFormat(3)
+    )
     wanted = [np.sum(weights[:, None] * ((clipped(x, 3, span) - x) @ w) ** 2) for span in SPANS]
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
     assert np.argmin(wanted) > 0
@@ -41,7 +43,7 @@ def test_models_get_a_span_for_each_input_of_a_block(tmp_path):
     tokenizer = tiny_checkpoints.make_tokenizer("smollm")
     config = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=tokenizer.get_vocab_size())
     model, tokens = random_transformer(config), random_ids(4, 16, seed=1)
-    rules = [("down", "W4A8"), ("o_proj", bj.Precision(4, 3, a_span=0.9)), ("layers/", "W4A3")]
+    rules = [("down", "W4A8"), ("o_proj", bj.Precision(4, 3, a_span=0.9)), ("layers/", "W4A3s")]
     packed = bj.compress.calibrate(model, tokens, rules, method=Rounding("nearest"))
     layers = packed.layers
     found = [layers.attention.q_proj, layers.attention.v_proj, layers.ffn.gate_proj, layers.ffn.up_proj]

@@ -85,6 +85,27 @@ def test_a_span_leaves_out_the_ends_of_a_range(a_bits):
 
 
 @pytest.mark.parametrize("a_bits", range(2, 9))
+@pytest.mark.parametrize("span", [1, 0.8])
+@pytest.mark.sample(4)
+def test_symmetric_tokens_are_those_of_compressed_tensors(a_bits, span):
+    """q = round(x / d), d = max|x| / (2^bits - 1) * 2, clipped to signed integers; 0 is q = 0 in every token."""
+    x, symmetric = activations(64), BipolarFormat(a_bits, span=span, symmetric=True)
+    tokens = jax.jit(quantize_tokens, static_argnums=1)(x, symmetric)
+    step = 2 * span * np.abs(x).max(-1, keepdims=True).astype(np.float64) / (2**a_bits - 1)
+    np.testing.assert_allclose(2 * tokens.scale[:, None], step, rtol=4 * EPS)
+    np.testing.assert_array_equal(tokens.zero_value, 1)
+    half = 2 ** (a_bits - 1)
+    q = np.clip(np.floor(x[:4] / step[:4] + 0.5), -half, half - 1)
+    found = np.asarray(tokens.codes)[:4].astype(np.int32) - half
+    ties = np.abs(x[:4] / step[:4] % 1 - 0.5) < 1e-4
+    assert np.all((found == q) | ties)
+    steps = np.asarray(tokens.codes, np.float32) - half
+    np.testing.assert_array_equal(tokens.dequantize(symmetric), np.asarray(2 * tokens.scale)[:, None] * steps)
+    x[:, ::3] = 0
+    assert np.all(decode_tokens(jax.jit(quantize_tokens, static_argnums=1)(x, symmetric), a_bits)[:, ::3] == 0)
+
+
+@pytest.mark.parametrize("a_bits", range(2, 9))
 def test_zero_is_represented_exactly(a_bits):
     x = activations(64)
     x[:, ::3] = 0

@@ -51,7 +51,7 @@ def test_exports_are_read_back_as_they_were(case, tmp_path):
 def test_precisions_that_differ_are_groups_of_names(tmp_path):
     loaded = load_huggingface(tiny.write_huggingface(tiny.make("qwen2", tied=True), tmp_path / "float"))
     rules = [
-        ("down_proj", Precision(8, 8, calibration="minmax")),
+        ("down_proj", Precision(8, 8, calibration="minmax", a_symmetric=True)),
         ("o_proj", Precision(3, None, 32, "minmax", "float")),
     ]
     packed = loaded.with_model(quantize_model(loaded.model, rules))

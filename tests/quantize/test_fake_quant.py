@@ -116,6 +116,8 @@ def test_an_empty_batch_has_nothing_to_round():
         ("W1.58A8", Precision(TERNARY, 8)),
         ("W1.58A16g128", Precision(TERNARY, None, 128)),
         ("W1A1", Precision(1, 1)),
+        ("W4A8s", Precision(4, 8, a_symmetric=True)),
+        ("W4A2sg64f", Precision(4, 2, 64, scales="float", a_symmetric=True)),
     ],
 )
 def test_parse_reads_the_notation_that_str_prints(text, precision):
@@ -143,7 +145,23 @@ def test_precisions_of_equal_bits_are_equal():
     assert Precision(2) != Precision(TERNARY)
 
 
-@pytest.mark.parametrize("text", ["", "4", "W4", "A8", "w4a8", "W4A8g", "W4A8g-1", "W4.5A8", "W4A8 g64", "W4A1.58"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"a_symmetric": True}, "float activations have no grid: leave it False"),
+        ({"a_bits": 1, "a_symmetric": True}, "numbers of 1 bits are symmetric by themselves"),
+        ({"a_bits": 8, "a_symmetric": 1}, "symmetric must be True or False, got 1"),
+        ({"w_bits": BipolarFormat(4, symmetric=True)}, "weights have no symmetric format"),
+    ],
+)
+def test_symmetric_grids_are_those_of_activations_of_two_bits_and_more(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Precision(**{"w_bits": 4} | fields)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "W4", "A8", "w4a8", "W4A8g", "W4A8g-1", "W4.5A8", "W4A8 g64", "W4A1.58", "W4sA8"]
+)
 def test_errors_of_parse_name_the_text_and_the_expected_form(text):
     with pytest.raises(ValueError, match=rf"precision {text!r} is not of the form W4A8"):
         Precision.parse(text)

@@ -147,8 +147,10 @@ def _differs(config: TransformerConfig, cache: KVCache) -> str | None:
 
 def _activation_format(products: dict[str, Linear]) -> BipolarFormat | None:
     """None for float activations."""
-    bits = {layer.precision.a_bits for layer in products.values()}
-    if len(bits) > 1:
-        raise Unsupported(f"activations must have the same bits in all products, not {bits}")
-    (a_bits,) = bits
-    return None if a_bits is None else BipolarFormat(a_bits)
+    grids = {(layer.precision.a_bits, layer.precision.a_symmetric) for layer in products.values()}
+    if len({a_bits for a_bits, _ in grids}) > 1:
+        raise Unsupported(f"activations must have the same bits in all products, not { {bits for bits, _ in grids} }")
+    if len(grids) > 1:
+        raise Unsupported("activations must be symmetric in all products or in none")
+    ((a_bits, symmetric),) = grids
+    return None if a_bits is None else BipolarFormat(a_bits, symmetric=symmetric)

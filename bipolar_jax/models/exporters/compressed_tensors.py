@@ -45,11 +45,13 @@ class _Group:
     symmetric: bool
     group_size: int | None
     a_bits: int | None
+    a_symmetric: bool
 
     def fields(self, targets: list[str]) -> dict[str, Any]:
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
         weights |= {"strategy": "channel" if self.group_size is None else "group", "group_size": self.group_size}
-        activations = {"num_bits": self.a_bits, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+        activations = {"num_bits": self.a_bits, "type": "int", "symmetric": self.a_symmetric}
+        activations |= {"strategy": "token", "dynamic": True}
         return {
             "targets": targets,
             "weights": weights,
@@ -168,7 +170,7 @@ def _packed_tensors(name: str, layer: Linear) -> tuple[_Group, dict[str, np.ndar
         tensors["weight_zero_point"] = pack_dense(zero.T.astype(np.uint8), bits).T
     if layer.bias is not None:
         tensors["bias"] = np.asarray(layer.bias[...])
-    return _Group(bits, symmetric, array.group_size, layer.precision.a_bits), tensors
+    return _Group(bits, symmetric, array.group_size, layer.precision.a_bits, layer.precision.a_symmetric), tensors
 
 
 def _integer_zeros(name: str, array: BipolarArray, step: Float[np.ndarray, "n groups"]) -> Int[np.ndarray, "n groups"]:

@@ -35,6 +35,8 @@ from bipolar_jax.quantize.learned_step import (
 from bipolar_jax.quantize.rounding import SUPPORTED_DTYPES, calibrate_rows, check_finite, check_float
 from bipolar_jax.quantize.weight_norm import WeightNorm, check_weight_norm, normalize_weights
 
+_PRECISION_FIELDS = tuple(field.name for field in dataclasses.fields(Precision))
+
 
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
@@ -74,6 +76,7 @@ class DotGeneral:
         span the float ones of the calibration, unless they are learned (`LearnedGroups`).
       a_span: the part of a token's range that its grid spans, see `Precision`; numbers beyond it have the gradient of
         all others.
+      a_symmetric: whether a token's grid is symmetric about 0, see `Precision`.
 
     Raises:
       ValueError: an attribute with another value than the above.
@@ -91,6 +94,7 @@ class DotGeneral:
     implementation: str = "auto"
     scales: Scales | None = None
     a_span: float = 1.0
+    a_symmetric: bool = False
 
     def __post_init__(self):
         precision = self.precision  # which checks its fields
@@ -110,13 +114,12 @@ class DotGeneral:
     @classmethod
     def of(cls, precision: Precision, **options) -> DotGeneral:
         """Makes a `DotGeneral` from a `Precision`, with the other attributes as keyword arguments."""
-        names = ("w_bits", "a_bits", "group_size", "calibration", "scales", "a_span")
-        return cls(**{name: getattr(precision, name) for name in names}, **options)
+        return cls(**{name: getattr(precision, name) for name in _PRECISION_FIELDS}, **options)
 
     @property
     def precision(self) -> Precision:
         """Bits of both operands, groups and calibration."""
-        return Precision(self.w_bits, self.a_bits, self.group_size, self.calibration, self.scales, self.a_span)
+        return Precision(**{name: getattr(self, name) for name in _PRECISION_FIELDS})
 
     def __call__(
         self,

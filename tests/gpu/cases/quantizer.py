@@ -39,12 +39,16 @@ def cases() -> list[Case]:
         for turn, (m, k, bits) in enumerate([(9, 100, 8), (3, 4100, 4), (700, 300, 8)])
     ]
     clipped = [_case(33, 1568, bits, _OPERANDS[bits % 2], np.float32, None, 0.85) for bits in (1, 3, 4, 8)]
+    symmetric = [
+        _case(33, 1568, bits, _OPERANDS[bits % 2], np.float32, None, span, True)
+        for bits, span in [(2, 1.0), (3, 0.85), (4, 1.0), (8, 1.0)]
+    ]
     rotated = [
         _case(m, k, (8, 4, 2)[index % 3], _OPERANDS[(index + turn) % 2], _DTYPES[(index + turn) % 3], _ROTATED[turn])
         for index, (m, k) in enumerate(_ROTATED_SIZES)
         for turn in range(3)
     ]
-    return plain + with_prologue + clipped + rotated
+    return plain + with_prologue + clipped + symmetric + rotated
 
 
 def small() -> dict[str, Case]:
@@ -55,8 +59,10 @@ def small() -> dict[str, Case]:
     }
 
 
-def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None, span: float = 1.0) -> Case:
-    a_format = BipolarFormat(bits, span=span)
+def _case(
+    m: int, k: int, bits: int, operand: str, dtype, prologue: str | None, span: float = 1.0, symmetric: bool = False
+) -> Case:
+    a_format = BipolarFormat(bits, span=span, symmetric=symmetric)
 
     def make() -> Trial:
         rng = generator(m, k, bits)
@@ -89,7 +95,7 @@ def _case(m: int, k: int, bits: int, operand: str, dtype, prologue: str | None, 
 
         return one_program(quantize, (x, wanted), check)
 
-    note = prologue or ("" if span == 1 else f"span {span}")
+    note = prologue or ("" if span == 1 else f"span {span}") + (" symmetric" if symmetric else "")
     return Case(f"A{bits} {operand} {m}x{k} {np.dtype(dtype).name} {note}".strip(), make)
 
 

@@ -62,7 +62,7 @@ CASES = {
     "pack-quantized, aligned 5 bits with zeros, W5A8": (
         ct_config(weights_of(num_bits=5, symmetric=False), TOKEN),
         dict(of=formats.compressed, bits=5, symmetric=False, packing=formats.aligned),
-        "W5A8",
+        "W5A8s",
     ),
     "pack-quantized, g_idx": (
         ct_config(weights_of(strategy="group", group_size=32)),
@@ -72,7 +72,7 @@ CASES = {
     "int-quantized W8A8": (
         ct_config(weights_of(num_bits=8), TOKEN, "int-quantized"),
         dict(of=formats.compressed, bits=8, ints=True),
-        "W8A8",
+        "W8A8s",
     ),
     "int-quantized W4 with zeros": (
         ct_config(weights_of(symmetric=False, strategy="group", group_size=16), None, "int-quantized"),

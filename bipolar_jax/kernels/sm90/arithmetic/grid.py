@@ -1,9 +1,9 @@
 """The grid that spans a vector's numbers, from their extremes: `quantize.calibration.spanning_grid` on the device.
 
 Numbers are scale * 2 (code - zero_code), with codes from 0 to `BipolarFormat.max_value`. The grid of one bit has no
-zero: numbers are scale * (2 code - 1). Of a format with a `span` the grid spans that part of the numbers' range, and
-numbers beyond it take its ends. The arithmetic is that of XLA where it compiles `spanning_grid`: a constant
-divisor is a factor, and a product that is added to is not rounded.
+zero: numbers are scale * (2 code - 1). That of a `symmetric` format has zero at a constant code. Of a format with a
+`span` the grid spans that part of the numbers' range, and numbers beyond it take its ends. The arithmetic is that of
+XLA where it compiles `spanning_grid`: a constant divisor is a factor, and a product that is added to is not rounded.
 
 Two forms: of arrays that every thread holds (decode attention, the decode step), and of values of `core.ptx`.
 """
@@ -32,7 +32,8 @@ def spanning_scale(
       factor: of all numbers, positive. The second result includes it: it multiplies numbers that do not.
     """
     top = number_format.max_value
-    scale = jnp.maximum(high, -low) if top == 1 else high * 0.5 - low * 0.5
+    symmetric = top == 1 or number_format.symmetric
+    scale = jnp.maximum(high, -low) if symmetric else high * 0.5 - low * 0.5
     if number_format.span != top:
         scale = scale * (number_format.span / top)
     scale = flush_scale(scale if factor is None else scale * factor)
@@ -42,6 +43,8 @@ def spanning_scale(
 
 def zero_code_of(low: Float[Array, ""], half_steps: Float[Array, ""], number_format: BipolarFormat) -> Int[Array, ""]:
     """The code of 0, of 2 to 8 bits; `low` as in `spanning_scale`."""
+    if number_format.symmetric:
+        return jnp.int32(number_format.code_offset)
     if number_format.span != 1:
         low = low * number_format.span
     # Not negative, so that truncation rounds down.
@@ -66,7 +69,7 @@ class RowGrid:
 def row_grid(number_format: BipolarFormat, high: Value, minus_low: Value, factor: Value | None) -> RowGrid:
     """`spanning_scale` and `zero_code_of` of values, for numbers from -minus_low to high."""
     nothing, top, span = ptx.float32(0), number_format.max_value, number_format.span
-    if top == 1:
+    if top == 1 or number_format.symmetric:
         scale = ptx.as_float(ptx.extreme("max", "f32", ptx.as_word(high), ptx.as_word(minus_low)))
     else:
         half = ptx.float32(0.5)
@@ -84,6 +87,8 @@ def row_grid(number_format: BipolarFormat, high: Value, minus_low: Value, factor
         half_steps = ptx.multiply(half_steps, factor)
     if top == 1:
         return RowGrid(scale, half_steps, None)
+    if number_format.symmetric:
+        return RowGrid(scale, half_steps, ptx.float32(number_format.code_offset))
     if span != 1:
         minus_low = ptx.multiply(minus_low, ptx.float32(span))
     zero = ptx.floor(ptx.fma(minus_low, half_steps, ptx.float32(0.5)))

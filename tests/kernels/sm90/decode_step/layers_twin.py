@@ -52,6 +52,7 @@ class Case:
     scales: str = "integer"  # of groups
     head_dim: int = 128
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)  # of the tokens of each product
+    symmetric: bool = False  # tokens
     rotates_keys: bool = False
     texts: int = 1
 
@@ -89,7 +90,7 @@ class Case:
             if self.positions == "rope"
             else None,
             slopes=jnp.asarray(alibi_slopes(self.heads), jnp.float32) if self.positions == "alibi" else None,
-            a_format=BipolarFormat(self.a_bits) if self.a_bits else None,
+            a_format=BipolarFormat(self.a_bits, symmetric=self.symmetric) if self.a_bits else None,
             cache_bits=self.cache_bits,
             spans=dict(zip(PRODUCTS, self.spans, strict=True)),
             key_rotation=hadamard(self.head_dim) if self.rotates_keys else None,

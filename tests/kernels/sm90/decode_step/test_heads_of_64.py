@@ -35,7 +35,7 @@ ROTATED = dataclasses.replace(PREPARED, ffn=192, activation=Activation("silu", T
     [
         # A group that ends with K and not with its stage; two layers, of which the second's rows begin within a tile.
         (dataclasses.replace(ROTATED, layers=2, group_size=128, calibration="minmax", bias=True), 3),
-        (dataclasses.replace(PREPARED, cache_bits=8), 7),
+        (dataclasses.replace(PREPARED, cache_bits=8, symmetric=True), 7),
         (dataclasses.replace(PREPARED, w_bits=8, group_size=None, activation=Activation("gelu"), bias=True), 3),
         (dataclasses.replace(PLANES, layers=2, bias=True), 4),
         (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi", rotates_keys=True), 4),

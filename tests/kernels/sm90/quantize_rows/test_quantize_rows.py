@@ -108,9 +108,12 @@ def test_threads_compute_the_numbers_of_quantize_tokens(bits, operand, simulate)
     for m, k, dtype in [(9, 100, bits % 3), (8, 1024, 0), (9, 1568, 0), (1, 4096, (bits + 1) % 3), (3, 13000, 0)]:
         x = numbers(m, k, DTYPES[dtype], seed=k + bits)
         assert_same(simulate(x, a_format, operand), x, a_format, operand)
-    clipped = BipolarFormat(bits, span=0.85)
     x = numbers(9, 100, jnp.float32, seed=bits)
-    assert_same(simulate(x, clipped, operand), x, clipped, operand)
+    for other in (
+        BipolarFormat(bits, span=0.85),
+        BipolarFormat(bits, span=0.85 + 0.15 * (bits % 2), symmetric=bits > 1),
+    ):
+        assert_same(simulate(x, other, operand), x, other, operand)
 
 
 @pytest.mark.parametrize(("m", "k", "threads"), [(18, 600, 8), (33, 1000, 8), (9, 1088, 32), (16, 6144, 32)])

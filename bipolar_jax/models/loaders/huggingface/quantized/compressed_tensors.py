@@ -9,8 +9,9 @@ A layer has weights d (q - z) with signed q and z of 1 to 8 bits:
 - weight_zero_point: z, if the weights are not symmetric; of pack-quantized layers packed likewise along n;
 - weight_g_idx int32 [k]: the group of each input; -1 everywhere says nothing.
 
-Which layers, and with what arguments, `config_groups` says. Activations that it rounds token by token are rounded to as
-many bits on our grid, which spans from a token's smallest to its largest number, zero included.
+Which layers, and with what arguments, `config_groups` says. Activations that it rounds token by token are rounded on
+the grid that it states: symmetric, q = round(x / d) with d = 2 max|x| / (2^bits - 1), or from a token's smallest to its
+largest number, zero included.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Scheme:
       group_size: inputs of a group, or None.
       packed: whether the format is pack-quantized.
       a_bits: of activations; None leaves them float.
+      a_symmetric: whether the grids of tokens are symmetric.
     """
 
     targets: tuple[str, ...]
@@ -64,6 +66,7 @@ class Scheme:
     group_size: int | None
     packed: bool
     a_bits: int | None
+    a_symmetric: bool = False
 
     @property
     def zeros_are_packed(self) -> bool:
@@ -145,7 +148,14 @@ class CompressedTensors:
             group_of = module.read("weight_g_idx")
             if not (group_of == -1).all():
                 order = order_of_groups(group_of, scheme.group_size, f"{module.name}.weight_g_idx")
-        kind = affine_kind(scheme.bits, scheme.group_size, k, scheme.a_bits, ordered=order is not None)
+        kind = affine_kind(
+            scheme.bits,
+            scheme.group_size,
+            k,
+            scheme.a_bits,
+            ordered=order is not None,
+            a_symmetric=scheme.a_symmetric,
+        )
         return PackedTensor((k, n), kind, functools.partial(self._read, module, scheme, n, k, order, kind))
 
     def _shape(self, module: Module, scheme: Scheme) -> tuple[int, int]:
@@ -225,10 +235,13 @@ def _scheme(fields: Fields, whole_format: Any, a_bits: int | None, stated: bool)
         raise weights.wrong("group_size", group_size, f"one that fits the strategy {strategy}")
     if fields.get("output_activations"):
         raise ValueError(f"{source} has output_activations: outputs of layers are not rounded")
+    a_symmetric = False
     if stated:
-        a_bits = _activation_bits(fields.nested("input_activations"))
+        activations = fields.nested("input_activations")
+        a_bits = _activation_bits(activations)
+        a_symmetric = a_bits is not None and a_bits > 1 and activations.flag("symmetric", True)
     symmetric = weights.flag("symmetric", True)
-    return Scheme(tuple(targets), bits, symmetric, strategy, group_size, kind == "pack-quantized", a_bits)
+    return Scheme(tuple(targets), bits, symmetric, strategy, group_size, kind == "pack-quantized", a_bits, a_symmetric)
 
 
 def _check_expression(fields: Fields, expression: str) -> None:

@@ -75,10 +75,18 @@ class Module:
             )
 
 
-def affine_kind(bits: int, group_size: int | None, k: int, a_bits: int | None, *, ordered: bool = False) -> PackedKind:
+def affine_kind(
+    bits: int,
+    group_size: int | None,
+    k: int,
+    a_bits: int | None,
+    *,
+    ordered: bool = False,
+    a_symmetric: bool = False,
+) -> PackedKind:
     """The kind of a layer of k inputs whose weights are d (q - z), q and z integers; a_bits None is float inputs."""
     whole = group_size is None or group_size >= k
-    precision = Precision(bits, a_bits, None if whole else group_size, "minmax", "float")
+    precision = Precision(bits, a_bits, None if whole else group_size, "minmax", "float", a_symmetric=a_symmetric)
     return PackedKind(precision, has_offset=True, ordered=ordered)
 
 
