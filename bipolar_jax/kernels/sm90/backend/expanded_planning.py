@@ -41,6 +41,12 @@ _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
 _LEAST_SAVING = 0.1  # of the modelled time
 _LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
+# Microseconds of up to 64 tokens that the model of many lacks, which is fitted to longer products: until the first
+# weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 14.9 and 10.1
+# us for 64 tokens of n = 4096, K = 4096, K whole and in 4 parts, which took 14.2 and 8.8; 14.9 and 12.0 of n = 6144,
+# in 2 parts, for 14.4 and 11.3; 15.9 of n = 4096, K = 14336 in 4 for 16.1; 21.1 of n = 28672, K = 4096 for 21.2
+# (W4A8g128, cold weights, an H200, `experiments.bench.products.few_tokens`).
+_COLD_START, _PASS, _SUMS = 4.0, 0.2, 1.8e-6
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
@@ -87,11 +93,24 @@ def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated
     if m <= _FEWEST_TILED or has_float_terms(w):
         return None
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    tiled = plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
+    tilings = expanded_times(m, w, dtype, may_split=not gated)
+    times = {tiling: few_tiles_microseconds(tiling, m, w) for tiling in tilings}
+    tiling = cost.cheapest(times)
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
-    time = max(expanded_microseconds(tiled.tiling, *sizes[:3], w), _reading_microseconds(w))
     few_tokens = few_tokens_microseconds(few_tokens_tiling(*sizes), *sizes)
-    return tiled if time < (1 - _LEAST_SAVING) * few_tokens else None
+    if times[tiling] >= (1 - _LEAST_SAVING) * few_tokens:
+        return None
+    return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
+
+
+def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers) -> float:
+    """The modelled time of up to 64 tokens by `gemm_expanded`, whose weights come from memory."""
+    m_n_k = m, w.shape[-1], w.contracted_size
+    counts = cost.expanded_counts(tiling, *m_n_k, w.bits, chunks_of(w))
+    time = _COLD_START + cost.microseconds("expanded", counts | {"sums of splits": 0.0, "pass over splits": 0.0})
+    if tiling.splits > 1:
+        time += _PASS + _SUMS * tiling.splits * m * w.shape[-1]
+    return max(time, _reading_microseconds(w))
 
 
 def _reading_microseconds(w: BipolarNumbers) -> float:

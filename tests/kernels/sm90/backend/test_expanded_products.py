@@ -124,6 +124,8 @@ def test_few_tiles_are_made_smaller_or_split_along_k(m, n, k, tile_m, schedule, 
     [
         (64, 28672, 4096, Tiling, 1),
         (64, 4096, 14336, Tiling, 4),
+        (64, 4096, 4096, Tiling, 4),
+        (64, 6144, 4096, Tiling, 2),
         (32, 4096, 14336, Tiling, 8),
         (24, 28672, 4096, FewTokensTiling, None),
         (16, 4096, 14336, FewTokensTiling, None),
