@@ -1,7 +1,8 @@
 """Writes a packed model as a Hugging Face directory in compressed-tensors' format pack-quantized.
 
 Only what the format holds exactly is written: weights d (q - z) with integer zeros. `load_pretrained` reads the
-directory back to the same codes and numbers.
+directory back to the same codes and numbers. Rotations of the stream and of heads are in the weights; that of
+feed-forward blocks' inner numbers, R4, becomes a `transform_config`, as llm-compressor's SpinQuant writes it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear
 from bipolar_jax.nn.compressible import layer_at
+from bipolar_jax.ops import Hadamard
 from bipolar_jax.packing import BipolarArray
 from bipolar_jax.quantize.groups import spread_groups
 
@@ -75,7 +77,7 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
     """
     save_file = require("safetensors.numpy", "models").save_file
     directory, model = Path(directory), pretrained.model
-    config, ends = folded_ends(model)
+    config, ends = folded_ends(model, states_ffn=True)
     fields = huggingface_config(config, model.final_norm.scale.dtype.name)
     tensors: dict[str, np.ndarray] = {}
     groups: dict[_Group, list[str]] = {}
@@ -100,6 +102,8 @@ def export_compressed_tensors(directory: str | os.PathLike[str], pretrained: Pre
         },
         "ignore": ignored if not config.tie_embeddings else [*ignored, "lm_head"],
     }
+    if config.rotation is not None:
+        fields["quantization_config"]["transform_config"] = {"config_groups": {"R4": _r4(config.rotation.ffn)}}
     texts = {"config.json": fields, "generation_config.json": token_ids(model.config)}
     template = pretrained.chat_template
     texts["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -129,6 +133,23 @@ def _modules(model: Transformer, ends: dict[str, nnx.Module]) -> Iterator[tuple[
             except ValueError as error:
                 raise ValueError(f"layer {index} has no {ours}: export the model before it is prepared") from error
             yield f"{prefix}{architecture.layers}{index}.{name}", module
+
+
+def _r4(rotation: Hadamard) -> dict[str, Any]:
+    """The group of a transform_config. Raises ValueError for a matrix that is not Sylvester's."""
+    if rotation.signs is not None or rotation.block & (rotation.block - 1):
+        raise ValueError(
+            f"the inner numbers of feed-forward blocks are rotated in blocks of {rotation.block} at run time; the "
+            'format states those of powers of two without signs: rotate with block=256, or with "foldable"'
+        )
+    down = {"targets": ["re:.*down_proj$"], "ignore": []}
+    return {
+        "type": "hadamard",
+        "head_dim": rotation.block,
+        "randomize": False,
+        "requires_grad": False,
+        "apply": [down | {"location": "input", "inverse": False}, down | {"location": "weight_input", "inverse": True}],
+    }
 
 
 def _float_tensors(module: nnx.Module) -> dict[str, np.ndarray]:

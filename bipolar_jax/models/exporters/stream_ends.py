@@ -11,25 +11,31 @@ from bipolar_jax.compress.rotations.fold import Affine, fold_gain, rotate_inputs
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed
+from bipolar_jax.nn.compressible import Rotation
 
 _NAMES = ("embed", "final_norm", "lm_head")
 
 
-def folded_ends(model: Transformer) -> tuple[TransformerConfig, dict[str, nnx.Module]]:
-    """The config without rotations, and the modules at the ends of the residual stream, by their names.
+def folded_ends(model: Transformer, *, states_ffn: bool = False) -> tuple[TransformerConfig, dict[str, nnx.Module]]:
+    """The config without rotations of the stream and of keys, and the modules at the stream's ends, by their names.
 
     Where the stream is rotated after the lookup and back before the last norm, as in models with tied embeddings, the
     table is rotated instead, and the output layer becomes one of its own that takes the norm's gain and the rotation.
     Rotations of cached keys are left out: they change no product.
 
+    Args:
+      model: before `prepare_for_inference`.
+      states_ffn: whether the format can state the rotation of the inputs of feed-forward blocks' last layers, which
+        then stays in the config.
+
     Raises:
-      ValueError: the input of a feed-forward block's last layer is rotated at run time, or a packed embedding is.
+      ValueError: such inputs are rotated at run time and `states_ffn` is False, or a packed embedding is.
     """
     config, rotation = model.config, model.config.rotation
     ends = {name: getattr(model, name) for name in _NAMES if hasattr(model, name)}
     if rotation is None:
         return config, ends
-    if rotation.ffn is not None:
+    if rotation.ffn is not None and not states_ffn:
         raise ValueError(
             "the model rotates the input of its feed-forward blocks' last layers at run time, which other programs do "
             'not: rotate or calibrate it with rotation="foldable"'
@@ -51,4 +57,5 @@ def folded_ends(model: Transformer) -> tuple[TransformerConfig, dict[str, nnx.Mo
             config.hidden_size, config.vocab_size, use_bias=False, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0)
         )
     tied = config.tie_embeddings and not rotation.leaves
-    return dataclasses.replace(config, rotation=None, tie_embeddings=tied), ends
+    kept = None if rotation.ffn is None else Rotation(ffn=rotation.ffn)
+    return dataclasses.replace(config, rotation=kept, tie_embeddings=tied), ends

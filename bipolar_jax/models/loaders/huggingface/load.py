@@ -17,7 +17,7 @@ from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.architecture import HEAD, Architecture, Target
 from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
-from bipolar_jax.models.loaders.huggingface.quantized.method import read_format
+from bipolar_jax.models.loaders.huggingface.quantized.method import read_format, read_transforms
 from bipolar_jax.models.loaders.huggingface.quantized.module import QuantizedFormat
 from bipolar_jax.models.loaders.huggingface.quantized.tensors import packed_tensors
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
@@ -51,16 +51,18 @@ def load_huggingface(
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}: give the folder of a Hugging Face model")
     architecture, config = read_config(directory)
-    quantized_format = read_format(directory, activations)
+    quantized_format, transforms = read_format(directory, activations), read_transforms(directory)
     tokenizer = load_tokenizer(directory / "tokenizer.json", config.vocab_size)
     config, template = with_end_tokens(config, tokenizer), read_chat_template(directory)
     with SafetensorsFiles(directory) as files, errors_name(directory):
         if config.tie_embeddings and _has_own_head(architecture, files, quantized_format):
             config = dataclasses.replace(config, tie_embeddings=False)
+        config = transforms.applied(config, architecture, files)
         packed, names = {}, list(files)
         if quantized_format is not None:
             packed, names = packed_tensors(architecture, config, files, quantized_format)
         found = [(*key, tensor) for key, tensor in packed.items()]
+        names = [name for name in names if not transforms.stores(name)]
         for target in (target for name in names for target in architecture.targets(name, config.tie_embeddings)):
             found.append((target.path, _layer(target), _lazy(files, target, config)))
         # In the order of parameters, so that `assemble` completes one before it starts the next.

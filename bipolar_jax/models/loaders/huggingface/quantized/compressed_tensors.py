@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,13 @@ from bipolar_jax.models.loaders.huggingface.quantized.module import (
     order_of_groups,
     spread,
 )
+from bipolar_jax.models.loaders.huggingface.quantized.targets import Targets
 from bipolar_jax.models.loaders.huggingface.quantized.words import unpack_either
 from bipolar_jax.models.packed_kernels import PackedKind, PackedNumbers, PackedTensor
 from bipolar_jax.quantize.groups import num_groups
 
 _FORMATS = ("pack-quantized", "int-quantized")
 _STRATEGIES = ("tensor", "channel", "group")
-_MOST_REPEATS, _MOST_CHARACTERS = 6, 400
 _STATIC = "give activations=8 to round every token as it comes, or 16 for float ones"
 
 
@@ -49,7 +48,7 @@ class Scheme:
     """How a group of layers is stored.
 
     Attributes:
-      targets: names of layers, "re:" and a regular expression, or "Linear" for all.
+      targets: the layers.
       bits: of weights.
       symmetric: whether there are no zeros.
       strategy: what shares a scale: "tensor", "channel" or "group".
@@ -59,7 +58,7 @@ class Scheme:
       a_symmetric: whether the grids of tokens are symmetric.
     """
 
-    targets: tuple[str, ...]
+    targets: Targets
     bits: int
     symmetric: bool
     strategy: str
@@ -72,13 +71,6 @@ class Scheme:
     def zeros_are_packed(self) -> bool:
         """Whether zeros are words, too."""
         return self.packed and self.strategy != "tensor"
-
-    def matches(self, name: str) -> bool:
-        """Whether the scheme is that of a layer."""
-        return any(
-            re.match(target[3:], name) is not None if target.startswith("re:") else target in ("Linear", name)
-            for target in self.targets
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,23 +106,18 @@ class CompressedTensors:
             raise ValueError(
                 f"{fields.source} has a kv_cache_scheme: give cache_bits to generate instead, and remove it"
             )
-        for name in ("transform_config", "sparsity_config"):
-            if any(
-                fields.nested(name).values.get(key) not in (None, {}, [], "dense")
-                for key in ("config_groups", "format")
-            ):
-                raise ValueError(f"{fields.source} has a {name}: rotated and sparse checkpoints are not served")
+        if fields.nested("sparsity_config").get("format", "dense") != "dense":
+            raise ValueError(f"{fields.source} has a sparsity_config: sparse checkpoints are not served")
         groups = fields.nested("config_groups")
         if not groups.values:
             raise fields.wrong("config_groups", groups.values, "an object with a group of layers")
         found = [_scheme(groups.nested(name), fields.get("format"), a_bits, stated) for name in groups.values]
-        # A layer's own name goes before expressions, and these before the class of all layers.
-        found.sort(key=lambda scheme: ("Linear" in scheme.targets, any(t.startswith("re:") for t in scheme.targets)))
+        found.sort(key=lambda scheme: scheme.targets.order)
         return cls(tuple(found))
 
     def tensor(self, module: Module) -> PackedTensor:
         """See `QuantizedFormat`; reads weight_shape and weight_g_idx."""
-        scheme = next((scheme for scheme in self.schemes if scheme.matches(module.name)), None)
+        scheme = next((scheme for scheme in self.schemes if scheme.targets.match(module.name)), None)
         if scheme is None:
             raise ValueError(f"layer {module.name!r:.200} is quantized, but no config_groups targets it")
         n, k = self._shape(module, scheme)
@@ -211,12 +198,7 @@ def _unsigned(values: Integer[np.ndarray, "..."], bits: int) -> UInt8[np.ndarray
 
 def _scheme(fields: Fields, whole_format: Any, a_bits: int | None, stated: bool) -> Scheme:
     """One of the config_groups. Raises ValueError for one that is not served."""
-    targets = fields.get("targets", [])
-    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
-        raise fields.wrong("targets", targets, "a list of texts")
-    for target in targets:
-        if target.startswith("re:"):
-            _check_expression(fields, target[3:])
+    targets = Targets.of(fields, "targets")
     kind = fields.get("format", whole_format)
     weights, source = fields.nested("weights"), fields.source
     bits, number = weights.get("num_bits", 8), weights.get("type", "int")
@@ -241,18 +223,7 @@ def _scheme(fields: Fields, whole_format: Any, a_bits: int | None, stated: bool)
         a_bits = _activation_bits(activations)
         a_symmetric = a_bits is not None and a_bits > 1 and activations.flag("symmetric", True)
     symmetric = weights.flag("symmetric", True)
-    return Scheme(tuple(targets), bits, symmetric, strategy, group_size, kind == "pack-quantized", a_bits, a_symmetric)
-
-
-def _check_expression(fields: Fields, expression: str) -> None:
-    """Raises ValueError for an expression that is damaged, or that could take for ever to match."""
-    repeats = len(re.findall(r"[*+?{]", expression))
-    if repeats > _MOST_REPEATS or re.search(r"\)[*+{]", expression) or len(expression) > _MOST_CHARACTERS:
-        raise fields.wrong("targets", expression, f"an expression of at most {_MOST_REPEATS} repeats, none of a group")
-    try:
-        re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise fields.wrong("targets", expression, "a regular expression") from error
+    return Scheme(targets, bits, symmetric, strategy, group_size, kind == "pack-quantized", a_bits, a_symmetric)
 
 
 def _activation_bits(fields: Fields) -> int | None:

@@ -11,6 +11,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.bitsandbytes import BitsAn
 from bipolar_jax.models.loaders.huggingface.quantized.compressed_tensors import CompressedTensors
 from bipolar_jax.models.loaders.huggingface.quantized.gptq import GPTQ
 from bipolar_jax.models.loaders.huggingface.quantized.module import QuantizedFormat
+from bipolar_jax.models.loaders.huggingface.quantized.transforms import Transforms
 from bipolar_jax.models.packed_kernels import check_activations
 
 SERVED = "gptq, awq, compressed-tensors, bitnet, bitsandbytes"
@@ -72,6 +73,12 @@ def read_format(directory: Path, activations: int | None = None) -> QuantizedFor
     if isinstance(method, str) and method in _REFUSED:
         raise ValueError(f"{fields.source} is quantized by {method}, which is not served: {_REFUSED[method]}")
     raise fields.wrong("quant_method", method, SERVED)
+
+
+def read_transforms(directory: Path) -> Transforms:
+    """The rotations that a directory's quantization leaves to run time. Raises ValueError as `Transforms.of`."""
+    fields, _ = _quantization(directory)
+    return Transforms(directory) if fields is None else Transforms.of(fields)
 
 
 def _quantization(directory: Path) -> tuple[Fields | None, object]:
