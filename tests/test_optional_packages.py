@@ -10,6 +10,7 @@ from tests.support.imports import ROOT
 OPTIONAL = (
     "safetensors",
     "gguf",
+    "huggingface_hub",
     "jinja2",
     "tokenizers",
     "ml_collections",

