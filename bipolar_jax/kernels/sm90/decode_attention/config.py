@@ -20,6 +20,8 @@ _RING_BYTES = 96 * 1024  # ring buffers of keys and values: two blocks fit a mul
 _TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
 _MOST_BLOCKS = 8  # in a portable cluster
+_BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS
+_SEQUENCES = (1, 2, 4, 8)  # of a block
 # Tiles on the tensor cores.
 TILE_QUERIES = 8  # rows of an instruction that are used
 WARP_POSITIONS = 16
@@ -37,6 +39,7 @@ class AttentionPlan:
       bits: of the cache's codes, 8 or 4, or None for floats.
       itemsize: bytes of an element of the cache.
       splits: blocks that divide the positions of a sequence.
+      sequences: that a block takes one after the other; more than one only where a block takes a whole key head.
     """
 
     batch: int
@@ -47,6 +50,7 @@ class AttentionPlan:
     bits: int | None
     itemsize: int
     splits: int
+    sequences: int = 1
 
     @property
     def group(self) -> int:
@@ -157,6 +161,7 @@ def plan_attention(
     dtype: jnp.dtype,
     bits: int | None,
     splits: int | None = None,
+    sequences: int | None = None,
 ) -> AttentionPlan:
     """The plan for one token of each sequence.
 
@@ -165,6 +170,7 @@ def plan_attention(
       dtype: of the cache's elements.
       bits: of the cache's codes, 8 or 4, or None for floats.
       splits: blocks that divide a sequence's positions, 1, 2, 4 or 8; None chooses.
+      sequences: of a block; None chooses.
 
     Raises:
       Unsupported: head_dim is not a multiple of 16 (with 4 bits, of 32), or above 256; capacity is not a multiple of
@@ -189,8 +195,12 @@ def plan_attention(
         splits, blocks = 1, batch * kv_heads * plan.members
         while (
             2 * splits * plan.members <= _MOST_BLOCKS
-            and 2 * splits * blocks <= 2 * MULTIPROCESSORS
+            and 2 * splits * blocks <= _BLOCKS_AT_ONCE
             and 2 * splits * plan.positions <= capacity
         ):
             splits *= 2
-    return dataclasses.replace(plan, splits=splits)
+    if sequences is None:
+        alone = splits * plan.members == 1
+        fit = (s for s in _SEQUENCES if alone and batch % s == 0 and batch // s * kv_heads <= _BLOCKS_AT_ONCE)
+        sequences = next(fit, 1)
+    return dataclasses.replace(plan, splits=splits, sequences=sequences)

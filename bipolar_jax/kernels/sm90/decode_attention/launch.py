@@ -1,9 +1,10 @@
 """Decode attention: one new token of each sequence attends to the cache and enters it, in one pass over the cache.
 
 A cluster of blocks takes the queries of one key head of one sequence. Its blocks, a warpgroup each, take tiles of
-positions in turn, up to the sequence's length. TMA loads keys and values into ring buffers, and they are widened in
-registers. Each of 16 rows has its own softmax until the end; then rows are reduced through shared memory and blocks
-through global memory, in a fixed order, so that the result does not depend on timing.
+positions in turn, up to the sequence's length; where a block is all of a cluster, it may take several sequences. TMA
+loads keys and values into ring buffers, and they are widened in registers. Each of 16 rows has its own softmax until
+the end; then rows are reduced through shared memory and blocks through global memory, in a fixed order, so that the
+result does not depend on timing.
 
 The sums start from the new token: every block computes it as the cache will hold it, and one block stores it. No block
 reads what is written to the cache.
@@ -34,6 +35,7 @@ from bipolar_jax.kernels.sm90.decode_attention.config import (
     plan_attention,
 )
 from bipolar_jax.kernels.sm90.decode_attention.reduce import store_contexts, store_rows, store_totals
+from bipolar_jax.kernels.sm90.decode_attention.sequences import OwnSequences
 from bipolar_jax.kernels.sm90.decode_attention.steps import (
     CachedVector,
     add_values,
@@ -109,7 +111,7 @@ def decode_attention(
             jax.ShapeDtypeStruct((batch, heads, plan.splits, head_dim) if plan.splits > 1 else (1,), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, plan.splits, TERMS) if plan.splits > 1 else (1,), jnp.float32),
         ],
-        grid=(kv_heads, batch),
+        grid=(kv_heads, batch // plan.sequences),
         grid_names=("kv_head", "sequence"),
         cluster=(plan.cluster,),
         cluster_names=("block",),
@@ -201,32 +203,19 @@ def _kernel(
     options, caches = options[:-num_caches], options[-num_caches:]
     keys, values = caches[: num_caches // 2], caches[num_caches // 2 :]
     projected, tables, slopes = jax.tree.unflatten(tree, options)
-    kv_head, sequence, block = (lax.axis_index(name) for name in ("kv_head", "sequence", "block"))
+    kv_head, block = (lax.axis_index(name) for name in ("kv_head", "block"))
     member, rank = lax.div(block, plan.splits), lax.rem(block, plan.splits)
-    layer, length = layer[0], lengths[sequence]
-    seen = jnp.minimum(length, plan.capacity)
-    # Blocks take tiles in turn: the number of all tiles, and of this block's.
-    tiles = lax.div(seen + plan.positions - 1, plan.positions)
-    turns = lax.div(tiles - rank + plan.splits - 1, plan.splits)
-
-    def first_position(turn):
-        return (rank + turn * plan.splits) * plan.positions
+    layer, own = layer[0], OwnSequences(plan, lengths, rank)
 
     def load(turn, source, ring, arrived):
-        slot = lax.rem(turn, plan.slots)
-
-        @pl.when(turn < turns)
+        @pl.when(turn < own.all_turns)
         def _():
             # [positions, elements]: contiguous, so that one bulk copy of bytes does.
-            rows = source.at[layer, sequence, kv_head, pl.ds(first_position(turn), plan.positions)]
+            index, slot = own.of_turn(turn), lax.rem(turn, plan.slots)
+            first = own.first_loaded(index, turn)
+            rows = source.at[layer, own.sequence(index), kv_head, pl.ds(first, plan.positions)]
             in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             plgpu.copy_gmem_to_smem(rows, ring.at[slot], arrived.at[slot], oob_mode=in_bounds)
-
-    def reload(turn, load):
-        if is_interpreted():
-            # The copy waits for the warpgroup's reads, which suffices on the GPU; the race detector needs this.
-            plgpu.commit_smem()
-        load(turn + plan.slots)
 
     load_keys = functools.partial(load, source=keys[0], ring=key_ring, arrived=keys_arrived)
     load_values = functools.partial(load, source=values[0], ring=value_ring, arrived=values_arrived)
@@ -234,121 +223,146 @@ def _kernel(
         load_keys(turn + 0 * rank)
         load_values(turn + 0 * rank)
 
-    # (ref, first head) of each.
-    if len(projected) == 3:
-        q, k, v = ((ref, 0) for ref in projected)
-    else:
-        q, k, v = ((*projected, first) for first in (0, plan.heads, plan.heads + plan.kv_heads))
+    def reload(turn, load):
+        if is_interpreted():
+            # The copy waits for the warpgroup's reads, which suffices on the GPU; the race detector needs this.
+            plgpu.commit_smem()
+        load(turn + plan.slots)
 
-    def vector(array, head, tables=None):
-        ref, first = array
-        return load_vector(plan, ref.at[sequence, first + head], tables)
+    def attend(index):
+        """One sequence, from its first tile to its context."""
+        sequence, length, seen, start = (each(index) for each in (own.sequence, own.length, own.seen, own.start))
+        first_position, first_loaded = (functools.partial(f, index) for f in (own.first_position, own.first_loaded))
 
-    # Beyond the group the last member repeats the group's last query.
-    heads = [kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)]
-    if tables is not None:
-        tables = [table.at[sequence] for table in tables]
-    rotated = [vector(q, head, tables) for head in heads]
-    queries = [tuple(half * plan.score_unit for half in query) for query in rotated]
-    slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
+        def over_turns(step, sums):
+            return lax.fori_loop(0, own.turns(index), lambda turn, sums: step(start + turn, sums), sums)
 
-    def new_token() -> tuple[CachedVector, CachedVector]:
-        return as_cached(plan, vector(k, kv_head, tables)), as_cached(plan, vector(v, kv_head))
+        # (ref, first head) of each.
+        if len(projected) == 3:
+            q, k, v = ((ref, 0) for ref in projected)
+        else:
+            q, k, v = ((*projected, first) for first in (0, plan.heads, plan.heads + plan.kv_heads))
 
-    key, value = (cached.numbers() for cached in new_token())
-    joins = length < plan.capacity
-    scores = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in queries]
-    if slopes is not None:
-        scores = [score + length.astype(jnp.float32) * each for score, each in zip(scores, slope, strict=True)]
-    scores = [jnp.where(joins, score, MASKED_SCORE) for score in scores]
-    counts = joins & (rank == 0)  # whether the new token is among this block's positions
+        def vector(array, head, tables=None):
+            ref, first = array
+            return load_vector(plan, ref.at[sequence, first + head], tables)
 
-    def by_tiles():
-        """The sums by `tiles`; the new token is a total of its own."""
-        share = jnp.where(counts, 1.0, 0.0)
-        for i, score in enumerate(scores):
-            for half in range(2):
-                elements = slice(half * plan.half, (half + 1) * plan.half)
-                query_rows[i, elements] = rotated[i][half].astype(query_rows.dtype)
-                totals[WARPS, i, elements] = value[half] * share
-            terms[WARPS, i, 0] = score
-            terms[WARPS, i, 1] = share
+        # Beyond the group the last member repeats the group's last query.
+        heads = [
+            kv_head * plan.group + jnp.minimum(member * plan.queries + i, plan.group - 1) for i in range(plan.queries)
+        ]
+        own_tables = None if tables is None else [table.at[sequence] for table in tables]
+        rotated = [vector(q, head, own_tables) for head in heads]
+        queries = [tuple(half * plan.score_unit for half in query) for query in rotated]
+        slope = [None if slopes is None else slopes[head] * math.log2(math.e) for head in heads]
+
+        def new_token() -> tuple[CachedVector, CachedVector]:
+            return as_cached(plan, vector(k, kv_head, own_tables)), as_cached(plan, vector(v, kv_head))
+
+        key, value = (cached.numbers() for cached in new_token())
+        joins = length < plan.capacity
+        scores = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in queries]
+        if slopes is not None:
+            scores = [score + length.astype(jnp.float32) * each for score, each in zip(scores, slope, strict=True)]
+        scores = [jnp.where(joins, score, MASKED_SCORE) for score in scores]
+        counts = joins & (rank == 0)  # whether the new token is among this block's positions
+
+        def by_tiles():
+            """The sums by `tiles`; the new token is a total of its own."""
+            share = jnp.where(counts, 1.0, 0.0)
+            for i, score in enumerate(scores):
+                for half in range(2):
+                    elements = slice(half * plan.half, (half + 1) * plan.half)
+                    query_rows[i, elements] = rotated[i][half].astype(query_rows.dtype)
+                    totals[WARPS, i, elements] = value[half] * share
+                terms[WARPS, i, 0] = score
+                terms[WARPS, i, 1] = share
+            synchronize()
+            rows = load_queries(plan, query_rows)
+
+            def step(turn, sums):
+                slot, first, own_slopes = (
+                    lax.rem(turn, plan.slots),
+                    first_loaded(turn),
+                    None if slopes is None else slope,
+                )
+                plgpu.barrier_wait(keys_arrived.at[slot])
+                counted = first_position(turn), seen
+                sums, weights = score_tile(plan, sums, rows, key_ring.at[slot], first, counted, own_slopes)
+                reload(turn, load_keys)
+                plgpu.barrier_wait(values_arrived.at[slot])
+                sums = add_tile(plan, sums, weights, value_ring.at[slot])
+                reload(turn, load_values)
+                return sums
+
+            store_tile_sums(plan, over_turns(step, start_tile_sums(plan, scores)), totals, terms)
+
+        def by_rows():
+            """The sums by `steps`; the new token is in every row."""
+            share = jnp.where(counts, 1 / ROWS, 0.0)
+            sums = [start_sums(plan, score, value, share) for score in scores]
+            query_sums = [None if plan.bits is None else jnp.sum(first + second, axis=0) for first, second in queries]
+            wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
+            slices = range(0, plan.positions, ROWS)
+
+            def grids(arrays, first):
+                if plan.bits is None:
+                    return [None for _ in slices]
+                scale, zero = (array.at[layer, sequence, kv_head] for array in arrays[1:])
+                return [load_grids(plan, scale, zero, first + row) for row in slices]
+
+            def step(turn, sums):
+                slot, first = lax.rem(turn, plan.slots), first_loaded(turn)
+                key_grids, value_grids = grids(keys, first), grids(values, first)
+                plgpu.barrier_wait(keys_arrived.at[slot])
+                scores = [[] for _ in heads]
+                for row, grid in zip(slices, key_grids, strict=True):
+                    rows = load_rows(plan, key_ring.at[slot], row)
+                    position = first + row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plan.layout.reduce(1))
+                    for i in range(len(heads)):
+                        score = products(wide_queries[i], rows)
+                        if grid is not None:
+                            score = (score - grid[1] * query_sums[i]) * grid[0]
+                        if slopes is not None:
+                            score = score + position.astype(jnp.float32) * slope[i]
+                        counts_here = (position >= first_position(turn)) & (position < seen)
+                        scores[i].append(jnp.where(counts_here, score, MASKED_SCORE))
+                reload(turn, load_keys)
+                rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
+                sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
+                plgpu.barrier_wait(values_arrived.at[slot])
+                for j, (row, grid) in enumerate(zip(slices, value_grids, strict=True)):
+                    rows = load_rows(plan, value_ring.at[slot], row)
+                    pairs = zip(sums, weights, strict=True)
+                    sums = [add_values(plan, each, weight[j], rows, grid) for each, weight in pairs]
+                reload(turn, load_values)
+                return sums
+
+            store_rows(plan, over_turns(step, sums), totals, terms)
+
+        (by_tiles if plan.on_tensor_cores else by_rows)()
+        # Loaded here, under the way of the sums through shared memory, and stored when no block loads from the cache.
+        entering = new_token()
         synchronize()
-        rows = load_queries(plan, query_rows)
+        first_head = kv_head * plan.group + member * plan.queries
+        queries_of_block = (first_head, rank, jnp.minimum(plan.group - member * plan.queries, plan.queries))
+        context, *by_block = (ref.at[sequence] for ref in ([out, sums_out, terms_out] if plan.splits > 1 else [out]))
+        store_totals(plan, totals, terms, *(by_block or (context, None)), *queries_of_block)
+        if plan.cluster > 1:
+            meet_cluster(blocks_done)
 
-        def step(turn, sums):
-            slot = lax.rem(turn, plan.slots)
-            plgpu.barrier_wait(keys_arrived.at[slot])
-            slopes_of_queries = None if slopes is None else slope
-            sums, weights = score_tile(
-                plan, sums, rows, key_ring.at[slot], first_position(turn), seen, slopes_of_queries
-            )
-            reload(turn, load_keys)
-            plgpu.barrier_wait(values_arrived.at[slot])
-            sums = add_tile(plan, sums, weights, value_ring.at[slot])
-            reload(turn, load_values)
-            return sums
+        @pl.when(joins & (block == plan.cluster - 1))
+        def _():
+            at = (layer, sequence, kv_head, length)
+            for cached, arrays in zip(entering, (keys, values), strict=True):
+                store_vector(plan, cached, arrays, at)
 
-        store_tile_sums(plan, lax.fori_loop(0, turns, step, start_tile_sums(plan, scores)), totals, terms)
+        if plan.splits > 1:
+            store_contexts(plan, *by_block, context, *queries_of_block)
+        if plan.sequences > 1:
+            synchronize()  # the totals have been read
 
-    def by_rows():
-        """The sums by `steps`; the new token is in every row."""
-        share = jnp.where(counts, 1 / ROWS, 0.0)
-        sums = [start_sums(plan, score, value, share) for score in scores]
-        query_sums = [None if plan.bits is None else jnp.sum(first + second, axis=0) for first, second in queries]
-        wide_queries = [tuple(to_rows(plan, half) for half in query) for query in queries]
-        slices = range(0, plan.positions, ROWS)
-
-        def grids(arrays, first):
-            if plan.bits is None:
-                return [None for _ in slices]
-            scale, zero = (array.at[layer, sequence, kv_head] for array in arrays[1:])
-            return [load_grids(plan, scale, zero, first + row) for row in slices]
-
-        def step(turn, sums):
-            slot, first = lax.rem(turn, plan.slots), first_position(turn)
-            key_grids, value_grids = grids(keys, first), grids(values, first)
-            plgpu.barrier_wait(keys_arrived.at[slot])
-            scores = [[] for _ in heads]
-            for row, grid in zip(slices, key_grids, strict=True):
-                rows = load_rows(plan, key_ring.at[slot], row)
-                position = first + row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plan.layout.reduce(1))
-                for i in range(len(heads)):
-                    score = products(wide_queries[i], rows)
-                    if grid is not None:
-                        score = (score - grid[1] * query_sums[i]) * grid[0]
-                    if slopes is not None:
-                        score = score + position.astype(jnp.float32) * slope[i]
-                    scores[i].append(jnp.where(position < seen, score, MASKED_SCORE))
-            reload(turn, load_keys)
-            rescaled = [rescale(plan, *pair) for pair in zip(sums, scores, strict=True)]
-            sums, weights = [pair[0] for pair in rescaled], [pair[1] for pair in rescaled]
-            plgpu.barrier_wait(values_arrived.at[slot])
-            for j, (row, grid) in enumerate(zip(slices, value_grids, strict=True)):
-                rows = load_rows(plan, value_ring.at[slot], row)
-                pairs = zip(sums, weights, strict=True)
-                sums = [add_values(plan, each, weight[j], rows, grid) for each, weight in pairs]
-            reload(turn, load_values)
-            return sums
-
-        store_rows(plan, lax.fori_loop(0, turns, step, sums), totals, terms)
-
-    (by_tiles if plan.on_tensor_cores else by_rows)()
-    # Loaded here, under the sums' way through shared memory, and stored when no block loads from the cache any more.
-    entering = new_token()
-    synchronize()
-    first_head = kv_head * plan.group + member * plan.queries
-    own = (first_head, rank, jnp.minimum(plan.group - member * plan.queries, plan.queries))
-    context, *by_block = (ref.at[sequence] for ref in ([out, sums_out, terms_out] if plan.splits > 1 else [out]))
-    store_totals(plan, totals, terms, *(by_block or (context, None)), *own)
-    if plan.cluster > 1:
-        meet_cluster(blocks_done)
-
-    @pl.when(joins & (block == plan.cluster - 1))
-    def _():
-        at = (layer, sequence, kv_head, length)
-        for cached, arrays in zip(entering, (keys, values), strict=True):
-            store_vector(plan, cached, arrays, at)
-
-    if plan.splits > 1:
-        store_contexts(plan, *by_block, context, *own)
+    if plan.sequences == 1:
+        attend(jnp.int32(0))
+    else:
+        pl.loop(0, plan.sequences)(attend)

@@ -124,13 +124,14 @@ def load_queries(plan: AttentionPlan, queries: Any) -> Num[Array, "..."]:
     return inline(queries)
 
 
-def _score_tile_twin(plan, sums, queries, keys, first, seen, slopes):
+def _score_tile_twin(plan, sums, queries, keys, first, counted, slopes):
     scores = jnp.dot(queries, keys[...].astype(jnp.float32).T, precision="highest") * plan.score_unit
     position = first + jnp.arange(plan.positions, dtype=jnp.int32)
     if slopes is not None:
         by_query = jnp.stack([*slopes, *[slopes[-1]] * (TILE_QUERIES - len(slopes))])
         scores = scores + position.astype(jnp.float32)[None] * by_query[:, None]
-    scores = jnp.where(position[None] < seen, scores, MASKED_SCORE)
+    counts = (position >= counted[0]) & (position < counted[1])
+    scores = jnp.where(counts[None], scores, MASKED_SCORE)
     scores = scores.reshape(TILE_QUERIES, WARPS, WARP_POSITIONS).transpose(1, 0, 2)
     before = sums.largest.reshape(WARPS, TILE_QUERIES, 4)
     largest = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
@@ -149,7 +150,7 @@ def score_tile(
     queries: Num[Array, "..."],
     keys: Any,
     first: Int[Array, ""],
-    seen: Int[Array, ""],
+    counted: tuple[Int[Array, ""], Int[Array, ""]],
     slopes: Sequence[Float[Array, ""]] | None,
 ) -> tuple[TileSums, Num[Array, "..."]]:
     """Scores of a tile: the sums rescaled to include them, without its values; and the weights, for `add_tile`.
@@ -160,7 +161,7 @@ def score_tile(
       queries: of `load_queries`.
       keys: [positions, head_dim] in shared memory.
       first: position of the first key.
-      seen: positions from here on have no weight.
+      counted: the first position that has a weight, and the one behind the last.
       slopes: ALiBi's, by query, or None.
     """
     count, kind = plan.head_dim // 4, PTX_TYPES[jnp.dtype(keys.dtype).name]
@@ -173,7 +174,7 @@ def score_tile(
             _numbers(count),
             _numbers(count // 2),
             plgpu.RefType(),
-            *[SPLAT] * (2 + len(slopes)),
+            *[SPLAT] * (3 + len(slopes)),
         ),
         return_type=[
             plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
@@ -182,9 +183,9 @@ def score_tile(
             _type_of(plan, 2, jnp.int32),
         ],
     )
-    def inline(_, largest, weight, values, queries, keys, first, seen, *slopes):
+    def inline(_, largest, weight, values, queries, keys, first, start, end, *slopes):
         state = [numbers_of(largest)[0], numbers_of(weight)[0], numbers_of(values)]
-        numbers = [scalar_of(first), scalar_of(seen)]
+        numbers = [scalar_of(number) for number in (first, start, end)]
         slope = of_own_query([scalar_of(slope) for slope in slopes]) if slopes else None
         pointer = ptx.pointer(keys, ptx.SHARED)
         scores = scores_of_warp(plan, kind, numbers_of(queries), pointer)
@@ -196,7 +197,7 @@ def score_tile(
             as_array(words, (WARPGROUP * 2,), _numbers(2), is_signed=True),
         ]
 
-    operands = (sums.largest, sums.weight, sums.values, queries, keys, jnp.int32(first), jnp.int32(seen))
+    operands = (sums.largest, sums.weight, sums.values, queries, keys, *map(jnp.int32, (first, *counted)))
     largest, weight, values, words = inline(*operands, *slopes)
     return TileSums(largest, weight, values), words
 
@@ -290,7 +291,8 @@ def weigh_of_warp(
     values: list[Value],
     scores: list[Value],
     first: Value,
-    seen: Value,
+    counted_from: Value,
+    counted_to: Value,
     slope: Value | None,
 ) -> tuple[Value, Value, list[Value], list[Value]]:
     """The thread's part of `score_tile` once it has products; the last are words of two 16-bit weights."""
@@ -302,7 +304,8 @@ def weigh_of_warp(
         score = ptx.multiply(score, ptx.float32(plan.score_unit))
         if slope is not None:
             score = ptx.fma(ptx.from_int(position), slope, score)
-        own.append(ptx.choose(ptx.less(position, seen), score, ptx.float32(MASKED_SCORE)))
+        counts = ptx.bits_of(ptx.less(position, counted_to), ptx.less(ptx.plus(counted_from, -1), position))
+        own.append(ptx.choose(counts, score, ptx.float32(MASKED_SCORE)))
     new = largest
     for score in own:
         new = _larger(new, score)

@@ -44,6 +44,7 @@ class Case:
     dtype: type = jnp.float32
     rope: bool = True
     alibi: bool = False
+    sequences: int = 1  # that a block takes in turn
 
     def make(self):
         """q, k, v, cache and the tables."""
@@ -73,7 +74,8 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
     if splits is not None:
         chosen = plan_attention
         monkeypatch.setattr(
-            "bipolar_jax.kernels.sm90.decode_attention.launch.plan_attention", lambda *args: chosen(*args[:-1], splits)
+            "bipolar_jax.kernels.sm90.decode_attention.launch.plan_attention",
+            lambda *args: chosen(*args[:-1], splits, case.sequences),
         )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         q, k, v, cache, tables = operands
@@ -121,6 +123,18 @@ CASES = {
     "4 bits, odd sizes": (Case((50,), head_dim=96, bits=4, dtype=jnp.bfloat16), 1),
     "4 bits, full": (Case((64, 40), heads=3, kv_heads=3, head_dim=64, bits=4), 1),
 }
+
+
+# Texts of no tile, of part of one, of whole ones, and of more than a ring holds.
+IN_TURN = {
+    "tiles": Case((70, 0, 300, 320), kv_heads=1, head_dim=64, capacity=320, dtype=jnp.bfloat16, sequences=2),
+    "rows, 8 bits": Case((0, 191, 128, 100), heads=1, capacity=192, bits=8, sequences=4),
+}
+
+
+@pytest.mark.parametrize("case", IN_TURN.values(), ids=IN_TURN)
+def test_a_block_takes_sequences_in_turn(monkeypatch, case):
+    test_a_token_attends_and_enters_the_cache(monkeypatch, case, 1)
 
 
 @pytest.mark.parametrize(("case", "splits"), CASES.values(), ids=CASES)
@@ -220,6 +234,14 @@ def test_sequences_are_split_as_long_as_there_are_multiprocessors(sizes, splits,
     assert (plan.splits, plan.members) == (splits, members)
     assert plan.slots >= 2
     assert plan.capacity % plan.positions == 0
+
+
+def test_blocks_take_sequences_in_turn_where_they_would_run_in_turn():
+    def sequences(batch, heads=32, kv_heads=8):
+        return plan_attention(batch, heads, kv_heads, 320, 128, jnp.bfloat16, None).sequences
+
+    assert [sequences(batch) for batch in (1, 16, 33, 34, 64, 128, 65, 1024)] == [1, 1, 1, 2, 2, 4, 1, 1]
+    assert sequences(64, 64) == 1  # two blocks share a key head
 
 
 @pytest.mark.parametrize(
