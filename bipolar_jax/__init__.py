@@ -1,6 +1,6 @@
 """Arbitrary-precision (1 to 8 bit) quantized transformers for JAX."""
 
-from bipolar_jax import compress, models, nn
+from bipolar_jax import compress, interop, models, nn
 from bipolar_jax.checkpoint import load, save
 from bipolar_jax.format import TERNARY, BipolarFormat
 from bipolar_jax.interop import from_qwix, to_qwix
@@ -27,6 +27,7 @@ __all__ = [
     "fake_quant",
     "from_codes",
     "from_qwix",
+    "interop",
     "load",
     "lookup",
     "matmul",

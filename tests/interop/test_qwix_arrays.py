@@ -85,7 +85,7 @@ def test_scales_of_the_whole_array_and_other_axes_spread():
     np.testing.assert_array_equal(bj.from_qwix(back, axis=1).planes, packed.planes)
 
 
-@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # qwix asks for it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix uses old names of Flax
 def test_parameters_of_a_quantized_model_multiply_as_qwix_does():
     """The kernel of a linen layer that `quantize_params` rounded; the product is exact but for its scale."""
     from flax import linen

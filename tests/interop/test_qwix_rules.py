@@ -1,0 +1,77 @@
+"""bipolar_jax.interop.rules_from_qwix: the layers and precisions that qwix's rules choose."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bipolar_jax as bj
+from bipolar_jax.interop import rules_from_qwix
+from bipolar_jax.nn import layer_summaries
+
+qwix = pytest.importorskip("qwix", reason="qwix is not installed")
+Rule = qwix.QuantizationRule
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"weight_qtype": jnp.int4}, bj.Precision(4, calibration="minmax")),
+        ({"weight_qtype": "int3", "tile_size": 8}, bj.Precision(3, None, 8, "minmax", "float")),
+        ({"weight_qtype": jnp.int8, "act_qtype": jnp.int8}, bj.Precision(8, 8, calibration="minmax", a_symmetric=True)),
+        (
+            {"weight_qtype": "int4", "act_qtype": "int8", "act_calibration_method": "minmax,0.9"},
+            bj.Precision(4, 8, calibration="minmax", a_span=0.9),
+        ),
+        ({}, None),
+    ],
+)
+def test_precisions(fields, expected):
+    assert rules_from_qwix([Rule(module_path="a/b", **fields)]) == [(r"\A(?:a/b)\Z", expected)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix uses old names of Flax
+def test_the_same_layers_are_chosen_and_rounded_as_well():
+    """Of a model of three layers: whole paths, the first match; outputs within the same distance of the float model."""
+    model = nnx.Sequential(*(nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(3)))
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    rules = [
+        Rule(module_path="layers/1", op_names=("conv_general_dilated",), weight_qtype=jnp.int4),
+        Rule(module_path="layers/0"),
+        Rule(module_path="layers", weight_qtype=jnp.int8),  # no whole path
+        Rule(module_path="layers/.*", weight_qtype=jnp.int4, act_qtype=jnp.int8, tile_size=8),
+    ]
+    ours = rules_from_qwix([*rules[:2], *rules[3:]])
+    assert len(ours) == 2
+    with pytest.raises(ValueError, match="matches no layer"):
+        bj.quantize_model(model, rules_from_qwix(rules))
+    quantized = bj.quantize_model(model, ours)
+    chosen = {layer.path: layer.precision for layer in layer_summaries(quantized)}
+    assert chosen == {"layers/0": "float32", "layers/1": "W4A8sg8f", "layers/2": "W4A8sg8f"}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        theirs = qwix.quantize_model(model, qwix.PtqProvider(rules), x)
+        errors = [np.linalg.norm(each(x) - model(x)) for each in (quantized, theirs)]
+    assert 0.1 < errors[0] / errors[1] < 1.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight_qtype": "nf4"}, "nf4 is no type of integers"),
+        ({"weight_qtype": jnp.int8, "act_qtype": jnp.float8_e4m3fn}, "float8_e4m3fn is no type of integers"),
+        ({"weight_qtype": jnp.int4, "tile_size": 0.25}, "tile_size is the fraction 0.25"),
+        ({"weight_qtype": jnp.int4, "weight_calibration_method": "rms,3"}, "weight_calibration_method is 'rms,3'"),
+        ({"weight_qtype": jnp.int4, "weight_calibration_method": "absmax,0.8"}, "weights are clipped"),
+        ({"weight_qtype": jnp.int4, "act_qtype": jnp.int8, "act_static_scale": True}, "of each token here"),
+        ({"weight_qtype": jnp.int4, "op_names": ("einsum",)}, "one of einsum alone"),
+        ({"module_path": "(?i)a"}, r"write them as \(\?i:"),
+    ],
+)
+def test_rules_without_a_counterpart_are_refused(fields, message):
+    with pytest.raises(ValueError, match=f"qwix's rule of module_path .*{message}"):
+        rules_from_qwix([Rule(**{"module_path": "a"} | fields)])
+    with pytest.raises(ValueError, match="takes qwix.QuantizationRule, got tuple"):
+        rules_from_qwix([("a", "W4A8")])
