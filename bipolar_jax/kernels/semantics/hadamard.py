@@ -113,7 +113,7 @@ class Hadamard:
         for order in reversed(self.orders):
             numbers = numbers.reshape(*x.shape[:-1], -1, order, inner)
             if _is_power_of_two(order):
-                numbers = _butterflies(numbers)
+                numbers = butterflies(numbers)
             else:
                 matrix = jnp.asarray(hadamard_matrix(order), jnp.float32)
                 equation = "...oi,po->...pi" if transposed else "...oi,op->...pi"
@@ -122,8 +122,11 @@ class Hadamard:
         return numbers.reshape(x.shape) * self.block**-0.5
 
 
-def _butterflies(x: Float[Array, "*rows order inner"]) -> Float[Array, "*rows order inner"]:
-    """The product with Sylvester's matrix, which is symmetric, along the last but one axis."""
+def butterflies(x: Float[Array, "*rows order inner"]) -> Float[Array, "*rows order inner"]:
+    """The product with Sylvester's matrix, which is symmetric, along the last but one axis.
+
+    Of numbers in a row, x as [blocks, order, inner], these are the stages of distances inner, 2 inner, 4 inner ...
+    """
     *rows, order, inner = x.shape
     for stage in range(order.bit_length() - 1):
         pairs = x.reshape(*rows, -1, 2, 2**stage, inner)

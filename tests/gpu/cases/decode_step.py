@@ -322,8 +322,8 @@ def _two_layers(name: str) -> TransformerConfig:
 
 
 def _rotated(config: TransformerConfig, turn: int) -> TransformerConfig:
-    """The input of down is rotated in blocks of 256, 128, 64 or 32, if these divide it; keys are in a 4-bit cache."""
-    block = min(256 >> turn % 4, config.ffn_size & -config.ffn_size)
+    """The input of down is rotated in blocks of 256 to 16, if these divide it; keys are in a 4-bit cache."""
+    block = min(256 >> turn % 5, config.ffn_size & -config.ffn_size)
     rotation = Rotation(ffn=hadamard(config.ffn_size, block=block), keys=hadamard(config.head_dim))
     return dataclasses.replace(config, rotation=rotation)
 

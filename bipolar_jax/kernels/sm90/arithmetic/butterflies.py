@@ -12,14 +12,21 @@ from bipolar_jax.kernels.sm90.core.hardware import WARP, WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 
 
-def rotate_numbers(numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None) -> list[Value]:
-    """The rotation of blocks of consecutive numbers; arguments as of `stages_of_warp`."""
+def rotate_numbers(
+    numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None, first: int = 1
+) -> list[Value]:
+    """The rotation of blocks of consecutive numbers, or what its stages before `first` leave of it.
+
+    Arguments are those of `stages_of_warp`.
+    """
     factor = ptx.float32(block**-0.5)
-    return [ptx.multiply(x, factor) for x in stages_of_warp(numbers, block, lane, swizzle)]
+    return [ptx.multiply(x, factor) for x in stages_of_warp(numbers, block, lane, swizzle, first)]
 
 
-def stages_of_warp(numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None) -> list[Value]:
-    """All stages of blocks of consecutive numbers, of which consecutive lanes have runs; all lanes take part.
+def stages_of_warp(
+    numbers: list[Value], block: int, lane: Value, swizzle: Value | None = None, first: int = 1
+) -> list[Value]:
+    """The stages of blocks of consecutive numbers, of which consecutive lanes have runs; all lanes take part.
 
     Args:
       numbers: float32, a power of two of them.
@@ -27,11 +34,12 @@ def stages_of_warp(numbers: list[Value], block: int, lane: Value, swizzle: Value
       lane: of the thread.
       swizzle: where the numbers are 32 in quarters of 8, and the i-th quarter that a thread has is quarter i ^ swizzle:
         bits 1 and 2 of the lane, see `quantize_rows.row_threads`. None where they are in order.
+      first: distance of the first stage, a power of two.
     """
     count = len(numbers)
     if block > WARP * count:
         raise ValueError(f"blocks of {block} numbers exceed a warp whose lanes have {count} each")
-    distance = 1
+    distance = first
     while distance < min(block, count):
         signs = None if swizzle is None or distance < 8 else _sign(ptx.bits_of(swizzle, distance // 8))
         numbers = _within_thread(numbers, distance, signs)
@@ -50,18 +58,28 @@ def stages_of_warp(numbers: list[Value], block: int, lane: Value, swizzle: Value
 
 
 def rotate_vectors(scratch: Pointer, numbers: list[Value], size: int, thread: Value) -> list[Value]:
-    """Rotations of vectors of which every thread of a warpgroup has one number; all threads take part, and meet once.
+    """Rotations of vectors; arguments as of `stages_of_vectors`."""
+    factor = ptx.float32(size**-0.5)
+    return [ptx.multiply(x, factor) for x in stages_of_vectors(scratch, numbers, size, thread)]
+
+
+def stages_of_vectors(scratch: Pointer, numbers: list[Value], size: int, thread: Value) -> list[Value]:
+    """All stages of vectors of which every thread of a warpgroup has one number; all threads take part.
+
+    They meet once if blocks are larger than a warp.
 
     Args:
       scratch: shared memory of this warpgroup, 128 numbers for each vector. A thread reads what others wrote: these may
         write again after the next barrier.
       numbers: float32, one of each vector.
-      size: numbers of a block, 64 or 128.
+      size: numbers of a block, a power of two up to 128.
       thread: of the warpgroup.
     """
     lane = ptx.bits_of(thread, WARP - 1)
+    numbers = [stages_of_warp([x], min(size, WARP), lane)[0] for x in numbers]
+    if size <= WARP:
+        return numbers
     rows = [ptx.advance(scratch, 4 * WARPGROUP * i) for i in range(len(numbers))]
-    numbers = [stages_of_warp([x], WARP, lane)[0] for x in numbers]
     for row, x in zip(rows, numbers, strict=True):
         ptx.store(ptx.advance(row, ptx.times(thread, 4)), [ptx.as_word(x)])
     ptx.synchronize()
@@ -69,7 +87,7 @@ def rotate_vectors(scratch: Pointer, numbers: list[Value], size: int, thread: Va
 
 
 def _between_warps(row: Pointer, own: Value, thread: Value, size: int) -> Value:
-    """The stages of distances 32 and 64 of a thread's number, and the factor."""
+    """The stages of distances 32 and 64 of a thread's number."""
 
     def of_thread(distance: int) -> Value:
         (word,) = ptx.load(ptx.advance(row, ptx.times(ptx.flip_bits(thread, distance), 4)), 1)
@@ -80,7 +98,7 @@ def _between_warps(row: Pointer, own: Value, thread: Value, size: int) -> Value:
     if size == WARPGROUP:
         other = ptx.fma(of_thread(2 * WARP), sign, of_thread(3 * WARP))
         number = ptx.fma(number, _sign(ptx.bits_of(thread, 2 * WARP)), other)
-    return ptx.multiply(number, ptx.float32(size**-0.5))
+    return number
 
 
 def _sign(bit: Value) -> Value:

@@ -14,6 +14,10 @@ from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 def poll_words(loads: Sequence[tuple[Pointer, int]], phase: Value, needed: Value) -> list[list[Value]]:
     """Words in global memory, loaded again and again until the low bit of each is the phase bit.
 
+    The lanes of a warp, all of which take part, leave the loop together, by a vote: words of two blocks do not come at
+    the same time. Where lanes may leave one by one, ptxas emits each shuffle and reduction after the loop twice, for
+    lanes together and apart, or not at all for lanes apart; and a barrier of whole warps may then wait for ever.
+
     Without a limit: a limit here costs registers that some kernels do not have, and time on their critical path.
     `core.watchdog` bounds the wait from another warpgroup.
 
@@ -42,11 +46,12 @@ def poll_words(loads: Sequence[tuple[Pointer, int]], phase: Value, needed: Value
       {" ".join(checks)}
       and.b32 off, off, needed;
       setp.ne.b32 again, off, 0;
+      vote.sync.any.pred again, again, -1;
       @again bra AGAIN;
     }}"""
     pointers = [pointer for pointer, _ in loads]
     types = (ptx.i32_type(),) * first_pointer
-    words = iter(inline_ptx(code, *pointers, phase, needed, result_types=types, has_side_effects=True))
+    words = iter(inline_ptx(code, *pointers, phase, needed, result_types=types, has_side_effects=True, convergent=True))
     return [[next(words) for _ in range(count)] for _, count in loads]
 
 

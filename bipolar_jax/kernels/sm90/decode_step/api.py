@@ -159,6 +159,7 @@ def plan_decode_layers(
     weights = f"{a_format.bits} x {shape.w_format.bits} planes" if planes else _prepared(kernels["qkv"])
     weights += "" if shape.float_token is None else ", float tokens"
     kernel = f"all {shape.num_layers} layers in one persistent kernel of {shape.blocks} blocks, {weights}"
+    kernel += _rotation(shape)
     texts = "one sequence" if shape.texts == 1 else f"{shape.texts} sequences"
     return Plan(kernel, f"{texts}: bound by reading weights and cache, and by launches", shape)
 
@@ -167,6 +168,16 @@ def _with_spans(shape: LayersShape, spans: Mapping[str, float] | None) -> Layers
     if spans is None:
         return shape
     return dataclasses.replace(shape, spans=tuple(spans[name] for name in PRODUCTS))
+
+
+def _rotation(shape: LayersShape) -> str:
+    """How the input of down is rotated, in words."""
+    rotation, early = shape.activation.rotation, shape.rotated_early
+    if rotation is None:
+        return ""
+    if early == rotation.block:
+        return f", {early} numbers each rotated where gate and up are computed"
+    return f", {rotation.block} numbers each rotated, {early} where gate and up are computed, then by every block"
 
 
 def _prepared(kernel: PreparedArray) -> str:

@@ -14,13 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.arithmetic import activations
-from bipolar_jax.kernels.sm90.core.fragments import VECTOR, pinned, repeat
+from bipolar_jax.kernels.sm90.core.fragments import VECTOR, WARPS, pinned, repeat
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
-from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import rotate_slice
+from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import begin_rotation, end_rotation
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
@@ -238,7 +238,7 @@ class Phases:
         )
 
     def _multiply(self, name: str, index, layer, norm) -> None:
-        """A product: norm or rotation, quantization, sums, and the rest by the first warpgroup, or one a text."""
+        """A product: norm, quantization, sums, and the rest by the first warpgroup, or one a text."""
         shape, shared, kind = self._shape, self._shared, self._ring.kind
         product, timeline = shape.products[name], self._timeline.of(name, index)
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
@@ -262,9 +262,10 @@ class Phases:
                     finish(shape, kind, name, terms[half][chunk], shared, grid, half, chunk, text)
                     for half in range(product.halves)
                 ]
+                values = self._activated(halves, chunk) if name == "up" else halves[0]
                 if residual is not None:
-                    halves = [halves[0] + residual[chunk]]
-                self._store(name, layer, text, halves, *chunk_rows(product, self._block, chunk))
+                    values = values + residual[chunk]
+                self._store(name, layer, text, values, *chunk_rows(product, self._block, chunk))
             timeline.mark("stored")
 
     def _read_tokens(self, name: str, layer, norm, own_text, timeline: Timeline) -> TokenGrid | None:
@@ -294,7 +295,8 @@ class Phases:
         for text, k_slices in zip(texts, inputs, strict=True):
             squares = None
             if name == "down" and shape.activation.rotation is not None:
-                k_slices = [rotate_slice(x, shape.activation.rotation.block) for x in k_slices]
+                block, early = shape.activation.rotation.block, shape.rotated_early
+                k_slices = k_slices if early == block else [end_rotation(x, block, early) for x in k_slices]
             if norm and shape.norm == "rms":
                 squares = [x * x for x in k_slices]
                 k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
@@ -335,15 +337,23 @@ class Phases:
         rows = [chunk_rows(product, self._block, chunk) for chunk in range(product.chunks)]
         return [load_vector(source, first, first + count, product.by_parts) for first, count in rows]
 
-    def _store(self, name: str, layer, text, halves, first, count) -> None:
-        """Stores a chunk of a product of a text; `halves` are gate and up, or one chunk."""
-        values, product = halves[0], self._shape.products[name]
+    def _activated(self, halves, chunk: int) -> Float[Array, "128"]:
+        """A chunk of the input of down, of gate and up or of one half, rotated as far as the block has the numbers."""
+        activation, early = self._shape.activation, self._shape.rotated_early
+        values = activations.ACCURATE[activation.function](halves[0])
+        values = values * halves[1] if len(halves) == 2 else values
+        if early > 1:
+            # Attention's scratch. Each chunk has a row of its own: others may still read the last one's.
+            row = self._warpgroup * WARPS + chunk % WARPS
+            values = begin_rotation(self._shared.context_sums.at[row], values, activation.rotation.block, early)
+        return values + 0.0  # -0 with phase bit 1 would be negative
+
+    def _store(self, name: str, layer, text, values, first, count) -> None:
+        """Stores a chunk of a product of a text."""
+        product = self._shape.products[name]
         target = self._of_text(getattr(self._outs, WRITTEN[name]), text)
         if name == "qkv":
             target, first = rows_of_layer(product, target, layer), first + first_row(product, layer)
-        elif name == "up":
-            values = activations.ACCURATE[self._shape.activation.function](values)
-            values = (values * halves[1] if len(halves) == 2 else values) + 0.0  # -0 with phase bit 1 would be negative
         store_vector(target, values, first, count, phase_bit(layer), product.by_parts)
 
     def _slice_starts(self, name: str):

@@ -57,6 +57,11 @@ class Case:
     texts: int = 1
 
     @property
+    def rotated_by(self) -> int:
+        """Numbers of a block of the rotation of down's input; 0 without."""
+        return 0 if self.activation.rotation is None else self.activation.rotation.block
+
+    @property
     def lengths(self) -> list[int]:
         """Of each text."""
         return [max(0, self.length - 29 * text) for text in range(self.texts)]

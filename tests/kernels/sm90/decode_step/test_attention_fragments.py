@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax.kernels.semantics.hadamard import Hadamard
-from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_vectors
+from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers, rotate_vectors, stages_of_vectors
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step.attention import float_fragments, quantized_fragments
 from tests.support import warpgroup_simulator
@@ -123,10 +123,21 @@ def test_values_of_codes_are_summed_by_weights_of_float32(bits, size, monkeypatc
     np.testing.assert_allclose(left, 0.5 * (weights.reshape(4, 1, 16) @ signed)[:, 0], atol=3e-6 * 2**bits)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_queries_and_keys_are_rotated_bit_for_bit(size, monkeypatch):
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_vectors_are_rotated_bit_for_bit(size, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
-    heads = np.random.default_rng(2).standard_normal((2, 128)).astype(np.float32)
+    vectors = np.random.default_rng(2).standard_normal((2, 128)).astype(np.float32)
     scratch = ptx.pointer(np.full(256, np.nan, np.float32), ptx.SHARED)
-    found = rotate_vectors(scratch, list(heads), size, THREAD)
-    np.testing.assert_array_equal(found, Hadamard((size,), 128 // size)(heads))
+    found = rotate_vectors(scratch, list(vectors), size, THREAD)
+    np.testing.assert_array_equal(found, Hadamard((size,), 128 // size)(vectors))
+
+
+@pytest.mark.parametrize(("block", "early"), [(64, 16), (256, 16), (256, 128)])
+def test_a_rotation_in_two_parts_is_the_rotation_bit_for_bit(block, early, monkeypatch):
+    """Early stages of vectors, one number a thread; the others of a K slice, eight numbers a thread."""
+    warpgroup_simulator.install(monkeypatch)
+    numbers = np.random.default_rng(block).standard_normal(1024).astype(np.float32)
+    scratch = ptx.pointer(np.full(1024, np.nan, np.float32), ptx.SHARED)
+    begun = np.ravel(stages_of_vectors(scratch, list(numbers.reshape(8, 128)), early, THREAD))
+    ended = rotate_numbers(list(begun.reshape(128, 8).T), block, LANE, first=early)
+    np.testing.assert_array_equal(np.transpose(ended).ravel(), Hadamard((block,), 1024 // block)(numbers))

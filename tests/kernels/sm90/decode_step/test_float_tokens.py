@@ -12,6 +12,7 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import ptx
@@ -32,13 +33,14 @@ from tests.support.integer_products import random_codes
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpreter")]
 
 FLOAT = dataclasses.replace(PREPARED, a_bits=None)
+ROTATED = Activation("silu", True, hadamard(320, block=16))
 
 
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
         # Parts that are more than one block's, gates that end within a vector, biases.
-        (dataclasses.replace(FLOAT, ffn=320, group_size=128, bias=True), 3),
+        (dataclasses.replace(FLOAT, ffn=320, group_size=128, bias=True, activation=ROTATED), 3),
         # Natural order, a norm that subtracts the mean, K slices of other warpgroups that end within a stage.
         (
             dataclasses.replace(

@@ -14,6 +14,7 @@ import bipolar_jax as bj
 from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import Product
 from bipolar_jax.models.inference.join import join_projections
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
@@ -27,26 +28,56 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("clean_interpret
 # Sizes of one tile and a half, and of two and a half; three query heads for one of keys.
 PREPARED = Case(1, 192, 320, 3, 1, 4, 8, 128, 100, prepared=True, group_size=64, head_dim=64, spans=(0.9, 1, 0.85, 0.8))
 PLANES = dataclasses.replace(PREPARED, w_bits=2, prepared=False, group_size=None)
-ROTATED = dataclasses.replace(PREPARED, ffn=192, activation=Activation("silu", True, hadamard(192, block=64)))
+
+
+def rotated(case: Case, block: int, function: str = "silu", gated: bool = True) -> Case:
+    """The input of down is rotated."""
+    return dataclasses.replace(case, activation=Activation(function, gated, hadamard(case.ffn, block=block)))
+
+
+ROTATED = rotated(dataclasses.replace(PREPARED, ffn=192), 64)
 
 
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
         # A group that ends with K and not with its stage; two layers, of which the second's rows begin within a tile.
-        (dataclasses.replace(ROTATED, layers=2, group_size=128, calibration="minmax", bias=True), 3),
-        (dataclasses.replace(PREPARED, cache_bits=8, symmetric=True), 7),
-        (dataclasses.replace(PREPARED, w_bits=8, group_size=None, activation=Activation("gelu"), bias=True), 3),
-        (dataclasses.replace(PLANES, layers=2, bias=True), 4),
+        # Blocks make 48 numbers of the input of down: they rotate 16, every block the rest; then 64, and rotate all.
+        (dataclasses.replace(ROTATED, layers=2, group_size=128, calibration="minmax", bias=True), 4),
+        (dataclasses.replace(ROTATED, cache_bits=8), 3),
+        (rotated(dataclasses.replace(PREPARED, ffn=256, cache_bits=8, symmetric=True), 256), 7),
+        # Rows in the order of parts: runs of 16 stay together.
+        (rotated(dataclasses.replace(PREPARED, w_bits=8, group_size=None, bias=True), 16, "gelu", gated=False), 3),
+        (rotated(dataclasses.replace(PREPARED, w_bits=8, group_size=None), 32, "gelu", gated=False), 3),
+        # Of two vectors a block.
+        (rotated(dataclasses.replace(PLANES, layers=2, bias=True), 32), 2),
+        (rotated(dataclasses.replace(PLANES, ffn=256), 256), 2),
         (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi", rotates_keys=True), 4),
     ],
     ids=lambda value: (
-        f"W{value.w_bits}g{value.group_size}, cache {value.cache_bits}" if isinstance(value, Case) else f"{value}"
+        f"W{value.w_bits}g{value.group_size}, cache {value.cache_bits}, rotated by {value.rotated_by}"
+        if isinstance(value, Case)
+        else f"{value}"
     ),
 )
 @pytest.mark.sample(1)
 def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "halves", "prepared", "kept"),
+    [
+        (14336, 2, True, 16),  # 112 rows a block
+        (14336, 2, False, 128),  # 128 rows
+        (8192, 2, True, 64),  # 64 rows
+        (11008, 2, True, 32),  # 96 rows
+        (14336, 1, True, 16),  # 128 rows in the order of parts
+    ],
+)
+def test_runs_that_blocks_keep_whole(ffn, halves, prepared, kept):
+    up = Product(halves * ffn, 4096, halves, 132, prepared)
+    assert max(run for run in (2**i for i in range(9)) if up.keeps_whole(run)) == kept
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import pytest
 
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.decode_step.api import plan_decode_layers
 from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, compiled, preset_case
@@ -72,6 +73,18 @@ def planned(case: Case, **changed_kernels: Case) -> str:
 def test_the_plan_says_how_weights_are_stored():
     assert planned(PREPARED).endswith("prepared weights of 4 bits, groups of 64")
     assert planned(dataclasses.replace(PREPARED, group_size=None, w_bits=8)).endswith("prepared weights of 8 bits")
+
+
+def test_the_plan_says_where_the_input_of_down_is_rotated():
+    """The rows of a block are 16 here, of 132 blocks."""
+
+    def rotated(block: int) -> Case:
+        return dataclasses.replace(PREPARED, activation=Activation("silu", True, hadamard(128, block=block)))
+
+    assert planned(rotated(16)).endswith("groups of 64, 16 numbers each rotated where gate and up are computed")
+    assert planned(rotated(64)).endswith(
+        "groups of 64, 64 numbers each rotated, 16 where gate and up are computed, then by every block"
+    )
 
 
 def test_weights_of_several_kinds_are_refused():

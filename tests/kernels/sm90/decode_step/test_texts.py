@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.kernels.semantics.prologue import LayerNorm
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step import part_sums, phases, text_products, token_bytes
@@ -26,6 +27,7 @@ SHAPE = LayersShape(
     w_format=BipolarFormat(4), norm="rms", norm_eps=1e-5, activation=SWIGLU, blocks=4, texts=2,
     prepared=PreparedLayout(0, False),
 )  # fmt: skip
+ROTATED = dataclasses.replace(SWIGLU, rotation=hadamard(192, block=64))
 TEXTS = Case(1, 128, 128, 1, 1, 4, 8, 64, 40, prepared=True, group_size=64, texts=2)
 
 
@@ -36,7 +38,7 @@ TEXTS = Case(1, 128, 128, 1, 1, 4, 8, 64, 40, prepared=True, group_size=64, text
         # Three columns of four, tokens that are read in turn, one of them twice.
         (dataclasses.replace(TEXTS, texts=3, norm=LayerNorm), 3, 4),
         # Heads of 64, sizes that end within a tile, a cache that is full.
-        (dataclasses.replace(TEXTS, hidden=192, ffn=192, heads=2, head_dim=64, length=64), 5, 2),
+        (dataclasses.replace(TEXTS, hidden=192, ffn=192, heads=2, head_dim=64, length=64, activation=ROTATED), 5, 2),
     ],
     ids=["two", "three", "heads of 64"],
 )

@@ -25,6 +25,7 @@ CHUNK_POSITIONS = 64  # of the cache, in a chunk
 HEAD_DIMS = (64, 128)
 SIZE_UNIT = 64  # of hidden and ffn: of parts that begin in a tile with that many rows, each has some
 STAGES_PER_SLICE = K_SLICE // STAGE
+RUN = TILE // 2  # elements that are neighbours in the order of parts, too
 TEXT_SLICE_WORDS = K_SLICE // 4 + 4  # of one of several texts: a word of the next text is in another bank
 PRODUCTS = ("qkv", "o", "up", "down")
 RESULTS_OF_TEXT = 4  # rows of `SharedMemory.warp_results`
@@ -118,6 +119,10 @@ class Product:
     def chunks(self) -> int:
         """Vectors of 128 rows that cover a block's rows of a half."""
         return -(-self.rows // WARPGROUP)
+
+    def keeps_whole(self, run: int) -> bool:
+        """Whether every run of a half's elements is a vector's, and so a block's: a power of two that divides it."""
+        return run <= (RUN if self.by_parts else WARPGROUP) and self.rows % run == 0
 
     @property
     def all_k_slices(self) -> int:
@@ -219,6 +224,17 @@ class LayersShape:
             "down": (self.hidden, self.ffn, 1),
         }
         return {name: Product(*size, self.blocks, self.prepared is not None) for name, size in sizes.items()}
+
+    @property
+    def rotated_early(self) -> int:
+        """Distance of the first stage of the rotation of down's input that the blocks that made it leave to all blocks.
+
+        The rotation's block if they leave none; 1 if there is no rotation.
+        """
+        block = 1 if self.activation.rotation is None else self.activation.rotation.block
+        while not self.products["up"].keeps_whole(block):
+            block //= 2
+        return block
 
     def token_format(self, name: str) -> BipolarFormat:
         """The grid of a product's tokens, which are not floats."""

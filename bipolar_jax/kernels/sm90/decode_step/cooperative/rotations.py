@@ -1,6 +1,8 @@
-"""Rotations by Hadamard matrices: of the token in front of a product, and of the new token's query and key.
+"""Rotations by Hadamard matrices: of the input of down, and of the new token's query and key.
 
-The stages are those of `kernels.semantics.hadamard`, in that order.
+The stages are those of `kernels.semantics.hadamard`, in that order. The input of down passes between thread blocks: the
+block that makes the numbers computes the first stages, as far as it has the numbers (`LayersShape.rotated_early`), and
+every block the rest of them for the whole token, if there are more.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.semantics.hadamard import Hadamard
-from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers, rotate_vectors
+from bipolar_jax.kernels.semantics.hadamard import Hadamard, butterflies
+from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers, rotate_vectors, stages_of_vectors
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
@@ -33,18 +35,51 @@ _K_SLICE_TYPE = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_L
 _VECTOR_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
 
 
-def _rotate_slice_twin(values, block):
-    return Hadamard((block,), K_SLICE // block)(values)
+def _begin_rotation_twin(scratch, values, block, early):
+    del scratch
+    numbers = butterflies(values.reshape(-1, early, 1)).reshape(-1)
+    return numbers * block**-0.5 if early == block else numbers
 
 
-@with_twin(_rotate_slice_twin)
-def rotate_slice(values: Float[Array, "1024"], block: int) -> Float[Array, "1024"]:
-    """A K slice, of which every block is rotated: a power of two of numbers, at most those of a warp."""
+@with_twin(_begin_rotation_twin)
+def begin_rotation(scratch: Any, values: Float[Array, "128"], block: int, early: int) -> Float[Array, "128"]:
+    """The first stages of a vector's rotation, of distances below `early`; and the factor if there are no others.
+
+    All threads of the warpgroup take part, and meet once if `early` exceeds a warp.
+
+    Args:
+      scratch: shared memory, float32 [128], see `butterflies.stages_of_vectors`.
+      values: one element a thread.
+      block: numbers of a block of the rotation, a power of two.
+      early: likewise, at most 128.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), VECTOR), return_type=_VECTOR_TYPE)
+    def inline(_, scratch, values):
+        numbers = [ptx.as_float(only_word(values))]
+        (number,) = stages_of_vectors(ptx.pointer(scratch, ptx.SHARED), numbers, early, thread_index())
+        return as_vector(ptx.multiply(number, ptx.float32(block**-0.5)) if early == block else number, jnp.float32)
+
+    return inline(scratch, values)
+
+
+def _end_rotation_twin(values, block, early):
+    return butterflies(values.reshape(-1, block // early, early)).reshape(-1) * block**-0.5
+
+
+@with_twin(_end_rotation_twin)
+def end_rotation(values: Float[Array, "1024"], block: int, early: int) -> Float[Array, "1024"]:
+    """What is left of the rotation of a K slice after `begin_rotation`, with the factor.
+
+    Args:
+      values: blocks of consecutive numbers.
+      block, early: as of `begin_rotation`; a block is at most 256, the numbers of a warp.
+    """
 
     @plgpu.inline_mgpu(arg_types=(K_SLICE_LAYOUT,), return_type=_K_SLICE_TYPE)
     def inline(_, values):
         lane, _ = lane_and_warp()
-        return as_k_slice(rotate_numbers(numbers_of(values), block, lane))
+        return as_k_slice(rotate_numbers(numbers_of(values), block, lane, first=early))
 
     return inline(values)
 

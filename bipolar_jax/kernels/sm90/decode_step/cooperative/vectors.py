@@ -36,11 +36,10 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.polling import poll_words, store_in_phase
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import WARPGROUPS
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import RUN, WARPGROUPS
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
 from bipolar_jax.packing.fields import TILE_ROWS
 
-_RUN = 16  # elements that are neighbours in either order; the count of a stored vector is a multiple
 _CACHE_LINE = 128  # bytes
 _VECTOR_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
 _K_SLICE_TYPE = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT)
@@ -144,12 +143,12 @@ def poll_vectors(
 
 
 def _store_vector_twin(ref, values, start, count, phase, by_parts=False):
-    for i in range(0, WARPGROUP, _RUN):
+    for i in range(0, WARPGROUP, RUN):
         element = row_of_parts(start + i) if by_parts else start + i
 
         @pl.when((i < count) & (element < ref.shape[0]))
         def _(i=i, element=element):
-            ref[pl.ds(element, _RUN)] = in_phase(values[i : i + _RUN], phase)
+            ref[pl.ds(element, RUN)] = in_phase(values[i : i + RUN], phase)
 
 
 @with_twin(_store_vector_twin)
@@ -291,7 +290,7 @@ def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int, by_parts: 
     elements in the order of parts, of which a thread prefetches 16 in a row.
     """
     itemsize = jnp.dtype(ref.dtype).itemsize
-    line = _RUN if by_parts else _CACHE_LINE // itemsize
+    line = RUN if by_parts else _CACHE_LINE // itemsize
     ends_within_tile, size = _ends_within_tile(ref, by_parts), ref.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
