@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
     # "full", "foldable" (nothing is rotated at run time within blocks) or "none".
     config.rotation = "full"
     # Numbers that "full" mixes of the input of down, such as 64: kernels rotate powers of two up to 256 while they
-    # quantize; 0 mixes as many as can be, by XLA where they are others.
+    # quantize; 0 mixes as many as can be, by XLA where they are others; -1 as many as the decode step of all layers
+    # rotates for nothing (bj.ops.decode_rotation_block: 16 for Llama-3-8B).
     config.rotation_block = 0
     # How weights are rounded, see bj.compress.Rounding.
     config.rounding = ConfigDict(dataclasses.asdict(Rounding()))

@@ -37,7 +37,7 @@ from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import layer_at, run_name
 
-from .calibrate import calibration_tokens
+from .calibrate import calibration_tokens, rotation_block
 from .support import app
 from .support.plotting import save
 from .support.precision_sweep import LAYERS, plain
@@ -78,7 +78,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     tokens = calibration_tokens(config, workdir, pretrained)
     with progress_bar(f"rotating: {config.rotation}"):
         key = jax.random.key(config.seed)
-        block = config.rotation_block or None
+        block = rotation_block(config, pretrained)
         model = jax.block_until_ready(bj.compress.rotate(pretrained.model, config.rotation, key=key, block=block))
     if config.only:
         _calibrated(model, tokens, config.only, method, config, workdir)

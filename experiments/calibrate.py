@@ -27,6 +27,7 @@ import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.compress.rotations.plan import Kind
 from bipolar_jax.kernels.device import default_device
+from bipolar_jax.models.blocks.feed_forward import gate_activation
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
@@ -80,7 +81,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, rules=own_rules)
     for precision in [*precisions, *rounded]:  # reject impossible precisions before measuring
         sweep.check(rules_of_row(first_rules, precision))
-    block = config.rotation_block or None
+    block = rotation_block(config, sweep.pretrained)
     bj.ops.hadamard(sweep.pretrained.model.config.ffn_size, block=block)  # rejects impossible blocks
     sweep.measure_baseline()
     for precision in rounded:
@@ -112,6 +113,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if config.sample_tokens:
         console.print(f"{precisions[-1]} continues: {config.prompt}", end="", highlight=False, markup=False)
         console.print(sweep.result[MADE][str(precisions[-1])]["sample"], highlight=False, markup=False)
+
+
+def rotation_block(config: ConfigDict, pretrained: PretrainedModel) -> int | None:
+    """Numbers that R4 mixes, None for the most: as `config.rotation_block` says."""
+    if config.rotation_block >= 0:
+        return config.rotation_block or None
+    sizes = pretrained.model.config
+    return bj.ops.decode_rotation_block(sizes.ffn_size, gated=gate_activation(sizes.ffn) is not None)
 
 
 def calibration_tokens(

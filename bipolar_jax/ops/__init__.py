@@ -3,7 +3,7 @@
 from bipolar_jax.kernels.semantics.hadamard import Hadamard, hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.ops.explain import Explanation, explain
-from bipolar_jax.ops.fused import decode_attention, decode_layers, feed_forward, prompt_heads
+from bipolar_jax.ops.fused import decode_attention, decode_layers, decode_rotation_block, feed_forward, prompt_heads
 from bipolar_jax.ops.lookup import lookup
 from bipolar_jax.ops.matmul import matmul
 from bipolar_jax.ops.trainable_matmul import GradientPrecision, trainable_matmul
@@ -18,6 +18,7 @@ __all__ = [
     "RMSNorm",
     "decode_attention",
     "decode_layers",
+    "decode_rotation_block",
     "explain",
     "feed_forward",
     "hadamard",

@@ -14,7 +14,7 @@ import jax
 
 from bipolar_jax.kernels.backend import Backend, Layer
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.ops.dispatch import check_implementation, dispatch
+from bipolar_jax.ops.dispatch import BACKENDS, check_implementation, dispatch
 from bipolar_jax.ops.matmul import check_operands
 from bipolar_jax.packing import BlockScaledArray
 
@@ -43,6 +43,24 @@ def decode_layers(*operands: Any, implementation: str = "auto", **options: Any) 
     Raises: as `prompt_heads`.
     """
     return _run("decode_layers", implementation, operands, options)
+
+
+def decode_rotation_block(ffn_size: int, *, gated: bool = True) -> int:
+    """The most numbers that R4 may mix so that `decode_layers` rotates them where gate and up are computed, on an H200.
+
+    There they cost next to nothing; larger blocks cost each block of the kernel the rest of the rotation. 16 for
+    Llama-3-8B, 64 for 8192 numbers.
+
+    Args:
+      ffn_size: of the input of down, a multiple of 64.
+      gated: whether it is made of gate and up.
+
+    Raises:
+      ValueError: another size.
+    """
+    if ffn_size < 64 or ffn_size % 64:
+        raise ValueError(f"the decode step serves feed-forward blocks of a multiple of 64 numbers, got {ffn_size}")
+    return BACKENDS["sm90"].decode_rotation_block(ffn_size, gated)
 
 
 def feed_forward(*operands: Any, implementation: str = "auto", **options: Any) -> Any:

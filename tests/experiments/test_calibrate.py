@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import bipolar_jax as bj
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.loaders import load_pretrained
+from bipolar_jax.models.presets import preset
 from configs import calibrate as calibrate_config
 from configs.bench import rotation_blocks as rotation_blocks_config
 from experiments import calibrate
@@ -136,6 +138,14 @@ def test_windows_of_other_runs_are_refused(model, text, tmp_path):
     np.save(tmp_path / "calibration_tokens.npy", np.zeros((2, 5), np.int32))
     with pytest.raises(ValueError, match=r"windows of shape \(2, 5\), asked for are \(6, 16\): delete it"):
         calibrate.main(config, tmp_path)
+
+
+def test_the_rotation_block_is_a_number_the_most_or_the_kernels():
+    config, pretrained = calibrate_config.get_config(), types.SimpleNamespace(model=types.SimpleNamespace())
+    pretrained.model.config = preset("llama-3-8b")
+    for setting, block in ((0, None), (256, 256), (-1, 16)):
+        config.rotation_block = setting
+        assert calibrate.rotation_block(config, pretrained) == block
 
 
 def test_sizes_of_blocks_are_compared(model, text, tmp_path):

@@ -21,6 +21,7 @@ from bipolar_jax.packing import BipolarNumbers, UnpackedArray
 __all__ = [
     "decode_attention",
     "decode_layers",
+    "decode_rotation_block",
     "feed_forward",
     "integer_matmul",
     "pack_weights",
@@ -99,6 +100,13 @@ def decode_attention(projected, keys, values, layer, lengths, *, bits=None, tabl
 def plan_decode_attention(*operands, **options):
     """See `Backend.plan_decode_attention`."""
     return _decode_attention().plan_decode_attention(*operands, **options)
+
+
+def decode_rotation_block(ffn, gated):
+    """See `ops.decode_rotation_block`."""
+    from bipolar_jax.kernels.sm90.decode_step.cooperative.config import rotation_without_exchange
+
+    return rotation_without_exchange(ffn, gated)
 
 
 def decode_layers(

@@ -78,6 +78,8 @@ def test_layers_are_the_twins(case, blocks):
 def test_runs_that_blocks_keep_whole(ffn, halves, prepared, kept):
     up = Product(halves * ffn, 4096, halves, 132, prepared)
     assert max(run for run in (2**i for i in range(9)) if up.keeps_whole(run)) == kept
+    if prepared:
+        assert bj.ops.decode_rotation_block(ffn, gated=halves == 2) == kept
 
 
 @pytest.mark.parametrize(

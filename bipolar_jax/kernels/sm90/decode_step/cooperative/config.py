@@ -11,7 +11,7 @@ from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK, Hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES, WARPGROUP
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -133,6 +133,13 @@ class Product:
     def k_slices(self) -> int:
         """K slices of a warpgroup; the last may lie beyond K, and is loaded as zeros."""
         return -(-self.k // (K_SLICE * WARPGROUPS))
+
+
+def rotation_without_exchange(ffn: int, gated: bool, blocks: int = MULTIPROCESSORS) -> int:
+    """The largest block of a rotation of down's input that always lies within a block of the grid; prepared weights."""
+    halves = 2 if gated else 1
+    up = Product(halves * ffn, ffn, halves, blocks, prepared=True)
+    return max(1 << i for i in range(WARPGROUP.bit_length()) if ffn % (1 << i) == 0 and up.keeps_whole(1 << i))
 
 
 @dataclasses.dataclass(frozen=True)
