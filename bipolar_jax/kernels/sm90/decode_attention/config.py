@@ -173,6 +173,7 @@ def plan_attention(
       sequences: of a block; None chooses.
 
     Raises:
+      ValueError: sequences that do not divide the batch, or several where blocks share a key head.
       Unsupported: head_dim is not a multiple of 16 (with 4 bits, of 32), or above 256; capacity is not a multiple of
         64; a key head has more queries than 8 blocks can take.
     """
@@ -203,4 +204,9 @@ def plan_attention(
         alone = splits * plan.members == 1
         fit = (s for s in _SEQUENCES if alone and batch % s == 0 and batch // s * kv_heads <= _BLOCKS_AT_ONCE)
         sequences = next(fit, 1)
+    elif batch % sequences or (sequences > 1 and splits * plan.members > 1):
+        raise ValueError(
+            f"a block takes {sequences} sequences of {batch} in turn: they must divide the batch, and blocks must take "
+            f"whole key heads, not {splits} splits of {plan.members} blocks"
+        )
     return dataclasses.replace(plan, splits=splits, sequences=sequences)

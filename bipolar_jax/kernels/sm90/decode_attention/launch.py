@@ -70,6 +70,7 @@ def decode_attention(
     tables: tuple[Float[Array, "batch half"], Float[Array, "batch half"]] | None = None,
     slopes: Float[Array, " heads"] | None = None,
     splits: int | None = None,
+    sequences: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "batch heads head_dim"], tuple[Array, ...], tuple[Array, ...]]:
     """Attends to the positions below `lengths` and to the new token, and stores the token at position `lengths`.
@@ -89,6 +90,7 @@ def decode_attention(
       tables: cosines and sines that q and k are rotated by, float32.
       slopes: ALiBi's; slope * position is added to the scaled scores.
       splits: blocks that divide a sequence, 1, 2, 4 or 8; None chooses.
+      sequences: that a block takes in turn, a divisor of the batch; more than one only without splits; None chooses.
       interpret: parameters of interpret mode, for tests on a CPU.
 
     Returns:
@@ -98,7 +100,7 @@ def decode_attention(
       ValueError: shapes that do not fit.
       Unsupported: a float cache of another dtype; sizes that `plan_attention` refuses.
     """
-    plan = _plan(projected, keys, bits, splits)
+    plan = _plan(projected, keys, bits, splits, sequences)
     batch, heads, kv_heads, head_dim = plan.batch, plan.heads, plan.kv_heads, plan.head_dim
     dtype = projected[0].dtype
     options, tree = jax.tree.flatten((projected, tables, None if slopes is None else slopes.astype(jnp.float32)))
@@ -142,7 +144,7 @@ def plan_decode_attention(
 ) -> Plan:
     """What `decode_attention` would run for these operands; raises as it would."""
     del values, layer, lengths, tables, slopes
-    plan = _plan(projected, keys, bits, None)
+    plan = _plan(projected, keys, bits)
     numbers = keys[0].dtype.name if bits is None else f"{bits}-bit"
     kernel = f"one pass over a {numbers} cache, {plan.cluster} blocks a key head and sequence; writes the new token"
     return Plan(kernel, f"{plan.batch} tokens: bound by reading the cache", plan)
@@ -152,7 +154,8 @@ def _plan(
     projected: tuple[Float[Array, "batch _ head_dim"], ...],
     keys: tuple[Array, ...],
     bits: int | None,
-    splits: int | None,
+    splits: int | None = None,
+    sequences: int | None = None,
 ) -> AttentionPlan:
     """Raises as `decode_attention` says."""
     batch, _, head_dim = projected[0].shape
@@ -164,7 +167,7 @@ def _plan(
         raise ValueError(f"heads of shapes {shapes} do not fit a cache of shape {keys[0].shape}")
     if bits is None and dtype != keys[0].dtype:
         raise Unsupported(f"heads are {dtype}, the cache has {keys[0].dtype}: XLA converts them")
-    return plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits)
+    return plan_attention(batch, heads, kv_heads, capacity, head_dim, keys[0].dtype, bits, splits, sequences)
 
 
 def _scratch(plan: AttentionPlan, dtype: jnp.dtype, is_interpreted: bool) -> dict:

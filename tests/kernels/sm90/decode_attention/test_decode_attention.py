@@ -75,7 +75,7 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
         chosen = plan_attention
         monkeypatch.setattr(
             "bipolar_jax.kernels.sm90.decode_attention.launch.plan_attention",
-            lambda *args: chosen(*args[:-1], splits, case.sequences),
+            lambda *args: chosen(*args[:-2], splits, case.sequences),
         )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         q, k, v, cache, tables = operands
@@ -242,6 +242,9 @@ def test_blocks_take_sequences_in_turn_where_they_would_run_in_turn():
 
     assert [sequences(batch) for batch in (1, 16, 33, 34, 64, 128, 65, 1024)] == [1, 1, 1, 2, 2, 4, 1, 1]
     assert sequences(64, 64) == 1  # two blocks share a key head
+    for batch, splits, number in ((5, 1, 2), (4, 2, 2)):
+        with pytest.raises(ValueError, match=f"a block takes 2 sequences of {batch} in turn"):
+            plan_attention(batch, 8, 8, 320, 128, jnp.bfloat16, None, splits, number)
 
 
 @pytest.mark.parametrize(
