@@ -216,7 +216,8 @@ class Backend(Protocol):
           hidden: of the new tokens.
           kernels: of the products "qkv", "o", "up" and "down", each of all layers: [layers, k, n].
           biases: of the same products, or None.
-          norms: before attention ("qkv") and before the feed-forward block ("up"); vectors are [layers, hidden].
+          norms: before attention ("qkv") and before the feed-forward block ("up"); vectors are [layers, hidden]. Also
+            of each head of "queries" and "keys" before `tables`, [layers, head_dim], where the model has them.
           activation: of the feed-forward block; it may have a rotation, of the input of "down".
           keys, values: leaves of the cache, without the new tokens; they are not written.
           lengths: tokens of each text in the cache, which is the position of the new one.

@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, str, tuple]] = {
     },
     **{
         f"decode step of prepared weights, {model}": ("decode_step", "prepared_cases", (model,))
-        for model in ("llama-3-8b", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b", "qwen2.5-0.5b")
+        for model in ("llama-3-8b", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b", "qwen3-1.7b")
     },
 }
 

@@ -22,7 +22,7 @@ from bipolar_jax.models.blocks.step import Step, shared_implementation
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear, fuses
-from bipolar_jax.ops import Activation
+from bipolar_jax.ops import Activation, Prologue
 
 # Sequences that one kernel decodes unless a model says otherwise (`prepare_for_inference`). The kernel serves up to
 # four; more than one have not been timed, see `kernels/sm90/decode_step/README.md`.
@@ -65,6 +65,8 @@ def fused_layers(
     outcome, qkv = ops.decode_layers(*operands, **options)
     heads = qkv.reshape(*qkv.shape[:2], -1, config.head_dim)[:, :, config.num_heads :]
     keys, values = jnp.split(heads, 2, axis=2)
+    if config.qk_norm:
+        keys = jax.vmap(lambda norm, keys: norm(keys))(as_prologue(layers.attention.k_norm), keys)
     if tables is not None:  # `rotate` takes layers as sequences, and sequences as their positions
         keys = rotate(keys, tuple(jnp.broadcast_to(table[:, 0], (len(keys), *table[:, 0].shape)) for table in tables))
     return outcome.astype(hidden.dtype)[:, None], cache.write_all(keys[:, :, None], values[:, :, None], first_layer)
@@ -113,7 +115,7 @@ def _fused_operands(
         hidden[:, 0],
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
-        {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
+        layer_norms(layers),
         dataclasses.replace(gate if gated else Activation(config.ffn), rotation=layers.ffn.rotation),
         *(tuple(jax.tree.leaves(kept)) for kept in (cache.keys, cache.values)),
         jnp.minimum(cache.lengths, cache.capacity),
@@ -130,10 +132,17 @@ def _fused_operands(
     return operands, options if set(spans.values()) == {1.0} else {**options, "spans": spans}
 
 
+def layer_norms(layers: nnx.Module) -> dict[str, Prologue]:
+    """The norms of a layer, or of a stack, by the names that `ops.decode_layers` has for them."""
+    norms = {"qkv": layers.attention_norm, "up": layers.ffn_norm}
+    if hasattr(layers.attention, "q_norm"):
+        norms |= {"queries": layers.attention.q_norm, "keys": layers.attention.k_norm}
+    return {name: as_prologue(norm) for name, norm in norms.items()}
+
+
 def _differs(config: TransformerConfig, cache: KVCache) -> str | None:
     """What the model computes that `ops.decode_layers` does not, in words; None if nothing."""
     named = {
-        "queries and keys are normalized": config.qk_norm,
         "norms follow the blocks": config.post_norms,
         "norms precede the last projections": config.sub_norms,
         "gates are squared": config.ffn == "relu2glu",

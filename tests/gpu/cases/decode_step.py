@@ -27,7 +27,8 @@ import numpy as np
 from bipolar_jax import BipolarFormat, Precision
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
-from bipolar_jax.models.blocks.norm import as_prologue, normalize
+from bipolar_jax.models.blocks.fused_decode import layer_norms
+from bipolar_jax.models.blocks.norm import normalize
 from bipolar_jax.models.blocks.rope import rope_tables
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.join import join_projections
@@ -44,7 +45,7 @@ from tests.gpu.rounding_noise import Noise, decode_noise, through_cache, ties_in
 from tests.gpu.trial import Case, Program, Trial, repeated
 
 PLANE_MODELS = ("llama-2-7b", "llama-3-8b", "opt-6.7b", "bloom-7b1", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b")
-PREPARED_MODELS = ("llama-3-8b", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b", "qwen2.5-0.5b")
+PREPARED_MODELS = ("llama-3-8b", "qwen2.5-7b", "smollm2-135m", "smollm2-1.7b", "qwen3-1.7b")
 _TEXTS = 2
 _PRECISIONS = ("W1A1", "W2A2", "W3A8", "W4A8", "W8A8")
 # Of prepared weights, with the bits of the cache: integer groups, float groups, one scale a column.
@@ -243,7 +244,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int | Non
         model.embed(ids),
         {name: layer.kernel.get_value() for name, layer in products.items()},
         {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
-        {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
+        layer_norms(layers),
         Activation("silu", gated=True, rotation=layers.ffn.rotation),
         tuple(jax.tree.leaves(cache.keys)),
         tuple(jax.tree.leaves(cache.values)),
@@ -349,5 +350,7 @@ def small() -> dict[str, Case]:
     floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
     steps["decode step, float tokens"] = floats
+    normalized = dataclasses.replace(config, qk_norm=True)
+    steps["decode step, norms of heads"] = dataclasses.replace(prepared, config=normalized)
     steps["decode step, two texts"] = dataclasses.replace(prepared, at_once=True)
     return {name: Case(name, step.trial) for name, step in steps.items()}

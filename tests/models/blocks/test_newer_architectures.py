@@ -132,7 +132,6 @@ def test_sites_behind_norms_are_proportional_to_nothing(models):
 @pytest.mark.parametrize(
     ("name", "capacity", "reasons"),
     [
-        ("qwen3", 16, ["queries and keys are normalized"]),
         ("gemma2", 16, ["norms follow the blocks", "scores are capped"]),
         ("gemma3", 16, ["layers rotate by different frequencies", "scores are scaled by 0.3"]),
         ("phi4", 16, ["a part of each head is rotated"]),

@@ -20,6 +20,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import weight_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, TMA_ALIGNMENT, WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
+    HEAD_NORMS,
     PRODUCTS,
     WAIT_LIMIT_MS,
     LayersShape,
@@ -71,7 +72,8 @@ def decode_layers(
         scale a column; or all of them prepared, with integer groups of one size or without, "up" gated if the
         activation is. Groups may have float scales, of one form (`packing.float_terms`).
       biases: of the same products, or None.
-      norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon.
+      norms: before attention, "qkv", and before the feed-forward block, "up"; of one kind and epsilon. Also of each
+        head of "queries" and "keys", before `tables`, RMSNorms of one epsilon, if both are there.
       keys, values: of the cache: bfloat16 or float16 [layers, texts, kv_heads, capacity, head_dim]; or codes, scales
         and zeros as `models.kv_cache` stores them. They lack the new tokens, and are not written.
       lengths: positions that hold a token, which is the new token's position. If the cache is full, the new token
@@ -210,10 +212,13 @@ def _shape(
     if cache_bits is not None and capacity % TMA_ALIGNMENT:
         raise Unsupported(f"zeros of {capacity} positions are no multiple of {TMA_ALIGNMENT} bytes, which copies take")
     kinds = {name: (type(norm).__name__, norm.eps) for name, norm in norms.items()}
-    if kinds["qkv"] != kinds["up"]:
-        raise Unsupported(
-            f"both norms of a layer must be of one kind and epsilon, not {kinds['qkv']} and {kinds['up']}"
-        )
+    for one, other in (("qkv", "up"), HEAD_NORMS):
+        if kinds.get(one) != kinds.get(other):
+            raise Unsupported(
+                f"both norms of a layer must be of one kind and epsilon, not {kinds.get(one)} and {kinds.get(other)}"
+            )
+    if not isinstance(norms.get(HEAD_NORMS[0]), RMSNorm | None):
+        raise Unsupported(f"heads of queries and keys are normalized by RMSNorm, not by {kinds[HEAD_NORMS[0]][0]}")
     multiprocessors = _multiprocessors(keys)
     blocks = multiprocessors if blocks is None else blocks
     if interpret is None and blocks > multiprocessors:
@@ -232,6 +237,7 @@ def _shape(
         w_format=kernels["qkv"].format,
         norm="rms" if isinstance(norms["qkv"], RMSNorm) else "layer",
         norm_eps=norms["qkv"].eps,
+        head_norm_eps=norms[HEAD_NORMS[0]].eps if HEAD_NORMS[0] in norms else None,
         activation=activation,
         blocks=blocks,
         texts=texts,

@@ -18,6 +18,7 @@ from bipolar_jax.kernels.sm90.core.fragments import VECTOR, WARPS, pinned, repea
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention import combine
 from bipolar_jax.kernels.sm90.decode_step.attention.attend import attend, load_tables
+from bipolar_jax.kernels.sm90.decode_step.attention.head_norms import load_gains
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
 from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import begin_rotation, end_rotation
@@ -88,7 +89,8 @@ class LayersWeights:
 
     Attributes:
       products: by name, of PRODUCTS.
-      norms: by the name of the product that follows: flat gains and, for LayerNorm, biases, [layers * hidden].
+      norms: by the name of the product that follows: flat gains and, for LayerNorm, biases, [layers * hidden]; and by
+        those of HEAD_NORMS flat gains [layers * head_dim], if heads are normalized.
     """
 
     products: dict[str, ProductWeights]
@@ -187,7 +189,8 @@ class Phases:
         """Loads the phase's static inputs (norm weights, RoPE tables), and prefetches the next product's terms."""
         self._pin()
         if phase == "attention":
-            return load_tables(self._cache, self._cache_ring.text)
+            gains = load_gains(self._shape, self._weights.norms, layer)
+            return load_tables(self._cache, self._cache_ring.text), gains
         if phase == "combine":
             return None
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
@@ -228,13 +231,24 @@ class Phases:
         else:
             self._multiply(phase, index, layer, prepared)
 
-    def _attend(self, index, layer, tables) -> None:
+    def _attend(self, index, layer, prepared) -> None:
         ring, qkv, indices = self._cache_ring, self._sources.qkv, (self._warpgroup, self._block)
         qkv_start, partials, phase = layer * self._shape.products["qkv"].n, self._outs.partials, phase_bit(layer)
         qkv_start += ring.text * (qkv.shape[0] // self._shape.texts)
         shared, timeline = self._shared, self._timeline.of("attention", index)
         attend(
-            self._shape, self._cache, ring, index, tables, qkv, qkv_start, phase, *indices, shared, partials, timeline
+            self._shape,
+            self._cache,
+            ring,
+            index,
+            *prepared,
+            qkv,
+            qkv_start,
+            phase,
+            *indices,
+            shared,
+            partials,
+            timeline,
         )
 
     def _multiply(self, name: str, index, layer, norm) -> None:

@@ -54,6 +54,7 @@ class Case:
     spans: tuple[float, ...] = (1.0,) * len(PRODUCTS)  # of the tokens of each product
     symmetric: bool = False  # tokens
     rotates_keys: bool = False
+    normalizes_heads: bool = False
     texts: int = 1
 
     @property
@@ -86,7 +87,7 @@ class Case:
             hidden=normal(self.texts, self.hidden).astype(jnp.float32 if self.a_bits else jnp.bfloat16),
             kernels={name: self.kernel(name, normal(self.layers, k, n) / np.sqrt(k)) for name, (k, n) in sizes.items()},
             biases={name: normal(self.layers, n) if self.bias else None for name, (_, n) in sizes.items()},
-            norms={name: self._norm(normal) for name in ("qkv", "up")},
+            norms={name: self._norm(normal) for name in ("qkv", "up")} | self._head_norms(normal),
             activation=self.activation,
             keys=self.kept(normal(*cache)),
             values=self.kept(normal(*cache)),
@@ -116,6 +117,11 @@ class Case:
     def _norm(self, normal):
         gain = self.gain * (1 + 0.1 * normal(self.layers, self.hidden))
         return RMSNorm(gain, EPS) if self.norm is RMSNorm else LayerNorm(gain, normal(self.layers, self.hidden), EPS)
+
+    def _head_norms(self, normal) -> dict[str, RMSNorm]:
+        """Whose epsilon matters."""
+        names = ("queries", "keys") if self.normalizes_heads else ()
+        return {name: RMSNorm(1 + 0.3 * normal(self.layers, self.head_dim), 0.3) for name in names}
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "length", "a_format", "cache_bits", "spans", "key_rotation"))
@@ -147,7 +153,9 @@ def twin(
     def normalized(x, name, layer):
         return jax.tree.map(lambda leaf: leaf[layer], norms[name])(x)
 
-    def rotated(x):
+    def rotated(x, name, layer):
+        if name in norms:
+            x = normalized(x, name, layer)
         if tables is not None:
             cos, sin = (table[None] for table in tables)
             a, b = jnp.split(x, 2, axis=-1)
@@ -174,8 +182,10 @@ def twin(
         heads = projected.reshape(-1, head_dim)
         q, k, v = heads[: -2 * kv_heads], heads[-2 * kv_heads : -kv_heads], heads[-kv_heads:]
         group = len(q) // kv_heads
-        k, v = with_new(keys, layer, rotated(k)), with_new(values, layer, v)
-        scores = jnp.einsum("hgd,hnd->hgn", rotated(q).reshape(kv_heads, group, -1), k) / np.sqrt(head_dim)
+        k, v = with_new(keys, layer, rotated(k, "keys", layer)), with_new(values, layer, v)
+        scores = jnp.einsum("hgd,hnd->hgn", rotated(q, "queries", layer).reshape(kv_heads, group, -1), k) / np.sqrt(
+            head_dim
+        )
         if slopes is not None:
             scores += slopes.reshape(kv_heads, group, 1) * jnp.arange(scores.shape[-1], dtype=jnp.float32)[None, None]
         context = jnp.einsum("hgn,hnd->hgd", jax.nn.softmax(scores), v)
@@ -218,8 +228,10 @@ def shapes_of(case: Case) -> dict:
     bias = {name: jnp.zeros((case.layers, n), jnp.bfloat16) if case.bias else None for name, (_, n) in sizes.items()}
     gain = jnp.zeros((case.layers, case.hidden), jnp.bfloat16)
     norm = RMSNorm(gain, EPS) if case.norm is RMSNorm else LayerNorm(gain, gain, EPS)
+    of_head = RMSNorm(jnp.zeros((case.layers, case.head_dim), jnp.bfloat16), EPS)
+    norms = {"qkv": norm, "up": norm} | ({"queries": of_head, "keys": of_head} if case.normalizes_heads else {})
     slopes = jnp.zeros(case.heads) if case.positions == "alibi" else None
-    operands |= dict(kernels=kernels, biases=bias, norms={"qkv": norm, "up": norm}, keys=cache, values=cache)
+    operands |= dict(kernels=kernels, biases=bias, norms=norms, keys=cache, values=cache)
     operands |= dict(hidden=jnp.zeros((case.texts, case.hidden), jnp.bfloat16), slopes=slopes)
     static = ("a_format", "activation", "cache_bits", "spans", "key_rotation")
     return {name: value for name, value in operands.items() if name not in static}
@@ -235,6 +247,7 @@ def preset_case(name: str, w_bits: int, a_bits: int | None, **fields) -> Case:
         activation=SWIGLU if config.ffn == "swiglu" else Activation(config.ffn),
         positions=config.positions,
         head_dim=config.head_dim,
+        normalizes_heads=config.qk_norm,
     )
     return Case(*sizes, w_bits, a_bits, 1088, 1024, **of_model | fields)
 

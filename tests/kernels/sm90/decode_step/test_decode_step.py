@@ -111,6 +111,7 @@ ROTATED = Rotation(ffn=hadamard(320, block=64), keys=hadamard(64))
         ("W2A8", 8, {}, 2, 1),
         ("W4A8g64i", 4, SMALL_HEADS | {"rotation": ROTATED}, 2, 1),
         ("W4A16g64i", None, SMALL_HEADS, 1, 1),
+        ("W4A8g64i", None, SMALL_HEADS | {"qk_norm": True}, 1, 1),
     ],
 )
 @pytest.mark.covered("the model, by `make gpu-test`; a kernel of all phases, by test_heads_of_64.py")
@@ -204,6 +205,7 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
         ("llama-3-8b", (8, 8), 4),
         ("opt-6.7b", (2, 2), 8),
         ("bloom-7b1", (4, 8), 4),
+        ("qwen3-8b", (2, 8), None),
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))

@@ -48,6 +48,11 @@ def test_layers_are_the_twins(case, blocks):
         ("qwen2.5-7b", (3, 8), 16, None),
         ("opt-6.7b", (6, 8), 32, None),
         ("bloom-7b1", (5, 4), 64, 4),
+        # Heads of queries and keys are normalized.
+        ("qwen3-8b", (4, 8), 128, None),
+        ("qwen3-1.7b", (4, 8), 64, 8),
+        ("qwen3-0.6b", (1, 8), 128, 4),
+        ("qwen3-4b", (4, None), 128, None),
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))

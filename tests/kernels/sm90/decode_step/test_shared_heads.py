@@ -46,25 +46,37 @@ HEADS, SIZE, LENGTH, CAPACITY = 4, 64, 300, 320
 @pytest.mark.parametrize("blocks", [4, 5])
 @pytest.mark.sample(1)
 def test_heads_attend_together(blocks):
-    """Attention and its combination alone: five chunks over four blocks, and a new token."""
+    """Attention and its combination alone: five chunks over four blocks, and a new token whose heads have norms."""
     rng = np.random.default_rng(0)
     shape = LayersShape(
         num_layers=1, hidden=128, ffn=128, heads=HEADS, kv_heads=1, head_dim=SIZE, a_format=BipolarFormat(8),
-        w_format=BipolarFormat(2), norm="rms", norm_eps=EPS, activation=SWIGLU, blocks=blocks,
+        w_format=BipolarFormat(2), norm="rms", norm_eps=EPS, activation=SWIGLU, blocks=blocks, head_norm_eps=0.3,
     )  # fmt: skip
     assert (shape.heads_at_once, shape.chunks_at_once, shape.splits) == (4, 1, blocks)
     keys, values = (jnp.asarray(rng.standard_normal((1, 1, 1, CAPACITY, SIZE)), jnp.bfloat16) for _ in range(2))
     qkv = jnp.asarray(rng.standard_normal((HEADS + 2) * SIZE), jnp.float32)
-    tables = jnp.ones(128), jnp.zeros(128)
+    gains = {name: (jnp.asarray(rng.uniform(0.5, 1.5, SIZE), jnp.float32),) for name in ("queries", "keys")}
+    angles = rng.uniform(-3, 3, SIZE // 2)
+    cos, sin = np.cos(angles), np.sin(angles)
+    tables = (jnp.asarray(np.tile(np.concatenate(halves), 2), jnp.float32) for halves in ((cos, cos), (-sin, sin)))
     cache = Cache(keys, values, jnp.array([LENGTH], jnp.int32), *tables)
     buffers = jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), buffers_of(shape))
     buffers = buffers._replace(qkv=in_phase(qkv, 1))
     for phase, name in (("attention", "partials"), ("combine", "context")):
-        operands = (LayersWeights({}, {}), cache, buffers.hidden, buffers, jnp.zeros(1, jnp.int32))
+        operands = (LayersWeights({}, gains), cache, buffers.hidden, buffers, jnp.zeros(1, jnp.int32))
         after, _ = _launch(shape, *operands, (phase,), plgpu.InterpretGPUParams(detect_races=True))
         assert not races_found()
         buffers = buffers._replace(**{name: getattr(after, name)})
     q, k, v = np.split(np.asarray(qkv, np.float64).reshape(-1, SIZE), [HEADS, HEADS + 1])
+
+    def rotated(heads, name):
+        heads = (
+            heads / np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 0.3) * np.asarray(gains[name][0], np.float64)
+        )
+        a, b = np.split(heads, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    q, k = rotated(q, "queries"), rotated(k, "keys")
     all_keys, all_values = (
         np.concatenate([np.asarray(old[0, 0, 0, :LENGTH], np.float64), np.asarray(jnp.asarray(new, jnp.bfloat16))])
         for old, new in ((keys, k), (values, v))

@@ -79,6 +79,7 @@ def test_threads_multiply_the_tokens_of_texts(texts, monkeypatch):
         ("llama-3-8b", (8, 8), None, None, 3),
         ("llama-3-8b", (3, 8), 128, None, 4),
         ("llama-3-8b", (4, 8), 128, 8, 4),
+        ("qwen3-8b", (4, 8), 128, 4, 4),
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))

@@ -42,6 +42,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.float_cache import (
     store_query,
     warp_max,
 )
+from bipolar_jax.kernels.sm90.decode_step.attention.head_norms import HeadPair, normalize_heads
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import CHUNK_POSITIONS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import (
@@ -69,6 +70,7 @@ def attend(
     ring: CacheRing,
     layer: Int[Array, ""],
     tables: Sequence[Float[Array, "128"]],
+    gains: Sequence[HeadPair],
     qkv: Any,
     qkv_start: Int[Array, ""],
     phase: Int[Array, ""],
@@ -86,6 +88,7 @@ def attend(
       shape, cache, ring: of the layers.
       layer: counted from the first that is computed.
       tables: `load_tables`.
+      gains: `head_norms.load_gains`.
       qkv: flat float32 in global memory; the layer's projections of this block's text begin at `qkv_start`.
       phase: the phase bit of the projections, and of what is stored.
       warpgroup, block: indices of the calling threads.
@@ -116,7 +119,11 @@ def attend(
     timeline.mark("arrived")
     # The query lies where the sums of values are stored at the end. Every warpgroup adds up the new token's score.
     shared_query = shared.context_sums.at[pl.ds(warpgroup * WARPS, WARPS)]
-    q, k = rotated(q, q_swapped), rotated(k, k_swapped)
+    heads = [(q, q_swapped), (k, k_swapped)]
+    if shape.head_norm_eps is not None:  # through rows that are written again when the chunks have been read
+        results = shared.warp_results.at[pl.ds(0, len(heads))]
+        heads = normalize_heads(heads, gains, shape.head_norm_eps, warpgroup, results)
+    q, k = (rotated(*pair) for pair in heads)
     if shape.key_rotation is not None:  # of quantized keys: `_as_cached` has the barrier before the query is stored
         q, k = rotate_heads(shared_query, [q, k], size)
     q = q * (math.log2(math.e) / math.sqrt(size))

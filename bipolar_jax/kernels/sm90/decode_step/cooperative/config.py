@@ -28,6 +28,7 @@ STAGES_PER_SLICE = K_SLICE // STAGE
 RUN = TILE // 2  # elements that are neighbours in the order of parts, too
 TEXT_SLICE_WORDS = K_SLICE // 4 + 4  # of one of several texts: a word of the next text is in another bank
 PRODUCTS = ("qkv", "o", "up", "down")
+HEAD_NORMS = ("queries", "keys")  # names of the norms of heads, beside those of products
 RESULTS_OF_TEXT = 4  # rows of `SharedMemory.warp_results`
 MOST_TEXTS = 4  # whose tokens are in shared memory at the same time
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
@@ -154,6 +155,7 @@ class LayersShape:
       a_format, w_format: of all products; a_format is None with float tokens.
       norm: "rms" or "layer".
       norm_eps: of the norms.
+      head_norm_eps: of the RMSNorm of each head of queries and keys; None if there is none.
       activation: of the feed-forward block; if it is gated, the gate's rows come before up's. Its rotation, of blocks
         within a warp, is that of the input of "down".
       blocks: of the grid, at most one a multiprocessor.
@@ -181,6 +183,7 @@ class LayersShape:
     norm_eps: float
     activation: Activation
     blocks: int
+    head_norm_eps: float | None = None
     texts: int = 1
     prepared: PreparedLayout | None = None
     float_token: str | None = None

@@ -92,11 +92,38 @@ def load_vector(ref, start: Int[Array, ""], end: Int[Array, ""] | int, by_parts:
             valid = ptx.bits_of(valid, ptx.less(element, size))
         element = ptx.choose(valid, element, ptx.int32(0))
         pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), element, itemsize)
-        word = ptx.shift_left(ptx.load_half(pointer), 16) if itemsize == 2 else ptx.load(pointer, 1)[0]
-        word = ptx.choose(valid, word, ptx.int32(0))
+        word = ptx.choose(valid, _load_word(pointer, itemsize), ptx.int32(0))
         return as_vector(word if integers else ptx.as_float(word), dtype)
 
     return inline(ref, jnp.int32(start), jnp.int32(end))
+
+
+def _load_head_twin(ref, start, rotation, size):
+    return ref[...][start + (lax.iota(jnp.int32, WARPGROUP) + rotation) % size].astype(_loaded_dtype(ref))
+
+
+@with_twin(_load_head_twin)
+def load_head(ref, start: Int[Array, ""], rotation: int, size: int) -> Float[Array, "128"]:
+    """A vector whose element i is ref[start + (i + rotation) mod size], float32; of fewer than 128 it has copies.
+
+    Args:
+      ref: flat, in global memory; bfloat16 or float32.
+      size: a power of two.
+    """
+    itemsize = jnp.dtype(ref.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT), return_type=_VECTOR_TYPE)
+    def inline(_, ref, start):
+        element = ptx.bits_of(ptx.plus(thread_index(), rotation), size - 1)
+        pointer = ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), ptx.plus(scalar_of(start), element), itemsize)
+        return as_vector(ptx.as_float(_load_word(pointer, itemsize)), jnp.float32)
+
+    return inline(ref, jnp.int32(start))
+
+
+def _load_word(pointer: Value, itemsize: int) -> Value:
+    """The bits of a float32 or int32, or of a bfloat16 as a float32."""
+    return ptx.shift_left(ptx.load_half(pointer), 16) if itemsize == 2 else ptx.load(pointer, 1)[0]
 
 
 def _loaded_dtype(ref) -> jnp.dtype:
