@@ -17,14 +17,21 @@ import bipolar_jax as bj
 from bipolar_jax.models.blocks.rope import rope_frequencies
 from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.loaders import load_gguf, load_huggingface
+from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.huggingface.chat_template import read_chat_template
 from bipolar_jax.models.loaders.huggingface.config import read_config
+from bipolar_jax.models.loaders.huggingface.quantized.method import read_format, read_transforms
+from bipolar_jax.models.loaders.huggingface.quantized.tensors import packed_tensors
+from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
 from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
 from bipolar_jax.tuning.parse import parse_table
 from experiments.support.workdir import RESULT_NAME, read_result
 from tests.fuzz import mutations
+from tests.models.loaders import tiny_quantized
+from tests.models.loaders.compressed_tensors.test_transforms import R1, R3, R4
 from tests.models.loaders.gguf_integers import tiny_blocks
 from tests.models.loaders.golden import checkpoints
+from tests.models.loaders.test_quantized_formats import ct_config, maker, weights_of
 from tests.support import tiny_checkpoints as tiny
 
 # Golden checkpoints with windows, caps, two kinds of rotary tables, partial and long ones.
@@ -58,6 +65,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "sentencepiece": _gguf(folder / "sentencepiece.gguf", with_sentencepiece(checkpoint)),
         "safetensors": _safetensors(folder, checkpoint),
         "config": _config(folder, checkpoint),
+        "quantization": _quantization(folder),
         "tokenizer": _tokenizer(folder, checkpoint),
         "index": _index(folder, checkpoint),
         "chat": _chat(folder, checkpoint),
@@ -147,6 +155,32 @@ def _config(folder: Path, checkpoint: tiny.Tiny) -> Reader:
         return mutations.damaged_json(rng.choice(variants), rng).encode("utf-8", "replace")
 
     return Reader(path, json.dumps(fields).encode(), damage, read)
+
+
+def _quantization(folder: Path) -> Reader:
+    """What config.json says of quantized layers and of rotations at run time; their words are not read."""
+    directory, path = folder / "quantization", folder / "quantization" / "config.json"
+    config = ct_config(
+        weights_of(strategy="group", group_size=32, num_bits=4, symmetric=True),
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        transform_config={"config_groups": {"R1": R1, "R3": R3, "R4": R4}},
+        ignore=["lm_head"],
+    )
+    tiny_quantized.write(directory, config, maker(of=tiny_quantized.compressed, group=32))
+    fields = json.loads(path.read_text())
+
+    def read():
+        architecture, config = read_config(directory)
+        quantized, transforms = read_format(directory), read_transforms(directory)
+        with SafetensorsFiles(directory) as files, errors_name(directory):
+            config = transforms.applied(config, architecture, files)
+            if quantized is not None:
+                packed_tensors(architecture, config, files, quantized)
+
+    def damage(rng):
+        return mutations.damaged_field(fields, ("quantization_config",), rng).encode("utf-8", "replace")
+
+    return Reader(path, path.read_bytes(), damage, read)
 
 
 def _tokenizer(folder: Path, checkpoint: tiny.Tiny) -> Reader:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 NAMES = (
     *("packed", "gguf", "gguf_integers", "sentencepiece", "safetensors"),
-    *("config", "tokenizer", "index", "chat", "tuning", "result"),
+    *("config", "quantization", "tokenizer", "index", "chat", "tuning", "result"),
 )
 # A missing shard, or a name that is too long for the file system.
 EXPECTED = (ValueError, FileNotFoundError)

@@ -117,6 +117,11 @@ def test_rotated_models_are_exported_and_read_back(tmp_path):
         ({"a": R4, "b": R4}, "2 transforms rotate inputs"),
         ({"a": group(args("somewhere", "Linear"))}, "location is 'somewhere', expected weight_input"),
         ({"R4": group(args("input", "re:(a+)+b"))}, "targets is"),
+        (
+            {"R4": group(args("input", "re:.*down_proj$", side="left"))},
+            "a field 'side': its fields are .'ignore', 'inv",
+        ),
+        ({"R4": R4 | {"blocks": 3}}, "with a field 'blocks'"),
         ({"R4": {"type": "hadamard", "apply": 3}}, "apply is 3, expected a list of objects"),
     ],
 )

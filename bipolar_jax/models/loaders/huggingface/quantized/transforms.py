@@ -31,6 +31,10 @@ from bipolar_jax.ops import hadamard
 _IN_WEIGHTS = ("weight_input", "weight_output")
 _KEYS = ("q_attn", "k_cache")
 _LOCATIONS = (*_IN_WEIGHTS, *_KEYS, "input", "output")
+# Of the format, which knows no others.
+_CONFIG_FIELDS = {"config_groups"}
+_GROUP_FIELDS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
+_ENTRY_FIELDS = {"targets", "location", "inverse", "ignore"}
 _DOWN = f"{IN_LAYERS}ffn/down_proj/kernel"
 _LAYERS = (".weight", ".weight_packed")
 
@@ -72,7 +76,9 @@ class Transforms:
         Raises:
           ValueError: one that is not served at run time, by its name; or a damaged one.
         """
-        groups = fields.nested("transform_config").nested("config_groups")
+        config = fields.nested("transform_config")
+        _check_names(config, _CONFIG_FIELDS)
+        groups = config.nested("config_groups")
         inputs: list[InputRotation] = []
         rotates_keys = False
         for name in groups.values:
@@ -81,7 +87,9 @@ class Transforms:
             if not isinstance(applied, list) or not all(isinstance(each, dict) for each in applied):
                 raise group.wrong("apply", applied, "a list of objects")
             entries = [Fields(each, fields.source) for each in applied]
+            _check_names(group, _GROUP_FIELDS)
             for entry in entries:
+                _check_names(entry, _ENTRY_FIELDS)
                 if entry.get("location") not in _LOCATIONS:
                     raise entry.wrong("location", entry.get("location"), ", ".join(_LOCATIONS))
             sylvester = group.get("type") == "hadamard" and not group.flag("randomize", False)
@@ -149,6 +157,14 @@ class Transforms:
     def _modules(self, files: Iterable[str]) -> list[str]:
         names = (name for name in files if name.endswith(_LAYERS) and not self.stores(name))
         return [name.rpartition(".")[0] for name in names]
+
+
+def _check_names(fields: Fields, known: set[str]) -> None:
+    """Raises ValueError for a field of another name, which may say what is not computed."""
+    if others := sorted(fields.values.keys() - known):
+        raise ValueError(
+            f"{fields.source} has a transform_config with a field {others[0]!r:.60}: its fields are {sorted(known)}"
+        )
 
 
 def _input_rotation(name: str, group: Fields, entry: Fields, *, sylvester: bool) -> InputRotation:
