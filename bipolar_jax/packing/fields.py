@@ -7,11 +7,13 @@ warp of part w, in byte i, is
 
     row 64 b + 16 w + 8 p + r of the tile,  position 32 step + 16 h + 4 t + i of the stage
 
-(PTX ISA, the fragments of A of wgmma m64nNk32 and of mma m16n8k32). The thread has as many words for a step as codes
-have bits, and byte i of every word holds bits of the codes at byte i of the registers. A register whose codes lie in
-one word is made by a shift and a mask, and most do: `fields_of` says where the bits are. A thread's words of a stage,
-step after step, are `bits` vectors of four, each next to those of its neighbours: loads of 16 bytes without bank
-conflicts. A part's stages follow each other in memory.
+(PTX ISA, the fragments of A of wgmma m64nNk32 and of mma m16n8k32). Byte i of the thread's words holds bits of the
+codes at byte i of the registers. A register whose codes lie in one word is made by a shift and a mask, and most do:
+`fields_of` says where the bits are. From 3 bits on the thread has as many words for a step as codes have bits. Of 1 and
+2 bits a word has the codes of one row: word 2 b + p those of the stage, or with 2 bits of either half of it, so that
+words are also fragments of A of mma m16n8k128, whose operands are bits. A thread's words of a stage are `bits` vectors
+of four, each next to those of its neighbours: loads of 16 bytes without bank conflicts. A part's stages follow each
+other in memory.
 
 A byte's position in the stage follows the tokens' bytes. Those of `quantize_rows` interleave each 32 elements: position
 4 j + i is element 8 i + j. Groups that are no multiple of 32 need them in their natural order, or a register would have
@@ -43,6 +45,7 @@ STEPS = 4  # of a stage
 VECTOR = 4  # words that a thread loads at once
 WORDS_PER_VECTOR = LANES * VECTOR  # of a part
 REGISTERS = 8  # of A, in one step
+MOST_BITS_BY_ROW = 2  # of codes of which a word has one row's
 CHUNK_WORDS = PART_ROWS // 2  # of the terms of one chunk and part
 GROUP_UNIT = 16  # elements: half of a step, which is as far as a register reaches
 OFFSET_BIAS = -SMALLEST_VALUE  # makes s * u + o an unsigned byte
@@ -53,7 +56,7 @@ class Field(NamedTuple):
     """Bits of the codes of one register.
 
     Attributes:
-      word: of the step.
+      word: of `step_words`.
       position: of the lowest bit, in every byte of the word.
       width: number of bits.
       shift: of the lowest bit, in the code.
@@ -65,13 +68,25 @@ class Field(NamedTuple):
     shift: int
 
 
+def step_words(bits: int, step: int) -> range:
+    """Which of a thread's words of a stage hold the codes of a step."""
+    if bits <= MOST_BITS_BY_ROW:
+        count = STEPS // bits  # steps whose codes are in the same words
+        return range(VECTOR * (step // count), VECTOR * (step // count + 1))
+    return range(bits * step, bits * (step + 1))
+
+
 @functools.cache
-def fields_of(bits: int) -> tuple[tuple[Field, ...], ...]:
+def fields_of(bits: int, step: int) -> tuple[tuple[Field, ...], ...]:
     """The fields of each of the REGISTERS registers of a step.
 
     A byte holds as many whole codes as it can. What is left of the bytes holds the codes of the last registers, bit
-    after bit.
+    after bit. Of 1 and 2 bits all bytes are those of one row: bits of a byte are, from the highest, those of step
+    mod 2, h and step // 2, and of 2 bits the code's own instead of the latter.
     """
+    if bits <= MOST_BITS_BY_ROW:
+        first = 4 * (step % 2) + (step // 2 if bits == 1 else 0)
+        return tuple((Field(r // 4 * 2 + r % 2, first + r // 2 % 2 * 2, bits, 0),) for r in range(REGISTERS))
     whole = 8 // bits * bits  # registers, and bits of a byte, that hold whole codes
     fields = [[Field(r % bits, r // bits * bits, bits, 0)] for r in range(whole)]
     rest = [(word, position) for word in range(bits) for position in range(whole, 8)]
@@ -100,13 +115,17 @@ def pack_fields(
     codes = codes.reshape(tiles, 2, PARTS, 2, 8, stages, STEPS, 2, 4, 4)
     codes = codes.transpose(0, 2, 5, 4, 8, 6, 1, 7, 3, 9)  # tile, part, stage, lane, step, register, byte
     codes = codes.reshape(tiles, PARTS, stages, LANES, STEPS, REGISTERS, 4).astype(jnp.uint32)
-    byte_shifts = 8 * jnp.arange(4, dtype=jnp.uint32).reshape((1,) * (codes.ndim - 2) + (4,))
-    words = [jnp.uint32(0)] * bits
-    for register, fields in enumerate(fields_of(bits)):
-        for word, position, width, shift in fields:
-            field = (codes[..., register, :] >> shift) & ((1 << width) - 1)
-            words[word] += jnp.sum(field << (position + byte_shifts), axis=-1, dtype=jnp.uint32)
-    vectors = jnp.stack(words, axis=-1).reshape(tiles, PARTS, stages, LANES, bits, VECTOR)
+    if bits <= MOST_BITS_BY_ROW:
+        vectors = _words_by_row(codes, bits)
+    else:
+        byte_shifts = 8 * jnp.arange(4, dtype=jnp.uint32).reshape((1,) * (codes.ndim - 2) + (4,))
+        words = [jnp.uint32(0)] * bits
+        for register, fields in enumerate(fields_of(bits, 0)):
+            for word, position, width, shift in fields:
+                field = (codes[..., register, :] >> shift) & ((1 << width) - 1)
+                words[word] += jnp.sum(field << (position + byte_shifts), axis=-1, dtype=jnp.uint32)
+        vectors = jnp.stack(words, axis=-1)
+    vectors = vectors.reshape(tiles, PARTS, stages, LANES, bits, VECTOR)
     return vectors.swapaxes(3, 4).reshape(tiles, PARTS, stages, bits, WORDS_PER_VECTOR)
 
 
@@ -218,12 +237,35 @@ def expand_tile(
     return parts.swapaxes(0, 1).reshape(TILE_ROWS, STAGE)
 
 
+def _words_by_row(codes: UInt32[Array, "*batch steps registers 4"], bits: int) -> UInt32[Array, "*batch bits vector"]:
+    """A lane's words, vector after vector, of 1 and 2 bits."""
+    batch = codes.shape[:-3]
+    # Vector; step of those that share words; block, half and row of a register; byte.
+    fields = codes.reshape(*batch, bits, STEPS // bits, 2, 2, 2, 4) << _places_by_row(bits, len(batch))
+    axes = [len(batch) + axis for axis in (1, 3, 5)]
+    return jnp.sum(fields, axis=axes, dtype=jnp.uint32).reshape(*batch, bits, VECTOR)
+
+
+def _places_by_row(bits: int, batch: int) -> UInt32[Array, "*batch bits steps 1 2 1 4"]:
+    """Where codes of 1 and 2 bits begin in their words, after axes of size 1."""
+    positions = [fields_of(bits, step)[2 * half][0].position for step in range(STEPS) for half in range(2)]
+    # No array of constants: kernels that are interpreted capture scalars alone.
+    positions = jnp.stack(list(map(jnp.uint32, positions))).reshape((1,) * batch + (bits, STEPS // bits, 1, 2, 1, 1))
+    return positions + 8 * jnp.arange(4, dtype=jnp.uint32).reshape((1,) * (batch + 5) + (4,))
+
+
 def _registers_of(words: UInt32[Array, "*batch bits lane_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
     """The registers of codes of neighbouring lanes, VECTOR words each for a bit."""
     *batch, bits, _ = words.shape
-    words = words.reshape(*batch, bits, -1, VECTOR).swapaxes(-3, -2).reshape(*batch, -1, STEPS, bits)
+    words = words.reshape(*batch, bits, -1, VECTOR).swapaxes(-3, -2)
+    lanes = words.shape[-3]
+    if bits <= MOST_BITS_BY_ROW:
+        by_register = words.reshape(*batch, lanes, bits, 1, 2, 1, 2, 1)
+        codes = (by_register >> _places_by_row(bits, len(batch) + 1)) & ((1 << bits) - 1)
+        return codes.astype(jnp.uint8).reshape(*batch, lanes, STEPS, REGISTERS, 4)
+    words = words.reshape(*batch, lanes, STEPS, bits)
     registers = []
-    for fields in fields_of(bits):
+    for fields in fields_of(bits, 0):
         parts = []
         for word, position, width, shift in fields:
             mask = jnp.uint32(((1 << width) - 1) * _EVERY_BYTE)

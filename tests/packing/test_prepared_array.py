@@ -39,8 +39,8 @@ def codes_by_definition(words, bits: int) -> np.ndarray:
         for step in range(4):
             for b, h, p in np.ndindex(2, 2, 2):
                 row, position = 64 * b + 16 * warp + 8 * p + r, 32 * step + 16 * h + 4 * t
-                for field in fields.fields_of(bits)[4 * b + 2 * h + p]:
-                    index = step * bits + field.word
+                for field in fields.fields_of(bits, step)[4 * b + 2 * h + p]:
+                    index = fields.step_words(bits, step)[field.word]
                     word = int(flat[warp, index // 4, thread % 32, index % 4]) >> field.position
                     for i in range(4):
                         codes[row, position + i] |= ((word >> 8 * i) & ((1 << field.width) - 1)) << field.shift
@@ -49,12 +49,22 @@ def codes_by_definition(words, bits: int) -> np.ndarray:
 
 def test_fields_are_all_bits_of_codes_and_words():
     for bits in range(1, 9):
-        found = fields.fields_of(bits)
-        for register in found:
-            assert sorted(f.shift + i for f in register for i in range(f.width)) == list(range(bits))
-        places = [(f.word, f.position + i) for register in found for f in register for i in range(f.width)]
-        assert sorted(places) == [(word, position) for word in range(bits) for position in range(8)]
-    assert sum(len(register) for register in fields.fields_of(3)) == 10
+        places = []
+        for step in range(4):
+            words = fields.step_words(bits, step)
+            for register in fields.fields_of(bits, step):
+                assert sorted(f.shift + i for f in register for i in range(f.width)) == list(range(bits))
+                places += [(words[f.word], f.position + i) for f in register for i in range(f.width)]
+        assert sorted(places) == [(word, position) for word in range(4 * bits) for position in range(8)]
+    assert sum(len(register) for register in fields.fields_of(3, 0)) == 10
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_words_of_few_bits_have_one_row(bits):
+    """They are fragments of A of mma m16n8k128."""
+    for step in range(4):
+        for register, (field,) in enumerate(fields.fields_of(bits, step)):
+            assert fields.step_words(bits, step)[field.word] % 4 == 2 * (register // 4) + register % 2
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"W{fmt.name}")
@@ -78,15 +88,14 @@ def test_groups_come_back(group_size, gated):
     np.testing.assert_array_equal(prepared.values(), w.values())
 
 
-@pytest.mark.parametrize("group_size", [None, 48, 64])
-def test_rows_are_those_of_the_array(group_size):
-    w = codes_of(BipolarFormat(6)) if group_size is None else groups_of(BipolarFormat(6), group_size)[1]
+@pytest.mark.parametrize(("bits", "group_size"), [(6, None), (1, 48), (2, 64)])
+def test_rows_are_those_of_the_array(bits, group_size):
+    w = codes_of(BipolarFormat(bits)) if group_size is None else groups_of(BipolarFormat(bits), group_size)[1]
     ids = jnp.asarray([149, 0, 9, 9, 77, 127, 128], jnp.int32)
     np.testing.assert_array_equal(w.T.prepare().rows_at(ids), w.T.dequantize()[ids])
 
 
-@pytest.mark.parametrize("bits", [3, 6])
-@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize(("bits", "group_size"), [(1, 32), (2, 16), (3, 16), (6, 32)])
 def test_every_code_is_where_its_thread_looks(bits, group_size):
     groups, w = groups_of(BipolarFormat(bits), group_size)
     prepared = w.prepare()

@@ -54,7 +54,7 @@ def flip_bits(word, mask):
 
 
 def shift_left(word, count):
-    return word << np.int32(count)
+    return word << (np.int32(count) if isinstance(count, int) else count)
 
 
 def shift_right(word, count):
@@ -83,6 +83,28 @@ def count_ones(word):
 
 def add_bytes(word, total, *, signed):
     return total + word[:, None].view(np.int8 if signed else np.uint8).sum(1, dtype=np.int32)
+
+
+def add_pair_products(pair, byte_pairs, total, *, high):
+    numbers = pair[:, None].view(np.uint16).astype(np.uint32)
+    factors = byte_pairs[:, None].view(np.uint8)[:, 2 * high : 2 * high + 2].astype(np.uint32)
+    return (total.view(np.uint32) + (numbers * factors).sum(1, dtype=np.uint32)).view(np.int32)
+
+
+def multiply_add_bit_tiles(a, b, c):
+    """By the figures of the PTX ISA: a lane has row or column lane // 4, and 32 k from 32 (lane % 4)."""
+    check_convergence()
+
+    def bits(word):  # [warps, lane // 4, k of 128]
+        by_byte = np.ascontiguousarray(word).view(np.uint8).reshape(-1, WARP // 4, 16)
+        return np.unpackbits(by_byte, axis=-1, bitorder="little").astype(np.int32)
+
+    sums = np.zeros((THREADS // WARP, 16, 8), np.int32)
+    for i, word in enumerate(b):
+        rows = np.concatenate([bits(word_of_row) for word_of_row in a[2 * i : 2 * i + 2]], axis=1)
+        sums += rows @ bits(word).transpose(0, 2, 1)
+    by_lane = sums.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(THREADS, 4)
+    return [np.where(active(), number + of_lane, 0) for number, of_lane in zip(c, by_lane.T, strict=True)]
 
 
 def multiply_add_byte_tiles(a, b, c):

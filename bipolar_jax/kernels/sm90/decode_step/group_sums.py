@@ -1,9 +1,9 @@
 """A stage of prepared weights multiplied as codes: sums of each group are scaled, instead of its weights.
 
 The bytes of a group's weights are s u + o + 128, so their products with the token's numbers x add up to
-s sum(u x) + (o + 128) sum(x). Codes of 1, 2 and 4 bits need not even be moved to the low bits of a byte: a register
-holds u 2^j, with the same j for all that is added to a sum, and the sum is shifted. That leaves one or two instructions
-for four weights where scaling them takes three. The tensor core adds up the token's numbers beside it.
+s sum(u x) + (o + 128) sum(x). Codes of 4 bits need not even be moved to the low bits of a byte: a register holds
+u 2^j, with the same j for all that is added to a sum, and the sum is shifted. That leaves one or two instructions for
+four weights where scaling them takes three. The tensor core adds up the token's numbers beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion, StepWords
 from bipolar_jax.packing.fields import REGISTERS, STEPS, fields_of
 
 _EVERY_BYTE = 0x01010101
@@ -49,7 +49,7 @@ def multiply_codes(
         sums, token_sums = [ptx.int32(0)] * 8, [ptx.int32(0)] * 4
         for step in range(chunk * STEPS // len(pairs), (chunk + 1) * STEPS // len(pairs)):
             half, own_step = divmod(step, HALF_STEPS)
-            codes = codes_in_place(fields[half][own_step], expansion.bits)
+            codes = codes_in_place(fields[half][own_step], expansion)
             x = tokens[2 * step : 2 * step + 2]
             for block in (0, 4):
                 sums[block : block + 4] = ptx.multiply_add_byte_tiles(
@@ -68,19 +68,20 @@ def multiply_codes(
     return total
 
 
-def codes_in_place(words: Sequence[Value], bits: int) -> list[Value]:
+def codes_in_place(words: StepWords, expansion: Expansion) -> list[Value]:
     """Registers of codes times 2^`shift_of`, of a step's words."""
-    # Both halves of a row are added to the same sum: where they lie at different bits, the second is moved by two.
-    distance = fields_of(bits)[2][0].position - fields_of(bits)[0][0].position
-    moved = [ptx.shift_right(word, distance) for word in words] if distance else words
     registers = []
     for register in range(REGISTERS):
-        ((word, _, width, _),) = fields_of(bits)[register]
-        mask = ((1 << width) - 1 << shift_of(bits, register)) * _EVERY_BYTE
-        registers.append(ptx.bits_of((moved if register & 2 else words)[word], mask))
+        shift = shift_of(expansion.bits, register)
+        if shift:
+            (field,) = fields_of(expansion.bits, words.step)[register]
+            mask = ((1 << field.width) - 1 << shift) * _EVERY_BYTE
+            registers.append(ptx.bits_of(words.words[field.word], mask))
+        else:
+            registers.append(expansion.codes(words, register))
     return registers
 
 
 def shift_of(bits: int, register: int) -> int:
-    """The lowest bit of a register's codes in `codes_in_place`: that of the register of the same rows' first half."""
-    return fields_of(bits)[register & ~2][0].position
+    """The lowest bit of a register's codes in `codes_in_place`: the same for all steps and both halves of a row."""
+    return fields_of(bits, 0)[register][0].position if bits == 4 else 0

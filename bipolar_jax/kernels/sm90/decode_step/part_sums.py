@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Int, Int8, Num
+from jaxtyping import Array, Bool, Int, Num
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
@@ -48,26 +48,30 @@ def zeros() -> Int[Array, "1024"]:
 
 
 def own_positions(
-    token: Any, part_of_slice: Int[Array, ""], valid: Any, stages: int
-) -> tuple[Int8[Array, "stages positions"], Bool[Array, " warps"]]:
-    """The token's bytes beside a load of `stages`, and which warps multiply them, in jnp."""
+    token: Any, part_of_slice: Int[Array, ""], valid: Any, stages: int, numbers_of_words: Callable = positions_of
+) -> tuple[Int[Array, "stages positions"], Bool[Array, " warps"]]:
+    """The token's numbers beside a load of `stages`, and which warps multiply them, in jnp."""
     # What is beyond K is not this warpgroup's to read.
     nothing = jnp.zeros(token.shape, token.dtype)
-    numbers = positions_of(token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing))
+    numbers = numbers_of_words(token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing))
     active = jnp.arange(WARPS) // stages == part_of_slice % max(1, WARPS // stages)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
     return own, active if valid is None else active & valid
 
 
+def sums_by_warp(sums: Int[Array, "stages *numbers"], active: Bool[Array, " warps"]) -> Int[Array, "warps *numbers"]:
+    """Numbers of a load's stages, of the warps that multiply them, in jnp."""
+    stages = sums.shape[0]
+    by_warp = jnp.concatenate([sums] * (WARPS // stages)) if stages <= WARPS else sum(jnp.split(sums, stages // WARPS))
+    return jnp.where(active.reshape(-1, *[1] * (sums.ndim - 1)), by_warp, 0)
+
+
 def _add_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
-    stages = words.shape[0]
     weights = expand_part(words[...], None if terms is None else terms[...])
-    own, active = own_positions(token, part_of_slice, valid, stages)
+    own, active = own_positions(token, part_of_slice, valid, words.shape[0])
     # The race detector sees no order between these reads and the next TMA write, which waits for `release`.
     plgpu.commit_smem()
-    sums = jnp.sum(weights * own.astype(jnp.int32)[:, None], axis=-1)
-    by_warp = jnp.concatenate([sums] * (WARPS // stages)) if stages <= WARPS else sum(jnp.split(sums, stages // WARPS))
-    sums = jnp.where(active[:, None], by_warp, 0)  # [warps, rows]
+    sums = sums_by_warp(jnp.sum(weights * own.astype(jnp.int32)[:, None], axis=-1), active)  # [warps, rows]
     by_lane = sums.reshape(WARPS, 2, 2, 8).transpose(0, 3, 1, 2)[:, :, None, :, :, None]
     return total + jnp.broadcast_to(by_lane, (WARPS, 8, 4, 2, 2, 2)).reshape(-1)
 
@@ -225,18 +229,39 @@ def add_stages_of_warp(
 ) -> list[Value]:
     """The thread's numbers of `add_stages`; `valid` is empty or one word. See `group_sums` for `one_token`."""
 
+    def multiply(sums: list[Value], words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
+        return _multiply_stage(sums, words, terms, token, lane, expansion, one_token)
+
+    return add_own_stages(total, pointers, part_of_slice, valid, stages, expansion, multiply)
+
+
+def add_own_stages(
+    total: list[Value],
+    pointers: Sequence[Pointer],
+    part_of_slice: Value,
+    valid: Sequence[Value],
+    stages: int,
+    expansion: Expansion,
+    multiply: Callable[[list[Value], Pointer, list[Pointer], Pointer, Value], list[Value]],
+    locate: Callable[[Pointer, Value, Value], Pointer] | None = None,
+) -> list[Value]:
+    """The thread's numbers after all stages of a load that are its warp's: multiply(sums, words, terms, token, lane).
+
+    Other arguments are those of `multiply_own_stage`, and of `add_stages_of_warp`.
+    """
     words_bytes, chunks_bytes = 4 * expansion.bits * WORDS_PER_VECTOR, 4 * expansion.chunks * CHUNK_WORDS
 
-    def multiply(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
+    def multiply_stages(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
         sums = total
         # Of twice as many stages as warps, the warp's second lies behind the first of all; its token too.
         for first in range(0, stages, WARPS):
             own = [ptx.advance(pointer, first * chunks_bytes) for pointer in terms]
             stage = ptx.advance(words, first * words_bytes), own, ptx.advance(token, first * STAGE)
-            sums = _multiply_stage(sums, *stage, lane, expansion, one_token)
+            sums = multiply(sums, *stage, lane)
         return sums
 
-    return multiply_own_stage(total, pointers, part_of_slice, valid, stages, expansion.bits, chunks_bytes, multiply)
+    options = {"bits": expansion.bits, "terms_bytes": chunks_bytes, "multiply": multiply_stages, "locate": locate}
+    return multiply_own_stage(total, pointers, part_of_slice, valid, stages, **options)
 
 
 def multiply_own_stage(

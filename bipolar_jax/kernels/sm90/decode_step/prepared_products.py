@@ -32,7 +32,9 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
 )
 from bipolar_jax.kernels.sm90.decode_step.token_bytes import (
     SLICE_WORDS,
-    store_bytes,
+    ByteLayout,
+    TokenLayout,
+    store_codes,
 )
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights, WeightRing
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
@@ -128,10 +130,13 @@ class PreparedKind:
         text: Int[Array, ""] | int = 0,
     ) -> None:
         shape, indices = self.shape, [warpgroup + i * WARPGROUPS for i in range(len(k_slices))]
-        natural, text = shape.prepared.natural_order, None if shape.texts == 1 else text
-        numbers = (k_slices, indices, starts, k, half_steps, middle)
-        store_bytes(operand, code_sums, warpgroup, *numbers, shape.a_format, natural, text)
+        numbers, text = (k_slices, indices, starts, k, half_steps, middle), None if shape.texts == 1 else text
+        store_codes(operand, code_sums, warpgroup, *numbers, shape.a_format, self._token_layout, text)
         synchronize()
+
+    @property
+    def _token_layout(self) -> TokenLayout:
+        return ByteLayout(self.shape.prepared.natural_order)
 
     def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
         product = self.shape.products[name]

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
+from bipolar_jax.kernels.sm90.decode_step.bit_sums.bits_kind import BitsKind
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
@@ -28,6 +29,8 @@ def weight_kind(shape: LayersShape) -> WeightKind:
         return FloatKind(shape)
     if shape.texts > 1:
         return TextsKind(shape)
+    if shape.multiplies_bits:
+        return BitsKind(shape)
     return ScaledKind(shape) if shape.scaled else PreparedKind(shape)
 
 

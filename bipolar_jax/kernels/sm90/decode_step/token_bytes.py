@@ -1,4 +1,4 @@
-"""Encodes a token's numbers, and stores the signed codes as the bytes that `mma` reads beside prepared weights.
+"""Encodes a token's numbers, and stores the codes as `mma` reads them beside prepared weights, for one as signed bytes.
 
 A stage of the token is 32 words: four segments of eight, one for each lane of four that share a row of the weights.
 Lane q of a group multiplies words 2 s + h of its segment in step s, the bytes of positions 32 s + 16 h + 4 q onwards
@@ -8,15 +8,16 @@ of two neighbouring stages at once, and would meet in the same banks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Int8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
@@ -60,8 +61,50 @@ def _exchanged(segments):
     return segments.reshape(-1, 2, STEPS, 2, 4)[:, ::-1].reshape(segments.shape)
 
 
-def _store_bytes_twin(
-    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, natural_order, text=None
+class TokenLayout(Protocol):
+    """Where the codes of a K slice lie in its words."""
+
+    def words_of(
+        self, codes: Int[Array, "1024"], inside: Bool[Array, "1024"], a_format: BipolarFormat
+    ) -> UInt32[Array, "256"]:
+        """The slice's words, in jnp; codes are 0 where they are not inside of K."""
+
+    def arrange(
+        self, thread: Value, words: Sequence[Value], inside: Value | None, a_format: BipolarFormat
+    ) -> list[Value]:
+        """What a thread stores of its eight codes, bytes of two words; threads may exchange words.
+
+        They count as 0 unless they are inside of K; None if they are.
+        """
+
+    def store(self, target: Pointer, thread: Value, words: Sequence[Value]) -> None:
+        """Stores what `arrange` returns to the words of the slice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLayout:
+    """`TokenLayout` of signed codes u - o, a byte each.
+
+    Attributes:
+      natural_order: whether positions are elements, see `packing.fields`.
+    """
+
+    natural_order: bool
+
+    def words_of(self, codes, inside, a_format):
+        signed = jnp.where(inside, codes - a_format.code_offset, 0)
+        return words_of(signed.astype(jnp.int8), self.natural_order)
+
+    def arrange(self, thread, words, inside, a_format):
+        signed = [signed_bytes(word, a_format) for word in words]
+        return signed if inside is None else [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
+
+    def store(self, target, thread, words):
+        (store_natural if self.natural_order else store_interleaved)(target, thread, words)
+
+
+def _store_codes_twin(
+    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, layout, text=None
 ):
     total = jnp.int32(0)
     for index, numbers, start in zip(indices, k_slices, starts, strict=True):
@@ -70,8 +113,7 @@ def _store_bytes_twin(
 
         @pl.when(start < k)
         def _(index=index, codes=codes, start=start):
-            signed = jnp.where(start + lax.iota(jnp.int32, K_SLICE) < k, codes - a_format.code_offset, 0)
-            words = words_of(signed.astype(jnp.int8), natural_order)
+            words = layout.words_of(codes, start + lax.iota(jnp.int32, K_SLICE) < k, a_format)
             if text is None:
                 operand[index] = words
             else:
@@ -80,8 +122,8 @@ def _store_bytes_twin(
     store_code_sums(code_sums, warpgroup, total)
 
 
-@with_twin(_store_bytes_twin)
-def store_bytes(
+@with_twin(_store_codes_twin)
+def store_codes(
     operand: Any,
     code_sums: Any,
     warpgroup: Int[Array, ""],
@@ -92,10 +134,10 @@ def store_bytes(
     half_steps: Float[Array, ""],
     middle: Float[Array, ""],
     a_format: BipolarFormat,
-    natural_order: bool,
+    layout: TokenLayout,
     text: Int[Array, ""] | int | None = None,
 ) -> None:
-    """Encodes K slices, and stores their signed codes u - o and every warp's sum of codes u.
+    """Encodes K slices, and stores their codes and every warp's sum of them.
 
     Args:
       operand: shared memory, uint32 [K slices, SLICE_WORDS]; of several texts [K slices, texts, SLICE_WORDS or more].
@@ -103,7 +145,7 @@ def store_bytes(
       indices: of the slices in `operand`: warpgroup, warpgroup + 4 and so on.
       k: the contracted size, a multiple of 8. From there on zeros are stored, to the end of a stage and no further:
         weights of a group that ends there are not zero in all of the stage.
-      natural_order: whether positions are elements, see `packing.fields`.
+      layout: of the codes.
       text: whose token, or None if there is one.
     """
     count, slice_bytes = len(k_slices), 4 * math.prod(operand.shape[1:])
@@ -115,7 +157,7 @@ def store_bytes(
     def inline(_, operand, code_sums, warpgroup, half_steps, middle, *arrays):
         thread, total = thread_index(), ptx.int32(0)
         encode = code_encoder(scalar_of(half_steps), scalar_of(middle), a_format)
-        first_word, store = ptx.pointer(operand, ptx.SHARED), store_natural if natural_order else store_interleaved
+        first_word = ptx.pointer(operand, ptx.SHARED)
         slices, indices, starts = (arrays[i * count : (i + 1) * count] for i in range(3))
         if texts:
             first_word = ptx.advance(first_word, ptx.times(scalar_of(arrays[-1]), 4 * operand_words))
@@ -126,20 +168,17 @@ def store_bytes(
                 for word in words:
                     total = ptx.add_bytes(word, total, signed=False)
                 target = ptx.advance(first_word, ptx.times(scalar_of(index), slice_bytes))
-                store(target, thread, [signed_bytes(word, a_format) for word in words])
+                layout.store(target, thread, layout.arrange(thread, words, None, a_format))
                 continue
-            inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
+            stored = inside = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), k)
             for word in words:
                 total = ptx.choose(inside, ptx.add_bytes(word, total, signed=False), total)
-            stored = inside
+            arranged = layout.arrange(thread, words, inside if k % STAGE else None, a_format)
             if k % STAGE:
                 stored = ptx.less(ptx.plus(scalar_of(start), ptx.times(thread, 8)), -(-k // STAGE) * STAGE)
             with ptx.when(stored):
                 target = ptx.advance(first_word, ptx.times(scalar_of(index), slice_bytes))
-                signed = [signed_bytes(word, a_format) for word in words]
-                if k % STAGE:
-                    signed = [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
-                store(target, thread, signed)
+                layout.store(target, thread, arranged)
         store_code_sums(code_sums, scalar_of(warpgroup), total)
 
     inline(

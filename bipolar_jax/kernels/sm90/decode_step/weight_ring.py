@@ -146,7 +146,8 @@ class WeightRing:
         """The index of a tile's first load; layers are counted from the first that is computed."""
         loads = {name: self._loads(name) for name in self.names}
         before = sum(loads[other] for other in self.names[: self.names.index(name)])
-        return layer * sum(loads.values()) + before + tile * (loads[name] // self.shape.products[name].tiles)
+        # Pinned: else each product keeps a count of its own in a register.
+        return pinned(layer) * sum(loads.values()) + before + tile * (loads[name] // self.shape.products[name].tiles)
 
     def wait(self, load, warpgroup):
         """Waits for a load; returns the warpgroup's share of it."""

@@ -30,9 +30,15 @@ class ExpandedRecovery(Recovery):
 
     Attributes:
       grouped: whether weights are s * u + o of integer groups; then `ColumnTerms.code_sums` are the sums W.
+      unsigned: whether c are the codes u_a themselves, so that o_a is 0 above.
     """
 
     grouped: bool = False
+    unsigned: bool = False
+
+    @property
+    def _code_offset(self) -> int:
+        return 0 if self.unsigned else self.a_format.code_offset
 
     @property
     def most_elements(self) -> int:
@@ -47,12 +53,12 @@ class ExpandedRecovery(Recovery):
 
     def row_term(self, code_sums):
         bias = OFFSET_BIAS if self.grouped else self.w_format.max_value
-        return -bias * (1 if self.with_zero else 2) * (code_sums - self.a_format.code_offset * self.k)
+        return -bias * (1 if self.with_zero else 2) * (code_sums - self._code_offset * self.k)
 
     def column_weight(self, zero_code):
         if self.with_zero:
-            return self.a_format.code_offset - zero_code
-        return 0 * zero_code + (2 * self.a_format.code_offset - self.a_format.max_value)
+            return self._code_offset - zero_code
+        return 0 * zero_code + (2 * self._code_offset - self.a_format.max_value)
 
     def column_value_sums(self, code_sums):
         return code_sums if self.grouped else super().column_value_sums(code_sums)

@@ -35,7 +35,7 @@ from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragment_wgmma import pinned, settled, start_unsigned
 from bipolar_jax.kernels.sm90.core.fragments import as_array, lane_and_warp, numbers_of
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion, StepWords
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling
 from bipolar_jax.packing.fields import PARTS, STAGE, STEPS, TILE_ROWS, WORDS_PER_VECTOR, expand_tile
 from bipolar_jax.packing.float_terms import FloatTerms, part_float_terms
@@ -231,7 +231,7 @@ def add_units(
     return unit[-1]
 
 
-def _fields_of(expansion: Expansion, words: Pointer, lane: Value, first: int, count: int) -> list[list[Value]]:
+def _fields_of(expansion: Expansion, words: Pointer, lane: Value, first: int, count: int) -> list[StepWords]:
     """A lane's words of `count` steps of a stage; what is loaded beyond them is never used, and dropped."""
     per_half = STEPS // HALVES
     halves = range(first // per_half, (first + count - 1) // per_half + 1)

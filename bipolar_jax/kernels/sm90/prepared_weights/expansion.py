@@ -7,14 +7,30 @@ byte carries into the next, because s * u + o + 128 is from 0 to 255. Without gr
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.packing.fields import CHUNK_WORDS, REGISTERS, STEPS, VECTOR, WORDS_PER_VECTOR, fields_of
+from bipolar_jax.packing.fields import (
+    CHUNK_WORDS,
+    REGISTERS,
+    STEPS,
+    VECTOR,
+    WORDS_PER_VECTOR,
+    fields_of,
+    step_words,
+)
 
 HALVES = 2  # of a stage
 HALF_STEPS = STEPS // HALVES
 _EVERY_BYTE = 0x01010101
+
+
+class StepWords(NamedTuple):
+    """A lane's words that hold the codes of a step, counted in its stage."""
+
+    step: int
+    words: list[Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +45,8 @@ class Expansion:
     bits: int
     chunks: int
 
-    def load_fields(self, words: Pointer, lane: Value, half: int) -> list[list[Value]]:
-        """A lane's words of each step of half a stage.
+    def load_fields(self, words: Pointer, lane: Value, half: int) -> list[StepWords]:
+        """A lane's words of each step of half a stage; of 1 and 2 bits they are the same.
 
         Args:
           words: uint32 [bits, WORDS_PER_VECTOR] in shared memory, one part and stage.
@@ -38,12 +54,16 @@ class Expansion:
           half: which half of the stage.
         """
         mine = ptx.advance(words, ptx.times(lane, 4 * VECTOR))
-        start, count, loaded = HALF_STEPS * half * self.bits, HALF_STEPS * self.bits, []
-        while len(loaded) < count:
-            vector, slot = divmod(start + len(loaded), VECTOR)
-            at_once = min(VECTOR - slot, count - len(loaded))
-            loaded += ptx.load(ptx.advance(mine, 4 * (vector * WORDS_PER_VECTOR + slot)), at_once)
-        return [loaded[step * self.bits : (step + 1) * self.bits] for step in range(HALF_STEPS)]
+        by_step = {step: step_words(self.bits, step) for step in range(HALF_STEPS * half, HALF_STEPS * (half + 1))}
+        start, end = min(r.start for r in by_step.values()), max(r.stop for r in by_step.values())
+        loaded: dict[int, Value] = {}
+        while start < end:
+            vector, slot = divmod(start, VECTOR)
+            at_once = min(VECTOR - slot, end - start)
+            values = ptx.load(ptx.advance(mine, 4 * (vector * WORDS_PER_VECTOR + slot)), at_once)
+            loaded |= zip(range(start, start + at_once), values, strict=True)
+            start += at_once
+        return [StepWords(step, [loaded[word] for word in own]) for step, own in by_step.items()]
 
     def load_terms(self, terms: Pointer, lane: Value, half: int) -> list[list[tuple[Value, Value]]]:
         """(s, o + 128 in every byte) of a lane's four rows, for each chunk of half a stage, or the one around it.
@@ -73,7 +93,7 @@ class Expansion:
         chunks = range(first, max(first + 1, (half + 1) * self.chunks // HALVES))
         return [ptx.load(ptx.advance(mine, 4 * CHUNK_WORDS * chunk), 2) for chunk in chunks]
 
-    def fragments(self, words: list[Value], terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
+    def fragments(self, words: StepWords, terms: list[list[tuple[Value, Value]]], step: int) -> list[Value]:
         """The registers of A for one step: four of the rows of block 0, four of those of block 1.
 
         Args:
@@ -91,15 +111,16 @@ class Expansion:
             registers.append(codes)
         return registers
 
-    def codes(self, words: list[Value], register: int) -> Value:
+    def codes(self, words: StepWords, register: int) -> Value:
         """The codes of one register, a byte each, of a step's words."""
         codes = None
-        for word, position, width, shift in fields_of(self.bits)[register]:
+        for word, position, width, shift in fields_of(self.bits, words.step)[register]:
+            own = words.words[word]
             if width == 8:
-                return words[word]
-            moved = ptx.shift_right(words[word], position - shift) if position >= shift else None
+                return own
+            moved = ptx.shift_right(own, position - shift) if position >= shift else None
             if moved is None:
-                moved = ptx.shift_left(words[word], shift - position)
+                moved = ptx.shift_left(own, shift - position)
             field = ptx.bits_of(moved, ((1 << width) - 1 << shift) * _EVERY_BYTE)
             codes = field if codes is None else ptx.either_bits(codes, field)
         return codes

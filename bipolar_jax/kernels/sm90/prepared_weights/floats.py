@@ -15,7 +15,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, Expansion, StepWords
 from bipolar_jax.packing.fields import OFFSET_BIAS, REGISTERS
 
 _EVERY_BYTE, _EVERY_HALF = 0x01010101, 0x00010001
@@ -84,7 +84,7 @@ class FloatExpansion:
             for selector in _SELECTORS
         ]
 
-    def fragments(self, words: list[Value], terms: list[list[RowTerms]], step: int) -> list[list[Value]]:
+    def fragments(self, words: StepWords, terms: list[list[RowTerms]], step: int) -> list[list[Value]]:
         """The PAIRS pairs of values of each of the REGISTERS registers of a step.
 
         Args:

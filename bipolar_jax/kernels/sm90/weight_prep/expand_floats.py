@@ -29,7 +29,7 @@ from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, lane_and_warp, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.core.ptx import Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion, StepWords
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import (
@@ -218,7 +218,7 @@ class FloatRows:
         del terms, row, count, stage
         return values
 
-    def _values(self, words: list[Value], terms, step: int, lane: Value) -> list[list[Value]]:
+    def _values(self, words: StepWords, terms, step: int, lane: Value) -> list[list[Value]]:
         """Words of values, first those of the first half of the step, for each of the lane's four rows."""
         rows = []
         for row in range(4):

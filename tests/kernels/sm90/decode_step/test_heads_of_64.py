@@ -44,7 +44,7 @@ ROTATED = rotated(dataclasses.replace(PREPARED, ffn=192), 64)
         # A group that ends with K and not with its stage; two layers, of which the second's rows begin within a tile.
         # Blocks make 48 numbers of the input of down: they rotate 16, every block the rest; then 64, and rotate all.
         (dataclasses.replace(ROTATED, layers=2, group_size=128, calibration="minmax", bias=True), 4),
-        (dataclasses.replace(ROTATED, cache_bits=8), 3),
+        (dataclasses.replace(ROTATED, w_bits=1, cache_bits=8), 3),
         (rotated(dataclasses.replace(PREPARED, ffn=256, cache_bits=8, symmetric=True), 256), 7),
         # Rows in the order of parts: runs of 16 stay together.
         (rotated(dataclasses.replace(PREPARED, w_bits=8, group_size=None, bias=True), 16, "gelu", gated=False), 3),

@@ -55,8 +55,8 @@ def flip_bits(word: Value, mask: Value | int) -> Value:
     return arith.xori(word, _value(mask))
 
 
-def shift_left(word: Value, count: int) -> Value:
-    return arith.shli(word, int32(count)) if count else word
+def shift_left(word: Value, count: Value | int) -> Value:
+    return word if isinstance(count, int) and not count else arith.shli(word, _value(count))
 
 
 def shift_right(word: Value, count: Value | int) -> Value:
@@ -88,6 +88,22 @@ def add_bytes(word: Value, total: Value, *, signed: bool) -> Value:
     return inline_ptx(ptx, word, int32(0x01010101), total, result_types=i32_type())
 
 
+def add_pair_products(pair: Value, byte_pairs: Value, total: Value, *, high: bool) -> Value:
+    """total plus the products of a word's 16-bit numbers with the two low, or high, bytes of another; all unsigned."""
+    ptx = f"dp2a.{'hi' if high else 'lo'}.u32.u32 $0, $1, $2, $3;"
+    return inline_ptx(ptx, pair, byte_pairs, total, result_types=i32_type())
+
+
+def multiply_add_bit_tiles(a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
+    """a . b + c on the warp's tensor core: [16, K] bits times [K, 8] bits, int32; K is 128 or 256.
+
+    With r = lane // 4 and q = lane % 4, a lane's words of a and b each hold 32 elements, at k = 32 q, and where K is
+    256 also at 32 q + 128. Of a: rows r and r + 8 at the first k, then both at the second. Of b: column r at both k. c
+    is as in `multiply_add_byte_tiles` (PTX ISA, "Matrix Fragments for mma.m16n8k128" and "k256").
+    """
+    return _multiply_add(f"m16n8k{128 * len(b)}.row.col.s32.b1.b1.s32.and.popc", a, b, c)
+
+
 def multiply_add_byte_tiles(a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
     """a . b + c on the warp's tensor core: [16, 32] unsigned bytes times [32, 8] signed ones, int32; or K is 16.
 
@@ -96,8 +112,12 @@ def multiply_add_byte_tiles(a: list[Value], b: list[Value], c: list[Value]) -> l
     2 q + 1 of row r, then of row r + 8 (PTX ISA, "Matrix Fragments for mma.m16n8k32"). Where K is 16, a and b have the
     words of the first k alone.
     """
+    return _multiply_add(f"m16n8k{16 * len(b)}.row.col.s32.u8.s8.s32", a, b, c)
+
+
+def _multiply_add(shape: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
     ends = list(itertools.accumulate((4, len(a), len(b), 4), initial=0))
     names = [[f"${i}" for i in range(start, end)] for start, end in itertools.pairwise(ends)]
     operands = ", ".join("{" + ", ".join(group) + "}" for group in names)
-    ptx = f"mma.sync.aligned.m16n8k{16 * len(b)}.row.col.s32.u8.s8.s32 {operands};"
+    ptx = f"mma.sync.aligned.{shape} {operands};"
     return list(inline_ptx(ptx, *a, *b, *c, result_types=(i32_type(),) * 4, convergent=True))

@@ -15,7 +15,7 @@ from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMOR
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
-from bipolar_jax.packing.fields import STAGE, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import MOST_BITS_BY_ROW, STAGE, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import chunk_words
 
@@ -254,12 +254,19 @@ class LayersShape:
         formats = (self.a_format, self.w_format, self.products[name].k, self.a_format.bits > 1)
         if self.prepared is None:
             return Recovery("planes", *formats)
-        return ExpandedRecovery("int8", *formats, grouped=self.prepared.chunks > 0)
+        return ExpandedRecovery("int8", *formats, grouped=self.prepared.chunks > 0, unsigned=self.multiplies_bits)
 
     @property
     def scaled(self) -> bool:
         """Whether groups have float scales."""
         return self.prepared is not None and self.prepared.float_terms is not None
+
+    @property
+    def multiplies_bits(self) -> bool:
+        """Whether prepared weights are multiplied as bits, with the bit planes of one token's codes."""
+        prepared = self.prepared
+        has_fields = prepared is not None and self.w_format.bits <= MOST_BITS_BY_ROW and not prepared.natural_order
+        return has_fields and self.texts == 1 and not self.has_float_sums
 
     @property
     def has_float_sums(self) -> bool:
