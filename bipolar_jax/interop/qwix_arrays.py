@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Integer, Shaped
 
 from bipolar_jax.extras import require
@@ -42,13 +43,13 @@ def from_qwix(array: qwix.QArray, axis: int = -2) -> BipolarArray:
     qwix rounds to the scale's dtype; of float32 scales, numbers that may differ from qwix's by roundings of float32.
 
     Args:
-      array: integers of 1 to 8 bits and at least two axes, (..., k, n) or (..., n, k); or the parameter of a model that
-        `qwix.quantize_params` made, which holds one.
+      array: integers of 1 to 8 bits and at least two axes, (..., k, n) or (..., n, k); or a parameter of a model that
+        qwix quantized, which holds one, such as `layer.kernel`.
       axis: the axis that a matmul will contract; one of the last two. Scales of tiles along it become float scales of
         groups; all other tiles get one scale for each index.
 
     Returns:
-      An array of the same shape. `to_qwix` gives the integers, scales and zeros back.
+      An array of the same shape, a `kernel` of `nn.Linear`. `to_qwix` gives the integers, scales and zeros back.
 
     Raises:
       ModuleNotFoundError: qwix is not installed.
@@ -60,6 +61,7 @@ def from_qwix(array: qwix.QArray, axis: int = -2) -> BipolarArray:
         raise ValueError(
             f"from_qwix takes a qwix.QArray, got {type(array).__name__}: use bipolar_jax.quantize for floats"
         )
+    array = jax.tree.map(lambda leaf: leaf.get_value() if _is_variable(leaf) else leaf, array, is_leaf=_is_variable)
     bits, smallest = _range(array.qtype)
     ndim = array.qvalue.ndim
     if ndim < 2 or axis not in (-1, -2, ndim - 1, ndim - 2):
@@ -150,6 +152,10 @@ def _range(qtype: Any) -> tuple[int, int]:
     if info.bits > 8:
         raise ValueError(f"{dtype.name} has more than 8 bits: quantize the float array")
     return info.bits, int(info.min)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _repeated(array: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:

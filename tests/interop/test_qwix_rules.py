@@ -57,6 +57,25 @@ def test_the_same_layers_are_chosen_and_rounded_as_well():
     assert 0.1 < errors[0] / errors[1] < 1.3
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_a_layer_that_qwix_quantized_computes_the_same(method):
+    """Tokens and weights of the same integers; `bj.nn.Linear` with the layer's kernel and the rule's precision."""
+    model = nnx.Sequential(nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (64, 32)) - 0.3
+    rule = Rule(weight_qtype=jnp.int4, act_qtype=jnp.int8, act_calibration_method=method)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        theirs = qwix.quantize_model(model, qwix.PtqProvider([rule]), x)
+        expected = np.asarray(theirs(x))
+    ((_, precision),) = rules_from_qwix([rule])
+    kernel = bj.from_qwix(theirs.layers[0].kernel)
+    layer = bj.nn.Linear(32, 8, precision=precision, use_bias=False, kernel=kernel)
+    difference = np.abs(np.asarray(layer(x)) - expected).max(axis=1)
+    # "absmax" makes a tie of a token's largest magnitude, which is rounded up here and to even there.
+    assert np.mean(difference < 1e-5 * np.abs(expected).max()) > 0.8
+    assert difference.max() < 0.02 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

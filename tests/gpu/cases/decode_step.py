@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bipolar_jax import BipolarFormat, Precision
+from bipolar_jax import Precision
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.decode_step.api import decode_layers
 from bipolar_jax.models.blocks.fused_decode import layer_norms
@@ -60,7 +60,7 @@ _PREPARED = (
         ("W6A8g32i", None),
     ),
     (("W4A8g128f", None), ("W4A8g32f", 8), ("W8A8g64f", 4)),
-    (("W4A8", 8), ("W8A8", None), ("W8A8", 4)),
+    (("W4A8", 8), ("W8A8s", None), ("W8A8", 4)),
 )
 # Of prepared weights and float activations.
 _FLOAT_TOKENS = (("W4A16g128", None), ("W4A16g128", 8), ("W3A16g16", None), ("W2A16g64", 4), ("W6A16g32", None))
@@ -251,7 +251,7 @@ def _decode_in_blocks(model: Transformer, ids, cache: KVCache, blocks: int | Non
         cache.lengths,
         tables,
         None,
-        None if products["o"].precision.a_bits is None else BipolarFormat(products["o"].precision.a_bits),
+        products["o"].precision.a_format,
         cache_bits=cache.bits,
         key_rotation=cache.key_rotation,
         blocks=blocks,
