@@ -49,9 +49,9 @@ ROTATED = rotated(dataclasses.replace(PREPARED, ffn=192), 64)
         # Rows in the order of parts: runs of 16 stay together.
         (rotated(dataclasses.replace(PREPARED, w_bits=8, group_size=None, bias=True), 16, "gelu", gated=False), 3),
         (rotated(dataclasses.replace(PREPARED, w_bits=8, group_size=None), 32, "gelu", gated=False), 3),
-        # Of two vectors a block.
-        (rotated(dataclasses.replace(PLANES, layers=2, bias=True), 32), 2),
-        (rotated(dataclasses.replace(PLANES, ffn=256), 256), 2),
+        # Of planes 128 and 96 rows a block.
+        (rotated(dataclasses.replace(PLANES, layers=2, bias=True), 32), 3),
+        (rotated(dataclasses.replace(PLANES, ffn=256), 256), 3),
         (dataclasses.replace(PLANES, cache_bits=4, norm=LayerNorm, positions="alibi", rotates_keys=True), 4),
     ],
     ids=lambda value: (
