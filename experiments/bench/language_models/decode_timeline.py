@@ -62,7 +62,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     with device_lock():
         for precision in precisions:
             model = random_packed(preset(config.model), precision, key=jax.random.key(config.seed), embed_bits=None)
-            operands, static = operands_of(prepare_for_inference(model), config.length, config.seed)
+            operands, static = operands_of(prepare_for_inference(model), config.length, config.seed, config.texts)
             del model
             shape = plan_decode_layers(**operands, **static).tiling
             for variant in app.parse_names("variants", config.variants, VARIANTS):
@@ -78,8 +78,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / RESULT_NAME, {"settings": config.to_dict(), "environment": environment(), "timelines": tables})
 
 
-def operands_of(model: Transformer, length: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays and static arguments of `decode_layers` for a token after `length` random ones."""
+def operands_of(model: Transformer, length: int, seed: int, texts: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and static arguments of `decode_layers` for a token of each text after `length` random ones."""
     config, layers = model.config, model.layers
     if config.ffn != "swiglu" or config.positions != "rope":
         raise ValueError(f"the timeline is of models with SwiGLU and rotary positions, not {config.ffn}")
@@ -90,17 +90,17 @@ def operands_of(model: Transformer, length: int, seed: int) -> tuple[dict[str, A
         "down": layers.ffn.down_proj,
     }
     keys = jax.random.split(jax.random.key(seed), 3)
-    cache = (config.num_layers, 1, config.num_kv_heads, -(-(length + 1) // 64) * 64, config.head_dim)
+    cache = (config.num_layers, texts, config.num_kv_heads, -(-(length + 1) // 64) * 64, config.head_dim)
     angle = length * 10000.0 ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
     arrays = {
-        "hidden": jax.random.normal(keys[0], (1, config.hidden_size)),
+        "hidden": jax.random.normal(keys[0], (texts, config.hidden_size)),
         "kernels": {name: layer.kernel.get_value() for name, layer in products.items()},
         "biases": {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
         "norms": {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
         "keys": (jax.random.normal(keys[1], cache, jnp.bfloat16),),
         "values": (jax.random.normal(keys[2], cache, jnp.bfloat16),),
-        "lengths": jnp.array([length], jnp.int32),
-        "tables": tuple(jnp.asarray(f(angle), jnp.float32)[None] for f in (np.cos, np.sin)),
+        "lengths": jnp.full(texts, length, jnp.int32),
+        "tables": tuple(jnp.tile(jnp.asarray(f(angle), jnp.float32), (texts, 1)) for f in (np.cos, np.sin)),
         "slopes": None,
     }
     a_bits = products["qkv"].precision.a_bits

@@ -21,11 +21,12 @@ from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, T
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import Cache
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     HEAD_NORMS,
+    PAIR,
     PRODUCTS,
     WAIT_LIMIT_MS,
     LayersShape,
-    PreparedLayout,
 )
+from bipolar_jax.kernels.sm90.decode_step.cooperative.prepared_layout import PreparedLayout
 from bipolar_jax.kernels.sm90.decode_step.launch import run_layers
 from bipolar_jax.kernels.sm90.decode_step.phases import LayersWeights
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
@@ -225,6 +226,8 @@ def _shape(
         raise Unsupported(
             f"{blocks} blocks wait for each other, more than the device's {multiprocessors} multiprocessors"
         )
+    if texts > 1 and interpret is None:
+        blocks -= blocks % PAIR
     return LayersShape(
         num_layers=kernels["qkv"].shape[0],
         hidden=hidden.shape[1],

@@ -3,9 +3,10 @@
 One block a multiprocessor; all blocks go through the layers together. They wait for each other six times in each: after
 the projections of queries, keys and values, after attention, after its combination, after the output projection, after
 gate and up, and after down. Only a few vectors pass from one phase to the next, in global memory and self-flagging
-(`cooperative.polling`). Every block normalizes and quantizes all tokens itself, which is quicker than waiting for
-another block to do it. Weights and the cache depend on nothing that is computed: they keep arriving in shared memory
-while blocks compute and while they wait.
+(`cooperative.polling`). Every block normalizes and quantizes the token itself, which is quicker than waiting for
+another block to do it; the tokens of several texts are divided between two blocks (`cooperative.teams`). Weights and
+the cache depend on nothing that is computed: they keep arriving in shared memory while blocks compute and while they
+wait.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.sm90.core.cluster import open_mailbox
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
+from bipolar_jax.kernels.sm90.core.sync import meet_cluster
 from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     Cache,
     CacheRing,
@@ -29,14 +32,15 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import (
     copies_of_chunk,
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
+    PAIR,
     PRODUCTS,
-    RESULTS_OF_TEXT,
     WARPGROUPS,
     Layers,
     LayersShape,
 )
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import in_phase
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import BLOCK_WARPS
+from bipolar_jax.kernels.sm90.decode_step.cooperative.teams import mailbox_of, token_sums_shape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline, timeline_type
 from bipolar_jax.kernels.sm90.decode_step.phases import (
     PHASES,
@@ -131,8 +135,7 @@ def _launch(
     outs = launch_kernel(
         functools.partial(_kernel, shape, tuple(phases), tree),
         out_type=[*buffers_of(shape), *times],
-        grid=(shape.blocks,),
-        grid_names=("block",),
+        **(_pairs(shape) if interpret is None else _blocks(shape)),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
@@ -144,8 +147,8 @@ def _launch(
             cache_arrived=plgpu.Barrier(num_arrivals=copies_of_chunk(shape), num_barriers=2 * shape.chunks_at_once),
             cache_emptied=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2) if shape.heads_at_once > 1 else None,
             product_sums=kind.sums_type,
-            warp_results=plgpu.SMEM((max(8, RESULTS_OF_TEXT * shape.texts), BLOCK_WARPS), jnp.float32),
-            code_sums=plgpu.SMEM((shape.texts, BLOCK_WARPS), jnp.int32),
+            warp_results=plgpu.SMEM((8, BLOCK_WARPS), jnp.float32),
+            code_sums=plgpu.SMEM(token_sums_shape(shape), jnp.int32),
             context_sums=plgpu.SMEM((BLOCK_WARPS, WARPGROUP), jnp.float32),
             met=plgpu.Barrier(num_arrivals=WARPGROUPS),
             released=plgpu.Barrier(num_arrivals=WARPGROUPS if shape.every_warpgroup_finishes else 1),
@@ -158,12 +161,30 @@ def _launch(
     return Buffers(*outs[:count]), outs[count:]
 
 
+def _blocks(shape: LayersShape) -> dict[str, tuple]:
+    return {"grid": (shape.blocks,), "grid_names": ("block",)}
+
+
+def _pairs(shape: LayersShape) -> dict[str, tuple]:
+    """The grid: of several texts in clusters of PAIR blocks."""
+    if shape.texts == 1:
+        return _blocks(shape)
+    clusters = {"cluster": (PAIR,), "cluster_names": ("rank",)}
+    return {"grid": (shape.blocks // PAIR,), "grid_names": ("pair",)} | clusters
+
+
+def _block_index(shape: LayersShape):
+    if shape.texts == 1 or is_interpreted():
+        return lax.axis_index("block")
+    return lax.axis_index("pair") * PAIR + lax.axis_index("rank")
+
+
 def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared):
     operands, outs = refs[: tree.num_leaves], refs[tree.num_leaves :]
     outs, times = Buffers(*outs[: len(Buffers._fields)]), outs[len(Buffers._fields) :]
     hidden, weights, cache, sources, layer = jax.tree.unflatten(tree, operands)
     layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    warpgroup, block = lax.axis_index("warpgroup"), _block_index(shape)
     computed = [name for name in PRODUCTS if name in phases]
     ring = WeightRing(shape, weight_kind(shape), computed, w_slots, w_arrived, w_emptied)
 
@@ -178,6 +199,9 @@ def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared)
         indices, timeline = (warpgroup, block), Timeline(shape, phases, *times, warpgroup=warpgroup, block=block)
         buffers = (hidden, sources or outs, outs)
         _consume(shape, layers, phases, ring, weights, cache, *buffers, indices, timeline, **shared)
+
+    if shape.texts > 1 and not is_interpreted():
+        meet_cluster(None)  # copies to the other block read this one's memory
 
 
 def _consume(
@@ -233,6 +257,12 @@ def _consume(
         @pl.when(warpgroup == 0)
         def _():
             plgpu.barrier_arrive(released)
+
+    if shape.texts > 1:
+
+        @pl.when(warpgroup == 0)
+        def _():
+            open_mailbox(mailbox_of(shape, shared.code_sums))
 
     steps.enter(hidden)
     timeline.enter()

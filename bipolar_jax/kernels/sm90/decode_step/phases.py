@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.arithmetic import activations
+from bipolar_jax.kernels.sm90.core.emulation import is_interpreted
 from bipolar_jax.kernels.sm90.core.fragments import VECTOR, WARPS, pinned, repeat
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.attention import combine
@@ -22,6 +22,15 @@ from bipolar_jax.kernels.sm90.decode_step.attention.head_norms import load_gains
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import PRODUCTS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, phase_bit
 from bipolar_jax.kernels.sm90.decode_step.cooperative.rotations import begin_rotation, end_rotation
+from bipolar_jax.kernels.sm90.decode_step.cooperative.teams import (
+    Team,
+    exchange_tokens,
+    load_grid,
+    ranks_of,
+    rows_of,
+    store_grid,
+    team_of,
+)
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import Timeline
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import (
     load_slice,
@@ -42,14 +51,12 @@ from bipolar_jax.kernels.sm90.decode_step.quantize_token import (
     TokenGrid,
     TokenSlices,
     layer_normalized,
-    quantize_tokens,
+    quantize_token,
     round_token,
     slice_starts,
-    with_grids_of,
 )
 from bipolar_jax.kernels.sm90.decode_step.weight_ring import ProductWeights
 
-_SLICES_AT_ONCE = 2  # of tokens, that registers hold
 PHASES = ("qkv", "attention", "combine", "o", "up", "down")
 
 
@@ -117,7 +124,7 @@ class SharedMemory:
     Attributes:
       product_sums: of a product, as the ring's `WeightKind` says.
       warp_results: float32 [8 or more, warps]: rows for `reductions`.
-      code_sums: of the tokens, int32 [texts, warps].
+      code_sums: of the tokens, int32 of `teams.token_sums_shape`.
       context_sums: of attention, float32 [warps, 128]; of shorter heads the rest of a row is not used.
       x_operand: the token, as the ring's `WeightKind` stores it.
       meet: waits for all consumer warpgroups of the block.
@@ -193,6 +200,8 @@ class Phases:
             return load_tables(self._cache, self._cache_ring.text), gains
         if phase == "combine":
             return None
+        if phase == "qkv" and self._shape.texts > 1 and not is_interpreted():
+            self._cache_ring.prefetch(layer, self._warpgroup, self._block)
         following = PRODUCTS[(PRODUCTS.index(phase) + 1) % len(PRODUCTS)]
         self._prefetch(following, jnp.minimum(layer + int(following == PRODUCTS[0]), self._shape.num_layers - 1))
         start = layer * self._shape.hidden
@@ -257,7 +266,7 @@ class Phases:
         product, timeline = shape.products[name], self._timeline.of(name, index)
         norm = [[values.astype(jnp.float32) for values in vector] for vector in norm]
         text = 0 if shape.texts == 1 else jnp.minimum(self._warpgroup, shape.texts - 1)
-        grid = self._read_tokens(name, layer, norm, text, timeline)
+        grid = self._read_tokens(name, index, layer, norm, timeline)
         timeline.mark("encoded")
         # Loaded after the quantizer, whose commit_smem waits for all loads in flight.
         weights = self._weights.products[name]
@@ -271,9 +280,10 @@ class Phases:
 
         @pl.when(self._warpgroup < shape.texts)
         def _():
+            own_grid = grid if shape.texts == 1 else TokenGrid(*load_grid(shared.code_sums, text))
             for chunk in range(product.chunks):
                 halves = [
-                    finish(shape, kind, name, terms[half][chunk], shared, grid, half, chunk, text)
+                    finish(shape, kind, name, terms[half][chunk], shared, own_grid, half, chunk, text)
                     for half in range(product.halves)
                 ]
                 values = self._activated(halves, chunk) if name == "up" else halves[0]
@@ -282,61 +292,47 @@ class Phases:
                 self._store(name, layer, text, values, *chunk_rows(product, self._block, chunk))
             timeline.mark("stored")
 
-    def _read_tokens(self, name: str, layer, norm, own_text, timeline: Timeline) -> TokenGrid | None:
-        """Stores the K slices of all tokens as this warpgroup multiplies them; returns the grid of one text.
+    def _read_tokens(self, name: str, index, layer, norm, timeline: Timeline) -> TokenGrid | None:
+        """Stores all tokens as the block multiplies them; returns the grid if there is one text."""
+        shape, shared, block = self._shape, self._shared, self._block
+        if shape.texts == 1:
+            return self._read_token(name, layer, norm, team_of(shape, 0, self._warpgroup), timeline)
+        for rank in ranks_of(block):
+            team = team_of(shape, rank, self._warpgroup)
+            grid = self._read_token(name, layer, norm, team, timeline)
 
-        As many tokens at a time as registers hold.
-        """
-        shape, slices = self._shape, self._shape.products[name].k_slices
-        at_once = max(1, min(shape.texts, _SLICES_AT_ONCE // slices // (2 if norm else 1)))
-        if at_once >= shape.texts:
-            first, *others = range(shape.texts)
-            grids = self._read_texts([first, *others], name, layer, norm, timeline)
-            return with_grids_of(own_text, grids[0], others, grids[1:])
+            @pl.when(team.exists & (team.part == 0))
+            def _(team=team, grid=grid):
+                store_grid(shared.code_sums, team.text, *grid)
 
-        def read(turn, grid):
-            texts = [jnp.minimum(turn * at_once + i, shape.texts - 1) for i in range(at_once)]
-            return with_grids_of(own_text, grid, texts, self._read_texts(texts, name, layer, norm, timeline))
+            operands = shared.x_operand, shared.code_sums, block, shared.meet
+            exchange_tokens(shape, name, index, team, *operands)
+        return None
 
-        no_grid = TokenGrid(jnp.float32(0), jnp.int32(0))
-        return lax.fori_loop(0, pinned(-(-shape.texts // at_once)), read, no_grid)
-
-    def _read_texts(self, texts, name: str, layer, norm, timeline: Timeline) -> list[TokenGrid | None]:
-        """Normalizes and quantizes tokens of some texts."""
+    def _read_token(self, name: str, layer, norm, team: Team, timeline: Timeline) -> TokenGrid | None:
+        """Normalizes and quantizes a warpgroup's K slices of a token."""
         shape, shared, product = self._shape, self._shared, self._shape.products[name]
-        tokens, inputs = [], self._inputs(name, layer, texts)
+        starts, squares = slice_starts(team, shape.slices_of_warpgroup(name)), None
+        source = self._of_text(getattr(self._sources, _INPUTS[name]), team.text)
+        phase, first_of_pair = phase_bit(layer - 1 if name == "qkv" else layer), self._block
+        if shape.texts > 1:
+            first_of_pair = first_of_pair & ~1
+        awaited = Awaited(phase, (rows_of(product, first_of_pair) > 0) & team.exists)
+        k_slices = poll_slices(source, starts, product.k, awaited, team.count)
         timeline.mark("arrived")
-        for text, k_slices in zip(texts, inputs, strict=True):
-            squares = None
-            if name == "down" and shape.activation.rotation is not None:
-                block, early = shape.activation.rotation.block, shape.rotated_early
-                k_slices = k_slices if early == block else [end_rotation(x, block, early) for x in k_slices]
-            if norm and shape.norm == "rms":
-                squares = [x * x for x in k_slices]
-                k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
-            elif norm:
-                sizes = (product.k, shape.norm_eps)
-                k_slices = layer_normalized(k_slices, *norm, *sizes, self._warpgroup, shared, text)
-            tokens.append(TokenSlices(text, k_slices, squares))
-        kind, sizes = self._ring.kind, (product.k, shape.norm_eps)
-        if shape.float_token is None:
-            return quantize_tokens(tokens, *sizes, shape.token_format(name), kind, self._warpgroup, shared)
-        (token,) = tokens
-        round_token(token.k_slices, token.squares, *sizes, kind, self._warpgroup, shared)
-        return [None]
-
-    def _inputs(self, name: str, layer, texts) -> list[list[Float[Array, "1024"]]]:
-        """The K slices of tokens that this warpgroup multiplies, by text, once other blocks have written them."""
-        product = self._shape.products[name]
-        source = getattr(self._sources, _INPUTS[name])
-        phase = phase_bit(layer - 1 if name == "qkv" else layer)
-        needed = chunk_rows(product, self._block, 0)[1] > 0
-        starts, awaited = self._slice_starts(name), Awaited(phase, needed)
-        if self._shape.texts == 1:
-            return [poll_slices(source, starts, product.k, awaited)]
-        firsts = [text * product.k for text in texts for _ in starts]
-        slices = poll_slices(source, starts * len(texts), product.k, awaited, firsts)
-        return [slices[i : i + len(starts)] for i in range(0, len(slices), len(starts))]
+        if name == "down" and shape.activation.rotation is not None:
+            block, early = shape.activation.rotation.block, shape.rotated_early
+            k_slices = k_slices if early == block else [end_rotation(x, block, early) for x in k_slices]
+        kind, sizes, threads = self._ring.kind, (product.k, shape.norm_eps), (team, self._warpgroup, shared)
+        if norm and shape.norm == "rms":
+            squares = [x * x for x in k_slices]
+            k_slices = [x * gain for x, gain in zip(k_slices, *norm, strict=True)]
+        elif norm:
+            k_slices = layer_normalized(k_slices, *norm, *sizes, *threads)
+        token = TokenSlices(k_slices, squares)
+        if shape.float_token is not None:
+            return round_token(token, *sizes, kind, *threads)
+        return quantize_token(token, *sizes, shape.token_format(name), kind, *threads)
 
     def _of_text(self, ref, text):
         """A text's part of a flat array of all texts."""
@@ -371,4 +367,5 @@ class Phases:
         store_vector(target, values, first, count, phase_bit(layer), product.by_parts)
 
     def _slice_starts(self, name: str):
-        return slice_starts(self._warpgroup, self._shape.products[name].k_slices)
+        team = team_of(self._shape, 0, self._warpgroup)  # whose K slices do not depend on the rank
+        return slice_starts(team, self._shape.slices_of_warpgroup(name))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.decode_step.bit_sums.bits_kind import BitsKind
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape, Product
-from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import reduce_block
+from bipolar_jax.kernels.sm90.decode_step.cooperative.teams import sum_of_codes
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
 from bipolar_jax.kernels.sm90.decode_step.float_sums.float_products import FloatKind
 from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_products import ScaledKind
@@ -114,7 +114,7 @@ def finish(
         y = (total * float(recovery.product_weight) + zero * terms.number_sums) * terms.scale
         y = y * (grid.scale * recovery.scale_factor)
         return y if terms.bias is None else y + terms.bias
-    code_sums = reduce_block(shared.code_sums.at[text], "sum")
+    code_sums = sum_of_codes(shape, shared.code_sums, text)
     total = total * recovery.product_weight + recovery.row_term(code_sums)
     total = total + recovery.column_weight(grid.zero_code) * recovery.column_value_sums(terms.code_sums)
     y = total.astype(jnp.float32) * terms.scale

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
@@ -25,10 +26,12 @@ from bipolar_jax.kernels.sm90.core.fragments import (
     scalar_of,
 )
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step import part_sums
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, WARPGROUPS, LayersShape
 from bipolar_jax.kernels.sm90.decode_step.part_sums import BLOCK_ROWS, add_stages_of_warp, inline_stages, own_positions
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
+from bipolar_jax.kernels.sm90.decode_step.token_bytes import store_codes
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.packing.fields import expand_part
 
@@ -46,6 +49,12 @@ class TextsKind(PreparedKind):
     @property
     def operand_type(self) -> Any:
         return plgpu.SMEM((self.shape.token_slices, self.shape.texts, TEXT_SLICE_WORDS), jnp.uint32)
+
+    def store_token(self, operand, code_sums, warpgroup, k_slices, starts, k, half_steps, middle, text=0) -> None:
+        """See `weight_ring.WeightKind`, but for the warpgroup's barrier: other warpgroups multiply it too."""
+        shape, indices = self.shape, [lax.div(start, K_SLICE) for start in starts]
+        numbers, turn = (k_slices, indices, starts, k, half_steps, middle), shape.warpgroups_of_text
+        store_codes(operand, code_sums, warpgroup, *numbers, shape.a_format, self._token_layout, text, turn)
 
     def add_stages(self, total, words, terms, token, part_of_slice, valid) -> Int[Array, "1024"]:
         return add_stages(total, words, terms, token, part_of_slice, valid, self.shape, self._expansion)

@@ -104,8 +104,10 @@ class ByteLayout:
 
 
 def _store_codes_twin(
-    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, layout, text=None
-):
+    operand, code_sums, warpgroup, k_slices, indices, starts, k, half_steps, middle, a_format, layout, text=None,
+    turn=WARPGROUPS,
+):  # fmt: skip
+    del turn
     total = jnp.int32(0)
     for index, numbers, start in zip(indices, k_slices, starts, strict=True):
         codes = codes_of(numbers, start, k, half_steps, middle, a_format)
@@ -136,17 +138,19 @@ def store_codes(
     a_format: BipolarFormat,
     layout: TokenLayout,
     text: Int[Array, ""] | int | None = None,
+    turn: int = WARPGROUPS,
 ) -> None:
     """Encodes K slices, and stores their codes and every warp's sum of them.
 
     Args:
       operand: shared memory, uint32 [K slices, SLICE_WORDS]; of several texts [K slices, texts, SLICE_WORDS or more].
       code_sums, warpgroup, k_slices, starts, half_steps, middle, a_format: as of `bit_planes.store_bit_planes`.
-      indices: of the slices in `operand`: warpgroup, warpgroup + 4 and so on.
+      indices: of the slices in `operand`: of one text warpgroup, warpgroup + 4 and so on.
       k: the contracted size, a multiple of 8. From there on zeros are stored, to the end of a stage and no further:
         weights of a group that ends there are not zero in all of the stage.
       layout: of the codes.
       text: whose token, or None if there is one.
+      turn: warpgroups that take a token's slices in turn.
     """
     count, slice_bytes = len(k_slices), 4 * math.prod(operand.shape[1:])
     texts, operand_words = [] if text is None else [jnp.int32(text)], operand.shape[-1]
@@ -161,10 +165,10 @@ def store_codes(
         slices, indices, starts = (arrays[i * count : (i + 1) * count] for i in range(3))
         if texts:
             first_word = ptx.advance(first_word, ptx.times(scalar_of(arrays[-1]), 4 * operand_words))
-        for turn, (numbers, index, start) in enumerate(zip(slices, indices, starts, strict=True)):
+        for i, (numbers, index, start) in enumerate(zip(slices, indices, starts, strict=True)):
             codes = [encode(number) for number in numbers_of(numbers)]
-            words = [low_bytes(codes[i : i + 4]) for i in (0, 4)]
-            if (turn + 1) * WARPGROUPS * K_SLICE <= k:  # the slices of all warpgroups
+            words = [low_bytes(codes[:4]), low_bytes(codes[4:])]
+            if (i + 1) * turn * K_SLICE <= k:  # the slices of all warpgroups
                 for word in words:
                     total = ptx.add_bytes(word, total, signed=False)
                 target = ptx.advance(first_word, ptx.times(scalar_of(index), slice_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.semantics.hadamard import hadamard
-from bipolar_jax.kernels.semantics.prologue import LayerNorm
+from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.decode_step import part_sums, phases, text_products, token_bytes
-from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, LayersShape, PreparedLayout
+from bipolar_jax.kernels.sm90.decode_step import part_sums, text_products, token_bytes
+from bipolar_jax.kernels.sm90.decode_step.cooperative import teams
+from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, LayersShape
+from bipolar_jax.kernels.sm90.decode_step.cooperative.prepared_layout import PreparedLayout
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.packing.fields import expand_part
 from tests.kernels.sm90.decode_step.layers_twin import SWIGLU, Case, check_layers, compiled, preset_case
@@ -32,20 +35,62 @@ TEXTS = Case(1, 128, 128, 1, 1, 4, 8, 64, 40, prepared=True, group_size=64, text
 
 
 @pytest.mark.parametrize(
-    ("case", "blocks", "slices_at_once"),
+    ("case", "blocks"),
     [
-        (TEXTS, 2, 2),
-        # Three columns of four, tokens that are read in turn, one of them twice.
-        (dataclasses.replace(TEXTS, texts=3, norm=LayerNorm), 3, 4),
-        # Heads of 64, sizes that end within a tile, a cache that is full.
-        (dataclasses.replace(TEXTS, hidden=192, ffn=192, heads=2, head_dim=64, length=64, activation=ROTATED), 5, 2),
+        (TEXTS, 2),
+        # Three columns of four; one block of a pair quantizes one text. The last block has no rows of some products.
+        (dataclasses.replace(TEXTS, texts=3, norm=LayerNorm), 3),
+        # Heads of 64, sizes that end within a tile, a cache that is full, teams with more warpgroups than K slices.
+        (dataclasses.replace(TEXTS, hidden=192, ffn=192, heads=2, head_dim=64, length=64, activation=ROTATED), 5),
+        # A team of two warpgroups has two K slices.
+        (dataclasses.replace(TEXTS, texts=4, ffn=2112, activation=Activation("relu")), 4),
     ],
-    ids=["two", "three", "heads of 64"],
+    ids=["two", "three", "heads of 64", "four"],
 )
 @pytest.mark.covered("the phases, by test_heads_of_64.py; threads, below; the kernel, by `make gpu-test`")
-def test_layers_are_the_twins(case, blocks, slices_at_once, monkeypatch):
-    monkeypatch.setattr(phases, "_SLICES_AT_ONCE", slices_at_once)
+def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
+
+
+@pytest.mark.parametrize("texts", [2, 3, 4])
+def test_blocks_of_a_pair_send_each_other_their_tokens(texts, monkeypatch):
+    """Each slice, sum and grid of a text once, and as many bytes as are expected; nothing to a block without rows."""
+    shape, sent, expected = dataclasses.replace(SHAPE, texts=texts, hidden=576, ffn=2112, blocks=5), [], []
+    monkeypatch.setattr(teams.pl, "when", lambda condition: lambda body: body() if condition else None)
+    monkeypatch.setattr(teams, "mailbox_of", lambda shape, token_sums: None)
+    monkeypatch.setattr(teams, "expect_mail", lambda mailbox, size: expected.append(int(size)))
+    monkeypatch.setattr(teams, "await_mail", lambda mailbox, phase: None)
+    monkeypatch.setattr(
+        teams, "send_mail", lambda mailbox, arrays, sections, wanted: sent.extend(sections if wanted else [])
+    )
+    slices, sums_shape = shape.products["down"].all_k_slices, teams.token_sums_shape(shape)
+    sums = SimpleNamespace(shape=sums_shape)
+
+    def exchange(block: int) -> tuple[int, list[tuple]]:
+        """Bytes that a block expects, and the sections that it sends: array, start and size."""
+        sent.clear(), expected.clear()
+        for warpgroup in range(4):
+            team = teams.team_of(shape, block % 2, warpgroup)
+            teams.exchange_tokens(shape, "down", 0, team, None, sums, np.int32(block), lambda: None)
+        return sum(expected), [(array, int(start), size) for array, start, size, wanted in sent if wanted]
+
+    (expected_by_0, sent_by_0), (expected_by_1, sent_by_1) = exchange(0), exchange(1)
+    assert [expected_by_1, expected_by_0] == [sum(size for *_, size in found) for found in (sent_by_0, sent_by_1)]
+    row, both = 4 * TEXT_SLICE_WORDS, [*sent_by_0, *sent_by_1]
+    assert sorted(start for array, start, _ in both if array == 0) == [row * i for i in range(slices * texts)]
+    assert {start // row % texts % 2 for array, start, _ in sent_by_1 if array == 0} == {1}
+    sums_and_grids = [start + i for array, start, size in both if array == 1 for i in range(0, size, 16)]
+    of_text = 4 * sums_shape[1]
+    for text in range(texts):
+        found = {start % of_text for start in sums_and_grids if start // of_text == text}
+        assert found == {16 * (text // 2 * shape.warpgroups_of_text + i) for i in range(shape.warpgroups_of_text)} | {
+            64
+        }
+    assert len(sums_and_grids) == texts * (shape.warpgroups_of_text + 1)
+    # Five blocks have rows: the last one's other sends to it, and gets nothing.
+    (expected_by_4, sent_by_4), (expected_by_5, sent_by_5) = exchange(4), exchange(5)
+    assert (expected_by_4, sent_by_4) == (sum(size for *_, size in sent_by_5), [])
+    assert expected_by_5 == 0
 
 
 @pytest.mark.parametrize("texts", [2, 3, 4])

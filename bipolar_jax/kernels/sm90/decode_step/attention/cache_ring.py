@@ -21,6 +21,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import (
     Layers,
     LayersShape,
 )
+from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import CACHE_LINE, prefetch_lines
 
 COLUMNS = 64  # elements of 16 bits that the widest swizzle takes
 KEYS, VALUES = 0, 1
@@ -174,6 +175,23 @@ class CacheRing:
         count = lax.div(jnp.maximum(end - self._first + (at_once - 1), 0), at_once)
         self.chunks = jnp.where(self.active, count, 0)
         self.has_new = self.active & (split == shape.splits - 1)
+
+    def prefetch(self, layer: Int[Array, ""], warpgroup, block) -> None:
+        """Prefetches the layer's chunks behind the first, which has a slot already, to the L2 cache."""
+        self.assign(warpgroup, block)
+        skipped, turn = (1 + warpgroup, WARPGROUPS) if self._shape.heads_at_once > 1 else (1, 1)
+        cache_layer = self._shape.first_layer + self._layers.first + layer
+        row_bytes = self._shape.cache_row_bytes
+
+        def prefetch_chunk(i, carry):
+            first = self.position(skipped + i * turn)
+            rows = jnp.minimum(self.length - first, CHUNK_POSITIONS)
+            for source in (self._cache.keys, self._cache.values):
+                chunk = source.at[cache_layer, self.text, self.kv_head, pl.ds(first, CHUNK_POSITIONS)]
+                prefetch_lines(chunk, lax.div(rows * row_bytes + (CACHE_LINE - 1), CACHE_LINE))
+            return carry
+
+        lax.fori_loop(0, lax.div(jnp.maximum(self.chunks - skipped + (turn - 1), 0), turn), prefetch_chunk, ())
 
     def load_index(self, layer, chunk) -> ChunkIndex:
         """Which chunk `refill` is called for."""

@@ -13,11 +13,10 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, K_SLICE
+from bipolar_jax.kernels.sm90.decode_step.cooperative.prepared_layout import PreparedLayout
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing.fields import MOST_BITS_BY_ROW, STAGE, TILE_ROWS, WORDS_PER_VECTOR
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
 
 WARPGROUPS = 4  # that compute; a fifth loads weights
 TILE = 32  # rows of the output (columns of the weights) in a tile
@@ -29,8 +28,9 @@ RUN = TILE // 2  # elements that are neighbours in the order of parts, too
 TEXT_SLICE_WORDS = K_SLICE // 4 + 4  # of one of several texts: a word of the next text is in another bank
 PRODUCTS = ("qkv", "o", "up", "down")
 HEAD_NORMS = ("queries", "keys")  # names of the norms of heads, beside those of products
-RESULTS_OF_TEXT = 4  # rows of `SharedMemory.warp_results`
 MOST_TEXTS = 4  # whose tokens are in shared memory at the same time
+PAIR = 2  # blocks of a cluster, which quantize the tokens of several texts for each other
+_MOST_SLICES = 8  # of a token, that a warpgroup holds in registers
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
 # Of shared memory. Barriers and alignment take 1.5 KB of the 4 KB that SHARED_MEMORY_BYTES leaves for them.
 _AVAILABLE_BYTES = SHARED_MEMORY_BYTES + 2048
@@ -42,26 +42,6 @@ class Layers(NamedTuple):
 
     first: Any
     count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedLayout:
-    """What is static about prepared weights (`packing.fields`) besides their format.
-
-    Attributes:
-      chunks: chunks of a stage with terms of their own; 0 without groups.
-      natural_order: whether positions of a stage are elements.
-      float_terms: the form of float scales of groups; None if there are none.
-    """
-
-    chunks: int
-    natural_order: bool
-    float_terms: FloatTerms | None = None
-
-    @property
-    def chunk_words(self) -> int:
-        """Words of the terms of a chunk and part."""
-        return chunk_words(self.float_terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +197,9 @@ class LayersShape:
             )
         keys = self.key_rotation
         if keys is not None and not (keys.within_warp and keys.block == self.head_dim and self.cache_bits):
-            raise Unsupported(
-                "heads of queries and keys are rotated as one block each, without signs, for cached codes"
-            )
+            raise Unsupported("heads of queries and keys are rotated whole, without signs, for cached codes")
+        if self.texts > 1 and max(map(self.slices_of_warpgroup, PRODUCTS)) > _MOST_SLICES:
+            raise Unsupported(f"tokens of {self.ffn} numbers of {self.texts} texts do not fit in registers")
         if self.w_slots < 2:
             raise Unsupported(f"tokens of {self.ffn} numbers leave no shared memory for weights")
 
@@ -282,6 +262,15 @@ class LayersShape:
     def columns(self) -> int:
         """Columns of a product that belong to different texts: their number, filled up to a power of two."""
         return 1 << (self.texts - 1).bit_length()
+
+    @property
+    def warpgroups_of_text(self) -> int:
+        """That quantize a token together, see `teams`."""
+        return WARPGROUPS // -(-self.texts // PAIR)
+
+    def slices_of_warpgroup(self, name: str) -> int:
+        """K slices of a product's token that a warpgroup quantizes; the last may lie beyond K."""
+        return -(-self.products[name].all_k_slices // self.warpgroups_of_text)
 
     @property
     def heads_at_once(self) -> int:
@@ -385,14 +374,13 @@ class LayersShape:
 
     @property
     def _other_bytes(self) -> int:
-        """Shared memory besides the weight ring; a position of a quantized cache has 6 more bytes, scale and zero."""
+        """Shared memory besides the weight ring; 4 + 2 bytes are the scale and zero of a cached position."""
         tokens, reductions = WARPGROUPS * self.max_k_slices * 8 * BYTES_PER_ROW, 2 * 1024
         if self.prepared is not None:
             tokens, reductions = self.token_slices * K_SLICE * (1 if self.float_token is None else 2), 1024
         if self.texts > 1:
-            tokens, reductions = self.texts * self.token_slices * 4 * TEXT_SLICE_WORDS, 1024 + 512 * self.texts
+            tokens, reductions = self.texts * self.token_slices * 4 * TEXT_SLICE_WORDS, 2 * 1024
         sums = 4 * WARPGROUPS * self.max_rows * (WARPS if self.has_float_sums else self.texts)
-        grid = 0 if self.cache_bits is None else 4 + 2
-        cache = self.cache_slots * self.chunks_at_once * CHUNK_POSITIONS * (self.cache_row_bytes + grid)
-        context_sums = 4 * WARPGROUPS * WARPS * WARPGROUP
-        return tokens + sums + cache + context_sums + reductions
+        position_bytes = self.cache_row_bytes + (0 if self.cache_bits is None else 4 + 2)
+        cache = self.cache_slots * self.chunks_at_once * CHUNK_POSITIONS * position_bytes
+        return tokens + sums + cache + 4 * WARPGROUPS * WARPS * WARPGROUP + reductions

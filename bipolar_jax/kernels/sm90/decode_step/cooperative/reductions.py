@@ -77,55 +77,49 @@ def reduce_warps(
     inline(results, jnp.int32(warpgroup), *values)
 
 
-def _reduce_warpgroup_twin(results, warpgroup, kind):
-    return _REDUCE[kind](results[pl.ds(warpgroup * WARPS, WARPS)])
-
-
-@with_twin(_reduce_warpgroup_twin)
 def reduce_warpgroup(results, warpgroup: Int[Array, ""], kind: Kind) -> Float[Array, ""]:
     """The sum or extreme over the warps of this warpgroup, after `reduce_warps` and a barrier of the warpgroup."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SPLAT)
-    )
-    def inline(_, results, warpgroup):
-        lane, _ = lane_and_warp()
-        index = ptx.plus(ptx.times(scalar_of(warpgroup), WARPS), ptx.bits_of(lane, WARPS - 1))
-        (word,) = ptx.load(ptx.advance_far(ptx.pointer(results, ptx.SHARED), index, 4), 1)
-        if kind == "sum":
-            return as_splat(_over_lanes(ptx.as_float(word), WARPS), None)
-        return as_splat(ptx.as_float(ordered_bits(ptx.over_warp(kind, ordered_bits(word)))), None)
-
-    return inline(results, jnp.int32(warpgroup))
+    return reduce_warpgroups(results, warpgroup, 1, kind)
 
 
-def _reduce_block_twin(results, kind):
-    return _REDUCE[kind](results[...])
-
-
-@with_twin(_reduce_block_twin)
 def reduce_block(results, kind: Kind) -> Array:
-    """The sum or extreme over the warps of the block, after each has stored its result and a barrier of the block.
+    """The sum or extreme over the warps of the block, after each has stored its result and a barrier of the block."""
+    return reduce_warpgroups(results, 0, WARPGROUPS, kind)
+
+
+def _reduce_warpgroups_twin(results, first, count, kind):
+    return _REDUCE[kind](results[pl.ds(first * WARPS, count * WARPS)])
+
+
+@with_twin(_reduce_warpgroups_twin)
+def reduce_warpgroups(results, first: Int[Array, ""] | int, count: int, kind: Kind) -> Array:
+    """The sum or extreme over the warps of some warpgroups, after each has stored its result and a barrier of them.
 
     Args:
-      results: shared memory, [BLOCK_WARPS] of float32, or of int32 for a sum.
+      results: shared memory, [BLOCK_WARPS] or more, of float32, or of int32 for a sum.
+      first: of the warpgroups.
+      count: of the warpgroups, a power of two.
+      kind: of the reduction.
     """
-    integers = results.dtype == jnp.int32
+    integers, warps = results.dtype == jnp.int32, count * WARPS
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), results.dtype, layout=SPLAT)
+        arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct((), results.dtype, layout=SPLAT)
     )
-    def inline(_, results):
+    def inline(_, results, first):
         lane, _ = lane_and_warp()
-        index = ptx.bits_of(lane, BLOCK_WARPS - 1)
+        index = ptx.bits_of(lane, warps - 1)
+        if count < WARPGROUPS:
+            index = ptx.plus(ptx.times(scalar_of(first), WARPS), index)
         (word,) = ptx.load(ptx.advance_far(ptx.pointer(results, ptx.SHARED), index, 4), 1)
         if kind != "sum":
             return as_splat(ptx.as_float(ordered_bits(ptx.over_warp(kind, ordered_bits(word)))), None)
-        if integers:  # each half of the warp holds all 16 results
-            return as_splat(ptx.shift_right_signed(ptx.over_warp("add", word), 1), True)
-        return as_splat(_over_lanes(ptx.as_float(word), BLOCK_WARPS), None)
+        if integers:  # the warp holds WARP / warps copies of the results
+            copies = WARP // warps
+            return as_splat(ptx.shift_right_signed(ptx.over_warp("add", word), copies.bit_length() - 1), True)
+        return as_splat(_over_lanes(ptx.as_float(word), warps), None)
 
-    return inline(results)
+    return inline(results, jnp.int32(first))
 
 
 def _over_lanes(number: Value, count: int) -> Value:

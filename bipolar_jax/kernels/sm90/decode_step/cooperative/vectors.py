@@ -40,7 +40,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import RUN, WARPGRO
 from bipolar_jax.kernels.sm90.decode_step.cooperative.polling import Awaited, in_phase, nan_unless_in_phase
 from bipolar_jax.packing.fields import TILE_ROWS
 
-_CACHE_LINE = 128  # bytes
+CACHE_LINE = 128  # bytes
 _VECTOR_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
 _K_SLICE_TYPE = plgpu.ShapeDtypeStruct((K_SLICE,), jnp.float32, layout=K_SLICE_LAYOUT)
 
@@ -211,52 +211,40 @@ def store_vector(
     inline(ref, values, jnp.int32(start), jnp.int32(count), jnp.int32(phase))
 
 
-def _poll_slices_twin(ref, starts, end, awaited, firsts=None):
+def _poll_slices_twin(ref, starts, end, awaited, turn=WARPGROUPS):
+    del turn
     indices = [start + lax.iota(jnp.int32, K_SLICE) for start in starts]
     return [
-        jnp.where(i < end, nan_unless_in_phase(ref[...][first + jnp.where(i < end, i, 0)], awaited.phase), 0)
-        for i, first in zip(indices, firsts or [0] * len(starts), strict=True)
+        jnp.where(i < end, nan_unless_in_phase(ref[...][jnp.where(i < end, i, 0)], awaited.phase), 0) for i in indices
     ]
 
 
 @with_twin(_poll_slices_twin)
 def poll_slices(
-    ref,
-    starts: Sequence[Int[Array, ""]],
-    end: int,
-    awaited: Awaited,
-    firsts: Sequence[Int[Array, ""] | int] | None = None,
+    ref, starts: Sequence[Int[Array, ""]], end: int, awaited: Awaited, turn: int = WARPGROUPS
 ) -> list[Float[Array, "1024"]]:
     """K slices that other blocks write; all loads are in flight at once.
 
     Args:
       ref: flat float32 in global memory.
-      starts: index of each slice's first element, as `quantize_token.slice_starts` has them for each vector.
+      starts: index of each slice's first element, as `quantize_token.slice_starts` has them.
       end: a multiple of 8; elements from there on are 0.
       awaited: what to poll for.
-      firsts: where the vector of each slice begins in `ref`, multiples of 8; None if there is one vector.
+      turn: warpgroups that take the vector's slices in turn.
     """
-    count = len(starts)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts) + len(firsts or ()))),
-        return_type=tuple(_K_SLICE_TYPE for _ in starts),
+        arg_types=(plgpu.RefType(), *[SPLAT] * (2 + len(starts))), return_type=tuple(_K_SLICE_TYPE for _ in starts)
     )
-    def inline(_, ref, phase, needed, *numbers):
-        starts, firsts = numbers[:count], numbers[count:]
+    def inline(_, ref, phase, needed, *starts):
         first, base = ptx.times(thread_index(), 8), ptx.pointer(ref, ptx.GLOBAL)
-        indices, turn = [ptx.plus(scalar_of(start), first) for start in starts], K_SLICE * WARPGROUPS
-        # None where the slices of all warpgroups lie before the end.
-        turns = [i % -(-end // turn) for i in range(count)]
-        inside = [
-            ptx.less(index, end) if (i + 1) * turn > end else None for i, index in zip(turns, indices, strict=True)
-        ]
-        loads = []
-        for i, (index, valid) in enumerate(zip(indices, inside, strict=True)):
-            if valid is not None:
-                index = ptx.choose(valid, index, ptx.int32(0))
-            if firsts:
-                index = ptx.plus(index, scalar_of(firsts[i]))
+        loads, inside = [], []
+        for i, start in enumerate(starts):
+            index = ptx.plus(scalar_of(start), first)
+            # None where the slices of all warpgroups lie before the end.
+            inside.append(ptx.less(index, end) if (i + 1) * turn * K_SLICE > end else None)
+            if inside[-1] is not None:
+                index = ptx.choose(inside[-1], index, ptx.int32(0))
             pointer = ptx.advance_far(base, index, 4)
             loads += [(pointer, 4), (ptx.advance(pointer, 16), 4)]
         quads = poll_words(loads, scalar_of(phase), scalar_of(needed))
@@ -268,8 +256,7 @@ def poll_slices(
             slices.append(as_k_slice(numbers))
         return tuple(slices)
 
-    numbers = [awaited.phase, awaited.needed, *starts, *(firsts or ())]
-    return list(inline(ref, *map(jnp.int32, numbers)))
+    return list(inline(ref, *map(jnp.int32, (awaited.phase, awaited.needed, *starts))))
 
 
 def _load_slice_twin(ref, start, end):
@@ -317,7 +304,7 @@ def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int, by_parts: 
     elements in the order of parts, of which a thread prefetches 16 in a row.
     """
     itemsize = jnp.dtype(ref.dtype).itemsize
-    line = RUN if by_parts else _CACHE_LINE // itemsize
+    line = RUN if by_parts else CACHE_LINE // itemsize
     ends_within_tile, size = _ends_within_tile(ref, by_parts), ref.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
@@ -331,6 +318,19 @@ def prefetch(ref, start: Int[Array, ""], count: Int[Array, ""] | int, by_parts: 
             ptx.prefetch(ptx.advance_far(ptx.pointer(ref, ptx.GLOBAL), index, itemsize))
 
     inline(ref, jnp.int32(start), jnp.int32(count))
+
+
+@with_twin(lambda ref, count: None)
+def prefetch_lines(ref, count: Int[Array, ""]) -> None:
+    """Prefetches the first `count` lines of 128 bytes of a contiguous array to the L2 cache, at most 128 lines."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT))
+    def inline(_, ref, count):
+        line = thread_index()
+        with ptx.when(ptx.less(line, scalar_of(count))):
+            ptx.prefetch(ptx.advance(ptx.pointer(ref, ptx.GLOBAL), ptx.times(line, CACHE_LINE)))
+
+    inline(ref, jnp.int32(count))
 
 
 def _zero_beyond_twin(values, start, end):

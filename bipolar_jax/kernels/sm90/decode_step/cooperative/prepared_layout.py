@@ -1,0 +1,28 @@
+"""How prepared weights are laid out, as far as the kernel of all layers has to know."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.prepared_array import chunk_words
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedLayout:
+    """What is static about prepared weights (`packing.fields`) besides their format.
+
+    Attributes:
+      chunks: chunks of a stage with terms of their own; 0 without groups.
+      natural_order: whether positions of a stage are elements.
+      float_terms: the form of float scales of groups; None if there are none.
+    """
+
+    chunks: int
+    natural_order: bool
+    float_terms: FloatTerms | None = None
+
+    @property
+    def chunk_words(self) -> int:
+        """Words of the terms of a chunk and part."""
+        return chunk_words(self.float_terms)
