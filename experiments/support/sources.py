@@ -40,7 +40,7 @@ def load_model_source(name: str, bits: int | None = None, activations: int | Non
       ValueError, OSError, RuntimeError: see `fetch_smollm2` and `load_pretrained`.
     """
     path = fetch_smollm2() if name == "smollm2" else local_path(name)
-    with progress_bar(f"loading {path.name}"):
+    with progress_bar(f"loading {Path(name).name}"):
         return load_pretrained(path, bits=bits, activations=activations)
 
 

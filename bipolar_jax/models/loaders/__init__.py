@@ -17,7 +17,7 @@ __all__ = ["PretrainedModel", "load_gguf", "load_huggingface", "load_pretrained"
 
 _SUPPORTED = (
     "a .gguf file, a Hugging Face directory with config.json, a packed .safetensors checkpoint, or a name on the "
-    "Hugging Face Hub, OWNER/NAME or OWNER/NAME/FILE.gguf"
+    "Hugging Face Hub, OWNER/NAME or OWNER/NAME/FILE"
 )
 
 
@@ -34,7 +34,7 @@ def load_pretrained(
     Args:
       path: the file or directory. Where there is none, a name on the Hugging Face Hub such as
         "HuggingFaceTB/SmolLM2-135M-Instruct", whose files are downloaded into huggingface_hub's cache, and found there
-        without a network; or "OWNER/NAME/FILE.gguf".
+        without a network; or "OWNER/NAME/FILE.gguf", or a packed checkpoint there.
       param_dtype: dtype of the float parameters and of the computation; None is that of a packed checkpoint, and
         float32 for other files.
       bits: most weight bits to read from a packed checkpoint, see `load_model`.

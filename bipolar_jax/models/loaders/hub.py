@@ -11,8 +11,10 @@ from pathlib import Path
 from bipolar_jax.extras import require
 from bipolar_jax.models.loaders.huggingface.json_fields import read_json
 
-# OWNER/NAME, and optionally the name of a GGUF file.
-_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/(?P<file>[^/\\]{1,200}\.gguf))?")
+# OWNER/NAME, and optionally the name of a GGUF file or of a packed checkpoint.
+_NAME = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/(?P<file>[^/\\]{1,200}\.(?:gguf|safetensors)))?"
+)
 _TEXTS = ("*.json", "*.jinja")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -21,10 +23,10 @@ def local_path(path: str | os.PathLike[str], revision: str | None = None) -> Pat
     """The path itself if there is a file or folder, or a name's files on the Hub, downloaded if they are not cached.
 
     Only config, tokenizer and chat template are fetched, and the safetensors files that the model consists of; or the
-    one GGUF file that is named. Without a network the files of the last download are used.
+    one file that is named. Without a network the files of the last download are used.
 
     Args:
-      path: a path, "OWNER/NAME" or "OWNER/NAME/FILE.gguf".
+      path: a path, "OWNER/NAME", "OWNER/NAME/FILE.gguf" or "OWNER/NAME/FILE.safetensors".
       revision: branch, tag or commit of the repository; None is its main branch.
 
     Raises:
@@ -53,7 +55,7 @@ def local_path(path: str | os.PathLike[str], revision: str | None = None) -> Pat
     folder = snapshot(revision, list(_TEXTS))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{text} on the Hugging Face Hub has no config.json: name one of its GGUF files, as {text}/FILE.gguf"
+            f"{text} on the Hugging Face Hub has no config.json: name one of its files, such as {text}/FILE.gguf"
         )
     files = {_WEIGHTS}
     if (folder / _INDEX).is_file():

@@ -48,6 +48,8 @@ def test_names_are_found_in_the_cache_without_a_network(cache, directory):
     assert local_path("someone/tiny", COMMIT) == local_path("someone/tiny") == cache / "snapshots" / COMMIT
     (cache / "snapshots" / COMMIT / "model.gguf").write_text("a file")
     assert local_path("someone/tiny/model.gguf") == cache / "snapshots" / COMMIT / "model.gguf"
+    shard = sorted((cache / "snapshots" / COMMIT).glob("model-*.safetensors"))[0]
+    assert local_path(f"someone/tiny/{shard.name}") == shard
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_errors_of_the_hub_are_sentences(kind, expected, message, monkeypatch):
 
 def test_other_paths_are_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", None)
-    for path in (tmp_path / "nothing", "nothing", "a/b/c", "./a/b", "~/a", "a/b/c.safetensors"):
+    for path in (tmp_path / "nothing", "nothing", "a/b/c", "./a/b", "~/a", "a/b/c.bin"):
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
             load_pretrained(path)
     with pytest.raises(ValueError, match="is no name on the Hugging Face Hub, so it has no revision 'main'"):
