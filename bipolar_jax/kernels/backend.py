@@ -133,6 +133,7 @@ class Backend(Protocol):
         values: Cache,
         layer: Int[Array, ""],
         tables: FixedPointTables | None = None,
+        head_norms: tuple[RMSNorm, RMSNorm] | None = None,
     ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
         """prologue(x) @ w + bias of whole prompts, split into heads, rotated, and written to one layer of the cache.
 
@@ -148,6 +149,7 @@ class Backend(Protocol):
           keys, values: the whole cache, in x's dtype; written in place where the caller donates them.
           layer: index of the cache's layer.
           tables: cosines and sines of the positions 0, 1, 2 ...; pairs are (d, d + head_dim / 2). None does not rotate.
+          head_norms: of each head of queries and of keys, [head_dim], before the rotation; None where there are none.
 
         Returns:
           q, k and v, in x's dtype; keys; values.

@@ -71,9 +71,10 @@ def pack_weights(w, half_steps, offset, number_format, group_size):
     return jax.lax.platform_dependent(w, half_steps, offset, cuda=by_kernel, default=by_xla)
 
 
-def prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables=None):
+def prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables=None, head_norms=None):
     """See `Backend.prompt_heads`, and `prompt_projection` for what is not served."""
-    return _prompt_projection(w).prompt_heads(x, w, a_format, bias, prologue, keys, values, layer, tables)
+    operands = (x, w, a_format, bias, prologue, keys, values, layer, tables, head_norms)
+    return _prompt_projection(w).prompt_heads(*operands)
 
 
 def plan_prompt_heads(*operands, **options):

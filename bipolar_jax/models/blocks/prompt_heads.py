@@ -142,12 +142,10 @@ def _fused_operands(
 
     Raises:
       Unsupported: no cache, or a quantized one; projections that are not joined or not packed; float activations;
-        tables that do not fit 16 bits, or rotate a part of each head; norms of queries and keys.
+        tables that do not fit 16 bits, or rotate a part of each head.
     """
     if cache is None or cache.bits is not None:
         raise Unsupported("heads leave a product to a cache of floats")
-    if projections.head_norms is not None:
-        raise Unsupported("norms of queries and keys come between the product and the rotation")
     if tables is not None and 2 * tables.exact[0].shape[-1] != projections.head_dim:
         raise Unsupported("the kernel rotates whole heads, the model a part of each")
     (layer, *others) = projections.layers
@@ -158,6 +156,7 @@ def _fused_operands(
     if tables is not None and tables.fixed_point is None:
         raise Unsupported("cosines and sines are too large for the kernel's 16-bit integers")
     bias = None if layer.bias is None else jnp.asarray(layer.bias[...])
+    norms = projections.head_norms
     return layer.implementation, (
         projections.x,
         layer.kernel.get_value(),
@@ -168,4 +167,5 @@ def _fused_operands(
         cache.values,
         index,
         None if tables is None else tables.fixed_point,
+        *(() if norms is None else (tuple(as_prologue(norm) for norm in norms),)),
     )

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from bipolar_jax import BipolarArray, BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import RMSNorm
 from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.models.blocks.attention import rotated_heads
 from bipolar_jax.models.kv_cache.cache import KVCache
@@ -26,6 +27,7 @@ _LAYERS, _LAYER = 2, 1
 # Tables are rounded to multiples of 2^-14: what the kernel rotates by.
 _TABLE_STEP = 2.0**-14
 _TILE_ROWS = 128
+_NORM_EPS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Prompts:
     prepared: bool = False
     k: int = 200
     float_terms: FloatTerms | None = None
+    head_norms: bool = False
 
     @property
     def name(self) -> str:
-        options = [name for name in ("rope", "bias", "offsets", "prepared") if getattr(self, name)]
+        options = [name for name in ("rope", "bias", "offsets", "prepared", "head_norms") if getattr(self, name)]
         heads = f"{self.queries}/{self.kv_heads} heads of {self.head_dim}"
         sizes = f"{self.batch} prompts of {self.length} in {self.capacity}"
         groups = (
@@ -81,7 +84,12 @@ class Prompts:
         product = x.astype(np.float64) @ w_hat + (0 if bias is None else bias)
         # Of the product, of the two terms of a rotation, and of its sum.
         error = 14 * EPS * float((size @ w_size + (0 if bias is None else np.abs(bias))).max())
-        expected = self._expected(product.reshape(self.batch, self.length, -1, self.head_dim), tables, keys, values)
+        heads, norms = product.reshape(self.batch, self.length, -1, self.head_dim), None
+        if self.head_norms:
+            norms = tuple(RMSNorm(rng.uniform(0.5, 1.5, self.head_dim).astype(np.float32), _NORM_EPS) for _ in "qk")
+            heads, largest = self._normalized(heads, norms)
+            error = 4 * largest * error + 8 * EPS * float(np.abs(heads).max())
+        expected = self._expected(heads, tables, keys, values)
 
         def check(found):
             for got, wanted in zip(found, expected, strict=True):
@@ -92,13 +100,21 @@ class Prompts:
                 got, wanted = np.where(unwritten, 0, np.asarray(got, np.float64)), np.where(unwritten, 0, wanted)
                 assert_within(got, wanted, error + rounding(self.dtype, wanted))
 
-        def project(x, w, bias, keys, values, layer, tables):
+        def project(x, w, bias, keys, values, layer, tables, norms):
             fixed = None if tables is None else fixed_point_tables(tables, _TILE_ROWS)
             w = w.prepare(float_terms=self.float_terms) if self.prepared else w
-            return SM90.prompt_heads(x, w, a_format, bias, None, keys, values, layer, fixed)
+            return SM90.prompt_heads(x, w, a_format, bias, None, keys, values, layer, fixed, norms)
 
         x = x.reshape(self.batch, self.length, self.k)
-        return one_program(project, (x, w, bias, keys, values, np.int32(_LAYER), tables), check)
+        return one_program(project, (x, w, bias, keys, values, np.int32(_LAYER), tables, norms), check)
+
+    def _normalized(self, heads: np.ndarray, norms: tuple[RMSNorm, RMSNorm]) -> tuple[np.ndarray, float]:
+        """The heads in float64, those of queries and keys normalized; and the largest factor on a number."""
+        count = self.queries + self.kv_heads
+        gains = np.repeat([norm.gain for norm in norms], [self.queries, self.kv_heads], axis=0)
+        factors = gains / np.sqrt(np.mean(heads[:, :, :count] ** 2, axis=-1, keepdims=True) + _NORM_EPS)
+        normalized = np.concatenate([heads[:, :, :count] * factors, heads[:, :, count:]], axis=2)
+        return normalized, max(1.0, float(factors.max()))
 
     def _weights(self, rng: np.random.Generator, n: int) -> tuple[BipolarArray, np.ndarray, np.ndarray]:
         """Weights [k, n], their numbers and the sizes of these in float64."""
@@ -155,6 +171,9 @@ def cases() -> list[Case]:
         Prompts(4, 8, 1, 2048, 32, 8, 128, 2100, group_size=128, prepared=True, float_terms="offsets", k=1000),
         Prompts(4, 8, 3, 130, 8, 2, 128, 192, half, group_size=128, prepared=True, float_terms="zeros", bias=True),
         Prompts(8, 5, 2, 67, 9, 3, 64, 128, group_size=256, prepared=True, float_terms="scales", k=700),
+        Prompts(4, 8, 2, 777, 32, 8, 128, 800, group_size=128, prepared=True, head_norms=True, k=1000),
+        Prompts(2, 8, 3, 130, 5, 1, 128, 192, half, group_size=64, prepared=True, bias=True, head_norms=True),
+        Prompts(4, 8, 1, 300, 16, 8, 128, 320, group_size=64, prepared=True, float_terms="offsets", head_norms=True),
     ]
     return [Case(each.name, each.trial) for each in prompts]
 
@@ -162,7 +181,9 @@ def cases() -> list[Case]:
 def small() -> dict[str, Case]:
     prompts = Prompts(2, 2, 2, 67, 2, 1, 64, 131, bias=True, k=70)
     expanded = [Prompts(4, 8, 2, 67, 2, 1, size, 131, group_size=32, prepared=True, k=70) for size in (64, 128)]
+    normalized = Prompts(4, 8, 2, 67, 2, 1, 128, 131, group_size=32, prepared=True, k=70, head_norms=True)
     return {
+        "heads, normalized": Case("heads, normalized", normalized.trial),
         "heads": Case("heads", prompts.trial),
         "heads of 64, expanded": Case("heads of 64, expanded", expanded[0].trial),
         "heads of 128, expanded": Case("heads of 128, expanded", expanded[1].trial),

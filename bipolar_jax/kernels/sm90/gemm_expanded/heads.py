@@ -13,6 +13,7 @@ numbers, or two of 64.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +29,7 @@ from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput, HeadWriter
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
+from bipolar_jax.kernels.sm90.gemm_expanded.head_norms import SUMS_SHAPE, normalize_heads
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, CHUNK_TOKENS, ExpandedProblem
 from bipolar_jax.packing.float_terms import FloatTerms
 
@@ -40,7 +42,8 @@ def shared_memory_bytes(problem: ExpandedProblem, layout: HeadLayout) -> int:
     """Bytes of shared memory of one block whose output is heads: all chunks of a tile have a staging slot."""
     chunks = problem.tiling.tile_m * problem.tiling.tile_n // (CHUNK_TOKENS * CHUNK_COLUMNS)
     exchange = 4 * CONSUMERS * CHUNK_TOKENS * (CHUNK_COLUMNS + _PADDING) if _exchanges(layout) else 0
-    return problem.shared_memory_bytes(itemsize=2, staging_slots=chunks) + exchange
+    norms = 0 if layout.norm_eps is None else 4 * CONSUMERS * math.prod(SUMS_SHAPE)
+    return problem.shared_memory_bytes(itemsize=2, staging_slots=chunks) + exchange + norms
 
 
 def with_room_for_heads(
@@ -82,6 +85,7 @@ class TransposedHeadOutput(HeadOutput):
         shared = {
             "staging": plgpu.SMEM((CONSUMERS, slots, CHUNK_TOKENS, layout.half), dtype, transforms=transforms),
             "exchange": plgpu.SMEM(_EXCHANGE, jnp.float32) if _exchanges(layout) else None,
+            "head_norms": None if self.gains is None else plgpu.SMEM((CONSUMERS, *SUMS_SHAPE), jnp.float32),
             "arrived": None if self.tables is None else plgpu.Barrier(num_barriers=CONSUMERS * slots),
         }
         return {name: specification for name, specification in shared.items() if specification is not None}
@@ -91,18 +95,30 @@ class TransposedHeadOutput(HeadOutput):
         operands = (problem, self, *targets, self.layer[0], staging, arrived, consumer)
         if _exchanges(self.layout):
             return ExchangedHeadWriter(*operands, scratch["exchange"].at[consumer])
-        return TransposedHeadWriter(*operands)
+        norms = None if self.gains is None else scratch["head_norms"].at[consumer]
+        return TransposedHeadWriter(*operands, norms)
 
 
 @dataclasses.dataclass(frozen=True)
 class TransposedHeadWriter(HeadWriter):
-    """`HeadWriter` of heads of 128: halves are [64 numbers, 64 tokens] in registers."""
+    """`HeadWriter` of heads of 128: halves are [64 numbers, 64 tokens] in registers.
 
+    Attributes:
+      norms: `head_norms.SUMS_SHAPE` in shared memory, or None if heads are not normalized.
+    """
+
+    norms: Any = None
     token_axis: ClassVar[int] = 1
     finish_shape = (CHUNK_COLUMNS, CHUNK_TOKENS)
 
     def _halves(self, finished: Finish, row: int, first: int) -> list[Float[Array, "64 64"]]:
         return [finished(first, row), finished(first + self.layout.half, row)]
+
+    def _normalized(self, halves: list[Float[Array, "64 64"]], head) -> list[Float[Array, "64 64"]]:
+        if self.output.gains is None:
+            return halves
+        is_key = head >= self.layout.queries
+        return normalize_heads(halves, self.output.gains, is_key, self.layout.norm_eps, self.norms)
 
     def _read(self, slot: int) -> Float[Array, "64 64"]:
         return plgpu.load(self._transposed(slot), layout=plgpu.Layout.WGMMA, optimized=False)

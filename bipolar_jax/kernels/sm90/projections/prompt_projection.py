@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Int16, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import Plan
-from bipolar_jax.kernels.semantics.prologue import Prologue
+from bipolar_jax.kernels.semantics.prologue import Prologue, RMSNorm
 from bipolar_jax.kernels.semantics.rotation import FixedPointTables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
@@ -75,6 +75,7 @@ def prompt_heads(
     values: Cache,
     layer: Int[Array, ""],
     tables: FixedPointTables | None = None,
+    head_norms: tuple[RMSNorm, RMSNorm] | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
     """x @ w + bias as heads; keys and values also go to the first `length` positions of one layer of the cache.
 
@@ -94,6 +95,7 @@ def prompt_heads(
       tables: cosines and sines of positions from 0 on, see `semantics.rotation`. Queries and keys are rotated by them
         in pairs (d, d + head_dim / 2), as `models.blocks.rope.rotate` does. Rows beyond `length` are ignored, but save
         a copy where they fill up tiles. None: no rotation.
+      head_norms: of each head of queries and of keys, before the rotation; of one epsilon.
 
     Returns:
       q, k and v, [batch, length, heads, head_dim] in x's dtype; keys; values.
@@ -102,16 +104,17 @@ def prompt_heads(
       ValueError: prompts longer than the cache; shapes that do not fit.
       Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
         64 tokens; float scales of groups, but of a multiple of 64 elements and prepared; integer ones of no multiple
-        of 16 elements; gated weights; rows too long to quantize on chip.
+        of 16 elements; gated weights; norms of heads that are not of 128 numbers, not rotated, or of weights that are
+        not expanded in registers; rows too long to quantize on chip.
     """
-    layout = _layout(x, w, keys, values)
+    layout = _layout(x, w, keys, values, tables, head_norms)
     batch, length, columns = x.shape
     rows, interpret = x.reshape(-1, columns), interpret_params()
     if is_expanded(w):
         choice = plan_expanded_heads(batch, length, w, layout)
         tokens = quantize_and_pack(rows, a_format, "int8", prologue=prologue, interpret=interpret)
         operands = product_operands(tokens, laid_out(w), a_format, bias)
-        project = project_expanded_heads
+        project = functools.partial(project_expanded_heads, gains=_gains(head_norms))
     else:
         choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
         operands = quantized_operands(rows, w, a_format, bias, choice, prologue)
@@ -129,10 +132,11 @@ def plan_prompt_heads(
     values: Cache,
     layer: Int[Array, ""],
     tables: FixedPointTables | None = None,
+    head_norms: tuple[RMSNorm, RMSNorm] | None = None,
 ) -> Plan:
     """What `prompt_heads` would run for these operands; raises as it would."""
     del bias, prologue, layer
-    layout = _layout(x, w, keys, values)
+    layout = _layout(x, w, keys, values, tables, head_norms)
     batch, length, _ = x.shape
     if is_expanded(w):
         choice, kernel = plan_expanded_heads(batch, length, w, layout), describe_expanded(w)
@@ -140,6 +144,7 @@ def plan_prompt_heads(
         choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
         kernel = describe(choice, w, a_format)
     rotated = "" if tables is None else "rotated and "
+    rotated = rotated if head_norms is None else f"normalized, {rotated}"
     return Plan(f"{kernel}, heads {rotated}written to the cache", choice.reason, choice.tiling)
 
 
@@ -160,12 +165,28 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     return dataclasses.replace(choice, tiling=tiling)
 
 
-def _layout(x: Float[Array, "batch length columns"], w: BipolarNumbers, keys: Cache, values: Cache) -> HeadLayout:
+def _gains(head_norms: tuple[RMSNorm, RMSNorm] | None) -> tuple[Array, Array] | None:
+    """Those of queries and keys in a dtype that the kernel loads."""
+    if head_norms is None:
+        return None
+    gains = [norm.gain for norm in head_norms]
+    return tuple(gain if gain.dtype in (jnp.bfloat16, jnp.float32) else gain.astype(jnp.float32) for gain in gains)
+
+
+def _layout(
+    x: Float[Array, "batch length columns"],
+    w: BipolarNumbers,
+    keys: Cache,
+    values: Cache,
+    tables: FixedPointTables | None,
+    head_norms: tuple[RMSNorm, RMSNorm] | None,
+) -> HeadLayout:
     """What the columns of w are. Raises as `prompt_heads` does, except for tilings and rows too long to quantize."""
     batch, length, _ = x.shape
     _, cache_batch, kv_heads, capacity, head_dim = keys.shape
     n, dtype = w.shape[-1], x.dtype
-    layout = HeadLayout(n // head_dim - 2 * kv_heads, kv_heads, head_dim, capacity)
+    norm_eps = None if head_norms is None else head_norms[0].eps
+    layout = HeadLayout(n // head_dim - 2 * kv_heads, kv_heads, head_dim, capacity, norm_eps)
     if length > capacity:
         raise ValueError(f"a cache of {capacity=} positions cannot hold prompts padded to {length} tokens")
     if layout.columns != n or layout.queries < 1 or cache_batch != batch or values.shape != keys.shape:
@@ -183,7 +204,22 @@ def _layout(x: Float[Array, "batch length columns"], w: BipolarNumbers, keys: Ca
         raise Unsupported("gates and their values are no heads")
     if not is_expanded(w) and shared_scale(w) is not None:
         raise Unsupported("float scales of groups leave no registers to rotate heads in")
+    if head_norms is not None:
+        _check_head_norms(head_norms, w, head_dim, tables)
     return layout
+
+
+def _check_head_norms(
+    head_norms: tuple[RMSNorm, RMSNorm], w: BipolarNumbers, head_dim: int, tables: FixedPointTables | None
+) -> None:
+    """Raises Unsupported unless the kernel normalizes heads of queries and keys so."""
+    if not is_expanded(w):
+        raise Unsupported("norms of queries and keys are computed with weights laid out for tensor cores alone")
+    if head_dim != 128 or tables is None:
+        which = f"of {head_dim}" if tables is not None else "without a rotation"
+        raise Unsupported(f"norms of queries and keys are computed of rotated heads of 128, not of heads {which}")
+    if head_norms[0].eps != head_norms[1].eps:
+        raise Unsupported(f"norms of queries and keys have epsilons {head_norms[0].eps} and {head_norms[1].eps}")
 
 
 def project_heads(
@@ -226,6 +262,7 @@ def project_expanded_heads(
     tables: FixedPointTables | None,
     *,
     length: int,
+    gains: tuple[Array, Array] | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Heads, Heads, Heads, Cache, Cache]:
@@ -242,13 +279,14 @@ def project_expanded_heads(
         float_terms=weights.float_terms,
     )
     run = functools.partial(gemm_expanded.launch, problem, x_words, weights, interpret=interpret)
-    return _project(problem, run, TransposedHeadOutput, tokens, columns, layout, keys, values, layer, tables)
+    output_class = functools.partial(TransposedHeadOutput, gains=gains)
+    return _project(problem, run, output_class, tokens, columns, layout, keys, values, layer, tables)
 
 
 def _project(
     problem: Problem,
     run: Callable[..., list[Array]],
-    output_class: type[HeadOutput],
+    output_class: Callable[..., HeadOutput],
     tokens: TokenTerms,
     columns: ColumnTerms,
     layout: HeadLayout,

@@ -11,15 +11,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import RMSNorm
 from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.expanded_planning import SCALED_CANDIDATES
+from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
+from bipolar_jax.kernels.sm90.gemm_expanded import head_norms
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import ExchangedHeadWriter, TransposedHeadOutput, TransposedHeadWriter
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import SummedTokens
@@ -42,7 +45,7 @@ from tests.gpu.trial import Case as Trial
 from tests.gpu.trial import run_cases
 from tests.packing.float_groups import float_groups
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
-from tests.support import sm90_compile
+from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.integer_products import random_codes
 from tests.support.interpreter import races_found
 
@@ -131,11 +134,48 @@ def test_prompts_of_integer_groups_are_served():
     assert not races_found()
 
 
-def avals(w, *, size=128, length=1000, dtype=jnp.bfloat16):
+@pytest.mark.covered("threads, below; the kernel, by `make gpu-test`")
+@pytest.mark.parametrize("float_terms", [None, "offsets"])
+def test_heads_of_prompts_are_normalized(float_terms):
+    """Queries and keys by gains of their own, of two sequences that end within a tile; values are not."""
+    groups = dict(group_size=64, prepared=True, float_terms=float_terms, head_norms=True)
+    prompts = Prompts(4, 8, 2, 67, 2, 1, 128, 70, bias=True, k=70, **groups)
+    (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
+    assert outcome.error is None
+    assert not races_found()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_threads_normalize_heads(dtype, monkeypatch):
+    """Numbers as they lie in the fragments of an accumulator: number 4 j + 2 p + i of a thread."""
+    warpgroup_simulator.install(monkeypatch)
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((128, 64)).astype(np.float32) * rng.uniform(0.1, 10, 64).astype(np.float32)
+    gains = [np.asarray(rng.uniform(0.5, 1.5, 128), dtype) for _ in range(2)]
+    warp, lane = np.divmod(np.arange(128), 32)
+    places = [
+        (16 * warp + 8 * p + lane // 4, 8 * j + 2 * (lane % 4) + i)
+        for j in range(8)
+        for p in range(2)
+        for i in range(2)
+    ]
+    numbers = [[head[64 * half + row, column] for row, column in places] for half in range(2)]
+    pointers = [ptx.pointer(gain, ptx.GLOBAL) for gain in gains]
+    sums = ptx.pointer(np.zeros(head_norms.SUMS_SHAPE, np.float32), ptx.SHARED)
+    takes_key = np.ones(128, bool)
+    found = head_norms.normalized_numbers(numbers, pointers, gains[0].itemsize, takes_key, 1e-3, sums)
+    expected = head / np.sqrt(np.mean(head.astype(np.float64) ** 2, axis=0) + 1e-3) * gains[1].astype(float)[:, None]
+    for half in range(2):
+        for got, (row, column) in zip(found[half], places, strict=True):
+            np.testing.assert_allclose(got, expected[64 * half + row, column], rtol=1e-5)
+
+
+def avals(w, *, size=128, length=1000, dtype=jnp.bfloat16, norms=False):
     """Operands of `prompt_heads` for two prompts and one head of keys."""
     cache = jax.ShapeDtypeStruct((1, 2, 1, 1000, size), dtype)
     x = jax.ShapeDtypeStruct((2, length, w.contracted_size), dtype)
-    return x, w, A8, None, None, cache, cache, jnp.int32(0)
+    norm = RMSNorm(jnp.ones(size), 1e-6)
+    return x, w, A8, None, None, cache, cache, jnp.int32(0), *((None, (norm, norm)) if norms else ())
 
 
 def weights(bits=4, group_size=128, n=512, k=256):
@@ -191,6 +231,8 @@ def test_plans_leave_room_for_heads():
         (lambda: weights().prepare(), dict(size=32), "heads must have 64 or 128 numbers, not 32"),
         (lambda: weights().prepare(), dict(length=63), "63 tokens do not fill tiles"),
         (lambda: weights().prepare(), dict(dtype=jnp.float32), "bfloat16 or float16"),
+        (lambda: weights(8, None), dict(norms=True), "computed with weights laid out for tensor cores alone"),
+        (lambda: weights().prepare(), dict(norms=True), "rotated heads of 128, not of heads without a rotation"),
     ],
 )
 def test_what_is_not_served_is_said(make, options, message):
@@ -213,9 +255,9 @@ def test_the_outputs_offer_what_the_protocol_says():
     assert isinstance(ExchangedHeadWriter(*[None] * 10), Writer)
 
 
-def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, float_terms=None):
+def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, float_terms=None, norm_eps=None):
     """Of prompts that leave rows of tiles empty, with a bias: what takes the most registers."""
-    batch, length, k, layout, w_format = 2, 1000, 4096, HeadLayout(8, 4, size, 1100), BipolarFormat(bits)
+    batch, length, k, layout, w_format = 2, 1000, 4096, HeadLayout(8, 4, size, 1100, norm_eps), BipolarFormat(bits)
     m, n = batch * length, layout.columns
     vector = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)  # noqa: E731
     tiles, stages, terms = -(-n // 128), k // 128, None
@@ -233,9 +275,9 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         x_words = SummedTokens(x_words, jax.ShapeDtypeStruct((m, stages * chunks), jnp.float32))
     cache = jax.ShapeDtypeStruct((2, batch, layout.keys, layout.capacity, size), dtype)
 
-    def project(x, weights, tokens, columns, keys, values, layer, tables):
+    def project(x, weights, tokens, columns, keys, values, layer, tables, gains):
         rest = (recovery, tiling, layout, keys, values, layer, tables)
-        return project_expanded_heads(x, weights, tokens, columns, *rest, length=length)
+        return project_expanded_heads(x, weights, tokens, columns, *rest, length=length, gains=gains)
 
     return sm90_compile.compile_for_h200(
         project,
@@ -253,6 +295,7 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         cache,
         jax.ShapeDtypeStruct((), jnp.int32),
         (jax.ShapeDtypeStruct((length, size // 2), jnp.int16),) * 2 if rope else None,
+        None if norm_eps is None else (jax.ShapeDtypeStruct((size,), dtype),) * 2,
         ptx=True,
     )[1]
 
@@ -267,6 +310,9 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         (4, 64, 64, dict(tiling=EXPANDED_TILINGS[1], rope=False)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2])),
         (4, 128, 128, dict(tiling=SCALED_CANDIDATES[0], float_terms="offsets")),
+        (4, 128, 128, dict(tiling=EXPANDED_TILINGS[0], norm_eps=1e-6)),
+        (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2], norm_eps=1e-6)),
+        (4, 64, 128, dict(tiling=SCALED_CANDIDATES[1], float_terms="offsets", norm_eps=1e-6)),
         (5, 128, 64, dict(tiling=Tiling(64, 128, "alternate", slots=6), float_terms="zeros", dtype=jnp.float16)),
     ],
 )

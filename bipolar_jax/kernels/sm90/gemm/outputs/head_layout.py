@@ -22,12 +22,14 @@ class HeadLayout:
       keys: heads of keys, and as many of values.
       size: numbers of a head.
       capacity: positions of the cache.
+      norm_eps: of the RMSNorm of each head of queries and keys; None if there is none.
     """
 
     queries: int
     keys: int
     size: int
     capacity: int
+    norm_eps: float | None = None
 
     @property
     def half(self) -> int:

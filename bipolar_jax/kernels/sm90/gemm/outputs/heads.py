@@ -41,6 +41,7 @@ class HeadOutput:
       tables: cosines and sines by position, see `semantics.rotation`, [covered tokens, half] each, their bits as
         numbers of the heads' dtype; None stores queries and keys as they are.
       layout: what columns are.
+      gains: of the norms of heads of queries and of keys, [size] each; None if there are none.
     """
 
     keys: Any
@@ -48,6 +49,7 @@ class HeadOutput:
     tables: tuple[Any, Any] | None
     values: Any
     layout: HeadLayout = dataclasses.field(metadata={"static": True})
+    gains: tuple[Any, Any] | None = None
     token_axis: ClassVar[int] = 0
     dtype: ClassVar[jnp.dtype] = jnp.dtype(jnp.float32)  # they are rotated before they are rounded
     name_endings: ClassVar[tuple[str, ...]] = ("heads",)
@@ -174,7 +176,8 @@ class HeadWriter:
 
             @pl.when(rotates)
             def _(number=number, head=head, halves=halves):
-                self._store_head(origin, number, head, rotated(halves, self._tables(number)), are_values=False)
+                normalized = self._normalized(halves, head)
+                self._store_head(origin, number, head, rotated(normalized, self._tables(number)), are_values=False)
 
             @pl.when(jnp.logical_not(rotates))
             def _(number=number, head=head, halves=halves):
@@ -183,6 +186,11 @@ class HeadWriter:
     def _halves(self, finished: Finish, row: int, first: int) -> list[Float[Array, "64 half"]]:
         """Both halves of the head of 64 tokens that begins in that row and column of the tile."""
         return [finished(row, first), finished(row, first + self.layout.half)]
+
+    def _normalized(self, halves: list[Float[Array, "64 half"]], head) -> list[Float[Array, "64 half"]]:
+        """A head of queries or keys after its norm, if there is one."""
+        del head
+        return halves
 
     def _read(self, slot: int) -> Float[Array, "64 half"]:
         """What a staging slot holds, as halves of heads are in registers.
