@@ -54,6 +54,7 @@ class Prompts:
     k: int = 200
     float_terms: FloatTerms | None = None
     head_norms: bool = False
+    angles: tuple[float, float] = (-np.pi, np.pi)
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class Prompts:
         x, size = exact_tokens(rng, self.batch * self.length, self.k, a_format, self.dtype)
         w, w_hat, w_size = self._weights(rng, n)
         bias = rng.normal(size=n).astype(np.float32) if self.bias else None
-        angles = rng.uniform(-np.pi, np.pi, (1, self.length, self.head_dim // 2))
+        angles = rng.uniform(*self.angles, (1, self.length, self.head_dim // 2))
         tables = tuple(np.round(f(angles) / _TABLE_STEP) * _TABLE_STEP for f in (np.cos, np.sin)) if self.rope else None
         tables = None if tables is None else tuple(table.astype(np.float32) for table in tables)
         shape = (_LAYERS, self.batch, self.kv_heads, self.capacity, self.head_dim)
