@@ -28,7 +28,7 @@ from bipolar_jax.kernels.sm90.decode_step.attention.cache_ring import assign_hea
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape
 from bipolar_jax.kernels.sm90.decode_step.cooperative.timeline import ENTER, LEAVE, MARKS, WAITED, split_timeline
 from bipolar_jax.kernels.sm90.decode_step.phases import PHASES
-from bipolar_jax.models.blocks.norm import as_prologue
+from bipolar_jax.models.blocks.fused_decode import layer_norms
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
@@ -96,7 +96,7 @@ def operands_of(model: Transformer, length: int, seed: int, texts: int = 1) -> t
         "hidden": jax.random.normal(keys[0], (texts, config.hidden_size)),
         "kernels": {name: layer.kernel.get_value() for name, layer in products.items()},
         "biases": {name: None if layer.bias is None else layer.bias[...] for name, layer in products.items()},
-        "norms": {"qkv": as_prologue(layers.attention_norm), "up": as_prologue(layers.ffn_norm)},
+        "norms": layer_norms(layers),
         "keys": (jax.random.normal(keys[1], cache, jnp.bfloat16),),
         "values": (jax.random.normal(keys[2], cache, jnp.bfloat16),),
         "lengths": jnp.full(texts, length, jnp.int32),
