@@ -33,28 +33,19 @@ def test_precisions(fields, expected):
     assert rules_from_qwix([Rule(module_path="a/b", **fields)]) == [(r"\A(?:a/b)\Z", expected)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix uses old names of Flax
-def test_the_same_layers_are_chosen_and_rounded_as_well():
-    """Of a model of three layers: whole paths, the first match; outputs within the same distance of the float model."""
-    model = nnx.Sequential(*(nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(3)))
-    x = jax.random.normal(jax.random.key(0), (64, 16))
+def test_the_same_layers_are_chosen():
+    """Of a model of three layers: whole paths, the first match; rules of other operations are left out."""
+    model = nnx.Sequential(*(nnx.Linear(16, 8, rngs=nnx.Rngs(i)) for i in range(3)))
     rules = [
         Rule(module_path="layers/1", op_names=("conv_general_dilated",), weight_qtype=jnp.int4),
         Rule(module_path="layers/0"),
-        Rule(module_path="layers", weight_qtype=jnp.int8),  # no whole path
         Rule(module_path="layers/.*", weight_qtype=jnp.int4, act_qtype=jnp.int8, tile_size=8),
     ]
-    ours = rules_from_qwix([*rules[:2], *rules[3:]])
-    assert len(ours) == 2
-    with pytest.raises(ValueError, match="matches no layer"):
-        bj.quantize_model(model, rules_from_qwix(rules))
-    quantized = bj.quantize_model(model, ours)
+    quantized = bj.quantize_model(model, rules_from_qwix(rules))
     chosen = {layer.path: layer.precision for layer in layer_summaries(quantized)}
     assert chosen == {"layers/0": "float32", "layers/1": "W4A8sg8f", "layers/2": "W4A8sg8f"}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        theirs = qwix.quantize_model(model, qwix.PtqProvider(rules), x)
-        errors = [np.linalg.norm(each(x) - model(x)) for each in (quantized, theirs)]
-    assert 0.1 < errors[0] / errors[1] < 1.3
+    with pytest.raises(ValueError, match="matches no layer"):  # no whole path
+        bj.quantize_model(model, rules_from_qwix([Rule(module_path="layers", weight_qtype=jnp.int8)]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from bipolar_jax.compress.rotations.rotate import rotate
 from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.models.exporters import export_compressed_tensors
 from bipolar_jax.models.loaders import load_huggingface
 from bipolar_jax.nn import quantize_model
+from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.quantize import Precision
 from tests.models.loaders import tiny_quantized as formats
 from tests.models.loaders.test_quantized_formats import IDS, ct_config, float_model, maker, weights_of
@@ -83,19 +83,19 @@ def test_rotations_at_run_time_are_those_of_the_config(tmp_path):
     np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=2e-4 * np.abs(expected).max())
 
 
-def test_rotated_models_are_exported_and_read_back(tmp_path):
+def test_rotations_at_run_time_are_exported_and_read_back(tmp_path):
     loaded = load_huggingface(tiny.write_huggingface(tiny.make(), tmp_path / "float"))
-    rules = [("down_proj", Precision(4, None, 32, "minmax", "float"))]
-    packed = quantize_model(rotate(loaded.model, "full", key=jax.random.key(0), block=BLOCK), rules)
-    export_compressed_tensors(tmp_path / "out", loaded.with_model(packed))
+    packed = quantize_model(loaded.model, [("down_proj", Precision(4, None, 32, "minmax", "float"))])
+    rotated = packed.with_rotation(Rotation(ffn=hadamard(tiny.FFN, block=BLOCK)))
+    export_compressed_tensors(tmp_path / "out", loaded.with_model(rotated))
     fields = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     (entry, _) = fields["transform_config"]["config_groups"]["R4"]["apply"]
     assert entry == args("input", "re:.*down_proj$", inverse=False, ignore=[])
     again = load_huggingface(tmp_path / "out").model
-    assert again.config.rotation.ffn == packed.config.rotation.ffn
-    expected = np.asarray(packed(IDS))
-    np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=2e-4 * np.abs(expected).max())
-    whole = quantize_model(rotate(loaded.model, "full", key=jax.random.key(0)), rules)  # 96 = 12 * 8
+    assert again.config == rotated.config
+    for first, second in zip(jax.tree.leaves(again), jax.tree.leaves(rotated), strict=True):
+        np.testing.assert_array_equal(first, second)
+    whole = packed.with_rotation(Rotation(ffn=hadamard(tiny.FFN)))  # 12 * 8 numbers
     with pytest.raises(ValueError, match='in blocks of 96 at run time.*rotate with block=256, or with "foldable"'):
         export_compressed_tensors(tmp_path / "other", loaded.with_model(whole))
 
