@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-fast test-exhaustive lint gpu-test compiler clean
+.PHONY: demo test test-fast test-exhaustive processes lint gpu-test compiler clean
 
 demo: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments.calibrate --config=configs/demo.py --workdir=$(WORKDIR)
@@ -18,6 +18,12 @@ test: lint
 # Every case of the tests that otherwise run a sample of theirs, with the code that XLA generates by default.
 test-exhaustive: lint
 	TEST_NEWER_EMITTERS=1 $(PYTEST) --exhaustive
+
+# Trains in two and in four real processes, kills a worker and then process 0, and compares the losses: minutes.
+processes: $(VENV)/test.stamp
+	for count in 2 4; do \
+	$(VENV)/bin/python -m tests.experiments.distributed.processes_that_die --processes=$$count --data=$$((count / 2)) \
+	--folder=runs/processes_$$count || exit 1; done
 
 # Minutes: all but the Hopper kernels, whole models, the programs and damaged files; one case of sampled tests.
 SLOW := kernels/sm90 models experiments gpu fuzz

@@ -61,4 +61,6 @@ def get_config() -> ConfigDict:
     config.sample_tokens = 12
     # Whether to write a packed checkpoint of every precision.
     config.checkpoints = True
+    # Devices that texts (data) and weights (model) of packed models are divided over; float models run on one.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     return config

@@ -31,4 +31,6 @@ def get_config() -> ConfigDict:
     # 0 takes all.
     config.tasks = ""
     config.task_limit = 0
+    # Devices that texts (data) and weights (model) of packed models are divided over; float models run on one.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     return config

@@ -40,4 +40,6 @@ def get_config() -> ConfigDict:
     # Bits of the cached keys and values, 8 or 4; 0 keeps floats.
     config.cache_bits = 0
     config.seed = 0
+    # Devices that texts (data) and weights (model) of packed models are divided over.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     return config

@@ -59,6 +59,8 @@ def training_config(name: str) -> ConfigDict:
     config.distillation.weight = 0.5
     config.distillation.temperature = 1.0
 
+    # Devices that windows (data) and weights (model) are divided over.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     config.steps = 2000
     config.batch_size = 64
     config.optimizer = ConfigDict()

@@ -6,7 +6,8 @@
 The model is rotated (QuaRot), then its layers are rounded one after the other (GPTQ and coordinate descent);
 --config.rounded names precisions that are also rounded to nearest, without rotation or text, as a comparison. Writes to
 --workdir result.json, perplexity.png and, per precision, a packed checkpoint that experiments/generate.py reads. A
-stopped run resumes: within a precision from the last block that was finished.
+stopped run resumes: within a precision from the last block that was finished. With --config.mesh.model=2 packed models
+are scored on two devices; one calibrates.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 Perplexity with its standard error; multiple choice from a JSONL file; tasks of lm-evaluation-harness, where that is
 installed. Differences are paired: their standard errors are those of the differences of windows and of questions, which
 are far smaller than those of each model. Writes result.json to --workdir; a model that it has already is not run again.
+With --config.mesh.model=2 packed models are cut over two devices, which changes float sums by their rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bipolar_jax.models.inference.perplexity import Perplexity, paired_differenc
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn import layer_summaries
 
+from .distributed.mesh import mesh_of, packed_on_mesh
 from .evaluation.multiple_choice import Question, answer_all, mean_and_error, read_questions
 from .support import app
 from .support.precision_sweep import scored_windows
@@ -52,6 +54,7 @@ _SETTINGS = (
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     names = app.split_names(config.tasks)
+    mesh_of(config)  # rejects impossible ones
     if not (config.text or config.questions or names):
         raise ValueError("nothing to evaluate: set config.text, config.questions or config.tasks")
     if names:  # before anything is measured
@@ -93,6 +96,7 @@ def _evaluate(
     started = time.perf_counter()
     pretrained = load_model_source(source, config.bits or None, activations)
     row: dict[str, Any] = {"linear_bits": _linear_bits(pretrained.model)}
+    pretrained = packed_on_mesh(pretrained, mesh_of(config))
     if text:
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
         used = np.asarray(ids[: config.windows * config.window_length], "<i4")
@@ -204,7 +208,7 @@ def _json_number(x: float) -> float | None:
 
 def command() -> None:
     """The command line."""
-    app.run(main, example="evaluate")
+    app.run(main, example="evaluate", several_processes=True)
 
 
 if __name__ == "__main__":

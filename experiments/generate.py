@@ -3,7 +3,8 @@
     python -m experiments.generate --config=configs/generate.py --config.model=PATH --config.prompt=TEXT
 
 The model is a packed checkpoint, a GGUF file or a Hugging Face directory. With `chat` the prompt is a user's message
-for the model's chat template. With --workdir the text and the speed are also written to result.json.
+for the model's chat template. With --workdir the text and the speed are also written to result.json. With
+--config.mesh.model=2 a packed model is cut over two devices.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import stream
-from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.pretrained import PretrainedModel
 
+from .distributed.mesh import mesh_of, on_mesh
+from .distributed.processes import is_first
 from .support import app
 from .support.progress import console, progress_bar
 from .support.sources import load_model_source
@@ -32,6 +34,7 @@ from .support.workdir import RESULT_NAME, environment, write_json
 def main(config: ConfigDict, workdir: Path | None) -> None:
     """Runs the experiment; see the module docstring."""
     enable_command_buffers()
+    mesh = mesh_of(config)
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p, config.repetition_penalty)
     precision = bj.Precision.parse(config.precision, config.calibration) if config.precision else None
     pretrained = load_model_source(config.model, config.bits or None, config.activations or None)
@@ -45,7 +48,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
             model, report = bj.nn.with_integer_groups(pretrained.model)
         console.print(str(report), style="dim", soft_wrap=True, highlight=False)
         pretrained = pretrained.with_model(model)
-    pretrained = prepare_for_inference(pretrained, config.dtype or None)
+    pretrained = on_mesh(pretrained, mesh, config.dtype or None)
     stop = [config.stop] if config.stop else []
     end_ids = pretrained.model.config.eos_ids
     tokens, text, seconds = [], "", []
@@ -55,7 +58,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal's encoding lacks
     if not config.chat:
-        sys.stdout.write(config.prompt)
+        _show(config.prompt)
     started = time.perf_counter()
     for step in steps:
         seconds.append(time.perf_counter() - started)
@@ -88,6 +91,8 @@ def _encode(pretrained: PretrainedModel, config: ConfigDict) -> list[int]:
 
 
 def _show(text: str) -> str:
+    if not is_first():
+        return text
     sys.stdout.write(text)
     sys.stdout.flush()
     return text
@@ -95,7 +100,7 @@ def _show(text: str) -> str:
 
 def command() -> None:
     """The command line."""
-    app.run(main, workdir_required=False, example="generate")
+    app.run(main, workdir_required=False, example="generate", several_processes=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         --config.text=PATH --config.windows=20 --config.precisions=W8A8,W4A8g64
 
 Writes to --workdir result.json, perplexity.png and, per precision, a packed checkpoint that
-experiments/generate.py reads. A stopped run resumes.
+experiments/generate.py reads. A stopped run resumes. With --config.mesh.model=2 two devices score packed models.
 """
 
 from __future__ import annotations

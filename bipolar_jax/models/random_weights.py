@@ -1,7 +1,7 @@
 """Models with random weights, float or packed, for measuring speed and memory without a checkpoint.
 
 Packed models are drawn directly, without a float model: one parameter at a time, layer by layer and in blocks of rows,
-so that temporaries stay smaller than one layer.
+so that temporaries stay smaller than one layer, on every device that has a part of them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from bipolar_jax.models.config import TransformerConfig
@@ -43,6 +44,7 @@ def random_packed(
     embed_bits: int | None = 8,
     embed_group_size: int | None = None,
     implementation: str = "auto",
+    place: Callable[[Transformer], Mapping[str, Any]] | None = None,
 ) -> Transformer:
     """A packed model with random bits and the structure of `quantize_model`'s result.
 
@@ -58,6 +60,8 @@ def random_packed(
         leaves both float.
       embed_group_size: numbers of them that share a scale; None is one scale a row.
       implementation: backend of the packed layers, see `bipolar_jax.matmul`.
+      place: of the model's shapes and dtypes, makes the shardings of its arrays by path, as for `load_model`; None
+        leaves them on one device. No device has more than its parts and one layer's parameter.
 
     Raises:
       ValueError: bits outside 1..8, or a group size that does not fit a layer.
@@ -65,7 +69,8 @@ def random_packed(
     rules = [("^layers/", precision)]
     if embed_bits is not None:
         rules.append(("^(embed|lm_head)$", Precision(embed_bits, group_size=embed_group_size)))
-    return _fill(lambda: quantize_model(_float_model(config, dtype), rules, implementation=implementation), config, key)
+    make_model = lambda: quantize_model(_float_model(config, dtype), rules, implementation=implementation)  # noqa: E731
+    return _fill(make_model, config, key, place)
 
 
 def random_float(config: TransformerConfig, dtype: Any, key: PRNGKeyArray) -> Transformer:
@@ -77,19 +82,31 @@ def _float_model(config: TransformerConfig, dtype: Any) -> Transformer:
     return Transformer(config, param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
-def _fill(make_model: Callable[[], Transformer], config: TransformerConfig, key: PRNGKeyArray) -> Transformer:
+def _fill(
+    make_model: Callable[[], Transformer],
+    config: TransformerConfig,
+    key: PRNGKeyArray,
+    place: Callable[[Transformer], Mapping[str, Any]] | None = None,
+) -> Transformer:
     """The model that `make_model` describes, with random arrays; `make_model` itself is only traced."""
-    graph, state = nnx.split(nnx.eval_shape(make_model))
+    abstract = nnx.eval_shape(make_model)
+    graph, state = nnx.split(abstract)
+    shardings = {} if place is None else place(abstract)
     flat = nnx.to_flat_state(state)
     generator_states = jax.random.bits(key, (len(flat), 4), jnp.uint32)
     drawn = []
     for (path, variable), generator in zip(flat, generator_states, strict=True):
-        leaf = variable.get_value()
+        leaf, sharding = variable.get_value(), shardings.get("/".join(map(str, path)))
         if path[-1] in ("scale", "bias"):
-            drawn.append((path, variable.replace(jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype))))
+            values = jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype, device=sharding)
+            drawn.append((path, variable.replace(values)))
             continue
         arrays, structure = jax.tree.flatten(leaf)
-        values = _draw(tuple(arrays), structure, path[0] == "layers", _deviation(config, path, leaf), generator)
+        draw = _draw
+        if sharding is not None:
+            draw = _drawn_on(tuple(jax.tree.leaves(sharding)), structure)
+            generator = np.asarray(generator)  # of the host, which every process has
+        values = draw(tuple(arrays), structure, path[0] == "layers", _deviation(config, path, leaf), generator)
         drawn.append((path, variable.replace(values)))
     return nnx.merge(graph, nnx.from_flat_state(drawn))
 
@@ -103,9 +120,7 @@ def _deviation(config: TransformerConfig, path: tuple[str, ...], leaf: Any) -> f
     return (leaf.shape[-2] * summed) ** -0.5
 
 
-# One call per parameter: in one function XLA would start all arrays of one shape as copies of another array of zeros.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(
+def _drawn(
     arrays: tuple[jax.ShapeDtypeStruct, ...],
     structure: jax.tree_util.PyTreeDef,
     is_stack: bool,
@@ -119,6 +134,16 @@ def _draw(
     return jax.lax.scan(
         lambda generator, _: _draw_one(one_layer, deviation, generator), generator, length=arrays[0].shape[0]
     )[1]
+
+
+# One call per parameter: in one function XLA would start all arrays of one shape as copies of another array of zeros.
+_draw = jax.jit(_drawn, static_argnums=(0, 1, 2))
+
+
+@functools.cache
+def _drawn_on(shardings: tuple[NamedSharding, ...], structure: jax.tree_util.PyTreeDef) -> Callable:
+    """`_draw` with its result on a mesh: every device draws a layer and keeps its part, so the bits are the same."""
+    return jax.jit(_drawn, static_argnums=(0, 1, 2), out_shardings=structure.unflatten(shardings))
 
 
 def _draw_one(leaf: Any, deviation: float, generator: Generator) -> tuple[Generator, Any]:

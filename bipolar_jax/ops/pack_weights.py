@@ -14,6 +14,7 @@ from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import dispatch, hopper_serves
 from bipolar_jax.ops.matmul import vary_alike
+from bipolar_jax.ops.partitioned import lies_on_mesh
 from bipolar_jax.packing import BipolarArray, UnpackedArray
 from bipolar_jax.packing.bipolar_array import code_sums
 from bipolar_jax.quantize.calibration import half_steps_per_unit
@@ -42,7 +43,8 @@ def pack_weights(
       offset: float32, or None.
       group_size: as for `quantize`.
       groups: integer scales and offsets of the groups, below one `scale` for each column.
-      implementation: as for `matmul`; XLA packs what the named backend does not serve.
+      implementation: as for `matmul`; XLA packs what the named backend does not serve, and what lies on a
+        mesh of several devices.
       for_one_product: True leaves the weights unpacked on CPUs, where the product would take their bits out again.
 
     Raises:
@@ -64,7 +66,8 @@ def pack_weights(
             row_sums = code_sums(codes, group_size)
         else:
             try:
-                planes, row_sums = dispatch(implementation, pack)
+                # XLA knows no sharding of kernels, and would gather weights that are cut.
+                planes, row_sums = pack(xla) if lies_on_mesh(w) else dispatch(implementation, pack)
             except Unsupported:
                 planes, row_sums = pack(xla)
     if groups is not None:

@@ -33,8 +33,11 @@ Product = Callable[..., Float[Array, "m out"]]
 
 def is_distributed(operands: Any, w: BipolarNumbers) -> bool:
     """Whether XLA will distribute the product: an operand lies on a mesh of several devices, outside of shard_map."""
-    if not isinstance(w, BipolarArray | UnpackedArray):
-        return False
+    return isinstance(w, BipolarArray | UnpackedArray) and lies_on_mesh(operands)
+
+
+def lies_on_mesh(operands: Any) -> bool:
+    """Whether XLA distributes what is computed of an operand: it lies on several devices, outside of shard_map."""
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands))
     return any(mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} for mesh in meshes if not mesh.empty)
 

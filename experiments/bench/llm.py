@@ -29,13 +29,15 @@ from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed
-from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer, shard_model
+from bipolar_jax.models.sharding.load import random_sharded
+from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.language_models.peers import PEERS, measure_peers
 from experiments.bench.language_models.report import add_speedups, line, plot_speedup, print_tables
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, peak_bytes
+from experiments.distributed.mesh import mesh_of
 from experiments.support import app
 from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
@@ -86,10 +88,10 @@ def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) ->
         ffn = bj.ops.hadamard(model_config.ffn_size, block=config.rotation_block or None)
         rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
         model_config = dataclasses.replace(model_config, rotation=rotation)
-    model = random_packed(model_config, precision, key=key, implementation=config.implementation, **options)
-    if num_devices(config) > 1:
-        sizes = config.mesh.data, config.mesh.model
-        return shard_model(model, jax.make_mesh(sizes, ("data", "model")), layout=config.layout or None)
+    options |= {"key": key, "implementation": config.implementation}
+    if (mesh := mesh_of(config)) is not None:
+        return random_sharded(model_config, precision, mesh, layout=config.layout or None, **options)
+    model = random_packed(model_config, precision, **options)
     return prepare_for_inference(model, layout=config.layout or None, fused_sequences=config.fused_sequences)
 
 
@@ -100,6 +102,7 @@ def num_devices(config: ConfigDict) -> int:
 
 def _measure(config: ConfigDict, workdir: Path) -> None:
     check_implementation(config.implementation)
+    mesh_of(config)  # rejects impossible ones
     model_config = preset(config.model)
     workloads = parse_workloads(config.workloads, model_config.context_length)
     check_cache_bits(config.cache_bits or None, model_config.head_dim)

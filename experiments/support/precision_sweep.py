@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -24,8 +25,10 @@ from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.perplexity import Perplexity, perplexity
 from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.sharding.plan import DATA, plan_shards
 from bipolar_jax.models.tokenizer_json import encode
 
+from ..distributed.mesh import mesh_of, packed_on_mesh
 from .perplexity_plot import plot_perplexity
 from .progress import console, progress_bar
 from .sources import load_model_source, load_text_source, model_fingerprint
@@ -75,6 +78,7 @@ class Sweep:
       pretrained: the float model.
       ids: of the text.
       result: what result.json holds.
+      mesh: of the config; packed models are scored on it, the float one on one device.
     """
 
     config: ConfigDict
@@ -82,6 +86,7 @@ class Sweep:
     pretrained: PretrainedModel
     ids: Sequence[int]
     result: dict[str, Any]
+    mesh: Mesh | None = None
 
     @classmethod
     def begin(
@@ -103,6 +108,7 @@ class Sweep:
         Raises:
           ValueError: results with other settings; as the loaders.
         """
+        mesh = mesh_of(config)
         text = load_text_source(config.text)
         pretrained = load_model_source(config.model)
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
@@ -112,11 +118,13 @@ class Sweep:
         result = read_result(workdir, settings, dict.fromkeys(sections, _ROW_FIELDS)) or {"settings": settings}
         result |= {section: result.get(section, {}) for section in sections}
         result["environment"] = environment()
-        return cls(config, workdir, pretrained, ids, result)
+        return cls(config, workdir, pretrained, ids, result, mesh)
 
     def check(self, rules: Sequence[tuple[str, bj.Precision | str | None]]) -> None:
-        """Raises ValueError if the model cannot be quantized by these rules. Nothing is computed."""
-        jax.eval_shape(lambda model: bj.quantize_model(model, rules), self.pretrained.model)
+        """Raises ValueError if the model cannot be quantized by these rules, or then cut. Nothing is computed."""
+        packed = jax.eval_shape(lambda model: bj.quantize_model(model, rules), self.pretrained.model)
+        if self.mesh is not None:
+            plan_shards(packed, self.mesh.shape)
 
     def measure_baseline(self) -> None:
         """Adds the float model's row, unless it is there."""
@@ -158,7 +166,7 @@ class Sweep:
         quantized = jax.block_until_ready(convert(precision))
         seconds, peak = time.perf_counter() - started, peak_bytes()
         packed = self.pretrained.with_model(quantized)
-        row = measure(name, packed, self.ids, self.config)
+        row = measure(name, packed, self.ids, self.config, self.mesh)
         row["seconds"]["quantize"] = round(seconds, 2)
         row["peak_bytes"] = peak
         row["relative_increase"] = _increase(row, self.result["baseline"])
@@ -191,8 +199,12 @@ def scored_windows(
         )
 
 
-def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict) -> dict[str, Any]:
-    """Perplexity, size in bytes, and a greedy sample of text."""
+def measure(
+    name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Perplexity, size in bytes, and a greedy sample of text; of a packed model cut over the mesh if there is one."""
+    num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh)
+    texts = 1 if mesh is None else mesh.shape[DATA]  # the sample's prompt, as often as devices divide texts
     started = time.perf_counter()
     scored = scored_windows(name, pretrained.model, ids, config)
     evaluated = time.perf_counter()
@@ -200,15 +212,16 @@ def measure(name: str, pretrained: PretrainedModel, ids: Sequence[int], config: 
     if config.sample_tokens:
         prompt = encode(pretrained.tokenizer, config.prompt)
         with progress_bar(f"{name}: generating"):
-            (tokens,) = generate(pretrained.model, [prompt], config.sample_tokens)
-            margins = _margins(pretrained.model, jnp.asarray([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
+            tokens = generate(pretrained.model, [prompt] * texts, config.sample_tokens)[0]
+            ids_of_sample = jnp.asarray([prompt + tokens[:-1]] * texts)
+            margins = _margins(pretrained.model, ids_of_sample)[0, len(prompt) - 1 :]
         sample = pretrained.tokenizer.decode(tokens)
     return {
         "perplexity": _json_number(scored.perplexity),
         "standard_error": _json_number(scored.standard_error),
         "windows": scored.windows,
         "window_losses": [_json_number(round(loss, 6)) for loss in scored.window_losses],
-        "bytes": _nbytes(pretrained.model),
+        "bytes": num_bytes,
         "prompt": config.prompt,
         "sample": sample,
         "sample_margins": [round(float(margin), 3) for margin in margins],

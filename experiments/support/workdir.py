@@ -19,6 +19,8 @@ import bipolar_jax
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.checkpoint.json_text import parse_json
 
+from ..distributed.processes import from_first, is_first
+
 RESULT_NAME = "result.json"
 # Fields of rows that are numbers.
 _NUMBERS = {"step", "loss", "cross_entropy"}
@@ -26,12 +28,14 @@ _MOST_SHOWN = 1000  # characters of settings in a message
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically.
+    """Writes JSON atomically; of several processes the first does.
 
     Raises:
       ValueError: NaN or Inf, which JSON does not have.
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if not is_first():
+        return
     with atomic_write(path) as partial:
         partial.write_text(text)
 
@@ -39,7 +43,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_result(
     workdir: Path, settings: dict[str, Any], rows: dict[str, Sequence[str]] | None = None
 ) -> dict[str, Any] | None:
-    """The result.json of an earlier run with the same settings; None if there is no file.
+    """The result.json of an earlier run with the same settings, which the first process reads; None if there is none.
 
     Args:
       workdir: folder of the result.
@@ -51,9 +55,9 @@ def read_result(
       ValueError: the file is no result of this experiment, or has other settings.
     """
     path = workdir / RESULT_NAME
-    if not path.is_file():
+    result = from_first(lambda: read_json(path) if path.is_file() else None)
+    if result is None:
         return None
-    result = read_json(path)
     if not isinstance(result.get("settings"), dict):
         raise ValueError(f"{path} is not a result of an experiment: delete it, or choose another --workdir")
     if other := differences(result["settings"], settings):

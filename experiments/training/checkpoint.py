@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from bipolar_jax.checkpoint.checksums import checksum
+from bipolar_jax.models.inference.on_host import on_host
 
+from ..distributed.processes import array_from_first, from_first, is_first
 from ..support.workdir import differences
 from .checkpoint_files import ChecksummedPath, check_files
 from .step import TrainState
@@ -45,6 +46,8 @@ class TrainingCheckpoints:
 
     Orbax writes each into a temporary folder and renames it when complete, so a killed process
     leaves the previous one intact. Checksums of the arrays and of all files are added, which detect flipped bits.
+    Arrays are stored whole, so that a run resumes on any mesh; of several processes, which all call these methods, the
+    first reads and writes.
     """
 
     def __init__(self, workdir: Path, settings: dict[str, Any], keep: int, asynchronous: bool):
@@ -60,8 +63,16 @@ class TrainingCheckpoints:
         _ignore_abandoned_operations()
         self._folder = (workdir / FOLDER).absolute()
         self._settings = settings
+        self._manager = None
+        if not is_first():
+            return
+        # The others take no part: what a peer does must not decide whether a checkpoint is complete.
+        alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
+        self._folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            create=False,
+            multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
             enable_async_checkpointing=asynchronous,
             cleanup_tmp_directories=True,
             temporary_path_class=ChecksummedPath,
@@ -76,7 +87,9 @@ class TrainingCheckpoints:
           OSError: it cannot be written, or the one that was being written in the background could not.
         """
         # Copies, because the next step donates the buffers while these are still being written.
-        arrays = {name: np.array(array) for name, array in _named(state).items()}
+        arrays = {name: np.array(on_host(array)) for name, array in _named(state).items()}
+        if self._manager is None:
+            return
         about = {
             "settings": self._settings,
             "data": data,
@@ -87,11 +100,15 @@ class TrainingCheckpoints:
             self._manager.save(step, args=contents)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints, ascending; none in processes other than the first."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
+
+    def last(self) -> int | None:
+        """The step of the last complete checkpoint, the same in all processes."""
+        return from_first(lambda: (self.steps() or [None])[-1])
 
     def restore(self, like: TrainState, step: int) -> Restored:
-        """Reads the checkpoint of a step.
+        """Reads the checkpoint of a step: arrays of the host, the same in all processes.
 
         Args:
           like: a state with the expected shapes and dtypes.
@@ -100,43 +117,16 @@ class TrainingCheckpoints:
         Raises:
           ValueError: it is damaged, or belongs to other settings or another model. Nothing is deleted.
         """
-        try:
-            check_files(self._folder / str(step))
-        except ValueError as error:
-            raise self._damaged(step, error) from error
-        about = self._about(step)
         expected = _named(like)
-        if other := differences(about["settings"], self._settings):
-            raise ValueError(
-                f"{self._folder / str(step)} belongs to a run with other settings ({other}): choose another --workdir, "
-                "or use the stored settings"
-            )
-        if set(about["checksums"]) != set(expected):
-            different = sorted(set(about["checksums"]) ^ set(expected))
-            raise ValueError(
-                f"{self._folder / str(step)} belongs to another model or optimizer (they differ in {different[0]}): "
-                "choose another --workdir"
-            )
-        template = {name: np.zeros(array.shape, array.dtype) for name, array in expected.items()}
-        try:
-            arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))[
-                "state"
-            ]
-        except Exception as error:  # damaged files raise many types
-            raise self._damaged(step, error) from error
-        for name, array in arrays.items():
-            if array.shape != template[name].shape or array.dtype != template[name].dtype:
-                raise ValueError(
-                    f"{self._folder / str(step)} has {name} {array.dtype}{list(array.shape)}, this run's model "
-                    f"needs {template[name].dtype}{list(template[name].shape)}: choose another --workdir"
-                )
-            if checksum(np.asarray(array)) != about["checksums"][name]:
-                raise self._damaged(step, f"the checksum of {name} is wrong")
-        leaves = [jnp.asarray(arrays[name]) for name in expected]
-        return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), about["data"])
+        arrays, data = (_zeros(expected), None) if self._manager is None else self._read(step, expected)
+        data = from_first(lambda: data)
+        leaves = [array_from_first(np.asarray(arrays[name])) for name in expected]
+        return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), data)
 
     def close(self) -> None:
         """Waits for pending writes. Raises OSError if one fails."""
+        if self._manager is None:
+            return
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -155,6 +145,41 @@ class TrainingCheckpoints:
                 f"cannot write a checkpoint to {self._folder} ({system[1] if system else lines[0][:200]}): make room "
                 f"and run the same command, which resumes from {resumes}"
             ) from error
+
+    def _read(self, step: int, expected: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by name, and the state of the batch iterator. Raises ValueError as `restore`."""
+        try:
+            check_files(self._folder / str(step))
+        except ValueError as error:
+            raise self._damaged(step, error) from error
+        about = self._about(step)
+        if other := differences(about["settings"], self._settings):
+            raise ValueError(
+                f"{self._folder / str(step)} belongs to a run with other settings ({other}): choose another --workdir, "
+                "or use the stored settings"
+            )
+        if set(about["checksums"]) != set(expected):
+            different = sorted(set(about["checksums"]) ^ set(expected))
+            raise ValueError(
+                f"{self._folder / str(step)} belongs to another model or optimizer (they differ in {different[0]}): "
+                "choose another --workdir"
+            )
+        template = _zeros(expected)
+        try:
+            arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))[
+                "state"
+            ]
+        except Exception as error:  # damaged files raise many types
+            raise self._damaged(step, error) from error
+        for name, array in arrays.items():
+            if array.shape != template[name].shape or array.dtype != template[name].dtype:
+                raise ValueError(
+                    f"{self._folder / str(step)} has {name} {array.dtype}{list(array.shape)}, this run's model "
+                    f"needs {template[name].dtype}{list(template[name].shape)}: choose another --workdir"
+                )
+            if checksum(np.asarray(array)) != about["checksums"][name]:
+                raise self._damaged(step, f"the checksum of {name} is wrong")
+        return arrays, about["data"]
 
     def _about(self, step: int) -> dict[str, Any]:
         try:
@@ -180,6 +205,10 @@ def _named(state: TrainState) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def _zeros(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def _ignore_abandoned_operations() -> None:

@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.checkpoint.json_text import parse_json
 
+from ..distributed.processes import is_first
 from ..support.plotting import save
 from ..support.workdir import check_rows
 
@@ -23,11 +24,15 @@ METRICS_NAME = "metrics.jsonl"
 class TrainingLog:
     """One line of JSON per training step, and the same numbers as TensorBoard events.
 
-    A run that resumes at step n drops the lines of later steps, so that every step appears once.
+    A run that resumes at step n drops the lines of later steps, so that every step appears once. Of several processes
+    the first writes.
     """
 
     def __init__(self, workdir: Path, step: int):
         """Opens the files to append steps after `step`."""
+        self._file = None
+        if not is_first():
+            return
         self._path = workdir / METRICS_NAME
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         with atomic_write(self._path) as partial:
@@ -38,6 +43,8 @@ class TrainingLog:
 
     def write(self, rows: Sequence[dict[str, Any]], prefix: str = "train") -> None:
         """Appends rows, each with a "step"; rows with the prefix "train" also become lines of metrics.jsonl."""
+        if self._file is None:
+            return
         for row in rows:
             if prefix == "train":
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -49,8 +56,9 @@ class TrainingLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

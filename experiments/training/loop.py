@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.transformer import Transformer
 
+from ..distributed.processes import any_process
 from ..support.progress import console, progress_bar
 from ..support.workdir import RESULT_NAME, write_json
 from .checkpoint import TrainingCheckpoints
@@ -22,7 +24,8 @@ from .data import TrainingData
 from .interrupt import Interrupt
 from .log import TrainingLog, perplexity_of
 from .model import Params, Student, without_step_sizes
-from .step import as_batch, initial_state, make_optimizer, make_schedule, make_step
+from .placement import Placement
+from .step import make_optimizer, make_schedule, make_step
 
 
 class TrainingRun:
@@ -44,6 +47,7 @@ class TrainingRun:
         teacher: Transformer | None,
         result: dict[str, Any],
         interrupt: Interrupt,
+        mesh: Mesh | None = None,
     ):
         """Starts from `params`, or resumes from the last checkpoint in the workdir.
 
@@ -56,29 +60,35 @@ class TrainingRun:
           teacher: float model to distill from, or None.
           result: contents of result.json so far, with "settings".
           interrupt: ends `train` between steps.
+          mesh: of all devices, in all processes; None trains on one device.
 
         Raises:
           ValueError: a checkpoint that is damaged or belongs to another run; a config that
-            contradicts itself or does not fit the data.
+            contradicts itself or does not fit the data or the mesh.
         """
         self.result, self._config, self._workdir = result, config, workdir
-        self._student, self._data, self._teacher, self._interrupt = student, data, teacher, interrupt
+        self._student, self._data, self._interrupt = student, data, interrupt
         self._optimizer, self._schedule = make_optimizer(config), make_schedule(config)
         self._batches = data.batches(config.batch_size, config.seed)
-        _, params = student.stage(0, params)
-        self.step, self.state = 0, initial_state(params, self._optimizer, config.seed)
+        stages = [student.stage(step, params) for step in (student.changes if mesh is not None else (0,))]
+        self._placement = Placement.of(mesh, stages, config.batch_size)
+        self._teacher = teacher if teacher is None else self._placement.teacher(teacher)
+        _, params = stages[0]
+        self.step, self.state = 0, self._placement.state(params, self._optimizer, config.seed)
+        self._saved = 0
         self._checkpoints = TrainingCheckpoints(
             workdir, result["settings"], config.keep_checkpoints, config.asynchronous
         )
-        if steps := self._checkpoints.steps():
-            with progress_bar(f"reading the checkpoint of step {steps[-1]}"):
-                restored = self._checkpoints.restore(self.state, steps[-1])
-            self.step, self.state = restored.step, restored.state
+        if last := self._checkpoints.last():
+            with progress_bar(f"reading the checkpoint of step {last}"):
+                restored = self._checkpoints.restore(self.state, last)
+            self.step, self.state = restored.step, self._placement.restored(restored.state)
+            self._saved = last
             self._batches.set_state(restored.data)
             console.print(f"resuming after step {self.step}")
         result["parameters"] = sum(value.size for value in params.values())
         # A run without a checkpoint starts over, and evaluates step 0 again.
-        last = self.step if self.step else -1
+        last = self.step or -1
         result["evaluations"] = [row for row in result.get("evaluations", []) if row["step"] <= last]
         self._log = TrainingLog(workdir, self.step)
         self._pending: list[dict[str, jax.Array]] = []
@@ -103,7 +113,7 @@ class TrainingRun:
                     if self.step in self._student.changes[1:]:
                         self._flush(advance)
                         self._begin_stage()
-                    batch = as_batch(next(self._batches))
+                    batch = self._placement.batch(next(self._batches))
                     self.state, metrics = self._update(self.state, batch, self._teacher)
                     self.step += 1
                     self._pending.append(metrics)
@@ -116,8 +126,12 @@ class TrainingRun:
                 self._log.close()
 
     def model(self) -> Transformer:
-        """The model with the current parameters."""
+        """The model with the current parameters, where they are."""
         return self._stage.model(self.state.params)
+
+    def local_model(self) -> Transformer:
+        """The same on one device of this process; all processes call this."""
+        return self._stage.model(self._placement.one_device(self.state.params))
 
     def score(self, model: Transformer) -> dict[str, Any]:
         """Loss (nats per token) and perplexity on the validation windows."""
@@ -146,7 +160,8 @@ class TrainingRun:
         """Builds the model and update function of the next step's precision; the parameters stay."""
         step = min(self.step, self._config.steps - 1)
         self._stage, _ = self._student.stage(step, without_step_sizes(self.state.params))
-        self._update = make_step(self._stage, self._optimizer, self._config.distillation)
+        shardings = self._placement.shardings(self.state)
+        self._update = make_step(self._stage, self._optimizer, self._config.distillation, shardings)
         self._clock = time.perf_counter()
 
     def _after_update(self, advance: Callable[..., None]) -> None:
@@ -159,18 +174,24 @@ class TrainingRun:
         if evaluates:
             self._evaluate()
         if saves:  # _flush has checked that all metrics up to here are finite
-            self._checkpoints.save(self.step, self.state, self._batches.get_state())
+            self._save()
         if evaluates or saves:
             self._clock = time.perf_counter()
 
     def _stop_if_interrupted(self, advance: Callable[..., None]) -> None:
         """Writes a checkpoint of this step and raises KeyboardInterrupt, if SIGINT has arrived."""
-        if not self._interrupt.requested:
+        if self._pending and jax.process_count() > 1:
+            return  # several processes agree to stop where they exchange metrics
+        if not any_process(self._interrupt.requested):
             return
         self._flush(advance)
-        if self.step and self.step not in self._checkpoints.steps():
-            self._checkpoints.save(self.step, self.state, self._batches.get_state())
+        if self.step > self._saved:
+            self._save()
         raise KeyboardInterrupt(f"interrupted after step {self.step}: the same command resumes there")
+
+    def _save(self) -> None:
+        self._checkpoints.save(self.step, self.state, self._batches.get_state())
+        self._saved = self.step
 
     def _flush(self, advance: Callable[..., None]) -> None:
         """Fetches, checks and writes the metrics of the steps since the last call."""

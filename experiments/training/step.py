@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
@@ -75,13 +76,14 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, seed:
 
 
 def make_step(
-    stage: Stage, optimizer: optax.GradientTransformation, distillation: ConfigDict
+    stage: Stage, optimizer: optax.GradientTransformation, distillation: ConfigDict, shardings: Any = None
 ) -> Callable[[TrainState, Int[Array, "batch length"], Transformer | None], tuple[TrainState, dict[str, Array]]]:
     """A jitted function (state, ids, teacher) -> (state, metrics), which donates the state.
 
     The loss is the mean cross entropy over all tokens but the first of each window. With a teacher it is
     (1 - weight) * cross entropy + weight * `distillation_loss`, with weight = distillation.weight.
-    The metrics are float32 scalars and refer to the parameters before the update.
+    The metrics are float32 scalars and refer to the parameters before the update. `shardings` are those of a state on a
+    mesh, which keeps them; None is one device.
     """
 
     def loss_of(params, key, ids, teacher):
@@ -100,9 +102,7 @@ def make_step(
         metrics = {"loss": loss, "cross_entropy": entropy, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(params, optimizer_state, jax.random.key_data(key)), metrics
 
-    return jax.jit(step, donate_argnums=0)
-
-
-def as_batch(ids: Any) -> Int[Array, "batch length"]:
-    """Token ids on the device."""
-    return jnp.asarray(ids, jnp.int32)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    replicated = NamedSharding(shardings.key.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.transformer import Transformer, check_ids
 
@@ -42,7 +43,7 @@ def score_continuations(
     every token has its own scale.
 
     Args:
-      model: the model.
+      model: a Transformer, or one that is cut over a mesh; `texts_per_step` then divides over its axis "data".
       pairs: token ids of a context, at least one, and of a continuation, which may be empty.
       texts_per_step: texts of a forward pass; more is faster and takes more memory.
       on_text: called with the number of texts scored so far.
@@ -76,7 +77,7 @@ def score_continuations(
             context, continuation = pairs[index]
             ids[row, : lengths[index]] = [*context, *continuation]
             asked[row, len(context) - 1 : lengths[index] - 1] = True
-        found = zip(*map(np.asarray, _likelihoods(model, jnp.asarray(ids), jnp.asarray(asked))), strict=True)
+        found = zip(*map(on_host, _likelihoods(model, ids, asked)), strict=True)
         for index, (logprob, greedy) in zip(chosen, found, strict=False):
             if np.isnan(logprob):
                 raise ValueError(f"the likelihood of text {index} is NaN: the weights are damaged")

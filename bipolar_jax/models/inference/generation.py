@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from bipolar_jax.kernels.device import default_device
@@ -24,6 +23,7 @@ from bipolar_jax.models.inference.decode_loop import (
     first_token,
     next_tokens,
 )
+from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import EncodedPrompts, Prompt, encode_prompts, pad_prompts
 from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.inference.text_stream import TextStream
@@ -233,13 +233,13 @@ def _steps(
     ends = np.asarray(sorted(run.end_ids), np.int32)
     state = first_token(run.model, run.ids, run.lengths, run.capacity, run.cache_bits, run.choice, run.settings)
     # Read before the state is donated.
-    chunks = deque([(_on_host(state.tokens)[None], _on_host(state.logprobs)[None], 1)])
+    chunks = deque([(on_host(state.tokens)[None], on_host(state.logprobs)[None], 1)])
     # While the host reads a chunk, a GPU computes the next; a CPU's are slow enough that Ctrl-C would wait for two.
     ahead = 1 if chunk == 1 or default_device().platform == "cpu" else 2
     asked, step = 1, 0
     while chunks:
         tokens, logprobs, computed = chunks.popleft()
-        for row_tokens, row_logprobs in zip(_on_host(tokens)[:computed], _on_host(logprobs), strict=False):
+        for row_tokens, row_logprobs in zip(on_host(tokens)[:computed], on_host(logprobs), strict=False):
             if not running.any():
                 break
             row_tokens = np.where(running, row_tokens, ENDED)
@@ -253,13 +253,6 @@ def _steps(
             found, state = next_tokens(run.model, state, run.choice, run.settings, running.copy(), np.int32(limit))
             chunks.append((found.tokens, found.logprobs, limit))
             asked += limit
-
-
-def _on_host(array: Any) -> np.ndarray:
-    """All of an array, which several processes may have parts of: each of them calls this in the same order."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _raise_not_finite(step: int, prompt: int) -> None:

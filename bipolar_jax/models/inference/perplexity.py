@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.transformer import Transformer, check_ids
 
 
@@ -84,7 +85,7 @@ def perplexity(
     those before it in the window.
 
     Args:
-      model: the model.
+      model: a Transformer, or one that is cut over a mesh.
       ids: the whole text's token ids.
       windows: number of windows to score.
       window_length: tokens of a window, at least 2.
@@ -114,7 +115,7 @@ def perplexity(
     losses = []
     for start in range(0, windows, windows_per_step):
         batch = used[start : start + windows_per_step]
-        losses.extend(np.asarray(_window_losses(model, jnp.asarray(batch), cache_bits), np.float64))
+        losses.extend(_losses_of(model, batch, cache_bits))
         if on_window is not None:
             on_window(len(losses))
     means = np.asarray(losses)
@@ -124,6 +125,15 @@ def perplexity(
         value = float(np.exp(means.mean()))
     error = value * _standard_error(means)
     return Perplexity(value, error, windows, windows * (window_length - 1), tuple(means.tolist()))
+
+
+def _losses_of(
+    model: Transformer, batch: Int[np.ndarray, "windows length"], cache_bits: int | None
+) -> Float[np.ndarray, " windows"]:
+    """`_window_losses` on the host; the texts of a mesh are filled up until they divide over it."""
+    parts = model.plan.data if hasattr(model, "plan") else 1
+    filled = np.concatenate([batch, np.repeat(batch[:1], -len(batch) % parts, axis=0)])
+    return on_host(_window_losses(model, filled, cache_bits))[: len(batch)].astype(np.float64)
 
 
 def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:

@@ -56,6 +56,19 @@ class ShardedTransformer:
         self._check_batch(ids)
         return _logits(self, ids)
 
+    def hidden_states(
+        self, ids: Int[Array, "batch length"], cache_bits: int | None = None
+    ) -> Float[Array, "batch length hidden"]:
+        """As `Transformer.hidden_states`. Raises ValueError for texts that do not divide over "data"."""
+        self._check_batch(ids)
+        text = PartitionSpec(DATA)
+        return self.run(lambda part, ids: part.hidden_states(ids, cache_bits), text, ids, in_specs=[text])
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """As `Transformer.logits`."""
+        spec = self.logits_spec(*[None] * (hidden.ndim - 1))
+        return self.run(lambda part, hidden: part.logits(hidden), spec, hidden, in_specs=[PartitionSpec()])
+
     def prefill(
         self,
         ids: Int[Array, "batch length"],

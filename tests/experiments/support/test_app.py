@@ -69,6 +69,7 @@ def test_fields_are_set_on_the_command_line(config, tmp_path, capsys):
         (["--config.optimizer.learning_rate=fast"], "flag --config.optimizer.learning_rate=fast: could not convert"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
         (["hello"], "unexpected arguments: hello"),
+        (["--processes=2"], "this program runs in one process: leave out --coordinator, --processes and --process"),
         (["--config=/nowhere/smolm2.py"], "no config at /nowhere/smolm2.py: did you mean smollm2?"),
         (["--config=/nowhere/x.py"], "no config at /nowhere/x.py: give a Python file with get_config(), or one of"),
         (["--config=/"], "the config / is a folder"),

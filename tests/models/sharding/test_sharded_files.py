@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from bipolar_jax.models import PretrainedModel, load_model, load_sharded, save_model
+from bipolar_jax.models.sharding import load
 from bipolar_jax.models.sharding.load import load_placed
 from tests.models.sharding.test_sharded_transformer import model_of
 from tests.support.tiny_checkpoints import make_tokenizer
@@ -35,6 +38,16 @@ def test_arrays_are_read_into_their_shards(saved, tmp_path):
         np.testing.assert_array_equal(one, other)
     save_model(tmp_path / "again", placed)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_random_models_are_drawn_into_their_shards(saved):
+    _, model = saved
+    place = functools.partial(load._shardings, load.two_axes(MESH))
+    drawn = model_of("W4A8g32", vocab_size=model.config.vocab_size, place=place)
+    planes = drawn.layers.attention.o_proj.kernel.get_value().planes
+    assert planes.sharding.spec == P(None, None, None, "model")
+    for one, other in zip(jax.tree.leaves(drawn), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_fewer_bits_are_read_into_shards(saved):

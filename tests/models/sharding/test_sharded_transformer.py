@@ -18,7 +18,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from bipolar_jax import Precision
-from bipolar_jax.models import TransformerConfig, join_projections, prepare_for_inference, random_packed, shard_model
+from bipolar_jax.models import (
+    TransformerConfig,
+    join_projections,
+    perplexity,
+    prepare_for_inference,
+    random_packed,
+    shard_model,
+)
 from bipolar_jax.models.sharding.plan import plan_shards
 from bipolar_jax.models.sharding.sharded_transformer import place_model, two_axes
 from bipolar_jax.nn.compressible import Rotation
@@ -103,9 +110,9 @@ def test_two_processes():
             assert found["tokens"][0] == found["tokens"][1]
 
 
-def model_of(precision="W2A2", **fields):
-    config = dataclasses.replace(CONFIG, **fields)
-    return random_packed(config, Precision.parse(precision), key=jax.random.key(0), dtype=jnp.float32, embed_bits=None)
+def model_of(precision="W2A2", place=None, **fields):
+    config, options = dataclasses.replace(CONFIG, **fields), {"dtype": jnp.float32, "embed_bits": None, "place": place}
+    return random_packed(config, Precision.parse(precision), key=jax.random.key(0), **options)
 
 
 def shapes_of(*precision, **fields):
@@ -171,6 +178,16 @@ def test_texts_that_do_not_divide_are_refused(model):
     sharded = shard_model(model, jax.make_mesh((2,), ("data",)))
     with pytest.raises(ValueError, match="3 texts do not divide over 2 devices of 'data': add texts"):
         sharded(np.zeros((3, 4), np.int32))
+
+
+@pytest.mark.parametrize("axis", ["model", "data"])
+@pytest.mark.sample(1)
+def test_a_cut_model_is_scored_as_the_whole_one(model, axis):
+    ids = np.arange(24) % CONFIG.vocab_size
+    options = {"windows": 3, "window_length": 8, "windows_per_step": 3}
+    expected = perplexity(model, ids, **options)
+    found = perplexity(shard_model(model, jax.make_mesh((2,), (axis,))), ids, **options)
+    np.testing.assert_allclose(found.window_losses, expected.window_losses, rtol=1e-4)
 
 
 def test_a_placed_model_is_the_same_model(model):

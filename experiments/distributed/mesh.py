@@ -1,0 +1,65 @@
+"""The mesh that a config asks for, and models on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from bipolar_jax.models.inference.prepare import Layout, prepare_for_inference
+from bipolar_jax.models.pretrained import PretrainedModel
+from bipolar_jax.models.sharding.plan import DATA, MODEL
+from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer, shard_model
+from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn import Linear
+
+from ..support.progress import console
+
+
+def mesh_of(config: ConfigDict) -> Mesh | None:
+    """The mesh of `config.mesh.data` x `config.mesh.model` devices; None for one device, and for a config without it.
+
+    Raises:
+      ValueError: sizes below 1, more devices than there are, or devices of some processes left over.
+    """
+    if "mesh" not in config:
+        return None
+    sizes = int(config.mesh.data), int(config.mesh.model)
+    asked, found, processes = sizes[0] * sizes[1], jax.device_count(), jax.process_count()
+    what = f"config.mesh.data={sizes[0]} times config.mesh.model={sizes[1]}"
+    if min(sizes) < 1:
+        raise ValueError(f"{what}: both must be at least 1")
+    if asked > found:
+        raise ValueError(f"{what} is {asked} devices, and there are {found}: ask for fewer, or start more processes")
+    if processes > 1 and asked != found:
+        raise ValueError(
+            f"{what} is {asked} devices, and {processes} processes have {found}: the mesh takes all of them"
+        )
+    if asked == 1:
+        return None
+    return jax.make_mesh(sizes, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def on_mesh(
+    pretrained: PretrainedModel | Transformer, mesh: Mesh | None, dtype: Any = None, layout: Layout | None = None
+) -> PretrainedModel | Transformer | ShardedTransformer:
+    """A packed model, prepared for inference: cut over the mesh, whose plan is printed, or for one device.
+
+    Raises:
+      ValueError: as `shard_model`; float models are not cut.
+    """
+    if mesh is None:
+        return prepare_for_inference(pretrained, dtype, layout=layout)
+    sharded = shard_model(pretrained, mesh, dtype, layout=layout)
+    plan = (sharded.model if isinstance(sharded, PretrainedModel) else sharded).plan
+    console.print(str(plan), style="dim", highlight=False)
+    return sharded
+
+
+def packed_on_mesh(pretrained: PretrainedModel, mesh: Mesh | None) -> PretrainedModel:
+    """A model to be scored: cut over the mesh if it is packed. Raises ValueError as `shard_model`."""
+    packed = any(isinstance(layer, Linear) for _, layer in nnx.iter_modules(pretrained.model))
+    return on_mesh(pretrained, mesh) if mesh is not None and packed else pretrained
