@@ -79,6 +79,7 @@ FLOORS = {
         "tokenizer_limits",
         "chat",
         "config",
+        "expert_config",
     ),
 }
 BACKENDS = ("reference", "sm90", "xla")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
+import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +21,14 @@ from bipolar_jax.models.packed_kernels import (
     PackedBuffer,
     PackedKind,
     PackedTensor,
+    kinds_of_stacks,
     runs_of_kinds,
     stacked_path,
     with_packed_kernels,
+    without_expert,
 )
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.nn.compressible import run_of_name
 from bipolar_jax.packing.host_memory import aligned_empty
 
 # Description of a tensor: parameter path joined by "/", layer or None, shape in our orientation.
@@ -90,16 +95,18 @@ def assemble(
     Args:
       config: the model's config, which determines the required tensors and their shapes.
       tensors: (path, layer, array). The path of the parameter is joined by "/", such as
-        "layers/attention/q_proj/kernel"; the layer is None outside "layers/"; the float array,
-        `LazyTensor` or `PackedTensor`, has the parameter's orientation (kernels are [in, out])
-        without the layer axis.
+        "layers/attention/q_proj/kernel", or of an expert "layers/ffn/experts/3/up_proj/kernel"; the layer
+        is None outside "layers/"; the float array, `LazyTensor` or `PackedTensor`, has the parameter's
+        orientation (kernels are [in, out]) without the axes of layers and experts.
       param_dtype: dtype of the float parameters and of the computation.
       kinds: of all packed tensors, by path and layer.
 
     Raises:
       ValueError: a tensor is missing, unexpected or duplicate, has the wrong shape or a layer
-        out of range, or holds values that are not finite in `param_dtype`.
+        out of range, or holds values that are not finite in `param_dtype`; experts of a layer that are
+        packed differently.
     """
+    kinds = kinds_of_stacks(kinds, 1 if config.experts is None else config.experts.count)
     checklist = _Checklist(config, param_dtype, kinds)
     buffers: dict[str, np.ndarray | PackedBuffer] = {}
     arrays: dict[str, Any] = {}
@@ -171,68 +178,103 @@ class _Checklist:
     ):
         self.abstract = abstract_model(config, np.dtype(param_dtype).name)
         self._num_layers = config.num_layers
-        self.runs = runs_of_kinds(kinds, config.num_layers) if kinds else (range(config.num_layers),)
-        self._shapes = {
-            "/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(self.abstract)[1])
-        }
-        self._seen: dict[str, set[int | None]] = {path: set() for path in self._shapes}
+        self._num_experts = 0 if config.experts is None else config.experts.count
+        self._alike = config.runs  # layers that have the same parameters
+        self.runs = runs_of_kinds(kinds, config.runs)
+        # Of one tensor, by path and run of layers; the run is None outside the layers.
+        self._shapes: dict[str, dict[range | None, tuple[int, ...]]] = {}
+        for names, variable in nnx.to_flat_state(nnx.split(self.abstract)[1]):
+            run, names = self._run_of_parameter(names)
+            path, axes = "/".join(names), 0 if run is None else 1
+            axes += _has_experts(path)
+            self._shapes.setdefault(path, {})[run] = tuple(variable.shape[axes:])
+        self._seen: dict[str, set[tuple[int | None, int | None]]] = {path: set() for path in self._shapes}
+        self._added = collections.Counter()
+
+    def _run_of_parameter(self, names: tuple[Any, ...]) -> tuple[range | None, tuple[Any, ...]]:
+        """The run of a parameter's layers, and its path without the run."""
+        if names[0] != "layers":
+            return None, names
+        if len(self._alike) == 1:
+            return self._alike[0], names
+        return run_of_name(names[1]), (names[0], *names[2:])
 
     def place(self, path: str, layer: int | None) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The path of the parameter in the model of `runs`, the tensor's index in it, and the size of its stack."""
+        """The path of the parameter in the model of `runs`, the tensor's index in it, and the sizes of its stack."""
         if layer is None:
             return path, (), ()
-        run = self._run(layer)
-        return stacked_path(path, run, self._num_layers), (layer - run.start,), (len(run),)
+        run, (together, expert) = _run_of(layer, self.runs), without_expert(path)
+        stacked = stacked_path(together, run, self._num_layers)
+        if expert is None:
+            return stacked, (layer - run.start,), (len(run),)
+        return stacked, (layer - run.start, expert), (len(run), self._num_experts)
 
     def is_complete(self, path: str, layer: int | None) -> bool:
         """Whether all tensors of a parameter, or of the run of layers that this one is in, have been added."""
-        if layer is None:
-            return None in self._seen[path]
-        run = self._run(layer)
-        return len(run) <= len(self._seen[path]) and self._seen[path].issuperset(run)
+        stacked, _, stack = self.place(path, layer)
+        return self._added[stacked] == math.prod(stack)
 
-    def _has_all(self, path: str) -> bool:
-        return len(self._seen[path]) == (self._num_layers if _is_stacked(path) else 1)
+    def _num_tensors(self, path: str) -> int:
+        layers = sum(1 if run is None else len(run) for run in self._shapes[path])
+        return layers * (self._num_experts if _has_experts(path) else 1)
 
-    def _run(self, layer: int) -> range:
-        return next(run for run in self.runs if layer in run)
+    def _tensors(self, path: str) -> Iterator[tuple[int | None, int | None]]:
+        """Layer and expert of each tensor of a parameter, one after the other: a damaged config may ask for billions."""
+        for run in self._shapes[path]:
+            for layer in (None,) if run is None else run:
+                for expert in range(self._num_experts) if _has_experts(path) else (None,):
+                    yield layer, expert
 
     def add(self, path: str, layer: int | None, shape: tuple[int, ...]) -> None:
         """Adds one tensor. Raises ValueError if the model does not require it."""
-        name = _name(path, layer)
-        if path not in self._shapes:
+        name, (together, expert) = _name(path, layer), without_expert(path)
+        if together not in self._shapes:
             raise ValueError(f"unexpected tensor {name:.200}: the model has only {', '.join(sorted(self._shapes))}")
         if _is_stacked(path) != (layer is not None):
             raise ValueError(f"tensor {path} has {layer=}: tensors under 'layers/' need a layer, others must have None")
         if layer is not None and not 0 <= layer < self._num_layers:
             raise ValueError(f"tensor {name} is of layer {layer}, but the config has num_layers={self._num_layers}")
-        expected = self._shapes[path][1:] if _is_stacked(path) else self._shapes[path]
-        if tuple(shape) != tuple(expected):
+        if _has_experts(together) and not (expert is not None and expert < self._num_experts):
+            raise ValueError(f"tensor {name} is of expert {expert}, but the config has {self._num_experts} experts")
+        run = None if layer is None else _run_of(layer, self._alike)
+        if run not in self._shapes[together]:
+            raise ValueError(f"unexpected tensor {name}: the config says that layer {layer} is of another kind")
+        expected = self._shapes[together][run]
+        if tuple(shape) != expected:
             raise ValueError(
-                f"tensor {name} has shape {tuple(shape)}, but the config asks for {tuple(expected)}: "
+                f"tensor {name} has shape {tuple(shape)}, but the config asks for {expected}: "
                 "the file's config and its weights disagree"
             )
-        if layer in self._seen[path]:
+        if (layer, expert) in self._seen[together]:
             raise ValueError(f"tensor {name} occurs twice: every parameter must occur once")
-        self._seen[path].add(layer)
+        self._seen[together].add((layer, expert))
+        self._added[self.place(path, layer)[0]] += 1
 
     def check_complete(self) -> None:
         """Raises ValueError if a tensor is missing."""
-        # Lazy, because a damaged config can ask for billions of layers.
         missing = (
-            _name(path, layer)
+            _name(path if expert is None else path.replace("experts/", f"experts/{expert}/", 1), layer)
             for path in self._shapes
-            if not self._has_all(path)
-            for layer in (range(self._num_layers) if _is_stacked(path) else (None,))
-            if layer not in self._seen[path]
+            if len(self._seen[path]) < self._num_tensors(path)
+            for layer, expert in self._tensors(path)
+            if (layer, expert) not in self._seen[path]
         )
         named = list(itertools.islice(missing, _MOST_NAMED))
         if named:
-            count = sum((self._num_layers if _is_stacked(path) else 1) - len(seen) for path, seen in self._seen.items())
+            count = sum(self._num_tensors(path) - len(seen) for path, seen in self._seen.items())
             more = f" and {count - len(named)} more" if count > len(named) else ""
             raise ValueError(
                 f"missing tensors {', '.join(named)}{more}: the file is incomplete, or its config is wrong"
             )
+
+
+def _run_of(layer: int, runs: Sequence[range]) -> range:
+    return next(run for run in runs if layer in run)
+
+
+def _has_experts(path: str) -> bool:
+    """Whether a parameter of a layer is one of its experts."""
+    return "/experts/" in path
 
 
 def _is_stacked(path: str) -> bool:

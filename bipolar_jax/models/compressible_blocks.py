@@ -131,9 +131,14 @@ class CompressibleBlocks(CountedModule):
 
     def _with_stacks(self, runs: Sequence[range], stacks: Sequence[nnx.Module]) -> Self:
         model = nnx.merge(*nnx.split(self))
-        named = dict(zip(map(run_name, runs), stacks, strict=True))
-        model.layers = stacks[0] if len(stacks) == 1 else nnx.Dict(named)
+        model.layers = self.as_layers(runs, stacks)
         return model
+
+    @staticmethod
+    def as_layers(runs: Sequence[range], stacks: Sequence[nnx.Module]) -> nnx.Module:
+        """What `layers` is for these stacks of the layers of these runs."""
+        named = dict(zip(map(run_name, runs), stacks, strict=True))
+        return stacks[0] if len(stacks) == 1 else nnx.Dict(named)
 
     @property
     def block_sites(self) -> tuple[Sites, ...]:

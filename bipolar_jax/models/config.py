@@ -1,4 +1,4 @@
-"""The configuration of a decoder-only Transformer: the Llama, Qwen, Gemma and Phi families, BitNet, OPT, BLOOM."""
+"""The configuration of a decoder-only Transformer: Llama, Mixtral, Qwen, Gemma, Phi, BitNet, OPT, BLOOM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from typing import Any
 
+from bipolar_jax.models.expert_config import Experts
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
 
@@ -37,6 +38,7 @@ _NEWER = {
     "window_layers",
     "window_rope_theta",
     "rotary_dim",
+    "experts",
 }
 # Allowed values of `norm`, `positions` and `ffn`; the first is Llama's.
 NORMS = ("rms", "layer")
@@ -151,6 +153,7 @@ class TransformerConfig:
       window_rope_theta: rope_theta of layers with a window, whose frequencies are then not rescaled (Gemma 3); None is
         that of all other layers, and their scaling.
       rotary_dim: first numbers of each head that are rotated; None is all of head_dim.
+      experts: of layers whose feed-forward block has experts (Mixtral, Qwen3-MoE); None where all blocks are dense.
       bos_id: id of the token that starts a text, or None.
       eos_ids: ids of the tokens that end a text.
     """
@@ -187,6 +190,7 @@ class TransformerConfig:
     window_layers: tuple[int, ...] | None = None
     window_rope_theta: float | None = None
     rotary_dim: int | None = None
+    experts: Experts | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(_token_id(token) for token in self.eos_ids))
@@ -214,8 +218,19 @@ class TransformerConfig:
         self._check_attention()
         if self.positions == "rope":
             self._check_rope()
+        if self.experts is not None:
+            self._check_experts(self.experts)
         if self.rotation is not None:
             self._check_rotation(self.rotation)
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """Runs of consecutive layers that have the same parameters: with experts, or dense."""
+        return (range(self.num_layers),) if self.experts is None else self.experts.runs(self.num_layers)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of a layer; None if its feed-forward block is dense."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     @property
     def num_rotary(self) -> int:
@@ -239,6 +254,16 @@ class TransformerConfig:
     def key_rotation(self, cache_bits: int | None) -> Hadamard | None:
         """The basis in which a cache of so many bits keeps keys; None for the model's own."""
         return None if self.rotation is None or cache_bits != 4 else self.rotation.keys
+
+    def _check_experts(self, experts: Experts) -> None:
+        """Raises ValueError for layers that do not exist, and for what blocks with experts do not compute."""
+        experts.check_layers(self.num_layers)
+        if self.ffn not in GATED_FFNS:
+            raise ValueError(f"experts have gates, one of {', '.join(GATED_FFNS)}, not ffn={self.ffn!r}")
+        named = {"sub_norms": self.sub_norms, "linear_bias": self.linear_bias}
+        named["rotation"] = self.rotation is not None
+        if found := [name for name, is_set in named.items() if is_set]:
+            raise ValueError(f"{', '.join(found)} is not computed in layers with experts: leave it out")
 
     def _check_rotation(self, rotation: Rotation) -> None:
         sizes = {"stream": self.hidden_size, "ffn": self.ffn_size, "keys": self.head_dim}
@@ -327,11 +352,12 @@ class TransformerConfig:
             raise ValueError(f"model config has unknown fields {unknown!s:.200}: it was written by another version")
         for name in set(_SIZES) & set(fields):
             _check_size(name, fields[name], MOST_SIZE)
-        scaling, rotation = fields.get("rope_scaling"), fields.get("rotation")
+        scaling, rotation, experts = (fields.get(name) for name in ("rope_scaling", "rotation", "experts"))
         try:
             parts = {
                 "rope_scaling": RopeScaling(**scaling) if scaling else None,
                 "rotation": Rotation.from_dict(rotation) if rotation else None,
+                "experts": Experts.from_dict(experts) if experts else None,
             }
             return cls(**{**fields, **parts})
         except (TypeError, OverflowError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.groups import num_groups
 
 _STACK = "layers/"
+_EXPERT = re.compile(r"(layers/(?:.+/)?experts/)(\d+)/(.+)")
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -192,19 +194,57 @@ def abstract_kernel(
 
 def unified(kinds: Mapping[tuple[str, int | None], PackedKind]) -> dict[tuple[str, int | None], PackedKind]:
     """The kinds by path and layer; if one layer of a stack is ordered, all its packed layers are."""
-    ordered = {path for (path, _), kind in kinds.items() if kind.ordered}
-    return {key: dataclasses.replace(kind, ordered=key[0] in ordered) for key, kind in kinds.items()}
+    ordered = {without_expert(path)[0] for (path, _), kind in kinds.items() if kind.ordered}
+    return {
+        key: dataclasses.replace(kind, ordered=without_expert(key[0])[0] in ordered) for key, kind in kinds.items()
+    }
 
 
-def runs_of_kinds(kinds: Mapping[tuple[str, int | None], PackedKind], num_layers: int) -> tuple[range, ...]:
-    """Runs of layers within which every kernel has one kind, or is float."""
+def without_expert(path: str) -> tuple[str, int | None]:
+    """The path of a parameter of all experts, and the expert; from that of one, "layers/ffn/experts/3/up_proj/kernel".
+
+    Other paths stay as they are, with None.
+    """
+    match = _EXPERT.fullmatch(path)
+    return (path, None) if match is None else (match[1] + match[3], int(match[2]))
+
+
+def kinds_of_stacks(
+    kinds: Mapping[tuple[str, int | None], PackedKind], num_experts: int
+) -> dict[tuple[str, int | None], PackedKind]:
+    """The kinds by path and layer, of all experts of a layer together.
+
+    Raises:
+      ValueError: experts of one layer that are packed differently, or of which some are float.
+    """
+    stacks: dict[tuple[str, int | None], list[PackedKind]] = {}
+    for (path, layer), kind in kinds.items():
+        (together, expert) = without_expert(path)
+        stacks.setdefault((together, layer), []).extend([kind] if expert is not None else [kind] * num_experts)
+    for (path, layer), found in stacks.items():
+        if len(found) != num_experts or len({*found}) > 1:
+            how = f"{len(found)} of {num_experts} packed" if len(found) != num_experts else "packed differently"
+            raise ValueError(
+                f"the experts of layer {layer} are {how} in {path}: experts of a layer are one stack, so quantize all "
+                "of them alike"
+            )
+    return {key: found[0] for key, found in stacks.items()}
+
+
+def runs_of_kinds(
+    kinds: Mapping[tuple[str, int | None], PackedKind], runs: Sequence[range]
+) -> tuple[range, ...]:
+    """Runs of layers within which every kernel has one kind, or is float; `runs` are cut, but not joined."""
     paths = {path for path, layer in kinds if layer is not None}
+    if not paths:
+        return tuple(runs)
     starts = [
         layer
-        for layer in range(num_layers)
-        if layer == 0 or any(kinds.get((path, layer)) != kinds.get((path, layer - 1)) for path in paths)
+        for run in runs
+        for layer in run
+        if layer == run.start or any(kinds.get((path, layer)) != kinds.get((path, layer - 1)) for path in paths)
     ]
-    return tuple(range(*ends) for ends in zip(starts, [*starts[1:], num_layers], strict=True))
+    return tuple(range(*ends) for ends in zip(starts, [*starts[1:], runs[-1].stop], strict=True))
 
 
 def stacked_path(path: str, run: range, num_layers: int) -> str:
@@ -235,7 +275,9 @@ def with_packed_kernels(
             where = stacked_path(path, run or range(0), num_layers).rpartition("/")[0]
             parent, _, name = where.rpartition("/")
             module = layer_at(model, parent) if parent else model
-            setattr(module, name, _packed_layer(getattr(module, name), kind, () if run is None else (len(run),)))
+            layer = getattr(module, name)
+            weights = layer.embedding if kind.axis == -1 else layer.kernel
+            setattr(module, name, _packed_layer(layer, kind, weights.get_value().shape[:-2]))
         return model
 
     return nnx.eval_shape(build, model)

@@ -1,7 +1,7 @@
 """A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, a Gemma or an OPT.
 
 Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Layers that are packed
-differently are several stacks, see `nn.compressible.Layered`. Each layer is given the function that attends: training
+differently, or of which some have experts, are several stacks, see `nn.compressible.Layered`. Each layer is given the function that attends: training
 and prefill attend causally within the sequence, decoding attends to a `KVCache`.
 """
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, attend_to_cache
 from bipolar_jax.models.blocks.compiled_method import compiled_method
+from bipolar_jax.models.blocks.experts import MixtureOfExperts, with_experts, without_experts
 from bipolar_jax.models.blocks.feed_forward import MLP, GatedMLP
 from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES, fused_layers
 from bipolar_jax.models.blocks.norm import Norm, as_prologue, make_norm, normalize, project_onto
@@ -27,6 +28,7 @@ from bipolar_jax.models.blocks.rope import Tables, TablesByKind, rope_tables, ta
 from bipolar_jax.models.blocks.scoring import Scoring, cap
 from bipolar_jax.models.compressible_blocks import BlockCarry, CompressibleBlocks, attend_to_text, rotate_stream
 from bipolar_jax.models.config import GATED_FFNS, TransformerConfig
+from bipolar_jax.models.expert_config import Experts
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn.layers.packed import CountedModule
 
@@ -84,10 +86,17 @@ class Attention(CountedModule):
 
 
 class DecoderLayer(CountedModule):
-    """Pre-norm residual block: attention, then feed-forward; in some models a norm follows either, too."""
+    """Pre-norm residual block: attention, then feed-forward; in some models a norm follows either, too.
 
-    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    `experts` are those of the feed-forward block; None for a dense one.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, experts: Experts | None = None, *, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
         feed_forward = GatedMLP if config.ffn in GATED_FFNS else MLP
+        if experts is not None:
+            feed_forward = functools.partial(MixtureOfExperts, experts=experts)
         make = functools.partial(make_norm, config.block_norm, config, param_dtype=param_dtype, rngs=rngs)
         self.attention_norm = make()
         self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
@@ -124,11 +133,12 @@ class Transformer(CompressibleBlocks):
         if config.embed_norm:
             self.embed_norm = make_norm(config.norm, config, param_dtype=param_dtype, rngs=rngs)
 
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make_layers(layer_rngs):
-            return DecoderLayer(config, param_dtype=param_dtype, rngs=layer_rngs)
+        @nnx.vmap(in_axes=(None, 0), out_axes=0)
+        def make_layers(experts, layer_rngs):
+            return DecoderLayer(config, experts, param_dtype=param_dtype, rngs=layer_rngs)
 
-        self.layers = make_layers(rngs.split(config.num_layers))
+        stacks = [make_layers(config.experts_of(run.start), rngs.split(len(run))) for run in config.runs]
+        self.layers = self.as_layers(config.runs, stacks)
         self.final_norm = make_norm(config.norm, config, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
@@ -264,9 +274,10 @@ class Transformer(CompressibleBlocks):
     ) -> tuple[Float[Array, "batch length hidden"], KVCache | None]:
         """Hidden states and cache after the stacks; `attend` takes a layer's projections, the cache, and its index."""
 
-        def step(carry, layer):
+        def step(experts, start, carry, layer):
             hidden, cache, index = carry
             written = cache
+            layer = layer if experts is None else with_experts(layer, experts, index - start)
 
             def attend_here(projections):
                 nonlocal written
@@ -278,7 +289,9 @@ class Transformer(CompressibleBlocks):
 
         # Kernels read the index from memory, where a carry is; XLA would slice a scanned array by one more kernel.
         for run, stack in stacks:
-            (hidden, cache, _), _ = jax.lax.scan(step, (hidden, cache, jnp.int32(run.start)), stack)
+            stack, experts = (stack, None) if cache is None else without_experts(stack)
+            step_of_run = functools.partial(step, experts, run.start)
+            (hidden, cache, _), _ = jax.lax.scan(step_of_run, (hidden, cache, jnp.int32(run.start)), stack)
         return hidden, cache
 
     def enter_prompts(

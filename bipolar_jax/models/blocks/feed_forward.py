@@ -60,27 +60,30 @@ class GatedMLP(CountedModule):
 
     The function is silu ("swiglu"), tanh-approximated gelu ("geglu") or relu squared ("relu2glu"; arXiv 2504.12285).
     Where the config says so, the input of down is normalized or rotated first; a `post_norm` takes the output of down.
+    The inner width is the config's `ffn_size`, unless another is given: that of one of several experts.
     """
 
-    def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        linear = _linear(config, param_dtype, rngs)
+    def __init__(
+        self, config: TransformerConfig, ffn_size: int | None = None, *, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        linear, ffn_size = _linear(config, param_dtype, rngs), config.ffn_size if ffn_size is None else ffn_size
         self.rotation = _rotation(config)
-        self.gate_proj = linear(config.hidden_size, config.ffn_size)
-        self.up_proj = linear(config.hidden_size, config.ffn_size)
-        self.down_proj = linear(config.ffn_size, config.hidden_size)
+        self.gate_proj = linear(config.hidden_size, ffn_size)
+        self.up_proj = linear(config.hidden_size, ffn_size)
+        self.down_proj = linear(ffn_size, config.hidden_size)
         self.gate = gate_activation(config.ffn)
         if config.sub_norms:
-            self.sub_norm = make_norm("rms", config, config.ffn_size, param_dtype=param_dtype, rngs=rngs)
+            self.sub_norm = make_norm("rms", config, ffn_size, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None
     ) -> Float[Array, "batch length hidden"]:
         if hasattr(self, "sub_norm"):
             return project_onto(x, self.down_proj, self._gated(x, norm), as_prologue(self.sub_norm), post_norm)
-        if self._joined and self._gates_in_quantizer(x):
+        if self.gates_in_quantizer(x):
             gate = dataclasses.replace(self.gate, rotation=self.rotation)
             return project_onto(x, self.down_proj, self.gate_up_proj(x, as_prologue(norm)), gate, post_norm)
-        if self._joined and self.rotation is None and post_norm is None:
+        if self.is_joined and self.rotation is None and post_norm is None:
             try:
                 return _one_bit_down(*vary_alike((x, norm, self.gate_up_proj, self.down_proj)), self.gate)
             except Unsupported:
@@ -89,29 +92,31 @@ class GatedMLP(CountedModule):
 
     def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length inner"]:
         """function(gate(norm(x))) * up(norm(x))."""
-        if self._joined and self.gate is not None:
+        if self.is_joined and self.gate is not None:
             return self.gate_up_proj(x, as_prologue(norm), activation=self.gate)
-        if self._joined:
+        if self.is_joined:
             gate, up = jnp.split(self.gate_up_proj(x, as_prologue(norm)), 2, axis=-1)
         else:
             gate, up = project([self.gate_proj, self.up_proj], norm, x)
-        if self.gate is None:
-            return jnp.square(jax.nn.relu(gate)) * up
-        return _FUNCTIONS[self.gate.function](gate) * up
+        return self.function(gate) * up
+
+    def function(self, gate: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What multiplies up."""
+        return jnp.square(jax.nn.relu(gate)) if self.gate is None else _FUNCTIONS[self.gate.function](gate)
 
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None) -> list[Step]:
         """What `__call__` runs for these operands."""
         down = _down_steps(self.down_proj, self.rotation, x)
         if post_norm is not None:
             down.append(post_norm_step("down"))
-        if not self._joined:
+        if not self.is_joined:
             return [product_step("gate", self.gate_proj, x), product_step("up", self.up_proj, x), *down]
         reason = None
         if hasattr(self, "sub_norm"):
             reason = "a norm follows the gates"
         elif post_norm is not None:
             reason = "a norm follows down, before the sum"
-        elif self.rotation is None and not self._gates_in_quantizer(x):
+        elif self.rotation is None and not self.gates_in_quantizer(x):
             try:
                 implementation, operands = _one_bit_operands(x, norm, self.gate_up_proj, self.down_proj, self.gate)
                 return [Step("gate/up, down", ops.explain(ops.feed_forward, *operands, implementation=implementation))]
@@ -120,18 +125,18 @@ class GatedMLP(CountedModule):
         return [product_step("gate/up", self.gate_up_proj, x, reason), *down]
 
     @property
-    def _joined(self) -> bool:
+    def is_joined(self) -> bool:
         """Whether gate and up are one layer, see `join_projections`."""
         return hasattr(self, "gate_up_proj")
 
-    def _gates_in_quantizer(self, x: Float[Array, "batch length hidden"]) -> bool:
-        """Whether the quantizer of `down` computes the gates, and not the epilogue of the product before it.
+    def gates_in_quantizer(self, x: Float[Array, "*batch hidden"]) -> bool:
+        """Whether gate and up are joined, and the quantizer of `down` computes the gates, not the product before it.
 
         The epilogue halves what the product writes and what is read again. The product of few tokens has no activation
         in its epilogue on Hopper, and the quantizer that follows computes it on the way. That of weights which are laid
         out for the activation has one.
         """
-        if self.gate is None:
+        if self.gate is None or not self.is_joined:
             return False
         gated = getattr(self.gate_up_proj.kernel.get_value(), "gated", False)
         return x.size // x.shape[-1] <= FEW_TOKENS_LIMIT and fuses(self.down_proj) and not gated

@@ -59,7 +59,8 @@ def fused_layers(
 
     Raises:
       Unsupported: more sequences than `most_sequences`; layers that are not packed and joined (`join_projections`) or
-        differ in activation bits or backend; norms, scores or rotations of another kind; and as `ops.decode_layers`.
+        differ in activation bits or backend; experts; norms, scores or rotations of another kind; and as
+        `ops.decode_layers`.
     """
     operands, options = _fused_operands(layers, config, hidden, tables, cache, first_layer, most_sequences)
     outcome, qkv = ops.decode_layers(*operands, **options)
@@ -96,6 +97,8 @@ def _fused_operands(
         raise Unsupported(f"layers are one kernel for {most}, not for {hidden.shape[0]}")
     if (differs := _differs(config, cache)) is not None:
         raise Unsupported(f"the kernel of all layers does not compute this model: {differs}")
+    if hasattr(layers.ffn, "experts"):
+        raise Unsupported("the kernel of all layers does not compute experts")
     gate = gate_activation(config.ffn)
     gated = gate is not None
     products = {

@@ -34,7 +34,8 @@ class FloatLayer:
       name: its class.
       reason: why it cannot be packed; None if it can.
       layer: the layer.
-      weights: bytes of its parameters that are no biases, and no scales of norms.
+      weights: bytes of its parameters that are no biases, and no scales of norms; 0 of a layer that says why it is
+        float by an attribute `stays_float`.
     """
 
     path: str
@@ -55,12 +56,19 @@ def float_layers(model: nnx.Module) -> list[FloatLayer]:
         found.append(_described(reference.path, layer, None if reason is None else f"{name}: {reason}"))
     for reference in other_layers(model, FLOAT_LAYERS):
         if not isinstance(reference.layer, PackedModule):
-            found.append(_described(reference.path, reference.layer, class_name(reference.layer, FLOAT_LAYERS)))
+            found.append(_described(reference.path, reference.layer, _why_float(reference.layer)))
     return found
 
 
+def _why_float(layer: nnx.Pytree) -> str:
+    """Why a layer of another class than `FLOAT_LAYERS` is not packed: it says so itself, or its class is unknown."""
+    return getattr(layer, "stays_float", class_name(layer, FLOAT_LAYERS))
+
+
 def _described(path: str, layer: nnx.Pytree, reason: str | None) -> FloatLayer:
-    size = sum(num_bytes(variable.get_value()) for variable in own_weights(layer).values())
+    # Rules that match a layer which is float on purpose are not warned of.
+    weights = {} if hasattr(layer, "stays_float") else own_weights(layer)
+    size = sum(num_bytes(variable.get_value()) for variable in weights.values())
     return FloatLayer(path, type(layer).__name__, reason, layer, size)
 
 

@@ -163,7 +163,8 @@ def test_head_dim_from_older_keys(tmp_path):
 
 UNSUPPORTED = {
     "architecture": ({"general.architecture": "mamba"}, "architecture 'mamba', supported are llama, qwen2"),
-    "experts": ({"llama.expert_count": 8}, "has 8 experts"),
+    "experts": ({"llama.expert_count": 8}, "llama.expert_used_count"),
+    "shared experts": ({"llama.expert_count": 8, "llama.expert_shared_count": 1}, "1 experts that every token runs"),
     "window": ({"llama.attention.sliding_window": 0.5}, "sliding_window' is 0.5, expected an integer of at least 0"),
     "split": ({"split.count": 3}, "one part of a split model"),
     "partial rotary": ({"llama.rope.dimension_count": 8}, "16 key, 16 value and 8 rotary"),

@@ -17,6 +17,15 @@ GOLDEN = checkpoints.read()
 CASES = {
     "qwen3 0.6b": ({}, {}),
     "mistral 0.1, a window": ({}, {"llama.attention.sliding_window": 5}),
+    "mixtral 8x7b": ({}, {"llama.expert_count": 4, "llama.expert_used_count": 2}),
+    "qwen3 30b a3b": (
+        {},
+        {
+            "qwen3moe.expert_count": 6,
+            "qwen3moe.expert_used_count": 3,
+            "qwen3moe.expert_feed_forward_length": 20,
+        },
+    ),
     "gemma 2": (
         {"query_pre_attn_scalar": 12},
         {
@@ -46,12 +55,14 @@ CASES = {
         },
     ),
 }
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
 }
 GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
@@ -68,9 +79,13 @@ def write_gguf(name: str, path, metadata=None, extra=None):
     is_gemma = arch.startswith("gemma")
     names = NAMES | (GEMMA_NAMES if is_gemma else {})
     weights = {}
-    for stored, array in checkpoints.make_weights(config).items():
+    for stored, array in checkpoints.with_experts_together(checkpoints.make_weights(config)).items():
         for theirs, ours in names.items():
             stored = stored.replace(theirs, ours)
+        if stored.endswith("mlp.experts.gate_up_proj"):
+            for name, part in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                weights[stored.replace("mlp.experts.gate_up_proj", f"ffn_{name}_exps.weight")] = part
+            continue
         weights[stored] = array + np.float32(is_gemma and array.ndim == 1)
     tokens = ["a", "b", "ab", *(f"token{token}" for token in range(3, config["vocab_size"]))]
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])

@@ -19,9 +19,20 @@ from tests.support import tiny_checkpoints as tiny
 GOLDEN = checkpoints.read()
 # The storage of each layout's checkpoint: dtype and number of files.
 STORAGE = {"4": (ml_dtypes.bfloat16, 2), "5": (np.float32, 1)}
-# One of each kind of positions, norms, biases, windows, caps and scalings; heads that are shared, and numbers of heads
-# that are odd or even.
-KINDS = ("llama 3.1", "qwen2 0.5b", "opt, untied", "bloom, 6 heads", "gemma 2", "gemma 3 1b", "phi 4 mini")
+# One of each kind of positions, norms, biases, windows, caps and scalings, and of experts; heads that are shared, and
+# numbers of heads that are odd or even.
+KINDS = (
+    "llama 3.1",
+    "qwen2 0.5b",
+    "opt, untied",
+    "bloom, 6 heads",
+    "gemma 2",
+    "gemma 3 1b",
+    "phi 4 mini",
+    "qwen3 moe, dense layers",
+)
+# Models with experts, whose weights have two layouts.
+WITH_EXPERTS = ("mixtral, a window", "qwen3 moe, dense layers")
 # float32 against float32, summed in another order: measured at most 7e-7 of the largest logit.
 ROUNDING = 5e-6
 
@@ -51,6 +62,18 @@ def assert_same_logits(found, expected):
 def test_logits_are_those_of_transformers(tmp_path, name, layout):
     golden = GOLDEN[name]
     assert_same_logits(forward(load(name, tmp_path, layout), golden.ids), golden.logits)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_in_one_tensor_are_those_of_single_tensors(tmp_path, name):
+    golden = GOLDEN[name]
+    weights = checkpoints.make_weights(golden.configs["4"], golden.own_head)
+    folders = [
+        checkpoints.write(tmp_path / layout, golden.configs["5"], tensors, np.float32, 1)
+        for layout, tensors in (("single", weights), ("together", checkpoints.with_experts_together(weights)))
+    ]
+    single, together = (jax.tree.leaves(load_huggingface(folder).model) for folder in folders)
+    assert all(np.array_equal(one, other) for one, other in zip(single, together, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama 3", "qwen2 7b"])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from bipolar_jax.models.expert_config import Experts
+from bipolar_jax.models.loaders.error_source import errors_name
 from bipolar_jax.models.loaders.gguf.metadata import Metadata
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3")
 PERMUTED = ("llama",)  # whose q and k have the order of llama.cpp's rotation
 
 # Tensor names in the file -> parameter paths of the Transformer.
@@ -33,11 +35,19 @@ _LLAMA = {
     for kind, variable in (("weight", "kernel"), ("bias", "bias"))
 }
 _HEAD_NORMS = {"attn_q_norm.weight": "attention/q_norm/scale", "attn_k_norm.weight": "attention/k_norm/scale"}
+# Of all experts of a layer in one tensor; the star stands for the expert's number.
+_EXPERTS = {"ffn_gate_inp.weight": "ffn/router/kernel"} | {
+    f"ffn_{name}_exps.weight": f"ffn/experts/*/{name}_proj/kernel" for name in ("gate", "up", "down")
+}
+# Of a single expert, in older files.
+_ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d{1,9})\.weight")
 _POST_NORMS = {"post_attention_norm.weight": "attention_post_norm/scale", "post_ffw_norm.weight": "ffn_post_norm/scale"}
 # Parameters whose rows lie side by side in one tensor, in this order.
 _QKV = tuple(f"attention/{projection}_proj/kernel" for projection in "qkv")
 _IN_LAYER: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "llama": _LLAMA | _EXPERTS,
     "qwen3": _LLAMA | _HEAD_NORMS,
+    "qwen3moe": _LLAMA | _HEAD_NORMS | _EXPERTS,
     "gemma2": _LLAMA | _POST_NORMS,
     "gemma3": _LLAMA | _HEAD_NORMS | _POST_NORMS,
     "phi3": _LLAMA | {"attn_qkv.weight": _QKV, "ffn_up.weight": ("ffn/gate_proj/kernel", "ffn/up_proj/kernel")},
@@ -54,13 +64,19 @@ _MOST_LAYERS = 1 << 16
 def targets(name: str, arch: str, source: str) -> tuple[tuple[str, ...], int]:
     """The parameters whose rows a tensor holds, in order, and their layer, or -1 outside the layers.
 
+    A star in a path stands for the number of an expert, all of which the tensor holds.
+
     Raises:
       ValueError: the architecture has no such tensor.
     """
     if name in TOP:
         return (TOP[name],), -1
     match = _BLOCK.fullmatch(name)
-    paths = None if match is None else _IN_LAYER.get(arch, _LLAMA).get(match[2])
+    in_layer = _IN_LAYER.get(arch, _LLAMA)
+    paths = None if match is None else in_layer.get(match[2])
+    one = None if match is None else _ONE_EXPERT.fullmatch(match[2])
+    if one is not None and (together := in_layer.get(f"ffn_{one[1]}_exps.weight")) is not None:
+        paths = together.replace("*", str(int(one[2])))
     if paths is None:
         raise ValueError(f"{source} has an unexpected tensor {name!r:.100}: no supported architecture has one")
     paths = (paths,) if isinstance(paths, str) else paths
@@ -73,13 +89,15 @@ def architecture_fields(metadata: Metadata, arch: str, sizes: dict[str, Any]) ->
     Args:
       metadata: the file's.
       arch: one of ARCHITECTURES.
-      sizes: hidden_size, num_layers, num_heads, head_dim and context_length, as TransformerConfig has them.
+      sizes: hidden_size, num_layers, num_heads, head_dim, ffn_size and context_length, as TransformerConfig has them.
 
     Raises:
-      ValueError: invalid keys, or windows of layers that the file does not name.
+      ValueError: invalid keys, windows of layers that the file does not name, or experts that are not served.
     """
     fields = _windows(metadata, arch, sizes)
-    if arch in ("qwen3", "gemma3"):
+    if (experts := _experts(metadata, arch, sizes["ffn_size"])) is not None:
+        fields["experts"] = experts
+    if arch in ("qwen3", "qwen3moe", "gemma3"):
         fields["qk_norm"] = True
     if arch not in _PATTERNS:
         return fields
@@ -98,6 +116,21 @@ def architecture_fields(metadata: Metadata, arch: str, sizes: dict[str, Any]) ->
     if "window" in fields and arch == "gemma3":
         fields["window_rope_theta"] = float(metadata.positive(f"{arch}.rope.freq_base_swa", 10000.0))
     return fields
+
+
+def _experts(metadata: Metadata, arch: str, ffn_size: int) -> Experts | None:
+    """Those of every layer, whose weights llama.cpp divides by their sum; None for a dense model."""
+    count = metadata.integer(f"{arch}.expert_count", 0)
+    if count == 0:
+        return None
+    if arch not in ("llama", "qwen3moe"):
+        raise ValueError(f"{metadata.source} has {count} experts: of architecture {arch} only dense models are supported")
+    if shared := metadata.integer(f"{arch}.expert_shared_count", 0):
+        raise ValueError(f"{metadata.source} has {shared} experts that every token runs: that is not supported")
+    used = f"{arch}.expert_used_count"
+    per_token = metadata.require(metadata.integer(used, None), used)
+    with errors_name(metadata.source):
+        return Experts(count, per_token, metadata.integer(f"{arch}.expert_feed_forward_length", ffn_size))
 
 
 def _windows(metadata: Metadata, arch: str, sizes: dict[str, Any]) -> dict[str, Any]:

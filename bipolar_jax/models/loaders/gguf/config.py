@@ -83,9 +83,6 @@ def _refuse_unsupported(metadata: Metadata, arch: str, head_dim: int, rotary: in
             f"{metadata.source} has {head_dim} key, {value_dim} value and {rotary} rotary dimensions a head: "
             "only models where the three are equal are supported"
         )
-    experts = metadata.integer(f"{arch}.expert_count", 0)
-    if experts:
-        raise ValueError(f"{metadata.source} has {experts} experts: only dense models are supported")
 
 
 def _norm_eps(metadata: Metadata, key: str) -> float:

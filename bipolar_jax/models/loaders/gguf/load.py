@@ -101,6 +101,9 @@ def _parts(
     Raises:
       ValueError: another number of rows than the parts have together.
     """
+    if "*" in paths[0]:
+        yield from _experts(config, tensor, paths[0], layer)
+        return
     if len(paths) == 1:
         yield paths[0], layer, tensor
         return
@@ -115,6 +118,21 @@ def _parts(
         start = tensor.start + first * tensor.row_bytes
         yield path, layer, dataclasses.replace(tensor, shape=(size, *tensor.shape[1:]), start=start)
         first += size
+
+
+def _experts(
+    config: TransformerConfig, tensor: GGUFTensor, path: str, layer: int
+) -> Iterator[tuple[str, int, GGUFTensor]]:
+    """The parameters of all experts of a layer, which lie one after the other. Raises ValueError for other numbers."""
+    count = 0 if config.experts is None else config.experts.count
+    if len(tensor.shape) != 3 or tensor.shape[0] != count:
+        raise ValueError(
+            f"tensor {tensor.name!r:.100} has shape {tensor.shape}, not those of {count} experts: the metadata and the "
+            "weights disagree"
+        )
+    for expert in range(count):
+        start = tensor.start + expert * tensor.shape[1] * tensor.row_bytes
+        yield path.replace("*", str(expert)), layer, dataclasses.replace(tensor, shape=tensor.shape[1:], start=start)
 
 
 def _layer(layer: int) -> int | None:
@@ -152,6 +170,8 @@ def _lazy(data: GGUFData, tensor: GGUFTensor, target: str, heads: int) -> LazyTe
 def _packed_kind(tensor: GGUFTensor, target: str, activations: int) -> PackedKind | None:
     """How a tensor's integers are packed; None for one that becomes floats, such as a norm."""
     is_table = target == "embed/embedding"
+    if target.endswith("/router/kernel"):
+        return None  # a router stays float
     if tensor.type_name not in BLOCK_TYPES or len(tensor.shape) != 2 or not (is_table or target.endswith("/kernel")):
         return None
     is_float = activations == 16 or not target.startswith("layers/")

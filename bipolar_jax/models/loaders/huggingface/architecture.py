@@ -16,6 +16,7 @@ from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
 HEAD = "lm_head.weight"  # the output layer, in every architecture
 IN_LAYERS = "layers/"  # start of the paths of parameters in a layer
+_EXPERT = re.compile(r"\.(\d{1,9})\.")  # in the name of a module in a layer
 _FUSED = 3  # query, key and value, in the order of a fused tensor
 
 
@@ -37,6 +38,7 @@ class Target:
       first_row: first row to load.
       fused: index of query, key or value in rows laid out as [heads, 3, head_dim]; -1 loads all rows.
       beside: all modules that lie side by side in the tensor, this parameter's among them, see `SideBySide`.
+      expert: of a tensor with all experts of a layer, [experts, rows, columns], the one whose rows are loaded; else -1.
       plus_one: whether 1 is added to the stored numbers.
     """
 
@@ -47,6 +49,7 @@ class Target:
     fused: int = -1
     beside: tuple[str, ...] = ()
     plus_one: bool = False
+    expert: int = -1
 
     def shape(self, stored: tuple[int, ...], config: TransformerConfig) -> tuple[int, ...]:
         """Shape of what is loaded, in the parameter's orientation, for a stored shape.
@@ -55,14 +58,21 @@ class Target:
           ValueError: rows of a fused tensor that do not divide into its parts.
         """
         num_heads = config.num_heads
+        if self.expert >= 0:
+            if len(stored) != 3 or stored[0] != config.experts.count:
+                raise ValueError(
+                    f"tensor {self.name!r} has shape {stored}, not those of {config.experts.count} experts: the file's "
+                    "config and its weights disagree"
+                )
+            stored = stored[1:]
         if self.beside:
-            sizes = [config.outputs(_name(module)) for module in self.beside]
+            sizes = [_outputs(module, config) for module in self.beside]
             if not stored or stored[0] != sum(sizes):
                 raise ValueError(
                     f"tensor {self.name!r} has shape {stored}, its rows are not the {sizes} of its parts: the file's "
                     "config and its weights disagree"
                 )
-            stored = (config.outputs(_name(self._module)), *stored[1:])
+            stored = (_outputs(self._module, config), *stored[1:])
         if self.fused >= 0:
             if not stored or stored[0] % (_FUSED * num_heads):
                 raise ValueError(
@@ -80,12 +90,14 @@ class Target:
         return self.path.removeprefix(IN_LAYERS).rpartition("/")[0]
 
     def row_ranges(self, rows: int, config: TransformerConfig) -> list[tuple[int, int, int]]:
-        """The rows to load as (first stored row, end, first of our rows), if `rows` are stored."""
-        num_heads = config.num_heads
+        """The rows to load as (first stored row, end, first of our rows), if `rows` are stored, of an expert or all."""
+        num_heads, first = config.num_heads, max(self.expert, 0) * rows
         if self.beside:
             before = self.beside[: self.beside.index(self._module)]
-            start = sum(config.outputs(_name(module)) for module in before)
-            return [(start, start + config.outputs(_name(self._module)), 0)]
+            start = first + sum(_outputs(module, config) for module in before)
+            return [(start, start + _outputs(self._module, config), 0)]
+        if self.expert >= 0:
+            return [(first, first + rows, 0)]
         if self.fused < 0:
             return [(self.first_row, rows, 0)]
         size = rows // (_FUSED * num_heads)
@@ -109,7 +121,9 @@ class Architecture:
       layers: prefix of names in a layer, before the layer's number.
       top: modules outside the layers -> modules of the Transformer.
       in_layer: modules in a layer -> modules of a DecoderLayer; three of them for a tensor whose heads alternate, or
-        `SideBySide`.
+        `SideBySide`. A "*" in both stands for the number of an expert.
+      of_experts: tensors in a layer that hold all its experts, [experts, rows, columns] -> modules of an expert, whose
+        rows lie side by side.
       first_rows: module -> number of unused rows at the start of its weight.
       ignored: suffixes of tensor names to skip.
       gains_less_one: whether norms multiply by 1 plus the stored gain.
@@ -129,13 +143,15 @@ class Architecture:
     defaults: Mapping[str, Any] = types.MappingProxyType({})
     text_config: str | None = None
     other_models: tuple[str, ...] = ()
+    of_experts: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
 
-    def targets(self, name: str, tied: bool) -> list[Target]:
+    def targets(self, name: str, tied: bool, num_experts: int = 0) -> list[Target]:
         """The parameters that a stored tensor is loaded into; none if it is ignored or a copy of tied embeddings.
 
         Args:
           name: name of the tensor.
           tied: whether the embeddings are tied.
+          num_experts: experts of a layer.
 
         Raises:
           ValueError: the architecture has no such tensor.
@@ -145,7 +161,10 @@ class Architecture:
         if name.endswith(self.ignored) or name.startswith(self.other_models) or (tied and name == HEAD):
             return []
         match = re.fullmatch(rf"{re.escape(self.layers)}(\d{{1,9}})\.(.+)", module)
-        layer, ours = (int(match[1]), self.in_layer.get(match[2])) if match else (-1, self.top.get(module))
+        together = self.of_experts.get(f"{match[2]}.{kind}") if match else None
+        if together is not None:
+            return self._of_experts(together, int(match[1]), name, num_experts)
+        layer, ours = (int(match[1]), self._module_in_layer(match[2])) if match else (-1, self.top.get(module))
         if ours is None or kind not in ("weight", "bias"):
             raise ValueError(f"unexpected tensor {name!r:.200}: no supported model of this type has one")
         start = IN_LAYERS if match else ""
@@ -161,9 +180,27 @@ class Architecture:
             for index, module in enumerate(ours)
         ]
 
+    def _module_in_layer(self, module: str) -> str | tuple[str, str, str] | SideBySide | None:
+        """What a module in a layer is loaded into; None for an unknown one."""
+        found = _EXPERT.search(module)
+        if found is None:
+            return self.in_layer.get(module)
+        ours = self.in_layer.get(_EXPERT.sub(".*.", module, count=1))
+        return None if ours is None else ours.replace("*", str(int(found[1])))
 
-def _name(module: str) -> str:
-    return module.rpartition("/")[2]
+    def _of_experts(self, modules: tuple[str, ...], layer: int, name: str, num_experts: int) -> list[Target]:
+        """The parameters of all experts of a layer, whose `modules` lie side by side in one tensor."""
+        targets = []
+        for expert in range(num_experts):
+            names = tuple(f"ffn/experts/{expert}/{module}" for module in modules)
+            beside = names if len(names) > 1 else ()
+            targets += [Target(f"{IN_LAYERS}{own}/kernel", layer, name, beside=beside, expert=expert) for own in names]
+        return targets
+
+
+def _outputs(module: str, config: TransformerConfig) -> int:
+    """Outputs of a module of a layer, such as "attention/q_proj"."""
+    return config.experts.ffn_size if "/experts/" in module else config.outputs(module.rpartition("/")[2])
 
 
 def _variable(module: str, kind: str) -> str:

@@ -12,17 +12,21 @@ from bipolar_jax.models.loaders.huggingface.architectures.bloom import BLOOM
 from bipolar_jax.models.loaders.huggingface.architectures.gemma2 import GEMMA2
 from bipolar_jax.models.loaders.huggingface.architectures.gemma3 import GEMMA3
 from bipolar_jax.models.loaders.huggingface.architectures.llama import LLAMA
+from bipolar_jax.models.loaders.huggingface.architectures.mixtral import MIXTRAL
 from bipolar_jax.models.loaders.huggingface.architectures.opt import OPT
 from bipolar_jax.models.loaders.huggingface.architectures.phi3 import PHI3
 from bipolar_jax.models.loaders.huggingface.architectures.qwen3 import QWEN3
+from bipolar_jax.models.loaders.huggingface.architectures.qwen3_moe import QWEN3_MOE
 from bipolar_jax.models.loaders.huggingface.json_fields import Fields, read_json
 
 # By the model_type of config.json.
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mixtral": MIXTRAL,
     "qwen2": LLAMA,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "gemma3": GEMMA3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,12 @@ def load_huggingface(
             packed, names = packed_tensors(architecture, config, files, quantized_format)
         found = [(*key, tensor) for key, tensor in packed.items()]
         names = [name for name in names if not transforms.stores(name)]
-        for target in (target for name in names for target in architecture.targets(name, config.tie_embeddings)):
+        of_name = functools.partial(
+            architecture.targets,
+            tied=config.tie_embeddings,
+            num_experts=0 if config.experts is None else config.experts.count,
+        )
+        for target in (target for name in names for target in of_name(name)):
             found.append((target.path, _layer(target), _lazy(files, target, config)))
         # In the order of parameters, so that `assemble` completes one before it starts the next.
         found.sort(key=lambda entry: (entry[0], -1 if entry[1] is None else entry[1]))
@@ -97,9 +103,9 @@ def _lazy(files: SafetensorsFiles, target: Target, config: TransformerConfig) ->
     stored = files.shape(target.name)
 
     def copy_to(parameter: np.ndarray) -> None:
-        view = target.as_stored(parameter)
-        for start, end, ours in target.row_ranges(stored[0], config):
-            for offset, rows in files.rows(target.name, start, end):
+        view, is_stack = target.as_stored(parameter), target.expert >= 0
+        for start, end, ours in target.row_ranges(stored[is_stack], config):
+            for offset, rows in files.rows(target.name, start, end, merged_axes=1 + is_stack):
                 if target.plus_one:  # rounded once, to the parameter's dtype
                     rows = rows.astype(np.float32) + 1
                 view[ours + offset : ours + offset + len(rows)] = rows

@@ -80,14 +80,16 @@ class SafetensorsFiles:
             )
         return stored.shape
 
-    def rows(self, name: str, start: int, end: int) -> Iterator[tuple[int, Shaped[np.ndarray, "rows ..."]]]:
+    def rows(
+        self, name: str, start: int, end: int, merged_axes: int = 1
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "rows ..."]]]:
         """Rows start ... end - 1 of a tensor, a few megabytes at a time, each chunk with its offset from `start`.
 
-        A chunk is valid until the next one is read.
+        Rows are counted over the first `merged_axes` axes. A chunk is valid until the next one is read.
         """
         path, file = self._file_of[name]
         stored = file.tensors[name]
-        dtype, row_shape = DTYPES[stored.dtype], stored.shape[1:]
+        dtype, row_shape = DTYPES[stored.dtype], stored.shape[merged_axes:]
         row_bytes = math.prod(row_shape) * dtype.itemsize
         step = max(1, min(_CHUNK_BYTES // max(row_bytes, 1), end - start))
         chunk = np.empty((step, *row_shape), dtype)

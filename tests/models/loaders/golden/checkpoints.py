@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,56 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             if config["model_type"] == "qwen2":
                 shapes[name + f"self_attn.{projection}_proj.bias"] = (count * head_dim,)
         shapes[name + "self_attn.o_proj.weight"] = (hidden, heads * head_dim)
-        shapes |= {name + f"mlp.{projection}_proj.weight": (ffn, hidden) for projection in ("gate", "up")}
-        shapes[name + "mlp.down_proj.weight"] = (hidden, ffn)
+        if _has_experts(config, layer):
+            shapes |= {name + module + ".weight": shape for module, shape in _experts(config).items()}
+        else:
+            shapes |= {name + f"mlp.{projection}_proj.weight": (ffn, hidden) for projection in ("gate", "up")}
+            shapes[name + "mlp.down_proj.weight"] = (hidden, ffn)
         if config["model_type"] == "phi3":
             _join(shapes, name + "self_attn.", ("q", "k", "v"), "qkv")
             _join(shapes, name + "mlp.", ("gate", "up"), "gate_up")
     return shapes
+
+
+def _has_experts(config: dict[str, Any], layer: int) -> bool:
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+    return config["model_type"] == "mixtral" or (
+        config["model_type"] == "qwen3_moe" and layer not in dense and (layer + 1) % step == 0
+    )
+
+
+def _experts(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The router and the experts of a layer, as transformers 4 names them."""
+    hidden = config["hidden_size"]
+    if config["model_type"] == "mixtral":
+        name, parts, ffn = "block_sparse_moe", ("w1", "w3", "w2"), config["intermediate_size"]
+        count = config["num_local_experts"]
+    else:
+        name, parts, ffn = "mlp", ("gate_proj", "up_proj", "down_proj"), config["moe_intermediate_size"]
+        count = config["num_experts"]
+    shapes = {f"{name}.gate": (count, hidden)}
+    for expert in range(count):
+        sizes = zip(parts, ((ffn, hidden), (ffn, hidden), (hidden, ffn)), strict=True)
+        shapes |= {f"{name}.experts.{expert}.{part}": size for part, size in sizes}
+    return shapes
+
+
+def with_experts_together(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights with all experts of a layer in one tensor, as transformers 5 names the parameters of its modules."""
+    parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    together = {}
+    for name, array in weights.items():
+        match = re.fullmatch(r"(.+)\.experts\.\d+\.(\w+)\.weight", name)
+        if match is None:
+            together[name.replace("block_sparse_moe", "mlp")] = array
+        else:
+            of_layer = found.setdefault(match[1].replace("block_sparse_moe", "mlp"), {})
+            of_layer.setdefault(parts.get(match[2], match[2]), []).append(array)
+    for name, layer in found.items():
+        gate, up, down = (np.stack(layer[part]) for part in parts.values())
+        together |= {f"{name}.experts.gate_up_proj": np.concatenate([gate, up], 1), f"{name}.experts.down_proj": down}
+    return together
 
 
 def _norms(config: dict[str, Any], query_size: int, head_dim: int) -> dict[str, tuple[int]]:
@@ -136,7 +181,7 @@ def _norms(config: dict[str, Any], query_size: int, head_dim: int) -> dict[str, 
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if architecture.startswith("gemma"):
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if architecture in ("qwen3", "gemma3_text"):
+    if architecture in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
     if architecture == "bitnet":
         norms |= {"self_attn.attn_sub_norm": (query_size,), "mlp.ffn_sub_norm": (config["intermediate_size"],)}

@@ -1,8 +1,8 @@
 """Makes golden.json and logits.npz: what transformers computes for tiny checkpoints of every supported architecture.
 
-    python -m tests.models.loaders.golden.make
+    python -m tests.models.loaders.golden.make [NAME ...]
 
-Run with torch 2.13 and transformers 5.24, on a CPU, in an environment of its own: tests need neither. Prints the bytes
+makes those of the names given, and keeps all others as they are stored; without names it makes all. Run with torch 2.13 and transformers 5.24, on a CPU, in an environment of its own: tests need neither. Prints the bytes
 of both files. Every config is written as transformers 4 wrote it, and once more as transformers 5 writes it; both must
 give the same logits, in float32 and with every weight in its place.
 """
@@ -10,6 +10,7 @@ give the same logits, in float32 and with every weight in its place.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.models.loaders.golden.checkpoints import FOLDER, make_ids, make_weights, write
+from tests.models.loaders.golden.checkpoints import FOLDER, make_ids, make_weights, read, write
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 4096, "type": "yarn"}
 LLAMA3 = {
@@ -105,6 +106,8 @@ def longrope(count: int) -> dict[str, Any]:
 
 QWEN3 = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}
 QWEN2 = {"rope_theta": 1e6, "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
+QWEN3_MOE = QWEN3 | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False, "tie_word_embeddings": False}
 CONFIGS = {
     "llama 1": llama(30, 3, 41, 67, rms_norm_eps=1e-6, tie_word_embeddings=False),
     "llama 2": llama(
@@ -169,6 +172,43 @@ CONFIGS = {
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         tie_word_embeddings=False,
         **QWEN3,
+    ),
+    "mixtral 8x7b": llama(
+        32, 4, 40, 64, "mixtral", num_key_value_heads=2, rope_theta=1e6, sliding_window=None, **MIXTRAL
+    ),
+    "mixtral, a window": llama(
+        36, 3, 24, 67, "mixtral", num_key_value_heads=1, sliding_window=5, **MIXTRAL | {"num_local_experts": 3}
+    ),
+    "qwen3 30b a3b": llama(
+        32,
+        4,
+        56,
+        64,
+        "qwen3_moe",
+        num_key_value_heads=2,
+        head_dim=12,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        **QWEN3_MOE,
+    ),
+    "qwen3 moe, dense layers": llama(
+        32,
+        4,
+        40,
+        67,
+        "qwen3_moe",
+        num_key_value_heads=1,
+        head_dim=10,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        num_hidden_layers=4,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        **QWEN3_MOE,
     ),
     "gemma 2": gemma(
         "gemma2",
@@ -248,8 +288,16 @@ OWN_HEAD = ("llama, tied, with another head",)
 
 
 def main() -> None:
-    stored, all_logits = {}, {}
+    names = sys.argv[1:] or list(CONFIGS)
+    if unknown := sorted({*names} - {*CONFIGS}):
+        raise SystemExit(f"no checkpoint is named {unknown[0]!r}: give some of {', '.join(CONFIGS)}")
+    stored, all_logits, before = {}, {}, read()
     for name, config in CONFIGS.items():
+        if name not in names:
+            kept = before[name]
+            stored[name] = {"configs": kept.configs, "own_head": kept.own_head, "ids": kept.ids.tolist()}
+            all_logits[name] = kept.logits
+            continue
         own_head = name in OWN_HEAD
         weights, ids = make_weights(config, own_head), make_ids(config)
         logits, new_config = transformers_logits(config, weights, ids)

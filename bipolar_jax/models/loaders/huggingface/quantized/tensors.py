@@ -51,6 +51,8 @@ def _belongs(name: str, modules: dict[str, None], suffixes: tuple[str, ...]) -> 
 def _check_target(target: Target, name: str) -> None:
     if not target.path.endswith("/kernel"):
         raise ValueError(f"layer {name!r:.200} is quantized, but only linear layers are served packed")
+    if target.path.endswith("/router/kernel"):
+        raise ValueError(f"layer {name!r:.200} is quantized, but a router of experts is served as floats alone")
     if target.fused >= 0 or target.first_row:
         raise ValueError(f"layer {name!r:.200} is quantized and makes query, key and value at once: that is not served")
 
