@@ -54,6 +54,7 @@ FLOORS = {
         "packed_sites",
         "layer_store",
         "smoothing",
+        "expert_moments",
         "site_inputs",
         "hessians",
         "rounding",

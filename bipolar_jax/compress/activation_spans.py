@@ -22,9 +22,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.compress.block_programs import enter_blocks, run_block
+from bipolar_jax.compress.expert_moments import row_weights
 from bipolar_jax.compress.hessians import dequantized_tokens, stream_weights
 from bipolar_jax.compress.packed_sites import SitePlan, float_matrix
-from bipolar_jax.compress.site_inputs import site_inputs
+from bipolar_jax.compress.site_inputs import ExpertInputs, site_inputs
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 
@@ -118,7 +119,9 @@ def _errors(
 ) -> Float[Array, " spans"]:
     """`output_errors` of the layers of these names, which are among the first of the remaining sites."""
     x, stream = site_inputs(model, block, carry, remaining)
-    w = jnp.concatenate([float_matrix(layer_at(block, name)).astype(jnp.float32) for name in names], axis=1)
+    w = jnp.concatenate([float_matrix(layer_at(block, name)).astype(jnp.float32) for name in names], axis=-1)
+    if remaining[0].experts:
+        return _errors_of_experts(x, w, stream if remaining[0].adds_to_stream else None, a_format)
     rows = x.reshape(-1, len(w)).astype(jnp.float32)
     weights = jnp.ones(len(rows), jnp.float32)
     if remaining[0].adds_to_stream:
@@ -126,3 +129,18 @@ def _errors(
         added = jnp.matmul(rows, w) if w.shape[1] == stream.shape[1] else 0
         weights = stream_weights(stream + added)
     return output_errors(rows, weights, w, a_format)
+
+
+def _errors_of_experts(
+    inputs: ExpertInputs, w: Float[Array, "experts k n"], stream: Float[Array, "..."] | None, a_format: BipolarFormat
+) -> Float[Array, " spans"]:
+    """`output_errors` of all experts, each of the tokens that reach it."""
+    of_tokens = None if stream is None else stream_weights(stream.reshape(-1, stream.shape[-1]))
+
+    def step(errors, block):
+        rows, weights, expert = block
+        own = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+        return errors + output_errors(rows.astype(jnp.float32), weights, own, a_format), None
+
+    blocks = (inputs.rows, row_weights(inputs, of_tokens), inputs.blocks.experts)
+    return jax.lax.scan(step, jnp.zeros(len(SPANS), jnp.float32), blocks)[0]

@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bipolar_jax.compress.expert_moments import add_expert_inputs, empty_expert_moments
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.packed_sites import BlockPlan, SitePlan, float_matrix, packed_kernels, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
@@ -47,6 +48,9 @@ def add_moments(model, block, carry, moments, remaining, a_formats, floats=None)
     """
     x, stream = site_inputs(model, block, carry, remaining)
     stream = stream if remaining[0].adds_to_stream else None
+    if remaining[0].experts:
+        added = (add_expert_inputs(*each, stream) for each in zip(moments, [x] * len(moments), a_formats, strict=True))
+        return tuple(added)
     float_x = None if floats is None else site_inputs(model, *floats, remaining)[0]
     return tuple(sums.add(x, a_format, stream, float_x) for sums, a_format in zip(moments, a_formats, strict=True))
 
@@ -58,12 +62,15 @@ def formats_of_inputs(plan: SitePlan) -> tuple:
 
 def empty_moments(block: nnx.Module, plan: SitePlan, *, with_cross: bool = False) -> tuple[SecondMoments, ...]:
     """Sums over no tokens, for each of `formats_of_inputs`."""
-    k = math.prod(sizes(layer_at(block, plan.sites.names[0]).in_features))
+    first = layer_at(block, plan.sites.names[0])
+    k = math.prod(sizes(first.in_features))
+    if plan.sites.experts:
+        return tuple(empty_expert_moments(len(first.kernel[...]), k) for _ in formats_of_inputs(plan))
     return tuple(SecondMoments.zeros(k, with_cross=with_cross) for _ in formats_of_inputs(plan))
 
 
-def float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Array, "k _"]]:
-    """The kernels of float layers as matrices."""
+def float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Array, "*experts k _"]]:
+    """The kernels of float layers as matrices, or as stacks of them."""
     return [float_matrix(layer_at(block, name)) for name in names]
 
 

@@ -56,7 +56,8 @@ def calibrate[Model: nnx.Module](
     Block by block, and within a block in the order in which they run, the layers of one input are rounded against its
     second moments (`Rounding`, GPTQ by default, arXiv 2210.17323). The inputs are those of the packed model: what runs
     before is packed already, and activations are quantized. For layers that add to the residual stream every token
-    counts 1 / mean square of its stream. All other layers are rounded as `quantize_model` does it, before.
+    counts 1 / mean square of its stream; each expert is rounded for the tokens that reach it. All other layers are
+    rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
     its float layers and second moments; with `Rounding.asymmetry` the float model's hidden states, too. All blocks run
@@ -89,8 +90,11 @@ def calibrate[Model: nnx.Module](
 
     Raises:
       ValueError: no windows, or such as the model cannot read; as `quantize_model`; a layer that was trained with
-        `DotGeneral`; NaN or Inf in weights or in what enters a layer; or a store that is a file, or holds blocks of
-        another model, text, rules or method.
+        `DotGeneral`; NaN or Inf in weights or in what enters a layer; experts in some layers only, or beside an
+        asymmetry; or a store that is a file, or holds blocks of another model, text, rules or method.
+
+    Warns:
+      UserWarning: experts that no token goes to; layers in training mode.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel")
@@ -109,6 +113,11 @@ def calibrate[Model: nnx.Module](
         blocks = WholeModel.of(model, batches[0])
         plan, other_rules = blocks.plan(rules)
         plans = (plan,)
+    if method.asymmetry and any(sites.sites.experts and sites.precisions for block in plans for sites in block):
+        raise ValueError(
+            f"asymmetry is {method.asymmetry:g}, which pairs inputs of the packed and of the float model, but their "
+            "tokens may go to other experts: use a Rounding with asymmetry=0"
+        )
     for precision in dict.fromkeys(each for block in plans for plan in block for each in plan.precisions.values()):
         method.check(precision)
     _check_weights(blocks, plans)
@@ -128,6 +137,17 @@ def calibrate[Model: nnx.Module](
     float_blocks = float_blocks if method.asymmetry else None
     calibrated = _pass_over_blocks(blocks, float_blocks, batches, plans, method, cache_bits, on_block, finished)
     return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
+
+
+def _warn_of_unreached(unreached: dict[int, str]) -> None:
+    """Warns once of experts that no token of the inputs goes to."""
+    if unreached:
+        named = ", ".join(list(unreached.values())[:5]) + (" and others" if len(unreached) > 5 else "")
+        warnings.warn(
+            f"experts that no token goes to are rounded as if all their inputs counted the same: {named}; give more "
+            "windows",
+            stacklevel=4,
+        )
 
 
 def _warn_of_training_mode(model: nnx.Module) -> None:
@@ -184,7 +204,7 @@ def _pass_over_blocks(
     """The model with packed layers in its blocks; `floats` runs beside it where the rounding asks for its inputs."""
     carries = [enter_blocks(model, batch, cache_bits) for batch in batches]
     float_carries = None if floats is None else [enter_blocks(floats, batch, None) for batch in batches]
-    blocks, compiled = [], []
+    blocks, compiled, unreached = [], [], {}
     for index, plan in enumerate(plans):
         block = model.block(index)
         beside = None if floats is None else (floats.block(index), float_carries)
@@ -193,7 +213,7 @@ def _pass_over_blocks(
             if plan not in compiled:
                 compile_programs(model, block, carries[0], plan, method, beside and (beside[0], float_carries[0]))
                 compiled.append(plan)
-            block, kernels = _calibrated(model, block, index, carries, plan, method, beside)
+            block, kernels = _calibrated(model, block, index, carries, plan, method, beside, unreached)
             if finished is not None:
                 finished.write(index, kernels)
         else:
@@ -208,6 +228,7 @@ def _pass_over_blocks(
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
+    _warn_of_unreached(unreached)
     return model.with_blocks(blocks)
 
 
@@ -219,10 +240,12 @@ def _calibrated(
     plans: BlockPlan,
     method: Rounding,
     beside: tuple[nnx.Module, Sequence[Any]] | None,
+    unreached: dict[int, str],
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
     """A block with packed layers, and these layers' kernels by path.
 
-    `beside` has the float block and its carries.
+    `beside` has the float block and its carries. `unreached` gets a text by the block's index, if it has experts that
+    no token goes to.
     """
     kernels: dict[str, BipolarArray] = {}
     for index, plan in enumerate(plans):
@@ -239,6 +262,8 @@ def _calibrated(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
                 "them of these inputs, so look for them in its embeddings, norms and biases, or in the inputs"
             )
+        if plan.sites.experts and (count := int(jnp.sum(moments[0].weight == 0))):
+            unreached.setdefault(block_index, f"{count} of {len(moments[0].weight)} of block {block_index}")
         by_format = dict(zip(a_formats, moments, strict=True))
         rounded = {}
         for precision, names in plan.joined().items():

@@ -23,14 +23,16 @@ from bipolar_jax.quantize.precision import activation_format
 class SecondMoments:
     """Weighted sums over tokens, to which batches are added one after the other.
 
+    Those of a stack of experts have a leading axis, see `expert_moments`.
+
     Attributes:
       products: sum of weight * x x^T.
       weight: sum of the weights.
       cross_products: sum of weight * x y^T, with y the inputs of the float model; None if they are not summed.
     """
 
-    products: Float[Array, "k k"]
-    weight: Float[Array, ""]
+    products: Float[Array, "*experts k k"]
+    weight: Float[Array, "*experts"]
     cross_products: Float[Array, "k k"] | None = None
 
     @classmethod

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bipolar_jax.compress.expert_moments import expert_hessians
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.compress.site_inputs import replace_layer
@@ -78,7 +79,7 @@ def plan_sites(sites: Sequence[Sites], block: nnx.Module, packed: nnx.Module) ->
             before, after = layer_at(block, name), layer_at(packed, name)
             if type(before) is type(after):
                 continue
-            if not is_dense(before):
+            if not is_dense(before, is_stack=each.experts):
                 raise ValueError(f"{name} is a {type(before).__name__}, not a dense layer: leave it out of the rules")
             if after.trained is not None:
                 raise ValueError(f"{name} was trained with DotGeneral: pack such models with quantize_model")
@@ -96,27 +97,47 @@ def rules_for_others(model: nnx.Module, rules: Rules, sites: Sequence[Sites] = (
     return [(f"^{re.escape(path)}$", precision) for path, precision in chosen.items() if precision is not None]
 
 
-def is_dense(layer: nnx.Module) -> bool:
-    """Whether a float layer multiplies one matrix with the last axes of its input: not a stack, nor over batch axes."""
+def is_dense(layer: nnx.Module, *, is_stack: bool = False) -> bool:
+    """Whether a float layer, or each of a stack, multiplies one matrix with the last axes of its input."""
     if type(layer) not in (nnx.Linear, nnx.LinearGeneral):
         return False
     axis, batch_axis, in_features, out_features = axes_of(layer)
     last = tuple(range(-len(axis), 0))
-    return not batch_axis and tuple(sorted(axis)) == last and layer.kernel.ndim == len(in_features) + len(out_features)
+    ndim = is_stack + len(in_features) + len(out_features)
+    return not batch_axis and tuple(sorted(axis)) == last and layer.kernel.ndim == ndim
 
 
-def float_matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "k n"]:
-    """The kernel of a dense layer, its axes of inputs and of outputs merged."""
+def float_matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "*experts k n"]:
+    """The kernel of a dense layer or of a stack of them, its axes of inputs and of outputs merged."""
     return folded_kernel(layer, layer.kernel[...])
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "method"))
 def packed_kernels(
-    kernels: Sequence[Float[Array, "k _"]], moments: SecondMoments, precision: Precision, method: Rounding
+    kernels: Sequence[Float[Array, "*experts k _"]], moments: SecondMoments, precision: Precision, method: Rounding
 ) -> list[BipolarArray]:
-    """Rounds the kernels of layers with one input, whose moments these are, as one matrix; and packs each."""
+    """Rounds the kernels of layers with one input, whose moments these are, as one matrix; and packs each.
+
+    Of stacks of experts, whose moments have a leading axis, those of one expert after the other.
+    """
+    if moments.products.ndim == 2:
+        return _packed_matrices(kernels, moments.hessian(), moments.cross(), precision, method)
+
+    def of_expert(operands):
+        return _packed_matrices(*operands, None, precision, method)
+
+    return jax.lax.map(of_expert, (list(kernels), expert_hessians(moments)))
+
+
+def _packed_matrices(
+    kernels: Sequence[Float[Array, "k _"]],
+    hessian: Float[Array, "k k"],
+    cross: Float[Array, "k k"] | None,
+    precision: Precision,
+    method: Rounding,
+) -> list[BipolarArray]:
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
-    rounded = round_rows(rows, moments.hessian(), precision, method, moments.cross())
+    rounded = round_rows(rows, hessian, precision, method, cross)
     packed, start = [], 0
     for kernel in kernels:
         part = jax.tree.map(lambda leaf, at=start, n=kernel.shape[1]: leaf[at : at + n], rounded)

@@ -8,7 +8,7 @@ compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 from bipolar_jax.nn.convert.layer_paths import LayerReference
+from bipolar_jax.nn.layers.experts import ExpertBlocks, run_experts
+from bipolar_jax.ops import Activation
+
+
+class ExpertInputs(NamedTuple):
+    """What enters a stack of experts: the rows of all blocks, zeros where they are empty; and whose they are."""
+
+    rows: Float[Array, "blocks rows k"]
+    blocks: ExpertBlocks
 
 
 class Recorder(nnx.Module):
@@ -26,7 +35,7 @@ class Recorder(nnx.Module):
     model's dtype. Packed layers quantize the same numbers before they are rounded to that dtype.
     """
 
-    def __init__(self, layer: nnx.Module, record: Callable[[Array], None]):
+    def __init__(self, layer: nnx.Module, record: Callable[[Array | ExpertInputs], None]):
         self.layer = layer
         self.record = record
 
@@ -34,6 +43,14 @@ class Recorder(nnx.Module):
         """Zeros of the shape and dtype of layer(x)."""
         self.record(x)
         put_out = jax.eval_shape(lambda x: self.layer(x, **options), x)
+        return jnp.zeros(put_out.shape, put_out.dtype)
+
+    def run_experts(
+        self, x: Float[Array, "blocks rows k"], blocks: ExpertBlocks, activation: Activation | None
+    ) -> Float[Array, "blocks rows n"]:
+        """The same where the layer is a stack of experts, see `nn.layers.experts.RunsExperts`."""
+        self.record(ExpertInputs(x, blocks))
+        put_out = jax.eval_shape(lambda x: run_experts(self.layer, x, blocks, activation=activation), x)
         return jnp.zeros(put_out.shape, put_out.dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,11 +62,12 @@ class Recorder(nnx.Module):
 
 def site_inputs(
     model: Compressible, block: nnx.Module, carry: Any, sites: Sequence[Sites]
-) -> tuple[Float[Array, "..."], Any]:
+) -> tuple[Float[Array, "..."] | ExpertInputs, Any]:
     """The input of the first of the `sites`, and the residual stream that its output is added to.
 
     Both are those of the block as it is: layers that run before are packed already, or float. Inputs of a layer that
-    runs several times are joined along their first axis. Call it in `jax.jit`.
+    runs several times are joined along their first axis; those of experts have the tokens that go to each. Call it in
+    `jax.jit`.
 
     Args:
       model: runs the block.
@@ -60,7 +78,7 @@ def site_inputs(
     Raises:
       ValueError: the block has no such layer, or does not run it.
     """
-    recorded: list[Array] = []
+    recorded: list[Any] = []
     block = nnx.clone(block)
     first = sites[0].names[0]
     for each in sites:
@@ -84,5 +102,5 @@ def replace_layer(block: nnx.Module, path: str, layer: nnx.Module) -> None:
     LayerReference(path, parent, key, replaced).replace(layer)
 
 
-def _ignore(x: Array) -> None:
+def _ignore(x: Array | ExpertInputs) -> None:
     del x

@@ -219,7 +219,7 @@ class _Checklist:
         return layers * (self._num_experts if _has_experts(path) else 1)
 
     def _tensors(self, path: str) -> Iterator[tuple[int | None, int | None]]:
-        """Layer and expert of each tensor of a parameter, one after the other: a damaged config may ask for billions."""
+        """Layer and expert of each tensor of a parameter, one by one: a damaged config may ask for billions."""
         for run in self._shapes[path]:
             for layer in (None,) if run is None else run:
                 for expert in range(self._num_experts) if _has_experts(path) else (None,):

@@ -142,10 +142,20 @@ class CompressibleBlocks(CountedModule):
 
     @property
     def block_sites(self) -> tuple[Sites, ...]:
-        """Query, key and value; the output of attention; gate and up; down. Joined layers are one."""
+        """Query, key and value; the output of attention; gate and up; down. Joined layers are one.
+
+        Raises:
+          ValueError: experts in some layers, so that blocks have different sites.
+        """
+        if len(self.config.runs) > 1:
+            raise ValueError(
+                "some layers have experts and some are dense, so that blocks have different sites: compress no such "
+                "model with data, but round it by quantize_model"
+            )
         layers = self.stacks[0][1]
         attention, ffn = layers.attention, layers.ffn
         heads = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+        ffn = ffn if self.config.experts is None else ffn.experts
         inner = ("gate_up_proj",) if hasattr(ffn, "gate_up_proj") else ("gate_proj", "up_proj")
         values = None if heads == ("qkv_proj",) else "attention/v_proj"
         # function(gate) * up and relu(up) are proportional to up; gelu(up) and what a norm makes of them are not.
@@ -153,9 +163,18 @@ class CompressibleBlocks(CountedModule):
         if self.config.sub_norms:
             values, proportional = None, False
         o_norm, down_norm = ("attention_post_norm", "ffn_post_norm") if self.config.post_norms else (None, None)
-        return (
+        attention_sites = (
             Sites(tuple(f"attention/{name}" for name in heads), to_stream=False, norm="attention_norm"),
             Sites(("attention/o_proj",), to_stream=True, proportional_to=values, output_norm=o_norm),
+        )
+        if self.config.experts is not None:  # whose router reads the output of the norm, too
+            return (
+                *attention_sites,
+                Sites(tuple(f"ffn/experts/{name}" for name in inner), to_stream=False, experts=True),
+                Sites(("ffn/experts/down_proj",), to_stream=True, output_norm=down_norm, experts=True),
+            )
+        return (
+            *attention_sites,
             Sites(tuple(f"ffn/{name}" for name in inner if hasattr(ffn, name)), to_stream=False, norm="ffn_norm"),
             Sites(
                 ("ffn/down_proj",),
@@ -242,8 +261,8 @@ class CompressibleBlocks(CountedModule):
 
     @property
     def inner(self) -> str | None:
-        """The layer whose input R4 rotates; None where a norm precedes it."""
-        return None if self.config.sub_norms else "ffn/down_proj"
+        """The layer whose input R4 rotates; None where a norm precedes it, and of experts."""
+        return None if self.config.sub_norms or self.config.experts is not None else "ffn/down_proj"
 
     @property
     def rotation(self) -> Rotation | None:

@@ -195,9 +195,7 @@ def abstract_kernel(
 def unified(kinds: Mapping[tuple[str, int | None], PackedKind]) -> dict[tuple[str, int | None], PackedKind]:
     """The kinds by path and layer; if one layer of a stack is ordered, all its packed layers are."""
     ordered = {without_expert(path)[0] for (path, _), kind in kinds.items() if kind.ordered}
-    return {
-        key: dataclasses.replace(kind, ordered=without_expert(key[0])[0] in ordered) for key, kind in kinds.items()
-    }
+    return {key: dataclasses.replace(kind, ordered=without_expert(key[0])[0] in ordered) for key, kind in kinds.items()}
 
 
 def without_expert(path: str) -> tuple[str, int | None]:
@@ -231,9 +229,7 @@ def kinds_of_stacks(
     return {key: found[0] for key, found in stacks.items()}
 
 
-def runs_of_kinds(
-    kinds: Mapping[tuple[str, int | None], PackedKind], runs: Sequence[range]
-) -> tuple[range, ...]:
+def runs_of_kinds(kinds: Mapping[tuple[str, int | None], PackedKind], runs: Sequence[range]) -> tuple[range, ...]:
     """Runs of layers within which every kernel has one kind, or is float; `runs` are cut, but not joined."""
     paths = {path for path, layer in kinds if layer is not None}
     if not paths:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.expert_config import Experts
 
 
 def _llama2(hidden_size: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_size: int) -> TransformerConfig:
@@ -63,6 +65,12 @@ def _qwen3(
         bos_id=151643,
         eos_ids=(151645, 151643),
     )
+
+
+def _qwen3_moe(hidden_size: int, num_layers: int, num_heads: int, ffn_size: int, experts: Experts) -> TransformerConfig:
+    """Yang et al. 2025, arXiv 2505.09388; the chat models with experts."""
+    dense = _qwen3(hidden_size, num_layers, num_heads, ffn_size, tied=False, num_kv_heads=4)
+    return dataclasses.replace(dense, experts=experts)
 
 
 def _gemma(hidden_size: int, num_layers: int, num_heads: int, num_kv_heads: int, **fields: Any) -> TransformerConfig:
@@ -194,6 +202,8 @@ _PRESETS = {
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 6144, Experts(128, 8, 768)),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 12288, Experts(128, 8, 1536)),
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336),
     "gemma-3-1b": _gemma(
@@ -236,6 +246,20 @@ _PRESETS = {
         window=4096,
         bos_id=1,
         eos_ids=(2,),
+    ),
+    "mixtral-8x7b": TransformerConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_size=14336,
+        context_length=32768,
+        rope_theta=1000000.0,
+        bos_id=1,
+        eos_ids=(2,),
+        experts=Experts(8, 2, 14336),
     ),
     "bitnet-2b": TransformerConfig(
         vocab_size=128256,

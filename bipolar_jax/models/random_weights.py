@@ -102,11 +102,12 @@ def _fill(
             drawn.append((path, variable.replace(values)))
             continue
         arrays, structure = jax.tree.flatten(leaf)
+        stack_axes = 0 if path[0] != "layers" else 2 if "experts" in path else 1
         draw = _draw
         if sharding is not None:
             draw = _drawn_on(tuple(jax.tree.leaves(sharding)), structure)
             generator = np.asarray(generator)  # of the host, which every process has
-        values = draw(tuple(arrays), structure, path[0] == "layers", _deviation(config, path, leaf), generator)
+        values = draw(tuple(arrays), structure, stack_axes, _deviation(config, path, leaf), generator)
         drawn.append((path, variable.replace(values)))
     return nnx.merge(graph, nnx.from_flat_state(drawn))
 
@@ -123,17 +124,17 @@ def _deviation(config: TransformerConfig, path: tuple[str, ...], leaf: Any) -> f
 def _drawn(
     arrays: tuple[jax.ShapeDtypeStruct, ...],
     structure: jax.tree_util.PyTreeDef,
-    is_stack: bool,
+    stack_axes: int,
     deviation: float,
     generator: Generator,
 ) -> Any:
-    """Random numbers for one abstract parameter; for a stack one layer after the other."""
-    if not is_stack:
+    """Random numbers for one abstract parameter; for a stack one layer, or expert, after the other."""
+    if not stack_axes:
         return _draw_one(structure.unflatten(arrays), deviation, generator)[1]
-    one_layer = structure.unflatten([jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in arrays])
-    return jax.lax.scan(
-        lambda generator, _: _draw_one(one_layer, deviation, generator), generator, length=arrays[0].shape[0]
-    )[1]
+    one = structure.unflatten([jax.ShapeDtypeStruct(array.shape[stack_axes:], array.dtype) for array in arrays])
+    stack = arrays[0].shape[:stack_axes]
+    drawn = jax.lax.scan(lambda generator, _: _draw_one(one, deviation, generator), generator, length=math.prod(stack))
+    return jax.tree.map(lambda array: array.reshape(*stack, *array.shape[1:]), drawn[1])
 
 
 # One call per parameter: in one function XLA would start all arrays of one shape as copies of another array of zeros.

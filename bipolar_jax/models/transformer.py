@@ -1,8 +1,8 @@
 """A decoder-only Transformer, its layers stacked and scanned; its config makes it a Llama, a Gemma or an OPT.
 
 Every parameter of `layers` has a leading layer axis, so that the stack compiles as one layer. Layers that are packed
-differently, or of which some have experts, are several stacks, see `nn.compressible.Layered`. Each layer is given the function that attends: training
-and prefill attend causally within the sequence, decoding attends to a `KVCache`.
+differently, or of which some have experts, are several stacks, see `nn.compressible.Layered`. Each layer is given the
+function that attends: training and prefill attend causally within the sequence, decoding attends to a `KVCache`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class Sites:
       output_norm: path of a norm that the output passes before it is added, or None.
       proportional_to: path of a layer of the block to whose outputs the input is proportional, number by number; a head
         of values, of which there may be fewer, makes as many consecutive heads of the input. None for other inputs.
+      experts: whether they are stacks of layers with a leading axis of experts, which `nn.layers.experts.run_experts`
+        runs for the tokens that go to each.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Sites:
     norm: str | None = None
     output_norm: str | None = None
     proportional_to: str | None = None
+    experts: bool = False
 
     @property
     def adds_to_stream(self) -> bool:

@@ -73,6 +73,10 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _round_and_pack(rows, number_format, axis, group_size, calibration, scales) -> BipolarArray:
     rows = jax.lax.stop_gradient(rows)
+    if rows.ndim > 3:  # experts of layers: one by one, so that what rounding makes on the way is one expert's
+        settings = (number_format, axis, group_size, calibration, scales)
+        packed = jax.lax.map(lambda one: _round_and_pack(one, *settings), rows.reshape(-1, *rows.shape[-2:]))
+        return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:-2], *leaf.shape[1:]), packed)
     if scales == "integer":
         codes, scale, groups = round_to_integer_groups(rows, number_format, group_size, calibration)
         return _pack(codes, number_format, scale, None, axis, group_size, groups)

@@ -84,6 +84,11 @@ def make_plan(model: Rotatable, kind: Kind, key: PRNGKeyArray, shards: int = 1, 
 def _check_sites(block: nnx.Module, all_sites: tuple[Sites, ...]) -> None:
     """Raises ValueError unless the block is a float one that adds its outputs to the stream as they are."""
     for sites in all_sites:
+        if sites.experts:
+            raise ValueError(
+                f"{', '.join(sites.names)} are experts, whose router reads the residual stream in its own basis: leave "
+                "the model as it is, and calibrate it"
+            )
         if sites.output_norm is not None:
             raise ValueError(
                 f"the norm {sites.output_norm} follows {', '.join(sites.names)}, before the sum with the residual "

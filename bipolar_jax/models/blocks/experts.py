@@ -69,7 +69,7 @@ class MixtureOfExperts(CountedModule):
     ) -> Float[Array, "batch length hidden"]:
         tokens = normalize(norm, x).reshape(-1, x.shape[-1])
         weights, chosen = self.choose(tokens)
-        blocks = ExpertBlocks.of(chosen, self.count)
+        blocks = ExpertBlocks.of(chosen, weights, self.count)
         if self.first is not None:
             blocks = dataclasses.replace(blocks, experts=blocks.experts + self.first)
         experts, rows = self.experts, blocks.gather(tokens)
@@ -77,8 +77,7 @@ class MixtureOfExperts(CountedModule):
             out = run_experts(experts.down_proj, run_experts(experts.gate_up_proj, rows, blocks), blocks, experts.gate)
         else:
             out = run_experts(experts.down_proj, self._gated(rows, blocks), blocks)
-        summed = jnp.einsum("tcn,tc->tn", blocks.scatter(out).astype(jnp.float32), weights, precision="highest")
-        added = summed.astype(x.dtype).reshape(x.shape)
+        added = blocks.scatter(out).astype(x.dtype).reshape(x.shape)
         return x + (added if post_norm is None else normalize(post_norm, added))
 
     def choose(

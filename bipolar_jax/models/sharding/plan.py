@@ -147,6 +147,8 @@ def _attention_problem(model: Transformer, parts: int) -> str | None:
 
 def _ffn_problem(model: Transformer, parts: int) -> str | None:
     config = model.config
+    if config.experts is not None:
+        return "its experts are not cut"
     if config.sub_norms:
         return "a norm over all of the width precedes down"
     if config.ffn_size % parts:

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.nn.layers.linear import Linear, fuses
+from bipolar_jax.nn.layers.packed import Packed
 from bipolar_jax.ops import Activation
 from bipolar_jax.ops.matmul import vary_alike
 
@@ -40,22 +41,26 @@ class ExpertBlocks:
       sources: the token of each row; the number of tokens for a row that is empty.
       places: the row, counted over all blocks, of each token for each of its experts.
       is_used: whether a block has tokens; None where all have.
+      weights: what the output of each row is multiplied with; 0 in empty rows.
     """
 
     experts: Int[Array, " blocks"]
     sources: Int[Array, "blocks rows"]
     places: Int[Array, "tokens chosen"]
     is_used: Bool[Array, " blocks"] | None
+    weights: Float[Array, "blocks rows"]
 
     @classmethod
-    def of(cls, chosen: Int[Array, "tokens chosen"], count: int) -> ExpertBlocks:
+    def of(
+        cls, chosen: Int[Array, "tokens chosen"], weights: Float[Array, "tokens chosen"], count: int
+    ) -> ExpertBlocks:
         """The blocks of tokens that go to these experts, each to different ones, of so many."""
         tokens, per_token = chosen.shape
         num_blocks, size = block_shape(tokens, per_token, count)
         if tokens == 1:
             experts = chosen[0].astype(jnp.int32)
             places = jnp.arange(per_token, dtype=jnp.int32)[None]
-            return cls(experts, jnp.zeros((per_token, 1), jnp.int32), places, None)
+            return cls(experts, jnp.zeros((per_token, 1), jnp.int32), places, None, weights.T)
         pairs = chosen.reshape(-1)
         order = jnp.argsort(pairs, stable=True)
         numbers = jnp.zeros(count, jnp.int32).at[pairs].add(1)
@@ -65,18 +70,21 @@ class ExpertBlocks:
         rows = first_block[pairs[order]] * size + rank
         places = jnp.zeros_like(rows).at[order].set(rows)
         sources = jnp.full(num_blocks * size, tokens, jnp.int32).at[rows].set((order // per_token).astype(jnp.int32))
+        of_rows = jnp.zeros(num_blocks * size, weights.dtype).at[rows].set(weights.reshape(-1)[order])
         index = jnp.arange(num_blocks, dtype=jnp.int32)
         experts = jnp.minimum(jnp.searchsorted(blocks_to, index, side="right"), count - 1).astype(jnp.int32)
-        places = places.reshape(tokens, per_token)
-        return cls(experts, sources.reshape(num_blocks, size), places, index < blocks_to[-1])
+        sources, of_rows = (array.reshape(num_blocks, size) for array in (sources, of_rows))
+        return cls(experts, sources, places.reshape(tokens, per_token), index < blocks_to[-1], of_rows)
 
     def gather(self, x: Float[Array, "tokens k"]) -> Float[Array, "blocks rows k"]:
         """The tokens of every row; zeros in empty rows."""
         return jnp.take(x, self.sources, axis=0, mode="fill", fill_value=0)
 
-    def scatter(self, y: Float[Array, "blocks rows n"]) -> Float[Array, "tokens chosen n"]:
-        """Inverse of `gather`: the rows of every token, in the order of its experts."""
-        return jnp.take(y.reshape(-1, y.shape[-1]), self.places, axis=0)
+    def scatter(self, y: Float[Array, "blocks rows n"]) -> Float[Array, "tokens n"]:
+        """The weighted sum of the rows of every token, in the order of its experts, float32."""
+        rows = jnp.take(y.reshape(-1, y.shape[-1]), self.places, axis=0).astype(jnp.float32)
+        weights = jnp.take(self.weights.reshape(-1), self.places, axis=0)
+        return jnp.einsum("tcn,tc->tn", rows, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def block_shape(tokens: int, per_token: int, count: int) -> tuple[int, int]:
@@ -114,7 +122,7 @@ def run_experts(
 ) -> Float[Array, "blocks rows n"]:
     """The product of every block with the weights of its expert.
 
-    Float parameters get gradients, which are added up expert by expert; packed ones have none.
+    Float variables get gradients, which are added up expert by expert; packed ones have none.
 
     Args:
       stack: a float or packed layer whose arrays have a leading axis of experts.
@@ -129,8 +137,8 @@ def run_experts(
     if isinstance(stack, RunsExperts):
         return stack.run_experts(x, blocks, activation)
     variables, structure = jax.tree.flatten(stack, is_leaf=_is_variable)
-    floats = [variable if isinstance(variable, nnx.Param) else None for variable in variables]
-    others = [None if isinstance(variable, nnx.Param) else variable for variable in variables]
+    floats = [variable if _has_gradient(variable) else None for variable in variables]
+    others = [None if _has_gradient(variable) else variable for variable in variables]
     options = (prologue, activation) if fuses(stack) else (None, None)
     floats, others, x, experts, is_used = vary_alike((floats, others, x, blocks.experts, blocks.is_used))
     return _products((structure, *options), floats, others, x, experts, is_used)
@@ -202,3 +210,9 @@ def _if_used(used: Bool[Array, ""] | None, function, *operands):
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
+
+
+def _has_gradient(variable: Any) -> bool:
+    """Whether it is a variable of floats, and no packed array."""
+    leaves = jax.tree.leaves(variable)
+    return not isinstance(variable, Packed) and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)

@@ -124,7 +124,9 @@ def _experts(metadata: Metadata, arch: str, ffn_size: int) -> Experts | None:
     if count == 0:
         return None
     if arch not in ("llama", "qwen3moe"):
-        raise ValueError(f"{metadata.source} has {count} experts: of architecture {arch} only dense models are supported")
+        raise ValueError(
+            f"{metadata.source} has {count} experts: of architecture {arch} only dense models are supported"
+        )
     if shared := metadata.integer(f"{arch}.expert_shared_count", 0):
         raise ValueError(f"{metadata.source} has {shared} experts that every token runs: that is not supported")
     used = f"{arch}.expert_used_count"

@@ -2,9 +2,10 @@
 
     python -m tests.models.loaders.golden.make [NAME ...]
 
-makes those of the names given, and keeps all others as they are stored; without names it makes all. Run with torch 2.13 and transformers 5.24, on a CPU, in an environment of its own: tests need neither. Prints the bytes
-of both files. Every config is written as transformers 4 wrote it, and once more as transformers 5 writes it; both must
-give the same logits, in float32 and with every weight in its place.
+makes those of the names given, and keeps all others as they are stored; without names it makes all. Run with torch 2.13
+and transformers 5.24, on a CPU, in an environment of its own: tests need neither. Prints the bytes of both files. Every
+config is written as transformers 4 wrote it, and once more as transformers 5 writes it; both must give the same logits,
+in float32 and with every weight in its place.
 """
 
 from __future__ import annotations
@@ -107,7 +108,12 @@ def longrope(count: int) -> dict[str, Any]:
 QWEN3 = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}
 QWEN2 = {"rope_theta": 1e6, "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
 QWEN3_MOE = QWEN3 | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False, "tie_word_embeddings": False}
+MIXTRAL = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "tie_word_embeddings": False,
+}
 CONFIGS = {
     "llama 1": llama(30, 3, 41, 67, rms_norm_eps=1e-6, tie_word_embeddings=False),
     "llama 2": llama(
