@@ -207,6 +207,12 @@ def without_expert(path: str) -> tuple[str, int | None]:
     return (path, None) if match is None else (match[1] + match[3], int(match[2]))
 
 
+def parameter_order(path: str, layer: int | None) -> tuple[str, int, int]:
+    """Sorts tensors in the order of parameters, so that `assemble` completes one before it starts the next."""
+    together, expert = without_expert(path)
+    return together, -1 if layer is None else layer, -1 if expert is None else expert
+
+
 def kinds_of_stacks(
     kinds: Mapping[tuple[str, int | None], PackedKind], num_experts: int
 ) -> dict[tuple[str, int | None], PackedKind]:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.explain import explain_model
@@ -199,6 +200,26 @@ def test_layers_that_differ_become_runs_and_activations_are_a_choice(tmp_path):
     converted, report = with_integer_groups(exact)
     assert max(max(layer.errors) for layer in report.layers) < 0.02
     assert converted.block(0).ffn.up_proj.precision.scales == "integer"
+
+
+def test_quantized_experts_are_stacks_of_the_stored_integers(tmp_path):
+    """Act-order in one expert of each layer, too; experts that differ in bits are refused."""
+    config, order = gptq_config(desc_act=True), np.random.default_rng(1).permutation(tiny.HIDDEN)
+
+    def make(name, n, k):
+        has_order = "experts.1." in name and k == tiny.HIDDEN
+        return formats.gptq(np.random.default_rng(n), n, k, order=order if has_order else None)
+
+    experts = formats.with_experts(tiny.make(), 3, 2, 32)
+    checkpoint = formats.write(tmp_path / "low", config, make, model=experts)
+    model = load_huggingface(tmp_path / "low").model
+    assert model.runs == (range(1), range(1, 3))
+    assert type(model.layers["1-2"].ffn.router.kernel) is nnx.Param
+    expected = np.asarray(float_model(checkpoint, tmp_path / "float")(IDS))
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=2e-4 * np.abs(expected).max())
+    formats.write(tmp_path / "some", config, make, model=experts, float_layers=["2.mlp.experts.0."])
+    with pytest.raises(ValueError, match="experts of layer 2 are 2 of 3 packed in layers/ffn/experts/down_proj/kernel"):
+        load_huggingface(tmp_path / "some")
 
 
 @pytest.mark.parametrize(

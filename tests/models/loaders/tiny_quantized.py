@@ -126,7 +126,35 @@ def bitsandbytes(rng, n: int, k: int):
     return Quantized({"weight": codes, "SCB": largest, "weight_format": np.array(0, np.uint8)}, weight)
 
 
-def write(directory: Path, config: dict[str, Any], make, *, float_layers=(), **overrides) -> tiny.Tiny:
+def with_experts(model: tiny.Tiny, count: int, per_token: int, ffn: int) -> tiny.Tiny:
+    """The checkpoint as a Qwen3-MoE with norms of queries and keys that are ones, and experts in all layers but 0."""
+    rng, weights = np.random.default_rng(5), {}
+
+    def matrix(rows, columns):
+        return (rng.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
+
+    for name, array in model.weights.items():
+        if ".mlp." not in name or ".0.mlp." in name:
+            weights[name] = array
+    for layer in range(tiny.LAYERS):
+        name = f"model.layers.{layer}."
+        weights |= {f"{name}self_attn.{part}_norm.weight": np.ones(tiny.HEAD_DIM, np.float32) for part in "qk"}
+        if layer:
+            weights[f"{name}mlp.gate.weight"] = matrix(count, tiny.HIDDEN)
+            for part, shape in {
+                "gate": (ffn, tiny.HIDDEN),
+                "up": (ffn, tiny.HIDDEN),
+                "down": (tiny.HIDDEN, ffn),
+            }.items():
+                names = (f"{name}mlp.experts.{expert}.{part}_proj.weight" for expert in range(count))
+                weights |= {each: matrix(*shape) for each in names}
+    experts = {"num_experts": count, "num_experts_per_tok": per_token, "moe_intermediate_size": ffn}
+    return dataclasses.replace(model, arch="qwen3_moe", weights=weights, config=experts | {"mlp_only_layers": [0]})
+
+
+def write(
+    directory: Path, config: dict[str, Any], make, *, float_layers=(), model: tiny.Tiny | None = None, **overrides
+) -> tiny.Tiny:
     """Writes a tiny Llama whose linear layers `make(name, n, k)` quantizes; returns the float model of its weights.
 
     Args:
@@ -134,9 +162,10 @@ def write(directory: Path, config: dict[str, Any], make, *, float_layers=(), **o
       config: quantization_config.
       make: a `Quantized` for the name and sizes of a layer.
       float_layers: parts of names of layers that stay floats.
+      model: the checkpoint, in place of a Llama.
       overrides: of `tiny.make`.
     """
-    model = tiny.make(**overrides)
+    model = tiny.make(**overrides) if model is None else model
     weights, stored = dict(model.weights), {}
     for name, array in model.weights.items():
         module = name.removesuffix(".weight")

@@ -24,7 +24,13 @@ from bipolar_jax.models.loaders.gguf.data import GGUFData
 from bipolar_jax.models.loaders.gguf.header import GGUFTensor, check_gguf
 from bipolar_jax.models.loaders.gguf.metadata import Metadata
 from bipolar_jax.models.loaders.gguf.tokenizer import build_tokenizer
-from bipolar_jax.models.packed_kernels import PackedKind, PackedNumbers, PackedTensor, check_activations
+from bipolar_jax.models.packed_kernels import (
+    PackedKind,
+    PackedNumbers,
+    PackedTensor,
+    check_activations,
+    parameter_order,
+)
 from bipolar_jax.models.pretrained import PretrainedModel
 
 _MOST_ROPE_FACTORS = 1 << 16
@@ -64,11 +70,10 @@ def load_gguf(
         arch = metadata.text("general.architecture")
         # The metadata may hold millions of texts, which would stay beside the weights.
         del values, metadata
-        # In the order of parameters, so that `assemble` completes one before it starts the next.
         named = [(tensor, *targets(name, arch, str(path))) for name, tensor in stored.items()]
         with errors_name(path):
             parts = [part for tensor, paths, layer in named for part in _parts(config, tensor, paths, layer)]
-            parts.sort(key=lambda part: part[:2])
+            parts.sort(key=lambda part: parameter_order(*part[:2]))
             check_layout(config, ((target, _layer(layer), _our_shape(part)) for target, layer, part in parts))
             found, kinds = [], {}
             for target, layer, part in parts:

@@ -22,6 +22,7 @@ from bipolar_jax.models.loaders.huggingface.quantized.method import read_format,
 from bipolar_jax.models.loaders.huggingface.quantized.module import QuantizedFormat
 from bipolar_jax.models.loaders.huggingface.quantized.tensors import packed_tensors
 from bipolar_jax.models.loaders.huggingface.safetensors_files import SafetensorsFiles
+from bipolar_jax.models.packed_kernels import parameter_order
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import load_tokenizer
 
@@ -71,8 +72,7 @@ def load_huggingface(
         )
         for target in (target for name in names for target in of_name(name)):
             found.append((target.path, _layer(target), _lazy(files, target, config)))
-        # In the order of parameters, so that `assemble` completes one before it starts the next.
-        found.sort(key=lambda entry: (entry[0], -1 if entry[1] is None else entry[1]))
+        found.sort(key=lambda entry: parameter_order(*entry[:2]))
         check_layout(config, ((path, layer, tensor.shape) for path, layer, tensor in found))
         kinds = {key: tensor.kind for key, tensor in packed.items()}
         return PretrainedModel(assemble(config, found, param_dtype, kinds), tokenizer, template)
