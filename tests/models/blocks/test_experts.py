@@ -22,6 +22,7 @@ from bipolar_jax.models.inference.explain import explain_model
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.random_weights import random_packed
+from bipolar_jax.models.sharding.plan import plan_shards
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import run_name
 from bipolar_jax.nn.layers.experts import ExpertBlocks, block_shape, run_experts
@@ -40,7 +41,7 @@ CONFIG = TransformerConfig(
     experts=EXPERTS,
 )
 IDS = np.arange(24).reshape(2, 12) % 40
-RULES = [("^layers/", "W4A8g16")]
+RULES = [("^layers/", "W4A8")]
 forward = jax.jit(lambda model, ids: model(ids))
 
 
@@ -126,7 +127,7 @@ def test_products_and_gradients_are_those_of_each_expert(tokens):
 
 def test_stacks_of_experts_are_rounded_as_each_expert_alone(model, packed):
     float_kernel, kernel = (each.layers.ffn.experts.down_proj.kernel.get_value() for each in (model, packed))
-    alone, of_stack = bj.quantize(float_kernel[1, 3], 4, -2, 16), jax.tree.map(lambda leaf: leaf[1, 3], kernel)
+    alone, of_stack = bj.quantize(float_kernel[1, 3], 4, -2), jax.tree.map(lambda leaf: leaf[1, 3], kernel)
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(of_stack), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -180,9 +181,15 @@ def test_explain_counts_the_experts_that_are_read(packed):
     assert explanation.not_one_kernel == "the kernel of all layers does not compute experts"
 
 
+def test_a_mesh_leaves_experts_whole_and_says_so(packed):
+    plan = plan_shards(packed, {"model": 2})
+    assert (plan.attention, plan.ffn) == (True, False)
+    assert "feed-forward blocks whole on every device: its experts are not cut" in plan.whole
+
+
 def test_training_at_low_precision_gives_the_packed_block(model):
     """Gradients reach every expert's weights and the router; packing keeps the bits of training."""
-    trained = bj.nn.quantization_aware(model.block(0).ffn, [("experts/", "W4A8g16")])
+    trained = bj.nn.quantization_aware(model.block(0).ffn, [("experts/", "W4A8")])
     x, norm = np.sin(np.arange(12 * 32, dtype=np.float32)).reshape(1, 12, 32), model.block(0).ffn_norm
 
     def run(ffn, x):
