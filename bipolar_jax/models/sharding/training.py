@@ -79,6 +79,7 @@ def plan_training(stages: Sequence[Transformer], sizes: Mapping[str, int]) -> Tr
     config = stages[0].config
     attention = _does_not_divide(config.num_heads, parts, "heads") or _rows_problem(stages, "o_proj", parts)
     ffn = _does_not_divide(config.ffn_size, parts, "columns") or _rows_problem(stages, "down_proj", parts)
+    ffn = ffn if config.experts is None else "its experts are not cut"
     output = "it is the embedding" if config.tie_embeddings else _does_not_divide(config.vocab_size, parts, "tokens")
     named = (("attention", attention), ("feed-forward blocks", ffn), ("output layer", output))
     whole = [f"{name} whole on every device: {problem}" for name, problem in named if problem]
