@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # Of packed weights: "planes", "bytes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
     config.layout = ""
     # Sequences that packed models decode in one kernel, where a backend has it: up to 4.
-    config.fused_sequences = 1
+    config.fused_sequences = 4
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
     config.mesh = ConfigDict({"data": 1, "model": 1})
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of

@@ -24,9 +24,9 @@ from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.ops import Activation, Prologue
 
-# Sequences that one kernel decodes unless a model says otherwise (`prepare_for_inference`). The kernel serves up to
-# four; more than one have not been timed, see `kernels/sm90/decode_step/README.md`.
-MOST_SEQUENCES = 1
+# Sequences that one kernel decodes unless a model says otherwise (`prepare_for_inference`): what Hopper's serves, see
+# `kernels/sm90/decode_step/README.md`.
+MOST_SEQUENCES = 4
 
 
 def fused_layers(
