@@ -5,10 +5,6 @@
 Every product is checked against the exact one of sampled rows and columns, and timed with weights from memory: calls
 rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and the terms of their groups. From 17 tokens
 on `gemm_expanded` is timed beside it, with and without splits of K.
-
-    python -m experiments.bench.products.few_tokens --out=DIR/few_tokens.json --prefetch=0,4,8,12,16
-
-also times the product with the quantizer before it, which prefetches so many MiB of the weights.
 """
 
 from __future__ import annotations
@@ -22,13 +18,12 @@ import numpy as np
 
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times
-from bipolar_jax.kernels.sm90.backend.prefetching import read_first
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling, with_slots
-from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
@@ -112,21 +107,11 @@ def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling) -
     """The product as a function of its operands."""
 
     def product(tokens, w):
-        multiply = tokens_product if isinstance(tiling, Tiling) else few_tokens_product
-        return multiply(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
+        if isinstance(tiling, Tiling):
+            return tokens_product(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
+        return few_tokens_product(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
 
     return product, operands
-
-
-def quantized_call(x, w: PreparedArray, tiling: FewTokensTiling | Tiling, mebibytes: float) -> Call:
-    """The product behind the quantizer of its tokens, which prefetches so much of the weights."""
-
-    def product(x, w):
-        prefetched = read_first(w, tiling, int(mebibytes * 2**20))
-        tokens = quantize_and_pack(x, A_FORMAT, "int8", prefetched=prefetched, interpret=interpret_params())
-        return call((tokens, w), tiling)[0](tokens, w)
-
-    return product, (x, w)
 
 
 def timed(call: Call, position: int, iterations: int) -> dict[str, Any]:
@@ -162,32 +147,12 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
             console.print(
                 f"  W{text}A8 {times[name]:.1f} us, {nbytes / times[name] / 1e3:.0f} GB/s, {speed:.2f}x bf16, {name}"
             )
-        for name, tiling in tilings.items() if options.prefetch else ():
-            figures |= measure_prefetched(operands.x, args[1], name, tiling, options)
     return row
-
-
-def measure_prefetched(
-    x, w: PreparedArray, name: str, tiling: FewTokensTiling | Tiling, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Figures of the quantizer and the product together by what the quantizer prefetches; all give the same numbers."""
-    figures, expected = {}, None
-    for mebibytes in map(float, options.prefetch.split(",")):
-        own = quantized_call(x, w, tiling, mebibytes)
-        product = np.asarray(jax.jit(own[0])(*own[1]), np.float32)
-        expected = product if expected is None else expected
-        if not np.array_equal(product, expected):
-            raise ValueError(f"{name}: the product changes with {mebibytes:g} MiB of the weights prefetched")
-        own_name = f"{name}, with the quantizer, {mebibytes:g} MiB prefetched"
-        figures[own_name] = timed(own, _WEIGHTS, options.iterations)
-        console.print(f"    {figures[own_name]['microseconds']:.1f} us, {own_name}")
-    return figures
 
 
 def main() -> None:
     parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
     parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
-    parser.add_argument("--prefetch", default="", help="MiB, such as 0,4,8: also time the quantizer with the product")
     options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))
 

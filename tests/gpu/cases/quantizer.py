@@ -10,13 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.semantics.hadamard import LARGEST_WARP_BLOCK, Hadamard, hadamard
 from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, Prologue, RMSNorm
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
-from bipolar_jax.kernels.sm90.quantize_rows.prefetch import FirstBytes
 from tests.gpu.cases.operands import generator
 from tests.gpu.trial import Case, Trial, one_program
 
@@ -28,8 +26,6 @@ _PROLOGUES = ("rms", "layer", "silu gated", "gelu gated", "silu", "gelu", "relu"
 # Rotated in the largest blocks of powers of two that divide them.
 _ROTATED = ("rotated", "silu gated rotated", "relu rotated")
 _ROTATED_SIZES = [(1, 14336), (33, 1536), (3, 4224), (1100, 1088), (700, 512), (300, 6144), (9, 100), (1100, 1056)]
-# Of an array that few rows are quantized before: prefetched, to no effect on the numbers.
-_FIRST = FirstBytes(rows=300, row_bytes=16384, ranges=2, spacing=8192, nbytes=4144)
 
 
 def cases() -> list[Case]:
@@ -91,16 +87,13 @@ def _case(
             np.testing.assert_array_equal(zero_code, zero)
             np.testing.assert_array_equal(codes, tokens.codes)
 
-        def quantize(x, wanted, later):
-            prefetched = ((later, _FIRST),) if m <= FEW_TOKENS_LIMIT else ()
-            options = {"prologue": wanted, "prefetched": prefetched, "interpret": interpret_params()}
-            packed = quantize_and_pack(x, a_format, operand, **options)
+        def quantize(x, wanted):
+            packed = quantize_and_pack(x, a_format, operand, prologue=wanted, interpret=interpret_params())
             vectors = (packed.scale, packed.zero_code, packed.code_sums)
             # Elements of the vectors from m on are undefined.
             return packed.words, *(vector[:m] for vector in vectors)
 
-        later = np.zeros((_FIRST.rows, _FIRST.row_bytes), np.uint8)
-        return one_program(quantize, (x, wanted, later), check)
+        return one_program(quantize, (x, wanted), check)
 
     note = prologue or ("" if span == 1 else f"span {span}") + (" symmetric" if symmetric else "")
     return Case(f"A{bits} {operand} {m}x{k} {np.dtype(dtype).name} {note}".strip(), make)

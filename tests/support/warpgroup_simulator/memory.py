@@ -11,7 +11,6 @@ from bipolar_jax.kernels.sm90.core import ptx
 from tests.support.warpgroup_simulator.control import active, check_convergence
 from tests.support.warpgroup_simulator.types import THREADS
 
-prefetches: list[tuple[int, int]] = []  # offset and number of bytes of every call of `prefetch_bytes`
 bank_conflicts = [0]  # accesses beyond the fewest possible, summed over all 16-byte loads from shared memory
 
 
@@ -72,16 +71,6 @@ def load_transposed(ptr):
 
 def prefetch(ptr):
     _check_addresses(ptr, 1)
-
-
-def prefetch_bytes(ptr, nbytes):
-    data, offsets, space = ptr
-    chosen, nbytes = offsets[active()], nbytes[active()]
-    assert space == ptx.GLOBAL
-    assert not ((chosen | nbytes) % 16).any()
-    assert min(nbytes, default=1) > 0 <= min(chosen, default=0)
-    assert (chosen + nbytes <= data.size).all()
-    prefetches.extend(zip(chosen.tolist(), nbytes.tolist(), strict=True))
 
 
 def load_half(ptr):

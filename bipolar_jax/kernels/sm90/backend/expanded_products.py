@@ -19,7 +19,6 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     expands_in_memory,
     plan_expanded,
 )
-from bipolar_jax.kernels.sm90.backend.prefetching import read_first
 from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
@@ -63,11 +62,8 @@ def quantized_matmul(
     Raises:
       Unsupported: groups that are no multiple of 16 elements; rows too long to quantize on chip.
     """
-    few_prepared = isinstance(w, PreparedArray) and x.shape[0] <= FEW_TOKENS_LIMIT
     w = laid_out(w, gated=activation is not None and activation.gated)
-    prefetched = read_first(w, plan_expanded(x.shape[0], w, x.dtype).tiling) if few_prepared else ()
-    options = {"prologue": prologue, "prefetched": prefetched, "interpret": interpret_params()}
-    tokens = quantize_and_pack(x, a_format, "int8", **options)
+    tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret_params())
     return expanded_tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
 
 

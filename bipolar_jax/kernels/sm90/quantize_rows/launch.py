@@ -32,7 +32,6 @@ from bipolar_jax.kernels.sm90.core.hardware import (
     WARPGROUP,
 )
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
-from bipolar_jax.kernels.sm90.quantize_rows.prefetch import FirstBytes, Prefetched, prefetch_share
 from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, SCRATCH_WORDS
 from bipolar_jax.kernels.sm90.quantize_rows.twin import quantize_slot_twin
@@ -74,7 +73,6 @@ def quantize_and_pack(
     operand: OperandKind,
     *,
     prologue: Prologue | None = None,
-    prefetched: Prefetched = (),
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
@@ -87,8 +85,6 @@ def quantize_and_pack(
       operand: the kind of words, see `PackedTokens`.
       prologue: applied to x first, in float32; its sums are in another order than XLA's. XLA computes one that rotates
         blocks that are not within a warp (`Hadamard.within_warp`).
-      prefetched: arrays that the next kernel reads, and which bytes of them to prefetch to the L2 cache; there is none
-        in interpret mode.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -101,9 +97,8 @@ def quantize_and_pack(
         x, prologue = prologue(x), None
     quantizer, inputs = plan(x, a_format, operand, prologue)
     # A jit of its own is lowered once: XLA can then merge the calls of layers that share x.
-    launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 1, 2, 3))
-    arrays, first = zip(*prefetched, strict=True) if prefetched and not interpret else ((), ())
-    return PackedTokens(*launch(quantizer, first, blocks, interpret, inputs, list(arrays)))
+    launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
+    return PackedTokens(*launch(quantizer, inputs, blocks, interpret))
 
 
 def plan(
@@ -158,29 +153,22 @@ def _threads_of_row(m: int, k: int, row_bytes: int) -> int:
     return WARP if k <= WARP * BLOCK else WARPGROUP
 
 
-def _launch(
-    quantizer: RowQuantizer,
-    first: tuple[FirstBytes, ...],
-    blocks: int,
-    interpret,
-    inputs: list[Array],
-    prefetched: list[Array],
-) -> list[Array]:
-    """Runs the kernel; returns the fields of `PackedTokens`. Of each array `prefetched` it prefetches `first`."""
+def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
+    """Runs the kernel; returns the fields of `PackedTokens`."""
     m, rows, columns = quantizer.m, quantizer.rows, inputs[0].shape[1]
     vector_bytes = sum(vector.nbytes for vector in inputs[1:])
     warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, vector_bytes)
     steps = pl.cdiv(m, rows)
-    blocks = blocks if prefetched else min(blocks, steps)  # those without rows prefetch
+    blocks = min(blocks, steps)
     workers = warpgroups * blocks
     # In these modes a copy is one bulk copy of bytes, without the size limits of TMA's boxes.
     in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     last_slot = plgpu.OOBFillMode.UNDEFINED if m % rows else in_bounds
 
     def kernel(*refs):
-        (x, *vectors), refs = refs[: len(inputs)], refs[len(inputs) :]
-        arrays, refs = refs[: len(prefetched)], refs[len(prefetched) :]
-        outputs, (ring, scratch, arrived, *vector_slots) = refs[:4], refs[4:]
+        x, *vectors = refs[: len(inputs)]
+        outputs = refs[len(inputs) : len(inputs) + 4]
+        ring, scratch, arrived, *vector_slots = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = warpgroup * blocks + block  # consecutive rows go to different multiprocessors
 
@@ -201,24 +189,13 @@ def _launch(
             pl.when(turn < turns)(functools.partial(load, turn))
         vector_slots, arrivals = vector_slots[: len(vectors)], vector_slots[len(vectors) :]
 
-        has_rows = block < steps
-
-        @pl.when((warpgroup == 0) & has_rows)
+        @pl.when(warpgroup == 0)
         def _():
             for vector, vector_slot, arrival in zip(vectors, vector_slots, arrivals, strict=True):
                 plgpu.copy_gmem_to_smem(vector, vector_slot, arrival, oob_mode=in_bounds)
 
-        if arrays:
-
-            @pl.when(warpgroup == warpgroups - 1)  # behind the loads of rows
-            def _():
-                for which, array in zip(first, arrays, strict=True):
-                    prefetch_share(which, array, block, blocks)
-
-        @pl.when(has_rows)
-        def _():
-            for arrival in arrivals:
-                plgpu.barrier_wait(arrival)
+        for arrival in arrivals:
+            plgpu.barrier_wait(arrival)
 
         @pl.loop(0, turns)
         def _(turn):
@@ -252,7 +229,7 @@ def _launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # `quantizer` has the barriers it needs
         ),
-    )(*inputs, *prefetched)
+    )(*inputs)
 
 
 def check_row(k: int, dtype: jnp.dtype) -> None:

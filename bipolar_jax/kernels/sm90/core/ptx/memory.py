@@ -70,11 +70,6 @@ def prefetch(ptr: Pointer) -> None:
     inline_ptx("prefetch.global.L2 [$0];", ptr, has_side_effects=True)
 
 
-def prefetch_bytes(ptr: Pointer, nbytes: Value) -> None:
-    """Prefetches bytes of global memory into the L2 cache; the address and their number are multiples of 16."""
-    inline_ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", ptr, nbytes, has_side_effects=True)
-
-
 def load_half(ptr: Pointer) -> Value:
     """Loads 16 bits, aligned, zero-extended to a word."""
     return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
