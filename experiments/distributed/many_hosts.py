@@ -32,8 +32,8 @@ from experiments.support.progress import console
 PAGE = "MANY_HOSTS.md"
 # Reductions of [tokens, hidden] in a layer of a training step: o and down forward; q, k, v, gate and up backward.
 _TRAINING_REDUCTIONS = 7
-# Float32 parameter, gradient and two moments of AdamW.
-_TRAINING_BYTES = 16
+# A float32 parameter and its gradient; two moments of AdamW, which are divided over data.
+_PARAMETER_BYTES, _MOMENT_BYTES = 8, 8
 _HEAD = """# Large models on many GPUs: what the links carry
 
 Written by `python -m experiments.distributed.many_hosts --config=configs/many_hosts.py --workdir=experiments/results`.
@@ -44,7 +44,8 @@ weights over the second.
 - A layer of a decode step reduces twice, after o and after down: int32 sums [tokens, hidden] and sums of columns
   [hidden]; and before each of the two, two float32 numbers a token. How logits become tokens is left out.
 - A layer of a training step reduces [tokens, hidden] of four bytes seven times: after o and down forward, of q, k, v,
-  gate and up backward. Gradients are reduced over data once a step, in float32.
+  gate and up backward. Gradients are reduced over data once a step, in float32; as moments are divided over data, the
+  two halves are assumed to be a scatter of sums and a gather of updates, which XLA chooses.
 - To reduce S bytes over P devices each sends 2 (P - 1) / P S. Over several hosts sums are first reduced within each.
 """
 
@@ -161,7 +162,7 @@ _TRAINING = (
 
 
 def training(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
-    """A row of the table: what a step exchanges; parameters are cut as layers are, the optimizer's state with them."""
+    """A row of the table: what a step exchanges; parameters are cut as layers are, moments over data too."""
     shapes = model.config
     whole = 2 * shapes.vocab_size * shapes.hidden_size / (1 if shapes.vocab_size % layout.model else 2)
     cut = _linear_parameters(shapes) + 2 * shapes.vocab_size * shapes.hidden_size - whole
@@ -171,7 +172,7 @@ def training(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
     sums = [reductions * size for size in layout.over_model(4 * tokens * shapes.hidden_size)]
     gradients = layout.over_data(4 * parameters)
     nvlink, network = (both[0] + both[1] for both in zip(sums, gradients, strict=True))
-    state = _TRAINING_BYTES * parameters
+    state = (_PARAMETER_BYTES + _MOMENT_BYTES / layout.data) * parameters
     return [
         str(layout.data * layout.model),
         str(layout),

@@ -65,29 +65,35 @@ class Placement:
             flat.append((path, variable.replace(self._put(value, NamedSharding(self.mesh, spec)))))
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def params(self, params: Params) -> Params:
-        """Parameters of the host or of one device, the same in every process, placed."""
-        return {name: self._put(value, self._sharding(name, value)) for name, value in params.items()}
+    def _params(self, params: Params) -> Params:
+        """Parameters of the host or of one device, the same in every process, placed on the mesh."""
+        return {
+            name: self._put(value, NamedSharding(self.mesh, self.plan.spec(name, value.ndim)))
+            for name, value in params.items()
+        }
 
     def state(self, params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-        """`initial_state` of `params`, placed: moments where their parameters are."""
+        """`initial_state` of `params`, placed."""
         if self.mesh is None:
             return initial_state(params, optimizer, seed)
         shardings = self.shardings(jax.eval_shape(lambda params: initial_state(params, optimizer, seed), params))
         return jax.jit(lambda params: initial_state(params, optimizer, seed), out_shardings=shardings)(
-            self.params(params)
+            self._params(params)
         )
 
     def shardings(self, state: Any) -> Any:
-        """The shardings of a state's leaves; None without a mesh. A leaf below a parameter's name is cut as that is."""
+        """The shardings of a state's leaves: parameters, and the optimizer's moments of each; None without a mesh."""
         if self.mesh is None:
             return None
         names = set(state.params)
 
         def of(path, leaf):
             keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in names]
-            shape = state.params[keys[-1]].shape if keys else None
-            return self._sharding(keys[-1] if shape == leaf.shape else None, leaf)
+            if not keys or state.params[keys[-1]].shape != leaf.shape:
+                return NamedSharding(self.mesh, PartitionSpec())
+            is_parameter = path[0] == jax.tree_util.GetAttrKey("params")
+            spec = self.plan.spec(keys[-1], leaf.ndim) if is_parameter else self.plan.moment_spec(keys[-1], leaf.shape)
+            return NamedSharding(self.mesh, spec)
 
         return jax.tree_util.tree_map_with_path(of, state)
 
@@ -105,11 +111,6 @@ class Placement:
     def one_device(self, params: Params) -> Params:
         """The parameters on one device of this process: all processes call this."""
         return params if self.mesh is None else {name: jnp.asarray(on_host(value)) for name, value in params.items()}
-
-    def _sharding(self, name: str | None, leaf: Any) -> NamedSharding | None:
-        if self.mesh is None:
-            return None
-        return NamedSharding(self.mesh, PartitionSpec() if name is None else self.plan.spec(name, leaf.ndim))
 
     def _put(self, array: Any, sharding: NamedSharding | None) -> Array:
         if sharding is None:

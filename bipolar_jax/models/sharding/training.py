@@ -1,7 +1,7 @@
 """How a Transformer in training is cut over a mesh: which axis of each float parameter is divided.
 
 XLA partitions a jitted step by these shardings; products partition themselves (`ops.partitioned`). Tokens are divided
-over "data", heads and widths over "model", and so are gradients and the optimizer's moments of what is cut.
+over "data", heads and widths over "model"; the optimizer's moments over both.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ class TrainingPlan:
             axes[-2 if last == "step_size" else -1] = MODEL
         elif layers & set(self.rows) and last == "kernel":
             axes[-2] = MODEL
+        return PartitionSpec(*axes)
+
+    def moment_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """The spec of what an optimizer keeps of a parameter: cut as that is, and over `DATA` where an axis divides.
+
+        Each device then updates its part of a parameter, which XLA gathers (ZeRO stage 1, arXiv 1910.02054).
+        """
+        axes = [*self.spec(name, len(shape))]
+        free = [axis for axis, names in enumerate(axes) if names is None and shape[axis] % self.data == 0]
+        if self.data > 1 and free:
+            axes[max(free, key=lambda axis: shape[axis])] = DATA
         return PartitionSpec(*axes)
 
     def __str__(self) -> str:

@@ -121,6 +121,9 @@ def test_what_does_not_divide_is_whole_and_said():
     assert plan(2).spec("layers/attention/q_proj/dot_general/step_size", 3) == P(None, "model", None)
     assert plan(2).spec("layers/attention/q_proj/bias", 2) == P(None, "model")
     assert plan(2).spec("embed/embedding", 2) == P(None, None)
+    assert plan(2).moment_spec("layers/ffn/down_proj/kernel", (1, 128, 32)) == P(None, "model", "data")
+    assert plan(2).moment_spec("embed/embedding", (48, 32)) == P("data", None)
+    assert plan(2).moment_spec("final_norm/scale", (31,)) == P(None)
     assert str(plan(4, vocab_size=49)).splitlines() == [
         "2 x 4 devices (data, model); cut over model: q_proj, gate_proj, up_proj, o_proj, down_proj",
         "  output layer whole on every device: 49 tokens do not divide over 4 devices",

@@ -1,0 +1,52 @@
+"""The page of bytes a link: numbers that are counted by hand for a tiny model, and meshes that are refused."""
+
+from __future__ import annotations
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import many_hosts as many_hosts_config
+from experiments.distributed import many_hosts
+from experiments.distributed.many_hosts import Layout
+
+TINY = {
+    "hidden_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "ffn_size": 256,
+    "vocab_size": 64,
+    "context_length": 64,
+}
+
+
+def test_sums_over_hosts_pass_each_link_once():
+    within, across = Layout(1, 8, 8), Layout(1, 32, 8)
+    assert within.over_model(800.0) == (1400.0, 0.0)  # 2 * 7 / 8 of 800
+    assert across.over_model(800.0) == (1400.0, 150.0)  # then 2 * 3 / 4 of 100 a GPU
+    assert Layout(16, 8, 8).over_data(80.0) == (0.0, 150.0)  # one device of a host has a gradient of its own
+    assert Layout(16, 2, 8).over_data(80.0) == (120.0, 30.0)
+
+
+def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
+    config = many_hosts_config.get_config()
+    config.models, config.meshes, config.texts = ConfigDict({"tiny": TINY}), "1x2,1x3", 4
+    config.precision, config.gpus_per_host, config.cached_tokens = "W4A8g32", 6, 8
+    many_hosts.main(config, tmp_path)
+    page = (tmp_path / many_hosts.PAGE).read_text()
+    assert "| network | 50 | 30 | **assumed**, not measured |" in page
+    # Four reductions of 4 bytes of 4 tokens and the columns' sums, and of 8 bytes a token: over two devices once each.
+    sent = 4 * (4 * (4 + 1) * 128 + 8 * 4)
+    row = next(line for line in page.splitlines() if line.startswith("| 2 | 1x2 |"))
+    assert row.split(" | ")[5] == f"{sent / 4 / 1e3:,.0f}"
+    assert (
+        "| 3 | 1x3 | refused: the model cannot be cut over 3 devices: attention whole on every device: 4 heads" in page
+    )
+
+
+def test_meshes_that_straddle_hosts_are_refused():
+    with pytest.raises(ValueError, match="mesh 1x12: 12 devices of a model and hosts of 8 do not divide each other"):
+        many_hosts._layout("1x12", 8)
+    with pytest.raises(ValueError, match="config.meshes has '8': write data x model"):
+        many_hosts._layout("8", 8)
