@@ -1,6 +1,6 @@
 """Writes MANY_HOSTS.md: the bytes that each link of a GPU carries for a token, for large models on many GPUs.
 
-    python -m experiments.distributed.many_hosts --config=configs/many_hosts.py --workdir=experiments/results
+    python -m experiments.distributed.many_hosts --config=configs/bench/many_hosts.py --workdir=experiments/results
 
 Nothing runs: bytes follow from the models' shapes and from the exchanges of a layer, which tests count in compiled
 programs. Times are bytes by rates that the config gives with their source; a rate without one is called an assumption.
@@ -26,8 +26,9 @@ from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.models.sharding.plan import MODEL, plan_shards
 from bipolar_jax.models.transformer import Transformer
-from experiments.support import app
-from experiments.support.progress import console
+
+from ..support import app
+from ..support.progress import console
 
 PAGE = "MANY_HOSTS.md"
 # Reductions of [tokens, hidden] in a layer of a training step: o and down forward; q, k, v, gate and up backward.
@@ -36,8 +37,8 @@ _TRAINING_REDUCTIONS = 7
 _PARAMETER_BYTES, _MOMENT_BYTES = 8, 8
 _HEAD = """# Large models on many GPUs: what the links carry
 
-Written by `python -m experiments.distributed.many_hosts --config=configs/many_hosts.py --workdir=experiments/results`.
-**Nothing here was run on so many GPUs.** Bytes follow from the shapes and from the exchanges of a layer, which
+Written by `python -m experiments.distributed.many_hosts --config=configs/bench/many_hosts.py
+--workdir=experiments/results`. **Nothing here was run on so many GPUs.** Bytes follow from the shapes and from the exchanges of a layer, which
 `tests/models/sharding` counts in compiled programs. A mesh is data x model: texts are divided over the first axis,
 weights over the second.
 

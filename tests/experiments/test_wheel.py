@@ -57,7 +57,7 @@ def test_nothing_but_the_package_is_at_the_top_level(wheel):
 def test_the_wheel_has_every_program_and_config_of_the_checkout(wheel):
     """Except benchmarks: a new file has to be named in pyproject.toml."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = [*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/[est]*/*.py")]
+    files = [*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/[dest]*/*.py")]
     assert {f"bipolar_jax/{file.relative_to(ROOT).as_posix()}" for file in files} <= names
 
 
