@@ -1,6 +1,7 @@
 """Writes MANY_HOSTS.md: the bytes that each link of a GPU carries for a token, for large models on many GPUs.
 
-    python -m experiments.distributed.many_hosts --config=configs/bench/many_hosts.py --workdir=experiments/results
+    python -m experiments.distributed.many_hosts --config=configs/distributed/many_hosts.py \\
+        --workdir=experiments/results
 
 Nothing runs: bytes follow from the models' shapes and from the exchanges of a layer, which tests count in compiled
 programs. Times are bytes by rates that the config gives with their source; a rate without one is called an assumption.
@@ -37,10 +38,10 @@ _TRAINING_REDUCTIONS = 7
 _PARAMETER_BYTES, _MOMENT_BYTES = 8, 8
 _HEAD = """# Large models on many GPUs: what the links carry
 
-Written by `python -m experiments.distributed.many_hosts --config=configs/bench/many_hosts.py
---workdir=experiments/results`. **Nothing here was run on so many GPUs.** Bytes follow from the shapes and from the exchanges of a layer, which
-`tests/models/sharding` counts in compiled programs. A mesh is data x model: texts are divided over the first axis,
-weights over the second.
+Written by `python -m experiments.distributed.many_hosts --config=configs/distributed/many_hosts.py
+--workdir=experiments/results`. **Nothing here was run on so many GPUs.** Bytes follow from the shapes and from the
+exchanges of a layer, which `tests/models/sharding` counts in compiled programs. A mesh is data x model: texts are
+divided over the first axis, weights over the second.
 
 - A layer of a decode step reduces twice, after o and after down: int32 sums [tokens, hidden] and sums of columns
   [hidden]; and before each of the two, two float32 numbers a token. How logits become tokens is left out.

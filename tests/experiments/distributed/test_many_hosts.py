@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ml_collections import ConfigDict
 
-from configs.bench import many_hosts as many_hosts_config
+from configs.distributed import many_hosts as many_hosts_config
 from experiments.distributed import many_hosts
 from experiments.distributed.many_hosts import Layout
 

@@ -1,6 +1,6 @@
 """What links carry when Llama-3.1-70B and 405B run and train on 8, 64 and 256 GPUs: experiments/results/MANY_HOSTS.md.
 
-python -m experiments.distributed.many_hosts --config=configs/bench/many_hosts.py --workdir=experiments/results
+python -m experiments.distributed.many_hosts --config=configs/distributed/many_hosts.py --workdir=experiments/results
 
 Claim: none of speed. Bytes follow from the shapes and from the exchanges that tests count in compiled programs; a rate
 without a source is an assumption, and the page says so.
