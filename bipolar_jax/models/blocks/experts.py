@@ -15,8 +15,16 @@ from bipolar_jax.models.blocks.step import Step, by_xla, post_norm_step, product
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.expert_config import Experts
 from bipolar_jax.nn import Linear
-from bipolar_jax.nn.layers.experts import ExpertBlocks, block_shape, run_experts
+from bipolar_jax.nn.layers.experts import (
+    ExpertBlocks,
+    block_shape,
+    merges_columns,
+    run_experts,
+    run_side_by_side,
+    side_by_side_layer,
+)
 from bipolar_jax.nn.layers.packed import CountedModule
+from bipolar_jax.ops import Activation
 
 _kernel_init = nnx.initializers.lecun_normal()
 
@@ -74,7 +82,7 @@ class MixtureOfExperts(CountedModule):
             blocks = dataclasses.replace(blocks, experts=blocks.experts + self.first)
         experts, rows = self.experts, blocks.gather(tokens)
         if experts.gates_in_quantizer(rows[0]):
-            out = run_experts(experts.down_proj, run_experts(experts.gate_up_proj, rows, blocks), blocks, experts.gate)
+            out = run_experts(experts.down_proj, _inner(experts.gate_up_proj, rows, blocks), blocks, experts.gate)
         else:
             out = run_experts(experts.down_proj, self._gated(rows, blocks), blocks)
         added = blocks.scatter(out).astype(x.dtype).reshape(x.shape)
@@ -93,11 +101,11 @@ class MixtureOfExperts(CountedModule):
         """function(gate(rows)) * up(rows)."""
         experts = self.experts
         if experts.is_joined and experts.gate is not None:
-            return run_experts(experts.gate_up_proj, rows, blocks, activation=experts.gate)
+            return _inner(experts.gate_up_proj, rows, blocks, experts.gate)
         if experts.is_joined:
-            gate, up = jnp.split(run_experts(experts.gate_up_proj, rows, blocks), 2, axis=-1)
+            gate, up = jnp.split(_inner(experts.gate_up_proj, rows, blocks), 2, axis=-1)
         else:
-            gate, up = (run_experts(layer, rows, blocks) for layer in (experts.gate_proj, experts.up_proj))
+            gate, up = (_inner(layer, rows, blocks) for layer in (experts.gate_proj, experts.up_proj))
         return experts.function(gate) * up
 
     def explain(self, x: Float[Array, "batch length hidden"], norm: Norm, post_norm: Norm | None = None) -> list[Step]:
@@ -108,15 +116,30 @@ class MixtureOfExperts(CountedModule):
         rows = jax.ShapeDtypeStruct((size, x.shape[-1]), x.dtype)
         experts = jax.tree.map(lambda leaf: leaf[0], self.experts)
         names = {"gate/up": "gate_up_proj"} if experts.is_joined else {"gate": "gate_proj", "up": "up_proj"}
-        most = "" if tokens == 1 else "up to "
-        note = f"{self.per_token} of {self.count} experts a token: one product after the other, {most}{num_blocks} of "
-        note += f"{size} row{'s' if size > 1 else ''}, each reads the weights of its expert"
+        note = f"{self.per_token} of {self.count} experts a token: "
+        loop = f"{note}one product after the other, {'' if tokens == 1 else 'up to '}{num_blocks} of {size} "
+        loop += f"row{'s' if size > 1 else ''}, each copies and reads the weights of its expert"
         steps = [Step("router", by_xla("float32 dot, top-k, sort", "a router stays float"))]
         for name, path in (names | {"down": "down_proj"}).items():
-            layer = getattr(experts, path)
-            steps.append(product_step(f"experts' {name}", layer, rows, note if isinstance(layer, Linear) else None))
+            layer, why = getattr(experts, path), loop
+            if tokens == 1 and name != "down" and merges_columns(layer):
+                layer = side_by_side_layer(getattr(self.experts, path), jnp.zeros(self.per_token, jnp.int32))
+                why = f"{note}their columns are copied side by side"
+            steps.append(product_step(f"experts' {name}", layer, rows, why if isinstance(layer, Linear) else None))
         steps.append(Step("sum of experts", by_xla("elementwise kernels", "weighted by the router, float32")))
         return steps if post_norm is None else [*steps, post_norm_step("experts")]
+
+
+def _inner(
+    stack: nnx.Module,
+    rows: Float[Array, "blocks rows hidden"],
+    blocks: ExpertBlocks,
+    activation: Activation | None = None,
+) -> Float[Array, "blocks rows inner"]:
+    """The product of tokens with gates or ups of their experts; one product for one token, where that is served."""
+    if blocks.is_used is None and merges_columns(stack, activation):
+        return run_side_by_side(stack, rows[0], blocks.experts, activation)
+    return run_experts(stack, rows, blocks, activation=activation)
 
 
 def without_experts(stack: nnx.Module) -> tuple[nnx.Module, GatedMLP | None]:

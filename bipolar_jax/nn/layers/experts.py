@@ -22,6 +22,7 @@ from bipolar_jax.nn.layers.linear import Linear, fuses
 from bipolar_jax.nn.layers.packed import Packed
 from bipolar_jax.ops import Activation
 from bipolar_jax.ops.matmul import vary_alike
+from bipolar_jax.packing.columns import fill_tiles, side_by_side
 
 # Rows of a block: of few tokens all of them, else the power of two that an expert has on average, within these bounds.
 # More rows read an expert's weights less often; fewer leave fewer rows of the last block of each expert empty.
@@ -40,7 +41,7 @@ class ExpertBlocks:
       experts: the expert of each block; any expert for a block that is not used.
       sources: the token of each row; the number of tokens for a row that is empty.
       places: the row, counted over all blocks, of each token for each of its experts.
-      is_used: whether a block has tokens; None where all have.
+      is_used: whether a block has tokens; None for one token, which all blocks have.
       weights: what the output of each row is multiplied with; 0 in empty rows.
     """
 
@@ -142,6 +143,37 @@ def run_experts(
     options = (prologue, activation) if fuses(stack) else (None, None)
     floats, others, x, experts, is_used = vary_alike((floats, others, x, blocks.experts, blocks.is_used))
     return _products((structure, *options), floats, others, x, experts, is_used)
+
+
+def merges_columns(stack: Any, activation: Activation | None = None) -> bool:
+    """Whether `run_side_by_side` serves a stack: a packed one that fuses, without biases, whose columns fill tiles.
+
+    An activation in the product has to be one that its weights are laid out for.
+    """
+    if not fuses(stack) or stack.bias is not None or stack.k_axes is not None:
+        return False
+    kernel = stack.kernel.get_value()
+    return fill_tiles(kernel) and (activation is None or getattr(kernel, "gated", False))
+
+
+def side_by_side_layer(stack: Linear, experts: Int[Array, " chosen"]) -> Linear:
+    """One layer with the columns of these experts side by side."""
+    kernel = jax.tree.map(lambda leaf: jnp.take(leaf, experts, axis=0), stack.kernel.get_value())
+    layer = nnx.clone(stack, variables=False)
+    layer.kernel = Packed(side_by_side(kernel))
+    layer.out_features = layer.kernel.shape[-1]
+    return layer
+
+
+def run_side_by_side(
+    stack: Linear, x: Float[Array, "1 k"], experts: Int[Array, " chosen"], activation: Activation | None = None
+) -> Float[Array, "chosen 1 n"]:
+    """One token's product with the weights of each of its experts, as `run_experts` gives it: by one product.
+
+    The experts' columns are gathered side by side. It is the way of a stack that `merges_columns`.
+    """
+    out = side_by_side_layer(stack, experts)(x, activation=activation)
+    return out.reshape(len(experts), 1, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

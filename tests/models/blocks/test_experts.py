@@ -25,7 +25,7 @@ from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.models.sharding.plan import plan_shards
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import run_name
-from bipolar_jax.nn.layers.experts import ExpertBlocks, block_shape, run_experts
+from bipolar_jax.nn.layers.experts import ExpertBlocks, block_shape, merges_columns, run_experts
 from bipolar_jax.quantize import Precision
 
 EXPERTS = Experts(count=5, per_token=2, ffn_size=24)
@@ -53,6 +53,11 @@ def model() -> Transformer:
 @pytest.fixture(scope="module")
 def packed(model) -> Transformer:
     return bj.quantize_model(model, RULES)
+
+
+@pytest.fixture(scope="module")
+def prepared(packed) -> Transformer:
+    return prepare_for_inference(packed)
 
 
 @functools.cache
@@ -155,9 +160,16 @@ def test_packed_experts_round_as_each_would_alone(packed):
     assert type(packed.layers.ffn.router.kernel) is nnx.Param
 
 
-def test_decoding_reads_the_chosen_experts_alone(packed):
+def test_one_token_has_the_numbers_that_it_has_among_others(prepared):
+    """Its gates and ups are one product, those of several tokens a product for each block."""
+    layer, x = prepared.block(0), np.sin(np.arange(12 * 32, dtype=np.float32)).reshape(1, 12, 32)
+    assert merges_columns(layer.ffn.experts.gate_up_proj)
+    run = jax.jit(lambda layer, x: layer.ffn(x, layer.ffn_norm))
+    np.testing.assert_allclose(run(layer, x[:, 7:8]), run(layer, x)[:, 7:8], rtol=0, atol=1e-6)
+
+
+def test_decoding_reads_the_chosen_experts_alone(packed, prepared):
     """No operation of the compiled program makes an array of all experts, of one layer or of all."""
-    prepared = prepare_for_inference(packed)
     _, cache = prepared.prefill(IDS[:, :11], np.array([11, 11]), 12)
     decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache)).lower(prepared, IDS[:, 11], cache).compile()
     wanted = forward(packed, IDS)[:, 11]
@@ -172,10 +184,11 @@ def test_decoding_reads_the_chosen_experts_alone(packed):
             assert not [line for line in copies if "bitcast(" not in line and "tuple(" not in line], shape
 
 
-def test_explain_counts_the_experts_that_are_read(packed):
-    explanation = explain_model(prepare_for_inference(packed), 1, 12)
+def test_explain_counts_the_experts_that_are_read(prepared):
+    explanation = explain_model(prepared, 1, 12)
     notes = {step.name: step.not_fused for step in explanation.decode}
     assert notes["experts' down"].startswith("2 of 5 experts a token: one product after the other, 2 of 1 row,")
+    assert notes["experts' gate/up"] == "2 of 5 experts a token: their columns are copied side by side"
     prefill = {step.name: step.not_fused for step in explanation.prefill}
     assert "up to 7 of 8 rows" in prefill["experts' gate/up"]
     assert explanation.not_one_kernel == "the kernel of all layers does not compute experts"
