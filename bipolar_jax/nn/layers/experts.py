@@ -73,7 +73,9 @@ class ExpertBlocks:
         sources = jnp.full(num_blocks * size, tokens, jnp.int32).at[rows].set((order // per_token).astype(jnp.int32))
         of_rows = jnp.zeros(num_blocks * size, weights.dtype).at[rows].set(weights.reshape(-1)[order])
         index = jnp.arange(num_blocks, dtype=jnp.int32)
-        experts = jnp.minimum(jnp.searchsorted(blocks_to, index, side="right"), count - 1).astype(jnp.int32)
+        # Compares all, where the default search is a loop of kernels.
+        found = jnp.searchsorted(blocks_to, index, side="right", method="compare_all")
+        experts = jnp.minimum(found, count - 1).astype(jnp.int32)
         sources, of_rows = (array.reshape(num_blocks, size) for array in (sources, of_rows))
         return cls(experts, sources, places.reshape(tokens, per_token), index < blocks_to[-1], of_rows)
 
