@@ -121,12 +121,12 @@ def _moments(model: Transformer, tokens: np.ndarray, config: ConfigDict, compila
     """Second moments of one batch, for each input of a block, all of whose layers are float; and the block itself."""
     block = model.block(0)
     carry = jax.jit(lambda model, ids: model.enter_blocks(ids))(model, jnp.asarray(tokens[: config.windows_per_step]))
-    a_bits = bj.Precision.parse(config.precision).a_bits
+    a_format = bj.Precision.parse(config.precision).a_format
     for index, sites in enumerate(model.block_sites):
 
         def sums(model, block, carry, moments, index=index, sites=sites):
             x, stream = site_inputs(model, block, carry, model.block_sites[index:])
-            return moments.add(x, a_bits, stream if sites.to_stream else None)
+            return moments.add(x, a_format, stream if sites.to_stream else None)
 
         zeros = SecondMoments.zeros(layer_at(block, sites.names[0]).in_features)
         row = _timed(jax.jit(sums), (model, block, carry, zeros), config, compilations)

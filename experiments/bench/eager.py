@@ -64,7 +64,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 def _matmul(config: ConfigDict) -> Piece:
     precision, x, kernel = _operands(config)
     packed = bj.quantize(kernel, precision.w_bits, 0, precision.group_size, scales=precision.scales)
-    return Piece(lambda x, w: bj.matmul(x, w, precision.a_bits), (x, packed))
+    return Piece(lambda x, w: bj.matmul(x, w, precision.a_format), (x, packed))
 
 
 def _gradient_of_matmul(config: ConfigDict) -> Piece:

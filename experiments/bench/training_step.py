@@ -35,7 +35,6 @@ from bipolar_jax.models.blocks.norm import make_norm, normalize
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.ops.dispatch import BACKENDS, check_implementation
 from bipolar_jax.packing.words import unpack_codes
-from bipolar_jax.quantize.precision import activation_format
 from experiments.bench.products.operands import check_integers
 from experiments.support import app
 from experiments.support.device_lock import device_lock
@@ -168,17 +167,16 @@ def check_block(block: Block, x: Float[Array, "1 tokens hidden"], config: Config
     rows, compared = normalize(block.norm, x)[0], 0
     for name in ("gate_proj", "up_proj"):
         layer = getattr(packed.ffn, name)
-        compared += _check_integers(rows, layer.kernel.get_value(), layer.precision.a_bits, config)
+        compared += _check_integers(rows, layer.kernel.get_value(), layer.precision.a_format, config)
     inner = jax.nn.silu(block.ffn.gate_proj(rows)) * block.ffn.up_proj(rows)
     layer = packed.ffn.down_proj
-    compared += _check_integers(inner, layer.kernel.get_value(), layer.precision.a_bits, config)
+    compared += _check_integers(inner, layer.kernel.get_value(), layer.precision.a_format, config)
     return {"outputs_compared": trained_output.size, "integers_compared": compared}
 
 
-def _check_integers(rows: Array, w: bj.BipolarArray, a_bits: int, config: ConfigDict) -> int:
+def _check_integers(rows: Array, w: bj.BipolarArray, a_format: bj.BipolarFormat, config: ConfigDict) -> int:
     """Compares a sample of the integer product of quantized rows and packed weights with the exact one."""
-    a_format = activation_format(a_bits)
-    chosen = bj.explain(rows, w, a_bits, implementation=config.implementation).implementation
+    chosen = bj.explain(rows, w, a_format, implementation=config.implementation).implementation
     codes = jax.jit(quantize_tokens, static_argnums=1)(rows, a_format).codes
     found = jax.jit(BACKENDS[chosen].integer_matmul, static_argnums=2)(codes, w, a_format)[:, :, 0]
     rng = np.random.default_rng(config.seed)

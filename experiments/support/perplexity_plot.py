@@ -35,7 +35,8 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
         precision = Precision.parse(name)
         grouping = "per channel" if precision.group_size is None else f"groups of {precision.group_size}"
         grouping += {"f": ", float scales", "i": ", integer scales"}.get(str(precision)[-1], "")
-        activations = "float" if precision.a_bits is None else f"{precision.a_bits}-bit"
+        symmetric = "symmetric " if precision.a_symmetric else ""
+        activations = "float" if precision.a_bits is None else f"{symmetric}{precision.a_bits}-bit"
         point = (row["bytes"] / 1e6, row["perplexity"], name)
         series.setdefault(f"{activations} activations, {grouping}{method}", []).append(point)
     for label, points in sorted(series.items()):

@@ -103,10 +103,9 @@ def operands_of(model: Transformer, length: int, seed: int, texts: int = 1) -> t
         "tables": tuple(jnp.tile(jnp.asarray(f(angle), jnp.float32), (texts, 1)) for f in (np.cos, np.sin)),
         "slopes": None,
     }
-    a_bits = products["qkv"].precision.a_bits
     return arrays, {
         "activation": Activation("silu", gated=True),
-        "a_format": None if a_bits is None else bj.BipolarFormat(a_bits),
+        "a_format": products["qkv"].precision.a_format,
     }
 
 

@@ -124,11 +124,11 @@ class SharedProduct:
 
         Programs of few tokens rotate through copies of the weights.
         """
-        a_bits, x, w = self.precision.a_bits, jnp.asarray(self.x), self.ours()
-        explanation = explain(x, w, a_bits)
+        a_format, x, w = self.precision.a_format, jnp.asarray(self.x), self.ours()
+        explanation = explain(x, w, a_format)
 
         def product(x: Array, w: BipolarArray | PreparedArray) -> Array:
-            return bj.matmul(x, w, a_bits=a_bits)
+            return bj.matmul(x, w, a_bits=a_format)
 
         compiled = jax.jit(product).lower(x, w).compile()
         error = self.check(np.asarray(compiled(x, w), np.float32))

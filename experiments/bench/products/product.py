@@ -153,10 +153,10 @@ class Product:
 
     def operation(self, operands: Operands) -> Call:
         """`bj.matmul`, from bf16 activations and packed weights to bf16."""
-        a_bits, implementation = self.a_format.bits, self.implementation
+        a_format, implementation = self.a_format, self.implementation
 
         def function(x, w):
-            return bj.matmul(x, w, a_bits=a_bits, implementation=implementation)
+            return bj.matmul(x, w, a_bits=a_format, implementation=implementation)
 
         return function, (operands.x, self._weights(operands))
 
@@ -225,7 +225,7 @@ def parse_products(shape: Shape, text: str, implementation: str) -> dict[str, Pr
         precision = bj.Precision.parse(item)
         if precision.a_bits is None:
             raise ValueError(f"precision {item!r} has float activations: ask for quantized ones, such as W4A8")
-        formats = BipolarFormat(precision.a_bits), as_format(precision.w_bits)
+        formats = precision.a_format, as_format(precision.w_bits)
         groups = {"group_size": precision.group_size, "integer_groups": precision.scales == "integer"}
         products[str(precision)] = Product(shape, *formats, implementation, **groups)
     return products

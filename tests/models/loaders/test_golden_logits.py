@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -74,6 +76,13 @@ def test_experts_in_one_tensor_are_those_of_single_tensors(tmp_path, name):
     ]
     single, together = (jax.tree.leaves(load_huggingface(folder).model) for folder in folders)
     assert all(np.array_equal(one, other) for one, other in zip(single, together, strict=True))
+    # Numbers of experts that the tensors do not have; a list of the last would not fit in memory.
+    wrong = {7: "not those of 7 experts", 2**31 - 1: "not those of 2147483647 experts"}
+    wrong |= {0: "unexpected tensor .*mlp.experts"} if "qwen3" in name else {}
+    for count, message in wrong.items():
+        (folders[1] / "config.json").write_text(json.dumps(golden.configs["5"] | {"num_local_experts": count}))
+        with pytest.raises(ValueError, match=message):
+            load_huggingface(folders[1])
 
 
 @pytest.mark.parametrize("name", ["llama 3", "qwen2 7b"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class Architecture:
     other_models: tuple[str, ...] = ()
     of_experts: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
 
-    def targets(self, name: str, tied: bool, num_experts: int = 0) -> list[Target]:
+    def targets(self, name: str, tied: bool, num_experts: int = 0) -> Iterable[Target]:
         """The parameters that a stored tensor is loaded into; none if it is ignored or a copy of tied embeddings.
 
         Args:
@@ -153,8 +153,11 @@ class Architecture:
           tied: whether the embeddings are tied.
           num_experts: experts of a layer.
 
+        Returns:
+          A list; of a tensor with all experts of a layer an iterator, because a damaged config may state billions.
+
         Raises:
-          ValueError: the architecture has no such tensor.
+          ValueError: the architecture has no such tensor, or the model no experts.
         """
         prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")
         module, _, kind = name.removeprefix(prefix).rpartition(".")
@@ -162,7 +165,7 @@ class Architecture:
             return []
         match = re.fullmatch(rf"{re.escape(self.layers)}(\d{{1,9}})\.(.+)", module)
         together = self.of_experts.get(f"{match[2]}.{kind}") if match else None
-        if together is not None:
+        if together is not None and num_experts:
             return self._of_experts(together, int(match[1]), name, num_experts)
         layer, ours = (int(match[1]), self._module_in_layer(match[2])) if match else (-1, self.top.get(module))
         if ours is None or kind not in ("weight", "bias"):
@@ -188,14 +191,13 @@ class Architecture:
         ours = self.in_layer.get(_EXPERT.sub(".*.", module, count=1))
         return None if ours is None else ours.replace("*", str(int(found[1])))
 
-    def _of_experts(self, modules: tuple[str, ...], layer: int, name: str, num_experts: int) -> list[Target]:
+    def _of_experts(self, modules: tuple[str, ...], layer: int, name: str, num_experts: int) -> Iterator[Target]:
         """The parameters of all experts of a layer, whose `modules` lie side by side in one tensor."""
-        targets = []
         for expert in range(num_experts):
             names = tuple(f"ffn/experts/{expert}/{module}" for module in modules)
             beside = names if len(names) > 1 else ()
-            targets += [Target(f"{IN_LAYERS}{own}/kernel", layer, name, beside=beside, expert=expert) for own in names]
-        return targets
+            for own in names:
+                yield Target(f"{IN_LAYERS}{own}/kernel", layer, name, beside=beside, expert=expert)
 
 
 def _outputs(module: str, config: TransformerConfig) -> int:

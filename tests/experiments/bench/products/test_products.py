@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bipolar_jax as bj
 from bipolar_jax import TERNARY, BipolarFormat
 from experiments.bench.products.operands import Operands, check_integers, check_output
 from experiments.bench.products.product import Ceilings, Product, parse_products
@@ -56,12 +57,16 @@ def test_unknown_shapes_are_named(text, message):
 def test_precisions():
     shape = Shape("s", 8, 8, 1024)
     assert len(parse_products(shape, "all", "sm90")) == 64
-    products = parse_products(shape, "W1.58A8, W1.58A8,W4A8g64,W4A8g64f", "xla")
+    products = parse_products(shape, "W1.58A8, W1.58A8,W4A8g64,W4A8g64f,W2A4s", "xla")
     assert products == {
         "W1.58A8": Product(shape, BipolarFormat(8), TERNARY, "xla"),
         "W4A8g64": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64, integer_groups=True),
         "W4A8g64f": Product(shape, BipolarFormat(8), BipolarFormat(4), "xla", group_size=64),
+        "W2A4s": Product(shape, BipolarFormat(4, symmetric=True), BipolarFormat(2), "xla"),
     }
+    operands = Operands(shape, 0)
+    function, (x, w) = products["W2A4s"].operation(operands)
+    np.testing.assert_array_equal(function(x, w), bj.matmul(x, w, BipolarFormat(4, symmetric=True)))
     with pytest.raises(ValueError, match="'W4A16' has float activations"):
         parse_products(shape, "W4A16", "xla")
 
