@@ -118,7 +118,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 def rotation_block(config: ConfigDict, pretrained: PretrainedModel) -> int | None:
     """Numbers that R4 mixes, None for the most: as `config.rotation_block` says."""
-    if config.rotation_block >= 0:
+    if config.rotation_block != -1:
         return config.rotation_block or None
     sizes = pretrained.model.config
     return bj.ops.decode_rotation_block(sizes.ffn_size, gated=gate_activation(sizes.ffn) is not None)

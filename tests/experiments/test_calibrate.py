@@ -143,7 +143,7 @@ def test_windows_of_other_runs_are_refused(model, text, tmp_path):
 def test_the_rotation_block_is_a_number_the_most_or_the_kernels():
     config, pretrained = calibrate_config.get_config(), types.SimpleNamespace(model=types.SimpleNamespace())
     pretrained.model.config = preset("llama-3-8b")
-    for setting, block in ((0, None), (256, 256), (-1, 16)):
+    for setting, block in ((0, None), (256, 256), (-1, 16), (-2, -2)):  # the last is refused by `hadamard`
         config.rotation_block = setting
         assert calibrate.rotation_block(config, pretrained) == block
 

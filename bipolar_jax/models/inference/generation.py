@@ -74,9 +74,9 @@ def generate(
 
     Args:
       model: the model, or for texts the PretrainedModel; `prepare_for_inference` makes either fast.
-      prompts: token ids, a text, or a conversation (dicts with "role" and "content") for the model's chat template; or
-        a list of them, of any lengths. With greedy sampling each is continued as if it were alone, but for rounding:
-        quantized activations of a batch may round to other steps, and so change a token of small margin.
+      prompts: a text, or a conversation (dicts with "role" and "content") for the model's chat template; or a list of
+        them, or of lists of token ids, of any lengths. With greedy sampling each is continued as if it were alone, but
+        for rounding: quantized activations of a batch may round to other steps, and so change a token of small margin.
       max_new_tokens: limit of new tokens for each prompt.
       sampling: how to choose. All values of its fields share a compilation.
       key: PRNG key of either kind; without one each call draws anew.

@@ -30,7 +30,8 @@ def local_path(path: str | os.PathLike[str], revision: str | None = None) -> Pat
       revision: branch, tag or commit of the repository; None is its main branch.
 
     Raises:
-      FileNotFoundError: no file, and no name or nothing of that name on the Hub or, without a network, in its cache.
+      FileNotFoundError: no file, and no possible name on the Hub, nothing of that name there or, without a network, in
+        its cache.
       PermissionError: the repository has to be asked for.
       ConnectionError: the download fails.
       ValueError: a revision of a local path.
@@ -71,6 +72,10 @@ def _download(name: str, download: Callable[[], str]) -> str:
     where = f"no file or folder {name} here; on the Hugging Face Hub"
     try:
         return download()
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(
+            f"no file or folder {name} here, and no name on the Hugging Face Hub: {error}"
+        ) from error
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{where} it has to be asked for: accept its terms on its page, and set HF_TOKEN"

@@ -91,6 +91,7 @@ def test_only_what_the_model_consists_of_is_fetched(directory, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("kind", "expected", "message"),
     [
+        ("HFValidationError", FileNotFoundError, "no file or folder someone/tiny here, and no name on the .* Hub: one"),
         ("GatedRepoError", PermissionError, "on the Hugging Face Hub it has to be asked for: accept its terms"),
         ("RepositoryNotFoundError", FileNotFoundError, "it does not exist or is private: check the name"),
         ("RevisionNotFoundError", FileNotFoundError, "it has no such revision"),
