@@ -1,8 +1,12 @@
-"""Files, folders and documents stay small, and so does what has to be read to follow the product's kernel."""
+"""Files, folders and documents stay small, and so does what has to be read to follow the product's kernel.
+
+Commands in documents run what exists.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -33,6 +37,22 @@ def test_folders_are_small():
 @pytest.mark.parametrize("name", ["README.md", "WORKSPACE.md"])
 def test_documents_are_short(name):
     assert lines_of(ROOT / name) <= MAX_DOCUMENT_LINES
+
+
+def test_commands_in_documents_run_what_exists():
+    """Files of `pytest`, words after -k, programs and configs."""
+    absent = []
+    for document in (path for code in CODE for path in (ROOT / code).rglob("*.md")):
+        for command in re.findall(r"`([^`]+)`", " ".join(document.read_text().split())):
+            files = [ROOT / name for name in re.findall(r"\b(?:tests|configs)/[\w/]+\.py", command)]
+            module = re.search(r"python -m ((?:experiments|tests)[\w.]+)", command)
+            files += [ROOT / f"{module[1].replace('.', '/')}.py"] if module else []
+            words = re.findall(r"[a-z]\w+", " ".join(re.findall(r"-k (\w+|\"[^\"]+\")", command)))
+            texts = "".join(path.read_text() for path in files if path.exists())
+            wrong = [path for path in files if not path.exists()]
+            wrong += [word for word in words if word not in {"or", "and", "not"} and word not in texts and texts]
+            absent += [f"{document.relative_to(ROOT)}: {each}" for each in wrong]
+    assert absent == []
 
 
 def test_the_product_can_be_read_without_its_outputs():
