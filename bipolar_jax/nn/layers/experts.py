@@ -67,7 +67,10 @@ class ExpertBlocks:
         numbers = jnp.zeros(count, jnp.int32).at[pairs].add(1)
         blocks_to = jnp.cumsum(-(-numbers // size), dtype=jnp.int32)
         first_block = blocks_to - -(-numbers // size)
-        rank = jnp.arange(tokens * per_token, dtype=jnp.int32) - (jnp.cumsum(numbers) - numbers)[pairs[order]]
+        rank = (
+            jnp.arange(tokens * per_token, dtype=jnp.int32)
+            - (jnp.cumsum(numbers, dtype=jnp.int32) - numbers)[pairs[order]]
+        )
         rows = first_block[pairs[order]] * size + rank
         places = jnp.zeros_like(rows).at[order].set(rows)
         sources = jnp.full(num_blocks * size, tokens, jnp.int32).at[rows].set((order // per_token).astype(jnp.int32))
