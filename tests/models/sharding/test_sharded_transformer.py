@@ -181,7 +181,7 @@ def test_texts_that_do_not_divide_are_refused(model):
 
 
 @pytest.mark.parametrize("axis", ["model", "data"])
-@pytest.mark.sample(1)
+@pytest.mark.covered("test_a_mesh_of_eight, by the same parts; scores, by inference/test_perplexity.py")
 def test_a_cut_model_is_scored_as_the_whole_one(model, axis):
     ids = np.arange(24) % CONFIG.vocab_size
     options = {"windows": 3, "window_length": 8, "windows_per_step": 3}

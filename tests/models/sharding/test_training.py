@@ -77,14 +77,14 @@ def test_products_have_the_bits_of_one_device(precision, cut):
 @pytest.mark.parametrize(
     ("shape", "precision", "layers"),
     [
-        ((1, 2), "W2A2", "o_proj"),  # few packed layers: seconds to compile
+        ((1, 2), "W2A2", "o_proj"),
         ((2, 1), "W2A2", "o_proj"),
         ((1, 2), "W1A1", "^layers/"),
         ((1, 2), "W4A8g32", "^layers/"),
         ((2, 1), "W4A8g32", "^layers/"),
     ],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("test_products_have_the_bits_of_one_device; the plan, by the tests below")
 def test_loss_and_gradients_are_those_of_one_device(shape, precision, layers):
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: student(precision, layers)), nnx.Param, ...)
     rng = np.random.default_rng(1)
