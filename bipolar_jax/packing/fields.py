@@ -257,8 +257,8 @@ def _places_by_row(bits: int, batch: int) -> UInt32[Array, "*batch bits steps 1 
 def _registers_of(words: UInt32[Array, "*batch bits lane_words"]) -> UInt8[Array, "*batch lanes steps registers 4"]:
     """The registers of codes of neighbouring lanes, VECTOR words each for a bit."""
     *batch, bits, _ = words.shape
-    words = words.reshape(*batch, bits, -1, VECTOR).swapaxes(-3, -2)
-    lanes = words.shape[-3]
+    lanes = words.shape[-1] // VECTOR
+    words = words.reshape(*batch, bits, lanes, VECTOR).swapaxes(-3, -2)
     if bits <= MOST_BITS_BY_ROW:
         by_register = words.reshape(*batch, lanes, bits, 1, 2, 1, 2, 1)
         codes = (by_register >> _places_by_row(bits, len(batch) + 1)) & ((1 << bits) - 1)
@@ -278,7 +278,7 @@ def _in_order_of_elements(codes: UInt8[Array, "*batch positions"], natural_order
     """Codes of stages in order of position, reordered."""
     if natural_order:
         return codes
-    return codes.reshape(*codes.shape[:-1], -1, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+    return codes.reshape(*codes.shape[:-1], codes.shape[-1] // 32, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
 
 
 def _places(rows: Int[Array, " ids"]) -> tuple[Int[Array, " ids"], ...]:

@@ -92,6 +92,8 @@ def test_rows_of_a_prepared_table_are_looked_up():
     found = lookup(GROUPS.T.prepare(), ids, jnp.bfloat16)
     np.testing.assert_array_equal(found, lookup(GROUPS.T, ids, jnp.bfloat16))
     assert np.isnan(found[1, 1]).all()
+    for table in (GROUPS.T, bj.quantize(normal(20, 72), 2, axis=-1)):
+        assert lookup(table.prepare(), ids[:0]).shape == lookup(table, ids[:0]).shape == (0, 2, 72)
 
 
 def test_columns_of_tiles_come_back_in_order():
