@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # The operations of layers with kernels; `dot` becomes a `dot_general`.
 _PRODUCTS = frozenset({"dot_general", "einsum"})
 _FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
+# Of qwix.QtRule, which is a QuantizationRule too.
+_OF_TRAINING = ("bwd_qtype", "disable_channelwise_axes", "additional_qt_config")
 
 
 def rules_from_qwix(rules: Sequence[qwix.QuantizationRule]) -> list[tuple[str, Precision | None]]:
@@ -40,7 +42,7 @@ def rules_from_qwix(rules: Sequence[qwix.QuantizationRule]) -> list[tuple[str, P
     Raises:
       ModuleNotFoundError: qwix is not installed.
       ValueError: a rule that has no counterpart, by its path: types of floats, static activations, other calibrations,
-        tiles as a fraction, or only one of the operations "dot_general" and "einsum".
+        tiles as a fraction, only one of the operations "dot_general" and "einsum", or gradients of a `qwix.QtRule`.
     """
     qwix = require("qwix", "peers")
     found = []
@@ -66,6 +68,11 @@ def _pattern(module_path: str) -> str:
 
 
 def _precision(rule: qwix.QuantizationRule) -> Precision | None:
+    if found := [name for name in _OF_TRAINING if getattr(rule, name, None)]:
+        raise ValueError(
+            f"{found[0]} is {getattr(rule, found[0])!s:.60}, and rules here say nothing of gradients: leave it out and "
+            "give quantization_aware a GradientPrecision"
+        )
     if rule.weight_qtype is None:
         return None
     bits, group_size = qwix_bits(rule.weight_qtype), rule.tile_size

@@ -85,3 +85,10 @@ def test_rules_without_a_counterpart_are_refused(fields, message):
         rules_from_qwix([Rule(**{"module_path": "a"} | fields)])
     with pytest.raises(ValueError, match="takes qwix.QuantizationRule, got tuple"):
         rules_from_qwix([("a", "W4A8")])
+
+
+def test_rules_of_training_are_taken_without_gradients():
+    fields = {"module_path": "a", "weight_qtype": jnp.int4, "act_qtype": jnp.int8}
+    assert rules_from_qwix([qwix.QtRule(**fields)]) == rules_from_qwix([Rule(**fields)])
+    with pytest.raises(ValueError, match="bwd_qtype is int8, and rules here say nothing of gradients: leave it out"):
+        rules_from_qwix([qwix.QtRule(**fields, bwd_qtype="int8")])
