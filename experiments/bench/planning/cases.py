@@ -29,7 +29,8 @@ from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, decode_tilings
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, with_slots
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import with_slots
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.inference.prepare import belongs_on_tensor_cores

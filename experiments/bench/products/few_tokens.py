@@ -23,7 +23,8 @@ from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import SPLITS
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling, with_slots
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling, with_slots
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes

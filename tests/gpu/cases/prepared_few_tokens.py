@@ -9,7 +9,8 @@ import numpy as np
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, with_slots
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import with_slots
 from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support.integer_products import codes_with_extremes

@@ -22,7 +22,8 @@ from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_floats
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.weight_only.config import check_dtype
 from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
 from bipolar_jax.kernels.unsupported import Unsupported

@@ -11,10 +11,11 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import chunk_words
@@ -27,15 +28,6 @@ PARTS_AT_ONCE = FINISH_ROWS // RUN
 # Registers of the producer's threads, and of the consumers' by number of warpgroups. A block has as many as it starts
 # with: 96 a thread with five warpgroups. Whoever asks for more waits for ever.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {1: 232, 2: 232, 3: 160, 4: 112}
-_MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
-_SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
-# Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
-_FROM_MEMORY, _ARRIVING = 18, 26
-_EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
-# Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
-# model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
-# 28 for 64 tokens of the largest two, which took 29.3 and 30.0 (W4A8g128, `few_tokens.py`).
-_LAUNCH, _CHUNK, _CYCLES_PER_MICROSECOND = 3.3, 1.9, 1755
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +40,8 @@ class FewTokensTiling:
       depth: stages of K that a warp multiplies of each slot.
       slots: of the ring buffer.
       cluster: blocks that divide the K of a unit, 1, 2 or 4; each then finishes the sums of some of the tokens.
+      quantizers: blocks of a cluster that quantize some of the tokens each and have units of their own, 1, 2 or 4; 0
+        takes quantized tokens.
     """
 
     warpgroups: int
@@ -55,6 +49,7 @@ class FewTokensTiling:
     depth: int = 1
     slots: int = 4
     cluster: int = 1
+    quantizers: int = 0
 
     @property
     def warps(self) -> int:
@@ -85,7 +80,12 @@ class FewTokensTiling:
 
     def clusters(self, blocks: int) -> int:
         """Clusters that run at a time: GPCs of 18 multiprocessors have two that no cluster of four takes."""
-        return max(1, blocks // self.cluster - (self.cluster > 2))
+        size = max(self.cluster, self.quantizers)
+        return max(1, blocks // size - (size > 2))
+
+    def units_at_once(self, blocks: int) -> int:
+        """Units that clusters multiply at a time."""
+        return self.clusters(blocks) * max(1, self.quantizers)
 
     @property
     def buffers(self) -> int:
@@ -114,6 +114,41 @@ class FloatTokens(FloatRecovery):
 
 
 @dataclasses.dataclass(frozen=True)
+class FloatRows:
+    """What a kernel keeps in shared memory that quantizes its tokens.
+
+    Attributes:
+      m, k: tokens, and numbers of each.
+      row_bytes: of a token before it is quantized: the prologue's inputs.
+      vector_bytes: of the prologue's vectors.
+    """
+
+    m: int
+    k: int
+    row_bytes: int
+    vector_bytes: int
+
+    def token_rows(self, tiling: FewTokensTiling) -> int:
+        """Rows of 128 bytes of a token in all slots of a unit: an odd number, see `FewTokensTiling.token_rows`."""
+        return -(-self.k // (STAGE * tiling.stages)) * tiling.stages | 1
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that shared memory has room for: of one chunk those that exist, else whole chunks."""
+        return self.m if self.m <= CHUNK else -(-self.m // CHUNK) * CHUNK
+
+    def own_tokens(self, tiling: FewTokensTiling) -> int:
+        """Tokens that a block quantizes, at most."""
+        return -(-self.m // tiling.quantizers)
+
+    def other_bytes(self, tiling: FewTokensTiling) -> int:
+        """Quantized tokens, the vectors, small arrays, and what floats take beyond the sums whose memory they share."""
+        tokens = self.kept_tokens * self.token_rows(tiling) * BYTES_PER_ROW
+        sums = tiling.buffers * tiling.workers * PART_ROWS * CHUNK * 4
+        return tokens + self.vector_bytes + 4096 + max(0, self.own_tokens(tiling) * self.row_bytes - sums)
+
+
+@dataclasses.dataclass(frozen=True)
 class FewTokensProblem:
     """One product, all static.
 
@@ -128,6 +163,8 @@ class FewTokensProblem:
       dtype: of the output.
       tiling: of a block.
       float_terms: the form of float scales of groups; None if there are none.
+      quantizer: of the kernel's tokens; None if they come quantized.
+      float_rows: what it keeps in shared memory.
     """
 
     m: int
@@ -140,6 +177,8 @@ class FewTokensProblem:
     dtype: jnp.dtype
     tiling: FewTokensTiling
     float_terms: FloatTerms | None = None
+    quantizer: RowQuantizer | None = None
+    float_rows: FloatRows | None = None
 
     @property
     def sums_dtype(self) -> jnp.dtype:
@@ -153,7 +192,9 @@ class FewTokensProblem:
 
     @property
     def token_rows(self) -> int:
-        """Rows of 128 bytes of a token in a slot."""
+        """Rows of 128 bytes of a token in a slot, or in all if the kernel quantizes it."""
+        if self.float_rows is not None:
+            return self.float_rows.token_rows(self.tiling)
         return self.tiling.token_rows(self.rows_of_stage)
 
     @property
@@ -218,8 +259,11 @@ class FewTokensProblem:
     @property
     def shared_memory_bytes(self) -> int:
         term_words = self.chunks * self.chunk_words
-        slot = _slot_bytes(self.tiling, self.m, self.w_bits, term_words, self.rows_of_stage)
-        return self.tiling.slots * slot + _other_bytes(self.tiling)
+        if self.float_rows is not None:
+            slot, more = slot_bytes(self.tiling, 0, self.w_bits, term_words), self.float_rows.other_bytes(self.tiling)
+        else:
+            slot, more = slot_bytes(self.tiling, self.m, self.w_bits, term_words, self.rows_of_stage), 0
+        return self.tiling.slots * slot + other_bytes(self.tiling) + more
 
     def check(self) -> None:
         """Raises ValueError unless a block of this tiling fits the hardware."""
@@ -230,6 +274,10 @@ class FewTokensProblem:
             raise ValueError(f"1 to 4 warpgroups take a part a warp at most, and a stage at least: {tiling}")
         if tiling.cluster not in (1, 2, 4):
             raise ValueError(f"1, 2 or 4 blocks divide K: {tiling}")
+        if (tiling.quantizers > 0) != (self.quantizer is not None) or tiling.quantizers not in (0, 1, 2, 4):
+            raise ValueError(f"1, 2 or 4 blocks quantize tokens that are floats, and none others: {tiling}")
+        if tiling.quantizers and tiling.cluster > 1:
+            raise ValueError(f"blocks that quantize tokens do not divide K: {tiling}")
         if tiling.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"{tiling} takes {self.shared_memory_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES} for "
@@ -253,111 +301,19 @@ def num_parts(n: int, gated: bool) -> int:
     return PARTS * -(-(n // 2 if gated else n) // tile)
 
 
-def few_tokens_tiling(
-    m: int,
-    n: int,
-    k: int,
-    w_bits: int,
-    chunks: int,
-    gated: bool = False,
-    blocks: int = MULTIPROCESSORS,
-    *,
-    float_terms: FloatTerms | None = None,
-    rows_of_stage: int = 1,
-) -> FewTokensTiling:
-    """The tiling with the least time to read what the busiest block reads; of several the one with the fewest parts.
-
-    Args:
-      m, n, k: tokens, columns of the weights, contracted size.
-      w_bits: of the weights.
-      chunks: chunks of a stage with terms of their own; 0 without groups.
-      gated: whether the columns are gates and as many values.
-      blocks: thread blocks.
-      float_terms: the form of float scales of groups; None if there are none.
-      rows_of_stage: rows of 128 bytes of a token in a stage.
-    """
-    total, stages, part = num_parts(n, gated), -(-k // STAGE), _part_bytes(w_bits, chunks * chunk_words(float_terms))
-    most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
-
-    def cycles(tiling: FewTokensTiling) -> float:
-        return _reading_cycles(tiling, m * rows_of_stage, total, stages, part, blocks)
-
-    def depth_of(tiling: FewTokensTiling) -> int:
-        wanted = -(-_SLOT_BYTES // (tiling.workers * part))
-        return max(1, min(wanted, _MOST_DEPTH, stages // (tiling.cluster * tiling.splits)))
-
-    shares = [
-        FewTokensTiling(most_warpgroups, parts, cluster=cluster)
-        for cluster in (1, 2, 4)
-        for parts in range(1, min(_MOST_PARTS, total) + 1)
-        if cluster <= blocks
-    ]
-    for least_slots in (3, 2):
-        for share in sorted(shares, key=cycles):
-            by_warpgroups = [dataclasses.replace(share, warpgroups=w) for w in range(1, most_warpgroups + 1)]
-            # The most warps that have work.
-            for tiling in sorted(by_warpgroups, key=lambda tiling: -tiling.workers):
-                for depth in range(depth_of(tiling) if tiling.workers else 0, 0, -1):
-                    tiling_of_depth = dataclasses.replace(tiling, depth=depth)
-                    fitted = with_slots(tiling_of_depth, m, w_bits, chunks, float_terms, rows_of_stage)
-                    if fitted.slots >= least_slots:
-                        return fitted
-    raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
-
-
-def few_tokens_microseconds(
-    tiling: FewTokensTiling, m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False
-) -> float:
-    """The modelled time of a product of bytes on all multiprocessors; arguments as of `few_tokens_tiling`."""
-    total, stages = num_parts(n, gated), -(-k // STAGE)
-    part = _part_bytes(w_bits, chunks * chunk_words(None))
-    rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
-    finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
-    cycles = _reading_cycles(tiling, m, total, stages, part, MULTIPROCESSORS)
-    return _LAUNCH + cycles / _CYCLES_PER_MICROSECOND + _CHUNK * finished
-
-
-def _reading_cycles(
-    tiling: FewTokensTiling, token_rows: int, parts: int, stages: int, part_bytes: int, blocks: int
-) -> float:
-    """Cycles that the busiest block reads: `token_rows` of 128 bytes and some of the parts in each of the stages."""
-    rounds = -(-parts // (tiling.parts * tiling.clusters(blocks)))
-    arriving = tiling.parts * part_bytes + token_rows * BYTES_PER_ROW
-    stage = max(tiling.parts * part_bytes / _FROM_MEMORY, arriving / _ARRIVING)
-    return rounds * stages * stage / tiling.cluster + (_EXCHANGE if tiling.cluster > 1 else 0)
-
-
-def with_slots(
-    tiling: FewTokensTiling,
-    m: int,
-    w_bits: int,
-    chunks: int,
-    float_terms: FloatTerms | None = None,
-    rows_of_stage: int = 1,
-) -> FewTokensTiling:
-    """The tiling with as many slots as fit shared memory and are of use; arguments as of `few_tokens_tiling`."""
-    free = SHARED_MEMORY_BYTES - _other_bytes(tiling)
-    slot = _slot_bytes(tiling, m, w_bits, chunks * chunk_words(float_terms), rows_of_stage)
-    return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // slot))
-
-
-def _part_bytes(w_bits: int, term_words: int) -> int:
-    """Of one part and stage, whose terms have so many words."""
-    return 4 * (w_bits * WORDS_PER_VECTOR + term_words)
-
-
 def _term_stages(tiling: FewTokensTiling, term_words: int) -> int:
     """Stages of terms in a slot: copies are whole multiples of 128 bytes, twice CHUNK_WORDS."""
     return tiling.stages + tiling.stages * tiling.parts * (term_words // CHUNK_WORDS) % 2
 
 
-def _slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, term_words: int, rows_of_stage: int) -> int:
+def slot_bytes(tiling: FewTokensTiling, m: int, w_bits: int, term_words: int, rows_of_stage: int = 1) -> int:
+    """Of a slot: m tokens, weights, and the terms of their groups."""
     tokens = -(-m // CHUNK) * CHUNK * tiling.token_rows(rows_of_stage) * BYTES_PER_ROW
     weights = tiling.stages * tiling.parts * 4 * w_bits * WORDS_PER_VECTOR
     return tokens + weights + _term_stages(tiling, term_words) * tiling.parts * 4 * term_words
 
 
-def _other_bytes(tiling: FewTokensTiling) -> int:
+def other_bytes(tiling: FewTokensTiling) -> int:
     """Sums of warps, their totals, and the epilogue's terms."""
     sums = tiling.workers * PART_ROWS * CHUNK * 4
     totals, terms = 2 * tiling.rows * CHUNK * 4, 4 * 2 * tiling.rows * 4 + 3 * MOST_TOKENS * 4

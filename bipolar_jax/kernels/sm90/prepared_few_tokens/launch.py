@@ -12,7 +12,7 @@ finishes some of the tokens.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from bipolar_jax.kernels.sm90.core.fragments import WARPS, pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.prepared_few_tokens import token_quantizer
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
     CONSUMER_REGISTERS,
@@ -42,6 +43,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     PRODUCER_REGISTERS,
     FewTokensProblem,
 )
+from bipolar_jax.kernels.sm90.prepared_few_tokens.producer import Sources, Work, next_slot, produce, work_of
 from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     add_blocks,
     add_up,
@@ -54,35 +56,21 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     store_finished,
     zero_sums,
 )
+from bipolar_jax.kernels.sm90.prepared_few_tokens.token_quantizer import (
+    leave_cluster,
+    load_floats,
+    quantize_tokens,
+    take_records,
+)
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import PART_ROWS, WORDS_PER_VECTOR
 
 
-class Sources(NamedTuple):
-    """Arrays, in the kernel refs in memory.
-
-    Attributes:
-      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them.
-      words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
-      group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
-      tokens: terms [m] or more.
-      columns: terms [n].
-      residual: of the output's shape, before it is cut, and its dtype; or None.
-    """
-
-    x: Any
-    words: Any
-    group_terms: Any
-    tokens: TokenTerms
-    columns: ColumnTerms
-    residual: Any
-
-
 def launch(
     problem: FewTokensProblem,
-    x_words: UInt32[Array, "m words"],
+    x: UInt32[Array, "m words"] | list[Array],
     weights: PreparedArray,
-    tokens: TokenTerms,
+    tokens: TokenTerms | None,
     columns: ColumnTerms,
     residual: Array | None = None,
     *,
@@ -93,7 +81,8 @@ def launch(
 
     Args:
       problem: the static side.
-      x_words: signed codes or floats of tokens, zero beyond the true K.
+      x: signed codes or floats of tokens, zero beyond the true K; or what `quantize_rows.launch.plan` gives for tokens
+        that the kernel quantizes, with no `tokens`.
       weights: [k, n].
       tokens, columns: the epilogue's terms, as in `gemm_expanded.launch`.
       residual: added to the output, in its shape and dtype; or None. An output of two halves has none.
@@ -107,7 +96,8 @@ def launch(
       ValueError: a tiling that does not fit.
     """
     problem.check()
-    x = fill_up(x_words, WORDS_PER_ROW).reshape(problem.m, -1, WORDS_PER_ROW)
+    if problem.quantizer is None:
+        x = fill_up(x, WORDS_PER_ROW).reshape(problem.m, -1, WORDS_PER_ROW)
     words, group_terms = (
         None if array is None else array.reshape(-1, *array.shape[2:]) for array in (weights.words, weights.terms)
     )
@@ -124,13 +114,13 @@ def launch(
             # Totals of the blocks that divide K.
             jax.ShapeDtypeStruct(exchanged if tiling.cluster > 1 else (1,), problem.sums_dtype),
         ],
-        grid=(min(problem.units, tiling.clusters(blocks)),),
+        grid=(min(pl.cdiv(problem.units, max(1, tiling.quantizers)), tiling.clusters(blocks)),),
         grid_names=("cluster",),
-        cluster=(tiling.cluster,),
+        cluster=(max(tiling.cluster, tiling.quantizers),),
         cluster_names=("rank",),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(problem, sources),
+        scratch_types=_scratch(problem, sources, interpret is not None),
         # No automatic barriers: every write of shared memory follows a barrier of our own behind the reads of what it
         # overwrites.
         compiler_params=plgpu.CompilerParams(
@@ -147,22 +137,30 @@ def launch(
     return halves[..., : problem.half].reshape(problem.m, -1)
 
 
-def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
+def _scratch(problem: FewTokensProblem, sources: Sources, interpreted: bool) -> dict[str, Any]:
     """Scratch specifications, keyed by the kernel's keyword arguments."""
     tiling, ring = problem.tiling, functools.partial(plgpu.SMEM, dtype=jnp.uint32)
     weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, problem.chunks, problem.chunk_words)
-    return dict(
+    sums, loaded = plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), problem.sums_dtype), 2
+    if problem.quantizer is None:
         # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
-        x_ring=ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
+        x_ring = ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS)
+        token_refs, tokens = dict(x_ring=x_ring), sources.tokens
+    else:
+        token_refs, loaded = token_quantizer.scratch_of(problem, sources.x, interpreted), 1
+        sums = plgpu.RefUnion(sums, token_quantizer.float_slots(problem, sources.x[0], interpreted))
+        tokens = TokenTerms(*(jax.ShapeDtypeStruct((problem.width,), t) for t in (jnp.int32, jnp.int32, jnp.float32)))
+    return dict(
+        **token_refs,
         words_ring=ring((*weights, tiling.stages, problem.w_bits, WORDS_PER_VECTOR)),
         terms_ring=ring((*weights, *terms)) if problem.chunks else None,
-        full=plgpu.Barrier(num_arrivals=3 if problem.chunks else 2, num_barriers=tiling.slots),
+        full=plgpu.Barrier(num_arrivals=loaded + (problem.chunks > 0), num_barriers=tiling.slots),
         empty=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.slots),
-        sums=plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), problem.sums_dtype),
+        sums=sums,
         handed_over=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.buffers),
         taken=plgpu.Barrier(num_barriers=tiling.buffers),
         totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), problem.sums_dtype),
-        tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), sources.tokens),
+        tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), tokens),
         columns=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, 2, tiling.rows), term.dtype), sources.columns),
         exchanged=plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=tiling.buffers)
         if tiling.cluster > 1
@@ -170,87 +168,47 @@ def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
     )
 
 
-def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, **shared):
+def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, sums, **shared):
     """The kernel of one warpgroup; `_scratch` describes the keyword arguments."""
     *flat, out, by_block = refs
     sources = jax.tree.unflatten(tree, flat)
     tiling, warpgroup = problem.tiling, lax.axis_index("warpgroup")
-    clusters = lax.axis_size("cluster")
-    work = _Work(
-        lax.div(problem.units - lax.axis_index("cluster") + clusters - 1, clusters),
-        lax.div(problem.turns - lax.axis_index("rank") + tiling.cluster - 1, tiling.cluster),
-    )
-    rings, barriers = (x_ring, words_ring, terms_ring), (full, empty)
+    work, rings, barriers = work_of(problem), (x_ring, words_ring, terms_ring), (full, empty)
+    quantizes = problem.quantizer is not None
+    if quantizes:
+        sums, slots = sums
+        token_refs = {name: shared.pop(name) for name in token_quantizer.REFS} | {"x_ring": x_ring}
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(problem, sources, work, rings, barriers)
+        if quantizes:
+            load_floats(problem, sources.x, slots, token_refs)
+        produce(problem, sources, work, rings, barriers)
+        if quantizes:
+            leave_cluster(problem, received=False)
 
     @pl.when(warpgroup < tiling.warpgroups)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
-        _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, **shared)
-
-
-class _Work(NamedTuple):
-    """What a block does: its units, and its turns of each."""
-
-    units: Any
-    turns: Any
-
-
-def _unit(index):
-    """This block's index-th unit."""
-    return lax.axis_index("cluster") + index * lax.axis_size("cluster")
-
-
-def _next_slot(problem: FewTokensProblem, slot):
-    return jnp.where(slot + 1 == problem.tiling.slots, 0, slot + 1)
-
-
-def _produce(problem: FewTokensProblem, sources: Sources, work: _Work, rings, barriers) -> None:
-    """Fills the ring: a slot for every unit and turn."""
-    tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
-
-    def load_unit(index, carry):
-        parts = pl.ds(_unit(index) * tiling.parts, tiling.parts)
-
-        def load_slot(turn, carry):
-            step, slot = carry
-
-            @pl.when(step >= tiling.slots)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            # Parts and stages beyond the arrays come as zeros.
-            first = (turn * tiling.cluster + lax.axis_index("rank")) * tiling.stages
-            copies = [
-                (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
-                (
-                    sources.x.at[:, pl.ds(first * problem.rows_of_stage, problem.token_rows)],
-                    x_ring.at[slot, pl.ds(0, problem.m)],
-                ),
-            ]
-            if terms_ring is not None:
-                copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-            return step + 1, _next_slot(problem, slot)
-
-        return lax.fori_loop(0, work.turns, load_slot, carry)
-
-    lax.fori_loop(0, work.units, load_unit, (jnp.int32(0), jnp.int32(0)))
+        records = None
+        if quantizes:
+            quantize_tokens(problem, slots, token_refs, warpgroup)
+            records = token_refs["records"]
+        _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, records, sums=sums, **shared)
+        if quantizes:
+            leave_cluster(problem, received=True)
 
 
 def _consume(
     problem: FewTokensProblem,
     sources: Sources,
-    work: _Work,
+    work: Work,
     rings,
     barriers,
     targets,
     warpgroup,
+    records,
     *,
     sums,
     handed_over,
@@ -269,14 +227,17 @@ def _consume(
 
     @pl.when(finishes)
     def _():
-        gather_tokens(problem, sources.tokens, own[0])
+        if records is None:
+            gather_tokens(problem, sources.tokens, own[0])
+        else:
+            take_records(problem, records, own[0])
 
     def residual(index, chunk):
-        return None if sources.residual is None else load_residual(problem, sources.residual, _unit(index), chunk)
+        return None if sources.residual is None else load_residual(problem, sources.residual, work.unit(index), chunk)
 
     def unit(index, carry):
         # They arrive under the mainloop; so does the residual of one chunk, but registers do not suffice for more.
-        column_terms = load_columns(problem, sources.columns, _unit(index))
+        column_terms = load_columns(problem, sources.columns, work.unit(index))
         early = residual(index, jnp.minimum(warpgroup, problem.token_chunks - 1)) if problem.adds_early else None
 
         def add(turn, carry):
@@ -284,10 +245,11 @@ def _consume(
             step = index * work.turns + turn
             plgpu.barrier_wait(full.at[slot])
             terms = None if terms_ring is None else terms_ring.at[slot]
-            total = multiply_slot(problem, total, words_ring.at[slot], terms, x_ring.at[slot], warpgroup)
+            slot_tokens = (x_ring.at[slot], warpgroup) if records is None else (x_ring, warpgroup, turn * tiling.stages)
+            total = multiply_slot(problem, total, words_ring.at[slot], terms, *slot_tokens)
             # Nobody may arrive at a barrier that the producer does not wait for.
             plgpu.barrier_arrive(empty.at[slot], predicate=step + tiling.slots < total_steps)
-            return total, _next_slot(problem, slot)
+            return total, next_slot(problem, slot)
 
         total, slot = lax.fori_loop(0, pinned(work.turns), add, (zero_sums(problem), carry))
 
@@ -312,12 +274,12 @@ def _consume(
                 added = early if early is not None or tiling.cluster > 1 else residual(index, chunk)
                 plgpu.barrier_wait(handed_over.at[buffer])
                 synchronize()  # the totals of the chunk before have been read
-                share = by_block.at[_unit(index), lax.axis_index("rank"), chunk] if tiling.cluster > 1 else None
+                share = by_block.at[work.unit(index), lax.axis_index("rank"), chunk] if tiling.cluster > 1 else None
                 add_up(problem, sums.at[buffer], totals.at[buffer] if share is None else share)
                 plgpu.barrier_arrive(taken.at[buffer], predicate=position + tiling.buffers < total_chunks)
                 if share is None:
                     synchronize()
-                    _finish(problem, totals.at[buffer], own, out, added, _unit(index), chunk)
+                    _finish(problem, totals.at[buffer], own, out, added, work.unit(index), chunk)
 
         if tiling.cluster > 1:
 
@@ -331,10 +293,10 @@ def _consume(
                     def _(chunk=chunk):
                         added = residual(index, chunk)
                         synchronize()  # the totals of the chunk before have been read
-                        shares = [by_block.at[_unit(index), rank, chunk] for rank in range(tiling.cluster)]
+                        shares = [by_block.at[work.unit(index), rank, chunk] for rank in range(tiling.cluster)]
                         add_blocks(problem, shares, totals.at[warpgroup])
                         synchronize()
-                        _finish(problem, totals.at[warpgroup], own, out, added, _unit(index), chunk)
+                        _finish(problem, totals.at[warpgroup], own, out, added, work.unit(index), chunk)
 
         return slot
 

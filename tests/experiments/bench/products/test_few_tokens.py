@@ -11,7 +11,7 @@ from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
 from bipolar_jax import quantize
 from bipolar_jax.kernels.sm90.core.execution import interpreted
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from experiments.bench.products import few_tokens
 from experiments.bench.products.cold_weights import with_cold_weights
 from experiments.bench.products.expanded import Weights, check

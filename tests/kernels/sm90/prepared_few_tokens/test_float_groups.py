@@ -15,12 +15,8 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    FewTokensTiling,
-    few_tokens_tiling,
-)
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CONSUMER_REGISTERS, PRODUCER_REGISTERS, FewTokensTiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing.fields import PARTS
 from tests.kernels.sm90.prepared_few_tokens.test_prepared_few_tokens import A8, problem_of, swizzled

@@ -20,8 +20,8 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     FewTokensProblem,
     FewTokensTiling,
     FloatTokens,
-    few_tokens_tiling,
 )
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.packing.fields import PARTS
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups

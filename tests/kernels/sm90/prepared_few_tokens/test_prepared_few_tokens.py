@@ -26,8 +26,8 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     PRODUCER_REGISTERS,
     FewTokensProblem,
     FewTokensTiling,
-    few_tokens_tiling,
 )
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR
