@@ -43,6 +43,9 @@ def meet_cluster():
     assert _active[-1].all()
 
 
+arrive_at_cluster = await_cluster = meet_cluster
+
+
 @contextlib.contextmanager
 def when(condition):
     _active.append(_active[-1] & condition)

@@ -6,7 +6,7 @@ warpgroup keeps loading slots of several stages: weights, the terms of their gro
 divide a slot's parts and stages: each expands its weights in registers, which is the operand of `mma.sync`, and has
 sums of its own. The warps' sums of a unit meet in shared memory, eight tokens at a time, and two warpgroups in turn
 finish them while the others go on. Where blocks are many and units few, the blocks of a cluster divide K; each then
-finishes some of the tokens.
+finishes some of the tokens. Or they quantize some of the tokens each, for all of them (`token_quantizer`).
 """
 
 from __future__ import annotations

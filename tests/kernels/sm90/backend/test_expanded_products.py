@@ -95,7 +95,7 @@ def test_plans_are_explained():
     with interpreted(plgpu.InterpretGPUParams()):
         few = bj.explain(jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), w, 8)
     assert (few.implementation, few.kernel) == ("sm90", packed.kernel)
-    assert few.reason.startswith("16 tokens: bound by reading the weights; lays the weights out")
+    assert few.reason.startswith("16 tokens: quantized while the first weights are read; lays the weights out")
     assert isinstance(few.tiling, FewTokensTiling)
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
 
