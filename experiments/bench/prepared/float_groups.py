@@ -27,7 +27,13 @@ import numpy as np
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import expanded_planning
-from bipolar_jax.kernels.sm90.backend.expanded_planning import SCALED_CANDIDATES, expands_in_memory, fitted
+from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    ONE_CHUNK_CANDIDATES,
+    SCALED_CANDIDATES,
+    expands_in_memory,
+    fitted,
+    scaled_candidates,
+)
 from bipolar_jax.kernels.sm90.backend.expanded_products import expanded_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
@@ -57,6 +63,9 @@ TILINGS = {
         (dataclasses.replace(SCALED_CANDIDATES[0], cluster_n=2), 0),
         (dataclasses.replace(SCALED_CANDIDATES[0], band=16, band_axis="m"), 0),
         (SCALED_CANDIDATES[1], 0),
+        *((ONE_CHUNK_CANDIDATES[0], lag) for lag in (0, 1, 2)),
+        (dataclasses.replace(ONE_CHUNK_CANDIDATES[0], cluster_m=2), 0),
+        (dataclasses.replace(ONE_CHUNK_CANDIDATES[0], cluster_n=2), 0),
     )
 }
 _KINDS = ("scales", "zeros", "offsets")
@@ -123,7 +132,10 @@ def other_ways(call: Call) -> dict[str, Call]:
                 return expanded_tokens_matmul(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16))
 
         ways["in memory"] = (in_memory, (tokens, w))
+    sizes = {tiling.tile_m for tiling in scaled_candidates(w)}
     for name, (tiling, lag) in TILINGS.items() if math.gcd(w.group_size, STAGE) >= _LEAST_CHUNK else ():
+        if tiling.tile_m not in sizes:
+            continue
 
         def product(tokens, w, tiling=tiling, lag=lag):
             options = {"tiling": fitted(tiling, w, itemsize=2), "lag": lag, "interpret": interpret_params()}

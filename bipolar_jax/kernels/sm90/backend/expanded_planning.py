@@ -35,12 +35,16 @@ EXPANDED_CANDIDATES = (
     Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# With float scales of groups, 64 tokens a tile: see `gemm_expanded.scaled_multiply`.
+# With float scales of groups: see `gemm_expanded.scaled_multiply`. Tiles of 128 tokens need stages of one chunk, and ptxas
+# spills fields of 6 and 7 bits.
 SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
+ONE_CHUNK_CANDIDATES = (EXPANDED_CANDIDATES[0], *SCALED_CANDIDATES)
+_BITS_OF_FEW_TOKENS = (6, 7)
 # The switch: without it prompts with float groups take what `scaled_products` expands in memory.
 SCALES_SUMS_IN_REGISTERS = True
-# Groups of a multiple of so many elements. By count 128 elements of K issue 500, 807 or 1426 instructions in chunks of
-# 128, 64 or 32 (`gemm_expanded`); float16 tensor cores take 1024 cycles for them, behind an expansion in memory.
+# Groups of a multiple of so many elements. By count 128 elements of K issue 510, 822 or 1426 instructions in chunks of
+# 128, 64 or 32, in tiles of 64 tokens (`gemm_expanded`); float16 tensor cores take 1024 cycles for them, behind an
+# expansion in memory.
 _LEAST_SCALED_CHUNK = 64
 
 # The switch: without it tokens are quantized by a kernel of their own.
@@ -184,11 +188,16 @@ def expanded_times(
     if has_float_terms(w):
         return {
             tiling: expanded_microseconds(tiling, m, n, k, w)
-            for tiling in (fitted(tiling, w, itemsize) for tiling in SCALED_CANDIDATES)
+            for tiling in (fitted(tiling, w, itemsize) for tiling in scaled_candidates(w))
         }
     tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages, choices=splits)
     able = [fitted(tiling, w, itemsize) for tiling in tilings]
     return {tiling: expanded_microseconds(tiling, m, n, k, w) for tiling in able}
+
+
+def scaled_candidates(w: BipolarNumbers) -> tuple[Tiling, ...]:
+    """The tilings of weights with float scales of groups."""
+    return ONE_CHUNK_CANDIDATES if chunks_of(w) == 1 and w.bits not in _BITS_OF_FEW_TOKENS else SCALED_CANDIDATES
 
 
 def expanded_microseconds(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> float:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.core.fragments import Fragment, element
+from bipolar_jax.kernels.sm90.core.fragments import Fragment, element, in_register
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.core.wgmma import advanced, descriptor, instruction
 
@@ -45,33 +46,55 @@ def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step:
     return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
 
-def start_unsigned(fragments: list[list[Value]], tile: Value, first_step: int, n: int) -> list[Value]:
-    """Starts A . tile^T of 64 rows and unsigned bytes, from zero, as one commit group.
+def start_unsigned(
+    fragments: list[list[Value]],
+    tile: Value,
+    first_step: int,
+    n: int,
+    *,
+    add_to: list[Value] | None = None,
+    replace: list[Value] | None = None,
+) -> list[Value]:
+    """Starts A . tile^T of 64 rows and unsigned bytes, as one commit group.
 
     Args:
       fragments: A's four registers of each step of 32 bytes of K.
       tile: uint32 [n, WORDS_PER_ROW] in shared memory, with TILE_TRANSFORMS.
       first_step: which 32 bytes of a row of the tile the first step reads.
       n: columns, a legal width.
+      add_to: sums of a group in flight that it is added to; None starts from zero.
+      replace: settled sums whose registers the new ones take. ptxas then finishes what reads them first; otherwise it
+        moves that behind the start, and takes other registers.
 
     Returns:
       A thread's n / 2 sums as words, in the order of PTX. Before `settled` they must not be read.
     """
     words = pinned([word for step in fragments for word in step])
     tile_descriptor = descriptor(tile)
-    sums = np.full(n // 2, None, dtype=object)
+    registers = np.full(n // 2, None, dtype=object)
+    if (given := add_to or replace) is not None:
+        registers[:] = [in_register(word) for word in given]
+    add = hidden_zero(tile) if replace is not None else None
     nvvm.wgmma_fence_aligned()
     for step in range(len(fragments)):
         operands = words[_FRAGMENT_REGISTERS * step : _FRAGMENT_REGISTERS * (step + 1)]
         w_descriptor = advanced(tile_descriptor, (first_step + step) * _BYTES_PER_INSTRUCTION)
-        sums = instruction(sums, operands, w_descriptor, n, "k32.s32.u8.u8")
+        registers = instruction(registers, operands, w_descriptor, n, "k32.s32.u8.u8", add)
+        add = None
     nvvm.wgmma_commit_group_sync_aligned()
-    return [element(register, 0) for register in sums]
+    return [element(register, 0) for register in registers]
 
 
 def wait(*, in_flight: int) -> None:
     """Waits for all commit groups but the last `in_flight`."""
     nvvm.wgmma_wait_group_sync_aligned(in_flight)
+
+
+def hidden_zero(tile: Value) -> Value:
+    """An int32 that is 0, which the compiler cannot know: bit 18 of an address in shared memory, of 228 KiB."""
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    address = arith.trunci(i32, llvm.ptrtoint(i64, mgpu.utils.memref_ptr(tile)))
+    return llvm.and_(address, arith.constant(i32, 1 << 18))
 
 
 def settled(sums: list[Value], *, in_flight: int) -> list[Value]:

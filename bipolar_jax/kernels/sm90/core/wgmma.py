@@ -301,7 +301,12 @@ def _issue(
 
 
 def instruction(
-    registers: np.ndarray, x_operand: list[ir.Value], w_descriptor: ir.Value, n: int, mnemonic: str
+    registers: np.ndarray,
+    x_operand: list[ir.Value],
+    w_descriptor: ir.Value,
+    n: int,
+    mnemonic: str,
+    add: ir.Value | None = None,
 ) -> np.ndarray:
     """One instruction.
 
@@ -311,15 +316,16 @@ def instruction(
       w_descriptor: of a tile of n rows.
       n: columns of the accumulator.
       mnemonic: K and types, as PTX spells them.
+      add: an int32, 0 to start from zero in the registers that are given; None adds to them.
     """
     i32, is_float = ir.IntegerType.get_signless(32), ".f32." in mnemonic
     vector_type = ir.VectorType.get((1,), ir.F32Type.get() if is_float else i32)
     count = n // 2
     assert registers.size == count
-    add = registers.flat[0] is not None
+    given = registers.flat[0] is not None
     # Operands: outputs, then the inputs tied to them, then x, the descriptor of w and the predicate. A sum that starts
     # from zero has no tied inputs, which tells ptxas that the registers' old contents are dead.
-    tied = list(registers.flat) if add else []
+    tied = list(registers.flat) if given else []
     outputs = ",".join(f"${i}" for i in range(count))
     *x_names, w_name, add_name = (f"${count + len(tied) + i}" for i in range(len(x_operand) + 2))
     in_registers = len(x_operand) > 1
@@ -332,9 +338,11 @@ def instruction(
     )
     x_constraints = ["r" if in_registers else "l"] * len(x_operand)
     constraints = ",".join(
-        ["=f" if is_float else "=r"] * count + [str(i) for i in range(len(tied))] + [*x_constraints, "l", "n"]
+        ["=f" if is_float else "=r"] * count
+        + [str(i) for i in range(len(tied))]
+        + [*x_constraints, "l", "n" if add is None else "r"]
     )
-    add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(add))).result
+    add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(given))).result if add is None else add
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),
         [*tied, *x_operand, w_descriptor, add_flag],

@@ -26,7 +26,9 @@ from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import ChunkScaling,
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import zeros as scaled_zeros
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 
-_SCALED_STAGES = 2  # of the mainloop with float scales of groups that an iteration unrolls
+# Stages of the mainloop with float scales of groups that an iteration unrolls, by tokens of a tile; ptxas spills two of
+# 128 tokens.
+_SCALED_STAGES = {64: 2, 128: 1}
 
 
 def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_scratch: dict) -> None:
@@ -183,10 +185,11 @@ def _sum_scaled_stages(problem: ExpandedProblem, step, slot, *, wait, operands, 
         release(step - 1, previous)
         return total, step, slot
 
-    iterations, rest = divmod(problem.steps_over_k, _SCALED_STAGES)
+    stages = _SCALED_STAGES[problem.tiling.tile_m]
+    iterations, rest = divmod(problem.steps_over_k, stages)
     with jax.named_scope("mainloop"):
         carry = scaled_zeros(problem.tiling.tile_m), step, slot
-        carry = lax.fori_loop(0, iterations, lambda _, carry: add_stages(_SCALED_STAGES, carry), carry)
+        carry = lax.fori_loop(0, iterations, lambda _, carry: add_stages(stages, carry), carry)
         total, _, _ = add_stages(rest, carry) if rest else carry
     return total
 

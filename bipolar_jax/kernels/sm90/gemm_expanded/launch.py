@@ -26,7 +26,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Tiling
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import arrange
 from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
@@ -200,13 +200,14 @@ def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> 
         *targets, exchange = targets
         shared = shared._replace(exchange=exchange.at[lax.axis_index("cluster")])
     warpgroup = lax.axis_index("warpgroup")
+    producer_registers, consumer_registers = problem.registers
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(producer_registers, action="decrease")
         produce(problem, sources, shared)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        plgpu.set_max_registers(consumer_registers, action="increase")
         consume(problem, output, targets, shared, scratch)

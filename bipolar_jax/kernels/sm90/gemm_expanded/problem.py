@@ -18,7 +18,7 @@ from jax import lax
 from bipolar_jax.kernels.sm90.core.cluster_sums import buffer_shape
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
-from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
+from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 from bipolar_jax.packing.fields import PARTS, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
@@ -26,7 +26,9 @@ from bipolar_jax.packing.prepared_array import chunk_words
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
 _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
-_MOST_SCALED_TOKENS = 64  # with float scales of groups: 32 sums of a chunk a thread, twice, and 64 of all
+# With float scales of groups a thread has, of 64 tokens, 32 sums of a chunk, twice, and 64 of all. Of 128 it has 64 and
+# 128, with more registers, and where a stage is one chunk.
+_SCALED_TOKENS, _MOST_SCALED_TOKENS = 64, 128
 _MOST_TMA_ROWS = 256
 SPLITS = (1, 2, 4, 8)  # of K: blocks of a cluster
 # GPCs have 16 or 18 multiprocessors: clusters of 4 or 8 leave two of 18 idle.
@@ -61,6 +63,13 @@ class ExpandedProblem(Problem):
     def __post_init__(self):
         if self.splits > 1 and (self.sequences > 1 or self.factors > 1):
             raise ValueError(f"{self.tiling} splits K: neither several sequences nor a gated activation fit")
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of the producer, and of a consumer: 512 for one and both together."""
+        if self.float_terms is not None and self.tiling.tile_m > _SCALED_TOKENS:
+            return 24, 240
+        return PRODUCER_REGISTERS, CONSUMER_REGISTERS
 
     # Splits of K.
 
@@ -123,6 +132,11 @@ class ExpandedProblem(Problem):
         token_sums = 0 if self.float_terms is None else 4 * self.chunks
         return self.tiling.block_m * (BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
 
+    @property
+    def _shares_one_chunk(self) -> bool:
+        """Whether consumers share tokens, and scale a stage once."""
+        return self.tiling.schedule == "split_n" and self.chunks == 1
+
     def staging_slots(self, itemsize: int) -> int:
         """Chunks of output that each consumer can have on their way to memory: a tile's, or as many as fit."""
         chunks = self.finished_tokens * self.finished_columns // (self.chunk_tokens * CHUNK_COLUMNS)
@@ -146,11 +160,14 @@ class ExpandedProblem(Problem):
         if tiling.tile_m % CHUNK_TOKENS or tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m):
             raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
         if self.float_terms is not None and (
-            tiling.block_m > _MOST_SCALED_TOKENS or tiling.splits > 1 or self.chunks not in (1, 2, 4)
+            tiling.splits > 1
+            or self.chunks not in (1, 2, 4)
+            or tiling.block_m > (_MOST_SCALED_TOKENS if self._shares_one_chunk else _SCALED_TOKENS)
         ):
             raise ValueError(
-                f"with float scales of groups a block has tiles of {_MOST_SCALED_TOKENS} tokens, no splits of K and 1, "
-                f"2 or 4 chunks a stage, got {tiling} and {self.chunks} chunks"
+                f"with float scales of groups a block has tiles of {_SCALED_TOKENS} tokens, no splits of K and 1, 2 or "
+                f"4 chunks a stage; of {_MOST_SCALED_TOKENS} tokens with one chunk and split_n, got {tiling} and "
+                f"{self.chunks} chunks"
             )
         if tiling.splits not in SPLITS or (tiling.splits > 1 and tiling.cluster_size > 1):
             raise ValueError(f"K is split in {SPLITS} parts, in the blocks of a cluster of its own, got {tiling}")

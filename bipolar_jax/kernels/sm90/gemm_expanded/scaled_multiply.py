@@ -14,8 +14,9 @@ Each multiply-add rounds once. With K in C chunks a sum is off by at most 2 C * 
 which is at most sum_k t (|S| u + |q|): the worst case. In units of 2^69 what is below 2^-126 has fewer digits, so that
 at most 2 C * 2^-81 comes on top. Scales from 2^47 on overflow, to Inf or NaN.
 
-A unit is a chunk's product with the 64 rows of one block of the tile. While a unit is multiplied, T is added for it,
-and P of the unit before.
+A unit is a chunk's product with the 64 rows of one block of the tile. While a unit of 64 tokens is multiplied, T is
+added for it, and P of the unit before. Units of 128 tokens leave registers for one P: it is added before the next unit
+starts, while the tensor cores multiply the other consumer's. A weight is then expanded once for 128 tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from jaxtyping import Array, Float, Int
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx, wgmma
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragment_wgmma import pinned, settled, start_unsigned
+from bipolar_jax.kernels.sm90.core.fragment_wgmma import hidden_zero, pinned, settled, start_unsigned, wait
 from bipolar_jax.kernels.sm90.core.fragments import as_array, lane_and_warp, numbers_of
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion, StepWords
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion, StepWords
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling
 from bipolar_jax.packing.fields import PARTS, STAGE, STEPS, TILE_ROWS, WORDS_PER_VECTOR, expand_tile
 from bipolar_jax.packing.float_terms import FloatTerms, part_float_terms
@@ -45,6 +46,8 @@ BLOCKS = 2  # of a tile
 SUMS_ORDER = 16  # tokens whose sums `in_order_of_lanes` permutes
 BLOCK_ROWS = TILE_ROWS // BLOCKS
 _BLOCK_REGISTERS = 4  # of A, in one step
+_MOST_ALTERNATING = 64  # tokens of a unit beside which there are registers for the sums of another
+_LOADS_AHEAD = 4  # of token sums: ptxas would load all of 128 tokens at once, and spill
 _MOST_KEPT_BITS = 4  # wider fields are loaded for either block again: they would take too many registers
 _SCALE_FACTOR, _SUM_FACTOR = 2.0**80, 2.0**-69
 SUM_UNIT = 1 / _SUM_FACTOR
@@ -64,12 +67,13 @@ class ChunkScaling:
     kind: FloatTerms
     chunks: int
 
-    def load(self, terms: Pointer, chunk: int) -> tuple[list[Value], list[Value]]:
-        """S * 2^80 and q * 2^-69 of a lane's four rows: row 8 p + lane / 4 of either block b, in the order 2 b + p."""
+    def load(self, terms: Pointer, chunk: int, block: int) -> tuple[list[Value], list[Value]]:
+        """S * 2^80 and q * 2^-69 of a lane's rows 8 p + lane / 4 of a block."""
         (lane, warp), words = lane_and_warp(), chunk_words(self.kind)
         part = ptx.advance(terms, ptx.plus(ptx.times(warp, 4 * self.chunks * words), 4 * chunk * words))
         scales, first_numbers = [], []
-        for scale, zero, offset in FloatScaling(self.kind, -self.format.max_value / 2).load_terms(part, lane):
+        rows = FloatScaling(self.kind, -self.format.max_value / 2).load_terms(part, lane)
+        for scale, zero, offset in rows[2 * block : 2 * (block + 1)]:
             number = ptx.multiply(scale, zero) if offset is None else ptx.fma(scale, zero, offset)
             scales.append(ptx.multiply(scale, ptx.float32(_SCALE_FACTOR)))
             first_numbers.append(ptx.multiply(number, ptx.float32(_SUM_FACTOR)))
@@ -166,7 +170,7 @@ def add_pending(
     )
     def inline(_, pending, total, terms):
         totals = by_block(numbers_of(total))
-        scales, _ = scaling.load(ptx.pointer(terms, ptx.SHARED), scaling.chunks - 1)
+        scales, _ = scaling.load(ptx.pointer(terms, ptx.SHARED), scaling.chunks - 1, BLOCKS - 1)
         add_products(totals, BLOCKS - 1, scales, numbers_of(pending), in_flight=0)
         return as_array([n for block in totals for n in block], total.shape, wgmma.ACCUMULATOR)
 
@@ -209,23 +213,36 @@ def add_units(
       P of the last unit, in flight.
     """
     lane, warp = lane_and_warp()
-    expansion, unit = Expansion(scaling.format.bits, 0), None
+    expansion, unit, zero = Expansion(scaling.format.bits, 0), None, hidden_zero(tokens)
     words = ptx.advance(words, ptx.times(warp, 4 * expansion.bits * WORDS_PER_VECTOR))
     if before is not None:
-        unit = BLOCKS - 1, scaling.load(before[1], scaling.chunks - 1)[0], before[0]
-    steps = STEPS // scaling.chunks
+        unit = BLOCKS - 1, scaling.load(before[1], scaling.chunks - 1, BLOCKS - 1)[0], before[0]
+    alternating, steps = width <= _MOST_ALTERNATING, STEPS // scaling.chunks
+    at_once = steps if alternating else min(steps, HALF_STEPS)
     for chunk in range(scaling.chunks):
         fields = None
-        scales, numbers = scaling.load(terms, chunk)
         for block in range(BLOCKS):
-            if fields is None or expansion.bits > _MOST_KEPT_BITS:
-                fields = _fields_of(expansion, words, lane, chunk * steps, steps)
-            registers = range(_BLOCK_REGISTERS * block, _BLOCK_REGISTERS * (block + 1))
-            fragments = [[expansion.codes(field, register) for register in registers] for field in fields]
-            started = start_unsigned(fragments, tokens, chunk * steps, width)
-            sums = _token_sums(token_sums, lane, chunk, width)
-            totals[block] = _added(totals[block], numbers[2 * block : 2 * block + 2], sums)
-            if unit is not None:
+
+            def fragments_from(first: int, block: int = block) -> list[list[Value]]:
+                nonlocal fields
+                if fields is None or not alternating or expansion.bits > _MOST_KEPT_BITS:
+                    fields = _fields_of(expansion, words, lane, first, at_once)
+                registers = range(_BLOCK_REGISTERS * block, _BLOCK_REGISTERS * (block + 1))
+                return [[expansion.codes(field, register) for register in registers] for field in fields]
+
+            first, *rest = range(chunk * steps, (chunk + 1) * steps, at_once)
+            if unit is not None and rest:
+                wait(in_flight=1)  # the fragments of the unit's first half are free
+            fragments, settled_sums = fragments_from(first), None
+            if unit is not None and not alternating:
+                fragments = [pinned(step) for step in fragments]
+                settled_sums = add_products(totals, *unit, in_flight=0)
+            started = start_unsigned(fragments, tokens, first, width, replace=settled_sums)
+            scales, numbers = scaling.load(terms, chunk, block)
+            totals[block] = _with_token_sums(totals[block], numbers, token_sums, lane, chunk, width, zero)
+            for start in rest:
+                started = start_unsigned(fragments_from(start), tokens, start, width, add_to=started)
+            if unit is not None and alternating:
                 add_products(totals, *unit, in_flight=1)
             unit = block, scales, started
     return unit[-1]
@@ -252,22 +269,36 @@ def _in_order_of_columns(token_sums: Float[Array, "*batch tokens"]) -> Float[Arr
     return by_lane.swapaxes(-3, -2).reshape(token_sums.shape)
 
 
-def _token_sums(token_sums: Pointer, lane: Value, chunk: int, width: int) -> list[Value]:
-    """T of a lane's columns, 2 j + e: that of column 8 j + 2 (lane % 4) + e."""
-    mine = ptx.advance(token_sums, ptx.times(ptx.bits_of(lane, 3), 16))
-    starts = range(4 * chunk * width, 4 * (chunk + 1) * width, 4 * SUMS_ORDER)
-    return [ptx.as_float(word) for start in starts for word in ptx.load(ptx.advance(mine, start), 4)]
+def _with_token_sums(
+    totals: list[Value], factors: list[Value], token_sums: Pointer, lane: Value, chunk: int, width: int, zero: Value
+) -> list[Value]:
+    """The totals of a block, in the order of `add_units`, plus factors of rows p times T of columns 2 j + e.
 
-
-def _added(totals: list[Value], factors: list[Value], sums: list[Value]) -> list[Value]:
-    """The totals of a block, in the order of `add_units`, plus factors of rows p times sums of columns 2 j + e."""
-    return [ptx.fma(factors[i // 2 % 2], sums[2 * (i // 4) + i % 2], total) for i, total in enumerate(totals)]
+    Args:
+      totals: of the block.
+      factors: two, of its rows.
+      token_sums, lane, chunk, width: as `add_units` has them.
+      zero: `hidden_zero`, by which the address of a load depends on what the load _LOADS_AHEAD before it found.
+    """
+    mine = ptx.advance(token_sums, ptx.plus(ptx.times(ptx.bits_of(lane, 3), 16), 4 * chunk * width))
+    added: list[Value] = []
+    loaded: list[Value] = []
+    for number in range(width // SUMS_ORDER):
+        waited = ptx.bits_of(loaded[number - _LOADS_AHEAD], zero) if number >= _LOADS_AHEAD else 0
+        words = ptx.load(ptx.advance(ptx.advance(mine, waited), 4 * SUMS_ORDER * number), 4)
+        loaded.append(words[0])
+        for i in range(8):
+            token_sum = ptx.as_float(words[2 * (i // 4) + i % 2])
+            added.append(ptx.fma(factors[i // 2 % 2], token_sum, totals[len(added)]))
+    return added
 
 
 def add_products(
     totals: list[list[Value]], block: int, scales: list[Value], products: list[Value], *, in_flight: int
-) -> None:
-    """Adds a unit's P to the totals of its block, when it has come."""
-    numbers, rows = [ptx.as_float(word) for word in settled(products, in_flight=in_flight)], scales[2 * block :]
+) -> list[Value]:
+    """Adds a unit's P to the totals of its block, when it has come; returns P."""
+    products = settled(products, in_flight=in_flight)
+    added = [ptx.fma(scales[i // 2 % 2], ptx.as_float(products[i]), total) for i, total in enumerate(totals[block])]
     # Pinned: the next unit may then take the registers of this one's products.
-    totals[block] = pinned([ptx.fma(rows[i // 2 % 2], numbers[i], total) for i, total in enumerate(totals[block])])
+    totals[block] = pinned(added)
+    return products

@@ -34,6 +34,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     float_terms_of,
     is_expanded,
     plan_many_tokens,
+    scaled_candidates,
 )
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.backend.operations import describe, quantized_operands, shared_scale
@@ -55,6 +56,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, Sc
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray
+from bipolar_jax.packing.fields import TILE_ROWS
 
 HEAD_SIZES = (64, 128)
 # Of the product of expanded weights. Alternating tiles of 128 tokens would spill.
@@ -159,8 +161,11 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     def microseconds(tiling: Tiling) -> float:
         return expanded_microseconds(tiling, length, sequences * layout.columns, w.contracted_size, w)
 
-    float_terms = float_terms_of(w)
-    tiling = min(EXPANDED_TILINGS if float_terms is None else SCALED_CANDIDATES, key=microseconds)
+    float_terms, tilings = float_terms_of(w), EXPANDED_TILINGS
+    if float_terms is not None:
+        # Heads of 64 exchange numbers: of 128 tokens ptxas spills.
+        tilings = scaled_candidates(w) if layout.size == TILE_ROWS else SCALED_CANDIDATES
+    tiling = min(tilings, key=microseconds)
     tiling = with_room_for_heads(tiling, layout, w.bits, chunks_of(w), float_terms)
     return dataclasses.replace(choice, tiling=tiling)
 

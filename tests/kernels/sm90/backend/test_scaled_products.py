@@ -71,7 +71,7 @@ def test_plans_are_explained(monkeypatch):
     assert isinstance(few.tiling, FewTokensTiling)
     many, short = explained(2048, 128), explained(2048, 32)
     assert many.kernel == few.kernel
-    assert many.tiling == expanded_planning.SCALED_CANDIDATES[0]
+    assert many.tiling == expanded_planning.ONE_CHUNK_CANDIDATES[0]
     assert short.kernel.startswith("float16 tensor cores, weights of 4 bits in float groups of 32 expanded to float16")
     monkeypatch.setattr(expanded_planning, "SCALES_SUMS_IN_REGISTERS", False)
     in_memory = explained(2048, 128)

@@ -54,8 +54,9 @@ def largest_partial_sums(codes: np.ndarray, w) -> np.ndarray:
         (4, 128, "offsets", 8, False, dict(cluster_m=2)),
         (3, 96, "zeros", 5, True, dict(schedule="alternate")),
         (8, 64, "scales", 1, False, dict(cluster_n=2)),
+        (4, 128, "zeros", 8, False, dict(tile_m=128)),
     ],
-    ids=["W4g128f, residual", "W3g96f, gated", "W8g64f, one-bit tokens"],
+    ids=["W4g128f, residual", "W3g96f, gated", "W8g64f, one-bit tokens", "W4g128f, 128 tokens"],
 )
 @pytest.mark.sample(1)
 def test_products_are_within_their_bound(bits, group_size, kind, a_bits, gated, changes):
@@ -98,11 +99,12 @@ def test_products_are_within_their_bound(bits, group_size, kind, a_bits, gated, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "group_size"), [("scales", 8, 128), ("zeros", 5, 32), ("offsets", 4, 128), ("offsets", 3, 64)]
+    ("kind", "bits", "group_size", "m"),
+    [("scales", 8, 128, 64), ("zeros", 5, 32, 64), ("offsets", 4, 128, 128), ("offsets", 3, 64, 64)],
 )
-def test_threads_scale_units(kind, bits, group_size, monkeypatch):
+def test_threads_scale_units(kind, bits, group_size, m, monkeypatch):
     """One warpgroup over two stages, the first of the largest codes: words are read as floats without a conversion."""
-    m, k, fmt = 64, 256, BipolarFormat(bits)
+    k, fmt = 256, BipolarFormat(bits)
     w, x = float_groups(fmt, 128, k, group_size, kind), random_codes(A8, m, k, 0)
     x[:, :128] = 255
     prepared = w.prepare(float_terms=kind)
@@ -114,19 +116,23 @@ def test_threads_scale_units(kind, bits, group_size, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     thread = np.arange(128)
 
-    def start_unsigned(fragments, tile, first_step, n):
+    def start_unsigned(fragments, tile, first_step, n, *, add_to=None, replace=None):
         """By the figures of the PTX ISA: A, and D of 64 rows."""
         rows = np.concatenate([rows_of_fragments(step)[:64] for step in fragments], axis=1).astype(np.int64)
         columns = tile[:, 32 * first_step :][:, : rows.shape[1]].astype(np.int64)
         product = (rows @ columns.T).astype(np.int32).view(np.uint32)
+        before = [0] * (n // 2) if add_to is None else add_to
         first_row, first_column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
-        return [product[first_row + 8 * (i // 2 % 2), first_column + 8 * (i // 4) + i % 2] for i in range(n // 2)]
+        places = ((first_row + 8 * (i // 2 % 2), first_column + 8 * (i // 4) + i % 2) for i in range(n // 2))
+        return [product[place] + sums for place, sums in zip(places, before, strict=True)]
 
     monkeypatch.setattr(scaled_multiply, "start_unsigned", start_unsigned)
     monkeypatch.setattr(scaled_multiply, "settled", lambda numbers, *, in_flight: numbers)
     monkeypatch.setattr(scaled_multiply, "pinned", lambda numbers: numbers)
+    monkeypatch.setattr(scaled_multiply, "wait", lambda *, in_flight: None)
+    monkeypatch.setattr(scaled_multiply, "hidden_zero", lambda tile: np.zeros(128, np.uint32))
     before = warpgroup_simulator.bank_conflicts[0]
-    totals, unit = [[np.zeros(128, np.float32)] * 32 for _ in range(2)], None
+    totals, unit = [[np.zeros(128, np.float32)] * (m // 2) for _ in range(2)], None
     for stage in range(2):
         own = [np.ascontiguousarray(array) for array in (weights[stage], terms[stage])]
         own.append(np.ascontiguousarray(sums[prepared.chunks * stage : prepared.chunks * (stage + 1)]))
@@ -134,11 +140,11 @@ def test_threads_scale_units(kind, bits, group_size, monkeypatch):
         tile = words[:, 128 * stage : 128 * (stage + 1)]
         started = scaled_multiply.add_units(totals, tile, *refs, scaling, m, unit)
         unit = started, refs[1]
-    scales, _ = scaling.load(unit[1], prepared.chunks - 1)
+    scales, _ = scaling.load(unit[1], prepared.chunks - 1, 1)
     scaled_multiply.add_products(totals, 1, scales, unit[0], in_flight=0)
     assert warpgroup_simulator.bank_conflicts[0] == before
     found = np.zeros((128, m))
-    for block, i in np.ndindex(2, 32):
+    for block, i in np.ndindex(2, m // 2):
         row = 64 * block + 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
         found[row, 2 * (thread % 4) + 8 * (i // 4) + i % 2] = totals[block][i]
     bound = (4 * prepared.chunks + 2) * 2.0**-24 * largest_partial_sums(x, w)
@@ -147,8 +153,13 @@ def test_threads_scale_units(kind, bits, group_size, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tiling", "chunks"),
-    [(Tiling(128, 128, "split_n"), 1), (SMALL, 8), (dataclasses.replace(SMALL, splits=2), 1)],
-    ids=["128 tokens", "groups of 16", "splits of K"],
+    [
+        (Tiling(128, 128, "split_n"), 2),
+        (Tiling(128, 128, "alternate"), 1),
+        (SMALL, 8),
+        (dataclasses.replace(SMALL, splits=2), 1),
+    ],
+    ids=["128 tokens, groups of 64", "128 tokens a consumer", "groups of 16", "splits of K"],
 )
 def test_what_does_not_fit_is_refused(tiling, chunks):
     recovery = ScaledRecovery("int8", A8, BipolarFormat(4), 4096, True)
@@ -198,7 +209,8 @@ def compiled(bits, group_size, kind, tiling, *, residual=False, gated=False, dty
     ("bits", "group_size", "kind", "tiling", "options"),
     [
         (4, 128, "offsets", Tiling(64, 128, "split_n", slots=6), dict(residual=True)),
-        (4, 256, "zeros", Tiling(64, 128, "split_n", slots=6), dict(gated=True)),
+        (4, 256, "zeros", Tiling(128, 128, "split_n", slots=4), dict(gated=True)),
+        (4, 128, "offsets", Tiling(128, 128, "split_n", slots=4), dict(residual=True)),
         (8, 128, "offsets", Tiling(64, 128, "split_n", slots=4), dict(residual=True, dtype=jnp.float32)),
         (4, 32, "offsets", Tiling(64, 128, "split_n", slots=5), dict(gated=True)),
         (5, 64, "zeros", Tiling(64, 128, "split_n", slots=5), dict(residual=True)),

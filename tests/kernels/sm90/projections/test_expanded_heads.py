@@ -16,7 +16,7 @@ from bipolar_jax.kernels.semantics.rotation import fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words, expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend.expanded_planning import SCALED_CANDIDATES
+from bipolar_jax.kernels.sm90.backend.expanded_planning import ONE_CHUNK_CANDIDATES, SCALED_CANDIDATES
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
@@ -312,7 +312,7 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         (8, None, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), dtype=jnp.float16)),
         (4, 64, 64, dict(tiling=EXPANDED_TILINGS[1], rope=False)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2])),
-        (4, 128, 128, dict(tiling=SCALED_CANDIDATES[0], float_terms="offsets")),
+        (4, 128, 128, dict(tiling=ONE_CHUNK_CANDIDATES[0], float_terms="offsets")),
         (4, 128, 128, dict(tiling=EXPANDED_TILINGS[0], norm_eps=1e-6)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2], norm_eps=1e-6)),
         (4, 64, 128, dict(tiling=SCALED_CANDIDATES[1], float_terms="offsets", norm_eps=1e-6)),
