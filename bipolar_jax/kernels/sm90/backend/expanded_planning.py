@@ -35,8 +35,8 @@ EXPANDED_CANDIDATES = (
     Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
 )
 
-# With float scales of groups: see `gemm_expanded.scaled_multiply`. Tiles of 128 tokens need stages of one chunk, and ptxas
-# spills fields of 6 and 7 bits.
+# With float scales of groups: see `gemm_expanded.scaled_multiply`. Tiles of 128 tokens need stages of one chunk, and
+# ptxas spills fields of 6 and 7 bits.
 SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
 ONE_CHUNK_CANDIDATES = (EXPANDED_CANDIDATES[0], *SCALED_CANDIDATES)
 _BITS_OF_FEW_TOKENS = (6, 7)

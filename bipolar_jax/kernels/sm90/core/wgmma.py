@@ -301,22 +301,16 @@ def _issue(
 
 
 def instruction(
-    registers: np.ndarray,
-    x_operand: list[ir.Value],
-    w_descriptor: ir.Value,
-    n: int,
-    mnemonic: str,
-    add: ir.Value | None = None,
+    registers: np.ndarray, x_operand: list[ir.Value], w_descriptor: ir.Value, n: int, mnemonic: str, add=None
 ) -> np.ndarray:
     """One instruction.
 
     Args:
-      registers: a thread's n / 2 accumulators of 64 rows, or None for zeros.
+      registers: a thread's n / 2 accumulators of 64 rows, or None for zeros; read as zeros if `add`, an int32, is 0.
       x_operand: the descriptor of a tile of 64 rows in shared memory, or the four registers of its fragment.
       w_descriptor: of a tile of n rows.
       n: columns of the accumulator.
       mnemonic: K and types, as PTX spells them.
-      add: an int32, 0 to start from zero in the registers that are given; None adds to them.
     """
     i32, is_float = ir.IntegerType.get_signless(32), ".f32." in mnemonic
     vector_type = ir.VectorType.get((1,), ir.F32Type.get() if is_float else i32)
@@ -336,12 +330,8 @@ def instruction(
         # Of floats: not negated, and K-major both.
         f"{{{outputs}}}, {x_text}, {w_name}, p{', 1, 1, 0, 0' if is_float else ''}; }}\n"
     )
-    x_constraints = ["r" if in_registers else "l"] * len(x_operand)
-    constraints = ",".join(
-        ["=f" if is_float else "=r"] * count
-        + [str(i) for i in range(len(tied))]
-        + [*x_constraints, "l", "n" if add is None else "r"]
-    )
+    last_constraints = ["r" if in_registers else "l"] * len(x_operand) + ["l", "n" if add is None else "r"]
+    constraints = ",".join(["=f" if is_float else "=r"] * count + [str(i) for i in range(len(tied))] + last_constraints)
     add_flag = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(given))).result if add is None else add
     results = llvm.inline_asm(
         llvm.StructType.get_literal([vector_type] * count),
