@@ -56,7 +56,8 @@ SHAPES = ",".join(f"{m}x{layer}" for layer in ("28672x4096", "4096x14336") for m
 PRECISIONS = "4g128scales,4g128zeros,4g128offsets,4g32zeros,8g128scales"
 # Tiling, and lag of the second consumer, by name.
 TILINGS = {
-    f"{tiling.tile_m} {tiling.schedule}, clusters of {tiling.cluster_m}x{tiling.cluster_n}, lag {lag}": (tiling, lag)
+    f"{tiling.tile_m} {tiling.schedule}, clusters of {tiling.cluster_m}x{tiling.cluster_n}, "
+    f"bands of {tiling.band} {tiling.band_axis}, lag {lag}": (tiling, lag)
     for tiling, lag in (
         *((SCALED_CANDIDATES[0], lag) for lag in (0, 1, 2)),
         (dataclasses.replace(SCALED_CANDIDATES[0], cluster_m=2), 0),
