@@ -134,7 +134,7 @@ def test_numbers_are_those_of_32_bits(piece, tmp_path):
 @pytest.mark.parametrize(
     "piece", [quantize, rounding, table, fake_quant, training, layers, models], ids=lambda piece: piece.__name__
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_shapes_and_dtypes_are_those_of_32_bits(piece):
     """Traced, not compiled."""
 

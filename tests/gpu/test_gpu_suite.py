@@ -49,7 +49,7 @@ def around(program: str):
 
 
 @pytest.mark.parametrize("case", INTERPRETED.values(), ids=INTERPRETED)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 class TestCasesInterpreted:
     pytestmark = interprets
 

@@ -45,7 +45,7 @@ def equal(a, b) -> None:
         np.testing.assert_array_equal(*(np.asarray(each.astype(jnp.float32)) for each in (a, b)))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("qtype", "method", "tile", "shape"),
     [

@@ -13,7 +13,7 @@ BACKENDS = ("reference", "xla")
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("calibration", ["absmax", "minmax"])
 @pytest.mark.parametrize(("x", "w"), [(1e-30, 4e37), (1e30, 1e-35), (1e-35, 4e37), (3e38, 1e-3), (3e37, -1e-30)])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_scales_of_any_size_cancel(x, w, group_size, calibration, implementation):
     packed = bj.quantize(np.full((37, 2), w, np.float32), 8, 0, group_size, calibration)
     for a_bits in (8, 4, 2, 1):

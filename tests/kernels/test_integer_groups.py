@@ -37,7 +37,7 @@ def values_of(w) -> np.ndarray:
 @every_backend
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize(("k", "group_size"), [(100, 48), (70, 33)])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_integer_product_is_exact(backend, fmt, k, group_size):
     w = packed_in_integer_groups(codes_with_extremes(fmt, 4, k, seed=9), fmt, group_size, seed=k)
     xs = [codes_with_extremes(a_format, 3, k, seed=a_format.bits) for a_format in A_FORMATS]

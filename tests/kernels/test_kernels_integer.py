@@ -42,7 +42,7 @@ def check_all_a_bits(backend, w_format: BipolarFormat, k: int, group_size: int |
 @every_backend
 @pytest.mark.parametrize("w_format", W_FORMATS, ids=lambda fmt: f"W{fmt.name}")
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 576, 1000, 4096])
-@pytest.mark.sample(9)
+@pytest.mark.sample(2)
 def test_product_is_exact(backend, w_format, k):
     check_all_a_bits(backend, w_format, k, None)
 
@@ -55,7 +55,7 @@ def test_product_is_exact(backend, w_format, k):
     ("k", "group_size"),
     [(33, 1), (96, 32), (100, 7), (100, 64), (576, 48), (70, 33), (70, 69)],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_product_of_every_group_is_exact(backend, w_format, k, group_size):
     """Groups that end on words and that do not, and short last ones (100 = 14 * 7 + 2 = 64 + 36)."""
     check_all_a_bits(backend, w_format, k, group_size)

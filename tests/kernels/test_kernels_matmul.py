@@ -86,7 +86,7 @@ def test_a_span_leaves_out_the_ends_of_a_range(a_bits):
 
 @pytest.mark.parametrize("a_bits", range(2, 9))
 @pytest.mark.parametrize("span", [1, 0.8])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_symmetric_tokens_are_those_of_compressed_tensors(a_bits, span):
     """q = round(x / d), d = max|x| / (2^bits - 1) * 2, clipped to signed integers; 0 is q = 0 in every token."""
     x, symmetric = activations(64), BipolarFormat(a_bits, span=span, symmetric=True)
@@ -167,7 +167,7 @@ CASES = [  # k, w_format, group_size, calibration
 @every_backend
 @pytest.mark.parametrize(("k", "w_format", "group_size", "calibration"), CASES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_quantized_matmul_is_the_product_of_what_the_codes_stand_for(
     backend, k, w_format, group_size, calibration, biased
 ):

@@ -32,7 +32,7 @@ def block_by_block(model, ids):
     return model.leave_blocks(model.stream(carry))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("form", ["float", "packed", "joined", "rotated"])
 def test_blocks_one_by_one_are_the_model(config, form):

@@ -72,7 +72,7 @@ def layouts(model: Transformer):
 
 
 @pytest.mark.parametrize("precision", ["W3A4g20f-minmax", "W1.58A8g33f", "W8A8", "W4A8g32"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_built_as_quantize_model_builds(config, precision):
     rules = [("^layers/", PRECISIONS[precision]), ("^(embed|lm_head)$", Precision(8))]
     expected = nnx.eval_shape(

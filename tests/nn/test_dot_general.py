@@ -159,7 +159,7 @@ def outcomes(layout: str, precision: str, dtype: str):
 
 
 @every_case
-@pytest.mark.sample(12)
+@pytest.mark.sample(2)
 def test_product(layout, precision, dtype):
     (ours, *_), (theirs, *_), eps = outcomes(layout, precision, dtype)
     lhs, rhs, numbers = LAYOUTS[layout]
@@ -174,7 +174,7 @@ def test_product(layout, precision, dtype):
 
 
 @every_case
-@pytest.mark.sample(12)
+@pytest.mark.sample(2)
 def test_gradient(layout, precision, dtype):
     (_, ours, _), (_, theirs, _), eps = outcomes(layout, precision, dtype)
     assert [gradient.dtype for gradient in ours] == list(DTYPES[dtype][:2])
@@ -183,7 +183,7 @@ def test_gradient(layout, precision, dtype):
 
 
 @every_case
-@pytest.mark.sample(12)
+@pytest.mark.sample(2)
 def test_vmap(layout, precision, dtype):
     (*_, ours), (*_, theirs), eps = outcomes(layout, precision, dtype)
     assert_same(ours, theirs, eps)

@@ -61,7 +61,7 @@ def with_axis(shape: tuple, axis: int | None) -> tuple:
 
 
 @every_layout
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_shape_and_dtype(index):
     """Of every layout at two pairs of dtypes: of every pair at three layouts or more."""
     lhs, rhs, numbers = LAYOUTS[index]
@@ -80,7 +80,7 @@ def test_shape_and_dtype(index):
 
 
 @every_layout
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_mapped_over_an_axis(index):
     lhs, rhs, numbers = LAYOUTS[index]
     for axes in (MAPPED[index % 3], MAPPED[(index + 1) % 3]):

@@ -146,9 +146,9 @@ EQUATIONS = [
 
 @pytest.mark.parametrize("trained", [False, True], ids=["", "trained"])
 @pytest.mark.parametrize(("equation", "x_shape", "kernel_shape", "bias_shape"), EQUATIONS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("standard_promotion")  # bfloat16 inputs of float32 layers
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_an_einsum_that_contracts_its_kernel_is_packed(equation, x_shape, kernel_shape, bias_shape, trained):
     options = {"einsum_op": bnn.QuantizedEinsum(bj.DotGeneral(2, 4, 2))} if trained else {}
     layer = nnx.Einsum(equation, kernel_shape, bias_shape, bias_init=noisy, rngs=nnx.Rngs(0), **options)

@@ -107,7 +107,7 @@ def compilations_of(call) -> int:
 
 
 @pytest.mark.parametrize("name", EAGER)
-@pytest.mark.sample(8)
+@pytest.mark.sample(2)
 def test_no_call_compiles_again(name):
     assert compilations_of(EAGER[name]) == 0
 
@@ -139,7 +139,7 @@ CLOSED_OVER = {
 
 
 @pytest.mark.parametrize("name", CLOSED_OVER)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_traced_functions_close_over_weights(name):
     function = CLOSED_OVER[name]
     expected = function(X)

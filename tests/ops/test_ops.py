@@ -39,7 +39,7 @@ def expected(x, w: BipolarArray, a_bits: int | None) -> np.ndarray:
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("a_bits", [1, 8, None])
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K)])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_batch_axes_of_x_are_rows(w, shape, a_bits, implementation):
     x, bias = normal(*shape), normal(N)
     y = matmul(x, w, a_bits, bias=bias, implementation=implementation)
@@ -60,7 +60,7 @@ def test_the_result_has_the_dtype_of_x(w, dtype, a_bits):
 
 @pytest.mark.parametrize("x_shape", [(3, K), (3, 5, K), (3, 5, 2, K)])
 @pytest.mark.parametrize("bits", [2, TERNARY])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_batch_axes_of_w_lead_those_of_x(x_shape, bits):
     w = quantize(normal(3, K, N, seed=1), bits, -2)
     x, bias = normal(*x_shape), normal(N)

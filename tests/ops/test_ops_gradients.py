@@ -56,7 +56,7 @@ def central_differences(function, arguments: list, which: int) -> np.ndarray:
 @pytest.mark.parametrize("a_bits", [1, 2, 8, None])
 @pytest.mark.parametrize("group_size", [None, 5])
 @pytest.mark.parametrize(("calibration", "biased"), [("absmax", False), ("minmax", True)])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_gradients_are_those_of_the_straight_through_definition(a_bits, group_size, calibration, biased):
     w = quantize(normal(K, N, seed=1), 3, 0, group_size, calibration, scales="float")
     x, cotangent = normal(M, K), normal(M, N, seed=2)

@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
     ids=str,
 )
 @pytest.mark.parametrize("steps", [False, True], ids=["calibrated", "steps"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_layers_pack_the_same_on_every_backend(options, shape, steps):
     if steps:  # which take no calibration
         options = {name: value for name, value in options.items() if name != "calibration"}

@@ -104,7 +104,7 @@ def test_norms_are_those_of_flax(norm):
 @every_prologue
 @pytest.mark.parametrize("a_bits", [1, 2, 8, None])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.sample(7)
+@pytest.mark.sample(2)
 def test_the_product_is_that_of_what_the_prologue_gives(name, a_bits, implementation, w):
     prologue, bias = make(name), normal(N, seed=3)
     x = rows_of(prologue, 2, M)
@@ -142,7 +142,7 @@ def test_nothing_is_rounded_to_the_dtype_of_x_before_it_is_quantized(w):
 
 @pytest.mark.parametrize("name", ["rms", "layer", "silu gated"])
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_every_matrix_of_a_stack_may_have_a_norm_of_its_own(name, own):
     stack, prologue = bj.quantize(normal(2, K, N, seed=1), 4, -2), make(name, batch=(2,) * own)
     x = rows_of(prologue, 2, M)
@@ -157,7 +157,7 @@ def test_every_matrix_of_a_stack_may_have_a_norm_of_its_own(name, own):
 
 @every_prologue
 @pytest.mark.parametrize("a_bits", [2, 8, None])
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_gradients_are_those_of_the_prologue_and_the_product_one_after_the_other(name, a_bits, w):
     prologue, cotangent = make(name), normal(2, M, N, seed=2)
     x = rows_of(prologue, 2, M)

@@ -21,7 +21,7 @@ EPS = float(np.finfo(np.float32).eps)
 @every_format
 @every_calibration
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_equals_quantize_then_dequantize(fmt, calibration, axis):
     x = normal(2, 10, 12)
     expected = quantize(x, fmt, axis, 5, calibration, scales="float").dequantize()
@@ -45,7 +45,7 @@ def surrogate(x, decoded, inside):
 
 @every_format
 @every_calibration
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_gradient_is_that_of_the_straight_through_definition(fmt, calibration):
     """Compares with central differences of the surrogate in float64, which are exact because it is linear."""
     x = normal(3, 12).astype(np.float64)

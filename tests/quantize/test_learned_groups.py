@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_straight_through_surrogate(fmt):
 
 @every_format
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_packed_weights_have_the_bits_of_the_rounded_ones(fmt, dtype):
     w = jnp.asarray(normal(2, K, 5), dtype)
     dot_general = bj.DotGeneral(fmt, 8, SIZE, implementation="xla")

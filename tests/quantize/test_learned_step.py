@@ -31,7 +31,7 @@ def test_weights_of_a_grid_without_a_step_have_the_straight_through_gradient(ste
 @pytest.mark.parametrize("start", ["zeros", "a dead channel", "negative steps"])
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optax.sgd(0.1)], ids=["adam", "sgd"])
 @pytest.mark.usefixtures("standard_promotion")  # optax promotes
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_weights_that_begin_at_zero_learn(fmt, start, optimizer):
     x, target = jnp.asarray(normal(64, K)), jnp.asarray(normal(ROWS, K))
     target = jnp.where(target > 0, 0.5, -0.5)  # on every grid

@@ -22,7 +22,7 @@ import numpy as np
 
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.semantics.prologue import RMSNorm
-from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times, plan_quantizing
+from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times, modelled_quantizing
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
@@ -123,10 +123,10 @@ def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling) -
 
 
 def quantizing_calls(x, w: PreparedArray, tiling: FewTokensTiling) -> dict[str, Call]:
-    """By name, the product of floats behind an RMSNorm: in two kernels, and in one if it is planned."""
+    """By name, the product of floats behind an RMSNorm: in two kernels, and in one if it is modelled to be quicker."""
     prologue = RMSNorm(jnp.ones(x.shape[1], x.dtype), 1e-5)
     rows = float_rows(FloatTokensToQuantize(x, prologue), x.shape[1])
-    choice = plan_quantizing(rows, w)
+    choice = modelled_quantizing(rows, w)
 
     def apart(x, w):
         tokens = quantize_and_pack(x, A_FORMAT, "int8", prologue=prologue, interpret=interpret_params())

@@ -39,7 +39,7 @@ def numbers_of(rounded, precision) -> np.ndarray:
     return numbers
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("precision", FORMATS)
 def test_losses_fall_from_nearest_to_gptq_to_descent(precision):
     """And rows of zeros stay zeros, whatever the scale of the others; the last group is short."""

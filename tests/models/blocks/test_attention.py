@@ -52,7 +52,7 @@ BIASES = [None, (1, HEADS, 1, CAPACITY), (1, 1, 1, CAPACITY), (BATCH, HEADS, 1, 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("bias_shape", BIASES, ids=str)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_token_attends_to_its_cache(bits, bias_shape):
     q = normal(0, BATCH, 1, HEADS, HEAD_DIM)
     keys, values = (normal(seed, BATCH, KV_HEADS, CAPACITY, HEAD_DIM) for seed in (1, 2))

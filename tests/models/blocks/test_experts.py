@@ -200,6 +200,7 @@ def test_a_mesh_leaves_experts_whole_and_says_so(packed):
     assert "feed-forward blocks whole on every device: its experts are not cut" in plan.whole
 
 
+@pytest.mark.covered("products and gradients, by a test above; training, by nn/test_dot_general.py")
 def test_training_at_low_precision_gives_the_packed_block(model):
     """Gradients reach every expert's weights and the router; packing keeps the bits of training."""
     trained = bj.nn.quantization_aware(model.block(0).ffn, [("experts/", "W4A8")])

@@ -44,7 +44,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", GRIDS)
 def test_blocks_hold_the_integers_of_grids(case):
     precision, asked, type_name = GRIDS[case]

@@ -118,7 +118,7 @@ def test_words(bits):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_weights_are_those_of_the_format(case, tmp_path):
     """Bit for bit, at the precision that the file states; the layers that are not quantized as stored."""
     config, options, precision = CASES[case]

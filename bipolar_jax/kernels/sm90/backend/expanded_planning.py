@@ -47,8 +47,9 @@ SCALES_SUMS_IN_REGISTERS = True
 # expansion in memory.
 _LEAST_SCALED_CHUNK = 64
 
-# The switch: without it tokens are quantized by a kernel of their own.
-QUANTIZES_IN_PRODUCTS = True
+# The switch: without it tokens are quantized by a kernel of their own. Off until the other has run on a GPU: its
+# exchange between four blocks has run in interpret mode alone.
+QUANTIZES_IN_PRODUCTS = False
 _MOST_QUANTIZED = 16  # tokens, a warpgroup each of a cluster of four blocks
 _QUANTIZER = 3.2  # microseconds of that kernel: 413 of 128 launches in a step of 16 texts of Llama-3-8B, on an H200
 
@@ -102,14 +103,19 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
 
 
 def plan_quantizing(rows: FloatRows, w: BipolarNumbers, *, gated: bool = False) -> Choice | None:
-    """The plan of a product that quantizes its tokens; None where they are quantized before it.
+    """The plan of a product that quantizes its tokens; None where they are quantized before it."""
+    return modelled_quantizing(rows, w, gated=gated) if QUANTIZES_IN_PRODUCTS else None
+
+
+def modelled_quantizing(rows: FloatRows, w: BipolarNumbers, *, gated: bool = False) -> Choice | None:
+    """The plan of a product that quantizes its tokens; None where the model has two kernels as quick.
 
     Args:
       rows: the tokens.
       w: weights of which `is_expanded` is true.
       gated: as of `plan_many_tokens`.
     """
-    if not QUANTIZES_IN_PRODUCTS or rows.m > _MOST_QUANTIZED or has_float_terms(w) or rows.k % STAGE:
+    if rows.m > _MOST_QUANTIZED or has_float_terms(w) or rows.k % STAGE:
         return None
     if w.has_integer_groups and in_natural_order(w.group_size):
         return None

@@ -209,7 +209,7 @@ def test_all_layers_are_written_as_one_by_one(bits, length):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_compiles_without_spills(name, precision, cache_bits):
     cache_dtype = jnp.float16 if name.startswith("qwen") else jnp.bfloat16
     case = preset_case(name, *precision, cache_dtype=cache_dtype, cache_bits=cache_bits)

@@ -41,8 +41,10 @@ ROTATED = rotated(dataclasses.replace(PREPARED, ffn=192), 64)
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
-        # A group that ends with K and not with its stage; two layers, of which the second's rows begin within a tile.
-        # Blocks make 48 numbers of the input of down: they rotate 16, every block the rest; then 64, and rotate all.
+        # A group that ends with K and not with its stage. Blocks make 64 numbers of the input of down, and rotate all.
+        (dataclasses.replace(ROTATED, group_size=128, calibration="minmax", bias=True), 3),
+        # Two layers, of which the second's rows begin within a tile. Blocks make 48 numbers and rotate 16, every block
+        # the rest.
         (dataclasses.replace(ROTATED, layers=2, group_size=128, calibration="minmax", bias=True), 4),
         (dataclasses.replace(ROTATED, w_bits=1, cache_bits=8), 3),
         (rotated(dataclasses.replace(PREPARED, ffn=256, cache_bits=8, symmetric=True), 256), 7),

@@ -224,7 +224,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         "K in 2",
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(bits, group_size, options):
     program, report = compiled(bits, group_size, **options)
     (*_, last) = (line for line in program.as_text().splitlines() if "ROOT" in line)

@@ -136,7 +136,7 @@ def test_a_tiling_is_found_for_all_weights(m):
     ],
     ids=str,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(kind, bits, group_size, m, n, k, gated):
     small = float_groups(BipolarFormat(bits), 4, 2 * group_size, group_size, kind)
     groups = k // group_size

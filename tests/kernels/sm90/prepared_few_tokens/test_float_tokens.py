@@ -159,7 +159,7 @@ def test_a_tiling_is_found_for_all_weights(m):
     ("bits", "group_size", "m", "dtype"),
     [(4, 128, 1, jnp.bfloat16), (6, 16, 16, jnp.float16), (1, 128, 32, jnp.bfloat16), (8, None, 64, jnp.bfloat16)],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(bits, group_size, m, dtype):
     n, k = 4096, 1024
     w = jax.eval_shape(lambda: weights(BipolarFormat(bits), group_size, 128, k)[0].prepare())

@@ -287,7 +287,7 @@ def compiled(bits, group_size, m, n, k, *, gated=False, dtype=jnp.bfloat16, adds
         "W8, 64 tokens, a cluster",
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(bits, group_size, m, n, k, options):
     report = compiled(bits, group_size, m, n, k, **options)
     assert len(report.registers) == 1

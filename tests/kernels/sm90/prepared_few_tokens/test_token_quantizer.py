@@ -64,6 +64,7 @@ def prologue_of(name: str | None, k: int):
     ],
     ids=["norm, two blocks", "nine tokens"],
 )
+@pytest.mark.sample(1)
 def test_numbers_are_those_of_quantized_tokens(name, m, k, tiling, interpret):
     n, prologue = 200, prologue_of(name, k)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((m, k)), jnp.bfloat16)

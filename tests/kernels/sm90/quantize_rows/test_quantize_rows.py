@@ -101,7 +101,7 @@ def simulate(monkeypatch):
 
 @pytest.mark.parametrize("operand", ["planes", "int8"])
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_threads_compute_the_numbers_of_quantize_tokens(bits, operand, simulate):
     a_format = BipolarFormat(bits)
     # A warp a row, then a warpgroup; k below, at and above what the threads take at a time.
@@ -180,7 +180,7 @@ def assert_close(
     ("m", "k", "dtype", "vector_dtype"),
     [(9, 100, jnp.bfloat16, jnp.float32), (3, 1600, jnp.float16, jnp.bfloat16), (2, 4100, jnp.float32, jnp.float32)],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_threads_compute_the_prologue(m, k, dtype, vector_dtype, prologue, simulate):
     prologue, a_format = a_prologue(prologue, k, vector_dtype), BipolarFormat(8)
     x = numbers(m, prologue.parts * k, dtype)

@@ -33,7 +33,7 @@ def random_planes(fmt: BipolarFormat, *size: int) -> jax.Array:
 
 @with_every_format
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_threads_write_the_bytes_of_expand_planes(fmt, size, monkeypatch):
     planes = random_planes(fmt, *size)
     expansion = Expansion(fmt, size[0] * size[1])
@@ -56,7 +56,7 @@ def test_sizes_fill_blocks_and_leave_parts_of_them():
 
 @with_every_format
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_blocks_write_what_is_theirs(fmt, size):
     planes = random_planes(fmt, *size)
     expanded = expand(planes, fmt, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -81,7 +81,7 @@ def test_planes_that_the_format_does_not_have_are_an_error():
 @needs_compiler
 @with_every_format
 @pytest.mark.parametrize("size", [(22016, 128), (1001, 7)], ids=str)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(fmt, size):
     planes = jax.ShapeDtypeStruct((fmt.bits, *size), jnp.uint32)
     _, report = sm90_compile.compile_for_h200(lambda some: expand(some, fmt), planes)

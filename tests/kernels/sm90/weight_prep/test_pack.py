@@ -101,7 +101,7 @@ def test_ternary_numbers_between_two_codes_are_rounded_alike(monkeypatch):
 
 
 @with_every_format
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_blocks_write_what_is_theirs(fmt):
     case = operands(fmt, 269, 71, 32, "float32" if fmt.bits % 2 else "bfloat16")
     packed = pack_columns(*case, fmt, 32, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -122,7 +122,7 @@ def test_what_the_kernel_does_not_pack_is_said():
 @pytest.mark.parametrize(
     ("k", "n", "group_size", "dtype"), [(2048, 8192, None, "bfloat16"), (1000, 333, 64, "float32")]
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_it_compiles_without_spills(fmt, k, n, group_size, dtype):
     per_group = jax.ShapeDtypeStruct((n, num_groups(k, group_size)), jnp.float32)
     avals = [jax.ShapeDtypeStruct((k, n), dtype), per_group, *[per_group] * (group_size is not None)]
