@@ -39,6 +39,7 @@ def test_errors_are_those_of_the_outputs(columns):
     assert np.argmin(wanted) > 0
 
 
+@pytest.mark.covered("experiments/test_calibrate.py")
 def test_models_get_a_span_for_each_input_of_a_block(tmp_path):
     tokenizer = tiny_checkpoints.make_tokenizer("smollm")
     config = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=tokenizer.get_vocab_size())

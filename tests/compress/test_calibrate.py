@@ -100,6 +100,7 @@ def test_every_architecture_is_calibrated(name):
     assert loss_of(model, packed) < 0.8 * loss_of(model, bj.quantize_model(model, rules))
 
 
+@pytest.mark.covered("the targets, by compress/rounding")
 def test_asymmetric_targets_bring_outputs_nearer_to_the_float_model(model):
     def error(asymmetry):
         packed = calibrate(model, TOKENS, [("layers/", "W2A16")], method=Rounding("nearest", asymmetry=asymmetry))
@@ -150,6 +151,7 @@ def test_memory_holds_one_state_of_all_windows(model):
         assert size <= states + others + blocks * packed + TOKENS.nbytes
 
 
+@pytest.mark.covered("experiments/test_calibrate.py, whose rules come from a file")
 def test_rules_choose_layers_and_files_keep_them(tmp_path):
     tokenizer = tiny_checkpoints.make_tokenizer("smollm")
     config = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=tokenizer.get_vocab_size())

@@ -123,6 +123,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(expected):
     np.testing.assert_allclose(jnp.swapaxes(logits, 0, 1), expected, atol=0.1)
 
 
+@pytest.mark.covered("layers on meshes, by nn and ops/sharding")
 def test_an_explicit_mesh_changes_no_logits(expected):
     with jax.set_mesh(jax.make_mesh((2, 1), ("fsdp", "tp"))):
         model = Model(sharded=True)

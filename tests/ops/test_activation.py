@@ -78,7 +78,7 @@ def test_a_residual_is_added_to_what_it_makes(w):
     ],
     ids=str,
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the kernel, by `make gpu-test` and kernels/sm90/gemm")
 def test_the_hopper_kernel_applies_it_to_what_it_has_in_registers(monkeypatch, tiling, dtype, activation, a_bits):
     """Ragged in both directions: the last gates of a tile have others' columns beside them, which nobody reads."""
     columns = 2 * 203

@@ -119,6 +119,7 @@ def test_outliers_are_spread():
     assert peak(rotate(model, key=KEY)) < 0.6 * peak(model)
 
 
+@pytest.mark.covered("models/inference/test_cache.py")
 def test_a_cache_of_4_bits_loses_less():
     """Keys with a large constant in one element, as biases give them."""
     model = random_transformer(dataclasses.replace(ARCHITECTURES["qwen2"], head_dim=32))

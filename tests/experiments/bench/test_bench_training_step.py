@@ -21,6 +21,7 @@ def tiny():
     return config
 
 
+@pytest.mark.covered("training, by nn; the clock, by test_bench_matmul.py")
 def test_forward_and_step_are_timed_and_compared_with_bf16(tmp_path):
     config = tiny()
     training_step.main(config, tmp_path)

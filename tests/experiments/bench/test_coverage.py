@@ -39,7 +39,7 @@ def test_parts_share_the_shapes():
 
 @pytest.mark.parametrize("m", [3, 65])
 @pytest.mark.parametrize("precision", ["W2A1", "W4A8g32", "W4A16g32"])
-@pytest.mark.sample(1)
+@pytest.mark.covered("products of every plan, by kernels/sm90/backend")
 def test_operations_and_other_plans_are_exact(tmp_path, monkeypatch, m, precision):
     monkeypatch.setattr(coverage, "draw", lambda *_: [Shape(f"{m}x72x96", m, 72, 96)])
     monkeypatch.setattr(coverage, "_MOST_CALLS", 1)

@@ -282,7 +282,7 @@ def test_alibi_for_cudnn_is_made_once(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.sample(1)
+@pytest.mark.covered("test_a_quantized_model_on_the_h200_copies_no_cache")
 def test_prefill_writes_the_cache_in_place(bits, monkeypatch):
     """Nothing as large as the cache is written beside it, such as its transposition once all layers are through."""
     config = TransformerConfig(

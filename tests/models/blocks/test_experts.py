@@ -146,7 +146,7 @@ def test_packed_experts_round_as_each_would_alone(packed):
         ffn, norm = layer.ffn, layer.ffn_norm
         tokens = norm(x)[0]
         weights = jax.nn.softmax(tokens @ ffn.router.kernel[...], axis=-1)
-        kept = weights * (weights >= jnp.sort(weights, axis=-1)[:, -2:-1])
+        kept = jnp.where(weights >= jnp.sort(weights, axis=-1)[:, -2:-1], weights, 0)
 
         def add(total, expert):
             one, weight = expert

@@ -145,6 +145,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.covered("programs for the H200, by test_attention.py")
 def test_on_the_h200_no_kernel_of_xla_touches_heads(monkeypatch):
     """Between the product and attention there is nothing, and the cache is written in place."""
     model = nnx.eval_shape(lambda: make("W1A1", num_layers=16, num_heads=4, num_kv_heads=2, head_dim=128))

@@ -167,9 +167,13 @@ def test_rotations_are_folded_and_tied_models_untied(export, tmp_path):
     ids = jnp.array([[5, 300, 17, 42, 8, 8, 101]])
     logits = jax.jit(lambda model: model(ids))
     np.testing.assert_allclose(logits(again.model), logits(packed.model), atol=2e-3)
+
+
+def test_rotations_at_run_time_are_refused(tmp_path):
+    tied = load_huggingface(tiny.write_huggingface(tiny.make(tied=True), tmp_path / "float"))
     full = tied.with_model(quantize_model(rotate(tied.model, "full", key=jax.random.key(0)), [("o_proj", "W4A16g32")]))
     with pytest.raises(ValueError, match='rotation="foldable"'):
-        export(tmp_path / "full.gguf", full)
+        export_gguf(tmp_path / "full.gguf", full)
 
 
 def test_llama3_frequencies_are_divisors():

@@ -88,6 +88,7 @@ def test_each_prompt_is_continued_as_if_it_were_alone(model, greedy):
 
 
 @pytest.mark.parametrize("precision", ["W8A8"])
+@pytest.mark.covered("test_quantized_model.py, whose decoding has the logits of full passes")
 def test_quantized_models_generate_what_their_full_forward_passes_give(model, precision):
     quantized = bj.quantize_model(model, [(".*", bj.Precision.parse(precision))])
     assert generate(quantized, PROMPTS[:2], 6) == [greedy_loop(quantized, prompt, 6) for prompt in PROMPTS[:2]]

@@ -33,7 +33,7 @@ def products(model: Transformer) -> set[str]:
     ("precision", "fields"),
     [("W4A8", {}), ("W2A2g16", {"qkv_bias": True}), ("W1.58A8", {"ffn": "gelu", "positions": "alibi"})],
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("test_prepare.py")
 def test_joined_models_give_the_same_numbers(precision, fields):
     model = make([(".*_proj", bj.Precision.parse(precision))], **fields)
     whole = join_projections(model)

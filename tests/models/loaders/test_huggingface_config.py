@@ -79,7 +79,7 @@ def test_token_ids(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, qwen2, qwen3, gemma2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', supported are llama, mistral, mixtral, qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias true, which adds a bias to o_proj too"),
         ({"mlp_bias": True}, "mlp_bias true"),

@@ -84,7 +84,7 @@ class TransposedHeadOutput(HeadOutput):
         transforms = staging_transforms(layout.half, dtype)
         shared = {
             "staging": plgpu.SMEM((CONSUMERS, slots, CHUNK_TOKENS, layout.half), dtype, transforms=transforms),
-            "exchange": plgpu.SMEM(_EXCHANGE, jnp.float32) if _exchanges(layout) else None,
+            "exchanged_head": plgpu.SMEM(_EXCHANGE, jnp.float32) if _exchanges(layout) else None,
             "head_norms": None if self.gains is None else plgpu.SMEM((CONSUMERS, *SUMS_SHAPE), jnp.float32),
             "arrived": None if self.tables is None else plgpu.Barrier(num_barriers=CONSUMERS * slots),
         }
@@ -94,7 +94,7 @@ class TransposedHeadOutput(HeadOutput):
         staging, arrived = scratch["staging"].at[consumer], scratch.get("arrived")
         operands = (problem, self, *targets, self.layer[0], staging, arrived, consumer)
         if _exchanges(self.layout):
-            return ExchangedHeadWriter(*operands, scratch["exchange"].at[consumer])
+            return ExchangedHeadWriter(*operands, scratch["exchanged_head"].at[consumer])
         norms = None if self.gains is None else scratch["head_norms"].at[consumer]
         return TransposedHeadWriter(*operands, norms)
 

@@ -98,7 +98,10 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         sent=met,
         added=met,
     )
-    return own._asdict() | output.scratch(problem, problem.staging_slots(itemsize))
+    of_output = output.scratch(problem, problem.staging_slots(itemsize))
+    if both := set(Scratch._fields) & set(of_output):
+        raise ValueError(f"{type(output).__name__} names {', '.join(both)}, which the kernel has too: rename its memory")
+    return own._asdict() | of_output
 
 
 def exchange_type(problem: ExpandedProblem) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from experiments.bench.language_models import decode_attention
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
 
+@pytest.mark.covered("kernels/sm90/decode_attention")
 def test_divisions_agree():
     args = decode_attention.operands(2, 70, layers=1, heads=2, kv_heads=1)
     with interpreted(InterpretGPUParams()):

@@ -92,6 +92,7 @@ def test_readings_of_small_layers():
 
 
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+@pytest.mark.covered("the kernel without readings, by kernels/sm90/decode_step")
 def test_the_kernel_with_readings_compiles():
     arrays, static = operands()
     _, report = sm90_compile.compile_for_h200(

@@ -106,14 +106,14 @@ def compile_product(
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_candidates_compile_without_spills(tiling, kind, residual):
     compile_product(4096, 4096, 4096, 2, 2, kind, tiling, residual=residual)
 
 
 @needs_compiler
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_candidates_compile_with_activations(tiling):
     """One kind of operands is enough: the mainloop, where they differ, is the same."""
     compile_product(4096, 8192, 4096, 1, 2, "planes", tiling, activation=Activation("silu", gated=True))

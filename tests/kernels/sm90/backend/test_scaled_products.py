@@ -36,7 +36,7 @@ GATE = Activation("silu", gated=True)
         (65, 2, 48, "zeros", 1, False, 1e-3, True),  # in natural order
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_the_whole_product_is_that_of_xla(
     m, bits, group_size, kind, a_bits, gated, tolerance, in_registers, monkeypatch
 ):

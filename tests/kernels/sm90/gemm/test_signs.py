@@ -110,7 +110,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.sample(1)
+@pytest.mark.covered("the kernel, by `make gpu-test`; its threads, by the tests beside")
 def test_tokens_are_those_of_the_product_quantized(case):
     """With a row of zeros, one of NaN, and offsets of the columns."""
     k, interpret = 40, plgpu.InterpretGPUParams(detect_races=True)
@@ -177,7 +177,7 @@ def test_those_of_llama_compile_without_spills(m):
 
 @needs_compiler
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_every_tiling_compiles_without_spills(tiling):
     """What takes the most registers: offsets, a bias, and columns that end within a word."""
     compile_signs(tiling, 22026, a_bits=2, offsets=True)
