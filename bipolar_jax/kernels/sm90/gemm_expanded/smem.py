@@ -100,7 +100,9 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     )
     of_output = output.scratch(problem, problem.staging_slots(itemsize))
     if both := set(Scratch._fields) & set(of_output):
-        raise ValueError(f"{type(output).__name__} names {', '.join(both)}, which the kernel has too: rename its memory")
+        raise ValueError(
+            f"{type(output).__name__} names {', '.join(both)}, which the kernel has too: rename its memory"
+        )
     return own._asdict() | of_output
 
 
