@@ -9,7 +9,7 @@ from bipolar_jax.models.loaders.huggingface.json_fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # A damaged config may ask for billions; a list of them would fill the memory.
-_MOST_LAYERS = 1 << 16
+MOST_LAYERS = 1 << 16
 
 
 def read_windows(
@@ -33,8 +33,8 @@ def read_windows(
         return {}
     if has_window is None:
         return dict(window=window)
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"{fields.source} has {layers} layers, at most {_MOST_LAYERS} are plausible")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{fields.source} has {layers} layers, at most {MOST_LAYERS} are plausible")
     if kinds is not None and len(kinds) != layers:
         raise ValueError(f"{fields.source} has {len(kinds)} layer_types for {layers} layers: correct one of them")
     if kinds is None:
@@ -45,8 +45,10 @@ def read_windows(
     return dict(window=window, window_layers=None if len(found) == layers else found)
 
 
-def sliding_window(fields: Fields, default: int | None) -> int | None:
-    """sliding_window: null is none, an absent field the default."""
+def sliding_window(fields: Fields, default: int | None, context: int | None = None) -> int | None:
+    """sliding_window: null is none, an absent field the default; one of the whole context or more is none."""
     if "sliding_window" not in fields.values:
-        return default
-    return None if fields.get("sliding_window") is None else fields.size("sliding_window")
+        window = default
+    else:
+        window = None if fields.get("sliding_window") is None else fields.size("sliding_window")
+    return None if window is None or (context is not None and window >= context) else window

@@ -21,14 +21,13 @@ GEMMA_IN_LAYER = IN_LAYER | {
 
 def _translate(fields: Fields) -> dict[str, Any]:
     context = fields.size("max_position_embeddings", 8192)
-    window = sliding_window(fields, 4096)
     return dict(
         **gemma_fields(fields, context, attention_cap=_ATTENTION_CAP, logit_cap=_LOGIT_CAP),
         **rope_config(fields, context),
         **read_windows(
             fields,
             fields.size("num_hidden_layers"),
-            None if window is None or window >= context else window,
+            sliding_window(fields, 4096, context),
             lambda layer: layer % 2 == 0,
         ),
     )

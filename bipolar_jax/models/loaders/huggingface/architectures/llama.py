@@ -96,20 +96,18 @@ def _windows(fields: Fields, model_type: str, context: int) -> dict[str, Any]:
     layers = fields.size("num_hidden_layers")
     if model_type == "qwen2":
         return qwen_windows(fields, context)
-    window = None if model_type == "llama" else sliding_window(fields, _DEFAULT_WINDOW)
-    return read_windows(fields, layers, None if window is None or window >= context else window)
+    window = None if model_type == "llama" else sliding_window(fields, _DEFAULT_WINDOW, context)
+    return read_windows(fields, layers, window)
 
 
 def qwen_windows(fields: Fields, context: int) -> dict[str, Any]:
     """Those of Qwen2 and Qwen3, which state a window even if it is disabled."""
     layers = fields.size("num_hidden_layers")
-    window = sliding_window(fields, _DEFAULT_WINDOW) if fields.flag("use_sliding_window", False) else None
+    window = sliding_window(fields, _DEFAULT_WINDOW, context) if fields.flag("use_sliding_window", False) else None
     first = fields.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
     if type(first) is not int:
         raise fields.wrong("max_window_layers", first, "an integer")
-    return read_windows(
-        fields, layers, None if window is None or window >= context else window, lambda layer: layer >= first
-    )
+    return read_windows(fields, layers, window, lambda layer: layer >= first)
 
 
 LLAMA = Architecture(_translate, prefixes=("model.",), layers="layers.", top=TOP, in_layer=IN_LAYER, ignored=IGNORED)

@@ -31,11 +31,10 @@ def _translate(fields: Fields) -> dict[str, Any]:
     context = fields.size("max_position_embeddings", 131072)
     refuse_biases(fields)
     shared = shared_fields(fields, context, kv_heads=8, norm_eps=1e-5)
-    window = sliding_window(fields, None)
     return dict(
         **shared,
         **rope_config(fields, context),
-        **read_windows(fields, shared["num_layers"], None if window is None or window >= context else window),
+        **read_windows(fields, shared["num_layers"], sliding_window(fields, None, context)),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         experts=read_experts(fields, count=8, per_token=2, ffn_size=shared["ffn_size"]),
     )

@@ -21,12 +21,11 @@ def _translate(fields: Fields) -> dict[str, Any]:
     context = fields.size("max_position_embeddings", 4096)
     refuse_biases(fields)
     shared = shared_fields(fields, context, kv_heads=None, norm_eps=1e-5)
-    window = sliding_window(fields, None)
     return dict(
         **shared,
         # transformers reads "su" and "yarn", the names of early checkpoints, as "longrope".
         **rope_config(fields, context, head_dim=shared["head_dim"], renamed={"su": "longrope", "yarn": "longrope"}),
-        **read_windows(fields, shared["num_layers"], None if window is None or window >= context else window),
+        **read_windows(fields, shared["num_layers"], sliding_window(fields, None, context)),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
 

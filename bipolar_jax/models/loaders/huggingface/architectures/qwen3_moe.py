@@ -19,11 +19,8 @@ from bipolar_jax.models.loaders.huggingface.architectures.llama import (
 )
 from bipolar_jax.models.loaders.huggingface.architectures.mixtral import OF_EXPERTS, read_experts
 from bipolar_jax.models.loaders.huggingface.json_fields import Fields
-from bipolar_jax.models.loaders.huggingface.layer_types import read_windows, sliding_window
+from bipolar_jax.models.loaders.huggingface.layer_types import MOST_LAYERS, read_windows, sliding_window
 from bipolar_jax.models.loaders.huggingface.rope import rope_config
-
-# A damaged config may state billions of layers; a list of the dense ones would fill the memory.
-_MOST_LAYERS = 1 << 16
 
 
 def _translate(fields: Fields) -> dict[str, Any]:
@@ -31,11 +28,11 @@ def _translate(fields: Fields) -> dict[str, Any]:
     refuse_biases(fields)
     shared = shared_fields(fields, context, kv_heads=4)
     # Unlike Qwen3, transformers gives all layers the window.
-    window = sliding_window(fields, 4096) if fields.flag("use_sliding_window", False) else None
+    window = sliding_window(fields, 4096, context) if fields.flag("use_sliding_window", False) else None
     return dict(
         **shared,
         **rope_config(fields, context),
-        **read_windows(fields, shared["num_layers"], None if window is None or window >= context else window),
+        **read_windows(fields, shared["num_layers"], window),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         qk_norm=True,
         experts=_experts(fields, shared["num_layers"]),
@@ -44,8 +41,8 @@ def _translate(fields: Fields) -> dict[str, Any]:
 
 def _experts(fields: Fields, num_layers: int) -> Experts | None:
     """Those of every `decoder_sparse_step`-th layer that is none of `mlp_only_layers`; None if no layer has any."""
-    if num_layers > _MOST_LAYERS:
-        raise fields.wrong("num_hidden_layers", num_layers, f"at most {_MOST_LAYERS} beside experts")
+    if num_layers > MOST_LAYERS:
+        raise fields.wrong("num_hidden_layers", num_layers, f"at most {MOST_LAYERS} beside experts")
     step, dense = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise fields.wrong("mlp_only_layers", dense, "a list of indices of layers")
