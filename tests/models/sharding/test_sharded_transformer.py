@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from bipolar_jax import Precision
 from bipolar_jax.models import (
-    TransformerConfig,
     join_projections,
     perplexity,
     prepare_for_inference,
@@ -30,18 +29,9 @@ from bipolar_jax.models.sharding.plan import plan_shards
 from bipolar_jax.models.sharding.sharded_transformer import place_model, two_axes
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
+from tests.models.sharding.tiny_config import CONFIG
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIG = TransformerConfig(
-    vocab_size=48,
-    hidden_size=32,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_size=128,
-    context_length=64,
-)
 MESHES, PRECISIONS = ("1x8", "2x4", "4x2", "8x1"), ("W4A8", "W4A8g32", "W2A2")
 PAIRS = [*itertools.product(MESHES, PRECISIONS), ("2x4", "W1A1"), ("2x4", "W8A8")]
 

@@ -14,21 +14,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bipolar_jax as bj
-from bipolar_jax.models import Transformer, TransformerConfig
+from bipolar_jax.models import Transformer
 from bipolar_jax.models.sharding.training import plan_training
+from tests.models.sharding.tiny_config import CONFIG
 from tests.ops.sharding.collectives import collectives
 from tests.support.integer_products import normal
 
-CONFIG = TransformerConfig(
-    vocab_size=48,
-    hidden_size=32,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_size=128,
-    context_length=64,
-)
 PRECISIONS = ("W2A2", "W1A1", "W4A8", "W4A8g32", "W4A8g32f", "W8A8", "W1.58A8")
 PRODUCTS = {"rows": P("model"), "columns": P(None, "model"), "tokens": P()}
 AUTO = (AxisType.Auto, AxisType.Auto)

@@ -6,6 +6,7 @@ belongs to row 16 b + 8 p + r. All columns of the token's operand are the token,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,6 +140,28 @@ def inline_stages(
     return inline(total, *refs, *map(jnp.int32, numbers))
 
 
+def inline_sums(
+    of_warp: Callable[[Pointer, list[Value], Value], None],
+    sums: Any,
+    total: Int[Array, " sums"],
+    start: Int[Array, ""],
+    layout: plgpu.Layout,
+) -> None:
+    """Calls a thread's part of a function such as `add_sums`.
+
+    Args:
+      of_warp: of_warp(sums, total, start), of a pointer, the thread's numbers and a word.
+      sums, total, start: as of `add_sums`.
+      layout: of the total.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, SPLAT))
+    def inline(_, sums, total, start):
+        of_warp(ptx.pointer(sums, ptx.SHARED), numbers_of(total), scalar_of(start))
+
+    inline(sums, total, jnp.int32(start))
+
+
 def _clear_twin(sums):
     del sums  # `add_sums` stores there
 
@@ -177,12 +200,8 @@ def add_sums(sums: Any, total: Int[Array, "1024"], start: Int[Array, ""], block_
       sums: shared memory, int32 [rows], cleared.
       total: as `add_stages` returns it.
     """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), K_SLICE_LAYOUT, SPLAT))
-    def inline(_, sums, total, start):
-        add_sums_of_warp(ptx.pointer(sums, ptx.SHARED), numbers_of(total), scalar_of(start), block_stride)
-
-    inline(sums, total, jnp.int32(start))
+    of_warp = functools.partial(add_sums_of_warp, block_stride=block_stride)
+    inline_sums(of_warp, sums, total, start, K_SLICE_LAYOUT)
 
 
 def _take_twin(sums, start, count):

@@ -6,6 +6,7 @@ eight is the token of text n mod `columns`, a power of two, so that a lane has s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +20,20 @@ from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     K_SLICE_LAYOUT,
-    SPLAT,
     WARPS,
     lane_and_warp,
-    numbers_of,
-    scalar_of,
 )
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step import part_sums
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import TEXT_SLICE_WORDS, WARPGROUPS, LayersShape
-from bipolar_jax.kernels.sm90.decode_step.part_sums import BLOCK_ROWS, add_stages_of_warp, inline_stages, own_positions
+from bipolar_jax.kernels.sm90.decode_step.part_sums import (
+    BLOCK_ROWS,
+    add_stages_of_warp,
+    inline_stages,
+    inline_sums,
+    own_positions,
+)
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
 from bipolar_jax.kernels.sm90.decode_step.token_bytes import store_codes
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
@@ -135,13 +139,8 @@ def add_sums(
       total: as `add_stages` returns it.
       shape: of the layers.
     """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), K_SLICE_LAYOUT, SPLAT))
-    def inline(_, sums, total, start):
-        pointer = ptx.pointer(sums, ptx.SHARED)
-        add_sums_of_warp(pointer, numbers_of(total), scalar_of(start), block_stride, shape)
-
-    inline(sums, total, jnp.int32(start))
+    of_warp = functools.partial(add_sums_of_warp, block_stride=block_stride, shape=shape)
+    inline_sums(of_warp, sums, total, start, K_SLICE_LAYOUT)
 
 
 # Below: for use within `plgpu.inline_mgpu`.

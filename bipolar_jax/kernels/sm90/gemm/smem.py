@@ -78,7 +78,7 @@ def scratch_types(problem: Problem, sources: Sources, output: Output) -> dict[st
         ),
         terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
     )
-    return own._asdict() | output.scratch(problem, tiling.staging_slots(group_bytes))
+    return dict(**own._asdict(), **output.scratch(problem, tiling.staging_slots(group_bytes)))  # no name twice
 
 
 def empty_barriers(tiling: Tiling) -> plgpu.Barrier | plgpu.ClusterBarrier:

@@ -98,12 +98,7 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         sent=met,
         added=met,
     )
-    of_output = output.scratch(problem, problem.staging_slots(itemsize))
-    if both := set(Scratch._fields) & set(of_output):
-        raise ValueError(
-            f"{type(output).__name__} names {', '.join(both)}, which the kernel has too: rename its memory"
-        )
-    return own._asdict() | of_output
+    return dict(**own._asdict(), **output.scratch(problem, problem.staging_slots(itemsize)))  # no name twice
 
 
 def exchange_type(problem: ExpandedProblem) -> jax.ShapeDtypeStruct:

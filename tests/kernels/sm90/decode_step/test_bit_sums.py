@@ -12,9 +12,8 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step import token_bytes
 from bipolar_jax.kernels.sm90.decode_step.bit_sums import bit_products, token_planes
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
-from bipolar_jax.packing.fields import expand_part
 from tests.kernels.sm90.decode_step.layers_twin import Case, check_layers, compiled, preset_case
+from tests.kernels.sm90.decode_step.part_stages import check_stages
 from tests.support import sm90_compile, warpgroup_simulator
 
 # A kernel that deadlocks waits for ever.
@@ -61,34 +60,9 @@ def test_stages_are_multiplied(bits, chunks, stages, monkeypatch):
     """All loads of a slice, and the sums of two parts behind each other."""
     warpgroup_simulator.install(monkeypatch)
     rng = np.random.default_rng(bits)
-    most = BipolarFormat(bits).max_value
-    words = rng.integers(0, 2**32, (8, bits, 128), np.uint32)
-    terms = None
-    if chunks:
-        scale = rng.integers(0, 255 // most + 1, (8, chunks, 16, 2))
-        offset = rng.integers(0, 256 - scale * most)
-        terms = np.stack([scale, offset], axis=-1).astype(np.uint8).reshape(8, chunks, 16, 4).view(np.uint32)[..., 0]
     token = stored_token(rng.integers(0, 256, 1024))
-    expansion = Expansion(bits, chunks)
-    warpgroup_simulator.bank_conflicts[0] = 0
-    total = [np.zeros(128, np.int32)] * 4
-    for load in range(8 // stages):
-        mine = slice(load * stages, (load + 1) * stages)
-        arrays = [words[mine], token] + ([] if terms is None else [terms[mine]])
-        pointers = [ptx.pointer(np.ascontiguousarray(array), ptx.SHARED) for array in arrays]
-        for valid in (0, 1):  # 0 adds nothing
-            options = (ptx.int32(load), [ptx.int32(valid)], stages, expansion)
-            total = bit_products.add_stages_of_warp(total, pointers, *options)
-    assert warpgroup_simulator.bank_conflicts[0] == 0
-    sums = np.zeros(80, np.int32)
-    for _ in range(2):
-        bit_products.add_sums_of_warp(ptx.pointer(sums, ptx.SHARED), total, ptx.int32(3), 48)
-    weights = expand_part(jnp.asarray(words), None if terms is None else jnp.asarray(terms))
     codes = token_planes.codes_of_planes(jnp.asarray(token.view(np.uint32)))
-    expected = 2 * np.einsum("srk,sk->r", np.asarray(weights, np.int64), np.asarray(codes, np.int64))
-    wanted = np.zeros(80, np.int32)
-    wanted[3:19], wanted[51:67] = expected[:16], expected[16:]
-    np.testing.assert_array_equal(sums, wanted)
+    check_stages(bit_products, bits, chunks, stages, token, codes, rng, sums_of_thread=4)
 
 
 SMALL = Case(1, 128, 128, 1, 1, 1, 8, 64, 32, prepared=True, group_size=64)

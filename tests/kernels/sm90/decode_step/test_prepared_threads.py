@@ -10,8 +10,8 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.decode_step import part_sums, token_bytes
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import row_of_parts
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.packing.fields import expand_part, pack_fields
+from tests.kernels.sm90.decode_step.part_stages import check_stages
 from tests.support import warpgroup_simulator
 
 THREAD = np.arange(128, dtype=np.int32)
@@ -49,35 +49,9 @@ def test_stages_are_multiplied(bits, chunks, stages, monkeypatch):
     """All loads of a slice, and the sums of two parts behind each other."""
     warpgroup_simulator.install(monkeypatch)
     rng = np.random.default_rng(bits)
-    w_format, a_format, natural = BipolarFormat(bits), A_FORMATS[0], chunks == 8
-    words = rng.integers(0, 2**32, (8, bits, 128), np.uint32)
-    terms = None
-    if chunks:
-        scale = rng.integers(0, 255 // w_format.max_value + 1, (8, chunks, 16, 2))
-        offset = rng.integers(0, 256 - scale * w_format.max_value)
-        terms = np.stack([scale, offset], axis=-1).astype(np.uint8).reshape(8, chunks, 16, 4).view(np.uint32)[..., 0]
-    codes = rng.integers(0, 256, 1024)
-    token = stored_token(codes, a_format, natural)
-    expansion = Expansion(bits, chunks)
-    warpgroup_simulator.bank_conflicts[0] = 0
-    total = [np.zeros(128, np.int32)] * 8
-    for load in range(8 // stages):
-        mine = slice(load * stages, (load + 1) * stages)
-        arrays = [words[mine], token] + ([] if terms is None else [terms[mine]])
-        pointers = [ptx.pointer(np.ascontiguousarray(array), ptx.SHARED) for array in arrays]
-        for valid in (0, 1):  # 0 adds nothing
-            options = (ptx.int32(load), [ptx.int32(valid)], stages, expansion)
-            total = part_sums.add_stages_of_warp(total, pointers, *options)
-    assert warpgroup_simulator.bank_conflicts[0] == 0
-    sums = np.zeros(80, np.int32)
-    for _ in range(2):
-        part_sums.add_sums_of_warp(ptx.pointer(sums, ptx.SHARED), total, ptx.int32(3), 48)
-    weights = expand_part(jnp.asarray(words), None if terms is None else jnp.asarray(terms))
+    token = stored_token(rng.integers(0, 256, 1024), A_FORMATS[0], natural_order=chunks == 8)
     numbers = token_bytes.positions_of(jnp.asarray(token.view(np.uint32)))
-    expected = 2 * np.einsum("srk,sk->r", np.asarray(weights, np.int64), np.asarray(numbers, np.int64))
-    wanted = np.zeros(80, np.int32)
-    wanted[3:19], wanted[51:67] = expected[:16], expected[16:]
-    np.testing.assert_array_equal(sums, wanted)
+    check_stages(part_sums, bits, chunks, stages, token, numbers, rng, sums_of_thread=8)
 
 
 def test_rows_of_parts():

@@ -15,6 +15,7 @@ A warpgroup's numbers lie over its threads by fours: number 2 b + p of lane 4 r 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, lane_and_warp, numbers_of, scalar_of
+from bipolar_jax.kernels.sm90.core.fragments import WARPS, lane_and_warp
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.decode_step.bit_sums.token_planes import codes_of_planes, plane_word
@@ -33,6 +34,7 @@ from bipolar_jax.kernels.sm90.decode_step.part_sums import (
     BLOCK_ROWS,
     add_own_stages,
     inline_stages,
+    inline_sums,
     own_positions,
     sums_by_warp,
 )
@@ -102,12 +104,8 @@ def add_sums(sums: Any, total: Int[Array, "512"], start: Int[Array, ""], block_s
       sums: shared memory, int32 [rows], cleared.
       total: as `add_stages` returns it.
     """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SUMS, SPLAT))
-    def inline(_, sums, total, start):
-        add_sums_of_warp(ptx.pointer(sums, ptx.SHARED), numbers_of(total), scalar_of(start), block_stride)
-
-    inline(sums, total, jnp.int32(start))
+    of_warp = functools.partial(add_sums_of_warp, block_stride=block_stride)
+    inline_sums(of_warp, sums, total, start, SUMS)
 
 
 # Below: for use within `plgpu.inline_mgpu`.
