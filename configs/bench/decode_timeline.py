@@ -1,6 +1,6 @@
 """Where a decode step of Llama-3-8B spends its time after 1024 tokens, phase by phase, on one NVIDIA H200.
 
-Claim: all layers take 1.41 ms at W4A8g128; half a minute. See experiments/results/nvidia_h200.
+Claim: all layers take 1.41 ms at W4A8g128.
 
     python -m experiments.bench.language_models.decode_timeline --config=configs/bench/decode_timeline.py --workdir=DIR
 """

@@ -113,6 +113,7 @@ def _comparisons(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         settings = result["settings"]
         yield f"## Methods on the same draws of text: {settings['model']}\n"
         windows = f"{settings['calibration_windows']} windows a draw, seeds {settings['seeds']}"
+        windows += f"; scales of the embedding by {settings['embedding_calibration'] or 'default'}"
         yield f"{windows}; scored on {settings['windows']} windows of {Path(settings['text']).name}; `{name}`.\n"
         headings = ("precision", "method", "draws", "perplexity", "against float", f"against {settings['against']}")
         yield from _table(headings, table_rows(result))
