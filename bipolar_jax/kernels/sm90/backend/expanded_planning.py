@@ -20,6 +20,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import (
     few_tokens_tiling,
     quantizing_tiling,
 )
+from bipolar_jax.kernels.sm90.quantize_rows.weights_ahead import WeightsAhead, weights_ahead
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
 from bipolar_jax.packing.fields import STAGE, TILE_ROWS, in_natural_order
@@ -52,6 +53,9 @@ _LEAST_SCALED_CHUNK = 64
 QUANTIZES_IN_PRODUCTS = False
 _MOST_QUANTIZED = 16  # tokens, a warpgroup each of a cluster of four blocks
 _QUANTIZER = 3.2  # microseconds of that kernel: 413 of 128 launches in a step of 16 texts of Llama-3-8B, on an H200
+
+# The switch: with it the kernel that quantizes up to FEW_TOKENS_LIMIT tokens prefetches the weights.
+PREFETCHES_WEIGHTS = True
 
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
 _LEAST_SAVING = 0.1  # of the modelled time
@@ -126,6 +130,14 @@ def modelled_quantizing(rows: FloatRows, w: BipolarNumbers, *, gated: bool = Fal
     if tiling is None or few_tokens_microseconds(tiling, *sizes) >= before:
         return None
     return Choice("int8", tiling, with_layout(f"{rows.m} tokens: quantized while the first weights are read", w))
+
+
+def weights_to_prefetch(m: int, w: PreparedArray, dtype: jnp.dtype) -> WeightsAhead | None:
+    """What the kernel that quantizes m tokens prefetches of the weights; None of many tokens, which are not awaited."""
+    if m > FEW_TOKENS_LIMIT or not PREFETCHES_WEIGHTS:
+        return None
+    tiling = plan_expanded(m, w, dtype).tiling
+    return weights_ahead(w, tiling.splits if isinstance(tiling, Tiling) else 1)
 
 
 def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated: bool) -> Choice | None:

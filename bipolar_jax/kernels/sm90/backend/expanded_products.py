@@ -19,6 +19,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     expands_in_memory,
     plan_expanded,
     plan_quantizing,
+    weights_to_prefetch,
 )
 from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
@@ -74,7 +75,10 @@ def quantized_matmul(
         x, prologue = prologue(x), None
     tokens = FloatTokensToQuantize(x, prologue)
     if plan_quantizing(float_rows(tokens, w.contracted_size), w) is None:
-        tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret_params())
+        interpret = interpret_params()
+        # Interpreted blocks that only prefetch would cost time.
+        ahead = weights_to_prefetch(x.shape[0], w, dtype) if interpret is None else None
+        tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, ahead=ahead, interpret=interpret)
     return expanded_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
 
 
