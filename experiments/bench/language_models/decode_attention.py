@@ -27,7 +27,7 @@ from experiments.support.progress import console
 SHAPES = "4x1024,16x480,32x480,64x256,64x1024"
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 8, 128, 8
 _TOLERANCE = 2.0**-6  # roundings of bf16
-Division = tuple[int, int]  # blocks that divide a text, texts of a block
+Division = tuple[int, int, int]  # blocks that divide a text, texts of a block, its warpgroups
 
 
 def operands(texts: int, positions: int, layers: int = LAYERS, heads: int = HEADS, kv_heads: int = KV_HEADS) -> tuple:
@@ -44,13 +44,14 @@ def divisions(texts: int, capacity: int) -> list[Division]:
     """The one that is chosen, and others."""
     plan = plan_attention(texts, HEADS, KV_HEADS, capacity, HEAD_DIM, jnp.dtype(jnp.bfloat16), None)
     others = [(splits, 1) for splits in (1, 2, 4, 8)] + [(1, texts_of_block) for texts_of_block in (2, 4)]
-    own = plan.splits, plan.sequences
-    return [own, *(other for other in others if other != own and texts % other[1] == 0)]
+    own = plan.splits, plan.sequences, plan.warpgroups
+    return [own, *((*other, w) for w in (1, 2) for other in others if (*other, w) != own and texts % other[1] == 0)]
 
 
 def attend(projected, keys, values, lengths, *, division: Division):
     """Contexts of all layers, [layers, texts, heads, HEAD_DIM]."""
-    options: dict[str, Any] = {"splits": division[0], "sequences": division[1], "interpret": interpret_params()}
+    options: dict[str, Any] = dict(zip(("splits", "sequences", "warpgroups"), division, strict=True))
+    options["interpret"] = interpret_params()
     contexts, keys, values = [], (keys,), (values,)
     for layer in range(keys[0].shape[0]):
         context, keys, values = decode_attention((projected,), keys, values, jnp.int32(layer), lengths, **options)
@@ -75,7 +76,7 @@ def measure_shape(texts: int, positions: int, iterations: int) -> dict[str, floa
             most=1000,
         )
         microseconds = sum(k["microseconds"] for k in profile["kernels"] if k["name"].startswith("decode_attention"))
-        name = f"{division[0]} blocks a text and key head, {division[1]} texts a block"
+        name = "{} blocks a text and key head, {} texts a block, {} warpgroups".format(*division)
         figures[name] = microseconds
         console.print(f"{texts}x{positions}: {microseconds:.1f} us, {nbytes / microseconds / 1e3:.0f} GB/s, {name}")
     return figures

@@ -27,12 +27,27 @@ def synchronize(lanes_apart: bool = False) -> None:
     inline(jnp.int32(0))
 
 
-def _meet_cluster_twin(barrier):
+def _meet_twin(barrier):
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
-@with_twin(_meet_cluster_twin)
+@with_twin(_meet_twin)
+def meet_block(barrier) -> None:
+    """A barrier of all threads of a block, after which each sees what the others wrote to shared memory.
+
+    Args:
+      barrier: a `plgpu.Barrier` with an arrival for each warpgroup for interpret mode; else of no use, and may be None.
+    """
+
+    @plgpu.inline_mgpu()
+    def inline(_):
+        ptx.meet_block()
+
+    inline()
+
+
+@with_twin(_meet_twin)
 def meet_cluster(barrier) -> None:
     """A barrier of all threads of a cluster, after which each sees what the others wrote to global memory.
 

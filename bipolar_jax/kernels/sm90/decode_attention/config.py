@@ -20,13 +20,17 @@ _RING_BYTES = 96 * 1024  # ring buffers of keys and values: two blocks fit a mul
 _TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
 _MOST_BLOCKS = 8  # in a portable cluster
-_BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS
+_BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS  # of one warpgroup
 _SEQUENCES = (1, 2, 4, 8)  # of a block
 # Tiles on the tensor cores.
 TILE_QUERIES = 8  # rows of an instruction that are used
 WARP_POSITIONS = 16
+TILE_ROWS, TILE_COLUMNS = 8, 64  # of the blocks of a tile that a 128-byte swizzle permutes
 _TENSOR_CORE_HEADS = (64, 128)
+_WARPGROUPS = 2  # of a block that has a multiprocessor for itself
+_FEWEST_BLOCKS = MULTIPROCESSORS * 3 // 4  # that are worth a multiprocessor each, where sequences are taken in turn
 MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
+START_SCORE = -5e29  # the largest score of no positions: 2^(MASKED_SCORE - START_SCORE) is 0
 TERMS = 2  # of a total, besides the values: the largest score and the sum of weights
 
 
@@ -34,12 +38,15 @@ TERMS = 2  # of a total, besides the values: the largest score and the sum of we
 class AttentionPlan:
     """A block takes some queries of a key head, and every `splits`-th tile of the sequence's positions.
 
+    Warpgroups of a block divide its positions further. Each has a ring buffer of its own.
+
     Attributes:
       batch, heads, kv_heads, capacity, head_dim: of the model and its cache.
       bits: of the cache's codes, 8 or 4, or None for floats.
       itemsize: bytes of an element of the cache.
       splits: blocks that divide the positions of a sequence.
       sequences: that a block takes one after the other; more than one only where a block takes a whole key head.
+      warpgroups: of a block, 1 or, on tensor cores, 2.
     """
 
     batch: int
@@ -51,6 +58,12 @@ class AttentionPlan:
     itemsize: int
     splits: int
     sequences: int = 1
+    warpgroups: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Warpgroups that divide the positions of a sequence."""
+        return self.splits * self.warpgroups
 
     @property
     def group(self) -> int:
@@ -92,7 +105,7 @@ class AttentionPlan:
 
     @property
     def slots(self) -> int:
-        """Stages of the ring buffer of keys, and of that of values; each holds a tile."""
+        """Stages of a warpgroup's ring buffer of keys, and of that of values; each holds a tile."""
         return max(2, min(_MOST_SLOTS, _RING_BYTES // (2 * self.positions * self.row_bytes)))
 
     @property
@@ -102,9 +115,14 @@ class AttentionPlan:
         return fits and self.bits is None and self.itemsize == 2 and self.positions == WARPS * WARP_POSITIONS
 
     @property
+    def staged_bytes(self) -> int:
+        """Bytes from one vector of the new token to the next in shared memory, on tensor cores (`new_token.py`)."""
+        return self.row_bytes + 16
+
+    @property
     def totals(self) -> int:
         """Totals of a query in a block: of each warp, and on tensor cores of the new token."""
-        return WARPS + self.on_tensor_cores
+        return self.warpgroups * WARPS + self.on_tensor_cores
 
     @property
     def score_unit(self) -> float:
@@ -162,6 +180,7 @@ def plan_attention(
     bits: int | None,
     splits: int | None = None,
     sequences: int | None = None,
+    warpgroups: int | None = None,
 ) -> AttentionPlan:
     """The plan for one token of each sequence.
 
@@ -171,9 +190,11 @@ def plan_attention(
       bits: of the cache's codes, 8 or 4, or None for floats.
       splits: blocks that divide a sequence's positions, 1, 2, 4 or 8; None chooses.
       sequences: of a block; None chooses.
+      warpgroups: of a block, 1 or 2; None chooses.
 
     Raises:
-      ValueError: sequences that do not divide the batch, or several where blocks share a key head.
+      ValueError: sequences that do not divide the batch, or several where blocks share a key head; two warpgroups where
+        tensor cores do not serve.
       Unsupported: head_dim is not a multiple of 16 (with 4 bits, of 32), or above 256; capacity is not a multiple of
         64; a key head has more queries than 8 blocks can take.
     """
@@ -191,22 +212,49 @@ def plan_attention(
         )
     if plan.members > _MOST_BLOCKS:
         raise Unsupported(f"{plan.group} queries of {head_dim=} that share a key head: XLA serves them")
+    return _divided(plan, splits, sequences, warpgroups)
+
+
+def _divided(plan: AttentionPlan, splits: int | None, sequences: int | None, warpgroups: int | None) -> AttentionPlan:
+    """The plan with what is None chosen; raises ValueError as `plan_attention` says."""
+    heads = plan.kv_heads * plan.members  # blocks of a sequence that is not split
+    if warpgroups is None:
+        warpgroups = _warpgroups(plan)
+    elif warpgroups > 1 and not plan.on_tensor_cores:
+        raise ValueError(f"{warpgroups} warpgroups share a block on tensor cores only, which do not serve {plan}")
+    at_once = _BLOCKS_AT_ONCE // warpgroups
     if splits is None:
-        # As many blocks as run at the same time, two a multiprocessor, and at most one for each tile.
-        splits, blocks = 1, batch * kv_heads * plan.members
+        # As many blocks as run at the same time, and at most one for each tile.
+        splits = 1
         while (
             2 * splits * plan.members <= _MOST_BLOCKS
-            and 2 * splits * blocks <= _BLOCKS_AT_ONCE
-            and 2 * splits * plan.positions <= capacity
+            and 2 * splits * plan.batch * heads <= at_once
+            and 2 * splits * warpgroups * plan.positions <= plan.capacity
         ):
             splits *= 2
     if sequences is None:
-        alone = splits * plan.members == 1
-        fit = (s for s in _SEQUENCES if alone and batch % s == 0 and batch // s * kv_heads <= _BLOCKS_AT_ONCE)
-        sequences = next(fit, 1)
-    elif batch % sequences or (sequences > 1 and splits * plan.members > 1):
+        sequences = (_fitting_sequences(plan, at_once) or 1) if splits * plan.members == 1 else 1
+    elif plan.batch % sequences or (sequences > 1 and splits * plan.members > 1):
         raise ValueError(
-            f"a block takes {sequences} sequences of {batch} in turn: they must divide the batch, and blocks must take "
-            f"whole key heads, not {splits} splits of {plan.members} blocks"
+            f"a block takes {sequences} sequences of {plan.batch} in turn: they must divide the batch, and blocks must "
+            f"take whole key heads, not {splits} splits of {plan.members} blocks"
         )
-    return dataclasses.replace(plan, splits=splits, sequences=sequences)
+    return dataclasses.replace(plan, splits=splits, sequences=sequences, warpgroups=warpgroups)
+
+
+def _warpgroups(plan: AttentionPlan) -> int:
+    """Two where blocks that have a multiprocessor each all run at once, and leave few multiprocessors over."""
+    blocks = plan.batch * plan.kv_heads * plan.members
+    if not plan.on_tensor_cores:
+        return 1
+    if blocks > MULTIPROCESSORS:
+        sequences = _fitting_sequences(plan, MULTIPROCESSORS) if plan.members == 1 else None
+        if sequences is None or blocks // sequences < _FEWEST_BLOCKS:
+            return 1
+    return _WARPGROUPS
+
+
+def _fitting_sequences(plan: AttentionPlan, at_once: int) -> int | None:
+    """The fewest sequences of a block with which all blocks run at once."""
+    fit = (s for s in _SEQUENCES if plan.batch % s == 0 and plan.batch // s * plan.kv_heads <= at_once)
+    return next(fit, None)

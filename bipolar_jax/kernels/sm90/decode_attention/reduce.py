@@ -1,7 +1,7 @@
 """Reduces the rows' softmax sums: over the rows of a warp, the warps of a block, and the blocks of a cluster.
 
 Every warp adds up its four rows by shuffles, for all queries, and leaves a total of each in shared memory; after one
-barrier of the warpgroup a thread has an element of some vectors, for which it combines the warps' totals, and after a
+barrier of the block a thread has an element of some vectors, for which it combines the warps' totals, and after a
 barrier of the cluster the blocks'. Totals are the largest score, and sums in units of 2^largest: of weights, and of
 weighted values.
 """
@@ -82,11 +82,11 @@ def _combined(totals, terms):
     return jnp.sum(totals * share[:, None], axis=0), largest, jnp.sum(terms[:, 1] * share)
 
 
-def _store_totals_twin(plan, totals, terms, target, terms_target, first_head, rank, count):
+def _store_totals_twin(plan, totals, terms, target, terms_target, first_head, rank, count, warpgroup):
     for query in range(plan.queries):
         values, largest, weight = _combined(totals[:, query], terms[:, query])
 
-        @pl.when(query < count)
+        @pl.when((query < count) & (warpgroup == query % plan.warpgroups))
         def _(query=query, values=values, largest=largest, weight=weight):
             if terms_target is None:
                 target[first_head + query] = (values / weight).astype(target.dtype)
@@ -105,8 +105,9 @@ def store_totals(
     first_head: Int[Array, ""],
     rank: Int[Array, ""],
     count: Int[Array, ""],
+    warpgroup: Int[Array, ""] | int,
 ) -> None:
-    """Combines the totals of the warps, after a barrier of the warpgroup, and stores them in global memory.
+    """Combines the totals of the warps, after a barrier of the block, and stores them in global memory.
 
     Args:
       plan: of the kernel.
@@ -117,23 +118,24 @@ def store_totals(
       first_head: of the block's queries.
       rank: of the block among those that divide the positions.
       count: queries of the block that exist.
+      warpgroup: index of the warpgroup in the block; all of them share the work.
     """
     targets = [target] if terms_target is None else [target, terms_target]
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (2 + len(targets)), *[SPLAT] * 3))
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (2 + len(targets)), *[SPLAT] * 4))
     def inline(_, *args):
-        refs, numbers = args[:-3], [scalar_of(number) for number in args[-3:]]
+        refs, numbers = args[:-4], [scalar_of(number) for number in args[-4:]]
         shared = [ptx.pointer(ref, ptx.SHARED) for ref in refs[:2]]
         pointers = [ptx.pointer(ref, ptx.GLOBAL) for ref in refs[2:]]
         store_totals_of_block(plan, *shared, pointers, *numbers, dtype=jnp.dtype(target.dtype))
 
-    inline(totals, terms, *targets, *map(jnp.int32, (first_head, rank, count)))
+    inline(totals, terms, *targets, *map(jnp.int32, (first_head, rank, count, warpgroup)))
 
 
-def _store_contexts_twin(plan, totals, terms, target, first_head, rank, count):
+def _store_contexts_twin(plan, totals, terms, target, first_head, rank, count, warpgroup):
     for query in range(plan.queries):
 
-        @pl.when((query < count) & (rank == query % plan.splits))
+        @pl.when((query < count) & (rank * plan.warpgroups + warpgroup == query % plan.parts))
         def _(query=query):
             head = first_head + query
             values, _, weight = _combined(totals[head], terms[head])
@@ -149,6 +151,7 @@ def store_contexts(
     first_head: Int[Array, ""],
     rank: Int[Array, ""],
     count: Int[Array, ""],
+    warpgroup: Int[Array, ""] | int,
 ) -> None:
     """Combines the totals of the blocks that divide a sequence; each stores its share of the queries' contexts.
 
@@ -156,15 +159,15 @@ def store_contexts(
       plan: of the kernel.
       totals, terms: float32 [heads, splits, head_dim] and [heads, splits, TERMS] in global memory.
       target: [heads, head_dim] in global memory.
-      first_head, rank, count: as of `store_totals`.
+      first_head, rank, count, warpgroup: as of `store_totals`.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (SPLAT,) * 3)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (SPLAT,) * 4)
     def inline(_, *args):
         pointers = [ptx.pointer(ref, ptx.GLOBAL) for ref in args[:3]]
         store_contexts_of_block(plan, *pointers, *map(scalar_of, args[3:]), dtype=jnp.dtype(target.dtype))
 
-    inline(totals, terms, target, *map(jnp.int32, (first_head, rank, count)))
+    inline(totals, terms, target, *map(jnp.int32, (first_head, rank, count, warpgroup)))
 
 
 # Below: for use within `plgpu.inline_mgpu`.
@@ -236,13 +239,14 @@ def store_totals_of_block(
     first_head: Value,
     rank: Value,
     count: Value,
+    warpgroup: Value,
     *,
     dtype: jnp.dtype,
 ) -> None:
     """The thread's part of `store_totals`; `targets` are of values, and of terms unless contexts are stored."""
-    finished = []
-    for first in range(0, plan.queries * plan.head_dim, WARPGROUP):
-        item = ptx.plus(thread_index(), first)
+    finished, thread = [], ptx.plus(thread_index(), ptx.times(warpgroup, WARPGROUP))
+    for first in range(0, plan.queries * plan.head_dim, plan.warpgroups * WARPGROUP):
+        item = ptx.plus(thread, first)
         query, element = _query_and_element(plan, item, ptx.int32(plan.queries - 1))
         parts = [ptx.plus(query, warp * plan.queries) for warp in range(plan.totals)]
         finished.append((item, query, element, _combine(plan, totals, terms, parts, element)))
@@ -268,6 +272,7 @@ def store_contexts_of_block(
     first_head: Value,
     rank: Value,
     count: Value,
+    warpgroup: Value,
     *,
     dtype: jnp.dtype,
 ) -> None:
@@ -277,8 +282,9 @@ def store_contexts_of_block(
     """
     finished = []
     last = ptx.plus(count, -1)
-    for turn in range(-(-plan.queries * plan.head_dim // (WARPGROUP * plan.splits))):
-        item = ptx.plus(thread_index(), ptx.times(ptx.plus(rank, turn * plan.splits), WARPGROUP))
+    part = ptx.plus(ptx.times(rank, plan.warpgroups), warpgroup)
+    for turn in range(-(-plan.queries * plan.head_dim // (WARPGROUP * plan.parts))):
+        item = ptx.plus(thread_index(), ptx.times(ptx.plus(part, turn * plan.parts), WARPGROUP))
         query, element = _query_and_element(plan, item, last)
         head = ptx.plus(first_head, query)
         parts = [ptx.plus(ptx.times(head, plan.splits), other) for other in range(plan.splits)]

@@ -1,4 +1,4 @@
-"""The sequences of a block, and its turns: tiles of positions, counted through all of its sequences."""
+"""The sequences of a warpgroup, and its turns: tiles of positions, counted through all of its sequences."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Index = Int[Array, ""] | int
 
 
 class OwnSequences:
-    """What a block does: of each of its sequences every `splits`-th tile, up to the positions that the cache holds.
+    """What a warpgroup does: of each of its sequences every `parts`-th tile, up to the positions that the cache holds.
 
     Loads of a sequence's first tiles are under way while the one before is finished.
     """
 
     def __init__(self, plan: AttentionPlan, lengths, rank: Index):
-        """Of the block of this rank among those that divide positions; `lengths` is a ref of all sequences'."""
+        """Of the warpgroup of this rank among the `parts` that divide positions; `lengths` is a ref."""
         self._plan, self._rank = plan, rank
         own = [lax.axis_index("sequence") + i * lax.axis_size("sequence") for i in range(plan.sequences)]
         self._sequences, self._lengths = own, [lengths[sequence] for sequence in own]
         self._seen = [jnp.minimum(length, plan.capacity) for length in self._lengths]
         tiles = [lax.div(seen + plan.positions - 1, plan.positions) for seen in self._seen]
-        self._turns = [lax.div(each - rank + plan.splits - 1, plan.splits) for each in tiles]
+        self._turns = [lax.div(each - rank + plan.parts - 1, plan.parts) for each in tiles]
         self._starts = [sum(self._turns[:i], start=jnp.int32(0)) for i in range(plan.sequences)]
 
     @property
@@ -40,7 +40,7 @@ class OwnSequences:
         return sum(((turn >= start).astype(jnp.int32) for start in self._starts[1:]), start=jnp.int32(0))
 
     def sequence(self, index: Index) -> Index:
-        """The block's index-th sequence."""
+        """The index-th sequence."""
         return _at(self._sequences, index)
 
     def length(self, index: Index) -> Index:
@@ -61,7 +61,7 @@ class OwnSequences:
 
     def first_position(self, index: Index, turn: Index) -> Index:
         """The first position of a turn's tile."""
-        return (self._rank + (turn - self.start(index)) * self._plan.splits) * self._plan.positions
+        return (self._rank + (turn - self.start(index)) * self._plan.parts) * self._plan.positions
 
     def first_loaded(self, index: Index, turn: Index) -> Index:
         """The first of the positions that are loaded in a turn.

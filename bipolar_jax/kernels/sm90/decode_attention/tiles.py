@@ -5,7 +5,8 @@ instruction (`mma.m16n8k16`, of which eight rows are zero), positions its column
 elements of values its columns. So scores are where the second product wants its weights, and no lane exchanges them. A
 lane 4 g + q has the query g.
 
-Which elements meet in an instruction is free as long as both operands agree: a lane loads 16 bytes at a time.
+Tiles lie in blocks of 8 positions and 64 elements, each with TMA's swizzle of 128 bytes: `ldmatrix` reads eight rows of
+a block without bank conflicts, and transposes values.
 
 The functions on arrays have twins in jnp; those on the state of a warp use `core.ptx` alone, so that tests run them for
 all threads in numpy.
@@ -38,15 +39,19 @@ from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.decode_attention.config import (
     MASKED_SCORE,
+    START_SCORE,
     TERMS,
+    TILE_COLUMNS,
     TILE_QUERIES,
+    TILE_ROWS,
     WARP_POSITIONS,
     AttentionPlan,
 )
 
+TILE_TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)), plgpu.SwizzleTransform(2 * TILE_COLUMNS))
+_STEP = 16  # elements of an instruction of scores
 _COLUMNS = 8  # of an instruction
-_SEGMENT = 16  # bytes: what a lane loads at once, eight elements
-_STEPS_OF_SEGMENT = 2  # instructions of 16 elements that four lanes' segments feed
+_CHAINS = 2  # of dependent instructions that a score is the sum of
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +62,7 @@ class TileSums:
     Attributes:
       largest: largest score so far; scores are exponents of 2.
       weight: this lane's part of the sum of 2^(score - largest).
-      values: weighted sums of values: of every eight of the head's elements a lane has two.
+      values: weighted sums of values: of every eight of the head's elements a lane has 2 q and 2 q + 1.
     """
 
     largest: Float[Array, "128"]
@@ -70,61 +75,56 @@ def _numbers(count: int) -> Any:
     return plgpu.Layout.WG_STRIDED((WARPGROUP * count,), vec_size=1)
 
 
-def _type_of(plan: AttentionPlan, count: int, dtype) -> Any:
+def _type_of(count: int, dtype) -> Any:
     return plgpu.ShapeDtypeStruct((WARPGROUP * count,), dtype, layout=_numbers(count))
+
+
+def _state_types(plan: AttentionPlan) -> list[Any]:
+    vector = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR)
+    return [vector, vector, _type_of(plan.head_dim // 4, jnp.float32)]
 
 
 # In jnp a state has [WARPS, TILE_QUERIES, 4] for every lane, and values [WARPS, TILE_QUERIES, head_dim].
 
 
-def _start_twin(plan: AttentionPlan, scores) -> TileSums:
-    by_query = jnp.stack([*scores, *[scores[-1]] * (TILE_QUERIES - len(scores))])
-    lanes = (WARPS, TILE_QUERIES, 4)
-    largest = jnp.broadcast_to(by_query[None, :, None], lanes).reshape(-1)
-    return TileSums(largest, jnp.zeros(WARPGROUP), jnp.zeros(WARPS * TILE_QUERIES * plan.head_dim))
+def _start_twin(plan: AttentionPlan) -> TileSums:
+    values = jnp.zeros(WARPS * TILE_QUERIES * plan.head_dim)
+    return TileSums(jnp.full(WARPGROUP, START_SCORE), jnp.zeros(WARPGROUP), values)
 
 
 @with_twin(_start_twin)
-def start_tile_sums(plan: AttentionPlan, scores: Sequence[Float[Array, ""]]) -> TileSums:
-    """Sums of nothing, whose largest score is that of the new token, by query."""
+def start_tile_sums(plan: AttentionPlan) -> TileSums:
+    """Sums of nothing."""
     count = plan.head_dim // 4
 
-    @plgpu.inline_mgpu(
-        arg_types=(SPLAT,) * len(scores),
-        return_type=[
-            plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
-            plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
-            _type_of(plan, count, jnp.float32),
-        ],
-    )
-    def inline(_, *scores):
+    @plgpu.inline_mgpu(return_type=_state_types(plan))
+    def inline(_):
         zero = ptx.float32(0)
-        largest = as_vector(of_own_query([scalar_of(score) for score in scores]), jnp.float32)
         values = as_array([zero] * count, (WARPGROUP * count,), _numbers(count))
-        return [largest, as_vector(zero, jnp.float32), values]
+        return [as_vector(ptx.float32(START_SCORE), jnp.float32), as_vector(zero, jnp.float32), values]
 
-    return TileSums(*inline(*scores))
+    return TileSums(*inline())
 
 
-def _load_queries_twin(plan: AttentionPlan, queries):
-    loaded = queries[...].astype(jnp.float32)
+def _load_queries_twin(plan: AttentionPlan, rows):
+    loaded = rows[:TILE_QUERIES, : plan.head_dim].astype(jnp.float32)
     return jnp.where(jnp.arange(TILE_QUERIES)[:, None] < plan.queries, loaded, 0.0)  # the others are not initialized
 
 
 @with_twin(_load_queries_twin)
-def load_queries(plan: AttentionPlan, queries: Any) -> Num[Array, "..."]:
-    """The operand of all tiles' scores: queries [TILE_QUERIES, head_dim] in shared memory, of 16-bit floats."""
+def load_queries(plan: AttentionPlan, rows: Any) -> Num[Array, "..."]:
+    """The operand of all tiles' scores: the first TILE_QUERIES of `new_token`'s rows in shared memory."""
     count = plan.head_dim // 8
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_type_of(plan, count, jnp.int32))
-    def inline(_, queries):
-        words = load_queries_of_warp(plan, ptx.pointer(queries, ptx.SHARED))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_type_of(count, jnp.int32))
+    def inline(_, rows):
+        words = load_queries_of_warp(plan, ptx.pointer(rows, ptx.SHARED))
         return as_array(words, (WARPGROUP * count,), _numbers(count), is_signed=True)
 
-    return inline(queries)
+    return inline(rows)
 
 
-def _score_tile_twin(plan, sums, queries, keys, first, counted, slopes):
+def _add_tile_twin(plan, sums, queries, keys, values, first, counted, slopes):
     scores = jnp.dot(queries, keys[...].astype(jnp.float32).T, precision="highest") * plan.score_unit
     position = first + jnp.arange(plan.positions, dtype=jnp.int32)
     if slopes is not None:
@@ -139,89 +139,60 @@ def _score_tile_twin(plan, sums, queries, keys, first, counted, slopes):
     weights = jnp.exp2(scores - largest[..., :1]).astype(keys.dtype).astype(jnp.float32)
     total = jnp.sum(weights.reshape(WARPS, TILE_QUERIES, -1, 4), axis=2)
     weight = sums.weight.reshape(shrink.shape) * shrink + total
-    values = sums.values.reshape(WARPS, TILE_QUERIES, plan.head_dim) * shrink[..., :1]
-    return TileSums(largest.reshape(-1), weight.reshape(-1), values.reshape(-1)), weights
+    by_warp = values[...].astype(jnp.float32).reshape(WARPS, WARP_POSITIONS, plan.head_dim)
+    products = jnp.einsum("wqp,wpd->wqd", weights, by_warp, precision="highest")
+    totals = sums.values.reshape(WARPS, TILE_QUERIES, plan.head_dim) * shrink[..., :1] + products
+    return TileSums(largest.reshape(-1), weight.reshape(-1), totals.reshape(-1))
 
 
-@with_twin(_score_tile_twin)
-def score_tile(
+@with_twin(_add_tile_twin)
+def add_tile(
     plan: AttentionPlan,
     sums: TileSums,
     queries: Num[Array, "..."],
     keys: Any,
+    values: Any,
     first: Int[Array, ""],
     counted: tuple[Int[Array, ""], Int[Array, ""]],
     slopes: Sequence[Float[Array, ""]] | None,
-) -> tuple[TileSums, Num[Array, "..."]]:
-    """Scores of a tile: the sums rescaled to include them, without its values; and the weights, for `add_tile`.
+) -> TileSums:
+    """The sums with a tile's positions.
 
     Args:
       plan: of the kernel.
       sums: so far.
       queries: of `load_queries`.
-      keys: [positions, head_dim] in shared memory.
+      keys, values: [positions, head_dim] in shared memory, transformed by TILE_TRANSFORMS.
       first: position of the first key.
       counted: the first position that has a weight, and the one behind the last.
       slopes: ALiBi's, by query, or None.
     """
     count, kind = plan.head_dim // 4, PTX_TYPES[jnp.dtype(keys.dtype).name]
     slopes = [] if slopes is None else slopes
+    tile = plgpu.RefType(TILE_TRANSFORMS)
+    state = (VECTOR, VECTOR, _numbers(count), _numbers(count // 2))
 
     @plgpu.inline_mgpu(
-        arg_types=(
-            VECTOR,
-            VECTOR,
-            _numbers(count),
-            _numbers(count // 2),
-            plgpu.RefType(),
-            *[SPLAT] * (3 + len(slopes)),
-        ),
-        return_type=[
-            plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
-            plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=VECTOR),
-            _type_of(plan, count, jnp.float32),
-            _type_of(plan, 2, jnp.int32),
-        ],
+        arg_types=(*state, tile, tile, *[SPLAT] * (3 + len(slopes))),
+        return_type=_state_types(plan),
     )
-    def inline(_, largest, weight, values, queries, keys, first, start, end, *slopes):
-        state = [numbers_of(largest)[0], numbers_of(weight)[0], numbers_of(values)]
-        numbers = [scalar_of(number) for number in (first, start, end)]
-        slope = of_own_query([scalar_of(slope) for slope in slopes]) if slopes else None
-        pointer = ptx.pointer(keys, ptx.SHARED)
-        scores = scores_of_warp(plan, kind, numbers_of(queries), pointer)
-        largest, weight, values, words = weigh_of_warp(plan, kind, *state, scores, *numbers, slope)
+    def inline(_, largest, weight, sums, queries, keys, values, *numbers):
+        first, start, end, *slopes = map(scalar_of, numbers)
+        slope = of_own_query(slopes) if slopes else None
+        keys, values = (ptx.pointer(ref, ptx.SHARED) for ref in (keys, values))
+        scores = scores_of_warp(plan, kind, numbers_of(queries), keys)
+        words = load_values_of_warp(plan, values)  # under way while weights are computed
+        state = numbers_of(largest)[0], numbers_of(weight)[0], numbers_of(sums)
+        largest, weight, sums, weights = weigh_of_warp(plan, kind, *state, scores, first, start, end, slope)
+        sums = add_values_of_warp(kind, sums, weights, words)
         return [
             as_vector(largest, jnp.float32),
             as_vector(weight, jnp.float32),
-            as_array(values, (WARPGROUP * count,), _numbers(count)),
-            as_array(words, (WARPGROUP * 2,), _numbers(2), is_signed=True),
+            as_array(sums, (WARPGROUP * count,), _numbers(count)),
         ]
 
-    operands = (sums.largest, sums.weight, sums.values, queries, keys, *map(jnp.int32, (first, *counted)))
-    largest, weight, values, words = inline(*operands, *slopes)
-    return TileSums(largest, weight, values), words
-
-
-def _add_tile_twin(plan, sums, weights, values):
-    by_warp = values[...].astype(jnp.float32).reshape(WARPS, WARP_POSITIONS, plan.head_dim)
-    products = jnp.einsum("wqp,wpd->wqd", weights, by_warp, precision="highest")
-    return dataclasses.replace(sums, values=sums.values + products.reshape(-1))
-
-
-@with_twin(_add_tile_twin)
-def add_tile(plan: AttentionPlan, sums: TileSums, weights: Num[Array, "..."], values: Any) -> TileSums:
-    """Adds the weighted values of a tile, [positions, head_dim] in shared memory."""
-    count, kind = plan.head_dim // 4, PTX_TYPES[jnp.dtype(values.dtype).name]
-
-    @plgpu.inline_mgpu(
-        arg_types=(_numbers(count), _numbers(2), plgpu.RefType()), return_type=_type_of(plan, count, jnp.float32)
-    )
-    def inline(_, sums, weights, values):
-        pointer = ptx.pointer(values, ptx.SHARED)
-        added = add_values_of_warp(plan, kind, numbers_of(sums), numbers_of(weights), pointer)
-        return as_array(added, (WARPGROUP * count,), _numbers(count))
-
-    return dataclasses.replace(sums, values=inline(sums.values, weights, values))
+    operands = (sums.largest, sums.weight, sums.values, queries, keys, values, *map(jnp.int32, (first, *counted)))
+    return TileSums(*inline(*operands, *slopes))
 
 
 def _store_tile_sums_twin(plan, sums, totals, terms):
@@ -261,26 +232,32 @@ def of_own_query(numbers: Sequence[Value]) -> Value:
     return own
 
 
-def load_queries_of_warp(plan: AttentionPlan, queries: Pointer) -> list[Value]:
-    """The lane's words of its query, in the order of `scores_of_warp`."""
-    query, part = _query_and_part()
-    return _load_row(plan, queries, query, part)
+def load_queries_of_warp(plan: AttentionPlan, rows: Pointer) -> list[Value]:
+    """The lane's words of its query: for each step of 16 elements, those of the first eight and of the others."""
+    matrix, row = _matrix_and_row()
+    at = ptx.plus(ptx.times(row, plan.staged_bytes), ptx.times(matrix, 16))
+    return [
+        word
+        for step in range(0, 2 * plan.head_dim, 64)
+        for word in ptx.load_matrices(ptx.advance(rows, ptx.plus(at, step)))
+    ]
 
 
 def scores_of_warp(plan: AttentionPlan, kind: str, queries: list[Value], keys: Pointer) -> list[Value]:
     """Products of queries and keys: of the lane's query, positions 2 q and 2 q + 1 of the warp's, and 8 further on."""
-    column, part = _query_and_part()
-    zero, scores = ptx.int32(0), []
-    for block in range(WARP_POSITIONS // _COLUMNS):
-        words = _load_row(plan, keys, ptx.plus(_first_of_warp(), ptx.plus(column, _COLUMNS * block)), part)
-        chains = [[ptx.float32(0)] * 4 for _ in range(_STEPS_OF_SEGMENT)]  # half as long as one would be
-        for step in range(len(words) // 2):
-            first, second = queries[2 * step : 2 * step + 2]
-            chain = chains[step % _STEPS_OF_SEGMENT]
-            own = ptx.multiply_add_tiles(kind, [first, zero, second, zero], words[2 * step : 2 * step + 2], chain)
-            chains[step % _STEPS_OF_SEGMENT] = [*own[:2], *chain[2:]]
-        scores += [ptx.add(*pair) for pair in zip(chains[0][:2], chains[1][:2], strict=True)]
-    return scores
+    matrix, _ = _matrix_and_row()
+    zero = ptx.int32(0)
+    # Of every 16 elements: the first eight of 8 positions, the others, and both of the next 8 positions.
+    words = _load_tile(plan, keys, ptx.shift_right(matrix, 1), ptx.bits_of(matrix, 1), transposed=False)
+    blocks = [[[ptx.float32(0)] * 4 for _ in range(_CHAINS)] for _ in range(WARP_POSITIONS // _COLUMNS)]
+    for step, of_step in enumerate(words):
+        first, second = queries[2 * step : 2 * step + 2]
+        for block, chains in enumerate(blocks):
+            chain = chains[step % _CHAINS]
+            pair = of_step[2 * block : 2 * block + 2]
+            own = ptx.multiply_add_tiles(kind, [first, zero, second, zero], pair, chain)
+            chains[step % _CHAINS] = [*own[:2], *chain[2:]]
+    return [ptx.add(*pair) for chains in blocks for pair in zip(chains[0][:2], chains[1][:2], strict=True)]
 
 
 def weigh_of_warp(
@@ -321,39 +298,28 @@ def weigh_of_warp(
     return new, weight, [ptx.multiply(value, shrink) for value in values], words
 
 
-def add_values_of_warp(
-    plan: AttentionPlan, kind: str, sums: list[Value], weights: list[Value], values: Pointer
-) -> list[Value]:
-    """The thread's part of `add_tile`.
+def load_values_of_warp(plan: AttentionPlan, values: Pointer) -> list[list[Value]]:
+    """Words of the warp's values, transposed: for every 8 elements two of positions, the operand of an instruction."""
+    matrix, _ = _matrix_and_row()
+    # Of every 16 elements: the first eight of 8 positions, those of the next 8 positions, and both of the others.
+    words = _load_tile(plan, values, ptx.bits_of(matrix, 1), ptx.shift_right(matrix, 1), transposed=True)
+    return [of_step[start : start + 2] for of_step in words for start in (0, 2)]
 
-    Column g of the instruction for element e of a segment is element e of the g-th segment of 128 bytes: a lane loads
-    its segment of the four positions whose weights it has beside it, and sorts pairs by position.
-    """
-    column, part = _query_and_part()
-    zero, sums = ptx.int32(0), list(sums)
-    first = ptx.plus(_first_of_warp(), ptx.times(part, 2))
-    rows = [
-        ptx.advance(
-            ptx.advance(values, ptx.times(ptx.plus(first, position), plan.row_bytes)), ptx.times(column, _SEGMENT)
-        )
-        for position in (0, 1, _COLUMNS, _COLUMNS + 1)
+
+def add_values_of_warp(kind: str, sums: list[Value], weights: list[Value], values: list[list[Value]]) -> list[Value]:
+    """The sums with weighted values; a lane has elements 2 q and 2 q + 1 of every eight."""
+    zero, nothing = ptx.int32(0), ptx.float32(0)
+    added = [
+        ptx.multiply_add_tiles(kind, [weights[0], zero, weights[1], zero], words, [*own, nothing, nothing])[:2]
+        for words, own in zip(values, zip(sums[::2], sums[1::2], strict=True), strict=True)
     ]
-    for segment in range(plan.row_bytes // (_COLUMNS * _SEGMENT)):
-        words = [ptx.load(ptx.advance(row, _COLUMNS * _SEGMENT * segment), _SEGMENT // 4) for row in rows]
-        for element in range(_SEGMENT // 2):
-            selector = 0x7632 if element % 2 else 0x5410
-            pairs = [ptx.pick_bytes(a[element // 2], b[element // 2], selector) for a, b in (words[:2], words[2:])]
-            start = 2 * (segment * _SEGMENT // 2 + element)
-            added = [*sums[start : start + 2], ptx.float32(0), ptx.float32(0)]
-            added = ptx.multiply_add_tiles(kind, [weights[0], zero, weights[1], zero], pairs, added)
-            sums[start : start + 2] = added[:2]
-    return sums
+    return [number for pair in added for number in pair]
 
 
 def store_tile_sums_of_warp(
     plan: AttentionPlan, largest: Value, weight: Value, values: list[Value], totals: Pointer, terms: Pointer
 ) -> None:
-    """The thread's part of `store_tile_sums`: 16 neighbouring elements of every 64 are this lane's."""
+    """The thread's part of `store_tile_sums`."""
     query, part = _query_and_part()
     _, warp = lane_and_warp()
     for distance in (1, 2):
@@ -361,15 +327,11 @@ def store_tile_sums_of_warp(
     index = ptx.plus(ptx.times(warp, plan.queries), query)
     with ptx.when(ptx.less(query, plan.queries)):
         with ptx.when(ptx.equal(part, 0)):
-            ptx.store(ptx.advance_far(terms, index, 4 * TERMS), [ptx.as_word(largest), ptx.as_word(weight)])
-        target = ptx.advance_far(totals, ptx.plus(ptx.times(index, plan.head_dim), ptx.times(part, 16)), 4)
-        per_segment = _SEGMENT // 2
-        for segment in range(len(values) // (2 * per_segment)):
-            own = values[2 * per_segment * segment : 2 * per_segment * (segment + 1)]
-            ordered = own[0::2] + own[1::2]
-            for start in range(0, len(ordered), 4):
-                at = ptx.advance(target, 4 * (_COLUMNS * per_segment * segment + start))
-                ptx.store(at, [ptx.as_word(number) for number in ordered[start : start + 4]])
+            ptx.store(ptx.advance(terms, ptx.times(index, 4 * TERMS)), [ptx.as_word(largest), ptx.as_word(weight)])
+        target = ptx.advance(totals, ptx.plus(ptx.times(index, 4 * plan.head_dim), ptx.times(part, 8)))
+        for block in range(len(values) // 2):
+            at = ptx.advance(target, 4 * _COLUMNS * block)
+            ptx.store(at, [ptx.as_word(number) for number in values[2 * block : 2 * block + 2]])
 
 
 def _query_and_part() -> tuple[Value, Value]:
@@ -382,14 +344,35 @@ def _first_of_warp() -> Value:
     return ptx.times(lane_and_warp()[1], WARP_POSITIONS)
 
 
-def _load_row(plan: AttentionPlan, rows: Pointer, row: Value, part: Value) -> list[Value]:
-    """The lane's segments of a row: of every four the one that it is among four lanes."""
-    start = ptx.advance(ptx.advance(rows, ptx.times(row, plan.row_bytes)), ptx.times(part, _SEGMENT))
-    return [
-        word
-        for segment in range(plan.row_bytes // (4 * _SEGMENT))
-        for word in ptx.load(ptx.advance(start, 4 * _SEGMENT * segment), _SEGMENT // 4)
-    ]
+def _matrix_and_row() -> tuple[Value, Value]:
+    """Of which of four matrices the lane points to a row, and to which row."""
+    lane, _ = lane_and_warp()
+    return ptx.shift_right(lane, 3), ptx.bits_of(lane, 7)
+
+
+def _load_tile(
+    plan: AttentionPlan, tile: Pointer, positions: Value, elements: Value, *, transposed: bool
+) -> list[list[Value]]:
+    """Four matrices of 8 x 8 of every 16 elements of the warp's positions.
+
+    Args:
+      plan: of the kernel.
+      tile: in shared memory, transformed by TILE_TRANSFORMS.
+      positions, elements: 0 or 1, whether the lane points to the second eight positions, and elements.
+      transposed: whether matrices are.
+    """
+    _, row = _matrix_and_row()
+    load = ptx.load_transposed if transposed else ptx.load_matrices
+    block = ptx.plus(ptx.times(lane_and_warp()[1], WARP_POSITIONS // TILE_ROWS), positions)
+    row_bytes = 2 * TILE_COLUMNS
+    start = ptx.plus(ptx.times(block, TILE_ROWS * plan.row_bytes), ptx.times(row, row_bytes))
+    start = ptx.plus(start, ptx.times(ptx.flip_bits(elements, row), 16))  # the swizzle
+    words = []
+    for step in range(plan.head_dim // _STEP):
+        columns, segment = divmod(_STEP * step, TILE_COLUMNS)
+        at = ptx.plus(ptx.flip_bits(start, 2 * segment), columns * TILE_ROWS * row_bytes)
+        words.append(load(ptx.advance(tile, at)))
+    return words
 
 
 def _larger(a: Value, b: Value) -> Value:

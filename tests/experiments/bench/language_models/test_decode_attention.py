@@ -17,15 +17,18 @@ def test_divisions_agree():
     args = decode_attention.operands(2, 70, layers=1, heads=2, kv_heads=1)
     with interpreted(InterpretGPUParams()):
         whole, *others = (
-            np.asarray(decode_attention.attend(*args, division=each), np.float32) for each in ((1, 1), (2, 1), (1, 2))
+            np.asarray(decode_attention.attend(*args, division=each), np.float32)
+            for each in ((1, 1, 1), (2, 1, 2), (1, 2, 2))
         )
     assert whole.shape == (1, 2, 2, decode_attention.HEAD_DIM)
     for context in others:
-        decode_attention.check(context, whole, (0, 0))
+        decode_attention.check(context, whole, (0, 0, 0))
     with pytest.raises(ValueError, match="differs by 2 of the largest number"):
-        decode_attention.check(-whole, whole, (2, 1))
+        decode_attention.check(-whole, whole, (2, 1, 1))
 
 
 def test_the_chosen_division_comes_first():
-    assert decode_attention.divisions(64, 320)[0] == (1, 2)
-    assert decode_attention.divisions(16, 512) == [(2, 1), (1, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
+    assert decode_attention.divisions(64, 320)[0] == (1, 4, 2)
+    others = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
+    expected = [(1, 1, 2), *((*other, 1) for other in others), *((*other, 2) for other in others[1:])]
+    assert decode_attention.divisions(16, 512) == expected

@@ -75,7 +75,7 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
         chosen = plan_attention
         monkeypatch.setattr(
             "bipolar_jax.kernels.sm90.decode_attention.launch.plan_attention",
-            lambda *args: chosen(*args[:-2], splits, case.sequences),
+            lambda *args: chosen(*args[:-3], splits, case.sequences),
         )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         q, k, v, cache, tables = operands
@@ -217,34 +217,44 @@ def test_a_model_decodes_as_with_xla(monkeypatch, positions, bits):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "splits", "members"),
+    ("sizes", "bits", "splits", "members", "warpgroups"),
     [
-        ((1, 32, 32, 1024, 128), 8, 1),
-        ((1, 32, 8, 1024, 128), 8, 1),
-        ((1, 64, 8, 1024, 128), 4, 2),
-        ((64, 32, 32, 1024, 128), 1, 1),
-        ((1, 9, 3, 64, 64), 1, 1),
-        ((4, 32, 8, 4096, 128), 8, 1),
-        ((8, 32, 8, 4096, 128), 4, 1),
+        ((1, 32, 32, 1024, 128), None, 4, 1, 2),
+        ((1, 32, 32, 1024, 128), 8, 8, 1, 1),
+        ((1, 32, 8, 1024, 128), None, 8, 1, 2),
+        ((1, 64, 8, 1024, 128), None, 4, 2, 2),
+        ((64, 32, 32, 1024, 128), None, 1, 1, 1),
+        ((1, 9, 3, 64, 64), None, 1, 1, 2),
+        ((4, 32, 8, 4096, 128), None, 4, 1, 2),
+        ((8, 32, 8, 4096, 128), None, 2, 1, 2),
+        ((16, 32, 8, 4096, 128), None, 1, 1, 2),
+        ((16, 32, 8, 4096, 128), 4, 2, 1, 1),
     ],
     ids=str,
 )
-def test_sequences_are_split_as_long_as_there_are_multiprocessors(sizes, splits, members):
-    plan = plan_attention(*sizes, jnp.bfloat16, None)
-    assert (plan.splits, plan.members) == (splits, members)
+def test_sequences_are_split_as_long_as_there_are_multiprocessors(sizes, bits, splits, members, warpgroups):
+    plan = plan_attention(*sizes, jnp.uint8 if bits else jnp.bfloat16, bits)
+    assert (plan.splits, plan.members, plan.warpgroups) == (splits, members, warpgroups)
     assert plan.slots >= 2
     assert plan.capacity % plan.positions == 0
 
 
 def test_blocks_take_sequences_in_turn_where_they_would_run_in_turn():
-    def sequences(batch, heads=32, kv_heads=8):
-        return plan_attention(batch, heads, kv_heads, 320, 128, jnp.bfloat16, None).sequences
+    def chosen(batch, heads=32, kv_heads=8, bits=None):
+        dtype = jnp.uint8 if bits else jnp.bfloat16
+        plan = plan_attention(batch, heads, kv_heads, 320, 128, dtype, bits)
+        return plan.sequences, plan.warpgroups
 
-    assert [sequences(batch) for batch in (1, 16, 33, 34, 64, 128, 65, 1024)] == [1, 1, 1, 2, 2, 4, 1, 1]
-    assert sequences(64, 64) == 1  # two blocks share a key head
+    expected = {1: (1, 2), 16: (1, 2), 17: (1, 1), 18: (1, 1), 32: (2, 2), 33: (1, 1), 34: (2, 1), 64: (4, 2)}
+    expected |= {128: (8, 2), 65: (1, 1), 1024: (1, 1)}
+    assert {batch: chosen(batch) for batch in expected} == expected
+    assert [chosen(batch, bits=8) for batch in (32, 64, 128)] == [(1, 1), (2, 1), (4, 1)]
+    assert chosen(64, 64) == (1, 1)  # two blocks share a key head
     for batch, splits, number in ((5, 1, 2), (4, 2, 2)):
         with pytest.raises(ValueError, match=f"a block takes 2 sequences of {batch} in turn"):
             plan_attention(batch, 8, 8, 320, 128, jnp.bfloat16, None, splits, number)
+    with pytest.raises(ValueError, match="2 warpgroups share a block on tensor cores only"):
+        plan_attention(1, 8, 8, 320, 128, jnp.uint8, 8, warpgroups=2)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def synchronize(lanes_apart: bool = False) -> None:
         mgpu.warpgroup_barrier()
 
 
+def meet_block() -> None:
+    """A barrier of all threads of a block; lanes of a warp may come one after the other."""
+    inline_ptx("barrier.sync 0;", has_side_effects=True)
+
+
 def synchronize_warp() -> None:
     """A barrier of the warp's threads, beyond which the compiler moves no load of shared memory."""
     inline_ptx("bar.warp.sync -1;", has_side_effects=True, convergent=True)
