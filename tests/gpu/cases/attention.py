@@ -140,6 +140,7 @@ def cases() -> list[Case]:
             Token((50, 0, 319), 8, 4, 256, 320, bits),
             Token((70,) * 64, 8, 2, 128, 128, bits),
             Token((0, 31, 64, 65, 100, 128, 257, 300, 319, 320), 32, 32, 128, 320, bits),  # two texts a block
+            Token((0, 31, 64, 65, 257, 300, 319, 320), 64, 32, 128, 320, bits),  # the same, floats by two warpgroups
             Token((90,), 64, 8, 128, 128, bits),
         ]
     tokens += [Token((575,), 1, 1, 16, 576), Token((50,), 4, 2, 96, 64, 4), Token((50,), 4, 2, 80, 64)]
