@@ -7,6 +7,7 @@ function that attends: training and prefill attend causally within the sequence,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,7 @@ from bipolar_jax.models.compressible_blocks import BlockCarry, CompressibleBlock
 from bipolar_jax.models.config import GATED_FFNS, TransformerConfig
 from bipolar_jax.models.expert_config import Experts
 from bipolar_jax.models.kv_cache.cache import KVCache
+from bipolar_jax.models.kv_cache.cut_positions import CutPositions
 from bipolar_jax.nn.layers.packed import CountedModule
 
 Attend = Callable[[Projections], Heads]
@@ -69,11 +71,16 @@ class Attention(CountedModule):
             self.q_norm, self.k_norm = rms(config.head_dim), rms(config.head_dim)
         if config.sub_norms:
             self.sub_norm = rms(query_size)
+        # Of one device's heads: the others are padding, which `models.sharding` zeroes.
+        self.used_heads: nnx.Variable | None = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "batch length hidden"], norm: Norm, attend: Attend, post_norm: Norm | None = None
     ) -> Float[Array, "batch length hidden"]:
         context = attend(self.projections(x, norm))
+        if self.used_heads is not None:
+            is_used = jnp.arange(context.shape[2], dtype=jnp.int32)[:, None] < self.used_heads[...]
+            context = jnp.where(jnp.broadcast_to(is_used, context.shape), context, jnp.zeros_like(context))
         prologue = as_prologue(self.sub_norm) if hasattr(self, "sub_norm") else None
         return project_onto(x, self.o_proj, context.reshape(*context.shape[:2], -1), prologue, post_norm)
 
@@ -126,6 +133,7 @@ class Transformer(CompressibleBlocks):
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.fused_sequences = MOST_SEQUENCES  # that one kernel may decode, see `prepare_for_inference`
+        self.cut_positions: CutPositions | None = None  # of caches, of any capacity: `models.sharding` sets it
         embed = functools.partial(nnx.Embed, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
         self.embed = embed(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
@@ -216,7 +224,8 @@ class Transformer(CompressibleBlocks):
         config, lengths = self.config, lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids, capacity)
         shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
-        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
+        cut = None if self.cut_positions is None else dataclasses.replace(self.cut_positions, capacity=capacity)
+        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits), cut)
         hidden, cache = self._causal_layers(hidden, tables, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.leave_blocks(last)), cache

@@ -3,11 +3,15 @@
 The spec of an array is that of its logical shape, such as P(None, "model") of a kernel [k, n]. Batch axes and n are cut
 anywhere. The contracted axis k is cut where words and groups end; scales, offsets, sums and integers of groups are cut
 along. What all of k shares (one scale a row, its sum) is on every device.
+
+Where sizes do not divide, a device that has the whole array takes its range of it, padded to the size that all devices
+have: `taken_columns`, `taken_rows`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int, UInt32
 
+from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_array import BipolarArray
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers
 from bipolar_jax.packing.plane_sums import plane_sums
 from bipolar_jax.packing.unpacked_array import UnpackedArray
-from bipolar_jax.packing.words import WORD_BITS
+from bipolar_jax.packing.words import WORD_BITS, num_words
+from bipolar_jax.quantize.groups import along_last
+from bipolar_jax.quantize.integer_groups import IntegerGroups
 
 # The mesh axes that one axis of an array is cut over.
 MeshAxes = str | tuple[str, ...] | None
@@ -154,11 +161,98 @@ def own_part(w: BipolarArray, parts: int) -> BipolarArray:
     """
     part = _shortened(w, parts)
     if w.has_integer_groups or w.num_groups == 1:
-        codes = plane_sums(part.planes, part.format, part.contracted_size, part.group_size)
-        sums = codes if part.groups is None else part.groups.value_sums(codes, part.contracted_size, part.group_size)
+        sums = _own_sums(part.planes, part.format, part.contracted_size, part.group_size, part.groups)
         part = dataclasses.replace(part, row_sums=sums)
     part.check()
     return part
+
+
+def taken_columns(w: BipolarArray, start: Int[Array, ""], count: Int[Array, ""], size: int) -> BipolarArray:
+    """Columns start ... start + count of the array, and columns of zeros behind them: `size` in all."""
+    take = functools.partial(taken, axis=-2, start=start, count=count, size=size)
+    groups = w.groups
+    if groups is not None:
+        groups = dataclasses.replace(groups, scale=take(groups.scale, fill=1), offset=take(groups.offset))
+    offset = None if w.offset is None else take(w.offset)
+    return dataclasses.replace(
+        w, planes=take(w.planes), scale=take(w.scale), offset=offset, row_sums=take(w.row_sums), groups=groups
+    )
+
+
+def taken_rows(
+    w: BipolarArray, start: Int[Array, ""], count: Int[Array, ""], size: int, group_size: int | None
+) -> BipolarArray:
+    """Rows start ... start + count of the array, and rows behind them that add nothing: `size` in all.
+
+    The padding has the value 0 where groups have integer scales, and the scale 0 where they have float ones. With one
+    scale a column, whose grid may have no 0, it alternates between the smallest and the largest value: tokens whose
+    numbers are 0 there have one code for all of them, and products and sums of values cancel exactly.
+
+    Args:
+      w: an array with axis=-2.
+      start: first row; a multiple of `group_size`.
+      count: rows of the array; a multiple of `group_size`, and even as `size` is where columns have one scale.
+      size: rows of the result.
+      group_size: a divisor of w's, so that groups end where the range does; None where columns have one scale.
+
+    Raises:
+      ValueError: a group size that does not divide that of w.
+    """
+    words = num_words(size)
+    first, shift = start // WORD_BITS, (start % WORD_BITS).astype(jnp.uint32)
+    low, high = (taken(w.planes, -1, first + i, w.planes.shape[-1] - first - i, words) for i in range(2))
+    # A shift by 32 bits has no meaning.
+    joined = (low >> shift) | jnp.where(shift == 0, jnp.uint32(0), high << ((WORD_BITS - shift) % WORD_BITS))
+    ours, ends = (along_last(_first_bits(n, words), joined.ndim) for n in (count, jnp.int32(size)))
+    padding = jnp.uint32(0xAAAAAAAA) & ends & ~ours if group_size is None else jnp.uint32(0)
+    planes = (joined & ours) | padding
+    terms = {"scale": w.scale, "offset": w.offset, "groups": w.groups}
+    if group_size is not None:
+        if w.group_size is None or w.group_size % group_size:
+            raise ValueError(f"{w} has groups of {w.group_size}: groups of {group_size} do not divide them")
+        take = functools.partial(_taken_groups, start // group_size, count // group_size, size // group_size)
+        ratio = w.group_size // group_size
+        if w.groups is None:
+            terms["scale"], terms["offset"] = take(ratio, w.scale), None if w.offset is None else take(ratio, w.offset)
+        else:
+            terms["groups"] = IntegerGroups(take(ratio, w.groups.scale, fill=1), take(ratio, w.groups.offset))
+    sums = _own_sums(planes, w.format, size, group_size, terms["groups"])
+    static = {"contracted_size": size, "group_size": group_size}
+    part = dataclasses.replace(w, planes=planes, row_sums=sums, **static, **terms)
+    part.check()
+    return part
+
+
+def taken(x: Array, axis: int, start: Int[Array, ""], count: Int[Array, ""], size: int, fill: int = 0) -> Array:
+    """Elements start ... start + count of an axis, and `fill` behind them: `size` in all."""
+    at = jnp.arange(size, dtype=jnp.int32)
+    mask = (at < count).reshape(-1, *[1] * (-1 - axis))
+    elements = jnp.take(x, start + at, axis=axis, mode="clip")
+    return jnp.where(jnp.broadcast_to(mask, elements.shape), elements, jnp.asarray(fill, x.dtype))
+
+
+def _taken_groups(start, count, size: int, ratio: int, x: Array, fill: int = 0) -> Array:
+    """`taken` of what each group has, where `ratio` shorter groups are made of each."""
+    return taken(jnp.repeat(x, ratio, axis=-1), -1, start, count, size, fill)
+
+
+def _first_bits(count: Int[Array, ""], words: int) -> UInt32[Array, " words"]:
+    """Words whose first `count` bits are 1, and the others 0."""
+    bits = jnp.clip(count - WORD_BITS * jnp.arange(words, dtype=jnp.int32), 0, WORD_BITS)
+    some = (jnp.uint32(1) << (bits % WORD_BITS).astype(jnp.uint32)) - jnp.uint32(1)
+    return jnp.where(bits == WORD_BITS, jnp.uint32(0xFFFFFFFF), some)
+
+
+def _own_sums(
+    planes: UInt32[Array, "*batch planes n words"],
+    number_format: BipolarFormat,
+    k: int,
+    group_size: int | None,
+    groups: IntegerGroups | None,
+) -> Int[Array, "*batch n scales"]:
+    """`BipolarArray.row_sums` of these codes, counted here."""
+    sums = plane_sums(planes, number_format, k, group_size)
+    return sums if groups is None else groups.value_sums(sums, k, group_size)
 
 
 def _shortened(w: BipolarNumbers, parts: int) -> BipolarNumbers:

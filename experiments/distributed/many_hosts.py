@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 import bipolar_jax as bj
@@ -125,7 +124,7 @@ def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
         plan = plan_shards(model, {"data": layout.data, MODEL: layout.model})
     except ValueError as error:
         return [str(layout.data * layout.model), str(layout), f"refused: {error}", *[""] * (len(_DECODING) - 3)]
-    weights = sum(_bytes_of_device(path, value, plan, shapes) for path, value in _parameters(model))
+    weights = sum(plan.device_bytes(path, value, shapes) for path, value in _parameters(model))
     of_device = plan.config_of_device(shapes)
     lengths = jax.ShapeDtypeStruct((texts,), jnp.int32)
     cache_shape = (shapes.num_layers, texts, of_device.num_kv_heads, config.cached_tokens, shapes.head_dim)
@@ -195,18 +194,6 @@ def _linear_parameters(config: TransformerConfig) -> float:
 def _parameters(model: Transformer) -> Iterator[tuple[tuple[Any, ...], Any]]:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield path, variable.get_value()
-
-
-def _bytes_of_device(path: tuple[Any, ...], value: Any, plan: Any, config: TransformerConfig) -> float:
-    """Bytes of one device's part of a parameter; a key or value head that devices share is counted once for each."""
-    specs = plan.spec(path, value, config)
-    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
-    size = sum(
-        leaf.size * leaf.dtype.itemsize / (plan.model if MODEL in spec else 1)
-        for leaf, spec in zip(jax.tree.leaves(value), leaves, strict=True)
-    )
-    repeated = plan.repeats_kv_heads(config) and {"k_proj", "v_proj"} & set(path)
-    return size / config.num_kv_heads if repeated else size
 
 
 def _seconds(config: ConfigDict, link: str, size: float, exchanges: int, per: float = 1) -> str:

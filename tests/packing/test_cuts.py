@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import bipolar_jax as bj
-from bipolar_jax.packing.cuts import cut_unit, own_part, partition_specs, shard, shardings
+from bipolar_jax.packing.cuts import cut_unit, own_part, partition_specs, shard, shardings, taken_columns, taken_rows
 from tests.support.integer_products import normal
 
 K, N = 192, 4
@@ -95,6 +95,42 @@ def test_parts_are_arrays_in_their_own_right(kind):
 def test_other_cuts_are_refused_with_the_numbers(kind, spec, message):
     with pytest.raises(ValueError, match=message):
         shardings(packed(kind), WIDE, spec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "count"), [("column", 80, 58), ("integer groups", 96, 48), ("float groups", 144, 24)]
+)
+def test_ranges_of_rows_are_padded_with_what_adds_nothing(kind, start, count):
+    """Rows that begin and end within words and groups; sums and numbers are those of the range alone."""
+    w, size = packed(kind), 120 if kind == "column" else 144
+    group_size = {"column": None, "integer groups": 48, "float groups": 24}[kind]
+    take = jax.jit(lambda w, start, count: taken_rows(w, start, count, size, group_size))
+    part = take(w, np.int32(start), np.int32(count))
+    assert (part.shape, part.group_size) == ((size, N), group_size)
+    np.testing.assert_array_equal(part.codes()[:, :count], w.codes()[:, start : start + count])
+    values = np.asarray(part.values()).T
+    if kind == "float groups":
+        assert not np.asarray(part.dequantize())[count:].any()
+    else:
+        np.testing.assert_array_equal(part.value_sums()[:, 0], values[:, :count].sum(axis=1))
+        np.testing.assert_array_equal(values[:, count:].sum(axis=1), 0)
+    np.testing.assert_array_equal(np.asarray(part.dequantize())[:count], w.dequantize()[start : start + count])
+
+
+@pytest.mark.parametrize("kind", ["integer groups", "float groups"])
+def test_ranges_of_columns_are_padded_with_zeros(kind):
+    w = packed(kind)
+    part = jax.jit(lambda w, start, count: taken_columns(w, start, count, 3))(w, np.int32(2), np.int32(2))
+    found = np.asarray(part.dequantize())
+    np.testing.assert_array_equal(found[:, :2], w.dequantize()[:, 2:])
+    assert found.shape == (K, 3)
+    assert not found[:, 2].any()
+    np.testing.assert_array_equal(part.value_sums()[:2], w.value_sums()[2:])
+
+
+def test_groups_that_no_range_ends_in_are_refused():
+    with pytest.raises(ValueError, match="has groups of 96: groups of 36 do not divide them"):
+        jax.eval_shape(lambda w: taken_rows(w, np.int32(0), np.int32(72), 72, 36), packed("integer groups"))
 
 
 def test_prepared_arrays_are_cut_before():

@@ -15,11 +15,11 @@ from bipolar_jax import ops
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.alibi import alibi_bias, alibi_slopes
+from bipolar_jax.models.blocks.cut_attention import attend_to_cut_cache
 from bipolar_jax.models.blocks.rope import Tables, rotate
 from bipolar_jax.models.blocks.scoring import PLAIN, Scoring, capped_attention
 from bipolar_jax.models.blocks.step import Step, by_xla
-from bipolar_jax.models.kv_cache.cache import Kept, KVCache, row_major
-from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
+from bipolar_jax.models.kv_cache.cache import Kept, KVCache, numbers_of, row_major
 from bipolar_jax.ops import Explanation
 
 # Positions are summed in runs of this length, then the runs: one sum over all has too few columns to fill a GPU, and
@@ -216,8 +216,10 @@ def _fused_operands(
     XLA rotates q and k before where a part of each head is rotated, or keys are kept in another basis.
 
     Raises:
-      Unsupported: another scoring than the kernel's.
+      Unsupported: another scoring than the kernel's; a cache whose positions devices share.
     """
+    if cache.cut is not None:
+        raise Unsupported(f"{cache.cut.parts} devices share the positions, and the kernel gives no partial results")
     head_dim = projected[0].shape[-1]
     if (differs := scoring.differs(cache.capacity, head_dim)) is not None:
         raise Unsupported(differs)
@@ -247,6 +249,8 @@ def explain_causal(q: Any, bias: Any | None, scoring: Scoring = PLAIN) -> Step:
 def _attend_on_xla(projected: Projected, cache: KVCache, layer, tables, alibi: bool, scoring: Scoring):
     q, k, v = rotated_heads(projected, cache.kv_heads, tables)
     cache = cache.write(layer, k, v)
+    if cache.cut is not None:
+        return attend_to_cut_cache(cache.rotate(q), cache, layer, scoring), cache
     bias = alibi_bias(q.shape[2], cache.capacity) if alibi else None
     return decode_attention(cache.rotate(q), *cache.read(layer), cache.lengths, bias=bias, scoring=scoring), cache
 
@@ -277,7 +281,7 @@ def decode_attention(
     Returns:
       The context of the queries, in their dtype.
     """
-    keys, values = _numbers(keys), _numbers(values)
+    keys, values = numbers_of(keys), numbers_of(values)
     batch, _, heads, head_dim = q.shape
     kv_heads, capacity = keys.shape[1:3]
     queries = q.astype(jnp.float32).reshape(batch, kv_heads, -1, head_dim) * scoring.factor(head_dim)
@@ -293,8 +297,3 @@ def decode_attention(
     sums = jnp.sum(products.reshape(*products.shape[:3], -1, run, head_dim), axis=-2)
     context = jnp.sum(jax.lax.optimization_barrier(sums), axis=-2)
     return context.reshape(batch, 1, heads, head_dim).astype(q.dtype)
-
-
-def _numbers(kept: Kept) -> Float[Array, "batch kv_heads capacity head_dim"]:
-    """The numbers in float32; XLA fuses the conversion into the kernel that reads them."""
-    return kept.dequantize() if isinstance(kept, QuantizedHeads) else kept.astype(jnp.float32)

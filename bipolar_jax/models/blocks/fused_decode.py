@@ -146,6 +146,7 @@ def layer_norms(layers: nnx.Module) -> dict[str, Prologue]:
 def _differs(config: TransformerConfig, cache: KVCache) -> str | None:
     """What the model computes that `ops.decode_layers` does not, in words; None if nothing."""
     named = {
+        "devices share the positions of the cache": cache.cut is not None,
         "norms follow the blocks": config.post_norms,
         "norms precede the last projections": config.sub_norms,
         "gates are squared": config.ffn == "relu2glu",

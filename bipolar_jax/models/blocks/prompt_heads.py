@@ -146,6 +146,8 @@ def _fused_operands(
     """
     if cache is None or cache.bits is not None:
         raise Unsupported("heads leave a product to a cache of floats")
+    if cache.cut is not None:
+        raise Unsupported(f"{cache.cut.parts} devices share the positions of the cache")
     if tables is not None and 2 * tables.exact[0].shape[-1] != projections.head_dim:
         raise Unsupported("the kernel rotates whole heads, the model a part of each")
     (layer, *others) = projections.layers

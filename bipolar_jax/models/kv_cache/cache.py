@@ -10,6 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.semantics.hadamard import Hadamard
+from bipolar_jax.models.kv_cache.cut_positions import CutPositions
 from bipolar_jax.models.kv_cache.quantized_heads import QuantizedHeads
 
 # Keys or values, in the model's dtype or in bipolar-INT: a vector for each head and token; the tokens of a head are
@@ -49,12 +50,15 @@ class KVCache:
       lengths: tokens of each sequence.
       key_rotation: the basis that keys are kept in, in which they lose less to rounding; queries have to be rotated
         likewise. None keeps them as they are.
+      cut: how devices share the positions, of which each has `cut.slots`; `write_all` takes no such cache. None where
+        positions are not shared.
     """
 
     keys: Kept
     values: Kept
     lengths: Int[Array, " batch"]
     key_rotation: Hadamard | None = dataclasses.field(default=None, metadata={"static": True})
+    cut: CutPositions | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(
@@ -64,32 +68,37 @@ class KVCache:
         bits: int | None,
         lengths: Int[Array, " batch"],
         key_rotation: Hadamard | None = None,
+        cut: CutPositions | None = None,
     ) -> KVCache:
         """A cache of uninitialized numbers; `write_prompts` must fill every layer.
 
         Args:
-          shape: layers, batch, kv_heads, capacity, head_dim.
+          shape: layers, batch, kv_heads, capacity, head_dim; a cut cache has a device's slots of the capacity.
           dtype: of the heads.
           bits: 8 or 4; None keeps the dtype.
           lengths: tokens of each sequence.
           key_rotation: the basis that keys are kept in.
+          cut: how devices share the positions.
 
         Raises:
           ValueError: other bits, or an odd head_dim with 4.
         """
 
+        layers, batch, kv_heads, capacity, head_dim = shape
+        slots = capacity if cut is None else cut.slots
+
         def heads():
-            numbers = jnp.zeros(shape, dtype)
+            numbers = jnp.zeros((layers, batch, kv_heads, slots, head_dim), dtype)
             return numbers if bits is None else QuantizedHeads.quantize(numbers, bits)
 
         def room():
             return jax.tree.map(lambda leaf: row_major(jax.lax.empty(leaf.shape, leaf.dtype)), jax.eval_shape(heads))
 
-        return cls(room(), room(), lengths, key_rotation)
+        return cls(room(), room(), lengths, key_rotation, cut)
 
     @property
     def capacity(self) -> int:
-        return _positions(self.keys)
+        return _positions(self.keys) if self.cut is None else self.cut.capacity
 
     @property
     def kv_heads(self) -> int:
@@ -134,6 +143,8 @@ class KVCache:
 
         # Otherwise XLA computes them in the order of the cache, and transposes them for attention.
         keys, values = row_major(keys), row_major(values)
+        if self.cut is not None:
+            keys, values = self.cut.taken(keys), self.cut.taken(values)
         kept = keep(self.rotate(keys), self.bits), keep(values, self.bits)
         keys, values = jax.tree.map(put, (self.keys, self.values), kept)
         return dataclasses.replace(self, keys=keys, values=values)
@@ -151,7 +162,8 @@ class KVCache:
         """
         batch, _, kv_heads, _ = keys.shape
         sequence, head = (jnp.arange(size, dtype=jnp.int32) for size in (batch, kv_heads))
-        at = (jnp.asarray(layer)[None, None], sequence[:, None], head[None], self.lengths[:, None])
+        slots = self.lengths if self.cut is None else self.cut.slot(self.lengths)
+        at = (jnp.asarray(layer)[None, None], sequence[:, None], head[None], slots[:, None])
 
         def put(rows, token):
             token = token[:, :, 0].astype(rows.dtype)
@@ -200,3 +212,8 @@ class KVCache:
 def _positions(kept: Kept) -> int:
     """The capacity of keys or values of all layers."""
     return (kept.codes if isinstance(kept, QuantizedHeads) else kept).shape[3]
+
+
+def numbers_of(kept: Kept) -> Float[Array, "*layers batch kv_heads length head_dim"]:
+    """The numbers in float32; XLA fuses the conversion into the kernel that reads them."""
+    return kept.dequantize() if isinstance(kept, QuantizedHeads) else kept.astype(jnp.float32)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,11 +18,12 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.prepare import Layout, prepare_for_inference
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.pretrained import PretrainedModel
-from bipolar_jax.models.sharding.plan import DATA, MODEL, ShardingPlan, plan_shards
+from bipolar_jax.models.sharding.plan import DATA, MODEL, ShardingPlan, group_size_of_share, plan_shards
+from bipolar_jax.models.sharding.shares import Share
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear, Packed, without_training
-from bipolar_jax.packing import BipolarNumbers
-from bipolar_jax.packing.cuts import own_part
+from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing.cuts import own_part, taken, taken_columns, taken_rows
 
 _HEADS_AXIS = 2  # of a cache [layers, batch, kv_heads, capacity, ...]
 
@@ -67,7 +69,9 @@ class ShardedTransformer:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """As `Transformer.logits`."""
         spec = self.logits_spec(*[None] * (hidden.ndim - 1))
-        return self.run(lambda part, hidden: part.logits(hidden), spec, hidden, in_specs=[PartitionSpec()])
+        return self.run(
+            lambda part, hidden: self.of_tokens(part.logits(hidden)), spec, hidden, in_specs=[PartitionSpec()]
+        )
 
     def prefill(
         self,
@@ -118,26 +122,45 @@ class ShardedTransformer:
         return jax.tree.map(spec, cache)
 
     def logits_spec(self, *axes: str | None) -> PartitionSpec:
-        """The spec of logits, whose last axis lies where the output layer's columns do."""
-        return PartitionSpec(*axes, MODEL if self.plan.output else None)
+        """The spec of logits, whose last axis lies where the output layer's columns do, if the vocabulary divides."""
+        return PartitionSpec(*axes, MODEL if self.plan.output and self.plan.vocabulary.is_even else None)
+
+    def of_tokens(self, logits: Float[Array, "*batch part"]) -> Float[Array, "*batch vocab"]:
+        """A device's logits; of a padded vocabulary those of all devices, without the padding's."""
+        if not self.plan.output or self.plan.vocabulary.is_even:
+            return logits
+        whole = jax.lax.all_gather(logits, MODEL, axis=logits.ndim - 1, tiled=True)
+        return whole[..., : self.config.vocab_size]
 
 
 @jax.jit
 def _logits(model: ShardedTransformer, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
     spec = PartitionSpec(DATA)
-    return model.run(lambda part, ids: part(ids), model.logits_spec(DATA, None), ids, in_specs=[spec])
+
+    def logits(part, ids):
+        return model.of_tokens(part(ids))
+
+    return model.run(logits, model.logits_spec(DATA, None), ids, in_specs=[spec])
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _prefill(model: ShardedTransformer, ids, lengths, capacity: int, cache_bits: int | None):
     config = model.config
-    heads = model.plan.model if model.plan.repeats_kv_heads(config) else config.num_kv_heads
+    heads = model.plan.model * model.plan.kv_heads.size if model.plan.attention else config.num_kv_heads
     shape = (config.num_layers, *ids.shape[:1], heads, capacity, config.head_dim)
     cache = jax.eval_shape(
-        lambda lengths: KVCache.empty(shape, np.float32, cache_bits, lengths, config.key_rotation(cache_bits)), lengths
+        lambda lengths: KVCache.empty(
+            shape, np.float32, cache_bits, lengths, config.key_rotation(cache_bits), model.plan.cut_positions(capacity)
+        ),
+        lengths,
     )
+
+    def prefill(part, ids, lengths):
+        logits, cache = part.prefill(ids, lengths, capacity, cache_bits)
+        return model.of_tokens(logits), cache
+
     return model.run(
-        lambda part, ids, lengths: part.prefill(ids, lengths, capacity, cache_bits),
+        prefill,
         (model.logits_spec(DATA), model.cache_specs(cache)),
         ids,
         lengths,
@@ -148,8 +171,13 @@ def _prefill(model: ShardedTransformer, ids, lengths, capacity: int, cache_bits:
 @jax.jit
 def _decode(model: ShardedTransformer, ids, cache: KVCache):
     specs = model.cache_specs(cache)
+
+    def decode(part, ids, cache):
+        logits, cache = part.decode(ids, cache)
+        return model.of_tokens(logits), cache
+
     return model.run(
-        lambda part, ids, cache: part.decode(ids, cache),
+        decode,
         (model.logits_spec(DATA), specs),
         ids,
         cache,
@@ -158,7 +186,12 @@ def _decode(model: ShardedTransformer, ids, cache: KVCache):
 
 
 def shard_model(
-    model: Transformer | PretrainedModel, mesh: Mesh, dtype: Any = None, *, layout: Layout | None = None
+    model: Transformer | PretrainedModel,
+    mesh: Mesh,
+    dtype: Any = None,
+    *,
+    layout: Layout | None = None,
+    cut_positions: bool = False,
 ) -> ShardedTransformer | PretrainedModel:
     """The model cut over a mesh with the axes "data" and "model", or one of them, and prepared for inference.
 
@@ -170,15 +203,18 @@ def shard_model(
         arrays that are cut already.
       mesh: of any axis types.
       dtype, layout: as for `prepare_for_inference`, which prepares each device's part.
+      cut_positions: whether devices that share a head of keys each cache a part of the positions, not all of them. A
+        token then attends by XLA, and partial results are exchanged in every layer.
 
     Raises:
       ValueError: a mesh with other axes; as `plan_shards` and `prepare_for_inference`.
     """
     if isinstance(model, PretrainedModel):
-        return model.with_model(shard_model(model.model, mesh, dtype, layout=layout))
+        sharded = shard_model(model.model, mesh, dtype, layout=layout, cut_positions=cut_positions)
+        return model.with_model(sharded)
     mesh = two_axes(mesh)
     model = without_training(model)
-    plan = plan_shards(model, mesh.shape)
+    plan = plan_shards(model, mesh.shape, cut_positions=cut_positions)
     graph, paths, arrays, specs = _cut(model, plan)
     graphs = []
 
@@ -239,35 +275,49 @@ def _placed(arrays: list[Any], mesh: Mesh, specs: list[Any]) -> list[Any]:
 def _model_of_device(model: Transformer, plan: ShardingPlan, config: TransformerConfig) -> Transformer:
     """The model that a device runs, of the whole model's structure with that device's part of every array."""
     model.config = plan.config_of_device(config)
-    for _, stack in model.stacks:
+    model.cut_positions = plan.cut_positions(config.context_length)
+    for run, stack in model.stacks:
         stack.attention.num_kv_heads = model.config.num_kv_heads
+        if plan.has_idle_heads:
+            used = _of_device(plan.queries.counts)
+            stack.attention.used_heads = nnx.Variable(jnp.full((len(run),), used))
         if model.config.rotation is not None:
             stack.ffn.rotation = model.config.rotation.ffn
-        if plan.repeats_kv_heads(config):
-            for name in ("k_proj", "v_proj"):
-                _take_head(getattr(stack.attention, name), plan, config)
+    columns, rows = plan.columns(config.head_dim), plan.rows(config.head_dim)
     for path, layer in nnx.iter_modules(model):
         name = path[-1] if path else None
-        if name in plan.rows():
-            layer.in_features //= plan.model
-            layer.kernel = Packed(own_part(layer.kernel.get_value(), plan.model))
+        if name in rows:
+            layer.in_features = rows[name].size
+            layer.kernel = Packed(_own_rows(layer.kernel.get_value(), rows[name], plan, name))
             layer.k_axes = MODEL
-        elif name in plan.columns(config):
-            layer.out_features //= plan.model
+        elif name in columns:
+            _take_columns(layer, columns[name])
     return model
 
 
-def _take_head(layer: nnx.Module, plan: ShardingPlan, config: TransformerConfig) -> None:
-    """Leaves a layer of keys or values, which the device has whole, the head of the device's queries."""
-    head = jax.lax.axis_index(MODEL) * config.num_kv_heads // plan.model
+def _own_rows(w: BipolarArray, share: Share, plan: ShardingPlan, name: str) -> BipolarArray:
+    """The device's rows of weights that it has whole, or of which it has its part already."""
+    if share.is_even and name not in plan.realigned:
+        return own_part(w, plan.model)
+    start, count = _of_device(share.starts), _of_device(share.counts)
+    return taken_rows(w, start, count, share.size, group_size_of_share(w, share))
 
-    def columns(leaf, axis):
-        return jax.lax.dynamic_slice_in_dim(leaf, head * config.head_dim, config.head_dim, axis % leaf.ndim)
 
+def _take_columns(layer: nnx.Module, share: Share) -> None:
+    """Leaves a layer the device's columns: all that it has of an array that is cut, else its share of a whole one."""
+    layer.out_features = share.size
+    if share.is_even:
+        return
+    start, count = _of_device(share.starts), _of_device(share.counts)
     kernel = layer.kernel.get_value()
-    axis = -2 if isinstance(kernel, BipolarNumbers) else -1
-    taken = jax.tree.map(lambda leaf: columns(leaf, axis), kernel)
-    layer.kernel = Packed(taken) if isinstance(layer, Linear) else nnx.Param(taken)
+    if isinstance(layer, Linear):
+        layer.kernel = Packed(taken_columns(kernel, start, count, share.size))
+    else:
+        layer.kernel = nnx.Param(taken(kernel, -1, start, count, share.size))
     if layer.bias is not None:
-        layer.bias = nnx.Param(columns(layer.bias[...], -1))
-    layer.out_features = config.head_dim
+        layer.bias = nnx.Param(taken(layer.bias[...], -1, start, count, share.size))
+
+
+def _of_device(values: Sequence[int]) -> Int[Array, ""]:
+    """The one of these numbers that is this device's."""
+    return jnp.asarray(values, jnp.int32)[jax.lax.axis_index(MODEL)]

@@ -19,6 +19,7 @@ TINY = {
     "vocab_size": 64,
     "context_length": 64,
 }
+ONE = TINY | {"num_heads": 1, "num_kv_heads": 1, "ffn_size": 32}
 
 
 def test_sums_over_hosts_pass_each_link_once():
@@ -31,7 +32,7 @@ def test_sums_over_hosts_pass_each_link_once():
 
 def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     config = many_hosts_config.get_config()
-    config.models, config.meshes, config.texts = ConfigDict({"tiny": TINY}), "1x2,1x3", 4
+    config.models, config.meshes, config.texts = ConfigDict({"tiny": TINY, "without cuts": ONE}), "1x2,1x3", 4
     config.precision, config.gpus_per_host, config.cached_tokens = "W4A8g32", 6, 8
     many_hosts.main(config, tmp_path)
     page = (tmp_path / many_hosts.PAGE).read_text()
@@ -41,7 +42,7 @@ def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     row = next(line for line in page.splitlines() if line.startswith("| 2 | 1x2 |"))
     assert row.split(" | ")[5] == f"{sent / 4 / 1e3:,.0f}"
     assert (
-        "| 3 | 1x3 | refused: the model cannot be cut over 3 devices: attention whole on every device: 4 heads" in page
+        "| 3 | 1x3 | refused: the model cannot be cut over 3 devices: attention whole on every device: 1 heads" in page
     )
 
 

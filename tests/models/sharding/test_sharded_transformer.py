@@ -25,8 +25,9 @@ from bipolar_jax.models import (
     random_packed,
     shard_model,
 )
-from bipolar_jax.models.sharding.plan import plan_shards
+from bipolar_jax.models.sharding.plan import group_size_of_share, plan_shards
 from bipolar_jax.models.sharding.sharded_transformer import place_model, two_axes
+from bipolar_jax.models.sharding.shares import shares_of_heads
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
 from tests.models.sharding.tiny_config import CONFIG
@@ -115,29 +116,116 @@ def model():
     return model_of()
 
 
-def test_what_does_not_divide_is_whole_and_said(model):
+def test_what_does_not_divide_is_padded_and_said(model):
     plan = plan_shards(model, {"data": 1, "model": 4})
     assert (plan.attention, plan.ffn, plan.output, plan.whole) == (True, True, True, ())
-    assert plan.repeats_kv_heads(CONFIG)
-    assert not plan_shards(model, {"model": 2}).repeats_kv_heads(CONFIG)
-    plan = plan_shards(shapes_of(num_heads=6, num_kv_heads=3, vocab_size=49), {"data": 2, "model": 4})
-    assert (plan.attention, plan.ffn, plan.output) == (False, True, False)
+    assert "keys and values repeated: 2 heads on 4 devices" in str(plan)
+    assert len(str(plan_shards(model, {"model": 2})).splitlines()) == 1
+    fields = dict(num_heads=9, num_kv_heads=3, vocab_size=49, ffn_size=160)
+    plan = plan_shards(shapes_of("W4A8", **fields), {"data": 2, "model": 2})
     assert str(plan).splitlines() == [
-        "2 x 4 devices (data, model); cut over model: feed-forward blocks",
-        "  attention whole on every device: 6 heads do not divide over 4 devices",
-        "  output layer whole on every device: 49 tokens do not divide over 4 devices",
+        "2 x 2 devices (data, model); cut over model: attention, feed-forward blocks, output layer",
+        "  attention padded: 9 heads and 3 of keys and values; a device has 6 and 2, some zeros",
+        "  feed-forward blocks padded: 160 columns; a device has 96, some zeros",
+        "  output layer padded: 49 tokens; a device has 32, some zeros",
     ]
-    assert "it is the embedding" in str(plan_shards(shapes_of(tie_embeddings=True), {"model": 2}))
-    assert "do not divide each other" in str(plan_shards(shapes_of(num_heads=12, num_kv_heads=6), {"model": 4}))
+    config = dataclasses.replace(CONFIG, **fields)
+    of_device = plan.config_of_device(config)
+    assert (of_device.num_heads, of_device.num_kv_heads, of_device.ffn_size) == (6, 2, 96)
+    assert plan.spec(("layers", "ffn", "up_proj", "kernel"), np.zeros((1, 32, 160)), config) == P(None, None, None)
+    assert plan.device_bytes(("lm_head", "kernel"), np.zeros((32, 49), np.int8), config) == 32 * 32
+
+
+def test_what_cannot_be_padded_is_whole_and_said():
+    plan = plan_shards(shapes_of(tie_embeddings=True, num_heads=1, num_kv_heads=1), {"model": 2})
+    assert (plan.attention, plan.ffn, plan.output) == (False, True, False)
+    assert plan.whole == (
+        "attention whole on every device: 1 heads do not divide over 2 devices",
+        "output layer whole on every device: it is the embedding",
+    )
     alibi = dict(positions="alibi", norm="layer", ffn="gelu", linear_bias=True, qkv_bias=True)
     assert "the slopes of ALiBi belong to the heads" in str(plan_shards(shapes_of(**alibi), {"model": 2}))
+    with_offsets = shapes_of("W4A1", ffn_size=96, num_heads=3, num_kv_heads=1)
+    with pytest.raises(ValueError, match="o_proj: tokens of 1 bit have no 0, and its columns have offsets"):
+        plan_shards(with_offsets, {"model": 2})
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts", "queries", "keys"),
+    [
+        ((9, 3), 2, ((0, 6), (6, 3)), ((0, 2), (2, 1))),
+        ((12, 6), 4, ((0, 4), (4, 4), (8, 4), (12, 0)), ((0, 2), (2, 2), (4, 2), (6, 0))),
+        ((8, 2), 4, ((0, 2), (2, 2), (4, 2), (6, 2)), ((0, 1), (0, 1), (1, 1), (1, 1))),
+        ((6, 2), 5, ((0, 2), (2, 1), (3, 2), (5, 1), (0, 0)), ((0, 1), (0, 1), (1, 1), (1, 1), (0, 0))),
+    ],
+)
+def test_queries_go_with_their_keys(heads, parts, queries, keys):
+    found = shares_of_heads(*heads, parts)
+    assert [tuple(zip(share.starts, share.counts, strict=True)) for share in found] == [queries, keys]
+    assert found[0].size == max(count for _, count in queries)
+
+
+def test_positions_are_cut_where_devices_share_heads(model):
+    plan = plan_shards(model, {"model": 4}, cut_positions=True)
+    assert str(plan).splitlines()[1:] == [
+        "  keys and values repeated: 2 heads on 4 devices, each of which caches one position in 2"
+    ]
+    assert plan.cut_positions(9).groups == [[0, 1], [2, 3]]
+    for parts in (2, 3):
+        with pytest.raises(ValueError, match=f"equally many of {parts} devices, two or more, share each of 2 heads"):
+            plan_shards(model, {"model": parts}, cut_positions=True)
+
+
+def test_a_model_with_cut_positions_writes_the_same_text():
+    """Devices share the one head of keys; three tokens follow two prompts, the last of which finds the cache full."""
+    model = model_of("W4A8", num_heads=3, num_kv_heads=1)
+    sharded = shard_model(model, jax.make_mesh((2,), ("model",)), cut_positions=True)
+    whole = prepare_for_inference(model)
+    ids, lengths = np.arange(8, dtype=np.int32).reshape(2, 4), np.array([4, 3])
+    (one, cache), (found, own) = (each.prefill(ids, lengths, 5) for each in (whole, sharded))
+    assert own.keys.addressable_shards[0].data.shape == (1, 2, 1, 3, 32)
+    for _ in range(3):
+        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-5)
+        tokens = np.argmax(one, axis=-1).astype(np.int32)
+        np.testing.assert_array_equal(np.argmax(found, axis=-1), tokens)
+        (one, cache), (found, own) = whole.decode(tokens, cache), sharded.decode(tokens, own)
+    assert own.capacity == 5
 
 
 def test_rows_are_cut_at_ends_of_words_and_groups():
     plan = plan_shards(shapes_of("W4A8g64", hidden_size=64, ffn_size=192), {"model": 2})
-    assert (plan.attention, plan.ffn) == (True, False)
-    assert "down_proj: k=192 of" in plan.whole[0]
-    assert "cannot be cut into 2 parts of a multiple of 64" in plan.whole[0]
+    assert (plan.width.size, plan.width.counts) == (128, (128, 64))
+    assert str(plan).splitlines()[1:] == ["  feed-forward blocks padded: 192 columns; a device has 128, some zeros"]
+    # Three heads of 32 each: a group of 64 ends within the second.
+    fields = dict(hidden_size=64, num_heads=6, num_kv_heads=2)
+    plan = plan_shards(shapes_of("W4A8g64", **fields), {"model": 2})
+    assert plan.realigned == ("o_proj",)
+    assert "o_proj realigned: devices do not end where its words or groups do, which are cut there" in str(plan)
+    o_proj = shapes_of("W4A8g64", **fields).layers.attention.o_proj.kernel.get_value()
+    assert group_size_of_share(o_proj, plan.rows(32)["o_proj"]) == 32
+
+
+PADDED = {
+    "heads of keys": ("W4A8g64", {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "ffn_size": 192}),
+    "queries of one head": ("W4A8", {"num_heads": 3, "num_kv_heads": 1, "ffn_size": 96}),
+    "groups within heads": ("W2A2g64", {"num_heads": 6, "ffn_size": 96}),
+    "one bit": ("W1A1", {"num_heads": 9, "num_kv_heads": 3, "head_dim": 16, "ffn_size": 96}),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+@pytest.mark.sample(2)
+def test_padded_models_give_the_bits_of_whole_ones(case):
+    precision, fields = PADDED[case]
+    model = model_of(precision, hidden_size=64, vocab_size=49, qkv_bias=True, **fields)
+    sharded, one = shard_model(model, jax.make_mesh((2,), ("model",))), prepare_for_inference(model)
+    ids = np.arange(8, dtype=np.int32).reshape(2, 4)
+    expected, cache = one.prefill(ids, np.array([4, 3]), 8)
+    found, own_cache = sharded.prefill(ids, np.array([4, 3]), 8)
+    np.testing.assert_array_equal(found, expected)
+    expected, found = one.decode(ids[:, 0], cache)[0], sharded.decode(ids[:, 0], own_cache)[0]
+    assert found.shape == (2, 49)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rotations_that_mix_devices_are_not_cut():
@@ -148,13 +236,15 @@ def test_rotations_that_mix_devices_are_not_cut():
     assert plan(4).ffn
     config = dataclasses.replace(CONFIG, rotation=Rotation(ffn=Hadamard((32,), 4)))
     assert plan(4).config_of_device(config).rotation.ffn == Hadamard((32,), 1)
-    assert "rotated in 2 blocks of 64, which mixes the numbers of 4 devices" in plan(2).whole[0]
+    assert plan(2).width.counts == (64, 64, 0, 0)
+    assert "the width 128 does not divide over 4 devices in multiples of 128" in plan(1).whole[0]
     assert "rotated with random signs" in plan(4, 7).whole[0]
 
 
 def test_impossible_meshes_are_refused_with_the_numbers(model):
-    with pytest.raises(ValueError, match="cannot be cut over 3 devices: attention .* 4 heads do not divide over 3"):
-        plan_shards(model, {"model": 3})
+    tiny = shapes_of(num_heads=1, num_kv_heads=1, ffn_size=32)
+    with pytest.raises(ValueError, match="over 3 devices: attention .* 1 heads do not .* the width 32 does not divide"):
+        plan_shards(tiny, {"model": 3})
     with pytest.raises(ValueError, match="the mesh has the axis 'pipe': models are cut over 'data' and 'model' alone"):
         two_axes(jax.make_mesh((2,), ("pipe",)))
     with pytest.raises(ValueError, match="qkv_proj is joined: cut the model before it is prepared"):
