@@ -26,7 +26,6 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times, m
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
-from bipolar_jax.kernels.sm90.gemm_expanded.problem import SPLITS
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import FloatTokensToQuantize, few_tokens_product, float_rows
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling, with_slots
@@ -80,13 +79,13 @@ def product_of(
 
 
 def expanded_tilings(shape: Shape, w: PreparedArray) -> dict[str, Tiling]:
-    """By name, the tilings of `gemm_expanded` that its cost model likes best, with K whole and in 2, 4 and 8 parts."""
+    """By name, the tilings of `gemm_expanded` that its cost model likes best, with K whole and split."""
     if shape.m <= _FEWEST_EXPANDED:
         return {}
-    times = expanded_times(shape.m, w, jnp.dtype(jnp.bfloat16), splits=SPLITS)
+    times = expanded_times(shape.m, w, jnp.dtype(jnp.bfloat16))
     best = {}
     for tiling in sorted(times, key=times.get):
-        best.setdefault((tiling.schedule, tiling.splits), tiling)
+        best.setdefault((tiling.schedule, tiling.splits > 1), tiling)
     return {
         f"expanded, {t.tile_m} {t.schedule}, {t.slots} slots, {t.splits} splits": t
         for t in best.values()

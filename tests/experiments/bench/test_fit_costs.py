@@ -56,7 +56,7 @@ def test_times_of_operations_have_counts_of_their_own(tmp_path):
     assert (chosen.kernel, chosen.microseconds, other.microseconds) == ("expanded", 10.0, 30.0)
     assert chosen.counts["quantized numbers"] == 819.2
     assert chosen.counts["further groups of stages"] > 0
-    assert chosen.counts["exchanges of splits"] == chosen.counts["operation"] == 1
+    assert chosen.counts["pass over splits"] == chosen.counts["operation"] == 1
     assert (of_bytes.kernel, of_floats.kernel) == ("tiles", "tiles")
     assert of_bytes.counts["bytes of weights"] == of_floats.counts["floats of weights"] > 0
     (tmp_path / "other.json").write_text("{}")

@@ -21,7 +21,6 @@ _TILINGS = [
     Tiling(128, 128, "alternate", slots=3, splits=2),
     Tiling(64, 128, "split_m", slots=4),
     Tiling(64, 128, "split_n", slots=3, splits=4),  # some behind the end of K
-    Tiling(128, 128, "split_n", slots=2, splits=8),
 ]
 _GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256)
 

@@ -11,7 +11,6 @@ from bipolar_jax.kernels.sm90.core import ptx
 from tests.support.warpgroup_simulator.control import active, check_convergence
 from tests.support.warpgroup_simulator.types import THREADS
 
-cluster_memory: list[np.ndarray] = []  # shared memory of the blocks of a cluster, by rank
 prefetched: list[tuple[int, int]] = []  # offsets and sizes in bytes
 bank_conflicts = [0]  # accesses beyond the fewest possible, summed over all 16-byte loads from shared memory
 
@@ -29,14 +28,6 @@ def advance(ptr, offset):
 def advance_far(ptr, count, size):
     count = count if isinstance(count, int) else count.astype(np.int64)
     return advance(ptr, count * size)
-
-
-def in_block(ptr, rank):
-    data, offsets, space = ptr
-    assert space == ptx.SHARED
-    other, _, _ = pointer(cluster_memory[rank], ptx.SHARED_OF_CLUSTER)
-    assert other.size == data.size
-    return other, offsets, ptx.SHARED_OF_CLUSTER
 
 
 def load(ptr, words):
@@ -133,9 +124,6 @@ def order_before_copies():
 
 def fence_gpu():
     pass  # one block runs at a time
-
-
-fence_cluster = fence_gpu
 
 
 def _check_addresses(ptr, words):

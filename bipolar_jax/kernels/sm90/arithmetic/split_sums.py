@@ -1,4 +1,4 @@
-"""From the sums of splits of K to numbers of the output, by XLA: the epilogue of `gemm` where its tiles are too few.
+"""From the sums of splits of K to numbers of the output, by XLA: the epilogue of products whose tiles are too few.
 
 Where a product has fewer tiles than the chip has multiprocessors, blocks multiply parts of K as tiles of their own and
 leave their int32 sums in memory (float32 of float activations). One fused pass adds them, which is exact for integers,

@@ -15,7 +15,6 @@ from typing import Literal
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
-from bipolar_jax.kernels.sm90.gemm_expanded.problem import clusters_at_once
 from bipolar_jax.packing.fields import STAGE
 from bipolar_jax.tuning.costs import coefficients_of
 
@@ -49,9 +48,7 @@ def tile_counts(tiling: Tiling, m: int, n: int, steps: int, passes: int = 1) -> 
         "loaded bytes": each * (tiling.block_m + tiling.block_n) * BYTES_PER_ROW / consumers,
         "epilogues in the way": 0.0 if alternate else turns * accumulator,
         "last epilogue": accumulator,
-        "sums of splits": tiling.splits * m * n / 1000 if tiling.splits > 1 else 0.0,
-        "pass over splits": float(tiling.splits > 1),
-    } | _common_counts(m, n)
+    } | _common_counts(tiling, m, n)
 
 
 def expanded_counts(tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks: int) -> dict[str, float]:
@@ -63,9 +60,7 @@ def expanded_counts(tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks:
       w_bits: of the weights.
       chunks: of a stage with terms of their own; 0 without groups.
     """
-    turns = _turns(tiling, m, n, clusters_at_once(MULTIPROCESSORS, tiling.splits) * tiling.splits)
-    stages = turns * math.ceil(math.ceil(k / STAGE) / tiling.splits) / 1000
-    exchanges = float(turns) if tiling.splits > 1 else 0.0
+    stages = _turns(tiling, m, n) * math.ceil(math.ceil(k / STAGE) / tiling.splits) / 1000
     schedule = "alternate" if tiling.schedule == "alternate" else "shared"
     return {
         f"stages, {schedule}": stages,
@@ -74,19 +69,23 @@ def expanded_counts(tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks:
         "further groups of stages": stages * max(0, chunks - 1),
         "stages of fields across bytes": stages if 8 % w_bits else 0.0,
         "last epilogue": float(tiling.tile_m),
-        "exchanges of splits": exchanges,
-        "sent sums": exchanges * tiling.block_m * tiling.block_n * (1 - 1 / tiling.splits) / 1000,
-    } | _common_counts(m, n)
+    } | _common_counts(tiling, m, n)
 
 
-def _common_counts(m: int, n: int) -> dict[str, float]:
-    return {"output": m * n / 1000, "kernel": 1.0}
+def _common_counts(tiling: Tiling, m: int, n: int) -> dict[str, float]:
+    is_split = tiling.splits > 1
+    return {
+        "output": m * n / 1000,
+        "kernel": 1.0,
+        "sums of splits": tiling.splits * m * n / 1000 if is_split else 0.0,
+        "pass over splits": 1.0 if is_split else 0.0,
+    }
 
 
-def _turns(tiling: Tiling, m: int, n: int, multiprocessors: int = MULTIPROCESSORS) -> int:
+def _turns(tiling: Tiling, m: int, n: int) -> int:
     """Tiles of the busiest block."""
     tiles = math.ceil(m / (tiling.block_m * tiling.cluster_m)) * math.ceil(n / (tiling.block_n * tiling.cluster_n))
-    return math.ceil(tiles * tiling.splits / (multiprocessors // tiling.cluster_size))
+    return math.ceil(tiles * tiling.splits / (MULTIPROCESSORS // tiling.cluster_size))
 
 
 def microseconds(kernel: Kernel, counts: dict[str, float]) -> float:
@@ -100,14 +99,12 @@ def tiles_microseconds(tiling: Tiling, m: int, n: int, steps: int, passes: int =
     return microseconds("tiles", tile_counts(tiling, m, n, steps, passes))
 
 
-def with_splits(
-    tilings: Iterable[Tiling], m: int, n: int, steps: int, passes: int = 1, choices: Iterable[int] = _SPLITS
-) -> list[Tiling]:
+def with_splits(tilings: Iterable[Tiling], m: int, n: int, steps: int, passes: int = 1) -> list[Tiling]:
     """The tilings, and each with those splits of K that may be worth it: where tiles are few, and K is long."""
     return [
         dataclasses.replace(tiling, splits=splits)
         for tiling in tilings
-        for splits in choices
+        for splits in _SPLITS
         if splits == 1
         or (_turns(tiling, m, n) <= _MOST_TURNS and splits * _LEAST_STEPS <= steps and splits * passes <= steps)
     ]

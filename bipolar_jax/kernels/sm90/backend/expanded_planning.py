@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 
@@ -57,15 +56,16 @@ _QUANTIZER = 3.2  # microseconds of that kernel: 413 of 128 launches in a step o
 # The switch: with it the kernel that quantizes up to FEW_TOKENS_LIMIT tokens prefetches the weights.
 PREFETCHES_WEIGHTS = True
 
+_SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
 _LEAST_SAVING = 0.1  # of the modelled time
 _LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
-# Of K. Whether 16 clusters of 8 blocks run at a time depends on how a chip's multiprocessors are spread over its GPCs.
-_PLANNED_SPLITS = (1, 2, 4)
-# Microseconds of up to 64 tokens until the first weights are there: the model of many, which is fitted to longer
-# products, lacks them. With them it has 14.9 us for 64 tokens of n = 4096, K = 4096, which took 14.2, and 21.1 of
-# n = 28672 for 21.2 (W4A8g128, cold weights, an H200, `experiments.bench.products.few_tokens`).
-_COLD_START = 4.0
+# Microseconds of up to 64 tokens that the model of many lacks, which is fitted to longer products: until the first
+# weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 14.9 and 10.1
+# us for 64 tokens of n = 4096, K = 4096, K whole and in 4 parts, which took 14.2 and 8.8; 14.9 and 12.0 of n = 6144,
+# in 2 parts, for 14.4 and 11.3; 15.9 of n = 4096, K = 14336 in 4 for 16.1; 21.1 of n = 28672, K = 4096 for 21.2
+# (W4A8g128, cold weights, an H200, `experiments.bench.products.few_tokens`).
+_COLD_START, _PASS, _SUMS = 4.0, 0.2, 1.8e-6
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
@@ -146,7 +146,7 @@ def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated
     if m <= _FEWEST_TILED or has_float_terms(w):
         return None
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    tilings = expanded_times(m, w, dtype, splits=(1,) if gated else _PLANNED_SPLITS)
+    tilings = expanded_times(m, w, dtype, may_split=not gated)
     times = {tiling: few_tiles_microseconds(tiling, m, w) for tiling in tilings}
     tiling = cost.cheapest(times)
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
@@ -160,7 +160,10 @@ def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers) -> float:
     """The modelled time of up to 64 tokens by `gemm_expanded`, whose weights come from memory."""
     m_n_k = m, w.shape[-1], w.contracted_size
     counts = cost.expanded_counts(tiling, *m_n_k, w.bits, chunks_of(w))
-    return max(_COLD_START + cost.microseconds("expanded", counts), _reading_microseconds(w))
+    time = _COLD_START + cost.microseconds("expanded", counts | {"sums of splits": 0.0, "pass over splits": 0.0})
+    if tiling.splits > 1:
+        time += _PASS + _SUMS * tiling.splits * m * w.shape[-1]
+    return max(time, _reading_microseconds(w))
 
 
 def _reading_microseconds(w: BipolarNumbers) -> float:
@@ -192,15 +195,12 @@ def plan_many_tokens(
             f"{_LEAST_SCALED_CHUNK} are"
         )
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    splits = _PLANNED_SPLITS if may_split and not gated else (1,)
-    tiling = cost.cheapest(expanded_times(m, w, dtype, splits=splits))
+    tiling = cost.cheapest(expanded_times(m, w, dtype, may_split=may_split and not gated))
     return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
 
 
-def expanded_times(
-    m: int, w: BipolarNumbers, dtype: jnp.dtype, *, splits: Iterable[int] = _PLANNED_SPLITS
-) -> dict[Tiling, float]:
-    """Modelled microseconds of `gemm_expanded`, by tiling, with K in so many parts where that may be worth it."""
+def expanded_times(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, may_split: bool = True) -> dict[Tiling, float]:
+    """Modelled microseconds of `gemm_expanded`, by tiling."""
     n, k, itemsize = w.shape[-1], w.contracted_size, jnp.dtype(dtype).itemsize
     stages = math.ceil(k / STAGE)
     if has_float_terms(w):
@@ -208,8 +208,8 @@ def expanded_times(
             tiling: expanded_microseconds(tiling, m, n, k, w)
             for tiling in (fitted(tiling, w, itemsize) for tiling in scaled_candidates(w))
         }
-    tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages, choices=splits)
-    able = [fitted(tiling, w, itemsize) for tiling in tilings]
+    tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages) if may_split else EXPANDED_CANDIDATES
+    able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES) for tiling in tilings]
     return {tiling: expanded_microseconds(tiling, m, n, k, w) for tiling in able}
 
 

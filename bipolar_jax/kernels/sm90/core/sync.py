@@ -99,14 +99,3 @@ def fence_gpu() -> None:
         ptx.fence_gpu()
 
     inline()
-
-
-@with_twin(lambda: None)
-def fence_cluster() -> None:
-    """`fence_gpu` for shared memory that blocks of a cluster write to each other."""
-
-    @plgpu.inline_mgpu()
-    def inline(_):
-        ptx.fence_cluster()
-
-    inline()

@@ -34,7 +34,7 @@ class Tiling:
       band: output tiles are visited in bands of this width, so that blocks that run at the same time read few
         distinct rows and columns, which stay in L2.
       band_axis: the axis along which a band is narrow, "m" or "n".
-      splits: parts of K: tiles whose sums XLA adds (`arithmetic.split_sums`); in `gemm_expanded` a cluster's blocks.
+      splits: parts of K that blocks multiply as tiles of their own; XLA adds their sums (`arithmetic.split_sums`).
     """
 
     tile_m: int = 128

@@ -117,11 +117,6 @@ class Problem:
         """Steps of one tile: a pass over K for every pair of planes."""
         return self.steps_over_k * self.recovery.num_pairs
 
-    @property
-    def tiles_along_k(self) -> int:
-        """Splits of K that are tiles of their own."""
-        return self.splits
-
     # The grid of tiles, and who has which. A persistent cluster has tiles cluster, cluster + clusters, ...
 
     @property
@@ -137,7 +132,7 @@ class Problem:
     @property
     def _tile_grid(self) -> tuple[int, int]:
         """Tiles along all tokens and along n, in units of a cluster's."""
-        return self.sequences * self.tiles_along_k * self._token_tiles, -(
+        return self.sequences * self.splits * self._token_tiles, -(
             -self.n // (self.out_block_n * self.tiling.cluster_n)
         )
 
@@ -165,7 +160,7 @@ class Problem:
             tile_width=tiling.band,
         )
         sequence = 0
-        if self.sequences * self.tiles_along_k > 1:
+        if self.sequences * self.splits > 1:
             sequence, m_tile = lax.div(m_tile, self._token_tiles), lax.rem(m_tile, self._token_tiles)
         return TileOrigin(
             sequence,

@@ -5,10 +5,7 @@ As in `gemm.consumer`, but the rows of an accumulator are columns of the output,
 
 from __future__ import annotations
 
-import functools
-
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,12 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_transposed
 from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.core.cluster_sums import add_shares, send_shares
-from bipolar_jax.kernels.sm90.core.sync import fence_cluster, synchronize
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
 from bipolar_jax.kernels.sm90.gemm_expanded.multiply import multiply_half, zeros
-from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import ChunkScaling, add_pending, add_stage
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import zeros as scaled_zeros
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
@@ -77,11 +72,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         index = first + iteration * tiling.tiles_in_progress
         step = index * problem.steps_per_tile
         sequence, token, column = problem.block_origin(index)
-        # Of a split of K what this block finishes of the tile.
-        first_column, first_token = problem.share_corner(sequence)
-        origin = TileOrigin(
-            sequence, token + tokens.start + first_token, column + columns.start // problem.factors + first_column
-        )
+        origin = TileOrigin(sequence, token + tokens.start, column + columns.start // problem.factors)
         writer.preload(origin)
         total = mainloop(
             problem,
@@ -97,26 +88,9 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
             plgpu.barrier_wait(scratch.terms_full.at[buffer])
             token_terms, column_terms = (
                 jax.tree.map(lambda ref, own=own: ref.at[buffer, own], terms)
-                for terms, own in zip(
-                    scratch.terms,
-                    (
-                        pl.ds(tokens.start + first_token, problem.finished_tokens),
-                        pl.ds(columns.start + first_column, problem.factors * problem.finished_columns),
-                    ),
-                    strict=True,
-                )
+                for terms, own in zip(scratch.terms, (tokens, columns), strict=True)
             )
-            if problem.splits > 1:
-                exchange = [ref.at[consumer] for ref in (scratch.exchange, scratch.sent, scratch.added)]
-                ends = {"is_first": iteration == 0, "is_last": iteration == my_tiles - 1}
-                chunks = _exchange(problem, total, *exchange, **ends)
-
-                def sums(row, column):
-                    del row  # a chunk has all columns that the block finishes
-                    return chunks[column // problem.chunk_tokens]
-            else:
-                sums = functools.partial(_part, total, writer.finish_shape)
-            writer.store(origin, _finisher(problem, output, writer.finish_shape, sums, token_terms, column_terms))
+            writer.store(origin, _finisher(problem, output, writer.finish_shape, total, token_terms, column_terms))
 
             @pl.when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
             def _():
@@ -194,55 +168,22 @@ def _sum_scaled_stages(problem: ExpandedProblem, step, slot, *, wait, operands, 
     return total
 
 
-def _part(total, shape, row, column):
-    """Sums of the tile from (row, column) on, in the epilogue's layout."""
-    part = lax.slice(total, (row, column), (row + shape[0], column + shape[1]))
-    return plgpu.layout_cast(part, plgpu.Layout.WGMMA)
-
-
-def _exchange(problem: ExpandedProblem, total, buffer, sent, added, *, is_first, is_last) -> list[jax.Array]:
-    """The sums over all of K of what this block finishes of a tile, one array for each chunk of tokens.
-
-    Args:
-      problem: the static side.
-      total: int32 [TILE_ROWS, tile_m], the sums of this block's split of K.
-      buffer: of this consumer, see `core.cluster_sums`.
-      sent, added: this consumer's barriers of the cluster, see `smem.Scratch`.
-      is_first, is_last: whether the tile is this consumer's first and last.
-    """
-    share, rank = (CHUNK_COLUMNS, problem.chunk_tokens), lax.axis_index("split")
-    corners = [problem.share_corner(receiver) for receiver in range(problem.splits)]
-    firsts, chunks = range(0, problem.finished_tokens, problem.chunk_tokens), []
-    for first in firsts:
-
-        @pl.when(jnp.logical_not(is_first) if first == 0 else True)
-        def _():
-            plgpu.barrier_wait(added)
-
-        send_shares(buffer, total, [(column, token + first) for column, token in corners], share, rank)
-        # One thread arrives for all. Lanes may have left the waits one after the other, see `ptx.synchronize`.
-        fence_cluster()
-        synchronize(lanes_apart=True)
-        plgpu.barrier_arrive(sent)
-        plgpu.barrier_wait(sent)
-        fence_cluster()
-        chunks.append(plgpu.layout_cast(add_shares(buffer, problem.splits, share, rank), plgpu.Layout.WGMMA))
-        synchronize(lanes_apart=True)
-        # Nobody may arrive at a block that has ended.
-        plgpu.barrier_arrive(added, predicate=jnp.logical_not(is_last) if first == firsts[-1] else None)
-    return chunks
-
-
-def _finisher(problem: ExpandedProblem, output: Output, finish_shape, sums, tokens, columns) -> Finish:
+def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tokens, columns) -> Finish:
     """The function that makes finished numbers of the mainloop's sums: scales, bias, activation, cast.
+
+    Of a split of K the sums themselves are what the output gets.
 
     Args:
       problem: the static side.
       output: whose dtype the numbers have.
       finish_shape: rows and columns of the accumulator to finish at once.
-      sums: the function of row and column that gives the sums of so many.
-      tokens, columns: terms, refs in shared memory of all rows and columns that are finished.
+      total: [TILE_ROWS, tile_m], the sums.
+      tokens, columns: terms, refs [tile_m] and [TILE_ROWS] in shared memory.
     """
+
+    def sums(row, column):
+        end = row + finish_shape[0], column + finish_shape[1]
+        return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
 
     finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
 
@@ -262,4 +203,4 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, sums, toke
             return factors[0].astype(output.dtype)
         return activate(problem.activation, factors, output.dtype)
 
-    return finished
+    return finished if problem.splits == 1 else sums

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
-from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
+from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
+from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
@@ -35,7 +36,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import SUMS_ORDER, in_order_of_lanes
-from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, exchange_type, scratch_types
+from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
 from bipolar_jax.packing import PreparedArray
 
 # 256 weights by 128 tokens a block: the fastest of large products; `backend/expanded_planning.py` has those of smaller.
@@ -121,8 +122,13 @@ def expanded_matmul(
         raise ValueError("an activation is of scaled products without a residual")
     of_weights = {"w_bits": weights.bits, "chunks": weights.chunks, "float_terms": weights.float_terms, "lag": lag}
     n = weights.shape[-1]
-    if tiling.splits > 1 and weights.gated:
-        raise ValueError(f"a block finishes half of a tile's columns: no splits of K of gated weights, got {tiling}")
+    if tiling.splits > 1:
+        if weights.gated:
+            raise ValueError(f"columns of gated weights are in the order of tiles: no splits of K, got {tiling}")
+        problem = ExpandedProblem(m, n, recovery, tiling, blocks, **of_weights)
+        output = TransposedOutput.of(jnp.dtype(jnp.int32), None)
+        (sums,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
+        return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
     n //= 1 if activation is None else activation.parts
     problem = ExpandedProblem(m, n, recovery, tiling, blocks, activation=activation, **of_weights)
     output = TransposedOutput.of(jnp.dtype(dtype), residual)
@@ -157,19 +163,13 @@ def launch(
     terms = arrange(problem, (x_words, weights.words), tokens, columns).terms
     sources = Sources(x_words, weights.words, weights.terms, token_sums, terms)
     arrays, tree = jax.tree.flatten((sources, output))
-    out_types = output.out_types(problem)
-    cluster = {"cluster_m": problem.tiling.cluster_m, "cluster_n": problem.tiling.cluster_n}
-    if problem.splits > 1:
-        cluster["split"] = problem.splits
-    # Interpret mode has no memory of other blocks: sums are exchanged in an array.
-    exchange = [] if interpret is None or problem.splits == 1 else [exchange_type(problem)]
     return launch_kernel(
         functools.partial(_kernel, problem, tree),
-        out_type=[*out_types, *exchange],
+        out_type=output.out_types(problem),
         grid=(problem.clusters,),
         grid_names=("cluster",),
-        cluster=tuple(cluster.values()),
-        cluster_names=tuple(cluster),
+        cluster=(problem.tiling.cluster_m, problem.tiling.cluster_n),
+        cluster_names=("cluster_m", "cluster_n"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types(problem, sources, output),
@@ -189,16 +189,13 @@ def launch(
             ]
         ),
         interpret=interpret,
-    )(*arrays)[: len(out_types)]
+    )(*arrays)
 
 
 def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> None:
     sources, output = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     targets = refs[tree.num_leaves :]
     shared = Scratch(**{name: scratch.pop(name) for name in Scratch._fields})
-    if is_interpreted() and problem.splits > 1:
-        *targets, exchange = targets
-        shared = shared._replace(exchange=exchange.at[lax.axis_index("cluster")])
     warpgroup = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = problem.registers
 

@@ -1,8 +1,8 @@
 """The product as a matrix in memory, from accumulators whose columns are tokens; and a residual that is added to it.
 
-A consumer's tile leaves in chunks of 64 tokens by 64 columns (with splits of K its block's share, in chunks of fewer
-tokens), transposed on their way through staging slots in shared memory, and is stored by TMA. A residual arrives in the
-same slots: that of the first chunks under the mainloop, that of every later chunk while the one before is finished.
+A consumer's tile leaves in chunks of 64 tokens by 64 columns, transposed on their way through staging slots in shared
+memory, and is stored by TMA. A residual arrives in the same slots: that of the first chunks under the mainloop, that of
+every later chunk while the one before is finished.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
 from bipolar_jax.kernels.sm90.gemm.producer import aligned
-from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, CHUNK_TOKENS, ExpandedProblem
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransposedOutput:
-    """[m, n] in memory.
+    """[m, n] in memory, or [splits, m, n]: sums of splits of K, without a residual.
 
     TMA needs rows of whole 16 bytes: columns are padded to that, and the caller slices them off.
 
@@ -53,14 +53,15 @@ class TransposedOutput:
 
     def out_types(self, problem: ExpandedProblem) -> list[jax.ShapeDtypeStruct]:
         columns_unit = TMA_ALIGNMENT // self.dtype.itemsize
-        return [jax.ShapeDtypeStruct((problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
+        splits = (problem.splits,) if problem.splits > 1 else ()
+        return [jax.ShapeDtypeStruct((*splits, problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
 
     def scratch(self, problem: ExpandedProblem, staging_slots: int) -> dict[str, Any]:
-        """Staging slots, [consumers, slots, chunk_tokens, CHUNK_COLUMNS]; with a residual, a barrier for each."""
+        """Staging slots, [consumers, slots, CHUNK_TOKENS, CHUNK_COLUMNS]; with a residual, a barrier for each."""
         # Rows of 128 bytes are swizzled: threads write 16-bit numbers without bank conflicts.
         swizzled = CHUNK_COLUMNS * self.dtype.itemsize == BYTES_PER_ROW
         staging = plgpu.SMEM(
-            (CONSUMERS, staging_slots, problem.chunk_tokens, CHUNK_COLUMNS),
+            (CONSUMERS, staging_slots, CHUNK_TOKENS, CHUNK_COLUMNS),
             self.dtype,
             # Without tiling: TMA then takes any number of tokens.
             transforms=(plgpu.SwizzleTransform(BYTES_PER_ROW),) if swizzled else (),
@@ -81,8 +82,8 @@ class TransposedWriter:
     Attributes:
       problem: the product.
       residual: ref in memory, or None.
-      out: [m, n] in memory.
-      staging: [slots, chunk_tokens, CHUNK_COLUMNS] in shared memory.
+      out: [m, n] or [splits, m, n] in memory.
+      staging: [slots, CHUNK_TOKENS, CHUNK_COLUMNS] in shared memory.
       arrived: barriers of the residual's arrival, one for every slot of all consumers, or None.
       consumer: index of this warpgroup.
     """
@@ -94,9 +95,7 @@ class TransposedWriter:
     arrived: Any
     consumer: Any
 
-    @property
-    def finish_shape(self) -> tuple[int, int]:
-        return CHUNK_COLUMNS, self.problem.chunk_tokens
+    finish_shape = (CHUNK_COLUMNS, CHUNK_TOKENS)
 
     def start(self) -> None:
         pass
@@ -144,9 +143,9 @@ class TransposedWriter:
         return plgpu.Layout.WGMMA if self.out.dtype.itemsize == 2 else ACCUMULATOR
 
     def _chunks(self) -> list[tuple[int, int]]:
-        """(column, token) of the chunks that are stored, in order."""
-        columns = range(0, self.problem.finished_columns, CHUNK_COLUMNS)
-        return list(itertools.product(columns, range(0, self.problem.finished_tokens, self.problem.chunk_tokens)))
+        """(column, token) of the tile's chunks, in order."""
+        columns = range(0, self.problem.out_tile_n, CHUNK_COLUMNS)
+        return list(itertools.product(columns, range(0, self.problem.tiling.tile_m, CHUNK_TOKENS)))
 
     def _load_residual(self, origin: TileOrigin, number: int) -> None:
         """Starts the load of a chunk's residual to its slot."""
@@ -160,6 +159,5 @@ class TransposedWriter:
     def _in_memory(self, array, origin: TileOrigin, number: int):
         """A chunk's part of [m, n] in memory."""
         column, token = self._chunks()[number]
-        return array.at[
-            pl.ds(origin.token + token, self.problem.chunk_tokens), pl.ds(origin.column + column, CHUNK_COLUMNS)
-        ]
+        array = array if self.problem.splits == 1 else array.at[origin.sequence]
+        return array.at[pl.ds(origin.token + token, CHUNK_TOKENS), pl.ds(origin.column + column, CHUNK_COLUMNS)]

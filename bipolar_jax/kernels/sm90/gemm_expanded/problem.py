@@ -2,24 +2,17 @@
 
 A `gemm.config.Tiling` is read so: tile_m tokens are the columns of a consumer's accumulator, and tile_n columns of the
 output its rows, always TILE_ROWS. "split_n" gives the consumers of a block the same tokens and weights of their own.
-
-The splits of K of a tile are the blocks of a cluster. Each finishes a share of every consumer's accumulator, half of
-the rows and some of the tokens, for which the others send it their sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from jax import lax
-
-from bipolar_jax.kernels.sm90.core.cluster_sums import buffer_shape
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
-from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
+from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.packing.fields import PARTS, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import chunk_words
@@ -30,15 +23,6 @@ _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
 # 128, with more registers, and where a stage is one chunk.
 _SCALED_TOKENS, _MOST_SCALED_TOKENS = 64, 128
 _MOST_TMA_ROWS = 256
-SPLITS = (1, 2, 4, 8)  # of K: blocks of a cluster
-# GPCs have 16 or 18 multiprocessors: clusters of 4 or 8 leave two of 18 idle.
-_MULTIPROCESSORS_OF_CLUSTERS = 128
-_ROUND_TOKENS = 64  # of an accumulator, whose sums are exchanged at once
-
-
-def clusters_at_once(blocks: int, splits: int) -> int:
-    """Clusters of `splits` blocks that run at the same time."""
-    return min(blocks, _MULTIPROCESSORS_OF_CLUSTERS if splits > 2 else blocks) // splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,60 +44,12 @@ class ExpandedProblem(Problem):
 
     token_axis: ClassVar[Literal[0, 1]] = 1
 
-    def __post_init__(self):
-        if self.splits > 1 and (self.sequences > 1 or self.factors > 1):
-            raise ValueError(f"{self.tiling} splits K: neither several sequences nor a gated activation fit")
-
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread of the producer, and of a consumer: 512 for one and both together."""
         if self.float_terms is not None and self.tiling.tile_m > _SCALED_TOKENS:
             return 24, 240
         return PRODUCER_REGISTERS, CONSUMER_REGISTERS
-
-    # Splits of K.
-
-    @property
-    def tiles_along_k(self) -> int:
-        return 1
-
-    @property
-    def clusters(self) -> int:
-        """Persistent clusters; 0 if `blocks` are too few for one."""
-        return min(clusters_at_once(self.blocks // self.tiling.cluster_size, self.splits), self.tiles)
-
-    def block_origin(self, index) -> TileOrigin:
-        origin = super().block_origin(index)
-        return origin if self.splits == 1 else origin._replace(sequence=lax.axis_index("split"))
-
-    @property
-    def finished_columns(self) -> int:
-        """Columns of the output in a consumer's tile that its block finishes."""
-        return self.out_tile_n if self.splits == 1 else CHUNK_COLUMNS
-
-    @property
-    def finished_tokens(self) -> int:
-        """Tokens of a consumer's tile that its block finishes."""
-        return self.tiling.tile_m if self.splits == 1 else 2 * self.tiling.tile_m // self.splits
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Tokens of CHUNK_COLUMNS columns that leave at once; with splits those whose sums are exchanged at once."""
-        return CHUNK_TOKENS if self.splits == 1 else 2 * _ROUND_TOKENS // self.splits
-
-    def share_corner(self, rank: Any) -> tuple[Any, Any]:
-        """First column and token, in a consumer's tile, of what the block of this rank finishes of it."""
-        by_tokens = max(1, self.splits // 2)
-        if self.splits == 1:
-            return 0, 0
-        return rank // by_tokens * CHUNK_COLUMNS, rank % by_tokens * self.finished_tokens
-
-    @property
-    def exchange_shape(self) -> tuple[int, ...]:
-        """Shape of a consumer's buffer of the sums that other blocks send, int32; empty with K whole."""
-        return () if self.splits == 1 else buffer_shape(self.splits, (CHUNK_COLUMNS, self.chunk_tokens))
-
-    # Sizes in shared memory.
 
     @property
     def stages_of_lag(self) -> int:
@@ -139,18 +75,17 @@ class ExpandedProblem(Problem):
 
     def staging_slots(self, itemsize: int) -> int:
         """Chunks of output that each consumer can have on their way to memory: a tile's, or as many as fit."""
-        chunks = self.finished_tokens * self.finished_columns // (self.chunk_tokens * CHUNK_COLUMNS)
+        chunks = self.tiling.tile_m * self.out_tile_n // (CHUNK_TOKENS * CHUNK_COLUMNS)
         fits = (self.shared_memory_bytes(itemsize, n) <= SHARED_MEMORY_BYTES for n in range(1, chunks + 1))
         return max(1, sum(fits))
 
     def shared_memory_bytes(self, itemsize: int, staging_slots: int = 1) -> int:
         """Bytes of shared memory of one block, for an output of `itemsize` bytes a number."""
         tiling = self.tiling
-        staging = CONSUMERS * staging_slots * self.chunk_tokens * CHUNK_COLUMNS * itemsize
-        exchange = CONSUMERS * 4 * math.prod(self.exchange_shape) if self.splits > 1 else 0
+        staging = CONSUMERS * staging_slots * CHUNK_TOKENS * CHUNK_COLUMNS * itemsize
         # At most three vectors over the tokens of a tile, and four over its columns.
         terms = tiling.tiles_in_progress * (3 * tiling.block_m + 4 * tiling.block_n) * 4
-        return tiling.slots * self.stage_bytes + staging + exchange + terms
+        return tiling.slots * self.stage_bytes + staging + terms
 
     def check(self, itemsize: int) -> None:
         """Raises ValueError unless a block of this shape fits the hardware, for an output of `itemsize` bytes."""
@@ -169,8 +104,6 @@ class ExpandedProblem(Problem):
                 f"4 chunks a stage; of {_MOST_SCALED_TOKENS} tokens with one chunk and split_n, got {tiling} and "
                 f"{self.chunks} chunks"
             )
-        if tiling.splits not in SPLITS or (tiling.splits > 1 and tiling.cluster_size > 1):
-            raise ValueError(f"K is split in {SPLITS} parts, in the blocks of a cluster of its own, got {tiling}")
         if max(tiling.block_m, tiling.block_n) > _MOST_TMA_ROWS or {tiling.cluster_m, tiling.cluster_n} - {1, 2}:
             raise ValueError(f"TMA loads at most {_MOST_TMA_ROWS} rows, for clusters of 1 or 2 along an axis: {tiling}")
         if self.lag >= tiling.slots:

@@ -10,11 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import column_ranges
 from bipolar_jax.kernels.sm90.gemm.smem import empty_barriers
-from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources
 from bipolar_jax.packing.fields import PARTS
 
@@ -33,9 +32,6 @@ class Scratch(NamedTuple):
       terms_full: barriers of loaded terms, one a tile in progress.
       terms_empty: barriers of terms that may be overwritten, likewise.
       lagged: barrier that the second consumer waits for before its first tile, or None.
-      exchange: int32 [consumers, *exchange_shape], sums that the blocks of other splits of K send, or None.
-      sent: barriers of a cluster, one a consumer: all blocks have sent theirs. None without splits.
-      added: likewise: all blocks have added up what was sent, which may be overwritten.
     """
 
     tokens: Any
@@ -48,9 +44,6 @@ class Scratch(NamedTuple):
     terms_full: Any
     terms_empty: Any
     lagged: Any
-    exchange: Any
-    sent: Any
-    added: Any
 
 
 def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) -> dict[str, Any]:
@@ -69,10 +62,6 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     def ring(source):
         return plgpu.SMEM((tiling.slots, problem.weight_tiles, PARTS, *source.shape[3:]), source.dtype)
 
-    exchange = met = None
-    if problem.splits > 1:
-        exchange = plgpu.SMEM((CONSUMERS, *problem.exchange_shape), jnp.int32)
-        met = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=CONSUMERS)
     own = Scratch(
         tokens=plgpu.SMEM((tiling.slots, tiling.block_m, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS),
         words=ring(sources.words),
@@ -94,14 +83,5 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         ),
         terms_empty=plgpu.Barrier(num_arrivals=tiling.consumers_per_tile, num_barriers=tiling.tiles_in_progress),
         lagged=plgpu.Barrier() if problem.stages_of_lag else None,
-        exchange=exchange,
-        sent=met,
-        added=met,
     )
     return dict(**own._asdict(), **output.scratch(problem, problem.staging_slots(itemsize)))  # no name twice
-
-
-def exchange_type(problem: ExpandedProblem) -> jax.ShapeDtypeStruct:
-    """The array in which interpret mode exchanges sums: [clusters, consumers, receivers, senders, rows, tokens]."""
-    blocks, share = (problem.splits, problem.splits), (CHUNK_COLUMNS, problem.chunk_tokens)
-    return jax.ShapeDtypeStruct((problem.clusters, CONSUMERS, *blocks, *share), jnp.int32)

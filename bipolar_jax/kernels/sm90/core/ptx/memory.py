@@ -5,9 +5,9 @@ from __future__ import annotations
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, inline_ptx, memref_ptr
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm
 
-from bipolar_jax.kernels.sm90.core.ptx.types import SHARED_OF_CLUSTER, Pointer, Value, i32_type, int32
+from bipolar_jax.kernels.sm90.core.ptx.types import Pointer, Value, i32_type, int32
 
 
 def pointer(memref: Value, space: int) -> Pointer:
@@ -27,11 +27,6 @@ def advance_far(ptr: Pointer, count: Value | int, size: int) -> Pointer:
     if isinstance(count, int):
         return advance(ptr, mgpu.c(count * size, i64))
     return advance(ptr, arith.muli(arith.extui(i64, count), mgpu.c(size, i64)))
-
-
-def in_block(ptr: Pointer, rank: int) -> Pointer:
-    """The same place in the shared memory of another block of the cluster."""
-    return nvvm.mapa(llvm.PointerType.get(SHARED_OF_CLUSTER), ptr, int32(rank))
 
 
 def load(ptr: Pointer, words: int) -> list[Value]:
@@ -122,8 +117,3 @@ def order_before_copies() -> None:
 def fence_gpu() -> None:
     """Orders this thread's accesses of global memory before and after it, as other blocks see them."""
     inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
-
-
-def fence_cluster() -> None:
-    """Orders this thread's accesses of shared memory before and after it, as other blocks of the cluster see them."""
-    inline_ptx("fence.acq_rel.cluster;", has_side_effects=True)

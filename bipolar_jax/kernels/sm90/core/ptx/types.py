@@ -7,7 +7,7 @@ from jaxlib.mlir import ir
 
 Value = ir.Value
 Pointer = ir.Value
-GLOBAL, SHARED, SHARED_OF_CLUSTER = 1, 3, 7  # address spaces
+GLOBAL, SHARED = 1, 3  # address spaces
 
 
 def i32_type() -> ir.Type:
