@@ -5,10 +5,6 @@
 Every product is checked against the exact one of sampled rows and columns, and timed with weights from memory: calls
 rotate through copies of at least 200 MB, or 12. "GB/s" counts the weights and the terms of their groups. From 17 tokens
 on `gemm_expanded` is timed beside it, with and without splits of K.
-
-    python -m experiments.bench.products.few_tokens --out=DIR/few_tokens.json --quantize
-
-also times up to 16 tokens from floats with an RMSNorm in front: quantized before the product, and within its kernel.
 """
 
 from __future__ import annotations
@@ -21,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bipolar_jax import BipolarArray
-from bipolar_jax.kernels.semantics.prologue import RMSNorm
-from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times, modelled_quantizing
+from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
-from bipolar_jax.kernels.sm90.prepared_few_tokens.api import FloatTokensToQuantize, few_tokens_product, float_rows
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling, with_slots
-from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, quantize_and_pack
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
@@ -46,7 +41,6 @@ PRECISIONS = "4g128,4g64,4,3g128,2g64,1g128"
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
 _FEWEST_EXPANDED, _EXPANDED_TOKENS = 16, 64  # tokens: from how many on `gemm_expanded` is timed, and of its tiles
-_MOST_QUANTIZED = 16  # tokens
 
 
 def product_of(
@@ -121,41 +115,6 @@ def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling) -
     return product, operands
 
 
-def quantizing_calls(x, w: PreparedArray, tiling: FewTokensTiling) -> dict[str, Call]:
-    """By name, the product of floats behind an RMSNorm: in two kernels, and in one if it is modelled to be quicker."""
-    prologue = RMSNorm(jnp.ones(x.shape[1], x.dtype), 1e-5)
-    rows = float_rows(FloatTokensToQuantize(x, prologue), x.shape[1])
-    choice = modelled_quantizing(rows, w)
-
-    def apart(x, w):
-        tokens = quantize_and_pack(x, A_FORMAT, "int8", prologue=prologue, interpret=interpret_params())
-        return call((tokens, w), tiling)[0](tokens, w)
-
-    def together(x, w):
-        return call((x, w), choice.tiling)[0](FloatTokensToQuantize(x, prologue), w)
-
-    calls = {"quantizer and product": (apart, (x, w))}
-    if choice is not None:
-        t = choice.tiling
-        calls[f"one kernel, {t.parts} parts, {t.slots} slots, {t.quantizers} quantizers"] = (together, (x, w))
-    return calls
-
-
-def measure_quantizing(x, w: PreparedArray, tiling: FewTokensTiling, options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of `quantizing_calls`, which must give the same numbers."""
-    calls, figures, expected = quantizing_calls(x, w, tiling), {}, None
-    for name, own in calls.items():
-        product = np.asarray(jax.jit(own[0])(*own[1]), np.float32)
-        expected = product if expected is None else expected
-        if not np.array_equal(product, expected):
-            raise ValueError(
-                f"{name}: {np.count_nonzero(product != expected)} numbers differ from those of two kernels"
-            )
-        figures[name] = timed(own, _WEIGHTS, options.iterations)
-        console.print(f"    {figures[name]['microseconds']:.1f} us, {name}")
-    return figures
-
-
 def timed(call: Call, position: int, iterations: int) -> dict[str, Any]:
     """Figures of a call with its weights from memory."""
     (function, args), count = with_cold_weights(call, position, _LEAST_BYTES)
@@ -189,15 +148,12 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
             console.print(
                 f"  W{text}A8 {times[name]:.1f} us, {nbytes / times[name] / 1e3:.0f} GB/s, {speed:.2f}x bf16, {name}"
             )
-        if options.quantize and shape.m <= _MOST_QUANTIZED:
-            figures |= measure_quantizing(operands.x, args[1], next(iter(tilings.values())), options)
     return row
 
 
 def main() -> None:
     parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
     parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
-    parser.add_argument("--quantize", action="store_true", help="time up to 16 tokens from floats, too")
     options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))
 

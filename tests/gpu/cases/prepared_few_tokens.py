@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import ml_dtypes
 import numpy as np
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.semantics.hadamard import hadamard
-from bipolar_jax.kernels.semantics.prologue import Activation, LayerNorm, RMSNorm
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
-from bipolar_jax.kernels.sm90.prepared_few_tokens.api import (
-    FloatTokensToQuantize,
-    few_tokens_integers,
-    few_tokens_product,
-    float_rows,
-)
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
-from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import quantizing_tiling, with_slots
-from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
-from tests.gpu.cases.operands import generator
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import with_slots
 from tests.gpu.trial import Case, Trial, one_program
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support.integer_products import codes_with_extremes
@@ -29,18 +19,6 @@ from tests.support.integer_products import codes_with_extremes
 _SIZES = [(131, 97), (4096, 1500), (260, 14336), (9001, 640), (28672, 300)]
 _TOKENS = (1, 3, 8, 16, 17, 33, 64)
 _GROUP_SIZES = (16, 32, 48, 64, 128, 256)
-# m, n, k, prologue of tokens that the kernel quantizes: by one, two and four blocks, with no unit, one, or many.
-_QUANTIZED = [
-    (1, 4096, 14336, "rms"),
-    (3, 131, 256, None),
-    (5, 9001, 640, "layer"),
-    (8, 6144, 4096, "rms"),
-    (11, 260, 1152, "gated"),
-    (16, 28672, 4096, "rms"),
-    (16, 4096, 4096, None),
-    (14, 130_000, 1024, "rotated"),
-    (4, 4096, 8192, "rms"),
-]
 # Beside the one that is chosen, with as many slots as fit.
 _TILINGS = [
     FewTokensTiling(1, parts=3, depth=2),
@@ -70,7 +48,6 @@ def cases() -> list[Case]:
     return [
         *chosen,
         *by_tokens,
-        *(_quantizing_case(*sizes) for sizes in _QUANTIZED),
         _case(4, 128, 8, 64, 256, 65_664, None),
         _case(2, 64, 8, 8, 4098, 640, None, gated=True),
     ]
@@ -80,7 +57,6 @@ def small() -> dict[str, Case]:
     return {
         "few tokens, prepared groups": _case(4, 64, 8, 3, 300, 700, _TILINGS[0]),
         "few tokens, prepared codes": _case(3, None, 8, 17, 300, 700, _TILINGS[1]),
-        "few tokens, quantized": _quantizing_case(10, 300, 640, "rms"),
     }
 
 
@@ -92,41 +68,6 @@ def _case(bits, group_size, a_bits: int, m: int, n: int, k: int, tiling: FewToke
         f"{name} {m}x{n}x{k}{' gated' * gated}{by}",
         lambda: _trial(BipolarFormat(bits), group_size, BipolarFormat(a_bits), m, n, k, tiling, gated),
     )
-
-
-def _quantizing_case(m: int, n: int, k: int, prologue: str | None) -> Case:
-    return Case(
-        f"W4A8g128 {m}x{n}x{k} quantizes tokens {prologue or ''}".strip(), lambda: _quantizing(m, n, k, prologue)
-    )
-
-
-def _quantizing(m: int, n: int, k: int, name: str | None) -> Trial:
-    """A product that quantizes its tokens, bit for bit that of tokens which `quantize_rows` has quantized."""
-    rng, a_format, w_format = generator(m + n + k), BipolarFormat(8), BipolarFormat(4)
-    vectors = [rng.standard_normal(k).astype(ml_dtypes.bfloat16) for _ in range(2)]
-    prologue = {
-        None: None,
-        "rms": RMSNorm(vectors[0], 1e-5),
-        "layer": LayerNorm(*vectors, 1e-5),
-        "gated": Activation("silu", gated=True),
-        "rotated": hadamard(k, block=64),
-    }[name]
-    x = rng.standard_normal((m, k * (2 if name == "gated" else 1))).astype(ml_dtypes.bfloat16)
-    w = array_of_groups(random_groups(w_format, n, k, 128, seed=n), w_format, rng.random(n, np.float32))
-
-    def products(x, prologue, w):
-        w, interpret = w.prepare(), interpret_params()
-        tokens = FloatTokensToQuantize(x, prologue)
-        tiling = quantizing_tiling(float_rows(tokens, k), n, w.bits, w.chunks)
-        options = {"dtype": np.dtype(np.float32), "interpret": interpret}
-        together = few_tokens_product(tokens, w, a_format, None, tiling=tiling, **options)
-        tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret)
-        return together, few_tokens_product(tokens, w, a_format, None, **options)
-
-    def check(out):
-        np.testing.assert_array_equal(*out)
-
-    return one_program(products, (x, prologue, w), check, kernel="few_tokens_matmul")
 
 
 def _trial(w_format, group_size, a_format, m: int, n: int, k: int, tiling: FewTokensTiling | None, gated) -> Trial:

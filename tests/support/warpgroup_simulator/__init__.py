@@ -10,10 +10,10 @@ import inspect
 
 from bipolar_jax.kernels.sm90.core import ptx
 from tests.support.warpgroup_simulator import control, floats, integers, memory, types
-from tests.support.warpgroup_simulator.memory import bank_conflicts, prefetched
+from tests.support.warpgroup_simulator.memory import bank_conflicts
 from tests.support.warpgroup_simulator.types import THREADS, WARP, float32, int32
 
-__all__ = ["THREADS", "WARP", "bank_conflicts", "float32", "install", "int32", "prefetched"]
+__all__ = ["THREADS", "WARP", "bank_conflicts", "float32", "install", "int32"]
 
 _TWINS = {module.__name__.rpartition(".")[2]: module for module in (control, floats, integers, memory, types)}
 

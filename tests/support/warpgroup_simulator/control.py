@@ -43,7 +43,7 @@ def meet_cluster():
     assert _active[-1].all()
 
 
-arrive_at_cluster = await_cluster = meet_block = meet_cluster
+meet_block = meet_cluster
 
 
 @contextlib.contextmanager

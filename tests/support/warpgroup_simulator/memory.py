@@ -11,7 +11,6 @@ from bipolar_jax.kernels.sm90.core import ptx
 from tests.support.warpgroup_simulator.control import active, check_convergence
 from tests.support.warpgroup_simulator.types import THREADS
 
-prefetched: list[tuple[int, int]] = []  # offsets and sizes in bytes
 bank_conflicts = [0]  # accesses beyond the fewest possible, summed over all 16-byte loads from shared memory
 
 
@@ -72,16 +71,6 @@ def load_transposed(ptr):
 
 def prefetch(ptr):
     _check_addresses(ptr, 1)
-
-
-def prefetch_bulk(ptr, size):
-    """Notes which bytes are prefetched."""
-    data, offsets, space = ptr
-    assert space == ptx.GLOBAL
-    for start in offsets[active()]:
-        assert start % 16 == size % 16 == 0
-        assert 0 < size <= data.size - start
-        prefetched.append((int(start), size))
 
 
 def load_half(ptr):

@@ -13,16 +13,10 @@ from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FloatRows
-from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import (
-    few_tokens_microseconds,
-    few_tokens_tiling,
-    quantizing_tiling,
-)
-from bipolar_jax.kernels.sm90.quantize_rows.weights_ahead import WeightsAhead, weights_ahead
+from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_microseconds, few_tokens_tiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
-from bipolar_jax.packing.fields import STAGE, TILE_ROWS, in_natural_order
+from bipolar_jax.packing.fields import STAGE, TILE_ROWS
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import check_preparable
 
@@ -46,15 +40,6 @@ SCALES_SUMS_IN_REGISTERS = True
 # 128, 64 or 32, in tiles of 64 tokens (`gemm_expanded`); float16 tensor cores take 1024 cycles for them, behind an
 # expansion in memory.
 _LEAST_SCALED_CHUNK = 64
-
-# The switch: without it tokens are quantized by a kernel of their own. Off until the other has run on a GPU: its
-# exchange between four blocks has run in interpret mode alone.
-QUANTIZES_IN_PRODUCTS = False
-_MOST_QUANTIZED = 16  # tokens, a warpgroup each of a cluster of four blocks
-_QUANTIZER = 3.2  # microseconds of that kernel: 413 of 128 launches in a step of 16 texts of Llama-3-8B, on an H200
-
-# The switch: with it the kernel that quantizes up to FEW_TOKENS_LIMIT tokens prefetches the weights.
-PREFETCHES_WEIGHTS = True
 
 _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
@@ -104,40 +89,6 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w))
     tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms_of(w))
     return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
-
-
-def plan_quantizing(rows: FloatRows, w: BipolarNumbers, *, gated: bool = False) -> Choice | None:
-    """The plan of a product that quantizes its tokens; None where they are quantized before it."""
-    return modelled_quantizing(rows, w, gated=gated) if QUANTIZES_IN_PRODUCTS else None
-
-
-def modelled_quantizing(rows: FloatRows, w: BipolarNumbers, *, gated: bool = False) -> Choice | None:
-    """The plan of a product that quantizes its tokens; None where the model has two kernels as quick.
-
-    Args:
-      rows: the tokens.
-      w: weights of which `is_expanded` is true.
-      gated: as of `plan_many_tokens`.
-    """
-    if rows.m > _MOST_QUANTIZED or has_float_terms(w) or rows.k % STAGE:
-        return None
-    if w.has_integer_groups and in_natural_order(w.group_size):
-        return None
-    gated = w.gated if isinstance(w, PreparedArray) else gated
-    tiling = quantizing_tiling(rows, w.shape[-1], w.bits, chunks_of(w), gated)
-    sizes = (rows.m, w.shape[-1], rows.k, w.bits, chunks_of(w), gated)
-    before = few_tokens_microseconds(few_tokens_tiling(*sizes), *sizes) + _QUANTIZER
-    if tiling is None or few_tokens_microseconds(tiling, *sizes) >= before:
-        return None
-    return Choice("int8", tiling, with_layout(f"{rows.m} tokens: quantized while the first weights are read", w))
-
-
-def weights_to_prefetch(m: int, w: PreparedArray, dtype: jnp.dtype) -> WeightsAhead | None:
-    """What the kernel that quantizes m tokens prefetches of the weights; None of many tokens, which are not awaited."""
-    if m > FEW_TOKENS_LIMIT or not PREFETCHES_WEIGHTS:
-        return None
-    tiling = plan_expanded(m, w, dtype).tiling
-    return weights_ahead(w, tiling.splits if isinstance(tiling, Tiling) else 1)
 
 
 def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated: bool) -> Choice | None:

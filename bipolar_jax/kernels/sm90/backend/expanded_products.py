@@ -12,25 +12,18 @@ from jaxtyping import Array, Float, Int, UInt8
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.semantics import epilogue
-from bipolar_jax.kernels.semantics.prologue import Activation, Prologue, rotation_of
+from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     check_layout,
     describe_expanded,
     expands_in_memory,
     plan_expanded,
-    plan_quantizing,
-    weights_to_prefetch,
 )
 from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
-from bipolar_jax.kernels.sm90.prepared_few_tokens.api import (
-    FloatTokensToQuantize,
-    few_tokens_integers,
-    few_tokens_product,
-    float_rows,
-)
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling, FloatRows
+from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
@@ -70,20 +63,12 @@ def quantized_matmul(
       Unsupported: groups that are no multiple of 16 elements; rows too long to quantize on chip.
     """
     w = laid_out(w, gated=activation is not None and activation.gated)
-    dtype, rotation = x.dtype, rotation_of(prologue)
-    if rotation is not None and not rotation.within_warp:
-        x, prologue = prologue(x), None
-    tokens = FloatTokensToQuantize(x, prologue)
-    if plan_quantizing(float_rows(tokens, w.contracted_size), w) is None:
-        interpret = interpret_params()
-        # Interpreted blocks that only prefetch would cost time.
-        ahead = weights_to_prefetch(x.shape[0], w, dtype) if interpret is None else None
-        tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, ahead=ahead, interpret=interpret)
-    return expanded_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
+    tokens = quantize_and_pack(x, a_format, "int8", prologue=prologue, interpret=interpret_params())
+    return expanded_tokens_matmul(tokens, w, a_format, bias, x.dtype, residual, activation)
 
 
 def expanded_tokens_matmul(
-    tokens: PackedTokens | FloatTokensToQuantize,
+    tokens: PackedTokens,
     w: PreparedArray,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
@@ -91,26 +76,17 @@ def expanded_tokens_matmul(
     residual: Float[Array, "m out"] | None = None,
     activation: Activation | None = None,
 ) -> Float[Array, "m out"]:
-    """The product of quantized activations of kind "int8"; see `operations.tokens_matmul` for the arguments.
-
-    It quantizes those of which `plan_quantizing` says so.
-    """
+    """The product of quantized activations of kind "int8"; see `operations.tokens_matmul` for the arguments."""
     if activation is not None and activation.gated != w.gated:
         product = expanded_tokens_matmul(tokens, w, a_format, bias, jnp.dtype(jnp.float32))
         return epilogue.activate_and_add(product, activation, dtype, residual)
     if activation is not None and residual is not None:
         # An epilogue has either of them.
         return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
-    interpret = interpret_params()
-    if isinstance(tokens, FloatTokensToQuantize):
-        m, choice = tokens.m, plan_quantizing(float_rows(tokens, w.contracted_size), w)
-    else:
-        m = tokens.words.shape[1]
-        choice = None
+    m, interpret = tokens.words.shape[1], interpret_params()
     if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
         return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
-    choice = plan_expanded(m, w, dtype) if choice is None else choice
-    options = {"tiling": choice.tiling, "activation": activation, "interpret": interpret}
+    options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
     if isinstance(options["tiling"], FewTokensTiling):
         if residual is not None and w.gated:
             return residual + few_tokens_product(tokens, w, a_format, bias, dtype, **options)
@@ -128,9 +104,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFo
     if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
         check_row(w.contracted_size, dtype)
         return explain_scaled(m, a_format, w)
+    choice = plan_expanded(m, w, dtype)
     check_row(w.contracted_size, dtype)
-    rows = FloatRows(m, w.contracted_size, w.contracted_size * jnp.dtype(dtype).itemsize, 0)
-    choice = plan_quantizing(rows, w) or plan_expanded(m, w, dtype)
     return Plan(describe_expanded(w), choice.reason, choice.tiling)
 
 

@@ -1,4 +1,4 @@
-"""Shared memory that one block of a cluster sends to the others, counted by an mbarrier of the receiver.
+"""Shared memory that one block of a cluster of two sends to the other, counted by an mbarrier of the receiver.
 
 A mailbox is an mbarrier in shared memory, two words. Each of its phases ends when its block has said how many bytes it
 expects, and as many have come. Bulk copies bring them, so that no thread of either block moves them. Interpret mode has
@@ -26,7 +26,7 @@ COPY_UNIT = 16  # bytes: copies take multiples, at addresses that are multiples
 
 
 class Section(NamedTuple):
-    """Bytes of shared memory, at the same place in all blocks.
+    """Bytes of shared memory, at the same place in both blocks.
 
     Attributes:
       array: index of the array.
@@ -89,20 +89,17 @@ def await_mail(mailbox: Any, phase: Int[Array, ""]) -> None:
     inline(mailbox, jnp.int32(phase))
 
 
-@with_twin(lambda mailbox, arrays, sections, wanted, blocks=2: plgpu.commit_smem())
-def send_mail(
-    mailbox: Any, arrays: Sequence[Any], sections: Sequence[Section], wanted: Bool[Array, ""], blocks: int = 2
-) -> None:
-    """Sends sections of arrays to the same place in the other blocks, and counts them in their mailboxes.
+@with_twin(lambda mailbox, arrays, sections, wanted: plgpu.commit_smem())
+def send_mail(mailbox: Any, arrays: Sequence[Any], sections: Sequence[Section], wanted: Bool[Array, ""]) -> None:
+    """Sends sections of arrays to the same place in the other block, and counts them in its mailbox.
 
     A warpgroup calls it when its threads have written what it sends; it is a barrier of the warpgroup as well.
 
     Args:
-      mailbox: of this block, at the same place as the others'.
+      mailbox: of this block, at the same place as the other's.
       arrays: shared memory.
       sections: of the arrays.
-      wanted: whether the other blocks expect them.
-      blocks: of the cluster, 2 or 4.
+      wanted: whether the other block expects them.
     """
     starts, conditions = [jnp.int32(section.start) for section in sections], [wanted]
     conditions += [section.sent for section in sections if section.sent is not True]
@@ -116,17 +113,15 @@ def send_mail(
         ptx.order_before_copies()
         ptx.synchronize()
         with ptx.when(ptx.bits_of(ptx.equal(thread_index(), 0), ptx.equal(wanted, 1))):
-            rank = _rank()
-            for other in (ptx.flip_bits(rank, i) for i in range(1, blocks)):
-                their_mailbox, *theirs = (_in_other_block(address, other) for address in (_address(mailbox), *bases))
-                own_conditions = list(conditions)
-                for section, start in zip(sections, starts, strict=True):
-                    source, target = (ptx.plus(base[section.array], start) for base in (bases, theirs))
-                    if section.sent is True:
+            other = _other_rank()
+            their_mailbox, *theirs = (_in_other_block(address, other) for address in (_address(mailbox), *bases))
+            for section, start in zip(sections, starts, strict=True):
+                source, target = (ptx.plus(base[section.array], start) for base in (bases, theirs))
+                if section.sent is True:
+                    _copy(target, source, section.size, their_mailbox)
+                else:
+                    with ptx.when(ptx.equal(conditions.pop(0), 1)):
                         _copy(target, source, section.size, their_mailbox)
-                    else:
-                        with ptx.when(ptx.equal(own_conditions.pop(0), 1)):
-                            _copy(target, source, section.size, their_mailbox)
 
     inline(mailbox, *arrays, *splats)
 
@@ -140,8 +135,9 @@ def _address(memref: Any) -> Value:
     return llvm.ptrtoint(ptx.i32_type(), pointer)
 
 
-def _rank() -> Value:
-    return inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=ptx.i32_type())
+def _other_rank() -> Value:
+    rank = inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=ptx.i32_type())
+    return ptx.flip_bits(rank, 1)
 
 
 def _in_other_block(address: Value, rank: Value) -> Value:

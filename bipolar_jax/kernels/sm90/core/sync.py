@@ -65,28 +65,6 @@ def meet_cluster(barrier) -> None:
 
 
 @with_twin(lambda: None)
-def arrive_at_cluster() -> None:
-    """Says that this thread has come to the next `await_cluster`, as all threads of a cluster do."""
-
-    @plgpu.inline_mgpu()
-    def inline(_):
-        ptx.arrive_at_cluster()
-
-    inline()
-
-
-@with_twin(lambda: None)
-def await_cluster() -> None:
-    """Waits for all threads of the cluster to come, and sees what they wrote before."""
-
-    @plgpu.inline_mgpu()
-    def inline(_):
-        ptx.await_cluster()
-
-    inline()
-
-
-@with_twin(lambda: None)
 def fence_gpu() -> None:
     """Orders this thread's accesses of global memory with those of other blocks.
 

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
+from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES, WARPGROUP
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
-    FewTokensProblem,
-    FewTokensTiling,
-    FloatRows,
-    FloatTokens,
-)
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling, FloatTokens
 from bipolar_jax.kernels.sm90.prepared_few_tokens.launch import launch
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
-from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, plan
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
-from bipolar_jax.packing.fields import STAGE
 
 
 def few_tokens_integers(
@@ -58,26 +50,8 @@ def few_tokens_integers(
     return product[..., None]
 
 
-@dataclasses.dataclass(frozen=True)
-class FloatTokensToQuantize:
-    """Tokens that the product's kernel quantizes: the arguments of `quantize_and_pack`.
-
-    Attributes:
-      x: bfloat16, float16 or float32.
-      prologue: applied to x first; it rotates blocks that are within a warp, or none.
-    """
-
-    x: Float[Array, "m columns"]
-    prologue: Prologue | None = None
-
-    @property
-    def m(self) -> int:
-        """How many."""
-        return self.x.shape[0]
-
-
 def few_tokens_product(
-    tokens: PackedTokens | FloatTokensToQuantize,
+    tokens: PackedTokens,
     w: PreparedArray,
     a_format: BipolarFormat,
     bias: Float[Array, " n"] | None,
@@ -92,8 +66,7 @@ def few_tokens_product(
     """The product of quantized activations, with its bias: the numbers of `gemm_expanded.arrays.tokens_product`.
 
     Args:
-      tokens: as `quantize_and_pack` gives them of kind "int8", 1 to 64 rows; or to be quantized to the same, for which
-        `tiling` has `quantizers`: rows of a multiple of 128 numbers.
+      tokens: as `quantize_and_pack` gives them of kind "int8", 1 to 64 rows.
       w: [k, n]; gated if the activation is. Columns of a gated array are in order also without an activation.
       a_format: of the tokens.
       bias: added to every row.
@@ -115,14 +88,10 @@ def few_tokens_product(
         scaled_value_sums=None if w.float_terms is None else w.number_sums[:, 0],
         bias=None if bias is None else bias.astype(jnp.float32),
     )
-    if isinstance(tokens, PackedTokens):
-        x, terms = tokens.words, TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale)
-    else:
-        x, terms = tokens, None
     return _product(
-        x,
+        tokens.words,
         w,
-        terms,
+        TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
         columns,
         ExpandedRecovery("int8", a_format, w.format, w.contracted_size, a_format.bits > 1, w.terms is not None),
         dtype,
@@ -160,9 +129,9 @@ def few_tokens_floats(
 
 
 def _product(
-    x: UInt32[Array, "1 m words"] | FloatTokensToQuantize,
+    x_words,
     w: PreparedArray,
-    tokens: TokenTerms | None,
+    tokens: TokenTerms,
     columns: ColumnTerms,
     recovery: ExpandedRecovery | FloatTokens,
     dtype,
@@ -180,31 +149,12 @@ def _product(
         raise ValueError(f"{activation} takes gates and values of an array that is prepared with gated=True")
     if activation is not None and not activation.gated and w.gated:
         raise ValueError(f"{activation} is of an array that is prepared without gates, not of {w}")
-    quantizes = isinstance(x, FloatTokensToQuantize)
-    m, n = x.m if quantizes else x.shape[1], w.row_sums.shape[-2]
+    m, n = x_words.shape[1], w.row_sums.shape[-2]
     if tiling is None:
         kinds = {"float_terms": w.float_terms, "rows_of_stage": 2 if isinstance(recovery, FloatTokens) else 1}
         tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks, **kinds)
     static = (w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling, w.float_terms)
-    if quantizes:
-        if w.natural_order or w.float_terms is not None or recovery.k % STAGE:
-            raise ValueError(
-                f"tokens of {recovery.k} numbers are not quantized in the kernel for {w}: use `quantize_and_pack` "
-                f"unless K is a multiple of {STAGE} and groups are integer ones of a multiple of 32"
-            )
-        quantizer, inputs = plan(x.x, recovery.a_format, "int8", x.prologue)
-        # One warpgroup has one token.
-        quantizer = dataclasses.replace(quantizer, threads=WARPGROUP)
-        problem = FewTokensProblem(m, n, recovery, *static, quantizer, float_rows(x, recovery.k))
-        return launch(problem, inputs, w, None, columns, residual, blocks=blocks, interpret=interpret)
     problem = FewTokensProblem(m, n, recovery, *static)
     if w.natural_order and not problem.float_tokens:
-        x = in_natural_order(x)
-    return launch(problem, x[0], w, tokens, columns, residual, blocks=blocks, interpret=interpret)
-
-
-def float_rows(tokens: FloatTokensToQuantize, k: int) -> FloatRows:
-    """What the kernel keeps in shared memory to quantize tokens."""
-    vectors = jax.tree.leaves(tokens.prologue)
-    row_bytes = tokens.x.shape[1] * tokens.x.dtype.itemsize
-    return FloatRows(tokens.m, k, row_bytes, sum(vector.size * vector.dtype.itemsize for vector in vectors))
+        x_words = in_natural_order(x_words)
+    return launch(problem, x_words[0], w, tokens, columns, residual, blocks=blocks, interpret=interpret)

@@ -15,7 +15,6 @@ from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
-from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.prepared_array import chunk_words
@@ -40,8 +39,6 @@ class FewTokensTiling:
       depth: stages of K that a warp multiplies of each slot.
       slots: of the ring buffer.
       cluster: blocks that divide the K of a unit, 1, 2 or 4; each then finishes the sums of some of the tokens.
-      quantizers: blocks of a cluster that quantize some of the tokens each and have units of their own, 1, 2 or 4; 0
-        takes quantized tokens.
     """
 
     warpgroups: int
@@ -49,7 +46,6 @@ class FewTokensTiling:
     depth: int = 1
     slots: int = 4
     cluster: int = 1
-    quantizers: int = 0
 
     @property
     def warps(self) -> int:
@@ -80,12 +76,7 @@ class FewTokensTiling:
 
     def clusters(self, blocks: int) -> int:
         """Clusters that run at a time: GPCs of 18 multiprocessors have two that no cluster of four takes."""
-        size = max(self.cluster, self.quantizers)
-        return max(1, blocks // size - (size > 2))
-
-    def units_at_once(self, blocks: int) -> int:
-        """Units that clusters multiply at a time."""
-        return self.clusters(blocks) * max(1, self.quantizers)
+        return max(1, blocks // self.cluster - (self.cluster > 2))
 
     @property
     def buffers(self) -> int:
@@ -114,41 +105,6 @@ class FloatTokens(FloatRecovery):
 
 
 @dataclasses.dataclass(frozen=True)
-class FloatRows:
-    """What a kernel keeps in shared memory that quantizes its tokens.
-
-    Attributes:
-      m, k: tokens, and numbers of each.
-      row_bytes: of a token before it is quantized: the prologue's inputs.
-      vector_bytes: of the prologue's vectors.
-    """
-
-    m: int
-    k: int
-    row_bytes: int
-    vector_bytes: int
-
-    def token_rows(self, tiling: FewTokensTiling) -> int:
-        """Rows of 128 bytes of a token in all slots of a unit: an odd number, see `FewTokensTiling.token_rows`."""
-        return -(-self.k // (STAGE * tiling.stages)) * tiling.stages | 1
-
-    @property
-    def kept_tokens(self) -> int:
-        """Tokens that shared memory has room for: of one chunk those that exist, else whole chunks."""
-        return self.m if self.m <= CHUNK else -(-self.m // CHUNK) * CHUNK
-
-    def own_tokens(self, tiling: FewTokensTiling) -> int:
-        """Tokens that a block quantizes, at most."""
-        return -(-self.m // tiling.quantizers)
-
-    def other_bytes(self, tiling: FewTokensTiling) -> int:
-        """Quantized tokens, the vectors, small arrays, and what floats take beyond the sums whose memory they share."""
-        tokens = self.kept_tokens * self.token_rows(tiling) * BYTES_PER_ROW
-        sums = tiling.buffers * tiling.workers * PART_ROWS * CHUNK * 4
-        return tokens + self.vector_bytes + 4096 + max(0, self.own_tokens(tiling) * self.row_bytes - sums)
-
-
-@dataclasses.dataclass(frozen=True)
 class FewTokensProblem:
     """One product, all static.
 
@@ -163,8 +119,6 @@ class FewTokensProblem:
       dtype: of the output.
       tiling: of a block.
       float_terms: the form of float scales of groups; None if there are none.
-      quantizer: of the kernel's tokens; None if they come quantized.
-      float_rows: what it keeps in shared memory.
     """
 
     m: int
@@ -177,8 +131,6 @@ class FewTokensProblem:
     dtype: jnp.dtype
     tiling: FewTokensTiling
     float_terms: FloatTerms | None = None
-    quantizer: RowQuantizer | None = None
-    float_rows: FloatRows | None = None
 
     @property
     def sums_dtype(self) -> jnp.dtype:
@@ -192,9 +144,7 @@ class FewTokensProblem:
 
     @property
     def token_rows(self) -> int:
-        """Rows of 128 bytes of a token in a slot, or in all if the kernel quantizes it."""
-        if self.float_rows is not None:
-            return self.float_rows.token_rows(self.tiling)
+        """Rows of 128 bytes of a token in a slot."""
         return self.tiling.token_rows(self.rows_of_stage)
 
     @property
@@ -258,12 +208,8 @@ class FewTokensProblem:
 
     @property
     def shared_memory_bytes(self) -> int:
-        term_words = self.chunks * self.chunk_words
-        if self.float_rows is not None:
-            slot, more = slot_bytes(self.tiling, 0, self.w_bits, term_words), self.float_rows.other_bytes(self.tiling)
-        else:
-            slot, more = slot_bytes(self.tiling, self.m, self.w_bits, term_words, self.rows_of_stage), 0
-        return self.tiling.slots * slot + other_bytes(self.tiling) + more
+        slot = slot_bytes(self.tiling, self.m, self.w_bits, self.chunks * self.chunk_words, self.rows_of_stage)
+        return self.tiling.slots * slot + other_bytes(self.tiling)
 
     def check(self) -> None:
         """Raises ValueError unless a block of this tiling fits the hardware."""
@@ -274,10 +220,6 @@ class FewTokensProblem:
             raise ValueError(f"1 to 4 warpgroups take a part a warp at most, and a stage at least: {tiling}")
         if tiling.cluster not in (1, 2, 4):
             raise ValueError(f"1, 2 or 4 blocks divide K: {tiling}")
-        if (tiling.quantizers > 0) != (self.quantizer is not None) or tiling.quantizers not in (0, 1, 2, 4):
-            raise ValueError(f"1, 2 or 4 blocks quantize tokens that are floats, and none others: {tiling}")
-        if tiling.quantizers and tiling.cluster > 1:
-            raise ValueError(f"blocks that quantize tokens do not divide K: {tiling}")
         if tiling.slots < 2 or self.shared_memory_bytes > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"{tiling} takes {self.shared_memory_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES} for "

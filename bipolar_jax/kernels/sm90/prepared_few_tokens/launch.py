@@ -6,7 +6,7 @@ warpgroup keeps loading slots of several stages: weights, the terms of their gro
 divide a slot's parts and stages: each expands its weights in registers, which is the operand of `mma.sync`, and has
 sums of its own. The warps' sums of a unit meet in shared memory, eight tokens at a time, and two warpgroups in turn
 finish them while the others go on. Where blocks are many and units few, the blocks of a cluster divide K; each then
-finishes some of the tokens. Or they quantize some of the tokens each, for all of them (`token_quantizer`).
+finishes some of the tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from bipolar_jax.kernels.sm90.core.fragments import WARPS, pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
-from bipolar_jax.kernels.sm90.prepared_few_tokens import token_quantizer
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
     CONSUMER_REGISTERS,
@@ -56,21 +55,15 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.steps import (
     store_finished,
     zero_sums,
 )
-from bipolar_jax.kernels.sm90.prepared_few_tokens.token_quantizer import (
-    leave_cluster,
-    load_floats,
-    quantize_tokens,
-    take_records,
-)
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import PART_ROWS, WORDS_PER_VECTOR
 
 
 def launch(
     problem: FewTokensProblem,
-    x: UInt32[Array, "m words"] | list[Array],
+    x_words: UInt32[Array, "m words"],
     weights: PreparedArray,
-    tokens: TokenTerms | None,
+    tokens: TokenTerms,
     columns: ColumnTerms,
     residual: Array | None = None,
     *,
@@ -81,8 +74,7 @@ def launch(
 
     Args:
       problem: the static side.
-      x: signed codes or floats of tokens, zero beyond the true K; or what `quantize_rows.launch.plan` gives for tokens
-        that the kernel quantizes, with no `tokens`.
+      x_words: signed codes or floats of tokens, zero beyond the true K.
       weights: [k, n].
       tokens, columns: the epilogue's terms, as in `gemm_expanded.launch`.
       residual: added to the output, in its shape and dtype; or None. An output of two halves has none.
@@ -96,8 +88,7 @@ def launch(
       ValueError: a tiling that does not fit.
     """
     problem.check()
-    if problem.quantizer is None:
-        x = fill_up(x, WORDS_PER_ROW).reshape(problem.m, -1, WORDS_PER_ROW)
+    x = fill_up(x_words, WORDS_PER_ROW).reshape(problem.m, -1, WORDS_PER_ROW)
     words, group_terms = (
         None if array is None else array.reshape(-1, *array.shape[2:]) for array in (weights.words, weights.terms)
     )
@@ -114,13 +105,13 @@ def launch(
             # Totals of the blocks that divide K.
             jax.ShapeDtypeStruct(exchanged if tiling.cluster > 1 else (1,), problem.sums_dtype),
         ],
-        grid=(min(pl.cdiv(problem.units, max(1, tiling.quantizers)), tiling.clusters(blocks)),),
+        grid=(min(problem.units, tiling.clusters(blocks)),),
         grid_names=("cluster",),
-        cluster=(max(tiling.cluster, tiling.quantizers),),
+        cluster=(tiling.cluster,),
         cluster_names=("rank",),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(problem, sources, interpret is not None),
+        scratch_types=_scratch(problem, sources),
         # No automatic barriers: every write of shared memory follows a barrier of our own behind the reads of what it
         # overwrites.
         compiler_params=plgpu.CompilerParams(
@@ -137,30 +128,22 @@ def launch(
     return halves[..., : problem.half].reshape(problem.m, -1)
 
 
-def _scratch(problem: FewTokensProblem, sources: Sources, interpreted: bool) -> dict[str, Any]:
+def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
     """Scratch specifications, keyed by the kernel's keyword arguments."""
     tiling, ring = problem.tiling, functools.partial(plgpu.SMEM, dtype=jnp.uint32)
     weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, problem.chunks, problem.chunk_words)
-    sums, loaded = plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), problem.sums_dtype), 2
-    if problem.quantizer is None:
-        # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
-        x_ring = ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS)
-        token_refs, tokens = dict(x_ring=x_ring), sources.tokens
-    else:
-        token_refs, loaded = token_quantizer.scratch_of(problem, sources.x, interpreted), 1
-        sums = plgpu.RefUnion(sums, token_quantizer.float_slots(problem, sources.x[0], interpreted))
-        tokens = TokenTerms(*(jax.ShapeDtypeStruct((problem.width,), t) for t in (jnp.int32, jnp.int32, jnp.float32)))
     return dict(
-        **token_refs,
+        # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
+        x_ring=ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),
         words_ring=ring((*weights, tiling.stages, problem.w_bits, WORDS_PER_VECTOR)),
         terms_ring=ring((*weights, *terms)) if problem.chunks else None,
-        full=plgpu.Barrier(num_arrivals=loaded + (problem.chunks > 0), num_barriers=tiling.slots),
+        full=plgpu.Barrier(num_arrivals=2 + (problem.chunks > 0), num_barriers=tiling.slots),
         empty=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.slots),
-        sums=sums,
+        sums=plgpu.SMEM((tiling.buffers, tiling.workers, PART_ROWS, CHUNK), problem.sums_dtype),
         handed_over=plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.buffers),
         taken=plgpu.Barrier(num_barriers=tiling.buffers),
         totals=plgpu.SMEM((tiling.buffers, 2, tiling.rows, CHUNK), problem.sums_dtype),
-        tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), tokens),
+        tokens=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, problem.width), term.dtype), sources.tokens),
         columns=jax.tree.map(lambda term: plgpu.SMEM((tiling.buffers, 2, tiling.rows), term.dtype), sources.columns),
         exchanged=plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=tiling.buffers)
         if tiling.cluster > 1
@@ -168,36 +151,22 @@ def _scratch(problem: FewTokensProblem, sources: Sources, interpreted: bool) -> 
     )
 
 
-def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, sums, **shared):
+def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ring, full, empty, **shared):
     """The kernel of one warpgroup; `_scratch` describes the keyword arguments."""
     *flat, out, by_block = refs
     sources = jax.tree.unflatten(tree, flat)
     tiling, warpgroup = problem.tiling, lax.axis_index("warpgroup")
     work, rings, barriers = work_of(problem), (x_ring, words_ring, terms_ring), (full, empty)
-    quantizes = problem.quantizer is not None
-    if quantizes:
-        sums, slots = sums
-        token_refs = {name: shared.pop(name) for name in token_quantizer.REFS} | {"x_ring": x_ring}
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        if quantizes:
-            load_floats(problem, sources.x, slots, token_refs)
         produce(problem, sources, work, rings, barriers)
-        if quantizes:
-            leave_cluster(problem, received=False)
 
     @pl.when(warpgroup < tiling.warpgroups)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
-        records = None
-        if quantizes:
-            quantize_tokens(problem, slots, token_refs, warpgroup)
-            records = token_refs["records"]
-        _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, records, sums=sums, **shared)
-        if quantizes:
-            leave_cluster(problem, received=True)
+        _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, **shared)
 
 
 def _consume(
@@ -208,7 +177,6 @@ def _consume(
     barriers,
     targets,
     warpgroup,
-    records,
     *,
     sums,
     handed_over,
@@ -227,10 +195,7 @@ def _consume(
 
     @pl.when(finishes)
     def _():
-        if records is None:
-            gather_tokens(problem, sources.tokens, own[0])
-        else:
-            take_records(problem, records, own[0])
+        gather_tokens(problem, sources.tokens, own[0])
 
     def residual(index, chunk):
         return None if sources.residual is None else load_residual(problem, sources.residual, work.unit(index), chunk)
@@ -245,8 +210,7 @@ def _consume(
             step = index * work.turns + turn
             plgpu.barrier_wait(full.at[slot])
             terms = None if terms_ring is None else terms_ring.at[slot]
-            slot_tokens = (x_ring.at[slot], warpgroup) if records is None else (x_ring, warpgroup, turn * tiling.stages)
-            total = multiply_slot(problem, total, words_ring.at[slot], terms, *slot_tokens)
+            total = multiply_slot(problem, total, words_ring.at[slot], terms, x_ring.at[slot], warpgroup)
             # Nobody may arrive at a barrier that the producer does not wait for.
             plgpu.barrier_arrive(empty.at[slot], predicate=step + tiling.slots < total_steps)
             return total, next_slot(problem, slot)

@@ -17,11 +17,10 @@ class Sources(NamedTuple):
     """Arrays, in the kernel refs in memory.
 
     Attributes:
-      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them; or the
-        inputs of `quantize_rows`, a list.
+      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
       group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
-      tokens: terms [m] or more; None beside tokens that the kernel quantizes.
+      tokens: terms [m] or more.
       columns: terms [n].
       residual: of the output's shape, before it is cut, and its dtype; or None.
     """
@@ -39,33 +38,25 @@ class Work(NamedTuple):
 
     Attributes:
       units: how many.
-      first: the first of its units.
-      stride: from a unit to the next.
       turns: its slots of each unit.
       rank: of the block among those that divide K.
     """
 
     units: Any
-    first: Any
-    stride: Any
     turns: Any
     rank: Any
 
     def unit(self, index):
         """The index-th unit."""
-        return self.first + index * self.stride
+        return lax.axis_index("cluster") + index * lax.axis_size("cluster")
 
 
 def work_of(problem: FewTokensProblem) -> Work:
     """The work of this block."""
     tiling, rank = problem.tiling, lax.axis_index("rank")
-    first, stride = lax.axis_index("cluster"), lax.axis_size("cluster")
-    if tiling.quantizers:
-        first, stride, rank = first * tiling.quantizers + rank, stride * tiling.quantizers, jnp.int32(0)
+    clusters = lax.axis_size("cluster")
     return Work(
-        lax.div(problem.units - first + stride - 1, stride),
-        first,
-        stride,
+        lax.div(problem.units - lax.axis_index("cluster") + clusters - 1, clusters),
         lax.div(problem.turns - rank + tiling.cluster - 1, tiling.cluster),
         rank,
     )
@@ -77,7 +68,7 @@ def next_slot(problem: FewTokensProblem, slot):
 
 
 def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barriers) -> None:
-    """Fills the ring: a slot for every unit and turn; tokens, too, unless the kernel quantizes them."""
+    """Fills the ring: a slot for every unit and turn."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
 
     def load_unit(index, carry):
@@ -92,10 +83,11 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
 
             # Parts and stages beyond the arrays come as zeros.
             first = (turn * tiling.cluster + work.rank) * tiling.stages
-            copies = [(sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot])]
-            if problem.quantizer is None:
-                tokens = sources.x.at[:, pl.ds(first * problem.rows_of_stage, problem.token_rows)]
-                copies.append((tokens, x_ring.at[slot, pl.ds(0, problem.m)]))
+            tokens = sources.x.at[:, pl.ds(first * problem.rows_of_stage, problem.token_rows)]
+            copies = [
+                (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
+                (tokens, x_ring.at[slot, pl.ds(0, problem.m)]),
+            ]
             if terms_ring is not None:
                 copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
             for source, target in copies:

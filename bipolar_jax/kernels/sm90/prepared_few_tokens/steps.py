@@ -62,10 +62,9 @@ def _float_products(problem: FewTokensProblem, words, terms, tokens):
     return jnp.einsum("psrk,msk->psrm", values.astype(jnp.float32), positions, precision=lax.Precision.HIGHEST)
 
 
-def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup, first_stage=None):
+def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup):
     terms = None if terms is None else terms[:, pl.ds(0, problem.tiling.stages)]
-    tokens = tokens[...] if first_stage is None else tokens[:, pl.ds(first_stage, problem.tiling.stages)]
-    slot = (words[...], terms, tokens)
+    slot = (words[...], terms, tokens[...])
     plgpu.commit_smem()  # for the race detector: orders these reads before the next load into the slot
     products = (_float_products if problem.float_tokens else _byte_products)(problem, *slot)
     return _add_products(problem, sums, products, warpgroup)
@@ -95,40 +94,21 @@ def _add_products(problem: FewTokensProblem, sums, products, warpgroup):
 
 
 @with_twin(_multiply_slot_twin)
-def multiply_slot(
-    problem: FewTokensProblem,
-    sums: Sums,
-    words,
-    terms,
-    tokens,
-    warpgroup: Int[Array, ""],
-    first_stage: Int[Array, ""] | None = None,
-) -> Sums:
-    """Adds the products of this warpgroup's stages of a slot; see `multiply_slot` of `threads`, `float_threads`.
-
-    Args:
-      first_stage: of the slot, where `tokens` has those of all slots; their swizzle is the kernel's own.
-    """
-    of_all = first_stage is not None
+def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Int[Array, ""]) -> Sums:
+    """Adds the products of this warpgroup's stages of a slot; see `multiply_slot` of `threads`, `float_threads`."""
     refs = [words] if terms is None else [words, terms]
 
     @plgpu.inline_mgpu(
-        arg_types=(
-            *(ACCUMULATOR, SPLAT, SPLAT, plgpu.RefType(() if of_all else TILE_TRANSFORMS)),
-            *[plgpu.RefType()] * len(refs),
-        ),
+        arg_types=(ACCUMULATOR, SPLAT, plgpu.RefType(TILE_TRANSFORMS), *[plgpu.RefType()] * len(refs)),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, problem.sums_dtype, layout=ACCUMULATOR),
     )
-    def inline(_, sums, warpgroup, first_stage, tokens, words, *terms):
+    def inline(_, sums, warpgroup, tokens, words, *terms):
         multiply = (float_threads if problem.float_tokens else threads).multiply_slot
-        args = [words, terms[0] if terms else None, tokens, scalar_of(warpgroup)]
-        if of_all:
-            args.append(scalar_of(first_stage))
-        numbers = multiply(problem, numbers_of(sums), *args)
+        numbers = multiply(problem, numbers_of(sums), words, terms[0] if terms else None, tokens, scalar_of(warpgroup))
         is_signed = True if problem.sums_dtype == "int32" else None
         return as_array(numbers, sums.shape, ACCUMULATOR, is_signed=is_signed)
 
-    return inline(sums, jnp.int32(warpgroup), jnp.int32(0 if first_stage is None else first_stage), tokens, *refs)
+    return inline(sums, jnp.int32(warpgroup), tokens, *refs)
 
 
 def _hand_over_twin(problem: FewTokensProblem, sums, chunk, target, warpgroup):

@@ -16,12 +16,7 @@ from bipolar_jax.kernels.sm90.core.fragments import WARPS, lane_and_warp, thread
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import GLOBAL, SHARED, Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
-    CHUNK,
-    FINISH_ROWS,
-    RUN,
-    FewTokensProblem,
-)
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FINISH_ROWS, RUN, FewTokensProblem
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces
 from bipolar_jax.packing.fields import PART_ROWS, PARTS, WORDS_PER_VECTOR
@@ -38,9 +33,7 @@ def worker(problem: FewTokensProblem, warpgroup: Value, warp: Value) -> tuple[Va
     return index, ptx.plus(index, ptx.times(split, -problem.tiling.parts)), split
 
 
-def multiply_slot(
-    problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Value, first_stage: Value | int = 0
-) -> Sums:
+def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Value) -> Sums:
     """Adds this warp's stages of a slot.
 
     Args:
@@ -50,7 +43,6 @@ def multiply_slot(
       terms: uint32 [parts, term_stages, chunks, chunk_words] in shared memory, or None.
       tokens: uint32 [tokens, token_rows, 32] in shared memory, swizzled.
       warpgroup: of the calling threads.
-      first_stage: of the slot, where `tokens` has those of all slots.
     """
     tiling = problem.tiling
     lane, warp = lane_and_warp()
@@ -67,7 +59,7 @@ def multiply_slot(
                 if terms is None
                 else stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * problem.chunk_words)
             )
-            load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, ptx.plus(stage, first_stage))
+            load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, stage)
             add_half = _add_half if problem.float_terms is None else _add_scaled_half
             for half in range(HALVES):
                 total = add_half(problem, expansion, total, my_words, my_terms, load, lane, half)
@@ -86,10 +78,7 @@ def stage_of_part(array, part: Value, stage: Value, stages: int, nbytes: int) ->
 def _token_loader(problem: FewTokensProblem, tokens: Pointer, lane: Value, stage: Value):
     """load(half, chunk): the operands of both steps of half a stage, of eight tokens; two words each."""
     # Lane 8 i + r points to segment i of half a stage of token r.
-    token = ptx.bits_of(lane, CHUNK - 1)
-    if problem.float_rows is not None and problem.m < CHUNK:  # there is no room for others
-        token = ptx.smaller(token, problem.m - 1)
-    row = ptx.plus(ptx.times(token, problem.token_rows), stage)
+    row = ptx.plus(ptx.times(ptx.bits_of(lane, CHUNK - 1), problem.token_rows), stage)
     start, segment = ptx.advance(tokens, ptx.times(row, BYTES_PER_ROW)), ptx.shift_right(lane, 3)
     in_swizzle = ptx.bits_of(row, _ROWS_OF_SWIZZLE - 1)
 

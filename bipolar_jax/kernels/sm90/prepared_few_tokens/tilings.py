@@ -9,7 +9,6 @@ from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
     FewTokensTiling,
-    FloatRows,
     num_parts,
     other_bytes,
     slot_bytes,
@@ -27,12 +26,6 @@ _EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other
 # model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
 # 28 for 64 tokens of the largest two, which took 29.3 and 30.0 (W4A8g128, `few_tokens.py`).
 _LAUNCH, _CHUNK, _CYCLES_PER_MICROSECOND = 3.3, 1.9, 1755
-# Of weights that a block loads while tokens are quantized, at least: all blocks' take 2 us to arrive.
-_LEAST_RING = 48 * 1024
-# Microseconds by count: the floats' way from the L2 cache, three visits of each number, and the blocks' exchange.
-_QUANTIZING = 2.5
-_MOST_READING = 1.05  # times the least
-_QUANTIZED_AT_ONCE = 4  # tokens by a block, a warpgroup each
 
 
 def few_tokens_tiling(
@@ -87,51 +80,15 @@ def few_tokens_tiling(
     raise AssertionError(f"no tiling fits {m} tokens and weights of {w_bits} bits")
 
 
-def quantizing_tiling(
-    rows: FloatRows, n: int, w_bits: int, chunks: int, gated: bool = False, blocks: int = MULTIPROCESSORS
-) -> FewTokensTiling | None:
-    """The tiling of a product that quantizes its tokens: as few blocks share them as can, each a token a warpgroup.
-
-    None if shared memory has no room for the tokens and for the weights that arrive while they are quantized.
-
-    Args:
-      rows: the tokens.
-      n, w_bits, chunks, gated, blocks: as of `few_tokens_tiling`.
-    """
-    total, stages, part = num_parts(n, gated), -(-rows.k // STAGE), part_bytes(w_bits, chunks * chunk_words(None))
-    for quantizers in (1, 2, 4):
-        if quantizers > blocks or rows.m > quantizers * _QUANTIZED_AT_ONCE:
-            continue
-        shares = [FewTokensTiling(4, parts, quantizers=quantizers) for parts in range(1, min(_MOST_PARTS, total) + 1)]
-        cycles = {share: reading_cycles(share, rows.m, total, stages, part, blocks) for share in shares}
-        for share in sorted(shares, key=cycles.get):
-            if cycles[share] > _MOST_READING * min(cycles.values()):
-                break
-            depth = max(1, min(-(-_SLOT_BYTES // (share.workers * part)), stages // share.splits))
-            tiling = dataclasses.replace(share, depth=depth)
-            slot = slot_bytes(tiling, 0, w_bits, chunks * chunk_words(None))
-            free = SHARED_MEMORY_BYTES - other_bytes(tiling) - rows.other_bytes(tiling)
-            slots = min(_MOST_SLOTS, free // slot)
-            units = -(-total // (tiling.parts * tiling.units_at_once(blocks)))
-            turns = units * -(-stages // tiling.stages)
-            if slots >= 2 and slots * tiling.stages * tiling.parts * part >= min(_LEAST_RING, turns * slot):
-                return dataclasses.replace(tiling, slots=slots)
-    return None
-
-
 def few_tokens_microseconds(
     tiling: FewTokensTiling, m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False
 ) -> float:
     """The modelled time of a product of bytes on all multiprocessors; arguments as of `few_tokens_tiling`."""
     total, stages = num_parts(n, gated), -(-k // STAGE)
     part = part_bytes(w_bits, chunks * chunk_words(None))
-    rounds = -(-total // (tiling.parts * tiling.units_at_once(MULTIPROCESSORS)))
+    rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
     finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
-    cycles = reading_cycles(tiling, 0 if tiling.quantizers else m, total, stages, part, MULTIPROCESSORS)
-    reading = cycles / _CYCLES_PER_MICROSECOND
-    if tiling.quantizers:
-        ring = tiling.slots * tiling.stages * tiling.parts * part / _FROM_MEMORY / _CYCLES_PER_MICROSECOND
-        reading += max(0, _QUANTIZING - min(ring, reading))
+    reading = reading_cycles(tiling, m, total, stages, part, MULTIPROCESSORS) / _CYCLES_PER_MICROSECOND
     return _LAUNCH + reading + _CHUNK * finished
 
 
@@ -139,7 +96,7 @@ def reading_cycles(
     tiling: FewTokensTiling, token_rows: int, parts: int, stages: int, part_bytes: int, blocks: int
 ) -> float:
     """Cycles that the busiest block reads: `token_rows` of 128 bytes and some of the parts in each of the stages."""
-    rounds = -(-parts // (tiling.parts * tiling.units_at_once(blocks)))
+    rounds = -(-parts // (tiling.parts * tiling.clusters(blocks)))
     arriving = tiling.parts * part_bytes + token_rows * BYTES_PER_ROW
     stage = max(tiling.parts * part_bytes / _FROM_MEMORY, arriving / _ARRIVING)
     return rounds * stages * stage / tiling.cluster + (_EXCHANGE if tiling.cluster > 1 else 0)

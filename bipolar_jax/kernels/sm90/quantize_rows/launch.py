@@ -35,7 +35,6 @@ from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, SCRATCH_WORDS
 from bipolar_jax.kernels.sm90.quantize_rows.twin import quantize_slot_twin
-from bipolar_jax.kernels.sm90.quantize_rows.weights_ahead import WeightsAhead, prefetch
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing.words import WORD_BITS, num_words
 
@@ -74,7 +73,6 @@ def quantize_and_pack(
     operand: OperandKind,
     *,
     prologue: Prologue | None = None,
-    ahead: WeightsAhead | None = None,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> PackedTokens:
@@ -87,7 +85,6 @@ def quantize_and_pack(
       operand: the kind of words, see `PackedTokens`.
       prologue: applied to x first, in float32; its sums are in another order than XLA's. XLA computes one that rotates
         blocks that are not within a warp (`Hadamard.within_warp`).
-      ahead: weights of the product that follows, prefetched into the L2 cache; for few rows.
       blocks: persistent thread blocks, at most one a multiprocessor.
       interpret: parameters of interpret mode, for tests on a CPU.
 
@@ -100,8 +97,8 @@ def quantize_and_pack(
         x, prologue = prologue(x), None
     quantizer, inputs = plan(x, a_format, operand, prologue)
     # A jit of its own is lowered once: XLA can then merge the calls of layers that share x.
-    launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 3, 4))
-    return PackedTokens(*launch(quantizer, inputs, ahead, blocks, interpret))
+    launch = _launch if interpret else jax.jit(_launch, static_argnums=(0, 2, 3))
+    return PackedTokens(*launch(quantizer, inputs, blocks, interpret))
 
 
 def plan(
@@ -156,17 +153,13 @@ def _threads_of_row(m: int, k: int, row_bytes: int) -> int:
     return WARP if k <= WARP * BLOCK else WARPGROUP
 
 
-def _launch(
-    quantizer: RowQuantizer, inputs: list[Array], ahead: WeightsAhead | None, blocks: int, interpret
-) -> list[Array]:
+def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
     """Runs the kernel; returns the fields of `PackedTokens`."""
     m, rows, columns = quantizer.m, quantizer.rows, inputs[0].shape[1]
     vector_bytes = sum(vector.nbytes for vector in inputs[1:])
     warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, vector_bytes)
     steps = pl.cdiv(m, rows)
-    arrays_ahead = [] if ahead is None else ahead.arrays
-    # Blocks without rows prefetch.
-    blocks = blocks if arrays_ahead else min(blocks, steps)
+    blocks = min(blocks, steps)
     # Of few rows no more than have any: threads and barriers take time to start.
     warpgroups = min(warpgroups, pl.cdiv(steps, blocks))
     workers = warpgroups * blocks
@@ -177,9 +170,8 @@ def _launch(
 
     def kernel(*refs):
         x, *vectors = refs[: len(inputs)]
-        refs = refs[len(inputs) :]
-        refs_ahead, outputs = refs[: len(arrays_ahead)], refs[len(arrays_ahead) : len(arrays_ahead) + 4]
-        ring, scratch, arrived, *vector_slots = refs[len(arrays_ahead) + 4 :]
+        outputs = refs[len(inputs) : len(inputs) + 4]
+        ring, scratch, arrived, *vector_slots = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = warpgroup * blocks + block  # consecutive rows go to different multiprocessors
 
@@ -205,8 +197,6 @@ def _launch(
             for vector, vector_slot, arrival in zip(vectors, vector_slots, arrivals, strict=True):
                 plgpu.copy_gmem_to_smem(vector, vector_slot, arrival, oob_mode=in_bounds)
 
-        if ahead is not None:
-            prefetch(ahead.runs, refs_ahead, worker, workers)
         for arrival in arrivals:
             plgpu.barrier_wait(arrival)
 
@@ -242,7 +232,7 @@ def _launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # `quantizer` has the barriers it needs
         ),
-    )(*inputs, *arrays_ahead)
+    )(*inputs)
 
 
 def check_row(k: int, dtype: jnp.dtype) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Protocol
 
 from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.sm90.arithmetic.grid import RowGrid, row_grid
@@ -20,22 +18,6 @@ from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.quantize_rows.activations import source_of
 from bipolar_jax.kernels.sm90.quantize_rows.prologues import Source
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, CODE_SUM, RowThreads
-
-
-class RowTarget(Protocol):
-    """Where a quantized row goes; words are those of `PackedTokens`."""
-
-    def store_grid(self, scale: Value, zero_code: Value) -> None:
-        """Stores the words of the row's scale and of the code of zero."""
-
-    def store_code_sum(self, total: Value) -> None:
-        """Stores the sum of the row's codes."""
-
-    def store_bytes(self, position: Value, packed: list[Value], limit: int | None) -> None:
-        """Stores eight words of signed codes, those of a block of 32 numbers, if its position is below the limit."""
-
-    def store_planes(self, position: Value, planes: list[Value], limit: int | None) -> None:
-        """Likewise a word of every plane."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +68,23 @@ class RowQuantizer:
           *vectors: the prologue's, in shared memory, 0 from k on.
         """
         row = RowThreads(self.m, self.blocks, self.threads, first_row, scratch)
-        self.quantize_row(row, x, vectors, RowInMemory(self, row, words, scale, zero_code, code_sums))
-        row.leave()
-
-    def quantize_row(self, row: RowThreads, x: Value, vectors: Sequence[Value], target: RowTarget) -> None:
-        """Quantizes a thread's row of a slot; arguments as of `quantize`."""
         source = source_of(self.prologue, self.ptx_type, self.k, row, x, list(vectors))
         grid = row_grid(self.code_words.a_format, *source.extremes())
-        target.store_grid(ptx.as_word(grid.scale), ptx.int32(0) if grid.zero is None else ptx.to_int(grid.zero))
-        (total,) = row.combine(ptx.plus, {CODE_SUM: self._pack(row, source, grid, target)})
-        target.store_code_sum(ptx.plus(total, -self.code_words.least_code * self.k))
+        row.write(scale, ptx.as_word(grid.scale))
+        row.write(zero_code, ptx.int32(0) if grid.zero is None else ptx.to_int(grid.zero))
+        (total,) = row.combine(ptx.plus, {CODE_SUM: self._pack(row, source, grid, words)})
+        row.write(code_sums, ptx.plus(total, -self.code_words.least_code * self.k))
+        row.leave()
 
-    def _pack(self, row: RowThreads, source: Source, grid: RowGrid, target: RowTarget) -> Value:
+    def _pack(self, row: RowThreads, source: Source, grid: RowGrid, words: Value) -> Value:
         """Rounds, packs and stores the row; returns the sum of this thread's codes."""
-        codes = self.code_words
+        codes, plane_bytes = self.code_words, 4 * self.row_words * self.m
         bases = {start: ptx.float32(codes.rounding_base(start) + codes.least_code) for start in codes.field_starts}
         # With one bit numbers from 0 on have the code 1.
         zero = ptx.float32(1) if grid.zero is None else grid.zero
         bases = {start: ptx.add(base, zero) for start, base in bases.items()}
         order = byte_order_of(row.swizzle)
+        row_start = ptx.advance_far(ptx.pointer(words, ptx.GLOBAL), row.index, 4 * self.row_words)
 
         def encode(x: Value, field_start: int) -> Value:
             half = ptx.float32(0.5)
@@ -123,10 +103,10 @@ class RowQuantizer:
                 packed = [ptx.bits_of(word, self._valid_bits(i, position)) for i, word in enumerate(packed)]
             word_index, limit = (block, None) if position is None else (position, wanted)
             if codes.signed:
-                target.store_bytes(word_index, packed, limit)
+                row.write_eight(row_start, word_index, packed, limit)
             else:
                 planes = transpose_to_planes(packed)[: codes.a_format.bits]
-                target.store_planes(word_index, planes, limit)
+                row.write_planes(row_start, word_index, planes, plane_bytes, limit)
             if codes.width == 8:
                 return [functools.reduce(lambda a, word: ptx.add_bytes(word, a, signed=codes.signed), packed, *values)]
             counts = [ptx.shift_left(ptx.count_ones(plane), i) for i, plane in enumerate(planes)]
@@ -143,26 +123,3 @@ class RowQuantizer:
             part = ptx.int32(self.code_words.valid_bits(word, self.k % BLOCK))
             mask = ptx.choose(ptx.equal(position, last), part, mask)
         return ptx.choose(ptx.less(position, last + 1), mask, ptx.int32(0))
-
-
-class RowInMemory:
-    """A row of the outputs in global memory."""
-
-    def __init__(self, quantizer: RowQuantizer, row: RowThreads, words, scale, zero_code, code_sums):
-        """Of a row; the others as in `RowQuantizer.quantize`."""
-        self._row, self._vectors = row, (scale, zero_code, code_sums)
-        self._plane_bytes = 4 * quantizer.row_words * quantizer.m
-        self._start = ptx.advance_far(ptx.pointer(words, ptx.GLOBAL), row.index, 4 * quantizer.row_words)
-
-    def store_grid(self, scale: Value, zero_code: Value) -> None:
-        for vector, word in zip(self._vectors, (scale, zero_code), strict=False):
-            self._row.write(vector, word)
-
-    def store_code_sum(self, total: Value) -> None:
-        self._row.write(self._vectors[2], total)
-
-    def store_bytes(self, position: Value, packed: list[Value], limit: int | None) -> None:
-        self._row.write_eight(self._start, position, packed, limit)
-
-    def store_planes(self, position: Value, planes: list[Value], limit: int | None) -> None:
-        self._row.write_planes(self._start, position, planes, self._plane_bytes, limit)

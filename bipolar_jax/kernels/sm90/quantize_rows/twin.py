@@ -18,20 +18,6 @@ def quantize_slot_twin(
     quantizer: RowQuantizer, first_row: Int[Array, ""], x, scratch, words, scale, zero_code, code_sums, *vectors
 ) -> None:
     """`RowQuantizer.quantize` on refs."""
-    packed, vectors = quantized_slot(quantizer, x, vectors)
-    for i in range(quantizer.rows):
-
-        @pl.when(first_row + i < quantizer.m)
-        def _(i=i):
-            words[:, first_row + i] = packed[:, i]
-            for target, vector in zip((scale, zero_code, code_sums), vectors, strict=True):
-                target[first_row + i] = vector[i]
-
-    plgpu.commit_smem()  # TMA may overwrite the slot from here on
-
-
-def quantized_slot(quantizer: RowQuantizer, x, vectors) -> tuple[UInt32[Array, "planes rows words"], list[Array]]:
-    """The words of a slot's rows; and their scales, codes of zero, and sums of codes."""
     a_format, k = quantizer.code_words.a_format, quantizer.k
     parts = 1 if quantizer.prologue is None else quantizer.prologue.parts
     filled = quantizer.blocks * BLOCK
@@ -44,7 +30,17 @@ def quantized_slot(quantizer: RowQuantizer, x, vectors) -> tuple[UInt32[Array, "
         packed = pack_planes(tokens.codes, a_format)
     packed = fill_up(packed, quantizer.row_words)
     zero_codes = tokens.zero_value if a_format.bits == 1 else (tokens.zero_value + a_format.max_value) // 2
-    return packed, [tokens.scale, zero_codes, jnp.sum(tokens.codes, axis=1, dtype=jnp.int32)]
+    sums = jnp.sum(tokens.codes, axis=1, dtype=jnp.int32)
+    for i in range(quantizer.rows):
+
+        @pl.when(first_row + i < quantizer.m)
+        def _(i=i):
+            words[:, first_row + i] = packed[:, i]
+            scale[first_row + i] = tokens.scale[i]
+            zero_code[first_row + i] = zero_codes[i]
+            code_sums[first_row + i] = sums[i]
+
+    plgpu.commit_smem()  # TMA may overwrite the slot from here on
 
 
 def _pack_bytes(signed_codes: Int[Array, "m k"]) -> UInt32[Array, "1 m words"]:

@@ -83,7 +83,7 @@ def test_integer_products_have_one_sum_for_all_groups(m, gated):
     np.testing.assert_array_equal(found[..., 0], expected)
 
 
-def test_plans_are_explained(monkeypatch):
+def test_plans_are_explained():
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2048, 4096), (4096, 14336)))
     w = jax.eval_shape(lambda kernel: bj.quantize(kernel, 4, 0, 128, scales="integer"), kernel)
     with interpreted(plgpu.InterpretGPUParams()):
@@ -93,11 +93,10 @@ def test_plans_are_explained(monkeypatch):
         assert explained.kernel == "int8 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers"
         assert explained.tiling == EXPANDED_CANDIDATES[0]
     assert prepared.reason == "estimated from tile sizes"
-    monkeypatch.setattr(expanded_planning, "QUANTIZES_IN_PRODUCTS", True)
     with interpreted(plgpu.InterpretGPUParams()):
         few = bj.explain(jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), w, 8)
     assert (few.implementation, few.kernel) == ("sm90", packed.kernel)
-    assert few.reason.startswith("16 tokens: quantized while the first weights are read; lays the weights out")
+    assert few.reason.startswith("16 tokens: bound by reading the weights; lays the weights out")
     assert isinstance(few.tiling, FewTokensTiling)
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
 

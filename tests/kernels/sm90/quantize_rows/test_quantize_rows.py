@@ -241,10 +241,12 @@ def test_what_is_not_a_number_shows_after_a_prologue(prologue, simulate):
     assert np.isfinite(packed.scale[3])
 
 
-def interpreted(x, a_format, operand, prologue=None, **options) -> PackedTokens:
+def interpreted(x, a_format, operand, prologue=None, blocks=2) -> PackedTokens:
     """In interpret mode, which must find no race."""
-    options = {"blocks": 2, "interpret": plgpu.InterpretGPUParams(detect_races=True)} | options
-    run = functools.partial(quantize_and_pack, a_format=a_format, operand=operand, prologue=prologue, **options)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    run = functools.partial(
+        quantize_and_pack, a_format=a_format, operand=operand, prologue=prologue, blocks=blocks, interpret=params
+    )
     packed = jax.block_until_ready(jax.jit(run)(x))
     assert not races_found()
     return packed

@@ -63,17 +63,7 @@ def synchronize_warp() -> None:
 
 def meet_cluster() -> None:
     """A barrier of all threads of a cluster; after it each sees what the others wrote, to global memory too."""
-    arrive_at_cluster()
-    await_cluster()
-
-
-def arrive_at_cluster() -> None:
-    """The first half of `meet_cluster`: this thread has come."""
     inline_ptx("barrier.cluster.arrive.release;", has_side_effects=True)
-
-
-def await_cluster() -> None:
-    """The second half of `meet_cluster`, once for each time that this thread has come."""
     inline_ptx("barrier.cluster.wait.acquire;", has_side_effects=True)
 
 

@@ -70,14 +70,6 @@ def prefetch(ptr: Pointer) -> None:
     inline_ptx("prefetch.global.L2 [$0];", ptr, has_side_effects=True)
 
 
-def prefetch_bulk(ptr: Pointer, size: int) -> None:
-    """Prefetches `size` bytes of global memory into the L2 cache, a multiple of 16 from a multiple of 16 on.
-
-    One thread asks for all of them, and waits for none.
-    """
-    inline_ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", ptr, has_side_effects=True)
-
-
 def load_half(ptr: Pointer) -> Value:
     """Loads 16 bits, aligned, zero-extended to a word."""
     return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), ptr, alignment=2))
