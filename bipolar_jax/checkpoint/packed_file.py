@@ -69,13 +69,13 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
       path: file to write; replaced if it exists. Missing directories are made.
       tree: nested dicts, lists or dataclasses of arrays, or one array. None and empty
         containers are not stored.
-      user: a dict that JSON can encode; `read_user` returns it.
+      user: a dict that JSON can encode and keeps as it is, with texts as keys; `read_user` returns it.
 
     Raises:
       ValueError: a leaf that is not an array, has a dtype outside float32, bfloat16, float16,
         bool and integers of at most 32 bits, or is a `BipolarArray` that is inconsistent or has
         NaN or Inf scales; a key that is empty or contains "/", a path of more than 1,000
-        characters, or two leaves that would take the same tensor name.
+        characters, or two leaves that would take the same tensor name; a `user` that is no such dict.
       OSError: the file cannot be written, for example because the disk is full.
       ModuleNotFoundError: safetensors is not installed.
     """
@@ -98,7 +98,7 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
     clashes = sorted(reserved & {name for name, leaf in _named_leaves(tree) if not isinstance(leaf, BipolarArray)})
     if clashes:
         raise ValueError(f"{clashes} are tensor names of fields of packed arrays: rename these keys")
-    body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user or {}}
+    body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": _checked_user(user)}
     text = json.dumps(body)
     with atomic_write(path) as temporary:
         metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
@@ -162,6 +162,25 @@ def read_user(path: str | os.PathLike[str]) -> dict[str, Any]:
         return body.user
 
 
+def _checked_user(user: Any) -> dict[str, Any]:
+    """The object as a file keeps it. Raises ValueError as `save`, for one that would not be read back."""
+    user = {} if user is None else user
+    try:
+        if isinstance(user, dict) and _has_text_keys(user):
+            json.dumps(user)
+            return user
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"user cannot be written as JSON: {error}; convert it, or leave it out") from error
+    raise ValueError(f"user must be a dict with texts as keys, as JSON has them, got {user!r:.100}")
+
+
+def _has_text_keys(value: Any) -> bool:
+    """Whether all keys of dicts within a value are texts; JSON would make texts of others, and some of them one key."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_has_text_keys, value.values()))
+    return all(map(_has_text_keys, value)) if isinstance(value, list | tuple) else True
+
+
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """The path and the array of every leaf. Raises ValueError as `save`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, BipolarNumbers))
@@ -184,8 +203,10 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
                 f"{name or 'the tree'} is a {type(leaf).__name__}, not an array: convert it or leave it out"
             )
         if not isinstance(leaf, BipolarArray) and leaf.dtype.name not in _DTYPES:
+            is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            remedy = "leave it out, or store its jax.random.key_data" if is_key else "cast it"
             raise ValueError(
-                f"{name or 'the tree'} has dtype {leaf.dtype.name}, packed files hold {', '.join(_DTYPES)}: cast it"
+                f"{name or 'the tree'} has dtype {leaf.dtype.name}, packed files hold {', '.join(_DTYPES)}: {remedy}"
             )
         yield name, leaf
 

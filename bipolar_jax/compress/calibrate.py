@@ -103,6 +103,8 @@ def calibrate[Model: nnx.Module](
     if cache_bits is not None and not (isinstance(model, CachesHeads) and cache_bits in model.cached_bits):
         kinds = model.cached_bits if isinstance(model, CachesHeads) else "no"
         raise ValueError(f"cache_bits is {cache_bits!r}, but the model keeps caches of {kinds} bits: leave it None")
+    if type(learn_spans) is not int:
+        raise ValueError(f"learn_spans must be a number of activation bits, 0 to learn none, got {learn_spans!r:.40}")
     _warn_of_training_mode(model)
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,22 @@ class LayerStore:
 def digest_of_model(model: nnx.Module) -> str:
     """SHA-256 of the paths, dtypes, shapes and bytes of all arrays of a model, its `config` and its layers' precisions.
 
-    The state of random streams is left out.
+    The state of random streams is left out, and so are addresses of functions and objects, which no other process has.
     """
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    digest = hashlib.sha256(_without_addresses(repr(getattr(model, "config", None))).encode())
     for path, module in nnx.iter_modules(model):
-        digest.update(repr((path, type(module).__name__, str(getattr(module, "precision", None)))).encode())
+        described = repr((path, type(module).__name__, str(getattr(module, "precision", None))))
+        digest.update(_without_addresses(described).encode())
     for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
         for leaf in jax.tree.leaves(variable.get_value()):
             digest.update(repr(keys).encode())
             digest.update(digest_of_arrays(leaf).encode())
     return digest.hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    """The text of a repr without addresses, as in "<function gelu at 0x7f24ccca9580>"."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def digest_of_arrays(arrays: Any) -> str:

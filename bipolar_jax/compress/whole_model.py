@@ -53,7 +53,7 @@ class WholeModel:
         def run(module, arguments):
             module, outside = nnx.clone(module), get_opaque_trace_state(convention="nnx")
             for path in dense:
-                replace_layer(module, path, Recorder(layer_at(module, path), recorder(path, outside)))
+                replace_layer(module, path, Recorder(layer_at(module, path), recorder(path, outside), zeros=True))
             return module(*arguments)
 
         def recorder(path: str, outside: Any) -> Callable[[Array], None]:

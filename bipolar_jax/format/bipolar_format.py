@@ -156,11 +156,12 @@ class BipolarFormat:
             raise ValueError(
                 "a ternary format cannot be truncated, because its two planes have the same weight: quantize again"
             )
-        if bits > self.bits:
+        shorter = BipolarFormat(bits)
+        if shorter.bits > self.bits:
             raise ValueError(
                 f"cannot truncate {self.bits} bits to {bits}: ask for at most {self.bits}, or quantize again"
             )
-        return BipolarFormat(bits)
+        return shorter
 
 
 TERNARY = BipolarFormat(2, ternary=True)

@@ -105,6 +105,8 @@ def to_qwix(array: BipolarNumbers, dtype: Any = jnp.float32) -> qwix.QArray:
         the scales; groups that do not divide the axis; scales that `dtype` does not hold.
     """
     qwix = require("qwix", "peers")
+    if not isinstance(array, BipolarNumbers):
+        raise ValueError(f"to_qwix takes a packed array, got {type(array).__name__}: qwix.quantize rounds floats")
     array = array.with_scales()
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(array)):
         raise ValueError("to_qwix looks at the numbers of an array, so it cannot be traced: call it outside of jit")

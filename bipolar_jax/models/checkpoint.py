@@ -39,7 +39,16 @@ def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source
       path: file to write, by convention ending in .safetensors; it is written atomically.
       pretrained: the model and its tokenizer.
       source: free text on the origin of the weights.
+
+    Raises:
+      ValueError: a model without its tokenizer; or as `save`.
+      OSError: the file cannot be written.
     """
+    if not isinstance(pretrained, PretrainedModel):
+        raise ValueError(
+            f"save_model writes a PretrainedModel, got a {type(pretrained).__name__}: give a model with its tokenizer, "
+            "PretrainedModel(model, tokenizer), or write arrays alone with bipolar_jax.save"
+        )
     model = pretrained.model
     tree: dict[str, Any] = {}
     for keys, variable in nnx.to_flat_state(nnx.state(model)):

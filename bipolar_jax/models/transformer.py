@@ -41,13 +41,20 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raises ValueError if a token id is not an integer, or outside the vocabulary."""
     found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be a sequence of integers, got {ids!r}: encode the text with a tokenizer")
+        shown = f"{ids!r:.100}"
+        raise ValueError(f"token ids must be a sequence of integers, got {shown}: encode the text with a tokenizer")
     low, high = int(found.min()), int(found.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"token ids span {low}..{high}, outside the vocabulary 0..{vocab_size - 1}: "
             "was the text encoded by another model's tokenizer?"
         )
+
+
+def check_transformer(model: Any) -> None:
+    """Raises ValueError unless it is a `Transformer`, or one that is cut over a mesh."""
+    if not isinstance(getattr(model, "config", None), TransformerConfig):
+        raise ValueError(f"got a {type(model).__name__}: give a Transformer, such as the model of a PretrainedModel")
 
 
 class Attention(CountedModule):

@@ -260,8 +260,8 @@ def layer_at(module: nnx.Module, path: str) -> nnx.Module:
     for name in path.split("/"):
         if isinstance(module, nnx.List | list | tuple) and name.isdecimal() and int(name) < len(module):
             module = module[int(name)]
-        elif isinstance(module, dict) and name in module:
-            module = module[name]
+        elif isinstance(module, dict) and (keys := [key for key in module if str(key) == name]):
+            module = module[keys[0]]
         elif hasattr(module, name):
             module = getattr(module, name)
         else:

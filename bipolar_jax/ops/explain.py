@@ -61,17 +61,22 @@ def explain(
       **options: further operands, by name.
 
     Raises:
-      ValueError: as the operation would.
+      TypeError: operands missing.
+      ValueError: as the operation would; a function that is no fused operation.
       Unsupported: no backend that was tried serves the request; lists each one's reason.
     """
     check_implementation(implementation)
     if callable(operation_or_x):
         plan = planner(operation_or_x, implementation, operands, options)
         return _explanation(implementation, plan, operation_or_x.__name__)
+    if len(operands) + len(options) < 2:
+        raise TypeError("explain(x, w, a_bits) needs w and a_bits: a_bits=None leaves the activations float")
     return _explanation(implementation, _product_planner(operation_or_x, *operands, **options), "this product")
 
 
 def _product_planner(x: Float[Array, "*batch k"], w: BipolarArray, a_bits: int | BipolarFormat | None) -> Callable:
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"x must be an array, or a jax.ShapeDtypeStruct of its shape and dtype, got {x!r:.60}")
     a_format = None if a_bits is None else activation_format(a_bits)
     check_operands(x, w, a_format, None)
     w = with_float_scales(w, abstract=True)

@@ -72,7 +72,16 @@ def feed_forward(*operands: Any, implementation: str = "auto", **options: Any) -
 
 
 def planner(operation: Callable, implementation: str, operands: tuple, options: dict) -> Callable[[Backend], Any]:
-    """Checks the operands of a fused operation; returns what asks a backend for its plan."""
+    """Checks the operands of a fused operation; returns what asks a backend for its plan.
+
+    Raises:
+      ValueError: another function; or as the operation.
+    """
+    if operation not in (prompt_heads, decode_attention, decode_layers, feed_forward):
+        name = getattr(operation, "__name__", repr(operation))
+        raise ValueError(
+            f"{name:.60} is no operation of bipolar_jax.ops.fused: give one, or x, w and a_bits of a matmul"
+        )
     return _checked(operation.__name__, "plan_", implementation, operands, options)
 
 

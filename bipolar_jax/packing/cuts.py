@@ -263,6 +263,8 @@ def _shortened(w: BipolarNumbers, parts: int) -> BipolarNumbers:
 
 def _axes_of(w: BipolarNumbers, spec: PartitionSpec, rules: Mapping[str, MeshAxes] | None) -> tuple[MeshAxes, ...]:
     """Mesh axes of each axis of `w.shape`."""
+    if not isinstance(spec, PartitionSpec | tuple):
+        raise ValueError(f"the spec must be a jax.sharding.PartitionSpec, got {spec!r:.60}")
     if len(spec) > w.ndim:
         raise ValueError(f"the spec {spec} has {len(spec)} axes, {w} has {w.ndim}")
     axes = (*spec, *[None] * (w.ndim - len(spec)))
@@ -285,6 +287,8 @@ def _joined(names: Any) -> MeshAxes:
 
 
 def _check_kind(w: BipolarNumbers) -> None:
+    if not isinstance(w, BipolarNumbers):
+        raise ValueError(f"only packed arrays have parts to cut, got {type(w).__name__}: jax.device_put cuts others")
     if not isinstance(w, BipolarArray | UnpackedArray):
         raise ValueError(f"{w} is a {type(w).__name__}: cut the BipolarArray that it is made of, and prepare the parts")
 

@@ -115,6 +115,8 @@ class Precision:
         Raises:
           ValueError: text of another form, or bits outside 1..8.
         """
+        if not isinstance(text, str):
+            raise ValueError(f'a precision is parsed of its text, such as "W4A8g64", got {text!r:.60}')
         match = _PATTERN.fullmatch(text.strip())
         if not match:
             raise ValueError(

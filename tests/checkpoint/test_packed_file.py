@@ -90,6 +90,20 @@ def test_user_object_comes_back(tmp_path):
     assert read_user(tmp_path / "u") == user
 
 
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ("text", "user must be a dict with texts as keys, .*got 'text'"),
+        ({"layers": [{3: "W4A8"}]}, "user must be a dict with texts as keys"),
+        ({"a": {1, 2}}, "user cannot be written as JSON: .*set"),
+    ],
+)
+def test_a_user_object_that_would_not_come_back_is_refused(tmp_path, user, message):
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "u", {"a": jnp.ones(1)}, user=user)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("fewer", [1, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(40, 6), (2, 40, 6)])
 def test_loading_fewer_bits_is_truncating(tmp_path, fewer, shape):
@@ -139,6 +153,7 @@ def test_loading_fewer_bits_reads_only_the_top_planes(tmp_path):
         ({"a": 3.0}, "a is a float, not an array"),
         ({"a": {"b": "text"}}, "a/b is a str"),
         ("text", "the tree is a str"),
+        ({"key": jax.random.key(0)}, "key has dtype key<fry>.*or store its jax.random.key_data"),
         ({"a/b": jnp.ones(1)}, r"'a/b'.*'/'.*rename"),
     ],
 )

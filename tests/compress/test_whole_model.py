@@ -11,6 +11,7 @@ from flax import nnx
 import bipolar_jax as bj
 from bipolar_jax.compress.calibrate import calibrate
 from bipolar_jax.compress.rounding import Rounding
+from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.compress.whole_model import WholeModel
 
 
@@ -96,6 +97,31 @@ def test_layers_whose_inputs_cannot_be_read_are_named(tmp_path):
         for layers in ((packed.inside, rounded.inside), (packed.beside, rounded.beside))
     ]
     assert same == [True, False]
+
+
+class Recurrent(nnx.Module):
+    """Layers in a dict with numbers as keys: one runs again on what it put out, one on inputs of two ranks."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.data({0: nnx.Linear(16, 16, rngs=rngs), 1: nnx.Linear(16, 16, rngs=rngs)})
+
+    def __call__(self, x):
+        for _ in range(2):
+            x = x + jnp.tanh(self.layers[0](x))
+        return self.layers[1](x[:, None])[:, 0] + self.layers[1](x)
+
+
+def test_a_layer_that_runs_again_is_rounded_for_what_it_gets_then():
+    model, x = Recurrent(nnx.Rngs(0)), data(4)[1]
+    whole = WholeModel.of(model, (x,))
+    assert [sites.names for sites in whole.block_sites] == [("layers/0",), ("layers/1",)]
+    again = x + jnp.tanh(model.layers[0](x))
+    last = again + jnp.tanh(model.layers[0](again))
+    for index, rows in enumerate(((x, again), (last, last))):
+        found, _ = jax.jit(site_inputs, static_argnums=3)(whole, model, (x,), whole.block_sites[index:])
+        np.testing.assert_allclose(found, jnp.concatenate(rows), rtol=1e-5, atol=1e-5)
+    packed = calibrate(model, x, [(".*", "W8A8")], method=Rounding("nearest"))
+    assert [str(layer.precision) for layer in packed.layers.values()] == ["W8A8", "W8A8"]
 
 
 def test_models_in_training_mode_are_warned_of():

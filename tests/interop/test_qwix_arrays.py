@@ -133,6 +133,8 @@ def test_what_is_not_held_is_refused():
     floats = jnp.asarray(FLOATS[0])
     with pytest.raises(ValueError, match="takes a qwix.QArray, got .*: use bipolar_jax.quantize"):
         bj.from_qwix(floats)
+    with pytest.raises(ValueError, match="takes a packed array, got .*: qwix.quantize rounds floats"):
+        bj.to_qwix(floats)
     for qtype in ("nf4", jnp.float8_e4m3fn):
         with pytest.raises(ValueError, match=r"(nf4|float8_e4m3fn) is no type of integers: .* no integer grid"):
             bj.from_qwix(rounded_by_qwix(qtype, "absmax"))

@@ -79,6 +79,18 @@ def test_an_explanation_refuses_as_the_operation(operation, operands, reason):
                 ask(*operands)
 
 
+def test_what_cannot_be_explained_is_named():
+    w = bj.quantize(jnp.ones((32, 4)), 4, 0)
+    with pytest.raises(
+        ValueError, match=r"sin is no operation of bipolar_jax\.ops\.fused: give one, or x, w and a_bits"
+    ):
+        bj.explain(jnp.sin, w)
+    with pytest.raises(TypeError, match=r"explain\(x, w, a_bits\) needs w and a_bits"):
+        bj.explain(jnp.ones((1, 32)), w)
+    with pytest.raises(ValueError, match=r"x must be an array, or a jax.ShapeDtypeStruct .*, got \[1.0\]"):
+        bj.explain([1.0], w, 8)
+
+
 @pytest.mark.parametrize("implementation", ["auto", "xla", "reference", "sm90"])
 @pytest.mark.parametrize(
     ("operation", "operands"),

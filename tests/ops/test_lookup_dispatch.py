@@ -45,6 +45,11 @@ def test_ids_of_any_integer_dtype(table, dtype):
     np.testing.assert_array_equal(lookup(table, jnp.array([100, 7], dtype)), table.dequantize()[jnp.array([100, 7])])
 
 
+def test_wide_ids_do_not_wrap_around(table):
+    with jax.enable_x64(True):
+        assert np.isnan(lookup(table, jnp.array([2**32 + 1]))).all()
+
+
 def test_negative_narrow_ids_are_out_of_range(table):
     assert np.isnan(lookup(table, jnp.array([-1], jnp.int8))).all()
 
@@ -61,6 +66,10 @@ def test_lookup_errors(table):
         lookup(table, jnp.ones(3))
     with pytest.raises(ValueError, match=r"shape \(40, 300\) packed along axis -2.*axis=-1"):
         lookup(table.T, jnp.arange(3))
+    with pytest.raises(ValueError, match="the table must be a BipolarArray, got ndarray"):
+        lookup(normal(4, 40), [1])
+    with pytest.raises(ValueError, match="rows are float numbers, got dtype int8"):
+        lookup(table, [1], jnp.int8)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 40\).*two axes"):
         lookup(quantize(normal(2, 3, 40), 4, -1), jnp.arange(2))
 

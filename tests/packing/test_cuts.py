@@ -133,6 +133,13 @@ def test_groups_that_no_range_ends_in_are_refused():
         jax.eval_shape(lambda w: taken_rows(w, np.int32(0), np.int32(72), 72, 36), packed("integer groups"))
 
 
+def test_only_packed_arrays_and_specs_are_taken():
+    with pytest.raises(ValueError, match="only packed arrays have parts to cut, got ndarray"):
+        partition_specs(np.ones(3), P("model"))
+    with pytest.raises(ValueError, match="the spec must be a .*PartitionSpec, got None"):
+        partition_specs(packed("column"), None)
+
+
 def test_prepared_arrays_are_cut_before():
     with pytest.raises(ValueError, match="cut the BipolarArray that it is made of, and prepare the parts"):
         partition_specs(packed("column").prepare(), P("model"))

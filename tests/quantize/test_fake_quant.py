@@ -167,6 +167,11 @@ def test_errors_of_parse_name_the_text_and_the_expected_form(text):
         Precision.parse(text)
 
 
+def test_parse_takes_texts_alone():
+    with pytest.raises(ValueError, match='parsed of its text, such as "W4A8g64", got 48'):
+        Precision.parse(48)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -52,6 +52,8 @@ def smooth[Model: Rotatable](
         read.
     """
     precision = Precision.of(precision)
+    if not isinstance(method, Smoothing):
+        raise ValueError(f"method must be a Smoothing, such as Smoothing('awq'), got {method!r:.60}")
     if not isinstance(model, Rotatable):
         raise ValueError(
             f"a {type(model).__name__} does not say what makes the inputs of its layers: smooth a models.Transformer, "

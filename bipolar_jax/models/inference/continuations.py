@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import round_up_length
-from bipolar_jax.models.transformer import Transformer, check_ids
+from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ def score_continuations(
       ValueError: an empty context, ids outside the vocabulary, a text longer than the model's context by more than its
         last token, or logits that are NaN.
     """
+    check_transformer(model)
     if texts_per_step < 1:
         raise ValueError(f"needs at least 1 text a step, got {texts_per_step=}")
     config = model.config

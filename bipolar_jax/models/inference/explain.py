@@ -19,7 +19,7 @@ from bipolar_jax.models.blocks.scoring import Scoring
 from bipolar_jax.models.blocks.step import Step, post_norm_step, product_step
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.kv_cache.cache import KVCache
-from bipolar_jax.models.transformer import DecoderLayer, Transformer
+from bipolar_jax.models.transformer import DecoderLayer, Transformer, check_transformer
 from bipolar_jax.nn.compressible import run_name
 
 
@@ -121,9 +121,10 @@ def explain_model(
       cache_bits: bits of the cached keys and values, 8 or 4; None keeps the model's dtype.
 
     Raises:
-      ValueError: operands that do not fit, such as other cache_bits, or prompts longer than the capacity.
+      ValueError: no Transformer; operands that do not fit, such as other cache_bits or prompts beyond the capacity.
       Unsupported: a layer names a backend that does not serve its product.
     """
+    check_transformer(model)
     config = model.config
     if capacity is None:
         capacity = max(length, min(round_up_length(length + 1), config.context_length))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, PRNGKeyArray
 
@@ -25,11 +24,11 @@ from bipolar_jax.models.inference.decode_loop import (
 )
 from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import EncodedPrompts, Prompt, encode_prompts, pad_prompts
-from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.models.inference.sampling import Sampling, one_key
 from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.pretrained import PretrainedModel
-from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 
 # Sizes of the array of end ids are rounded up to a multiple of this: other end ids share a compilation.
 _END_IDS_STEP = 8
@@ -91,9 +90,9 @@ def generate(
       one text for a prompt outside a list. With `logprobs`, `Completion`s instead of each.
 
     Raises:
-      ValueError: no prompts, an empty one, ids outside the vocabulary, prompt and new tokens together longer than the
-        model's context, settings out of range, other cache_bits, or logits that are NaN or infinite: the message names
-        the step, counted from 0.
+      ValueError: no Transformer, no prompts, an empty one, ids outside the vocabulary, prompt and new tokens together
+        longer than the model's context, settings of another type or out of range, other cache_bits, or logits that are
+        NaN or infinite: the message names the step, counted from 0.
     """
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     run = _prepared(
@@ -264,17 +263,22 @@ def _raise_not_finite(step: int, prompt: int) -> None:
 
 def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits, stop, end_ids, logprobs) -> _Run:
     """Checks all arguments of a call."""
+    check_transformer(model.model if isinstance(model, PretrainedModel) else model)
     encoded = encode_prompts(model, prompts)
     tokenizer = model.tokenizer if isinstance(model, PretrainedModel) else None
     model = model.model if isinstance(model, PretrainedModel) else model
     ids, lengths, capacity = pad_prompts(model, encoded.ids, max_new_tokens)
     check_cache_bits(cache_bits, model.config.head_dim)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise ValueError("a stop string is empty: every text contains it")
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must be strings that are not empty, which every text contains, got {stop!r:.60}")
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer: pass the PretrainedModel, or end_ids instead")
-    end_ids = frozenset(map(int, model.config.eos_ids if end_ids is None else end_ids))
+    if end_ids is None:
+        end_ids = model.config.eos_ids
+    elif np.size(end_ids):
+        check_ids(end_ids, model.config.vocab_size)
+    end_ids = frozenset(map(int, end_ids))
     padded_ends = np.full(-(-max(len(end_ids), 1) // _END_IDS_STEP) * _END_IDS_STEP, ENDED, np.int32)
     padded_ends[: len(end_ids)] = sorted(end_ids)
     return _Run(
@@ -287,23 +291,20 @@ def _prepared(model, prompts, max_new_tokens, sampling, key, cache_bits, stop, e
         int(max_new_tokens),
         cache_bits,
         Choice(sampling.greedy, sampling.penalizes, logprobs),
-        Settings(sampling.values(), _one_key(key, sampling), padded_ends),
+        Settings(sampling.values(), _key(key, sampling), padded_ends),
         end_ids,
         stop,
     )
 
 
 def _replaced(sampling: Sampling, fields: dict[str, float | None]) -> Sampling:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, or leave it out and give temperature, got {sampling!r:.60}")
     return dataclasses.replace(sampling, **{name: value for name, value in fields.items() if value is not None})
 
 
-def _one_key(key: PRNGKeyArray | None, sampling: Sampling) -> PRNGKeyArray:
+def _key(key: PRNGKeyArray | None, sampling: Sampling) -> PRNGKeyArray:
     """A typed key: the one given, of either kind, or a random one where it matters."""
     if key is None:
         return jax.random.key(0 if sampling.greedy else secrets.randbits(31))
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape:
-        raise ValueError(f"key must be one PRNG key, got an array of {key.shape}: generate splits it itself")
-    return key
+    return one_key(key)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.models.inference.on_host import on_host
-from bipolar_jax.models.transformer import Transformer, check_ids
+from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ def perplexity(
       ValueError: the text is too short, a window longer than the model's context, ids
         outside the vocabulary, or logits that are NaN.
     """
+    check_transformer(model)
     if windows < 1 or window_length < 2 or windows_per_step < 1:
         raise ValueError(
             f"needs at least 1 window of 2 tokens and 1 window a step, got {windows=}, {window_length=}, "

@@ -43,6 +43,8 @@ def encode_prompts(source: Transformer | PretrainedModel, prompts: Prompt | Sequ
     """
     is_one = isinstance(prompts, str) or _is_chat(prompts)
     prompts = [prompts] if is_one else prompts
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise ValueError(f"prompts must be a text, a conversation (a list of messages) or a list, got {prompts!r:.60}")
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
     are_texts = [isinstance(prompt, str) or _is_chat(prompt) for prompt in prompts]
@@ -81,8 +83,10 @@ def pad_prompts(
         model's context.
     """
     config = model.config
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    is_integer = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
+    if not is_integer or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r:.40}")
+    max_new_tokens = int(max_new_tokens)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
         raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: give at least one token, such as the BOS token")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-_SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits overflow when divided
+_SMALLEST_DIVISOR = 1e-6  # below it float32 logits overflow when divided
 _ALL_TOKENS = np.iinfo(np.int32).max
 
 
@@ -24,7 +24,8 @@ class Sampling:
       top_p: keeps the fewest of these whose probabilities add up to it (Holtzman et al. 2019, arXiv 1904.09751); 1
         keeps all.
       repetition_penalty: divides positive logits of tokens that the text has, prompt included, and multiplies negative
-        ones (Keskar et al. 2019, arXiv 1909.05858, as in transformers); 1 changes nothing. Applied first.
+        ones (Keskar et al. 2019, arXiv 1909.05858, as in transformers), from 1e-6 to 1e6; 1 changes nothing. Applied
+        first.
 
     Raises:
       ValueError: values outside these ranges.
@@ -36,16 +37,22 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if self.temperature != 0 and not _SMALLEST_TEMPERATURE <= self.temperature < float("inf"):
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.temperature != 0 and not _SMALLEST_DIVISOR <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature must be 0 (greedy) or at least {_SMALLEST_TEMPERATURE} and finite, got {self.temperature}"
+                f"temperature must be 0 (greedy) or at least {_SMALLEST_DIVISOR} and finite, got {self.temperature}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None, got {self.top_k}")
+        is_integer = isinstance(self.top_k, int | np.integer) and not isinstance(self.top_k, bool)
+        if self.top_k is not None and not (is_integer and self.top_k >= 1):
+            raise ValueError(f"top_k must be an integer of at least 1, or None, got {self.top_k!r:.40}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
+        if not _SMALLEST_DIVISOR <= self.repetition_penalty <= 1 / _SMALLEST_DIVISOR:
+            raise ValueError(
+                f"repetition_penalty must be from {_SMALLEST_DIVISOR} to {1 / _SMALLEST_DIVISOR:g}, got "
+                f"{self.repetition_penalty}: 1 changes nothing"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -63,6 +70,28 @@ class Sampling:
         return SamplingValues(
             np.float32(self.temperature), np.int32(top_k), np.float32(self.top_p), np.float32(self.repetition_penalty)
         )
+
+
+def _number(name: str, value: Any) -> float:
+    """A float, so that settings can be hashed and compared. Raises ValueError for what is no one number."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a number, got {value!r:.40}")
+
+
+def one_key(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A typed key, of one of either kind. Raises ValueError for anything else."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {key!r:.40}")
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape:
+        raise ValueError(f"key must be one PRNG key, got an array of {key.shape}: it is split here")
+    return key
 
 
 class SamplingValues(NamedTuple):

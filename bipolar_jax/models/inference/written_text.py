@@ -15,8 +15,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from bipolar_jax.models.inference.decode_loop import CHUNK, NOT_FINITE, Choice, Settings, first_token, next_tokens
 from bipolar_jax.models.inference.prompts import round_up_length
-from bipolar_jax.models.inference.sampling import Sampling
-from bipolar_jax.models.transformer import Transformer, check_ids
+from bipolar_jax.models.inference.sampling import Sampling, one_key
+from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 
 _CHOICE = Choice(greedy=False, penalizes=False, logprobs=False)
 
@@ -40,7 +40,7 @@ def write_windows(
       model: the model, as a rule the float one; `prepare_for_inference` makes it fast on GPUs.
       windows: number of windows.
       length: tokens of a window, the first one included.
-      key: typed PRNG key (`jax.random.key`).
+      key: PRNG key of either kind.
       first_id: first token of every window; None draws one for each, of all ids but `config.bos_id` and `eos_ids`.
       windows_per_step: windows that are written at the same time; each takes the memory of its keys and values.
       on_window: called with the number of windows written so far, which grows in fractions.
@@ -52,7 +52,8 @@ def write_windows(
       ValueError: counts below 1, windows longer than the model's context, a first id outside the vocabulary, or logits
         that are NaN or infinite.
     """
-    config = model.config
+    check_transformer(model)
+    config, key = model.config, one_key(key)
     if windows < 1 or length < 1 or windows_per_step < 1:
         raise ValueError(
             f"needs at least 1 window of 1 token and 1 window a step, got {windows=}, {length=}, {windows_per_step=}"

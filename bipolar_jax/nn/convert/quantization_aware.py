@@ -46,11 +46,17 @@ def quantization_aware[Model: nnx.Module](
       A model of the same class.
 
     Raises:
-      ValueError: rules as in `quantize_model`, or options that `DotGeneral` refuses.
+      ValueError: a linen model, whose layers take a `DotGeneral` themselves; a layer by itself; rules as in
+        `quantize_model`, or options that `DotGeneral` refuses.
 
     Warns:
       UserWarning: as `quantize_model`; embeddings stay float in training and are not warned of.
     """
+    if not isinstance(model, nnx.Module) or type(model) in _LAYERS:
+        raise ValueError(
+            f"got a {type(model).__name__}: give an nnx.Module with paths for rules to match; a layer by itself, or "
+            "of a linen model, is trained with its argument dot_general=bipolar_jax.DotGeneral(...)"
+        )
     trained = nnx.clone(model)
     # A foreign dot_general of a dense layer is replaced.
     left_float = [x for x in float_layers(trained) if x.reason is not None and type(x.layer) not in _DENSE]

@@ -36,6 +36,10 @@ def match_rules(
     Raises:
       ValueError: a rule that decides no layer, or that is not a (pattern, precision) pair; a text that is no precision.
     """
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise ValueError(
+            f'rules must be a list of (pattern, precision) pairs, such as [(".*", "W4A8")], got {rules!r:.60}'
+        )
     compiled = [_compile(rule) for rule in rules]
     used, precisions = set(), {}
     for path in paths:

@@ -97,7 +97,8 @@ class Embed(PackedModule):
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids must be integers, got {ids.dtype}")
         if jnp.issubdtype(ids.dtype, jnp.signedinteger):
-            ids = ids.astype(jnp.int32)  # a narrower type may not hold the number of rows
+            if ids.dtype.itemsize < 4:
+                ids = ids.astype(jnp.int32)  # a narrower type may not hold the number of rows
             ids = jnp.where(ids < 0, ids + self.num_embeddings, ids)
         if self.num_embeddings == 1:
             ids = jnp.zeros_like(ids)

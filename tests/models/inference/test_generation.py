@@ -230,7 +230,10 @@ def test_greedy_needs_no_key_and_ignores_one(model, greedy):
     [
         ([], 1, "no prompts"),
         ([[1], [], [2]], 1, "prompt 1 is empty"),
-        ([[1]], 0, "max_new_tokens must be at least 1, got 0"),
+        (5, 1, "prompts must be a text, a conversation .* or a list, got 5"),
+        ([[1]], 0, "max_new_tokens must be an integer of at least 1, got 0"),
+        ([[1]], 2.5, r"max_new_tokens must be an integer of at least 1, got 2\.5"),
+        ([[1]], True, "max_new_tokens must be an integer of at least 1, got True"),
         ([[1, 37]], 1, r"token ids span 1\.\.37, outside the vocabulary 0\.\.36"),
         ([[1, -1]], 1, r"token ids span -1\.\."),
         ([[1, 2**40]], 1, "outside the vocabulary"),
@@ -255,6 +258,36 @@ def test_both_kinds_of_keys_give_the_same_texts(model, n):
     assert generate(model, PROMPTS, n, RANDOM, np.asarray(legacy)) == expected
     for key in (typed, legacy):
         assert np.stack(list(stream(model, PROMPTS, n, RANDOM, key))).T.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"end_ids": [2**40]}, "outside the vocabulary"),
+        ({"end_ids": [1.7]}, r"token ids must be a sequence of integers, got \[1.7\]"),
+        ({"end_ids": 3}, "token ids must be a sequence of integers, got 3"),
+        ({"sampling": None}, "sampling must be a Sampling, or leave it out and give temperature, got None"),
+        ({"sampling": RANDOM, "key": 3}, r"key must be a PRNG key such as jax.random.key\(0\), got 3"),
+        ({"model": "model.gguf"}, "got a str: give a Transformer, such as the model of a PretrainedModel"),
+    ],
+)
+def test_options_of_another_type_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(**{"model": model, "prompts": PROMPTS, "max_new_tokens": 2} | options)
+
+
+def test_functions_of_the_model_alone_say_so(model):
+    pretrained = bj.models.PretrainedModel(model, None)
+    for ask in (
+        lambda: bj.explain_model(pretrained, 1, 8),
+        lambda: bj.models.perplexity(pretrained, [1] * 8, windows=1, window_length=8),
+        lambda: bj.models.score_continuations(pretrained, [([1], [2])]),
+        lambda: bj.models.write_windows(pretrained, 1, 8, key=jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match="got a PretrainedModel: give a Transformer, such as the model of"):
+            ask()
+    with pytest.raises(ValueError, match=r"got a Transformer: give a model with its tokenizer, PretrainedModel\(model"):
+        bj.models.save_model("unwritten.safetensors", model)
 
 
 def test_an_array_of_keys_is_refused(model):

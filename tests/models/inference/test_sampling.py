@@ -143,18 +143,25 @@ def test_low_precision_logits_are_divided_in_float32():
         ({"temperature": -0.5}, r"temperature must be 0 .greedy. or at least 1e-06 and finite, got -0\.5"),
         ({"temperature": float("inf")}, "temperature must be 0 .greedy. or at least 1e-06 and finite, got inf"),
         ({"temperature": float("nan")}, "temperature must be 0 .greedy. or at least 1e-06 and finite, got nan"),
-        ({"top_k": 0}, "top_k must be at least 1, or None, got 0"),
-        ({"top_k": -3}, "top_k must be at least 1, or None, got -3"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, or None, got 0"),
+        ({"top_k": 1.5}, r"top_k must be an integer of at least 1, or None, got 1\.5"),
+        ({"top_k": True}, "top_k must be an integer of at least 1, or None, got True"),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be above 0 and at most 1, got 1\.5"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, got nan"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty must be positive and finite, got 0\.0"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty must be positive and finite, got inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-06 to 1e.06, got 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be from 1e-06 to 1e.06, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+def test_settings_may_be_arrays_of_one_number():
+    sampling = Sampling(temperature=jnp.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.25))
+    assert (sampling, hash(sampling)) == (Sampling(0.5, 3, 0.25), hash(Sampling(0.5, 3, 0.25)))
 
 
 def test_drawing_at_random_needs_a_key():
