@@ -228,6 +228,8 @@ def test_implementation_reaches_every_new_layer(model):
         ),
         ([("head", W4A8), ("head", None)], r"'head' decides no layer"),
         ([("(", W4A8)], r"'\(' is not a regular expression"),
+        ({"head": W4A8}, r"rules must be a list of \(pattern, precision\) pairs.*got {'head'"),
+        (zip(["head"], [W4A8], strict=True), r"rules must be a list of \(pattern, precision\) pairs.*got <zip"),
         (
             [("head", Precision(4, 8, group_size=9))],
             r"cannot quantize layer head to W4A8g9: .*contracted size 8, got 9",
