@@ -62,7 +62,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32",
 def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = None) -> None:
     """Writes a pytree of arrays and `BipolarArray`s; packed weights take n bits each.
 
-    The file is written under a temporary name, synced and renamed, so that an interrupted save
+    The file is written in a temporary folder, synced and moved, so that an interrupted save
     leaves an existing file unchanged.
 
     Args:
