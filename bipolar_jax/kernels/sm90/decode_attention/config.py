@@ -21,6 +21,9 @@ _TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
 _MOST_BLOCKS = 8  # in a portable cluster
 _BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS  # of one warpgroup
+# A cluster's blocks run within one GPC. How a chip's 132 multiprocessors are spread over GPCs differs; an H200 was seen
+# to run fewer than 32 clusters of four blocks that have a multiprocessor each. This spread has room for 30.
+_GPC_MULTIPROCESSORS = (18, 18, 18, 18, 16, 16, 14, 14)
 _SEQUENCES = (1, 2, 4, 8)  # of a block
 # Tiles on the tensor cores.
 TILE_QUERIES = 8  # rows of an instruction that are used
@@ -28,7 +31,7 @@ WARP_POSITIONS = 16
 TILE_ROWS, TILE_COLUMNS = 8, 64  # of the blocks of a tile that a 128-byte swizzle permutes
 _TENSOR_CORE_HEADS = (64, 128)
 _WARPGROUPS = 2  # of a block that has a multiprocessor for itself
-_FEWEST_BLOCKS = MULTIPROCESSORS * 3 // 4  # that are worth a multiprocessor each, where sequences are taken in turn
+_FEWEST_BLOCKS = MULTIPROCESSORS * 3 // 4  # that are worth a multiprocessor each
 MASKED_SCORE = -1e30  # finite, so that the difference of two is a number
 START_SCORE = -5e29  # the largest score of no positions: 2^(MASKED_SCORE - START_SCORE) is 0
 TERMS = 2  # of a total, besides the values: the largest score and the sum of weights
@@ -217,7 +220,6 @@ def plan_attention(
 
 def _divided(plan: AttentionPlan, splits: int | None, sequences: int | None, warpgroups: int | None) -> AttentionPlan:
     """The plan with what is None chosen; raises ValueError as `plan_attention` says."""
-    heads = plan.kv_heads * plan.members  # blocks of a sequence that is not split
     if warpgroups is None:
         warpgroups = _warpgroups(plan)
     elif warpgroups > 1 and not plan.on_tensor_cores:
@@ -228,7 +230,7 @@ def _divided(plan: AttentionPlan, splits: int | None, sequences: int | None, war
         splits = 1
         while (
             2 * splits * plan.members <= _MOST_BLOCKS
-            and 2 * splits * plan.batch * heads <= at_once
+            and plan.batch * plan.kv_heads <= _clusters_at_once(2 * splits * plan.members, at_once // MULTIPROCESSORS)
             and 2 * splits * warpgroups * plan.positions <= plan.capacity
         ):
             splits *= 2
@@ -243,15 +245,20 @@ def _divided(plan: AttentionPlan, splits: int | None, sequences: int | None, war
 
 
 def _warpgroups(plan: AttentionPlan) -> int:
-    """Two where blocks that have a multiprocessor each all run at once, and leave few multiprocessors over."""
+    """Two where blocks that have a multiprocessor each, in clusters of two at most, run at once and fill the chip."""
     blocks = plan.batch * plan.kv_heads * plan.members
-    if not plan.on_tensor_cores:
+    if not plan.on_tensor_cores or 2 * blocks < _FEWEST_BLOCKS:
         return 1
     if blocks > MULTIPROCESSORS:
         sequences = _fitting_sequences(plan, MULTIPROCESSORS) if plan.members == 1 else None
         if sequences is None or blocks // sequences < _FEWEST_BLOCKS:
             return 1
     return _WARPGROUPS
+
+
+def _clusters_at_once(blocks: int, per_multiprocessor: int) -> int:
+    """Clusters of so many blocks that run at the same time."""
+    return sum(per_multiprocessor * multiprocessors // blocks for multiprocessors in _GPC_MULTIPROCESSORS)
 
 
 def _fitting_sequences(plan: AttentionPlan, at_once: int) -> int | None:

@@ -45,6 +45,7 @@ class Case:
     rope: bool = True
     alibi: bool = False
     sequences: int = 1  # that a block takes in turn
+    warpgroups: int = 1  # of a block
 
     def make(self):
         """q, k, v, cache and the tables."""
@@ -75,7 +76,7 @@ def interpreted(monkeypatch, case: Case, operands, splits: int | None = None, jo
         chosen = plan_attention
         monkeypatch.setattr(
             "bipolar_jax.kernels.sm90.decode_attention.launch.plan_attention",
-            lambda *args: chosen(*args[:-3], splits, case.sequences),
+            lambda *args: chosen(*args[:-3], splits, case.sequences, case.warpgroups),
         )
     with execution.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
         q, k, v, cache, tables = operands
@@ -103,15 +104,25 @@ def in_float64(case: Case, q, cache: KVCache) -> np.ndarray:
 
 CASES = {
     "tiles, alibi, full": (
-        Case((90, 128), heads=2, kv_heads=2, head_dim=64, capacity=128, dtype=jnp.bfloat16, rope=False, alibi=True),
+        Case(
+            (90, 128),
+            heads=2,
+            kv_heads=2,
+            head_dim=64,
+            capacity=128,
+            dtype=jnp.bfloat16,
+            rope=False,
+            alibi=True,
+            warpgroups=2,
+        ),
         2,
     ),
     "one query a key": (Case((0, 63), heads=2, kv_heads=2), 1),
     "ragged": (Case((0, 1, 63, 64, 130, 191), heads=1, capacity=192, head_dim=64), 2),
     "full": (Case((128, 127), capacity=128), 2),
     "four queries": (Case((100,), heads=8, kv_heads=2, capacity=128, head_dim=128, dtype=jnp.bfloat16), 2),
-    "queries of two members": (Case((70,), heads=7, capacity=128, head_dim=128, dtype=jnp.bfloat16), 2),
-    "eight queries": (Case((64,), heads=8, capacity=128, head_dim=128, dtype=jnp.float16), 1),
+    "queries of two members": (Case((70,), heads=7, capacity=128, head_dim=128, dtype=jnp.bfloat16, warpgroups=2), 2),
+    "eight queries": (Case((64,), heads=8, capacity=128, head_dim=128, dtype=jnp.float16, warpgroups=2), 1),
     "rings go round": (Case((640,), heads=1, capacity=640, head_dim=128), 1),
     "most splits": (Case((575,), heads=1, capacity=576, head_dim=16, dtype=jnp.bfloat16), 8),
     "alibi": (Case((90, 20), heads=4, kv_heads=4, capacity=128, rope=False, alibi=True), 2),
@@ -127,7 +138,9 @@ CASES = {
 
 # Texts of no tile, of part of one, of whole ones, and of more than a ring holds.
 IN_TURN = {
-    "tiles": Case((70, 0, 300, 320), kv_heads=1, head_dim=64, capacity=320, dtype=jnp.bfloat16, sequences=2),
+    "tiles": Case(
+        (70, 0, 300, 320), kv_heads=1, head_dim=64, capacity=320, dtype=jnp.bfloat16, sequences=2, warpgroups=2
+    ),
     "rows, 8 bits": Case((0, 191, 128, 100), heads=1, capacity=192, bits=8, sequences=4),
 }
 
@@ -219,20 +232,20 @@ def test_a_model_decodes_as_with_xla(monkeypatch, positions, bits):
 @pytest.mark.parametrize(
     ("sizes", "bits", "splits", "members", "warpgroups"),
     [
-        ((1, 32, 32, 1024, 128), None, 4, 1, 2),
-        ((1, 32, 32, 1024, 128), 8, 8, 1, 1),
-        ((1, 32, 8, 1024, 128), None, 8, 1, 2),
-        ((1, 64, 8, 1024, 128), None, 4, 2, 2),
+        ((1, 32, 32, 1024, 128), None, 4, 1, 1),
+        ((1, 24, 24, 1024, 128), 8, 8, 1, 1),
+        ((1, 32, 8, 1024, 128), None, 8, 1, 1),
+        ((1, 64, 8, 1024, 128), None, 4, 2, 1),
         ((64, 32, 32, 1024, 128), None, 1, 1, 1),
-        ((1, 9, 3, 64, 64), None, 1, 1, 2),
-        ((4, 32, 8, 4096, 128), None, 4, 1, 2),
+        ((1, 9, 3, 64, 64), None, 1, 1, 1),
+        ((4, 32, 8, 4096, 128), None, 4, 1, 1),
         ((8, 32, 8, 4096, 128), None, 2, 1, 2),
         ((16, 32, 8, 4096, 128), None, 1, 1, 2),
         ((16, 32, 8, 4096, 128), 4, 2, 1, 1),
     ],
     ids=str,
 )
-def test_sequences_are_split_as_long_as_there_are_multiprocessors(sizes, bits, splits, members, warpgroups):
+def test_sequences_are_split_as_long_as_clusters_run_at_once(sizes, bits, splits, members, warpgroups):
     plan = plan_attention(*sizes, jnp.uint8 if bits else jnp.bfloat16, bits)
     assert (plan.splits, plan.members, plan.warpgroups) == (splits, members, warpgroups)
     assert plan.slots >= 2
@@ -245,7 +258,17 @@ def test_blocks_take_sequences_in_turn_where_they_would_run_in_turn():
         plan = plan_attention(batch, heads, kv_heads, 320, 128, dtype, bits)
         return plan.sequences, plan.warpgroups
 
-    expected = {1: (1, 2), 16: (1, 2), 17: (1, 1), 18: (1, 1), 32: (2, 2), 33: (1, 1), 34: (2, 1), 64: (4, 2)}
+    expected = {
+        1: (1, 1),
+        8: (1, 2),
+        16: (1, 2),
+        17: (1, 1),
+        18: (1, 1),
+        32: (2, 2),
+        33: (1, 1),
+        34: (2, 1),
+        64: (4, 2),
+    }
     expected |= {128: (8, 2), 65: (1, 1), 1024: (1, 1)}
     assert {batch: chosen(batch) for batch in expected} == expected
     assert [chosen(batch, bits=8) for batch in (32, 64, 128)] == [(1, 1), (2, 1), (4, 1)]
@@ -297,6 +320,7 @@ needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=s
         (1, 32, 32, 128, False),  # Llama-2-7B
         (64, 32, 32, 128, False),
         (1, 32, 8, 128, False),  # Llama-3-8B
+        (16, 32, 8, 128, False),
         (64, 32, 8, 128, False),
         (64, 64, 8, 128, False),  # Llama-3-70B
         (1, 9, 3, 64, False),  # SmolLM2-135M
