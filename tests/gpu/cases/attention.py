@@ -150,6 +150,8 @@ def cases() -> list[Case]:
 def small() -> dict[str, Case]:
     tokens = {
         "attention": Token((0, 63), 2, 1, 32, 64, None, np.float32),
+        # By two warpgroups a block: 64 blocks, each of a head.
+        "attention, tiles": Token((0, 5, 20, 31, 40, 60, 63, 64), 8, 8, 128, 64),
         "attention, 4 bits": Token((50,), 2, 1, 32, 64, 4, np.float32, rope=False, alibi=True),
     }
     return {name: Case(name, token.trial) for name, token in tokens.items()}
