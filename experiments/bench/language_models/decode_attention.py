@@ -24,7 +24,7 @@ from bipolar_jax.kernels.sm90.decode_attention.launch import decode_attention
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
 
-SHAPES = "4x1024,16x480,32x480,64x256,64x1024"
+SHAPES = "4x1024,16x480,64x256"
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 8, 128, 8
 _TOLERANCE = 2.0**-6  # roundings of bf16
 Division = tuple[int, int, int]  # blocks that divide a text, texts of a block, its warpgroups
@@ -43,9 +43,9 @@ def operands(texts: int, positions: int, layers: int = LAYERS, heads: int = HEAD
 def divisions(texts: int, capacity: int) -> list[Division]:
     """The one that is chosen, and others."""
     plan = plan_attention(texts, HEADS, KV_HEADS, capacity, HEAD_DIM, jnp.dtype(jnp.bfloat16), None)
-    others = [(splits, 1) for splits in (1, 2, 4, 8)] + [(1, texts_of_block) for texts_of_block in (2, 4)]
+    others = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 4, 2)]
     own = plan.splits, plan.sequences, plan.warpgroups
-    return [own, *((*other, w) for w in (1, 2) for other in others if (*other, w) != own and texts % other[1] == 0)]
+    return [own, *(other for other in others if other != own and texts % other[1] == 0)]
 
 
 def attend(projected, keys, values, lengths, *, division: Division):
