@@ -2,7 +2,8 @@
 
 Persistent blocks, one a multiprocessor. Each warpgroup of a block takes rows independently of the others: TMA loads
 them into the warpgroup's own ring of slots, so that the next rows arrive while it works on one, and it stores words
-straight from registers. `quantizer` is what the threads do with a slot.
+straight from registers. Of few rows every block has one, whose threads load it themselves. `quantizer` is what the
+threads do with a slot.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ _WARPGROUPS, _BARRIERS = 4, 32  # at most, in a block
 _LEAST_THREADS = 8  # that share a row
 # Barriers and scratch take 1 KiB less than the reserve, so that four rows of 28672 16-bit numbers fit.
 _MEMORY_BYTES = SHARED_MEMORY_BYTES + 1024
+_COMPILER_PARAMS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    unsafe_no_auto_barriers=True,  # `quantizer` has the barriers it needs
+)
 _COPY_BYTES = 128  # Mosaic's copies to shared memory must be multiples of this
 
 
@@ -133,6 +138,7 @@ def plan(
         code_words=CodeWords(a_format, signed=operand == "int8"),
         row_words=-(-k // (ALIGNED_WORDS * WORD_BITS)) * ALIGNED_WORDS if operand == "planes" else 8 * num_words(k),
         threads=threads,
+        in_memory=threads == WARPGROUP and m <= MULTIPROCESSORS and parts == 1,
     )
     whole_copies = _COPY_BYTES * threads // WARPGROUP // x.dtype.itemsize
     filled = fill_up(x.reshape(m, parts, k), BLOCK).reshape(m, -1)
@@ -155,6 +161,44 @@ def _threads_of_row(m: int, k: int, row_bytes: int) -> int:
 
 def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
     """Runs the kernel; returns the fields of `PackedTokens`."""
+    if not quantizer.in_memory:
+        return _launch_rows_in_slots(quantizer, inputs, blocks, interpret)
+    # As many numbers as of many rows: `check_row` does not know how many there are.
+    _share_memory(inputs[0].shape[1] * inputs[0].dtype.itemsize, sum(vector.nbytes for vector in inputs[1:]))
+    return _launch_rows_in_memory(quantizer, inputs, blocks, interpret)
+
+
+def _launch_rows_in_memory(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
+    """`_launch` of a row a block, or a few: nothing would arrive while another row is worked on."""
+    m = quantizer.m
+    blocks = min(blocks, m)
+
+    def kernel(x, *refs, scratch):
+        vectors, outputs = refs[: len(inputs) - 1], refs[len(inputs) - 1 :]
+
+        def quantize(row):
+            _quantize_slot(quantizer, row, x.at[pl.ds(row, 1)], scratch, *outputs, *vectors)
+
+        first = lax.axis_index("block")
+        if blocks == m:
+            quantize(first)
+        else:
+            pl.loop(0, lax.div(m - first + blocks - 1, blocks))(lambda turn: quantize(first + turn * blocks))
+
+    return launch_kernel(
+        kernel,
+        out_type=_out_type(quantizer),
+        scratch_types=dict(scratch=plgpu.SMEM((SCRATCH_WORDS,), jnp.int32)),
+        grid=(blocks,),
+        grid_names=("block",),
+        kernel_name="quantize_rows",
+        interpret=interpret,
+        compiler_params=_COMPILER_PARAMS,
+    )(*inputs)
+
+
+def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret) -> list[Array]:
+    """`_launch` of many rows."""
     m, rows, columns = quantizer.m, quantizer.rows, inputs[0].shape[1]
     vector_bytes = sum(vector.nbytes for vector in inputs[1:])
     warpgroups, slots = _share_memory(rows * columns * inputs[0].dtype.itemsize, vector_bytes)
@@ -217,10 +261,7 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
     scratch_types += [plgpu.Barrier() for _ in inputs[1:]]
     return launch_kernel(
         kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((quantizer.planes, m, quantizer.row_words), jnp.uint32),
-            *[jax.ShapeDtypeStruct((vector_length(m),), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)],
-        ],
+        out_type=_out_type(quantizer),
         scratch_types=scratch_types,
         grid=(blocks,),
         grid_names=("block",),
@@ -228,11 +269,14 @@ def _launch(quantizer: RowQuantizer, inputs: list[Array], blocks: int, interpret
         thread_name="warpgroup",
         kernel_name="quantize_rows",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # `quantizer` has the barriers it needs
-        ),
+        compiler_params=_COMPILER_PARAMS,
     )(*inputs)
+
+
+def _out_type(quantizer: RowQuantizer) -> list[jax.ShapeDtypeStruct]:
+    """The fields of `PackedTokens`."""
+    vectors = [jax.ShapeDtypeStruct((vector_length(quantizer.m),), dtype) for dtype in (jnp.float32, *[jnp.int32] * 2)]
+    return [jax.ShapeDtypeStruct((quantizer.planes, quantizer.m, quantizer.row_words), jnp.uint32), *vectors]
 
 
 def check_row(k: int, dtype: jnp.dtype) -> None:

@@ -16,7 +16,17 @@ from bipolar_jax.kernels.semantics.prologue import Prologue
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import tree
 from bipolar_jax.kernels.sm90.core.ptx import Value
-from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, HIGH, LOW, SQUARES, SUM, RowThreads
+from bipolar_jax.kernels.sm90.quantize_rows.row_threads import (
+    BLOCK,
+    HIGH,
+    LARGEST_FLOAT,
+    LOW,
+    SQUARES,
+    SUM,
+    SUM_OF_FLOATS,
+    Combination,
+    RowThreads,
+)
 
 Quarters = list[list[Value]]  # a block's 32 numbers in float32, eight in each quarter
 
@@ -39,7 +49,7 @@ class Source:
         """
         self._prologue, self._ptx_type, self._k, self._row = prologue, ptx_type, k, row
         self._x = row.start_in_slot(x, ptx_type, 1 if prologue is None else prologue.parts)
-        self._vectors = [ptx.pointer(vector, ptx.SHARED) for vector in vectors]
+        self._vectors = [ptx.pointer(vector, row.space) for vector in vectors]
 
     def numbers(self, block: Value) -> Quarters:
         """A block's numbers, without the row's factor that `extremes` returns."""
@@ -58,12 +68,11 @@ class Source:
             return _widen(ptx_type, values, [word for q in row.load(self._x, ptx_type, block) for word in q])
 
         high, low = row.over_blocks(visit, [ptx.int32(0)] * 2, wanted=row.blocks)
-        # So far each word holds two numbers. From here one word holds the maximum and minus the minimum.
+        # So far each word holds two numbers. Here one word holds the maximum and the other numbers' magnitude.
+        low = ptx.bits_of(low, 0x7FFF7FFF)
         larger = functools.partial(ptx.extreme, "max", ptx_type)
-        minus_low = ptx.flip_bits(low, 0x80008000)
-        both = larger(ptx.pick_bytes(high, minus_low, 0x5410), ptx.pick_bytes(high, minus_low, 0x7632))
-        (both,) = row.combine(larger, {HIGH: both})
-        return *ptx.expand(ptx_type, both), None
+        both = larger(ptx.pick_bytes(high, low, 0x5410), ptx.pick_bytes(high, low, 0x7632))
+        return *self._combined_extremes([ptx.as_word(x) for x in ptx.expand(ptx_type, both)]), None
 
     def _extremes_of(self, numbers) -> tuple[Value, Value]:
         """Extremes of numbers(block, position), which may be 0 where the thread has no block."""
@@ -74,9 +83,9 @@ class Source:
         return self._combined_extremes(self._row.over_blocks(visit, [ptx.int32(0)] * 2, wanted=self._row.blocks))
 
     def _combined_extremes(self, values: list[Value]) -> tuple[Value, Value]:
-        larger = functools.partial(ptx.extreme, "max", "f32")
-        words = self._row.combine(larger, {HIGH: values[0], LOW: ptx.flip_bits(values[1], 0x80000000)})
-        return ptx.as_float(words[0]), ptx.as_float(words[1])
+        """The extremes over the row, from words of this thread's."""
+        high, minus_low = self._row.combine(_extremes_to_combine(values))
+        return ptx.as_float(high), ptx.as_float(minus_low)
 
     def _vector(self, which: int, block: Value) -> Quarters:
         """A block of the prologue's vector of that index, in the order of its fields."""
@@ -85,15 +94,12 @@ class Source:
     def _sum(self, scratch_index: int, total: Value) -> Value:
         """The sum of the threads' totals over the row."""
 
-        def add_words(a: Value, b: Value) -> Value:
-            return ptx.as_word(ptx.add(ptx.as_float(a), ptx.as_float(b)))
-
-        (total,) = self._row.combine(add_words, {scratch_index: ptx.as_word(total)})
+        (total,) = self._row.combine({scratch_index: (SUM_OF_FLOATS, ptx.as_word(total))})
         return ptx.as_float(total)
 
     def _inverse_root(self, squares: Value) -> Value:
-        """1 / sqrt(mean square + eps) of the row, from this thread's sum of squares."""
-        mean = ptx.divide(self._sum(SQUARES, squares), ptx.float32(self._k))
+        """1 / sqrt(mean square + eps) of the row, from its sum of squares."""
+        mean = ptx.divide(squares, ptx.float32(self._k))
         return ptx.rsqrt(ptx.add(mean, ptx.float32(self._prologue.eps)))
 
 
@@ -121,8 +127,9 @@ class RMSNormSource(Source):
 
         start = [ptx.int32(0), ptx.int32(0), ptx.float32(0)]
         *extremes, squares = row.over_blocks(visit, start, wanted=row.blocks)
-        r = self._inverse_root(squares)
-        return *self._combined_extremes(extremes), r
+        combined = _extremes_to_combine(extremes) | {SQUARES: (SUM_OF_FLOATS, ptx.as_word(squares))}
+        high, minus_low, squares = map(ptx.as_float, self._row.combine(combined))
+        return high, minus_low, self._inverse_root(squares)
 
 
 class LayerNormSource(Source):
@@ -156,7 +163,7 @@ class LayerNormSource(Source):
 
         partial = self._k % BLOCK != 0
         (squares,) = row.over_blocks(add_squares, [ptx.float32(0)], wanted=row.blocks, partial=partial)
-        self._r = self._inverse_root(squares)
+        self._r = self._inverse_root(self._sum(SQUARES, squares))
         return *self._extremes_of(lambda block, position: self.numbers(block)), None
 
     def _deviations(self, block: Value) -> Quarters:
@@ -169,6 +176,11 @@ def _widen(ptx_type: str, values: list[Value], words: list[Value]) -> list[Value
         tree(functools.partial(ptx.extreme, kind, ptx_type), [value, *words])
         for kind, value in zip(("max", "min"), values, strict=True)
     ]
+
+
+def _extremes_to_combine(values: list[Value]) -> dict[int, tuple[Combination, Value]]:
+    """For `RowThreads.combine`, the words of a maximum and of a minimum, which are not below and not above 0."""
+    return {HIGH: (LARGEST_FLOAT, values[0]), LOW: (LARGEST_FLOAT, ptx.bits_of(values[1], 0x7FFFFFFF))}
 
 
 def each(function, *blocks: Quarters) -> Quarters:

@@ -17,7 +17,7 @@ from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import Value
 from bipolar_jax.kernels.sm90.quantize_rows.activations import source_of
 from bipolar_jax.kernels.sm90.quantize_rows.prologues import Source
-from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, CODE_SUM, RowThreads
+from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK, CODE_SUM, SUM_OF_INTEGERS, RowThreads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class RowQuantizer:
       code_words: format and layout of the codes.
       row_words: words of a row of one plane in the output.
       threads: threads that share a row. A slot has WARPGROUP / threads rows.
+      in_memory: whether slots are in global memory, as are the prologue's vectors.
     """
 
     m: int
@@ -41,6 +42,7 @@ class RowQuantizer:
     code_words: CodeWords
     row_words: int
     threads: int
+    in_memory: bool = False
 
     @property
     def blocks(self) -> int:
@@ -62,17 +64,19 @@ class RowQuantizer:
 
         Args:
           first_row: int32, index of the slot's first row.
-          x: the slot in shared memory: for each part of the prologue, rows of blocks * 32 numbers that are 0 from k on.
+          x: the slot, in shared or global memory: for each part of the prologue, rows of blocks * 32 numbers that are 0
+            from k on.
           scratch: int32 [SCRATCH_WORDS] in shared memory, private to the warpgroup.
           words, scale, zero_code, code_sums: the outputs in global memory.
-          *vectors: the prologue's, in shared memory, 0 from k on.
+          *vectors: the prologue's, likewise, 0 from k on.
         """
-        row = RowThreads(self.m, self.blocks, self.threads, first_row, scratch)
+        space = ptx.GLOBAL if self.in_memory else ptx.SHARED
+        row = RowThreads(self.m, self.blocks, self.threads, first_row, scratch, space)
         source = source_of(self.prologue, self.ptx_type, self.k, row, x, list(vectors))
         grid = row_grid(self.code_words.a_format, *source.extremes())
         row.write(scale, ptx.as_word(grid.scale))
         row.write(zero_code, ptx.int32(0) if grid.zero is None else ptx.to_int(grid.zero))
-        (total,) = row.combine(ptx.plus, {CODE_SUM: self._pack(row, source, grid, words)})
+        (total,) = row.combine({CODE_SUM: (SUM_OF_INTEGERS, self._pack(row, source, grid, words))})
         row.write(code_sums, ptx.plus(total, -self.code_words.least_code * self.k))
         row.leave()
 

@@ -12,18 +12,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from bipolar_jax.kernels.sm90.arithmetic.butterflies import rotate_numbers
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import tree
 from bipolar_jax.kernels.sm90.core.hardware import WARP, WARPGROUP
-from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.kernels.sm90.core.ptx import GLOBAL, SHARED, Pointer, Value
 
 BLOCK = 32  # numbers
-_UNROLLED = 2  # loops over blocks of at most so many iterations are unrolled
+# Loops over blocks of at most so many iterations are unrolled; so many of a row in global memory, whose words then stay
+# in registers from visit to visit.
+_UNROLLED, _UNROLLED_IN_MEMORY = 2, 4
+_MOST_KEPT = 8  # blocks of 16-bit numbers, 16 registers each
 SCRATCH_WORDS = 20  # shared memory for a warpgroup's sums and extremes over its four warps
 # Offsets into the scratch. They do not overlap: slow warps may read one result while fast ones write the next.
 HIGH, LOW, CODE_SUM, SQUARES, SUM = 0, 4, 8, 12, 16
+
+
+class Combination(NamedTuple):
+    """How the words of several threads become one.
+
+    Attributes:
+      pair: the word of two.
+      over_warp: the same of a warp's lanes in one instruction, see `ptx.over_warp`; or None.
+    """
+
+    pair: Callable[[Value, Value], Value]
+    over_warp: str | None = None
+
+
+SUM_OF_INTEGERS = Combination(lambda a, b: ptx.plus(a, b), "add")
+SUM_OF_FLOATS = Combination(lambda a, b: ptx.as_word(ptx.add(ptx.as_float(a), ptx.as_float(b))))
+# Of floats that have no sign: their words have the same order, with NaN above all others.
+LARGEST_FLOAT = Combination(lambda a, b: ptx.extreme("max", "f32", a, b), "max")
 
 # visit(block, position or None, carried values) returns the new values; see `RowThreads.over_blocks`.
 Visit = Callable[[Value, Value | None, list[Value]], list[Value]]
@@ -43,7 +65,7 @@ class RowThreads:
       swizzle: the i-th quarter of a block that this thread loads is quarter i ^ swizzle.
     """
 
-    def __init__(self, m: int, blocks: int, threads: int, first_row: Value, scratch: Value):
+    def __init__(self, m: int, blocks: int, threads: int, first_row: Value, scratch: Value, space: int = SHARED):
         """The row of the slot that this thread belongs to.
 
         Args:
@@ -52,9 +74,10 @@ class RowThreads:
           threads: threads that share a row, a power of two.
           first_row: index of the slot's first row, int32.
           scratch: int32 [SCRATCH_WORDS] in shared memory, private to the warpgroup.
+          space: SHARED or GLOBAL, where the slot and the prologue's vectors are.
         """
         in_group = ptx.thread_in_warpgroup()
-        self.blocks, self._threads = blocks, threads
+        self.blocks, self.space, self._threads = blocks, space, threads
         self._lane = ptx.bits_of(in_group, WARP - 1)
         self._warp = ptx.shift_right(in_group, WARP.bit_length() - 1)
         self._scratch = ptx.pointer(scratch, ptx.SHARED)
@@ -62,11 +85,13 @@ class RowThreads:
         self._thread = ptx.bits_of(in_group, threads - 1)
         self._row_in_slot = ptx.shift_right(in_group, threads.bit_length() - 1)
         self.index = ptx.plus(first_row, self._row_in_slot)
+        self._own_blocks: list[Value] = []  # that all threads have
+        self._kept: dict[tuple[int, int], list[list[Value]]] = {}
         self._exists = ptx.less(self.index, m) if m % (WARPGROUP // threads) else None
 
     def start_in_slot(self, slot: Value, ptx_type: str, parts: int) -> Pointer:
         """The address of the row in the slot; a row has `parts` parts of `blocks` blocks each."""
-        start = ptx.pointer(slot, ptx.SHARED)
+        start = ptx.pointer(slot, self.space)
         if self._threads == WARPGROUP:
             return start
         return ptx.advance(start, ptx.times(self._row_in_slot, parts * self.blocks * block_bytes(ptx_type)))
@@ -77,7 +102,10 @@ class RowThreads:
 
     def load(self, start: Pointer, ptx_type: str, block: Value) -> list[list[Value]]:
         """Words of a block: four quarters of 8 numbers, in this thread's order."""
-        return [
+        key = id(start), id(block)
+        if key in self._kept:
+            return self._kept[key]
+        words = [
             [
                 word
                 for offset in range(0, block_bytes(ptx_type) // 4, 16)
@@ -85,6 +113,10 @@ class RowThreads:
             ]
             for at in self._quarters(start, ptx_type, block)
         ]
+        at_most = _MOST_KEPT * block_bytes("bf16") // block_bytes(ptx_type)
+        if self.space == GLOBAL and len(self._kept) < at_most and any(block is own for own in self._own_blocks):
+            self._kept[key] = words
+        return words
 
     def store(self, start: Pointer, ptx_type: str, block: Value, position: Value | None, quarters: list[list[Value]]):
         """Stores words in the order of `load`, if the thread has a block at the position."""
@@ -130,9 +162,11 @@ class RowThreads:
           partial: also give a position for the last block, which is not full.
         """
         full = (self.blocks - partial) // self._threads
-        if full <= _UNROLLED:
+        if full <= (_UNROLLED_IN_MEMORY if self.space == GLOBAL else _UNROLLED):
             for i in range(full):
-                values = visit(ptx.plus(self._thread, i * self._threads), None, values)
+                if i == len(self._own_blocks):
+                    self._own_blocks.append(ptx.plus(self._thread, i * self._threads))
+                values = visit(self._own_blocks[i], None, values)
         else:
             values = ptx.repeat(
                 full, values, lambda i, v: visit(ptx.plus(self._thread, ptx.times(i, self._threads)), None, v)
@@ -147,14 +181,21 @@ class RowThreads:
         first_of_warp = ptx.flip_bits(position, self._lane)
         return ptx.update_if(ptx.less(first_of_warp, wanted), values, lambda: visit(block, position, values))
 
-    def combine(self, combine: Callable[[Value, Value], Value], words: dict[int, Value]) -> list[Value]:
+    def combine(self, words: dict[int, tuple[Combination, Value]]) -> list[Value]:
         """Each word combined over the threads of the row; the keys are offsets into the scratch.
 
         With 128 threads a row, they meet at a barrier.
         """
+        combinations = {offset: how for offset, (how, _) in words.items()}
+        words = {offset: word for offset, (_, word) in words.items()}
+        at_once = [offset for offset, how in combinations.items() if how.over_warp and self._threads >= WARP]
+        for offset in at_once:
+            words[offset] = ptx.over_warp(combinations[offset].over_warp, words[offset])
         distance = min(self._threads, WARP) // 2
         while distance:
-            words = {offset: combine(word, ptx.exchange(word, distance)) for offset, word in words.items()}
+            for offset, how in combinations.items():
+                if offset not in at_once:
+                    words[offset] = how.pair(words[offset], ptx.exchange(words[offset], distance))
             distance //= 2
         if self._threads == WARPGROUP:
             with ptx.when(ptx.equal(self._lane, 0)):
@@ -162,8 +203,8 @@ class RowThreads:
                     ptx.store(ptx.advance(self._scratch, ptx.times(ptx.plus(self._warp, offset), 4)), [word])
             ptx.synchronize()
             words = {
-                offset: tree(combine, ptx.load(ptx.advance(self._scratch, 4 * offset), WARPGROUP // WARP))
-                for offset in words
+                offset: tree(how.pair, ptx.load(ptx.advance(self._scratch, 4 * offset), WARPGROUP // WARP))
+                for offset, how in combinations.items()
             }
         return list(words.values())
 

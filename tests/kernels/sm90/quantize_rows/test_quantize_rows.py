@@ -320,6 +320,9 @@ def test_what_it_cannot_do_is_said():
         (2048, 11008, 8, "int8", jnp.bfloat16, None),
         (4097, 4096, 4, "planes", jnp.float16, None),
         (5, 100, 3, "int8", jnp.float32, "rms"),
+        (64, 4096, 8, "int8", jnp.bfloat16, "rms"),  # rows in memory, as the next three
+        (16, 14336, 8, "int8", jnp.bfloat16, None),
+        (8, 16384, 8, "int8", jnp.float32, "layer"),
         (4, 32768, 5, "planes", jnp.float32, None),
         (2048, 28672, 2, "planes", jnp.bfloat16, "rms"),
         (2048, 4096, 2, "planes", jnp.bfloat16, "layer"),
