@@ -52,6 +52,7 @@ FLOORS = {
         "whole_model",
         "block_programs",
         "packed_sites",
+        "rounded_layers",
         "layer_store",
         "smoothing",
         "expert_moments",
@@ -59,6 +60,7 @@ FLOORS = {
         "hessians",
         "rounding",
         "rotations",
+        "programs",
     ),
     "bipolar_jax.models": (
         "sharding",

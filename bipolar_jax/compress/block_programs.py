@@ -6,10 +6,9 @@ from shapes alone.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import math
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,13 +18,13 @@ from jaxtyping import Array, Float
 from bipolar_jax.compress.expert_moments import add_expert_inputs, empty_expert_moments
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.packed_sites import BlockPlan, SitePlan, float_matrix, packed_kernels, with_packed_layers
+from bipolar_jax.compress.programs import Run, SideBySide, call
+from bipolar_jax.compress.rounded_layers import numbers_of_kernels, with_rounded_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
 from bipolar_jax.nn.compressible import Compressible, layer_at
 from bipolar_jax.nn.layers.linear import sizes
-
-# More threads compile no faster: Python makes the programs one after the other.
-_MOST_THREADS = 8
+from bipolar_jax.packing import BipolarArray
 
 
 @functools.partial(jax.jit, static_argnames="cache_bits")
@@ -41,7 +40,7 @@ def run_block(model: Compressible, block: nnx.Module, carry: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("remaining", "a_formats"), donate_argnames="moments")
-def add_moments(model, block, carry, moments, remaining, a_formats, floats=None) -> tuple[SecondMoments, ...]:
+def add_moments(model, block, carry, moments, floats, *, remaining, a_formats) -> tuple[SecondMoments, ...]:
     """The second moments of the first of the remaining sites, for each format of activations, with one batch.
 
     `floats` are the float block and its carry, if the inputs of the float model are asked for, too.
@@ -74,6 +73,23 @@ def float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Arra
     return [float_matrix(layer_at(block, name)) for name in names]
 
 
+def rounded_block(
+    block: nnx.Module, plan: SitePlan, kernels: Mapping[str, BipolarArray], run: Run = call
+) -> nnx.Module:
+    """The block as what follows the plan's site sees it: layers that compute what the packed ones will, or these.
+
+    Args:
+      block: whose layers at this site are float.
+      plan: of the site.
+      kernels: the packed kernels, by path.
+      run: calls a program, or compiles it, see `compress.programs`.
+    """
+    if plan.sites.experts:
+        return with_packed_layers(block, kernels, plan.precisions)
+    numbers = dict(zip(kernels, run(numbers_of_kernels, list(kernels.values())), strict=True))
+    return with_rounded_layers(block, numbers, {name: plan.precisions[name].a_format for name in kernels})
+
+
 def compile_programs(
     model: Compressible, block: nnx.Module, carry: Any, plan: BlockPlan, method: Rounding, beside: Any = None
 ) -> None:
@@ -85,28 +101,21 @@ def compile_programs(
       method: how weights are rounded.
       beside: the float block and its carry, as `add_moments` gets them; None for none.
     """
-    with_cross = beside is not None
-    with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        compiling = []
+    with SideBySide() as compile_program:
         for index, each in enumerate(plan):
             formats = formats_of_inputs(each)
             if not formats:
                 continue
-            moments = jax.eval_shape(lambda block, each=each: empty_moments(block, each, with_cross=with_cross), block)
+            moments = jax.eval_shape(functools.partial(empty_moments, plan=each, with_cross=beside is not None), block)
             remaining = tuple(other.sites for other in plan[index:])
-            lowered = add_moments.lower(model, block, carry, moments, remaining, formats, beside)
-            compiling.append(pool.submit(lowered.compile))
-            of_format, rounded = dict(zip(formats, moments, strict=True)), {}
+            static = {"remaining": remaining, "a_formats": formats}
+            compile_program(add_moments, model, block, carry, moments, beside, **static)
+            of_format, kernels = dict(zip(formats, moments, strict=True)), {}
             for precision, names in each.joined().items():
-                floats = jax.eval_shape(lambda block, names=names: float_matrices(block, names), block)
-                arguments = floats, of_format[precision.a_format]
-                compiling.append(pool.submit(packed_kernels.lower(*arguments, precision, method).compile))
-                packed = jax.eval_shape(
-                    functools.partial(packed_kernels, precision=precision, method=method), *arguments
-                )
-                rounded |= dict(zip(names, packed, strict=True))
-            pack = functools.partial(with_packed_layers, precisions=each.precisions)
-            block = jax.eval_shape(pack, block, rounded)
-        compiling.append(pool.submit(run_block.lower(model, block, carry).compile))
-        for program in compiling:
-            program.result()
+                floats = jax.eval_shape(functools.partial(float_matrices, names=names), block)
+                packed = packed_kernels(floats, of_format[precision.a_format], precision, method, compile_program)
+                kernels |= dict(zip(names, packed, strict=True))
+            block = jax.eval_shape(
+                functools.partial(rounded_block, plan=each, run=compile_program), block, kernels=kernels
+            )
+        compile_program(run_block, model, block, carry)

@@ -22,6 +22,7 @@ from bipolar_jax.compress.block_programs import (
     enter_blocks,
     float_matrices,
     formats_of_inputs,
+    rounded_block,
     run_block,
 )
 from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
@@ -215,16 +216,19 @@ def _pass_over_blocks(
             if plan not in compiled:
                 compile_programs(model, block, carries[0], plan, method, beside and (beside[0], float_carries[0]))
                 compiled.append(plan)
-            block, kernels = _calibrated(model, block, index, carries, plan, method, beside, unreached)
+            rounded, kernels = _calibrated(model, block, index, carries, plan, method, beside, unreached)
             if finished is not None:
                 finished.write(index, kernels)
         else:
-            precisions = {name: precision for sites in plan for name, precision in sites.precisions.items()}
-            block = with_packed_layers(block, kernels, precisions)
-        blocks.append(block)
+            rounded = block
+            for sites in plan:
+                own = {name: kernels[name] for name in sites.precisions}
+                rounded = rounded_block(rounded, sites, own) if own else rounded
+        precisions = {name: precision for sites in plan for name, precision in sites.precisions.items()}
+        blocks.append(with_packed_layers(block, kernels, precisions))
         if index + 1 < model.num_blocks:
             for each in range(len(carries)):  # one by one, so that old and new states are not all in memory
-                carries[each] = run_block(model, block, carries[each])
+                carries[each] = run_block(model, rounded, carries[each])
                 if beside is not None:
                     float_carries[each] = run_block(model, beside[0], float_carries[each])
         if on_block is not None:
@@ -244,7 +248,7 @@ def _calibrated(
     beside: tuple[nnx.Module, Sequence[Any]] | None,
     unreached: dict[int, str],
 ) -> tuple[nnx.Module, dict[str, BipolarArray]]:
-    """A block with packed layers, and these layers' kernels by path.
+    """The block with layers that compute what packed ones will, and these packed layers' kernels by path.
 
     `beside` has the float block and its carries. `unreached` gets a text by the block's index, if it has experts that
     no token goes to.
@@ -258,7 +262,7 @@ def _calibrated(
         moments = empty_moments(block, plan, with_cross=beside is not None)
         for each, carry in enumerate(carries):
             own = None if beside is None else (beside[0], beside[1][each])
-            moments = add_moments(model, block, carry, moments, remaining, a_formats, own)
+            moments = add_moments(model, block, carry, moments, own, remaining=remaining, a_formats=a_formats)
         if not all(jnp.isfinite(sums.products).all() for sums in moments):
             raise ValueError(
                 f"what enters {', '.join(plan.sites.names)} of block {block_index} has NaN or Inf: the model makes "
@@ -267,11 +271,11 @@ def _calibrated(
         if plan.sites.experts and (count := int(jnp.sum(moments[0].weight == 0))):
             unreached.setdefault(block_index, f"{count} of {len(moments[0].weight)} of block {block_index}")
         by_format = dict(zip(a_formats, moments, strict=True))
-        rounded = {}
+        of_site: dict[str, BipolarArray] = {}
         for precision, names in plan.joined().items():
             floats = float_matrices(block, names)
             packed = packed_kernels(floats, by_format[precision.a_format], precision, method)
-            rounded |= dict(zip(names, packed, strict=True))
-        block = with_packed_layers(block, rounded, plan.precisions)
-        kernels |= rounded
+            of_site |= dict(zip(names, packed, strict=True))
+        block = rounded_block(block, plan, of_site)
+        kernels |= of_site
     return block, kernels

@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.compress.expert_moments import expert_hessians
 from bipolar_jax.compress.hessians import SecondMoments
-from bipolar_jax.compress.rounding import Rounding, round_rows
+from bipolar_jax.compress.programs import Run, call
+from bipolar_jax.compress.rounding import RoundedRows, Rounding
+from bipolar_jax.compress.rounding.round_rows import round_in_stages
 from bipolar_jax.compress.site_inputs import replace_layer
 from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
 from bipolar_jax.nn.convert.float_layers import float_layers
@@ -112,36 +114,59 @@ def float_matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "*expert
     return folded_kernel(layer, layer.kernel[...])
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "method"))
 def packed_kernels(
-    kernels: Sequence[Float[Array, "*experts k _"]], moments: SecondMoments, precision: Precision, method: Rounding
+    kernels: Sequence[Float[Array, "*experts k _"]],
+    moments: SecondMoments,
+    precision: Precision,
+    method: Rounding,
+    run: Run = call,
 ) -> list[BipolarArray]:
     """Rounds the kernels of layers with one input, whose moments these are, as one matrix; and packs each.
 
-    Of stacks of experts, whose moments have a leading axis, those of one expert after the other.
-    """
-    if moments.products.ndim == 2:
-        return _packed_matrices(kernels, moments.hessian(), moments.cross(), precision, method)
+    Of stacks of experts, whose moments have a leading axis, those of one expert after the other, in one program.
 
+    Args:
+      kernels, moments, precision, method: see above.
+      run: calls a program, or compiles it, see `compress.programs`.
+    """
+    weights = Precision(precision.w_bits, group_size=precision.group_size, scales=precision.scales)
+    if moments.products.ndim == 3:
+        return run(_packed_experts, kernels, moments, precision=weights, method=method)
+    rows, hessian, cross = run(_rows_and_hessian, kernels, moments)
+    rounded = round_in_stages(rows, hessian, cross, weights, method, run)
+    return run(_packed_parts, rounded, sizes=tuple(kernel.shape[-1] for kernel in kernels), precision=weights)
+
+
+@functools.partial(jax.jit, static_argnames=("precision", "method"))
+def _packed_experts(
+    kernels: Sequence[Float[Array, "experts k _"]], moments: SecondMoments, precision: Precision, method: Rounding
+) -> list[BipolarArray]:
     def of_expert(operands):
-        return _packed_matrices(*operands, None, precision, method)
+        kernels, hessian = operands
+        rounded = round_in_stages(_rows(kernels), hessian, None, precision, method)
+        return _packed_parts(rounded, tuple(kernel.shape[-1] for kernel in kernels), precision)
 
     return jax.lax.map(of_expert, (list(kernels), expert_hessians(moments)))
 
 
-def _packed_matrices(
-    kernels: Sequence[Float[Array, "k _"]],
-    hessian: Float[Array, "k k"],
-    cross: Float[Array, "k k"] | None,
-    precision: Precision,
-    method: Rounding,
-) -> list[BipolarArray]:
-    rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
-    rounded = round_rows(rows, hessian, precision, method, cross)
+@jax.jit
+def _rows_and_hessian(
+    kernels: Sequence[Float[Array, "k _"]], moments: SecondMoments
+) -> tuple[Float[Array, "n k"], Float[Array, "k k"], Float[Array, "k k"] | None]:
+    return _rows(kernels), moments.hessian(), moments.cross()
+
+
+def _rows(kernels: Sequence[Float[Array, "k _"]]) -> Float[Array, "n k"]:
+    return jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "precision"))
+def _packed_parts(rounded: RoundedRows, sizes: tuple[int, ...], precision: Precision) -> list[BipolarArray]:
+    """Packs so many rows after each other, each as the kernel of a layer."""
     packed, start = [], 0
-    for kernel in kernels:
-        part = jax.tree.map(lambda leaf, at=start, n=kernel.shape[1]: leaf[at : at + n], rounded)
-        start += kernel.shape[1]
+    for size in sizes:
+        part = jax.tree.map(lambda leaf, at=start, n=size: leaf[at : at + n], rounded)
+        start += size
         group_size = precision.group_size
         packed.append(from_codes(part.codes.T, precision.w_bits, -2, part.scale, part.offset, group_size, part.groups))
     return packed

@@ -14,7 +14,7 @@ LEAST_DAMPING = 1e-6
 _MORE_DAMPING = 10.0
 
 
-def with_damping(hessian: Float[Array, "k k"], damping: float) -> Float[Array, "k k"]:
+def with_damping(hessian: Float[Array, "k k"], damping: float | Float[Array, ""]) -> Float[Array, "k k"]:
     """The Hessian with `damping` added to its diagonal, of mean 1; ten times as much until it has a Cholesky factor.
 
     Inputs that were never active, of diagonal 0, are then rounded to the nearest, and the others as without them.
@@ -25,7 +25,7 @@ def with_damping(hessian: Float[Array, "k k"], damping: float) -> Float[Array, "
         # With half of the damping, because GPTQ factorizes in another order, which rounds differently.
         return ~jnp.all(jnp.isfinite(jnp.linalg.cholesky(hessian + damping / 2 * eye)))
 
-    start = jnp.float32(max(damping, LEAST_DAMPING))
+    start = jnp.maximum(jnp.float32(damping), LEAST_DAMPING)
     return hessian + eye * jax.lax.while_loop(lambda d: fails(d) & (d < 1), lambda d: d * _MORE_DAMPING, start)
 
 

@@ -74,6 +74,11 @@ class Rounding:
         if self.nested and self.algorithm == "nearest":
             raise ValueError('algorithm "nearest" has one target for a weight: use "gptq" for nested precisions')
 
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether rounding reads the Hessian."""
+        return self.algorithm != "nearest" or self.weighted_grid or self.asymmetry > 0
+
     def check(self, precision: Precision) -> None:
         """Raises ValueError for a precision that it cannot round to: symmetric integer groups, some nested bits."""
         if precision.scales == "integer" and self.grid == "symmetric":

@@ -8,8 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
+from bipolar_jax.compress.programs import Run, call
 from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.descent import descend
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
@@ -66,50 +67,72 @@ def round_rows(
     k = rows.shape[1]
     check_group_size(k, precision.group_size)
     method.check(precision)
-    needs_hessian = method.algorithm != "nearest" or method.weighted_grid or method.asymmetry > 0
-    for name, array, needed in (("hessian", hessian, needs_hessian), ("cross", cross, method.asymmetry > 0)):
+    for name, array, needed in (("hessian", hessian, method.needs_hessian), ("cross", cross, method.asymmetry > 0)):
         if needed and array is None:
             raise ValueError(f"{method} needs {name}, got None")
         if array is not None:
             if array.shape != (k, k):
                 raise ValueError(f"{name} has shape {array.shape}: rows of {k} inputs need {(k, k)}")
             check_finite(array, name)
-    if not needs_hessian:
-        hessian = None
-    return _round_rows(rows, hessian, cross if method.asymmetry > 0 else None, precision, method)
+    return round_in_stages(rows, hessian, cross, precision, method)
 
 
-def _round_rows(
+def round_in_stages(
     rows: Float[Array, "n k"],
     hessian: Float[Array, "k k"] | None,
     cross: Float[Array, "k k"] | None,
     precision: Precision,
     method: Rounding,
+    run: Run = call,
 ) -> RoundedRows:
-    """One program after the other, so that a method compiles what no other has compiled for the same shape."""
+    """`round_rows` of checked arguments: one program after the other.
+
+    The long programs, GPTQ and descent, know of a precision its grid alone, spread over all inputs: all precisions and
+    group sizes of one shape share them.
+
+    Args:
+      rows, hessian, cross, precision, method: as `round_rows`.
+      run: calls a program, or compiles it, see `compress.programs`.
+    """
+    weights = Precision(precision.w_bits, group_size=precision.group_size, scales=precision.scales)
+    hessian, cross = hessian if method.needs_hessian else None, cross if method.asymmetry > 0 else None
     size = precision.group_size or rows.shape[1]
-    targets, hessian, diagonal, unit = _targets(rows, hessian, cross, method.damping, method.asymmetry)
-    grid = _grid(targets, diagonal if method.weighted_grid else None, precision, method.grid)
+    turns = {"act_order": method.act_order, "block": method.block}
+
+    def of_inputs(grid: FittedGrid) -> AffineGrid:
+        """The grid of every input, whose shape tells nothing of groups."""
+        return dataclasses.replace(run(_of_inputs, grid, size=size, k=len(targets)), largest=grid.largest)
+
+    targets, hessian, diagonal, unit = run(
+        _targets, rows, hessian, cross, method.damping, method.asymmetry if cross is not None else None
+    )
+    found = run(_grid, targets, diagonal if method.weighted_grid else None, precision=weights, kind=method.grid)
+    grid = _grid_of(found, weights, method.grid)
     if method.algorithm == "nearest":
-        return _result(grid, _nearest(targets, _affine(grid), size), unit)
+        return run(_result, grid, run(_nearest, targets, of_inputs(grid)), unit)
     if method.nested:
-        targets, nested = _nested(targets, grid, as_format(precision.w_bits), method.nested)
-        codes = _gptq(targets, hessian, nested, size, method.act_order, method.block)
-        codes = _descend(targets, codes, hessian, nested, method.descent_passes, size, method.block)
-        return _result(grid, codes, unit)
-    codes = _gptq(targets, hessian, _affine(grid), size, method.act_order, method.block)
-    if method.descent_passes:
-        grid, codes = _refit_and_descend(targets, codes, hessian, grid, method.descent_passes, size, method.block)
-    return _result(grid, codes, unit)
+        number_format = as_format(precision.w_bits)
+        targets, nested = run(_nested, targets, grid, size=size, number_format=number_format, nested=method.nested)
+        codes = run(_gptq, targets, hessian, nested, **turns)
+        for _ in range(method.descent_passes):
+            codes = run(_descend, targets, codes, hessian, nested, block=method.block)
+        return run(_result, grid, codes, unit)
+    codes = run(_gptq, targets, hessian, of_inputs(grid), **turns)
+    for index in range(method.descent_passes + 1 if method.descent_passes else 0):
+        refitted = run(_refit, targets, codes, hessian, grid, size=size)
+        grid = dataclasses.replace(refitted, largest=grid.largest)
+        if index < method.descent_passes:
+            codes = run(_descend, targets, codes, hessian, of_inputs(grid), block=method.block)
+    return run(_result, grid, codes, unit)
 
 
-@functools.partial(jax.jit, static_argnames=("damping", "asymmetry"))
+@jax.jit
 def _targets(
     rows: Float[Array, "n k"],
     hessian: Float[Array, "k k"] | None,
     cross: Float[Array, "k k"] | None,
     damping: float,
-    asymmetry: float,
+    asymmetry: float | None,
 ) -> tuple[Float[Array, "k n"], Float[Array, "k k"] | None, Float[Array, "k"] | None, Float[Array, "n 1"]]:
     """What is rounded, inputs first; the damped Hessian and its diagonal without damping, of mean 1; units of rows.
 
@@ -131,8 +154,10 @@ def _targets(
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "kind"))
-def _grid(rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precision: Precision, kind: Grid) -> FittedGrid:
-    """The grid of least squared error, before codes are known."""
+def _grid(
+    rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precision: Precision, kind: Grid
+) -> list[Float[Array, "..."]]:
+    """The grid of least squared error, before codes are known: the arrays of `_grid_of`."""
     number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
     inside = valid_mask(len(rows), size)
     if weights is not None:
@@ -142,9 +167,14 @@ def _grid(rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precisio
         kind = "free"  # one bit has no zero
     find = _integer_grid if has_integers else _float_grid
     found = in_blocks(lambda block: find(split_groups(block, size), inside, weights, number_format, kind), rows.T)
-    found = [array.T for array in found]
-    if has_integers:
-        return IntegerGrid(*found, number_format.max_value, kind == "zero_point")
+    return [array.T for array in found]
+
+
+def _grid_of(found: list[Float[Array, "..."]], precision: Precision, kind: Grid) -> FittedGrid:
+    """The grid of these arrays; its largest code is a Python number, so that programs do not depend on it."""
+    number_format = as_format(precision.w_bits)
+    if precision.scales == "integer":
+        return IntegerGrid(*found, number_format.max_value, kind == "zero_point" and number_format.bits > 1)
     if kind == "free":
         return FreeGrid(*found, number_format.max_value)
     return ZeroPointGrid(*found, number_format.max_value, kind == "symmetric" or number_format.bits == 1)
@@ -178,82 +208,56 @@ def _integer_grid(
     return row_scale[:, 0], groups.scale.astype(jnp.float32), groups.offset.astype(jnp.float32)
 
 
-def _groups(rows: Float[Array, "k *precisions n"], size: int) -> Int[Array, "k"]:
-    """The group of every input."""
-    return jnp.arange(len(rows)) // size
+@functools.partial(jax.jit, static_argnames=("size", "k"))
+def _of_inputs(grid: FittedGrid, size: int, k: int) -> AffineGrid:
+    """The grid of every input, [k, n]; `size` inputs are a group."""
+    return grid.affine().of(jnp.arange(k) // size)
 
 
-@jax.jit
-def _affine(grid: FittedGrid) -> AffineGrid:
-    return grid.affine()
-
-
-@functools.partial(jax.jit, static_argnames=("number_format", "nested"))
+@functools.partial(jax.jit, static_argnames=("size", "number_format", "nested"))
 def _nested(
-    rows: Float[Array, "k n"], grid: FittedGrid, number_format: BipolarFormat, nested: tuple[int, ...]
+    rows: Float[Array, "k n"], grid: FittedGrid, size: int, number_format: BipolarFormat, nested: tuple[int, ...]
 ) -> tuple[Float[Array, "k precisions n"], NestedGrid]:
-    """Targets and grid of all precisions, that of all planes first."""
+    """Targets of all precisions, that of all planes first, and the grids of every input."""
     affine, dropped = grid.affine(), (0, *(number_format.bits - bits for bits in nested))
     targets = jnp.broadcast_to(rows[:, None], (len(rows), len(dropped), rows.shape[1]))
     middle = jnp.stack([grid.middle(d) for d in dropped], axis=-2)
-    return targets, NestedGrid(affine.step, affine.base, middle, number_format.max_value, dropped)
+    grids = NestedGrid(affine.step, affine.base, middle, number_format.max_value, dropped)
+    return targets, grids.of(jnp.arange(len(rows)) // size)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _nearest(rows: Float[Array, "k n"], grid: AffineGrid, size: int) -> UInt8[Array, "k n"]:
-    return grid.of(_groups(rows, size)).codes(rows).astype(jnp.uint8)
+@jax.jit
+def _nearest(rows: Float[Array, "k n"], grid: AffineGrid) -> UInt8[Array, "k n"]:
+    return grid.codes(rows).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "act_order", "block"))
+@functools.partial(jax.jit, static_argnames=("act_order", "block"))
 def _gptq(
     rows: Float[Array, "k *precisions n"],
     hessian: Float[Array, "k k"],
     grid: AffineGrid | NestedGrid,
-    size: int,
     act_order: bool,
     block: int,
 ) -> UInt8[Array, "k n"]:
-    return gptq(rows, hessian, grid, _groups(rows, size), act_order=act_order, block=block)
+    return gptq(rows, hessian, grid, jnp.arange(len(rows)), act_order=act_order, block=block)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "block"))
-def _refit_and_descend(
-    rows: Float[Array, "k n"],
-    codes: UInt8[Array, "k n"],
-    hessian: Float[Array, "k k"],
-    grid: FittedGrid,
-    passes: int,
-    size: int,
-    block: int,
-) -> tuple[FittedGrid, UInt8[Array, "k n"]]:
-    """Refits before and after each pass over the codes."""
-
-    def refit_and_descend(index, state):
-        grid, codes = state
-        grid = grid.refit(rows, codes, hessian, size)
-
-        def descended():
-            return descend(rows, codes, hessian, grid.affine(), _groups(rows, size), block)
-
-        return grid, jax.lax.cond(index < passes, descended, lambda: codes)
-
-    return jax.lax.fori_loop(0, passes + 1, refit_and_descend, (grid, codes))
+@functools.partial(jax.jit, static_argnames="size")
+def _refit(
+    rows: Float[Array, "k n"], codes: UInt8[Array, "k n"], hessian: Float[Array, "k k"], grid: FittedGrid, size: int
+) -> FittedGrid:
+    return grid.refit(rows, codes, hessian, size)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "block"))
+@functools.partial(jax.jit, static_argnames="block")
 def _descend(
-    rows: Float[Array, "k precisions n"],
+    rows: Float[Array, "k *precisions n"],
     codes: UInt8[Array, "k n"],
     hessian: Float[Array, "k k"],
-    grid: NestedGrid,
-    passes: int,
-    size: int,
+    grid: AffineGrid | NestedGrid,
     block: int,
 ) -> UInt8[Array, "k n"]:
-    def descend_once(_, codes):
-        return descend(rows, codes, hessian, grid, _groups(rows, size), block)
-
-    return jax.lax.fori_loop(0, passes, descend_once, codes)
+    return descend(rows, codes, hessian, grid, jnp.arange(len(rows)), block)
 
 
 @jax.jit
