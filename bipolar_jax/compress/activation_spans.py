@@ -27,7 +27,7 @@ from bipolar_jax.compress.hessians import dequantized_tokens, stream_weights
 from bipolar_jax.compress.packed_sites import SitePlan, float_matrix
 from bipolar_jax.compress.site_inputs import ExpertInputs, site_inputs
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.nn.compressible import Compressible, Sites, layer_at
+from bipolar_jax.nn.compressible import Compressible, Sites, layer_at, without_signs
 
 SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 
@@ -53,7 +53,8 @@ def with_learned_spans(
     if not any(map(searched, (each for plan in plans for sites in plan for each in sites.precisions.values()))):
         return tuple(plans)
     sums: dict[tuple[int, BipolarFormat], np.ndarray] = defaultdict(lambda: np.zeros(len(SPANS)))
-    carries = [enter_blocks(model, batch, None) for batch in batches]
+    model, signs = without_signs(model)
+    carries = [enter_blocks(model, batch, None, signs) for batch in batches]
     for block_index, plan in enumerate(plans):
         block = model.block(block_index)
         for index, sites in enumerate(plan):

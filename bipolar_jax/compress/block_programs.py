@@ -22,14 +22,18 @@ from bipolar_jax.compress.programs import Run, SideBySide, call
 from bipolar_jax.compress.rounded_layers import numbers_of_kernels, with_rounded_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
-from bipolar_jax.nn.compressible import Compressible, layer_at
+from bipolar_jax.nn.compressible import Compressible, layer_at, with_signs
 from bipolar_jax.nn.layers.linear import sizes
 from bipolar_jax.packing import BipolarArray
 
 
 @functools.partial(jax.jit, static_argnames="cache_bits")
-def enter_blocks(model: Compressible, batch: Any, cache_bits: int | None) -> Any:
-    """The carry of the first block; with `cache_bits` attention reads what such a cache has."""
+def enter_blocks(model: Compressible, batch: Any, cache_bits: int | None, signs: Any = None) -> Any:
+    """The carry of the first block; with `cache_bits` attention reads what such a cache has.
+
+    `signs` are those of `without_signs`, None where the model has its own.
+    """
+    model = with_signs(model, signs)
     return model.enter_blocks(batch) if cache_bits is None else model.enter_blocks(batch, cache_bits)
 
 
@@ -79,15 +83,18 @@ def rounded_block(
     """The block as what follows the plan's site sees it: layers that compute what the packed ones will, or these.
 
     Args:
-      block: whose layers at this site are float.
+      block: whose layers at this site are float; or its shapes.
       plan: of the site.
-      kernels: the packed kernels, by path.
+      kernels: the packed kernels, by path; or their shapes.
       run: calls a program, or compiles it, see `compress.programs`.
     """
     if plan.sites.experts:
-        return with_packed_layers(block, kernels, plan.precisions)
-    numbers = dict(zip(kernels, run(numbers_of_kernels, list(kernels.values())), strict=True))
-    return with_rounded_layers(block, numbers, {name: plan.precisions[name].a_format for name in kernels})
+        numbers, put = kernels, functools.partial(with_packed_layers, precisions=plan.precisions)
+    else:
+        numbers = dict(zip(kernels, run(numbers_of_kernels, list(kernels.values())), strict=True))
+        a_formats = {name: plan.precisions[name].a_format for name in kernels}
+        put = functools.partial(with_rounded_layers, a_formats=a_formats)
+    return put(block, numbers) if run is call else jax.eval_shape(put, block, numbers)
 
 
 def compile_programs(
@@ -115,7 +122,5 @@ def compile_programs(
                 floats = jax.eval_shape(functools.partial(float_matrices, names=names), block)
                 packed = packed_kernels(floats, of_format[precision.a_format], precision, method, compile_program)
                 kernels |= dict(zip(names, packed, strict=True))
-            block = jax.eval_shape(
-                functools.partial(rounded_block, plan=each, run=compile_program), block, kernels=kernels
-            )
+            block = rounded_block(block, each, kernels, compile_program)
         compile_program(run_block, model, block, carry)

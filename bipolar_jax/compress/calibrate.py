@@ -29,7 +29,7 @@ from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, diges
 from bipolar_jax.compress.packed_sites import BlockPlan, packed_kernels, plan_blocks, with_packed_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.whole_model import WholeModel
-from bipolar_jax.nn.compressible import CachesHeads, Compressible, layer_at
+from bipolar_jax.nn.compressible import CachesHeads, Compressible, layer_at, without_signs
 from bipolar_jax.nn.convert.layer_runs import cut_by_rules
 from bipolar_jax.nn.convert.quantize_model import quantize_model
 from bipolar_jax.nn.convert.rules import Rules
@@ -61,8 +61,9 @@ def calibrate[Model: nnx.Module](
     rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
-    its float layers and second moments; with `Rounding.asymmetry` the float model's hidden states, too. All blocks run
-    the same compiled programs, where rules give them the same precisions.
+    its float layers, their rounded numbers and second moments; with `Rounding.asymmetry` the float model's hidden
+    states, too. All blocks run the same compiled programs, where rules give them the same precisions; most of them
+    serve all precisions with the same activations.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
     Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
@@ -205,8 +206,12 @@ def _pass_over_blocks(
     finished: LayerStore | None,
 ) -> Compressible:
     """The model with packed layers in its blocks; `floats` runs beside it where the rounding asks for its inputs."""
-    carries = [enter_blocks(model, batch, cache_bits) for batch in batches]
-    float_carries = None if floats is None else [enter_blocks(floats, batch, None) for batch in batches]
+    whole, (model, signs) = model, without_signs(model)
+    carries = [enter_blocks(model, batch, cache_bits, signs) for batch in batches]
+    float_carries = None
+    if floats is not None:
+        floats = without_signs(floats)[0]
+        float_carries = [enter_blocks(floats, batch, None, signs) for batch in batches]
     blocks, compiled, unreached = [], [], {}
     for index, plan in enumerate(plans):
         block = model.block(index)
@@ -231,11 +236,12 @@ def _pass_over_blocks(
                 carries[each] = run_block(model, rounded, carries[each])
                 if beside is not None:
                     float_carries[each] = run_block(model, beside[0], float_carries[each])
+        del block, rounded
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
     _warn_of_unreached(unreached)
-    return model.with_blocks(blocks)
+    return whole.with_blocks(blocks)
 
 
 def _calibrated(

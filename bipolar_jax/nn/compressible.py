@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from bipolar_jax.ops import Hadamard
 
@@ -267,3 +267,24 @@ def layer_at(module: nnx.Module, path: str) -> nnx.Module:
         else:
             raise ValueError(f"{type(module).__name__} has no {name!r}, of the path {path!r}")
     return module
+
+
+def without_signs[Model](model: Model) -> tuple[Model, Int8[np.ndarray, " hidden"] | None]:
+    """The model without random signs in the rotation of its residual stream; and the signs, or None.
+
+    The signs' seed is static, so that every other seed would compile a model's programs anew. Programs take both
+    results and put them together by `with_signs`. What blocks compute does not depend on the signs.
+    """
+    if not isinstance(model, Rotatable) or model.rotation is None or model.rotation.stream is None:
+        return model, None
+    stream = model.rotation.stream
+    return _with_stream(model, dataclasses.replace(stream, signs=None)), stream.drawn_signs()
+
+
+def with_signs[Model](model: Model, signs: Int8[Array, " hidden"] | None) -> Model:
+    """The model of `without_signs` as it was, within a compiled program."""
+    return model if signs is None else _with_stream(model, dataclasses.replace(model.rotation.stream, signs=signs))
+
+
+def _with_stream(model: Rotatable, stream: Hadamard) -> Rotatable:
+    return model.with_rotation(dataclasses.replace(model.rotation, stream=stream))

@@ -20,6 +20,7 @@ from bipolar_jax.nn import Linear
 from tests.support import tiny_checkpoints
 from tests.support.tiny_transformers import ARCHITECTURES, random_ids, random_transformer
 
+round_rows = importlib.import_module("bipolar_jax.compress.rounding.round_rows")
 calibration = importlib.import_module("bipolar_jax.compress.calibrate")  # the package has a function of this name
 RULES = [("embed|lm_head", "W8A16"), ("layers/", "W3A8")]
 PROGRAMS = ("enter_blocks", "run_block", "add_moments")
@@ -64,7 +65,7 @@ def calibrated_and_programs(model):
 
     programs = {name: getattr(calibration, name) for name in PROGRAMS}
     with pytest.MonkeyPatch.context() as patch:
-        for name, program in programs.items():
+        for program in programs.values():
             program.clear_cache()
         for name in ("run_block", "add_moments", "packed_kernels", "rounded_block"):
             patch.setattr(calibration, name, counted(getattr(calibration, name)))
@@ -89,6 +90,18 @@ def test_all_blocks_run_the_same_programs(calibrated_and_programs):
     _, programs, compiled_late = calibrated_and_programs
     assert programs == {"enter_blocks": 1, "run_block": 1, "add_moments": 4}
     assert compiled_late == 0  # they have been compiled side by side before
+
+
+def test_other_signs_and_weights_run_the_same_programs(model):
+    """Of rotations of two seeds, and of other bits of weights: what compiles are grids and packing."""
+    first, second = (bj.compress.rotate(model, key=jax.random.key(seed)) for seed in (0, 1))
+    calibrate(first, TOKENS, [("layers/", "W3A8")])
+    shared = [*(getattr(calibration, name) for name in PROGRAMS), round_rows._gptq, round_rows._descend]
+    sizes = [program._cache_size() for program in shared]
+    packed = calibrate(second, TOKENS, [("layers/", "W2A8")])
+    assert [program._cache_size() for program in shared] == sizes
+    assert packed.config.rotation == second.config.rotation
+    assert loss_of(second, packed) < loss_of(second, bj.quantize_model(second, [("layers/", "W2A8")]))
 
 
 @pytest.mark.parametrize("name", ["bloom", "opt", "qwen2"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from bipolar_jax.compress.rotations.fold import (
     Affine,
@@ -73,7 +74,7 @@ def _rotated_block(model: Rotatable, rotated: Rotatable, index: int, plan: Plan)
     source, block = model.block(index), rotated.block(index)
     for path, change in plan.block.items():
         norm = None if change.norm is None else layer_at(source, change.norm)
-        _set(layer_at(block, path), _changed(_affine(layer_at(source, path)), _gain(norm), change))
+        _set(layer_at(block, path), _change(_affine(layer_at(source, path)), _gain(norm), change))
     for path in {change.norm for change in plan.block.values() if change.norm is not None}:
         norm = layer_at(block, path)
         norm.scale = norm.scale.replace(jnp.ones_like(norm.scale[...]))
@@ -94,25 +95,42 @@ def _rotate_ends(model: Rotatable, plan: Plan) -> None:
             table.embedding = table.embedding.replace(rows.astype(table.embedding.dtype))
     if not plan.rotation.leaves:
         norm, output = layer_at(model, ends.norm), layer_at(model, ends.output)
-        _set(output, _changed(_affine(output), _gain(norm), LayerChange(inputs=(stream,))))
+        _set(output, _change(_affine(output), _gain(norm), LayerChange(inputs=(stream,))))
         norm.scale = norm.scale.replace(jnp.ones_like(norm.scale[...]))
 
 
+Gain = tuple[Float[Array, " k"], Float[Array, " k"] | None] | None
+
+
+def _change(layer: Affine, norm: Gain, change: LayerChange) -> Affine:
+    """The arrays of a layer after its change; one program serves all signs."""
+    signs = [[each.drawn_signs() for each in rotations] for rotations in (change.inputs, change.outputs)]
+    inputs, outputs = (
+        tuple(dataclasses.replace(each, signs=None) for each in rotations)
+        for rotations in (change.inputs, change.outputs)
+    )
+    return _changed(layer, norm, signs, change=dataclasses.replace(change, norm=None, inputs=inputs, outputs=outputs))
+
+
 @functools.partial(jax.jit, static_argnames="change")
-def _changed(layer: Affine, norm: tuple[Float[Array, " k"], Float[Array, " k"] | None] | None, change: LayerChange):
-    """The arrays of a layer after its change."""
+def _changed(layer: Affine, norm: Gain, signs: list[list[Int8[Array, " k"] | None]], change: LayerChange) -> Affine:
+    """`signs` are those of the change's rotations of inputs, and of outputs."""
+    inputs, outputs = (
+        [dataclasses.replace(each, signs=own) for each, own in zip(rotations, own_signs, strict=True)]
+        for rotations, own_signs in zip((change.inputs, change.outputs), signs, strict=True)
+    )
     if norm is not None:
         layer = fold_gain(layer, *norm)
-    for each in change.inputs:
+    for each in inputs:
         layer = rotate_inputs(layer, each)
     if change.centred:
         layer = centre_outputs(layer)
-    for each in change.outputs:
+    for each in outputs:
         layer = rotate_outputs(layer, each)
     return layer
 
 
-def _gain(norm: Any) -> tuple[Float[Array, " k"], Float[Array, " k"] | None] | None:
+def _gain(norm: Any) -> Gain:
     """Gain and bias of a norm, float32."""
     if norm is None:
         return None

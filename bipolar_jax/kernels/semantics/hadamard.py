@@ -48,7 +48,8 @@ class Hadamard:
     Attributes:
       orders: of the matrices, the outermost first; each is known (`is_known_order`).
       blocks: equal blocks on the diagonal of M.
-      signs: seed of s, from 0 to 2^32 - 1; None for signs that are all 1.
+      signs: seed of s, from 0 to 2^32 - 1; None for signs that are all 1. Within a compiled program an array of s, so
+        that rotations of all seeds share the program; such a rotation is no static argument.
       parts: numbers of x for each number of the result.
 
     Raises:
@@ -57,7 +58,7 @@ class Hadamard:
 
     orders: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     blocks: int = dataclasses.field(default=1, metadata=_STATIC)
-    signs: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    signs: int | Int8[Array, " k"] | None = dataclasses.field(default=None, metadata=_STATIC)
     parts: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -66,7 +67,8 @@ class Hadamard:
             raise ValueError(f"no Hadamard matrix of order {unknown[0]!r:.40} is known here: use `hadamard(size)`")
         if not _is_count(self.blocks) or math.prod(self.orders) * self.blocks > _LARGEST_SIZE:
             raise ValueError(f"a rotation needs at least 1 block and at most 2^24 numbers, got {self!r:.100}")
-        if self.signs is not None and not (type(self.signs) is int and 0 <= self.signs < 2**32):
+        is_seed = type(self.signs) is int and 0 <= self.signs < 2**32
+        if not (is_seed or self.signs is None or isinstance(self.signs, jax.Array)):
             raise ValueError(f"signs must be a seed from 0 to 2^32 - 1, or None, got {self.signs!r:.40}")
 
     @property
@@ -103,9 +105,13 @@ class Hadamard:
             raise ValueError(f"a rotation of {self.size} numbers was given {x.shape[-1]}")
         return x.astype(jnp.float32)
 
+    def drawn_signs(self) -> Int8[np.ndarray, " k"] | None:
+        """s of the seed."""
+        return None if self.signs is None else random_signs(self.signs, self.size)
+
     def _signs(self, ndim: int) -> Float[Array, "... k"]:
-        signs = jnp.asarray(random_signs(self.signs, self.size), jnp.float32)
-        return signs.reshape(*(1,) * (ndim - 1), -1)
+        signs = self.signs if isinstance(self.signs, jax.Array) else self.drawn_signs()
+        return jnp.asarray(signs, jnp.float32).reshape(*(1,) * (ndim - 1), -1)
 
     def _multiply(self, x: Float[Array, "*rows k"], *, transposed: bool = False) -> Float[Array, "*rows k"]:
         """x @ M, or x @ M.T: along each axis of x as [rows, blocks, *orders], the innermost first."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
+from bipolar_jax.nn.compressible import with_signs, without_signs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,10 @@ def perplexity(
     used = ids[: windows * window_length]
     check_ids(used, model.config.vocab_size)
     used = np.asarray(used, np.int32).reshape(windows, window_length)
-    losses = []
+    losses, (model, signs) = [], without_signs(model)
     for start in range(0, windows, windows_per_step):
         batch = used[start : start + windows_per_step]
-        losses.extend(_losses_of(model, batch, cache_bits))
+        losses.extend(_losses_of(model, signs, batch, cache_bits))
         if on_window is not None:
             on_window(len(losses))
     means = np.asarray(losses)
@@ -129,12 +130,15 @@ def perplexity(
 
 
 def _losses_of(
-    model: Transformer, batch: Int[np.ndarray, "windows length"], cache_bits: int | None
+    model: Transformer,
+    signs: Int8[np.ndarray, " hidden"] | None,
+    batch: Int[np.ndarray, "windows length"],
+    cache_bits: int | None,
 ) -> Float[np.ndarray, " windows"]:
     """`_window_losses` on the host; the texts of a mesh are filled up until they divide over it."""
     parts = model.plan.data if hasattr(model, "plan") else 1
     filled = np.concatenate([batch, np.repeat(batch[:1], -len(batch) % parts, axis=0)])
-    return on_host(_window_losses(model, filled, cache_bits))[: len(batch)].astype(np.float64)
+    return on_host(_window_losses(model, signs, filled, cache_bits))[: len(batch)].astype(np.float64)
 
 
 def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:
@@ -144,9 +148,13 @@ def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:
 
 @functools.partial(jax.jit, static_argnames="cache_bits")
 def _window_losses(
-    model: Transformer, ids: Int[Array, "windows length"], cache_bits: int | None = None
+    model: Transformer,
+    signs: Int8[Array, " hidden"] | None,
+    ids: Int[Array, "windows length"],
+    cache_bits: int | None = None,
 ) -> Float[Array, " windows"]:
-    """Mean negative log-likelihood of every window, in nats."""
+    """Mean negative log-likelihood of every window, in nats; `signs` are those of `without_signs`."""
+    model = with_signs(model, signs)
     hidden = model.hidden_states(ids, cache_bits)
 
     def one_window(window):  # the logits, the largest array by far, of one window at a time
