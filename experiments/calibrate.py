@@ -35,7 +35,7 @@ from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.models.transformer import Transformer
 
 from .support import app
-from .support.precision_sweep import BY_RULES, EMBEDDING, MADE, ROUNDED, Sweep, read_rules, rules_of_row
+from .support.precision_sweep import BY_RULES, EMBEDDING, MADE, ROUNDED, Loaded, Sweep, read_rules, rules_of_row
 from .support.progress import console, progress_bar
 from .support.sources import load_text_source
 
@@ -60,8 +60,8 @@ _TOKENS_NAME = "calibration_tokens.npy"
 _WRITTEN_AT_ONCE = 128  # windows, on a GPU: 9 GB of keys and values with Llama-3-8B
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the experiment; see the module docstring."""
+def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> None:
+    """Runs the experiment; see the module docstring. `loaded` has the config's model and text, if another run has."""
     precisions, rounded = (
         [bj.Precision.parse(text) for text in app.split_names(names)] for names in (config.precisions, config.rounded)
     )
@@ -79,7 +79,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     embedding = bj.Precision.parse(config.embedding_precision, config.embedding_calibration or None)
     first_rules = [*own_rules, (EMBEDDING, embedding)]
     sections = (MADE, ROUNDED) if rounded else (MADE,)
-    sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, rules=own_rules)
+    sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, loaded, rules=own_rules)
     for precision in [*precisions, *rounded]:  # reject impossible precisions before measuring
         sweep.check(rules_of_row(first_rules, precision))
     block = rotation_block(config, sweep.pretrained)

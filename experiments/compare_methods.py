@@ -4,15 +4,17 @@
         --config.compared=rounding,gptq,descent --config.seeds=0,1,2 --config.precisions=W4A8g64 --config.text=PATH
 
 Every method and draw is a run of experiments/calibrate in a folder of its own, so that a stopped comparison resumes
-from the last block that was finished. Methods of one draw share its text. Methods with a "peer" are those of qwix
+from the last block that was finished. Methods of one draw share its text; all runs share the float model, its score,
+and compiled programs: further draws compile nothing, further precisions little. Methods with a "peer" are those of qwix
 (experiments/evaluation/qwix_methods.py). Writes to --workdir result.json, a table and
-comparison.png: of each method the mean perplexity over draws, and how much more it loses than `config.against`, with
+comparison.png, with the seconds of each part: of each method the mean perplexity over draws, and how much more it loses than `config.against`, with
 the standard errors of both.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,8 @@ from . import calibrate
 from .support import app
 from .support.paired_draws import NO_DRAW, mean_difference, mean_perplexity
 from .support.plotting import save
-from .support.precision_sweep import MADE, ROUNDED
+from .support.precision_sweep import MADE, ROUNDED, Loaded
 from .support.progress import console, progress_bar
-from .support.sources import load_model_source
 from .support.workdir import RESULT_NAME, environment, read_json, write_json
 
 ROUNDING = "rounding"
@@ -52,43 +53,50 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if peers:
         require("qwix", "peers")
     workdir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    loaded = Loaded.of(config)
+    seconds = {"load": time.perf_counter() - started, "write_texts": 0.0, "runs": 0.0}
     # Draws outside, so that a stopped comparison has whole draws.
     runs: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for seed in seeds:
-        text = _draw(config, seed, workdir)
+        started = time.perf_counter()
+        text = _draw(config, seed, workdir, loaded)
+        seconds["write_texts"] += time.perf_counter() - started
         for name in (name for name in names if name != ROUNDING):
             console.print(f"draw {seed}, {name}")
             rounds_too = ROUNDING in names and name not in peers and not runs[ROUNDING]
-            folder = workdir / f"{name}_{seed}"
-            _run(_config_of(config, name, seed, text, with_rounding=rounds_too), folder)
+            folder, started = workdir / f"{name}_{seed}", time.perf_counter()
+            _run(_config_of(config, name, seed, text, with_rounding=rounds_too), folder, loaded)
+            seconds["runs"] += time.perf_counter() - started
             found = read_json(folder / RESULT_NAME)
             runs[name][seed] = found
             if rounds_too:
                 runs[ROUNDING][NO_DRAW] = found
-            result = _gathered(config, runs)
+            result = _gathered(config, runs) | {"seconds": {part: round(each, 1) for part, each in seconds.items()}}
             write_json(workdir / RESULT_NAME, result)
     _plot(result, workdir / "comparison.png")
     _print_table(result)
-    console.print(f"results and plot: {workdir}")
+    parts = ", ".join(f"{part} {each:g} s" for part, each in result["seconds"].items())
+    console.print(f"{parts}; results and plot: {workdir}")
 
 
-def _run(config: ConfigDict, folder: Path) -> None:
+def _run(config: ConfigDict, folder: Path, loaded: Loaded) -> None:
     """Calibrates by this package, or by the library that the method names."""
     if "peer" not in config:
-        return calibrate.main(config, folder)
+        return calibrate.main(config, folder, loaded)
     from .evaluation import qwix_methods  # needs an optional package
 
-    return qwix_methods.main(config, folder)
+    return qwix_methods.main(config, folder, loaded)
 
 
-def _draw(config: ConfigDict, seed: str, workdir: Path) -> str:
+def _draw(config: ConfigDict, seed: str, workdir: Path, loaded: Loaded) -> str:
     """The calibration text of a draw: a file of windows that the model wrote, or, where a text is given, that text."""
     if config.calibration_text != "self":
         return config.calibration_text
     path = workdir / f"tokens_{seed}.npy"
     if not path.is_file():
         shape = config.calibration_windows, config.calibration_length
-        model = load_model_source(config.model).model
+        model = loaded.pretrained.model
         with progress_bar(f"draw {seed}: the model writes its text", config.calibration_windows) as advance:
             tokens = calibrate.written_text(model, shape, int(seed), advance)
         with atomic_write(path) as partial, partial.open("wb") as file:

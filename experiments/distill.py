@@ -62,7 +62,9 @@ def _distil(config: ConfigDict, workdir: Path, interrupt: Interrupt) -> None:
     floats, precision = sweep.pretrained.model, _precision(packed)
     sweep.measure_baseline()
     if "calibrated" not in sweep.result:
-        sweep.result["calibrated"] = measure("calibrated", sweep.pretrained.with_model(packed), sweep.ids, config)
+        sweep.result["calibrated"] = measure(
+            "calibrated", sweep.pretrained.with_model(packed), sweep.loaded.ids, config
+        )
         write_json(workdir / RESULT_NAME, sweep.result)
 
     def distil(_: bj.Precision) -> nnx.Module:

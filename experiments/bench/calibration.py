@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -37,6 +36,7 @@ from bipolar_jax.nn.compressible import layer_at
 from experiments.support import app
 from experiments.support.precision_sweep import LAYERS, peak_bytes
 from experiments.support.progress import console
+from experiments.support.timing import Compilations
 from experiments.support.workdir import RESULT_NAME, environment, write_json
 
 # Stages of rounding, each with those before it.
@@ -45,30 +45,6 @@ _STAGES = {
     "gptq": bj.compress.Rounding(descent_passes=0),
     "descent": bj.compress.Rounding(),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Compilations:
-    """Seconds of each compilation so far."""
-
-    seconds: list[float]
-
-    @classmethod
-    def listen(cls) -> Compilations:
-        """Counts from now on."""
-        found: list[float] = []
-
-        def add(event: str, duration: float, **_: Any) -> None:
-            if "backend_compile" in event:
-                found.append(duration)
-
-        jax.monitoring.register_event_duration_secs_listener(add)
-        return cls(found)
-
-    def since(self, start: int) -> dict[str, Any]:
-        """Number and seconds of those after the first `start`."""
-        new = self.seconds[start:]
-        return {"compilations": len(new), "compile_seconds": round(sum(new), 2)}
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

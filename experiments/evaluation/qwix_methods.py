@@ -29,7 +29,7 @@ from bipolar_jax.nn.compressible import Compressible, layer_at
 
 from ..calibrate import calibration_tokens
 from ..support import app
-from ..support.precision_sweep import EMBEDDING, MADE, Sweep
+from ..support.precision_sweep import EMBEDDING, MADE, Loaded, Sweep
 from ..support.progress import progress_bar
 from ..support.workdir import RESULT_NAME, write_json
 
@@ -52,8 +52,10 @@ _SCALE_BYTES = 2  # of a bfloat16 model, whose dtype qwix gives scales
 _qarray = gptq_core.qarray
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> None:
     """Rounds and scores a model; `config` is that of experiments/calibrate.py, with `peer`, one of `PEERS`.
+
+    `loaded` has the config's model and text, if another run has loaded them.
 
     Writes the sections of result.json that experiments/calibrate.py writes.
 
@@ -66,7 +68,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         if precision.w_bits not in _DTYPES or precision.a_bits not in (8, None):
             raise ValueError(f"{precision} is not compared with qwix: give 4 or 8 bits of weights and A8 or A16")
     workdir.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep.begin(config, workdir, _SETTINGS)
+    sweep = Sweep.begin(config, workdir, _SETTINGS, loaded=loaded)
     sweep.measure_baseline()
     tokens = calibration_tokens(config, workdir, sweep.pretrained)
     embedding = bj.Precision.parse(config.embedding_precision, config.embedding_calibration or None)

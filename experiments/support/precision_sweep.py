@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 import bipolar_jax as bj
+from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.perplexity import Perplexity, perplexity
@@ -32,6 +33,7 @@ from ..distributed.mesh import mesh_of, packed_on_mesh
 from .perplexity_plot import plot_perplexity
 from .progress import console, progress_bar
 from .sources import load_model_source, load_text_source, model_fingerprint
+from .timing import Compilations
 from .workdir import RESULT_NAME, check_rows, environment, read_result, write_json
 
 EMBEDDING, LAYERS = "^(embed|lm_head)$", "^layers/"
@@ -39,6 +41,7 @@ EMBEDDING, LAYERS = "^(embed|lm_head)$", "^layers/"
 MADE, ROUNDED = "precisions", "rounded"
 # The name of the row, and of the checkpoint, of a model whose layers all have rules of their own.
 BY_RULES = "rules"
+_SCORED_AT_ONCE, _SCORED_AT_ONCE_ON_CPUS = 20, 4  # windows
 _ROW_FIELDS = ("perplexity", "standard_error", "windows", "bytes", "sample")
 
 Convert = Callable[[bj.Precision], nnx.Module]
@@ -68,6 +71,33 @@ def rules_of_row(first: Sequence[Any], precision: bj.Precision | str) -> list[An
     return [*first] if precision == BY_RULES else [*first, (LAYERS, precision)]
 
 
+@dataclasses.dataclass
+class Loaded:
+    """A float model and a text, which runs in one process share.
+
+    Attributes:
+      pretrained: the float model.
+      ids: of the text.
+      text_sha256: of the text.
+      baseline: the float model's row, once a run has measured it.
+      compilations: of the process, from now on.
+    """
+
+    pretrained: PretrainedModel
+    ids: Sequence[int]
+    text_sha256: str
+    baseline: dict[str, Any] | None = None
+    compilations: Compilations = dataclasses.field(default_factory=Compilations.listen)
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Loaded:
+        """Loads the config's text and model. Raises as the loaders."""
+        text = load_text_source(config.text)
+        pretrained = load_model_source(config.model)
+        ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
+        return cls(pretrained, ids, hashlib.sha256(text.encode()).hexdigest())
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A model, a text, and the results so far.
@@ -75,16 +105,14 @@ class Sweep:
     Attributes:
       config: needs model, text, windows, window_length, embedding_precision, prompt, sample_tokens and checkpoints.
       workdir: folder of the results.
-      pretrained: the float model.
-      ids: of the text.
+      loaded: the float model and the text.
       result: what result.json holds.
       mesh: of the config; packed models are scored on it, the float one on one device.
     """
 
     config: ConfigDict
     workdir: Path
-    pretrained: PretrainedModel
-    ids: Sequence[int]
+    loaded: Loaded
     result: dict[str, Any]
     mesh: Mesh | None = None
 
@@ -95,6 +123,7 @@ class Sweep:
         workdir: Path,
         fields: Sequence[str],
         sections: Sequence[str] = (MADE,),
+        loaded: Loaded | None = None,
         **further: Any,
     ) -> Sweep:
         """Loads model and text, and the results of an earlier run.
@@ -103,22 +132,26 @@ class Sweep:
           config, workdir: see `Sweep`.
           fields: of the config, that the perplexity depends on; all results in a workdir share them.
           sections: of rows, `MADE` and perhaps `ROUNDED`.
+          loaded: the config's model and text, where another run has loaded them.
           **further: other settings, JSON.
 
         Raises:
           ValueError: results with other settings; as the loaders.
         """
         mesh = mesh_of(config)
-        text = load_text_source(config.text)
-        pretrained = load_model_source(config.model)
-        ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
+        loaded = loaded or Loaded.of(config)
         settings = {name: plain(config[name]) for name in fields} | further
         settings["model_fingerprint"] = model_fingerprint(config.model)
-        settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        settings["text_sha256"] = loaded.text_sha256
         result = read_result(workdir, settings, dict.fromkeys(sections, _ROW_FIELDS)) or {"settings": settings}
         result |= {section: result.get(section, {}) for section in sections}
         result["environment"] = environment()
-        return cls(config, workdir, pretrained, ids, result, mesh)
+        return cls(config, workdir, loaded, result, mesh)
+
+    @property
+    def pretrained(self) -> PretrainedModel:
+        """The float model."""
+        return self.loaded.pretrained
 
     def check(self, rules: Sequence[tuple[str, bj.Precision | str | None]]) -> None:
         """Raises ValueError if the model cannot be quantized by these rules, or then cut. Nothing is computed."""
@@ -132,8 +165,10 @@ class Sweep:
         if "baseline" in self.result:
             check_rows(path, "baseline", [self.result["baseline"]], [*_ROW_FIELDS, "tokens"])
             return
-        self.result["baseline"] = measure("baseline", self.pretrained, self.ids, self.config)
-        self.result["baseline"] |= _text_facts(self.ids, self.config)
+        if self.loaded.baseline is None:
+            row = measure("baseline", self.pretrained, self.loaded.ids, self.config)
+            self.loaded.baseline = row | _text_facts(self.loaded.ids, self.config)
+        self.result["baseline"] = self.loaded.baseline
         write_json(path, self.result)
 
     def is_done(self, precision: bj.Precision, section: str = MADE) -> bool:
@@ -162,12 +197,12 @@ class Sweep:
         if self.is_done(precision, section):
             console.print(f"{name}: already in {self.workdir / RESULT_NAME}")
             return
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), len(self.loaded.compilations.seconds)
         quantized = jax.block_until_ready(convert(precision))
         seconds, peak = time.perf_counter() - started, peak_bytes()
         packed = self.pretrained.with_model(quantized)
-        row = measure(name, packed, self.ids, self.config, self.mesh)
-        row["seconds"]["quantize"] = round(seconds, 2)
+        row = measure(name, packed, self.loaded.ids, self.config, self.mesh)
+        row["seconds"] |= {"quantize": round(seconds, 2), **self.loaded.compilations.since(compiled)}
         row["peak_bytes"] = peak
         row["relative_increase"] = _increase(row, self.result["baseline"])
         checkpoint = self._checkpoint(precision, section)
@@ -206,7 +241,8 @@ def measure(
     num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh)
     texts = 1 if mesh is None else mesh.shape[DATA]  # the sample's prompt, as often as devices divide texts
     started = time.perf_counter()
-    scored = scored_windows(name, pretrained.model, ids, config)
+    at_once = _SCORED_AT_ONCE if default_device().platform == "gpu" else _SCORED_AT_ONCE_ON_CPUS
+    scored = scored_windows(name, pretrained.model, ids, config, windows_per_step=at_once)
     evaluated = time.perf_counter()
     sample, margins = "", []
     if config.sample_tokens:

@@ -1,4 +1,4 @@
-"""Device timings of functions, and parallel compilation."""
+"""Device timings of functions, seconds of compilations, and parallel compilation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.monitoring
 
 # An idle GPU runs at low clocks, which rise within milliseconds under load.
 _WARM_UP_SECONDS = 0.03
@@ -57,6 +58,30 @@ class Timing:
             "iterations": self.iterations,
             "clock": self.clock,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilations:
+    """Seconds of each compilation so far; those that run side by side count each."""
+
+    seconds: list[float]
+
+    @classmethod
+    def listen(cls) -> Compilations:
+        """Counts from now on."""
+        found: list[float] = []
+
+        def add(event: str, duration: float, **_: Any) -> None:
+            if "backend_compile" in event:
+                found.append(duration)
+
+        jax.monitoring.register_event_duration_secs_listener(add)
+        return cls(found)
+
+    def since(self, start: int) -> dict[str, Any]:
+        """Number and seconds of those after the first `start`."""
+        new = self.seconds[start:]
+        return {"compilations": len(new), "compile_seconds": round(sum(new), 2)}
 
 
 def measure(function: Callable[..., Any], *args: Any, iterations: int) -> Timing:

@@ -57,7 +57,8 @@ def test_methods_are_compared_on_the_same_draws(config, tmp_path, monkeypatch):
     """With calibrations that are made up, which take no time."""
     asked = []
 
-    def calibrated(config, folder):
+    def calibrated(config, folder, loaded):
+        assert loaded.pretrained.model is not None
         asked.append((config.rotation, config.seed, config.rounded, config.calibration_text))
         row = {"perplexity": 2.0, "window_losses": [0.5 + config.seed, 0.25 * len(config.rotation)]}
         row |= {"seconds": {}, "bytes": 1}
