@@ -6,8 +6,8 @@
 Every method and draw is a run of experiments/calibrate in a folder of its own, so that a stopped comparison resumes
 from the last block that was finished. Methods of one draw share its text; all runs share the float model, its score,
 and compiled programs: further draws compile nothing, further precisions little. Methods with a "peer" are those of qwix
-(experiments/evaluation/qwix_methods.py). Writes to --workdir result.json, a table and
-comparison.png, with the seconds of each part: of each method the mean perplexity over draws, and how much more it loses than `config.against`, with
+(experiments/evaluation/qwix_methods.py). Writes to --workdir result.json, with the seconds of each part, a table and
+comparison.png: of each method the mean perplexity over draws, and how much more it loses than `config.against`, with
 the standard errors of both.
 """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.compress.rounding.method import Grid
 from bipolar_jax.format import BipolarFormat
@@ -18,10 +20,32 @@ _LEAST = {1: 0.15, 2: 0.25, 3: 0.35, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.9}
 _FITS = 8
 
 
+class Codes(NamedTuple):
+    """What a search for a grid depends on of a format: operands of compiled programs, which formats share.
+
+    Attributes:
+      largest: the largest code.
+      factors: of the shrunken ranges that are tried, the first ones count.
+      tried: how many.
+    """
+
+    largest: int | Int[Array, ""]
+    factors: Float[np.ndarray | Array, "most"]
+    tried: int | Int[Array, ""]
+
+    @classmethod
+    def of(cls, number_format: BipolarFormat) -> Codes:
+        """Those of a format."""
+        tried = _STEPS[number_format.bits] + 1
+        factors = np.ones(max(_STEPS.values()) + 1, np.float32)
+        factors[:tried] = np.linspace(1.0, _LEAST[number_format.bits], tried, dtype=np.float32)
+        return cls(number_format.max_value, factors, tried)
+
+
 def search_grid(
     x: Float[Array, "n groups size"],
     inside: Bool[np.ndarray, "groups size"],
-    number_format: BipolarFormat,
+    codes: Codes,
     kind: Grid,
     weights: Float[Array, "groups size"] | None = None,
 ) -> tuple[Float[Array, "n groups"], Float[Array, "n groups"], Float[Array, "n groups"] | None]:
@@ -35,14 +59,14 @@ def search_grid(
     Args:
       x: split into groups; magnitudes whose squares are floats.
       inside: False for padding.
-      number_format: the codes.
-      kind: see `Rounding`.
+      codes: of the format.
+      kind: see `Rounding`; of one bit, which has no zero, not "zero_point".
       weights: of the squared errors, above 0; None for equal ones.
 
     Returns:
       Steps; bases; the codes of zero, base = -step * zero code, or None for "free".
     """
-    largest = number_format.max_value
+    largest, factors = codes.largest, jnp.asarray(codes.factors)
     mask = along_last(inside, 3)
     weight = jnp.asarray(mask, jnp.float32)
     if weights is not None:
@@ -54,11 +78,11 @@ def search_grid(
     if kind != "free":
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         zero = jnp.full_like(low, largest / 2)
-    if kind == "zero_point" and number_format.bits > 1:
+    if kind == "zero_point":
         span = high - low
         zero = jnp.clip(jnp.round(-low * largest / jnp.where(span > 0, span, 1.0)), 0, largest)
-        zero = jnp.where(span > 0, zero, number_format.code_offset)
-    elif kind != "free":
+        zero = jnp.where(span > 0, zero, (largest + 1) // 2)
+    elif kind == "symmetric":
         high = jnp.maximum(high, -low)
         low = -high
     widest = (high - low) / largest
@@ -70,12 +94,12 @@ def search_grid(
         codes = jnp.floor((x - base[..., None]) * (2 * half_steps_per_unit(step))[..., None] + 0.5)
         return jnp.clip(codes, 0, largest)
 
-    def try_factor(best, factor):
-        step = widest * factor
+    def try_factor(index, best):
+        step = widest * factors[index]
         base = base_of(step)
         error = jnp.sum(weight * (step[..., None] * encode(step, base) + base[..., None] - x) ** 2, axis=-1)
         smaller = error < best[0]
-        return (jnp.where(smaller, error, best[0]), jnp.where(smaller, step, best[1])), None
+        return jnp.where(smaller, error, best[0]), jnp.where(smaller, step, best[1])
 
     def fit(_, grid):
         step, base = grid
@@ -91,8 +115,6 @@ def search_grid(
         step = jnp.where((squares > 0) & (fitted > 0), fitted, step)
         return step, mean - step * mean_code if zero is None else -step * zero
 
-    factors = np.linspace(1.0, _LEAST[number_format.bits], _STEPS[number_format.bits] + 1, dtype=np.float32)
-    start = jnp.full_like(widest, jnp.inf), widest
-    (_, step), _ = jax.lax.scan(try_factor, start, jnp.asarray(factors))
+    _, step = jax.lax.fori_loop(0, codes.tried, try_factor, (jnp.full_like(widest, jnp.inf), widest))
     step, base = jax.lax.fori_loop(0, _FITS, fit, (step, base_of(step)))
     return step, base, zero

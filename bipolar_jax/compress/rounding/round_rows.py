@@ -7,21 +7,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.compress.programs import Run, call
 from bipolar_jax.compress.rounding.affine_grid import AffineGrid, NestedGrid
 from bipolar_jax.compress.rounding.descent import descend
 from bipolar_jax.compress.rounding.gptq import gptq, with_damping
-from bipolar_jax.compress.rounding.grid_search import search_grid
+from bipolar_jax.compress.rounding.grid_search import Codes, search_grid
 from bipolar_jax.compress.rounding.grids import FittedGrid, FreeGrid, IntegerGrid, ZeroPointGrid
 from bipolar_jax.compress.rounding.method import Grid, RoundedRows, Rounding
 from bipolar_jax.compress.rounding.targets import asymmetric_target
-from bipolar_jax.format import BipolarFormat, as_format
+from bipolar_jax.format import TERNARY, BipolarFormat, as_format
 from bipolar_jax.quantize.calibration import flush_scale
 from bipolar_jax.quantize.fixed_point import power_of_two_at_or_below
 from bipolar_jax.quantize.groups import check_group_size, in_blocks, split_groups, valid_mask
+from bipolar_jax.quantize.integer_groups import Scales
 from bipolar_jax.quantize.integer_scale_search import search_integer_groups
 from bipolar_jax.quantize.precision import Precision
 from bipolar_jax.quantize.rounding import check_finite, check_float
@@ -94,7 +94,6 @@ def round_in_stages(
       rows, hessian, cross, precision, method: as `round_rows`.
       run: calls a program, or compiles it, see `compress.programs`.
     """
-    weights = Precision(precision.w_bits, group_size=precision.group_size, scales=precision.scales)
     hessian, cross = hessian if method.needs_hessian else None, cross if method.asymmetry > 0 else None
     size = precision.group_size or rows.shape[1]
     turns = {"act_order": method.act_order, "block": method.block}
@@ -106,12 +105,23 @@ def round_in_stages(
     targets, hessian, diagonal, unit = run(
         _targets, rows, hessian, cross, method.damping, method.asymmetry if cross is not None else None
     )
-    found = run(_grid, targets, diagonal if method.weighted_grid else None, precision=weights, kind=method.grid)
-    grid = _grid_of(found, weights, method.grid)
+    number_format, kind = as_format(precision.w_bits), method.grid
+    if number_format.bits == 1 and kind == "zero_point":  # one bit has no zero
+        kind = "free" if precision.scales == "integer" else "symmetric"
+    found = run(
+        _grid,
+        targets,
+        diagonal if method.weighted_grid else None,
+        Codes.of(number_format),
+        size=size,
+        kind=kind,
+        scales=precision.scales,
+        ternary=number_format.ternary,
+    )
+    grid = _grid_of(found, number_format.max_value, precision.scales, kind)
     if method.algorithm == "nearest":
         return run(_result, grid, run(_nearest, targets, of_inputs(grid)), unit)
     if method.nested:
-        number_format = as_format(precision.w_bits)
         targets, nested = run(_nested, targets, grid, size=size, number_format=number_format, nested=method.nested)
         codes = run(_gptq, targets, hessian, nested, **turns)
         for _ in range(method.descent_passes):
@@ -153,59 +163,53 @@ def _targets(
     return rows, damped, jnp.diagonal(hessian), unit
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "kind"))
+@functools.partial(jax.jit, static_argnames=("size", "kind", "scales", "ternary"))
 def _grid(
-    rows: Float[Array, "k n"], weights: Float[Array, "k"] | None, precision: Precision, kind: Grid
+    rows: Float[Array, "k n"],
+    weights: Float[Array, "k"] | None,
+    codes: Codes,
+    size: int,
+    kind: Grid,
+    scales: Scales,
+    ternary: bool,
 ) -> list[Float[Array, "..."]]:
     """The grid of least squared error, before codes are known: the arrays of `_grid_of`."""
-    number_format, size = as_format(precision.w_bits), precision.group_size or len(rows)
     inside = valid_mask(len(rows), size)
     if weights is not None:
         weights = split_groups(jnp.clip(weights, *_WEIGHTS), size)
-    has_integers = precision.scales == "integer"
-    if has_integers and number_format.bits == 1:
-        kind = "free"  # one bit has no zero
-    find = _integer_grid if has_integers else _float_grid
-    found = in_blocks(lambda block: find(split_groups(block, size), inside, weights, number_format, kind), rows.T)
-    return [array.T for array in found]
+    number_format = TERNARY if ternary else _SomeBits(2, largest=codes.largest)
+
+    def find(block: Float[Array, "rows k"]) -> tuple[Array, ...]:
+        x = split_groups(block, size)
+        step, base, zero = search_grid(x, inside, codes, kind, weights)
+        if scales == "float":
+            return (step, base) if zero is None else (step, zero)
+        offset = base + codes.largest * step / 2
+        row_scale, groups = search_integer_groups(
+            x, inside, number_format, step / 2, offset, keeps_zero=zero is not None, weights=weights
+        )
+        return row_scale[:, 0], groups.scale.astype(jnp.float32), groups.offset.astype(jnp.float32)
+
+    return [array.T for array in in_blocks(find, rows.T)]
 
 
-def _grid_of(found: list[Float[Array, "..."]], precision: Precision, kind: Grid) -> FittedGrid:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SomeBits(BipolarFormat):
+    """A format whose largest code is an operand of a compiled program; of its bits nothing else is known."""
+
+    largest: Int[Array, ""] | int = 0
+
+    @property
+    def max_value(self) -> Int[Array, ""] | int:
+        """The largest code."""
+        return self.largest
+
+
+def _grid_of(found: list[Float[Array, "..."]], largest: int, scales: Scales, kind: Grid) -> FittedGrid:
     """The grid of these arrays; its largest code is a Python number, so that programs do not depend on it."""
-    number_format = as_format(precision.w_bits)
-    if precision.scales == "integer":
-        return IntegerGrid(*found, number_format.max_value, kind == "zero_point" and number_format.bits > 1)
-    if kind == "free":
-        return FreeGrid(*found, number_format.max_value)
-    return ZeroPointGrid(*found, number_format.max_value, kind == "symmetric" or number_format.bits == 1)
-
-
-def _float_grid(
-    x: Float[Array, "n groups size"],
-    inside: Bool[np.ndarray, "groups size"],
-    weights: Float[Array, "groups size"] | None,
-    number_format: BipolarFormat,
-    kind: Grid,
-) -> tuple[Array, ...]:
-    """The arrays of `FreeGrid` or `ZeroPointGrid`, rows first."""
-    step, base, zero = search_grid(x, inside, number_format, kind, weights)
-    return (step, base) if zero is None else (step, zero)
-
-
-def _integer_grid(
-    x: Float[Array, "n groups size"],
-    inside: Bool[np.ndarray, "groups size"],
-    weights: Float[Array, "groups size"] | None,
-    number_format: BipolarFormat,
-    kind: Grid,
-) -> tuple[Array, ...]:
-    """The arrays of `IntegerGrid`, rows first."""
-    step, base, zero = search_grid(x, inside, number_format, kind, weights)
-    offset = base + number_format.max_value * step / 2
-    row_scale, groups = search_integer_groups(
-        x, inside, number_format, step / 2, offset, keeps_zero=zero is not None, weights=weights
-    )
-    return row_scale[:, 0], groups.scale.astype(jnp.float32), groups.offset.astype(jnp.float32)
+    if scales == "integer":
+        return IntegerGrid(*found, largest, kind == "zero_point")
+    return FreeGrid(*found, largest) if kind == "free" else ZeroPointGrid(*found, largest, kind == "symmetric")
 
 
 @functools.partial(jax.jit, static_argnames=("size", "k"))

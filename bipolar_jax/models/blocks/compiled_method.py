@@ -32,7 +32,8 @@ def compiled_method[Result](method: Callable[..., Result]) -> Callable[..., Resu
     def call(self, *args: Any, **kwargs: Any) -> Result:
         graph, state = nnx.split(self)
         variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-        if not all(isinstance(variable, nnx.Param | Packed) for variable in variables):
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state))
+        if is_traced or not all(isinstance(variable, nnx.Param | Packed) for variable in variables):
             return method(self, *args, **kwargs)
         arguments = dict(signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")

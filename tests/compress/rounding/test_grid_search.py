@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.compress.rounding.grid_search import search_grid
+from bipolar_jax.compress.rounding.grid_search import Codes, search_grid
 from bipolar_jax.quantize.groups import split_groups, valid_mask
 
 N, K, SIZE = 8, 50, 24
@@ -22,7 +22,8 @@ WEIGHTS = rng.uniform(0.1, 3, K).astype(np.float32)
 def found(fmt, kind, weights=None):
     grouped = split_groups(jnp.asarray(X), SIZE)
     weights = None if weights is None else split_groups(jnp.asarray(weights), SIZE)
-    step, base, zero = search_grid(grouped, valid_mask(K, SIZE), fmt, kind, weights)
+    kind = "symmetric" if fmt.bits == 1 and kind == "zero_point" else kind  # one bit has no zero
+    step, base, zero = search_grid(grouped, valid_mask(K, SIZE), Codes.of(fmt), kind, weights)
     return *(np.asarray(a, np.float64) for a in (step, base)), zero
 
 
