@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core.fragments import WARPS, canonical_layout
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT, clusters_at_once
 from bipolar_jax.kernels.unsupported import Unsupported
 
 ROWS = 16  # positions in a fragment of a warpgroup: 4 a warp, 8 threads each
@@ -21,9 +21,6 @@ _TILE_BYTES = 16 * 1024  # of keys in a tile, about
 _MOST_POSITIONS, _MOST_SLOTS = 64, 8
 _MOST_BLOCKS = 8  # in a portable cluster
 _BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS  # of one warpgroup
-# A cluster's blocks run within one GPC. How a chip's 132 multiprocessors are spread over GPCs differs; an H200 was seen
-# to run fewer than 32 clusters of four blocks that have a multiprocessor each. This spread has room for 30.
-_GPC_MULTIPROCESSORS = (18, 18, 18, 18, 16, 16, 14, 14)
 _SEQUENCES = (1, 2, 4, 8)  # of a block
 # Tiles on the tensor cores.
 TILE_QUERIES = 8  # rows of an instruction that are used
@@ -230,7 +227,7 @@ def _divided(plan: AttentionPlan, splits: int | None, sequences: int | None, war
         splits = 1
         while (
             2 * splits * plan.members <= _MOST_BLOCKS
-            and plan.batch * plan.kv_heads <= _clusters_at_once(2 * splits * plan.members, at_once // MULTIPROCESSORS)
+            and plan.batch * plan.kv_heads <= clusters_at_once(2 * splits * plan.members, at_once // MULTIPROCESSORS)
             and 2 * splits * warpgroups * plan.positions <= plan.capacity
         ):
             splits *= 2
@@ -254,11 +251,6 @@ def _warpgroups(plan: AttentionPlan) -> int:
         if sequences is None or blocks // sequences < _FEWEST_BLOCKS:
             return 1
     return _WARPGROUPS
-
-
-def _clusters_at_once(blocks: int, per_multiprocessor: int) -> int:
-    """Clusters of so many blocks that run at the same time."""
-    return sum(per_multiprocessor * multiprocessors // blocks for multiprocessors in _GPC_MULTIPROCESSORS)
 
 
 def _fitting_sequences(plan: AttentionPlan, at_once: int) -> int | None:

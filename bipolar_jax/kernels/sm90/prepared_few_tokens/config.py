@@ -11,7 +11,7 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
+from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES, clusters_at_once
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
@@ -75,8 +75,8 @@ class FewTokensTiling:
         return self.stages * rows_of_stage | 1
 
     def clusters(self, blocks: int) -> int:
-        """Clusters that run at a time: GPCs of 18 multiprocessors have two that no cluster of four takes."""
-        return max(1, blocks // self.cluster - (self.cluster > 2))
+        """Clusters that run at a time."""
+        return max(1, min(blocks // self.cluster, clusters_at_once(self.cluster)))
 
     @property
     def buffers(self) -> int:
