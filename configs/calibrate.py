@@ -50,9 +50,13 @@ def get_config() -> ConfigDict:
     config.rotation_block = 0
     # How weights are rounded, see bj.compress.Rounding.
     config.rounding = ConfigDict(dataclasses.asdict(Rounding()))
+    # Bits at which layers are rounded, such as 8 with rounding.nested=(6, 4): a row has the high planes that its
+    # precision asks for, as one file serves several precisions; 0 rounds each precision for itself.
+    config.rounded_bits = 0
     # Activations of at most so many bits are clipped to a part of each token's range, found on the text; 0: none are.
     config.learn_spans = 4
-    # Bits of the cache of keys and values that the model will decode with, 8 or 4; 0: floats. Scores are without it.
+    # Bits of the cache of keys and values that the model will decode with, 8 or 4; 0: floats. Packed models are
+    # scored with it, too.
     config.cache_bits = 0
     # Of the rotation, and of the text that the model writes.
     config.seed = 0

@@ -12,6 +12,7 @@ are scored on two devices; one calibrates.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ _SETTINGS = (
     "rotation",
     "rotation_block",
     "rounding",
+    "rounded_bits",
     "learn_spans",
     "cache_bits",
     "seed",
@@ -74,8 +76,10 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
         raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
     if min(config.calibration_windows, config.calibration_length) < 1:
         raise ValueError("config.calibration_windows and config.calibration_length must be at least 1")
+    if config.rounded_bits and precisions == [BY_RULES]:
+        raise ValueError("config.rounded_bits names the bits of precisions: leave it 0 beside rules for all layers")
     for precision in precisions if precisions != [BY_RULES] else []:
-        method.check(precision)
+        method.check(_as_rounded(precision, config))
     embedding = bj.Precision.parse(config.embedding_precision, config.embedding_calibration or None)
     first_rules = [*own_rules, (EMBEDDING, embedding)]
     sections = (MADE, ROUNDED) if rounded else (MADE,)
@@ -95,10 +99,10 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
 
     def calibrate(precision: bj.Precision | str) -> nnx.Module:
         with progress_bar(f"{precision}: calibrating", model.num_blocks) as advance:
-            return bj.compress.calibrate(
+            packed = bj.compress.calibrate(
                 model,
                 tokens,
-                rules_of_row(first_rules, precision),
+                rules_of_row(first_rules, _as_rounded(precision, config)),
                 method=method,
                 learn_spans=config.learn_spans,
                 cache_bits=config.cache_bits or None,
@@ -106,6 +110,7 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
                 on_block=lambda blocks: advance(blocks, "blocks"),
                 store=_store(workdir, precision),
             )
+        return with_high_planes(packed, precision.w_bits) if config.rounded_bits else packed
 
     for precision in precisions:
         sweep.add(precision, calibrate)
@@ -114,6 +119,29 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
     if config.sample_tokens:
         console.print(f"{precisions[-1]} continues: {config.prompt}", end="", highlight=False, markup=False)
         console.print(sweep.result[MADE][str(precisions[-1])]["sample"], highlight=False, markup=False)
+
+
+def _as_rounded(precision: bj.Precision | str, config: ConfigDict) -> bj.Precision | str:
+    """The precision at which layers are rounded, whose high planes are those of the row.
+
+    Raises:
+      ValueError: fewer bits than the row's, or a ternary row.
+    """
+    if not config.rounded_bits:
+        return precision
+    if isinstance(precision.w_bits, bj.BipolarFormat) or precision.w_bits > config.rounded_bits:
+        raise ValueError(f"{precision} does not have the high planes of config.rounded_bits={config.rounded_bits}")
+    return dataclasses.replace(precision, w_bits=config.rounded_bits)
+
+
+def with_high_planes(model: Transformer, bits: int) -> Transformer:
+    """The model with so many high planes of the weights of its decoder layers, as files of it are read with `bits`."""
+    model = nnx.clone(model)
+    for _, layer in nnx.iter_modules(model.layers):
+        if isinstance(layer, bj.nn.Linear):
+            layer.kernel = layer.kernel.replace(layer.kernel.get_value().truncate(bits))
+            layer.precision = dataclasses.replace(layer.precision, w_bits=bits)
+    return model
 
 
 def rotation_block(config: ConfigDict, pretrained: PretrainedModel) -> int | None:

@@ -6,6 +6,11 @@
 Against qwix, whose groups have float scales (pip install 'bipolar_jax[peers]'):
 
     ... --config.precisions=W4A16g64,W4A8g64 --config.compared=descent,float_groups,qwix_ptq,qwix_gptq,qwix_awq
+
+One checkpoint of 8 bits read at fewer, against a calibration for each; caches of 8 and 4 bits:
+
+    ... --config.precisions=W8A8,W6A8,W4A8 --config.compared=descent,planes_of_8
+    ... --config.precisions=W4A8 --config.compared=descent,cache_8,cache_4
 """
 
 from ml_collections import ConfigDict
@@ -33,6 +38,9 @@ def get_config() -> ConfigDict:
             "foldable": {"rotation": "foldable"},
             "float_groups": {"suffix": "f"},
             "nested": {"rounding": {"nested": (6, 4)}},
+            "planes_of_8": {"rounded_bits": 8, "rounding": {"nested": (6, 4)}},
+            "cache_8": {"cache_bits": 8},
+            "cache_4": {"cache_bits": 4},
             "whole_spans": {"learn_spans": 0},
             "asymmetric": {"rounding": {"asymmetry": 0.25}},
             "damped": {"rounding": {"damping": 0.05}},

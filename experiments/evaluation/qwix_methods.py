@@ -47,7 +47,8 @@ _SETTINGS = (
     "calibration_windows",
     "calibration_length",
 )
-_DTYPES = {4: jnp.int4, 8: jnp.int8}
+_DTYPES = {2: "int2", 3: "int3", 4: jnp.int4, 5: "int5", 6: "int6", 7: "int7", 8: jnp.int8}
+_GPTQ_BITS = (4, 8)  # its loop has no arrays of qwix's own types
 _SCALE_BYTES = 2  # of a bfloat16 model, whose dtype qwix gives scales
 _qarray = gptq_core.qarray
 
@@ -65,8 +66,10 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
     (peer,) = app.parse_names("peer", config.peer, PEERS)
     precisions = [bj.Precision.parse(text) for text in app.split_names(config.precisions)]
     for precision in precisions:
-        if precision.w_bits not in _DTYPES or precision.a_bits not in (8, None):
-            raise ValueError(f"{precision} is not compared with qwix: give 4 or 8 bits of weights and A8 or A16")
+        bits = _GPTQ_BITS if peer == "gptq" else tuple(_DTYPES)
+        if precision.w_bits not in bits or precision.a_bits not in (8, None):
+            asked = ", ".join(map(str, bits))
+            raise ValueError(f"{precision} is not compared with qwix's {peer}: give {asked} bits of weights, A8 or A16")
     workdir.mkdir(parents=True, exist_ok=True)
     sweep = Sweep.begin(config, workdir, _SETTINGS, loaded=loaded)
     sweep.measure_baseline()

@@ -201,7 +201,8 @@ class Sweep:
         quantized = jax.block_until_ready(convert(precision))
         seconds, peak = time.perf_counter() - started, peak_bytes()
         packed = self.pretrained.with_model(quantized)
-        row = measure(name, packed, self.loaded.ids, self.config, self.mesh)
+        cache_bits = self.config.get("cache_bits", 0) or None
+        row = measure(name, packed, self.loaded.ids, self.config, self.mesh, cache_bits)
         row["seconds"] |= {"quantize": round(seconds, 2), **self.loaded.compilations.since(compiled)}
         row["peak_bytes"] = peak
         row["relative_increase"] = _increase(row, self.result["baseline"])
@@ -235,14 +236,22 @@ def scored_windows(
 
 
 def measure(
-    name: str, pretrained: PretrainedModel, ids: Sequence[int], config: ConfigDict, mesh: Mesh | None = None
+    name: str,
+    pretrained: PretrainedModel,
+    ids: Sequence[int],
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    cache_bits: int | None = None,
 ) -> dict[str, Any]:
-    """Perplexity, size in bytes, and a greedy sample of text; of a packed model cut over the mesh if there is one."""
+    """Perplexity, size in bytes, and a greedy sample of text; of a packed model cut over the mesh if there is one.
+
+    With `cache_bits` tokens attend to keys and values as such a cache keeps them, but for the sample's.
+    """
     num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh)
     texts = 1 if mesh is None else mesh.shape[DATA]  # the sample's prompt, as often as devices divide texts
     started = time.perf_counter()
     at_once = _SCORED_AT_ONCE if default_device().platform == "gpu" else _SCORED_AT_ONCE_ON_CPUS
-    scored = scored_windows(name, pretrained.model, ids, config, windows_per_step=at_once)
+    scored = scored_windows(name, pretrained.model, ids, config, windows_per_step=at_once, cache_bits=cache_bits)
     evaluated = time.perf_counter()
     sample, margins = "", []
     if config.sample_tokens:

@@ -91,6 +91,19 @@ def test_the_checkpoint_gives_the_reported_perplexity_without_options(run, text)
     assert not (run / "W3A8.blocks").exists()
 
 
+def test_a_row_may_be_the_high_planes_of_more_bits_read_with_a_quantized_cache(model, text, tmp_path):
+    config = tiny_config(model, text, "W2A8")
+    config.rounded_bits, config.cache_bits, config.rotation = 4, 8, "none"
+    calibrate.main(config, tmp_path)
+    packed = load_pretrained(tmp_path / "W2A8.safetensors")
+    assert str(packed.model.layers.ffn.down_proj.precision) == "W2A8"
+    ids = packed.tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    again = perplexity(packed.model, ids, windows=WINDOWS, window_length=LENGTH, cache_bits=8)
+    assert (
+        again.perplexity == json.loads((tmp_path / workdir.RESULT_NAME).read_text())["precisions"]["W2A8"]["perplexity"]
+    )
+
+
 def test_tokens_and_rules_come_from_files(model, text, tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(WINDOWS * LENGTH * 3).reshape(-1, LENGTH) % 300)
     (tmp_path / "rules.json").write_text('[["down_proj", null], ["o_proj", "W8A8"]]')
@@ -123,6 +136,7 @@ def test_too_short_a_calibration_text_is_named(model, text, tmp_path):
         ("rotation", "half", "config.rotation is 'half': choose from full, foldable, none"),
         ("calibration_windows", 0, "must be at least 1"),
         ("rounding.asymmetry", 2.0, "asymmetry must be from 0 to 1"),
+        ("rounded_bits", 2, "W3A8g8 does not have the high planes of config.rounded_bits=2"),
         ("rounding.grid", "symmetric", "not one of integer groups, as of W3A8g8"),
     ],
 )

@@ -33,6 +33,11 @@ def test_gptq_and_awq_lose_less_of_the_output_than_rounding_to_nearest():
             scale = np.abs(rows).reshape(4, 2, 4).max(axis=-1, keepdims=True) / 7.5
             expected = np.round(0.99999 * rows.reshape(4, 2, 4) / scale) * scale  # 7.5 becomes 7
             np.testing.assert_allclose(found, expected.reshape(4, 8), rtol=1e-6)
+    for bits, largest in ((3, 3.5), (6, 31.5)):
+        found = qwix_methods.rounded_rows(rows, products, magnitudes, "ptq", bj.Precision(bits))
+        scale = np.abs(rows).max(axis=-1, keepdims=True) / largest
+        expected = np.clip(np.round(rows / scale), -largest - 0.5, largest - 0.5) * scale
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert 0 < errors["gptq"] < errors["ptq"]
     assert 0 < errors["awq"] < errors["ptq"]
 
@@ -83,11 +88,13 @@ def matrices():
     return [(hidden, context), (hidden, 32), (hidden, 32), (context, hidden), *[(hidden, ffn)] * 3]
 
 
-@pytest.mark.parametrize("precision", ["W3A8", "W4A4", "W1.58A8"])
-def test_precisions_that_qwix_has_not_are_refused(tmp_path, precision):
+@pytest.mark.parametrize(("peer", "precision"), [("gptq", "W3A8"), ("ptq", "W4A4"), ("awq", "W1.58A8")])
+def test_precisions_that_qwix_has_not_are_refused(tmp_path, peer, precision):
     config = config_of(tmp_path)
-    config.peer, config.precisions = "ptq", precision
-    with pytest.raises(ValueError, match="is not compared with qwix: give 4 or 8 bits"):
+    config.peer, config.precisions = peer, precision
+    with pytest.raises(
+        ValueError, match=f"is not compared with qwix's {peer}: give {'4, 8' if peer == 'gptq' else '2'}"
+    ):
         qwix_methods.main(config, tmp_path / "run")
 
 
