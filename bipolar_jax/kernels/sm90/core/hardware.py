@@ -4,16 +4,8 @@ from __future__ import annotations
 
 WARP, WARPGROUP = 32, 128  # threads
 MULTIPROCESSORS = 132
-# A cluster's blocks run within one GPC. How a chip's multiprocessors are spread over GPCs differs; an H200 was seen to
-# run fewer than 32 clusters of four blocks that have a multiprocessor each. This spread has room for 30.
-_GPC_MULTIPROCESSORS = (18, 18, 18, 18, 16, 16, 14, 14)
 # Hopper's limit for one block, less what Mosaic takes for barriers and alignment.
 SHARED_MEMORY_BYTES = 227 * 1024 - 4096
 TMA_ALIGNMENT = 16  # bytes: addresses and strides of arrays that TMA copies
 ALIGNED_WORDS = TMA_ALIGNMENT // 4  # elements of 4 bytes
 PTX_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # by name of the dtype
-
-
-def clusters_at_once(size: int, per_multiprocessor: int = 1) -> int:
-    """Clusters of `size` blocks that run at the same time, with so many blocks a multiprocessor."""
-    return sum(per_multiprocessor * multiprocessors // size for multiprocessors in _GPC_MULTIPROCESSORS)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core.fragments import WARPS, canonical_layout
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT, clusters_at_once
+from bipolar_jax.kernels.sm90.core.gpcs import clusters_at_once
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.unsupported import Unsupported
 
 ROWS = 16  # positions in a fragment of a warpgroup: 4 a warp, 8 threads each
