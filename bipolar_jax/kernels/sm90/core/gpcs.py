@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Multiprocessors of each GPC. How a chip's 132 are spread differs; an H200 was seen to run fewer than 32 clusters of four
-# blocks that have a multiprocessor each. This spread has room for 30.
+# Multiprocessors of each GPC. How a chip's 132 are spread differs; an H200 was seen to run fewer than 32 clusters of
+# four blocks that have a multiprocessor each. This spread has room for 30.
 _MULTIPROCESSORS = (18, 18, 18, 18, 16, 16, 14, 14)
 
 
