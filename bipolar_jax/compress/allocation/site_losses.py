@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.compress.block_programs import enter_blocks, run_block
+from bipolar_jax.compress.rounded_layers import numbers_of_kernels, with_rounded_layers
 from bipolar_jax.compress.site_inputs import replace_layer
 from bipolar_jax.nn.compressible import Predictive, Sites, layer_at
+from bipolar_jax.nn.layers.linear import Linear
 
 # Losses of the sites of a block, and of all of them at once, for every option.
 BlockLosses = Float[np.ndarray, "sites options"]
@@ -70,14 +72,21 @@ def site_losses(
 def _variants(
     block: nnx.Module, options: Sequence[Predictive], index: int, sites: Sequence[Sites]
 ) -> dict[tuple[int, int], nnx.Module]:
-    """The block with the packed layers of each site of each option."""
+    """The block with the packed layers of each site of each option, or with such as compute the same.
+
+    Those of all options with the same activations share a program, see `rounded_layers`.
+    """
     variants = {}
     for option, packed_model in enumerate(options):
         packed = packed_model.block(index)
         for site, each in enumerate(sites):
-            variant = nnx.clone(block)
-            for name in each.names:
-                replace_layer(variant, name, layer_at(packed, name))
+            layers = {name: layer_at(packed, name) for name in each.names}
+            rounded = {name: layer for name, layer in layers.items() if isinstance(layer, Linear) and not each.experts}
+            kernels = numbers_of_kernels([layer.kernel.get_value() for layer in rounded.values()])
+            a_formats = {name: layer.precision.a_format for name, layer in rounded.items()}
+            variant = with_rounded_layers(block, dict(zip(rounded, kernels, strict=True)), a_formats)
+            for name in layers.keys() - rounded.keys():
+                replace_layer(variant, name, layers[name])
             variants[site, option] = variant
     return variants
 
