@@ -1,7 +1,8 @@
 """`BlockScaledArray`, bit planes with the scales of GGUF's formats: float16 for blocks, integers below them for groups.
 
-Float scales, offsets and row sums of groups of 16 or 32 take 3 to 6 bits a weight, these 0.1 to 1. Products take the
-float scales, which `with_scales` makes in the program of the product.
+Float scales, offsets and row sums of groups of 16 or 32 take 3 to 6 bits a weight, these 0.1 to 1. Products with planes
+take the float scales, which `with_scales` makes in their program. Kernels of prepared weights read the integers of
+groups themselves (`float_terms`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from jaxtyping import Array, Float, Int, Integer, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_array import BipolarArray
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
-from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.fields import STAGE
+from bipolar_jax.packing.float_terms import BlockTerms, FloatTerms
 from bipolar_jax.packing.plane_sums import plane_sums
-from bipolar_jax.packing.prepared_array import PreparedArray
+from bipolar_jax.packing.prepared_array import PreparedArray, check_preparable, prepared
 from bipolar_jax.packing.unpacked_array import UnpackedArray
 from bipolar_jax.packing.words import num_words, unpack_codes
 from bipolar_jax.quantize.groups import num_groups, spread_groups
+
+_PREPARED_GROUPS = (16, 32, 64)  # of which an even number makes a stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,8 @@ class BlockForm:
       zero: the stored integer, times `factor`, that stands for the minimum, or for 0 where there is none.
       factor: of stored integers: 2 where they are signs (1 bit), else 1.
       minimum: whether groups have a minimum.
-      group_scales: dtype of the integers below the blocks' scales: "int8", "uint8", or "nibbles" with the scale in the
-        low half of a byte and the minimum in the high one; None if groups are blocks.
+      group_scales: the integers below the blocks' scales: "int8"; "uint8", of scales and minimums up to 63; or
+        "nibbles", a byte with the scale in the low half and the minimum in the high one; None if groups are blocks.
     """
 
     block_size: int
@@ -47,6 +51,17 @@ class BlockForm:
     def has_group_minimums(self) -> bool:
         """Whether minimums of groups are integers with bytes of their own."""
         return self.minimum and self.group_scales in ("int8", "uint8")
+
+    def prepared_terms(self, fmt: BipolarFormat, group_size: int) -> BlockTerms | None:
+        """The form in which kernels read the integers of groups; None if they read float scales instead."""
+        if self.block_size % STAGE or group_size not in _PREPARED_GROUPS or self.factor != 1:
+            return None
+        forms = {
+            ("int8", (fmt.max_value + 1) // 2, False): "block_scales",
+            ("uint8", 0, True): "block_minimums",
+            ("nibbles", 0, True): "block_nibbles",
+        }
+        return forms.get((self.group_scales, self.zero, self.minimum))
 
     def shift(self, fmt: BipolarFormat) -> float:
         """Offset of a group without minimum, per step: factor * W / 2 - zero."""
@@ -131,6 +146,17 @@ class BlockScaledArray(BipolarNumbers):
         """Unsigned codes; the contracted axis is last for either `axis`."""
         return unpack_codes(self.planes, self.format, self.contracted_size)
 
+    @property
+    def prepared_terms(self) -> BlockTerms | None:
+        """See `BlockForm.prepared_terms`."""
+        return self.form.prepared_terms(self.format, self.group_size)
+
+    def stored(self) -> UInt8[Array, "*batch n k"]:
+        """The integers of the file, whose steps have either sign."""
+        codes = self.codes()
+        negative = spread_groups(self._steps() < 0, self.contracted_size, self.group_size)
+        return jnp.where(negative, jnp.uint8(self.format.max_value) - codes, codes)
+
     def dequantize(self) -> Float[Array, "*shape"]:
         """The numbers, float32, exactly as the format defines them, in `shape`."""
         return _dequantize(self)
@@ -148,8 +174,12 @@ class BlockScaledArray(BipolarNumbers):
         return self.with_scales().unpack()
 
     def prepare(self, *, gated: bool = False, float_terms: FloatTerms | None = None) -> PreparedArray:
-        """See `BipolarArray.prepare`."""
-        return self.with_scales().prepare(gated=gated, float_terms=float_terms)
+        """See `BipolarArray.prepare`; None takes the integers of groups if kernels read them."""
+        terms = self.prepared_terms
+        if terms is None or float_terms not in (None, terms):
+            return self.with_scales().prepare(gated=gated, float_terms=float_terms)
+        check_preparable(self, gated)
+        return _prepare(self, gated, terms)
 
     def truncate(self, bits: int) -> BipolarArray:
         """See `BipolarArray.truncate`; the result has float32 scales."""
@@ -196,6 +226,11 @@ class BlockScaledArray(BipolarNumbers):
 
 
 # Programs, so that an eager call makes one pass over the codes; within a trace they are inlined.
+@functools.partial(jax.jit, static_argnames=("gated", "terms"), inline=True)
+def _prepare(array: BlockScaledArray, gated: bool, terms: BlockTerms) -> PreparedArray:
+    return prepared(array, gated, terms)
+
+
 @functools.partial(jax.jit, inline=True)
 def _with_scales(array: BlockScaledArray) -> BipolarArray:
     return BipolarArray(
@@ -215,7 +250,6 @@ def _dequantize(array: BlockScaledArray) -> Float[Array, "*shape"]:
     def of_elements(per_group: Array) -> Array:
         return spread_groups(per_group, array.contracted_size, array.group_size)
 
-    steps, minimums, codes = array._steps(), array._minimums(), array.codes().astype(jnp.int32)
-    stored = jnp.where(of_elements(steps < 0), array.format.max_value - codes, codes)
+    steps, minimums, stored = array._steps(), array._minimums(), array.stored().astype(jnp.int32)
     numbers = of_elements(steps) * (array.form.factor * stored - array.form.zero).astype(jnp.float32)
     return array._as_shape(numbers if minimums is None else numbers + of_elements(minimums))

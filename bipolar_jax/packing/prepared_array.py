@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,9 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing.bipolar_numbers import BipolarNumbers, register_numbers, static_field
 from bipolar_jax.packing.fields import (
-    CHUNK_WORDS,
     GROUP_UNIT,
-    PART_ROWS,
     PARTS,
     STAGE,
     TILE_ROWS,
@@ -28,9 +27,16 @@ from bipolar_jax.packing.fields import (
     unpack_fields,
     unpack_terms,
 )
-from bipolar_jax.packing.float_terms import FloatTerms, pack_float_terms, unpack_float_terms, vectors_of
+from bipolar_jax.packing.float_terms import (
+    BLOCK_TERMS,
+    FloatTerms,
+    pack_block_terms,
+    pack_float_terms,
+    terms_shape,
+    unpack_float_terms,
+)
 from bipolar_jax.packing.unpacked_array import UnpackedArray
-from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups
+from bipolar_jax.quantize.groups import along_last, group_lengths, split_groups, spread_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from bipolar_jax.quantize.rounding import from_grid
 
@@ -49,7 +55,9 @@ class PreparedArray(BipolarNumbers):
     - with integer groups, or without groups, all else is as in `BipolarArray`;
     - with float scales of groups (`float_terms`), `terms` hold the scales and offsets as `packing.float_terms` says,
       number[..., n, k] is `scale[..., n, 0]`, which is 1, times theirs, `row_sums[..., n, 0]` is the sum of all codes
-      of row n, and `number_sums[..., n, 0]` that of its numbers, divided by `scale`.
+      of row n, and `number_sums[..., n, 0]` that of its numbers, divided by `scale`;
+    - scales of groups are negative only of a `BlockScaledArray` whose terms are kept as integers of blocks: codes are
+      then the integers that the file stores.
 
     Attributes:
       words: fields of the codes.
@@ -61,7 +69,7 @@ class PreparedArray(BipolarNumbers):
     """
 
     words: UInt32[Array, "*batch tiles parts stages bits vector_words"]
-    terms: UInt32[Array, "*batch tiles parts stages chunks chunk_words"] | None
+    terms: UInt32[Array, "*batch tiles parts stages vectors vector_words"] | None
     scale: Float[Array, "*batch n scales"]
     row_sums: Int[Array, "*batch n scales"]
     format: BipolarFormat = static_field()  # noqa: RUF009 - a field
@@ -91,14 +99,9 @@ class PreparedArray(BipolarNumbers):
         return None if self.float_terms is not None else super().scale_group_size
 
     @property
-    def chunk_words(self) -> int:
-        """Words of the terms of a chunk and part."""
-        return chunk_words(self.float_terms)
-
-    @property
     def chunks(self) -> int:
         """Chunks of a stage that have terms of their own; 0 without groups."""
-        return 0 if self.terms is None else self.terms.shape[-2]
+        return 0 if self.terms is None else STAGE // math.gcd(self.group_size, STAGE)
 
     @property
     def natural_order(self) -> bool:
@@ -111,10 +114,17 @@ class PreparedArray(BipolarNumbers):
 
     def unpack(self) -> UnpackedArray:
         """As `BipolarArray.unpack`; float scales of groups are those of the array that this one is made of."""
-        codes, scale, offset, row_sums = self.codes(), self.scale, self.offset, self.row_sums
-        signed, group_size = self.signed_rows(), self.scale_group_size
-        if self.float_terms is not None:
+        scale, offset, row_sums = self.scale, self.offset, self.row_sums
+        group_size = self.scale_group_size
+        if self.float_terms is None:
+            signed = self.signed_rows()
+        else:
             (scale, offset), group_size = (term * self.scale for term in self.group_scales()), self.group_size
+            codes = self.codes()
+            if self.float_terms in BLOCK_TERMS:
+                negative = spread_groups(scale < 0, self.contracted_size, group_size)
+                codes, scale = jnp.where(negative, self.format.max_value - codes, codes), jnp.abs(scale)
+            signed = self.format.signed_codes(codes)
             row_sums = jnp.sum(split_groups(codes, group_size), axis=-1, dtype=jnp.int32)
         signed = jnp.moveaxis(split_groups(signed, group_size), -2, -3)
         static = (self.format, self.contracted_size, self.axis, self.group_size)
@@ -167,7 +177,7 @@ class PreparedArray(BipolarNumbers):
         tiles, stages = _tiles(n, self.gated), -(-self.contracted_size // STAGE)
         wanted = {"words": (*batch, tiles, PARTS, stages, self.bits, WORDS_PER_VECTOR)}
         if self.terms is not None:
-            wanted["terms"] = (*batch, tiles, PARTS, stages, self.chunks, self.chunk_words)
+            wanted["terms"] = (*batch, tiles, PARTS, stages, *terms_shape(self.float_terms, self.chunks))
         wrong = [
             f"{name} {tuple(getattr(self, name).shape)} instead of {shape}"
             for name, shape in wanted.items()
@@ -239,32 +249,48 @@ def has_terms(w: Any) -> bool:
 
 
 def prepared(w: Any, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
-    """A `BipolarArray` laid out; `float_terms` is the form of float scales of groups, if it has such."""
+    """A `BipolarArray` laid out; `float_terms` is the form of float scales of groups, if it has such.
+
+    It is one of BLOCK_TERMS if w is a `BlockScaledArray`.
+    """
     static = (w.format, w.contracted_size, w.axis, w.group_size, gated)
-    words, terms = _prepared_leaves(w, gated, float_terms)
+    codes = w.stored() if float_terms in BLOCK_TERMS else w.codes()
+    words, terms = _prepared_leaves(w, codes, gated, float_terms)
     if float_terms is None:
         return PreparedArray(words, terms, w.scale, w.row_sums, *static, w.offset)
     lengths = along_last(group_lengths(w.contracted_size, w.group_size), w.row_sums.ndim)
     sums = w.scale * w.value_sums().astype(jnp.float32)
     sums = sums if w.offset is None else sums + w.offset * lengths.astype(jnp.float32)
     number_sums = jnp.sum(sums, axis=-1, keepdims=True)
-    code_sums = jnp.sum(w.row_sums, axis=-1, keepdims=True, dtype=jnp.int32)
+    code_sums = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
     scale = jnp.ones_like(number_sums)
     return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms)
 
 
-def _prepared_leaves(w: Any, gated: bool, float_terms: FloatTerms | None) -> tuple[Array, Array | None]:
-    """`words` and `terms` of a `BipolarArray`."""
+def _prepared_leaves(
+    w: Any, codes: Array, gated: bool, float_terms: FloatTerms | None
+) -> tuple[Array, Array | None]:
+    """`words` of codes, and `terms` of a `BipolarArray` or a `BlockScaledArray`."""
     natural, bits = in_natural_order(w.group_size if has_terms(w) else None), w.bits
 
     def words_of(codes: Array) -> Array:
         codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % STAGE)))
         return pack_fields(_in_tiles(codes, gated), bits, natural)
 
-    words = _over_batch(words_of, 2)(w.codes())
+    words = _over_batch(words_of, 2)(codes)
     if not has_terms(w):
         return words, None
     stages, group_size = words.shape[-3], w.group_size
+
+    if float_terms in BLOCK_TERMS:
+        leaves = [w.block_scale, w.block_minimum, w.group_scales, w.group_minimums]
+
+        def block_terms_of(*rows: Array) -> Array:
+            in_tiles = iter([_in_tiles(each, gated) for each in rows])
+            of_rows = [None if leaf is None else next(in_tiles) for leaf in leaves]
+            return pack_block_terms(*of_rows, float_terms, (w.form.block_size, group_size), stages)
+
+        return words, _over_batch(block_terms_of, 2)(*[leaf for leaf in leaves if leaf is not None])
 
     def float_terms_of(scale: Array, *offset: Array) -> Array:
         scale, *offset = (_in_tiles(rows, gated) for rows in (scale, *offset))
@@ -280,11 +306,6 @@ def _prepared_leaves(w: Any, gated: bool, float_terms: FloatTerms | None) -> tup
         return pack_terms(_in_tiles(scale, gated), offset.astype(jnp.int8), group_size, stages)
 
     return words, _over_batch(terms_of, 2)(w.groups.scale, w.groups.offset)
-
-
-def chunk_words(float_terms: FloatTerms | None) -> int:
-    """Words of the terms of a chunk and part, of integer groups if `float_terms` is None."""
-    return CHUNK_WORDS if float_terms is None else PART_ROWS * vectors_of(float_terms)
 
 
 def _tiles(n: int, gated: bool) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bipolar_jax import BipolarFormat
-from bipolar_jax.packing.float_terms import narrowest_terms, part_float_terms, shared_terms
+from bipolar_jax.packing.float_terms import BLOCK_TERMS, narrowest_terms, part_float_terms, shared_terms
 from tests.packing.float_groups import float_groups, numbers_of
 
 KINDS = ("scales", "zeros", "minimums", "offsets")
@@ -20,19 +20,21 @@ A4 = BipolarFormat(4)
 
 @pytest.mark.parametrize(("kind", "bits", "group_size", "gated"), [
     ("scales", 4, 128, False), ("zeros", 4, 32, True), ("offsets", 8, 192, False), ("scales", 1, 16, False),
-    ("minimums", 5, 32, False),
+    ("minimums", 5, 32, False), ("block_scales", 3, 16, True), ("block_minimums", 4, 32, False),
+    ("block_nibbles", 2, 16, False),
 ])  # fmt: skip
 def test_numbers_come_back(kind, bits, group_size, gated):
-    w = float_groups(BipolarFormat(bits), N, K, group_size, kind)
+    w = float_groups(BipolarFormat(bits), N, 512 if kind in BLOCK_TERMS else K, group_size, kind)
     prepared = w.prepare(gated=gated)
     prepared.check()
     assert prepared.float_terms == kind
-    assert prepared.shape == (K, N)
+    assert prepared.shape == w.shape
     unpacked = prepared.unpack()
     np.testing.assert_array_equal(unpacked.scale, w.scale)
     np.testing.assert_array_equal(unpacked.offset, 0 * w.scale if w.offset is None else w.offset)
     np.testing.assert_array_equal(unpacked.row_sums, w.row_sums)
-    np.testing.assert_array_equal(prepared.codes(), w.codes())
+    np.testing.assert_array_equal(prepared.codes(), w.stored() if kind in BLOCK_TERMS else w.codes())
+    w = w.with_scales()
     np.testing.assert_array_equal(prepared.dequantize(), w.dequantize())
     np.testing.assert_array_equal(prepared.values(), w.dequantize())
     np.testing.assert_allclose(prepared.number_sums[:, 0], numbers_of(w).sum(1), atol=1e-3)

@@ -128,7 +128,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
             continue
         if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, has_groups=has_groups)):
             continue
-        if isinstance(weights, BlockScaledArray):
+        if isinstance(weights, BlockScaledArray) and weights.prepared_terms is None:
             weights = weights.with_scales()
             _set_weights(layer, weights)
         try:
@@ -136,18 +136,20 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         except ValueError:
             continue
         layers.append((layer, is_gated))
-    # The decode step takes one form for all layers.
-    scaled = [weights for layer, _ in layers if has_float_groups(weights := _weights(layer))]
+    # The decode step takes one form for all layers. Integers of groups stay what they are.
+    scaled = [w for layer, _ in layers if has_float_groups(w := _weights(layer)) and isinstance(w, BipolarArray)]
     terms = {fmt: shared_terms([w for w in scaled if w.format == fmt]) for fmt in {w.format for w in scaled}}
     del scaled  # so that each layer's planes are freed with it
     for layer, is_gated in layers:
         weights = _weights(layer)
-        float_terms = terms[weights.format] if has_float_groups(weights) else None
+        float_terms = None
+        if has_float_groups(weights):
+            float_terms = weights.prepared_terms if isinstance(weights, BlockScaledArray) else terms[weights.format]
         _set_weights(layer, _prepared(weights, is_gated, float_terms))
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "float_terms"))
-def _prepared(weights: BipolarArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
+def _prepared(weights: BipolarArray | BlockScaledArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
     """`weights.prepare`, one layer of a stack after the other, so that what it makes on the way is one layer's."""
     if weights.ndim == 2:
         return weights.prepare(gated=gated, float_terms=float_terms)

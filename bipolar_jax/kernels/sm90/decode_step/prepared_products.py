@@ -46,7 +46,7 @@ class PreparedKind:
     """See `weight_ring.WeightKind`.
 
     Slots are uint32 [w_slots, warpgroups * stages, bits, WORDS_PER_VECTOR] and, of groups, [w_slots, warpgroups *
-    stages, chunks, chunk_words]; the token is uint32 [K slices, SLICE_WORDS].
+    stages, vectors, vector_words]; the token is uint32 [K slices, SLICE_WORDS].
     """
 
     shape: LayersShape
@@ -60,7 +60,7 @@ class PreparedKind:
         shape = self.shape
         slots, chunks = (shape.w_slots, WARPGROUPS * shape.stages_per_load), shape.prepared.chunks
         words = plgpu.SMEM((*slots, shape.w_format.bits, WORDS_PER_VECTOR), jnp.uint32)
-        return words, plgpu.SMEM((*slots, chunks, shape.prepared.chunk_words), jnp.uint32) if chunks else None
+        return words, plgpu.SMEM((*slots, *shape.prepared.terms_shape), jnp.uint32) if chunks else None
 
     @property
     def sums_type(self) -> Any:

@@ -33,7 +33,7 @@ class ProductWeights:
     Attributes:
       words: bit planes, uint32 [layers, planes, n, words]; or prepared weights, uint32 [layers, parts, stages, bits,
         WORDS_PER_VECTOR].
-      group_terms: of prepared weights with groups, uint32 [layers, parts, stages, chunks, chunk_words]; else None.
+      group_terms: of prepared weights with groups, uint32 [layers, parts, stages, vectors, vector_words]; else None.
       code_sums, scale, offset, bias, number_sums: of the columns, flat [layers * n]; None if there is none.
     """
 

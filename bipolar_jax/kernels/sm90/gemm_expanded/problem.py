@@ -14,8 +14,7 @@ from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.packing.fields import PARTS, TILE_ROWS, WORDS_PER_VECTOR
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
 _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
@@ -64,7 +63,7 @@ class ExpandedProblem(Problem):
     @property
     def stage_bytes(self) -> int:
         """Bytes of a stage of the ring buffer."""
-        weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + self.chunks * chunk_words(self.float_terms))
+        weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + term_words(self.float_terms, self.chunks))
         token_sums = 0 if self.float_terms is None else 4 * self.chunks
         return self.tiling.block_m * (BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
 

@@ -22,7 +22,7 @@ class Sources(NamedTuple):
     Attributes:
       tokens: uint32 [1, rows, words], signed bytes.
       words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR], prepared weights.
-      group_terms: uint32 [tiles, PARTS, stages, chunks, CHUNK_WORDS or words of float terms], or None.
+      group_terms: uint32 [tiles, PARTS, stages, vectors, vector words], or None.
       token_sums: float32 [sequences, stages * chunks, m], sums of codes over chunks (`scaled_multiply`), or None.
       terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
     """

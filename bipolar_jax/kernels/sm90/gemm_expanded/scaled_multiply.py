@@ -39,8 +39,7 @@ from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion, StepWords
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling
 from bipolar_jax.packing.fields import PARTS, STAGE, STEPS, TILE_ROWS, WORDS_PER_VECTOR, expand_tile
-from bipolar_jax.packing.float_terms import FloatTerms, part_float_terms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import FloatTerms, part_float_terms, term_words
 
 BLOCKS = 2  # of a tile
 SUMS_ORDER = 16  # tokens whose sums `in_order_of_lanes` permutes
@@ -69,10 +68,10 @@ class ChunkScaling:
 
     def load(self, terms: Pointer, chunk: int, block: int) -> tuple[list[Value], list[Value]]:
         """S * 2^80 and q * 2^-69 of a lane's rows 8 p + lane / 4 of a block."""
-        (lane, warp), words = lane_and_warp(), chunk_words(self.kind)
-        part = ptx.advance(terms, ptx.plus(ptx.times(warp, 4 * self.chunks * words), 4 * chunk * words))
+        lane, warp = lane_and_warp()
+        part = ptx.advance(terms, ptx.times(warp, 4 * term_words(self.kind, self.chunks)))
         scales, first_numbers = [], []
-        rows = FloatScaling(self.kind, -self.format.max_value / 2).load_terms(part, lane)
+        rows = FloatScaling(self.kind, -self.format.max_value / 2).load_terms(part, chunk, lane)
         for scale, zero, offset in rows[2 * block : 2 * (block + 1)]:
             number = ptx.multiply(scale, zero) if offset is None else ptx.fma(scale, zero, offset)
             scales.append(ptx.multiply(scale, ptx.float32(_SCALE_FACTOR)))
@@ -125,7 +124,7 @@ def add_stage(
       total: [TILE_ROWS, tokens] in the layout `wgmma.ACCUMULATOR`: the sums so far, in units of SUM_UNIT.
       tokens: ref in shared memory, unsigned bytes as uint32 [tokens, 32] with `wgmma.TILE_TRANSFORMS`.
       words: likewise, uint32 [PARTS, bits, WORDS_PER_VECTOR], one tile and stage of prepared weights.
-      terms: likewise, uint32 [PARTS, chunks, words].
+      terms: likewise, uint32 [PARTS, vectors, words].
       token_sums: likewise, T as float32 [chunks, tokens], `in_order_of_lanes`.
       scaling: how sums of chunks are scaled.
       before: P of the last unit of the stage before, if it is in flight, and that stage's `terms`.

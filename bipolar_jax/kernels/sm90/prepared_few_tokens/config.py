@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -17,14 +18,14 @@ from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import BLOCK_TERMS, FloatTerms, terms_shape
 
 MOST_TOKENS = 64
 CHUNK = 8  # tokens: the columns of an instruction, and what is finished at once
 RUN = PART_ROWS // 2  # columns of the output that follow each other, of either block of a part
 FINISH_ROWS = 64  # of an array in the layout that the epilogue takes
 PARTS_AT_ONCE = FINISH_ROWS // RUN
+LATE_TERMS: tuple[FloatTerms, ...] = ("minimums", *BLOCK_TERMS)  # made by arithmetic, where they are multiplied
 # Registers of the producer's threads, and of the consumers' by number of warpgroups. A block has as many as it starts
 # with: 96 a thread with five warpgroups. Whoever asks for more waits for ever.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {1: 232, 2: 232, 3: 160, 4: 112}
@@ -154,9 +155,14 @@ class FewTokensProblem:
         return 2 if self.float_tokens else 1
 
     @property
-    def chunk_words(self) -> int:
-        """Words of the terms of a chunk and part."""
-        return chunk_words(self.float_terms)
+    def terms_shape(self) -> tuple[int, int]:
+        """Vectors of the terms of a stage and part, and words of each."""
+        return terms_shape(self.float_terms, self.chunks)
+
+    @property
+    def term_words(self) -> int:
+        """Words of the terms of a stage and part."""
+        return math.prod(self.terms_shape)
 
     @property
     def half(self) -> int:
@@ -205,11 +211,11 @@ class FewTokensProblem:
 
     @property
     def term_stages(self) -> int:
-        return _term_stages(self.tiling, self.chunks * self.chunk_words)
+        return _term_stages(self.tiling, self.term_words)
 
     @property
     def shared_memory_bytes(self) -> int:
-        slot = slot_bytes(self.tiling, self.m, self.w_bits, self.chunks * self.chunk_words, self.rows_of_stage)
+        slot = slot_bytes(self.tiling, self.m, self.w_bits, self.term_words, self.rows_of_stage)
         return self.tiling.slots * slot + other_bytes(self.tiling)
 
     def check(self) -> None:

@@ -131,7 +131,7 @@ def launch(
 def _scratch(problem: FewTokensProblem, sources: Sources) -> dict[str, Any]:
     """Scratch specifications, keyed by the kernel's keyword arguments."""
     tiling, ring = problem.tiling, functools.partial(plgpu.SMEM, dtype=jnp.uint32)
-    weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, problem.chunks, problem.chunk_words)
+    weights, terms = (tiling.slots, tiling.parts), (problem.term_stages, *problem.terms_shape)
     return dict(
         # Rows beyond m are never loaded. Slots are whole multiples of 1024 bytes, the unit of the swizzle.
         x_ring=ring((tiling.slots, problem.width, problem.token_rows, WORDS_PER_ROW), transforms=TILE_TRANSFORMS),

@@ -19,7 +19,7 @@ class Sources(NamedTuple):
     Attributes:
       x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
-      group_terms: uint32 [parts, stages, chunks, chunk_words], or None.
+      group_terms: uint32 [parts, stages, vectors, vector_words], or None.
       tokens: terms [m] or more.
       columns: terms [n].
       residual: of the output's shape, before it is cut, and its dtype; or None.

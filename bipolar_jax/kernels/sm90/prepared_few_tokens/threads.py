@@ -16,13 +16,14 @@ from bipolar_jax.kernels.sm90.core.fragments import WARPS, lane_and_warp, thread
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, WARPGROUP
 from bipolar_jax.kernels.sm90.core.ptx import GLOBAL, SHARED, Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FINISH_ROWS, RUN, FewTokensProblem
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FINISH_ROWS, LATE_TERMS, RUN, FewTokensProblem
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces
 from bipolar_jax.packing.fields import PART_ROWS, PARTS, WORDS_PER_VECTOR
 
 _SEGMENT = 16  # bytes: half of a step of one token
 _ROWS_OF_SWIZZLE = 8
+_MOST_KEPT_BITS = 4  # of codes that half a stage keeps for all tokens, beside terms that take arithmetic
 Sums = list[Value]
 
 
@@ -40,7 +41,7 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
       problem: the static side.
       sums: of this warp.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR] in shared memory.
-      terms: uint32 [parts, term_stages, chunks, chunk_words] in shared memory, or None.
+      terms: uint32 [parts, term_stages, vectors, vector_words] in shared memory, or None.
       tokens: uint32 [tokens, token_rows, 32] in shared memory, swizzled.
       warpgroup: of the calling threads.
     """
@@ -57,7 +58,7 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
             my_terms = (
                 None
                 if terms is None
-                else stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * problem.chunk_words)
+                else stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.term_words)
             )
             load = _token_loader(problem, ptx.pointer(tokens, SHARED), lane, stage)
             add_half = _add_half if problem.float_terms is None else _add_scaled_half
@@ -116,30 +117,38 @@ def _add_scaled_half(problem, expansion: Expansion, sums: Sums, words, terms, lo
     """As `_add_half`, of float scales of groups: sums are float32."""
     scaling = FloatScaling(problem.float_terms, -problem.recovery.w_format.max_value / 2)
     fields = expansion.load_fields(words, lane, half)
-    fragments = [expansion.fragments(fields[step], [], step) for step in range(HALF_STEPS)]
     first, end = (i * problem.chunks // HALVES for i in (half, half + 1))
     chunks = range(first, max(first + 1, end))
-    pointers = [ptx.advance(terms, 4 * problem.chunk_words * chunk) for chunk in chunks]
-    row_terms = [scaling.load_terms(pointer, lane) for pointer in pointers]
+    # Terms that take arithmetic are made when they are multiplied, and wide codes step by step: registers would spill.
+    is_late = problem.float_terms in LATE_TERMS
+    is_wide = is_late and expansion.bits > _MOST_KEPT_BITS
+    at_once = max(1, len(chunks) // HALF_STEPS) if is_wide else len(chunks)
     sums = list(sums)
-    for chunk in range(problem.token_chunks):
-        if chunk:
-            # Keeps the compiler from loading the tokens of all chunks at once, and from keeping terms: it would spill.
-            ptx.synchronize_warp()
-            row_terms = [scaling.load_terms(pointer, lane) for pointer in pointers]
-        tokens = load(half, chunk)
-        for number, own_terms in enumerate(row_terms):
-            pieces = chunk_pieces(number, len(row_terms))
-            own_tokens = [tokens[2 * step + first : 2 * step + last] for step, first, last in pieces]
-            token_sums = scaling.token_sums(own_tokens)
-            for block in range(2):
-                weights = [
-                    fragments[step][4 * block + 2 * first : 4 * block + 2 * last] for step, first, last in pieces
-                ]
-                start = 4 * (block * problem.token_chunks + chunk)
-                for i, product in enumerate(scaling.multiply(weights, own_tokens)):
-                    own = own_terms[2 * block + i // 2]
-                    sums[start + i] = scaling.add(sums[start + i], own, product, token_sums[i % 2])
+    for start in range(0, len(chunks), at_once):
+        pieces = {number: chunk_pieces(number, len(chunks)) for number in range(start, start + at_once)}
+        steps = {step for steps in pieces.values() for step, _, _ in steps}
+        fragments = {step: expansion.fragments(fields[step], [], step) for step in sorted(steps)}
+        for chunk in range(problem.token_chunks):
+            if chunk or is_late:
+                # Keeps the compiler from loading the tokens of all chunks at once, and from keeping terms.
+                ptx.synchronize_warp()
+            if not is_late:
+                row_terms = [scaling.load_terms(terms, chunks[number], lane) for number in pieces]
+            tokens = load(half, chunk)
+            for number, own_pieces in pieces.items():
+                if is_late and number > start:
+                    ptx.synchronize_warp()
+                own_terms = scaling.load_terms(terms, chunks[number], lane) if is_late else row_terms[number]
+                own_tokens = [tokens[2 * step + first : 2 * step + last] for step, first, last in own_pieces]
+                token_sums = scaling.token_sums(own_tokens)
+                for block in range(2):
+                    weights = [
+                        fragments[step][4 * block + 2 * first : 4 * block + 2 * last] for step, first, last in own_pieces
+                    ]
+                    at = 4 * (block * problem.token_chunks + chunk)
+                    for i, product in enumerate(scaling.multiply(weights, own_tokens)):
+                        own = own_terms[2 * block + i // 2]
+                        sums[at + i] = scaling.add(sums[at + i], own, product, token_sums[i % 2])
     return sums
 
 

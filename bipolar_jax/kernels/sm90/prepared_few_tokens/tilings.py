@@ -14,8 +14,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     slot_bytes,
 )
 from bipolar_jax.packing.fields import STAGE, WORDS_PER_VECTOR
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 _MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
 _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
@@ -51,7 +50,7 @@ def few_tokens_tiling(
       float_terms: the form of float scales of groups; None if there are none.
       rows_of_stage: rows of 128 bytes of a token in a stage.
     """
-    total, stages, part = num_parts(n, gated), -(-k // STAGE), part_bytes(w_bits, chunks * chunk_words(float_terms))
+    total, stages, part = num_parts(n, gated), -(-k // STAGE), part_bytes(w_bits, term_words(float_terms, chunks))
     most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
 
     def cycles(tiling: FewTokensTiling) -> float:
@@ -85,7 +84,7 @@ def few_tokens_microseconds(
 ) -> float:
     """The modelled time of a product of bytes on all multiprocessors; arguments as of `few_tokens_tiling`."""
     total, stages = num_parts(n, gated), -(-k // STAGE)
-    part = part_bytes(w_bits, chunks * chunk_words(None))
+    part = part_bytes(w_bits, term_words(None, chunks))
     rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
     finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
     reading = reading_cycles(tiling, m, total, stages, part, MULTIPROCESSORS) / _CYCLES_PER_MICROSECOND
@@ -112,7 +111,7 @@ def with_slots(
 ) -> FewTokensTiling:
     """The tiling with as many slots as fit shared memory and are of use; arguments as of `few_tokens_tiling`."""
     free = SHARED_MEMORY_BYTES - other_bytes(tiling)
-    slot = slot_bytes(tiling, m, w_bits, chunks * chunk_words(float_terms), rows_of_stage)
+    slot = slot_bytes(tiling, m, w_bits, term_words(float_terms, chunks), rows_of_stage)
     return dataclasses.replace(tiling, slots=min(_MOST_SLOTS, free // slot))
 
 

@@ -25,9 +25,17 @@ from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
 from bipolar_jax.packing.fields import PART_ROWS
-from bipolar_jax.packing.float_terms import FloatTerms, part_float_terms
+from bipolar_jax.packing.float_terms import (
+    BLOCK_TERMS,
+    ROW_WORDS,
+    FloatTerms,
+    block_words,
+    part_float_terms,
+    terms_shape,
+)
 
 _BIASED_ZERO, _BIAS = 0x4B400000, 12582912.0
+_TWO_TO_23 = 0x4B000000  # as a float32
 _EVERY_BYTE = 0x01010101
 _ROWS = 4  # of a lane: row 8 p + lane / 4 of either block, in the order 2 b + p
 RowTerms = tuple[Value, Value, Value | None]
@@ -53,14 +61,18 @@ class FloatScaling:
     kind: FloatTerms
     zero: float
 
-    def load_terms(self, terms: Pointer, lane: Value) -> list[RowTerms]:
+    def load_terms(self, terms: Pointer, chunk: int, lane: Value) -> list[RowTerms]:
         """S, Z and o of a lane's four rows; o is None where it is 0.
 
         Args:
-          terms: of one chunk and part in shared memory.
+          terms: of one stage and part in shared memory.
+          chunk: of the stage.
           lane: of the thread in its warp.
         """
-        mine = ptx.advance(terms, ptx.times(ptx.shift_right(lane, 2), 4 * _ROWS))
+        if self.kind in BLOCK_TERMS:
+            return self._load_block_terms(terms, chunk, lane)
+        (_, words), own = terms_shape(self.kind, 1), ptx.times(ptx.shift_right(lane, 2), 4 * _ROWS)
+        mine = ptx.advance(ptx.advance(terms, 4 * words * chunk), own)
         first = ptx.load(mine, _ROWS)
         if self.kind == "zeros":
             pairs = [ptx.expand("f16", word) for word in first]
@@ -73,6 +85,37 @@ class FloatScaling:
             return [(scale, zero, None) for scale in scales]
         offsets = [ptx.as_float(word) for word in ptx.load(ptx.advance(mine, 4 * PART_ROWS), _ROWS)]
         return [(scale, zero, offset) for scale, offset in zip(scales, offsets, strict=True)]
+
+    def _load_block_terms(self, terms: Pointer, chunk: int, lane: Value) -> list[RowTerms]:
+        row, head = ptx.shift_right(lane, 2), block_words(self.kind)
+        blocks = ptx.load(ptx.advance(terms, ptx.times(row, head // 2)), head // 8)
+        pairs, half = [ptx.expand("f16", word) for word in blocks], ptx.float32(-self.zero)
+        integers = ptx.advance(ptx.advance(terms, 4 * head), ptx.times(row, 4))
+
+        def load(vector: int) -> Value:
+            (word,) = ptx.load(ptx.advance(integers, 4 * ROW_WORDS * vector), 1)
+            return word
+
+        if self.kind == "block_scales":
+            rows = zip([scale for pair in pairs for scale in pair], _numbers_of_bytes(load(chunk), 128), strict=True)
+            return [(ptx.multiply(*row), ptx.float32(self.zero - 0.5), None) for row in rows]
+        if self.kind == "block_nibbles":
+            word = load(chunk)
+            steps, minimums = (ptx.bits_of(each, 0x0F0F0F0F) for each in (word, ptx.shift_right(word, 4)))
+        else:
+            pair, odd = divmod(chunk, 2)
+            word, highs = load(3 * pair + odd), load(3 * pair + 2)
+            highs = ptx.shift_right(highs, 2) if odd else ptx.shift_left(highs, 2)
+            steps = ptx.bits_of(word, 0x3F3F3F3F)
+            minimums = ptx.choose_bits(0x3C3C3C3C, highs, ptx.bits_of(ptx.shift_right(word, 6), 0x03030303))
+        loaded = []
+        for (scale, minimum), step, number in zip(
+            pairs, _numbers_of_bytes(steps), _numbers_of_bytes(minimums), strict=True
+        ):
+            scale = ptx.multiply(scale, step)
+            offset = ptx.fma(scale, half, ptx.multiply(minimum, number))
+            loaded.append((scale, ptx.float32(self.zero), offset))
+        return loaded
 
     def multiply(self, weights: list[list[Value]], tokens: list[list[Value]]) -> list[Value]:
         """The sums of a tile over a chunk: four numbers as floats, see `ptx.multiply_add_byte_tiles`.
@@ -98,10 +141,16 @@ class FloatScaling:
         return total if offset is None else ptx.fma(offset, token_sum, total)
 
 
+def _numbers_of_bytes(word: Value, bias: int = 0) -> list[Value]:
+    """The bytes of a word less a bias, as floats: 2^23 + a byte is a float whose lowest byte it is."""
+    words = [ptx.pick_bytes(word, ptx.int32(_TWO_TO_23), 0x7440 + index) for index in range(4)]
+    return [ptx.subtract(ptx.as_float(each), ptx.float32(2.0**23 + bias)) for each in words]
+
+
 def scaled_products(
     codes: Float[Array, "parts stages rows positions"],
     tokens: Float[Array, "m stages chunks size"],
-    terms: UInt32[Array, "parts stages chunks words"],
+    terms: UInt32[Array, "parts stages vectors words"],
     w_format: BipolarFormat,
     kind: FloatTerms,
 ) -> Float[Array, "parts stages rows m"]:

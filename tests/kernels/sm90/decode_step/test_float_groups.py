@@ -21,7 +21,7 @@ from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_packed
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import terms_shape
 from tests.kernels.sm90.decode_step.layers_twin import check_layers, compiled, preset_case
 from tests.kernels.sm90.decode_step.test_prepared_step import PREPARED, planned
 from tests.kernels.sm90.decode_step.test_prepared_threads import stored_token
@@ -64,7 +64,8 @@ def test_layers_are_the_twins(case, blocks):
 
 @pytest.mark.parametrize(
     ("kind", "bits", "group_size", "stages"),
-    [("scales", 4, 128, 4), ("zeros", 2, 32, 4), ("minimums", 4, 32, 4), ("offsets", 8, 64, 2), ("offsets", 3, 16, 4)],
+    [("scales", 4, 128, 4), ("zeros", 2, 32, 4), ("minimums", 4, 32, 4), ("offsets", 8, 64, 2), ("offsets", 3, 16, 4),
+     ("block_scales", 6, 16, 2), ("block_minimums", 4, 32, 4), ("block_nibbles", 2, 16, 4)],
 )
 def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     """All loads of a slice, some codes at their limits: sums of chunks are exact, so that only scaling rounds."""
@@ -82,7 +83,7 @@ def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     for load in range(8 // stages):
         mine = slice(load * stages, (load + 1) * stages)
         arrays = [np.ascontiguousarray(array) for array in (words[mine], token, terms[mine])]
-        assert arrays[2].shape[1:] == (prepared.chunks, chunk_words(kind))
+        assert arrays[2].shape[1:] == terms_shape(kind, prepared.chunks)
         pointers = [ptx.pointer(array, ptx.SHARED) for array in arrays]
         for valid in (0, 1):  # 0 adds nothing
             options = (ptx.int32(load), [ptx.int32(valid)], stages, expansion)

@@ -24,7 +24,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.scaled_arrays import unsigned_words
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import PARTS, WORDS_PER_VECTOR
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import terms_shape
 from tests.kernels.sm90.prepared_weights.test_expansion import rows_of_fragments
 from tests.packing.float_groups import float_groups, numbers_of
 from tests.support import sm90_compile, warpgroup_simulator
@@ -182,7 +182,7 @@ def compiled(bits, group_size, kind, tiling, *, residual=False, gated=False, dty
     aval = jax.ShapeDtypeStruct
     tiles, stages, chunks = n // 128, k // 128, int(128 // np.gcd(group_size, 128))
     words = aval((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
-    terms = aval((tiles, PARTS, stages, chunks, chunk_words(kind)), jnp.uint32)
+    terms = aval((tiles, PARTS, stages, *terms_shape(kind, chunks)), jnp.uint32)
     scale, sums = (aval((n, 1), dtype) for dtype in (jnp.float32, jnp.int32))
     weights = PreparedArray(words, terms, scale, sums, w_format, k, -2, group_size, gated, None, scale, kind)
     recovery = ScaledRecovery("int8", A8, w_format, k, with_zero=True)

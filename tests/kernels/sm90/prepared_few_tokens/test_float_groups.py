@@ -19,6 +19,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CONSUMER_REGISTE
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing.fields import PARTS
+from bipolar_jax.packing.float_terms import BLOCK_TERMS
 from tests.kernels.sm90.prepared_few_tokens.test_prepared_few_tokens import A8, problem_of, swizzled
 from tests.packing.float_groups import float_groups, numbers_of
 from tests.support import sm90_compile, warpgroup_simulator
@@ -28,7 +29,7 @@ from tests.support.interpreter import races_found
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
 
-KINDS = ("scales", "zeros", "minimums", "offsets")
+KINDS = ("scales", "zeros", "minimums", "offsets", *BLOCK_TERMS)
 
 
 def packed(x: np.ndarray, scale: np.ndarray, zero_code: np.ndarray) -> PackedTokens:
@@ -43,8 +44,10 @@ def packed(x: np.ndarray, scale: np.ndarray, zero_code: np.ndarray) -> PackedTok
         ("zeros", 3, 16, 11, 140, 300, FewTokensTiling(2, parts=3, depth=1, slots=3), True),
         # A cluster: totals are exchanged as floats.
         ("offsets", 8, 96, 9, 300, 260, FewTokensTiling(1, parts=4, slots=2, cluster=2), False),
+        # Terms of 320 bytes a stage, of which a slot has an even number.
+        ("block_scales", 6, 16, 3, 70, 512, FewTokensTiling(1, parts=3, slots=2), False),
     ],
-    ids=["W4g128f", "W3g16f, gated", "W8g96f, a cluster"],
+    ids=["W4g128f", "W3g16f, gated", "W8g96f, a cluster", "Q6_K"],
 )
 def test_products_are_those_of_the_numbers(kind, bits, group_size, m, n, k, tiling, gated):
     rng, w = np.random.default_rng(0), float_groups(BipolarFormat(bits), n, k, group_size, kind)
@@ -72,7 +75,16 @@ def test_products_are_those_of_the_numbers(kind, bits, group_size, m, n, k, tili
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "group_size"), [("scales", 8, 128), ("zeros", 5, 32), ("offsets", 4, 16), ("minimums", 4, 32)]
+    ("kind", "bits", "group_size"),
+    [
+        ("scales", 8, 128),
+        ("zeros", 5, 32),
+        ("offsets", 4, 16),
+        ("minimums", 4, 32),
+        ("block_scales", 3, 16),
+        ("block_minimums", 5, 32),
+        ("block_nibbles", 2, 16),
+    ],
 )
 def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
     """Lanes of one warpgroup with codes at their limits: sums are exact, so that numbers differ by roundings alone."""
@@ -117,7 +129,7 @@ def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
 def test_a_tiling_is_found_for_all_weights(m):
     for bits in range(1, 9):
         for n, k in ((1, 1), (28672, 4096)):
-            for kind, chunks in ((kind, chunks) for kind in KINDS for chunks in (1, 8)):
+            for kind, chunks in ((kind, chunks) for kind in KINDS for chunks in (1, 8) if kind not in BLOCK_TERMS or chunks > 1):
                 tiling = few_tokens_tiling(m, n, k, bits, chunks, float_terms=kind)
                 problem = problem_of(bits, chunks, m, n, k, tiling)
                 dataclasses.replace(problem, float_terms=kind).check()
@@ -133,21 +145,22 @@ def test_a_tiling_is_found_for_all_weights(m):
         ("zeros", 4, 32, 16, 28672, 4096, True),
         ("offsets", 6, 16, 16, 4096, 14336, False),
         ("minimums", 4, 32, 16, 28672, 4096, True),
+        ("block_scales", 6, 16, 16, 28672, 4096, True),
+        ("block_minimums", 4, 32, 64, 4096, 14336, False),
+        ("block_nibbles", 2, 16, 64, 28672, 4096, True),
     ],
     ids=str,
 )
 @pytest.mark.sample(1)
 def test_it_compiles_without_spills(kind, bits, group_size, m, n, k, gated):
-    small = float_groups(BipolarFormat(bits), 4, 2 * group_size, group_size, kind)
-    groups = k // group_size
-    w = dataclasses.replace(
-        small,
-        planes=jax.ShapeDtypeStruct((bits, n, k // 32), jnp.uint32),
-        scale=jax.ShapeDtypeStruct((n, groups), jnp.float32),
-        offset=None if small.offset is None else jax.ShapeDtypeStruct((n, groups), jnp.float32),
-        row_sums=jax.ShapeDtypeStruct((n, groups), jnp.int32),
-        contracted_size=k,
-    )
+    small = float_groups(BipolarFormat(bits), 4, 256, group_size, kind)
+    sizes = {4: n, 8: k // 32, 256 // group_size: k // group_size, 1: k // 256}  # rows, words, groups, blocks
+
+    def large(leaf):
+        *planes, rows, columns = leaf.shape
+        return jax.ShapeDtypeStruct((*planes, sizes[rows], sizes[columns]), leaf.dtype)
+
+    w = dataclasses.replace(jax.tree.map(large, small), contracted_size=k)
     w = jax.eval_shape(lambda w: w.prepare(gated=gated, float_terms=kind), w)
     shapes = ((1, m, k // 4), jnp.uint32), ((m,), jnp.float32), ((m,), jnp.int32), ((m,), jnp.int32)
     tokens = PackedTokens(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))

@@ -39,7 +39,7 @@ from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import PARTS, WORDS_PER_VECTOR
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import terms_shape
 from tests.gpu.cases.heads import Prompts
 from tests.gpu.trial import Case as Trial
 from tests.gpu.trial import run_cases
@@ -266,7 +266,7 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
     tiles, stages, terms = -(-n // 128), k // 128, None
     if group_size is not None:
         chunks = 128 // np.gcd(group_size, 128)
-        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, chunks, chunk_words(float_terms)), jnp.uint32)
+        terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, *terms_shape(float_terms, chunks)), jnp.uint32)
     words = jax.ShapeDtypeStruct((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
     column = [jax.ShapeDtypeStruct((n, 1), dtype) for dtype in (jnp.float32, jnp.int32)]
     is_scaled = float_terms is not None

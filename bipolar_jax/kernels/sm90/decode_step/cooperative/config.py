@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 from bipolar_jax.format import BipolarFormat
@@ -347,7 +348,7 @@ class LayersShape:
     @property
     def _stage_bytes(self) -> int:
         """Of a stage of prepared weights for every warpgroup."""
-        stage_words = self.w_format.bits * WORDS_PER_VECTOR + self.prepared.chunks * self.prepared.chunk_words
+        stage_words = self.w_format.bits * WORDS_PER_VECTOR + math.prod(self.prepared.terms_shape)
         return WARPGROUPS * 4 * stage_words
 
     @property

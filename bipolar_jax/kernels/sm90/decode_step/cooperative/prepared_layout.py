@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import FloatTerms, terms_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +22,6 @@ class PreparedLayout:
     float_terms: FloatTerms | None = None
 
     @property
-    def chunk_words(self) -> int:
-        """Words of the terms of a chunk and part."""
-        return chunk_words(self.float_terms)
+    def terms_shape(self) -> tuple[int, int]:
+        """Vectors of the terms of a stage and part, and words of each."""
+        return terms_shape(self.float_terms, self.chunks)

@@ -31,8 +31,7 @@ from bipolar_jax.kernels.sm90.decode_step.part_sums import (
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, Expansion
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, chunk_pieces, scaled_products
 from bipolar_jax.packing.fields import STEPS, expand_part
-from bipolar_jax.packing.float_terms import FloatTerms
-from bipolar_jax.packing.prepared_array import chunk_words
+from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class ScaledKind(FloatSumsKind):
 
 
 def _add_scaled_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
-    stages, chunks, _ = terms.shape
+    (stages, *_), chunks = terms.shape, expansion.fields.chunks
     codes = expand_part(words[...], None).astype(jnp.float32)
     own, active = own_positions(token, part_of_slice, valid, stages)
     by_chunk = own.astype(jnp.float32).reshape(1, stages, chunks, -1)
@@ -113,7 +112,7 @@ def add_scaled_stages_of_warp(
         return _multiply_stage(total, words, terms[0], token, lane, expansion)
 
     fields = expansion.fields
-    terms_bytes = 4 * fields.chunks * chunk_words(expansion.kind)
+    terms_bytes = 4 * term_words(expansion.kind, fields.chunks)
     return multiply_own_stage(total, pointers, part_of_slice, valid, stages, fields.bits, terms_bytes, multiply)
 
 
@@ -125,7 +124,7 @@ def _multiply_stage(
     by_step = [words_of_step for half in range(HALVES) for words_of_step in fields.load_fields(words, lane, half)]
     x = load_segment(token)
     for chunk in range(fields.chunks):
-        row_terms = scaling.load_terms(ptx.advance(terms, 4 * chunk_words(expansion.kind) * chunk), lane)
+        row_terms = scaling.load_terms(terms, chunk, lane)
         pieces = chunk_pieces(chunk, fields.chunks, STEPS)
         tokens = [x[2 * step + first : 2 * step + last] for step, first, last in pieces]
         token_sum, _ = scaling.token_sums(tokens)
