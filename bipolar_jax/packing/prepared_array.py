@@ -267,9 +267,7 @@ def prepared(w: Any, gated: bool, float_terms: FloatTerms | None) -> PreparedArr
     return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms)
 
 
-def _prepared_leaves(
-    w: Any, codes: Array, gated: bool, float_terms: FloatTerms | None
-) -> tuple[Array, Array | None]:
+def _prepared_leaves(w: Any, codes: Array, gated: bool, float_terms: FloatTerms | None) -> tuple[Array, Array | None]:
     """`words` of codes, and `terms` of a `BipolarArray` or a `BlockScaledArray`."""
     natural, bits = in_natural_order(w.group_size if has_terms(w) else None), w.bits
 

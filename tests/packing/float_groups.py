@@ -48,9 +48,7 @@ def float_groups(
     return dataclasses.replace(array, scale=scale, offset=offset, row_sums=sums, group_size=group_size)
 
 
-def _block_groups(
-    fmt: BipolarFormat, n: int, k: int, group_size: int, kind: BlockTerms, seed: int
-) -> BlockScaledArray:
+def _block_groups(fmt: BipolarFormat, n: int, k: int, group_size: int, kind: BlockTerms, seed: int) -> BlockScaledArray:
     """Numbers of blocks and integers of groups at their limits and between; some steps are negative."""
     rng, groups, blocks = np.random.default_rng(seed), k // group_size, -(-k // _BLOCK)
     planes = array_of_codes(random_codes(fmt, n, k, seed + 1), fmt, np.ones(n, np.float32)).planes

@@ -11,7 +11,7 @@ from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.ops.dispatch import BACKENDS
-from bipolar_jax.packing.float_terms import FloatTerms
+from bipolar_jax.packing.float_terms import BLOCK_TERMS, FloatTerms
 from tests.gpu.cases.operands import ALWAYS_FEW, EPS, assert_within, exact_tokens, generator, numbers_of
 from tests.gpu.cases.scaled_products import gated_numbers
 from tests.gpu.trial import Case, Trial, one_program
@@ -24,6 +24,13 @@ _FEW, _MANY = (1, 3, 8, 16, 17, 33, 64), (65, 130, 300)
 _SIZES = [(132, 97), (4096, 1500), (260, 14336), (9002, 640), (1024, 4096)]
 _GROUP_SIZES = (16, 32, 48, 64, 96, 128, 256)
 _LONG = 64  # groups of a multiple of it are scaled as sums of products of bytes
+_K_TYPES = (
+    ("block_nibbles", 2, 16),
+    ("block_scales", 3, 16),
+    ("block_minimums", 4, 32),
+    ("block_minimums", 5, 32),
+    ("block_scales", 6, 16),
+)
 _FLOAT16 = 2.0**-11  # of a weight: half a unit in the last place, of a number that is at least half of the largest
 
 
@@ -49,8 +56,9 @@ class Product:
         rng, a_format = generator(self.m, self.n, self.k, self.bits), BipolarFormat(self.a_bits)
         x, x_size = exact_tokens(rng, self.m, self.k, a_format, np.float32)
         w = float_groups(BipolarFormat(self.bits), self.n, self.k, self.group_size, self.kind, seed=self.bits)
-        w = dataclasses.replace(w, scale=w.scale / 16, offset=None if w.offset is None else w.offset / 16)
-        w_hat, w_size = numbers_of(w)
+        if self.kind not in BLOCK_TERMS:
+            w = dataclasses.replace(w, scale=w.scale / 16, offset=None if w.offset is None else w.offset / 16)
+        w_hat, w_size = numbers_of(w.with_scales())
         # A code times S and Z times S are up to twice a value each.
         w_size = 2 * np.max(w_size, axis=0, keepdims=True) * np.ones_like(w_size)
         bias = rng.normal(size=self.n).astype(np.float32)
@@ -94,11 +102,17 @@ def cases() -> list[Case]:
         Product("zeros", 4, 64, 8, 777, 4096, 1500),
     ]
     products += [Product(_KINDS[bits % 3], bits, 128 * (1 + bits % 2), 8, 200, 1000, 1500) for bits in range(1, 9)]
+    # K types of GGUF: gated, of few tokens in one and several units, and expanded in memory.
+    products += [
+        Product(kind, bits, group_size, 8, m, n, 2048, gated=gated)
+        for kind, bits, group_size in _K_TYPES
+        for m, n, gated in ((1, 4096, False), (16, 9000, True), (64, 1024, False), (200, 1000, False))
+    ]
     return [Case(product.name, product.trial) for product in products]
 
 
 def small() -> dict[str, Case]:
     few, many = Product("offsets", 4, 64, 8, 3, 300, 700), Product("zeros", 3, 32, 8, 70, 68, 300, gated=True)
-    scaled = Product("offsets", 4, 128, 8, 140, 600, 700)
-    products = {"few": few, "many": many, "in registers, many": scaled}
+    scaled, blocks = Product("offsets", 4, 128, 8, 140, 600, 700), Product("block_minimums", 4, 32, 8, 3, 300, 768)
+    products = {"few": few, "many": many, "in registers, many": scaled, "few, K types,": blocks}
     return {f"{name} tokens, float groups": Case(name, product.trial) for name, product in products.items()}

@@ -143,7 +143,8 @@ def _add_scaled_half(problem, expansion: Expansion, sums: Sums, words, terms, lo
                 token_sums = scaling.token_sums(own_tokens)
                 for block in range(2):
                     weights = [
-                        fragments[step][4 * block + 2 * first : 4 * block + 2 * last] for step, first, last in own_pieces
+                        fragments[step][4 * block + 2 * first : 4 * block + 2 * last]
+                        for step, first, last in own_pieces
                     ]
                     at = 4 * (block * problem.token_chunks + chunk)
                     for i, product in enumerate(scaling.multiply(weights, own_tokens)):

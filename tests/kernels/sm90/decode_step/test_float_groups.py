@@ -64,8 +64,16 @@ def test_layers_are_the_twins(case, blocks):
 
 @pytest.mark.parametrize(
     ("kind", "bits", "group_size", "stages"),
-    [("scales", 4, 128, 4), ("zeros", 2, 32, 4), ("minimums", 4, 32, 4), ("offsets", 8, 64, 2), ("offsets", 3, 16, 4),
-     ("block_scales", 6, 16, 2), ("block_minimums", 4, 32, 4), ("block_nibbles", 2, 16, 4)],
+    [
+        ("scales", 4, 128, 4),
+        ("zeros", 2, 32, 4),
+        ("minimums", 4, 32, 4),
+        ("offsets", 8, 64, 2),
+        ("offsets", 3, 16, 4),
+        ("block_scales", 6, 16, 2),
+        ("block_minimums", 4, 32, 4),
+        ("block_nibbles", 2, 16, 4),
+    ],
 )
 def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     """All loads of a slice, some codes at their limits: sums of chunks are exact, so that only scaling rounds."""

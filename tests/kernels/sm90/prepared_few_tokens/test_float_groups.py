@@ -129,7 +129,9 @@ def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
 def test_a_tiling_is_found_for_all_weights(m):
     for bits in range(1, 9):
         for n, k in ((1, 1), (28672, 4096)):
-            for kind, chunks in ((kind, chunks) for kind in KINDS for chunks in (1, 8) if kind not in BLOCK_TERMS or chunks > 1):
+            for kind, chunks in (
+                (kind, chunks) for kind in KINDS for chunks in (1, 8) if kind not in BLOCK_TERMS or chunks > 1
+            ):
                 tiling = few_tokens_tiling(m, n, k, bits, chunks, float_terms=kind)
                 problem = problem_of(bits, chunks, m, n, k, tiling)
                 dataclasses.replace(problem, float_terms=kind).check()
