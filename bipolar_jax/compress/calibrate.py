@@ -99,7 +99,10 @@ def calibrate[Model: nnx.Module](
       UserWarning: experts that no token goes to; layers in training mode.
     """
     if not isinstance(model, nnx.Module):
-        raise ValueError(f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel")
+        raise ValueError(
+            f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel; linen models are "
+            "rounded by quantize_model alone"
+        )
     if not isinstance(method, Rounding):
         raise ValueError(f"method must be a Rounding, such as Rounding('nearest'), got {method!r:.60}")
     if cache_bits is not None and not (isinstance(model, CachesHeads) and cache_bits in model.cached_bits):

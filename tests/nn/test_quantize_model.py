@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from bipolar_jax import TERNARY, Precision, quantize_model
 from bipolar_jax import nn as bnn
@@ -259,3 +259,13 @@ def test_the_error_for_weights_with_nan_names_the_layer(model):
     broken.head.kernel[...] = broken.head.kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"cannot quantize layer head to W4A8: .*1 NaN or Inf among its 80"):
         quantize_model(broken, [("head", W4A8)])
+
+
+def test_what_is_missing_of_linen_models_is_named():
+    layer, x = linen.Dense(4), jnp.ones((1, 8))
+    variables = {"params": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    with pytest.raises(ValueError, match=r'the collection "params", as module.init returns it.*\[.bias., .kernel.\]'):
+        quantize_model(layer, EVERYTHING, variables["params"], x)
+    packed, packed_variables = quantize_model(layer, EVERYTHING, variables, x)
+    with pytest.raises(ValueError, match="the model is packed already: give its float model"):
+        quantize_model(packed, EVERYTHING, packed_variables, x)

@@ -108,7 +108,12 @@ def quantize_linen(
         raise ValueError(
             f"{type(module).__name__} is a linen model: give its variables and example inputs after the rules"
         )
+    if isinstance(module, PackedLinen):
+        raise ValueError("the model is packed already: give its float model, `module`, with the float variables")
     variables = core.unfreeze(linen.meta.unbox(variables))
+    if not isinstance(variables, dict) or "params" not in variables:
+        found = f"a {type(variables).__name__}" if not isinstance(variables, dict) else f"the keys {sorted(variables)}"
+        raise ValueError(f'variables must have the collection "params", as module.init returns it, got {found!s:.100}')
     layers, others = _find_layers(module, variables, inputs, options)
     if rules is None:
         precisions = trained_precisions({path: layer.trained for path, layer in layers.items()})
