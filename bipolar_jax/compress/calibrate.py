@@ -100,8 +100,8 @@ def calibrate[Model: nnx.Module](
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(
-            f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel; linen models are "
-            "rounded by quantize_model alone"
+            f"got a {type(model).__name__}: give an nnx.Module, such as the model of a PretrainedModel; linen models "
+            "are rounded by quantize_model alone"
         )
     if not isinstance(method, Rounding):
         raise ValueError(f"method must be a Rounding, such as Rounding('nearest'), got {method!r:.60}")

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from bipolar_jax import TERNARY, Precision, quantize_model
+from bipolar_jax import TERNARY, GradientPrecision, Precision, quantization_aware, quantize_model
 from bipolar_jax import nn as bnn
 
 W4A8, W2A8, W8 = Precision(4, 8), Precision(2, 8), Precision(8)
@@ -269,3 +269,8 @@ def test_what_is_missing_of_linen_models_is_named():
     packed, packed_variables = quantize_model(layer, EVERYTHING, variables, x)
     with pytest.raises(ValueError, match="the model is packed already: give its float model"):
         quantize_model(packed, EVERYTHING, packed_variables, x)
+
+
+def test_gradients_that_are_rounded_stochastically_need_rngs(model):
+    with pytest.raises(ValueError, match=r"gradients of 8 bits are rounded stochastically: give rngs"):
+        quantization_aware(model, [("head", "W2A4")], gradient=GradientPrecision(bits=8))

@@ -233,6 +233,7 @@ def test_teacher_logits_of_minus_infinity_give_a_finite_loss():
     value, gradient = jax.value_and_grad(distillation_loss)(jnp.zeros(3), teacher)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
+    assert np.isnan(distillation_loss(jnp.zeros(3), teacher.at[0].set(jnp.nan)))
 
 
 def test_a_schedule_uses_each_precision_up_to_the_next_stage():

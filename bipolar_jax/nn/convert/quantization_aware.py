@@ -17,6 +17,7 @@ from bipolar_jax.nn.training.dot_general import DotGeneral
 from bipolar_jax.nn.training.layer_quantization import LayerQuantization
 from bipolar_jax.nn.training.quantized_einsum import QuantizedEinsum, StatefulEinsum
 from bipolar_jax.nn.training.stateful_dot_general import StatefulDotGeneral
+from bipolar_jax.ops import GradientPrecision
 
 _DENSE = (nnx.Linear, nnx.LinearGeneral)
 _LAYERS = (*_DENSE, nnx.Einsum)
@@ -47,7 +48,7 @@ def quantization_aware[Model: nnx.Module](
 
     Raises:
       ValueError: a linen model, whose layers take a `DotGeneral` themselves; a layer by itself; rules as in
-        `quantize_model`, or options that `DotGeneral` refuses.
+        `quantize_model`, or options that `DotGeneral` refuses; quantized gradients without `rngs`.
 
     Warns:
       UserWarning: as `quantize_model`; embeddings stay float in training and are not warned of.
@@ -56,6 +57,11 @@ def quantization_aware[Model: nnx.Module](
         raise ValueError(
             f"got a {type(model).__name__}: give an nnx.Module with paths for rules to match; a layer by itself, or "
             "of a linen model, is trained with its argument dot_general=bipolar_jax.DotGeneral(...)"
+        )
+    gradient = options.get("gradient")
+    if isinstance(gradient, GradientPrecision) and gradient.bits is not None and rngs is None:
+        raise ValueError(
+            f"gradients of {gradient.bits} bits are rounded stochastically: give rngs, such as nnx.Rngs(0)"
         )
     trained = nnx.clone(model)
     # A foreign dot_general of a dense layer is replaced.
