@@ -316,7 +316,12 @@ class Transformer(CompressibleBlocks):
         """The input of the first layer, and the rotary tables where positions are rotary, of whole texts.
 
         Frequencies of "longrope" depend on the positions of the cache that follows, the `capacity`; None has no cache.
+
+        Raises:
+          ValueError: ids of another shape, or more than there are learned positions.
         """
+        if ids.ndim != 2:
+            raise ValueError(f"token ids must have shape [batch, length], got {ids.shape}: one text is ids[None]")
         room = ids.shape[1] if capacity is None else capacity
         return self._enter(ids, jnp.arange(ids.shape[1])[None], room)
 
@@ -324,6 +329,8 @@ class Transformer(CompressibleBlocks):
         self, ids: Int[Array, " batch"], cache: KVCache
     ) -> tuple[Float[Array, "batch 1 hidden"], Tables | TablesByKind[Tables] | None]:
         """Likewise of one new token of each sequence, at the next position of the cache."""
+        if ids.ndim != 1:
+            raise ValueError(f"new token ids must have shape [batch], one of each sequence, got {ids.shape}")
         return self._enter(ids[:, None], cache.lengths[:, None], cache.capacity)
 
     def leave_blocks(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:

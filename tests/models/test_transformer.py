@@ -163,6 +163,14 @@ def test_a_cache_too_small_for_the_prompts_is_refused(grouped):
         grouped.prefill(random_ids(1, 6), jnp.array([6]), 5)
 
 
+def test_ids_of_another_shape_are_refused(grouped):
+    with pytest.raises(ValueError, match=r"shape .batch, length., got \(3,\): one text is ids.None."):
+        grouped(jnp.arange(3))
+    cache = jax.eval_shape(lambda: grouped.prefill(jnp.zeros((1, 3), jnp.int32), jnp.array([3]), 8))[1]
+    with pytest.raises(ValueError, match=r"shape .batch., one of each sequence, got \(1, 1\)"):
+        jax.eval_shape(grouped.decode, jnp.zeros((1, 1), jnp.int32), cache)
+
+
 def test_the_cache_holds_only_key_heads(grouped):
     _, cache = prefill(grouped, random_ids(2, 6), np.array([6, 6], np.int32), 9)
     assert cache.capacity == 9

@@ -125,6 +125,8 @@ def explain_model(
       Unsupported: a layer names a backend that does not serve its product.
     """
     check_transformer(model)
+    if batch < 1 or length < 1:
+        raise ValueError(f"needs at least 1 sequence of 1 token, got {batch=} and {length=}")
     config = model.config
     if capacity is None:
         capacity = max(length, min(round_up_length(length + 1), config.context_length))

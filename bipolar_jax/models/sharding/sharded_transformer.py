@@ -244,8 +244,10 @@ def two_axes(mesh: Mesh) -> Mesh:
     """The devices of a mesh as one with the Auto axes "data" and "model"; an axis that it lacks has one device.
 
     Raises:
-      ValueError: other axes.
+      ValueError: no mesh, or one with other axes.
     """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"the mesh must be a jax.sharding.Mesh, such as jax.make_mesh makes, got {mesh!r:.60}")
     if unknown := sorted(set(mesh.axis_names) - {DATA, MODEL}):
         raise ValueError(f"the mesh has the axis {unknown[0]!r}: models are cut over {DATA!r} and {MODEL!r} alone")
     devices = mesh.devices if mesh.axis_names != (MODEL, DATA) else mesh.devices.T

@@ -202,3 +202,5 @@ def test_nothing_runs(monkeypatch):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="cache_bits must be 8 or 4"):
         bj.explain_model(packed("W1A1"), 1, 128, cache_bits=3)
+    with pytest.raises(ValueError, match="at least 1 sequence of 1 token, got batch=1 and length=0"):
+        bj.explain_model(packed("W1A1"), 1, 0)

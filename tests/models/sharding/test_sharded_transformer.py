@@ -247,6 +247,8 @@ def test_impossible_meshes_are_refused_with_the_numbers(model):
         plan_shards(tiny, {"model": 3})
     with pytest.raises(ValueError, match="the mesh has the axis 'pipe': models are cut over 'data' and 'model' alone"):
         two_axes(jax.make_mesh((2,), ("pipe",)))
+    with pytest.raises(ValueError, match="the mesh must be a jax.sharding.Mesh, such as jax.make_mesh makes, got None"):
+        two_axes(None)
     with pytest.raises(ValueError, match="qkv_proj is joined: cut the model before it is prepared"):
         plan_shards(join_projections(model), {"model": 2})
     with pytest.raises(ValueError, match="is a UnpackedArray: cut the model first"):
