@@ -140,7 +140,9 @@ class Transformer(CompressibleBlocks):
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.fused_sequences = MOST_SEQUENCES  # that one kernel may decode, see `prepare_for_inference`
-        self.cut_positions: CutPositions | None = None  # of caches, of any capacity: `models.sharding` sets it
+        # Set by `models.sharding`: how devices share positions of caches, and the mesh axis that cuts those of prompts.
+        self.cut_positions: CutPositions | None = None
+        self.token_axis: str | None = None
         embed = functools.partial(nnx.Embed, param_dtype=param_dtype, dtype=param_dtype, rngs=rngs)
         self.embed = embed(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
@@ -228,14 +230,21 @@ class Transformer(CompressibleBlocks):
         Raises:
           ValueError: other cache_bits, or prompts longer than `capacity`.
         """
-        config, lengths = self.config, lengths.astype(jnp.int32)
+        lengths = lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids, capacity)
-        shape = (config.num_layers, ids.shape[0], config.num_kv_heads, capacity, config.head_dim)
-        cut = None if self.cut_positions is None else dataclasses.replace(self.cut_positions, capacity=capacity)
-        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits), cut)
+        cache = self.empty_cache(hidden.dtype, lengths, capacity, cache_bits)
         hidden, cache = self._causal_layers(hidden, tables, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.leave_blocks(last)), cache
+
+    def empty_cache(
+        self, dtype: jnp.dtype, lengths: Int[Array, " batch"], capacity: int, cache_bits: int | None
+    ) -> KVCache:
+        """The cache that `prefill` fills."""
+        config = self.config
+        shape = (config.num_layers, len(lengths), config.num_kv_heads, capacity, config.head_dim)
+        cut = None if self.cut_positions is None else dataclasses.replace(self.cut_positions, capacity=capacity)
+        return KVCache.empty(shape, dtype, cache_bits, lengths, config.key_rotation(cache_bits), cut)
 
     @compiled_method
     def decode(self, ids: Int[Array, " batch"], cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
@@ -279,7 +288,17 @@ class Transformer(CompressibleBlocks):
         def attend(projections, cache, index):
             return attend_to_text(projections, self.config.num_kv_heads, start.positions, cache, index)
 
-        return self._through_layers(hidden, cache, attend, self.stacks)
+        hidden, cache = self._through_layers(self.own_tokens(hidden), cache, attend, self.stacks)
+        if self.token_axis is not None:
+            hidden = jax.lax.all_gather(hidden, self.token_axis, axis=1, tiled=True)
+        return hidden, cache
+
+    def own_tokens(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch own hidden"]:
+        """The positions that this device has between products of prompts; all, where devices do not divide them."""
+        if self.token_axis is None:
+            return hidden
+        size = hidden.shape[1] // jax.lax.axis_size(self.token_axis)
+        return jax.lax.dynamic_slice_in_dim(hidden, jax.lax.axis_index(self.token_axis) * size, size, axis=1)
 
     def _through_layers(
         self,

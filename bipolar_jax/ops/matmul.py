@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,12 @@ def matmul(
     *,
     bias: Float[Array, "*w_batch n"] | None = None,
     prologue: Prologue | None = None,
-    residual: Float[Array, "*batch out"] | None = None,
+    residual: Float[Array, "*result out"] | None = None,
     activation: Activation | None = None,
     k_axes: str | tuple[str, ...] | None = None,
+    token_axes: str | tuple[str, ...] | None = None,
     implementation: str = "auto",
-) -> Float[Array, "*batch out"]:
+) -> Float[Array, "*result out"]:
     """prologue(x) @ w, with the rows of prologue(x) quantized to `a_bits`; plus bias, activation and residual.
 
     Every row (token) is rounded to the a-bit grid that spans from its smallest to its largest number, zero included;
@@ -83,6 +85,10 @@ def matmul(
         cut as `packing.cuts.partition_specs` says. The result is that of whole rows, on every device, with the same
         bits (with float scales of groups up to the rounding of float32 sums); residual and bias are whole. There is no
         gradient.
+      token_axes: within `jax.shard_map`, the mesh axes that the axis before the last is cut over. With `k_axes`, which
+        are then the same, it is that axis of the result and of the residual: sums are reduce-scattered. Without, it is
+        that of x: tokens are quantized where they are, their codes are gathered, and the result has all of them. There
+        is no gradient.
       implementation: "auto", or a backend by name: "reference", "xla", "sm90" (Hopper GPUs).
 
     Returns:
@@ -90,16 +96,23 @@ def matmul(
 
     Raises:
       ValueError: x is not float, sizes do not fit, bits outside 1..8, or K so large that
-        an int32 sum could overflow; with `k_axes` a w with batch axes, or a prologue that needs whole rows.
+        an int32 sum could overflow; with `k_axes` a w with batch axes, or a prologue that needs whole rows; with
+        `token_axes` other `k_axes`, one axis alone, or tokens that do not divide.
       Unsupported: the backend asked for cannot serve these operands.
     """
     x = as_array(x)
     bias, residual = (None if array is None else as_array(array) for array in (bias, residual))
     check_implementation(implementation)
     a_format = None if a_bits is None else activation_format(a_bits)
-    if k_axes is not None:
-        axes = (k_axes,) if isinstance(k_axes, str) else tuple(k_axes)
-        return _matmul_of_parts(x, residual, w, bias, prologue, a_format, activation, axes, implementation)
+    if k_axes is not None or token_axes is not None:
+        k_axes, token_axes = ((axes,) if isinstance(axes, str) else axes for axes in (k_axes, token_axes))
+        if token_axes is not None and k_axes not in (None, token_axes):
+            raise ValueError(f"tokens are cut over {token_axes}, and k over {k_axes}: cut both over the same axes")
+        cuts = {"cuts_k": k_axes is not None, "cuts_tokens": token_axes is not None}
+        static = PartsOfK(
+            tuple(k_axes or token_axes), a_format, activation, implementation, jnp.dtype(x.dtype).name, **cuts
+        )
+        return _matmul_of_parts(static, x, residual, w, bias, prologue)
     check_operands(x, w, a_format, bias, prologue, residual, activation)
     if 0 in x.shape:  # an empty batch
         columns = w.shape[-1] // (1 if activation is None else activation.parts)
@@ -113,21 +126,42 @@ def matmul(
     return with_out_sharding(functools.partial(_batched_matmul, static), out_axes, operands)
 
 
-def _matmul_of_parts(x, residual, w, bias, prologue, a_format, activation, axes, implementation):
-    """`matmul` with `k_axes`."""
+def _matmul_of_parts(static: PartsOfK, x, residual, w, bias, prologue):
+    """`matmul` with `k_axes` or `token_axes`."""
+    axes, a_format, activation = static.axes, static.a_format, static.activation
     if w.ndim != 2:
-        raise ValueError(f"with k_axes w has no batch axes, got shape {w.shape}: map over them with jax.vmap")
-    check_prologue_of_parts(prologue, axes)
-    parts = 1 if prologue is None else prologue.parts
-    part = part_of(w, x.shape[-1] // parts, axes)
-    check_operands(x, part.w, a_format, bias, prologue, residual, activation)
+        raise ValueError(
+            f"with k_axes or token_axes w has no batch axes, got shape {w.shape}: map over them with jax.vmap"
+        )
+    part = _Whole(w, w.contracted_size)
+    if static.cuts_k:
+        check_prologue_of_parts(prologue, axes)
+        part = part_of(w, x.shape[-1] // (1 if prologue is None else prologue.parts), axes)
+    check_operands(x, part.w, a_format, bias, prologue, None, activation)
     if a_format is not None:
         check_contraction(part.k, part.w, a_format)
     columns = w.shape[-1] // (1 if activation is None else activation.parts)
+    *batch, _ = x.shape
+    if static.cuts_tokens:
+        devices = jax.lax.axis_size(axes)
+        if not batch or (static.cuts_k and batch[-1] % devices):
+            raise ValueError(f"x of shape {x.shape} has no axis of tokens that {devices} devices divide")
+        batch[-1] = batch[-1] // devices if static.cuts_k else batch[-1] * devices
+    if residual is not None and (residual.shape, residual.dtype) != ((*batch, columns), x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype.name} of shape {tuple(residual.shape)}, the product {x.dtype.name} of shape "
+            f"{(*batch, columns)}: they must be the same"
+        )
     if 0 in x.shape:
-        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    static = PartsOfK(axes, a_format, activation, implementation, x.dtype.name)
+        return jnp.zeros((*batch, columns), x.dtype)
     return parts_product(static, x, residual, w, bias, prologue)
+
+
+class _Whole(NamedTuple):
+    """Weights whose k is not cut, as `part_of` gives those whose k is."""
+
+    w: BipolarNumbers
+    k: int
 
 
 @dataclasses.dataclass(frozen=True)

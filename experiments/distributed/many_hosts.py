@@ -44,6 +44,9 @@ divided over the first axis, weights over the second.
 
 - A layer of a decode step reduces twice, after o and after down: int32 sums [tokens, hidden] and sums of columns
   [hidden]; and before each of the two, two float32 numbers a token. How logits become tokens is left out.
+- A layer of a long prompt may reduce-scatter these sums over tokens instead, and gather the codes that q, k and v, and
+  gate and up, then multiply (`ShardingPlan.scatters`): 4 bytes and the bits of a code, once each, and 12 bytes a token,
+  where an all-reduce sends 8 bytes a sum. Extremes and sums of columns stay.
 - A layer of a training step reduces [tokens, hidden] of four bytes seven times: after o and down forward, of q, k, v,
   gate and up backward. Gradients are reduced over data once a step, in float32; as moments are divided over data, the
   two halves are assumed to be a scatter of sums and a gather of updates, which XLA chooses.
@@ -90,6 +93,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         model = packed_shapes(TransformerConfig(**fields.to_dict()), precision)
         lines += [f"## {name} at {config.precision}, decoding {config.texts} texts a row of the mesh\n"]
         lines += [*_table(_DECODING, (decoding(model, layout, config) for layout in layouts))]
+        lines += [f"## {name} at {config.precision}, prompts of {config.cached_tokens:,} tokens\n"]
+        lines += [*_table(_PROMPTS, (prompt(model, layout, config) for layout in layouts))]
         lines += [f"## {name}, a training step of {config.step_tokens:,} tokens\n"]
         lines += [*_table(_TRAINING, (training(model, layout, config) for layout in layouts))]
     with atomic_write(workdir / PAGE) as partial:
@@ -146,6 +151,41 @@ def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
         f"{network / texts / 1e3:,.0f}",
         *(_seconds(config, link, *amounts, per=1e3) for link, amounts in amounts_of.items()),
     ]
+
+
+_PROMPTS = (
+    "GPUs",
+    "mesh",
+    "all-reduced, NVLink, KB a token",
+    "network",
+    "scattered and gathered, NVLink",
+    "network",
+    "prompt, ms at least: all-reduced, NVLink",
+    "network",
+    "scattered and gathered, NVLink",
+    "network",
+)
+
+
+def prompt(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
+    """A row of the table: what reading one prompt exchanges, with both ways of reducing its sums."""
+    shapes, tokens = model.config, config.cached_tokens
+    try:
+        plan = plan_shards(model, {"data": layout.data, MODEL: layout.model})
+    except ValueError as error:
+        return [str(layout.data * layout.model), str(layout), f"refused: {error}", *[""] * (len(_PROMPTS) - 3)]
+    a_bits = bj.Precision.parse(config.precision).a_bits or 16
+    reductions = (plan.attention + plan.ffn) * shapes.num_layers
+    # Extremes and sums of columns; then sums of each token, which are reduced, or half of that and gathered codes.
+    first, sums = 8 * tokens + 4 * shapes.hidden_size, 4 * tokens * shapes.hidden_size
+    codes = tokens * (a_bits / 8 * shapes.hidden_size + 12)
+    sizes, times = [], []
+    for size, exchanges in ((first + sums, 2), (first + sums / 2 + codes / 2, 3)):
+        sent = [reductions * each for each in layout.over_model(size)]
+        sizes += [f"{each / tokens / 1e3:,.0f}" for each in sent]
+        pairs = zip(("NVLink", "network"), sent, strict=True)
+        times += [_seconds(config, link, each, exchanges * reductions, per=1e3) for link, each in pairs]
+    return [str(layout.data * layout.model), str(layout), *sizes, *times]
 
 
 _TRAINING = (

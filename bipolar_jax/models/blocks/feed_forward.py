@@ -90,7 +90,7 @@ class GatedMLP(CountedModule):
                 pass
         return project_onto(x, self.down_proj, self._gated(x, norm), self.rotation, post_norm)
 
-    def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch length inner"]:
+    def _gated(self, x: Float[Array, "batch length hidden"], norm: Norm) -> Float[Array, "batch tokens inner"]:
         """function(gate(norm(x))) * up(norm(x))."""
         if self.is_joined and self.gate is not None:
             return self.gate_up_proj(x, as_prologue(norm), activation=self.gate)

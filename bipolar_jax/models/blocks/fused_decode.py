@@ -113,7 +113,10 @@ def _fused_operands(
         if not fuses(layer):
             raise Unsupported(f"the {name} projections must be one packed layer")
         if layer.k_axes is not None:
-            raise Unsupported(f"the rows of the {name} projections are cut over devices, which add their sums")
+            raise Unsupported(
+                f"the rows of the {name} projections are cut over devices, which add their sums: the kernel has no way "
+                "out for sums in the middle, and each device runs layer by layer"
+            )
     operands = (
         hidden[:, 0],
         {name: layer.kernel.get_value() for name, layer in products.items()},

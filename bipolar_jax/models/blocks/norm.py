@@ -48,20 +48,23 @@ def normalize(norm: Norm, x: Float[Array, "*batch hidden"]) -> Float[Array, "*ba
 
 def project(
     layers: Sequence[nnx.Linear | Linear], norm: Norm, x: Float[Array, "*batch hidden"]
-) -> list[Float[Array, "*batch out"]]:
-    """Each layer's output for norm(x): packed layers normalize while they quantize, float layers share one norm(x)."""
+) -> list[Float[Array, "*result out"]]:
+    """Each layer's output for norm(x): packed layers normalize while they quantize, float layers share one norm(x).
+
+    The output has x's tokens, or with `Linear.token_axes` those of all devices.
+    """
     normalized = normalize(norm, x) if any(not fuses(layer) for layer in layers) else None
     prologue = as_prologue(norm)
     return [layer(x, prologue) if fuses(layer) else layer(normalized) for layer in layers]
 
 
 def project_onto(
-    residual: Float[Array, "*batch out"],
+    residual: Float[Array, "*result out"],
     layer: nnx.Linear | Linear,
     x: Float[Array, "*batch columns"],
     prologue: Prologue | None = None,
     post_norm: Norm | None = None,
-) -> Float[Array, "*batch out"]:
+) -> Float[Array, "*result out"]:
     """residual + layer(prologue(x)); packed layers compute all of it with their product.
 
     With a `post_norm` it is residual + post_norm(layer(prologue(x))), whose norm and sum follow the product.

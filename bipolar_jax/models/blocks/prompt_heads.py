@@ -153,6 +153,8 @@ def _fused_operands(
     (layer, *others) = projections.layers
     if others or not fuses(layer):
         raise Unsupported("heads leave one product, of one packed layer")
+    if layer.token_axes is not None:
+        raise Unsupported(f"codes of tokens are gathered from the devices of {layer.token_axes}")
     if layer.precision.a_bits is None:
         raise Unsupported("heads leave a product of integers")
     if tables is not None and tables.fixed_point is None:

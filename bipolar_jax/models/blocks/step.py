@@ -59,7 +59,14 @@ def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = N
     """
     if isinstance(layer, Linear | Embed):
         w = layer.embedding.get_value().T if isinstance(layer, Embed) else layer.kernel.get_value()
-        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), w.shape[-2]), x.dtype)
+        k_axes, token_axes = (getattr(layer, name, None) for name in ("k_axes", "token_axes"))
+        tokens = math.prod(x.shape[:-1]) * (1 if token_axes is None else jax.lax.axis_size(token_axes))
+        rows = jax.ShapeDtypeStruct((tokens, w.shape[-2]), x.dtype)
+        if k_axes is not None:
+            added = "added" if token_axes is None else "added and divided by tokens"
+            not_fused = f"devices of {k_axes} find each token's extremes first, and its sums are {added} before scales"
+        elif token_axes is not None:
+            not_fused = f"tokens are quantized where they are, and devices of {token_axes} gather their codes"
         if getattr(layer, "order", None) is not None:
             not_fused = "its inputs are gathered first, in the order of their groups"
         runs = explain(rows, w, layer.precision.a_format, implementation=layer.implementation)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -21,6 +22,14 @@ from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import DecoderLayer, Transformer, check_transformer
 from bipolar_jax.nn.compressible import run_name
+
+
+@runtime_checkable
+class SharedModel(Protocol):
+    """A model whose parts run on several devices; `models.sharding` has it."""
+
+    def trace(self, function: Callable[..., None], ids: Int[Array, "batch length"], lengths: Any) -> Any:
+        """Traces function(model of one device, its ids, its lengths, what makes that model cut prompts)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +116,19 @@ def _table(rows: list[tuple[str, ...]], notes: list[list[str]]) -> Iterator[str]
 
 
 def explain_model(
-    model: Transformer, batch: int, length: int, *, capacity: int | None = None, cache_bits: int | None = None
+    model: Transformer | SharedModel,
+    batch: int,
+    length: int,
+    *,
+    capacity: int | None = None,
+    cache_bits: int | None = None,
 ) -> ModelExplanation:
     """Which kernels would read prompts and write text on the default device; compiles and computes nothing.
 
     The functions that plan each step are those that run it; see `explain` for a single product.
 
     Args:
-      model: the model, or its shapes alone (`nnx.eval_shape`).
+      model: the model, or its shapes alone (`nnx.eval_shape`); one that `shard_model` has cut has the kernels of a device.
       batch: sequences.
       length: tokens that the prompts are padded to; `generate` rounds them up to a multiple of 64.
       capacity: positions of the cache; None takes the next multiple of 64 above `length`, within the model's context.
@@ -132,34 +146,40 @@ def explain_model(
         capacity = max(length, min(round_up_length(length + 1), config.context_length))
     found: list[ModelExplanation] = []
 
-    def trace(model, ids, lengths):
+    is_shared = isinstance(model, SharedModel)
+
+    def trace(model, ids, lengths, for_prompts=lambda model: model):
+        config, (batch, _) = model.config, ids.shape
         hidden, tables = model.enter_prompts(ids, capacity)
-        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        cache = KVCache.empty(shape, hidden.dtype, cache_bits, lengths, config.key_rotation(cache_bits))
+        cache = model.empty_cache(hidden.dtype, lengths, capacity, cache_bits)
         token, token_tables = model.enter_tokens(ids[:, 0], cache)
         runs = []
         for run, stack in model.stacks:
-            layer = jax.tree.map(lambda leaf: leaf[0], stack)
-            prefill, not_one_kernel = tuple(_prefill_steps(model, layer, hidden, tables, cache)), None
+            layer, not_one_kernel = jax.tree.map(lambda leaf: leaf[0], stack), None
             try:
                 operands = (stack, config, token, token_tables, cache, run.start)
                 decode = (explain_fused_layers(*operands, most_sequences=model.fused_sequences),)
             except Unsupported as reason:
                 decode, not_one_kernel = tuple(_decode_steps(model, layer, token, token_tables, cache)), str(reason)
-            runs.append(RunExplanation(run, prefill, decode, not_one_kernel))
+            runs.append(RunExplanation(run, (), decode, not_one_kernel))
+        output = product_step("logits", model.output_layer, token[:, 0])
+        model = for_prompts(model)
+        for index, (_, stack) in enumerate(model.stacks):
+            layer = jax.tree.map(lambda leaf: leaf[0], stack)
+            prefill = tuple(_prefill_steps(model, layer, hidden, tables, cache))
+            runs[index] = dataclasses.replace(runs[index], prefill=prefill)
         numbers = hidden.dtype.name if cache_bits is None else f"{cache_bits}-bit numbers"
         found.append(
             ModelExplanation(
                 f"{config.num_layers} layers, batch {batch}, prompts of {length} tokens, cache of {capacity} positions "
                 f"in {numbers}, {default_device().device_kind}",
                 tuple(runs),
-                product_step("logits", model.output_layer, token[:, 0]),
+                output,
             )
         )
 
-    jax.eval_shape(
-        trace, model, jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    )
+    operands = jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    jax.eval_shape((lambda model, *operands: model.trace(trace, *operands)) if is_shared else trace, model, *operands)
     return found[0]
 
 
@@ -173,11 +193,12 @@ def _prefill_steps(
     """The steps of one layer in `Transformer.prefill`."""
     alibi = model.config.positions == "alibi"
     queries = model.queries(hidden)
-    projections = layer.attention.projections(hidden, layer.attention_norm)
+    projections = layer.attention.projections(model.own_tokens(hidden), layer.attention_norm)
     prompt, scoring = None if tables is None else prompt_tables(model.config, tables), _first_scoring(model)
     prompt = tables_of_layer(prompt, scoring.windowed)
     yield from explain_prompt_heads(projections, prompt, cache, jnp.int32(0))
     yield explain_causal(queries, prompts_alibi(queries) if alibi else None, scoring)
+    hidden = model.own_tokens(hidden)
     yield from _steps_after_attention(layer, hidden)
 
 

@@ -11,11 +11,12 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cut_positions import CutPositions
 from bipolar_jax.models.sharding.shares import Share, shares_of_heads
 from bipolar_jax.models.transformer import Transformer
-from bipolar_jax.nn import Linear
+from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.nn.layers.linear import is_plain
 from bipolar_jax.packing import BipolarArray, BipolarNumbers
 from bipolar_jax.packing.cuts import cut_unit, partition_specs
@@ -23,6 +24,7 @@ from bipolar_jax.packing.words import WORD_BITS
 
 # Axes of the mesh: texts are divided over the first, weights and heads over the second.
 DATA, MODEL = "data", "model"
+BLOCKS = ("attention", "ffn")  # of a layer
 # Columns of an output layer whose vocabulary does not divide: rows of logits stay aligned.
 _VOCABULARY_UNIT = 16
 # Tensor cores scale no shorter groups.
@@ -39,6 +41,7 @@ class ShardingPlan:
       width: each device's part of the feed-forward width, or None: gate and up by columns, down by rows.
       vocabulary: each device's columns of the output layer, or None.
       sharing: devices that share the positions of a head's cache; 1 where each device has all positions of its heads.
+      cuts_tokens: whether prompts of enough tokens are cut over devices between products, see `scatters`.
       realigned: layers whose rows each device takes out of the whole array, because words or groups end elsewhere.
       whole: a sentence for each of these that every device has whole, with the reason.
     """
@@ -50,6 +53,7 @@ class ShardingPlan:
     width: Share | None = None
     vocabulary: Share | None = None
     sharing: int = 1
+    cuts_tokens: bool = False
     realigned: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
@@ -90,6 +94,28 @@ class ShardingPlan:
     def cut_positions(self, capacity: int) -> CutPositions | None:
         """How devices share the positions of a cache; None if they do not."""
         return None if self.sharing == 1 else CutPositions(MODEL, self.model, self.sharing, capacity)
+
+    def scatters(self, batch: int, length: int) -> bool:
+        """Whether texts of one device along `DATA` are cut over `MODEL`, position by position, between products.
+
+        That takes half of the bytes of the sums, plus the codes (`reduced_bytes`), and one more exchange each: with few
+        tokens an exchange costs more than its bytes.
+        """
+        divides = length % self.model == 0
+        return self.cuts_tokens and divides and batch * length // self.model > FEW_TOKENS_LIMIT
+
+    def reduced_bytes(self, tokens: int, hidden_size: int, a_bits: int, *, scatters: bool) -> float:
+        """Bytes that a device sends after a layer's o, or its down, for the next product to have whole tokens.
+
+        Args:
+          tokens: of one device along `DATA`.
+          hidden_size: sums of a token, int32.
+          a_bits: of the codes that are gathered; 16 or 32 for floats.
+          scatters: whether sums are reduce-scattered and codes are gathered, or sums are all-reduced.
+        """
+        sent = (self.model - 1) / self.model * tokens
+        columns = 8 * (self.model - 1) / self.model * hidden_size  # sums of columns, all-reduced either way
+        return columns + sent * ((4 + a_bits / 8) * hidden_size + 12 if scatters else 8 * hidden_size)
 
     def columns(self, head_dim: int) -> dict[str, Share]:
         """Layers whose columns are cut, and each device's."""
@@ -158,6 +184,9 @@ class ShardingPlan:
             if share is not None and share.is_padded:
                 unit = "columns" if share is self.width else "tokens"
                 yield f"{name} padded: {share.total} {unit}; a device has {share.size}, some zeros"
+        if self.cuts_tokens:
+            least = (FEW_TOKENS_LIMIT + 1) * self.model
+            yield f"prompts of {least} tokens or more cut over {MODEL}: sums reduce-scattered, codes gathered"
         for name in self.realigned:
             yield f"{name} realigned: devices do not end where its words or groups do, which are cut there"
 
@@ -171,7 +200,9 @@ def _spec(value: Any, axis: int | None) -> Any:
     return partition_specs(value, spec) if isinstance(value, BipolarNumbers) else spec
 
 
-def plan_shards(model: Transformer, sizes: Mapping[str, int], *, cut_positions: bool = False) -> ShardingPlan:
+def plan_shards(
+    model: Transformer, sizes: Mapping[str, int], *, cut_positions: bool = False, cut_tokens: bool = True
+) -> ShardingPlan:
     """The plan for a mesh of these sizes.
 
     Attention is cut by heads, feed-forward blocks by their width, the output layer by its vocabulary if it has weights
@@ -182,6 +213,7 @@ def plan_shards(model: Transformer, sizes: Mapping[str, int], *, cut_positions: 
       model: packed, not joined, not prepared; or its shapes and dtypes.
       sizes: devices by axis of the mesh.
       cut_positions: whether devices that share a head of keys share the positions of its cache.
+      cut_tokens: whether long prompts are cut over devices between products, if all layers of both blocks allow it.
 
     Raises:
       ValueError: a model whose weights were laid out before; several devices along `MODEL`, and neither attention nor
@@ -219,6 +251,10 @@ def plan_shards(model: Transformer, sizes: Mapping[str, int], *, cut_positions: 
         width if ffn else None,
         vocabulary if output else None,
         sharing,
+        cut_tokens
+        and attention
+        and ffn
+        and all(fuses(layer) for block in BLOCKS for _, layer in _layers(model, block)),
         tuple(realigned),
         whole,
     )

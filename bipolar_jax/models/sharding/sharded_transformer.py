@@ -18,7 +18,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.prepare import Layout, prepare_for_inference
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.pretrained import PretrainedModel
-from bipolar_jax.models.sharding.plan import DATA, MODEL, ShardingPlan, group_size_of_share, plan_shards
+from bipolar_jax.models.sharding.plan import BLOCKS, DATA, MODEL, ShardingPlan, group_size_of_share, plan_shards
 from bipolar_jax.models.sharding.shares import Share
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear, Packed, without_training
@@ -36,8 +36,10 @@ class ShardedTransformer:
     """A model that `shard_model` has cut. `generate` and `stream` take it as they take a `Transformer`.
 
     Texts are divided over the mesh axis "data", heads and columns over "model". A layer reduces over "model" twice
-    (int32 sums after o and after down), and before each of the two the smallest and the largest number of every token;
-    nothing else. Logits are those of one device: every integer is the same, float operations are the same operations.
+    (int32 sums after o and after down), and before each of the two the smallest and the largest number of every token.
+    Sums of long prompts are reduce-scattered over tokens, and codes gathered for q, k, v and for gate and up
+    (`ShardingPlan.scatters`). Logits are those of one device: every integer is the same, float operations are the same
+    operations.
 
     Attributes:
       state: the parameters of the devices' models, prepared; the first axis of each is that of devices along "model".
@@ -64,7 +66,9 @@ class ShardedTransformer:
         """As `Transformer.hidden_states`. Raises ValueError for texts that do not divide over "data"."""
         self._check_batch(ids)
         text = PartitionSpec(DATA)
-        return self.run(lambda part, ids: part.hidden_states(ids, cache_bits), text, ids, in_specs=[text])
+        return self.run(
+            lambda part, ids: self.cut_tokens(part, ids).hidden_states(ids, cache_bits), text, ids, in_specs=[text]
+        )
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """As `Transformer.logits`."""
@@ -112,6 +116,29 @@ class ShardedTransformer:
         program = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
         return program(self.state, *operands)
 
+    def cut_tokens(self, part: Transformer, ids: Int[Array, "batch length"]) -> Transformer:
+        """A device's model, made to cut these prompts over "model" between products if the plan does so."""
+        if self.plan.scatters(*ids.shape):
+            part.token_axis = MODEL
+            for _, stack in part.stacks:
+                for block in BLOCKS:
+                    for _, layer in nnx.iter_modules(getattr(stack, block)):
+                        if isinstance(layer, Linear):
+                            layer.token_axes = MODEL
+        return part
+
+    def trace(
+        self, function: Callable[..., None], ids: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+    ) -> Any:
+        """function(a device's model, its ids, its lengths, `cut_tokens` of these), for `explain_model`."""
+        self._check_batch(ids)
+
+        def on_device(part, ids, lengths):
+            function(part, ids, lengths, lambda part: self.cut_tokens(part, ids))
+            return lengths
+
+        return self.run(on_device, PartitionSpec(DATA), ids, lengths, in_specs=[PartitionSpec(DATA)] * 2)
+
     def cache_specs(self, cache: KVCache) -> KVCache:
         """Specs of a cache: texts over "data", heads over "model" if attention is cut."""
         heads = MODEL if self.plan.attention else None
@@ -138,7 +165,7 @@ def _logits(model: ShardedTransformer, ids: Int[Array, "batch length"]) -> Float
     spec = PartitionSpec(DATA)
 
     def logits(part, ids):
-        return model.of_tokens(part(ids))
+        return model.of_tokens(model.cut_tokens(part, ids)(ids))
 
     return model.run(logits, model.logits_spec(DATA, None), ids, in_specs=[spec])
 
@@ -156,7 +183,7 @@ def _prefill(model: ShardedTransformer, ids, lengths, capacity: int, cache_bits:
     )
 
     def prefill(part, ids, lengths):
-        logits, cache = part.prefill(ids, lengths, capacity, cache_bits)
+        logits, cache = model.cut_tokens(part, ids).prefill(ids, lengths, capacity, cache_bits)
         return model.of_tokens(logits), cache
 
     return model.run(
@@ -192,6 +219,7 @@ def shard_model(
     *,
     layout: Layout | None = None,
     cut_positions: bool = False,
+    cut_tokens: bool = True,
 ) -> ShardedTransformer | PretrainedModel:
     """The model cut over a mesh with the axes "data" and "model", or one of them, and prepared for inference.
 
@@ -205,16 +233,17 @@ def shard_model(
       dtype, layout: as for `prepare_for_inference`, which prepares each device's part.
       cut_positions: whether devices that share a head of keys each cache a part of the positions, not all of them. A
         token then attends by XLA, and partial results are exchanged in every layer.
+      cut_tokens: whether devices divide the tokens of long prompts between products (`ShardingPlan.scatters`).
 
     Raises:
       ValueError: a mesh with other axes; as `plan_shards` and `prepare_for_inference`.
     """
     if isinstance(model, PretrainedModel):
-        sharded = shard_model(model.model, mesh, dtype, layout=layout, cut_positions=cut_positions)
-        return model.with_model(sharded)
+        options = {"layout": layout, "cut_positions": cut_positions, "cut_tokens": cut_tokens}
+        return model.with_model(shard_model(model.model, mesh, dtype, **options))
     mesh = two_axes(mesh)
     model = without_training(model)
-    plan = plan_shards(model, mesh.shape, cut_positions=cut_positions)
+    plan = plan_shards(model, mesh.shape, cut_positions=cut_positions, cut_tokens=cut_tokens)
     graph, paths, arrays, specs = _cut(model, plan)
     graphs = []
 

@@ -56,6 +56,7 @@ class Linear(PackedModule):
       order: `InputOrder` of int32 (*stack, k), or None: input order[i] meets row i of the kernel, so that inputs that
         share a scale are neighbours. Such a layer gathers its inputs before it quantizes them, and fuses nothing.
       k_axes: within `jax.shard_map`, the mesh axes that the inputs and the rows are cut over, see `matmul`; or None.
+      token_axes: likewise those that the tokens of the outputs, with `k_axes`, or else of the inputs are cut over.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Linear(PackedModule):
         self.learned_steps = False
         self.order = nnx.data(None)
         self.k_axes: str | tuple[str, ...] | None = None
+        self.token_axes: str | tuple[str, ...] | None = None
 
     @classmethod
     def from_float(
@@ -229,7 +231,8 @@ class Linear(PackedModule):
 
     def _matmul(self, x, bias, prologue, residual, activation, out_sharding):
         """The fused product, in x's dtype."""
-        fixed = {"activation": activation, "k_axes": self.k_axes, "implementation": self.implementation}
+        fixed = {"activation": activation, "k_axes": self.k_axes, "token_axes": self.token_axes}
+        fixed["implementation"] = self.implementation
         kernel, a_format = self.kernel.get_value(), self.precision.a_format
         if out_sharding is None:
             return matmul(x, kernel, a_format, bias=bias, prologue=prologue, residual=residual, **fixed)

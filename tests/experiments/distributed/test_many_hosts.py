@@ -41,6 +41,11 @@ def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     sent = 4 * (4 * (4 + 1) * 128 + 8 * 4)
     row = next(line for line in page.splitlines() if line.startswith("| 2 | 1x2 |"))
     assert row.split(" | ")[5] == f"{sent / 4 / 1e3:,.0f}"
+    # A prompt of 8 tokens: the same reductions; or half of the sums' bytes and as many of codes of one byte.
+    first = 8 * 8 + 4 * 128
+    row = [line for line in page.splitlines() if line.startswith("| 2 | 1x2 |")][1].split(" | ")
+    sent = [4 * (first + 4 * 8 * 128) / 8 / 1e3, 4 * (first + 2 * 8 * 128 + (8 * 128 + 8 * 12) / 2) / 8 / 1e3]
+    assert [row[2], row[4]] == [f"{each:,.0f}" for each in sent]
     assert (
         "| 3 | 1x3 | refused: the model cannot be cut over 3 devices: attention whole on every device: 1 heads" in page
     )

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from bipolar_jax import Precision
 from bipolar_jax.models import (
+    explain_model,
     join_projections,
     perplexity,
     prepare_for_inference,
@@ -31,7 +32,9 @@ from bipolar_jax.models.sharding.shares import shares_of_heads
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
 from tests.models.sharding.tiny_config import CONFIG
+from tests.ops.sharding.collectives import collectives
 
+MESH = jax.make_mesh((2,), ("model",))
 ROOT = Path(__file__).resolve().parents[3]
 MESHES, PRECISIONS = ("1x8", "2x4", "4x2", "8x1"), ("W4A8", "W4A8g32", "W2A2")
 PAIRS = [*itertools.product(MESHES, PRECISIONS), ("2x4", "W1A1"), ("2x4", "W8A8")]
@@ -120,9 +123,9 @@ def test_what_does_not_divide_is_padded_and_said(model):
     plan = plan_shards(model, {"data": 1, "model": 4})
     assert (plan.attention, plan.ffn, plan.output, plan.whole) == (True, True, True, ())
     assert "keys and values repeated: 2 heads on 4 devices" in str(plan)
-    assert len(str(plan_shards(model, {"model": 2})).splitlines()) == 1
+    assert len(str(plan_shards(model, {"model": 2}, cut_tokens=False)).splitlines()) == 1
     fields = dict(num_heads=9, num_kv_heads=3, vocab_size=49, ffn_size=160)
-    plan = plan_shards(shapes_of("W4A8", **fields), {"data": 2, "model": 2})
+    plan = plan_shards(shapes_of("W4A8", **fields), {"data": 2, "model": 2}, cut_tokens=False)
     assert str(plan).splitlines() == [
         "2 x 2 devices (data, model); cut over model: attention, feed-forward blocks, output layer",
         "  attention padded: 9 heads and 3 of keys and values; a device has 6 and 2, some zeros",
@@ -166,7 +169,7 @@ def test_queries_go_with_their_keys(heads, parts, queries, keys):
 
 
 def test_positions_are_cut_where_devices_share_heads(model):
-    plan = plan_shards(model, {"model": 4}, cut_positions=True)
+    plan = plan_shards(model, {"model": 4}, cut_positions=True, cut_tokens=False)
     assert str(plan).splitlines()[1:] == [
         "  keys and values repeated: 2 heads on 4 devices, each of which caches one position in 2"
     ]
@@ -179,7 +182,7 @@ def test_positions_are_cut_where_devices_share_heads(model):
 def test_a_model_with_cut_positions_writes_the_same_text():
     """Devices share the one head of keys; three tokens follow two prompts, the last of which finds the cache full."""
     model = model_of("W4A8", num_heads=3, num_kv_heads=1)
-    sharded = shard_model(model, jax.make_mesh((2,), ("model",)), cut_positions=True)
+    sharded = shard_model(model, MESH, cut_positions=True)
     whole = prepare_for_inference(model)
     ids, lengths = np.arange(8, dtype=np.int32).reshape(2, 4), np.array([4, 3])
     (one, cache), (found, own) = (each.prefill(ids, lengths, 5) for each in (whole, sharded))
@@ -193,7 +196,7 @@ def test_a_model_with_cut_positions_writes_the_same_text():
 
 
 def test_rows_are_cut_at_ends_of_words_and_groups():
-    plan = plan_shards(shapes_of("W4A8g64", hidden_size=64, ffn_size=192), {"model": 2})
+    plan = plan_shards(shapes_of("W4A8g64", hidden_size=64, ffn_size=192), {"model": 2}, cut_tokens=False)
     assert (plan.width.size, plan.width.counts) == (128, (128, 64))
     assert str(plan).splitlines()[1:] == ["  feed-forward blocks padded: 192 columns; a device has 128, some zeros"]
     # Three heads of 32 each: a group of 64 ends within the second.
@@ -218,7 +221,7 @@ PADDED = {
 def test_padded_models_give_the_bits_of_whole_ones(case):
     precision, fields = PADDED[case]
     model = model_of(precision, hidden_size=64, vocab_size=49, qkv_bias=True, **fields)
-    sharded, one = shard_model(model, jax.make_mesh((2,), ("model",))), prepare_for_inference(model)
+    sharded, one = shard_model(model, MESH), prepare_for_inference(model)
     ids = np.arange(8, dtype=np.int32).reshape(2, 4)
     expected, cache = one.prefill(ids, np.array([4, 3]), 8)
     found, own_cache = sharded.prefill(ids, np.array([4, 3]), 8)
@@ -253,7 +256,47 @@ def test_impossible_meshes_are_refused_with_the_numbers(model):
         plan_shards(join_projections(model), {"model": 2})
     with pytest.raises(ValueError, match="is a UnpackedArray: cut the model first"):
         plan_shards(prepare_for_inference(model), {"model": 2})
-    assert dict(two_axes(jax.make_mesh((2,), ("model",))).shape) == {"data": 1, "model": 2}
+    assert dict(two_axes(MESH).shape) == {"data": 1, "model": 2}
+
+
+def test_long_prompts_are_cut_between_products(model):
+    """Two texts of 72 tokens on two devices: sums are scattered over positions, codes of 2 bits are gathered."""
+    model = model_of(context_length=128)
+    sharded, whole = shard_model(model, MESH), prepare_for_inference(model)
+    ids = (np.arange(144, dtype=np.int32) % 48).reshape(2, 72)
+    program = jax.jit(lambda model, ids: model(ids)).lower(sharded, ids).compile()
+    np.testing.assert_allclose(program(sharded, ids), whole(ids), rtol=1e-5, atol=1e-5)
+    exchanged = collectives(program)
+    assert exchanged.count(("reduce-scatter", "s32[72,32]")) == 2
+    assert exchanged.count(("all-gather", "u32[2,144,1]")) == 2
+    assert ("all-reduce", "s32[144,32]") not in [(kind, shapes.split(" ")[0]) for kind, shapes in exchanged]
+    assert ("all-gather", "f32[2,72,32]") in exchanged  # once, after the last layer
+
+
+def test_the_plan_counts_what_prompts_exchange(model):
+    plan = plan_shards(model, {"model": 2})
+    assert "prompts of 130 tokens or more cut over model: sums reduce-scattered, codes gathered" in str(plan)
+    assert [plan.scatters(*texts) for texts in ((2, 72), (1, 128), (1, 131), (1, 130))] == [True, False, False, True]
+    columns = 4 * 32
+    assert plan.reduced_bytes(144, 32, 2, scatters=False) == columns + 4 * 144 * 32
+    assert plan.reduced_bytes(144, 32, 2, scatters=True) == columns + 2 * 144 * 32 + 72 * (32 / 4 + 12)
+    assert not plan_shards(model, {"model": 2}, cut_tokens=False).scatters(2, 72)
+    assert not plan_shards(shapes_of(tie_embeddings=True, num_heads=1, num_kv_heads=1), {"model": 2}).cuts_tokens
+
+
+def test_a_mesh_is_explained_by_what_a_device_runs(model):
+    """Decoding adds sums in the middle of a layer; long prompts are cut between products."""
+    sharded = jax.eval_shape(lambda: shard_model(model, MESH))
+    found = explain_model(sharded, 1, 192, capacity=256)
+    assert "no way out for sums in the middle, and each device runs layer by layer" in found.not_one_kernel
+    decode, prefill = ({step.name: step.not_fused for step in steps} for steps in (found.decode, found.prefill))
+    assert decode["o"] == "devices of model find each token's extremes first, and its sums are added before scales"
+    assert decode["gate/up"] is None
+    assert prefill["down"].endswith("its sums are added and divided by tokens before scales")
+    assert prefill["gate/up"] == "tokens are quantized where they are, and devices of model gather their codes"
+    cut = jax.eval_shape(lambda: shard_model(model_of(num_kv_heads=1), MESH, cut_positions=True))
+    (attention,) = (step for step in explain_model(cut, 1, 8).decode if "attention" in step.name)
+    assert attention.not_fused == "2 devices share the positions, and the kernel gives no partial results"
 
 
 def test_texts_that_do_not_divide_are_refused(model):
@@ -273,7 +316,7 @@ def test_a_cut_model_is_scored_as_the_whole_one(model, axis):
 
 
 def test_a_placed_model_is_the_same_model(model):
-    placed = place_model(model, jax.make_mesh((2,), ("model",)))
+    placed = place_model(model, MESH)
     down = placed.layers.ffn.down_proj.kernel.get_value()
     assert down.planes.sharding.spec == P(None, None, None, "model")
     assert down.planes.addressable_shards[0].data.shape == (1, 2, 32, 2)

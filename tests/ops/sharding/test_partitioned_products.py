@@ -66,6 +66,39 @@ def test_products_of_k_cut_have_the_bits_of_one_device(name):
         assert exchanged == [EXTREMES, sums]
 
 
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.sample(2)
+def test_cut_tokens_have_the_bits_of_one_device(name):
+    """Sums of k are scattered over the tokens of each text; codes of tokens are gathered for columns."""
+    w, a_bits = packed(name)
+    x, residual = (jnp.stack([each, each[::-1]]) for each in (X, RESIDUAL))
+    norm, w_of_column = RMSNorm(jnp.ones(K), 1e-5), shard(w, MESH, P(None, "model"))
+    expected = bj.matmul(x, w, a_bits, bias=BIAS, residual=residual)
+    options = {"a_bits": a_bits, "token_axes": "model"}
+    scattered = jax.shard_map(
+        lambda x, residual, w: bj.matmul(x, w, bias=BIAS, residual=residual, k_axes="model", **options),
+        mesh=MESH,
+        in_specs=(P(None, None, "model"), P(None, "model"), partition_specs(w, P("model"))),
+        out_specs=P(None, "model"),
+    )
+    found, exchanged = compiled(scattered, x, residual, shard(w, MESH, P("model")))
+    np.testing.assert_array_equal(found, expected)
+    sums = ["s32[4,12]", "s32[4]"] if w.offset is not None else ["s32[4,12]"]
+    assert exchanged == [("all-reduce", "f32[8,2]"), *(("reduce-scatter", shape) for shape in sums)]
+    gathered = jax.shard_map(
+        lambda x, w: bj.matmul(x, w, prologue=norm, **options),
+        mesh=MESH,
+        in_specs=(P(None, "model"), partition_specs(w, P(None, "model"))),
+        out_specs=P(None, None, "model"),
+        check_vma=False,
+    )
+    found, exchanged = compiled(gathered, x, w_of_column)
+    np.testing.assert_array_equal(found, bj.matmul(x, w, a_bits, prologue=norm))
+    codes = f"u8[8,{K}]" if a_bits == 8 else f"u32[{a_bits},8,{K // 32}]"
+    assert {kind for kind, _ in exchanged} == {"all-gather"}
+    assert set(" ".join(shapes for _, shapes in exchanged).split()) == {codes, "s32[8,3]"}
+
+
 @pytest.mark.covered("the products above, by the same partition")
 def test_unpacked_weights_are_cut_likewise():
     w, a_bits = packed("W4A8g32")
@@ -178,6 +211,16 @@ def test_what_parts_of_k_cannot_do_is_refused():
         in_parts(functools.partial(product, prologue=norm), w)
     with pytest.raises(ValueError, match="cut over 2 devices .model., and a token of 64 numbers fits neither k=256"):
         in_parts(product, bj.quantize(normal(256, 4), 4, axis=0))
+    with pytest.raises(ValueError, match=r"no axis of tokens that 2 devices divide"):
+        in_parts(lambda x, w: product(x[:3], w, token_axes="model"), w)
+    with pytest.raises(
+        ValueError, match=r"tokens are cut over .'data',., and k over .'model',.: cut both over the same"
+    ):
+        in_parts(functools.partial(product, token_axes="data"), w)
+    with pytest.raises(Unsupported, match="the product of tokens cut over model has no gradient"):
+        whole = P(None, None)
+        loss = lambda x, w: jnp.sum(bj.matmul(x, w, 8, token_axes="model"))  # noqa: E731
+        jax.eval_shape(jax.shard_map(jax.grad(loss), mesh=MESH, in_specs=(whole, P()), out_specs=whole), X, w)
     with pytest.raises(Unsupported, match="has no gradient"):
         in_parts(lambda x, w: jax.grad(lambda x: jnp.sum(product(x, w)))(x), w)
     floats = bj.quantize(KERNEL, 4, axis=0, group_size=32, scales="float")
