@@ -128,7 +128,7 @@ def explain_model(
     The functions that plan each step are those that run it; see `explain` for a single product.
 
     Args:
-      model: the model, or its shapes alone (`nnx.eval_shape`); one that `shard_model` has cut has the kernels of a device.
+      model: the model, or its shapes alone (`nnx.eval_shape`); of one that is cut (`shard_model`), those of a device.
       batch: sequences.
       length: tokens that the prompts are padded to; `generate` rounds them up to a multiple of 64.
       capacity: positions of the cache; None takes the next multiple of 64 above `length`, within the model's context.
