@@ -75,7 +75,10 @@ def decode_noise(config: TransformerConfig, a_bits: int | None, dtype, cache_bit
         projections.append(projected)
         # Softmax's weights differ as the scores do; the cache's grid moves the new token alone, one of length + 1.
         of_cache = through_cache(projected, cache_bits) / ((length + 1) * context_size)
-        context = math.hypot(projected, of_cache, rounding, rounding)
+        # Layer by layer, tensor cores take softmax's weights of a cache of floats as 16-bit floats: an error of every
+        # term, which the sum has too.
+        weights = rounding if cache_bits is None and length else 0.0
+        context = math.hypot(projected, of_cache, weights, rounding, rounding)
         added = context_size * summed
         stream, stream_noise = _add(stream, stream_noise, added, added * token(context), rounding)
         up = math.hypot(token(stream_noise / stream), rounding)
@@ -131,6 +134,6 @@ def _quantizer(bits: int | None, largest: float, mean: float, rounding: float) -
 
 
 def _add(size: float, noise: float, added: float, added_noise: float, rounding: float) -> tuple[float, float]:
-    """Deviation and absolute noise of a sum that is rounded."""
+    """Deviation and absolute noise of a sum that is rounded, of what has been rounded before it is added."""
     size = math.hypot(size, added)
-    return size, math.hypot(noise, added_noise, rounding * size)
+    return size, math.hypot(noise, added_noise, rounding * added, rounding * size)
