@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.plans = 2
     # "i/n": every n-th of the shapes, from the i-th on.
     config.part = "0/1"
-    # Starts no case after so many seconds; 0 has no limit.
+    # Cases that are compiled before they are measured: nobody compiles while another process measures.
+    config.batch = 36
+    # Starts no case after so many seconds, of which half are for compilation; 0 has no limit.
     config.seconds = 0.0
     # Prints the table of what is measured, and measures nothing.
     config.report = False

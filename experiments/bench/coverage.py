@@ -3,15 +3,18 @@
     python -m experiments.bench.coverage --config=configs/bench/coverage.py --workdir=DIR
 
 Draws shapes and measures every precision from bf16 to bf16, as users call it, with other plans beside the chosen one.
-Times are wall times: the median of five runs, each of launches in a row until the last result is ready. A program holds
-several calls on operands of their own, so that weights of few tokens come from memory, and launches hide behind each
-other as in a model. A case fails where its product is wrong; where it has at least `config.counted` multiplications and
-is below `config.least` of bf16's speed (float activations: `config.least_float`); or where the chosen plan takes more
-than 1.1 times as long as the best one tried. Kernels of cases that are too slow are profiled.
+Times are wall times on an idle host: nobody traces or compiles meanwhile, and nothing was profiled before in the
+process. Runs of bf16, of the chosen plan and of the others take turns, each of launches in a row until the last result
+is ready; the median is taken, of more turns where they differ. A program holds several calls on operands of their own,
+so that weights of few tokens come from memory, and launches hide behind each other as in a model. A case fails where
+its product is wrong; where it has at least `config.counted` multiplications and is below `config.least` of bf16's speed
+(float activations: `config.least_float`); or where the chosen plan takes more than 1.1 times as long as the best one
+tried. Failures whose turns still differ say so. Kernels of cases that are too slow are profiled in the end.
 
-Tracing takes one core a process. To measure faster start several, which take turns on the GPU (`device_lock`), and
-report at the end; the workdir is shared, and a stopped run resumes:
+Tracing takes one core a process. To measure faster start several: all trace for half of the seconds, then they measure
+in turn. The workdir is shared, a run resumes, and one more process reports:
 
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false
     for part in 0 1 2 3 4 5 6 7; do
         python -m experiments.bench.coverage --config=... --workdir=DIR --config.part=$part/8 --config.seconds=240 &
     done; wait
@@ -37,13 +40,13 @@ from ml_collections import ConfigDict
 from bipolar_jax import Precision
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import check_implementation
-from experiments.bench.planning.cases import Case, Layout, Operation, layout_of
+from experiments.bench.planning.cases import Case, Layout, Operation, OtherPlan, Sample, layout_of
 from experiments.bench.planning.coverage_report import is_slow, plot, print_report, speed, verdicts
 from experiments.bench.products.cold_weights import copies_of, few_tokens
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.shapes import Shape
 from experiments.support import app
-from experiments.support.device_lock import device_lock, device_unlocked
+from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
 from experiments.support.timing import Timing, compile_all, one_line, raise_if_error
@@ -54,6 +57,10 @@ _MOST_TOKENS = 8192
 _SETTINGS = ("seed", "iterations", "layout", "implementation", "counted", "least", "least_float", "most_over_best")
 _ROW = ("m", "n", "k", "precision")
 _RUN_MICROSECONDS = 2000  # of launches in a row
+_SPREAD = 0.03  # of the quartiles, as a share of the median: more takes more turns
+_MOST_TURNS = 4  # times `config.iterations`
+_TRACED_SHARE = 0.5  # of the seconds left, for a batch
+_SAVED_SECONDS = 5.0
 _PROGRAM_MICROSECONDS = 200  # of one launch, which takes the host some 20
 _MOST_CALLS = 8  # in a program of many tokens
 _WARM_UP_SECONDS = 0.03
@@ -121,64 +128,139 @@ def part_of(cases: list[Case], text: str) -> list[Case]:
     return [case for case in cases if case.shape in shapes]
 
 
+@dataclasses.dataclass
+class _Compiled:
+    """What one case measures.
+
+    Attributes:
+      programs: compiled operations by name, "chosen" and other plans, with "make" for the operands of a key and "pick"
+        for the sampled numbers of a product; an exception in place of those that did not compile.
+      others: the other plans.
+      calls: in a program.
+    """
+
+    programs: dict[str, Any]
+    others: dict[str, OtherPlan]
+    calls: int
+
+
 def _measure_all(cases: list[Case], config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
+    todo = [case for case in cases if "microseconds" not in result["cases"].get(case.name, {}).get("chosen", {})]
     deadline = time.monotonic() + (config.seconds or math.inf)
-    with device_lock():
-        for case in cases:
-            if time.monotonic() > deadline:
-                console.print(f"stops before {case.name}: {config.seconds} s are over")
-                return
-            if "microseconds" in result["cases"].get(case.name, {}).get("chosen", {}):
-                continue
+    slow: list[tuple[Case, _Compiled]] = []
+    for first in range(0, len(todo), config.batch):
+        now = time.monotonic()
+        traced_by = now + _TRACED_SHARE * (deadline - now)
+        compiled: list[tuple[Case, _Compiled | Exception]] = []
+        for case in todo[first : first + config.batch]:
+            if time.monotonic() < traced_by:
+                with device_lock(shared=True):  # nobody measures beside it
+                    compiled.append((case, _attempt(_compile, case, config)))
+        slow += _measure_batch(compiled, deadline, config, workdir, result)
+        if time.monotonic() > deadline or len(compiled) < len(todo[first : first + config.batch]):
+            console.print(f"stops: {config.seconds} s are over")
+            break
+    for case, own in slow:
+        if time.monotonic() < deadline:
+            with device_lock():
+                result["cases"][case.name]["kernels"] = _kernels(case, own)
+                save_result(workdir, result, cases=[case.name])
+            console.print(f"{case.name}: {_line(result['cases'][case.name])}")
+
+
+def _measure_batch(
+    compiled: list[tuple[Case, _Compiled | Exception]],
+    deadline: float,
+    config: ConfigDict,
+    workdir: Path,
+    result: dict[str, Any],
+) -> list[tuple[Case, _Compiled]]:
+    """Measures until the deadline. Returns the cases that are too slow."""
+    settings, unsaved, slow, saved = {name: config[name] for name in _SETTINGS}, [], [], time.monotonic()
+    for number, (case, own) in enumerate(compiled, 1):
+        with device_lock():  # for the result, too, which processes merge
+            is_last = number == len(compiled) or time.monotonic() > deadline
             shape = case.shape
             row: dict[str, Any] = {"m": shape.m, "n": shape.n, "k": shape.k, "precision": str(case.precision)}
-            try:
-                _measure(case, row, config)
-            except Exception as error:
-                row["chosen"] = {"error": one_line(error)}
-            result["cases"][case.name] = row
-            save_result(workdir, result, cases=[case.name])
-            console.print(f"{case.name}: {_line(row)}")
+            if time.monotonic() <= deadline:
+                try:
+                    _measure(case, raise_if_error(own), row, config)
+                except Exception as error:
+                    row["chosen"] = {"error": one_line(error)}
+                result["cases"][case.name] = row
+                unsaved.append(case.name)
+                if is_slow(row, settings):
+                    slow.append((case, own))
+                console.print(f"{case.name}: {_line(row)}")
+            if unsaved and (is_last or time.monotonic() - saved > _SAVED_SECONDS):
+                save_result(workdir, result, cases=unsaved)
+                unsaved, saved = [], time.monotonic()
+        if is_last:
+            break
+    return slow
 
 
-def _measure(case: Case, row: dict[str, Any], config: ConfigDict) -> None:
-    """Fills a row: bf16, the chosen plan, others, and where the chosen one is too slow its kernels.
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result, or its exception."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def _compile(case: Case, config: ConfigDict) -> _Compiled:
+    calls, key = _calls(case.shape, case.weights), jax.random.key(case.seed)
+    others = case.others(config.plans)
+    operations: dict[str, Operation] = {"chosen": case.operation}
+    operations |= {name: plan.operation for name, plan in others.items()}
+    operands = jax.eval_shape(case.make, key)[0]
+    todo: dict[str, Any] = {name: (_repeated(each), (operands,) * calls) for name, each in operations.items()}
+    todo["make"] = case.make, (key,)
+    todo["pick"] = case.pick, (jax.ShapeDtypeStruct((case.shape.m, case.shape.n), jnp.bfloat16),)
+    return _Compiled(compile_all(todo, config.compile_threads), others, calls)
+
+
+def _measure(case: Case, own: _Compiled, row: dict[str, Any], config: ConfigDict) -> None:
+    """Fills a row: bf16, the chosen plan and others.
 
     Raises:
       Exception: bf16 or the chosen plan did not compile or run, or gave wrong numbers.
     """
-    calls = _calls(case.shape, case.weights)
-    key = jax.random.key(case.seed)
-    with device_unlocked():
-        others = case.others(config.plans)
-        operations: dict[str, Operation] = {"chosen": case.operation}
-        operations |= {name: plan.operation for name, plan in others.items()}
-        operands = jax.eval_shape(case.make, key)[0]
-        todo = {name: (_repeated(operation), (operands,) * calls) for name, operation in operations.items()}
-        compiled = compile_all(todo | {"make": (case.make, (key,))}, config.compile_threads)
     row["plan"] = _plan(case)
     dense, of_dense = _dense(case.shape, case.seed)
-    row["bf16"] = wall(dense, of_dense, len(of_dense), config.iterations).to_json()
-    make = raise_if_error(compiled["make"])
-    made = [make(each) for each in jax.random.split(key, calls)]
-    copies, sample = tuple(args for args, _ in made), made[0][1]
-    row["others"], layout = {}, layout_of(case.weights)
-    for name in operations:
+    copies, sample = _operands(case, own)
+    errors: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in ("chosen", *own.others):
         try:
-            function = raise_if_error(compiled[name])
-            error = case.check(function(*copies)[0], sample)
-            figures = wall(function, copies, calls, config.iterations).to_json() | {"error of sums": error}
+            product = raise_if_error(own.programs[name])(*copies)[0]
+            errors[name] = case.check(raise_if_error(own.programs["pick"])(product), sample)
         except Exception as error:
             if name == "chosen":
                 raise
-            figures = {"error": one_line(error)}
-        if name == "chosen":
-            row["chosen"] = figures
-        else:
-            row["others"][name] = figures | others[name].to_json() | {"layout": layout}
-    if is_slow(row, {name: config[name] for name in _SETTINGS}):
-        profile = profile_kernels(lambda: jax.block_until_ready(compiled["chosen"](*copies)), calls, most=6)
-        row["kernels"] = profile["kernels"]
+            failed[name] = one_line(error)
+    programs = {"bf16": (dense, of_dense)} | {name: (own.programs[name], copies) for name in errors}
+    timings = wall(programs, config.iterations)
+    row["bf16"] = timings["bf16"].divided(len(of_dense)).to_json()
+    figures = {name: timings[name].divided(own.calls).to_json() | {"error of sums": errors[name]} for name in errors}
+    row["chosen"], layout = figures["chosen"], layout_of(case.weights)
+    row["others"] = {
+        name: (figures[name] if name in figures else {"error": failed[name]}) | plan.to_json() | {"layout": layout}
+        for name, plan in own.others.items()
+    }
+
+
+def _operands(case: Case, own: _Compiled) -> tuple[tuple[Any, ...], Sample]:
+    make = raise_if_error(own.programs["make"])
+    made = [make(each) for each in jax.random.split(jax.random.key(case.seed), own.calls)]
+    return tuple(args for args, _ in made), made[0][1]
+
+
+def _kernels(case: Case, own: _Compiled) -> list[dict[str, Any]]:
+    copies, _ = _operands(case, own)
+    run = own.programs["chosen"]
+    jax.block_until_ready(run(*copies))
+    return profile_kernels(lambda: jax.block_until_ready(run(*copies)), own.calls, most=6)["kernels"]
 
 
 def _calls(shape: Shape, weights: Any) -> int:
@@ -222,22 +304,34 @@ def _dense(shape: Shape, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]
     return function, tuple(compiled_make(each) for each in jax.random.split(key, calls))
 
 
-def wall(function: Callable[..., Any], args: tuple[Any, ...], calls: int, iterations: int) -> Timing:
-    """Wall time of one of the calls in a program: runs of launches in a row, until the last result is ready."""
-    started, launches = time.perf_counter(), 0
-    while launches == 0 or time.perf_counter() - started < _WARM_UP_SECONDS:
-        jax.block_until_ready(function(*args))
-        launches += 1
-    once = 1e6 * (time.perf_counter() - started) / launches
-    launches = max(1, math.ceil(_RUN_MICROSECONDS / once))
-    runs = []
-    for _ in range(iterations):
-        started = time.perf_counter()
-        for _ in range(launches):
-            last = function(*args)
-        jax.block_until_ready(last)
-        runs.append(1e6 * (time.perf_counter() - started) / launches)
-    return Timing.of(runs, "wall").divided(calls)
+def wall(programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], iterations: int) -> dict[str, Timing]:
+    """Wall times of programs that take turns: runs of launches in a row, until the last result is ready.
+
+    Args:
+      programs: (compiled function, arguments) by name.
+      iterations: turns of each; up to `_MOST_TURNS` times as many while the quartiles of one differ.
+    """
+    launches, runs = {}, {name: [] for name in programs}
+    for name, (function, args) in programs.items():
+        jax.block_until_ready(function(*args))  # loads it
+        started, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - started < _WARM_UP_SECONDS / len(programs):
+            jax.block_until_ready(function(*args))
+            count += 1
+        once = 1e6 * (time.perf_counter() - started) / count
+        launches[name] = max(1, math.ceil(_RUN_MICROSECONDS / once))
+    for turn in range(1, _MOST_TURNS * iterations + 1):
+        for name, (function, args) in programs.items():
+            started = time.perf_counter()
+            for _ in range(launches[name]):
+                last = function(*args)
+            jax.block_until_ready(last)
+            runs[name].append(1e6 * (time.perf_counter() - started) / launches[name])
+        if turn >= iterations:
+            timings = {name: Timing.of(own, "wall") for name, own in runs.items()}
+            if all(each.high - each.low <= _SPREAD * each.median for each in timings.values()):
+                break
+    return timings
 
 
 def _line(row: dict[str, Any]) -> str:

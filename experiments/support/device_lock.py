@@ -7,6 +7,9 @@ faster, start one process per shape: each compiles while another one holds the l
         python -m experiments.bench.matmul --config=... --workdir=DIR --config.shapes=$shape &
     done; wait
 
+Where wall times are measured, tracing in other processes would slow the launches: they trace under the lock shared, so
+that nobody measures meanwhile.
+
 Processes whose CUDA_VISIBLE_DEVICES lists disjoint device numbers run at the same time. A process without such a list
 excludes all others.
 """
@@ -42,11 +45,12 @@ def _locks() -> list[tuple[Path, int]]:
 
 
 @contextlib.contextmanager
-def device_lock() -> Iterator[None]:
-    """Waits for the lock and holds it for the block."""
+def device_lock(*, shared: bool = False) -> Iterator[None]:
+    """Waits for the lock and holds it for the block; a shared one excludes only those that measure."""
     global _held
     with contextlib.ExitStack() as stack:
-        _held = [(stack.enter_context(path.open("w")), mode) for path, mode in _locks()]
+        modes = [(path, fcntl.LOCK_SH if shared else mode) for path, mode in _locks()]
+        _held = [(stack.enter_context(path.open("w")), mode) for path, mode in modes]
         _acquire()
         try:
             yield

@@ -143,10 +143,14 @@ class Case:
         """`bj.matmul`, from bf16 activations to bf16."""
         return bj.matmul(x, w, a_bits=self.precision.a_format, implementation=self.implementation)
 
-    def check(self, product: Array, sample: Sample) -> float:
-        """The largest error of a product. Raises ValueError unless its sampled numbers are exact but for rounding."""
+    def pick(self, product: Array) -> Array:
+        """The sampled numbers of a product [m, n]: [rows, columns]."""
+        operands = Operands(self.shape, self.seed)
+        return product[operands.rows][:, operands.columns]
+
+    def check(self, picked: Array, sample: Sample) -> float:
+        """The largest error of sampled numbers. Raises ValueError unless they are exact but for rounding."""
         w_format, a_format = as_format(self.precision.w_bits), self.precision.a_format
-        rows, columns = (np.asarray(getattr(Operands(self.shape, self.seed), name)) for name in ("rows", "columns"))
         codes = np.asarray(sample.codes, np.float64)
         if sample.groups is None:
             w = 2 * codes - w_format.max_value
@@ -168,7 +172,7 @@ class Case:
             x = (values - np.asarray(sample.tokens.zero_value, np.float64)[:, None]) * scale
             # An activation halfway between two codes may get either; they differ by 2 * scale. Two a row are allowed.
             tolerance = 4 * scale * np.abs(w).max(axis=1)
-        found = np.asarray(product)[rows][:, columns]
+        found = np.asarray(picked)
         return check_output(found, found, x @ w.T, tolerance)
 
     # Plans.

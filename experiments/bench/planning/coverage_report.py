@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.support.plotting import colour, legend, save
 from experiments.support.progress import console
 
+_STEADY = 1.1  # times the lower quartile, up to which the upper one is called steady
 _SIZES = (("counted, m to 64", 64), ("m to 512", 512), ("m to 2048", 2048), ("above", 2**31))
 
 
@@ -52,7 +53,16 @@ def verdicts(name: str, row: dict[str, Any], settings: dict[str, Any]) -> list[s
         failures.append(
             f"{name}: the chosen plan takes {over_best(row):.2f} times as long as {min(times, key=times.get)}"
         )
-    return failures
+    note = ", ".join(_unsteady({"bf16": row.get("bf16", {}), "chosen": row["chosen"]} | row.get("others", {})))
+    return [f"{failure} (unsteady: {note})" if note else failure for failure in failures]
+
+
+def _unsteady(timings: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Of the times whose quartiles lie apart, the quartiles in words."""
+    for name, figures in timings.items():
+        low, high = figures.get("quartiles", (0.0, 0.0))
+        if high > _STEADY * low:
+            yield f"{name} takes {low:.1f} to {high:.1f} us"
 
 
 def print_report(result: dict[str, Any], names: Iterable[str]) -> None:

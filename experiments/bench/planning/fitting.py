@@ -1,8 +1,9 @@
 """Coefficients of the planner's cost model from measured times: sources of measurements, and the fit.
 
 Three kinds of results are read: tilings of `bench.tune` and those of `products.expanded`, both device times of kernels;
-and wall times of whole operations by `bench.coverage`, which also contain the quantizer, launches, and what is expanded
-in memory. These have counts of their own, so that one fit takes all.
+and of `bench.coverage` those of profiled kernels, and wall times of whole operations, which also contain the quantizer,
+launches, and what is expanded in memory. These have counts of their own, so that one fit takes all. Wall times whose
+quartiles lie apart are left out: neighbours slowed the launches.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.packing.fields import STAGE
 
 _EXPANDED_NAME = re.compile(r"(?P<tile_m>\d+) (?P<schedule>\w+), (?P<slots>\d+) slots(, clusters of 1x1.*lag 0)?")
+_PRODUCTS = ("packed_matmul", "expanded_matmul")  # what names of their kernels begin with
+_STEADY = 1.05  # times the lower quartile, up to which the upper one may be
 # Weight of the coefficients that were, beside that of all measurements: it decides what these leave open.
 _OF_PRIOR = 1e-3
 
@@ -112,30 +115,38 @@ def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
 
 def _of_coverage(cases: dict[str, Any]) -> Iterable[Measurement]:
     for name, row in cases.items():
-        plans = [row.get("plan", {}) | row.get("chosen", {}), *row.get("others", {}).values()]
-        for figures in plans:
+        chosen = row.get("plan", {}) | row.get("chosen", {})
+        for figures in (chosen, *row.get("others", {}).values()):
             if "microseconds" not in figures or "tile_m" not in figures.get("tiling", {}):
                 continue
-            kernel, counts = _counts_of_operation(row, figures)
-            yield Measurement(kernel, name, counts, figures["microseconds"])
+            kernel, of_product, of_rest = _counts_of_operation(row, figures)
+            low, high = figures["quartiles"]
+            if high <= _STEADY * low:
+                yield Measurement(kernel, name, of_product | of_rest, figures["microseconds"])
+            times = [each["microseconds"] for each in row.get("kernels", ()) if each["name"].startswith(_PRODUCTS)]
+            if figures is chosen and len(times) == 1 and figures["tiling"]["splits"] == 1:
+                yield Measurement(kernel, f"{name}, kernel", of_product, times[0])
 
 
-def _counts_of_operation(row: dict[str, Any], figures: dict[str, Any]) -> tuple[Kernel, dict[str, float]]:
+def _counts_of_operation(
+    row: dict[str, Any], figures: dict[str, Any]
+) -> tuple[Kernel, dict[str, float], dict[str, float]]:
+    """The kernel of the product, its counts, and those of the rest of the operation."""
     (m, n, k), precision = (row["m"], row["n"], row["k"]), Precision.parse(row["precision"])
     tiling, w_bits = Tiling(**figures["tiling"]), as_format(precision.w_bits).bits
-    counts = {"operation": 1.0}
+    rest = {"operation": 1.0}
     if precision.a_bits is None:
-        counts["floats of weights"] = n * k / 1000
-        return "tiles", counts | tile_counts(tiling, m, n, mainloop_steps(k, "bf16", 1))
-    counts["quantized numbers"] = m * k / 1000
+        rest["floats of weights"] = n * k / 1000
+        return "tiles", tile_counts(tiling, m, n, mainloop_steps(k, "bf16", 1)), rest
+    rest["quantized numbers"] = m * k / 1000
     if figures.get("layout") == "tensor_cores":
         group_size = "" if precision.group_size is None else str(precision.group_size)
-        return "expanded", counts | expanded_counts(tiling, m, n, k, w_bits, _chunks(group_size))
+        return "expanded", expanded_counts(tiling, m, n, k, w_bits, _chunks(group_size)), rest
     pairs = w_bits * precision.a_bits
     if figures["kind"] == "int8":
-        counts["bytes of weights"] = n * k / 1000
+        rest["bytes of weights"] = n * k / 1000
     passes = pairs if figures["kind"] == "planes" else 1
-    return "tiles", counts | tile_counts(tiling, m, n, mainloop_steps(k, figures["kind"], pairs), passes)
+    return "tiles", tile_counts(tiling, m, n, mainloop_steps(k, figures["kind"], pairs), passes), rest
 
 
 def _chunks(group_size: str) -> int:

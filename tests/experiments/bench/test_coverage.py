@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pytest
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
@@ -46,6 +49,7 @@ def test_operations_and_other_plans_are_exact(tmp_path, monkeypatch, m, precisio
     monkeypatch.setattr(coverage, "copies_of", lambda *_: 1)
     monkeypatch.setattr(coverage, "_WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(coverage, "_RUN_MICROSECONDS", 0.0)
+    monkeypatch.setattr(coverage, "_MOST_TURNS", 1)
     config = tiny(coverage_config.get_config(), shapes=1, precisions=precision, implementation="sm90", plans=1)
     with interpreted(InterpretGPUParams()), pytest.raises(RuntimeError, match="failures in 1 cases"):
         config.most_over_best, config.counted, config.least_float, config.least = 0.0, 1, 0.0, 0.0
@@ -55,6 +59,69 @@ def test_operations_and_other_plans_are_exact(tmp_path, monkeypatch, m, precisio
     assert len(row["others"]) == 1
     assert all("microseconds" in figures for figures in row["others"].values()), row["others"]
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_all_trace_before_one_measures_and_kernels_are_profiled_in_the_end(tmp_path, monkeypatch):
+    config = tiny(coverage_config.get_config(), shapes=3, precisions="W4A8", batch=2)
+    first, second, third = (case.shape.name for case in coverage.all_cases(config))
+    log = []
+
+    @contextlib.contextmanager
+    def lock(shared=False):
+        log.append("shared" if shared else "lock")
+        yield
+
+    def compile_case(case, _):
+        log.append(f"compile {case.shape.name}")
+        if case.shape.name == second:
+            raise ValueError("no such plan")
+        return coverage._Compiled({}, {}, 1)
+
+    def measure(case, _, row, config):
+        log.append(f"measure {case.shape.name}")
+        row["bf16"] = {"microseconds": 1.0}
+        row["chosen"] = {"microseconds": 2.0 if case.shape.name == first else 1.0}
+        row["others"] = {}
+
+    def kernels(case, _):
+        log.append(f"profile {case.shape.name}")
+        return [{"name": "kernel", "microseconds": 1.5}]
+
+    for name, function in (("device_lock", lock), ("_compile", compile_case), ("_measure", measure)):
+        monkeypatch.setattr(coverage, name, function)
+    monkeypatch.setattr(coverage, "_kernels", kernels)
+    config.counted = 1
+    with pytest.raises(RuntimeError, match="2 failures in 3 cases"):
+        coverage.main(config, tmp_path)
+    traced = ["shared", f"compile {first}", "shared", f"compile {second}"]
+    measured = ["lock", f"measure {first}", "lock", "shared", f"compile {third}", "lock", f"measure {third}"]
+    assert log == [*traced, *measured, "lock", f"profile {first}"]
+    rows = result_of(tmp_path)["cases"]
+    assert rows[f"{first} W4A8"]["kernels"] == [{"name": "kernel", "microseconds": 1.5}]
+    assert rows[f"{second} W4A8"]["chosen"] == {"error": "ValueError: no such plan"}
+    log.clear()
+    config.seconds = 1e-9
+    with pytest.raises(RuntimeError):
+        coverage.main(config, tmp_path)
+    assert log == []  # no time is left for the case that failed
+
+
+def test_programs_take_turns_until_they_are_steady(monkeypatch):
+    now, log = [0.0], []
+    monkeypatch.setattr(coverage.time, "perf_counter", lambda: now[0])
+    slow = iter([0.1] * 5 + [0.2, 0.1, 0.2, 0.1] + [0.1] * 100)
+
+    def program(name):
+        log.append(name)
+        now[0] += 0.05 if name == "bf16" else next(slow)
+        return np.zeros(1)
+
+    programs = {name: (program, (name,)) for name in ("bf16", "chosen")}
+    timings = coverage.wall(programs, 4)
+    assert (timings["bf16"].median, timings["chosen"].median) == (50_000, 100_000)
+    assert timings["chosen"].iterations > 4
+    turns = log[-2 * timings["chosen"].iterations :]
+    assert turns == ["bf16", "chosen"] * (len(turns) // 2)
 
 
 def test_what_fails():
@@ -77,6 +144,9 @@ def test_what_fails():
     assert failures(100.0, m=0) == 0
     assert failures(111.0, other=100.0, m=0) == 1
     assert failures(120.0) == 2
+    unsteady = row(100.0) | {"bf16": {"microseconds": 96.0, "quartiles": [90.0, 99.5]}}
+    (line,) = coverage_report.verdicts("case", unsteady, settings)
+    assert line == "case: 0.96 of bf16's speed (unsteady: bf16 takes 90.0 to 99.5 us)"
     assert coverage_report.verdicts("case", {"chosen": {"error": "wrong"}}, settings) == ["case: wrong"]
 
 

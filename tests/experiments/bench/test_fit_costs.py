@@ -43,17 +43,24 @@ def test_the_shipped_costs_are_fitted_to_the_shipped_results(tmp_path):
 def test_times_of_operations_have_counts_of_their_own(tmp_path):
     tiling = {"tile_m": 128, "tile_n": 128, "schedule": "split_n", "slots": 4, "splits": 2}
     sizes = {"m": 100, "n": 4096, "k": 8192}
-    plan = {"tiling": tiling, "kind": "int8", "layout": "tensor_cores", "microseconds": 30.0}
-    planes = plan | {"layout": "planes", "microseconds": 20.0}
+    plan = {"tiling": tiling, "kind": "int8", "layout": "tensor_cores", "microseconds": 30.0, "quartiles": [29.0, 30.0]}
+    planes = plan | {"layout": "planes", "microseconds": 20.0, "quartiles": [20.0, 20.5]}
+    whole = plan | {"tiling": tiling | {"splits": 1}}
+    kernels = [{"name": "expanded_matmul_kernel", "microseconds": 8.0}, {"name": "quantize", "microseconds": 3.0}]
     cases = {
         "a": sizes | {"precision": "W4A8g64", "plan": plan, "chosen": {"microseconds": 10.0}, "others": {"x": plan}},
+        "unsteady": sizes
+        | {"precision": "W4A8", "plan": whole, "chosen": {"quartiles": [9.0, 99.0]}, "kernels": kernels},
         "b": sizes | {"precision": "W8A8", "others": {"x": planes, "failed": {"error": "e"}}},
         "c": sizes | {"precision": "W4A16g128", "others": {"x": planes}},
         "few": sizes | {"precision": "W8A8", "others": {"x": plan | {"tiling": {"warpgroups": 4}}}},
     }
     (tmp_path / "coverage.json").write_text(json.dumps({"cases": cases}))
-    chosen, other, of_bytes, of_floats = read(tmp_path / "coverage.json")
+    cases["unsteady"]["chosen"]["microseconds"] = 50.0
+    chosen, other, of_kernel, of_bytes, of_floats = read(tmp_path / "coverage.json")
     assert (chosen.kernel, chosen.microseconds, other.microseconds) == ("expanded", 10.0, 30.0)
+    assert (of_kernel.kernel, of_kernel.microseconds) == ("expanded", 8.0)
+    assert "operation" not in of_kernel.counts
     assert chosen.counts["quantized numbers"] == 819.2
     assert chosen.counts["further groups of stages"] > 0
     assert chosen.counts["pass over splits"] == chosen.counts["operation"] == 1

@@ -77,6 +77,28 @@ def test_processes_wait_for_those_that_see_the_same_devices(tmp_path, monkeypatc
     assert refused == waits
 
 
+@pytest.mark.parametrize("devices", [None, "0,1"])
+def test_shared_locks_exclude_only_those_that_measure(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+
+    def others_wait(mode):
+        with device_lock._locks()[-1][0].open("w") as file:
+            try:
+                fcntl.flock(file, mode | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    with device_lock.device_lock(shared=True):
+        assert not others_wait(fcntl.LOCK_SH)
+        assert others_wait(fcntl.LOCK_EX)
+    with device_lock.device_lock():
+        assert others_wait(fcntl.LOCK_SH)
+
+
 def test_unlocking_without_the_lock_does_nothing():
     with device_lock.device_unlocked():
         pass
