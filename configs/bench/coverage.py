@@ -1,6 +1,7 @@
 """60 drawn shapes at nine precisions on one NVIDIA H200: which operations lose to bf16, and which plans to others.
 
-Claim: none. It has not run on a GPU yet; tests run it on tiny shapes.
+Claim: none. A first run on a GPU measured while other processes traced, which starved the launches; tests run this
+method on tiny shapes.
 
     python -m experiments.bench.coverage --config=configs/bench/coverage.py --workdir=runs/coverage
 """

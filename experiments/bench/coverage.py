@@ -228,6 +228,7 @@ def _measure(case: Case, own: _Compiled, row: dict[str, Any], config: ConfigDict
     """
     row["plan"] = _plan(case)
     dense, of_dense = _dense(case.shape, case.seed)
+    jax.block_until_ready(dense(*of_dense))
     copies, sample = _operands(case, own)
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -308,12 +309,11 @@ def wall(programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], iterat
     """Wall times of programs that take turns: runs of launches in a row, until the last result is ready.
 
     Args:
-      programs: (compiled function, arguments) by name.
+      programs: (compiled function, arguments) by name; each has run.
       iterations: turns of each; up to `_MOST_TURNS` times as many while the quartiles of one differ.
     """
     launches, runs = {}, {name: [] for name in programs}
     for name, (function, args) in programs.items():
-        jax.block_until_ready(function(*args))  # loads it
         started, count = time.perf_counter(), 0
         while count == 0 or time.perf_counter() - started < _WARM_UP_SECONDS / len(programs):
             jax.block_until_ready(function(*args))
