@@ -109,7 +109,7 @@ def test_all_trace_before_one_measures_and_kernels_are_profiled_in_the_end(tmp_p
 def test_programs_take_turns_until_they_are_steady(monkeypatch):
     now, log = [0.0], []
     monkeypatch.setattr(coverage.time, "perf_counter", lambda: now[0])
-    slow = iter([0.1] * 5 + [0.2, 0.1, 0.2, 0.1] + [0.1] * 100)
+    slow = iter([0.1] + [0.2, 0.1, 0.2, 0.1] + [0.1] * 100)  # warm-up, first turns, further ones
 
     def program(name):
         log.append(name)
