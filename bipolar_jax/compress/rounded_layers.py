@@ -36,11 +36,11 @@ class RoundedLinear(nnx.Module):
         self.numbers = nnx.Param(numbers)
         self.a_format = a_format
 
-    def __call__(self, x: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
-        """The product and the bias, in the shape and dtype of layer(x)."""
+    def __call__(self, inputs: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
+        """The product and the bias, in the shape and dtype of layer(inputs)."""
         numbers = self.numbers[...]
-        put_out = jax.eval_shape(lambda x: self.layer(x, **options), x)
-        tokens = dequantized_tokens(x.reshape(-1, len(numbers)), self.a_format)
+        put_out = jax.eval_shape(lambda x: self.layer(x, **options), inputs)
+        tokens = dequantized_tokens(inputs.reshape(-1, len(numbers)), self.a_format)
         y = jnp.matmul(tokens, numbers, precision=jax.lax.Precision.HIGHEST)
         if self.layer.bias is not None:
             y = y + self.layer.bias[...].astype(jnp.float32).reshape(1, -1)

@@ -48,10 +48,10 @@ class Recorder(nnx.Module):
         self.record = record
         self.zeros = zeros
 
-    def __call__(self, x: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
-        """layer(x), or zeros in its place."""
-        self.record(x)
-        return self._put_out(lambda x: self.layer(x, **options), x)
+    def __call__(self, inputs: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
+        """layer(inputs), or zeros in its place."""
+        self.record(inputs)
+        return self._put_out(lambda x: self.layer(x, **options), inputs)
 
     def run_experts(
         self, x: Float[Array, "blocks rows k"], blocks: ExpertBlocks, activation: Activation | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from flax import linen, nnx
 
 from bipolar_jax import TERNARY, GradientPrecision, Precision, quantization_aware, quantize_model
 from bipolar_jax import nn as bnn
+from bipolar_jax.compress.rounded_layers import RoundedLinear
+from bipolar_jax.compress.site_inputs import Recorder
 
 W4A8, W2A8, W8 = Precision(4, 8), Precision(2, 8), Precision(8)
 EVERYTHING = [(".*", W4A8)]
@@ -274,3 +278,11 @@ def test_what_is_missing_of_linen_models_is_named():
 def test_gradients_that_are_rounded_stochastically_need_rngs(model):
     with pytest.raises(ValueError, match=r"gradients of 8 bits are rounded stochastically: give rngs"):
         quantization_aware(model, [("head", "W2A4")], gradient=GradientPrecision(bits=8))
+
+
+@pytest.mark.parametrize("layer", [nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed])
+def test_layers_take_their_input_by_the_name_that_flax_gives_it(layer):
+    """Models may call `self.up(inputs=x)`; so may they while they are calibrated."""
+    stand_ins = {nnx.Einsum: [bnn.Einsum], nnx.Embed: [bnn.Embed]}.get(layer, [bnn.Linear, Recorder, RoundedLinear])
+    names = {list(inspect.signature(each.__call__).parameters)[1] for each in (layer, *stand_ins)}
+    assert len(names) == 1

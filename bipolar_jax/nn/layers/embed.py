@@ -80,20 +80,20 @@ class Embed(PackedModule):
             rngs=nnx.Rngs(0),
         )
 
-    def __call__(self, ids: Integer[Array, "*batch"], out_sharding: Any = None) -> Float[Array, "*batch features"]:
+    def __call__(self, inputs: Integer[Array, "*batch"], out_sharding: Any = None) -> Float[Array, "*batch features"]:
         """The rows of the given ids, in `dtype`.
 
         As in Flax, ids from -num_embeddings to -1 count from the end, others out of range give NaN, and a table of one
         row answers every id.
 
         Args:
-          ids: row indices.
+          inputs: row indices.
           out_sharding: sharding of the result, for meshes with Explicit axes.
 
         Raises:
           ValueError: ids that are not integers.
         """
-        ids = jnp.asarray(ids)
+        ids = jnp.asarray(inputs)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids must be integers, got {ids.dtype}")
         if jnp.issubdtype(ids.dtype, jnp.signedinteger):

@@ -181,7 +181,7 @@ class Linear(PackedModule):
 
     def __call__(
         self,
-        x: Float[Array, "..."],
+        inputs: Float[Array, "..."],
         prologue: Prologue | None = None,
         residual: Float[Array, "..."] | None = None,
         activation: Activation | None = None,
@@ -191,7 +191,7 @@ class Linear(PackedModule):
         """Computes x @ kernel + bias, optionally with operations before and after it, which are fused if `fuses`.
 
         Args:
-          x: activations (*batch, columns); columns is `in_features`, or the input width of the
+          inputs: activations x, (*batch, columns); columns is `in_features`, or the input width of the
             prologue. Of a layer over other axes, the input of `nnx.LinearGeneral`.
           prologue: a norm or an activation function of x, computed while x is quantized.
           residual: added to the output; it has the output's dtype.
@@ -206,7 +206,7 @@ class Linear(PackedModule):
         Raises:
           ValueError: as `bipolar_jax.matmul`.
         """
-        x = as_array(x)
+        x = as_array(inputs)
         if self.order is not None:
             x = x if prologue is None else prologue(x).astype(x.dtype)
             x, prologue = jnp.take(x, self.order[...], axis=-1), None
