@@ -11,7 +11,7 @@ its product is wrong; where it has at least `config.counted` multiplications and
 (float activations: `config.least_float`); or where the chosen plan takes more than 1.1 times as long as the best one
 tried. Failures whose turns still differ say so. Kernels of cases that are too slow are profiled in the end.
 
-Tracing takes one core a process. To measure faster start several: all trace for half of the seconds, then they measure
+Tracing takes one core a process. To measure faster start several: all trace for 0.4 of the seconds, then they measure
 in turn. The workdir is shared, a run resumes, and one more process reports:
 
     export XLA_PYTHON_CLIENT_PREALLOCATE=false
@@ -59,7 +59,8 @@ _ROW = ("m", "n", "k", "precision")
 _RUN_MICROSECONDS = 2000  # of launches in a row
 _SPREAD = 0.03  # of the quartiles, as a share of the median: more takes more turns
 _MOST_TURNS = 4  # times `config.iterations`
-_TRACED_SHARE = 0.5  # of the seconds left, for a batch
+_MEASURED_SHARE = 0.85  # of the seconds; the others are for profiles
+_TRACED_SHARE = 0.5  # of what is left of these, for a batch
 _SAVED_SECONDS = 5.0
 _PROGRAM_MICROSECONDS = 200  # of one launch, which takes the host some 20
 _MOST_CALLS = 8  # in a program of many tokens
@@ -146,7 +147,8 @@ class _Compiled:
 
 def _measure_all(cases: list[Case], config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
     todo = [case for case in cases if "microseconds" not in result["cases"].get(case.name, {}).get("chosen", {})]
-    deadline = time.monotonic() + (config.seconds or math.inf)
+    started, seconds = time.monotonic(), config.seconds or math.inf
+    deadline = started + _MEASURED_SHARE * seconds
     slow: list[tuple[Case, _Compiled]] = []
     for first in range(0, len(todo), config.batch):
         now = time.monotonic()
@@ -161,7 +163,7 @@ def _measure_all(cases: list[Case], config: ConfigDict, workdir: Path, result: d
             console.print(f"stops: {config.seconds} s are over")
             break
     for case, own in slow:
-        if time.monotonic() < deadline:
+        if time.monotonic() < started + seconds:
             with device_lock():
                 result["cases"][case.name]["kernels"] = _kernels(case, own)
                 save_result(workdir, result, cases=[case.name])
