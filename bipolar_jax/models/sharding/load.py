@@ -31,6 +31,7 @@ def load_sharded(
     param_dtype: Any = None,
     layout: Layout | None = None,
     cut_positions: bool = False,
+    cut_tokens: bool = True,
 ) -> PretrainedModel:
     """`shard_model(load_model(path), mesh)`, where no host has more of the packed weights than its devices.
 
@@ -38,14 +39,15 @@ def load_sharded(
 
     Args:
       path: a file that `save_model` wrote.
-      mesh, cut_positions: see `shard_model`.
+      mesh, cut_positions, cut_tokens: see `shard_model`.
       dtype, layout: as for `prepare_for_inference`.
       bits, param_dtype: as for `load_model`.
 
     Raises: as `load_model` and `shard_model`.
     """
     loaded = load_placed(path, mesh, bits=bits, param_dtype=param_dtype)
-    return shard_model(loaded, mesh, dtype, layout=layout, cut_positions=cut_positions)
+    options = {"layout": layout, "cut_positions": cut_positions, "cut_tokens": cut_tokens}
+    return shard_model(loaded, mesh, dtype, **options)
 
 
 def load_placed(
@@ -63,20 +65,21 @@ def random_sharded(
     key: PRNGKeyArray,
     layout: Layout | None = None,
     cut_positions: bool = False,
+    cut_tokens: bool = True,
     **options: Any,
 ) -> ShardedTransformer:
     """`shard_model(random_packed(config, precision))`, the same bits, where no device has the whole model.
 
     Args:
       config, precision, key: as for `random_packed`.
-      mesh, layout, cut_positions: as for `shard_model`.
+      mesh, layout, cut_positions, cut_tokens: as for `shard_model`.
       **options: others of `random_packed`.
 
     Raises: as `random_packed` and `shard_model`.
     """
     place = functools.partial(_shardings, two_axes(mesh))
     model = random_packed(config, precision, key=key, place=place, **options)
-    return shard_model(model, mesh, layout=layout, cut_positions=cut_positions)
+    return shard_model(model, mesh, layout=layout, cut_positions=cut_positions, cut_tokens=cut_tokens)
 
 
 def _shardings(mesh: Mesh, model: Transformer) -> dict[str, Any]:
