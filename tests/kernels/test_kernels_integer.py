@@ -73,7 +73,7 @@ def test_the_largest_sum_that_fits_int32_is_exact(backend, sign):
 
 
 @every_backend
-@settings(max_examples=12)
+@settings(max_examples=6)
 @example(m=1, n=1, k=65, group_size=33, w_format=TERNARY, a_bits=8, seed=0)
 @given(
     m=st.integers(1, 5),

@@ -96,6 +96,7 @@ def test_8_bit_logits_are_close_to_float_ones(model):
     assert relative_error(forward(packed, IDS), forward(model, IDS)) < 0.05
 
 
+@pytest.mark.covered("8 bits, by the test above; products of every precision, by kernels/test_kernels_matmul.py")
 def test_every_bit_about_halves_the_error(model):
     errors = [
         relative_error(forward(bj.quantize_model(model, [("layers", Precision(bits))]), IDS), forward(model, IDS))

@@ -98,7 +98,7 @@ def test_a_model_reads_prompts_as_with_xla(monkeypatch, precision, fields, batch
         ("W4A8", {"rope_scaling": RopeScaling("yarn", 4.0, original_context_length=64, attention_factor=2.5)}, None),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_xla_serves_the_rest(monkeypatch, precision, fields, cache_bits):
     """Refused before anything is interpreted, which the product itself would be."""
     model, (ids, lengths) = make(precision, **fields), prompts()

@@ -52,7 +52,7 @@ def test_joined_models_give_the_same_numbers(precision, fields):
 
 
 @pytest.mark.parametrize("clip", [None, 4.0])
-@pytest.mark.sample(1)
+@pytest.mark.covered("nn/test_nn_layers.py, layer by layer; joined models, by the tests beside")
 def test_models_trained_with_dot_general_join_and_fuse_unless_they_clip(clip):
     model = bj.quantization_aware(make([]), [(".*_proj", "W4A8")], clip_activations=clip)
     packed = bj.quantize_model(model)

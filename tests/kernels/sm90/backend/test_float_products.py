@@ -49,7 +49,7 @@ def codes(n: int, k: int, bits: int):
     ],
     ids=["packed groups", "gated, float16", "8 bits", "few tokens", "two parts"],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype):
     k, n = w.shape
     x, bias = jnp.asarray(normal(m, k), dtype), jnp.asarray(normal(n))
