@@ -177,7 +177,7 @@ class Transformer(CompressibleBlocks):
 
     @compiled_method
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
-        """Logits of every position, which attends to itself and to all before it; float32."""
+        """Logits of every position, which attends to itself and to all before it; float32; empty of no ids."""
         return self.logits(self.hidden_states(ids))
 
     @compiled_method
@@ -188,7 +188,9 @@ class Transformer(CompressibleBlocks):
 
         With `cache_bits`, 8 or 4, every position attends to keys and values as a cache of so many bits keeps them.
         """
-        hidden, _ = self._causal_layers(*self.enter_prompts(ids), cache_bits=cache_bits)
+        hidden, tables = self.enter_prompts(ids)
+        if ids.size:  # kernels, and sizes that are left to a reshape, need a token
+            hidden, _ = self._causal_layers(hidden, tables, cache_bits=cache_bits)
         return self.leave_blocks(hidden)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
@@ -228,8 +230,10 @@ class Transformer(CompressibleBlocks):
           Logits after the last token of each prompt, float32; and the cache to decode from.
 
         Raises:
-          ValueError: other cache_bits, or prompts longer than `capacity`.
+          ValueError: other cache_bits, prompts longer than `capacity`, or no token.
         """
+        if not ids.size:
+            raise ValueError(f"prompts need at least one token to predict from, got ids of shape {ids.shape}")
         lengths = lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids, capacity)
         cache = self.empty_cache(hidden.dtype, lengths, capacity, cache_bits)

@@ -206,3 +206,16 @@ def test_the_layer_stack_compiles_as_one_layer(step):
         return str(traced).count(" = ")
 
     assert num_equations(1) == num_equations(7) > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_ids_have_no_logits(shape):
+    config = TransformerConfig(
+        vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=64,
+        context_length=32,
+    )  # fmt: skip
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    ids = jnp.zeros(shape, jnp.int32)
+    assert model(ids).shape == (*shape, 64)
+    with pytest.raises(ValueError, match="prompts need at least one token"):
+        model.prefill(ids, jnp.zeros(shape[0], jnp.int32), 8)
