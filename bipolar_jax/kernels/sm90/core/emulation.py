@@ -1,7 +1,7 @@
-"""Pairs device functions with twins for interpret mode; `launch_kernel` selects which run, and sets up Mosaic GPU.
+"""Pairs device functions with twins for interpret mode; `launch_kernel` selects which run, and names the module.
 
-Interpret mode has no inline PTX or MLIR. A function that uses them is paired with a twin: plain jnp with the same
-arguments and results. `launch_kernel` selects for the whole body of the kernel.
+Interpret mode runs a kernel on a CPU and has no inline PTX or MLIR. A function that uses them is paired with a twin:
+plain jnp with the same arguments and results. `launch_kernel` selects for the whole body of the kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
@@ -32,7 +31,7 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
         token = _interpreted.set(interpret is not None)
         try:
             if interpret is None:
-                _set_up_mosaic(options.get("kernel_name") or body.__name__)
+                _name_module(options.get("kernel_name") or body.__name__)
             return body(*refs, **scratch)
         finally:
             _interpreted.reset(token)
@@ -47,11 +46,8 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
     return call
 
 
-def _set_up_mosaic(name: str) -> None:
-    """Within a kernel's body: names its dumps, else Mosaic GPU numbers modules in their order; caches compare bytes.
-
-    Asks ptxas for its version once, else Mosaic GPU starts `ptxas --version` at each conversion from or to bools.
-    """
+def _name_module(name: str) -> None:
+    """Within a kernel's body: names its dumps, else Mosaic GPU numbers modules in their order; caches compare bytes."""
 
     @plgpu.inline_mgpu()
     def inline(_):
@@ -59,9 +55,6 @@ def _set_up_mosaic(name: str) -> None:
         while operation.parent is not None:
             operation = operation.parent.operation
         operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
-        extension = getattr(fragmented_array.mgpu_lib, "_mosaic_gpu_ext", None)  # None without the CUDA plugin
-        if (ask := getattr(extension, "_get_ptxas_isa_version", None)) and not hasattr(ask, "cache_info"):
-            extension._get_ptxas_isa_version = functools.cache(ask)
 
     inline()
 

@@ -1,13 +1,11 @@
-"""What `launch_kernel` does about Mosaic GPU: modules without numbers, and one question to ptxas."""
+"""A kernel's module does not depend on what its process has lowered before: caches take modules by their bytes."""
 
 from __future__ import annotations
 
 import re
-import types
 
 import jax
 
-from bipolar_jax.kernels.sm90.core import emulation
 from tests.gpu.sanitized import KERNELS
 from tests.support.optimizations import optimizations
 
@@ -20,7 +18,6 @@ def hashes(program, avals) -> list[str]:
 
 
 def test_a_kernel_has_the_same_hash_whenever_it_is_lowered():
-    """Caches take modules by their bytes."""
     first, second = (KERNELS[name].make().programs["program"] for name in ("quantizer", "quantizer, norm"))
     first_avals, second_avals = (jax.tree.map(jax.typeof, program.operands) for program in (first, second))
     alone = hashes(first, first_avals)
@@ -29,13 +26,3 @@ def test_a_kernel_has_the_same_hash_whenever_it_is_lowered():
     assert other != alone
     assert hashes(first, first_avals) == alone
     assert hashes(second, second_avals) == other
-
-
-def test_ptxas_is_asked_for_its_version_once(monkeypatch):
-    asked = []
-    extension = types.SimpleNamespace(_get_ptxas_isa_version=lambda: asked.append(1) or 90)
-    monkeypatch.setattr(emulation.fragmented_array, "mgpu_lib", types.SimpleNamespace(_mosaic_gpu_ext=extension))
-    program = KERNELS["quantizer"].make().programs["program"]
-    avals = jax.tree.map(jax.typeof, program.operands)
-    assert hashes(program, avals) == hashes(program, avals)
-    assert asked == [1]
