@@ -40,6 +40,6 @@ def distillation_loss(
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     student = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
     # A class with a teacher logit of -Inf adds 0, but exp(teacher) * (teacher - student) would be NaN.
-    possible = teacher != -jnp.inf  # so of NaN, which must reach the loss
+    possible = teacher != -jnp.inf  # true of NaN, which must reach the loss
     terms = jnp.where(possible, jnp.exp(teacher) * (jnp.where(possible, teacher, 0) - student), 0)
     return temperature**2 * jnp.mean(jnp.sum(terms, axis=-1), where=where)

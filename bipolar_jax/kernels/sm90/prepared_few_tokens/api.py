@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
@@ -129,7 +129,7 @@ def few_tokens_floats(
 
 
 def _product(
-    x_words,
+    x_words: UInt32[Array, "1 m words"],
     w: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
