@@ -34,6 +34,8 @@ GATE = Activation("silu", gated=True)
         (65, 8, 128, "scales", 5, True, 1e-5, False),  # bytes that are codes, an activation of its own
         (66, 4, 32, "offsets", 8, True, 1e-3, True),  # float16, the activation in the epilogue
         (65, 2, 48, "zeros", 1, False, 1e-3, True),  # in natural order
+        (66, 4, 32, "block_minimums", 8, False, 1e-3, True),  # steps of either sign, as of GGUF's Q4_K
+        (66, 3, 16, "block_scales", 8, False, 1e-3, True),
     ],
 )
 @pytest.mark.sample(1)
@@ -41,7 +43,7 @@ def test_the_whole_product_is_that_of_xla(
     m, bits, group_size, kind, a_bits, gated, tolerance, in_registers, monkeypatch
 ):
     monkeypatch.setattr(expanded_planning, "SCALES_SUMS_IN_REGISTERS", in_registers)
-    n, k = 72, 200
+    n, k = 72, 256 if kind.startswith("block") else 200
     w = float_groups(BipolarFormat(bits), n, k, group_size, kind)
     columns, activation = (n // 2, GATE) if gated else (n, None)
     options = {
