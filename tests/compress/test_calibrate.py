@@ -97,11 +97,12 @@ def test_all_blocks_run_the_same_programs(calibrated_and_programs):
     assert compiled_late == 0  # they have been compiled side by side before
 
 
-@pytest.mark.usefixtures("calibrated_and_programs")
+@pytest.mark.covered("test_all_blocks_run_the_same_programs; operands, by rounding and rotations")
 def test_other_signs_and_bits_run_the_same_programs(model):
     """Of a rotation of another seed, and of other bits of weights: what compiles is packing."""
     rounding = (getattr(round_rows, f"_{name}") for name in ("targets", "grid", "gptq", "refit", "descend", "result"))
     shared = [*(getattr(calibration, name) for name in PROGRAMS), *rounding]
+    calibrate(model, TOKENS, RULES)  # compiles what was dropped between tests
     sizes, other = [program._cache_size() for program in shared], rotated_model(1)
     packed = calibrate(other, TOKENS, [RULES[0], ("layers/", "W2A8")])
     assert [program._cache_size() for program in shared] == sizes

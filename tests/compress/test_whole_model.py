@@ -57,6 +57,7 @@ def test_layers_are_found_in_the_order_in_which_they_run(model):
     assert found == [heads, ("attention/out",), ("branches/0", "branches/1"), ("twice",), ("out",)]
 
 
+@pytest.mark.covered("test_a_layer_that_runs_again_is_rounded_for_what_it_gets_then")
 def test_a_model_that_says_nothing_of_itself_is_calibrated(model, tmp_path):
     packed = calibrate(model, data(50), RULES, windows_per_step=20, store=tmp_path, method=METHOD)
     assert isinstance(packed.attention.out, bj.nn.Linear)

@@ -62,6 +62,7 @@ def run(model, tokens, compiled_programs, tmp_path_factory):
     return folder, bits
 
 
+@pytest.mark.covered("the choice and losses of sites, by compress/allocation")
 def test_the_budget_is_spent_where_it_counts(run):
     folder, bits = run
     result = json.loads((folder / workdir.RESULT_NAME).read_text())

@@ -91,6 +91,7 @@ def test_the_checkpoint_gives_the_reported_perplexity_without_options(run, text)
     assert not (run / "W3A8.blocks").exists()
 
 
+@pytest.mark.covered("planes, by compress/rounding; caches, by models/kv_cache")
 def test_a_row_may_be_the_high_planes_of_more_bits_read_with_a_quantized_cache(model, text, tmp_path):
     config = tiny_config(model, text, "W2A8")
     config.rounded_bits, config.cache_bits, config.rotation = 4, 8, "none"
@@ -162,6 +163,7 @@ def test_the_rotation_block_is_a_number_the_most_or_the_kernels():
         assert calibrate.rotation_block(config, pretrained) == block
 
 
+@pytest.mark.covered("rotations of blocks, by compress/rotations; comparisons, by test_compare_methods.py")
 def test_sizes_of_blocks_are_compared(model, text, tmp_path):
     config = rotation_blocks_config.get_config()
     config.model, config.text, config.windows, config.window_length = str(model), str(text), WINDOWS, LENGTH

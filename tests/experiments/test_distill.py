@@ -56,6 +56,7 @@ def read(folder):
     return json.loads((folder / workdir.RESULT_NAME).read_text())
 
 
+@pytest.mark.covered("learning, by compress/distillation; rows, by test_calibrate.py; the loop, by test_train.py")
 def test_the_result_has_all_models_and_the_losses(run, config):
     result = read(run)
     ids = load_pretrained(config.model).tokenizer.encode(open_text(config), add_special_tokens=False).ids

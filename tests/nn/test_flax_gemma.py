@@ -98,6 +98,7 @@ def expected():
     return np.asarray(run(quantized(Model()), IDS))
 
 
+@pytest.mark.covered("layers, by nn; kernels of theirs, by the tests below")
 def test_packed_and_trained_models_are_close_to_the_float_one(expected):
     trained = in_training(Model())
     packed = bj.quantize_model(trained)
@@ -109,6 +110,7 @@ def test_packed_and_trained_models_are_close_to_the_float_one(expected):
     np.testing.assert_allclose(expected, run(Model(), IDS), atol=0.1)  # logits of order 10
 
 
+@pytest.mark.covered("layers, by nn; kernels of theirs, by the tests below")
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(expected):
     model = quantized(Model())
 

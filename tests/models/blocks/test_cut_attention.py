@@ -30,7 +30,7 @@ def heads(count, length, seed):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_devices_that_share_positions_give_the_context_of_one(case):
     bits, scoring = CASES[case]
     keys, values = (heads(1, LENGTH, seed) for seed in range(2))

@@ -137,6 +137,7 @@ def test_stacks_of_experts_are_rounded_as_each_expert_alone(model, packed):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.covered("stacks, by the test above; products, by the test of each expert")
 def test_packed_experts_round_as_each_would_alone(packed):
     """A block against experts that are computed for all tokens, one after the other."""
     x = np.sin(np.arange(12 * 32, dtype=np.float32)).reshape(1, 12, 32)
@@ -168,6 +169,7 @@ def test_one_token_has_the_numbers_that_it_has_among_others(prepared):
     np.testing.assert_allclose(run(layer, x[:, 7:8]), run(layer, x)[:, 7:8], rtol=0, atol=1e-6)
 
 
+@pytest.mark.covered("rows of experts, by the tests above; explain, by the test below")
 def test_decoding_reads_the_chosen_experts_alone(packed, prepared):
     """No operation of the compiled program makes an array of all experts, of one layer or of all."""
     _, cache = prepared.prefill(IDS[:, :11], np.array([11, 11]), 12)
@@ -229,6 +231,7 @@ def test_files_keep_experts_and_dense_layers(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.covered("moments of experts, by compress; calibration of blocks, by compress/test_calibrate.py")
 def test_calibrated_experts_lose_less_than_rounded_ones(model):
     """Each expert is rounded for the tokens that go to it."""
     rules = [("experts/down_proj", "W2A8")]

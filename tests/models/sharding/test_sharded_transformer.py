@@ -220,6 +220,7 @@ PADDED = {
 
 @pytest.mark.parametrize("case", PADDED)
 @pytest.mark.sample(1)
+@pytest.mark.covered("ranges and zeros, by packing/test_cuts.py; the plan, by the tests above")
 def test_padded_models_give_the_bits_of_whole_ones(case):
     precision, fields = PADDED[case]
     model = model_of(precision, hidden_size=64, vocab_size=49, qkv_bias=True, **fields)
@@ -266,6 +267,7 @@ def test_impossible_meshes_are_refused_with_the_numbers(model):
     assert dict(two_axes(MESH).shape) == {"data": 1, "model": 2}
 
 
+@pytest.mark.covered("products of gathered codes, by ops/sharding; a cut model, by test_a_mesh_of_eight")
 def test_long_prompts_are_cut_between_products(model):
     """Two texts of 72 tokens on two devices: sums are scattered over positions, codes of 2 bits are gathered."""
     model = model_of(context_length=128)

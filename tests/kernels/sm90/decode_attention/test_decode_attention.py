@@ -205,6 +205,7 @@ def test_large_scores_do_not_overflow(monkeypatch):
 
 @pytest.mark.parametrize(("positions", "bits"), [("rope", None), ("rope", 4), ("alibi", 8)])
 @pytest.mark.sample(1)
+@pytest.mark.covered("the kernel, by the tests above; the model, by `make gpu-test`")
 def test_a_model_decodes_as_with_xla(monkeypatch, positions, bits):
     config = TransformerConfig(
         vocab_size=37,

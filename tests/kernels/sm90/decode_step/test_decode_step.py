@@ -179,6 +179,7 @@ def test_what_the_kernel_does_not_serve(model, batch, cache_bits, message):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("length", [3, 64])
 @pytest.mark.sample(2)
+@pytest.mark.covered("the phases, by threads; the model, by `make gpu-test`")
 def test_all_layers_are_written_as_one_by_one(bits, length):
     """Where there is room: a full cache keeps what it has."""
     heads = jax.random.normal(jax.random.key(0), (2, 2, 64, 3, 8), jnp.bfloat16)  # tokens before heads
