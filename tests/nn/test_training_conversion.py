@@ -237,7 +237,6 @@ class Transformer(linen.Module):
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.sample(1)
-@pytest.mark.covered("NNX models, by the test above; linen layers, by nn/test_dot_general_transformations.py")
 def test_linen_outputs_are_the_same(dtype, tmp_path):
     model = Transformer(dtype)
     variables = initialized(model, X)
