@@ -16,13 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bipolar_jax.compress.hessians import dequantized_tokens
-from bipolar_jax.compress.site_inputs import replace_layer
+from bipolar_jax.compress.site_inputs import StandIn, replace_layer
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import BipolarArray
 
 
-class RoundedLinear(nnx.Module):
+class RoundedLinear(StandIn):
     """Computes what the packed layer in place of a float one does, by a float product.
 
     Attributes:
@@ -32,7 +32,7 @@ class RoundedLinear(nnx.Module):
     """
 
     def __init__(self, layer: nnx.Module, numbers: Float[Array, "k n"], a_format: BipolarFormat | None):
-        self.layer = layer
+        super().__init__(layer)
         self.numbers = nnx.Param(numbers)
         self.a_format = a_format
 
@@ -45,12 +45,6 @@ class RoundedLinear(nnx.Module):
         if self.layer.bias is not None:
             y = y + self.layer.bias[...].astype(jnp.float32).reshape(1, -1)
         return y.reshape(put_out.shape).astype(put_out.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model reads of the layer, such as its number of outputs."""
-        if name.startswith("_") or name == "layer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.layer, name)
 
 
 @jax.jit

@@ -1,8 +1,7 @@
 """The numbers that enter the linear layers of a block, read by stand-ins for these layers.
 
 Within one trace the layers of a `Sites` are replaced by recorders, and the trace returns what was recorded: XLA then
-drops all that the recorded inputs do not depend on. So no model has to say how its blocks
-compute.
+drops all that the recorded inputs do not depend on. So no model has to say how its blocks compute.
 """
 
 from __future__ import annotations
@@ -30,7 +29,24 @@ class ExpertInputs(NamedTuple):
     blocks: ExpertBlocks
 
 
-class Recorder(nnx.Module):
+class StandIn(nnx.Module):
+    """Takes a layer's place in a block.
+
+    Attributes:
+      layer: the linear layer.
+    """
+
+    def __init__(self, layer: nnx.Module):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model reads of the layer, such as its number of outputs."""
+        if name.startswith("_") or name == "layer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.layer, name)
+
+
+class Recorder(StandIn):
     """Stands in for a linear layer: it hands its input to `record`, and puts out what the layer does, or zeros.
 
     It is no packed layer, so blocks give it what float layers get: the numbers after the norm or the activation, in the
@@ -44,7 +60,7 @@ class Recorder(nnx.Module):
     """
 
     def __init__(self, layer: nnx.Module, record: Callable[[Array | ExpertInputs], None], *, zeros: bool):
-        self.layer = layer
+        super().__init__(layer)
         self.record = record
         self.zeros = zeros
 
@@ -65,12 +81,6 @@ class Recorder(nnx.Module):
             return layer(x)
         put_out = jax.eval_shape(layer, x)
         return jnp.zeros(put_out.shape, put_out.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model reads of the layer, such as its number of outputs."""
-        if name.startswith("_") or name == "layer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.layer, name)
 
 
 def site_inputs(

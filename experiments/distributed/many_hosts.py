@@ -24,7 +24,7 @@ from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.random_weights import random_packed
-from bipolar_jax.models.sharding.plan import MODEL, plan_shards
+from bipolar_jax.models.sharding.plan import MODEL, ShardingPlan, plan_shards, reduction_size
 from bipolar_jax.models.transformer import Transformer
 
 from ..support import app
@@ -108,6 +108,19 @@ def packed_shapes(config: TransformerConfig, precision: bj.Precision) -> Transfo
     return nnx.eval_shape(draw)
 
 
+def _plan_of(model: Transformer, layout: Layout) -> ShardingPlan | str:
+    """How the model is cut; or why it is not, in words."""
+    try:
+        return plan_shards(model, {"data": layout.data, MODEL: layout.model})
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def _names(layout: Layout) -> tuple[str, str]:
+    """The first two columns of a row."""
+    return str(layout.data * layout.model), str(layout)
+
+
 _DECODING = (
     "GPUs",
     "mesh",
@@ -125,10 +138,8 @@ _DECODING = (
 def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
     """A row of the table: what a step, one token of each text, reads and exchanges."""
     shapes, texts = model.config, config.texts
-    try:
-        plan = plan_shards(model, {"data": layout.data, MODEL: layout.model})
-    except ValueError as error:
-        return [str(layout.data * layout.model), str(layout), f"refused: {error}", *[""] * (len(_DECODING) - 3)]
+    if isinstance(plan := _plan_of(model, layout), str):
+        return [*_names(layout), plan, *[""] * (len(_DECODING) - 3)]
     weights = sum(plan.device_bytes(path, value, shapes) for path, value in _parameters(model))
     of_device = plan.config_of_device(shapes)
     lengths = jax.ShapeDtypeStruct((texts,), jnp.int32)
@@ -142,8 +153,7 @@ def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
     read = weights - 2 * shapes.vocab_size * shapes.hidden_size + cache
     amounts_of = {"memory": (read, 0), "NVLink": (nvlink, 2 * reductions), "network": (network, 2 * reductions)}
     return [
-        str(layout.data * layout.model),
-        str(layout),
+        *_names(layout),
         f"{weights / 1e9:.1f}",
         f"{cache / 1e9:.1f}",
         "yes" if weights + cache < config.memory_bytes else "no",
@@ -170,22 +180,19 @@ _PROMPTS = (
 def prompt(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
     """A row of the table: what reading one prompt exchanges, with both ways of reducing its sums."""
     shapes, tokens = model.config, config.cached_tokens
-    try:
-        plan = plan_shards(model, {"data": layout.data, MODEL: layout.model})
-    except ValueError as error:
-        return [str(layout.data * layout.model), str(layout), f"refused: {error}", *[""] * (len(_PROMPTS) - 3)]
+    if isinstance(plan := _plan_of(model, layout), str):
+        return [*_names(layout), plan, *[""] * (len(_PROMPTS) - 3)]
     a_bits = bj.Precision.parse(config.precision).a_bits or 16
     reductions = (plan.attention + plan.ffn) * shapes.num_layers
-    # Extremes and sums of columns; then sums of each token, which are reduced, or half of that and gathered codes.
-    first, sums = 8 * tokens + 4 * shapes.hidden_size, 4 * tokens * shapes.hidden_size
-    codes = tokens * (a_bits / 8 * shapes.hidden_size + 12)
     sizes, times = [], []
-    for size, exchanges in ((first + sums, 2), (first + sums / 2 + codes / 2, 3)):
+    for scatters, exchanges in ((False, 2), (True, 3)):
+        # Extremes of tokens before the product, and what follows it.
+        size = 8 * tokens + reduction_size(tokens, shapes.hidden_size, a_bits, scatters=scatters)
         sent = [reductions * each for each in layout.over_model(size)]
         sizes += [f"{each / tokens / 1e3:,.0f}" for each in sent]
         pairs = zip(("NVLink", "network"), sent, strict=True)
         times += [_seconds(config, link, each, exchanges * reductions, per=1e3) for link, each in pairs]
-    return [str(layout.data * layout.model), str(layout), *sizes, *times]
+    return [*_names(layout), *sizes, *times]
 
 
 _TRAINING = (
@@ -215,8 +222,7 @@ def training(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
     nvlink, network = (both[0] + both[1] for both in zip(sums, gradients, strict=True))
     state = (_PARAMETER_BYTES + _MOMENT_BYTES / layout.data) * parameters
     return [
-        str(layout.data * layout.model),
-        str(layout),
+        *_names(layout),
         f"{state / 1e9:,.0f}",
         "yes, activations apart" if state < config.memory_bytes else "no",
         *(f"{size / tokens / 1e3:,.0f}" for size in sums),

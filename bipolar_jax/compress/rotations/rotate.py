@@ -109,11 +109,15 @@ def _change(layer: Affine, norm: Gain, change: LayerChange) -> Affine:
         tuple(dataclasses.replace(each, signs=None) for each in rotations)
         for rotations in (change.inputs, change.outputs)
     )
-    return _changed(layer, norm, signs, change=dataclasses.replace(change, norm=None, inputs=inputs, outputs=outputs))
+    return _change_with_signs(
+        layer, norm, signs, change=dataclasses.replace(change, norm=None, inputs=inputs, outputs=outputs)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="change")
-def _changed(layer: Affine, norm: Gain, signs: list[list[Int8[Array, " k"] | None]], change: LayerChange) -> Affine:
+def _change_with_signs(
+    layer: Affine, norm: Gain, signs: list[list[Int8[Array, " k"] | None]], change: LayerChange
+) -> Affine:
     """`signs` are those of the change's rotations of inputs, and of outputs."""
     inputs, outputs = (
         [dataclasses.replace(each, signs=own) for each, own in zip(rotations, own_signs, strict=True)]

@@ -31,6 +31,16 @@ _VOCABULARY_UNIT = 16
 _SHORTEST_GROUP = 16
 
 
+def reduction_size(tokens: int, hidden_size: int, a_bits: int, *, scatters: bool) -> float:
+    """Bytes whose all-reduce sends as much as what follows a product; see `ShardingPlan.reduced_bytes` for arguments.
+
+    Sums of columns are all-reduced either way. Scattered sums cross the links once, where an all-reduce sends them
+    twice; codes do, too, with three numbers a token.
+    """
+    sums, codes = 4 * tokens * hidden_size, tokens * (a_bits / 8 * hidden_size + 12)
+    return 4 * hidden_size + ((sums + codes) / 2 if scatters else sums)
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingPlan:
     """How a model is cut over `MODEL`; nothing is cut over `DATA` but texts.
@@ -113,9 +123,8 @@ class ShardingPlan:
           a_bits: of the codes that are gathered; 16 or 32 for floats.
           scatters: whether sums are reduce-scattered and codes are gathered, or sums are all-reduced.
         """
-        sent = (self.model - 1) / self.model * tokens
-        columns = 8 * (self.model - 1) / self.model * hidden_size  # sums of columns, all-reduced either way
-        return columns + sent * ((4 + a_bits / 8) * hidden_size + 12 if scatters else 8 * hidden_size)
+        size = reduction_size(tokens, hidden_size, a_bits, scatters=scatters)
+        return 2 * (self.model - 1) / self.model * size
 
     def columns(self, head_dim: int) -> dict[str, Share]:
         """Layers whose columns are cut, and each device's."""

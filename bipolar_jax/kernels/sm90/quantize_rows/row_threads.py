@@ -86,7 +86,8 @@ class RowThreads:
         self._row_in_slot = ptx.shift_right(in_group, threads.bit_length() - 1)
         self.index = ptx.plus(first_row, self._row_in_slot)
         self._own_blocks: list[Value] = []  # that all threads have
-        self._kept: dict[tuple[int, int], list[list[Value]]] = {}
+        # By the identity of address and block, which are kept beside the words: another object may not get theirs.
+        self._kept: dict[tuple[int, int], tuple[Pointer, Value, list[list[Value]]]] = {}
         self._exists = ptx.less(self.index, m) if m % (WARPGROUP // threads) else None
 
     def start_in_slot(self, slot: Value, ptx_type: str, parts: int) -> Pointer:
@@ -104,7 +105,7 @@ class RowThreads:
         """Words of a block: four quarters of 8 numbers, in this thread's order."""
         key = id(start), id(block)
         if key in self._kept:
-            return self._kept[key]
+            return self._kept[key][-1]
         words = [
             [
                 word
@@ -115,7 +116,7 @@ class RowThreads:
         ]
         at_most = _MOST_KEPT * block_bytes("bf16") // block_bytes(ptx_type)
         if self.space == GLOBAL and len(self._kept) < at_most and any(block is own for own in self._own_blocks):
-            self._kept[key] = words
+            self._kept[key] = start, block, words
         return words
 
     def store(self, start: Pointer, ptx_type: str, block: Value, position: Value | None, quarters: list[list[Value]]):
