@@ -73,7 +73,7 @@ def test_kernels_are_timed_with_their_tiling(kernels_run):
 
 
 @pytest.mark.parametrize("w_bits", [3, 8])
-@pytest.mark.sample(1)
+@pytest.mark.covered("checks, by the test below; the kernel, by kernels/sm90/gemm")
 def test_int8_kernels_pass_their_check(w_bits):
     """Weights expand to values, and at 8 bits to codes."""
     shape = Shape("s", 70, 40, 100)

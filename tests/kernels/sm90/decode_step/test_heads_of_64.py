@@ -63,7 +63,6 @@ ROTATED = rotated(dataclasses.replace(PREPARED, ffn=192), 64)
     ),
 )
 @pytest.mark.sample(1)
-@pytest.mark.covered("threads and compilation, by the tests beside; the kernel, by `make gpu-test`")
 def test_layers_are_the_twins(case, blocks):
     check_layers(case, blocks)
 
