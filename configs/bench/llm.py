@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     config.layout = ""
     # Sequences that packed models decode in one kernel, where a backend has it: up to 4.
     config.fused_sequences = 4
+    # Whether kernels are launched while the one before still runs; without CUDA graphs, which rule it out:
+    # XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment.
+    config.overlapped_launches = False
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
     config.mesh = ConfigDict({"data": 1, "model": 1})
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of

@@ -13,6 +13,7 @@ with different precisions may share a workdir (see `device_lock`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
+from bipolar_jax.kernels.sm90.core.emulation import overlapped_launches
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
@@ -57,6 +59,7 @@ _SETTINGS = (
     "rotated",
     "rotation_block",
     "fused_sequences",
+    "overlapped_launches",
     "mesh",
     "iterations",
     "seed",
@@ -73,7 +76,8 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
-    with device_lock():
+    overlap = overlapped_launches() if config.overlapped_launches else contextlib.nullcontext()
+    with device_lock(), overlap:
         _measure(config, workdir)
 
 

@@ -6,6 +6,7 @@ import re
 
 import jax
 
+from bipolar_jax.kernels.sm90.core.emulation import overlapped_launches
 from tests.gpu.sanitized import KERNELS
 from tests.support.optimizations import optimizations
 
@@ -26,3 +27,16 @@ def test_a_kernel_has_the_same_hash_whenever_it_is_lowered():
     assert other != alone
     assert hashes(first, first_avals) == alone
     assert hashes(second, second_avals) == other
+
+
+def test_overlapped_launches_wait_for_the_kernel_before_them():
+    """First of all a kernel waits, then it lets the next one start; by default it does neither."""
+    program = KERNELS["expanded, codes"].make().programs["program"]
+
+    def steps():
+        jaxpr = jax.make_jaxpr(lambda *arrays: program.function(*arrays))(*program.operands)
+        return re.findall(r"griddepcontrol_\w+", str(jaxpr))
+
+    assert not steps()
+    with overlapped_launches():
+        assert steps() == ["griddepcontrol_wait", "griddepcontrol_launch_dependents"]
