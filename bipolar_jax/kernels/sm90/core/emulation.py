@@ -6,10 +6,9 @@ plain jnp with the same arguments and results. `launch_kernel` selects for the w
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,21 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
-_overlapped: contextvars.ContextVar[bool] = contextvars.ContextVar("overlapped", default=False)
-
-
-@contextlib.contextmanager
-def overlapped_launches() -> Iterator[None]:
-    """Kernels that are traced within are launched while the kernel before them on the stream still runs.
-
-    Their blocks start where it leaves room, set up their barriers, and wait until it has ended and its memory is
-    visible (programmatic dependent launch). A CUDA graph of XLA has none of that: it captures each kernel by itself.
-    """
-    token = _overlapped.set(True)
-    try:
-        yield
-    finally:
-        _overlapped.reset(token)
+OVERLAPPED: contextvars.ContextVar[bool] = contextvars.ContextVar("overlapped", default=False)  # see `execution`
 
 
 def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None, **options: Any) -> Callable:
@@ -43,7 +28,7 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
       **options: passed to `plgpu.kernel`.
     """
 
-    overlapped = _overlapped.get()
+    overlapped = OVERLAPPED.get()
 
     def traced(*refs, **scratch):
         token = _interpreted.set(interpret is not None)
@@ -51,7 +36,6 @@ def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None,
             if interpret is None:
                 _name_module(options.get("kernel_name") or body.__name__)
                 if overlapped:
-                    # No thread touches memory before the wait. Then the next kernel may start: it waits likewise.
                     plgpu.griddepcontrol_wait()
                     plgpu.griddepcontrol_launch_dependents()
             return body(*refs, **scratch)

@@ -6,7 +6,7 @@ import re
 
 import jax
 
-from bipolar_jax.kernels.sm90.core.emulation import overlapped_launches
+from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from tests.gpu.sanitized import KERNELS
 from tests.support.optimizations import optimizations
 
