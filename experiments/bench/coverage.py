@@ -6,7 +6,8 @@ Draws shapes and measures every precision from bf16 to bf16, as users call it, w
 Times are wall times on an idle host: nobody traces or compiles meanwhile, and nothing was profiled before in the
 process. Runs of bf16, of the chosen plan and of the others take turns, each of launches in a row until the last result
 is ready; the median is taken, of more turns where they differ. A program holds several calls on operands of their own,
-so that weights of few tokens come from memory, and launches hide behind each other as in a model. A case fails where
+so that weights of few tokens come from memory, and writes its products in place (`planning/queued.py`), so that launches
+hide behind each other as in a model. A case fails where
 its product is wrong; where it has at least `config.counted` multiplications and is below `config.least` of bf16's speed
 (float activations: `config.least_float`); or where the chosen plan takes more than 1.1 times as long as the best one
 tried. Failures whose turns still differ say so. Kernels of cases that are too slow are profiled in the end.
@@ -42,6 +43,7 @@ from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.planning.cases import Case, Layout, Operation, OtherPlan, Sample, layout_of
 from experiments.bench.planning.coverage_report import is_slow, plot, print_report, speed, verdicts
+from experiments.bench.planning.queued import Queued, result_shapes, several_calls, take_turns
 from experiments.bench.products.cold_weights import copies_of, few_tokens
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.shapes import Shape
@@ -49,22 +51,18 @@ from experiments.support import app
 from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
-from experiments.support.timing import Timing, compile_all, one_line, raise_if_error
+from experiments.support.timing import compile_all, one_line, raise_if_error
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
 SIZES = (2048, 2560, 3072, 3584, 4096, 5120, 8192, 14336, 18944, 28672)  # of published models' layers
 _MOST_TOKENS = 8192
 _SETTINGS = ("seed", "iterations", "layout", "implementation", "counted", "least", "least_float", "most_over_best")
 _ROW = ("m", "n", "k", "precision")
-_RUN_MICROSECONDS = 2000  # of launches in a row
-_SPREAD = 0.03  # of the quartiles, as a share of the median: more takes more turns
-_MOST_TURNS = 4  # times `config.iterations`
 _MEASURED_SHARE = 0.85  # of the seconds; the others are for profiles
 _TRACED_SHARE = 0.5  # of what is left of these, for a batch
 _SAVED_SECONDS = 5.0
 _PROGRAM_MICROSECONDS = 200  # of one launch, which takes the host some 20
 _MOST_CALLS = 8  # in a program of many tokens
-_WARM_UP_SECONDS = 0.03
 _BF16_RATE, _BYTES_RATE = 6e8, 3e6  # operations and bytes a microsecond, for the number of calls
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
@@ -138,11 +136,17 @@ class _Compiled:
         for the sampled numbers of a product; an exception in place of those that did not compile.
       others: the other plans.
       calls: in a program.
+      like: shapes of their products.
     """
 
     programs: dict[str, Any]
     others: dict[str, OtherPlan]
     calls: int
+    like: list[Any]
+
+    def start(self, name: str, operands: tuple[tuple[Any, ...], ...]) -> Queued:
+        """A program that has run. Raises what its compilation raised."""
+        return Queued.start(raise_if_error(self.programs[name]), operands, self.like)
 
 
 def _measure_all(cases: list[Case], config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
@@ -216,10 +220,13 @@ def _compile(case: Case, config: ConfigDict) -> _Compiled:
     operations: dict[str, Operation] = {"chosen": case.operation}
     operations |= {name: plan.operation for name, plan in others.items()}
     operands = jax.eval_shape(case.make, key)[0]
-    todo: dict[str, Any] = {name: (_repeated(each), (operands,) * calls) for name, each in operations.items()}
+    like = result_shapes(case.operation, (operands,) * calls)
+    todo: dict[str, Any] = {
+        name: (several_calls(each), (like, *(operands,) * calls)) for name, each in operations.items()
+    }
     todo["make"] = case.make, (key,)
     todo["pick"] = case.pick, (jax.ShapeDtypeStruct((case.shape.m, case.shape.n), jnp.bfloat16),)
-    return _Compiled(compile_all(todo, config.compile_threads), others, calls)
+    return _Compiled(compile_all(todo, config.compile_threads), others, calls, like)
 
 
 def _measure(case: Case, own: _Compiled, row: dict[str, Any], config: ConfigDict) -> None:
@@ -229,23 +236,22 @@ def _measure(case: Case, own: _Compiled, row: dict[str, Any], config: ConfigDict
       Exception: bf16 or the chosen plan did not compile or run, or gave wrong numbers.
     """
     row["plan"] = _plan(case)
-    dense, of_dense = _dense(case.shape, case.seed)
-    jax.block_until_ready(dense(*of_dense))
+    programs = {"bf16": _dense(case.shape, case.seed)}
     copies, sample = _operands(case, own)
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name in ("chosen", *own.others):
         try:
-            product = raise_if_error(own.programs[name])(*copies)[0]
-            errors[name] = case.check(raise_if_error(own.programs["pick"])(product), sample)
+            queued = own.start(name, copies)
+            errors[name] = case.check(raise_if_error(own.programs["pick"])(queued.results[0]), sample)
+            programs[name] = queued
         except Exception as error:
             if name == "chosen":
                 raise
             failed[name] = one_line(error)
-    programs = {"bf16": (dense, of_dense)} | {name: (own.programs[name], copies) for name in errors}
-    timings = wall(programs, config.iterations)
-    row["bf16"] = timings["bf16"].divided(len(of_dense)).to_json()
-    figures = {name: timings[name].divided(own.calls).to_json() | {"error of sums": errors[name]} for name in errors}
+    timings = take_turns(programs, config.iterations)
+    row["bf16"] = timings["bf16"].to_json()
+    figures = {name: timings[name].to_json() | {"error of sums": error} for name, error in errors.items()}
     row["chosen"], layout = figures["chosen"], layout_of(case.weights)
     row["others"] = {
         name: (figures[name] if name in figures else {"error": failed[name]}) | plan.to_json() | {"layout": layout}
@@ -261,9 +267,8 @@ def _operands(case: Case, own: _Compiled) -> tuple[tuple[Any, ...], Sample]:
 
 def _kernels(case: Case, own: _Compiled) -> list[dict[str, Any]]:
     copies, _ = _operands(case, own)
-    run = own.programs["chosen"]
-    jax.block_until_ready(run(*copies))
-    return profile_kernels(lambda: jax.block_until_ready(run(*copies)), own.calls, most=6)["kernels"]
+    queued = own.start("chosen", copies)
+    return profile_kernels(lambda: jax.block_until_ready(queued.launch()), own.calls, most=6)["kernels"]
 
 
 def _calls(shape: Shape, weights: Any) -> int:
@@ -273,11 +278,6 @@ def _calls(shape: Shape, weights: Any) -> int:
     nbytes = 2 * (shape.m * shape.k + shape.n * shape.k + shape.m * shape.n)
     estimate = max(shape.operations / _BF16_RATE, nbytes / _BYTES_RATE)
     return max(1, min(_MOST_CALLS, math.ceil(_PROGRAM_MICROSECONDS / estimate)))
-
-
-def _repeated(operation: Operation) -> Callable[..., list[jax.Array]]:
-    jitted = jax.jit(operation)  # traced and lowered once for all calls
-    return lambda *copies: [jitted(*args) for args in copies]
 
 
 def _plan(case: Case) -> dict[str, Any]:
@@ -291,49 +291,21 @@ def _plan(case: Case) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)  # a shape's precisions follow each other
-def _dense(shape: Shape, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The bf16 product through cuBLAS, compiled, and its operands. The device is locked: XLA autotunes on it."""
+def _dense(shape: Shape, seed: int) -> Queued:
+    """The bf16 product through cuBLAS, which has run. The device is locked: XLA autotunes on it."""
 
     def make(key):
         operands = Operands(shape, seed, key)
         return operands.x, operands.dense_w
 
     key = jax.random.key(seed)
-    operands = jax.eval_shape(make, key)
-    calls = _calls(shape, operands[1])
+    operands = (jax.eval_shape(make, key),)
+    operands *= _calls(shape, operands[0][1])
     options = _CUBLAS if jax.devices()[0].platform == "gpu" else {}
-    function = jax.jit(_repeated(jnp.dot)).lower(*((operands,) * calls)).compile(options)
+    like = result_shapes(jnp.dot, operands)
+    compiled = several_calls(jnp.dot).lower(like, *operands).compile(options)
     compiled_make = jax.jit(make)
-    return function, tuple(compiled_make(each) for each in jax.random.split(key, calls))
-
-
-def wall(programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], iterations: int) -> dict[str, Timing]:
-    """Wall times of programs that take turns: runs of launches in a row, until the last result is ready.
-
-    Args:
-      programs: (compiled function, arguments) by name; each has run.
-      iterations: turns of each; up to `_MOST_TURNS` times as many while the quartiles of one differ.
-    """
-    launches, runs = {}, {name: [] for name in programs}
-    for name, (function, args) in programs.items():
-        started, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - started < _WARM_UP_SECONDS / len(programs):
-            jax.block_until_ready(function(*args))
-            count += 1
-        once = 1e6 * (time.perf_counter() - started) / count
-        launches[name] = max(1, math.ceil(_RUN_MICROSECONDS / once))
-    for turn in range(1, _MOST_TURNS * iterations + 1):
-        for name, (function, args) in programs.items():
-            started = time.perf_counter()
-            for _ in range(launches[name]):
-                last = function(*args)
-            jax.block_until_ready(last)
-            runs[name].append(1e6 * (time.perf_counter() - started) / launches[name])
-        if turn >= iterations:
-            timings = {name: Timing.of(own, "wall") for name, own in runs.items()}
-            if all(each.high - each.low <= _SPREAD * each.median for each in timings.values()):
-                break
-    return timings
+    return Queued.start(compiled, tuple(compiled_make(each) for each in jax.random.split(key, len(operands))), like)
 
 
 def _line(row: dict[str, Any]) -> str:

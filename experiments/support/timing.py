@@ -121,7 +121,7 @@ def compile_all[Name](
     """Compiles several functions of arrays in parallel.
 
     Args:
-      functions: (function, arguments) by name.
+      functions: (function, arguments) by name; a jitted function keeps its options.
       threads: number of concurrent compilations.
 
     Returns:
@@ -130,7 +130,8 @@ def compile_all[Name](
 
     def attempt(function, args):
         try:
-            return jax.jit(function).lower(*args).compile()
+            jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+            return jitted.lower(*args).compile()
         except Exception as error:
             return error
 

@@ -1,1 +1,1 @@
-"""What measures and fits the planner of the Hopper kernels."""
+"""Plans of products: cases that are drawn, their times when queued in a row, the report, and costs fitted to times."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
@@ -12,7 +13,7 @@ from bipolar_jax import Precision
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from configs.bench import coverage as coverage_config
 from experiments.bench import coverage
-from experiments.bench.planning import coverage_report
+from experiments.bench.planning import coverage_report, queued
 from experiments.bench.planning.cases import Case
 from experiments.bench.products.shapes import Shape
 from tests.support.tiny_benchmarks import PNG_SIGNATURE, result_of, tiny
@@ -47,9 +48,9 @@ def test_operations_and_other_plans_are_exact(tmp_path, monkeypatch, m, precisio
     monkeypatch.setattr(coverage, "draw", lambda *_: [Shape(f"{m}x72x96", m, 72, 96)])
     monkeypatch.setattr(coverage, "_MOST_CALLS", 1)
     monkeypatch.setattr(coverage, "copies_of", lambda *_: 1)
-    monkeypatch.setattr(coverage, "_WARM_UP_SECONDS", 0.0)
-    monkeypatch.setattr(coverage, "_RUN_MICROSECONDS", 0.0)
-    monkeypatch.setattr(coverage, "_MOST_TURNS", 1)
+    monkeypatch.setattr(queued, "_WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(queued, "_RUN_MICROSECONDS", 0.0)
+    monkeypatch.setattr(queued, "_MOST_TURNS", 1)
     config = tiny(coverage_config.get_config(), shapes=1, precisions=precision, implementation="sm90", plans=1)
     with interpreted(InterpretGPUParams()), pytest.raises(RuntimeError, match="failures in 1 cases"):
         config.most_over_best, config.counted, config.least_float, config.least = 0.0, 1, 0.0, 0.0
@@ -75,7 +76,7 @@ def test_all_trace_before_one_measures_and_kernels_are_profiled_in_the_end(tmp_p
         log.append(f"compile {case.shape.name}")
         if case.shape.name == second:
             raise ValueError("no such plan")
-        return coverage._Compiled({}, {}, 1)
+        return coverage._Compiled({}, {}, 1, [])
 
     def measure(case, _, row, config):
         log.append(f"measure {case.shape.name}")
@@ -108,20 +109,33 @@ def test_all_trace_before_one_measures_and_kernels_are_profiled_in_the_end(tmp_p
 
 def test_programs_take_turns_until_they_are_steady(monkeypatch):
     now, log = [0.0], []
-    monkeypatch.setattr(coverage.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(queued.time, "perf_counter", lambda: now[0])
     slow = iter([0.1] + [0.2, 0.1, 0.2, 0.1] + [0.1] * 100)  # warm-up, first turns, further ones
 
-    def program(name):
+    def program(results, name):
         log.append(name)
         now[0] += 0.05 if name == "bf16" else next(slow)
-        return np.zeros(1)
+        return results
 
-    programs = {name: (program, (name,)) for name in ("bf16", "chosen")}
-    timings = coverage.wall(programs, 4)
+    programs = {name: queued.Queued(program, (name,), [np.zeros(1)]) for name in ("bf16", "chosen")}
+    timings = queued.take_turns(programs, 4)
     assert (timings["bf16"].median, timings["chosen"].median) == (50_000, 100_000)
     assert timings["chosen"].iterations > 4
     turns = log[-2 * timings["chosen"].iterations :]
     assert turns == ["bf16", "chosen"] * (len(turns) // 2)
+
+
+def test_programs_write_their_results_in_place():
+    operands = tuple((jnp.full((2, 3), i, jnp.float32), jnp.ones((3, 2))) for i in (1.0, 2.0))
+    like = queued.result_shapes(jnp.dot, operands)
+    program = queued.Queued.start(queued.several_calls(jnp.dot).lower(like, *operands).compile(), operands, like)
+    places = [each.unsafe_buffer_pointer() for each in program.results]
+    for _ in range(3):
+        first, second = program.launch()
+        assert [first.unsafe_buffer_pointer(), second.unsafe_buffer_pointer()] == places
+    np.testing.assert_array_equal(first, np.full((2, 2), 3.0))
+    np.testing.assert_array_equal(second, np.full((2, 2), 6.0))
+    assert program.calls == 2
 
 
 def test_what_fails():

@@ -1,0 +1,106 @@
+"""Programs of several calls that are launched in a row: wall times with the device busy, as in a model.
+
+XLA launches the kernels of a program as a CUDA graph, and changes every node of it where an array lies elsewhere than
+at the launch before, which took about 12 us of the host for each kernel on a machine with an H200: more than many a
+kernel takes. A decode loop has its arrays in place. So a program here is given its last results, donated, and writes
+the new ones there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.support.timing import Timing
+
+_RUN_MICROSECONDS = 2000  # of launches in a row
+_WARM_UP_SECONDS = 0.03
+_SPREAD = 0.03  # of the quartiles, as a share of the median: more takes more turns
+_MOST_TURNS = 4  # times the iterations
+
+
+def several_calls(function: Callable[..., jax.Array]) -> jax.stages.Wrapped:
+    """A jitted function of (results, *operands of each call) that returns the list of results; see `Queued`.
+
+    The results that go in are donated: only their places are used.
+    """
+    jitted = jax.jit(function)  # traced and lowered once for all calls
+
+    def calls(results, *operands):
+        return [jitted(*each) for each in operands]
+
+    return jax.jit(calls, donate_argnums=0, keep_unused=True)
+
+
+def result_shapes(function: Callable[..., jax.Array], operands: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    """Shapes and dtypes of the results of the calls, which `several_calls` takes first."""
+    return [jax.eval_shape(function, *each) for each in operands]
+
+
+@dataclasses.dataclass
+class Queued:
+    """A compiled program of several calls with its operands.
+
+    Attributes:
+      compiled: of `several_calls`.
+      operands: of each call.
+      results: of the last launch; at first any arrays of `result_shapes`.
+    """
+
+    compiled: Callable[..., list[jax.Array]]
+    operands: tuple[tuple[Any, ...], ...]
+    results: list[jax.Array]
+
+    @classmethod
+    def start(
+        cls, compiled: Callable[..., list[jax.Array]], operands: tuple[tuple[Any, ...], ...], like: Any
+    ) -> Queued:
+        """A program that has run once, with results of the shapes `like`."""
+        queued = cls(compiled, operands, jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), like))
+        jax.block_until_ready(queued.launch())
+        return queued
+
+    def launch(self) -> list[jax.Array]:
+        """Results of every call, not yet ready, in place of the last ones, which are no longer valid."""
+        self.results = self.compiled(self.results, *self.operands)
+        return self.results
+
+    @property
+    def calls(self) -> int:
+        """Calls of a launch."""
+        return len(self.operands)
+
+
+def take_turns(programs: dict[str, Queued], iterations: int) -> dict[str, Timing]:
+    """Wall times of one call of each program: runs of launches in a row, until the last result is ready.
+
+    Args:
+      programs: by name.
+      iterations: turns of each; up to four times as many while the quartiles of one differ by 3%.
+    """
+    launches, runs = {}, {name: [] for name in programs}
+    for name, program in programs.items():
+        started, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - started < _WARM_UP_SECONDS / len(programs):
+            jax.block_until_ready(program.launch())
+            count += 1
+        once = 1e6 * (time.perf_counter() - started) / count
+        launches[name] = max(1, math.ceil(_RUN_MICROSECONDS / once))
+    for turn in range(1, _MOST_TURNS * iterations + 1):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            for _ in range(launches[name]):
+                program.launch()
+            jax.block_until_ready(program.results)
+            runs[name].append(1e6 * (time.perf_counter() - started) / (launches[name] * program.calls))
+        if turn >= iterations:
+            timings = {name: Timing.of(own, "wall") for name, own in runs.items()}
+            if all(each.high - each.low <= _SPREAD * each.median for each in timings.values()):
+                break
+    return timings
