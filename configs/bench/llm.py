@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    # A preset of bipolar_jax/models/presets.py.
+    # A preset of bipolar_jax/models/presets.py; or a GGUF file or a quantized Hugging Face directory (with a "/").
     config.model = "llama-2-7b"
-    # Precisions of the decoder's linear layers.
+    # Precisions of the decoder's linear layers; of a file its activations, such as "A8,A16".
     config.precisions = "W1A1,W1A2,W2A2,W1A8,W2A8,W4A8,W8A8"
     # How the scales of weights are chosen. "absmax" has no offsets; "" is the default of each width.
     config.calibration = "absmax"

@@ -3,7 +3,9 @@
     python -m experiments.bench.llm --config=configs/bench/llm.py --workdir=DIR \\
         --config.model=llama-2-7b --config.precisions=W1A1,W2A8,W4A8g128 --config.workloads=1x512+128,8x512+128
 
-Weights are random with the model's shapes; a precision applies to the decoder's linear layers. The baseline is the
+Weights are random with the model's shapes; a precision applies to the decoder's linear layers. --config.model may also
+be a GGUF file or a quantized Hugging Face directory, whose integers are timed as they are; --config.precisions=A8,A16
+are then the activations. The baseline is the
 same `Transformer` with `nnx.Linear` in bf16, jitted and timed in the same run: on GPUs once with XLA's defaults and
 once with cuBLAS only; speed-ups are over the faster. With --config.mesh.model=2 packed models are cut over two devices,
 baselines stay on one. All times are wall time; decode steps are timed as a loop on the device, divided by its steps.
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
+from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
@@ -44,6 +49,7 @@ from experiments.support import app
 from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
+from experiments.support.sources import load_model_source
 from experiments.support.timing import one_line
 from experiments.support.workdir import environment, kernels_fingerprint, read_result, save_result
 
@@ -81,22 +87,43 @@ def main(config: ConfigDict, workdir: Path) -> None:
         _measure(config, workdir)
 
 
-def make_model(config: ConfigDict, name: str, precision: bj.Precision | None) -> Transformer | ShardedTransformer:
-    """The preset `name` with random weights: packed at `precision`, or in bf16 if that is None."""
+def make_model(
+    config: ConfigDict, shape: TransformerConfig, precision: bj.Precision | int | None
+) -> Transformer | ShardedTransformer:
+    """A model to time.
+
+    Args:
+      config: of the program.
+      shape: of the model.
+      precision: of random packed weights; or the activations of the file that config.model names; None makes random
+        weights in bf16.
+    """
     key = jax.random.key(config.seed)
     if precision is None:
-        return random_float(preset(name), jnp.bfloat16, key)
-    options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
-    model_config = preset(name)
+        return random_float(shape, jnp.bfloat16, key)
+    prepared = {"layout": config.layout or None, "fused_sequences": config.fused_sequences}
+    if isinstance(precision, int):
+        model = _loaded(config.model, precision)
+        _loaded.cache_clear()
+        return prepare_for_inference(model, **prepared)
     if config.rotated:
-        ffn = bj.ops.hadamard(model_config.ffn_size, block=config.rotation_block or None)
-        rotation = Rotation(ffn=ffn, keys=bj.ops.hadamard(model_config.head_dim))
-        model_config = dataclasses.replace(model_config, rotation=rotation)
+        ffn = bj.ops.hadamard(shape.ffn_size, block=config.rotation_block or None)
+        shape = dataclasses.replace(shape, rotation=Rotation(ffn=ffn, keys=bj.ops.hadamard(shape.head_dim)))
+    options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
     options |= {"key": key, "implementation": config.implementation}
     if (mesh := mesh_of(config)) is not None:
-        return random_sharded(model_config, precision, mesh, layout=config.layout or None, **options)
-    model = random_packed(model_config, precision, **options)
-    return prepare_for_inference(model, layout=config.layout or None, fused_sequences=config.fused_sequences)
+        return random_sharded(shape, precision, mesh, layout=config.layout or None, **options)
+    return prepare_for_inference(random_packed(shape, precision, **options), **prepared)
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or name.endswith(".gguf")
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(path: str, activations: int) -> Transformer:
+    """A file's model, kept from the moment when its shape is asked for until it is timed."""
+    return load_model_source(path, activations=activations).model
 
 
 def num_devices(config: ConfigDict) -> int:
@@ -107,12 +134,14 @@ def num_devices(config: ConfigDict) -> int:
 def _measure(config: ConfigDict, workdir: Path) -> None:
     check_implementation(config.implementation)
     mesh_of(config)  # rejects impossible ones
-    model_config = preset(config.model)
+    if _is_file(config.model):
+        precisions = _parse_activations(config)
+        model_config = _loaded(config.model, next(iter(precisions.values()), 16)).config
+    else:
+        precisions, model_config = _parse_precisions(config), preset(config.model)
     workloads = parse_workloads(config.workloads, model_config.context_length)
     check_cache_bits(config.cache_bits or None, model_config.head_dim)
-    precisions = _parse_precisions(config.precisions, config.calibration)
-    models = {str(precision): precision for precision in precisions}
-    models |= dict.fromkeys(_parse_baselines(config.baselines))
+    models = precisions | dict.fromkeys(_parse_baselines(config.baselines))
     profiled = app.parse_names("profile", config.profile, models)
     peers = app.parse_names("peers", config.peers, PEERS)
     bandwidth = float(config.ceilings.bandwidth)
@@ -139,7 +168,7 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         if not todo and not needs_profile:
             continue
         try:
-            model = make_model(config, config.model, precision)
+            model = make_model(config, model_config, precision)
         except Exception as error:
             rows |= {workload.name: {"error": one_line(error)} for workload in todo}
             console.print(f"{name}: {one_line(error)}")
@@ -170,13 +199,30 @@ def _parse_baselines(text: str) -> list[str]:
     return [name for name in names if not BASELINES[name] or jax.devices()[0].platform == "gpu"]
 
 
-def _parse_precisions(text: str, calibration: str) -> list[bj.Precision]:
-    """Reads "W1A1,W2A8", all with `calibration`, or with their defaults if that is "".
+def _parse_precisions(config: ConfigDict) -> dict[str, bj.Precision]:
+    """Reads "W1A1,W2A8", all with config.calibration, or with their defaults if that is "".
 
     Sorted by weight bits, so that the process's peak memory is that of the latest model.
     """
-    precisions = {bj.Precision.parse(name, calibration or None) for name in app.split_names(text)}
-    return sorted(precisions, key=lambda p: (as_format(p.w_bits).bits, p.a_bits or 16, str(p)))
+    precisions = {bj.Precision.parse(name, config.calibration or None) for name in app.split_names(config.precisions)}
+    ordered = sorted(precisions, key=lambda p: (as_format(p.w_bits).bits, p.a_bits or 16, str(p)))
+    return {str(precision): precision for precision in ordered}
+
+
+def _parse_activations(config: ConfigDict) -> dict[str, int]:
+    """Reads "A8,A16", at which a file is loaded. Raises ValueError for others, and for settings of random weights."""
+    names = app.split_names(config.precisions)
+    if wrong := [name for name in names if not re.fullmatch(r"A([1-8]|16)", name)]:
+        raise ValueError(
+            f"config.precisions names {', '.join(wrong)}: the weights of {config.model} are the file's, give its "
+            "activations, such as A8,A16"
+        )
+    defaults = {"embed_bits": 0, "embed_group_size": 0, "rotated": False, "rotation_block": 0, "implementation": "auto"}
+    if given := [name for name, default in defaults.items() if config[name] != default]:
+        raise ValueError(f"config.{given[0]} is of random weights: leave it out for the file {config.model}")
+    if num_devices(config) > 1:
+        raise ValueError(f"{config.model} is timed on one device: leave out config.mesh, or name a preset")
+    return {name: int(name[1:]) for name in names}
 
 
 def _measure_workload(

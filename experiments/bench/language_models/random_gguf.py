@@ -4,11 +4,13 @@
 
 The file is DIR/model.gguf, in the layout of the published ones; its integers are random, and their scale gives weights
 of the size that models begin with. `experiments.generate` and `experiments.evaluate` take it, with
---config.activations; the texts mean nothing. Matrices are drawn and written one after the other.
+--config.activations, and `experiments.bench.llm` times it; the texts mean nothing. Matrices are drawn and written one
+after the other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         if config[name] not in TYPES:
             raise ValueError(f"config.{name} is {config[name]!r}, choose one of {', '.join(TYPES)}")
     model_config = preset(config.model)
+    if config.layers:
+        model_config = dataclasses.replace(model_config, num_layers=config.layers)
     arch = model_type(model_config)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "model.gguf"

@@ -31,10 +31,9 @@ PARTS = ("prefill", "decode")
 MAKE_MODEL = llm.make_model
 
 
-def make_model(config, name, precision):
-    """Replaces `llm.make_model`, whose presets are large."""
-    assert name == "tiny"
-    model = Transformer(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(config.seed))
+def make_model(config, shape, precision):
+    """Replaces `llm.make_model`, whose layers are prepared for inference."""
+    model = Transformer(shape, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(config.seed))
     if precision is None:
         return model
     return bj.quantize_model(model, [("^layers/", precision)], implementation=config.implementation)
@@ -134,10 +133,10 @@ def test_a_stopped_run_resumes_and_retries_failures(tmp_path, monkeypatch):
 
 
 def test_a_model_that_fails_leaves_the_others(tmp_path, monkeypatch):
-    def failing(config, name, precision):
+    def failing(config, shape, precision):
         if precision is not None:
             raise MemoryError("planted")
-        return make_model(config, name, precision)
+        return make_model(config, shape, precision)
 
     monkeypatch.setattr(llm, "make_model", failing)
     llm.main(bench(precisions="W2A2,W1A1"), tmp_path)
@@ -168,7 +167,7 @@ def test_wrong_configs_are_rejected_before_a_model_is_made(tmp_path, monkeypatch
 
 
 def test_the_loop_decodes_greedily_from_the_prompts():
-    model = make_model(bench(), "tiny", None)
+    model = make_model(bench(), CONFIG, None)
     compiled = CompiledWorkload(model, Workload(2, 5, 4))
     _, cache = compiled._prefill(model, compiled.ids, compiled.lengths)
     largest, cache = compiled._decode(model, compiled.ids[:, -1], compiled._rewound(cache))
@@ -184,21 +183,21 @@ def test_the_loop_decodes_greedily_from_the_prompts():
 
 def test_packed_models_may_rotate_at_run_time():
     for block, ffn in ((0, bj.ops.Hadamard((12, 4))), (16, bj.ops.Hadamard((16,), 3))):
-        model = MAKE_MODEL(bench(rotated=True, rotation_block=block), "tiny", bj.Precision(2, 2))
+        model = MAKE_MODEL(bench(rotated=True, rotation_block=block), CONFIG, bj.Precision(2, 2))
         rotation = model.config.rotation
         assert (rotation.stream, rotation.ffn, rotation.keys) == (None, ffn, bj.ops.hadamard(8))
-    assert MAKE_MODEL(bench(), "tiny", bj.Precision(2, 2)).config.rotation is None
+    assert MAKE_MODEL(bench(), CONFIG, bj.Precision(2, 2)).config.rotation is None
 
 
 def test_nonfinite_logits_are_an_error():
-    model = make_model(bench(), "tiny", None)
+    model = make_model(bench(), CONFIG, None)
     model.final_norm.scale[...] = jnp.full_like(model.final_norm.scale[...], jnp.nan)
     with pytest.raises(ValueError, match="prefill gives logits that are not finite"):
         CompiledWorkload(model, Workload(1, 3, 1)).check()
 
 
 def test_a_decode_step_reads_all_weights_but_the_embedding():
-    model = make_model(bench(), "tiny", None)
+    model = make_model(bench(), CONFIG, None)
     every = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     assert read_bytes(model) == every - model.embed.embedding[...].nbytes
 

@@ -40,11 +40,11 @@ def tiny(monkeypatch):
 
 def test_the_mesh_of_the_config_cuts_packed_models():
     config, precision = config_of(2), llm.bj.Precision.parse("W2A2")
-    model = llm.make_model(config, "tiny", precision)
+    model = llm.make_model(config, CONFIG, precision)
     assert isinstance(model, ShardedTransformer)
     assert (model.plan.data, model.plan.model) == (1, 2)
     assert llm.num_devices(config) == 2
-    assert not isinstance(llm.make_model(config_of(1), "tiny", precision), ShardedTransformer)
+    assert not isinstance(llm.make_model(config_of(1), CONFIG, precision), ShardedTransformer)
 
 
 @pytest.mark.covered("test_a_mesh_of_eight, and the bench of models on one device")
