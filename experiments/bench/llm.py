@@ -146,6 +146,8 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
     peers = app.parse_names("peers", config.peers, PEERS)
     bandwidth = float(config.ceilings.bandwidth)
     settings = {name: config[name] for name in _SETTINGS} | {"mesh": config.mesh.to_dict()}
+    if _is_file(config.model):
+        settings["calibration"] = "of the file"
     settings |= {"bandwidth": bandwidth, "device": jax.devices()[0].device_kind}
     settings["sources_sha256"] = kernels_fingerprint("models", "nn", "ops")
     result = read_result(workdir, settings, {"models": (), "peers": (), "profiles": ()}) or {
