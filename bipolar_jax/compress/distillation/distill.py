@@ -8,17 +8,30 @@ calibration found, so rates are low: a step moves a latent weight by a hundredth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.compress.distillation.learning_model import Learned, Student, is_latent
+from bipolar_jax.format import as_format
 from bipolar_jax.nn import distillation_loss
+from bipolar_jax.quantize import Precision
+from bipolar_jax.quantize.straight_through import straight_through
+
+
+# Steps and learning rates that were found on SmolLM2-135M, by bits of weights and by those of activations: a model
+# takes the larger ones of its two rows. A step has 16 windows of 512 tokens.
+_OF_WEIGHTS = {1: (2400, 4e-4), 2: (3000, 3e-4), 3: (1200, 1e-4), 4: (600, 2e-5)}
+_OF_ACTIVATIONS = {1: (3000, 3e-4), 2: (3000, 3e-4), 3: (1500, 1e-4), 4: (1500, 1e-4)}
+_OTHERWISE = (300, 1e-5)
+# Of 4 bits with one scale a channel: more was lost, and steps are larger.
+_PER_CHANNEL = (800, 3e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,43 +62,42 @@ class Schedule:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
-    def rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    @classmethod
+    def of(cls, precision: Precision, **changes: float) -> Schedule:
+        """That of a precision: the fewer bits, the more steps at a higher rate; `changes` are fields of others."""
+        weights = _OF_WEIGHTS.get(as_format(precision.w_bits).bits, _OTHERWISE)
+        if weights == _OF_WEIGHTS[4] and precision.group_size is None:
+            weights = _PER_CHANNEL
+        steps, rate = map(max, weights, _OF_ACTIVATIONS.get(precision.a_bits, _OTHERWISE))
+        return cls(**{"steps": steps, "learning_rate": rate} | changes)
+
+    def rate(self, step: int) -> float:
         """The learning rate of the update after `step` others."""
-        done = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum(1.0, (done + 1) / max(self.warmup, 1))
-        return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * done / self.steps))
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam (arXiv 1412.6980) for `Learned` numbers, without decay of weights."""
-        transformation = optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.scale_by_adam(0.9, 0.95, eps=1e-10),  # gradients of single weights are far below Adam's usual 1e-8
-            optax.scale_by_learning_rate(self.rate),
-            optax.masked(optax.scale(self.scale_rate), lambda params: {name: not is_latent(name) for name in params}),
-        )
 
-        def update(*arguments, **options):
-            # Adam's bias correction raises a float to an int32, which JAX's strict promotion refuses.
-            with jax.numpy_dtype_promotion("standard"):
-                return transformation.update(*arguments, **options)
-
-        return transformation._replace(update=update)
+# Adam (arXiv 1412.6980) without decay of weights; gradients of single weights are far below its usual epsilon, 1e-8.
+_ADAM = optax.scale_by_adam(0.9, 0.95, eps=1e-10)
 
 
 def window_loss(student: nnx.Module, teacher: nnx.Module, ids: Int[Array, "windows length"]) -> Float[Array, ""]:
-    """The mean KL(teacher || student) of a next token, in nats.
+    """The mean KL(teacher || student) of a next token, in nats, differentiated by the student's hidden states.
 
     Both models have `hidden_states(ids)` and `logits(hidden)`, as `models.Transformer`. The logits, the largest arrays
-    by far, are those of one window at a time, and computed once more for the gradient.
+    by far, are those of one window at a time, and their gradient is taken at once, while they are there. The output
+    layer itself has none.
     """
-    hidden = student.hidden_states(ids), jax.lax.stop_gradient(teacher.hidden_states(ids))
+    hidden = student.hidden_states(ids), teacher.hidden_states(ids)
 
-    @jax.checkpoint
-    def one_window(hidden):
-        learning, float_ones = hidden
+    @jax.value_and_grad
+    def one_window(learning, float_ones):
         return distillation_loss(student.logits(learning), teacher.logits(float_ones))
 
-    return jnp.mean(jax.lax.map(one_window, hidden))
+    losses, gradients = jax.lax.map(lambda pair: one_window(*pair), jax.lax.stop_gradient(hidden))
+    # As the chain rule has it: the mean's derivative by a hidden state is the gradient here, which is a constant.
+    linear = jnp.sum(hidden[0].astype(jnp.float32) * gradients.astype(jnp.float32)) / len(losses)
+    return straight_through(jnp.mean(losses), linear)
 
 
 @jax.tree_util.register_dataclass
@@ -95,52 +107,70 @@ class DistillationState:
 
     Attributes:
       params: by path, see `Student`.
-      optimizer: optax state, with the number of updates.
+      optimizer: Adam's moments, and the number of updates.
     """
 
     params: Learned
-    optimizer: Any
+    optimizer: optax.ScaleByAdamState
 
     @classmethod
-    def initial(cls, student: Student, schedule: Schedule) -> DistillationState:
+    def initial(cls, student: Student) -> DistillationState:
         """Before the first step. Copies the student's numbers: steps donate their state."""
         params = {name: jnp.array(value) for name, value in student.params.items()}
-        return cls(params, schedule.optimizer().init(params))
+        return cls(params, _ADAM.init(params))
 
 
-Step = Callable[
-    [DistillationState, Int[Array, "windows length"]], tuple[DistillationState, dict[str, Float[Array, ""]]]
-]
+class Step:
+    """One update: `step(state, windows, schedule)` returns the new state and the metrics, by one compiled program.
 
+    The state is donated. The metrics "loss" and "gradient_norm" are those before the update. Schedules share the
+    program, and so do students of the same shapes and formats.
 
-def make_step(student: Student, teacher: nnx.Module, schedule: Schedule, *, parts: int = 1) -> Step:
-    """A function (state, windows) -> (state, metrics) that runs one compiled program and donates the state.
-
-    The metrics "loss" and "gradient_norm" are those before the update.
-
-    Args:
+    Attributes:
       student: what learns.
       teacher: the float model.
-      schedule: the rates.
       parts: the windows of a step are run in so many parts, one after the other, where all activations of all layers
         would take too much memory; it divides their number.
     """
-    optimizer = schedule.optimizer()
 
-    def program(state, rest, teacher, ids):
+    def __init__(self, student: Student, teacher: nnx.Module, *, parts: int = 1):
+        self.student, self.teacher, self.parts = student, teacher, parts
+        self._program = jax.jit(self._update, donate_argnums=0)
+
+    def __call__(
+        self, state: DistillationState, ids: Int[Array, "windows length"], schedule: Schedule, done: int
+    ) -> tuple[DistillationState, dict[str, Float[Array, ""]]]:
+        """The update after `done` others."""
+        rates = np.float32([schedule.rate(done), schedule.rate(done) * schedule.scale_rate, schedule.clip_norm])
+        return self._program(state, self.student.rest, self.teacher, jnp.asarray(ids, jnp.int32), rates)
+
+    def compile(self, windows: int, length: int) -> None:
+        """Compiles the program for batches of this shape; later calls find it, also those of other threads."""
+        state = jax.eval_shape(lambda: DistillationState.initial(self.student))
+        ids = jax.ShapeDtypeStruct((windows, length), jnp.int32)
+        rates = jax.ShapeDtypeStruct((3,), jnp.float32)
+        self._program.lower(state, self.student.rest, self.teacher, ids, rates).compile()
+
+    def _update(self, state, rest, teacher, ids, rates):
         def add_part(sums, ids):
-            found = jax.value_and_grad(lambda params: window_loss(student.model(params, rest), teacher, ids))(
-                state.params
-            )
-            return jax.tree.map(jnp.add, sums, found), None
+            loss = functools.partial(self._loss, rest, teacher, ids)
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(state.params)), None
 
         zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
         # XLA makes no loop of one part.
-        sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(parts, -1, ids.shape[-1]))
-        loss, gradient = jax.tree.map(lambda array: array / parts, sums)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return DistillationState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+        sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(self.parts, -1, ids.shape[-1]))
+        loss, gradient = jax.tree.map(lambda array: array / self.parts, sums)
+        norm = optax.tree.norm(gradient)
+        rate, scale_rate, clip_norm = rates
+        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, clip_norm))
+        gradient = jax.tree.map(lambda array: array * shrink, gradient)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to an int32
+            moved, optimizer = _ADAM.update(gradient, state.optimizer, state.params)
+        params = {
+            name: value - (rate if is_latent(name) else scale_rate) * moved[name]
+            for name, value in state.params.items()
+        }
+        return DistillationState(params, optimizer), {"loss": loss, "gradient_norm": norm}
 
-    compiled = jax.jit(program, donate_argnums=0)
-    return lambda state, ids: compiled(state, student.rest, teacher, jnp.asarray(ids, jnp.int32))
+    def _loss(self, rest, teacher, ids, params):
+        return window_loss(self.student.model(params, rest), teacher, ids)

@@ -1,22 +1,27 @@
 """Layers that stand in for packed ones while these learn.
 
 They compute what the packed layers compute, with float products: activations are quantized token by token as every
-backend does it, weights are rounded, and the product is a dot of floats. On 16-bit floats the activations' codes, which
-are integers up to 255, stay exact; weights are rounded to them.
+backend does it, weights are rounded, and the product is a dot of floats. With 16-bit operands the activations' codes,
+which are integers up to 255, stay exact; weights are rounded to them, and so are gradients where they are operands.
+All sums are float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from bipolar_jax.compress.distillation.latent_weights import LatentGroups, LatentWeights
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
+from bipolar_jax.kernels.semantics.hadamard import Hadamard, hadamard_matrix
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear, fuses
 from bipolar_jax.nn.layers.packed import CountedModule
@@ -36,35 +41,86 @@ class Frozen(nnx.Param):
     """Numbers that do not learn."""
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def float_product(x: Float[Array, "m k"], rows: Float[Array, "n k"], dtype: Any) -> Float[Array, "m n"]:
+    """x @ rows.T with operands of `dtype`, and so are those of its gradient's products; sums and results are float32.
+
+    JAX's own gradient would multiply with the float32 cotangent, at a fraction of the speed.
+    """
+    return _dot(x.astype(dtype), rows.astype(dtype), 1, 1)
+
+
+def _forward(x, rows, dtype):
+    operands = x.astype(dtype), rows.astype(dtype)
+    return _dot(*operands, 1, 1), (operands, jnp.zeros(0, x.dtype), jnp.zeros(0, rows.dtype))
+
+
+def _backward(dtype, kept, cotangent):
+    ((x, rows), *like), cotangent = kept, cotangent.astype(dtype)
+    gradients = _dot(cotangent, rows, 1, 0), _dot(cotangent, x, 0, 0)
+    return tuple(gradient.astype(each.dtype) for gradient, each in zip(gradients, like, strict=True))
+
+
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Float[Array, "_ _"]:
+    highest = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    axes = (((x_axis,), (y_axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, axes, precision=highest, preferred_element_type=jnp.float32)
+
+
+float_product.defvjp(_forward, _backward)
+
+
 def quantized_product(
     x: Float[Array, "*batch k"], rows: Float[Array, "n k"], a_format: BipolarFormat | None, dtype: Any
 ) -> Float[Array, "*batch n"]:
     """x @ rows.T with quantized activations, float32.
 
     Args:
-      x: activations, differentiated straight through.
+      x: activations, differentiated straight through; those that a span below 1 clips have no gradient.
       rows: weights.
       a_format: the grid of the activations; None leaves them float.
-      dtype: of the product's operands; sums are float32.
+      dtype: of the product's operands.
     """
     tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     scale = None
     if a_format is not None:
         quantized = quantize_tokens(jax.lax.stop_gradient(tokens), a_format)
         # Values are 2 apart, but for one bit: half of the difference to zero's value is a small integer.
-        steps = (a_format.values(quantized.codes) - quantized.zero_value[:, None]).astype(jnp.float32) / 2
+        zero = quantized.zero_value[:, None]
+        steps = (a_format.values(quantized.codes) - zero).astype(jnp.float32) / 2
         scale = 2 * quantized.scale[:, None]
-        tokens = straight_through(steps, tokens / jnp.where(scale == 0, 1, scale))
-    highest = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    product = jax.lax.dot_general(
-        tokens.astype(dtype),
-        rows.astype(dtype),
-        (((1,), (1,)), ((), ())),
-        precision=highest,
-        preferred_element_type=jnp.float32,
-    )
+        in_steps = tokens / jnp.where(scale == 0, 1, scale)
+        if a_format.span < 1:
+            low, high = ((end - zero).astype(jnp.float32) / 2 for end in (-a_format.max_value, a_format.max_value))
+            in_steps = jnp.clip(in_steps, low - 0.5, high + 0.5)
+        tokens = straight_through(steps, in_steps)
+    product = float_product(tokens, rows, jnp.dtype(dtype))
     product = product if scale is None else product * scale
     return product.reshape(*x.shape[:-1], rows.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatrixRotation:
+    """Stands in for a `Hadamard`, as one product with its matrix: each stage of butterflies is a pass over memory.
+
+    Attributes:
+      hadamard: the rotation.
+      dtype: of the product's operands.
+    """
+
+    hadamard: Hadamard = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
+        """The rotation of the last axis, float32."""
+        signs, block = self.hadamard.drawn_signs(), self.hadamard.block
+        numbers = x.astype(jnp.float32)
+        if signs is not None:
+            numbers = numbers * jnp.asarray(signs, jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+        matrix = functools.reduce(np.kron, map(hadamard_matrix, self.hadamard.orders))
+        rotated = float_product(numbers.reshape(-1, block), jnp.asarray(matrix.T, self.dtype), self.dtype)
+        return rotated.reshape(x.shape) * block**-0.5
 
 
 class LearningLinear(CountedModule):
@@ -75,10 +131,18 @@ class LearningLinear(CountedModule):
       bias: the packed layer's, or None.
       a_format: the grid of the activations, or None.
       dtype: of the product's operands.
+      result_dtype: of what a call returns; None is that of its input.
     """
 
     def __init__(
-        self, layer: Linear, floats: Float[Array, "*stack k n"] | None, *, learns: bool, learn_groups: bool, dtype: Any
+        self,
+        layer: Linear,
+        floats: Float[Array, "*stack k n"] | None,
+        *,
+        learns: bool,
+        learn_groups: bool,
+        dtype: Any,
+        result_dtype: Any = None,
     ):
         """Makes the stand-in.
 
@@ -88,6 +152,7 @@ class LearningLinear(CountedModule):
           learns: False freezes all its numbers.
           learn_groups: whether integers of integer groups learn with the others.
           dtype: of the product's operands.
+          result_dtype: of what a call returns; None is that of its input.
 
         Raises:
           ValueError: a layer over other axes than the last, one that gives the bits of its training, or weights that
@@ -116,6 +181,7 @@ class LearningLinear(CountedModule):
         self.bias = nnx.data(None if layer.bias is None else step(layer.bias[...]))
         self.number_format, self.group_size = latent.format, latent.group_size
         self.a_format, self.dtype = layer.precision.a_format, jnp.dtype(dtype)
+        self.result_dtype = None if result_dtype is None else jnp.dtype(result_dtype)
 
     def latent(self) -> LatentWeights:
         """The layer's weights."""
@@ -126,11 +192,11 @@ class LearningLinear(CountedModule):
         return LatentWeights(self.rows[...], self.scale[...], offset, groups, self.number_format, self.group_size)
 
     def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """The packed layer's product and bias, in x's dtype."""
+        """The packed layer's product and bias, in `result_dtype`."""
         y = quantized_product(x, self.latent().numbers(), self.a_format, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y.astype(x.dtype)
+        return y.astype(self.result_dtype or x.dtype)
 
 
 class FrozenEmbed(CountedModule):
@@ -138,6 +204,7 @@ class FrozenEmbed(CountedModule):
 
     Attributes:
       table: its numbers, float32.
+      operand: the same in `dtype`, if that is another: of `attend`, which is called once for each window of a step.
       a_format: the grid of the activations of `attend`, or None.
       dtype: of the operands of `attend`.
       row_dtype: of the rows that a lookup returns.
@@ -146,6 +213,8 @@ class FrozenEmbed(CountedModule):
     def __init__(self, layer: Embed, *, dtype: Any):
         self.table = Frozen(layer.embedding.get_value().dequantize())
         self.a_format, self.dtype, self.row_dtype = layer.precision.a_format, jnp.dtype(dtype), jnp.dtype(layer.dtype)
+        is_other = self.table[...].dtype != self.dtype
+        self.operand = nnx.data(Frozen(self.table[...].astype(self.dtype)) if is_other else None)
 
     def __call__(self, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch features"]:
         """The rows of these ids."""
@@ -153,4 +222,5 @@ class FrozenEmbed(CountedModule):
 
     def attend(self, query: Float[Array, "*batch features"]) -> Float[Array, "*batch rows"]:
         """query @ table.T, float32."""
-        return quantized_product(query, self.table[...], self.a_format, self.dtype)
+        table = self.table if self.operand is None else self.operand
+        return quantized_product(query, table[...], self.a_format, self.dtype)

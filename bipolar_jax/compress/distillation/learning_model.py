@@ -9,8 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bipolar_jax.compress.distillation.learning_layers import FrozenEmbed, Latent, LearningLinear, Step
-from bipolar_jax.nn.compressible import Layered, layer_at
+from bipolar_jax.compress.distillation.learning_layers import (
+    FrozenEmbed,
+    Latent,
+    LearningLinear,
+    MatrixRotation,
+    Step,
+)
+from bipolar_jax.kernels.semantics.hadamard import Hadamard
+from bipolar_jax.nn.compressible import Compressible, Layered, layer_at
 from bipolar_jax.nn.convert.summary import packed_layers
 from bipolar_jax.nn.layers.embed import Embed
 from bipolar_jax.nn.layers.linear import Linear
@@ -41,13 +48,15 @@ def learning_model[Model: nnx.Module](
       packed: a model with packed layers, before `prepare_for_inference`; it is not changed.
       floats: the model that it was made from, in the same basis: rotated as it is. Its weights say where latent weights
         start within their cells; None starts them in the middle.
-      learning: regular expression of the paths of layers that learn.
+      learning: regular expression of the paths of layers that learn; the output layer does not (`window_loss`).
       learn_groups: whether the integers of integer groups learn, too; else only the scale of each row does.
-      dtype: of the products' operands: bfloat16 is fast on GPUs. Sums, norms and the residual stream keep the model's.
+      dtype: of the products' operands: bfloat16 is fast on GPUs. With 16 bits so is what a block hands from layer to
+        layer, attention included, and blocks rotate by products with matrices. Sums, norms and the residual stream keep
+        the model's.
 
     Raises:
-      ValueError: no packed layers that learn; packed layers of another kind than `nn.Linear` and `nn.Embed`, or trained
-        ones; floats without a layer of the same shape.
+      ValueError: no packed layers that learn, or the output layer is to; packed layers of another kind than `nn.Linear`
+        and `nn.Embed`, or trained ones; floats without a layer of the same shape.
     """
     if isinstance(packed, Layered) and isinstance(floats, Layered):
         floats = floats.with_runs(packed.runs)
@@ -57,15 +66,39 @@ def learning_model[Model: nnx.Module](
             stand_in: nnx.Module = FrozenEmbed(layer, dtype=dtype)
         elif isinstance(layer, Linear):
             learns = re.search(learning, path) is not None
+            if learns and layer is getattr(packed, "output_layer", None):
+                raise ValueError(f"{learning!r} matches the output layer {path}, which does not learn: leave it out")
             kernel = layer_at(floats, path).kernel[...] if learns and floats is not None else None
-            stand_in = LearningLinear(layer, kernel, learns=learns, learn_groups=learn_groups, dtype=dtype)
+            stand_in = LearningLinear(
+                layer,
+                kernel,
+                learns=learns,
+                learn_groups=learn_groups,
+                dtype=dtype,
+                result_dtype=_result_dtype(packed, path, layer, jnp.dtype(dtype)),
+            )
             count += learns
         else:
             raise ValueError(f"{path} is a {type(layer).__name__}, which is not distilled: leave it float")
         _replace(model, path, stand_in)
     if not count:
         raise ValueError(f"no packed layer has a path that matches {learning!r}: there is nothing to learn")
+    if jnp.dtype(dtype).itemsize == 2:
+        for _, module in list(nnx.iter_modules(model)):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Hadamard):
+                    setattr(module, name, MatrixRotation(value, jnp.dtype(dtype)))
     return model
+
+
+def _result_dtype(packed: nnx.Module, path: str, layer: Linear, dtype: jnp.dtype) -> Any:
+    """Of a layer's output where operands have 16 bits: those, but the model's where it adds to the residual stream."""
+    if dtype.itemsize != 2 or not isinstance(packed, Compressible):
+        return None
+    sites = next((sites for sites in packed.block_sites for name in sites.names if path.endswith(f"/{name}")), None)
+    if sites is None or sites.to_stream:
+        return layer.dtype or layer.param_dtype or jnp.float32
+    return dtype
 
 
 class Student:
