@@ -1,16 +1,27 @@
-"""Distils a calibrated model from its float self: what it lost in rounding it learns back, in part.
+"""Distils calibrated models from their float self: what they lost in rounding they learn back, in part.
 
-    python -m experiments.distill --config=configs/distill.py --workdir=DIR \\
-        --config.packed=CALIBRATED/W4A8g64.safetensors --config.text=PATH
+    python -m experiments.distill --config=configs/distill.py --workdir=DIR --config.text=PATH \\
+        --config.packed=CALIBRATED/W4A8g64.safetensors,CALIBRATED/W3A8g64.safetensors
 
-The packed model's token probabilities learn from the float model's, on text that the float model writes. Writes to
---workdir result.json and perplexity.png as experiments/calibrate does, with the losses, and the packed model, which
-experiments/generate.py reads. A stopped run resumes with the same losses; Ctrl-C ends one after the step that it is in.
+Each packed model's token probabilities learn from the float model's, on text that the float model writes. All share
+this text, the float model and its score; their programs compile while the text is written. Steps and learning rates are
+those of each precision (`compress.distillation.Schedule.of`), unless the config has others; with --config.seconds steps
+are fitted to what is left of that time. Writes to --workdir result.json and perplexity.png as experiments/calibrate
+does, with losses and seconds, and the packed models, which experiments/generate.py reads. A stopped run resumes with
+the same losses, on GPUs up to rounding; Ctrl-C ends one after the step that it is in.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import contextvars
+import dataclasses
+import functools
 import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +31,248 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 from ml_collections import ConfigDict
+from rich.table import Table
 
 import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
-from bipolar_jax.compress.distillation import learning_model, packed_again
+from bipolar_jax.compress.distillation import Schedule, Step, Student, learning_model, packed_again
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.transformer import Transformer
 
 from .support import app
-from .support.precision_sweep import LAYERS, Sweep, measure
-from .support.progress import progress_bar
+from .support.precision_sweep import LAYERS, MADE, Sweep, measure
+from .support.progress import console, progress_bar
 from .support.sources import model_fingerprint
-from .support.workdir import RESULT_NAME, write_json
-from .training.distillation_run import DistillationRun, schedule_of
+from .support.workdir import RESULT_NAME, differences, write_json
+from .training.distillation_run import DistillationRun, check, fitted, schedule_of, seconds_of_step
 from .training.interrupt import Interrupt
 
 WINDOWS_NAME = "distillation_windows.npy"
-# Settings that the losses and the perplexity depend on.
-_LEARNING = ("steps", "learning_rate", "warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype")
-_SETTINGS = ("model", "packed", "rotation_seed", "learn_groups", "text", "windows", "window_length", *_LEARNING)
+CALIBRATED, DISTILLATION = "calibrated", "distillation"
+# Settings that losses and perplexities depend on, and those of a single packed model.
+_LEARNING = ("warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype", "learn_groups")
+_SETTINGS = ("model", "rotation_seed", "text", "windows", "window_length", *_LEARNING)
 _DISTILLATION = ("distillation_text", "distillation_windows", "distillation_length")
+_SECONDS_OF_SCORE = (
+    20.0  # that packing and scoring take at most on a GPU, programs compiled; kept free of --config.seconds
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pupil:
+    """A packed model that is to learn.
+
+    Attributes:
+      path: of its checkpoint.
+      model: as it was calibrated.
+      precision: of its first packed layer, which names it.
+      schedule: that it would have without a limit of time.
+      settings: what its result depends on, JSON.
+    """
+
+    path: Path
+    model: Transformer
+    precision: bj.Precision
+    schedule: Schedule
+    settings: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path, config: ConfigDict) -> Pupil:
+        """Reads a checkpoint. Raises ValueError for one without packed layers, or an impossible schedule."""
+        model = load_pretrained(path).model
+        precision = _precision(model, path)
+        schedule = schedule_of(config, precision)
+        settings = {"packed": str(path), "packed_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        settings |= {"steps": schedule.steps, "learning_rate": schedule.learning_rate}
+        return cls(path, model, precision, schedule, settings)
+
+    @property
+    def name(self) -> str:
+        """The precision."""
+        return str(self.precision)
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
-    schedule_of(config)  # refuses impossible ones before anything is loaded
-    if not config.packed:
-        raise ValueError("config.packed is missing: give the checkpoint of a calibrated model")
+    started = time.perf_counter()
+    check(config)
+    paths = [Path(name) for name in app.split_names(config.packed)]
+    if not paths:
+        raise ValueError("config.packed is missing: give checkpoints of calibrated models, comma separated")
     with Interrupt().watching() as interrupt:
-        _distil(config, workdir, interrupt)
+        with progress_bar(f"loading {', '.join(path.name for path in paths)}"):
+            pupils = [Pupil.load(path, config) for path in paths]
+        names = [pupil.name for pupil in pupils]
+        if len(set(names)) < len(names):
+            raise ValueError(f"config.packed has {', '.join(names)}: give one checkpoint of each precision")
+        _Distillation(config, workdir, pupils, interrupt, started).run()
 
 
-def _distil(config: ConfigDict, workdir: Path, interrupt: Interrupt) -> None:
-    with progress_bar(f"loading {Path(config.packed).name}"):
-        packed = load_pretrained(config.packed).model
-    fingerprint = hashlib.sha256(Path(config.packed).read_bytes()).hexdigest()
-    fields = (*_SETTINGS, *_DISTILLATION)
-    sweep = Sweep.begin(config, workdir, fields, packed_sha256=fingerprint, text_fingerprint=_text_fingerprint(config))
-    floats, precision = sweep.pretrained.model, _precision(packed)
-    sweep.measure_baseline()
-    if "calibrated" not in sweep.result:
-        sweep.result["calibrated"] = measure(
-            "calibrated", sweep.pretrained.with_model(packed), sweep.loaded.ids, config
-        )
-        write_json(workdir / RESULT_NAME, sweep.result)
+class _Distillation:
+    """One run of the program.
 
-    def distil(_: bj.Precision) -> nnx.Module:
-        dtype = jnp.dtype(config.dtype or ("bfloat16" if default_device().platform == "gpu" else "float32"))
-        teacher = prepare_for_inference(floats, dtype)
-        windows = _windows(config, workdir, teacher)
-        learning = learning_model(
-            packed,
-            in_basis_of(packed, floats, config.rotation_seed),
-            learn_groups=config.learn_groups,
-            dtype=dtype,
-        )
-        run = DistillationRun(config, workdir, sweep.result["settings"], learning, teacher, windows)
-        run.train(interrupt)
-        sweep.result["distillation"] = run.log
-        return packed_again(run.model(), packed)
+    Attributes:
+      config, workdir, pupils, interrupt: see `main`.
+      deadline: when it is to have ended, on `time.perf_counter`; infinity without a limit.
+      sweep: the float model and the results.
+      teacher: the float model as it writes and teaches.
+    """
 
-    sweep.add(precision, distil)
-    sweep.show(f"distilled from {Path(config.packed).name}")
+    def __init__(
+        self, config: ConfigDict, workdir: Path, pupils: Sequence[Pupil], interrupt: Interrupt, started: float
+    ):
+        self.config, self.workdir, self.pupils, self.interrupt = config, workdir, pupils, interrupt
+        self.deadline = started + config.seconds if config.seconds else float("inf")
+        text = None if config.distillation_text == "self" else model_fingerprint(config.distillation_text)
+        sections = (MADE, CALIBRATED)
+        self.sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_DISTILLATION), sections, text_fingerprint=text)
+        self._stored = self.sweep.result.setdefault(DISTILLATION, {})
+        for pupil in pupils:
+            stored = self._stored.get(pupil.name)
+            if stored is not None and (other := differences(stored["settings"], pupil.settings)):
+                raise ValueError(
+                    f"{workdir / RESULT_NAME} has {pupil.name} with other settings ({other}): choose another --workdir"
+                )
+        self.teacher = prepare_for_inference(self.sweep.pretrained.model, dtype_of(config))
+        # Precisions of one calibration share the rotated model.
+        self._floats: list[Transformer] = []
+        self._seconds = {"load": time.perf_counter() - started}
+
+    def run(self) -> None:
+        """Distils all that are not done."""
+        waiting = [pupil for pupil in self.pupils if not self.sweep.is_done(pupil.precision)]
+        self._timed("rotate", lambda: [self._in_basis_of(pupil.model) for pupil in waiting])
+        with self._compiling(waiting):
+            self._timed("baseline", self.sweep.measure_baseline)
+            windows = self._timed("write_text", lambda: _windows(self.config, self.workdir, self.teacher))
+            for pupil in waiting:
+                self._calibrated(pupil)
+        while waiting:
+            self._distil(waiting, windows)
+            del waiting[0]
+        self.sweep.show("distilled")
+        self._print_table()
+
+    @contextlib.contextmanager
+    def _compiling(self, waiting: Sequence[Pupil]) -> Iterator[None]:
+        """Compiles the steps of all, each in a thread, while the block runs and as long as that takes."""
+        started, config = time.perf_counter(), self.config
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            shape = config.batch_size, config.distillation_length
+            compiling = []
+            for pupil in waiting:
+                learning = jax.eval_shape(functools.partial(self._learning, pupil), self._in_basis_of(pupil.model))
+                step = Step(Student(learning), self.teacher, parts=config.parts)
+                compiling.append(pool.submit(contextvars.copy_context().run, step.compile, *shape))
+            yield
+            with progress_bar("compiling the steps"):
+                for each in compiling:
+                    each.result()
+        self._seconds["write_text_and_compile"] = time.perf_counter() - started
+
+    def _in_basis_of(self, packed: Transformer) -> Transformer:
+        """The float model in the basis of a packed one."""
+        for floats in self._floats:
+            if floats.config.rotation == packed.config.rotation:
+                return floats
+        self._floats.append(in_basis_of(packed, self.sweep.pretrained.model, self.config.rotation_seed))
+        return self._floats[-1]
+
+    def _learning(self, pupil: Pupil, floats: Transformer) -> Transformer:
+        """The pupil as it learns."""
+        return learning_model(pupil.model, floats, learn_groups=self.config.learn_groups, dtype=dtype_of(self.config))
+
+    def _calibrated(self, pupil: Pupil) -> None:
+        """Scores a model before it learns, unless that is done."""
+        if pupil.name not in self.sweep.result[CALIBRATED]:
+            packed = self.sweep.pretrained.with_model(pupil.model)
+            row = measure(f"{pupil.name} calibrated", packed, self.sweep.loaded.ids, self.config)
+            self.sweep.result[CALIBRATED][pupil.name] = row
+            self._write()
+
+    def _distil(self, waiting: Sequence[Pupil], windows: Int[np.ndarray, "windows length"]) -> None:
+        """The first of those that wait."""
+        pupil, config = waiting[0], self.config
+        folder = self.workdir / f"{pupil.name}.training"
+
+        def distil(_: bj.Precision) -> nnx.Module:
+            started = time.perf_counter()
+            step = Step(
+                Student(self._learning(pupil, self._in_basis_of(pupil.model))), self.teacher, parts=config.parts
+            )
+            schedule, seconds = self._schedule(waiting, step, windows)
+            row, prepared = self._stored[pupil.name], time.perf_counter()
+            settings = {**self.sweep.result["settings"], **pupil.settings, "fitted_steps": schedule.steps}
+            run = DistillationRun(config, folder, settings, step, schedule, windows)
+            run.train(self.interrupt)
+            row["log"], row["seconds"] = run.log, {"prepare": round(prepared - started, 1)}
+            row["seconds"]["train"] = round(time.perf_counter() - prepared, 1)
+            row["milliseconds"] = round(run.milliseconds or 1e3 * seconds, 1)
+            return packed_again(run.model(), pupil.model)
+
+        self.sweep.add(pupil.precision, distil)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _schedule(self, waiting: Sequence[Pupil], step: Step, windows) -> tuple[Schedule, float]:
+        """That of the first of those that wait, which share the time that is left by their steps; seconds of a step."""
+        pupil, config = waiting[0], self.config
+        stored = self._stored.get(pupil.name)
+        if stored is not None:
+            return Schedule(**stored["schedule"]), stored["seconds_of_step"]
+        seconds, schedule = seconds_of_step(step, windows, config.batch_size), pupil.schedule
+        if config.seconds:
+            left = self.deadline - time.perf_counter() - _SECONDS_OF_SCORE * len(waiting)
+            share = left * schedule.steps / sum(each.schedule.steps for each in waiting)
+            schedule = fitted(schedule, seconds, share)
+            console.print(
+                f"{pupil.name}: {schedule.steps} of {pupil.schedule.steps} steps, {1e3 * seconds:.1f} ms each, fit its "
+                f"{share:.0f} of the {left:.0f} seconds left"
+            )
+        self._stored[pupil.name] = {
+            "settings": pupil.settings,
+            "schedule": dataclasses.asdict(schedule),
+            "seconds_of_step": round(seconds, 5),
+        }
+        self._write()
+        return schedule, seconds
+
+    def _timed(self, name: str, function: Any) -> Any:
+        started = time.perf_counter()
+        result = function()
+        self._seconds[name] = time.perf_counter() - started
+        return result
+
+    def _write(self) -> None:
+        self.sweep.result["seconds"] = {name: round(seconds, 1) for name, seconds in self._seconds.items()}
+        write_json(self.workdir / RESULT_NAME, self.sweep.result)
+
+    def _print_table(self) -> None:
+        result = self.sweep.result
+        float_one = result["baseline"]["perplexity"]
+        table = Table(title=f"perplexity, float {float_one:.5g}")
+        for heading in ("precision", "calibrated", "distilled", "steps", "rate", "ms a step", "train", "all seconds"):
+            table.add_column(heading, justify="left" if heading == "precision" else "right")
+        for pupil in self.pupils:
+            row, about, before = (result[section][pupil.name] for section in (MADE, DISTILLATION, CALIBRATED))
+            schedule, seconds = about["schedule"], row["seconds"]
+            table.add_row(
+                pupil.name,
+                *("inf" if each["perplexity"] is None else f"{each['perplexity']:.5g}" for each in (before, row)),
+                str(schedule["steps"]),
+                f"{schedule['learning_rate']:g}",
+                f"{about['milliseconds']:g}",
+                f"{about['seconds']['train']:.0f} s",
+                f"{seconds['quantize'] + seconds['evaluate'] + seconds['sample']:.0f}",
+            )
+        console.print(table)
+        console.print(", ".join(f"{part} {seconds:.0f} s" for part, seconds in self._seconds.items()))
+
+
+def dtype_of(config: ConfigDict) -> jnp.dtype:
+    """Of the operands of products."""
+    return jnp.dtype(config.dtype or ("bfloat16" if default_device().platform == "gpu" else "float32"))
 
 
 def in_basis_of(packed: Transformer, floats: Transformer, seed: int) -> Transformer:
@@ -105,7 +294,7 @@ def in_basis_of(packed: Transformer, floats: Transformer, seed: int) -> Transfor
     )
 
 
-def _precision(packed: Transformer) -> bj.Precision:
+def _precision(packed: Transformer, path: Path) -> bj.Precision:
     """The precision that names the result: of the first packed layer of the blocks.
 
     Raises:
@@ -114,7 +303,7 @@ def _precision(packed: Transformer) -> bj.Precision:
     for _, layer in nnx.iter_modules(packed.layers):
         if isinstance(layer, bj.nn.Linear):
             return layer.precision
-    raise ValueError(f"the model of config.packed has no packed layers that match {LAYERS!r}: calibrate it first")
+    raise ValueError(f"{path} has no packed layers that match {LAYERS!r}: calibrate it first")
 
 
 def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.ndarray, "windows length"]:
@@ -144,11 +333,6 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, windows)
     return windows
-
-
-def _text_fingerprint(config: ConfigDict) -> Any:
-    """A digest of a file of windows; None where the teacher writes."""
-    return None if config.distillation_text == "self" else model_fingerprint(config.distillation_text)
 
 
 def command() -> None:

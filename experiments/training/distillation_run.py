@@ -1,7 +1,8 @@
-"""The loop of distillation: batches of windows, updates, the log of losses, checkpoints."""
+"""The loop of distillation: batches of windows, updates, the log of losses, checkpoints; and steps that fit a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -14,16 +15,67 @@ from flax import nnx
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from bipolar_jax.compress.distillation import DistillationState, Schedule, Student, make_step
+import bipolar_jax as bj
+from bipolar_jax.compress.distillation import DistillationState, Schedule, Step
 
 from ..support.progress import console, progress_bar
 from .checkpoint import TrainingCheckpoints
 from .interrupt import Interrupt
 
+_TIMED_STEPS = 5
 
-def schedule_of(config: ConfigDict) -> Schedule:
-    """The rates that a config asks for. Raises ValueError as `Schedule`."""
-    return Schedule(config.steps, config.learning_rate, config.warmup_steps, config.scale_rate, config.clip_norm)
+
+def schedule_of(config: ConfigDict, precision: bj.Precision) -> Schedule:
+    """The rates of a precision: the config's, or where these are 0 its own (`Schedule.of`). Raises ValueError as it."""
+    asked = {"steps": config.steps, "learning_rate": config.learning_rate}
+    changes = {name: value for name, value in asked.items() if value}
+    return Schedule.of(
+        precision, **changes, warmup=config.warmup_steps, scale_rate=config.scale_rate, clip_norm=config.clip_norm
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for counts that cannot be."""
+    for name in ("batch_size", "parts", "log_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config.batch_size % config.parts:
+        raise ValueError(f"parts={config.parts} must divide batch_size={config.batch_size}")
+    if config.distillation_windows < config.batch_size:
+        raise ValueError(
+            f"a batch takes {config.batch_size} windows, there are {config.distillation_windows}: write more"
+        )
+    if config.seconds < 0:
+        raise ValueError(f"seconds must be at least 0, which is no limit, got {config.seconds}")
+
+
+def seconds_of_step(step: Step, windows: Int[np.ndarray, "windows length"], size: int) -> float:
+    """Of an update, measured with a copy of the student; the first call compiles, unless that is done."""
+    schedule, state = Schedule(_TIMED_STEPS + 1, 1e-6, warmup=0), DistillationState.of(step.student.params)
+    for done in range(_TIMED_STEPS + 1):
+        state, metrics = step(state, windows[:size], schedule, done)
+        if done == 0:
+            jax.block_until_ready(metrics)
+            started = time.perf_counter()
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - started) / _TIMED_STEPS
+
+
+def fitted(schedule: Schedule, seconds_of_step: float, seconds: float) -> Schedule:
+    """The schedule with as many of its steps as the time allows, of which at most a tenth warm up.
+
+    Raises:
+      RuntimeError: there is not time for one.
+    """
+    steps = min(schedule.steps, int(seconds / seconds_of_step))
+    if steps < 1:
+        raise RuntimeError(
+            f"{max(seconds, 0):.1f} seconds are left, a step takes {seconds_of_step:.3g}: give more --config.seconds, "
+            "or fewer checkpoints at once"
+        )
+    if steps == schedule.steps:
+        return schedule
+    return dataclasses.replace(schedule, steps=steps, warmup=min(schedule.warmup, steps // 10))
 
 
 def batch_of(
@@ -40,52 +92,49 @@ class DistillationRun:
     """A run, from its start or its last checkpoint to its last step.
 
     Attributes:
-      step: number of updates made.
+      done: number of updates made.
       state: what learns, and the optimizer's state.
       log: rows with "step", "loss" and "gradient_norm", means over `log_every` updates; and the rate.
+      milliseconds: of an update in this process, of those that were logged after the first time; None before.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        workdir: Path,
+        folder: Path,
         settings: dict[str, Any],
-        model: nnx.Module,
-        teacher: nnx.Module,
+        step: Step,
+        schedule: Schedule,
         windows: Int[np.ndarray, "windows length"],
     ):
-        """Starts from a learning model, or resumes from the last checkpoint in the workdir.
+        """Starts from a student, or resumes from the last checkpoint in the folder.
 
         Args:
           config: the fields of configs/distill.py.
-          workdir: folder of the run.
+          folder: of checkpoints.
           settings: that the losses depend on; a checkpoint of others is refused.
-          model: see `learning_model`.
-          teacher: the float model.
+          step: with the student and the teacher.
+          schedule: the rates.
           windows: text that the teacher wrote.
 
         Raises:
-          ValueError: a checkpoint that is damaged or belongs to another run; fewer windows than a batch; counts below
-            1.
+          ValueError: a checkpoint that is damaged or belongs to another run.
         """
-        for name in ("batch_size", "parts", "log_every", "checkpoint_every"):
-            if config[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {config[name]}")
-        if config.batch_size % config.parts:
-            raise ValueError(f"parts={config.parts} must divide batch_size={config.batch_size}")
-        if len(windows) < config.batch_size:
-            raise ValueError(f"a batch takes {config.batch_size} windows, there are {len(windows)}: write more")
-        self._config, self._windows = config, windows
-        self._student, self._schedule = Student(model), schedule_of(config)
-        self._update = make_step(self._student, teacher, self._schedule, parts=config.parts)
-        self.step, self.log = 0, []
-        self.state = DistillationState.initial(self._student, self._schedule)
-        self._checkpoints = TrainingCheckpoints(workdir, settings, keep=1, asynchronous=False)
+        self._config, self._windows, self._step, self._schedule = config, windows, step, schedule
+        self.done, self.log, self._timed = 0, [], []
+        self.state = DistillationState.of(step.student.params)
+        self._checkpoints = TrainingCheckpoints(folder, settings, keep=1, asynchronous=False)
         if steps := self._checkpoints.steps():
             with progress_bar(f"reading the checkpoint of step {steps[-1]}"):
                 restored = self._checkpoints.restore(self.state, steps[-1])
-            self.step, self.state, self.log = restored.step, restored.state, restored.data["log"]
-            console.print(f"resuming after step {self.step}")
+            self.done, self.state, self.log = restored.step, restored.state, restored.data["log"]
+            console.print(f"resuming after step {self.done}")
+
+    @property
+    def milliseconds(self) -> float | None:
+        """See the class."""
+        timed = self._timed[1:] or self._timed
+        return 1e3 * sum(seconds for _, seconds in timed) / sum(count for count, _ in timed) if timed else None
 
     def train(self, interrupt: Interrupt) -> None:
         """Runs all remaining steps.
@@ -95,38 +144,38 @@ class DistillationRun:
           KeyboardInterrupt: SIGINT arrived; a checkpoint of the last step is written.
         """
         pending: list[dict[str, jax.Array]] = []
-        config, last_saved = self._config, self.step
+        config, steps = self._config, self._schedule.steps
         try:
-            with interrupt.deferred(), progress_bar("distilling", config.steps) as advance:
+            with interrupt.deferred(), progress_bar("distilling", steps) as advance:
                 started = time.perf_counter()
-                while self.step < config.steps:
-                    batch = batch_of(self._windows, self.step, config.batch_size, config.seed)
-                    self.state, metrics = self._update(self.state, batch)
-                    self.step += 1
+                while self.done < steps:
+                    batch = batch_of(self._windows, self.done, config.batch_size, config.seed)
+                    self.state, metrics = self._step(self.state, batch, self._schedule, self.done)
+                    self.done += 1
                     pending.append(metrics)
-                    ends = self.step == config.steps or interrupt.requested
-                    saves = self.step % config.checkpoint_every == 0 or ends
-                    if self.step % config.log_every == 0 or saves:
-                        self._flush(pending, time.perf_counter() - started, advance)
+                    # What the last step leaves is packed and scored at once, which takes no longer than a checkpoint.
+                    is_last = self.done == steps
+                    saves = not is_last and (self.done % config.checkpoint_every == 0 or interrupt.requested)
+                    if self.done % config.log_every == 0 or saves or is_last:
+                        self._flush(pending, started, advance)
                         started = time.perf_counter()
-                    if saves and last_saved != self.step:
-                        self._checkpoints.save(self.step, self.state, {"log": self.log})
-                        last_saved, started = self.step, time.perf_counter()
-                    if interrupt.requested and self.step < config.steps:
-                        raise KeyboardInterrupt(f"interrupted after step {self.step}: the same command resumes there")
+                    if saves:
+                        self._checkpoints.save(self.done, self.state, {"log": self.log})
+                        started = time.perf_counter()
+                    if interrupt.requested and not is_last:
+                        raise KeyboardInterrupt(f"interrupted after step {self.done}: the same command resumes there")
         finally:
             self._checkpoints.close()
 
     def model(self) -> nnx.Module:
         """The learning model with the current numbers."""
-        return self._student.model(self.state.params)
+        return self._step.student.model(self.state.params)
 
-    def _flush(self, pending: list[dict[str, jax.Array]], seconds: float, advance: Callable[..., None]) -> None:
+    def _flush(self, pending: list[dict[str, jax.Array]], started: float, advance: Callable[..., None]) -> None:
         """Fetches and checks the metrics of the steps since the last call, and adds their means to the log."""
-        if not pending:
-            return
         fetched = jax.device_get(pending)
-        for step, metrics in enumerate(fetched, self.step - len(fetched) + 1):
+        self._timed.append((len(fetched), time.perf_counter() - started))
+        for step, metrics in enumerate(fetched, self.done - len(fetched) + 1):
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise RuntimeError(
@@ -134,7 +183,7 @@ class DistillationRun:
                         "--workdir"
                     )
         row = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
-        rate = len(fetched) / seconds
-        self.log.append({"step": self.step, **row, "learning_rate": float(self._schedule.rate(self.step - 1))})
-        advance(self.step, f"loss {row['loss']:.4f}, {rate:.2f} steps/s")
+        self.log.append({"step": self.done, **row, "learning_rate": self._schedule.rate(self.done - 1)})
+        count, seconds = self._timed[-1]
+        advance(self.done, f"loss {row['loss']:.4f}, {1e3 * seconds / count:.1f} ms a step")
         pending.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -9,17 +10,20 @@ import numpy as np
 import pytest
 
 import bipolar_jax as bj
+from bipolar_jax.compress.distillation import Schedule
 from bipolar_jax.models.inference.perplexity import perplexity
 from bipolar_jax.models.loaders import load_pretrained
 from configs import distill as distill_config
 from experiments import distill
 from experiments.support import workdir
+from experiments.support.timing import Compilations
 from experiments.training import distillation_run
-from experiments.training.distillation_run import DistillationRun, batch_of
+from experiments.training.distillation_run import DistillationRun, batch_of, fitted, schedule_of
 from tests.support import tiny_checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 STEPS = 6
+NAMES = ("W3A8g32", "W2A8g32")
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +33,16 @@ def config(tmp_path_factory):
     source = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), folder / "float")
     pretrained = load_pretrained(source)
     rotated = bj.compress.rotate(pretrained.model, key=jax.random.key(3), block=4)
-    packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", "W3A8g32")])
-    bj.models.save_model(folder / "W3A8g32.safetensors", pretrained.with_model(packed))
+    for name in NAMES:
+        packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", name)])
+        bj.models.save_model(folder / f"{name}.safetensors", pretrained.with_model(packed))
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times, 1859. " * 20)
     config = distill_config.get_config()
-    config.model, config.packed, config.text = (
-        str(source),
-        str(folder / "W3A8g32.safetensors"),
-        str(folder / "text.txt"),
-    )
+    config.model, config.text = str(source), str(folder / "text.txt")
+    config.packed = ",".join(str(folder / f"{name}.safetensors") for name in NAMES)
     config.rotation_seed, config.windows, config.window_length, config.sample_tokens = 3, 3, 16, 0
     config.distillation_windows, config.distillation_length, config.windows_per_step = 10, 12, 5
-    config.steps, config.batch_size, config.warmup_steps, config.learning_rate = STEPS, 4, 2, 1e-3
+    config.steps, config.batch_size, config.warmup_steps, config.learning_rate = STEPS, 4, 2, 1e-2
     config.log_every, config.checkpoint_every = 1, 2
     return config
 
@@ -60,16 +62,22 @@ def read(folder):
 def test_the_result_has_all_models_and_the_losses(run, config):
     result = read(run)
     ids = load_pretrained(config.model).tokenizer.encode(open_text(config), add_special_tokens=False).ids
-    rows = {"baseline": config.model, "calibrated": config.packed}
+    rows = {"baseline": config.model} | {name: path for name, path in zip(NAMES, config.packed.split(","), strict=True)}
     for name, path in rows.items():
         scored = perplexity(load_pretrained(path).model, ids, windows=3, window_length=16)
-        assert result[name]["perplexity"] == scored.perplexity
-    packed = load_pretrained(run / "W3A8g32.safetensors")
-    assert str(packed.model.layers.attention.q_proj.precision) == "W3A8g32"
-    scored = perplexity(packed.model, ids, windows=3, window_length=16)
-    assert result["precisions"]["W3A8g32"]["perplexity"] == scored.perplexity
-    assert scored.perplexity != result["calibrated"]["perplexity"]
-    assert [row["step"] for row in result["distillation"]] == list(range(1, STEPS + 1))
+        before = result[name] if name == "baseline" else result["calibrated"][name]
+        assert before["perplexity"] == scored.perplexity
+    for name in NAMES:
+        packed, about = load_pretrained(run / f"{name}.safetensors"), result["distillation"][name]
+        assert str(packed.model.layers.attention.q_proj.precision) == name
+        scored = perplexity(packed.model, ids, windows=3, window_length=16)
+        assert result["precisions"][name]["perplexity"] == scored.perplexity
+        assert scored.perplexity != result["calibrated"][name]["perplexity"]
+        assert [row["step"] for row in about["log"]] == list(range(1, STEPS + 1))
+        assert about["schedule"]["steps"] == STEPS
+        assert about["milliseconds"] > 0
+        assert set(about["seconds"]) == {"prepare", "train"}
+        assert not (run / f"{name}.training").exists()
     assert (run / "perplexity.png").is_file()
 
 
@@ -80,11 +88,12 @@ def open_text(config):
 
 @pytest.mark.covered("checkpoints and resuming, by test_train_resume.py, which shares them")
 def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypatch):
-    original = DistillationRun._flush
+    original, calls = DistillationRun._flush, []
 
     def killed(self, *arguments):
         original(self, *arguments)
-        if self.step == 3:  # after the checkpoint of step 2
+        calls.append(self.done)
+        if len(calls) == STEPS + 3:  # of the second model, after the checkpoint of step 2
             raise MemoryError
 
     monkeypatch.setattr(DistillationRun, "_flush", killed)
@@ -92,11 +101,51 @@ def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypa
         distill.main(config, tmp_path)
     monkeypatch.undo()
     distill.main(config, tmp_path)
-    assert read(tmp_path)["distillation"] == read(run)["distillation"]
-    name = "W3A8g32.safetensors"
-    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+    for name in NAMES:
+        logs = [read(folder)["distillation"][name]["log"] for folder in (tmp_path, run)]
+        assert logs[0] == logs[1]
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == (run / f"{name}.safetensors").read_bytes()
     monkeypatch.setattr(distill, "learning_model", None)
     distill.main(config, tmp_path)  # finished: nothing is trained again
+
+
+@pytest.mark.covered("fitted schedules, below")
+def test_steps_are_fitted_to_the_time_and_their_programs_compile_once(config, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.seconds, config.packed, config.checkpoint_every = 1000.0, config.packed.split(",")[0], 600
+    monkeypatch.setattr(distill, "_SECONDS_OF_SCORE", 0.0)
+    monkeypatch.setattr(distill, "seconds_of_step", lambda *_: 250.0)
+    compiled = []
+    original = distill.DistillationRun.train
+
+    def train(self, interrupt):
+        start = len(listener.seconds)
+        original(self, interrupt)
+        compiled.append(len(listener.seconds) - start)
+
+    listener = Compilations.listen()
+    monkeypatch.setattr(distill.DistillationRun, "train", train)
+    distill.main(config, tmp_path)
+    about = read(tmp_path)["distillation"][NAMES[0]]
+    assert about["schedule"]["steps"] == len(about["log"]) == 3
+    assert about["schedule"]["warmup"] == 0
+    assert about["settings"]["steps"] == STEPS
+    assert compiled == [0]
+
+
+def test_schedules_are_fitted_to_a_time():
+    schedule = Schedule(steps=600, learning_rate=2e-5)
+    assert fitted(schedule, 0.06, 100) == schedule
+    assert fitted(schedule, 0.06, 18.1) == dataclasses.replace(schedule, steps=301, warmup=30)
+    with pytest.raises(RuntimeError, match=r"0\.0 seconds are left, a step takes 0\.06: give more --config\.seconds"):
+        fitted(schedule, 0.06, -3)
+
+
+def test_a_config_has_the_schedule_of_each_precision_unless_it_names_one():
+    config, precision = distill_config.get_config(), bj.Precision.parse("W3A8g64")
+    assert schedule_of(config, precision) == Schedule(steps=1200, learning_rate=1e-4)
+    config.steps, config.scale_rate = 80, 0.2
+    assert schedule_of(config, precision) == Schedule(steps=80, learning_rate=1e-4, scale_rate=0.2)
 
 
 @pytest.mark.covered("Ctrl-C, by test_train_resume.py")
@@ -127,16 +176,20 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
     ("changes", "message"),
     [
         ({"packed": ""}, "config.packed is missing"),
+        ({"seconds": -1.0}, "seconds must be at least 0"),
         ({"warmup_steps": 6}, "warmup=6 must be at least 0 and below steps=6"),
         ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
         ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),
         ({"parts": 3}, "parts=3 must divide batch_size=4"),
         ({"log_every": 0}, "log_every must be at least 1"),
+        ({"packed": "twice"}, "give one checkpoint of each precision"),
     ],
 )
 def test_impossible_configs_are_refused(config, tmp_path, changes, message):
     config = config.copy_and_resolve_references()
     config.update(changes)
+    if config.packed == "twice":
+        config.packed = 2 * f"{config.model.removesuffix('float')}W3A8g32.safetensors,"
     with pytest.raises(ValueError, match=message):
         distill.main(config, tmp_path)
 
@@ -144,7 +197,7 @@ def test_impossible_configs_are_refused(config, tmp_path, changes, message):
 @pytest.mark.covered("the check, by test_train_resume.py")
 def test_losses_that_are_not_finite_end_a_run(config, tmp_path, monkeypatch):
     nan = {"loss": np.float32("nan"), "gradient_norm": np.float32(1)}
-    monkeypatch.setattr(distillation_run, "make_step", lambda *_, **__: lambda state, _: (state, nan))
+    monkeypatch.setattr(distillation_run.Step, "__call__", lambda self, state, *_: (state, nan))
     with pytest.raises(RuntimeError, match="the loss of step 1 is nan: lower learning_rate"):
         distill.main(config, tmp_path)
 

@@ -1,7 +1,7 @@
 """Distillation after rounding: a packed model learns from its float self, starting from what calibration found.
 
 student = Student(learning_model(packed, floats))
-state, step, schedule = DistillationState.initial(student), Step(student, teacher), Schedule.of(precision)
+state, step, schedule = DistillationState.of(student.params), Step(student, teacher), Schedule.of(precision)
 for done, windows in enumerate(batches):
     state, metrics = step(state, windows, schedule, done)
 packed = packed_again(student.model(state.params), packed)

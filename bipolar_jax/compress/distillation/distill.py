@@ -18,12 +18,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bipolar_jax.compress.distillation.learning_model import Learned, Student, is_latent
+from bipolar_jax.compress.distillation.learning_model import Learned, Student, StudentLayout, is_latent
 from bipolar_jax.format import as_format
 from bipolar_jax.nn import distillation_loss
 from bipolar_jax.quantize import Precision
 from bipolar_jax.quantize.straight_through import straight_through
-
 
 # Steps and learning rates that were found on SmolLM2-135M, by bits of weights and by those of activations: a model
 # takes the larger ones of its two rows. A step has 16 windows of 512 tokens.
@@ -114,20 +113,20 @@ class DistillationState:
     optimizer: optax.ScaleByAdamState
 
     @classmethod
-    def initial(cls, student: Student) -> DistillationState:
-        """Before the first step. Copies the student's numbers: steps donate their state."""
-        params = {name: jnp.array(value) for name, value in student.params.items()}
+    def of(cls, params: Learned) -> DistillationState:
+        """Before the first step. Copies the numbers: steps donate their state."""
+        params = {name: jnp.array(value) for name, value in params.items()}
         return cls(params, _ADAM.init(params))
 
 
 class Step:
-    """One update: `step(state, windows, schedule)` returns the new state and the metrics, by one compiled program.
+    """One update: `step(state, windows, schedule, done)` returns the new state and the metrics; the state is donated.
 
-    The state is donated. The metrics "loss" and "gradient_norm" are those before the update. Schedules share the
-    program, and so do students of the same shapes and formats.
+    It is one compiled program, which all schedules share, and all students of one layout. The metrics "loss" and
+    "gradient_norm" are those before the update.
 
     Attributes:
-      student: what learns.
+      student: what learns; of shapes alone it can be compiled.
       teacher: the float model.
       parts: the windows of a step are run in so many parts, one after the other, where all activations of all layers
         would take too much memory; it divides their number.
@@ -135,42 +134,42 @@ class Step:
 
     def __init__(self, student: Student, teacher: nnx.Module, *, parts: int = 1):
         self.student, self.teacher, self.parts = student, teacher, parts
-        self._program = jax.jit(self._update, donate_argnums=0)
 
     def __call__(
         self, state: DistillationState, ids: Int[Array, "windows length"], schedule: Schedule, done: int
     ) -> tuple[DistillationState, dict[str, Float[Array, ""]]]:
         """The update after `done` others."""
-        rates = np.float32([schedule.rate(done), schedule.rate(done) * schedule.scale_rate, schedule.clip_norm])
-        return self._program(state, self.student.rest, self.teacher, jnp.asarray(ids, jnp.int32), rates)
+        rate = schedule.rate(done)
+        rates = np.float32([rate, rate * schedule.scale_rate, schedule.clip_norm])
+        ids = jnp.asarray(ids, jnp.int32)
+        return _update(self.student.layout, self.parts, state, self.student.rest, self.teacher, ids, rates)
 
     def compile(self, windows: int, length: int) -> None:
-        """Compiles the program for batches of this shape; later calls find it, also those of other threads."""
-        state = jax.eval_shape(lambda: DistillationState.initial(self.student))
-        ids = jax.ShapeDtypeStruct((windows, length), jnp.int32)
-        rates = jax.ShapeDtypeStruct((3,), jnp.float32)
-        self._program.lower(state, self.student.rest, self.teacher, ids, rates).compile()
+        """Compiles the program for batches of this shape; calls find it, whichever thread has compiled it."""
+        state = jax.eval_shape(DistillationState.of, self.student.params)
+        ids, rates = jax.ShapeDtypeStruct((windows, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.float32)
+        _update.lower(self.student.layout, self.parts, state, self.student.rest, self.teacher, ids, rates).compile()
 
-    def _update(self, state, rest, teacher, ids, rates):
-        def add_part(sums, ids):
-            loss = functools.partial(self._loss, rest, teacher, ids)
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(state.params)), None
 
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-        # XLA makes no loop of one part.
-        sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(self.parts, -1, ids.shape[-1]))
-        loss, gradient = jax.tree.map(lambda array: array / self.parts, sums)
-        norm = optax.tree.norm(gradient)
-        rate, scale_rate, clip_norm = rates
-        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, clip_norm))
-        gradient = jax.tree.map(lambda array: array * shrink, gradient)
-        with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to an int32
-            moved, optimizer = _ADAM.update(gradient, state.optimizer, state.params)
-        params = {
-            name: value - (rate if is_latent(name) else scale_rate) * moved[name]
-            for name, value in state.params.items()
-        }
-        return DistillationState(params, optimizer), {"loss": loss, "gradient_norm": norm}
+@functools.partial(jax.jit, static_argnames=("layout", "parts"), donate_argnames="state")
+def _update(layout: StudentLayout, parts: int, state: DistillationState, rest, teacher, ids, rates):
+    def loss(params, ids):
+        return window_loss(layout.model(params, rest), teacher, ids)
 
-    def _loss(self, rest, teacher, ids, params):
-        return window_loss(self.student.model(params, rest), teacher, ids)
+    def add_part(sums, ids):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(state.params, ids)), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+    # XLA makes no loop of one part.
+    sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(parts, -1, ids.shape[-1]))
+    loss_of_all, gradient = jax.tree.map(lambda array: array / parts, sums)
+    norm = optax.tree.norm(gradient)
+    rate, scale_rate, clip_norm = rates
+    shrink = clip_norm / jnp.maximum(norm, clip_norm)
+    gradient = jax.tree.map(lambda array: array * shrink, gradient)
+    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to an int32
+        moved, optimizer = _ADAM.update(gradient, state.optimizer, state.params)
+    params = {
+        name: value - (rate if is_latent(name) else scale_rate) * moved[name] for name, value in state.params.items()
+    }
+    return DistillationState(params, optimizer), {"loss": loss_of_all, "gradient_norm": norm}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -101,26 +102,42 @@ def _result_dtype(packed: nnx.Module, path: str, layer: Linear, dtype: jnp.dtype
     return dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class StudentLayout:
+    """What a learning model is but its numbers; equal ones share compiled programs.
+
+    Attributes:
+      graph: of the model.
+      learned: path and kind of each variable that learns.
+    """
+
+    graph: nnx.GraphDef
+    learned: tuple[tuple[tuple, type[nnx.Variable]], ...]
+
+    def model(self, params: Learned, rest: nnx.State) -> Any:
+        """The model with these numbers."""
+        learned = nnx.from_flat_state((path, kind(params[_name(path)])) for path, kind in self.learned)
+        return nnx.merge(self.graph, learned, rest)
+
+
 class Student:
     """A learning model apart: what learns by path, which steps update, and the rest, which they only read.
 
     Attributes:
+      params: the numbers at the beginning.
       rest: what does not learn; an operand of compiled programs.
+      layout: how to put both together.
     """
 
     def __init__(self, model: nnx.Module):
-        self._graph, learned, self.rest = nnx.split(model, _learns, ...)
-        self._learned = nnx.to_flat_state(learned)
+        graph, learned, self.rest = nnx.split(model, _learns, ...)
+        learned = nnx.to_flat_state(learned)
+        self.params: Learned = {_name(path): variable.get_value() for path, variable in learned}
+        self.layout = StudentLayout(graph, tuple((path, type(variable)) for path, variable in learned))
 
-    @property
-    def params(self) -> Learned:
-        """The numbers at the beginning."""
-        return {_name(path): variable.get_value() for path, variable in self._learned}
-
-    def model(self, params: Learned, rest: nnx.State | None = None) -> Any:
-        """The model with these numbers; within a trace `rest` is an operand, outside of it None is its own."""
-        learned = nnx.from_flat_state((path, each.replace(params[_name(path)])) for path, each in self._learned)
-        return nnx.merge(self._graph, learned, self.rest if rest is None else rest)
+    def model(self, params: Learned) -> Any:
+        """The model with these numbers."""
+        return self.layout.model(params, self.rest)
 
 
 def is_latent(name: str) -> bool:

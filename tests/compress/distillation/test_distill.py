@@ -115,7 +115,7 @@ def distilled():
     student = Student(learning_model(packed, model))
     step = Step(student, model)
     step.compile(*IDS.shape)
-    state, losses = DistillationState.initial(student), []
+    state, losses = DistillationState.of(student.params), []
     for done in range(SCHEDULE.steps):
         state, metrics = step(state, IDS, SCHEDULE, done)
         losses.append({name: float(value) for name, value in metrics.items()})
@@ -177,7 +177,7 @@ def test_integers_of_groups_learn_where_they_are_asked_to():
     np.testing.assert_allclose(found.scale, by_scale + kernel.format.max_value * by_offset, rtol=1e-4, atol=1e-3)
     student, schedule = Student(learning_model(packed, model, learn_groups=True)), Schedule(20, 1e-2, warmup=3)
     assert any(name.endswith("group_steps") for name in student.params)
-    step, state = Step(student, model), DistillationState.initial(student)
+    step, state = Step(student, model), DistillationState.of(student.params)
     for done in range(schedule.steps):
         state, _ = step(state, IDS, schedule, done)
     learned = student.model(state.params)
@@ -201,7 +201,7 @@ def test_operands_of_16_bits_come_near(distilled):
     """Loss and gradient: bfloat16 rounds weights by 0.2% each, of sums of some 24; tokens may be a step apart."""
     model, packed, _student, _state, losses = distilled
     student = Student(learning_model(packed, model, dtype=jnp.bfloat16))
-    _, metrics = Step(student, model)(DistillationState.initial(student), IDS, Schedule(80, 1e-2, warmup=3), 0)
+    _, metrics = Step(student, model)(DistillationState.of(student.params), IDS, Schedule(80, 1e-2, warmup=3), 0)
     for name, found in metrics.items():
         assert float(found) == pytest.approx(losses[0][name], rel=0.1)
         assert float(found) != losses[0][name]
@@ -256,7 +256,7 @@ def test_the_loss_has_the_gradient_of_the_chain_rule():
 def test_windows_may_run_in_parts(distilled):
     model, _packed, student, _state, losses = distilled
     schedule = Schedule(steps=30, learning_rate=1e-3, warmup=3)
-    _, metrics = Step(student, model, parts=2)(DistillationState.initial(student), IDS, schedule, 0)
+    _, metrics = Step(student, model, parts=2)(DistillationState.of(student.params), IDS, schedule, 0)
     assert set(metrics) == {"loss", "gradient_norm"}
     assert all(float(metrics[name]) == pytest.approx(losses[0][name], rel=1e-4) for name in metrics)
 
@@ -272,7 +272,7 @@ def test_rates_warm_up_and_fall_to_zero():
 
 def test_scales_learn_more_slowly(distilled):
     """Adam's first update is the rate times the sign of the gradient."""
-    _model, _packed, student, _state, losses = distilled
+    _model, _packed, _student, _state, losses = distilled
     for name, moved in losses[0]["moved"].items():
         wanted = SCHEDULE.rate(0) * (1 if is_latent(name) else SCHEDULE.scale_rate)
         # Of a number of size 1 float32 takes up to 1e-7 of it.
