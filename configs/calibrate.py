@@ -12,7 +12,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from bipolar_jax.compress import Rounding
+from bipolar_jax.compress import Reconstruction, Rounding
 
 
 def get_config() -> ConfigDict:
@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
     config.rotation_block = 0
     # How weights are rounded, see bj.compress.Rounding.
     config.rounding = ConfigDict(dataclasses.asdict(Rounding()))
+    # How the layers of a block then learn together what the float model's block puts out, see
+    # bj.compress.Reconstruction; 0 epochs: they do not.
+    config.reconstruction = ConfigDict(dataclasses.asdict(Reconstruction()) | {"epochs": 0})
     # Bits at which layers are rounded, such as 8 with rounding.nested=(6, 4): a row has the high planes that its
     # precision asks for, as one file serves several precisions; 0 rounds each precision for itself.
     config.rounded_bits = 0

@@ -52,6 +52,7 @@ _SETTINGS = (
     "rotation",
     "rotation_block",
     "rounding",
+    "reconstruction",
     "rounded_bits",
     "learn_spans",
     "cache_bits",
@@ -72,6 +73,7 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
         raise ValueError("config.precisions is empty: name at least one, such as W4A8g64, or give config.rules")
     precisions = precisions or [BY_RULES]
     method = bj.compress.Rounding(**config.rounding)
+    reconstruction = bj.compress.Reconstruction(**config.reconstruction) if config.reconstruction.epochs else None
     if config.rotation not in get_args(Kind):
         raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
     if min(config.calibration_windows, config.calibration_length) < 1:
@@ -104,6 +106,7 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
                 tokens,
                 rules_of_row(first_rules, _as_rounded(precision, config)),
                 method=method,
+                reconstruction=reconstruction,
                 learn_spans=config.learn_spans,
                 cache_bits=config.cache_bits or None,
                 windows_per_step=config.windows_per_step,

@@ -51,6 +51,7 @@ FLOORS = {
         "activation_spans",
         "whole_model",
         "block_programs",
+        "reconstruction",
         "packed_sites",
         "rounded_layers",
         "layer_store",

@@ -19,6 +19,8 @@ from bipolar_jax.compress.expert_moments import add_expert_inputs, empty_expert_
 from bipolar_jax.compress.hessians import SecondMoments
 from bipolar_jax.compress.packed_sites import BlockPlan, SitePlan, float_matrix, packed_kernels, with_packed_layers
 from bipolar_jax.compress.programs import Run, SideBySide, call
+from bipolar_jax.compress.reconstruction import Reconstruction
+from bipolar_jax.compress.reconstruction.reconstruct import reconstructed
 from bipolar_jax.compress.rounded_layers import numbers_of_kernels, with_rounded_layers
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.site_inputs import site_inputs
@@ -98,7 +100,13 @@ def rounded_block(
 
 
 def compile_programs(
-    model: Compressible, block: nnx.Module, carry: Any, plan: BlockPlan, method: Rounding, beside: Any = None
+    model: Compressible,
+    block: nnx.Module,
+    carry: Any,
+    plan: BlockPlan,
+    method: Rounding,
+    beside: Any = None,
+    reconstruction: Reconstruction | None = None,
 ) -> None:
     """Compiles the programs of a block at the same time, as far as there are cores; nothing is computed.
 
@@ -107,7 +115,9 @@ def compile_programs(
       plan: what is done with the block's sites.
       method: how weights are rounded.
       beside: the float block and its carry, as `add_moments` gets them; None for none.
+      reconstruction: how the layers learn together; None if they do not.
     """
+    float_block, of_block = block, {}
     with SideBySide() as compile_program:
         for index, each in enumerate(plan):
             formats = formats_of_inputs(each)
@@ -123,4 +133,9 @@ def compile_programs(
                 packed = packed_kernels(floats, of_format[precision.a_format], precision, method, compile_program)
                 kernels |= dict(zip(names, packed, strict=True))
             block = rounded_block(block, each, kernels, compile_program)
+            of_block |= kernels
         compile_program(run_block, model, block, carry)
+        if reconstruction is not None and of_block:
+            stream = jax.eval_shape(lambda model, carry: model.stream(carry), model, carry)
+            options = {"grid": method.grid, "run": compile_program}
+            reconstructed(model, float_block, [carry], [stream], of_block, plan, reconstruction, **options)

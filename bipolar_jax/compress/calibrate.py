@@ -27,6 +27,8 @@ from bipolar_jax.compress.block_programs import (
 )
 from bipolar_jax.compress.layer_store import LayerStore, digest_of_arrays, digest_of_model
 from bipolar_jax.compress.packed_sites import BlockPlan, packed_kernels, plan_blocks, with_packed_layers
+from bipolar_jax.compress.reconstruction import Reconstruction
+from bipolar_jax.compress.reconstruction.reconstruct import check_reconstruction, reconstructed
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.compress.whole_model import WholeModel
 from bipolar_jax.nn.compressible import CachesHeads, Compressible, layer_at, without_signs
@@ -46,6 +48,7 @@ def calibrate[Model: nnx.Module](
     rules: Rules,
     *,
     method: Rounding = DEFAULT_METHOD,
+    reconstruction: Reconstruction | None = None,
     learn_spans: int = 4,
     cache_bits: int | None = None,
     windows_per_step: int = 4,
@@ -61,9 +64,9 @@ def calibrate[Model: nnx.Module](
     rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
-    its float layers, their rounded numbers and second moments; with `Rounding.asymmetry` the float model's hidden
-    states, too. All blocks run the same compiled programs, where rules give them the same precisions; most of them
-    serve all precisions with the same activations.
+    its float layers, their rounded numbers and second moments; with a reconstruction or `Rounding.asymmetry` the float
+    model's hidden states, too. All blocks run the same compiled programs, where rules give them the same precisions;
+    most of them serve all precisions with the same activations.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
     Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
@@ -78,11 +81,14 @@ def calibrate[Model: nnx.Module](
         first axes are examples.
       rules: as those of `quantize_model`.
       method: how weights are rounded.
+      reconstruction: how the layers of a block then learn together what the float model's block puts out: for 2 and 3
+        bits, and activations of 4. None leaves them as they were rounded.
       learn_spans: activations of at most so many bits get the part of a token's range that their grid should span
         (`Precision.a_span`), one for each input of a block; 0 learns none. The first windows are enough for it.
       cache_bits: of the cache of keys and values that the model will decode with, 8 or 4: layers are then rounded for
         what attention reads from it. None leaves keys and values as they are.
-      windows_per_step: windows, or examples, that run at once; more is faster and takes more memory.
+      windows_per_step: windows, or examples, that run at once; more is faster and takes more memory. With a
+        reconstruction its `windows_per_update` do.
       on_block: called with the number of blocks that are finished.
       store: a folder where finished blocks are kept. A calibration that was stopped resumes from it, with the same
         result; it must be called with the same arguments.
@@ -93,7 +99,8 @@ def calibrate[Model: nnx.Module](
     Raises:
       ValueError: no windows, or such as the model cannot read; as `quantize_model`; a layer that was trained with
         `DotGeneral`; NaN or Inf in weights or in what enters a layer; experts in some layers only, or beside an
-        asymmetry; or a store that is a file, or holds blocks of another model, text, rules or method.
+        asymmetry or a reconstruction; a reconstruction of a model without blocks, with nested codes or cache_bits; or a
+        store that is a file, or holds blocks of another model, text, rules or method.
 
     Warns:
       UserWarning: experts that no token goes to; layers in training mode.
@@ -110,6 +117,9 @@ def calibrate[Model: nnx.Module](
         raise ValueError(f"cache_bits is {cache_bits!r}, but the model keeps caches of {kinds} bits: leave it None")
     if type(learn_spans) is not int:
         raise ValueError(f"learn_spans must be a number of activation bits, 0 to learn none, got {learn_spans!r:.40}")
+    if reconstruction is not None:
+        check_reconstruction(model, reconstruction, method, cache_bits)
+        windows_per_step = reconstruction.windows_per_update
     _warn_of_training_mode(model)
     batches = _batches(inputs, windows_per_step, tokens=isinstance(model, Compressible))
     if isinstance(model, Compressible):
@@ -120,11 +130,14 @@ def calibrate[Model: nnx.Module](
         blocks = WholeModel.of(model, batches[0])
         plan, other_rules = blocks.plan(rules)
         plans = (plan,)
-    if method.asymmetry and any(sites.sites.experts and sites.precisions for block in plans for sites in block):
-        raise ValueError(
-            f"asymmetry is {method.asymmetry:g}, which pairs inputs of the packed and of the float model, but their "
-            "tokens may go to other experts: use a Rounding with asymmetry=0"
-        )
+    if any(sites.sites.experts and sites.precisions for block in plans for sites in block):
+        if method.asymmetry:
+            raise ValueError(
+                f"asymmetry is {method.asymmetry:g}, which pairs inputs of the packed and of the float model, but "
+                "their tokens may go to other experts: use a Rounding with asymmetry=0"
+            )
+        if reconstruction is not None:
+            raise ValueError("blocks with packed experts are not reconstructed: leave reconstruction None")
     for precision in dict.fromkeys(each for block in plans for plan in block for each in plan.precisions.values()):
         method.check(precision)
     _check_weights(blocks, plans)
@@ -138,11 +151,14 @@ def calibrate[Model: nnx.Module](
     if store is not None:
         by_block = [sorted(item for plan in block for item in plan.precisions.items()) for block in plans]
         precisions = by_block[0] if all(each == by_block[0] for each in by_block) else by_block
-        settings = repr(method) if cache_bits is None else repr((method, cache_bits))
+        options = [each for each in (cache_bits, reconstruction) if each is not None]
+        settings = repr((method, *options)) if options else repr(method)
         digests = {"model": digest_of_model(floats), "inputs": digest_of_arrays(inputs)}
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": settings})
-    float_blocks = float_blocks if method.asymmetry else None
-    calibrated = _pass_over_blocks(blocks, float_blocks, batches, plans, method, cache_bits, on_block, finished)
+    float_blocks = float_blocks if method.asymmetry or reconstruction is not None else None
+    calibrated = _pass_over_blocks(
+        blocks, float_blocks, batches, plans, method, reconstruction, cache_bits, on_block, finished
+    )
     return calibrated.module if isinstance(calibrated, WholeModel) else calibrated
 
 
@@ -204,6 +220,7 @@ def _pass_over_blocks(
     batches: Sequence[Any],
     plans: Sequence[BlockPlan],
     method: Rounding,
+    reconstruction: Reconstruction | None,
     cache_bits: int | None,
     on_block: Callable[[int], None] | None,
     finished: LayerStore | None,
@@ -218,16 +235,25 @@ def _pass_over_blocks(
     blocks, compiled, unreached = [], [], {}
     for index, plan in enumerate(plans):
         block = model.block(index)
-        beside = None if floats is None else (floats.block(index), float_carries)
+        float_block = None if floats is None else floats.block(index)
         kernels = None if finished is None else finished.read(index)
-        if kernels is None:
+        is_new = kernels is None
+        if is_new:
+            beside = (float_block, float_carries) if method.asymmetry else None
             if plan not in compiled:
-                compile_programs(model, block, carries[0], plan, method, beside and (beside[0], float_carries[0]))
+                first = None if beside is None else (float_block, float_carries[0])
+                compile_programs(model, block, carries[0], plan, method, first, reconstruction)
                 compiled.append(plan)
             rounded, kernels = _calibrated(model, block, index, carries, plan, method, beside, unreached)
-            if finished is not None:
-                finished.write(index, kernels)
-        else:
+        if float_block is not None:
+            for each, carry in enumerate(float_carries):
+                float_carries[each] = run_block(model, float_block, carry)
+        if is_new and reconstruction is not None and kernels:
+            targets = [model.stream(carry) for carry in float_carries]
+            kernels = reconstructed(model, block, carries, targets, kernels, plan, reconstruction, method.grid)
+        if is_new and finished is not None:
+            finished.write(index, kernels)
+        if not is_new or reconstruction is not None:
             rounded = block
             for sites in plan:
                 own = {name: kernels[name] for name in sites.precisions}
@@ -237,9 +263,7 @@ def _pass_over_blocks(
         if index + 1 < model.num_blocks:
             for each in range(len(carries)):  # one by one, so that old and new states are not all in memory
                 carries[each] = run_block(model, rounded, carries[each])
-                if beside is not None:
-                    float_carries[each] = run_block(model, beside[0], float_carries[each])
-        del block, rounded
+        del block, rounded, float_block
         if on_block is not None:
             jax.block_until_ready(carries[-1])
             on_block(index + 1)

@@ -20,6 +20,7 @@ from bipolar_jax.compress.site_inputs import StandIn, replace_layer
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import BipolarArray
+from bipolar_jax.quantize.straight_through import straight_through
 
 
 class RoundedLinear(StandIn):
@@ -40,7 +41,8 @@ class RoundedLinear(StandIn):
         """The product and the bias, in the shape and dtype of layer(inputs)."""
         numbers = self.numbers[...]
         put_out = jax.eval_shape(lambda x: self.layer(x, **options), inputs)
-        tokens = dequantized_tokens(inputs.reshape(-1, len(numbers)), self.a_format)
+        exact = inputs.reshape(-1, len(numbers)).astype(jnp.float32)
+        tokens = straight_through(dequantized_tokens(jax.lax.stop_gradient(exact), self.a_format), exact)
         y = jnp.matmul(tokens, numbers, precision=jax.lax.Precision.HIGHEST)
         if self.layer.bias is not None:
             y = y + self.layer.bias[...].astype(jnp.float32).reshape(1, -1)

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             "unrotated": {"rotation": "none"},
             "foldable": {"rotation": "foldable"},
             "float_groups": {"suffix": "f"},
+            "reconstruction": {"reconstruction": {"epochs": 8}},
             "nested": {"rounding": {"nested": (6, 4)}},
             "planes_of_8": {"rounded_bits": 8, "rounding": {"nested": (6, 4)}},
             "cache_8": {"cache_bits": 8},

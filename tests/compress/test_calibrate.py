@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import bipolar_jax as bj
+from bipolar_jax.compress import Reconstruction
 from bipolar_jax.compress.calibrate import calibrate
+from bipolar_jax.compress.reconstruction.reconstruct import update
 from bipolar_jax.compress.rounding import Rounding
 from bipolar_jax.models.checkpoint import load_model, save_model
 from bipolar_jax.models.inference.perplexity import perplexity
@@ -151,6 +154,46 @@ def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibra
     assert_same_bytes(resumed, calibrated)
     with pytest.raises(ValueError, match="calibrated with other values of inputs, method: "):
         calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
+
+
+def test_blocks_that_learn_together_come_nearer_and_resume_with_the_same_bytes(model, calibrated, tmp_path):
+    def stop(finished):
+        if finished == 1:
+            raise Killed
+
+    update.clear_cache()
+    learns = {"reconstruction": Reconstruction(epochs=12, windows_per_update=4, code_rate=0.02, grid_rate=0.01)}
+    with pytest.raises(Killed):
+        calibrate(model, TOKENS, RULES, store=tmp_path, on_block=stop, **learns)
+    resumed = calibrate(model, TOKENS, RULES, store=tmp_path, **learns)
+    assert update._cache_size() == 1  # for all blocks
+    assert_same_bytes(resumed, calibrate(model, TOKENS, RULES, **learns))
+
+    @jax.jit
+    def error(packed):
+        wanted = model.hidden_states(TOKENS)
+        return jnp.mean((packed.hidden_states(TOKENS) - wanted) ** 2) / jnp.mean(wanted**2)
+
+    assert error(resumed) < 0.8 * error(calibrated)
+    with pytest.raises(ValueError, match="other values of method"):
+        calibrate(model, TOKENS, RULES, store=tmp_path)
+
+
+def test_what_is_not_reconstructed_is_refused(model):
+    for options, message in [
+        ({"reconstruction": 8}, "must be a Reconstruction or None, got 8"),
+        ({"reconstruction": Reconstruction(), "method": Rounding(nested=(2,))}, r"codes that serve \(2,\) bits"),
+        ({"reconstruction": Reconstruction(), "cache_bits": 8}, "keys of a cache of 8 bits have no gradients"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, TOKENS, RULES, **options)
+    with pytest.raises(ValueError, match="a Linear has no blocks to reconstruct"):
+        calibrate(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), np.ones((2, 4)), [("", "W4A8")], reconstruction=Reconstruction())
+    for name, value in {"epochs": 0, "windows_per_update": 1.5, "code_rate": -1.0, "grid_rate": True}.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Reconstruction(**{name: value})
+    with pytest.raises(ValueError, match="learn_groups must be True or False"):
+        Reconstruction(learn_groups=1)
 
 
 def test_memory_holds_one_state_of_all_windows(model):

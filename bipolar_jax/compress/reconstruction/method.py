@@ -1,0 +1,46 @@
+"""What is asked of a reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """How the weights of a block learn together, after they were rounded layer by layer.
+
+    Attributes:
+      epochs: how often it sees all windows.
+      windows_per_update: windows of one update; calibration then runs so many at once.
+      code_rate: the peak learning rate of weights, in steps of their grid: Adam moves a weight by about as much.
+      grid_rate: that of scales and offsets, in parts of a step.
+      learn_groups: whether the integers of integer groups learn, too, or the scale of each row alone.
+
+    Raises:
+      ValueError: numbers that are not positive.
+    """
+
+    epochs: int = 8
+    windows_per_update: int = 8
+    code_rate: float = 5e-3
+    grid_rate: float = 1e-3
+    learn_groups: bool = True
+
+    def __post_init__(self):
+        for name in ("epochs", "windows_per_update"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        for name in ("code_rate", "grid_rate"):
+            rate = getattr(self, name)
+            if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {rate!r}")
+        if not isinstance(self.learn_groups, bool):
+            raise ValueError(f"learn_groups must be True or False, got {self.learn_groups!r}")
+
+    def order(self, batches: int) -> np.ndarray:
+        """The batch of every update: each epoch has all batches, in an order that is drawn from a fixed seed."""
+        rng = np.random.default_rng(0)
+        return np.concatenate([rng.permutation(batches) for _ in range(self.epochs)])

@@ -1,0 +1,177 @@
+"""The weights of a block learn together, so that its output comes near to that of the float model's block.
+
+BRECQ (arXiv 2102.05426) on the grids, codes and steps of Block-AP in EfficientQAT (arXiv 2407.11062): the packed
+block gets what the packed blocks before it put out, and learns the residual stream that the float model has after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bipolar_jax.compress.hessians import stream_weights
+from bipolar_jax.compress.packed_sites import BlockPlan, float_matrix
+from bipolar_jax.compress.programs import Run, call
+from bipolar_jax.compress.reconstruction import learned_grid
+from bipolar_jax.compress.reconstruction.learned_grid import LearnedRows, StartGrid
+from bipolar_jax.compress.reconstruction.method import Reconstruction
+from bipolar_jax.compress.rounded_layers import with_rounded_layers
+from bipolar_jax.compress.rounding import Rounding
+from bipolar_jax.compress.rounding.method import Grid
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.nn.compressible import Compressible, layer_at
+from bipolar_jax.packing import BipolarArray
+
+# Of Adam (arXiv 1412.6980): decays of the means of gradients and of their squares, and what is added to a root.
+_DECAYS, _EPSILON = (0.9, 0.95), 1e-12
+
+
+class Layer(NamedTuple):
+    """What is static of a layer that learns: its path in the block, its groups and the grid of its activations."""
+
+    name: str
+    group_size: int | None
+    a_format: BipolarFormat | None
+
+
+class State(NamedTuple):
+    """What an update changes: the rows of all layers, and the means of gradients and of their squares."""
+
+    learned: list[LearnedRows]
+    mean: list[LearnedRows]
+    square: list[LearnedRows]
+
+
+def check_reconstruction(model: Any, method: Reconstruction, rounding: Rounding, cache_bits: int | None) -> None:
+    """Raises ValueError for what is not reconstructed: other things than blocks, nested codes, caches of few bits."""
+    if not isinstance(method, Reconstruction):
+        raise ValueError(f"reconstruction must be a Reconstruction or None, got {method!r:.60}")
+    if not isinstance(model, Compressible):
+        raise ValueError(f"a {type(model).__name__} has no blocks to reconstruct: leave reconstruction None")
+    if rounding.nested:
+        raise ValueError(f"codes that serve {rounding.nested} bits, too, would lose that: leave reconstruction None")
+    if cache_bits is not None:
+        raise ValueError(
+            f"keys of a cache of {cache_bits} bits have no gradients: leave cache_bits or reconstruction None"
+        )
+
+
+def reconstructed(
+    model: Compressible,
+    block: nnx.Module,
+    carries: Sequence[Any],
+    targets: Sequence[Float[Array, "batch length hidden"]],
+    kernels: Mapping[str, BipolarArray],
+    plan: BlockPlan,
+    method: Reconstruction,
+    grid: Grid,
+    run: Run = call,
+) -> dict[str, BipolarArray]:
+    """The packed kernels of a block's layers after they have learned.
+
+    Args:
+      model: runs the block.
+      block: the float block.
+      carries: the block's, of the packed model; a batch of windows each.
+      targets: the residual streams after the block in the float model.
+      kernels: the kernels as rounding made them, by path.
+      plan: what is done with the block's sites.
+      method: rates and epochs.
+      grid: of the rounding; zero keeps its place on grids that have it.
+      run: calls a program, or compiles it, see `compress.programs`.
+    """
+    precisions = {name: precision for sites in plan for name, precision in sites.precisions.items()}
+    layers = tuple(Layer(name, precisions[name].group_size, precisions[name].a_format) for name in kernels)
+    matrices = functools.partial(_float_matrices, names=tuple(kernels))
+    floats = matrices(block) if run is call else jax.eval_shape(matrices, block)
+    starts, state = run(
+        _start, list(kernels.values()), floats, learn_groups=method.learn_groups, keeps_zero=grid != "free"
+    )
+    order = method.order(len(carries))
+    for index, batch in enumerate(order if run is call else order[:1]):
+        decay = 0.5 * (1 + math.cos(math.pi * index / len(order)))
+        scalars = jnp.asarray([method.code_rate * decay, method.grid_rate * decay, index + 1], jnp.float32)
+        state, _ = run(update, model, block, carries[batch], targets[batch], starts, state, scalars, layers=layers)
+    formats = tuple((kernel.format, kernel.offset is not None) for kernel in kernels.values())
+    packed = run(_packed, starts, state.learned, layers=layers, formats=formats)
+    return dict(zip(kernels, packed, strict=True))
+
+
+def _float_matrices(block: nnx.Module, names: tuple[str, ...]) -> list[Float[Array, "k n"]]:
+    return [float_matrix(layer_at(block, name)) for name in names]
+
+
+def stream_loss(stream: Float[Array, "*batch hidden"], target: Float[Array, "*batch hidden"]) -> Float[Array, ""]:
+    """The mean over tokens of the squared error, in parts of the target's square: a norm follows the stream."""
+    target = target.astype(jnp.float32).reshape(-1, target.shape[-1])
+    error = jnp.mean((stream.astype(jnp.float32).reshape(target.shape) - target) ** 2, axis=-1)
+    return jnp.mean(error * stream_weights(target))
+
+
+@functools.partial(jax.jit, static_argnames="layers", donate_argnames="state")
+def update(
+    model: Compressible,
+    block: nnx.Module,
+    carry: Any,
+    target: Float[Array, "batch length hidden"],
+    starts: list[StartGrid],
+    state: State,
+    scalars: Float[Array, "3"],
+    layers: tuple[Layer, ...],
+) -> tuple[State, Float[Array, ""]]:
+    """One update by Adam, and the loss before it. `scalars` are both rates and the number of the update, from 1."""
+
+    def loss(learned):
+        return stream_loss(model.stream(model.run_block(learned_block(block, starts, learned, layers), carry)), target)
+
+    value, gradient = jax.value_and_grad(loss)(state.learned)
+    corrections = [1 / (1 - decay ** scalars[2]) for decay in _DECAYS]
+    mean = jax.tree.map(lambda m, g: _DECAYS[0] * m + (1 - _DECAYS[0]) * g, state.mean, gradient)
+    square = jax.tree.map(lambda s, g: _DECAYS[1] * s + (1 - _DECAYS[1]) * g * g, state.square, gradient)
+
+    def moved(number, rate, m, s):
+        return number - rate * (m * corrections[0]) / (jnp.sqrt(s * corrections[1]) + _EPSILON)
+
+    learned = []
+    for start, rows, m, s in zip(starts, state.learned, mean, square, strict=True):
+        rates = LearnedRows(
+            scalars[0], *(None if x is None else scalars[1] for x in (rows.step, rows.shift, rows.row_scale))
+        )
+        learned.append(jax.tree.map(moved, rows, rates, m, s).within_cells(start.largest))
+    return State(learned, mean, square), value
+
+
+def learned_block(
+    block: nnx.Module, starts: list[StartGrid], learned: list[LearnedRows], layers: tuple[Layer, ...]
+) -> nnx.Module:
+    """The block with the rounded weights as they have become."""
+    matrices = {
+        layer.name: learned_grid.numbers(start, rows, layer.group_size).T
+        for layer, start, rows in zip(layers, starts, learned, strict=True)
+    }
+    return with_rounded_layers(block, matrices, {layer.name: layer.a_format for layer in layers})
+
+
+@functools.partial(jax.jit, static_argnames=("learn_groups", "keeps_zero"))
+def _start(kernels, floats, learn_groups, keeps_zero) -> tuple[list[StartGrid], State]:
+    starts = [StartGrid.of(kernel) for kernel in kernels]
+    learned = [
+        LearnedRows.of(*each, learn_groups=learn_groups, keeps_zero=keeps_zero)
+        for each in zip(kernels, floats, starts, strict=True)
+    ]
+    return starts, State(learned, *(jax.tree.map(jnp.zeros_like, learned) for _ in _DECAYS))
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "formats"))
+def _packed(starts, learned, layers, formats) -> list[BipolarArray]:
+    return [
+        learned_grid.packed(start, rows, number_format, layer.group_size, has_offset=has_offset)
+        for start, rows, layer, (number_format, has_offset) in zip(starts, learned, layers, formats, strict=True)
+    ]
