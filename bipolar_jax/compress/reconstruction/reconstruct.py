@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -97,7 +98,7 @@ def reconstructed(
     order = method.order(len(carries))
     for index, batch in enumerate(order if run is call else order[:1]):
         decay = 0.5 * (1 + math.cos(math.pi * index / len(order)))
-        scalars = jnp.asarray([method.code_rate * decay, method.grid_rate * decay, index + 1], jnp.float32)
+        scalars = np.asarray([method.code_rate * decay, method.grid_rate * decay, index + 1], np.float32)
         state, _ = run(update, model, block, carries[batch], targets[batch], starts, state, scalars, layers=layers)
     formats = tuple((kernel.format, kernel.offset is not None) for kernel in kernels.values())
     packed = run(_packed, starts, state.learned, layers=layers, formats=formats)
@@ -136,15 +137,12 @@ def update(
     mean = jax.tree.map(lambda m, g: _DECAYS[0] * m + (1 - _DECAYS[0]) * g, state.mean, gradient)
     square = jax.tree.map(lambda s, g: _DECAYS[1] * s + (1 - _DECAYS[1]) * g * g, state.square, gradient)
 
-    def moved(number, rate, m, s):
+    def moved(path, number, m, s):
+        rate = scalars[0] if path[-1].name == "codes" else scalars[1]
         return number - rate * (m * corrections[0]) / (jnp.sqrt(s * corrections[1]) + _EPSILON)
 
-    learned = []
-    for start, rows, m, s in zip(starts, state.learned, mean, square, strict=True):
-        rates = LearnedRows(
-            scalars[0], *(None if x is None else scalars[1] for x in (rows.step, rows.shift, rows.row_scale))
-        )
-        learned.append(jax.tree.map(moved, rows, rates, m, s).within_cells(start.largest))
+    learned = jax.tree.map_with_path(moved, state.learned, mean, square)
+    learned = [rows.within_cells(start.largest) for start, rows in zip(starts, learned, strict=True)]
     return State(learned, mean, square), value
 
 
