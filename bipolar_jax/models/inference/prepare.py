@@ -45,7 +45,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         memory; tables that make no logits or have float scales of groups, layers that name another backend, layers with
         float activations unless they have integer groups and compute in 16 bits, and what has no such layout
         (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
-        with groups, or with 4 bits, one scale a column and activations of 3 bits or more.
+        with groups, or with 4 or 8 bits, one scale a column and activations of 3 bits or more.
       fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
         up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
         layer by layer.
@@ -105,7 +105,7 @@ def belongs_on_tensor_cores(w_bits: int, a_bits: int | None, *, has_groups: bool
     Products of fewer pairs of planes belong on the binary tensor cores; other widths with one scale a column have not
     been timed.
     """
-    return has_groups or (w_bits == 4 and a_bits is not None and a_bits >= 3)
+    return has_groups or (w_bits in (4, 8) and a_bits is not None and a_bits >= 3)
 
 
 def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everything: bool) -> None:

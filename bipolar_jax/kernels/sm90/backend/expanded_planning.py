@@ -45,6 +45,9 @@ _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
 _LEAST_SAVING = 0.1  # of the modelled time
 _LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
+# 134 x 5120 x 28672 of 8-bit weights in tiles of 64 tokens loads 645 MB and took 92 us, where multiplying takes 60; of
+# 4 bits, 430 MB, about 58 (an H200, `experiments.bench.coverage`).
+_L2_BYTES_PER_MICROSECOND = 7.2e6
 # Microseconds of up to 64 tokens that the model of many lacks, which is fitted to longer products: until the first
 # weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 14.9 and 10.1
 # us for 64 tokens of n = 4096, K = 4096, K whole and in 4 parts, which took 14.2 and 8.8; 14.9 and 12.0 of n = 6144,
@@ -119,9 +122,8 @@ def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers) -> float:
 
 def _reading_microseconds(w: BipolarNumbers) -> float:
     """Of reading the weights from memory, with a launch: what the model of many tokens leaves out."""
-    part_bytes = STAGE * TILE_ROWS * (w.bits / 8) + (2 * TILE_ROWS * chunks_of(w))
     tiles = math.ceil(w.shape[-1] / TILE_ROWS) * math.ceil(w.contracted_size / STAGE)
-    return _LAUNCH + tiles * part_bytes / _BYTES_PER_MICROSECOND
+    return _LAUNCH + tiles * _tile_bytes(w) / _BYTES_PER_MICROSECOND
 
 
 def plan_many_tokens(
@@ -170,8 +172,26 @@ def scaled_candidates(w: BipolarNumbers) -> tuple[Tiling, ...]:
 
 
 def expanded_microseconds(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> float:
-    """The modelled time of m tokens times n columns of weights like these."""
-    return cost.microseconds("expanded", cost.expanded_counts(tiling, m, n, k, w.bits, chunks_of(w)))
+    """The modelled time of m tokens times n columns of weights like these.
+
+    Not less than the L2 cache takes to hand out what all blocks load: 8-bit weights that three tiles of tokens read.
+    """
+    counts = cost.expanded_counts(tiling, m, n, k, w.bits, chunks_of(w))
+    time = cost.microseconds("expanded", counts)
+    passed = cost.microseconds("expanded", {name: counts[name] for name in ("sums of splits", "pass over splits")})
+    return max(time, passed + _LAUNCH + _loaded_bytes(tiling, m, n, k, w) / _L2_BYTES_PER_MICROSECOND)
+
+
+def _loaded_bytes(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> int:
+    """Bytes of tokens and weights that all blocks load to shared memory, where clusters share none."""
+    tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
+    stages = tiling.splits * math.ceil(math.ceil(k / STAGE) / tiling.splits)
+    return tiles * stages * (tiling.block_m * STAGE + tiling.block_n // TILE_ROWS * _tile_bytes(w))
+
+
+def _tile_bytes(w: BipolarNumbers) -> int:
+    """Bytes of a stage of TILE_ROWS columns of the weights."""
+    return TILE_ROWS * (STAGE * w.bits // 8 + 2 * chunks_of(w))
 
 
 def with_layout(reason: str, w: BipolarNumbers) -> str:
