@@ -16,7 +16,7 @@ from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference import command_buffers
 from bipolar_jax.models.inference.generation import generate
-from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.inference.prepare import belongs_on_tensor_cores, prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.packing import PreparedArray, UnpackedArray
@@ -144,7 +144,7 @@ def kernels(model: Transformer) -> dict[str, type]:
 
 def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     groups = [("^layers/", bj.Precision.parse("W4A8g16")), ("embed", bj.Precision(8))]
-    rules = [("o_proj", bj.Precision.parse("W8A8")), ("down_proj", bj.Precision.parse("W4A16g16")), *groups]
+    rules = [("o_proj", bj.Precision.parse("W7A8")), ("down_proj", bj.Precision.parse("W4A16g16")), *groups]
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized(rules))
         text = str(bj.explain_model(prepared, batch=2, length=64))
@@ -155,6 +155,13 @@ def test_hopper_gets_integer_groups_as_tensor_cores_take_them():
     assert prepared.layers.ffn.gate_up_proj.kernel.get_value().gated
     assert not prepared.layers.attention.qkv_proj.kernel.get_value().gated
     assert "weights of 4 bits in integer groups of 16 expanded in registers (estimated from tile sizes)" in text
+
+
+def test_weights_that_planes_would_expand_in_every_call_belong_on_tensor_cores():
+    belongs = {(8, 8), (8, 3), (4, 3), (4, 8)}
+    pairs = [(w_bits, a_bits) for w_bits in range(1, 9) for a_bits in (1, 2, 3, 8, None)]
+    found = {pair for pair in pairs if belongs_on_tensor_cores(*pair, has_groups=False)}
+    assert found == belongs
 
 
 @pytest.mark.parametrize(

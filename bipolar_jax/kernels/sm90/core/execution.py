@@ -38,9 +38,9 @@ def interpreted(params: InterpretGPUParams) -> Iterator[None]:
 def overlapped_launches() -> Iterator[None]:
     """Kernels that are traced within are launched while the kernel before them on the stream still runs.
 
-    Their blocks start where it leaves room, set up their barriers, and wait until it has ended and its memory is
-    visible (programmatic dependent launch); then the next kernel may start. A CUDA graph of XLA has none of that: it
-    captures each kernel by itself.
+    Their blocks start where it leaves room, set up their barriers, load the first weights of a product, and wait until
+    it has ended and its memory is visible (programmatic dependent launch). So weights must not be what the kernel
+    before has just written. A CUDA graph of XLA has no overlap: it captures each kernel by itself.
     """
     token = OVERLAPPED.set(True)
     try:

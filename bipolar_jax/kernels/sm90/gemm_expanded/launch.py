@@ -27,6 +27,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import arrange
@@ -188,6 +189,7 @@ def launch(
                 *output.name_endings,
             ]
         ),
+        awaits=True,
         interpret=interpret,
     )(*arrays)
 
@@ -207,4 +209,5 @@ def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
+        await_earlier_kernels()
         consume(problem, output, targets, shared, scratch)

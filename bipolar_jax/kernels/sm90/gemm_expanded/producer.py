@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
+from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
@@ -37,6 +40,8 @@ class Sources(NamedTuple):
 def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     """Fills the ring buffer: a stage for every tile and step over K; then the tile's terms.
 
+    Where launches overlap, weights of the first stages come before the kernels before this one have ended.
+
     Args:
       problem: sizes and order.
       sources: refs in memory.
@@ -47,9 +52,32 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     token_axes = "cluster_n" if tiling.cluster_n > 1 else None
     weight_axes = "cluster_m" if tiling.cluster_m > 1 else None
 
+    early = min(tiling.slots, problem.steps_over_k) if OVERLAPPED.get() else 0
+
+    def load_weights(origin, k_step, slot, barrier):
+        first_tile = lax.div(origin.column, problem.out_tile_n)
+        # Behind the last stage tokens are zeros, and any weights do.
+        stage = k_step if problem.splits == 1 else jnp.minimum(k_step, sources.words.shape[2] - 1)
+        weights = [(sources.words, scratch.words)]
+        if scratch.group_terms is not None:
+            weights.append((sources.group_terms, scratch.group_terms))
+        for source, target in weights:
+            plgpu.copy_gmem_to_smem(
+                source.at[pl.ds(first_tile, problem.weight_tiles), :, stage],
+                target.at[slot],
+                barrier,
+                collective_axes=weight_axes,
+            )
+
+    if early:
+        origin = problem.block_origin(0)
+        for slot in range(early):
+            barrier = scratch.full.at[problem.full_barrier(0, slot)]
+            load_weights(origin, problem.first_step(origin) + slot, slot, barrier)
+    await_earlier_kernels()
+
     def load_tile(index, carry):
         origin = problem.block_origin(index)
-        first_tile = lax.div(origin.column, problem.out_tile_n)
         sequence = problem.token_segment(origin)
         token_rows = pl.ds(sequence * problem.m + origin.token, tiling.block_m)
 
@@ -69,18 +97,8 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                 barrier,
                 collective_axes=token_axes,
             )
-            # Behind the last stage tokens are zeros, and any weights do.
-            stage = k_step if problem.splits == 1 else jnp.minimum(k_step, sources.words.shape[2] - 1)
-            weights = [(sources.words, scratch.words)]
-            if scratch.group_terms is not None:
-                weights.append((sources.group_terms, scratch.group_terms))
-            for source, target in weights:
-                plgpu.copy_gmem_to_smem(
-                    source.at[pl.ds(first_tile, problem.weight_tiles), :, stage],
-                    target.at[slot],
-                    barrier,
-                    collective_axes=weight_axes,
-                )
+            load = functools.partial(load_weights, origin, k_step, slot, barrier)
+            pl.when(step >= early)(load) if early else load()
             if scratch.token_sums is not None:
                 plgpu.copy_gmem_to_smem(
                     sources.token_sums.at[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem
+from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
+from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling
 
 
 class Sources(NamedTuple):
@@ -50,6 +53,10 @@ class Work(NamedTuple):
         """The index-th unit."""
         return lax.axis_index("cluster") + index * lax.axis_size("cluster")
 
+    def first_stage(self, turn, tiling: FewTokensTiling):
+        """The first stage of a turn's slot."""
+        return (turn * tiling.cluster + self.rank) * tiling.stages
+
 
 def work_of(problem: FewTokensProblem) -> Work:
     """The work of this block."""
@@ -68,12 +75,25 @@ def next_slot(problem: FewTokensProblem, slot):
 
 
 def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barriers) -> None:
-    """Fills the ring: a slot for every unit and turn."""
+    """Fills the ring: a slot for every unit and turn. Where launches overlap, the first slots' weights come early."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
+    early = tiling.slots if OVERLAPPED.get() else 0
+
+    def load_weights(index, turn, slot):
+        # Parts and stages beyond the arrays come as zeros.
+        parts, first = pl.ds(work.unit(index) * tiling.parts, tiling.parts), work.first_stage(turn, tiling)
+        copies = [(sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot])]
+        if terms_ring is not None:
+            copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+    if early:
+        steps = jnp.minimum(work.units * work.turns, early)
+        pl.loop(0, steps)(lambda step: load_weights(lax.div(step, work.turns), lax.rem(step, work.turns), step))
+    await_earlier_kernels()
 
     def load_unit(index, carry):
-        parts = pl.ds(work.unit(index) * tiling.parts, tiling.parts)
-
         def load_slot(turn, carry):
             step, slot = carry
 
@@ -81,17 +101,10 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            # Parts and stages beyond the arrays come as zeros.
-            first = (turn * tiling.cluster + work.rank) * tiling.stages
-            tokens = sources.x.at[:, pl.ds(first * problem.rows_of_stage, problem.token_rows)]
-            copies = [
-                (sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot]),
-                (tokens, x_ring.at[slot, pl.ds(0, problem.m)]),
-            ]
-            if terms_ring is not None:
-                copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            load = functools.partial(load_weights, index, turn, slot)
+            pl.when(step >= early)(load) if early else load()
+            rows = pl.ds(work.first_stage(turn, tiling) * problem.rows_of_stage, problem.token_rows)
+            plgpu.copy_gmem_to_smem(sources.x.at[:, rows], x_ring.at[slot, pl.ds(0, problem.m)], full.at[slot])
             return step + 1, next_slot(problem, slot)
 
         return lax.fori_loop(0, work.turns, load_slot, carry)
