@@ -38,8 +38,9 @@ def get_config() -> ConfigDict:
     # and norms.
     config.warmup_steps = 50
     config.scale_rate = 0.1
-    # Whether the integers of integer groups learn, too, or only the scale of each row.
-    config.learn_groups = False
+    # Most bits of weights whose integer groups learn their integers, too, and not only the scale of each row: up to 2
+    # bits a step of these is 1 to 2%, small enough to learn; 0: none do.
+    config.learn_groups_up_to = 2
     config.clip_norm = 1.0
     # Windows of an update.
     config.batch_size = 16

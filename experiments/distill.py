@@ -14,14 +14,13 @@ the same losses, on GPUs up to rounding; Ctrl-C ends one after the step that it 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import contextvars
 import dataclasses
-import functools
 import hashlib
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,15 @@ from rich.table import Table
 import bipolar_jax as bj
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.compress.distillation import Schedule, Step, Student, learning_model, packed_again
+from bipolar_jax.format import as_format
 from bipolar_jax.kernels.device import default_device
+from bipolar_jax.models.inference.perplexity import Perplexity
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.transformer import Transformer
 
 from .support import app
-from .support.precision_sweep import LAYERS, MADE, Sweep, measure
+from .support.precision_sweep import LAYERS, MADE, Sweep, measure, scored_windows
 from .support.progress import console, progress_bar
 from .support.sources import model_fingerprint
 from .support.workdir import RESULT_NAME, differences, write_json
@@ -52,7 +53,7 @@ from .training.interrupt import Interrupt
 WINDOWS_NAME = "distillation_windows.npy"
 CALIBRATED, DISTILLATION = "calibrated", "distillation"
 # Settings that losses and perplexities depend on, and those of a single packed model.
-_LEARNING = ("warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype", "learn_groups")
+_LEARNING = ("warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype", "learn_groups_up_to")
 _SETTINGS = ("model", "rotation_seed", "text", "windows", "window_length", *_LEARNING)
 _DISTILLATION = ("distillation_text", "distillation_windows", "distillation_length")
 _SECONDS_OF_SCORE = (
@@ -138,39 +139,46 @@ class _Distillation:
         self.teacher = prepare_for_inference(self.sweep.pretrained.model, dtype_of(config))
         # Precisions of one calibration share the rotated model.
         self._floats: list[Transformer] = []
+        self._one_at_a_time = threading.Lock()
         self._seconds = {"load": time.perf_counter() - started}
 
     def run(self) -> None:
         """Distils all that are not done."""
         waiting = [pupil for pupil in self.pupils if not self.sweep.is_done(pupil.precision)]
         self._timed("rotate", lambda: [self._in_basis_of(pupil.model) for pupil in waiting])
-        with self._compiling(waiting):
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(2 * len(waiting) or 1) as pool:
+            submit = lambda function, pupil: pool.submit(contextvars.copy_context().run, function, pupil)  # noqa: E731
+            scored = [submit(self._scored, pupil) for pupil in waiting]
+            prepared = [submit(self._compile, pupil) for pupil in waiting]
             self._timed("baseline", self.sweep.measure_baseline)
             windows = self._timed("write_text", lambda: _windows(self.config, self.workdir, self.teacher))
-            for pupil in waiting:
-                self._calibrated(pupil)
+            with progress_bar("compiling"):
+                concurrent.futures.wait([*scored, *prepared])
+        for pupil, score, compiled in zip(waiting, scored, prepared, strict=True):
+            compiled.result()
+            packed = self.sweep.pretrained.with_model(pupil.model)
+            row = measure(f"{pupil.name} calibrated", packed, self.sweep.loaded.ids, self.config, scored=score.result())
+            self.sweep.result[CALIBRATED][pupil.name] = row
+        self._seconds["write_text_and_compile"] = time.perf_counter() - started
+        self._write()
         while waiting:
             self._distil(waiting, windows)
             del waiting[0]
         self.sweep.show("distilled")
         self._print_table()
 
-    @contextlib.contextmanager
-    def _compiling(self, waiting: Sequence[Pupil]) -> Iterator[None]:
-        """Compiles the steps of all, each in a thread, while the block runs and as long as that takes."""
-        started, config = time.perf_counter(), self.config
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(waiting))) as pool:
-            shape = config.batch_size, config.distillation_length
-            compiling = []
-            for pupil in waiting:
-                learning = jax.eval_shape(functools.partial(self._learning, pupil), self._in_basis_of(pupil.model))
-                step = Step(Student(learning), self.teacher, parts=config.parts)
-                compiling.append(pool.submit(contextvars.copy_context().run, step.compile, *shape))
-            yield
-            with progress_bar("compiling the steps"):
-                for each in compiling:
-                    each.result()
-        self._seconds["write_text_and_compile"] = time.perf_counter() - started
+    def _scored(self, pupil: Pupil) -> Perplexity:
+        """Of a model before it learns."""
+        return scored_windows(None, pupil.model, self.sweep.loaded.ids, self.config)
+
+    def _compile(self, pupil: Pupil) -> None:
+        """Compiles what the pupil will need; its numbers take memory only while no other's do."""
+        with self._one_at_a_time:
+            learning = self._learning(pupil)
+            packed_again(learning, pupil.model)
+            learning = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), learning)
+        self._step(learning).compile(self.config.batch_size, self.config.distillation_length)
 
     def _in_basis_of(self, packed: Transformer) -> Transformer:
         """The float model in the basis of a packed one."""
@@ -180,17 +188,14 @@ class _Distillation:
         self._floats.append(in_basis_of(packed, self.sweep.pretrained.model, self.config.rotation_seed))
         return self._floats[-1]
 
-    def _learning(self, pupil: Pupil, floats: Transformer) -> Transformer:
+    def _learning(self, pupil: Pupil) -> Transformer:
         """The pupil as it learns."""
-        return learning_model(pupil.model, floats, learn_groups=self.config.learn_groups, dtype=dtype_of(self.config))
+        learn_groups = as_format(pupil.precision.w_bits).bits <= self.config.learn_groups_up_to
+        floats = self._in_basis_of(pupil.model)
+        return learning_model(pupil.model, floats, learn_groups=learn_groups, dtype=dtype_of(self.config))
 
-    def _calibrated(self, pupil: Pupil) -> None:
-        """Scores a model before it learns, unless that is done."""
-        if pupil.name not in self.sweep.result[CALIBRATED]:
-            packed = self.sweep.pretrained.with_model(pupil.model)
-            row = measure(f"{pupil.name} calibrated", packed, self.sweep.loaded.ids, self.config)
-            self.sweep.result[CALIBRATED][pupil.name] = row
-            self._write()
+    def _step(self, learning: Transformer) -> Step:
+        return Step(Student(learning), self.teacher, parts=self.config.parts)
 
     def _distil(self, waiting: Sequence[Pupil], windows: Int[np.ndarray, "windows length"]) -> None:
         """The first of those that wait."""
@@ -199,9 +204,7 @@ class _Distillation:
 
         def distil(_: bj.Precision) -> nnx.Module:
             started = time.perf_counter()
-            step = Step(
-                Student(self._learning(pupil, self._in_basis_of(pupil.model))), self.teacher, parts=config.parts
-            )
+            step = self._step(self._learning(pupil))
             schedule, seconds = self._schedule(waiting, step, windows)
             row, prepared = self._stored[pupil.name], time.perf_counter()
             settings = {**self.sweep.result["settings"], **pupil.settings, "fitted_steps": schedule.steps}

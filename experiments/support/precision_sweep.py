@@ -226,13 +226,16 @@ class Sweep:
 
 
 def scored_windows(
-    name: str, model: nnx.Module, ids: Sequence[int], config: ConfigDict, **options: int | None
+    name: str | None, model: nnx.Module, ids: Sequence[int], config: ConfigDict, **options: int | None
 ) -> Perplexity:
-    """`perplexity` of the config's windows, with progress; `options` are others of it."""
+    """`perplexity` of the config's windows, with progress, unless the name is None; `options` are others of it."""
+    sizes = {"windows": config.windows, "window_length": config.window_length}
+    at_once = _SCORED_AT_ONCE if default_device().platform == "gpu" else _SCORED_AT_ONCE_ON_CPUS
+    sizes |= {"windows_per_step": at_once} | options
+    if name is None:
+        return perplexity(model, ids, **sizes)
     with progress_bar(f"{name}: scoring windows", config.windows) as advance:
-        return perplexity(
-            model, ids, windows=config.windows, window_length=config.window_length, on_window=advance, **options
-        )
+        return perplexity(model, ids, on_window=advance, **sizes)
 
 
 def measure(
@@ -242,16 +245,17 @@ def measure(
     config: ConfigDict,
     mesh: Mesh | None = None,
     cache_bits: int | None = None,
+    scored: Perplexity | None = None,
 ) -> dict[str, Any]:
     """Perplexity, size in bytes, and a greedy sample of text; of a packed model cut over the mesh if there is one.
 
-    With `cache_bits` tokens attend to keys and values as such a cache keeps them, but for the sample's.
+    With `cache_bits` tokens attend to keys and values as such a cache keeps them, but for the sample's. `scored` is the
+    perplexity where that is known.
     """
     num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh)
     texts = 1 if mesh is None else mesh.shape[DATA]  # the sample's prompt, as often as devices divide texts
     started = time.perf_counter()
-    at_once = _SCORED_AT_ONCE if default_device().platform == "gpu" else _SCORED_AT_ONCE_ON_CPUS
-    scored = scored_windows(name, pretrained.model, ids, config, windows_per_step=at_once, cache_bits=cache_bits)
+    scored = scored or scored_windows(name, pretrained.model, ids, config, cache_bits=cache_bits)
     evaluated = time.perf_counter()
     sample, margins = "", []
     if config.sample_tokens:
