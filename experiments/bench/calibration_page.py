@@ -72,9 +72,9 @@ def _models(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def _model_rows(files: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Sequence[str]]:
     rows = [
-        (precision, _method(result, section), row, result["baseline"], name)
+        (precision, _method(result, section, precision), row, result["baseline"], name)
         for name, result in files
-        for section in ("rounded", "precisions")
+        for section in ("rounded", "calibrated", "precisions")
         for precision, row in result.get(section, {}).items()
         if row["perplexity"] is not None
     ]
@@ -100,8 +100,11 @@ def _model_rows(files: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Sequenc
         )
 
 
-def _method(result: dict[str, Any], section: str) -> str:
+def _method(result: dict[str, Any], section: str, precision: str) -> str:
     settings = result["settings"]
+    if "distillation" in result:
+        steps, windows = result["distillation"][precision]["schedule"]["steps"], settings["distillation_windows"]
+        return f"distilled, {steps} steps, {windows} windows" if section == "precisions" else "calibration before it"
     if section == "rounded" or "calibration_windows" not in settings:
         return "rounding"
     windows = f"{settings['calibration_windows']} windows"
