@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
     # Whether kernels are launched while the one before still runs; without CUDA graphs, which rule it out:
     # XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment.
     config.overlapped_launches = False
+    # Whether blocks that multiply parts of K exchange their sums within the kernel, not by a pass of XLA.
+    config.exchanged_sums = False
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
     config.mesh = ConfigDict({"data": 1, "model": 1})
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
+from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import exchanged_sums
 from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
@@ -66,6 +67,7 @@ _SETTINGS = (
     "rotation_block",
     "fused_sequences",
     "overlapped_launches",
+    "exchanged_sums",
     "mesh",
     "iterations",
     "seed",
@@ -82,8 +84,12 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
-    overlap = overlapped_launches() if config.overlapped_launches else contextlib.nullcontext()
-    with device_lock(), overlap:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(device_lock())
+        if config.overlapped_launches:
+            stack.enter_context(overlapped_launches())
+        if config.exchanged_sums:
+            stack.enter_context(exchanged_sums())
         _measure(config, workdir)
 
 
