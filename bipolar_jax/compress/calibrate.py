@@ -64,9 +64,9 @@ def calibrate[Model: nnx.Module](
     rounded as `quantize_model` does it, before.
 
     In memory are, beside the model and the layers that are finished, the hidden states of all windows, and of one block
-    its float layers, their rounded numbers and second moments; with a reconstruction or `Rounding.asymmetry` the float
-    model's hidden states, too. All blocks run the same compiled programs, where rules give them the same precisions;
-    most of them serve all precisions with the same activations.
+    its float layers, their rounded numbers and second moments; with a reconstruction as many states once more, and with
+    `Rounding.asymmetry` those of the float model. All blocks run the same compiled programs, where rules give them the
+    same precisions; most of them serve all precisions with the same activations.
 
     A model that is not `Compressible` is one block: its `nnx.Linear` and `nnx.LinearGeneral` are found by running it.
     Layers in stacks, with two paths, or over batch axes are rounded as `quantize_model` does it; so are, with a
@@ -155,7 +155,8 @@ def calibrate[Model: nnx.Module](
         settings = repr((method, *options)) if options else repr(method)
         digests = {"model": digest_of_model(floats), "inputs": digest_of_arrays(inputs)}
         finished = LayerStore(store, digests | {"rules": repr((precisions, other_rules)), "method": settings})
-    float_blocks = float_blocks if method.asymmetry or reconstruction is not None else None
+    learns_stream = reconstruction is not None and reconstruction.target == "float_model"
+    float_blocks = float_blocks if method.asymmetry or learns_stream else None
     calibrated = _pass_over_blocks(
         blocks, float_blocks, batches, plans, method, reconstruction, cache_bits, on_block, finished
     )
@@ -249,7 +250,10 @@ def _pass_over_blocks(
             for each, carry in enumerate(float_carries):
                 float_carries[each] = run_block(model, float_block, carry)
         if is_new and reconstruction is not None and kernels:
-            targets = [model.stream(carry) for carry in float_carries]
+            if reconstruction.target == "float_model":
+                targets = [model.stream(carry) for carry in float_carries]
+            else:
+                targets = [model.stream(run_block(model, block, carry)) for carry in carries]
             kernels = reconstructed(model, block, carries, targets, kernels, plan, reconstruction, method.grid)
         if is_new and finished is not None:
             finished.write(index, kernels)

@@ -192,6 +192,8 @@ def test_what_is_not_reconstructed_is_refused(model):
     for name, value in {"epochs": 0, "windows_per_update": 1.5, "code_rate": -1.0, "grid_rate": True}.items():
         with pytest.raises(ValueError, match=f"{name} must be"):
             Reconstruction(**{name: value})
+    with pytest.raises(ValueError, match="target must be one of float_model, float_block, got 'logits'"):
+        Reconstruction(target="logits")
     with pytest.raises(ValueError, match="learn_groups must be True or False"):
         Reconstruction(learn_groups=1)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal, get_args
 
 import numpy as np
+
+Target = Literal["float_model", "float_block"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +20,19 @@ class Reconstruction:
       windows_per_update: windows of one update; calibration then runs so many at once.
       code_rate: the peak learning rate of weights, in steps of their grid: Adam moves a weight by about as much.
       grid_rate: that of scales and offsets, in parts of a step.
+      target: what a block learns to put out: the stream that the float model has after it ("float_model"), or what the
+        float block makes of the packed model's stream ("float_block").
       learn_groups: whether the integers of integer groups learn, too, or the scale of each row alone.
 
     Raises:
-      ValueError: numbers that are not positive.
+      ValueError: numbers that are not positive, or another target.
     """
 
     epochs: int = 8
     windows_per_update: int = 8
     code_rate: float = 5e-3
     grid_rate: float = 1e-3
+    target: Target = "float_model"
     learn_groups: bool = True
 
     def __post_init__(self):
@@ -37,6 +43,8 @@ class Reconstruction:
             rate = getattr(self, name)
             if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {rate!r}")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {self.target!r}")
         if not isinstance(self.learn_groups, bool):
             raise ValueError(f"learn_groups must be True or False, got {self.learn_groups!r}")
 
