@@ -7,6 +7,10 @@ Against qwix, whose groups have float scales (pip install 'bipolar_jax[peers]'):
 
     ... --config.precisions=W4A16g64,W4A8g64 --config.compared=descent,float_groups,qwix_ptq,qwix_gptq,qwix_awq
 
+Blocks that learn together, at rates and for targets of their own:
+
+    ... --config.precisions=W2A8g64,W4A4g64 --config.compared=descent,reconstruction,reconstruction_slow
+
 One checkpoint of 8 bits read at fewer, against a calibration for each; caches of 8 and 4 bits:
 
     ... --config.precisions=W8A8,W6A8,W4A8 --config.compared=descent,planes_of_8
@@ -38,6 +42,10 @@ def get_config() -> ConfigDict:
             "foldable": {"rotation": "foldable"},
             "float_groups": {"suffix": "f"},
             "reconstruction": {"reconstruction": {"epochs": 8}},
+            "reconstruction_of_blocks": {"reconstruction": {"epochs": 8, "target": "float_block"}},
+            "reconstruction_slow": {"reconstruction": {"epochs": 8, "code_rate": 3e-3, "grid_rate": 1e-3}},
+            "reconstruction_fast": {"reconstruction": {"epochs": 8, "code_rate": 3e-2, "grid_rate": 4e-3}},
+            "reconstruction_long": {"reconstruction": {"epochs": 24}},
             "nested": {"rounding": {"nested": (6, 4)}},
             "planes_of_8": {"rounded_bits": 8, "rounding": {"nested": (6, 4)}},
             "cache_8": {"cache_bits": 8},

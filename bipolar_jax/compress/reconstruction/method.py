@@ -29,9 +29,9 @@ class Reconstruction:
     """
 
     epochs: int = 8
-    windows_per_update: int = 8
-    code_rate: float = 5e-3
-    grid_rate: float = 1e-3
+    windows_per_update: int = 4
+    code_rate: float = 1e-2
+    grid_rate: float = 2e-3
     target: Target = "float_model"
     learn_groups: bool = True
 
