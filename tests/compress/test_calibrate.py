@@ -156,27 +156,33 @@ def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibra
         calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
 
 
-def test_blocks_that_learn_together_come_nearer_and_resume_with_the_same_bytes(model, calibrated, tmp_path):
-    def stop(finished):
-        if finished == 1:
-            raise Killed
+LEARNS = {"reconstruction": Reconstruction(epochs=6, windows_per_update=4, code_rate=0.04, grid_rate=0.02)}
 
+
+def test_blocks_that_learn_together_come_nearer_to_the_float_model(model, calibrated, tmp_path):
+    """One compiled update serves all blocks."""
     update.clear_cache()
-    learns = {"reconstruction": Reconstruction(epochs=12, windows_per_update=4, code_rate=0.02, grid_rate=0.01)}
-    with pytest.raises(Killed):
-        calibrate(model, TOKENS, RULES, store=tmp_path, on_block=stop, **learns)
-    resumed = calibrate(model, TOKENS, RULES, store=tmp_path, **learns)
-    assert update._cache_size() == 1  # for all blocks
-    assert_same_bytes(resumed, calibrate(model, TOKENS, RULES, **learns))
+    learned = calibrate(model, TOKENS, RULES, store=tmp_path, **LEARNS)
+    assert update._cache_size() == 1
 
     @jax.jit
     def error(packed):
         wanted = model.hidden_states(TOKENS)
         return jnp.mean((packed.hidden_states(TOKENS) - wanted) ** 2) / jnp.mean(wanted**2)
 
-    assert error(resumed) < 0.8 * error(calibrated)
+    assert error(learned) < 0.8 * error(calibrated)
     with pytest.raises(ValueError, match="other values of method"):
         calibrate(model, TOKENS, RULES, store=tmp_path)
+
+
+@pytest.mark.parametrize("target", ["float_model", "float_block"])
+@pytest.mark.covered("the store, by the test of killed calibrations")
+def test_blocks_that_learn_together_resume_with_the_same_bytes(model, tmp_path, target):
+    learns = {"reconstruction": dataclasses.replace(LEARNS["reconstruction"], target=target)}
+    whole = calibrate(model, TOKENS, RULES, store=tmp_path, **learns)
+    for index in (1, 2):
+        (tmp_path / f"block_{index:05d}.safetensors").unlink()
+    assert_same_bytes(calibrate(model, TOKENS, RULES, store=tmp_path, **learns), whole)
 
 
 def test_what_is_not_reconstructed_is_refused(model):
