@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +27,12 @@ STEPS = 6
 NAMES = ("W3A8g32", "W2A8g32")
 
 
+def save_packed(pretrained, rotated, folder, name):
+    """Writes the model at one precision."""
+    packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", name)])
+    bj.models.save_model(folder / f"{name}.safetensors", pretrained.with_model(packed))
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A tiny model, rotated and packed as experiments/calibrate would, and a config to distil it."""
@@ -33,13 +40,11 @@ def config(tmp_path_factory):
     source = tiny_checkpoints.write_huggingface(tiny_checkpoints.make(), folder / "float")
     pretrained = load_pretrained(source)
     rotated = bj.compress.rotate(pretrained.model, key=jax.random.key(3), block=4)
-    for name in NAMES:
-        packed = bj.quantize_model(rotated, [("^(embed|lm_head)$", "W8A16"), ("^layers/", name)])
-        bj.models.save_model(folder / f"{name}.safetensors", pretrained.with_model(packed))
+    save_packed(pretrained, rotated, folder, NAMES[0])
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times, 1859. " * 20)
     config = distill_config.get_config()
     config.model, config.text = str(source), str(folder / "text.txt")
-    config.packed = ",".join(str(folder / f"{name}.safetensors") for name in NAMES)
+    config.packed = str(folder / f"{NAMES[0]}.safetensors")
     config.rotation_seed, config.windows, config.window_length, config.sample_tokens = 3, 3, 16, 0
     config.distillation_windows, config.distillation_length, config.windows_per_step = 10, 12, 5
     config.steps, config.batch_size, config.warmup_steps, config.learning_rate = STEPS, 4, 2, 1e-2
@@ -48,9 +53,19 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(config, compiled_programs, tmp_path_factory):
+def both(config):
+    """A config to distil the model at two precisions."""
+    config, folder = config.copy_and_resolve_references(), Path(config.packed).parent
+    pretrained = load_pretrained(config.model)
+    save_packed(pretrained, bj.compress.rotate(pretrained.model, key=jax.random.key(3), block=4), folder, NAMES[1])
+    config.packed += f",{folder / NAMES[1]}.safetensors"
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(both, compiled_programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    distill.main(config, folder)
+    distill.main(both, folder)
     return folder
 
 
@@ -59,7 +74,8 @@ def read(folder):
 
 
 @pytest.mark.covered("learning, by compress/distillation; rows, by test_calibrate.py; the loop, by test_train.py")
-def test_the_result_has_all_models_and_the_losses(run, config):
+def test_the_result_has_all_models_and_the_losses(run, both):
+    config = both
     result = read(run)
     ids = load_pretrained(config.model).tokenizer.encode(open_text(config), add_special_tokens=False).ids
     rows = {"baseline": config.model} | {name: path for name, path in zip(NAMES, config.packed.split(","), strict=True)}
@@ -87,7 +103,7 @@ def open_text(config):
 
 
 @pytest.mark.covered("checkpoints and resuming, by test_train_resume.py, which shares them")
-def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_model(run, both, tmp_path, monkeypatch):
     original, calls = DistillationRun._flush, []
 
     def killed(self, *arguments):
@@ -98,21 +114,21 @@ def test_a_stopped_run_resumes_to_the_same_model(run, config, tmp_path, monkeypa
 
     monkeypatch.setattr(DistillationRun, "_flush", killed)
     with pytest.raises(MemoryError):
-        distill.main(config, tmp_path)
+        distill.main(both, tmp_path)
     monkeypatch.undo()
-    distill.main(config, tmp_path)
+    distill.main(both, tmp_path)
     for name in NAMES:
         logs = [read(folder)["distillation"][name]["log"] for folder in (tmp_path, run)]
         assert logs[0] == logs[1]
         assert (tmp_path / f"{name}.safetensors").read_bytes() == (run / f"{name}.safetensors").read_bytes()
     monkeypatch.setattr(distill, "learning_model", None)
-    distill.main(config, tmp_path)  # finished: nothing is trained again
+    distill.main(both, tmp_path)  # finished: nothing is trained again
 
 
 @pytest.mark.covered("fitted schedules, below")
 def test_steps_are_fitted_to_the_time_and_their_programs_compile_once(config, tmp_path, monkeypatch):
     config = config.copy_and_resolve_references()
-    config.seconds, config.packed, config.checkpoint_every = 1000.0, config.packed.split(",")[0], 600
+    config.seconds, config.checkpoint_every = 1000.0, 600
     monkeypatch.setattr(distill, "_SECONDS_OF_SCORE", 0.0)
     monkeypatch.setattr(distill, "seconds_of_step", lambda *_: 250.0)
     compiled = []
@@ -186,10 +202,10 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
     ],
 )
 def test_impossible_configs_are_refused(config, tmp_path, changes, message):
-    config = config.copy_and_resolve_references()
+    packed, config = config.packed, config.copy_and_resolve_references()
     config.update(changes)
     if config.packed == "twice":
-        config.packed = 2 * f"{config.model.removesuffix('float')}W3A8g32.safetensors,"
+        config.packed = f"{packed},{packed}"
     with pytest.raises(ValueError, match=message):
         distill.main(config, tmp_path)
 

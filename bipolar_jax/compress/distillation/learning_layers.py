@@ -113,14 +113,19 @@ class MatrixRotation:
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
-        """The rotation of the last axis, float32."""
+        """The rotation of the last axis, in `dtype`."""
         signs, block = self.hadamard.drawn_signs(), self.hadamard.block
-        numbers = x.astype(jnp.float32)
+        numbers = x.astype(self.dtype)
         if signs is not None:
-            numbers = numbers * jnp.asarray(signs, jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+            numbers = numbers * jnp.asarray(signs, self.dtype).reshape(*(1,) * (x.ndim - 1), -1)
         matrix = functools.reduce(np.kron, map(hadamard_matrix, self.hadamard.orders))
-        rotated = float_product(numbers.reshape(-1, block), jnp.asarray(matrix.T, self.dtype), self.dtype)
-        return rotated.reshape(x.shape) * block**-0.5
+        rotated = jax.lax.dot(
+            numbers.reshape(-1, block),
+            jnp.asarray(matrix, self.dtype),
+            precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
+            preferred_element_type=self.dtype,
+        )
+        return rotated.reshape(x.shape) * jnp.asarray(block**-0.5, self.dtype)
 
 
 class LearningLinear(CountedModule):

@@ -13,7 +13,7 @@ from flax import nnx
 import bipolar_jax as bj
 from bipolar_jax.compress.distillation.distill import DistillationState, Schedule, Step, window_loss
 from bipolar_jax.compress.distillation.latent_weights import INSIDE, LatentWeights
-from bipolar_jax.compress.distillation.learning_layers import MatrixRotation, float_product
+from bipolar_jax.compress.distillation.learning_layers import MatrixRotation, float_product, quantized_product
 from bipolar_jax.compress.distillation.learning_model import Student, is_latent, learning_model, packed_again
 from bipolar_jax.format import TERNARY
 from bipolar_jax.kernels.semantics.hadamard import hadamard
@@ -197,6 +197,7 @@ def test_what_learns_are_weights_steps_norms_and_biases_of_blocks_and_the_last_n
     assert all(is_latent(name) == name.endswith("rows") for name in names)
 
 
+@pytest.mark.covered("products of 16 bits, by the two tests after it")
 def test_operands_of_16_bits_come_near(distilled):
     """Loss and gradient: bfloat16 rounds weights by 0.2% each, of sums of some 24; tokens may be a step apart."""
     model, packed, _student, _state, losses = distilled
@@ -218,10 +219,33 @@ def test_products_of_16_bits_have_16_bit_operands_in_their_gradient():
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("rotation", [hadamard(96, block=48, signs=3), hadamard(24)], ids=str)
-def test_a_rotation_by_a_matrix_is_that_by_butterflies(rotation):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, rotation.size)), jnp.float32)
-    np.testing.assert_allclose(MatrixRotation(rotation, jnp.dtype("float32"))(x), rotation(x), atol=1e-5)
+def test_a_rotation_by_a_matrix_is_that_by_butterflies():
+    rotation = hadamard(96, block=48, signs=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 96)), jnp.float32)
+    found, wanted = (jax.jit(rotate)(x) for rotate in (MatrixRotation(rotation, jnp.dtype("float32")), rotation))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_with_16_bits_a_block_hands_16_bits_on_and_rotates_by_a_matrix(distilled):
+    model, packed, *_ = distilled
+    packed = nnx.clone(packed)
+    packed.layers.ffn.rotation = rotation = hadamard(packed.config.ffn_size, block=4)
+    wide, narrow = (learning_model(packed, model, dtype=dtype).layers for dtype in (jnp.float32, jnp.bfloat16))
+    assert wide.ffn.rotation == rotation
+    assert narrow.ffn.rotation == MatrixRotation(rotation, jnp.dtype(jnp.bfloat16))
+    assert wide.attention.v_proj.result_dtype is None
+    for inner in (narrow.attention.q_proj, narrow.attention.v_proj, narrow.ffn.gate_proj, narrow.ffn.up_proj):
+        assert inner.result_dtype == jnp.bfloat16
+    for to_stream in (narrow.attention.o_proj, narrow.ffn.down_proj):
+        assert to_stream.result_dtype == jnp.float32
+
+
+def test_numbers_beyond_a_span_have_no_gradient():
+    x, rows = jnp.asarray([[-1.0, -0.2, 0.3, 2.0]]), jnp.eye(4)
+    for span, wanted in ((1.0, [1, 1, 1, 1]), (0.5, [0, 1, 1, 0])):
+        a_format = bj.BipolarFormat(4, span=span)
+        found = jax.jit(jax.grad(lambda x, of=a_format: quantized_product(x, rows, of, jnp.float32).sum()))(x)
+        np.testing.assert_allclose(found[0], wanted, rtol=1e-6)
 
 
 def test_the_loss_has_the_gradient_of_the_chain_rule():
@@ -246,8 +270,8 @@ def test_the_loss_has_the_gradient_of_the_chain_rule():
         found, wanted = (model.logits(model.hidden_states(ids)) for model in (Model(table), teacher))
         return bj.nn.distillation_loss(found, wanted)
 
-    found = jax.value_and_grad(lambda table: window_loss(Model(table), teacher, ids))(tables[0])
-    wanted = jax.value_and_grad(at_once)(tables[0])
+    found = jax.jit(jax.value_and_grad(lambda table: window_loss(Model(table), teacher, ids)))(tables[0])
+    wanted = jax.jit(jax.value_and_grad(at_once))(tables[0])
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
