@@ -262,6 +262,16 @@ def part_float_terms(
     return scale, zero, jax.lax.bitcast_convert_type(words[..., 1, :, :], jnp.float32) if kind == "offsets" else None
 
 
+def pack_part_offsets(
+    scale: Float[Array, "*batch part_rows chunks"], offset: Float[Array, "*batch part_rows chunks"]
+) -> UInt32[Array, "*batch chunks words"]:
+    """Terms of the form "offsets" of parts of a stage, from S and o: the inverse of `part_float_terms`."""
+    *batch, _, chunks = scale.shape
+    terms = jnp.stack([scale, offset], axis=-3).reshape(*batch, 2, 2, 2, 8, chunks)  # vector, block, half, lane / 4
+    axes = [len(batch) + axis for axis in (4, 0, 3, 1, 2)]
+    return _as_words(terms.transpose(*range(len(batch)), *axes)).reshape(*batch, *terms_shape("offsets", chunks))
+
+
 def unpack_float_terms(
     terms: UInt32[Array, "tiles parts stages vectors words"],
     fmt: BipolarFormat,

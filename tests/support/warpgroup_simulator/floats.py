@@ -74,6 +74,11 @@ def rounded(number, a):
     return _joined([a.astype(_TYPES[number])] * 2)
 
 
+def rounded_pair(number, low, high):
+    with np.errstate(over="ignore"):
+        return _joined([half.astype(_TYPES[number]) for half in (low, high)])
+
+
 def multiply_add_tiles(number, a, b, c):
     """By the figures of the PTX ISA: a lane has row or column lane // 4, and two k or columns from 2 (lane % 4)."""
     check_convergence()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True)
 class FloatType:
@@ -20,6 +22,11 @@ class FloatType:
     base: int
     base_bits: int
     one_bits: int
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """As JAX has it."""
+        return jnp.dtype(jnp.bfloat16 if self.name == "bf16" else jnp.float16)
 
     def bits_of(self, number: float) -> int:
         """The bits of a number, which must be exact in this type."""

@@ -1,8 +1,9 @@
-"""wgmma on bytes with the operand of rows in registers: unsigned bytes times bytes, for `plgpu.inline_mgpu`.
+"""wgmma with the operand of rows in registers: unsigned bytes times bytes, or 16-bit floats, for `plgpu.inline_mgpu`.
 
 `wgmma.mma_async.m64nNk32.s32.u8.s8`, or `.u8.u8`, reads A from four registers of each thread, and B from shared memory.
 For lane 4 r + t of warp w, the first register has the bytes of row 16 w + r at k = 4 t to 4 t + 3, the second those of
 the row 8 later, the third and fourth those of both rows at k + 16 (PTX ISA, "Register Fragments for wgmma.mma_async").
+Of `m64nNk16.f32.bf16.bf16`, or `.f16.f16`, a register has two floats, at k = 2 t and 2 t + 1, and the last two k + 8.
 
 An instruction in flight reads its registers: whoever writes them next waits first. ptxas sees to that, and where it
 cannot tell it serializes all products (warning C7510).
@@ -18,20 +19,27 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.fragments import Fragment, element, in_register
 from bipolar_jax.kernels.sm90.core.ptx import Value
-from bipolar_jax.kernels.sm90.core.wgmma import advanced, descriptor, instruction
+from bipolar_jax.kernels.sm90.core.wgmma import OperandKind, advanced, descriptor, instruction
 
 _BYTES_PER_INSTRUCTION = 32
 _FRAGMENT_REGISTERS = 4
+# By the type of the tokens.
+_MNEMONIC: dict[OperandKind, str] = {
+    "int8": "k32.s32.u8.s8",
+    "bf16": "k16.f32.bf16.bf16",
+    "f16": "k16.f32.f16.f16",
+}
 
 
-def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step: int) -> Fragment:
-    """Starts acc += A . tile^T over 32 bytes of K, as one commit group.
+def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step: int, kind: OperandKind) -> Fragment:
+    """Starts acc += A . tile^T over 32 bytes of K of the tile, as one commit group.
 
     Args:
-      acc: [m, n] in the layout `wgmma.ACCUMULATOR`.
-      fragments: A's registers, four for every 64 rows of the accumulator.
+      acc: [m, n] of `wgmma.accumulator_dtype` in the layout `wgmma.ACCUMULATOR`.
+      fragments: A's registers, four for every 64 rows of the accumulator: unsigned bytes, or floats of the kind.
       tile: uint32 [n, WORDS_PER_ROW] in shared memory, with TILE_TRANSFORMS.
       step: which 32 bytes of a row of the tile.
+      kind: of the tile's numbers, signed bytes or floats.
     """
     n = acc.shape[1]
     # Without this, LLVM would compute them after the fence that makes them visible to the tensor cores.
@@ -41,7 +49,7 @@ def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step:
     nvvm.wgmma_fence_aligned()
     for block in range(registers.shape[0]):
         operands = fragments[_FRAGMENT_REGISTERS * block : _FRAGMENT_REGISTERS * (block + 1)]
-        registers[block] = instruction(registers[block], operands, w_descriptor, n, "k32.s32.u8.s8")
+        registers[block] = instruction(registers[block], operands, w_descriptor, n, _MNEMONIC[kind])
     nvvm.wgmma_commit_group_sync_aligned()
     return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 

@@ -324,11 +324,12 @@ def instruction(
     *x_names, w_name, add_name = (f"${count + len(tied) + i}" for i in range(len(x_operand) + 2))
     in_registers = len(x_operand) > 1
     x_text = "{" + ",".join(x_names) + "}" if in_registers else x_names[0]
+    # Of floats: not negated, and K-major, which a fragment in registers is anyway.
+    flags = (", 1, 1, 0" if in_registers else ", 1, 1, 0, 0") if is_float else ""
     ptx = (
         f"{{ .reg .pred p; setp.ne.b32 p, {add_name}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{mnemonic} "
-        # Of floats: not negated, and K-major both.
-        f"{{{outputs}}}, {x_text}, {w_name}, p{', 1, 1, 0, 0' if is_float else ''}; }}\n"
+        f"{{{outputs}}}, {x_text}, {w_name}, p{flags}; }}\n"
     )
     last_constraints = ["r" if in_registers else "l"] * len(x_operand) + ["l", "n" if add is None else "r"]
     constraints = ",".join(["=f" if is_float else "=r"] * count + [str(i) for i in range(len(tied))] + last_constraints)

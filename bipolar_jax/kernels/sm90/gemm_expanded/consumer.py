@@ -5,21 +5,27 @@ As in `gemm.consumer`, but the rows of an accumulator are columns of the output,
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_transposed
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_floats, finish_transposed
 from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
-from bipolar_jax.kernels.sm90.gemm_expanded.multiply import multiply_half, zeros
+from bipolar_jax.kernels.sm90.gemm_expanded.float_multiply import FloatMultiplication
+from bipolar_jax.kernels.sm90.gemm_expanded.multiply import ByteMultiplication, Multiplication, multiply_half, zeros
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import ChunkScaling, add_pending, add_stage
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import zeros as scaled_zeros
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.kernels.sm90.prepared_weights.scaled_floats import ScaledFloatExpansion
 
 # Stages of the mainloop with float scales of groups that an iteration unrolls, by tokens of a tile; ptxas spills two of
 # 128 tokens.
@@ -50,9 +56,10 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         """Lets the producer refill a stage, if a later step needs it: nobody may arrive at a block that has ended."""
         plgpu.barrier_arrive(scratch.empty.at[slot], predicate=(step + tiling.slots < total_steps) & only_if)
 
-    def operands(slot):
+    def operands(slot, half=0):
         terms = None if scratch.group_terms is None else scratch.group_terms.at[slot, weight_tile]
-        shared = scratch.tokens.at[slot, tokens], scratch.words.at[slot, weight_tile], terms
+        token_tile = half * problem.token_tiles // HALVES
+        shared = scratch.tokens.at[slot, token_tile, tokens], scratch.words.at[slot, weight_tile], terms
         return shared if scratch.token_sums is None else (*shared, scratch.token_sums.at[slot])
 
     def end_stage(step):
@@ -60,7 +67,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         if scratch.lagged is not None:
             plgpu.barrier_arrive(scratch.lagged, predicate=(step == problem.stages_of_lag - 1) & (consumer == 0))
 
-    mainloop = _sum_stages if problem.float_terms is None else _sum_scaled_stages
+    mainloop = _sum_scaled_stages if problem.scales_sums else _sum_stages
     writer.start()
     if scratch.lagged is not None:
 
@@ -110,7 +117,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
 
 
 def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_stage):
-    """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m].
+    """The sum over all of K of one tile, int32 [TILE_ROWS, tile_m], or of floats float32.
 
     Two commit groups are in flight, also across the loop's back edge, while the next is expanded.
 
@@ -118,28 +125,37 @@ def _sum_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release
       problem: the static side.
       step, slot: the tile's first step, and the stage that it is in.
       wait: waits until a stage is loaded.
-      operands: refs of a stage's tokens, words and terms.
+      operands: refs of the tokens of half a stage, and of the stage's words and terms.
       release: lets the producer refill a stage.
       end_stage: called with every step whose products have been issued.
     """
-    expansion = Expansion(problem.w_bits, problem.chunks)
+    multiplication = _multiplication(problem)
 
     def multiply(position, carry):
         acc, step, slot, previous = carry
         wait(slot)
-        acc = multiply_half(acc, *operands(slot), expansion, half=0)
-        # This stage's two steps are in flight: the products of the stage before have ended.
+        acc = multiply_half(acc, *operands(slot, 0), multiplication, half=0)
+        # Groups of this stage alone are in flight: the products of the stage before have ended.
         release(step - 1, previous, only_if=position > 0)
-        acc = multiply_half(acc, *operands(slot), expansion, half=1)
+        acc = multiply_half(acc, *operands(slot, 1), multiplication, half=1)
         end_stage(step)
         return acc, step + 1, problem.next_slot(slot), slot
 
     with jax.named_scope("mainloop"):
-        carry = zeros(problem.tiling.tile_m), step, slot, slot
+        carry = zeros(problem.tiling.tile_m, multiplication.kind), step, slot, slot
         acc, step, slot, last = lax.fori_loop(0, problem.steps_over_k, multiply, carry)
         acc = wgmma.settle(acc)
         release(step - 1, last)
     return acc
+
+
+def _multiplication(problem: ExpandedProblem) -> Multiplication:
+    """What the tensor cores multiply where sums run over all of K."""
+    if not problem.is_float:
+        return ByteMultiplication(Expansion(problem.w_bits, problem.chunks))
+    expansion = FloatExpansion if problem.float_terms is None else ScaledFloatExpansion
+    recovery = problem.recovery
+    return FloatMultiplication(expansion(recovery.w_format, problem.chunks, FLOATS[recovery.kind]))
 
 
 def _sum_scaled_stages(problem: ExpandedProblem, step, slot, *, wait, operands, release, end_stage):
@@ -190,7 +206,9 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
         end = row + finish_shape[0], column + finish_shape[1]
         return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
 
-    finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
+    finish = finish_scaled_transposed if problem.scales_sums else finish_transposed
+    if problem.is_float:
+        finish = functools.partial(finish_floats, token_axis=problem.token_axis)
 
     def scaled(row, column):
         row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])

@@ -4,7 +4,8 @@ A persistent kernel as that of `gemm`, one producer and two consumer warpgroups 
 weights are the rows of the accumulators. They arrive packed, and the consumers expand them in registers, from which the
 int8 tensor cores read them: neither memory nor shared memory ever holds a weight's byte. Integer groups are applied
 where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue. Float
-scales of groups are applied to the sums of chunks of K (`scaled_multiply.py`).
+scales of groups are applied to the sums of chunks of K (`scaled_multiply.py`). Tokens may be 16-bit floats, for which
+weights become such (`float_multiply.py`).
 
 `packing.fields` says how weights are laid out, `recovery.py` which terms complete their sums.
 """
@@ -30,6 +31,7 @@ from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
+from bipolar_jax.kernels.sm90.core.wgmma import accumulator_dtype
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import arrange
@@ -37,7 +39,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
 from bipolar_jax.kernels.sm90.gemm_expanded.output import ExchangedOutput, TransposedOutput
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery, ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import SUMS_ORDER, in_order_of_lanes
 from bipolar_jax.kernels.sm90.gemm_expanded.smem import Scratch, scratch_types
 from bipolar_jax.packing import PreparedArray
@@ -65,7 +67,7 @@ class ExpandedOperands(NamedTuple):
     weights: PreparedArray
     tokens: TokenTerms
     columns: ColumnTerms
-    recovery: ExpandedRecovery | ScaledRecovery
+    recovery: ExpandedRecovery | ScaledRecovery | ExpandedFloatRecovery
 
 
 def expanded_matmul(
@@ -73,7 +75,7 @@ def expanded_matmul(
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: ExpandedRecovery | ScaledRecovery,
+    recovery: ExpandedRecovery | ScaledRecovery | ExpandedFloatRecovery,
     dtype: jnp.dtype,
     *,
     tiling: Tiling = DEFAULT_TILING,
@@ -84,12 +86,13 @@ def expanded_matmul(
     lag: int = 0,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
-    """x . w^T of signed bytes and prepared weights, finished by the epilogue.
+    """x . w^T of signed bytes, or of 16-bit floats, and prepared weights, finished by the epilogue.
 
     Args:
       x_words: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8";
         through `arrays.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4. Of weights
-        with float terms `SummedTokens`.
+        with float terms `SummedTokens`. Of an `ExpandedFloatRecovery` floats of its kind, as
+        `float_tokens.token_words` orders them.
       weights: [k, n], gated if the activation is; scales and sums are those of `columns`.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns. `code_sums` are the sums of s * u + o over the true K with groups, those
@@ -111,19 +114,20 @@ def expanded_matmul(
       ValueError: a tiling that does not fit, or splits K of gated weights; words that TMA cannot address, K whose sums
         exceed int32, operands that do not belong together, or an activation together with integers or a residual.
     """
-    scaled = isinstance(x_words, SummedTokens)
+    scaled, is_float = isinstance(x_words, SummedTokens), isinstance(recovery, ExpandedFloatRecovery)
     _, m, x_width = (x_words.words if scaled else x_words).shape
     if x_width % 4:
         raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x")
     if (
         recovery.k != weights.contracted_size
         or recovery.grouped != (weights.terms is not None)
-        or scaled != (weights.float_terms is not None)
+        or scaled != (weights.float_terms is not None and not is_float)
+        or (is_float and weights.float_terms not in (None, "offsets"))
     ):
         raise ValueError(f"{recovery} is not of {weights} with {weights.chunks} chunks of groups")
-    if not scaled and recovery.k > recovery.most_elements:
+    if isinstance(recovery, ExpandedRecovery) and recovery.k > recovery.most_elements:
         raise ValueError(f"sums over {recovery.k} elements exceed int32: at most {recovery.most_elements}")
-    if activation is not None and (tokens.scale is None or residual is not None):
+    if activation is not None and (columns.scale is None or residual is not None):
         raise ValueError("an activation is of scaled products without a residual")
     of_weights = {"w_bits": weights.bits, "chunks": weights.chunks, "float_terms": weights.float_terms, "lag": lag}
     n = weights.shape[-1]
@@ -138,7 +142,7 @@ def expanded_matmul(
             output = ExchangedOutput(whole.residual, whole.dtype, jax.new_ref(arrivals))
             out, _ = launch(problem, x_words, weights, tokens, columns, output)
             return out[:, :n]
-        output = TransposedOutput.of(jnp.dtype(jnp.int32), None)
+        output = TransposedOutput.of(accumulator_dtype(recovery.kind), None)
         (sums,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
         return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
     n //= 1 if activation is None else activation.parts
@@ -195,7 +199,8 @@ def launch(
         kernel_name="_".join(
             [
                 "expanded_matmul",
-                *["scaled"] * (problem.float_terms is not None),
+                *["scaled"] * problem.scales_sums,
+                *["floats"] * problem.is_float,
                 *["activation"] * (problem.activation is not None),
                 *output.name_endings,
             ]

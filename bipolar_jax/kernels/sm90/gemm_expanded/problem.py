@@ -10,11 +10,12 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import TOKENS
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
-from bipolar_jax.packing.fields import PARTS, TILE_ROWS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import PARTS, STAGE, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
@@ -34,7 +35,7 @@ class ExpandedProblem(Problem):
       chunks: chunks of a stage with terms of their own, see `packing.fields`; 0 without groups.
       lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
         under the epilogue of the other.
-      float_terms: the form of float scales of groups, or None; see `scaled_multiply`.
+      float_terms: the form of float scales of groups, or None; see `scaled_multiply`, of floats `float_multiply`.
       exchanges: whether blocks exchange the sums of splits of K, see `exchanged_sums`; else they leave them in memory.
     """
 
@@ -47,9 +48,29 @@ class ExpandedProblem(Problem):
     token_axis: ClassVar[Literal[0, 1]] = 1
 
     @property
+    def is_float(self) -> bool:
+        """Whether tokens are 16-bit floats, and weights become such."""
+        return isinstance(self.recovery, FloatRecovery)
+
+    @property
+    def scales_sums(self) -> bool:
+        """Whether sums of chunks are scaled, and not weights."""
+        return self.float_terms is not None and not self.is_float
+
+    @property
+    def token_tiles(self) -> int:
+        """Tiles of tokens in a stage, with rows of 128 bytes: parts of the stage along K."""
+        return 2 if self.is_float else 1
+
+    @property
+    def steps_over_k(self) -> int:
+        """Stages of a pass over a split of K."""
+        return -(-self.recovery.k // (STAGE * self.splits))
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Of a thread of the producer, and of a consumer: 512 for one and both together."""
-        if self.float_terms is not None and self.tiling.tile_m > _SCALED_TOKENS:
+        if self.scales_sums and self.tiling.tile_m > _SCALED_TOKENS:
             return 24, 240
         return PRODUCER_REGISTERS, CONSUMER_REGISTERS
 
@@ -99,8 +120,8 @@ class ExpandedProblem(Problem):
     def stage_bytes(self) -> int:
         """Bytes of a stage of the ring buffer."""
         weights = 4 * PARTS * (self.w_bits * WORDS_PER_VECTOR + term_words(self.float_terms, self.chunks))
-        token_sums = 0 if self.float_terms is None else 4 * self.chunks
-        return self.tiling.block_m * (BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
+        token_sums = 4 * self.chunks if self.scales_sums else 0
+        return self.tiling.block_m * (self.token_tiles * BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
 
     @property
     def _shares_one_chunk(self) -> bool:
@@ -128,7 +149,7 @@ class ExpandedProblem(Problem):
             raise ValueError(f"tile_n must be {TILE_ROWS}, the rows of a tile of prepared weights, got {tiling}")
         if tiling.tile_m % CHUNK_TOKENS or tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m):
             raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
-        if self.float_terms is not None and (
+        if self.scales_sums and (
             tiling.splits > 1
             or self.chunks not in (1, 2, 4)
             or tiling.block_m > (_MOST_SCALED_TOKENS if self._shares_one_chunk else _SCALED_TOKENS)

@@ -23,7 +23,7 @@ class Sources(NamedTuple):
     """What the producer loads: arrays, in the kernel refs in memory.
 
     Attributes:
-      tokens: uint32 [1, rows, words], signed bytes.
+      tokens: uint32 [1, rows, words], signed bytes or 16-bit floats.
       words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR], prepared weights.
       group_terms: uint32 [tiles, PARTS, stages, vectors, vector words], or None.
       token_sums: float32 [sequences, stages * chunks, m], sums of codes over chunks (`scaled_multiply`), or None.
@@ -52,7 +52,9 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     token_axes = "cluster_n" if tiling.cluster_n > 1 else None
     weight_axes = "cluster_m" if tiling.cluster_m > 1 else None
 
-    early = min(tiling.slots, problem.steps_over_k) if OVERLAPPED.get() else 0
+    # XLA divides float scales by powers of two just before.
+    terms_come_late = problem.is_float and problem.float_terms is not None
+    early = min(tiling.slots, problem.steps_over_k) if OVERLAPPED.get() and not terms_come_late else 0
 
     def load_weights(origin, k_step, slot, barrier):
         first_tile = lax.div(origin.column, problem.out_tile_n)
@@ -91,12 +93,14 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
 
             barrier = scratch.full.at[problem.full_barrier(index, slot)]
             # Rows, words and tiles beyond the arrays come as zeros.
-            plgpu.copy_gmem_to_smem(
-                sources.tokens.at[0, token_rows, pl.ds(k_step * WORDS_PER_ROW, WORDS_PER_ROW)],
-                scratch.tokens.at[slot],
-                barrier,
-                collective_axes=token_axes,
-            )
+            for tile in range(problem.token_tiles):
+                first_word = (k_step * problem.token_tiles + tile) * WORDS_PER_ROW
+                plgpu.copy_gmem_to_smem(
+                    sources.tokens.at[0, token_rows, pl.ds(first_word, WORDS_PER_ROW)],
+                    scratch.tokens.at[slot, tile],
+                    barrier,
+                    collective_axes=token_axes,
+                )
             load = functools.partial(load_weights, origin, k_step, slot, barrier)
             pl.when(step >= early)(load) if early else load()
             if scratch.token_sums is not None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import SUM_UNIT
 from bipolar_jax.packing.fields import OFFSET_BIAS
 from bipolar_jax.quantize.integer_groups import max_contraction
@@ -88,3 +89,16 @@ class ScaledRecovery(Recovery):
 
     def column_weight(self, zero_code):
         return -zero_code if self.with_zero else 0 * zero_code - self.a_format.max_value
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandedFloatRecovery(FloatRecovery):
+    """`FloatRecovery` of products of weights that are expanded to 16-bit floats (`float_multiply`).
+
+    Attributes:
+      w_format: of the weights' codes.
+      grouped: whether weights are s * u + o of integer groups, or S * u + o of float groups below a power of two.
+    """
+
+    w_format: BipolarFormat
+    grouped: bool

@@ -22,7 +22,7 @@ class Scratch(NamedTuple):
     """What the warpgroups of a block share, beside the output's own scratch.
 
     Attributes:
-      tokens: ring buffer, uint32 [slots, block_m, WORDS_PER_ROW].
+      tokens: ring buffer, uint32 [slots, token_tiles, block_m, WORDS_PER_ROW].
       words: ring buffer, uint32 [slots, weight_tiles, PARTS, bits, WORDS_PER_VECTOR].
       group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, words], or None.
       token_sums: ring buffer, float32 [slots, chunks, block_m], or None.
@@ -57,13 +57,17 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
     if problem.clusters < 1:
         raise ValueError(f"{tiling} needs clusters of {tiling.cluster_size} blocks: allow as many")
     token_terms, column_terms = sources.terms
-    copies = 2 + (sources.group_terms is not None) + (sources.token_sums is not None)
+    copies = 1 + problem.token_tiles + (sources.group_terms is not None) + (sources.token_sums is not None)
 
     def ring(source):
         return plgpu.SMEM((tiling.slots, problem.weight_tiles, PARTS, *source.shape[3:]), source.dtype)
 
     own = Scratch(
-        tokens=plgpu.SMEM((tiling.slots, tiling.block_m, WORDS_PER_ROW), jnp.uint32, transforms=wgmma.TILE_TRANSFORMS),
+        tokens=plgpu.SMEM(
+            (tiling.slots, problem.token_tiles, tiling.block_m, WORDS_PER_ROW),
+            jnp.uint32,
+            transforms=wgmma.TILE_TRANSFORMS,
+        ),
         words=ring(sources.words),
         group_terms=None if sources.group_terms is None else ring(sources.group_terms),
         token_sums=None

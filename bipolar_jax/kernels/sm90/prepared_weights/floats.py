@@ -11,12 +11,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, Expansion, StepWords
-from bipolar_jax.packing.fields import OFFSET_BIAS, REGISTERS
+from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, REGISTERS, expand_tile
 
 _EVERY_BYTE, _EVERY_HALF = 0x01010101, 0x00010001
 _SIGN = 128  # of a byte
@@ -98,6 +101,16 @@ class FloatExpansion:
             own = terms[(2 * step + half) * len(terms) // (2 * HALF_STEPS)][2 * block + row]
             registers.append(self.values(self.fields.codes(words, register), own))
         return registers
+
+    @property
+    def term_words(self) -> int:
+        """Words of the terms of a stage and part."""
+        return self.chunks * CHUNK_WORDS
+
+    def of_tile(self, words: Array, terms: Array | None) -> Float[Array, "rows positions"]:
+        """The values of a tile and stage, in jnp; `packing.fields.expand_tile` has the arguments."""
+        numbers = expand_tile(words, terms)
+        return (2 * numbers - self.format.max_value if terms is None else numbers - OFFSET_BIAS).astype(jnp.float32)
 
     def multiply_step(self, registers: list[list[Value]], tokens: list[Value], sums: list[Value]) -> list[Value]:
         """sums + weights . tokens over a step: two instructions.

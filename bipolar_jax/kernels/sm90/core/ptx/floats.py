@@ -48,6 +48,11 @@ def rounded(ptx_type: str, a: Value) -> Value:
     return inline_ptx(ptx, a, result_types=i32_type())
 
 
+def rounded_pair(ptx_type: str, low: Value, high: Value) -> Value:
+    """Two float32 as "bf16" or "f16", as `rounded`, in a word."""
+    return inline_ptx(f"cvt.rn.{ptx_type}x2.f32 $0, $1, $2;", high, low, result_types=i32_type())
+
+
 def multiply_add_tiles(ptx_type: str, a: list[Value], b: list[Value], c: list[Value]) -> list[Value]:
     """a . b + c on the warp's tensor core: [16, 16] times [16, 8] of "bf16" or "f16", accumulated in float32.
 

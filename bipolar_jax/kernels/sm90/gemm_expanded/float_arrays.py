@@ -1,0 +1,98 @@
+"""Products of 16-bit floats with `PreparedArray`s: what each operand of `expanded_matmul` is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+from bipolar_jax.format import BipolarFormat
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import by_pair, positions_of_elements, token_words
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing.fields import STAGE
+from bipolar_jax.packing.float_terms import pack_part_offsets, part_float_terms
+
+_STEP = 32  # elements that `float_tokens` orders
+
+
+def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, " n"] | None) -> ExpandedOperands:
+    """The operands of the product of float activations; values of integer groups, or of the format, are exact.
+
+    Args:
+      x: bfloat16 or float16.
+      w: [k, n], without float terms or offsets.
+      bias: added to every row.
+    """
+    words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
+    recovery = ExpandedFloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size, w.format, w.terms is not None)
+    return ExpandedOperands(words, w, TokenTerms(None, None, None), _columns(w, bias), recovery)
+
+
+def step_operands(
+    tokens: PackedTokens, w: PreparedArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+) -> ExpandedOperands:
+    """The operands of the product of quantized activations with float scales of groups, on float16 tensor cores.
+
+    Tokens are their codes less their zero code, which float16 holds exactly. Weights are rounded to it.
+
+    Args:
+      tokens: as `quantize_and_pack` gives them of kind "int8".
+      w: [k, n], with float terms.
+      a_format: of the tokens.
+      bias: added to every row.
+    """
+    below_one = below_powers_of_two(w)
+    scale = tokens.scale * (2.0 if a_format.bits > 1 else 1.0)
+    recovery = ExpandedFloatRecovery("f16", w.contracted_size, w.format, True)
+    words = step_words(tokens, a_format, w)
+    return ExpandedOperands(words, below_one, TokenTerms(None, None, scale), _columns(below_one, bias), recovery)
+
+
+def step_words(tokens: PackedTokens, a_format: BipolarFormat, w: PreparedArray) -> UInt32[Array, "1 m words"]:
+    """Codes less their zero code, or values of one bit, as float16 in the order of `float_tokens`; 0 beyond K."""
+    _, m, width = tokens.words.shape
+    codes = lax.bitcast_convert_type(tokens.words[0], jnp.int8).reshape(m, 4 * width)
+    codes = fill_up(codes, STAGE).reshape(m, -1, _STEP).astype(jnp.int32)
+    if w.natural_order:  # the quantizer's bytes are not
+        codes = codes.reshape(*codes.shape[:-1], 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+    if a_format.bits > 1:
+        steps = codes + (a_format.code_offset - tokens.zero_code[:m, None, None])
+    else:
+        steps = 2 * codes + a_format.value_shift
+    elements = jnp.arange(codes.shape[1] * _STEP, dtype=jnp.int32).reshape(-1, _STEP)
+    inside = positions_of_elements(elements, w.natural_order) < w.contracted_size
+    ordered = by_pair(jnp.where(inside[None], steps, 0).astype(jnp.float16))
+    return lax.bitcast_convert_type(ordered.reshape(1, m, -1, 2), jnp.uint32)
+
+
+def below_powers_of_two(w: PreparedArray) -> PreparedArray:
+    """The same numbers with terms of the form "offsets": each below 2, and a power of two in the column's scale."""
+    scale, zero, offset = part_float_terms(w.terms, w.format, w.float_terms)
+    largest_value = w.format.max_value / 2  # times the scale of codes, which is twice that of values
+    offset = scale * (zero + largest_value) if offset is None else offset
+    # Of a row, over all of K: [tiles, parts, rows of the part].
+    terms = (jnp.moveaxis(term, 2, -1) for term in (scale * largest_value, offset))
+    exponents = epilogue.column_exponents(*(term.reshape(*term.shape[:3], -1) for term in terms)) + 1
+    scale, offset = (term * epilogue.power_of_two(-exponents)[:, :, None, :, None] for term in (scale, offset))
+    rows = exponents.reshape(*exponents.shape[:2], 2, -1).swapaxes(1, 2).reshape(-1)
+    factors = epilogue.power_of_two(w.columns_in_order(rows))[:, None]
+    return dataclasses.replace(
+        w,
+        terms=pack_part_offsets(scale, offset),
+        float_terms="offsets",
+        scale=w.scale * factors,
+        number_sums=w.number_sums / factors,
+    )
+
+
+def _columns(w: PreparedArray, bias: Float[Array, " n"] | None) -> ColumnTerms:
+    return ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
