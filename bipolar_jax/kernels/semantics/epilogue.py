@@ -68,7 +68,7 @@ def _difference(a: Int[Array, "*shape"], b: Int[Array, "*shape"]) -> Float[Array
     return 2.0 * halves.astype(jnp.float32) + odd.astype(jnp.float32)
 
 
-def column_exponents(scale: Float[Array, "n groups"], offset: Float[Array, "n groups"] | None) -> Int[Array, " n"]:
+def column_exponents(scale: Float[Array, "*n groups"], offset: Float[Array, "*n groups"] | None) -> Int[Array, "*n"]:
     """The exponent of each column's largest scale or offset, int32.
 
     Sums of terms whose scales and offsets are divided by these powers of two neither overflow nor lose bits.

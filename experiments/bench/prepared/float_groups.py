@@ -7,17 +7,15 @@ against the exact one of sampled rows and columns, and few tokens are timed with
 
 Precisions are bits, groups and the form of their terms, such as 4g128zeros; W4A8g128f is 4g128offsets, the form that
 `bj.quantize` makes. With --tilings prompts are also timed with every tiling of `TILINGS` whose sums are scaled in
-registers, also in groups that the planner expands in memory, and expanded in memory where the planner does not.
+registers, with those of `FLOAT_TILINGS` and weights expanded to float16 in registers, and expanded in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,8 +24,8 @@ import numpy as np
 
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
-from bipolar_jax.kernels.sm90.backend import expanded_planning
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    EXPANDED_CANDIDATES,
     ONE_CHUNK_CANDIDATES,
     SCALED_CANDIDATES,
     expands_in_memory,
@@ -37,6 +35,8 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
 from bipolar_jax.kernels.sm90.backend.expanded_products import expanded_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import step_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.bipolar_array import code_sums
@@ -45,7 +45,7 @@ from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.groups import num_groups
 from experiments.bench.products.cold_weights import with_cold_weights
-from experiments.bench.products.expanded import A_FORMAT, Weights, arguments, run_shapes
+from experiments.bench.products.expanded import A_FORMAT, Weights, arguments, expanding_in_memory, run_shapes
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
@@ -67,6 +67,14 @@ TILINGS = {
         *((ONE_CHUNK_CANDIDATES[0], lag) for lag in (0, 1, 2)),
         (dataclasses.replace(ONE_CHUNK_CANDIDATES[0], cluster_m=2), 0),
         (dataclasses.replace(ONE_CHUNK_CANDIDATES[0], cluster_n=2), 0),
+    )
+}
+FLOAT_TILINGS = {
+    f"{tiling.tile_m} {tiling.schedule}, clusters of {tiling.cluster_m}x{tiling.cluster_n}": tiling
+    for tiling in (
+        *EXPANDED_CANDIDATES,
+        dataclasses.replace(EXPANDED_CANDIDATES[0], cluster_m=2),
+        dataclasses.replace(EXPANDED_CANDIDATES[0], cluster_n=2),
     )
 }
 _KINDS = ("scales", "zeros", "offsets")
@@ -123,13 +131,13 @@ def product_of(operands: Operands, weights: Weights, kind: FloatTerms) -> tuple[
 
 
 def other_ways(call: Call) -> dict[str, Call]:
-    """The same product with every tiling of `TILINGS`, and expanded in memory where the planner does not."""
+    """The same product with every tiling, and expanded in memory where the planner does not."""
     _, (tokens, w) = call
     ways = {}
     if not expands_in_memory(w):
 
         def in_memory(tokens, w):
-            with _without_scaling_in_registers():
+            with expanding_in_memory():
                 return expanded_tokens_matmul(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16))
 
         ways["in memory"] = (in_memory, (tokens, w))
@@ -139,20 +147,19 @@ def other_ways(call: Call) -> dict[str, Call]:
             continue
 
         def product(tokens, w, tiling=tiling, lag=lag):
-            options = {"tiling": fitted(tiling, w, itemsize=2), "lag": lag, "interpret": interpret_params()}
+            fits = fitted(tiling, w, itemsize=2, is_float=False)
+            options = {"tiling": fits, "lag": lag, "interpret": interpret_params()}
             return tokens_product(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16), **options)
 
         ways[name] = (product, (tokens, w))
+    for name, tiling in FLOAT_TILINGS.items():
+
+        def float_product(tokens, w, tiling=tiling):
+            options = {"tiling": fitted(tiling, w, itemsize=2, is_float=True), "interpret": interpret_params()}
+            return expanded_matmul(*step_operands(tokens, w, A_FORMAT, None), jnp.dtype(jnp.bfloat16), **options)
+
+        ways[f"float16, {name}"] = (float_product, (tokens, w))
     return ways
-
-
-@contextlib.contextmanager
-def _without_scaling_in_registers() -> Iterator[None]:
-    before, expanded_planning.SCALES_SUMS_IN_REGISTERS = expanded_planning.SCALES_SUMS_IN_REGISTERS, False
-    try:
-        yield
-    finally:
-        expanded_planning.SCALES_SUMS_IN_REGISTERS = before
 
 
 def check(product: jax.Array, exact: np.ndarray, operands: Operands) -> None:

@@ -3,14 +3,16 @@
     python -m experiments.bench.products.float_products --out=DIR/float_products.json
 
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
-Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "expansion" is the kernel that writes
-the weights as bfloat16, which the operation contains from 129 tokens on. "XLA" is the same operation, of packed
-weights, by the backend that serves every device.
+Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "in memory" is the operation with
+weights that are expanded to bfloat16 in memory, "expansion" the kernel that does that, and "tokens" the pass that
+brings tokens into the order of the weights' fields. "XLA" is the same operation, of packed weights, by the backend that
+serves every device. With --tilings every tiling is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import jax
@@ -21,12 +23,13 @@ from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import float_products
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.cold_weights import with_cold_weights
-from experiments.bench.products.expanded import Weights, arguments, run_shapes
+from experiments.bench.products.expanded import Weights, arguments, expanding_in_memory, run_shapes
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
@@ -37,6 +40,7 @@ SHAPES = ",".join(
     f"{m}x{layer}" for layer in ("28672x4096", "4096x14336", "6144x4096") for m in (1, 8, 16, 64, 128, 256, 1024, 7680)
 )
 PRECISIONS = "4g128,4g64,2g64"
+PARTS = ("expansion", "tokens")  # of the operation
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
 _TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
@@ -57,17 +61,31 @@ def weights_of(operands: Operands, weights: Weights) -> tuple[BipolarArray, np.n
     return w, x @ values.T, np.abs(x) @ np.abs(values).T
 
 
-def calls(operands: Operands, w: BipolarArray) -> dict[str, Call]:
-    """The product of prepared weights, what it contains, and XLA's."""
+def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict[str, Call]:
+    """The product of prepared weights, what it contains, other ways, and XLA's."""
     prepared = jax.jit(BipolarArray.prepare)(w)
 
     def product(x, w):
         return float_products.weight_only_matmul(x, w, None)
 
     todo: dict[str, Call] = {"prepared": (product, (operands.x, prepared))}
-    if operands.shape.m > FEW_TOKENS_LIMIT:
-        todo["expansion"] = (lambda w: expand_floats(w, jnp.bfloat16, interpret=interpret_params()), (prepared,))
-        todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
+    m = operands.shape.m
+    if m <= FEW_TOKENS_LIMIT:
+        return todo
+
+    def in_memory(x, w):
+        with expanding_in_memory():
+            return product(x, w)
+
+    todo["in memory"] = (in_memory, (operands.x, prepared))
+    todo["expansion"] = (lambda w: expand_floats(w, jnp.bfloat16, interpret=interpret_params()), (prepared,))
+    todo["tokens"] = (lambda x: token_words(x, prepared.natural_order), (operands.x,))
+    todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
+    times = float_products.tiling_times(m, prepared) if tilings else {}
+    for tiling in sorted(times, key=times.get):
+        name = f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.splits} splits"
+        multiply = functools.partial(float_products.weight_only_matmul, bias=None, tiling=tiling)
+        todo[name] = (lambda x, w, multiply=multiply: multiply(x, w), (operands.x, prepared))
     return todo
 
 
@@ -95,17 +113,17 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     console.print(f"{shape.name}: bf16 {row['bf16']['microseconds']:.1f} us")
     for text in options.precisions.split(","):
         w, exact, sizes = weights_of(operands, Weights.parse(text))
-        todo = calls(operands, w)
+        todo = calls(operands, w, tilings=options.tilings)
         compiled, figures = compile_all(todo, options.threads), {}
         for name, call in todo.items():
             try:
                 product = raise_if_error(compiled[name])(*call[1])
-                if name != "expansion":
+                if name not in PARTS:
                     check(product, exact, sizes, operands)
                 figures[name] = timed(call, shape, options.iterations, compiled[name])
                 time = figures[name]["microseconds"]
                 speed = f"{row['bf16']['microseconds'] / time:.2f}x bf16"
-                console.print(f"  W{text}A16 {name} {time:.1f} us" + ("" if name == "expansion" else f", {speed}"))
+                console.print(f"  W{text}A16 {name} {time:.1f} us" + ("" if name in PARTS else f", {speed}"))
             except Exception as error:
                 figures[name] = {"error": one_line(error)}
                 console.print(f"    {name}: {figures[name]['error']}")
@@ -114,7 +132,11 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(__doc__, SHAPES, PRECISIONS, iterations=10).parse_args()
+    parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
+    parser.add_argument(
+        "--tilings", action="store_true", help="time every tiling of the kernel that expands in registers"
+    )
+    options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))
 
 

@@ -102,7 +102,14 @@ def cases() -> list[Case]:
         Product("zeros", 4, 64, 8, 777, 4096, 1500),
     ]
     products += [Product(_KINDS[bits % 3], bits, 128 * (1 + bits % 2), 8, 200, 1000, 1500) for bits in range(1, 9)]
-    # K types of GGUF: gated, of few tokens in one and several units, and expanded in memory.
+    # Weights that become float16 in registers: as many tiles, heads' widths, K in parts, and every width.
+    products += [Product(kind, 4, 32, 8, 1025, 4099, 4096) for kind in _KINDS]
+    products += [
+        Product("offsets", 4, 32, 8, 1500, 8192, 4096, gated=True),
+        Product("zeros", 4, 16, 8, 200, 512, 14336),
+    ]
+    products += [Product(_KINDS[bits % 4], bits, 16 * (1 + bits % 3), 8, 200, 1000, 1500) for bits in range(1, 9)]
+    # K types of GGUF: gated, of few tokens in one and several units, and many.
     products += [
         Product(kind, bits, group_size, 8, m, n, 2048, gated=gated)
         for kind, bits, group_size in _K_TYPES

@@ -28,7 +28,15 @@ def cases() -> list[Case]:
     """Every width and group size, without groups, and ternary; tokens, sizes, dtypes and layouts in turn."""
     formats = [*map(BipolarFormat, range(1, 7)), TERNARY]
     weights = [*itertools.product(formats, _GROUP_SIZES), *((BipolarFormat(bits), None) for bits in range(1, 9))]
-    return [
+    # Many tokens: more tiles than blocks, K in parts, tokens that end within a tile.
+    many = [
+        _case(BipolarFormat(4), group_size, m, n, k, dtype, layout)
+        for (group_size, dtype), (m, n, k, layout) in itertools.product(
+            ((128, _DTYPES[0]), (32, _DTYPES[1])),
+            ((1025, 4099, 4096, "prepared"), (1500, 8192, 1000, "gated"), (200, 512, 14336, "prepared")),
+        )
+    ]
+    return many + [
         _case(
             fmt,
             group_size,

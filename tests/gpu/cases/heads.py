@@ -175,6 +175,9 @@ def cases() -> list[Case]:
         Prompts(4, 8, 2, 777, 32, 8, 128, 800, group_size=128, prepared=True, head_norms=True, k=1000),
         Prompts(2, 8, 3, 130, 5, 1, 128, 192, half, group_size=64, prepared=True, bias=True, head_norms=True),
         Prompts(4, 8, 1, 300, 16, 8, 128, 320, group_size=64, prepared=True, float_terms="offsets", head_norms=True),
+        Prompts(4, 8, 2, 777, 32, 8, 128, 800, group_size=32, prepared=True, float_terms="offsets", k=1000),
+        Prompts(4, 8, 3, 130, 8, 2, 64, 192, half, group_size=16, prepared=True, float_terms="zeros", bias=True),
+        Prompts(4, 8, 1, 300, 16, 8, 128, 320, group_size=32, prepared=True, float_terms="scales", head_norms=True),
     ]
     return [Case(each.name, each.trial) for each in prompts]
 

@@ -51,7 +51,9 @@ def tile_counts(tiling: Tiling, m: int, n: int, steps: int, passes: int = 1) -> 
     } | _common_counts(tiling, m, n)
 
 
-def expanded_counts(tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks: int) -> dict[str, float]:
+def expanded_counts(
+    tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks: int, *, is_float: bool = False
+) -> dict[str, float]:
     """Counts of `expanded_matmul`, in thousands but for single events.
 
     Args:
@@ -59,12 +61,15 @@ def expanded_counts(tiling: Tiling, m: int, n: int, k: int, w_bits: int, chunks:
       m, n, k: its sizes.
       w_bits: of the weights.
       chunks: of a stage with terms of their own; 0 without groups.
+      is_float: whether 16-bit floats are multiplied. A stage of 64 tokens then has as many bytes as one of 128 bytes'
+        tokens, and takes the tensor cores as long; it is counted as that, and of 128 tokens twice.
     """
     stages = _turns(tiling, m, n) * math.ceil(math.ceil(k / STAGE) / tiling.splits) / 1000
     schedule = "alternate" if tiling.schedule == "alternate" else "shared"
+    size = tiling.tile_m / ROWS_PER_INSTRUCTION if is_float else 1
     return {
-        f"stages, {schedule}": stages,
-        f"tokens of stages, {schedule}": stages * tiling.tile_m,
+        f"stages, {schedule}": stages * size,
+        f"tokens of stages, {schedule}": stages * tiling.tile_m * (2 if is_float else 1),
         "stages with groups": stages if chunks else 0.0,
         "further groups of stages": stages * max(0, chunks - 1),
         "stages of fields across bytes": stages if 8 % w_bits else 0.0,

@@ -13,6 +13,7 @@ from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_microseconds, few_tokens_tiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarNumbers, PreparedArray
@@ -36,9 +37,11 @@ ONE_CHUNK_CANDIDATES = (EXPANDED_CANDIDATES[0], *SCALED_CANDIDATES)
 _BITS_OF_FEW_TOKENS = (6, 7)
 # The switch: without it prompts with float groups take what `scaled_products` expands in memory.
 SCALES_SUMS_IN_REGISTERS = True
+# The switch of 16-bit floats: without it prompts of float activations, and of short float groups, take weights that are
+# expanded to floats in memory.
+FLOATS_IN_REGISTERS = True
 # Groups of a multiple of so many elements. By count 128 elements of K issue 510, 822 or 1426 instructions in chunks of
-# 128, 64 or 32, in tiles of 64 tokens (`gemm_expanded`); float16 tensor cores take 1024 cycles for them, behind an
-# expansion in memory.
+# 128, 64 or 32, in tiles of 64 tokens (`gemm_expanded`); float16 tensor cores take 1024 cycles for them.
 _LEAST_SCALED_CHUNK = 64
 
 _SUM_BYTES = 4  # of the sums that splits of K leave in memory
@@ -71,10 +74,19 @@ def float_terms_of(w: BipolarNumbers) -> FloatTerms | None:
     return w.float_terms if isinstance(w, PreparedArray) else None
 
 
+def _scales_sums(w: BipolarNumbers) -> bool:
+    """Whether `gemm_expanded` scales sums of products of bytes in prompts with these weights, of float groups."""
+    return SCALES_SUMS_IN_REGISTERS and w.group_size is not None and w.group_size % _LEAST_SCALED_CHUNK == 0
+
+
+def becomes_float16(w: BipolarNumbers) -> bool:
+    """Whether prompts with these weights expand them to float16 in registers, with the scales of their float groups."""
+    return FLOATS_IN_REGISTERS and has_float_terms(w) and w.group_size % _LEAST_SCALED_CHUNK != 0
+
+
 def expands_in_memory(w: BipolarNumbers) -> bool:
-    """Whether prompts with these weights take `scaled_products`: `gemm_expanded` does not scale their sums."""
-    is_scaled = SCALES_SUMS_IN_REGISTERS and w.group_size is not None and w.group_size % _LEAST_SCALED_CHUNK == 0
-    return has_float_terms(w) and not is_scaled
+    """Whether prompts with these weights take `scaled_products`."""
+    return has_float_terms(w) and not _scales_sums(w) and not becomes_float16(w)
 
 
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
@@ -139,31 +151,30 @@ def plan_many_tokens(
       may_split: whether the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements; float scales of groups of no multiple of 64.
+      Unsupported: groups that are no multiple of 16 elements; weights of which `expands_in_memory` is true.
     """
     check_layout(w, gated)
     if expands_in_memory(w):
-        raise Unsupported(
-            f"weights in float groups of {w.group_size} are not expanded in registers: groups of a multiple of "
-            f"{_LEAST_SCALED_CHUNK} are"
-        )
+        raise Unsupported(f"prompts with float groups of {w.group_size} are switched to an expansion in memory")
     gated = w.gated if isinstance(w, PreparedArray) else gated
     tiling = cost.cheapest(expanded_times(m, w, dtype, may_split=may_split and not gated))
-    return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
+    return Choice("f16" if becomes_float16(w) else "int8", tiling, with_layout(cost.reason(tiling), w))
 
 
-def expanded_times(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, may_split: bool = True) -> dict[Tiling, float]:
-    """Modelled microseconds of `gemm_expanded`, by tiling."""
+def expanded_times(
+    m: int, w: BipolarNumbers, dtype: jnp.dtype, *, may_split: bool = True, is_float: bool | None = None
+) -> dict[Tiling, float]:
+    """Modelled microseconds of `gemm_expanded`, by tiling; `is_float` as `problem_of` has it."""
     n, k, itemsize = w.shape[-1], w.contracted_size, jnp.dtype(dtype).itemsize
-    stages = math.ceil(k / STAGE)
-    if has_float_terms(w):
+    stages, is_float = math.ceil(k / STAGE), becomes_float16(w) if is_float is None else is_float
+    if has_float_terms(w) and not is_float:
         return {
             tiling: expanded_microseconds(tiling, m, n, k, w)
             for tiling in (fitted(tiling, w, itemsize) for tiling in scaled_candidates(w))
         }
     tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages) if may_split else EXPANDED_CANDIDATES
-    able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES) for tiling in tilings]
-    return {tiling: expanded_microseconds(tiling, m, n, k, w) for tiling in able}
+    able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES, is_float) for tiling in tilings]
+    return {tiling: expanded_microseconds(tiling, m, n, k, w, is_float) for tiling in able}
 
 
 def scaled_candidates(w: BipolarNumbers) -> tuple[Tiling, ...]:
@@ -171,22 +182,21 @@ def scaled_candidates(w: BipolarNumbers) -> tuple[Tiling, ...]:
     return ONE_CHUNK_CANDIDATES if chunks_of(w) == 1 and w.bits not in _BITS_OF_FEW_TOKENS else SCALED_CANDIDATES
 
 
-def expanded_microseconds(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> float:
-    """The modelled time of m tokens times n columns of weights like these.
+def expanded_microseconds(
+    tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers, is_float: bool | None = None
+) -> float:
+    """The modelled time of m tokens times n columns of weights like these; `is_float` as `problem_of` has it.
 
     Not less than the L2 cache takes to hand out what all blocks load: 8-bit weights that three tiles of tokens read.
     """
-    counts = cost.expanded_counts(tiling, m, n, k, w.bits, chunks_of(w))
+    problem = problem_of(tiling, w, is_float)
+    counts = cost.expanded_counts(tiling, m, n, k, w.bits, chunks_of(w), is_float=problem.is_float)
     time = cost.microseconds("expanded", counts)
     passed = cost.microseconds("expanded", {name: counts[name] for name in ("sums of splits", "pass over splits")})
-    return max(time, passed + _LAUNCH + _loaded_bytes(tiling, m, n, k, w) / _L2_BYTES_PER_MICROSECOND)
-
-
-def _loaded_bytes(tiling: Tiling, m: int, n: int, k: int, w: BipolarNumbers) -> int:
-    """Bytes of tokens and weights that all blocks load to shared memory, where clusters share none."""
+    # Clusters are not counted as sharing what they load.
     tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
     stages = tiling.splits * math.ceil(math.ceil(k / STAGE) / tiling.splits)
-    return tiles * stages * (tiling.block_m * STAGE + tiling.block_n // TILE_ROWS * _tile_bytes(w))
+    return max(time, passed + _LAUNCH + tiles * stages * problem.stage_bytes / _L2_BYTES_PER_MICROSECOND)
 
 
 def _tile_bytes(w: BipolarNumbers) -> int:
@@ -211,16 +221,21 @@ def check_layout(w: BipolarNumbers, gated: bool) -> None:
         raise Unsupported(str(reason)) from reason
 
 
-def describe_expanded(w: BipolarNumbers) -> str:
-    """The kernel in words."""
+def describe_expanded(m: int, w: BipolarNumbers) -> str:
+    """The kernel of m tokens in words."""
     kind = "float" if has_float_terms(w) else "integer"
     groups = f" in {kind} groups of {w.group_size}" if w.has_integer_groups or kind == "float" else ""
+    if becomes_float16(w) and m > FEW_TOKENS_LIMIT:
+        return f"float16 tensor cores, weights of {w.bits} bits{groups} expanded to float16 in registers"
     return f"int8 tensor cores, weights of {w.bits} bits{groups} expanded in registers"
 
 
-def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> Tiling:
-    """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number."""
-    while tiling.slots > 2 and _bytes_needed(tiling, w, itemsize) > SHARED_MEMORY_BYTES:
+def fitted(tiling: Tiling, w: BipolarNumbers, itemsize: int, is_float: bool | None = None) -> Tiling:
+    """The tiling with as many slots as shared memory holds, for an output of `itemsize` bytes a number.
+
+    `is_float` is as `problem_of` has it.
+    """
+    while tiling.slots > 2 and problem_of(tiling, w, is_float).shared_memory_bytes(itemsize) > SHARED_MEMORY_BYTES:
         tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
     return tiling
 
@@ -230,7 +245,18 @@ def chunks_of(w: BipolarNumbers) -> int:
     return STAGE // math.gcd(w.group_size, STAGE) if w.has_integer_groups or has_float_terms(w) else 0
 
 
-def _bytes_needed(tiling: Tiling, w: BipolarNumbers, itemsize: int) -> int:
-    of_weights = {"w_bits": w.bits, "chunks": chunks_of(w), "float_terms": float_terms_of(w)}
-    problem = ExpandedProblem(1, TILE_ROWS, None, tiling, **of_weights)
-    return problem.shared_memory_bytes(itemsize)
+def problem_of(tiling: Tiling, w: BipolarNumbers, is_float: bool | None = None, n: int = TILE_ROWS) -> ExpandedProblem:
+    """A problem with weights like these, for its sizes in shared memory.
+
+    Args:
+      tiling: of the product.
+      w: the weights.
+      is_float: whether 16-bit floats are multiplied; of quantized tokens, None, what `becomes_float16` says.
+      n: columns of the output.
+    """
+    recovery, float_terms = None, float_terms_of(w)
+    if becomes_float16(w) if is_float is None else is_float:
+        recovery = ExpandedFloatRecovery("f16", w.contracted_size, w.format, chunks_of(w) > 0)
+        float_terms = None if float_terms is None else "offsets"
+    of_weights = {"w_bits": w.bits, "chunks": chunks_of(w), "float_terms": float_terms}
+    return ExpandedProblem(1, n, recovery, tiling, **of_weights)

@@ -14,6 +14,7 @@ from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
+    becomes_float16,
     check_layout,
     describe_expanded,
     expands_in_memory,
@@ -21,7 +22,9 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
 )
 from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, product_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import step_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands, expanded_matmul
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_integers, few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens, check_row, quantize_and_pack
@@ -94,9 +97,19 @@ def expanded_tokens_matmul(
     if w.gated and activation is None:
         if bias is not None:
             bias = w.rows_in_order_of_tiles(bias[:, None])[:, 0]
-        product = w.columns_in_order(tokens_product(tokens, w.in_order_of_tiles(), a_format, bias, dtype, **options))
+        operands = many_tokens_operands(tokens, w.in_order_of_tiles(), a_format, bias)
+        product = w.columns_in_order(expanded_matmul(*operands, dtype, **options))
         return product if residual is None else residual + product
-    return tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)
+    operands = many_tokens_operands(tokens, w, a_format, bias)
+    return expanded_matmul(*operands, dtype, residual=residual, **options)
+
+
+def many_tokens_operands(
+    tokens: PackedTokens, w: PreparedArray, a_format: BipolarFormat, bias: Float[Array, " n"] | None
+) -> ExpandedOperands:
+    """The operands of `gemm_expanded` for quantized activations of kind "int8"."""
+    operands_of = step_operands if becomes_float16(w) else product_operands
+    return operands_of(tokens, w, a_format, bias)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat) -> Plan:
@@ -106,7 +119,7 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFo
         return explain_scaled(m, a_format, w)
     choice = plan_expanded(m, w, dtype)
     check_row(w.contracted_size, dtype)
-    return Plan(describe_expanded(w), choice.reason, choice.tiling)
+    return Plan(describe_expanded(m, w), choice.reason, choice.tiling)
 
 
 def laid_out(w: BipolarNumbers, *, gated: bool = False) -> PreparedArray:

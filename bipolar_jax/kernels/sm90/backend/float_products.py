@@ -1,8 +1,9 @@
 """Products of float activations with prepared weights and with integer groups.
 
 Values of integer groups, and of the formats, are exact in bfloat16 and float16, so that nothing but sums (float32) and
-the output is rounded. Few tokens read the fields and expand them in registers. For more tokens one kernel writes the
-values to memory, 16 bits each, and the product of tiles multiplies them; the columns' scales follow in its epilogue.
+the output is rounded; the columns' scales follow in the epilogue. Few tokens and many read the fields and expand them
+in registers, `prepared_few_tokens` and `gemm_expanded`. Without `expanded_planning.FLOATS_IN_REGISTERS` one kernel
+writes the values of many tokens' weights to memory, 16 bits each, and the product of tiles multiplies them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
-from bipolar_jax.kernels.sm90.backend import cost, planning
+from bipolar_jax.kernels.sm90.backend import cost, expanded_planning, planning
 from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, chunks_of, with_layout
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.api import packed_matmul
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import float_operands
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_floats
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
@@ -52,16 +55,23 @@ def weight_only_matmul(
             for start in range(0, x.shape[0], FEW_TOKENS_LIMIT)
         ]
         return products[0] if len(products) == 1 else jnp.concatenate(products)
+    tiling, interpret = tiling or plan.tiling, interpret_params()
+    if expanded_planning.FLOATS_IN_REGISTERS:
+        if not w.gated:
+            return expanded_matmul(*float_operands(x, w, bias), x.dtype, tiling=tiling, interpret=interpret)
+        bias = None if bias is None else w.rows_in_order_of_tiles(bias[:, None])[:, 0]
+        operands = float_operands(x, w.in_order_of_tiles(), bias)
+        return w.columns_in_order(expanded_matmul(*operands, x.dtype, tiling=tiling, interpret=interpret))
     columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
     return packed_matmul(
         fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
-        expand_floats(w, x.dtype, interpret=interpret_params())[None],
+        expand_floats(w, x.dtype, interpret=interpret)[None],
         TokenTerms(None, None, None),
         columns,
         FloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size),
-        tiling or plan.tiling,
+        tiling,
         x.dtype,
-        interpret=interpret_params(),
+        interpret=interpret,
     )
 
 
@@ -80,15 +90,19 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     name = jnp.dtype(dtype).name
     groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
     kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
-    if m <= _MOST_PASSES * FEW_TOKENS_LIMIT:
+    in_registers = expanded_planning.FLOATS_IN_REGISTERS
+    if m <= (1 if in_registers else _MOST_PASSES) * FEW_TOKENS_LIMIT:
         reason = f"{m} tokens{'' if m <= FEW_TOKENS_LIMIT else ' in two parts'}: bound by reading the weights"
         return Plan(f"{kernel} in registers", with_layout(reason, w), parted_tiling(m, w))
     tiling = cost.cheapest(tiling_times(m, w))
-    return Plan(f"{kernel} to {name} in memory", with_layout(cost.reason(tiling), w), tiling)
+    where = "registers" if in_registers else "memory"
+    return Plan(f"{kernel} to {name} in {where}", with_layout(cost.reason(tiling), w), tiling)
 
 
 def tiling_times(m: int, w: BipolarNumbers) -> dict[Tiling, float]:
-    """Modelled microseconds of the product of m tokens with 16-bit floats in memory, by tiling."""
+    """Modelled microseconds of the product of m tokens by tiling, without an expansion in memory."""
+    if expanded_planning.FLOATS_IN_REGISTERS:
+        return expanded_planning.expanded_times(m, w, jnp.bfloat16, is_float=True)
     return planning.tiling_times(m, w.shape[-1], w.contracted_size, "bf16", 1)
 
 

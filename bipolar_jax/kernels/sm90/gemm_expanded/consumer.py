@@ -13,12 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_floats, finish_transposed
-from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
-from bipolar_jax.kernels.sm90.gemm_expanded.float_multiply import FloatMultiplication
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.multiply import FloatMultiplication
 from bipolar_jax.kernels.sm90.gemm_expanded.multiply import ByteMultiplication, Multiplication, multiply_half, zeros
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_multiply import ChunkScaling, add_pending, add_stage

@@ -31,7 +31,6 @@ from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput, HeadWriter
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
 from bipolar_jax.kernels.sm90.gemm_expanded.head_norms import SUMS_SHAPE, normalize_heads
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, CHUNK_TOKENS, ExpandedProblem
-from bipolar_jax.packing.float_terms import FloatTerms
 
 # Float32 numbers between rows of the buffer, so that threads that write a column of it meet different banks.
 _PADDING = 4
@@ -46,22 +45,12 @@ def shared_memory_bytes(problem: ExpandedProblem, layout: HeadLayout) -> int:
     return problem.shared_memory_bytes(itemsize=2, staging_slots=chunks) + exchange + norms
 
 
-def with_room_for_heads(
-    tiling: Tiling, layout: HeadLayout, w_bits: int, chunks: int, float_terms: FloatTerms | None = None
-) -> Tiling:
-    """The tiling with as many slots as heads leave room for.
-
-    Args:
-      tiling: with the most slots that are wanted.
-      layout: of the heads.
-      w_bits, chunks, float_terms: of the weights, see `ExpandedProblem`.
-    """
-    of_weights = {"w_bits": w_bits, "chunks": chunks, "float_terms": float_terms}
-    while True:
-        problem = ExpandedProblem(1, layout.columns, None, tiling, **of_weights)
-        if tiling.slots == 2 or shared_memory_bytes(problem, layout) <= SHARED_MEMORY_BYTES:
-            return tiling
-        tiling = dataclasses.replace(tiling, slots=tiling.slots - 1)
+def with_room_for_heads(problem: ExpandedProblem, layout: HeadLayout) -> Tiling:
+    """The problem's tiling with as many slots as heads leave room for, at most those that it has."""
+    while problem.tiling.slots > 2 and shared_memory_bytes(problem, layout) > SHARED_MEMORY_BYTES:
+        fewer = dataclasses.replace(problem.tiling, slots=problem.tiling.slots - 1)
+        problem = dataclasses.replace(problem, tiling=fewer)
+    return problem.tiling
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ weights are the rows of the accumulators. They arrive packed, and the consumers 
 int8 tensor cores read them: neither memory nor shared memory ever holds a weight's byte. Integer groups are applied
 where codes are expanded, so that int32 sums run over all of K, and one scale a column is left for the epilogue. Float
 scales of groups are applied to the sums of chunks of K (`scaled_multiply.py`). Tokens may be 16-bit floats, for which
-weights become such (`float_multiply.py`).
+weights become such (`floats/`).
 
 `packing.fields` says how weights are laid out, `recovery.py` which terms complete their sums.
 """

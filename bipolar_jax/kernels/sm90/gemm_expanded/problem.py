@@ -35,7 +35,7 @@ class ExpandedProblem(Problem):
       chunks: chunks of a stage with terms of their own, see `packing.fields`; 0 without groups.
       lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
         under the epilogue of the other.
-      float_terms: the form of float scales of groups, or None; see `scaled_multiply`, of floats `float_multiply`.
+      float_terms: the form of float scales of groups, or None; see `scaled_multiply`, and `floats`.
       exchanges: whether blocks exchange the sums of splits of K, see `exchanged_sums`; else they leave them in memory.
     """
 
@@ -81,11 +81,12 @@ class ExpandedProblem(Problem):
 
     @property
     def can_exchange(self) -> bool:
-        """Whether blocks can exchange the sums of splits: all run at once, and each consumer has one tile at most."""
+        """Whether blocks can exchange int32 sums of splits: all run at once, and each consumer has one tile at most."""
         tiling = self.tiling
         shares = tiling.tile_m % (TOKENS * self.splits) == 0
         return (
             self.splits > 1
+            and not self.is_float
             and tiling.cluster_size == 1
             and shares
             and self.tiles <= self.clusters * tiling.tiles_in_progress

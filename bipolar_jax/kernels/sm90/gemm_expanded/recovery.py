@@ -93,7 +93,7 @@ class ScaledRecovery(Recovery):
 
 @dataclasses.dataclass(frozen=True)
 class ExpandedFloatRecovery(FloatRecovery):
-    """`FloatRecovery` of products of weights that are expanded to 16-bit floats (`float_multiply`).
+    """`FloatRecovery` of products of weights that are expanded to 16-bit floats (`floats`).
 
     Attributes:
       w_format: of the weights' codes.

@@ -28,15 +28,16 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     EXPANDED_CANDIDATES,
     SCALED_CANDIDATES,
-    chunks_of,
+    becomes_float16,
     describe_expanded,
     expanded_microseconds,
-    float_terms_of,
+    has_float_terms,
     is_expanded,
     plan_many_tokens,
+    problem_of,
     scaled_candidates,
 )
-from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
+from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out, many_tokens_operands
 from bipolar_jax.kernels.sm90.backend.operations import describe, quantized_operands, shared_scale
 from bipolar_jax.kernels.sm90.backend.planning import Choice, plan_heads
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
@@ -48,11 +49,10 @@ from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
 from bipolar_jax.kernels.sm90.gemm.outputs.heads import HeadOutput
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.kernels.sm90.gemm_expanded import launch as gemm_expanded
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import TransposedHeadOutput, with_room_for_heads
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import SummedTokens
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery, ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.quantize_rows.launch import quantize_and_pack
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, PreparedArray
@@ -105,7 +105,7 @@ def prompt_heads(
     Raises:
       ValueError: prompts longer than the cache; shapes that do not fit.
       Unsupported: float32, or a cache of another dtype; a head size that is none of HEAD_SIZES; prompts of less than
-        64 tokens; float scales of groups, but of a multiple of 64 elements and prepared; integer ones of no multiple
+        64 tokens; float scales of groups that are not prepared; integer ones of no multiple
         of 16 elements; gated weights; norms of heads that are not of 128 numbers, not rotated, or of weights that are
         not expanded in registers; rows too long to quantize on chip.
     """
@@ -115,7 +115,7 @@ def prompt_heads(
     if is_expanded(w):
         choice = plan_expanded_heads(batch, length, w, layout)
         tokens = quantize_and_pack(rows, a_format, "int8", prologue=prologue, interpret=interpret)
-        operands = product_operands(tokens, laid_out(w), a_format, bias)
+        operands = many_tokens_operands(tokens, laid_out(w), a_format, bias)
         project = functools.partial(project_expanded_heads, gains=_gains(head_norms))
     else:
         choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
@@ -141,7 +141,7 @@ def plan_prompt_heads(
     layout = _layout(x, w, keys, values, tables, head_norms)
     batch, length, _ = x.shape
     if is_expanded(w):
-        choice, kernel = plan_expanded_heads(batch, length, w, layout), describe_expanded(w)
+        choice, kernel = plan_expanded_heads(batch, length, w, layout), describe_expanded(batch * length, w)
     else:
         choice = plan_heads(batch, length, layout.columns, w.contracted_size, layout.size, a_format, w.format)
         kernel = describe(choice, w, a_format)
@@ -154,19 +154,19 @@ def plan_expanded_heads(sequences: int, length: int, w: BipolarNumbers, layout: 
     """The plan of heads by the product of expanded weights.
 
     Raises:
-      Unsupported: integer groups of no multiple of 16 elements; float scales of groups of no multiple of 64.
+      Unsupported: groups of no multiple of 16 elements.
     """
     choice = plan_many_tokens(sequences * length, w, jnp.dtype(jnp.float32))
 
     def microseconds(tiling: Tiling) -> float:
         return expanded_microseconds(tiling, length, sequences * layout.columns, w.contracted_size, w)
 
-    float_terms, tilings = float_terms_of(w), EXPANDED_TILINGS
-    if float_terms is not None:
+    tilings = EXPANDED_TILINGS
+    if has_float_terms(w) and not becomes_float16(w):
         # Heads of 64 exchange numbers: of 128 tokens ptxas spills.
         tilings = scaled_candidates(w) if layout.size == TILE_ROWS else SCALED_CANDIDATES
     tiling = min(tilings, key=microseconds)
-    tiling = with_room_for_heads(tiling, layout, w.bits, chunks_of(w), float_terms)
+    tiling = with_room_for_heads(problem_of(tiling, w, n=layout.columns), layout)
     return dataclasses.replace(choice, tiling=tiling)
 
 
@@ -258,7 +258,7 @@ def project_expanded_heads(
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: ExpandedRecovery | ScaledRecovery,
+    recovery: ExpandedRecovery | ScaledRecovery | ExpandedFloatRecovery,
     tiling: Tiling,
     layout: HeadLayout,
     keys: Cache,

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.backend import float_products
+from bipolar_jax.kernels.sm90.backend import expanded_planning, float_products
 from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.unsupported import Unsupported
@@ -39,18 +39,20 @@ def codes(n: int, k: int, bits: int):
 
 
 @pytest.mark.parametrize(
-    ("m", "w", "dtype"),
+    ("m", "w", "dtype", "in_registers"),
     [
-        (130, groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
-        (129, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
-        (130, codes(40, 136, 8).prepare(), jnp.bfloat16),
-        (3, groups(140, 72).prepare(gated=True), jnp.bfloat16),
-        (65, groups(40, 72).prepare(), jnp.bfloat16),  # in two parts
+        (130, groups(140, 200), jnp.bfloat16, True),  # laid out within the call; ragged sizes
+        (65, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, True),
+        (130, codes(40, 136, 8).prepare(), jnp.bfloat16, True),
+        (3, groups(140, 72).prepare(gated=True), jnp.bfloat16, True),
+        (129, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, False),
+        (65, groups(40, 72).prepare(), jnp.bfloat16, False),  # in two parts
     ],
-    ids=["packed groups", "gated, float16", "8 bits", "few tokens", "two parts"],
+    ids=["packed groups", "gated, float16", "8 bits", "few tokens", "gated, in memory", "two parts"],
 )
 @pytest.mark.sample(1)
-def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype):
+def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype, in_registers, monkeypatch):
+    monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", in_registers)
     k, n = w.shape
     x, bias = jnp.asarray(normal(m, k), dtype), jnp.asarray(normal(n))
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
@@ -70,7 +72,8 @@ def test_plans_are_explained():
         packed, prepared = bj.explain(x, w, None), bj.explain(x, jax.eval_shape(lambda w: w.prepare(), w), None)
     for explained in (packed, prepared):
         assert explained.implementation == "sm90"
-        assert explained.kernel.startswith("bfloat16 tensor cores, weights of 4 bits in integer groups of 128 expanded")
+        weights = "weights of 4 bits in integer groups of 128 expanded to bfloat16 in registers"
+        assert explained.kernel == f"bfloat16 tensor cores, {weights}"
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
     with interpreted(plgpu.InterpretGPUParams()):
         few = bj.explain(jax.ShapeDtypeStruct((1, 4096), jnp.float16), w, None)
@@ -78,8 +81,9 @@ def test_plans_are_explained():
 
 
 @needs_compiler
-def test_tiles_of_floats_compile_without_spills():
+def test_tiles_of_floats_in_memory_compile_without_spills(monkeypatch):
     """The largest tile, a small one, and splits of K; the other tiles differ from these of bytes in nothing."""
+    monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", False)
     x = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
     w = jax.eval_shape(lambda w: w.prepare(), groups(256, 256))
 

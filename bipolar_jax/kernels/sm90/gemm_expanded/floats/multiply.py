@@ -63,6 +63,8 @@ class FloatMultiplication:
 
     def operands(self, words: Array, terms: Array | None, tokens: Array, half: int) -> tuple[Array, Array]:
         weights = of_half(self.expansion.of_tile(words, terms), half)
-        numbers = lax.bitcast_convert_type(tokens, self.expansion.float_type.dtype).reshape(tokens.shape[0], HALF_STEPS, -1)
+        numbers = lax.bitcast_convert_type(tokens, self.expansion.float_type.dtype).reshape(
+            tokens.shape[0], HALF_STEPS, -1
+        )
         x = positions_by_pair(numbers).reshape(tokens.shape[0], -1)
         return weights.astype(jnp.float32), x.astype(jnp.float32)

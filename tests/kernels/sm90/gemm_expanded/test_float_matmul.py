@@ -1,0 +1,246 @@
+"""The product of 16-bit floats with weights that are expanded in registers: interpreted, simulated, compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
+from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import (
+    below_powers_of_two,
+    float_operands,
+    step_operands,
+    step_words,
+)
+from bipolar_jax.kernels.sm90.gemm_expanded.floats.multiply import FloatMultiplication
+from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.kernels.sm90.prepared_weights.scaled_floats import ScaledFloatExpansion
+from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
+from bipolar_jax.packing import PreparedArray
+from bipolar_jax.packing.fields import PARTS, WORDS_PER_VECTOR
+from bipolar_jax.packing.float_terms import terms_shape
+from tests.packing.float_groups import float_groups, numbers_of
+from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
+from tests.support import sm90_compile, warpgroup_simulator
+from tests.support.integer_products import random_codes
+from tests.support.interpreter import races_found
+
+# A kernel that deadlocks waits for ever.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
+
+needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+A8 = BipolarFormat(8)
+SMALL = Tiling(64, 128, "split_n", slots=3, band=2)
+LARGE = Tiling(128, 128, "split_n", slots=4)
+
+
+def weights_of(bits: int, n: int, k: int, group_size: int | None, kind: str | None = None):
+    fmt = BipolarFormat(bits)
+    if kind is not None:
+        return float_groups(fmt, n, k, group_size, kind)
+    scale = np.random.default_rng(n).uniform(2.0**-9, 2.0**-8, n).astype(np.float32)
+    if group_size is None:
+        return array_of_codes(random_codes(fmt, n, k, 0), fmt, scale)
+    return array_of_groups(random_groups(fmt, n, k, group_size), fmt, scale)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype", "changes", "gated"),
+    [
+        (4, 32, jnp.bfloat16, dict(cluster_m=2), False),
+        (3, 16, jnp.float16, dict(schedule="alternate"), True),
+        (8, None, jnp.bfloat16, dict(tile_m=128, slots=2, splits=2), False),
+    ],
+    ids=["residual, clusters", "gated, alternating, natural order", "splits of K"],
+)
+@pytest.mark.sample(1)
+def test_products_are_those_of_the_weights(bits, group_size, dtype, changes, gated):
+    (m, n, k), rng = (70, 152, 300), np.random.default_rng(0)
+    w = weights_of(bits, n, k, group_size)
+    x, bias = jnp.asarray(rng.normal(size=(m, k)), dtype), rng.normal(size=n).astype(np.float32)
+    residual = None if gated else jnp.asarray(rng.normal(size=(m, n)), jnp.float32)
+    found = expanded_matmul(
+        *float_operands(x, w.prepare(gated=gated), jnp.asarray(bias)),
+        jnp.float32,
+        tiling=dataclasses.replace(SMALL, **changes),
+        residual=residual,
+        activation=Activation("silu", gated=True) if gated else None,
+        blocks=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert not races_found()
+    wide, numbers = np.asarray(x, np.float64), np.asarray(w.dequantize(), np.float64)
+    expected, bound = wide @ numbers + bias, 2.0**-20 * (np.abs(wide) @ np.abs(numbers) + np.abs(bias))
+    if gated:
+        (gate, value), (gate_bound, value_bound) = (np.split(each, 2, axis=1) for each in (expected, bound))
+        expected = gate / (1 + np.exp(-gate)) * value
+        bound = 1.1 * gate_bound * np.abs(value) + np.abs(gate) * value_bound + 1e-6 * np.abs(expected)
+    else:
+        expected = expected + np.asarray(residual)
+    assert np.all(np.abs(found - expected) <= bound + 2.0**-22 * np.abs(expected))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "kind", "a_bits"),
+    [(4, 32, "zeros", 8), (3, 16, "offsets", 1), (4, 32, "block_minimums", 5)],
+)
+@pytest.mark.sample(1)
+def test_products_of_quantized_tokens_round_weights_alone(bits, group_size, kind, a_bits):
+    a_format, rng = BipolarFormat(a_bits), np.random.default_rng(0)
+    m, n, k = 66, 140, 256 if kind.startswith("block") else 200
+    w, x = weights_of(bits, n, k, group_size, kind), random_codes(a_format, m, k, 0)
+    zero = rng.integers(0, a_format.max_value + 1, m) if a_bits > 1 else np.zeros(m, int)
+    scale = rng.random(m, np.float32)
+    words, sums = code_words(jnp.asarray(x), a_format, "int8"), x.sum(1, dtype=np.int32)
+    tokens = PackedTokens(words, scale, zero.astype(np.int32), sums)
+    operands = step_operands(tokens, w.prepare(), a_format, None)
+    found = expanded_matmul(
+        *operands, jnp.float32, tiling=SMALL, blocks=2, interpret=plgpu.InterpretGPUParams(detect_races=True)
+    )
+    assert not races_found()
+    steps = 2 * scale[:, None] * (x - zero[:, None] if a_bits > 1 else x - 0.5)
+    numbers = numbers_of(w.with_scales())
+    if numbers.shape[0] != n:
+        numbers = numbers.T
+    largest = np.abs(numbers).max(1)
+    # A weight is rounded by half a unit in the last place of a number below twice the largest power of two.
+    bound = 2.0**-10 * np.abs(steps).sum(1)[:, None] * largest
+    assert np.all(np.abs(found - steps @ numbers.T) <= bound)
+
+
+def test_words_of_tokens_are_their_steps():
+    """In the order of pairs, with zeros beyond K; either order of positions."""
+    for group_size, bits in ((32, 8), (16, 1)):
+        a_format, (m, k) = BipolarFormat(bits), (3, 72)
+        w, x = float_groups(BipolarFormat(2), 4, k, group_size, "scales").prepare(), random_codes(a_format, m, k, 0)
+        zero = np.array([0, 7, 200], np.int32)
+        words = code_words(jnp.asarray(x), a_format, "int8")
+        found = step_words(PackedTokens(words, None, zero, None), a_format, w)
+        steps = x - zero[:, None] if bits > 1 else 2 * x.astype(int) - 1
+        halves = np.asarray(found).view(np.float16)[0].reshape(m, -1, 2, 2, 4, 2)  # step, half, pair, lane, number
+        positions = halves.swapaxes(3, 4).reshape(m, -1, 32)
+        if not w.natural_order:
+            positions = positions.reshape(m, -1, 8, 4).swapaxes(-1, -2)
+        np.testing.assert_array_equal(positions.reshape(m, -1), np.pad(steps, ((0, 0), (0, 128 - k))))
+
+
+@pytest.mark.parametrize(("kind", "gated"), [("zeros", True), ("block_scales", False)])
+def test_powers_of_two_leave_the_numbers(kind, gated):
+    k = 256 if kind.startswith("block") else 200
+    w = float_groups(BipolarFormat(3), 140, k, 16, kind).prepare(gated=gated)
+    below = below_powers_of_two(w)
+    np.testing.assert_array_equal(below.dequantize(), w.dequantize())
+    np.testing.assert_array_equal(below.scale * below.number_sums, w.number_sums)
+    largest = np.abs(np.asarray(below.values())).max(-2)
+    assert np.all((largest < 2) & (largest > 0))
+
+
+def rows_of_float_fragments(registers: list[np.ndarray], dtype) -> np.ndarray:
+    """Numbers [128, 16] by the PTX ISA's figure of A for m64nNk16, two blocks of 64 rows."""
+    out, thread = np.zeros((128, 16)), np.arange(128)
+    row, k = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
+    for number, register in enumerate(registers):
+        block, high_k, low_row = number // 4, number % 4 // 2, number % 2
+        for i in range(2):
+            out[64 * block + row + 8 * low_row, 8 * high_k + k + i] = register[:, None].view(dtype)[:, i]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "kind", "name"),
+    [
+        (4, 128, None, "bf16"),
+        (3, 16, None, "f16"),
+        (8, None, None, "bf16"),
+        (1, 32, None, "f16"),
+        (4, 32, "offsets", "f16"),
+        (8, 16, "zeros", "f16"),
+        (1, 64, "scales", "f16"),
+    ],
+)
+def test_threads_make_the_fragments(bits, group_size, kind, name, monkeypatch):
+    w = weights_of(bits, 128, 128, group_size, kind).prepare()
+    w = w if kind is None else below_powers_of_two(w)
+    float_type, expansion = FLOATS[name], FloatExpansion if kind is None else ScaledFloatExpansion
+    multiplication = FloatMultiplication(expansion(BipolarFormat(bits), w.chunks, float_type))
+    words, terms = (None if a is None else a[0, :, 0] for a in (w.words, w.terms))
+    expected = np.asarray(multiplication.expansion.of_tile(words, terms)).reshape(128, -1, 2, 4, 2, 2)
+    expected = expected.swapaxes(3, 4).reshape(128, 8, 16)  # of every instruction: pair, lane, number
+    words, terms = (None if a is None else np.array(a).reshape(-1, 4) for a in (words, terms))
+    warpgroup_simulator.install(monkeypatch)
+    before = warpgroup_simulator.bank_conflicts[0]
+    thread = ptx.thread_in_warpgroup()
+    lane, warp = ptx.bits_of(thread, 31), ptx.shift_right(thread, 5)
+
+    def part(array):
+        if array is None:
+            return None
+        return ptx.advance(ptx.pointer(array, ptx.SHARED), ptx.times(warp, array.nbytes // 4))
+
+    for half in range(2):
+        fragments = multiplication.fragments(part(words), part(terms), lane, half)
+        for index, registers in enumerate(fragments, 4 * half):
+            found = rows_of_float_fragments(registers, float_type.dtype)
+            np.testing.assert_array_equal(found, expected[:, index])
+    assert warpgroup_simulator.bank_conflicts[0] == before
+
+
+def compiled(bits, group_size, name, tiling, *, kind=None, residual=False, gated=False, dtype=jnp.bfloat16):
+    (m, n, k), w_format, aval = (1001, 4096, 4096), BipolarFormat(bits), jax.ShapeDtypeStruct
+    tiles, stages, chunks = n // 128, k // 128, 0 if group_size is None else int(128 // np.gcd(group_size, 128))
+    words = aval((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
+    terms = aval((tiles, PARTS, stages, *terms_shape(kind, chunks)), jnp.uint32) if chunks else None
+    scale, sums = (aval((n, 1), dtype) for dtype in (jnp.float32, jnp.int32))
+    number_sums = None if kind is None else scale
+    weights = PreparedArray(words, terms, scale, sums, w_format, k, -2, group_size, gated, None, number_sums, kind)
+    recovery = ExpandedFloatRecovery(name, k, w_format, terms is not None)
+
+    def multiply(x, weights, tokens, columns, residual):
+        activation = Activation("silu", gated=True) if gated else None
+        options = dict(tiling=tiling, residual=residual, activation=activation)
+        return expanded_matmul(x, weights, tokens, columns, recovery, dtype, **options)
+
+    return sm90_compile.compile_for_h200(
+        multiply,
+        aval((1, m, k // 2), jnp.uint32),
+        weights,
+        TokenTerms(None, None, None if kind is None else aval((m,), jnp.float32)),
+        ColumnTerms(scale=aval((n,), jnp.float32), bias=aval((n,), jnp.float32)),
+        aval((m, n), dtype) if residual else None,
+        ptx=True,
+    )[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bits", "group_size", "name", "tiling", "options"),
+    [
+        (4, 128, "bf16", LARGE, dict(residual=True)),
+        (4, 32, "f16", dataclasses.replace(LARGE, slots=3), dict(kind="offsets", gated=True)),
+        (8, 16, "f16", dataclasses.replace(LARGE, slots=2), dict(kind="offsets", residual=True)),
+        (3, 16, "bf16", Tiling(128, 128, "alternate", slots=4), dict(gated=True)),
+        (1, 128, "f16", Tiling(64, 128, "split_n", slots=6), dict(dtype=jnp.float32)),
+        (8, None, "bf16", dataclasses.replace(LARGE, slots=2, splits=2), dict(dtype=jnp.float32)),
+        (5, 64, "f16", Tiling(64, 128, "alternate", slots=6), {}),
+    ],
+)
+@pytest.mark.sample(2)
+def test_it_compiles_without_spills(bits, group_size, name, tiling, options):
+    report = compiled(bits, group_size, name, tiling, **options)
+    assert report.registers == (168,)  # of a block of three warpgroups; consumers then take 232
+    assert report.spill_bytes == report.stack_bytes == 0
+    assert not report.serialized_wgmma
+    assert f"k16.f32.{name}.{name}" in report.text
