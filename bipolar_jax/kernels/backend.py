@@ -101,9 +101,17 @@ class Backend(Protocol):
         """
 
     def weight_only_matmul(
-        self, x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None
-    ) -> Float[Array, "m n"]:
-        """x times the dequantized w, accumulated in float32; the output is in x's dtype."""
+        self,
+        x: Float[Array, "m k"],
+        w: BipolarArray,
+        bias: Float[Array, " n"] | None,
+        residual: Float[Array, "m out"] | None = None,
+        activation: Activation | None = None,
+    ) -> Float[Array, "m out"]:
+        """x times the dequantized w, accumulated in float32; the output is in x's dtype.
+
+        Residual and activation are as in `quantized_matmul`, but the activation follows the cast to x's dtype.
+        """
 
     def plan_matmul(self, m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:
         """The plan of `quantized_matmul`, or of `weight_only_matmul` if a_format is None, for m rows of `dtype`.

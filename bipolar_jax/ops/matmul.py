@@ -225,8 +225,10 @@ def _product(static, x, residual, w, bias, prologue):
     with jax.named_scope("bipolar_matmul"):
         if static.a_format is None:
             x = _contracted(prologue, x).astype(x.dtype)
-            product = dispatch(static.implementation, lambda backend: backend.weight_only_matmul(x, w, bias))
-            return activate_and_add(product, static.activation, x.dtype, residual)
+            return dispatch(
+                static.implementation,
+                lambda backend: backend.weight_only_matmul(x, w, bias, residual, static.activation),
+            )
         return dispatch(
             static.implementation,
             lambda backend: backend.quantized_matmul(

@@ -157,8 +157,10 @@ def product_of_gathered(
     gather = functools.partial(jax.lax.all_gather, axis_name=static.axes, axis=0, tiled=True)
     if static.a_format is None:
         rows = gather(x if prologue is None else prologue(x).astype(x.dtype))
-        product = dispatch(static.implementation, lambda backend: backend.weight_only_matmul(rows, w, bias))
-        return epilogue.activate_and_add(product, static.activation, dtype, residual)
+        return dispatch(
+            static.implementation,
+            lambda backend: backend.weight_only_matmul(rows, w, bias, residual, static.activation),
+        )
     rows, row_factor = epilogue.reduced_rows(x.astype(jnp.float32) if prologue is None else prologue(x))
     own = quantize_tokens(rows, static.a_format)
     bits = [jax.lax.bitcast_convert_type(each, jnp.int32) for each in (own.scale, own.zero_value, row_factor)]

@@ -86,8 +86,8 @@ def test_layers_run_the_given_backend(monkeypatch):
             (),
             {
                 "weight_only_matmul": staticmethod(
-                    lambda x, w, bias, name=name, backend=backend: (
-                        called.append(name) or backend.weight_only_matmul(x, w, bias)
+                    lambda *operands, name=name, backend=backend: (
+                        called.append(name) or backend.weight_only_matmul(*operands)
                     )
                 )
             },

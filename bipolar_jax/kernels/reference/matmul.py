@@ -94,10 +94,16 @@ def quantized_matmul(
     return epilogue.finish(total, tokens.scale, bias, x.dtype, residual, activation, exponents, row_factor)
 
 
-def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
+def weight_only_matmul(
+    x: Float[Array, "m k"],
+    w: BipolarArray,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.weight_only_matmul`."""
     total = jnp.matmul(x.astype(jnp.float32), w.dequantize(), precision=jax.lax.Precision.HIGHEST)
-    return epilogue.finish(total, None, bias, x.dtype)
+    return epilogue.activate_and_add(epilogue.finish(total, None, bias, x.dtype), activation, x.dtype, residual)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:

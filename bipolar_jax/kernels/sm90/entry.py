@@ -46,9 +46,9 @@ def quantized_matmul(x, w, a_format, bias, prologue=None, residual=None, activat
     return _operations(w).quantized_matmul(x, w, a_format, bias, prologue, residual, activation)
 
 
-def weight_only_matmul(x, w, bias):
+def weight_only_matmul(x, w, bias, residual=None, activation=None):
     """See `Backend.weight_only_matmul`, and `operations` for what is not served."""
-    return _operations(w).weight_only_matmul(x, w, bias)
+    return _operations(w).weight_only_matmul(x, w, bias, residual, activation)
 
 
 def plan_matmul(m, dtype, w, a_format):

@@ -82,8 +82,12 @@ def tokens_matmul(
 
 
 def weight_only_matmul(
-    x: Float[Array, "m k"], w: BipolarNumbers, bias: Float[Array, " n"] | None
-) -> Float[Array, "m n"]:
+    x: Float[Array, "m k"],
+    w: BipolarNumbers,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.weight_only_matmul`.
 
     The dot multiplies x by the integer values of the weights, which bfloat16 and float16 represent exactly (8
@@ -137,7 +141,8 @@ def weight_only_matmul(
         total = _zeros(w.row_sums, x.shape[0])
         groups = (jnp.arange(len(x_groups), dtype=jnp.int32), x_groups, scales, offsets)
         total, _ = jax.lax.scan(add_group, total, groups)
-    return epilogue.finish(total, None, bias, x.dtype, column_exponent=exponents, row_factor=row_factor)
+    y = epilogue.finish(total, None, bias, x.dtype, column_exponent=exponents, row_factor=row_factor)
+    return epilogue.activate_and_add(y, activation, x.dtype, residual)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat | None) -> Plan:

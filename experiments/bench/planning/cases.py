@@ -288,7 +288,7 @@ class Case:
             _shown(tiling): OtherPlan(
                 None,
                 tiling,
-                lambda x, w, tiling=tiling: float_products.weight_only_matmul(x, w, None, tiling),
+                lambda x, w, tiling=tiling: float_products.weight_only_matmul(x, w, None, tiling=tiling),
             )
             for tiling in tilings
         }

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
@@ -41,38 +43,49 @@ def weight_only_matmul(
     x: Float[Array, "m k"],
     w: BipolarNumbers,
     bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+    *,
     tiling: Tiling | FewTokensTiling | None = None,
-) -> Float[Array, "m n"]:
+) -> Float[Array, "m out"]:
     """See `Backend.weight_only_matmul`; with the tiling of `plan_matmul`, or another one.
 
     Raises:
       Unsupported: as `plan_matmul`.
     """
-    plan, w = plan_matmul(x.shape[0], x.dtype, w), laid_out(w)
-    if isinstance(tiling or plan.tiling, FewTokensTiling):
+    gates = activation is not None and activation.gated
+    plan, w, interpret = plan_matmul(x.shape[0], x.dtype, w), laid_out(w, gated=gates), interpret_params()
+    tiling = tiling or plan.tiling
+    if isinstance(tiling, FewTokensTiling):
         products = [
-            few_tokens_floats(x[start : start + FEW_TOKENS_LIMIT], w, bias, tiling=tiling, interpret=interpret_params())
+            few_tokens_floats(x[start : start + FEW_TOKENS_LIMIT], w, bias, tiling=tiling, interpret=interpret)
             for start in range(0, x.shape[0], FEW_TOKENS_LIMIT)
         ]
-        return products[0] if len(products) == 1 else jnp.concatenate(products)
-    tiling, interpret = tiling or plan.tiling, interpret_params()
-    if expanded_planning.FLOATS_IN_REGISTERS:
-        if not w.gated:
-            return expanded_matmul(*float_operands(x, w, bias), x.dtype, tiling=tiling, interpret=interpret)
-        bias = None if bias is None else w.rows_in_order_of_tiles(bias[:, None])[:, 0]
-        operands = float_operands(x, w.in_order_of_tiles(), bias)
-        return w.columns_in_order(expanded_matmul(*operands, x.dtype, tiling=tiling, interpret=interpret))
-    columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
-    return packed_matmul(
-        fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
-        expand_floats(w, x.dtype, interpret=interpret)[None],
-        TokenTerms(None, None, None),
-        columns,
-        FloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size),
-        tiling,
-        x.dtype,
-        interpret=interpret,
-    )
+        product = products[0] if len(products) == 1 else jnp.concatenate(products)
+    elif expanded_planning.FLOATS_IN_REGISTERS:
+        options = {"tiling": tiling, "interpret": interpret}
+        if w.gated and gates and residual is None:
+            return expanded_matmul(*float_operands(x, w, bias), x.dtype, activation=activation, **options)
+        if activation is None and not w.gated:
+            return expanded_matmul(*float_operands(x, w, bias), x.dtype, residual=residual, **options)
+        if w.gated:
+            bias = None if bias is None else w.rows_in_order_of_tiles(bias[:, None])[:, 0]
+            operands = float_operands(x, w.in_order_of_tiles(), bias)
+            product = w.columns_in_order(expanded_matmul(*operands, x.dtype, **options))
+        else:
+            product = expanded_matmul(*float_operands(x, w, bias), x.dtype, **options)
+    else:
+        product = packed_matmul(
+            fill_up(x, TMA_ALIGNMENT // x.dtype.itemsize)[None],
+            expand_floats(w, x.dtype, interpret=interpret)[None],
+            TokenTerms(None, None, None),
+            ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32)),
+            FloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size),
+            tiling,
+            x.dtype,
+            interpret=interpret,
+        )
+    return epilogue.activate_and_add(product, activation, x.dtype, residual)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
@@ -102,7 +115,8 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
 def tiling_times(m: int, w: BipolarNumbers) -> dict[Tiling, float]:
     """Modelled microseconds of the product of m tokens by tiling, without an expansion in memory."""
     if expanded_planning.FLOATS_IN_REGISTERS:
-        return expanded_planning.expanded_times(m, w, jnp.bfloat16, is_float=True)
+        is_gated = isinstance(w, PreparedArray) and w.gated
+        return expanded_planning.expanded_times(m, w, jnp.bfloat16, may_split=not is_gated, is_float=True)
     return planning.tiling_times(m, w.shape[-1], w.contracted_size, "bf16", 1)
 
 

@@ -202,7 +202,13 @@ def _added(residual: Float[Array, "m n"] | None, product: Num[Array, "m n"]) -> 
     return product if residual is None else residual + product
 
 
-def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Array, " n"] | None) -> Float[Array, "m n"]:
+def weight_only_matmul(
+    x: Float[Array, "m k"],
+    w: BipolarArray,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m out"] | None = None,
+    activation: Activation | None = None,
+) -> Float[Array, "m out"]:
     """See `Backend.weight_only_matmul`.
 
     The weights are read once for every `most_tokens` rows of x. Their values are exact in bfloat16 and float16; sums
@@ -213,7 +219,7 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
         size other than 32, 64 or a multiple of 128; of others what `float_products` does not serve.
     """
     if is_expanded(w):
-        return float_products.weight_only_matmul(x, w, bias)
+        return float_products.weight_only_matmul(x, w, bias, residual, activation)
     _plan_weight_only(x.shape[0], x.dtype, w)
     wide_bias = None if bias is None else bias.astype(jnp.float32)
     words = weight_words(w, "planes")
@@ -231,7 +237,8 @@ def weight_only_matmul(x: Float[Array, "m k"], w: BipolarArray, bias: Float[Arra
         )
         for start in range(0, x.shape[0], at_once)
     ]
-    return products[0] if len(products) == 1 else jnp.concatenate(products)
+    product = products[0] if len(products) == 1 else jnp.concatenate(products)
+    return epilogue.activate_and_add(product, activation, x.dtype, residual)
 
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarArray, a_format: BipolarFormat | None) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -224,6 +225,8 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
         factors = [scaled(row + factor * problem.out_tile_n, column) for factor in range(problem.factors)]
         if problem.activation is None:
             return factors[0].astype(output.dtype)
+        if problem.is_float and problem.recovery.rounds_product:
+            factors = [factor.astype(output.dtype).astype(jnp.float32) for factor in factors]
         return activate(problem.activation, factors, output.dtype)
 
     return finished if problem.sums_left == 1 else sums

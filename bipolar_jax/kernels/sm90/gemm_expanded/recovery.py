@@ -98,7 +98,9 @@ class ExpandedFloatRecovery(FloatRecovery):
     Attributes:
       w_format: of the weights' codes.
       grouped: whether weights are s * u + o of integer groups, or S * u + o of float groups below a power of two.
+      rounds_product: whether an activation takes the product as the output's dtype rounds it, as of float activations.
     """
 
     w_format: BipolarFormat
     grouped: bool
+    rounds_product: bool = False

@@ -90,7 +90,7 @@ def test_tiles_of_floats_in_memory_compile_without_spills(monkeypatch):
     for tiling in (CANDIDATES[0], CANDIDATES[4], dataclasses.replace(CANDIDATES[1], splits=2)):
 
         def product(x, w, tiling=tiling):
-            return float_products.weight_only_matmul(x, w, None, tiling)
+            return float_products.weight_only_matmul(x, w, None, tiling=tiling)
 
         _, report = sm90_compile.compile_for_h200(product, x, w, ptx=True)
         assert report.spill_bytes == report.stack_bytes == 0

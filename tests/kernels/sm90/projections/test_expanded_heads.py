@@ -27,7 +27,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.arrays import product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.heads import ExchangedHeadWriter, TransposedHeadOutput, TransposedHeadWriter
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import SummedTokens
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
-from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery, ScaledRecovery
+from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery, ExpandedRecovery, ScaledRecovery
 from bipolar_jax.kernels.sm90.projections.prompt_projection import (
     EXPANDED_TILINGS,
     plan_expanded_heads,
@@ -189,9 +189,11 @@ def weights(bits=4, group_size=128, n=512, k=256):
 
 
 @pytest.mark.covered("the kernel, by the tests beside it; the model, by `make gpu-test`")
-def test_prompts_of_float_groups_are_served():
-    """Several sequences, whose tokens' sums begin rows of their own."""
-    groups = dict(group_size=128, prepared=True, float_terms="offsets", k=300)
+@pytest.mark.parametrize("group_size", [128, 32])
+@pytest.mark.sample(1)
+def test_prompts_of_float_groups_are_served(group_size):
+    """Several sequences, whose tokens' sums begin rows of their own; short groups become float16."""
+    groups = dict(group_size=group_size, prepared=True, float_terms="offsets", k=300)
     prompts = Prompts(4, 8, 2, 67, 1, 1, 64, 70, rope=False, bias=True, **groups)
     (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
     assert outcome.error is None
@@ -206,8 +208,11 @@ def test_plans_of_float_groups():
             "heads written to the cache"
         )
         assert plan.tiling.tile_m == 64
-        with pytest.raises(Unsupported, match="float groups of 32 are not expanded in registers: groups of a multiple"):
-            plan_prompt_heads(*avals(float_groups(BipolarFormat(4), 512, 256, 32, "zeros").prepare()))
+        short = plan_prompt_heads(*avals(float_groups(BipolarFormat(4), 512, 256, 32, "zeros").prepare()))
+        assert short.kernel == (
+            "float16 tensor cores, weights of 4 bits in float groups of 32 expanded to float16 in registers, "
+            "heads written to the cache"
+        )
 
 
 def test_plans_leave_room_for_heads():
@@ -269,11 +274,14 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         terms = jax.ShapeDtypeStruct((tiles, PARTS, stages, *terms_shape(float_terms, chunks)), jnp.uint32)
     words = jax.ShapeDtypeStruct((tiles, PARTS, stages, bits, WORDS_PER_VECTOR), jnp.uint32)
     column = [jax.ShapeDtypeStruct((n, 1), dtype) for dtype in (jnp.float32, jnp.int32)]
-    is_scaled = float_terms is not None
-    of_groups = (column[0], float_terms) if is_scaled else ()
+    is_float = float_terms is not None and group_size < 64
+    is_scaled = float_terms is not None and not is_float
+    of_groups = () if float_terms is None else (column[0], float_terms)
     weights = PreparedArray(words, terms, *column, w_format, k, -2, group_size, False, None, *of_groups)
     recovery = (ScaledRecovery if is_scaled else ExpandedRecovery)("int8", A8, w_format, k, True, terms is not None)
-    x_words = jax.ShapeDtypeStruct((1, m, k // 4), jnp.uint32)
+    x_words = jax.ShapeDtypeStruct((1, m, k // 2 if is_float else k // 4), jnp.uint32)
+    if is_float:
+        recovery = ExpandedFloatRecovery("f16", k, w_format, True)
     if is_scaled:
         x_words = SummedTokens(x_words, jax.ShapeDtypeStruct((m, stages * chunks), jnp.float32))
     cache = jax.ShapeDtypeStruct((2, batch, layout.keys, layout.capacity, size), dtype)
@@ -286,9 +294,13 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         project,
         x_words,
         weights,
-        TokenTerms(None if is_scaled else vector(m, jnp.int32), vector(m, jnp.int32), vector(m, jnp.float32)),
+        TokenTerms(
+            None if float_terms else vector(m, jnp.int32),
+            None if is_float else vector(m, jnp.int32),
+            vector(m, jnp.float32),
+        ),
         ColumnTerms(
-            code_sums=None if is_scaled else vector(n, jnp.int32),
+            code_sums=None if float_terms else vector(n, jnp.int32),
             scaled_value_sums=vector(n, jnp.float32) if is_scaled else None,
             scale=vector(n, jnp.float32),
             offset=None if terms is not None else vector(n, jnp.float32),
@@ -315,6 +327,9 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         (4, 128, 128, dict(tiling=ONE_CHUNK_CANDIDATES[0], float_terms="offsets")),
         (4, 128, 128, dict(tiling=EXPANDED_TILINGS[0], norm_eps=1e-6)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2], norm_eps=1e-6)),
+        (4, 32, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), float_terms="offsets")),
+        (8, 16, 128, dict(tiling=Tiling(64, 128, "alternate", slots=3), float_terms="offsets", norm_eps=1e-6)),
+        (4, 32, 64, dict(tiling=Tiling(128, 128, "split_n", slots=2), float_terms="offsets", dtype=jnp.float16)),
         (4, 64, 128, dict(tiling=SCALED_CANDIDATES[1], float_terms="offsets", norm_eps=1e-6)),
         (5, 128, 64, dict(tiling=Tiling(64, 128, "alternate", slots=6), float_terms="zeros", dtype=jnp.float16)),
     ],

@@ -33,7 +33,7 @@ def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, 
       bias: added to every row.
     """
     words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
-    recovery = ExpandedFloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size, w.format, w.terms is not None)
+    recovery = ExpandedFloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size, w.format, w.terms is not None, True)
     return ExpandedOperands(words, w, TokenTerms(None, None, None), _columns(w, bias), recovery)
 
 
