@@ -135,7 +135,8 @@ def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers) -> float:
 def _reading_microseconds(w: BipolarNumbers) -> float:
     """Of reading the weights from memory, with a launch: what the model of many tokens leaves out."""
     tiles = math.ceil(w.shape[-1] / TILE_ROWS) * math.ceil(w.contracted_size / STAGE)
-    return _LAUNCH + tiles * _tile_bytes(w) / _BYTES_PER_MICROSECOND
+    tile_bytes = TILE_ROWS * (STAGE * w.bits // 8 + 2 * chunks_of(w))
+    return _LAUNCH + tiles * tile_bytes / _BYTES_PER_MICROSECOND
 
 
 def plan_many_tokens(
@@ -197,11 +198,6 @@ def expanded_microseconds(
     tiles = math.ceil(m / tiling.block_m) * math.ceil(n / tiling.block_n)
     stages = tiling.splits * math.ceil(math.ceil(k / STAGE) / tiling.splits)
     return max(time, passed + _LAUNCH + tiles * stages * problem.stage_bytes / _L2_BYTES_PER_MICROSECOND)
-
-
-def _tile_bytes(w: BipolarNumbers) -> int:
-    """Bytes of a stage of TILE_ROWS columns of the weights."""
-    return TILE_ROWS * (STAGE * w.bits // 8 + 2 * chunks_of(w))
 
 
 def with_layout(reason: str, w: BipolarNumbers) -> str:
