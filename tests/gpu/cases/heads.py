@@ -28,6 +28,8 @@ _LAYERS, _LAYER = 2, 1
 _TABLE_STEP = 2.0**-14
 _TILE_ROWS = 128
 _NORM_EPS = 1e-3
+# Weights in float groups of no multiple of _LONG are rounded to float16.
+_LONG, _FLOAT16 = 64, 2.0**-11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Prompts:
         product = x.astype(np.float64) @ w_hat + (0 if bias is None else bias)
         # Of the product, of the two terms of a rotation, and of its sum.
         error = 14 * EPS * float((size @ w_size + (0 if bias is None else np.abs(bias))).max())
+        if self.float_terms is not None and self.group_size % _LONG:
+            error += _FLOAT16 * float((np.abs(x.astype(np.float64)) @ w_size).max())
         heads, norms = product.reshape(self.batch, self.length, -1, self.head_dim), None
         if self.head_norms:
             norms = tuple(RMSNorm(rng.uniform(0.5, 1.5, self.head_dim).astype(np.float32), _NORM_EPS) for _ in "qk")

@@ -327,7 +327,7 @@ def compiled(bits, group_size, size, tiling, *, rope=True, dtype=jnp.bfloat16, f
         (4, 128, 128, dict(tiling=ONE_CHUNK_CANDIDATES[0], float_terms="offsets")),
         (4, 128, 128, dict(tiling=EXPANDED_TILINGS[0], norm_eps=1e-6)),
         (6, 32, 128, dict(tiling=EXPANDED_TILINGS[2], norm_eps=1e-6)),
-        (4, 32, 128, dict(tiling=Tiling(128, 128, "split_n", slots=3), float_terms="offsets")),
+        (4, 32, 128, dict(tiling=Tiling(128, 128, "split_n", slots=2), float_terms="offsets")),
         (8, 16, 128, dict(tiling=Tiling(64, 128, "alternate", slots=3), float_terms="offsets", norm_eps=1e-6)),
         (4, 32, 64, dict(tiling=Tiling(128, 128, "split_n", slots=2), float_terms="offsets", dtype=jnp.float16)),
         (4, 64, 128, dict(tiling=SCALED_CANDIDATES[1], float_terms="offsets", norm_eps=1e-6)),

@@ -68,9 +68,11 @@ def step_words(tokens: PackedTokens, a_format: BipolarFormat, w: PreparedArray) 
         steps = codes + (a_format.code_offset - tokens.zero_code[:m, None, None])
     else:
         steps = 2 * codes + a_format.value_shift
-    elements = jnp.arange(codes.shape[1] * _STEP, dtype=jnp.int32).reshape(-1, _STEP)
-    inside = positions_of_elements(elements, w.natural_order) < w.contracted_size
-    ordered = by_pair(jnp.where(inside[None], steps, 0).astype(jnp.float16))
+    if w.contracted_size < codes.shape[1] * _STEP:
+        elements = jnp.arange(codes.shape[1] * _STEP, dtype=jnp.int32).reshape(-1, _STEP)
+        inside = positions_of_elements(elements, w.natural_order) < w.contracted_size
+        steps = jnp.where(inside[None], steps, 0)
+    ordered = by_pair(steps.astype(jnp.float16))
     return lax.bitcast_convert_type(ordered.reshape(1, m, -1, 2), jnp.uint32)
 
 
