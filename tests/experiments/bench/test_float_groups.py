@@ -27,9 +27,10 @@ def test_prompts_are_timed_in_every_way():
     operands = Operands(Shape("tiny", 70, 64, 256), seed=0)
     with interpreted(plgpu.InterpretGPUParams()):
         long, short = (float_groups.product_of(operands, *float_groups.parse(f"4g{g}zeros"))[0] for g in (128, 32))
-        assert list(float_groups.other_ways(long)) == ["in memory", *float_groups.TILINGS]
+        floats = [f"float16, {name}" for name in float_groups.FLOAT_TILINGS]
+        assert list(float_groups.other_ways(long)) == ["in memory", *float_groups.TILINGS, *floats]
         of_64_tokens = [name for name, (tiling, _) in float_groups.TILINGS.items() if tiling.tile_m == 64]
-        assert list(float_groups.other_ways(short)) == of_64_tokens
+        assert list(float_groups.other_ways(short)) == ["in memory", *of_64_tokens, *floats]
 
 
 @pytest.mark.parametrize(("m", "kind"), [(3, "offsets"), (70, "zeros"), (2, "scales")])

@@ -217,7 +217,7 @@ def test_hopper_gets_float_groups_in_one_form():
     assert set(kernels(prepared).values()) == {PreparedArray}
     attention = prepared.layers.attention
     assert {layer.kernel.get_value().float_terms for layer in (attention.qkv_proj, attention.o_proj)} == {"offsets"}
-    assert "weights of 4 bits in float groups of 16 expanded to float16 in memory" in text
+    assert "weights of 4 bits in float groups of 16 expanded to float16 in registers" in text
     found = attention.o_proj.kernel.get_value()
     np.testing.assert_array_equal(found.dequantize(), kernel.dequantize())
 
