@@ -316,18 +316,15 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
       ValueError: a file of other shapes, or of no token ids of the model.
     """
     count, length = config.distillation_windows, config.distillation_length
-    if config.distillation_text != "self":
-        windows = np.load(config.distillation_text)
+    path = workdir / WINDOWS_NAME
+    given = path if config.distillation_text == "self" else Path(config.distillation_text)
+    if given != path or path.is_file():
+        windows = np.load(given)
         if windows.ndim != 2 or len(windows) < count or windows.shape[1] < length:
-            raise ValueError(
-                f"{config.distillation_text} has the shape {windows.shape}, asked for are {count} windows of {length}"
-            )
+            raise ValueError(f"{given} has the shape {windows.shape}, asked for are {count} windows of {length}")
         windows = windows[:count, :length]
         teacher.check_ids(windows)
         return windows.astype(np.int32)
-    path = workdir / WINDOWS_NAME
-    if path.is_file():
-        return np.load(path)
     key, step = jax.random.key(config.seed), config.windows_per_step
     with progress_bar("the float model writes", count) as advance:
         windows = bj.models.write_windows(

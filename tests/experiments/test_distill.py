@@ -225,7 +225,11 @@ def test_windows_of_other_tokens_are_refused(config, tmp_path):
     for windows, message in (
         (np.full((10, 12), 10**6), "outside the vocabulary"),
         (np.ones((10, 12)), "be a sequence"),
+        (np.ones((9, 12), np.int32), r"has the shape \(9, 12\), asked for are 10 windows of 12"),
     ):
-        np.save(config.distillation_text, windows)
-        with pytest.raises(ValueError, match=message):
-            distill._windows(config, tmp_path, teacher)
+        for name in (config.distillation_text, tmp_path / distill.WINDOWS_NAME):
+            np.save(name, windows)
+        for config.distillation_text in (str(tmp_path / "windows.npy"), "self"):
+            with pytest.raises(ValueError, match=message):
+                distill._windows(config, tmp_path, teacher)
+        config.distillation_text = str(tmp_path / "windows.npy")
