@@ -136,11 +136,11 @@ _GGUF_NAMES = (
 )  # fmt: skip
 
 
-def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
-    """A file with damaged bytes, or with one number after a key or a tensor's name replaced."""
+def damaged_gguf(raw: bytes, rng: random.Random, names: Sequence[bytes] = _GGUF_NAMES) -> bytes:
+    """A file with damaged bytes, or with one number after one of the names, of keys and of tensors, replaced."""
     if rng.random() < 0.5:
         return damaged_bytes(raw, rng)
-    name = rng.choice(_GGUF_NAMES)
+    name = rng.choice(names)
     found = raw.find(name)
     if found < 0:
         return damaged_bytes(raw, rng)

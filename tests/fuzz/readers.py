@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +23,8 @@ from bipolar_jax.models.loaders.huggingface.safetensors_files import Safetensors
 from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
 from bipolar_jax.tuning.parse import parse_table
 from experiments.support.workdir import RESULT_NAME, read_result
-from tests.fuzz import mutations
+from tests.fuzz import experts, mutations
+from tests.fuzz.reader import Reader
 from tests.models.loaders import tiny_quantized
 from tests.models.loaders.compressed_tensors.test_transforms import R1, R3, R4
 from tests.models.loaders.gguf_integers import tiny_blocks
@@ -36,23 +34,6 @@ from tests.support import tiny_checkpoints as tiny
 
 # Golden checkpoints with windows, caps, two kinds of rotary tables, partial and long ones.
 NEWER = ("qwen3 8b, yarn", "gemma 2", "gemma 3 1b", "phi 4 mini", "bitnet 2b")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """A reader and the file that it is given damaged.
-
-    Attributes:
-      path: the damaged file.
-      intact: its content.
-      damage: returns a damaged content.
-      read: reads it, and uses what it read where damage would only show then.
-    """
-
-    path: Path
-    intact: bytes
-    damage: Callable[[random.Random], bytes]
-    read: Callable[[], Any]
 
 
 def make_readers(folder: Path) -> dict[str, Reader]:
@@ -71,6 +52,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "chat": _chat(folder, checkpoint),
         "tuning": _tuning(folder),
         "result": _result(folder),
+        **experts.make_readers(folder),
     }
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 NAMES = (
     *("packed", "gguf", "gguf_integers", "sentencepiece", "safetensors"),
     *("config", "quantization", "tokenizer", "index", "chat", "tuning", "result"),
+    *("experts", "experts_together", "experts_config", "experts_gptq", "experts_gguf", "experts_gguf_integers"),
 )
 # A missing shard, or a name that is too long for the file system.
 EXPECTED = (ValueError, FileNotFoundError)
@@ -101,8 +102,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run(name, reader, options) -> Figures:
-    """Reads `options.inputs` damaged files."""
+    """Reads the intact file, which has to be accepted, then `options.inputs` damaged ones."""
     figures = Figures()
+    reader.path.write_bytes(reader.intact)
+    reader.read()
     started = time.monotonic()
     for index in range(options.first, options.first + options.inputs):
         if time.monotonic() - started > options.seconds or len(figures.failures) >= _MOST_FAILURES:

@@ -172,7 +172,7 @@ def write_gguf(tiny: Tiny, path: Path, type_name: str = "F32") -> Path:
     for name, array in tiny.weights.items():
         if tiny.arch == "llama":
             array = _permuted(name, array, hf_config(tiny))
-        if array.ndim == 2:
+        if array.ndim >= 2:  # experts of a layer lie together
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), array)

@@ -71,10 +71,13 @@ GEMMA_NAMES = {
 }
 
 
-def write_gguf(name: str, path, metadata=None, extra=None):
-    """The golden checkpoint as llama.cpp's converter would write it: gains of Gemma's norms with the 1 added."""
+def write_gguf(name: str, path, metadata=None, extra=None, type_name="F32", **changes):
+    """The golden checkpoint as llama.cpp's converter would write it: gains of Gemma's norms with the 1 added.
+
+    `changes` are further fields of config.json.
+    """
     fields, keys = CASES[name]
-    config = GOLDEN[name].configs["4"] | fields
+    config = GOLDEN[name].configs["4"] | fields | changes
     arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
     is_gemma = arch.startswith("gemma")
     names = NAMES | (GEMMA_NAMES if is_gemma else {})
@@ -101,7 +104,7 @@ def write_gguf(name: str, path, metadata=None, extra=None):
     checkpoint = tiny.Tiny(
         arch, weights, config=config | {"head_dim": head_dim}, metadata=keys | (metadata or {}), extra=extra or {}
     )
-    return tiny.write_gguf(checkpoint, path)
+    return tiny.write_gguf(checkpoint, path, type_name)
 
 
 @pytest.mark.parametrize("name", CASES)
