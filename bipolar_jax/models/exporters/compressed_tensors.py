@@ -54,7 +54,9 @@ class _Group:
         weights |= {"strategy": "channel" if self.group_size is None else "group", "group_size": self.group_size}
         activations = {"num_bits": self.a_bits, "type": "int", "symmetric": self.a_symmetric}
         activations |= {"strategy": "token", "dynamic": True}
+        # Without the format, compressed-tensors takes weights beside rounded activations for int-quantized ones.
         return {
+            "format": "pack-quantized",
             "targets": targets,
             "weights": weights,
             "input_activations": None if self.a_bits is None else activations,
