@@ -56,9 +56,8 @@ CALIBRATED, DISTILLATION = "calibrated", "distillation"
 _LEARNING = ("warmup_steps", "scale_rate", "clip_norm", "batch_size", "seed", "dtype", "learn_groups_up_to")
 _SETTINGS = ("model", "rotation_seed", "text", "windows", "window_length", *_LEARNING)
 _DISTILLATION = ("distillation_text", "distillation_windows", "distillation_length")
-_SECONDS_OF_SCORE = (
-    20.0  # that packing and scoring take at most on a GPU, programs compiled; kept free of --config.seconds
-)
+# What preparing, packing and scoring take on a GPU, programs compiled; --config.seconds has it, too.
+_SECONDS_OF_SCORE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
