@@ -82,7 +82,7 @@ def calibrate[Model: nnx.Module](
       rules: as those of `quantize_model`.
       method: how weights are rounded.
       reconstruction: how the layers of a block then learn together what the float model's block puts out: for 2 and 3
-        bits, and activations of 4. None leaves them as they were rounded.
+        bits, and activations of 4. A block that does not come nearer stays as it was rounded. None learns nothing.
       learn_spans: activations of at most so many bits get the part of a token's range that their grid should span
         (`Precision.a_span`), one for each input of a block; 0 learns none. The first windows are enough for it.
       cache_bits: of the cache of keys and values that the model will decode with, 8 or 4: layers are then rounded for
@@ -103,7 +103,7 @@ def calibrate[Model: nnx.Module](
         store that is a file, or holds blocks of another model, text, rules or method.
 
     Warns:
-      UserWarning: experts that no token goes to; layers in training mode.
+      UserWarning: experts that no token goes to; layers in training mode; blocks that a reconstruction did not improve.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(
@@ -233,7 +233,7 @@ def _pass_over_blocks(
     if floats is not None:
         floats = without_signs(floats)[0]
         float_carries = [enter_blocks(floats, batch, None, signs) for batch in batches]
-    blocks, compiled, unreached = [], [], {}
+    blocks, compiled, unreached, unlearned = [], [], {}, []
     for index, plan in enumerate(plans):
         block = model.block(index)
         float_block = None if floats is None else floats.block(index)
@@ -254,7 +254,9 @@ def _pass_over_blocks(
                 targets = [model.stream(carry) for carry in float_carries]
             else:
                 targets = [model.stream(run_block(model, block, carry)) for carry in carries]
-            kernels = reconstructed(model, block, carries, targets, kernels, plan, reconstruction, method.grid)
+            learned = reconstructed(model, block, carries, targets, kernels, plan, reconstruction, method.grid)
+            unlearned += [] if learned else [index]
+            kernels = learned or kernels
         if is_new and finished is not None:
             finished.write(index, kernels)
         if not is_new or reconstruction is not None:
@@ -272,6 +274,13 @@ def _pass_over_blocks(
             jax.block_until_ready(carries[-1])
             on_block(index + 1)
     _warn_of_unreached(unreached)
+    if unlearned:
+        warnings.warn(
+            f"blocks {', '.join(map(str, unlearned))} lost more after they had learned together, and stay as they were "
+            f"rounded: give a reconstruction lower rates than {reconstruction.code_rate:g} and "
+            f"{reconstruction.grid_rate:g}",
+            stacklevel=3,
+        )
     return whole.with_blocks(blocks)
 
 

@@ -156,7 +156,7 @@ def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibra
         calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
 
 
-LEARNS = {"reconstruction": Reconstruction(epochs=6, windows_per_update=4, code_rate=0.04, grid_rate=0.02)}
+LEARNS = {"reconstruction": Reconstruction(epochs=12, windows_per_update=4, grid_rate=5e-3)}
 
 
 def test_blocks_that_learn_together_come_nearer_to_the_float_model(model, calibrated, tmp_path):
@@ -173,6 +173,9 @@ def test_blocks_that_learn_together_come_nearer_to_the_float_model(model, calibr
     assert error(learned) < 0.8 * error(calibrated)
     with pytest.raises(ValueError, match="other values of method"):
         calibrate(model, TOKENS, RULES, store=tmp_path)
+    wild = Reconstruction(epochs=1, windows_per_update=4, code_rate=1e6, grid_rate=1e6)
+    with pytest.warns(UserWarning, match="blocks 0, 1, 2 lost more .* lower rates than 1e\\+06 and 1e\\+06"):
+        assert_same_bytes(calibrate(model, TOKENS, RULES, reconstruction=wild), calibrated)
 
 
 @pytest.mark.parametrize("target", ["float_model", "float_block"])

@@ -48,7 +48,14 @@ class Reconstruction:
         if not isinstance(self.learn_groups, bool):
             raise ValueError(f"learn_groups must be True or False, got {self.learn_groups!r}")
 
-    def order(self, batches: int) -> np.ndarray:
-        """The batch of every update: each epoch has all batches, in an order that is drawn from a fixed seed."""
-        rng = np.random.default_rng(0)
-        return np.concatenate([rng.permutation(batches) for _ in range(self.epochs)])
+    def updates(self, batches: int) -> list[tuple[int, float]]:
+        """The batch of every update, and what its rates are multiplied by.
+
+        A first pass over all batches moves nothing: it measures the loss, and Adam's means begin with gradients of all
+        batches. Then every epoch has all batches, in an order drawn from a fixed seed, at rates that fall to 0 as a
+        cosine.
+        """
+        rng, length = np.random.default_rng(0), self.epochs * batches
+        order = np.concatenate([rng.permutation(batches) for _ in range(self.epochs)])
+        decay = 0.5 * (1 + np.cos(np.pi * np.arange(length) / length))
+        return [*((batch, 0.0) for batch in range(batches)), *zip(order.tolist(), decay.tolist(), strict=True)]

@@ -7,7 +7,6 @@ block gets what the packed blocks before it put out, and learns the residual str
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,8 +73,8 @@ def reconstructed(
     method: Reconstruction,
     grid: Grid,
     run: Run = call,
-) -> dict[str, BipolarArray]:
-    """The packed kernels of a block's layers after they have learned.
+) -> dict[str, BipolarArray] | None:
+    """The packed kernels of a block's layers after they have learned; None if the last epoch's loss is no lower.
 
     Args:
       model: runs the block.
@@ -95,13 +94,19 @@ def reconstructed(
     starts, state = run(
         _start, list(kernels.values()), floats, learn_groups=method.learn_groups, keeps_zero=grid != "free"
     )
-    order = method.order(len(carries))
-    for index, batch in enumerate(order if run is call else order[:1]):
-        decay = 0.5 * (1 + math.cos(math.pi * index / len(order)))
+    losses = []
+    for index, (batch, decay) in enumerate(method.updates(len(carries))):
         scalars = np.asarray([method.code_rate * decay, method.grid_rate * decay, index + 1], np.float32)
-        state, _ = run(update, model, block, carries[batch], targets[batch], starts, state, scalars, layers=layers)
+        state, loss = run(update, model, block, carries[batch], targets[batch], starts, state, scalars, layers=layers)
+        losses.append(loss)
+        if run is not call:
+            break
     formats = tuple((kernel.format, kernel.offset is not None) for kernel in kernels.values())
     packed = run(_packed, starts, state.learned, layers=layers, formats=formats)
+    if run is call:
+        before, after = (float(jnp.mean(jnp.stack(each))) for each in (losses[: len(carries)], losses[-len(carries) :]))
+        if not after < before:  # NaN, too
+            return None
     return dict(zip(kernels, packed, strict=True))
 
 

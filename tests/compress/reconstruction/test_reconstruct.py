@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bipolar_jax.compress.reconstruction import Reconstruction
 from bipolar_jax.compress.reconstruction.learned_grid import INSIDE, LearnedRows, StartGrid, numbers, packed
 from bipolar_jax.compress.reconstruction.reconstruct import stream_loss
 from bipolar_jax.format import TERNARY
@@ -66,6 +67,16 @@ def test_learning_starts_at_the_packed_array_and_returns_to_one(grid):
     if np.all(step > 0):
         result = packed(start, moved, array.format, grid[1], has_offset=True)
         np.testing.assert_allclose(result.dequantize().T, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_updates_begin_with_a_pass_that_moves_nothing():
+    updates = Reconstruction(epochs=3).updates(4)
+    assert updates[:4] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0)]
+    assert updates[4][1] == 1
+    rates = [rate for _, rate in updates[4:]]
+    assert rates == sorted(rates, reverse=True)
+    for start in range(4, 16, 4):
+        assert sorted(batch for batch, _ in updates[start : start + 4]) == [0, 1, 2, 3]
 
 
 def test_zero_keeps_its_place_where_it_is_asked_to():
