@@ -41,5 +41,7 @@ def get_config() -> ConfigDict:
     config.cache_bits = 0
     config.seed = 0
     # Devices that texts (data) and weights (model) of packed models are divided over.
-    config.mesh = ConfigDict({"data": 1, "model": 1})
+    # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
+    # divide the tokens of long prompts between products.
+    config.mesh = ConfigDict({"data": 1, "model": 1, "cut_positions": False, "cut_tokens": True})
     return config

@@ -27,7 +27,7 @@ from bipolar_jax.models.inference.perplexity import Perplexity, paired_differenc
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn import layer_summaries
 
-from .distributed.mesh import mesh_of, packed_on_mesh
+from .distributed.mesh import cuts_of, mesh_of, packed_on_mesh
 from .evaluation.multiple_choice import Question, answer_all, mean_and_error, read_questions
 from .support import app
 from .support.precision_sweep import scored_windows
@@ -96,7 +96,7 @@ def _evaluate(
     started = time.perf_counter()
     pretrained = load_model_source(source, config.bits or None, activations)
     row: dict[str, Any] = {"linear_bits": _linear_bits(pretrained.model)}
-    pretrained = packed_on_mesh(pretrained, mesh_of(config))
+    pretrained = packed_on_mesh(pretrained, mesh_of(config), cuts_of(config))
     if text:
         ids = encode(pretrained.tokenizer, text, add_special_tokens=False)
         used = np.asarray(ids[: config.windows * config.window_length], "<i4")

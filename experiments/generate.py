@@ -23,7 +23,7 @@ from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.pretrained import PretrainedModel
 
-from .distributed.mesh import mesh_of, on_mesh
+from .distributed.mesh import cuts_of, mesh_of, on_mesh
 from .distributed.processes import is_first
 from .support import app
 from .support.progress import console, progress_bar
@@ -48,7 +48,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
             model, report = bj.nn.with_integer_groups(pretrained.model)
         console.print(str(report), style="dim", soft_wrap=True, highlight=False)
         pretrained = pretrained.with_model(model)
-    pretrained = on_mesh(pretrained, mesh, config.dtype or None)
+    pretrained = on_mesh(pretrained, mesh, cuts_of(config), config.dtype or None)
     stop = [config.stop] if config.stop else []
     end_ids = pretrained.model.config.eos_ids
     tokens, text, seconds = [], "", []

@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
     # Whether blocks that multiply parts of K exchange their sums within the kernel, not by a pass of XLA.
     config.exchanged_sums = False
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
-    config.mesh = ConfigDict({"data": 1, "model": 1})
+    # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
+    # divide the tokens of long prompts between products.
+    config.mesh = ConfigDict({"data": 1, "model": 1, "cut_positions": False, "cut_tokens": True})
     # Whether packed models compute what `bj.compress.rotate(model, "full")` leaves to run time: R4, and with a cache of
     # 4 bits R3.
     config.rotated = False

@@ -45,7 +45,7 @@ from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.language_models.peers import PEERS, measure_peers
 from experiments.bench.language_models.report import add_speedups, line, plot_speedup, print_tables
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, peak_bytes
-from experiments.distributed.mesh import mesh_of
+from experiments.distributed.mesh import cuts_of, mesh_of
 from experiments.support import app
 from experiments.support.device_lock import device_lock
 from experiments.support.kernel_times import profile_kernels
@@ -119,7 +119,7 @@ def make_model(
     options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
     options |= {"key": key, "implementation": config.implementation}
     if (mesh := mesh_of(config)) is not None:
-        return random_sharded(shape, precision, mesh, layout=config.layout or None, **options)
+        return random_sharded(shape, precision, mesh, layout=config.layout or None, **cuts_of(config), **options)
     return prepare_for_inference(random_packed(shape, precision, **options), **prepared)
 
 

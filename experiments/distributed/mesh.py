@@ -23,7 +23,8 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     """The mesh of `config.mesh.data` x `config.mesh.model` devices; None for one device, and for a config without it.
 
     Raises:
-      ValueError: sizes below 1, more devices than there are, or devices of some processes left over.
+      ValueError: sizes below 1, more devices than there are, or devices of some processes left over; `cut_positions`
+        of one device.
     """
     if "mesh" not in config:
         return None
@@ -39,27 +40,44 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
             f"{what} is {asked} devices, and {processes} processes have {found}: the mesh takes all of them"
         )
     if asked == 1:
+        if cuts_of(config).get("cut_positions"):
+            raise ValueError(f"{what} is one device, which has all positions: leave out config.mesh.cut_positions")
         return None
     return jax.make_mesh(sizes, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def cuts_of(config: ConfigDict) -> dict[str, bool]:
+    """`cut_positions` and `cut_tokens` of `shard_model`, from config.mesh; those that the config has."""
+    fields = config.mesh if "mesh" in config else {}
+    return {name: bool(fields[name]) for name in ("cut_positions", "cut_tokens") if name in fields}
+
+
 def on_mesh(
-    pretrained: PretrainedModel | Transformer, mesh: Mesh | None, dtype: Any = None, layout: Layout | None = None
+    pretrained: PretrainedModel | Transformer,
+    mesh: Mesh | None,
+    cuts: dict[str, bool],
+    dtype: Any = None,
+    layout: Layout | None = None,
 ) -> PretrainedModel | Transformer | ShardedTransformer:
     """A packed model, prepared for inference: cut over the mesh, whose plan is printed, or for one device.
+
+    Args:
+      pretrained: the model.
+      mesh, cuts: `mesh_of` and `cuts_of` a config.
+      dtype, layout: as for `prepare_for_inference`.
 
     Raises:
       ValueError: as `shard_model`; float models are not cut.
     """
     if mesh is None:
         return prepare_for_inference(pretrained, dtype, layout=layout)
-    sharded = shard_model(pretrained, mesh, dtype, layout=layout)
+    sharded = shard_model(pretrained, mesh, dtype, layout=layout, **cuts)
     plan = (sharded.model if isinstance(sharded, PretrainedModel) else sharded).plan
     console.print(str(plan), style="dim", highlight=False)
     return sharded
 
 
-def packed_on_mesh(pretrained: PretrainedModel, mesh: Mesh | None) -> PretrainedModel:
+def packed_on_mesh(pretrained: PretrainedModel, mesh: Mesh | None, cuts: dict[str, bool]) -> PretrainedModel:
     """A model to be scored: cut over the mesh if it is packed. Raises ValueError as `shard_model`."""
     packed = any(isinstance(layer, Linear) for _, layer in nnx.iter_modules(pretrained.model))
-    return on_mesh(pretrained, mesh) if mesh is not None and packed else pretrained
+    return on_mesh(pretrained, mesh, cuts) if mesh is not None and packed else pretrained

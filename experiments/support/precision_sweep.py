@@ -29,7 +29,7 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.sharding.plan import DATA, plan_shards
 from bipolar_jax.models.tokenizer_json import encode
 
-from ..distributed.mesh import mesh_of, packed_on_mesh
+from ..distributed.mesh import cuts_of, mesh_of, packed_on_mesh
 from .perplexity_plot import plot_perplexity
 from .progress import console, progress_bar
 from .sources import load_model_source, load_text_source, model_fingerprint
@@ -157,7 +157,7 @@ class Sweep:
         """Raises ValueError if the model cannot be quantized by these rules, or then cut. Nothing is computed."""
         packed = jax.eval_shape(lambda model: bj.quantize_model(model, rules), self.pretrained.model)
         if self.mesh is not None:
-            plan_shards(packed, self.mesh.shape)
+            plan_shards(packed, self.mesh.shape, **cuts_of(self.config))
 
     def measure_baseline(self) -> None:
         """Adds the float model's row, unless it is there."""
@@ -252,7 +252,7 @@ def measure(
     With `cache_bits` tokens attend to keys and values as such a cache keeps them, but for the sample's. `scored` is the
     perplexity where that is known.
     """
-    num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh)
+    num_bytes, pretrained = _nbytes(pretrained.model), packed_on_mesh(pretrained, mesh, cuts_of(config))
     texts = 1 if mesh is None else mesh.shape[DATA]  # the sample's prompt, as often as devices divide texts
     started = time.perf_counter()
     scored = scored or scored_windows(name, pretrained.model, ids, config, cache_bits=cache_bits)

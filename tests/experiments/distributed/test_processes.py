@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import calibrate, evaluate, generate, smollm2, tiny_w2a2
 from configs.bench import llm
-from experiments.distributed import launcher
-from experiments.distributed.mesh import mesh_of
+from experiments.distributed import launcher, mesh
+from experiments.distributed.mesh import cuts_of, mesh_of, on_mesh
 from experiments.distributed.processes import Processes, has_lost_peers
 from experiments.training.placement import Placement
 
@@ -39,6 +40,19 @@ def test_a_mesh_takes_as_many_devices_as_it_asks_for():
         mesh_of(mesh_config(3, 2))
     with pytest.raises(ValueError, match=r"config.mesh.model=0: both must be at least 1"):
         mesh_of(mesh_config(1, 0))
+
+
+def test_configs_say_what_devices_cut(monkeypatch):
+    config, asked = generate.get_config(), {}
+    assert cuts_of(config) == {"cut_positions": False, "cut_tokens": True}
+    assert cuts_of(mesh_config(1, 2)) == {}
+    config.mesh.cut_positions, config.mesh.cut_tokens = True, False
+    with pytest.raises(ValueError, match="is one device, which has all positions: leave out config.mesh.cut_positions"):
+        mesh_of(config)
+    config.mesh.model = 2
+    monkeypatch.setattr(mesh, "shard_model", lambda *_, **options: asked.update(options) or Mock())
+    on_mesh(Mock(), mesh_of(config), cuts_of(config))
+    assert asked == {"layout": None, "cut_positions": True, "cut_tokens": False}
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch):

@@ -51,7 +51,7 @@ def test_the_mesh_of_the_config_cuts_packed_models():
 def test_a_cut_model_is_timed(tmp_path):
     llm.main(config_of(2), tmp_path)
     result = json.loads((tmp_path / RESULT_NAME).read_text())
-    assert result["settings"]["mesh"] == {"data": 1, "model": 2}
+    assert result["settings"]["mesh"] == {"data": 1, "model": 2, "cut_positions": False, "cut_tokens": True}
     measured = result["models"]["W2A2"]["workloads"]["2x5+3"]
     assert measured["prefill"]["microseconds"] > 0
     assert measured["decode"]["microseconds"] > 0
