@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +139,58 @@ def next_tokens(
 
     state, chunk = jax.lax.while_loop(goes_on, write_next, (state, chunk))
     return chunk, state
+
+
+def compile_both(
+    model: Transformer,
+    ids: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+    capacity: int,
+    cache_bits: int | None,
+    choice: Choice,
+    settings: Settings,
+) -> None:
+    """Compiles `first_token` and `next_tokens` at the same time; calls of these shapes then find their programs.
+
+    Called again with the same shapes it does nothing. Arrays that several devices share are left to the calls: how such
+    a state is cut is known only when the first program has been compiled.
+
+    Args:
+      model, ids, lengths, capacity, cache_bits, choice, settings: as of `first_token`.
+
+    Raises:
+      Whatever `first_token` raises when it is traced or compiled. Errors of `next_tokens` are left to its call.
+    """
+    leaves, structure = jax.tree.flatten((model, ids, lengths, settings))
+    described = tuple(map(_described, leaves))
+    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in described):
+        _compile_both(structure, described, capacity, cache_bits, choice)
+
+
+def _described(array: Any) -> jax.ShapeDtypeStruct:
+    """What the key of a compiled program has of an array; its device only if it is bound to it."""
+    sharding = array.sharding if getattr(array, "committed", False) else None
+    return jax.ShapeDtypeStruct(
+        array.shape, array.dtype, sharding=sharding, weak_type=getattr(array, "weak_type", False)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_both(structure, described: tuple[jax.ShapeDtypeStruct, ...], *static: Any) -> None:
+    model, ids, lengths, settings = structure.unflatten(described)
+    *_, choice = static
+    sharding = next((leaf.sharding for leaf in described if leaf.sharding is not None), None)
+    traced = first_token.trace(model, ids, lengths, *static, settings)
+    first = traced.lower()
+    with ThreadPoolExecutor(1) as thread:  # Python runs one thread at a time, XLA compiles on both
+        compiled = thread.submit(first.compile)
+        with contextlib.suppress(Exception):
+            state = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), traced.out_info
+            )
+            running, limit = jax.ShapeDtypeStruct(lengths.shape, bool), jax.ShapeDtypeStruct((), jnp.int32)
+            next_tokens.lower(model, state, choice, settings, running, limit).compile()
+        compiled.result()
 
 
 def _choose(

@@ -19,6 +19,7 @@ from bipolar_jax.models.inference.decode_loop import (
     NOT_FINITE,
     Choice,
     Settings,
+    compile_both,
     first_token,
     next_tokens,
 )
@@ -230,7 +231,10 @@ def _steps(
       ValueError: the logits of a running text are not finite.
     """
     ends = np.asarray(sorted(run.end_ids), np.int32)
-    state = first_token(run.model, run.ids, run.lengths, run.capacity, run.cache_bits, run.choice, run.settings)
+    prompts = run.model, run.ids, run.lengths, run.capacity, run.cache_bits, run.choice, run.settings
+    if run.max_new_tokens > 1:
+        compile_both(*prompts)
+    state = first_token(*prompts)
     # Read before the state is donated.
     chunks = deque([(on_host(state.tokens)[None], on_host(state.logprobs)[None], 1)])
     # While the host reads a chunk, a GPU computes the next; a CPU's are slow enough that Ctrl-C would wait for two.

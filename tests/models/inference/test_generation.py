@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,21 +41,6 @@ def with_eos(model: Transformer, *eos_ids: int) -> Transformer:
     ending = nnx.clone(model)
     ending.config = dataclasses.replace(model.config, eos_ids=eos_ids)
     return ending
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Names of the functions that JAX compiles meanwhile."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("jax._src.interpreters.pxla")
-    logger.addHandler(handler)
-    try:
-        with jax.log_compiles():
-            yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def greedy_loop(model: Transformer, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -154,21 +136,6 @@ def test_texts_of_about_the_same_length_share_one_compilation(model):
         generate(model, PROMPTS[:1], max_new_tokens)
         sizes.append(decode_loop.next_tokens._cache_size())
     assert len(set(sizes)) == 1
-
-
-def test_all_sampling_settings_and_end_ids_share_two_compilations(model):
-    decode_loop.first_token.clear_cache()
-    decode_loop.next_tokens.clear_cache()
-    with compilations() as found:
-        generate(model, PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
-    assert sum("token" in name for name in found) == 2
-    with compilations() as found:
-        for temperature in (0.7, 1, 3.5):
-            generate(model, PROMPTS[:1], 4, key=jax.random.PRNGKey(1), temperature=temperature)
-        generate(model, PROMPTS[:1], 5, Sampling(0.9, top_k=5, top_p=0.8), jax.random.key(2))
-        list(stream(model, PROMPTS[:1], 3, Sampling(1.1, top_p=0.7), jax.random.key(3)))
-        generate(model, PROMPTS[:1], 4, key=jax.random.key(0), temperature=0.5, end_ids=(3, 4))
-    assert [name for name in found if "token" in name] == []
 
 
 def test_the_host_looks_after_every_16_tokens(model, greedy, monkeypatch):
@@ -370,30 +337,3 @@ def test_end_ids_of_a_call_replace_those_of_the_model(model, greedy):
     assert generate(ending, PROMPTS[:1], 12, end_ids=()) == greedy[:1]
     end = first_at(greedy[0], 5)
     assert generate(ending, PROMPTS[:1], 12, end_ids=[end]) == [greedy[0][: greedy[0].index(end) + 1]]
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Waves:
-    """A model without layers: logits are a function of the last token."""
-
-    config: TransformerConfig = CONFIG
-
-    def prefill(self, ids, lengths, capacity, cache_bits):
-        return self._logits(jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)), lengths
-
-    def decode(self, ids, cache):
-        return self._logits(ids[:, None]), cache
-
-    def _logits(self, ids):
-        return 3 * jnp.sin(7 * ids.astype(jnp.float32) + jnp.arange(CONFIG.vocab_size, dtype=jnp.float32)[None])
-
-
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.7, top_k=5, top_p=0.9), Sampling(1.0, repetition_penalty=1.3)], ids=str
-)
-@pytest.mark.sample(2)
-def test_loop_and_sampling_work_in_64_bits(sampling):
-    with jax.enable_x64(True):
-        found = generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
-        assert [text.tokens for text in found] == generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0))

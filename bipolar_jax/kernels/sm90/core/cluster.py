@@ -17,6 +17,7 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Bool, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import as_integer
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of, thread_index
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
@@ -103,7 +104,7 @@ def send_mail(mailbox: Any, arrays: Sequence[Any], sections: Sequence[Section], 
     """
     starts, conditions = [jnp.int32(section.start) for section in sections], [wanted]
     conditions += [section.sent for section in sections if section.sent is not True]
-    splats = [*starts, *(condition.astype(jnp.int32) for condition in conditions)]
+    splats = [*starts, *(as_integer(condition) for condition in conditions)]
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (1 + len(arrays)), *[SPLAT] * len(splats)))
     def inline(_, mailbox, *operands):

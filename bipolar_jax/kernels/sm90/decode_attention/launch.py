@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.backend import Plan
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.sync import meet_block, meet_cluster, synchronize
@@ -267,7 +268,7 @@ def _kernel(
             synchronize()
             queries = load_queries(plan, rows)
 
-            @pl.when(warpgroup == 0)
+            @when(warpgroup == 0)
             def _():
                 total = plan.totals - 1
                 store_token_total(plan, rows, totals.at[total], terms.at[total], length, joins & (rank == 0), slope)
@@ -283,7 +284,7 @@ def _kernel(
             store_tile_sums(plan, over_turns(step, start_tile_sums(plan)), totals.at[of_warps], terms.at[of_warps])
 
             def enter():
-                @pl.when(warpgroup == plan.warpgroups - 1)
+                @when(warpgroup == plan.warpgroups - 1)
                 def _():
                     enter_cache(plan, rows, keys[0].at[at], values[0].at[at])
 
@@ -361,7 +362,7 @@ def _kernel(
         if plan.cluster > 1:
             meet_cluster(blocks_done)
         # No block loads from the cache any more.
-        pl.when(joins & (block == plan.cluster - 1))(enter)
+        when(joins & (block == plan.cluster - 1))(enter)
         if plan.splits > 1:
             store_contexts(plan, *by_block, context, *queries_of_block)
         if plan.sequences > 1:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     SPLAT,
@@ -86,7 +86,7 @@ def _store_totals_twin(plan, totals, terms, target, terms_target, first_head, ra
     for query in range(plan.queries):
         values, largest, weight = _combined(totals[:, query], terms[:, query])
 
-        @pl.when((query < count) & (warpgroup == query % plan.warpgroups))
+        @when((query < count) & (warpgroup == query % plan.warpgroups))
         def _(query=query, values=values, largest=largest, weight=weight):
             if terms_target is None:
                 target[first_head + query] = (values / weight).astype(target.dtype)
@@ -135,7 +135,7 @@ def store_totals(
 def _store_contexts_twin(plan, totals, terms, target, first_head, rank, count, warpgroup):
     for query in range(plan.queries):
 
-        @pl.when((query < count) & (rank * plan.warpgroups + warpgroup == query % plan.parts))
+        @when((query < count) & (rank * plan.warpgroups + warpgroup == query % plan.parts))
         def _(query=query):
             head = first_head + query
             values, _, weight = _combined(totals[head], terms[head])

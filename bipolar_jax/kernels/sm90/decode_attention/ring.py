@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted
 from bipolar_jax.kernels.sm90.decode_attention.config import AttentionPlan
 from bipolar_jax.kernels.sm90.decode_attention.sequences import OwnSequences
@@ -72,7 +73,7 @@ class CacheRing:
         return self.warpgroup * self.plan.slots + lax.rem(turn, self.plan.slots)
 
     def _load(self, kind: int, turn) -> None:
-        @pl.when(turn < self.own.all_turns)
+        @when(turn < self.own.all_turns)
         def _():
             index, slot = self.own.of_turn(turn), self._slot(turn)
             rows = pl.ds(self.own.first_loaded(index, turn), self.plan.positions)

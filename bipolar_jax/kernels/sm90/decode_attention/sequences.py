@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from bipolar_jax.kernels.sm90.core.branches import as_integer
 from bipolar_jax.kernels.sm90.decode_attention.config import ROWS, AttentionPlan
 
 Index = Int[Array, ""] | int
@@ -37,7 +38,7 @@ class OwnSequences:
 
     def of_turn(self, turn: Index) -> Index:
         """Index of the sequence that a turn belongs to."""
-        return sum(((turn >= start).astype(jnp.int32) for start in self._starts[1:]), start=jnp.int32(0))
+        return sum((as_integer(turn >= start) for start in self._starts[1:]), start=jnp.int32(0))
 
     def sequence(self, index: Index) -> Index:
         """The index-th sequence."""

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.cluster import open_mailbox
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
@@ -188,12 +189,12 @@ def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared)
     computed = [name for name in PRODUCTS if name in phases]
     ring = WeightRing(shape, weight_kind(shape), computed, w_slots, w_arrived, w_emptied)
 
-    @pl.when(warpgroup == WARPGROUPS)
+    @when(warpgroup == WARPGROUPS)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
         ring.fill(weights.products, layers, block)
 
-    @pl.when(warpgroup < WARPGROUPS)
+    @when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
         indices, timeline = (warpgroup, block), Timeline(shape, phases, *times, warpgroup=warpgroup, block=block)
@@ -254,13 +255,13 @@ def _consume(
             plgpu.barrier_arrive(released)
             return
 
-        @pl.when(warpgroup == 0)
+        @when(warpgroup == 0)
         def _():
             plgpu.barrier_arrive(released)
 
     if shape.texts > 1:
 
-        @pl.when(warpgroup == 0)
+        @when(warpgroup == 0)
         def _():
             open_mailbox(mailbox_of(shape, shared.code_sums))
 
@@ -292,7 +293,7 @@ def _meet_blocks(shape: LayersShape, warpgroup, meet) -> None:
     """Waits for all blocks, and for what their first warpgroups wrote."""
     blocks_met = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
-    @pl.when(warpgroup == 0)
+    @when(warpgroup == 0)
     def _():
         plgpu.semaphore_signal(blocks_met, 1, memory_scope="gpu")
         plgpu.semaphore_wait(blocks_met, shape.blocks, decrement=False, memory_scope="gpu")

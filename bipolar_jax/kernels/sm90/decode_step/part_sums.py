@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int, Num
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import as_integer, choose
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     K_SLICE_LAYOUT,
@@ -54,7 +55,7 @@ def own_positions(
     """The token's numbers beside a load of `stages`, and which warps multiply them, in jnp."""
     # What is beyond K is not this warpgroup's to read.
     nothing = jnp.zeros(token.shape, token.dtype)
-    numbers = numbers_of_words(token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing))
+    numbers = numbers_of_words(token[...] if valid is None else choose(valid, lambda: token[...], lambda: nothing))
     active = jnp.arange(WARPS) // stages == part_of_slice % max(1, WARPS // stages)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
     return own, active if valid is None else active & valid
@@ -125,7 +126,7 @@ def inline_stages(
       layout: of the total.
     """
     refs = [words, token] if terms is None else [words, token, terms]
-    numbers = [part_of_slice] if valid is None else [part_of_slice, valid.astype(jnp.int32)]
+    numbers = [part_of_slice] if valid is None else [part_of_slice, as_integer(valid)]
 
     @plgpu.inline_mgpu(
         arg_types=(layout, *[plgpu.RefType()] * len(refs), *[SPLAT] * len(numbers)),

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.arithmetic import activations
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted
 from bipolar_jax.kernels.sm90.core.fragments import VECTOR, WARPS, pinned, repeat
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
@@ -184,7 +185,7 @@ class Phases:
 
         self._ring.kind.clear_sums(self._shared.product_sums, self._warpgroup)
 
-        @pl.when(self._warpgroup == 0)
+        @when(self._warpgroup == 0)
         def _():
             if shape.texts == 1:
                 enter_text(0)
@@ -214,12 +215,12 @@ class Phases:
     def _prefetch(self, phase: str, layer) -> None:
         shape = self._shape
 
-        @pl.when(self._warpgroup == 1)
+        @when(self._warpgroup == 1)
         def _():
             prefetch_terms(shape, self._weights.products[phase], layer, phase, self._block)
             if phase in self._weights.norms:
 
-                @pl.when(self._block == 0)  # for all blocks
+                @when(self._block == 0)  # for all blocks
                 def _():
                     for vector in self._weights.norms[phase]:
                         prefetch(vector, layer * shape.hidden, shape.hidden)
@@ -231,7 +232,7 @@ class Phases:
             self._attend(index, layer, prepared)
         elif phase == "combine":
 
-            @pl.when(self._warpgroup == 0)
+            @when(self._warpgroup == 0)
             def _():
                 partials, context = self._sources.partials, self._outs.context
                 combine.combine(self._shape, self._block, partials, context, phase_bit(layer))
@@ -278,7 +279,7 @@ class Phases:
         shared.meet()
         timeline.mark("met")
 
-        @pl.when(self._warpgroup < shape.texts)
+        @when(self._warpgroup < shape.texts)
         def _():
             own_grid = grid if shape.texts == 1 else TokenGrid(*load_grid(shared.code_sums, text))
             for chunk in range(product.chunks):
@@ -301,7 +302,7 @@ class Phases:
             team = team_of(shape, rank, self._warpgroup)
             grid = self._read_token(name, layer, norm, team, timeline)
 
-            @pl.when(team.exists & (team.part == 0))
+            @when(team.exists & (team.part == 0))
             def _(team=team, grid=grid):
                 store_grid(shared.code_sums, team.text, *grid)
 

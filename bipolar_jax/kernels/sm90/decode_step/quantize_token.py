@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.grid import spanning_scale, zero_code_of
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.reductions import Kind, reduce_warpgroups, reduce_warps
 from bipolar_jax.kernels.sm90.decode_step.cooperative.teams import Team
@@ -125,7 +125,7 @@ def quantize_token(
     if team.exists is True:
         store()
     else:
-        pl.when(team.exists)(store)
+        when(team.exists)(store)
     return TokenGrid(scale, zero_code)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import K_SLICE_LAYOUT, SPLAT, numbers_of, scalar_of, thread_index
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
@@ -113,7 +114,7 @@ def _store_codes_twin(
         codes = codes_of(numbers, start, k, half_steps, middle, a_format)
         total += jnp.sum(codes)
 
-        @pl.when(start < k)
+        @when(start < k)
         def _(index=index, codes=codes, start=start):
             words = layout.words_of(codes, start + lax.iota(jnp.int32, K_SLICE) < k, a_format)
             if text is None:

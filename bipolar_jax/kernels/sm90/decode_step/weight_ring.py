@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.fragments import pinned
 from bipolar_jax.kernels.sm90.core.watchdog import trap_if_fewer_multiprocessors, wait_or_trap
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import Layers, LayersShape, Product
@@ -195,7 +195,7 @@ class WeightRing:
         """Makes the copies of one load. The carry is the number of loads so far, and the next slot."""
         count, slot = carry
 
-        @pl.when(count >= self.shape.w_slots)
+        @when(count >= self.shape.w_slots)
         def _():
             self._wait_emptied(slot)
 

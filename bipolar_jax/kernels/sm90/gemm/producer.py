@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 
@@ -110,7 +111,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
             step, slot = carry
             k_step = k_step + problem.first_step(origin)
 
-            @pl.when(step >= tiling.slots)
+            @when(step >= tiling.slots)
             def _():
                 plgpu.barrier_wait(scratch.empty.at[slot])
 
@@ -141,7 +142,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
         # The terms come last: the epilogue reads them last, and by now their buffer is likely to be free.
         buffer = problem.terms_buffer(index)
 
-        @pl.when(index >= tiling.tiles_in_progress)
+        @when(index >= tiling.tiles_in_progress)
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 
@@ -160,7 +161,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
 
 def _load_group_terms(problem: Problem, sources: GroupTerms, buffers: GroupTerms, origin, k_step, slot, barrier):
     """Loads the terms of the groups in one step over K."""
-    group = k_step * problem.groups_per_step // problem.steps_per_group
+    group = lax.div(k_step * problem.groups_per_step, problem.steps_per_group)
     for name, target in vars(buffers).items():
         if target is not None:
             start = origin.token if name == "token_sums" else origin.column

@@ -17,6 +17,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import activate, finish_floats
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
 from bipolar_jax.kernels.sm90.gemm_expanded.floats.multiply import FloatMultiplication
@@ -50,6 +51,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
     tokens = pl.ds(consumer * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
     weight_tile = consumer if tiling.schedule == "split_n" else 0
     columns = pl.ds(weight_tile * tiling.tile_n, tiling.tile_n)
+    out_column = weight_tile * problem.out_tile_n
     first = consumer if tiling.tiles_in_progress > 1 else 0
     total_steps = problem.tiles_of_cluster() * problem.steps_per_tile
 
@@ -72,7 +74,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
     writer.start()
     if scratch.lagged is not None:
 
-        @pl.when(consumer > 0)
+        @when(consumer > 0)
         def _():
             plgpu.barrier_wait(scratch.lagged)
 
@@ -80,7 +82,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         index = first + iteration * tiling.tiles_in_progress
         step = index * problem.steps_per_tile
         sequence, token, column = problem.block_origin(index)
-        tile_origin = TileOrigin(sequence, token + tokens.start, column + columns.start // problem.factors)
+        tile_origin = TileOrigin(sequence, token + tokens.start, column + out_column)
         share = sequence * problem.finished_tokens if problem.exchanges else 0
         origin = tile_origin._replace(token=tile_origin.token + share)
         writer.preload(origin)
@@ -105,13 +107,13 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
             )
             writer.store(origin, _finisher(problem, output, writer.finish_shape, total, token_terms, column_terms))
 
-            @pl.when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
+            @when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
             def _():
                 plgpu.barrier_arrive(scratch.terms_empty.at[buffer])
 
         return carry
 
-    my_tiles = (problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1) // tiling.tiles_in_progress
+    my_tiles = lax.div(problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1, tiling.tiles_in_progress)
     lax.fori_loop(0, my_tiles, tile, ())
     # Shared memory must outlive the copies that read it. The end of the kernel waits for what they write.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

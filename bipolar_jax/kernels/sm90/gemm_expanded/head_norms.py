@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import as_integer
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     MATRIX,
@@ -65,7 +66,7 @@ def normalize_heads(
         halves = normalized_numbers(numbers, pointers, itemsize, takes_key, eps, sums)
         return tuple(as_array(half, HALF_SHAPE, MATRIX) for half in halves)
 
-    return list(inline(*halves, *gains, jnp.int32(is_key), sums))
+    return list(inline(*halves, *gains, as_integer(is_key), sums))
 
 
 def normalized_numbers(

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -28,6 +27,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import may_exchange
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
@@ -217,12 +217,12 @@ def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> 
     warpgroup = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = problem.registers
 
-    @pl.when(warpgroup == CONSUMERS)
+    @when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(producer_registers, action="decrease")
         produce(problem, sources, shared)
 
-    @pl.when(warpgroup < CONSUMERS)
+    @when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
         await_earlier_kernels()

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
@@ -87,7 +88,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
             step, slot = carry
             k_step = k_step + problem.first_step(origin)
 
-            @pl.when(step >= tiling.slots)
+            @when(step >= tiling.slots)
             def _():
                 plgpu.barrier_wait(scratch.empty.at[slot])
 
@@ -102,7 +103,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                     collective_axes=token_axes,
                 )
             load = functools.partial(load_weights, origin, k_step, slot, barrier)
-            pl.when(step >= early)(load) if early else load()
+            when(step >= early)(load) if early else load()
             if scratch.token_sums is not None:
                 plgpu.copy_gmem_to_smem(
                     sources.token_sums.at[
@@ -119,7 +120,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
         # The terms come last: the epilogue reads them last, and by now their buffer is likely to be free.
         buffer = problem.terms_buffer(index)
 
-        @pl.when(index >= tiling.tiles_in_progress)
+        @when(index >= tiling.tiles_in_progress)
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 

@@ -120,7 +120,7 @@ def load_group_terms(
     terms = []
     for i in range(groups.groups_per_instruction):
         group = k_slice * (K_SLICE // groups.group_size) + product * groups.groups_per_instruction + i
-        exists = (group <= last).astype(jnp.float32)
+        exists = lax.select(group <= last, jnp.float32(1), jnp.float32(0))
         group = jnp.minimum(group, last)
         length = jnp.minimum(groups.group_size, recovery.k - group * groups.group_size)
         row_sums = load_row_vector(groups.weights.row_sums.at[rows, group])

@@ -33,6 +33,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS, MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE, ROWS_PER_INSTRUCTION, WORDS_PER_ROW
@@ -198,7 +199,7 @@ def _kernel(
         position, i = position + i // len(planes), i % len(planes)
         slot = lax.rem(position * len(planes) + i, tiling.w_slots)
 
-        @pl.when(position < my_tiles * turns)
+        @when(position < my_tiles * turns)
         def _():
             # [64, 32 words]
             plgpu.copy_gmem_to_smem(
@@ -215,7 +216,7 @@ def _kernel(
         """Loads all planes of the tokens at a position."""
         slot = lax.rem(position, tiling.x_slots)
 
-        @pl.when(position < my_tiles * turns)
+        @when(position < my_tiles * turns)
         def _():
             # [x_planes, width, 32 words]
             plgpu.copy_gmem_to_smem(
@@ -230,7 +231,7 @@ def _kernel(
     for position in range(tiling.x_slots):
         load_x(start + position)
 
-    @pl.when(me == 0)
+    @when(me == 0)
     def _():
         _load_terms(token_source, tokens, no_token, tokens_arrived)
 
@@ -239,7 +240,7 @@ def _kernel(
     def tile(index, carry):
         my_tokens = jax.tree.map(lambda ref: ref.at[pl.ds(first_token(index), width)], tokens)
 
-        @pl.when(me == 0)
+        @when(me == 0)
         def _():
             _load_terms(column_source, columns, first_column(index), columns_arrived)
 
@@ -282,16 +283,16 @@ def _kernel(
             zeros = plgpu.layout_cast(jnp.zeros(zeros.shape, jnp.float32), plgpu.Layout.WGMMA)
         total = lax.fori_loop(0, turns, add_slice, zeros)
 
-        @pl.when(me > 0)
+        @when(me > 0)
         def _():
-            @pl.when(index > 0)
+            @when(index > 0)
             def _():
                 plgpu.barrier_wait(shared["sums_read"])
 
             shared["partial_sums"][me - 1] = total
             plgpu.barrier_arrive(shared["all_summed"])
 
-        @pl.when(me == 0)
+        @when(me == 0)
         def _():
             terms = (my_tokens, columns)
             target = out.at[pl.ds(first_token(index), width), pl.ds(first_column(index), ROWS_PER_INSTRUCTION)]
@@ -301,7 +302,7 @@ def _kernel(
 
     lax.fori_loop(0, my_tiles, tile, ())
 
-    @pl.when(me == 0)
+    @when(me == 0)
     def _():
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

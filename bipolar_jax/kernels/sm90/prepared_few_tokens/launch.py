@@ -30,6 +30,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
 )
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.scaled_epilogue import finish_scaled_transposed
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import WARPS, pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
@@ -159,12 +160,12 @@ def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ri
     tiling, warpgroup = problem.tiling, lax.axis_index("warpgroup")
     work, rings, barriers = work_of(problem), (x_ring, words_ring, terms_ring), (full, empty)
 
-    @pl.when(warpgroup == tiling.warpgroups)
+    @when(warpgroup == tiling.warpgroups)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         produce(problem, sources, work, rings, barriers)
 
-    @pl.when(warpgroup < tiling.warpgroups)
+    @when(warpgroup < tiling.warpgroups)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
         await_earlier_kernels()
@@ -195,7 +196,7 @@ def _consume(
     finishes = warpgroup < tiling.buffers
     own = [jax.tree.map(lambda ref: ref.at[warpgroup], terms) for terms in (tokens, columns)]
 
-    @pl.when(finishes)
+    @when(finishes)
     def _():
         gather_tokens(problem, sources.tokens, own[0])
 
@@ -219,7 +220,7 @@ def _consume(
 
         total, slot = lax.fori_loop(0, pinned(work.turns), add, (zero_sums(problem), carry))
 
-        @pl.when(finishes)
+        @when(finishes)
         def _():
             synchronize()  # the terms of the unit before have been read
             store_columns(column_terms, own[1])
@@ -228,14 +229,14 @@ def _consume(
             position = index * problem.token_chunks + chunk
             buffer = lax.rem(position, tiling.buffers)
 
-            @pl.when(position >= tiling.buffers)
+            @when(position >= tiling.buffers)
             def _(buffer=buffer):
                 plgpu.barrier_wait(taken.at[buffer])
 
             hand_over(problem, total, chunk, sums.at[buffer], warpgroup)
             plgpu.barrier_arrive(handed_over.at[buffer])
 
-            @pl.when(warpgroup == buffer)
+            @when(warpgroup == buffer)
             def _(buffer=buffer, position=position, chunk=chunk):
                 added = early if early is not None or tiling.cluster > 1 else residual(index, chunk)
                 plgpu.barrier_wait(handed_over.at[buffer])
@@ -249,13 +250,13 @@ def _consume(
 
         if tiling.cluster > 1:
 
-            @pl.when(finishes)
+            @when(finishes)
             def _():
                 _exchange(exchanged)
                 for chunk in range(problem.token_chunks):
                     turn, rank = divmod(chunk, tiling.cluster)
 
-                    @pl.when((lax.axis_index("rank") == rank) & (warpgroup == turn % tiling.buffers))
+                    @when((lax.axis_index("rank") == rank) & (warpgroup == turn % tiling.buffers))
                     def _(chunk=chunk):
                         added = residual(index, chunk)
                         synchronize()  # the totals of the chunk before have been read

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling
@@ -97,12 +98,12 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
         def load_slot(turn, carry):
             step, slot = carry
 
-            @pl.when(step >= tiling.slots)
+            @when(step >= tiling.slots)
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
             load = functools.partial(load_weights, index, turn, slot)
-            pl.when(step >= early)(load) if early else load()
+            when(step >= early)(load) if early else load()
             rows = pl.ds(work.first_stage(turn, tiling) * problem.rows_of_stage, problem.token_rows)
             plgpu.copy_gmem_to_smem(sources.x.at[:, rows], x_ring.at[slot, pl.ds(0, problem.m)], full.at[slot])
             return step + 1, next_slot(problem, slot)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, Num, Shaped
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     SPLAT,
@@ -117,7 +118,7 @@ def _hand_over_twin(problem: FewTokensProblem, sums, chunk, target, warpgroup):
     for warp in range(WARPS):
         worker = WARPS * warpgroup + warp
 
-        @pl.when(worker < problem.tiling.workers)
+        @when(worker < problem.tiling.workers)
         def _(worker=worker, warp=warp):
             target[worker] = by_warp[warp]
 
@@ -265,7 +266,7 @@ def _store_finished_twin(problem: FewTokensProblem, numbers, out, added, unit, b
         run = problem.first_in_half(block, part)
         first = run + (block * problem.padded_half if problem.halves > 1 else 0)
 
-        @pl.when((run < problem.padded_half) & (in_unit < problem.tiling.parts))
+        @when((run < problem.padded_half) & (in_unit < problem.tiling.parts))
         def _(first=first, warp=warp):
             run_numbers = numbers[RUN * warp : RUN * (warp + 1), :count]
             at = (pl.ds(CHUNK * chunk, count), pl.ds(first, RUN))

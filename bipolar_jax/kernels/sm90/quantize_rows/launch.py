@@ -23,6 +23,7 @@ from bipolar_jax.kernels.semantics.prologue import Prologue, rotation_of
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, vector_length
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.bit_transpose import CodeWords
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of, thread_index
 from bipolar_jax.kernels.sm90.core.hardware import (
@@ -184,7 +185,7 @@ def _launch_rows_in_memory(quantizer: RowQuantizer, inputs: list[Array], blocks:
 
         first = lax.axis_index("block")
         *outputs, arrivals = outputs
-        pl.when(first == 0)(functools.partial(_clear, arrivals))
+        when(first == 0)(functools.partial(_clear, arrivals))
         if blocks == m:
             quantize(first)
         else:
@@ -222,7 +223,7 @@ def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: 
         *outputs, arrivals = refs[len(inputs) : len(inputs) + 5]
         ring, scratch, arrived, *vector_slots = refs[len(inputs) + 5 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        pl.when((block == 0) & (warpgroup == 0))(functools.partial(_clear, arrivals))
+        when((block == 0) & (warpgroup == 0))(functools.partial(_clear, arrivals))
         worker = warpgroup * blocks + block  # consecutive rows go to different multiprocessors
 
         def first_row(turn):
@@ -239,10 +240,10 @@ def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: 
 
         turns = lax.div(steps - worker + workers - 1, workers)
         for turn in range(slots):
-            pl.when(turn < turns)(functools.partial(load, turn))
+            when(turn < turns)(functools.partial(load, turn))
         vector_slots, arrivals = vector_slots[: len(vectors)], vector_slots[len(vectors) :]
 
-        @pl.when(warpgroup == 0)
+        @when(warpgroup == 0)
         def _():
             for vector, vector_slot, arrival in zip(vectors, vector_slots, arrivals, strict=True):
                 plgpu.copy_gmem_to_smem(vector, vector_slot, arrival, oob_mode=in_bounds)
@@ -256,7 +257,7 @@ def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: 
             plgpu.barrier_wait(arrived.at[warpgroup * slots + slot])
             operands = (ring.at[warpgroup, slot], scratch.at[warpgroup], *outputs, *vector_slots)
             _quantize_slot(quantizer, first_row(turn), *operands)
-            pl.when(turn + slots < turns)(functools.partial(load, turn + slots))
+            when(turn + slots < turns)(functools.partial(load, turn + slots))
 
     scratch_types = [
         plgpu.SMEM((warpgroups, slots, rows, columns), inputs[0].dtype),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, UInt32
 
 from bipolar_jax.kernels.semantics.activations import quantize_tokens
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, join_fields, pack_planes
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.quantize_rows.quantizer import RowQuantizer
 from bipolar_jax.kernels.sm90.quantize_rows.row_threads import BLOCK
 
@@ -33,7 +33,7 @@ def quantize_slot_twin(
     sums = jnp.sum(tokens.codes, axis=1, dtype=jnp.int32)
     for i in range(quantizer.rows):
 
-        @pl.when(first_row + i < quantizer.m)
+        @when(first_row + i < quantizer.m)
         def _(i=i):
             words[:, first_row + i] = packed[:, i]
             scale[first_row + i] = tokens.scale[i]

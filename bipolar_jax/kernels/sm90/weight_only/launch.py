@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core import wgmma
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS, MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE, WORDS_PER_ROW
@@ -138,7 +139,7 @@ def _kernel(shape, tree, *refs, ring, arrived, sums, handed_over, taken):
         """Loads the slice at a position; positions count slices across tiles."""
         slot = lax.rem(position, tiling.slots)
 
-        @pl.when(position < my_tiles * turns)
+        @when(position < my_tiles * turns)
         def _():
             # [planes, rows, 32 words]. Mosaic has the whole warpgroup arrive before the copy: no thread reads the slot
             # any more.
@@ -175,14 +176,14 @@ def _kernel(shape, tree, *refs, ring, arrived, sums, handed_over, taken):
         mine = scale_rows(shape, mine, terms)
         buffer = lax.rem(index, tiling.buffers)
 
-        @pl.when(index >= tiling.buffers)
+        @when(index >= tiling.buffers)
         def _():
             plgpu.barrier_wait(taken.at[buffer])
 
         sums[buffer, me] = mine
         plgpu.barrier_arrive(handed_over.at[buffer])
 
-        @pl.when(me == buffer)
+        @when(me == buffer)
         def _():
             plgpu.barrier_wait(handed_over.at[buffer])
             finish(shape, sums.at[buffer], bias, out, first_row(index))

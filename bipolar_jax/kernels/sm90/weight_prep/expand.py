@@ -31,6 +31,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import expand_planes
 from bipolar_jax.kernels.sm90.arithmetic.recovery import holds_values
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.bit_transpose import transpose_to_planes
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
@@ -178,8 +179,8 @@ def _expand_block_twin(expansion: Expansion, block, planes, out) -> None:
         expanded = expand_planes(plane_words[:, None, :], expansion.number_format)
         out[pl.ds(start * _BYTE_WORDS, count * _BYTE_WORDS)] = expanded.reshape(-1)
 
-    pl.when(block < last)(lambda: write(expansion.block_words))
-    pl.when(block == last)(lambda: write(expansion.words_of_last_block))
+    when(block < last)(lambda: write(expansion.block_words))
+    when(block == last)(lambda: write(expansion.words_of_last_block))
 
 
 @with_twin(_expand_block_twin)

@@ -25,6 +25,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import holds_values
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, lane_and_warp, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
@@ -293,7 +294,7 @@ def _expand_block_twin(rows: FloatRows, tile, first, sources, out) -> None:
     for turn in range(_STAGES):
         stage = first + turn
 
-        @pl.when(stage < rows.stages)
+        @when(stage < rows.stages)
         def _(stage=stage):
             grouped = isinstance(rows.expansion, FloatExpansion) and terms
             numbers = expand_tile(words[tile, :, stage], terms[0][tile, :, stage] if grouped else None)
@@ -312,10 +313,10 @@ def _expand_block_twin(rows: FloatRows, tile, first, sources, out) -> None:
                     numbers = rows.numbers(own[:count], terms, row, count, stage)
                     out[pl.ds(row, count), pl.ds(stage * STAGE, STAGE)] = numbers.astype(out.dtype)
 
-                pl.when(start + _HALF_TILE <= rows.limit)(lambda store=store: store(_HALF_TILE))
+                when(start + _HALF_TILE <= rows.limit)(lambda store=store: store(_HALF_TILE))
                 if filled:
                     is_last = (start < rows.limit) & (start + _HALF_TILE > rows.limit)
-                    pl.when(is_last)(lambda store=store, filled=filled: store(filled))
+                    when(is_last)(lambda store=store, filled=filled: store(filled))
 
 
 @with_twin(_expand_block_twin)

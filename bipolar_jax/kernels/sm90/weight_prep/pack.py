@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import pack_planes
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
@@ -106,7 +107,7 @@ def _pack_block_twin(packing: ColumnPacking, block: Int[Array, ""], w, half_step
 
     for rows, has_rows in _sizes(row_block, packing.k, ROWS):
         for columns, has_columns in _sizes(column_block, packing.n, COLUMNS):
-            pl.when(has_rows & has_columns)(functools.partial(write, rows, columns))
+            when(has_rows & has_columns)(functools.partial(write, rows, columns))
 
 
 @with_twin(_pack_block_twin)

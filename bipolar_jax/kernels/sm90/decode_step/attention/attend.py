@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, VECTOR, WARPS
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.core.sync import synchronize
@@ -185,7 +186,7 @@ def attend(
     meet()
     timeline.mark("met")
 
-    @pl.when(ring.active if alone else (warpgroup == 0) & ring.active)
+    @when(ring.active if alone else (warpgroup == 0) & ring.active)
     def _():
         rows = [warpgroup * WARPS + warp for warp in range(WARPS)] if alone else range(BLOCK_WARPS)
         by_warp = [plgpu.load(shared.context_sums.at[row], layout=VECTOR, optimized=False) for row in rows]

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bipolar_jax.kernels.sm90.core.branches import as_integer, when
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted
 from bipolar_jax.kernels.sm90.core.fragments import ALONG_ROWS, MATRIX, pinned
 from bipolar_jax.kernels.sm90.core.sync import synchronize
@@ -232,13 +233,13 @@ class CacheRing:
         """Starts the next load into the slot of a chunk's keys or values, which the warpgroup has read."""
         # No division by the number of chunks, which would take some fifty instructions between keys and values.
         is_last = index.chunk + 1 == self.chunks
-        following = ChunkIndex(index.layer + is_last.astype(jnp.int32), jnp.where(is_last, 0, index.chunk + 1))
+        following = ChunkIndex(index.layer + as_integer(is_last), jnp.where(is_last, 0, index.chunk + 1))
         if self._emptied is not None:
             if is_interpreted():  # whose race detector sees no order between these reads and a copy that waits for them
                 plgpu.commit_smem()
             plgpu.barrier_arrive(self._emptied.at[kind])
 
-            @pl.when(self._warpgroup == WARPGROUPS - 1)
+            @when(self._warpgroup == WARPGROUPS - 1)
             def _():
                 plgpu.barrier_wait(self._emptied.at[kind])
                 synchronize(lanes_apart=True)  # the copies begin with a barrier of whole warps
@@ -265,7 +266,7 @@ class CacheRing:
         if self._emptied is not None:
             loads &= self._warpgroup == WARPGROUPS - 1
 
-        @pl.when(loads)
+        @when(loads)
         def _():
             layer = self._shape.first_layer + self._layers.first + index.layer
             source = (self._cache.keys, self._cache.values)[kind]

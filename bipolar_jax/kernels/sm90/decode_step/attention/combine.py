@@ -6,11 +6,11 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, VECTOR, as_vector, scalar_of, thread_index, tree
 from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
@@ -26,12 +26,12 @@ def clear(shape: LayersShape, block, partials, context) -> None:
     assigned = assign_head(shape, block)
     zeros = plgpu.layout_cast(jnp.zeros(WARPGROUP, jnp.float32), VECTOR)
 
-    @pl.when(assigned.active)
+    @when(assigned.active)
     def _():
         for head in range(shape.heads_at_once):
             store_partial(shape, partials, assigned.partial + head * shape.splits, zeros, 0.0, 0.0, 0)
 
-    @pl.when(assigned.combines)
+    @when(assigned.combines)
     def _():
         store_vector(context, zeros, assigned.unit * shape.head_dim + assigned.first, shape.combined, 0)
 
@@ -44,7 +44,7 @@ def combine(shape: LayersShape, block, partials, context, phase) -> None:
     """
     assigned = assign_head(shape, block)
 
-    @pl.when(assigned.combines)
+    @when(assigned.combines)
     def _():
         unit, start = assigned.unit, assigned.first
         if shape.heads_at_once > 1:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Awaited(NamedTuple):
@@ -27,7 +27,7 @@ class Awaited(NamedTuple):
     """
 
     phase: Int[Array, ""]
-    needed: Int[Array, ""] | int
+    needed: Bool[Array, ""] | int
 
 
 def phase_bit(layer: Int[Array, ""]) -> Int[Array, ""]:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import as_integer, when
 from bipolar_jax.kernels.sm90.core.cluster import MAILBOX_WORDS, Section, await_mail, expect_mail, send_mail
 from bipolar_jax.kernels.sm90.core.emulation import is_interpreted, with_twin
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, WARPS, as_splat, scalar_of, thread_index
@@ -117,7 +118,7 @@ def exchange_tokens(
     size_of_text = product.all_k_slices * K_SLICE + 4 * WARPS * team.count + 4 * _GRID_WORDS
     has_rows = rows_of(product, block) > 0
 
-    @pl.when(has_rows & (team.first + team.part == 0))
+    @when(has_rows & (team.first + team.part == 0))
     def _():
         expect_mail(mailbox, of_other * size_of_text)
 
@@ -133,9 +134,9 @@ def exchange_tokens(
     send_mail(mailbox, [operand, token_sums], sections, team.exists & (rows_of(product, other) > 0))
     meet()
 
-    @pl.when(has_rows)
+    @when(has_rows)
     def _():
-        ended = [(rows_of(other_product, block) > 0).astype(jnp.int32) for other_product in shape.products.values()]
+        ended = [as_integer(rows_of(other_product, block) > 0) for other_product in shape.products.values()]
         await_mail(mailbox, layer * sum(ended) + sum(ended[: PRODUCTS.index(name)]))
 
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import as_integer, when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import (
     K_SLICE_LAYOUT,
@@ -166,14 +167,14 @@ def poll_vectors(
         words = poll_words([(pointer, 1) for pointer in pointers], scalar_of(phase), scalar_of(needed))
         return tuple(as_vector(ptx.as_float(word), jnp.float32) for (word,) in words)
 
-    return list(inline(ref, jnp.int32(awaited.phase), jnp.int32(awaited.needed), *map(jnp.int32, starts)))
+    return list(inline(ref, jnp.int32(awaited.phase), as_integer(awaited.needed), *map(jnp.int32, starts)))
 
 
 def _store_vector_twin(ref, values, start, count, phase, by_parts=False):
     for i in range(0, WARPGROUP, RUN):
         element = row_of_parts(start + i) if by_parts else start + i
 
-        @pl.when((i < count) & (element < ref.shape[0]))
+        @when((i < count) & (element < ref.shape[0]))
         def _(i=i, element=element):
             ref[pl.ds(element, RUN)] = in_phase(values[i : i + RUN], phase)
 
@@ -256,7 +257,7 @@ def poll_slices(
             slices.append(as_k_slice(numbers))
         return tuple(slices)
 
-    return list(inline(ref, *map(jnp.int32, (awaited.phase, awaited.needed, *starts))))
+    return list(inline(ref, jnp.int32(awaited.phase), as_integer(awaited.needed), *map(jnp.int32, starts)))
 
 
 def _load_slice_twin(ref, start, end):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import choose
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
@@ -74,7 +75,7 @@ def _add_float_stages_twin(total, words, terms, token, part_of_slice, valid, exp
     values = 2 * expanded - expansion.format.max_value if terms is None else expanded - OFFSET_BIAS
     # What is beyond K is not this warpgroup's to read.
     nothing = jnp.zeros(token.shape, token.dtype)
-    own_token = token[...] if valid is None else lax.cond(valid, lambda: token[...], lambda: nothing)
+    own_token = token[...] if valid is None else choose(valid, lambda: token[...], lambda: nothing)
     plgpu.commit_smem()  # for the race detector, see `part_sums`
     numbers = float_positions_of(own_token, expansion.float_type.name).astype(jnp.float32)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import K_SLICE_LAYOUT, SPLAT, numbers_of, scalar_of, thread_index
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
@@ -45,7 +45,7 @@ def float_positions_of(words: UInt32[Array, "512"], float_type: str) -> Float[Ar
 def _store_floats_twin(operand, k_slices, indices, starts, k, factor, float_type, natural_order):
     for index, numbers, start in zip(indices, k_slices, starts, strict=True):
 
-        @pl.when(start < k)
+        @when(start < k)
         def _(index=index, numbers=numbers):
             scaled = numbers if factor is None else numbers * factor
             operand[index] = float_words_of(scaled.astype(DTYPES[float_type]), natural_order)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.semantics.rotation import STEPS_PER_UNIT
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import staging_transforms
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.wgmma import ROWS_PER_INSTRUCTION
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout, clear_cache_from
@@ -153,7 +154,7 @@ class HeadWriter:
         for number, (row, _) in enumerate(self._head_origins()):
             _, rotates = self._head(origin, number)
 
-            @pl.when(rotates)
+            @when(rotates)
             def _(number=number, row=row):
                 for half, table in enumerate(self.output.tables):
                     slot = self._slot(number, half)
@@ -174,12 +175,12 @@ class HeadWriter:
                 self._store_head(origin, number, head, halves)
                 continue
 
-            @pl.when(rotates)
+            @when(rotates)
             def _(number=number, head=head, halves=halves):
                 normalized = self._normalized(halves, head)
                 self._store_head(origin, number, head, rotated(normalized, self._tables(number)), are_values=False)
 
-            @pl.when(jnp.logical_not(rotates))
+            @when(jnp.logical_not(rotates))
             def _(number=number, head=head, halves=halves):
                 self._store_head(origin, number, head, halves, are_values=True)
 
@@ -254,23 +255,23 @@ class HeadWriter:
         key, value = head - layout.queries, head - layout.queries - layout.keys
         if are_values is not True:
 
-            @pl.when(key < 0)
+            @when(key < 0)
             def _():
                 to_heads(self.q, head)
 
-            @pl.when((key >= 0) & (value < 0))
+            @when((key >= 0) & (value < 0))
             def _():
                 to_heads(self.k, key)
                 to_cache(output.keys, key)
 
         if are_values is not False:
 
-            @pl.when(value >= 0)
+            @when(value >= 0)
             def _():
                 # Heads beyond the last still issue a fully clipped TMA store, so that group counts stay uniform.
                 to_heads(self.v, value)
 
-            @pl.when((value >= 0) & (value < layout.keys))
+            @when((value >= 0) & (value < layout.keys))
             def _():
                 to_cache(output.values, value)
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, pack_planes
+from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import with_twin
 from bipolar_jax.kernels.sm90.core.fragments import packed_word, scalar_of
 from bipolar_jax.kernels.sm90.core.sync import synchronize
@@ -115,7 +116,7 @@ def _store_signs_twin(packing: SignPacking, chunks: list[jax.Array], row, column
         summaries[tile, row + i] = row_summaries[i]
         for word in range(words.shape[1]):
 
-            @pl.when(first_word + word < end)
+            @when(first_word + word < end)
             def _(word=word):
                 signs[0, row + i, first_word + word] = words[i, word]
 

@@ -1,0 +1,101 @@
+"""What generation compiles, and when; and its loop in 64 bits. The model has no layers, so that programs are small."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import types
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bipolar_jax.models.config import TransformerConfig
+from bipolar_jax.models.inference import decode_loop, generation
+from bipolar_jax.models.inference.generation import generate, stream
+from bipolar_jax.models.inference.sampling import Sampling
+
+CONFIG = TransformerConfig(
+    vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40, context_length=72
+)
+PROMPTS = [[1, 2, 3], [30, 4, 36, 0, 7, 7, 9], [5]]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Waves:
+    """A model without layers: logits are a function of the last token."""
+
+    config: TransformerConfig = CONFIG
+
+    def prefill(self, ids, lengths, capacity, cache_bits):
+        return self._logits(jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)), lengths
+
+    def decode(self, ids, cache):
+        return self._logits(ids[:, None]), cache
+
+    def _logits(self, ids):
+        return 3 * jnp.sin(7 * ids.astype(jnp.float32) + jnp.arange(CONFIG.vocab_size, dtype=jnp.float32)[None])
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the functions that JAX compiles meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_all_sampling_settings_and_end_ids_share_two_compilations_before_the_first_token(monkeypatch):
+    for program in (decode_loop.first_token, decode_loop.next_tokens):
+        program.clear_cache()
+    decode_loop._compile_both.cache_clear()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, compilations() as found, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generation, "first_token", interrupt)
+        generate(Waves(), PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
+    assert sum("token" in name for name in found) == 2
+    with compilations() as found:
+        generate(Waves(), PROMPTS[:1], 4, Sampling(0.5), jax.random.key(0))
+        for temperature in (0.7, 1, 3.5):
+            generate(Waves(), PROMPTS[:1], 4, key=jax.random.PRNGKey(1), temperature=temperature)
+        generate(Waves(), PROMPTS[:1], 5, Sampling(0.9, top_k=5, top_p=0.8), jax.random.key(2))
+        list(stream(Waves(), PROMPTS[:1], 3, Sampling(1.1, top_p=0.7), jax.random.key(3)))
+        generate(Waves(), PROMPTS[:1], 4, key=jax.random.key(0), temperature=0.5, end_ids=(3, 4))
+    assert [name for name in found if "token" in name] == []
+
+
+def test_errors_of_the_second_program_come_after_the_first_token(monkeypatch):
+    decode_loop._compile_both.cache_clear()
+
+    def refuse(*_):
+        raise ValueError("no such step")
+
+    monkeypatch.setattr(decode_loop, "next_tokens", types.SimpleNamespace(lower=refuse))
+    monkeypatch.setattr(generation, "next_tokens", refuse)
+    tokens = stream(Waves(), PROMPTS[:1], 3)
+    assert next(tokens).shape == (1,)
+    with pytest.raises(ValueError, match="no such step"):
+        next(tokens)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_k=5, top_p=0.9), Sampling(1.0, repetition_penalty=1.3)], ids=str
+)
+@pytest.mark.sample(2)
+def test_loop_and_sampling_work_in_64_bits(sampling):
+    with jax.enable_x64(True):
+        found = generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
+        assert [text.tokens for text in found] == generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0))
