@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bipolar_jax.models.inference.compile_ahead import compile_together, described, on_one_device
 from bipolar_jax.models.inference.sampling import SamplingValues, draw, likeliest, log_probabilities, penalized
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import Transformer
@@ -159,38 +159,26 @@ def compile_both(
       model, ids, lengths, capacity, cache_bits, choice, settings: as of `first_token`.
 
     Raises:
-      Whatever `first_token` raises when it is traced or compiled. Errors of `next_tokens` are left to its call.
+      Whatever the calls would raise when they are traced or compiled.
     """
     leaves, structure = jax.tree.flatten((model, ids, lengths, settings))
-    described = tuple(map(_described, leaves))
-    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in described):
-        _compile_both(structure, described, capacity, cache_bits, choice)
-
-
-def _described(array: Any) -> jax.ShapeDtypeStruct:
-    """What the key of a compiled program has of an array; its device only if it is bound to it."""
-    sharding = array.sharding if getattr(array, "committed", False) else None
-    return jax.ShapeDtypeStruct(
-        array.shape, array.dtype, sharding=sharding, weak_type=getattr(array, "weak_type", False)
-    )
+    if on_one_device(leaves):
+        _compile_both(structure, tuple(map(described, leaves)), (capacity, cache_bits, choice))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_both(structure, described: tuple[jax.ShapeDtypeStruct, ...], *static: Any) -> None:
-    model, ids, lengths, settings = structure.unflatten(described)
-    *_, choice = static
-    sharding = next((leaf.sharding for leaf in described if leaf.sharding is not None), None)
-    traced = first_token.trace(model, ids, lengths, *static, settings)
-    first = traced.lower()
-    with ThreadPoolExecutor(1) as thread:  # Python runs one thread at a time, XLA compiles on both
-        compiled = thread.submit(first.compile)
-        with contextlib.suppress(Exception):
-            state = jax.tree.map(
-                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), traced.out_info
-            )
-            running, limit = jax.ShapeDtypeStruct(lengths.shape, bool), jax.ShapeDtypeStruct((), jnp.int32)
-            next_tokens.lower(model, state, choice, settings, running, limit).compile()
-        compiled.result()
+def _compile_both(structure: Any, operands: tuple[jax.ShapeDtypeStruct, ...], static: tuple) -> None:
+    model, ids, lengths, settings = structure.unflatten(operands)
+    sharding = next((operand.sharding for operand in operands if operand.sharding is not None), None)
+
+    def programs() -> Iterator[jax.stages.Lowered]:
+        first = first_token.trace(model, ids, lengths, *static, settings)
+        yield first.lower()
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), first.out_info)
+        running, limit = jax.ShapeDtypeStruct(lengths.shape, bool), jax.ShapeDtypeStruct((), jnp.int32)
+        yield next_tokens.lower(model, state, static[-1], settings, running, limit)
+
+    compile_together(programs())
 
 
 def _choose(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES
+from bipolar_jax.models.inference.compile_ahead import compile_together, described, on_one_device
 from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
@@ -147,12 +148,24 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
     scaled = [w for layer, _ in layers if has_float_groups(w := _weights(layer)) and isinstance(w, BipolarArray)]
     terms = {fmt: shared_terms([w for w in scaled if w.format == fmt]) for fmt in {w.format for w in scaled}}
     del scaled  # so that each layer's planes are freed with it
-    for layer, is_gated in layers:
+
+    def operands(layer: Embed | Linear, is_gated: bool) -> tuple:
         weights = _weights(layer)
         float_terms = None
         if has_float_groups(weights):
             float_terms = weights.prepared_terms if isinstance(weights, BlockScaledArray) else terms[weights.format]
-        _set_weights(layer, _prepared(weights, is_gated, float_terms))
+        return weights, is_gated, float_terms
+
+    programs = {}
+    for layer, is_gated in layers:
+        weights, *static = operands(layer, is_gated)
+        leaves, structure = jax.tree.flatten(weights)
+        if on_one_device(leaves):
+            arrays = tuple(map(described, leaves))
+            programs[structure, arrays, *static] = structure.unflatten(arrays), *static
+    compile_together(_prepared.lower(*each) for each in programs.values())
+    for layer, is_gated in layers:
+        _set_weights(layer, _prepared(*operands(layer, is_gated)))
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "float_terms"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import types
 from collections.abc import Iterator
 
 import jax
@@ -75,20 +74,6 @@ def test_all_sampling_settings_and_end_ids_share_two_compilations_before_the_fir
         list(stream(Waves(), PROMPTS[:1], 3, Sampling(1.1, top_p=0.7), jax.random.key(3)))
         generate(Waves(), PROMPTS[:1], 4, key=jax.random.key(0), temperature=0.5, end_ids=(3, 4))
     assert [name for name in found if "token" in name] == []
-
-
-def test_errors_of_the_second_program_come_after_the_first_token(monkeypatch):
-    decode_loop._compile_both.cache_clear()
-
-    def refuse(*_):
-        raise ValueError("no such step")
-
-    monkeypatch.setattr(decode_loop, "next_tokens", types.SimpleNamespace(lower=refuse))
-    monkeypatch.setattr(generation, "next_tokens", refuse)
-    tokens = stream(Waves(), PROMPTS[:1], 3)
-    assert next(tokens).shape == (1,)
-    with pytest.raises(ValueError, match="no such step"):
-        next(tokens)
 
 
 @pytest.mark.parametrize(
