@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bipolar_jax.models.inference.compile_ahead import compile_together, described, on_one_device
 from bipolar_jax.models.inference.sampling import SamplingValues, draw, likeliest, log_probabilities, penalized
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.ops.compiled import compile_together, described, on_one_device
 
 # Most tokens that the device computes between two looks of the host, which sees Ctrl-C and stop strings there.
 CHUNK = 16

@@ -12,12 +12,12 @@ from flax import nnx
 
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES
-from bipolar_jax.models.inference.compile_ahead import compile_together, described, on_one_device
 from bipolar_jax.models.inference.join import join_with_reasons
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Embed, Linear, Packed
 from bipolar_jax.nn.layers.linear import is_plain
+from bipolar_jax.ops.compiled import compile_together, described, on_one_device
 from bipolar_jax.ops.dispatch import hopper_serves
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, PreparedArray
 from bipolar_jax.packing.float_terms import FloatTerms, shared_terms

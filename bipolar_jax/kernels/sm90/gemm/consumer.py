@@ -22,7 +22,6 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
 )
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 
@@ -43,7 +42,6 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
     # This consumer's share of a block's tile.
     rows = pl.ds(consumer * tiling.tile_m if tiling.schedule == "split_m" else 0, tiling.tile_m)
     columns = pl.ds(consumer * tiling.tile_n if tiling.schedule == "split_n" else 0, tiling.tile_n)
-    out_column = consumer * problem.out_tile_n if tiling.schedule == "split_n" else 0
     first = consumer if tiling.tiles_in_progress > 1 else 0
     total_steps = problem.tiles_of_cluster() * problem.steps_per_tile
 
@@ -73,7 +71,7 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
         index = first + iteration * tiling.tiles_in_progress
         step = index * problem.steps_per_tile
         sequence, token, column = problem.block_origin(index)
-        origin = TileOrigin(sequence, token + rows.start, column + out_column)
+        origin = TileOrigin(sequence, token + rows.start, column + lax.div(columns.start, problem.factors))
         writer.preload(origin)
         total = mainloop(
             problem,
@@ -93,7 +91,7 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
             )
             writer.store(origin, _finisher(problem, output, writer.finish_shape, total, tokens, out_columns))
 
-            @when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
+            @pl.when(index + tiling.tiles_in_progress < problem.tiles_of_cluster())
             def _():
                 plgpu.barrier_arrive(scratch.terms_empty.at[buffer])
 

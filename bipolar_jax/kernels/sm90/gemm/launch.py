@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
-from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS
 from bipolar_jax.kernels.sm90.gemm.consumer import consume
@@ -100,12 +100,12 @@ def _kernel(problem: Problem, tree: Any, *refs: Any, **scratch: Any) -> None:
     shared = Scratch(**{name: scratch.pop(name) for name in Scratch._fields})
     warpgroup = lax.axis_index("warpgroup")
 
-    @when(warpgroup == CONSUMERS)
+    @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         produce(problem, sources, shared)
 
-    @when(warpgroup < CONSUMERS)
+    @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         consume(problem, output, targets, shared, scratch)

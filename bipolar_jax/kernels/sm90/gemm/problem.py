@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
-from bipolar_jax.kernels.sm90.core.branches import choose
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, ELEMENTS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
@@ -151,32 +150,15 @@ class Problem:
         """How many tiles this cluster has."""
         return lax.div(self.tiles - lax.axis_index("cluster") + self.clusters - 1, self.clusters)
 
-    def _in_bands(self, index):
-        """The index-th tile, along the tokens and along n: band after band, in turn up and down along the other axis.
-
-        The order of `plgpu.planar_snake`, without its branch where all bands are equally wide.
-        """
-        tiling, minor = self.tiling, 0 if self.tiling.band_axis == "m" else 1
-        tiles, length = self._tile_grid[minor], self._tile_grid[1 - minor]
-        last_band, last_width = divmod(tiles, tiling.band)
-        band = lax.div(index, tiling.band * length)
-        in_band = lax.rem(index, tiling.band * length)
-
-        def place(width):
-            return lax.div(in_band, width), lax.rem(in_band, width)
-
-        if last_width == 0:
-            along, across = place(tiling.band)
-        else:
-            along, across = choose(band < last_band, lambda: place(tiling.band), lambda: place(last_width))
-        along = jnp.where(lax.rem(band, 2) == 0, along, length - 1 - along)
-        across += band * tiling.band
-        return (across, along) if minor == 0 else (along, across)
-
     def block_origin(self, index) -> TileOrigin:
         """Where this block's share of the cluster's index-th tile begins."""
         tiling = self.tiling
-        m_tile, n_tile = self._in_bands(lax.axis_index("cluster") + index * self.clusters)
+        m_tile, n_tile = plgpu.planar_snake(
+            lax.axis_index("cluster") + index * self.clusters,
+            self._tile_grid,
+            minor_dim=0 if tiling.band_axis == "m" else 1,
+            tile_width=tiling.band,
+        )
         sequence = 0
         if self.sequences * self.splits > 1:
             sequence, m_tile = lax.div(m_tile, self._token_tiles), lax.rem(m_tile, self._token_tiles)

@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
-from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.problem import Problem
 
@@ -111,7 +110,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
             step, slot = carry
             k_step = k_step + problem.first_step(origin)
 
-            @when(step >= tiling.slots)
+            @pl.when(step >= tiling.slots)
             def _():
                 plgpu.barrier_wait(scratch.empty.at[slot])
 
@@ -142,7 +141,7 @@ def produce(problem: Problem, sources: Sources, scratch) -> None:
         # The terms come last: the epilogue reads them last, and by now their buffer is likely to be free.
         buffer = problem.terms_buffer(index)
 
-        @when(index >= tiling.tiles_in_progress)
+        @pl.when(index >= tiling.tiles_in_progress)
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 
