@@ -20,11 +20,12 @@ from bipolar_jax.kernels.device import default_device
 from bipolar_jax.kernels.sm90.core import ptx, wgmma
 from bipolar_jax.kernels.sm90.core.fragments import SPLAT, as_array, numbers_of, scalar_of, thread_index
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, WARPGROUP
-from bipolar_jax.kernels.sm90.core.polling import arrive, await_count, load_from_blocks
+from bipolar_jax.kernels.sm90.core.polling import arrive, await_count, load_count, load_from_blocks
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 
 TOKENS = 8  # columns of an accumulator of which a thread's four consecutive words are two
 _WORDS = 4
+ROUND = 8  # arrivals of all splits of a tile, so that another product of the same tokens counts on from a multiple
 _enabled: contextvars.ContextVar[bool] = contextvars.ContextVar("exchanged", default=False)
 
 
@@ -51,10 +52,10 @@ def exchange(
     Args:
       total: this split's sums of the tile, in the layout `wgmma.ACCUMULATOR`.
       sums: int32 [splits, rows * tokens] in memory, the tile's.
-      arrivals: int32 [tiles] in memory, zeros before the kernel.
+      arrivals: int32 [tiles] in memory, multiples of 8 before the kernel and after it.
       tile: index of the tile, below 2^24.
       split: of this block.
-      splits: how many there are; tokens are a multiple of TOKENS times it.
+      splits: how many there are, 2, 4 or 8; tokens are a multiple of TOKENS times it.
     """
     rows, tokens = total.shape
     share = tokens // splits
@@ -66,9 +67,11 @@ def exchange(
     def inline(_, total, sums, arrivals, tile, split):
         words, sums, split = numbers_of(total), ptx.pointer(sums, ptx.GLOBAL), scalar_of(split)
         arrived = ptx.advance(ptx.pointer(arrivals, ptx.GLOBAL), ptx.times(scalar_of(tile), 4))
+        # Without this block's arrival the round cannot end: what is counted now says which round it is.
+        counted = load_count(arrived)
         leave_sums(words, sums, split)
-        arrive(arrived)
-        await_count(arrived, splits)
+        arrive(arrived, ROUND // splits)
+        await_count(arrived, ptx.plus(ptx.bits_of(counted, 2**32 - ROUND), ROUND))
         shared = add_shares(rows // wgmma.ROWS_PER_INSTRUCTION, tokens // TOKENS, sums, split, splits)
         return as_array(shared, (rows, share), wgmma.ACCUMULATOR, is_signed=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import TOKENS
+from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import ROUND, TOKENS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
@@ -83,7 +83,7 @@ class ExpandedProblem(Problem):
     def can_exchange(self) -> bool:
         """Whether blocks can exchange int32 sums of splits: all run at once, and each consumer has one tile at most."""
         tiling = self.tiling
-        shares = tiling.tile_m % (TOKENS * self.splits) == 0
+        shares = tiling.tile_m % (TOKENS * self.splits) == 0 and ROUND % self.splits == 0
         return (
             self.splits > 1
             and not self.is_float
