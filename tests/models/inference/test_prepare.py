@@ -235,20 +235,6 @@ def test_another_layout_is_refused():
         prepare_for_inference(quantized(), layout="packed")
 
 
-def test_layers_without_a_loop_decode_the_same_numbers():
-    looped, unrolled = (prepare_for_inference(quantized(), unrolled=unrolled) for unrolled in (False, True))
-    cache = looped.empty_cache(jnp.float32, jnp.asarray([0, 0]), 4, None)
-
-    def loops(model, cache):
-        return str(jax.make_jaxpr(lambda cache: model.decode(jnp.asarray([1, 2]), cache))(cache)).count("scan[")
-
-    assert loops(unrolled, cache) == loops(looped, cache) - 1  # products have loops of their own here
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        *(model.decode(jnp.asarray([1, 2]), cache) for model in (looped, unrolled)),
-    )
-
-
 def test_no_sequence_in_a_kernel_is_refused():
     with pytest.raises(ValueError, match="fused_sequences must be 1 or more, got 0"):
         prepare_for_inference(quantized(), fused_sequences=0)
