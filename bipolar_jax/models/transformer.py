@@ -231,7 +231,7 @@ class Transformer(CompressibleBlocks):
           Logits after the last token of each prompt, float32; and the cache to decode from.
 
         Raises:
-          ValueError: other cache_bits, prompts longer than `capacity`, or no token.
+          ValueError: other cache_bits, prompts longer than `capacity` or the model's context, or no token.
         """
         if not ids.size:
             raise ValueError(f"prompts need at least one token to predict from, got ids of shape {ids.shape}")
@@ -349,10 +349,14 @@ class Transformer(CompressibleBlocks):
         Frequencies of "longrope" depend on the positions of the cache that follows, the `capacity`; None has no cache.
 
         Raises:
-          ValueError: ids of another shape, or more than there are learned positions.
+          ValueError: ids of another shape; more than config.context_length, unless positions are "alibi".
         """
         if ids.ndim != 2:
             raise ValueError(f"token ids must have shape [batch, length], got {ids.shape}: one text is ids[None]")
+        context, kind = self.config.context_length, self.config.positions
+        if ids.shape[1] > context and kind != "alibi":  # rotary angles beyond it were not trained: texts become noise
+            remedy = ", or give model.config a longer context_length" if kind == "rope" else ""
+            raise ValueError(f"{ids.shape[1]} tokens exceed the model's context of {context}: shorten the text{remedy}")
         room = ids.shape[1] if capacity is None else capacity
         return self._enter(ids, jnp.arange(ids.shape[1])[None], room)
 
@@ -375,10 +379,6 @@ class Transformer(CompressibleBlocks):
         self, ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"], room: int
     ) -> tuple[Float[Array, "batch length hidden"], Tables | TablesByKind[Tables] | None]:
         config = self.config
-        if config.positions == "learned" and ids.shape[1] > config.context_length:
-            raise ValueError(
-                f"{ids.shape[1]} tokens exceed the {config.context_length} learned positions: shorten the text"
-            )
         hidden = self.embed(ids)
         if config.embed_scale != 1:
             hidden = hidden * jnp.asarray(config.embed_scale, hidden.dtype)

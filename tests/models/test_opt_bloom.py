@@ -171,7 +171,7 @@ def test_generation_continues_each_prompt_as_full_forward_passes_do(pretrained):
 
 def test_learned_positions_end_with_the_context(tmp_path):
     model = load(CASES["opt"], tmp_path).model
-    with pytest.raises(ValueError, match=f"{tiny.CONTEXT + 1} tokens exceed the {tiny.CONTEXT} learned positions"):
+    with pytest.raises(ValueError, match=f"{tiny.CONTEXT + 1} tokens exceed the model's context of {tiny.CONTEXT}"):
         model(random_ids(1, tiny.CONTEXT + 1))
 
 

@@ -171,6 +171,15 @@ def test_ids_of_another_shape_are_refused(grouped):
         jax.eval_shape(grouped.decode, jnp.zeros((1, 1), jnp.int32), cache)
 
 
+def test_rotary_positions_end_with_the_context(grouped):
+    ids = random_ids(1, 33)
+    message = "33 tokens exceed the model's context of 32: shorten the text, or give model.config a longer"
+    with pytest.raises(ValueError, match=message):
+        grouped(ids)
+    with pytest.raises(ValueError, match=message):
+        grouped.prefill(ids, jnp.array([33]), 64)
+
+
 def test_the_cache_holds_only_key_heads(grouped):
     _, cache = prefill(grouped, random_ids(2, 6), np.array([6, 6], np.int32), 9)
     assert cache.capacity == 9
