@@ -56,7 +56,7 @@ def test_layers_are_the_twins(case, blocks):
 def test_blocks_of_a_pair_send_each_other_their_tokens(texts, monkeypatch):
     """Each slice, sum and grid of a text once, and as many bytes as are expected; nothing to a block without rows."""
     shape, sent, expected = dataclasses.replace(SHAPE, texts=texts, hidden=576, ffn=2112, blocks=5), [], []
-    monkeypatch.setattr(teams.pl, "when", lambda condition: lambda body: body() if condition else None)
+    monkeypatch.setattr(teams, "when", lambda condition: lambda body: body() if condition else None)
     monkeypatch.setattr(teams, "mailbox_of", lambda shape, token_sums: None)
     monkeypatch.setattr(teams, "expect_mail", lambda mailbox, size: expected.append(int(size)))
     monkeypatch.setattr(teams, "await_mail", lambda mailbox, phase: None)
