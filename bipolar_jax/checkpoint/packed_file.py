@@ -121,8 +121,9 @@ def load(path: str | os.PathLike[str], bits: int | None = None, shardings: Mappi
         their parts; other tensors it reads whole.
 
     Returns:
-      Nested dicts of arrays, keyed by the parts of each path; the array itself if `save` was
-      given one array.
+      Nested dicts of arrays, keyed by the parts of each path, which are texts, also of lists; the array itself if
+      `save` was given one array. So `nnx.to_pure_dict(nnx.state(model))`, saved, is read into a model with lists of
+      layers by `nnx.update(model, nnx.restore_int_paths(load(path)))`.
 
     Raises:
       FileNotFoundError: no file at `path`.

@@ -93,6 +93,14 @@ def test_orbax_restores_pure_dicts(with_target, tmp_path):
     np.testing.assert_array_equal(nnx.merge(graph, state)[0](x), original[0](x))
 
 
+def test_packed_files_of_pure_dicts_update_lists_of_layers(tmp_path):
+    """With Flax's own recipe for keys that a file keeps as texts."""
+    original, other = model(), nnx.eval_shape(model)
+    bj.save(tmp_path / "pure.safetensors", nnx.to_pure_dict(nnx.state(original)))
+    nnx.update(other, nnx.restore_int_paths(bj.load(tmp_path / "pure.safetensors")))
+    assert_identical(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(original)))
+
+
 def test_a_list_of_other_leaves_is_refused():
     kernel = model()[0].kernel
     planes, *others = jax.tree.leaves(kernel.get_value())
