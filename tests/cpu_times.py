@@ -2,14 +2,14 @@
 
     python -m pytest -p tests.cpu_times PATHS
 
-It counts this process and the programs that tests start, so it wants no `-n`.
+It counts this process and the programs that tests start, so it wants no `-n`. It imports JAX when the session starts,
+which is after conftest.py has set what JAX reads at import.
 """
 
 from __future__ import annotations
 
 import resource
 
-import jax.monitoring
 import pytest
 
 _SHOWN = 40
@@ -27,7 +27,10 @@ def _count(event: str, seconds: float, **_) -> None:
         _compilations.append(seconds)
 
 
-jax.monitoring.register_event_duration_secs_listener(_count)
+def pytest_sessionstart():
+    import jax.monitoring
+
+    jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @pytest.hookimpl(wrapper=True)
