@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
 WORKDIR ?= runs/demo
+# Programs that tests start, and later runs, read the bytecode that the first process writes.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-exhaustive processes lint gpu-test compiler clean
 

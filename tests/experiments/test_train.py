@@ -94,6 +94,7 @@ def test_the_exported_model_is_read_at_fewer_bits(tiny_run):
     assert np.isfinite(logits(loaded.model, np.arange(6)[None])).all()
 
 
+@pytest.mark.covered("exported models, by the tests beside; generating, by test_quantize_and_generate.py")
 def test_generate_runs_the_exported_model(tiny_run, tmp_path):
     config = generate_config.get_config()
     config.model, config.prompt, config.max_new_tokens = str(tiny_run / train.MODEL_NAME), "It was", 4

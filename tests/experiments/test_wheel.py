@@ -62,7 +62,7 @@ def test_the_wheel_has_every_program_and_config_of_the_checkout(wheel):
 
 
 @pytest.mark.parametrize("command", ["quantize", "calibrate", "generate", "train"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_commands_run_with_shipped_configs(installed, tmp_path, command):
     config = {"quantize": "smollm2", "calibrate": "calibrate", "generate": "generate", "train": "tiny_w2a2"}[command]
     helped = run(installed / f"bipolar-{command}", "--help", cwd=tmp_path)

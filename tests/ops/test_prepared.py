@@ -25,6 +25,7 @@ STACK = jax.tree.map(lambda *leaves: jnp.stack(leaves), GROUPS, dataclasses.repl
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.sample(2)
 def test_products_have_the_same_bits(implementation, gated):
     options = {"activation": GATED if gated else None, "bias": jnp.ones(20), "implementation": implementation}
     for w in (COLUMNS, GROUPS, FLOATS):

@@ -65,7 +65,7 @@ def folder(compiled_programs, tmp_path_factory):
         monkeypatch.setattr(llm, "preset", lambda name: CONFIG)
         monkeypatch.setattr(llm, "make_model", make_model)
         monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-        config = bench(precisions="W2A8", workloads="1x4+2,2x5+3", cache_bits=8, profile="W2A8", peers="transformers")
+        config = bench(precisions="W2A8", cache_bits=8, profile="W2A8", peers="transformers")
         llm.main(config, folder)
     return folder
 
@@ -74,23 +74,21 @@ def test_prefill_and_decoding_are_timed_against_bf16(folder):
     models = read(folder)["models"]
     assert list(models) == ["W2A8", "bf16"]
     for rows in models.values():
-        assert list(rows["workloads"]) == ["1x4+2", "2x5+3"]
-        for name, measured in rows["workloads"].items():
-            baseline = models["bf16"]["workloads"][name]
-            for part in PARTS:
-                microseconds = measured[part]["microseconds"]
-                assert microseconds > 0
-                assert (measured[part]["clock"], measured[part]["iterations"]) == ("wall", 2)
-                assert measured[part]["speedup"] == pytest.approx(
-                    baseline[part]["microseconds"] / microseconds, abs=1e-3
-                )
-            batch, decode, memory = int(name[0]), measured["decode"], measured["memory"]
-            assert decode["tokens_per_second"] == pytest.approx(1e6 * batch / decode["microseconds"], rel=1e-3, abs=0.1)
-            moved = memory["read_bytes"] + memory["cache_bytes"]
-            assert decode["bandwidth_share"] == pytest.approx(moved / decode["microseconds"] / 4.1e6, rel=0.01)
-            assert memory["peak_bytes"] is None, "not reported by CPUs"
-            vectors = 2 * CONFIG.num_layers * batch * CONFIG.num_kv_heads * 64  # positions, rounded up
-            assert memory["cache_bytes"] == vectors * (CONFIG.head_dim + 4 + 1) + 4 * batch
+        ((name, measured),) = rows["workloads"].items()
+        assert name == "2x5+3"
+        baseline = models["bf16"]["workloads"][name]
+        for part in PARTS:
+            microseconds = measured[part]["microseconds"]
+            assert microseconds > 0
+            assert (measured[part]["clock"], measured[part]["iterations"]) == ("wall", 2)
+            assert measured[part]["speedup"] == pytest.approx(baseline[part]["microseconds"] / microseconds, abs=1e-3)
+        decode, memory = measured["decode"], measured["memory"]
+        assert decode["tokens_per_second"] == pytest.approx(1e6 * 2 / decode["microseconds"], rel=1e-3, abs=0.1)
+        moved = memory["read_bytes"] + memory["cache_bytes"]
+        assert decode["bandwidth_share"] == pytest.approx(moved / decode["microseconds"] / 4.1e6, rel=0.01)
+        assert memory["peak_bytes"] is None, "not reported by CPUs"
+        vectors = 2 * CONFIG.num_layers * 2 * CONFIG.num_kv_heads * 64  # positions, rounded up
+        assert memory["cache_bytes"] == vectors * (CONFIG.head_dim + 4 + 1) + 4 * 2
     # Decode steps read an 8-bit cache; in a small float model bfloat16 may round its error away.
     errors = {name: models[name]["workloads"]["2x5+3"]["check_error"] for name in ("bf16", "W2A8")}
     assert errors["bf16"] < 0.05
@@ -102,9 +100,9 @@ def test_the_result_has_settings_peers_and_profiles(folder):
     assert "xla_flags" in result["environment"]
     assert result["settings"]["cache_bits"] == 8
     error = {"error": "ModuleNotFoundError: torch is not installed"}
-    assert result["peers"] == {"transformers": {"workloads": {"1x4+2": error, "2x5+3": error}}}
+    assert result["peers"] == {"transformers": {"workloads": {"2x5+3": error}}}
     nothing = {"microseconds": 0, "kernels": []}  # no GPU
-    assert result["profiles"] == {"W2A8": {"workload": "1x4+2", "prefill": nothing, "decode": nothing}}
+    assert result["profiles"] == {"W2A8": {"workload": "2x5+3", "prefill": nothing, "decode": nothing}}
     assert (folder / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 

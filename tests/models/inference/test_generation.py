@@ -107,7 +107,7 @@ def first_at(tokens: list[int], step: int) -> int:
 
 @pytest.mark.parametrize("cache_bits", [None, 8, 4])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=9)], ids=["greedy", "sampled"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_generate_gives_what_stream_yields(model, sampling, cache_bits):
     """On the device until all have ended; each ends by itself, the last before the limit."""
     key = jax.random.key(3)

@@ -59,7 +59,7 @@ def test_packed_layers_are_joined_and_the_numbers_stay():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.float16])
 @pytest.mark.parametrize("rules", [RULES, []], ids=["packed", "float"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_floats_become_the_dtype_as_when_loaded_in_it(dtype, rules):
     """A model that was made in the dtype runs the same program."""
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))

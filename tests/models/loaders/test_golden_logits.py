@@ -106,6 +106,7 @@ def test_gguf_files_of_the_same_weights(tmp_path, name):
     assert_same_logits(forward(loaded.model, golden.ids), golden.logits)
 
 
+@pytest.mark.sample(4)
 def test_prefill_and_decoding_give_the_full_forward_pass(kind):
     """Two texts of different lengths; of float models, so equal but for the order of float32 sums."""
     golden, model = kind

@@ -52,7 +52,7 @@ def with_array(raw: bytes, key: str, kind: int, count: int, content: bytes) -> b
     ],
     ids=["bytes", "empty strings", "doubles", "scores", "scores as texts"],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_gguf_arrays(tmp_path, key, kind, count, content):
     raw = tiny.write_gguf(tiny.make(), tmp_path / "model.gguf").read_bytes()
     raw = with_array(raw, key, kind, count, content)
@@ -114,7 +114,7 @@ NESTED = "[" * 1000 + "]" * 1000
         ("model.safetensors.index.json", "{},"),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_json_files(tmp_path, name, item):
     directory = tiny.write_huggingface(tiny.make(), tmp_path / "hf", shards=2)
     path = directory / name

@@ -102,7 +102,7 @@ def test_every_tiling_compiles_without_spills(tiling, size):
     [{"kind": "int8"}, {"kind": "int8", "rope": False}, {"kind": "planes", "dtype": jnp.float16, "length": 1024}],
     ids=str,
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("the epilogue, by the test above; bytes, by test_planning.py and `make gpu-test`")
 def test_other_operands_compile_without_spills(options):
     compile_heads(CANDIDATES[1], 128, **options)
 

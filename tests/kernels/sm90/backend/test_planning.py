@@ -130,7 +130,7 @@ def test_candidates_compile_with_activations(tiling):
     ],
     ids=lambda value: f"{value.tile_m}x{value.tile_n}-{value.slots}" if isinstance(value, Tiling) else str(value),
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_grouped_candidates_compile_without_spills(tiling, group_size, offsets):
     options = dict(group_size=group_size, offsets=offsets, residual=offsets)
     compile_product(4096, 4096, 4096, 8, 4, "int8", tiling, **options)
@@ -206,6 +206,7 @@ def test_the_shipped_table_compiles_without_spills(entry):
 
 @needs_compiler
 @pytest.mark.parametrize(("m", "n"), [(1, 30), (6, 24)])
+@pytest.mark.sample(1)
 def test_a_batch_of_weights_compiles(m, n, monkeypatch):
     """Mapped over, vectors become rows, whose strides TMA takes in 16 bytes only."""
     monkeypatch.setattr(execution, "is_hopper", lambda device: True)

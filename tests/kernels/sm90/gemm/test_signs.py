@@ -170,7 +170,7 @@ def compile_signs(tiling, n, k=4096, m=2048, *, kind="planes", a_bits=1, offsets
 
 @needs_compiler
 @pytest.mark.parametrize("m", [1024, 2048])
-@pytest.mark.sample(1)
+@pytest.mark.covered("tilings, by the test below; those of llama, by `make gpu-test`")
 def test_those_of_llama_compile_without_spills(m):
     compile_signs(plan_product(m, 22016, 4096, ONE_BIT, ONE_BIT).tiling, 22016, m=m)
 
@@ -192,6 +192,6 @@ def test_every_tiling_compiles_without_spills(tiling):
     ],
     ids=str,
 )
-@pytest.mark.sample(1)
+@pytest.mark.covered("what takes the most registers, by the test above; operands, by `make gpu-test`")
 def test_other_operands_compile_without_spills(tiling, options):
     compile_signs(tiling, 22016, **options)

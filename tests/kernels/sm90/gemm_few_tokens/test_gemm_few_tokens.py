@@ -282,7 +282,7 @@ def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
 @needs_compiler
 @pytest.mark.parametrize("a_bits", [8, 4])
 @pytest.mark.parametrize("choice", range(1, 8))
-@pytest.mark.sample(1)
+@pytest.mark.covered("the tilings that are chosen without a table, by the test above; all, by `make gpu-test`")
 def test_tilings_that_only_a_table_chooses_compile_without_spills(a_bits, choice):
     m = 1 if choice % 2 else 16
     compile_product(m, 4096, 4096, a_bits, 4, None, decode_tilings(m, 4096, a_bits, 4)[choice])
