@@ -11,6 +11,7 @@ import pytest
 
 from tests.models.loaders import tiny_quantized as formats
 
+torch = pytest.importorskip("torch")
 N, K = 64, 96
 
 
@@ -31,7 +32,7 @@ def grids(monkeypatch):
     return drawn
 
 
-def linear(torch, weight):
+def linear(weight):
     layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
     layer.weight.data = torch.tensor(weight)
     return layer
@@ -41,26 +42,25 @@ def linear(torch, weight):
     ("bits", "group", "is_ordered"), [(2, 16, False), (3, 32, False), (3, 32, True), (4, 32, True), (8, 96, False)]
 )
 def test_auto_gptq(bits, group, is_ordered, grids):
-    torch, rng = pytest.importorskip("torch"), np.random.default_rng(bits)
+    rng = np.random.default_rng(bits)
     library = pytest.importorskip("auto_gptq.nn_modules.qlinear.qlinear_cuda")
     order = rng.permutation(K) if is_ordered else None
     layer = formats.gptq(rng, N, K, bits=bits, group=group, order=order)
     ((_, zeros, scales),) = grids
     packed = library.QuantLinear(bits, group, K, N, False)
     of_row = torch.tensor(layer.tensors["g_idx"])
-    packed.pack(linear(torch, layer.weight), torch.tensor(scales), torch.tensor(zeros).float(), of_row)
+    packed.pack(linear(layer.weight), torch.tensor(scales), torch.tensor(zeros).float(), of_row)
     for name in ("qweight", "qzeros", "scales", "g_idx"):
         np.testing.assert_array_equal(getattr(packed, name).numpy(), layer.tensors[name], err_msg=name)
 
 
 def test_auto_awq(grids):
     """Its weights, too, which are float16."""
-    torch = pytest.importorskip("torch")
     library, packing = (pytest.importorskip(f"awq.{name}") for name in ("modules.linear.gemm", "utils.packing_utils"))
     layer = formats.awq(np.random.default_rng(0), N, K)
     ((_, zeros, scales),) = grids
     zeros, scales = torch.tensor(zeros.T.copy()).float(), torch.tensor(scales.T.copy())
-    packed = library.WQLinear_GEMM.from_linear(linear(torch, layer.weight), 4, 32, scales=scales, zeros=zeros)
+    packed = library.WQLinear_GEMM.from_linear(linear(layer.weight), 4, 32, scales=scales, zeros=zeros)
     for name in ("qweight", "qzeros", "scales"):
         np.testing.assert_array_equal(getattr(packed, name).numpy(), layer.tensors[name], err_msg=name)
     weight = packing.dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, 4, 32)
@@ -73,7 +73,7 @@ def test_auto_awq(grids):
 )
 @pytest.mark.parametrize("as_integers", [False, True])
 def test_compressed_tensors(as_integers, bits, group, is_symmetric):
-    torch, _ = (pytest.importorskip(name) for name in ("torch", "compressed_tensors"))
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -95,7 +95,6 @@ def test_compressed_tensors(as_integers, bits, group, is_symmetric):
 
 
 def test_bitnet_of_transformers():
-    torch = pytest.importorskip("torch")
     pack_weights = pytest.importorskip("transformers.integrations.bitnet").pack_weights
     layer = formats.bitnet(np.random.default_rng(0), 64, 96, divides=True)
     found = pack_weights(torch.tensor(np.sign(layer.weight)))
