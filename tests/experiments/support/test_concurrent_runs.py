@@ -13,31 +13,18 @@ import pytest
 
 from experiments.support import device_lock
 from experiments.support.workdir import RESULT_NAME, save_result
-
-
-def _hold_lock(folder, name, log, release):
-    tempfile.tempdir = str(folder)
-    with device_lock.device_lock():
-        log.append((name, "in"))
-        if release:
-            with device_lock.device_unlocked():
-                while (name, "in") == log[-1]:  # until the other process holds the lock
-                    time.sleep(0.01)
-            log.append((name, "back"))
-        else:
-            time.sleep(0.2)
-        log.append((name, "out"))
+from tests.experiments.support.lock_holder import hold_lock
 
 
 def test_one_process_holds_the_lock_unless_it_is_released(tmp_path):
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         log = manager.list()
-        first = context.Process(target=_hold_lock, args=(tmp_path, "first", log, True))
+        first = context.Process(target=hold_lock, args=(tmp_path, "first", log, True))
         first.start()
         while not list(log):
             time.sleep(0.01)
-        second = context.Process(target=_hold_lock, args=(tmp_path, "second", log, False))
+        second = context.Process(target=hold_lock, args=(tmp_path, "second", log, False))
         second.start()
         first.join(60), second.join(60)
         assert list(log) == [("first", "in"), ("second", "in"), ("second", "out"), ("first", "back"), ("first", "out")]
