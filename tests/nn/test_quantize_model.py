@@ -245,12 +245,10 @@ def test_errors_of_rules(model, rules, message):
         quantize_model(model, rules)
 
 
-@pytest.mark.parametrize(
-    "layer", [nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Embed(8, 8, rngs=nnx.Rngs(0))], ids=["Linear", "Embed"]
-)
-def test_the_error_for_a_single_layer_names_from_float(layer):
-    with pytest.raises(ValueError, match=rf"itself an {type(layer).__name__}.*nn\.{type(layer).__name__}\.from_float"):
-        quantize_model(layer, EVERYTHING)
+@pytest.mark.parametrize("kind", [nnx.Linear, nnx.Embed])
+def test_the_error_for_a_single_layer_names_from_float(kind):
+    with pytest.raises(ValueError, match=rf"itself an {kind.__name__}.*nn\.{kind.__name__}\.from_float"):
+        quantize_model(kind(8, 8, rngs=nnx.Rngs(0)), EVERYTHING)
 
 
 def test_a_model_without_float_layers_raises():

@@ -107,8 +107,9 @@ def test_trained_layers_keep_their_products():
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "no packed layers"), (3, "got a int: give an nnx.Mod")]
+    ("make", "message"),
+    [(lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "no packed layers"), (lambda: 3, "got a int: give an nnx.Mod")],
 )
-def test_other_models_are_refused(model, message):
+def test_other_models_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        bj.nn.with_integer_groups(model)
+        bj.nn.with_integer_groups(make())

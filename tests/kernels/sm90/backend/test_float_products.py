@@ -39,20 +39,21 @@ def codes(n: int, k: int, bits: int):
 
 
 @pytest.mark.parametrize(
-    ("m", "w", "dtype", "in_registers"),
+    ("m", "make_w", "dtype", "in_registers"),
     [
-        (130, groups(140, 200), jnp.bfloat16, True),  # laid out within the call; ragged sizes
-        (65, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, True),
-        (130, codes(40, 136, 8).prepare(), jnp.bfloat16, True),
-        (3, groups(140, 72).prepare(gated=True), jnp.bfloat16, True),
-        (129, groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, False),
-        (65, groups(40, 72).prepare(), jnp.bfloat16, False),  # in two parts
+        (130, lambda: groups(140, 200), jnp.bfloat16, True),  # laid out within the call; ragged sizes
+        (65, lambda: groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, True),
+        (130, lambda: codes(40, 136, 8).prepare(), jnp.bfloat16, True),
+        (3, lambda: groups(140, 72).prepare(gated=True), jnp.bfloat16, True),
+        (129, lambda: groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, False),
+        (65, lambda: groups(40, 72).prepare(), jnp.bfloat16, False),  # in two parts
     ],
     ids=["packed groups", "gated, float16", "8 bits", "few tokens", "gated, in memory", "two parts"],
 )
 @pytest.mark.sample(1)
-def test_the_whole_product_is_that_of_dequantized_weights(m, w, dtype, in_registers, monkeypatch):
+def test_the_whole_product_is_that_of_dequantized_weights(m, make_w, dtype, in_registers, monkeypatch):
     monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", in_registers)
+    w = make_w()
     k, n = w.shape
     x, bias = jnp.asarray(normal(m, k), dtype), jnp.asarray(normal(n))
     with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
