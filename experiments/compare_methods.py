@@ -107,9 +107,9 @@ def _draw(config: ConfigDict, seed: str, workdir: Path, loaded: Loaded) -> str:
 def _config_of(config: ConfigDict, name: str, seed: str, text: str, *, with_rounding: bool) -> ConfigDict:
     """The config of a run of experiments/calibrate."""
     run = config.copy_and_resolve_references()  # with sections of its own, which methods change
+    run.unlock()  # a command line's has no fields to add or delete
     for field in _OWN_FIELDS:
         del run[field]
-    run.unlock()
     changes = config.methods[name].to_dict()
     suffix = changes.pop("suffix", "")
     if "peer" in changes:

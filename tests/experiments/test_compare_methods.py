@@ -29,6 +29,22 @@ def test_means_and_errors_are_those_of_draws():
         mean_difference(draws, {"0": [1.0], "1": [1.0]})
 
 
+def test_every_method_of_the_config_makes_a_config_of_calibrate():
+    config = load_config("compression/compare_methods").config.lock()
+    calibrate = load_config("calibrate").config
+    for name, changes in config.methods.items():
+        run = compare_methods._config_of(config, name, "7", "tokens.npy", with_rounding=False)
+        assert set(run) - {"peer"} == set(calibrate), name
+        assert (run.seed, run.calibration_text, run.rounded) == (7, "tokens.npy", "")
+        assert run.get("peer") == changes.get("peer")
+        for field, value in changes.items():
+            if field not in ("suffix", "peer"):
+                kept = run[field].to_dict() if hasattr(run[field], "to_dict") else run[field]
+                wanted = calibrate[field].to_dict() | value.to_dict() if hasattr(value, "to_dict") else value
+                assert kept == wanted, name
+    assert config.rounding.to_dict() == calibrate.rounding.to_dict()
+
+
 @pytest.fixture
 def config(tmp_path):
     config = load_config("compression/compare_methods").config
@@ -38,7 +54,7 @@ def config(tmp_path):
     config.windows, config.window_length, config.calibration_windows, config.calibration_length = 3, 16, 4, 16
     config.compared, config.against, config.seeds = "rounding,nearest,unrotated", "nearest", "0,1"
     config.rounding.algorithm = "nearest"  # fewer programs to compile
-    return config
+    return config.lock()  # as the command line leaves it
 
 
 def _check_comparison(folder):
@@ -71,7 +87,8 @@ def test_methods_are_compared_on_the_same_draws(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare_methods.calibrate, "main", calibrated)
     config.calibration_text = "text.txt"
-    config.methods.unrotated.rounding = {"descent_passes": 0}  # which changes no other method's
+    with config.unlocked():
+        config.methods.unrotated.rounding = {"descent_passes": 0}  # which changes no other method's
     compare_methods.main(config, tmp_path / "run")
     _check_comparison(tmp_path / "run")
     runs = [("full", 0, "W3A8"), ("none", 0, ""), ("full", 1, ""), ("none", 1, "")]
