@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable
+import gc
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,8 +60,22 @@ def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
       Whatever lowering or compiling raises, of the first program that fails.
     """
     with ThreadPoolExecutor() as threads:
-        for compiled in [threads.submit(program.compile) for program in programs]:
-            compiled.result()
+        with _no_garbage_collection():
+            compiled = [threads.submit(program.compile) for program in programs]
+        for each in compiled:
+            each.result()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within, no cycles are collected: an eighth of the time of lowering, whose many objects stay alive meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def described(array: Any) -> jax.ShapeDtypeStruct:

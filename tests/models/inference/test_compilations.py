@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference import decode_loop, generation
 from bipolar_jax.models.inference.generation import generate, stream
 from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.ops.compiled import compile_together
 
 CONFIG = TransformerConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40, context_length=72
@@ -84,3 +86,14 @@ def test_loop_and_sampling_work_in_64_bits(sampling):
     with jax.enable_x64(True):
         found = generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0), logprobs=True)
         assert [text.tokens for text in found] == generate(Waves(), PROMPTS, 20, sampling, jax.random.key(0))
+
+
+def test_a_program_that_cannot_be_lowered_leaves_garbage_collection_on():
+    def programs() -> Iterator[jax.stages.Lowered]:
+        assert not gc.isenabled()
+        yield jax.jit(lambda x: x + 1).lower(1)
+        raise ValueError("no such program")
+
+    with pytest.raises(ValueError, match="no such program"):
+        compile_together(programs())
+    assert gc.isenabled()

@@ -71,7 +71,7 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
         index = first + iteration * tiling.tiles_in_progress
         step = index * problem.steps_per_tile
         sequence, token, column = problem.block_origin(index)
-        origin = TileOrigin(sequence, token + rows.start, column + lax.div(columns.start, problem.factors))
+        origin = TileOrigin(sequence, token + rows.start, column + columns.start // problem.factors)
         writer.preload(origin)
         total = mainloop(
             problem,
@@ -97,7 +97,7 @@ def consume(problem: Problem, output: Output, targets, scratch, output_scratch: 
 
         return carry
 
-    my_tiles = lax.div(problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1, tiling.tiles_in_progress)
+    my_tiles = (problem.tiles_of_cluster() - first + tiling.tiles_in_progress - 1) // tiling.tiles_in_progress
     lax.fori_loop(0, my_tiles, tile, ())
     # Shared memory must outlive the copies that read it. The end of the kernel waits for what they write.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
