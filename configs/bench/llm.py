@@ -31,8 +31,6 @@ def get_config() -> ConfigDict:
     config.layout = ""
     # Sequences that packed models decode in one kernel, where a backend has it: up to 4.
     config.fused_sequences = 4
-    # Whether packed models decode layer by layer without a loop over layers.
-    config.unrolled = False
     # Whether kernels are launched while the one before still runs; without CUDA graphs, which rule it out:
     # XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment.
     config.overlapped_launches = False

@@ -66,7 +66,6 @@ _SETTINGS = (
     "rotated",
     "rotation_block",
     "fused_sequences",
-    "unrolled",
     "overlapped_launches",
     "exchanged_sums",
     "mesh",
@@ -108,7 +107,7 @@ def make_model(
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(shape, jnp.bfloat16, key)
-    prepared = {name: config[name] for name in ("fused_sequences", "unrolled")} | {"layout": config.layout or None}
+    prepared = {"layout": config.layout or None, "fused_sequences": config.fused_sequences}
     if isinstance(precision, int):
         model = _loaded(config.model, precision)
         _loaded.cache_clear()

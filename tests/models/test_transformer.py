@@ -203,14 +203,6 @@ def test_bfloat16_parameters_stay_bfloat16_and_logits_are_float32():
     np.testing.assert_allclose(forward(model, ids)[0], expected, rtol=0, atol=0.04 * np.abs(expected).max())
 
 
-def test_layers_without_a_loop_decode_the_same_numbers(grouped, monkeypatch):
-    operands = random_ids(1), grouped.empty_cache(jnp.float32, jnp.asarray([0]), 4, None)
-    looped = decode(grouped, *operands)
-    monkeypatch.setattr(grouped, "unrolled", True)
-    assert "scan" not in str(jax.make_jaxpr(lambda *operands: grouped.decode(*operands))(*operands))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), decode(grouped, *operands), looped)
-
-
 @pytest.mark.parametrize("step", ["forward", "decode"])
 def test_the_layer_stack_compiles_as_one_layer(step):
     def num_equations(num_layers):

@@ -27,12 +27,7 @@ Layout = Literal["planes", "bytes", "tensor_cores"]
 
 
 def prepare_for_inference[Model: (Transformer, PretrainedModel)](
-    model: Model,
-    dtype: Any = None,
-    *,
-    layout: Layout | None = None,
-    fused_sequences: int = MOST_SEQUENCES,
-    unrolled: bool = False,
+    model: Model, dtype: Any = None, *, layout: Layout | None = None, fused_sequences: int = MOST_SEQUENCES
 ) -> Model:
     """A copy of the model, ready for `generate`, `stream` and `perplexity`; unchanged arrays are shared.
 
@@ -55,8 +50,6 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
       fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
         up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
         layer by layer.
-      unrolled: decode steps layer by layer run the layers one after the other, not as a loop: no kernel counts them,
-        but the program is compiled for every layer.
 
     Raises:
       ValueError: dtype is no float dtype, an unknown layout, or no sequence.
@@ -66,14 +59,14 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         why.
     """
     if isinstance(model, PretrainedModel):
-        options = {"layout": layout, "fused_sequences": fused_sequences, "unrolled": unrolled}
+        options = {"layout": layout, "fused_sequences": fused_sequences}
         return model.with_model(prepare_for_inference(model.model, dtype, **options))
     if layout not in (None, *get_args(Layout)):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, or None, got {layout!r}")
     if fused_sequences < 1:
         raise ValueError(f"fused_sequences must be 1 or more, got {fused_sequences!r}")
     prepared, reasons = join_with_reasons(model)
-    prepared.fused_sequences, prepared.unrolled = fused_sequences, unrolled
+    prepared.fused_sequences = fused_sequences
     if reasons:
         warnings.warn(f"layers stay apart, which decodes more slowly: {'; '.join(reasons)}", stacklevel=2)
     if dtype is None:
