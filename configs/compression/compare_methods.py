@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
             "foldable": {"rotation": "foldable"},
             "float_groups": {"suffix": "f"},
             "reconstruction": {"reconstruction": {"epochs": 8}},
-            "reconstruction_of_blocks": {"reconstruction": {"epochs": 8, "target": "float_block"}},
+            "reconstruction_of_model": {"reconstruction": {"epochs": 8, "target": "float_model"}},
             "reconstruction_slow": {"reconstruction": {"epochs": 8, "code_rate": 3e-3, "grid_rate": 1e-3}},
             "reconstruction_fast": {"reconstruction": {"epochs": 8, "code_rate": 3e-2, "grid_rate": 4e-3}},
             "reconstruction_long": {"reconstruction": {"epochs": 24}},

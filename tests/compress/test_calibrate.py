@@ -159,7 +159,7 @@ def test_a_calibration_that_is_killed_resumes_with_the_same_bytes(model, calibra
         calibrate(model, TOKENS[:-1], RULES, store=tmp_path, method=Rounding(damping=0.02))
 
 
-LEARNS = {"reconstruction": Reconstruction(epochs=12, windows_per_update=4, grid_rate=5e-3)}
+LEARNS = {"reconstruction": Reconstruction(epochs=12, windows_per_update=4, grid_rate=5e-3, target="float_model")}
 
 
 def test_blocks_that_learn_together_come_nearer_to_the_float_model(model, calibrated, tmp_path):

@@ -32,7 +32,7 @@ class Reconstruction:
     windows_per_update: int = 4
     code_rate: float = 1e-2
     grid_rate: float = 2e-3
-    target: Target = "float_model"
+    target: Target = "float_block"
     learn_groups: bool = True
 
     def __post_init__(self):
