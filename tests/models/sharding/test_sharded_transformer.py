@@ -293,9 +293,9 @@ def test_the_plan_counts_what_prompts_exchange(model):
     assert not plan_shards(shapes_of(tie_embeddings=True, num_heads=1, num_kv_heads=1), {"model": 2}).cuts_tokens
 
 
-def test_a_mesh_is_explained_by_what_a_device_runs(model):
+def test_a_mesh_is_explained_by_what_a_device_runs():
     """Decoding adds sums in the middle of a layer; long prompts are cut between products."""
-    sharded = jax.eval_shape(lambda: shard_model(model, MESH))
+    sharded = jax.eval_shape(lambda: shard_model(model_of(context_length=256), MESH))
     found = explain_model(sharded, 1, 192, capacity=256)
     assert "no way out for sums in the middle, and each device runs layer by layer" in found.not_one_kernel
     decode, prefill = ({step.name: step.not_fused for step in steps} for steps in (found.decode, found.prefill))
