@@ -175,12 +175,13 @@ class HeadWriter:
                 self._store_head(origin, number, head, halves)
                 continue
 
-            @when(rotates)
+            # Not `branches.when`: ptxas then spills registers of heads of 64.
+            @pl.when(rotates)
             def _(number=number, head=head, halves=halves):
                 normalized = self._normalized(halves, head)
                 self._store_head(origin, number, head, rotated(normalized, self._tables(number)), are_values=False)
 
-            @when(jnp.logical_not(rotates))
+            @pl.when(jnp.logical_not(rotates))
             def _(number=number, head=head, halves=halves):
                 self._store_head(origin, number, head, halves, are_values=True)
 
