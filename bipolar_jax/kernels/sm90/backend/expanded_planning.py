@@ -48,8 +48,9 @@ _SUM_BYTES = 4  # of the sums that splits of K leave in memory
 _FEWEST_TILED = 16  # tokens: with more tiles of 64 may be quicker
 _LEAST_SAVING = 0.1  # of the modelled time
 _LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
-# 134 x 5120 x 28672 of 8-bit weights in tiles of 64 tokens loads 645 MB and took 92 us, where multiplying takes 60 by the
-# model; 704 x 18944 x 2560 of 4-bit weights in tiles of 128 loads 436 MB in some 50 us (`experiments.bench.coverage`).
+# 134 x 5120 x 28672 of 8-bit weights in tiles of 64 tokens loads 645 MB and took 92 us, where multiplying takes 60 by
+# the model; 704 x 18944 x 2560 of 4-bit weights in tiles of 128 loads 436 MB in some 50 us
+# (`experiments.bench.coverage`).
 _L2_BYTES_PER_MICROSECOND = 9e6
 # Microseconds of up to 64 tokens that the model of many lacks, which is fitted to longer products: until the first
 # weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 14.9 and 10.1
