@@ -6,6 +6,7 @@ Only Mosaic's kernels are instrumented: their names end in "_mosaic_gpu_kernel",
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -112,7 +113,8 @@ def judge(tool: str, kernel: str, ended: Ended, log: str, known: Sequence[KnownR
         return Verdict("hang", f"killed after {ended.seconds:.0f} s", {}, 0, ended.seconds)
     count, reports = read(log)
     texts = [normalized(report) for report in reports]
-    unknown = [text for text in texts if not any(entry.matches(tool, kernel, text) for entry in known)]
+    is_unknown = [not any(entry.matches(tool, kernel, text) for entry in known) for text in texts]
+    unknown = list(itertools.compress(texts, is_unknown))
     counts = {text: unknown.count(text) for text in dict.fromkeys(unknown)}
     counts = dict(list(counts.items())[:_MOST_REPORTS])
 
@@ -125,7 +127,10 @@ def judge(tool: str, kernel: str, ended: Ended, log: str, known: Sequence[KnownR
         message = _last_lines(log) or _last_lines(ended.output) or "the tool printed nothing"
         return Verdict("not run", message, {}, 0, ended.seconds)
     if unknown or count > len(texts):
-        return verdict("failed", f"{count} errors or hazards, {len(texts) - len(unknown)} of them known to be false")
+        message = f"{count} errors or hazards, {len(texts) - len(unknown)} of them known to be false"
+        # Blocks, threads and values of two of them, which `reports` leaves out.
+        examples = list(itertools.compress(reports, is_unknown))
+        return verdict("failed", "; ".join([message, *examples[:1], *examples[1:][-1:]]))
     if f"checked: {kernel}" not in ended.output:
         return verdict("failed", f"no checked result: {_last_lines(ended.output)}")
     return verdict("passed", "")

@@ -321,7 +321,9 @@ def test_single_hazards_are_known_whatever_their_values():
     verdict = sanitizer.judge("racecheck", "decode step", ended, HAZARDS)
     assert (verdict.status, verdict.known) == ("passed", 1)
     error = HAZARDS.replace("Warning", "Error")
-    assert sanitizer.judge("racecheck", "decode step", ended, error).status == "failed"
+    verdict = sanitizer.judge("racecheck", "decode step", ended, error)
+    assert verdict.status == "failed"
+    assert "in block (0,0,0) :\nRead Thread (35,0,0)" in verdict.message
 
 
 def test_a_planted_defect_has_to_be_reported():

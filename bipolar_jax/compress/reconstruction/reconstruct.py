@@ -1,7 +1,8 @@
 """The weights of a block learn together, so that its output comes near to that of the float model's block.
 
 BRECQ (arXiv 2102.05426) on the grids, codes and steps of Block-AP in EfficientQAT (arXiv 2407.11062): the packed
-block gets what the packed blocks before it put out, and learns the residual stream that the float model has after it.
+block gets what the packed blocks before it put out, and learns the residual stream that the float block makes of the
+same, or the one that the float model has after it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def reconstructed(
       model: runs the block.
       block: the float block.
       carries: the block's, of the packed model; a batch of windows each.
-      targets: the residual streams after the block in the float model.
+      targets: the residual streams that it learns, one of each batch.
       kernels: the kernels as rounding made them, by path.
       plan: what is done with the block's sites.
       method: rates and epochs.
