@@ -24,6 +24,7 @@ from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.semantics.rotation import STEPS_PER_UNIT, fixed_point_tables
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
+from bipolar_jax.kernels.sm90.backend.expanded_planning import problem_of
 from bipolar_jax.kernels.sm90.backend.planning import plan_heads
 from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
 from bipolar_jax.kernels.sm90.gemm.outputs.head_layout import HeadLayout
@@ -116,7 +117,7 @@ def calls(model: Model, weights: Weights) -> dict[str, Call]:
         tiling = plan_heads(1, model.tokens, layout.columns, k, layout.size, A_FORMAT, w4.format).tiling
         return project_heads(x_words, w_words, tokens, columns, recovery, tiling, layout, *rest, **options)
 
-    tilings = [with_room_for_heads(each, layout, w.bits, prepared.chunks) for each in EXPANDED_TILINGS]
+    tilings = [with_room_for_heads(problem_of(each, prepared, n=layout.columns), layout) for each in EXPANDED_TILINGS]
     args = (x_words, prepared, tokens, columns)
     w_words = jax.jit(lambda planes: expand(planes, w4.format, interpret=interpret_params()))(w4.planes)
     named = {f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots": tiling for tiling in tilings}
