@@ -82,6 +82,7 @@ def test_plans_are_explained():
 
 
 @needs_compiler
+@pytest.mark.covered("products of bytes with the same tiles, by test_planning.py")
 def test_tiles_of_floats_in_memory_compile_without_spills(monkeypatch):
     """The largest tile, a small one, and splits of K; the other tiles differ from these of bytes in nothing."""
     monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", False)

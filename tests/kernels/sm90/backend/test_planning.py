@@ -113,7 +113,7 @@ def test_candidates_compile_without_spills(tiling, kind, residual):
 
 @needs_compiler
 @pytest.mark.parametrize("tiling", CANDIDATES, ids=lambda t: f"{t.tile_m}x{t.tile_n}-{t.slots}")
-@pytest.mark.sample(1)
+@pytest.mark.covered("spills without activations, by the test above; numbers, by `make gpu-test`")
 def test_candidates_compile_with_activations(tiling):
     """One kind of operands is enough: the mainloop, where they differ, is the same."""
     compile_product(4096, 8192, 4096, 1, 2, "planes", tiling, activation=Activation("silu", gated=True))

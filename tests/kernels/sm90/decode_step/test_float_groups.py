@@ -120,7 +120,7 @@ def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(1)
+@pytest.mark.covered("spills of prepared steps, by test_prepared_step.py; numbers of all kinds, by `make gpu-test`")
 def test_compiles_without_spills(name, precision, group_size, calibration, cache_bits):
     fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size, "scales": "float"}
     case = preset_case(name, *precision, calibration=calibration, **fields)

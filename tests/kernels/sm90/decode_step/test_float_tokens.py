@@ -117,7 +117,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
     [("llama-3-8b", 4, 128, None), ("llama-3-8b", 2, 64, 8), ("qwen2.5-7b", 6, 16, 4), ("opt-6.7b", 3, 32, None)],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(1)
+@pytest.mark.covered("spills of prepared steps, by test_prepared_step.py; numbers of all kinds, by `make gpu-test`")
 def test_compiles_without_spills(name, w_bits, group_size, cache_bits):
     fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size}
     assert compiled(preset_case(name, w_bits, None, **fields)).stack_bytes == 0

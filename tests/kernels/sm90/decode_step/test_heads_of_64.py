@@ -95,7 +95,7 @@ def test_runs_that_blocks_keep_whole(ffn, halves, prepared, kept):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(1)
+@pytest.mark.covered("spills of prepared steps, by test_prepared_step.py; numbers of all kinds, by `make gpu-test`")
 def test_compiles_without_spills(name, w_bits, group_size, cache_bits, prepared):
     fields = {"cache_bits": cache_bits, "prepared": prepared, "group_size": group_size}
     report = compiled(preset_case(name, w_bits, 8, **fields))

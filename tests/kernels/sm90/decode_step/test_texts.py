@@ -128,7 +128,7 @@ def test_threads_multiply_the_tokens_of_texts(texts, monkeypatch):
     ],
 )
 @pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
-@pytest.mark.sample(1)
+@pytest.mark.covered("spills of prepared steps, by test_prepared_step.py; numbers of all kinds, by `make gpu-test`")
 def test_compiles_without_spills(name, precision, group_size, cache_bits, texts):
     fields = {"cache_bits": cache_bits, "prepared": True, "group_size": group_size, "texts": texts}
     assert compiled(preset_case(name, *precision, **fields)).stack_bytes == 0
