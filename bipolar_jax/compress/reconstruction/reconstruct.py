@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -30,8 +31,8 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.nn.compressible import Compressible, layer_at
 from bipolar_jax.packing import BipolarArray
 
-# Of Adam (arXiv 1412.6980): decays of the means of gradients and of their squares, and what is added to a root.
-_DECAYS, _EPSILON = (0.9, 0.95), 1e-12
+# Adam (arXiv 1412.6980); gradients of single codes are far below its usual epsilon, 1e-8.
+_ADAM = optax.scale_by_adam(0.9, 0.95, eps=1e-12)
 
 
 class Layer(NamedTuple):
@@ -43,11 +44,10 @@ class Layer(NamedTuple):
 
 
 class State(NamedTuple):
-    """What an update changes: the rows of all layers, and the means of gradients and of their squares."""
+    """What an update changes: the rows of all layers, and Adam's means."""
 
     learned: list[LearnedRows]
-    mean: list[LearnedRows]
-    square: list[LearnedRows]
+    adam: optax.ScaleByAdamState
 
 
 def check_reconstruction(model: Any, method: Reconstruction, rounding: Rounding, cache_bits: int | None) -> None:
@@ -96,9 +96,9 @@ def reconstructed(
         _start, list(kernels.values()), floats, learn_groups=method.learn_groups, keeps_zero=grid != "free"
     )
     losses = []
-    for index, (batch, decay) in enumerate(method.updates(len(carries))):
-        scalars = np.asarray([method.code_rate * decay, method.grid_rate * decay, index + 1], np.float32)
-        state, loss = run(update, model, block, carries[batch], targets[batch], starts, state, scalars, layers=layers)
+    for batch, decay in method.updates(len(carries)):
+        rates = np.asarray([method.code_rate * decay, method.grid_rate * decay], np.float32)
+        state, loss = run(update, model, block, carries[batch], targets[batch], starts, state, rates, layers=layers)
         losses.append(loss)
         if run is not call:
             break
@@ -130,26 +130,24 @@ def update(
     target: Float[Array, "batch length hidden"],
     starts: list[StartGrid],
     state: State,
-    scalars: Float[Array, "3"],
+    rates: Float[Array, "2"],
     layers: tuple[Layer, ...],
 ) -> tuple[State, Float[Array, ""]]:
-    """One update by Adam, and the loss before it. `scalars` are both rates and the number of the update, from 1."""
+    """One update by Adam, and the loss before it. `rates` are that of codes and that of the grid."""
 
     def loss(learned):
         return stream_loss(model.stream(model.run_block(learned_block(block, starts, learned, layers), carry)), target)
 
     value, gradient = jax.value_and_grad(loss)(state.learned)
-    corrections = [1 / (1 - decay ** scalars[2]) for decay in _DECAYS]
-    mean = jax.tree.map(lambda m, g: _DECAYS[0] * m + (1 - _DECAYS[0]) * g, state.mean, gradient)
-    square = jax.tree.map(lambda s, g: _DECAYS[1] * s + (1 - _DECAYS[1]) * g * g, state.square, gradient)
+    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to an int32
+        moves, adam = _ADAM.update(gradient, state.adam)
 
-    def moved(path, number, m, s):
-        rate = scalars[0] if path[-1].name == "codes" else scalars[1]
-        return number - rate * (m * corrections[0]) / (jnp.sqrt(s * corrections[1]) + _EPSILON)
+    def moved(path, number, move):
+        return number - (rates[0] if path[-1].name == "codes" else rates[1]) * move
 
-    learned = jax.tree.map_with_path(moved, state.learned, mean, square)
+    learned = jax.tree.map_with_path(moved, state.learned, moves)
     learned = [rows.within_cells(start.largest) for start, rows in zip(starts, learned, strict=True)]
-    return State(learned, mean, square), value
+    return State(learned, adam), value
 
 
 def learned_block(
@@ -170,7 +168,7 @@ def _start(kernels, floats, learn_groups, keeps_zero) -> tuple[list[StartGrid], 
         LearnedRows.of(*each, learn_groups=learn_groups, keeps_zero=keeps_zero)
         for each in zip(kernels, floats, starts, strict=True)
     ]
-    return starts, State(learned, *(jax.tree.map(jnp.zeros_like, learned) for _ in _DECAYS))
+    return starts, State(learned, _ADAM.init(learned))
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "formats"))
