@@ -6,8 +6,8 @@ Draws shapes and measures every precision from bf16 to bf16, as users call it, w
 Times are wall times on an idle host: nobody traces or compiles meanwhile, and nothing was profiled before in the
 process. Runs of bf16, of the chosen plan and of the others take turns, each of launches in a row until the last result
 is ready; the median is taken, of more turns where they differ. A program holds several calls on operands of their own,
-so that weights of few tokens come from memory, and writes its products in place (`planning/queued.py`), so that
-launches hide behind each other as in a model. A case fails where its product is wrong; where it has at least
+so that weights of few tokens come from memory, and writes its products in place (`planning/queued.py`). Walls of small
+products still hold some 10 us of the host for a kernel. A case fails where its product is wrong; where it has at least
 `config.counted` multiplications and is below `config.least` of bf16's speed (float activations: `config.least_float`);
 or where the chosen plan takes more than 1.1 times as long as the best one tried. Failures whose turns still differ say
 so. Kernels of cases that are too slow are profiled in the end.

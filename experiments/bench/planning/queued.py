@@ -1,9 +1,9 @@
 """Programs of several calls that are launched in a row: wall times with the device busy, as in a model.
 
-XLA launches the kernels of a program as a CUDA graph, and changes every node of it where an array lies elsewhere than
-at the launch before, which took about 12 us of the host for each kernel on a machine with an H200: more than many a
-kernel takes. A decode loop has its arrays in place. So a program here is given its last results, donated, and writes
-the new ones there.
+A program is given its last results, donated, and writes the new ones there, so that arrays lie where they lay at the
+launch before, as in a decode loop, and XLA need not change its CUDA graph. On a machine with an H200 that
+did not bring walls of small products down to their kernels' times: 311 x 5120 x 3072 at W4A8 took 34.8 us without and
+27.7 so, of which kernels are 15, and the bf16 product 27.5 and 25.1; some of W1A1 took longer than without.
 """
 
 from __future__ import annotations
