@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from bipolar_jax.compress.reconstruction.learned_grid import INSIDE
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray, from_codes
 from bipolar_jax.quantize.calibration import half_steps_per_unit
@@ -28,10 +29,6 @@ from bipolar_jax.quantize.integer_groups import IntegerGroups
 from bipolar_jax.quantize.learned_step import LearnedGroups
 from bipolar_jax.quantize.rounding import encode_rows
 from bipolar_jax.quantize.straight_through import straight_through
-
-# Latent weights start within this many steps of the centre of their cell: rounding had moved them up to half a step and
-# more, and one that starts at the border changes its code with the first update.
-INSIDE = 0.3
 
 
 @jax.tree_util.register_dataclass

@@ -12,9 +12,10 @@ from flax import nnx
 
 import bipolar_jax as bj
 from bipolar_jax.compress.distillation.distill import DistillationState, Schedule, Step, window_loss
-from bipolar_jax.compress.distillation.latent_weights import INSIDE, LatentWeights
+from bipolar_jax.compress.distillation.latent_weights import LatentWeights
 from bipolar_jax.compress.distillation.learning_layers import MatrixRotation, float_product, quantized_product
 from bipolar_jax.compress.distillation.learning_model import Student, is_latent, learning_model, packed_again
+from bipolar_jax.compress.reconstruction.learned_grid import INSIDE
 from bipolar_jax.format import TERNARY
 from bipolar_jax.kernels.semantics.hadamard import hadamard
 from bipolar_jax.packing import quantize
