@@ -49,7 +49,7 @@ compiler: $(VENV)/compiler.stamp
 $(VENV)/compiler.stamp: pyproject.toml | $(VENV)/bin/python
 	rm -rf $(VENV)/compiler
 	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["compiler"], sep="\n")' > $(VENV)/compiler.txt
-	$(VENV)/bin/python -m pip install --quiet --no-compile --target $(VENV)/compiler --requirement $(VENV)/compiler.txt
+	$(VENV)/bin/python -m pip install --quiet --target $(VENV)/compiler --requirement $(VENV)/compiler.txt
 	touch $@
 
 $(VENV)/bin/python:
@@ -57,7 +57,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[$*]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
 clean:

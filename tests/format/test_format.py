@@ -114,9 +114,13 @@ def test_encode_around_encodes_zero_as_the_given_code(fmt):
         np.testing.assert_array_equal(codes, np.arange(fmt.max_value + 1))
 
 
+# On the coarser grid nothing is subnormal: XLA flushes that to zero, which lies between two cells.
+_FAR_FROM_SUBNORMAL = st.floats(2**-100, 3, width=32) | st.floats(-3, -(2**-100), width=32) | st.just(0.0)
+
+
 @given(
     bits=st.integers(1, 8),
-    x=st.lists(st.floats(-3, 3, width=32, allow_subnormal=False), min_size=1, max_size=20),
+    x=st.lists(_FAR_FROM_SUBNORMAL, min_size=1, max_size=20),
     scale=st.floats(2**-10, 2**10, width=32),
 )
 def test_top_planes_are_the_nearest_code_on_the_coarser_grid(bits, x, scale):
