@@ -62,8 +62,9 @@ _PREPARED = (
     (("W4A8g128f", None), ("W4A8g32f", 8), ("W8A8g64f", 4)),
     (("W4A8", 8), ("W8A8s", None), ("W8A8", 4)),
 )
-# Of prepared weights and float activations.
+# Of prepared weights and float activations: integer groups, float groups.
 _FLOAT_TOKENS = (("W4A16g128", None), ("W4A16g128", 8), ("W3A16g16", None), ("W2A16g64", 4), ("W6A16g32", None))
+_SCALED_FLOAT_TOKENS = (("W4A16g128f", 8), ("W4A16g32f", None))
 _CACHE_BITS = (None, 8, 4)
 _FIRST_LAYER = 0.05
 # Of a token's logits, by bits of the activations, the difference as a share of their norm: if no code changes (8 bits
@@ -307,6 +308,7 @@ def prepared_steps(name: str) -> list[Step]:
     chosen = [kind[at] for kind in _PREPARED for at in range(turn % 2, len(kind), 2)]
     steps = [Step(config, precision, bits, prepared=True) for precision, bits in chosen]
     served = [("W4A8g128i", None), *(_FLOAT_TOKENS[(at + turn) % len(_FLOAT_TOKENS)] for at in (0, 2))]
+    served.append(_SCALED_FLOAT_TOKENS[turn % len(_SCALED_FLOAT_TOKENS)])
     configs = [_rotated(config, turn) if at % 2 == turn % 2 else config for at in range(len(served))]
     if config.positions == "rope" and config.ffn == "swiglu":
         precision, bits = (("W4A8g128i", None), ("W2A8g64i", 4))[turn % 2]
@@ -350,6 +352,7 @@ def small() -> dict[str, Case]:
     floats = dataclasses.replace(prepared, precision="W4A16g64", dtype=jnp.bfloat16)
     steps = {"decode step": planes, "decode step, prepared": prepared, "decode step, heads of 64": heads_of_64}
     steps["decode step, float tokens"] = floats
+    steps["decode step, float tokens and groups"] = dataclasses.replace(floats, precision="W4A16g64f")
     normalized = dataclasses.replace(config, qk_norm=True)
     steps["decode step, norms of heads"] = dataclasses.replace(prepared, config=normalized)
     steps["decode step, two texts"] = dataclasses.replace(prepared, at_once=True)

@@ -18,7 +18,7 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.backend import cost, expanded_planning, planning
-from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, chunks_of, with_layout
+from bipolar_jax.kernels.sm90.backend.expanded_planning import check_layout, chunks_of, float_terms_of, with_layout
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES, TMA_ALIGNMENT
@@ -92,16 +92,15 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     """The plan for m tokens of `dtype`.
 
     Raises:
-      Unsupported: float32 activations; float scales of groups, or float offsets; groups that are no multiple of 16.
+      Unsupported: float32 activations; offsets of columns; groups that are no multiple of 16.
     """
     check_dtype(dtype)
     check_layout(w, gated=False)
-    if isinstance(w, PreparedArray) and w.float_terms is not None:
-        raise Unsupported("its kernels of float activations take prepared weights with integer groups, not float ones")
     if w.offset is not None:
         raise Unsupported("its kernels of float activations do not take offsets of prepared weights")
     name = jnp.dtype(dtype).name
-    groups = f" in integer groups of {w.group_size}" if w.has_integer_groups else ""
+    kind = "float" if float_terms_of(w) is not None else "integer"
+    groups = f" in {kind} groups of {w.group_size}" if kind == "float" or w.has_integer_groups else ""
     kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
     in_registers = expanded_planning.FLOATS_IN_REGISTERS
     if m <= (1 if in_registers else _MOST_PASSES) * FEW_TOKENS_LIMIT:
@@ -124,4 +123,4 @@ def parted_tiling(m: int, w: BipolarNumbers) -> FewTokensTiling:
     """The tiling of the product of few tokens, for m tokens of which it takes at most FEW_TOKENS_LIMIT at a time."""
     gated = isinstance(w, PreparedArray) and w.gated
     sizes = (min(m, FEW_TOKENS_LIMIT), w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
-    return few_tokens_tiling(*sizes, rows_of_stage=2)
+    return few_tokens_tiling(*sizes, float_terms=float_terms_of(w), rows_of_stage=2)

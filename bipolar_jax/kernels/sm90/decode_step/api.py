@@ -81,8 +81,7 @@ def decode_layers(
         does not attend to itself.
       tables: cosines and sines of these positions; None where positions are not rotary.
       slopes: ALiBi's, of key positions; None where there are none.
-      a_format: 1 to 8 bits; or None for tokens of 16-bit floats, in the dtype of `hidden`, with prepared weights of
-        integer groups.
+      a_format: 1 to 8 bits; or None for tokens of 16-bit floats, in the dtype of `hidden`, with prepared weights.
       cache_bits: of the cache's codes, 8 or 4, or None for floats.
       spans: of the tokens of each product, see `BipolarFormat.span`; None is 1 for all.
       first_layer: index in the cache of the first of these layers: the cache may be that of more layers.
@@ -270,10 +269,10 @@ def _check_weights(
         if prepared and kernel.gated != (name == "up" and activation.gated):
             raise Unsupported(f"{name} is prepared as {'' if kernel.gated else 'not '}gated, beside {activation}")
         scaled = prepared and kernel.float_terms is not None
-        if a_format is None and (not prepared or scaled or kernel.offset is not None):
+        if a_format is None and (not prepared or kernel.offset is not None):
             raise Unsupported(
-                f"float activations are multiplied with prepared weights of integer groups, and without offsets: "
-                f"{name} is {kernel}"
+                f"float activations are multiplied with prepared weights that have groups, or no offsets: {name} is "
+                f"{kernel}"
             )
         if not scaled and a_format is not None and kernel.contracted_size > kernel.max_contraction(a_format):
             raise Unsupported(f"{name} sums {kernel.contracted_size} products, more than int32 holds for sure")
@@ -312,7 +311,7 @@ def _product_weights(kernel: BipolarArray | PreparedArray, bias, floats: bool) -
         scale=flat(kernel.scale),
         offset=flat(kernel.offset),
         bias=None if bias is None else _number(flat(bias)),
-        number_sums=flat(kernel.number_sums) if scaled else None,
+        number_sums=flat(kernel.number_sums) if scaled and not floats else None,
     )
 
 

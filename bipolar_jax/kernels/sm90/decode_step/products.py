@@ -13,6 +13,7 @@ from bipolar_jax.kernels.sm90.decode_step.cooperative.config import LayersShape,
 from bipolar_jax.kernels.sm90.decode_step.cooperative.teams import sum_of_codes
 from bipolar_jax.kernels.sm90.decode_step.cooperative.vectors import load_vector, prefetch
 from bipolar_jax.kernels.sm90.decode_step.float_sums.float_products import FloatKind
+from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_float_products import ScaledFloatKind
 from bipolar_jax.kernels.sm90.decode_step.float_sums.scaled_products import ScaledKind
 from bipolar_jax.kernels.sm90.decode_step.plane_products import PlaneKind
 from bipolar_jax.kernels.sm90.decode_step.prepared_products import PreparedKind
@@ -26,7 +27,7 @@ def weight_kind(shape: LayersShape) -> WeightKind:
     if shape.prepared is None:
         return PlaneKind(shape)
     if shape.float_token is not None:
-        return FloatKind(shape)
+        return ScaledFloatKind(shape) if shape.scaled else FloatKind(shape)
     if shape.texts > 1:
         return TextsKind(shape)
     if shape.multiplies_bits:

@@ -112,9 +112,11 @@ def few_tokens_floats(
 ) -> Float[Array, "m out"]:
     """The product of float activations, with its bias: x times s u + o, exact, summed in float32, then scaled.
 
+    With float scales of groups the sums of chunks are scaled, see `prepared_weights.centred_floats`.
+
     Args:
       x: bfloat16 or float16, 1 to 64 rows.
-      w: [k, n], with integer groups or one scale a column, and without offsets.
+      w: [k, n], with groups or one scale a column, and without offsets of columns.
       bias: added to every row.
       dtype: of the output; None takes that of x.
       **options: `activation`, `residual`, `tiling`, `blocks` and `interpret`, as in `few_tokens_product`.

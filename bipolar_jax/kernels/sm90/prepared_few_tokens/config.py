@@ -16,6 +16,7 @@ from bipolar_jax.kernels.sm90.core.gpcs import clusters_at_once
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.centred_floats import CentredExpansion
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import BLOCK_TERMS, FloatTerms, terms_shape
@@ -101,9 +102,11 @@ class FloatTokens(FloatRecovery):
 
     w_format: BipolarFormat
 
-    def expansion(self, chunks: int) -> FloatExpansion:
-        """How fields become floats, with so many chunks of a stage that have terms of their own."""
-        return FloatExpansion(self.w_format, chunks, FLOATS[self.kind])
+    def expansion(self, chunks: int, float_terms: FloatTerms | None) -> FloatExpansion:
+        """How fields become floats, with so many chunks of a stage that have terms of their own, in this form."""
+        if float_terms is None:
+            return FloatExpansion(self.w_format, chunks, FLOATS[self.kind])
+        return CentredExpansion(self.w_format, chunks, FLOATS[self.kind], float_terms)
 
 
 @dataclasses.dataclass(frozen=True)

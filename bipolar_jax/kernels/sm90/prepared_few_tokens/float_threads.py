@@ -12,13 +12,16 @@ from bipolar_jax.kernels.sm90.core.ptx import SHARED, Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CHUNK, FewTokensProblem
 from bipolar_jax.kernels.sm90.prepared_few_tokens.threads import Sums, stage_of_part, worker
+from bipolar_jax.kernels.sm90.prepared_weights.centred_floats import CentredExpansion, zeros
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES
+from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import chunk_pieces
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
-from bipolar_jax.packing.fields import CHUNK_WORDS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import WORDS_PER_VECTOR
 
 _SEGMENT = 16  # bytes: what a lane of ldmatrix points to
 _SEGMENTS = 4  # of a step
 _ROWS_OF_SWIZZLE = 8
+_MOST_WHOLE = 4  # times eight tokens: of more, chunks are scaled by halves of steps, or ptxas spills
 
 
 def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, warpgroup: Value) -> Sums:
@@ -31,7 +34,8 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
       tokens: uint32 [tokens, token_rows, 32] in shared memory, swizzled.
       warpgroup: of the calling threads.
     """
-    tiling, expansion = problem.tiling, problem.recovery.expansion(problem.chunks)
+    tiling, expansion = problem.tiling, problem.recovery.expansion(problem.chunks, problem.float_terms)
+    add_half = _add_half if problem.float_terms is None else _add_scaled_half
     lane, warp = lane_and_warp()
     index, part, split = worker(problem, warpgroup, warp)
 
@@ -42,10 +46,10 @@ def multiply_slot(problem: FewTokensProblem, sums: Sums, words, terms, tokens, w
             my_words = stage_of_part(words, part, stage, tiling.stages, 4 * problem.w_bits * WORDS_PER_VECTOR)
             my_terms = None
             if terms is not None:
-                my_terms = stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.chunks * CHUNK_WORDS)
+                my_terms = stage_of_part(terms, part, stage, problem.term_stages, 4 * problem.term_words)
             for half in range(HALVES):
                 own = _token_addresses(problem, ptx.pointer(tokens, SHARED), lane, stage, half)
-                total = _add_half(problem, expansion, total, my_words, my_terms, own, lane, half)
+                total = add_half(problem, expansion, total, my_words, my_terms, own, lane, half)
         return total
 
     if tiling.workers == tiling.warps:
@@ -79,11 +83,55 @@ def _add_half(
     for step in range(HALF_STEPS):
         registers = expansion.fragments(fields[step], group_terms, step)
         for chunk in range(problem.token_chunks):
-            # Eight rows further on the swizzle is the same.
-            at = ptx.advance(tokens[step], CHUNK * problem.token_rows * BYTES_PER_ROW * chunk)
-            token_words = ptx.load_matrices(at)
+            token_words = _load_tokens(problem, tokens[step], chunk)
             for block in range(2):
                 start = 4 * (block * problem.token_chunks + chunk)
                 own = registers[4 * block : 4 * block + 4]
                 sums[start : start + 4] = expansion.multiply_step(own, token_words, sums[start : start + 4])
     return sums
+
+
+def _add_scaled_half(
+    problem: FewTokensProblem,
+    expansion: CentredExpansion,
+    sums: Sums,
+    words: Pointer,
+    terms: Pointer,
+    tokens: list[Pointer],
+    lane: Value,
+    half: int,
+) -> Sums:
+    """As `_add_half`, of float scales of groups: sums of each chunk are scaled."""
+    fields, sums = expansion.fields.load_fields(words, lane, half), list(sums)
+    first_chunk, end = (i * problem.chunks // HALVES for i in (half, half + 1))
+    chunks = range(first_chunk, max(first_chunk + 1, end))
+    count = 2 * HALF_STEPS if problem.token_chunks > _MOST_WHOLE else len(chunks)
+    for index in range(count):
+        chunk, pieces = chunks[index * len(chunks) // count], chunk_pieces(index, count)
+        registers = [expansion.centred(fields[step], step) for step, _, _ in pieces]
+        row_terms = expansion.load_chunk_terms(terms, chunk, lane)
+        for token_chunk in range(problem.token_chunks):
+            # Keeps the compiler from loading the tokens of all chunks at once.
+            ptx.synchronize_warp()
+            own_tokens = [
+                _load_tokens(problem, tokens[step], token_chunk)[2 * first : 2 * last] for step, first, last in pieces
+            ]
+            token_sums = zeros(4)
+            for own in own_tokens:
+                token_sums = expansion.token_sums(own, token_sums)
+            for block in range(2):
+                products = zeros(4)
+                for own, of_step, (_, first, last) in zip(own_tokens, registers, pieces, strict=True):
+                    weights = of_step[4 * block + 2 * first : 4 * block + 2 * last]
+                    products = expansion.multiply_step(weights, own, products)
+                start = 4 * (block * problem.token_chunks + token_chunk)
+                for i, product in enumerate(products):
+                    own_terms = row_terms[2 * block + i // 2]
+                    sums[start + i] = expansion.scaling.add(sums[start + i], own_terms, product, token_sums[i % 2])
+    return sums
+
+
+def _load_tokens(problem: FewTokensProblem, tokens: Pointer, chunk: int) -> list[Value]:
+    """The operands of a step of eight tokens: two words for either half."""
+    # Eight rows further on the swizzle is the same.
+    return ptx.load_matrices(ptx.advance(tokens, CHUNK * problem.token_rows * BYTES_PER_ROW * chunk))

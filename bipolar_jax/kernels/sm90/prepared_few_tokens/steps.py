@@ -53,13 +53,17 @@ def zero_sums(problem: FewTokensProblem) -> Sums:
 
 def _float_products(problem: FewTokensProblem, words, terms, tokens):
     """Products of a slot's stages with float tokens, [parts, stages, PART_ROWS, m]; for twins."""
-    max_value, stages = problem.recovery.w_format.max_value, problem.tiling.stages
-    expanded = expand_part(words, terms)
-    values = 2 * expanded - max_value if terms is None else expanded - OFFSET_BIAS
+    fmt, stages = problem.recovery.w_format, problem.tiling.stages
     dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[problem.recovery.kind]
     rows = tokens.reshape(*tokens.shape[:1], -1)[: problem.m, : stages * TOKEN_WORDS]
     steps = lax.bitcast_convert_type(rows, dtype).reshape(problem.m, stages, STEPS, -1)
     positions = positions_by_pair(steps).reshape(problem.m, stages, STAGE).astype(jnp.float32)
+    if problem.float_terms is not None:
+        codes = expand_part(words, None).astype(jnp.float32)
+        by_chunk = positions.reshape(problem.m, stages, problem.chunks, -1)
+        return scaled_products(codes, by_chunk, terms, fmt, problem.float_terms)
+    expanded = expand_part(words, terms)
+    values = 2 * expanded - fmt.max_value if terms is None else expanded - OFFSET_BIAS
     return jnp.einsum("psrk,msk->psrm", values.astype(jnp.float32), positions, precision=lax.Precision.HIGHEST)
 
 

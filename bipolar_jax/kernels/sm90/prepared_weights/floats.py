@@ -113,7 +113,7 @@ class FloatExpansion:
         return (2 * numbers - self.format.max_value if terms is None else numbers - OFFSET_BIAS).astype(jnp.float32)
 
     def multiply_step(self, registers: list[list[Value]], tokens: list[Value], sums: list[Value]) -> list[Value]:
-        """sums + weights . tokens over a step: two instructions.
+        """sums + weights . tokens over a step, or half of one: an instruction for each half.
 
         Args:
           registers: pairs of values of the rows r and r + 8 of one block, for the first half of the step, then the
@@ -121,7 +121,7 @@ class FloatExpansion:
           tokens: two words for either half, see `float_tokens`.
           sums: float32, four.
         """
-        for half in range(2):
+        for half in range(len(registers) // 2):
             low, high = registers[2 * half : 2 * half + 2]
             a = [low[0], high[0], low[1], high[1]]
             sums = ptx.multiply_add_tiles(self.float_type.name, a, tokens[2 * half : 2 * half + 2], sums)
@@ -150,13 +150,13 @@ class FloatExpansion:
         assert OFFSET_BIAS == _SIGN
         return [(ptx.pick_bytes(scales, scales, s), ptx.pick_bytes(offsets, offsets, s)) for s in (0x1010, 0x3232)]
 
-    def _numbers(self, word: Value, selector: int, signed: bool) -> Value:
-        """Two bytes of a word as floats: b, which must be less than 128 in bfloat16, or b - 128 if `signed`."""
+    def _numbers(self, word: Value, selector: int, signed: bool, less: int = 0) -> Value:
+        """Two bytes of a word as floats: b - less, b below 128 in bfloat16; or b - 128 if `signed`."""
         base, base_bits = self.float_type.base, self.float_type.base_bits
         high = ptx.int32((base_bits >> 8) * _EVERY_BYTE)
         if not signed or base > 2 * _SIGN:
             # B + b, less B and 128.
-            return self._plus(ptx.pick_bytes(word, high, selector), -base - (_SIGN if signed else 0))
+            return self._plus(ptx.pick_bytes(word, high, selector), -base - (_SIGN if signed else less))
         # Of b - 128 in two's complement: B + the low bits, less B or, with the sign, 2 B.
         pair = ptx.pick_bytes(ptx.flip_bits(word, _SIGN * _EVERY_BYTE), high, selector)
         negative = 0x8000 | base_bits

@@ -59,25 +59,26 @@ def weights_of(bits: int, n: int, k: int, group_size: int | None, kind: str | No
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "dtype", "changes", "gated"),
+    ("bits", "group_size", "kind", "dtype", "changes", "gated"),
     [
-        (4, 32, jnp.bfloat16, dict(cluster_m=2), False),
-        (3, 16, jnp.float16, dict(schedule="alternate"), True),
-        (8, None, jnp.bfloat16, dict(tile_m=128, slots=2, splits=2), False),
+        (4, 32, None, jnp.bfloat16, dict(cluster_m=2), False),
+        (3, 16, None, jnp.float16, dict(schedule="alternate"), True),
+        (8, None, None, jnp.bfloat16, dict(tile_m=128, slots=2, splits=2), False),
+        (4, 128, "zeros", jnp.bfloat16, dict(), False),
     ],
-    ids=["residual, clusters", "gated, alternating, natural order", "splits of K"],
+    ids=["residual, clusters", "gated, alternating, natural order", "splits of K", "float groups"],
 )
 @pytest.mark.sample(1)
-def test_products_are_those_of_the_weights(bits, group_size, dtype, changes, gated):
+def test_products_are_those_of_the_weights(bits, group_size, kind, dtype, changes, gated):
     (m, n, k), rng = (70, 152, 300), np.random.default_rng(0)
-    w = weights_of(bits, n, k, group_size)
+    w = weights_of(bits, n, k, group_size, kind)
     x, bias = rng.normal(size=(m, k)).astype(dtype), rng.normal(size=n).astype(np.float32)
     residual = None if gated else rng.normal(size=(m, n)).astype(np.float32)
 
     @jax.jit
     def product(x, w, bias, residual):
         return expanded_matmul(
-            *float_operands(x, w.prepare(gated=gated), bias),
+            *float_operands(x, w.prepare(gated=gated, float_terms=kind), bias),
             jnp.float32,
             tiling=dataclasses.replace(SMALL, **changes),
             residual=residual,
@@ -90,6 +91,8 @@ def test_products_are_those_of_the_weights(bits, group_size, dtype, changes, gat
     assert not races_found()
     wide, numbers = x.astype(np.float64), np.asarray(jax.jit(type(w).dequantize)(w), np.float64)
     expected, bound = wide @ numbers + bias, 2.0**-20 * (np.abs(wide) @ np.abs(numbers) + np.abs(bias))
+    if kind is not None:  # a weight is rounded by half a unit in the last place of its column's largest
+        bound += 2.0**-8 * np.abs(wide).sum(1)[:, None] * np.abs(numbers).max(0)
     if gated:
         (gate, value), (gate_bound, value_bound) = (np.split(each, 2, axis=1) for each in (expected, bound))
         expected = gate / (1 + np.exp(-gate)) * value
@@ -187,6 +190,7 @@ def rows_of_float_fragments(registers: list[np.ndarray], dtype) -> np.ndarray:
         (8, None, None, "bf16"),
         (1, 32, None, "f16"),
         (4, 32, "offsets", "f16"),
+        (4, 64, "zeros", "bf16"),
         (8, 16, "zeros", "f16"),
         (1, 64, "scales", "f16"),
     ],
@@ -257,6 +261,7 @@ def compiled(bits, group_size, name, tiling, *, kind=None, residual=False, gated
     [
         (4, 128, "bf16", LARGE, dict(residual=True)),
         (4, 32, "f16", dataclasses.replace(LARGE, slots=3), dict(kind="offsets", gated=True)),
+        (4, 128, "bf16", dataclasses.replace(LARGE, slots=3), dict(kind="offsets", residual=True)),
         (8, 16, "f16", dataclasses.replace(LARGE, slots=2), dict(kind="offsets", residual=True)),
         (3, 16, "bf16", Tiling(128, 128, "alternate", slots=4), dict(gated=True)),
         (1, 128, "f16", Tiling(64, 128, "split_n", slots=6), dict(dtype=jnp.float32)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -24,6 +26,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.packing.fields import PARTS
+from tests.packing.float_groups import float_groups, numbers_of
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile, warpgroup_simulator
 from tests.support.integer_products import normal, random_codes
@@ -84,21 +87,28 @@ def test_a_gated_activation_makes_one_column_of_two():
 
 
 @pytest.mark.parametrize(
-    ("group_size", "tiling", "dtype"),
+    ("group_size", "kind", "tiling", "dtype"),
     [
-        (64, FewTokensTiling(2, parts=1, depth=1), ml_dtypes.bfloat16),
-        (16, FewTokensTiling(1, parts=2, depth=2), np.float16),
-        (None, FewTokensTiling(2, parts=3, depth=1), ml_dtypes.bfloat16),
+        (64, None, FewTokensTiling(2, parts=1, depth=1), ml_dtypes.bfloat16),
+        (16, None, FewTokensTiling(1, parts=2, depth=2), np.float16),
+        (None, None, FewTokensTiling(2, parts=3, depth=1), ml_dtypes.bfloat16),
+        (128, "zeros", FewTokensTiling(2, parts=1, depth=1), ml_dtypes.bfloat16),
+        (32, "offsets", FewTokensTiling(1, parts=2, depth=2), np.float16),
+        (16, "scales", FewTokensTiling(1, parts=1, depth=1), ml_dtypes.bfloat16),
     ],
-    ids=["one part", "natural order", "three parts"],
+    ids=["one part", "natural order", "three parts", "zeros", "offsets", "half a step a chunk"],
 )
-def test_threads_multiply_a_slot(group_size, tiling, dtype, monkeypatch):
-    """Lanes of all warpgroups, with tokens of small integers: sums are exact. No two lanes meet in a bank."""
+def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
+    """Lanes of all warpgroups, with tokens of small integers: sums of chunks are exact. No two lanes meet in a bank."""
     fmt, m, n, k = BipolarFormat(4), 13, 128, 128 * tiling.stages
-    w, values = weights(fmt, group_size, n, k)
+    if kind is None:
+        w, values = weights(fmt, group_size, n, k)
+    else:
+        w = float_groups(fmt, n, k, group_size, kind)
+        values = numbers_of(w)
     prepared = w.prepare()
     recovery = FloatTokens(PTX_TYPES[np.dtype(dtype).name], k, fmt)
-    problem = FewTokensProblem(m, n, recovery, 4, prepared.chunks, False, None, jnp.dtype(jnp.float32), tiling)
+    problem = FewTokensProblem(m, n, recovery, 4, prepared.chunks, False, None, jnp.dtype(jnp.float32), tiling, kind)
     x = np.random.default_rng(0).integers(-8, 9, (m, k))
     words = np.array(token_words(jnp.asarray(x.astype(dtype)), prepared.natural_order)).view(np.uint8)
     slot = np.zeros((problem.width, problem.token_rows, 128), np.uint8)
@@ -141,28 +151,62 @@ def test_threads_multiply_a_slot(group_size, tiling, dtype, monkeypatch):
     for part in range(tiling.parts):
         for block in range(2):
             columns = problem.term_column(block, part) + np.arange(16)
-            np.testing.assert_array_equal(totals[part, block, :, :m], expected[:, columns].T)
+            found = totals[part, block, :, :m].T
+            if kind is None:
+                np.testing.assert_array_equal(found, expected[:, columns])
+            else:
+                bound = 2 * (k // min(group_size, 64)) * 2.0**-24 * (np.abs(x) @ np.abs(values).T)
+                assert np.all(np.abs(found - expected[:, columns]) <= bound[:, columns])
+
+
+def test_products_with_float_groups_are_those_of_the_numbers():
+    m, n, k = 3, 150, 700
+    w = float_groups(BipolarFormat(4), n, k, 96, "zeros")
+    x, bias = jnp.asarray(normal(m, k), jnp.bfloat16), jnp.asarray(normal(n))
+    prepared = dataclasses.replace(w.prepare(), scale=np.full((n, 1), 0.5, np.float32))
+    tiling, interpret = FewTokensTiling(1, parts=1, depth=1, slots=2), plgpu.InterpretGPUParams(detect_races=True)
+    found = few_tokens_floats(x, prepared, bias, jnp.float32, tiling=tiling, blocks=2, interpret=interpret)
+    assert not races_found()
+    wide, numbers = np.asarray(x, np.float64), numbers_of(w) / 2
+    expected, sizes = wide @ numbers.T + np.asarray(bias), np.abs(wide) @ np.abs(numbers).T + np.abs(np.asarray(bias))
+    assert np.all(np.abs(np.asarray(found, np.float64) - expected) <= k * 2.0**-24 * sizes)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64])
 def test_a_tiling_is_found_for_all_weights(m):
     for bits in range(1, 9):
         for n, k in ((1, 1), (4096, 14336), (28672, 4096)):
-            for chunks in (0, 1, 8) if bits <= 6 else (0,):
-                tiling = few_tokens_tiling(m, n, k, bits, chunks, rows_of_stage=2)
-                recovery = FloatTokens("bf16", k, BipolarFormat(bits))
-                FewTokensProblem(m, n, recovery, bits, chunks, False, None, jnp.dtype(jnp.bfloat16), tiling).check()
+            integers = [(chunks, None) for chunks in ((0, 1, 8) if bits <= 6 else (0,))]
+            for chunks, kind in (*integers, (1, "zeros"), (8, "offsets")):
+                tiling = few_tokens_tiling(m, n, k, bits, chunks, float_terms=kind, rows_of_stage=2)
+                static = FloatTokens("bf16", k, BipolarFormat(bits)), bits, chunks, False, None
+                FewTokensProblem(m, n, *static, jnp.dtype(jnp.bfloat16), tiling, kind).check()
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("bits", "group_size", "m", "dtype"),
-    [(4, 128, 1, jnp.bfloat16), (6, 16, 16, jnp.float16), (1, 128, 32, jnp.bfloat16), (8, None, 64, jnp.bfloat16)],
+    ("bits", "group_size", "kind", "m", "dtype"),
+    [
+        (4, 128, None, 1, jnp.bfloat16),
+        (6, 16, None, 16, jnp.float16),
+        (1, 128, None, 32, jnp.bfloat16),
+        (8, None, None, 64, jnp.bfloat16),
+        (4, 128, "zeros", 1, jnp.bfloat16),
+        (4, 32, "offsets", 16, jnp.bfloat16),
+        (4, 128, "zeros", 64, jnp.float16),
+        (8, 64, "offsets", 32, jnp.bfloat16),
+        (6, 16, "block_scales", 64, jnp.bfloat16),
+        (8, 32, "scales", 64, jnp.bfloat16),
+    ],
 )
 @pytest.mark.sample(1)
-def test_it_compiles_without_spills(bits, group_size, m, dtype):
+def test_it_compiles_without_spills(bits, group_size, kind, m, dtype):
     n, k = 4096, 1024
-    w = jax.eval_shape(lambda: weights(BipolarFormat(bits), group_size, 128, k)[0].prepare())
+    if kind is None:
+        w = jax.eval_shape(lambda: weights(BipolarFormat(bits), group_size, 128, k)[0].prepare())
+    else:
+        w = float_groups(BipolarFormat(bits), 128, k, group_size, kind)
+        w = jax.eval_shape(lambda w: w.prepare(float_terms=kind), w)
     w = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n // 128 if a.ndim > 2 else n, *a.shape[1:]), a.dtype), w)
     x, bias = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)
     residual = jax.ShapeDtypeStruct((m, n), dtype)
@@ -173,7 +217,7 @@ def test_it_compiles_without_spills(bits, group_size, m, dtype):
     _, report = sm90_compile.compile_for_h200(multiply, x, w, bias, residual, ptx=True)
     assert report.spill_bytes == report.stack_bytes == 0
     chunks = 0 if group_size is None else 128 // group_size
-    warpgroups = few_tokens_tiling(m, n, k, bits, chunks, rows_of_stage=2).warpgroups
+    warpgroups = few_tokens_tiling(m, n, k, bits, chunks, float_terms=kind, rows_of_stage=2).warpgroups
     # setmaxnreg waits for registers that the block has not.
     assert PRODUCER_REGISTERS + warpgroups * CONSUMER_REGISTERS[warpgroups] <= report.registers[0] * (warpgroups + 1)
     assert f"mma.sync.aligned.m16n8k16.row.col.f32.{PTX_TYPES[jnp.dtype(dtype).name]}" in report.text

@@ -69,21 +69,31 @@ class FloatKind(FloatSumsKind):
         return add_float_stages(total, words, terms, token, part_of_slice, valid, self._expansion)
 
 
+def numbers_of_stages(token, valid, float_type: str) -> Float[Array, "stages positions"]:
+    """A slice of the token by position, for twins; zeros beyond K, which is not this warpgroup's to read."""
+    nothing = jnp.zeros(token.shape, token.dtype)
+    own_token = token[...] if valid is None else choose(valid, lambda: token[...], lambda: nothing)
+    plgpu.commit_smem()  # for the race detector, see `part_sums`
+    return float_positions_of(own_token, float_type).astype(jnp.float32)
+
+
+def add_products_of_warps(total, sums: Float[Array, "stages rows"], part_of_slice, valid) -> RowSums:
+    """total + the sums of a load's stages, each of the warp that has the stage; for twins."""
+    stages = sums.shape[0]
+    active = jnp.arange(WARPS) // stages == part_of_slice % (WARPS // stages)
+    active = active if valid is None else active & valid
+    by_warp = jnp.where(active[:, None], jnp.concatenate([sums] * (WARPS // stages)), 0)
+    return total + row_sums.spread_rows(by_warp)
+
+
 def _add_float_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
     stages = words.shape[0]
     expanded = expand_part(words[...], None if terms is None else terms[...])
     values = 2 * expanded - expansion.format.max_value if terms is None else expanded - OFFSET_BIAS
-    # What is beyond K is not this warpgroup's to read.
-    nothing = jnp.zeros(token.shape, token.dtype)
-    own_token = token[...] if valid is None else choose(valid, lambda: token[...], lambda: nothing)
-    plgpu.commit_smem()  # for the race detector, see `part_sums`
-    numbers = float_positions_of(own_token, expansion.float_type.name).astype(jnp.float32)
+    numbers = numbers_of_stages(token, valid, expansion.float_type.name)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
-    active = jnp.arange(WARPS) // stages == part_of_slice % (WARPS // stages)
-    active = active if valid is None else active & valid
     sums = jnp.sum(values.astype(jnp.float32) * own[:, None], axis=-1)
-    by_warp = jnp.where(active[:, None], jnp.concatenate([sums] * (WARPS // stages)), 0)
-    return total + row_sums.spread_rows(by_warp)
+    return add_products_of_warps(total, sums, part_of_slice, valid)
 
 
 @with_twin(_add_float_stages_twin)
@@ -121,11 +131,11 @@ def add_float_stages_of_warp(
     def multiply(words: Pointer, terms: list[Pointer], token: Pointer, lane: Value) -> list[Value]:
         return _multiply_stage(total, words, terms[0] if terms else None, token, lane, expansion)
 
-    options = {"bits": expansion.fields.bits, "terms_bytes": 4 * expansion.chunks * CHUNK_WORDS, "locate": _own_numbers}
+    options = {"bits": expansion.fields.bits, "terms_bytes": 4 * expansion.chunks * CHUNK_WORDS, "locate": own_numbers}
     return multiply_own_stage(total, pointers, part_of_slice, valid, stages, multiply=multiply, **options)
 
 
-def _own_numbers(token: Pointer, stage_of_slice: Value, lane: Value) -> Pointer:
+def own_numbers(token: Pointer, stage_of_slice: Value, lane: Value) -> Pointer:
     """Where a lane's numbers of a stage begin in the token's slice."""
     stage = ptx.times(stage_of_slice, 4 * STEPS * STEP_WORDS)
     return ptx.advance(token, ptx.plus(stage, ptx.times(ptx.bits_of(lane, 3), 4 * LANE_WORDS)))

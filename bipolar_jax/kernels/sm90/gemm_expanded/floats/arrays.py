@@ -25,13 +25,16 @@ _STEP = 32  # elements that `float_tokens` orders
 
 
 def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, " n"] | None) -> ExpandedOperands:
-    """The operands of the product of float activations; values of integer groups, or of the format, are exact.
+    """The operands of the product of float activations.
+
+    Values of integer groups, or of the format, are exact. With float scales of groups weights are rounded to x's dtype.
 
     Args:
       x: bfloat16 or float16.
-      w: [k, n], without float terms or offsets.
+      w: [k, n], without offsets of columns.
       bias: added to every row.
     """
+    w = w if w.float_terms is None else below_powers_of_two(w)
     words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
     recovery = ExpandedFloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size, w.format, w.terms is not None, True)
     return ExpandedOperands(words, w, TokenTerms(None, None, None), _columns(w, bias), recovery)

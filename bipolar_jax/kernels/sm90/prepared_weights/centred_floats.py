@@ -1,0 +1,72 @@
+"""What threads do with float scales of groups under float tokens: multiply codes as floats, and scale sums of chunks.
+
+With d = u - H, H = 2^(bits - 1), of codes u, and float tokens x, a chunk of K in which no group ends adds
+
+    S * (P + (Z + H) * C) + o * C,     P = sum_k x d,   C = sum_k x
+
+to a row's float32 sum; S, Z and o are the chunk's terms (`packing.float_terms`). d is exact in either 16-bit float, and
+around 0, so that P and C are no larger than what they make. C comes from a tile whose weights are ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bipolar_jax.kernels.sm90.core import ptx
+from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
+from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, RowTerms
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.packing.float_terms import FloatTerms, term_words
+
+_SELECTORS = (0x4140, 0x4342)  # as in `floats`
+
+
+@dataclasses.dataclass(frozen=True)
+class CentredExpansion(FloatExpansion):
+    """`FloatExpansion` to d, whose terms scale sums.
+
+    Attributes:
+      kind: the form of the terms.
+    """
+
+    kind: FloatTerms
+
+    @property
+    def term_words(self) -> int:
+        return term_words(self.kind, self.chunks)
+
+    @property
+    def centre(self) -> int:
+        """H."""
+        return 1 << (self.format.bits - 1)
+
+    @property
+    def scaling(self) -> FloatScaling:
+        """What threads do with the terms."""
+        return FloatScaling(self.kind, -self.format.max_value / 2)
+
+    def load_chunk_terms(self, terms: Pointer, chunk: int, lane: Value) -> list[RowTerms]:
+        """S, Z + H and o of a lane's four rows; arguments as of `FloatScaling.load_terms`."""
+        centre = ptx.float32(float(self.centre))
+        return [
+            (scale, ptx.add(zero, centre), offset)
+            for scale, zero, offset in self.scaling.load_terms(terms, chunk, lane)
+        ]
+
+    def centred(self, words, step: int) -> list[list[Value]]:
+        """The pairs of d of each register of a step; arguments as of `fragments`."""
+        return self.fragments(words, [[None] * 4], step)
+
+    def values(self, codes: Value, terms: None) -> list[Value]:
+        del terms
+        return [self._numbers(codes, selector, self._signed, self.centre) for selector in _SELECTORS]
+
+    def token_sums(self, tokens: list[Value], sums: list[Value]) -> list[Value]:
+        """sums + C of the lane's two columns, twice."""
+        ones = [self._constant(1)] * 2
+        return self.multiply_step([ones] * len(tokens), tokens, sums)
+
+
+def zeros(count: int) -> list[Value]:
+    """Float32 sums to start a chunk with."""
+    return [ptx.float32(0.0)] * count
