@@ -274,7 +274,7 @@ class Case:
         return product
 
     def _float_plans(self) -> dict[str, OtherPlan]:
-        """Tiles of floats in memory; few tokens in parts where that is not chosen."""
+        """Other tiles; of few tokens the best."""
         m, w = self.shape.m, self.weights
         if not isinstance(w, PreparedArray):
             return {}
@@ -282,8 +282,6 @@ class Case:
         tilings = sorted(times, key=times.get)
         if m <= FEW_TOKENS_LIMIT:
             tilings = tilings[:1]
-        elif m <= 4 * FEW_TOKENS_LIMIT:
-            tilings = [float_products.parted_tiling(m, w), *tilings]
         return {
             _shown(tiling): OtherPlan(
                 None,

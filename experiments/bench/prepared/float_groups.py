@@ -2,12 +2,12 @@
 
     python -m experiments.bench.prepared.float_groups --out=DIR/float_groups.json
 
-Times are those of the quantized tokens' product, with what it expands in memory for prompts. Every product is checked
-against the exact one of sampled rows and columns, and few tokens are timed with weights from memory.
+Times are those of the quantized tokens' product. Every product is checked against the exact one of sampled rows and
+columns, and few tokens are timed with weights from memory.
 
 Precisions are bits, groups and the form of their terms, such as 4g128zeros; W4A8g128f is 4g128offsets, the form that
-`bj.quantize` makes. With --tilings prompts are also timed with every tiling of `TILINGS` whose sums are scaled in
-registers, with those of `FLOAT_TILINGS` and weights expanded to float16 in registers, and expanded in memory.
+`bj.quantize` makes. With --tilings prompts are also timed with every tiling of `TILINGS`, whose sums are scaled, and
+with those of `FLOAT_TILINGS`, whose weights are expanded to float16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     EXPANDED_CANDIDATES,
     ONE_CHUNK_CANDIDATES,
     SCALED_CANDIDATES,
-    expands_in_memory,
     fitted,
     scaled_candidates,
 )
@@ -45,7 +44,7 @@ from bipolar_jax.packing.float_terms import FloatTerms
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.groups import num_groups
 from experiments.bench.products.cold_weights import with_cold_weights
-from experiments.bench.products.expanded import A_FORMAT, Weights, arguments, expanding_in_memory, run_shapes
+from experiments.bench.products.expanded import A_FORMAT, Weights, arguments, run_shapes
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
@@ -131,16 +130,9 @@ def product_of(operands: Operands, weights: Weights, kind: FloatTerms) -> tuple[
 
 
 def other_ways(call: Call) -> dict[str, Call]:
-    """The same product with every tiling, and expanded in memory where the planner does not."""
+    """The same product with every tiling."""
     _, (tokens, w) = call
     ways = {}
-    if not expands_in_memory(w):
-
-        def in_memory(tokens, w):
-            with expanding_in_memory():
-                return expanded_tokens_matmul(tokens, w, A_FORMAT, None, jnp.dtype(jnp.bfloat16))
-
-        ways["in memory"] = (in_memory, (tokens, w))
     sizes = {tiling.tile_m for tiling in scaled_candidates(w)}
     for name, (tiling, lag) in TILINGS.items() if math.gcd(w.group_size, STAGE) >= _LEAST_CHUNK else ():
         if tiling.tile_m not in sizes:

@@ -10,10 +10,9 @@ already; "gemm and expansion" expands four planes first, as prompts of W4A8 do w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import numpy as np
 from bipolar_jax import BipolarArray, BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms
 from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
-from bipolar_jax.kernels.sm90.backend import expanded_planning
 from bipolar_jax.kernels.sm90.backend.expanded_planning import plan_many_tokens
 from bipolar_jax.kernels.sm90.backend.planning import plan_product
 from bipolar_jax.kernels.sm90.core.execution import check_runnable, interpret_params
@@ -219,20 +217,6 @@ def arguments(description: str, shapes: str, precisions: str, iterations: int) -
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--out", type=Path, help="JSON file")
     return parser
-
-
-@contextlib.contextmanager
-def expanding_in_memory() -> Iterator[None]:
-    """Within it prompts take weights that are expanded in memory, as the switches of the planner say."""
-    names = "SCALES_SUMS_IN_REGISTERS", "FLOATS_IN_REGISTERS"
-    before = [getattr(expanded_planning, name) for name in names]
-    try:
-        for name in names:
-            setattr(expanded_planning, name, False)
-        yield
-    finally:
-        for name, switch in zip(names, before, strict=True):
-            setattr(expanded_planning, name, switch)
 
 
 def run_shapes(options: argparse.Namespace, measure: Callable[[Shape], dict[str, Any]]) -> None:

@@ -3,9 +3,8 @@
     python -m experiments.bench.products.float_products --out=DIR/float_products.json
 
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
-Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "in memory" is the operation with
-weights that are expanded to bfloat16 in memory, "expansion" the kernel that does that, and "tokens" the pass that
-brings tokens into the order of the weights' fields. "XLA" is the same operation, of packed weights, by the backend that
+Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "tokens" is the pass that brings
+tokens into the order of the weights' fields. "XLA" is the same operation, of packed weights, by the backend that
 serves every device. With --tilings every tiling is timed.
 """
 
@@ -22,14 +21,12 @@ import numpy as np
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import float_products
-from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
-from bipolar_jax.kernels.sm90.weight_prep.expand_floats import expand_floats
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.products.cold_weights import with_cold_weights
-from experiments.bench.products.expanded import Weights, arguments, expanding_in_memory, run_shapes
+from experiments.bench.products.expanded import Weights, arguments, run_shapes
 from experiments.bench.products.operands import Operands
 from experiments.bench.products.product import Call
 from experiments.bench.products.shapes import Shape
@@ -40,7 +37,7 @@ SHAPES = ",".join(
     f"{m}x{layer}" for layer in ("28672x4096", "4096x14336", "6144x4096") for m in (1, 8, 16, 64, 128, 256, 1024, 7680)
 )
 PRECISIONS = "4g128,4g64,2g64"
-PARTS = ("expansion", "tokens")  # of the operation
+PARTS = ("tokens",)  # of the operation
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
 _TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
@@ -73,12 +70,6 @@ def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict
     if m <= FEW_TOKENS_LIMIT:
         return todo
 
-    def in_memory(x, w):
-        with expanding_in_memory():
-            return product(x, w)
-
-    todo["in memory"] = (in_memory, (operands.x, prepared))
-    todo["expansion"] = (lambda w: expand_floats(w, jnp.bfloat16, interpret=interpret_params()), (prepared,))
     todo["tokens"] = (lambda x: token_words(x, prepared.natural_order), (operands.x,))
     todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
     times = float_products.tiling_times(m, prepared) if tilings else {}

@@ -35,11 +35,6 @@ EXPANDED_CANDIDATES = (
 SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
 ONE_CHUNK_CANDIDATES = (EXPANDED_CANDIDATES[0], *SCALED_CANDIDATES)
 _BITS_OF_FEW_TOKENS = (6, 7)
-# The switch: without it prompts with float groups take what `scaled_products` expands in memory.
-SCALES_SUMS_IN_REGISTERS = True
-# The switch of 16-bit floats: without it prompts of float activations, and of short float groups, take weights that are
-# expanded to floats in memory.
-FLOATS_IN_REGISTERS = True
 # Groups of a multiple of so many elements. By count 128 elements of K issue 510, 822 or 1426 instructions in chunks of
 # 128, 64 or 32, in tiles of 64 tokens (`gemm_expanded`); float16 tensor cores take 1024 cycles for them.
 _LEAST_SCALED_CHUNK = 64
@@ -75,19 +70,12 @@ def float_terms_of(w: BipolarNumbers) -> FloatTerms | None:
     return w.float_terms if isinstance(w, PreparedArray) else None
 
 
-def _scales_sums(w: BipolarNumbers) -> bool:
-    """Whether `gemm_expanded` scales sums of products of bytes in prompts with these weights, of float groups."""
-    return SCALES_SUMS_IN_REGISTERS and w.group_size is not None and w.group_size % _LEAST_SCALED_CHUNK == 0
-
-
 def becomes_float16(w: BipolarNumbers) -> bool:
-    """Whether prompts with these weights expand them to float16 in registers, with the scales of their float groups."""
-    return FLOATS_IN_REGISTERS and has_float_terms(w) and w.group_size % _LEAST_SCALED_CHUNK != 0
+    """Whether prompts of quantized activations expand these weights to float16, with the scales of their float groups.
 
-
-def expands_in_memory(w: BipolarNumbers) -> bool:
-    """Whether prompts with these weights take `scaled_products`."""
-    return has_float_terms(w) and not _scales_sums(w) and not becomes_float16(w)
+    Of longer groups `gemm_expanded` scales the sums of products of bytes.
+    """
+    return has_float_terms(w) and w.group_size % _LEAST_SCALED_CHUNK != 0
 
 
 def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False) -> Choice:
@@ -153,11 +141,9 @@ def plan_many_tokens(
       may_split: whether the output is a matrix, for which blocks may multiply parts of K.
 
     Raises:
-      Unsupported: groups that are no multiple of 16 elements; weights of which `expands_in_memory` is true.
+      Unsupported: groups that are no multiple of 16 elements.
     """
     check_layout(w, gated)
-    if expands_in_memory(w):
-        raise Unsupported(f"prompts with float groups of {w.group_size} are switched to an expansion in memory")
     gated = w.gated if isinstance(w, PreparedArray) else gated
     tiling = cost.cheapest(expanded_times(m, w, dtype, may_split=may_split and not gated))
     return Choice("f16" if becomes_float16(w) else "int8", tiling, with_layout(cost.reason(tiling), w))

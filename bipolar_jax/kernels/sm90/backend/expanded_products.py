@@ -10,17 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
-from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT, Plan
+from bipolar_jax.kernels.backend import Plan
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.semantics.prologue import Activation, Prologue
 from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     becomes_float16,
     check_layout,
     describe_expanded,
-    expands_in_memory,
     plan_expanded,
 )
-from bipolar_jax.kernels.sm90.backend.scaled_products import explain_scaled, scaled_tokens_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, product_operands
 from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import step_operands
@@ -87,8 +85,6 @@ def expanded_tokens_matmul(
         # An epilogue has either of them.
         return residual + expanded_tokens_matmul(tokens, w, a_format, bias, dtype, None, activation)
     m, interpret = tokens.words.shape[1], interpret_params()
-    if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
-        return scaled_tokens_matmul(tokens, w, a_format, bias, dtype, residual, activation)
     options = {"tiling": plan_expanded(m, w, dtype).tiling, "activation": activation, "interpret": interpret}
     if isinstance(options["tiling"], FewTokensTiling):
         if residual is not None and w.gated:
@@ -115,9 +111,6 @@ def many_tokens_operands(
 
 def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFormat) -> Plan:
     """See `Backend.plan_matmul`."""
-    if m > FEW_TOKENS_LIMIT and expands_in_memory(w):
-        check_row(w.contracted_size, dtype)
-        return explain_scaled(m, a_format, w)
     choice = plan_expanded(m, w, dtype)
     check_row(w.contracted_size, dtype)
     return Plan(describe_expanded(m, w), choice.reason, choice.tiling)

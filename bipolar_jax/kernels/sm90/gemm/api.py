@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, GroupTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.group_sizes import GEMM_GROUP_SIZES
-from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery, Recovery
+from bipolar_jax.kernels.sm90.arithmetic.recovery import Recovery
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
@@ -19,11 +19,11 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem
 
 
 def packed_matmul(
-    x_words: UInt32[Array, "x_planes m x_words"] | Float[Array, "1 m x_words"],
-    w_words: UInt32[Array, "w_planes n w_words"] | Float[Array, "1 n w_words"],
+    x_words: UInt32[Array, "x_planes m x_words"],
+    w_words: UInt32[Array, "w_planes n w_words"],
     tokens: TokenTerms,
     columns: ColumnTerms,
-    recovery: Recovery | FloatRecovery,
+    recovery: Recovery,
     tiling: Tiling,
     dtype: jnp.dtype,
     *,
@@ -38,8 +38,7 @@ def packed_matmul(
 
     Args:
       x_words: bit planes (kind "planes": bit b of word w is element 32 w + b) or signed bytes (kind "int8": one plane,
-        elements in the same order as w's), zero from the true K on; or bfloat16 or float16, likewise (kinds "bf16" and
-        "f16"). A row is a multiple of 16 bytes.
+        elements in the same order as w's), zero from the true K on. A row is a multiple of 16 bytes.
       w_words: likewise.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns.
@@ -61,7 +60,7 @@ def packed_matmul(
         group size, or an activation together with integers, groups or a residual.
     """
     (_, m, x_width), (_, n, w_width) = x_words.shape, w_words.shape
-    aligned = TMA_ALIGNMENT // x_words.dtype.itemsize
+    aligned = TMA_ALIGNMENT // 4
     if x_width % aligned or w_width % aligned:
         raise ValueError(f"rows must be multiples of {aligned} words, got {x_width} words of x and {w_width} of w")
     if group_size is not None and group_size not in GEMM_GROUP_SIZES:
@@ -70,8 +69,7 @@ def packed_matmul(
         raise ValueError("an activation is of scaled products, without groups and without a residual")
     if tiling.splits > 1:
         problem = Problem(m, n, recovery, tiling, blocks, group_size)
-        sums_dtype = jnp.dtype(jnp.float32 if isinstance(recovery, FloatRecovery) else jnp.int32)
-        output = DenseOutput.of(sums_dtype, None)
+        output = DenseOutput.of(jnp.dtype(jnp.int32), None)
         (sums,) = launch(problem, (x_words, w_words), tokens, columns, output, interpret=interpret)
         return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
     n //= 1 if activation is None else activation.parts  # from here on, columns of the output

@@ -17,10 +17,8 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import (
     activate,
     add_group,
     finish,
-    finish_floats,
     finish_grouped,
 )
-from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core import wgmma
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish, Output
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
@@ -116,7 +114,6 @@ def _finisher(problem: Problem, output: Output, finish_shape: tuple[int, int], t
       tokens, columns: terms, refs [tile_m] and [tile_n] in shared memory.
     """
     finish_sums = finish if problem.group_size is None else finish_grouped
-    finish_sums = finish_floats if isinstance(problem.recovery, FloatRecovery) else finish_sums
 
     def sums(row, column):
         end = row + finish_shape[0], column + finish_shape[1]

@@ -21,7 +21,7 @@ class Sources(NamedTuple):
     """What the producer loads: arrays, in the kernel refs in memory.
 
     Attributes:
-      operands: packed rows of x and of w, uint32 [planes, rows, words], or floats [1, rows, K].
+      operands: packed rows of x and of w, uint32 [planes, rows, words].
       group_terms: [groups, n] or [groups, m] each, or None.
       terms: vectors over tokens, [sequences, m], and over columns, [factors, n].
     """

@@ -21,7 +21,7 @@ class Scratch(NamedTuple):
     """What the warpgroups of a block share, beside the output's own scratch.
 
     Attributes:
-      tiles: ring buffers of both operands, [slots, block_m or block_n, words or floats of BYTES_PER_ROW].
+      tiles: ring buffers of both operands, [slots, block_m or block_n, words of BYTES_PER_ROW].
       group_terms: `GroupTerms` of [slots, groups_per_step, block_n or block_m] in the same stages, or None.
       terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
       full: barriers of loaded stages, see `Problem.full_barrier`.

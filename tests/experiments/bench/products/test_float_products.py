@@ -22,7 +22,7 @@ def test_products_pass_the_check(m):
     w, exact, sizes = float_products.weights_of(operands, Weights.parse("2g32"))
     with interpreted(InterpretGPUParams()):
         todo = float_products.calls(operands, w)
-        assert list(todo) == ["prepared", "in memory", *float_products.PARTS, "XLA"][: 1 if m == 3 else None]
+        assert list(todo) == ["prepared", *float_products.PARTS, "XLA"][: 1 if m == 3 else None]
         for name, (product, args) in todo.items():
             if name not in float_products.PARTS:
                 float_products.check(jax.jit(product)(*args), exact, sizes, operands)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +10,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
-from bipolar_jax.kernels.sm90.backend import expanded_planning, float_products
-from bipolar_jax.kernels.sm90.backend.planning import CANDIDATES
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.kernels.unsupported import Unsupported
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
-from tests.support import sm90_compile
 from tests.support.integer_products import normal, random_codes
 from tests.support.interpreter import races_found
 
 # A kernel that deadlocks waits for ever.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("clean_interpreter")]
-
-needs_compiler = pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
 
 
 def groups(n: int, k: int, bits: int = 4, group_size: int = 32):
@@ -39,20 +32,17 @@ def codes(n: int, k: int, bits: int):
 
 
 @pytest.mark.parametrize(
-    ("m", "make_w", "dtype", "in_registers"),
+    ("m", "make_w", "dtype"),
     [
-        (130, lambda: groups(140, 200), jnp.bfloat16, True),  # laid out within the call; ragged sizes
-        (65, lambda: groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, True),
-        (130, lambda: codes(40, 136, 8).prepare(), jnp.bfloat16, True),
-        (3, lambda: groups(140, 72).prepare(gated=True), jnp.bfloat16, True),
-        (129, lambda: groups(130, 72, 3, 16).prepare(gated=True), jnp.float16, False),
-        (65, lambda: groups(40, 72).prepare(), jnp.bfloat16, False),  # in two parts
+        (130, lambda: groups(140, 200), jnp.bfloat16),  # laid out within the call; ragged sizes
+        (65, lambda: groups(130, 72, 3, 16).prepare(gated=True), jnp.float16),
+        (130, lambda: codes(40, 136, 8).prepare(), jnp.bfloat16),
+        (3, lambda: groups(140, 72).prepare(gated=True), jnp.bfloat16),
     ],
-    ids=["packed groups", "gated, float16", "8 bits", "few tokens", "gated, in memory", "two parts"],
+    ids=["packed groups", "gated, float16", "8 bits", "few tokens"],
 )
 @pytest.mark.sample(1)
-def test_the_whole_product_is_that_of_dequantized_weights(m, make_w, dtype, in_registers, monkeypatch):
-    monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", in_registers)
+def test_the_whole_product_is_that_of_dequantized_weights(m, make_w, dtype):
     w = make_w()
     k, n = w.shape
     x, bias = jnp.asarray(normal(m, k), dtype), jnp.asarray(normal(n))
@@ -79,25 +69,6 @@ def test_plans_are_explained():
     with interpreted(plgpu.InterpretGPUParams()):
         few = bj.explain(jax.ShapeDtypeStruct((1, 4096), jnp.float16), w, None)
     assert few.kernel == "float16 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers"
-
-
-@needs_compiler
-@pytest.mark.covered("products of bytes with the same tiles, by test_planning.py")
-def test_tiles_of_floats_in_memory_compile_without_spills(monkeypatch):
-    """The largest tile, a small one, and splits of K; the other tiles differ from these of bytes in nothing."""
-    monkeypatch.setattr(expanded_planning, "FLOATS_IN_REGISTERS", False)
-    x = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: w.prepare(), groups(256, 256))
-
-    for tiling in (CANDIDATES[0], CANDIDATES[4], dataclasses.replace(CANDIDATES[1], splits=2)):
-
-        def product(x, w, tiling=tiling):
-            return float_products.weight_only_matmul(x, w, None, tiling=tiling)
-
-        _, report = sm90_compile.compile_for_h200(product, x, w, ptx=True)
-        assert report.spill_bytes == report.stack_bytes == 0
-        assert not report.serialized_wgmma
-        assert "k16.f32.bf16.bf16" in report.text
 
 
 def test_what_is_not_served_is_said():

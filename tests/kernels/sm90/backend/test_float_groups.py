@@ -26,26 +26,19 @@ GATE = Activation("silu", gated=True)
 
 
 @pytest.mark.parametrize(
-    ("m", "bits", "group_size", "kind", "a_bits", "gated", "tolerance", "in_registers"),
+    ("m", "bits", "group_size", "kind", "a_bits", "gated", "tolerance"),
     [
-        (3, 4, 32, "zeros", 8, True, 1e-5, True),
-        (66, 4, 128, "offsets", 8, False, 1e-5, True),
-        (66, 4, 128, "offsets", 8, False, 1e-5, False),  # bytes that are values
-        (65, 8, 128, "scales", 5, True, 1e-5, False),  # bytes that are codes, an activation of its own
-        (66, 4, 32, "offsets", 8, True, 1e-3, True),  # float16, the activation in the epilogue
-        (66, 4, 32, "offsets", 8, True, 1e-3, False),
-        (65, 2, 48, "zeros", 1, False, 1e-3, True),  # in natural order
-        (65, 2, 48, "zeros", 1, False, 1e-3, False),
-        (66, 4, 32, "block_minimums", 8, False, 1e-3, True),  # steps of either sign, as of GGUF's Q4_K
-        (66, 3, 16, "block_scales", 8, False, 1e-3, True),
+        (3, 4, 32, "zeros", 8, True, 1e-5),
+        (66, 4, 128, "offsets", 8, False, 1e-5),
+        (65, 8, 128, "scales", 5, True, 1e-5),  # an activation of its own
+        (66, 4, 32, "offsets", 8, True, 1e-3),  # float16, the activation in the epilogue
+        (65, 2, 48, "zeros", 1, False, 1e-3),  # in natural order
+        (66, 4, 32, "block_minimums", 8, False, 1e-3),  # steps of either sign, as of GGUF's Q4_K
+        (66, 3, 16, "block_scales", 8, False, 1e-3),
     ],
 )
 @pytest.mark.sample(1)
-def test_the_whole_product_is_that_of_xla(
-    m, bits, group_size, kind, a_bits, gated, tolerance, in_registers, monkeypatch
-):
-    for switch in ("SCALES_SUMS_IN_REGISTERS", "FLOATS_IN_REGISTERS"):
-        monkeypatch.setattr(expanded_planning, switch, in_registers)
+def test_the_whole_product_is_that_of_xla(m, bits, group_size, kind, a_bits, gated, tolerance):
     n, k = 72, 256 if kind.startswith("block") else 200
     w = float_groups(BipolarFormat(bits), n, k, group_size, kind)
     columns, activation = (n // 2, GATE) if gated else (n, None)
@@ -62,7 +55,7 @@ def test_the_whole_product_is_that_of_xla(
     assert not races_found()
 
 
-def test_plans_are_explained(monkeypatch):
+def test_plans_are_explained():
     kernel = jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16)
 
     def explained(m, group_size):
@@ -77,13 +70,8 @@ def test_plans_are_explained(monkeypatch):
     many, short = explained(2048, 128), explained(2048, 32)
     assert many.kernel == few.kernel
     assert many.tiling == expanded_planning.ONE_CHUNK_CANDIDATES[0]
-    weights = "weights of 4 bits in float groups of 32 expanded to float16 in"
-    assert short.kernel == f"float16 tensor cores, {weights} registers"
-    for switch in ("SCALES_SUMS_IN_REGISTERS", "FLOATS_IN_REGISTERS"):
-        monkeypatch.setattr(expanded_planning, switch, False)
-    assert explained(2048, 32).kernel == f"float16 tensor cores, {weights} memory"
-    in_memory = explained(2048, 128)
-    assert in_memory.kernel.startswith("int8 tensor cores, weights of 4 bits in float groups of 128 expanded to bytes")
+    weights = "weights of 4 bits in float groups of 32 expanded to float16 in registers"
+    assert short.kernel == f"float16 tensor cores, {weights}"
 
 
 def test_integer_sums_stay_on_the_chip():
