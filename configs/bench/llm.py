@@ -34,8 +34,6 @@ def get_config() -> ConfigDict:
     # Whether kernels are launched while the one before still runs; without CUDA graphs, which rule it out:
     # XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment.
     config.overlapped_launches = False
-    # Whether blocks that multiply parts of K exchange their sums within the kernel, not by a pass of XLA.
-    config.exchanged_sums = False
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
     # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
     # divide the tokens of long prompts between products.

@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import exchanged_sums
 from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.command_buffers import enable_command_buffers
@@ -67,7 +66,6 @@ _SETTINGS = (
     "rotation_block",
     "fused_sequences",
     "overlapped_launches",
-    "exchanged_sums",
     "mesh",
     "iterations",
     "seed",
@@ -88,8 +86,6 @@ def main(config: ConfigDict, workdir: Path) -> None:
         stack.enter_context(device_lock())
         if config.overlapped_launches:
             stack.enter_context(overlapped_launches())
-        if config.exchanged_sums:
-            stack.enter_context(exchanged_sums())
         _measure(config, workdir)
 
 

@@ -10,7 +10,6 @@ on `gemm_expanded` is timed beside it, with and without splits of K.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import Any
 
 import jax
@@ -18,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bipolar_jax import BipolarArray
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import exchanged_sums
 from bipolar_jax.kernels.sm90.backend.expanded_planning import expanded_times
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
-from bipolar_jax.kernels.sm90.core.hardware import WARPGROUP
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
@@ -69,7 +66,7 @@ def product_of(
     ).prepare()
     of_tokens = operands.tokens(A_FORMAT)
     token_terms = of_tokens.scale, of_tokens.zero_code, of_tokens.code_sums
-    tokens = PackedTokens(operands.x_words(A_FORMAT, "int8"), *token_terms, jnp.zeros(WARPGROUP, jnp.int32))
+    tokens = PackedTokens(operands.x_words(A_FORMAT, "int8"), *token_terms)
     zero_code, scale = (np.asarray(t, np.float64)[operands.rows, None] for t in (tokens.zero_code, tokens.scale))
     x = np.asarray(operands.codes(A_FORMAT)[operands.rows], np.float64) - zero_code
     exact = 2.0**-9 * scale * (x @ weights.values(codes[operands.columns], terms, operands.columns).T)
@@ -108,13 +105,12 @@ def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTilin
     }
 
 
-def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling, *, exchange: bool) -> Call:
+def call(operands: tuple[PackedTokens, Any], tiling: FewTokensTiling | Tiling) -> Call:
     """The product as a function of its operands."""
     multiply = tokens_product if isinstance(tiling, Tiling) else few_tokens_product
 
     def product(tokens, w):
-        with exchanged_sums() if exchange else contextlib.nullcontext():
-            return multiply(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
+        return multiply(tokens, w, A_FORMAT, None, jnp.bfloat16, tiling=tiling, interpret=interpret_params())
 
     return product, operands
 
@@ -135,14 +131,12 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         if not options.tune:
             first, *others = tilings.items()
             tilings = dict([first, *(pair for pair in others if isinstance(pair[1], Tiling))])
-        compiled = compile_all(
-            {name: call(args, tiling, exchange=options.exchange) for name, tiling in tilings.items()}, options.threads
-        )
+        compiled = compile_all({name: call(args, tiling) for name, tiling in tilings.items()}, options.threads)
         figures: dict[str, Any] = {}
         for name, tiling in tilings.items():
             try:
                 check(raise_if_error(compiled[name])(*args), exact, operands)
-                figures[name] = timed(call(args, tiling, exchange=options.exchange), _WEIGHTS, options.iterations)
+                figures[name] = timed(call(args, tiling), _WEIGHTS, options.iterations)
             except Exception as error:
                 figures[name] = {"error": one_line(error)}
                 console.print(f"    {name}: {figures[name]['error']}")
@@ -159,11 +153,6 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
-    parser.add_argument(
-        "--exchange",
-        action="store_true",
-        help="splits of K exchange sums within the kernel; zeros are copied beside it",
-    )
     parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
     options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))

@@ -90,7 +90,6 @@ def expanded_tokens_matmul(
         if residual is not None and w.gated:
             return residual + few_tokens_product(tokens, w, a_format, bias, dtype, **options)
         return few_tokens_product(tokens, w, a_format, bias, dtype, residual=residual, **options)
-    options["arrivals"] = tokens.arrivals
     if w.gated and activation is None:
         if bias is not None:
             bias = w.rows_in_order_of_tiles(bias[:, None])[:, 0]

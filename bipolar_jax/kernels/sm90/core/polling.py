@@ -10,8 +10,6 @@ from jax.experimental.mosaic.gpu.utils import inline_ptx
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 
-_MOST_ATTEMPTS = 2**24  # of some 400 ns each
-
 
 def poll_words(loads: Sequence[tuple[Pointer, int]], phase: Value, needed: Value) -> list[list[Value]]:
     """Words in global memory, loaded again and again until the low bit of each is the phase bit.
@@ -61,46 +59,3 @@ def store_in_phase(ptr: Pointer, word: Value, phase: Value) -> None:
     """Stores a word in global memory, its low bit replaced by the phase bit."""
     word = ptx.either_bits(ptx.bits_of(word, 0xFFFFFFFE), phase)
     inline_ptx("st.relaxed.gpu.global.b32 [$0], $1;", ptr, word, has_side_effects=True)
-
-
-def arrive(count: Pointer, units: int) -> None:
-    """Adds `units` to a word in global memory for the warpgroup, all of whose threads take part and have stored.
-
-    A thread of another block that has seen the count by `await_count` sees what these threads stored.
-    """
-    ptx.synchronize()
-    with ptx.when(ptx.equal(ptx.thread_in_warpgroup(), 0)):
-        ptx.fence_gpu()
-        ptx.add_global(count, ptx.int32(units))
-
-
-def await_count(count: Pointer, wanted: Value) -> None:
-    """Waits until a word in global memory has counted to `wanted` or beyond; traps after some seconds.
-
-    The lanes of a warp, all of which take part, leave the loop together, as in `poll_words`.
-    """
-    code = f"""{{
-      .reg .pred again;
-      .reg .b32 counted, attempts;
-      mov.b32 attempts, 0;
-    AGAIN:
-      ld.acquire.gpu.global.b32 counted, [$0];
-      add.u32 attempts, attempts, 1;
-      setp.gt.u32 again, attempts, {_MOST_ATTEMPTS};
-      @again trap;
-      setp.lt.u32 again, counted, $1;
-      vote.sync.any.pred again, again, -1;
-      @again bra AGAIN;
-    }}"""
-    inline_ptx(code, count, wanted, has_side_effects=True, convergent=True)
-
-
-def load_from_blocks(ptr: Pointer) -> list[Value]:
-    """Four consecutive words of global memory that another block stored, aligned; never before an earlier wait."""
-    code = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    return list(inline_ptx(code, ptr, result_types=(ptx.i32_type(),) * 4, has_side_effects=True))
-
-
-def load_count(count: Pointer) -> Value:
-    """A word that `arrive` counts in, before this warpgroup's next arrival."""
-    return inline_ptx("ld.relaxed.gpu.global.b32 $0, [$1];", count, result_types=ptx.i32_type(), has_side_effects=True)

@@ -60,7 +60,7 @@ def tokens_product(
       dtype: of the output.
       **options: of `expanded_matmul`, such as a residual or an activation.
     """
-    return expanded_matmul(*product_operands(tokens, w, a_format, bias), dtype, arrivals=tokens.arrivals, **options)
+    return expanded_matmul(*product_operands(tokens, w, a_format, bias), dtype, **options)
 
 
 def product_operands(

@@ -82,9 +82,7 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
         index = first + iteration * tiling.tiles_in_progress
         step = index * problem.steps_per_tile
         sequence, token, column = problem.block_origin(index)
-        tile_origin = TileOrigin(sequence, token + tokens.start, column + out_column)
-        share = sequence * problem.finished_tokens if problem.exchanges else 0
-        origin = tile_origin._replace(token=tile_origin.token + share)
+        origin = TileOrigin(sequence, token + tokens.start, column + out_column)
         writer.preload(origin)
         total = mainloop(
             problem,
@@ -95,15 +93,12 @@ def consume(problem: ExpandedProblem, output: Output, targets, scratch, output_s
             release=release,
             end_stage=end_stage,
         )
-        if problem.exchanges:
-            total = output.own_share(problem, targets[1], total, tile_origin)
-        finished = pl.ds(tokens.start + share, problem.finished_tokens)
         with jax.named_scope("epilogue"):
             buffer = problem.terms_buffer(index)
             plgpu.barrier_wait(scratch.terms_full.at[buffer])
             token_terms, column_terms = (
                 jax.tree.map(lambda ref, own=own: ref.at[buffer, own], terms)
-                for terms, own in zip(scratch.terms, (finished, columns), strict=True)
+                for terms, own in zip(scratch.terms, (tokens, columns), strict=True)
             )
             writer.store(origin, _finisher(problem, output, writer.finish_shape, total, token_terms, column_terms))
 
@@ -201,8 +196,8 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
       problem: the static side.
       output: whose dtype the numbers have.
       finish_shape: rows and columns of the accumulator to finish at once.
-      total: [TILE_ROWS, finished_tokens], the sums.
-      tokens, columns: terms, refs [finished_tokens] and [TILE_ROWS] in shared memory.
+      total: [TILE_ROWS, tile_m], the sums.
+      tokens, columns: terms, refs [tile_m] and [TILE_ROWS] in shared memory.
     """
 
     def sums(row, column):
@@ -231,4 +226,4 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
             factors = [factor.astype(output.dtype).astype(jnp.float32) for factor in factors]
         return activate(problem.activation, factors, output.dtype)
 
-    return finished if problem.sums_left == 1 else sums
+    return finished if problem.splits == 1 else sums

@@ -12,7 +12,6 @@ weights become such (`floats/`).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import may_exchange
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.branches import when
@@ -36,7 +34,7 @@ from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import arrange
 from bipolar_jax.kernels.sm90.gemm_expanded.consumer import consume
-from bipolar_jax.kernels.sm90.gemm_expanded.output import ExchangedOutput, TransposedOutput
+from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.producer import Sources, produce
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery, ExpandedRecovery, ScaledRecovery
@@ -81,7 +79,6 @@ def expanded_matmul(
     tiling: Tiling = DEFAULT_TILING,
     residual: Float[Array, "m n"] | None = None,
     activation: Activation | None = None,
-    arrivals: Int[Array, " tiles"] | None = None,
     blocks: int = MULTIPROCESSORS,
     lag: int = 0,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -102,7 +99,6 @@ def expanded_matmul(
       tiling: tile shape and order, see `problem`.
       residual: added to the output, in `dtype`, after the cast.
       activation: applied to the product in float32, before the cast; a gated one makes one column of two.
-      arrivals: zeros, with which blocks may exchange the sums of splits of K (`exchanged_sums`); or None.
       blocks: persistent thread blocks, at most one a multiprocessor.
       lag: stages between the consumers of a tile, see `problem`.
       interpret: parameters of interpret mode, for tests on a CPU.
@@ -135,13 +131,6 @@ def expanded_matmul(
         if weights.gated:
             raise ValueError(f"columns of gated weights are in the order of tiles: no splits of K, got {tiling}")
         problem = ExpandedProblem(m, n, recovery, tiling, blocks, **of_weights)
-        exchanges = interpret is None and arrivals is not None and may_exchange() and problem.can_exchange
-        if exchanges and activation is None and problem.output_tiles <= len(arrivals):
-            problem = dataclasses.replace(problem, exchanges=True)
-            whole = TransposedOutput.of(jnp.dtype(dtype), residual)
-            output = ExchangedOutput(whole.residual, whole.dtype, jax.new_ref(arrivals))
-            out, _ = launch(problem, x_words, weights, tokens, columns, output)
-            return out[:, :n]
         output = TransposedOutput.of(accumulator_dtype(recovery.kind), None)
         (sums,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
         return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)

@@ -13,12 +13,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import exchange
 from bipolar_jax.kernels.sm90.core.hardware import TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS
@@ -26,11 +24,6 @@ from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Finish
 from bipolar_jax.kernels.sm90.gemm.problem import TileOrigin
 from bipolar_jax.kernels.sm90.gemm.producer import aligned
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import CHUNK_COLUMNS, CHUNK_TOKENS, ExpandedProblem
-
-
-def chunk_tokens(problem: ExpandedProblem) -> int:
-    """Tokens of output that leave at once."""
-    return min(CHUNK_TOKENS, problem.finished_tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -60,15 +53,15 @@ class TransposedOutput:
 
     def out_types(self, problem: ExpandedProblem) -> list[jax.ShapeDtypeStruct]:
         columns_unit = TMA_ALIGNMENT // self.dtype.itemsize
-        splits = (problem.sums_left,) if problem.sums_left > 1 else ()
+        splits = (problem.splits,) if problem.splits > 1 else ()
         return [jax.ShapeDtypeStruct((*splits, problem.m, -(-problem.n // columns_unit) * columns_unit), self.dtype)]
 
     def scratch(self, problem: ExpandedProblem, staging_slots: int) -> dict[str, Any]:
-        """Staging slots, [consumers, slots, tokens, CHUNK_COLUMNS]; with a residual, a barrier for each."""
+        """Staging slots, [consumers, slots, CHUNK_TOKENS, CHUNK_COLUMNS]; with a residual, a barrier for each."""
         # Rows of 128 bytes are swizzled: threads write 16-bit numbers without bank conflicts.
         swizzled = CHUNK_COLUMNS * self.dtype.itemsize == BYTES_PER_ROW
         staging = plgpu.SMEM(
-            (CONSUMERS, staging_slots, chunk_tokens(problem), CHUNK_COLUMNS),
+            (CONSUMERS, staging_slots, CHUNK_TOKENS, CHUNK_COLUMNS),
             self.dtype,
             # Without tiling: TMA then takes any number of tokens.
             transforms=(plgpu.SwizzleTransform(BYTES_PER_ROW),) if swizzled else (),
@@ -90,7 +83,7 @@ class TransposedWriter:
       problem: the product.
       residual: ref in memory, or None.
       out: [m, n] or [splits, m, n] in memory.
-      staging: [slots, tokens, CHUNK_COLUMNS] in shared memory.
+      staging: [slots, CHUNK_TOKENS, CHUNK_COLUMNS] in shared memory.
       arrived: barriers of the residual's arrival, one for every slot of all consumers, or None.
       consumer: index of this warpgroup.
     """
@@ -102,9 +95,7 @@ class TransposedWriter:
     arrived: Any
     consumer: Any
 
-    @property
-    def finish_shape(self) -> tuple[int, int]:
-        return CHUNK_COLUMNS, chunk_tokens(self.problem)
+    finish_shape = (CHUNK_COLUMNS, CHUNK_TOKENS)
 
     def start(self) -> None:
         pass
@@ -154,7 +145,7 @@ class TransposedWriter:
     def _chunks(self) -> list[tuple[int, int]]:
         """(column, token) of the tile's chunks, in order."""
         columns = range(0, self.problem.out_tile_n, CHUNK_COLUMNS)
-        return list(itertools.product(columns, range(0, self.problem.finished_tokens, chunk_tokens(self.problem))))
+        return list(itertools.product(columns, range(0, self.problem.tiling.tile_m, CHUNK_TOKENS)))
 
     def _load_residual(self, origin: TileOrigin, number: int) -> None:
         """Starts the load of a chunk's residual to its slot."""
@@ -168,41 +159,5 @@ class TransposedWriter:
     def _in_memory(self, array, origin: TileOrigin, number: int):
         """A chunk's part of [m, n] in memory."""
         column, token = self._chunks()[number]
-        array = array if self.problem.sums_left == 1 else array.at[origin.sequence]
-        return array.at[
-            pl.ds(origin.token + token, chunk_tokens(self.problem)), pl.ds(origin.column + column, CHUNK_COLUMNS)
-        ]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExchangedOutput(TransposedOutput):
-    """[m, n] in memory, of tiles whose K is split; a second array has the sums that blocks exchange.
-
-    Attributes:
-      arrivals: ref in memory, int32 zeros, at least as many as `ExpandedProblem.output_tiles`.
-    """
-
-    arrivals: Any = None
-
-    def out_types(self, problem: ExpandedProblem) -> list[jax.ShapeDtypeStruct]:
-        shape = problem.output_tiles, problem.splits, problem.tiling.tile_m * problem.tiling.tile_n
-        return [*super().out_types(problem), jax.ShapeDtypeStruct(shape, jnp.int32)]
-
-    def own_share(
-        self, problem: ExpandedProblem, sums: Any, total: Int[Array, "tile_n tile_m"], origin: TileOrigin
-    ) -> Int[Array, "tile_n share"]:
-        """The sums over all of K of the tokens that this split finishes.
-
-        Args:
-          problem: the static side.
-          sums: ref of the second array.
-          total: this split's sums of the tile.
-          origin: of the tile, its sequence the split.
-        """
-        row, column = (
-            lax.div(at, size)
-            for at, size in ((origin.token, problem.tiling.tile_m), (origin.column, problem.tiling.tile_n))
-        )
-        tile = row * problem.column_tiles + column
-        return exchange(total, sums.at[tile], self.arrivals, tile, origin.sequence, problem.splits)
+        array = array if self.problem.splits == 1 else array.at[origin.sequence]
+        return array.at[pl.ds(origin.token + token, CHUNK_TOKENS), pl.ds(origin.column + column, CHUNK_COLUMNS)]

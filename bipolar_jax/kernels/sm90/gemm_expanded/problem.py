@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from bipolar_jax.kernels.sm90.arithmetic.exchanged_sums import ROUND, TOKENS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, is_legal_width
@@ -36,14 +35,12 @@ class ExpandedProblem(Problem):
       lag: stages by which the second consumer of a block's tile stays behind the first, so that the products of one run
         under the epilogue of the other.
       float_terms: the form of float scales of groups, or None; see `scaled_multiply`, and `floats`.
-      exchanges: whether blocks exchange the sums of splits of K, see `exchanged_sums`; else they leave them in memory.
     """
 
     w_bits: int = 4
     chunks: int = 0
     lag: int = 0
     float_terms: FloatTerms | None = None
-    exchanges: bool = False
 
     token_axis: ClassVar[Literal[0, 1]] = 1
 
@@ -78,39 +75,6 @@ class ExpandedProblem(Problem):
     def stages_of_lag(self) -> int:
         """`lag`, or as much of it as there can be."""
         return min(self.lag, self.steps_over_k) if self.tiling.consumers_per_tile == CONSUMERS else 0
-
-    @property
-    def can_exchange(self) -> bool:
-        """Whether blocks can exchange int32 sums of splits: all run at once, and each consumer has one tile at most."""
-        tiling = self.tiling
-        shares = tiling.tile_m % (TOKENS * self.splits) == 0 and ROUND % self.splits == 0
-        return (
-            self.splits > 1
-            and not self.is_float
-            and tiling.cluster_size == 1
-            and shares
-            and self.tiles <= self.clusters * tiling.tiles_in_progress
-        )
-
-    @property
-    def column_tiles(self) -> int:
-        """Tiles of consumers along n."""
-        return -(-self.n // self.out_block_n) * (self.tiling.block_n // self.tiling.tile_n)
-
-    @property
-    def output_tiles(self) -> int:
-        """Tiles of consumers, of all of K."""
-        return self.covered_tokens // self.tiling.tile_m * self.column_tiles
-
-    @property
-    def sums_left(self) -> int:
-        """Arrays of sums that the output has; 1 where it is finished."""
-        return 1 if self.exchanges else self.splits
-
-    @property
-    def finished_tokens(self) -> int:
-        """Tokens of a tile that a consumer finishes."""
-        return self.tiling.tile_m // (self.splits if self.exchanges else 1)
 
     @property
     def weight_tiles(self) -> int:

@@ -21,11 +21,10 @@ from jaxtyping import Array, Float, Int, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Prologue, rotation_of
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up, vector_length
-from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.bit_transpose import CodeWords
 from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel, with_twin
-from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of, thread_index
+from bipolar_jax.kernels.sm90.core.fragments import SPLAT, scalar_of
 from bipolar_jax.kernels.sm90.core.hardware import (
     ALIGNED_WORDS,
     MULTIPROCESSORS,
@@ -66,14 +65,12 @@ class PackedTokens:
       scale: float32, as `quantize_tokens`.
       zero_code: the code of zero; 0 for one bit, whose grid has no zero.
       code_sums: sums of the unsigned codes u.
-      arrivals: zeros, with which blocks of the product that follows may count each other (`arithmetic.exchanged_sums`).
     """
 
     words: UInt32[Array, "planes m words"]
     scale: Float[Array, " m_filled"]
     zero_code: Int[Array, " m_filled"]
     code_sums: Int[Array, " m_filled"]
-    arrivals: Int[Array, " tiles"] | None = None
 
 
 def quantize_and_pack(
@@ -184,8 +181,6 @@ def _launch_rows_in_memory(quantizer: RowQuantizer, inputs: list[Array], blocks:
             _quantize_slot(quantizer, row, x.at[pl.ds(row, 1)], scratch, *outputs, *vectors)
 
         first = lax.axis_index("block")
-        *outputs, arrivals = outputs
-        when(first == 0)(functools.partial(_clear, arrivals))
         if blocks == m:
             quantize(first)
         else:
@@ -220,10 +215,9 @@ def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: 
 
     def kernel(*refs):
         x, *vectors = refs[: len(inputs)]
-        *outputs, arrivals = refs[len(inputs) : len(inputs) + 5]
-        ring, scratch, arrived, *vector_slots = refs[len(inputs) + 5 :]
+        outputs = refs[len(inputs) : len(inputs) + 4]
+        ring, scratch, arrived, *vector_slots = refs[len(inputs) + 4 :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        when((block == 0) & (warpgroup == 0))(functools.partial(_clear, arrivals))
         worker = warpgroup * blocks + block  # consecutive rows go to different multiprocessors
 
         def first_row(turn):
@@ -283,7 +277,6 @@ def _launch_rows_in_slots(quantizer: RowQuantizer, inputs: list[Array], blocks: 
 def _out_type(quantizer: RowQuantizer) -> list[jax.ShapeDtypeStruct]:
     """The fields of `PackedTokens`."""
     vectors = [jax.ShapeDtypeStruct((vector_length(quantizer.m),), dtype) for dtype in (jnp.float32, *[jnp.int32] * 2)]
-    vectors.append(jax.ShapeDtypeStruct((WARPGROUP,), jnp.int32))
     return [jax.ShapeDtypeStruct((quantizer.planes, quantizer.m, quantizer.row_words), jnp.uint32), *vectors]
 
 
@@ -304,22 +297,6 @@ def _share_memory(slot_bytes: int, vector_bytes: int) -> tuple[int, int]:
         return min(fit, _WARPGROUPS), 1
     warpgroups = min(fit // 2, _WARPGROUPS)
     return warpgroups, min(fit, _BARRIERS) // warpgroups
-
-
-def _clear_twin(words) -> None:
-    words[...] = jnp.zeros(words.shape, words.dtype)
-
-
-@with_twin(_clear_twin)
-def _clear(words) -> None:
-    """Zeros in a word for each thread of the warpgroup."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def inline(_, words):
-        word = ptx.advance(ptx.pointer(words, ptx.GLOBAL), ptx.times(thread_index(), 4))
-        ptx.store(word, [ptx.int32(0)])
-
-    inline(words)
 
 
 @with_twin(quantize_slot_twin)

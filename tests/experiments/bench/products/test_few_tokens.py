@@ -26,7 +26,7 @@ def test_the_product_passes_the_check():
     with interpreted(InterpretGPUParams()):
         args, tilings, exact = few_tokens.product_of(operands, Weights.parse("2g32"))
         tiling = dataclasses.replace(next(iter(tilings.values())), warpgroups=1)
-        product, args = few_tokens.call(args, tiling, exchange=False)
+        product, args = few_tokens.call(args, tiling)
         check(product(*args), exact, operands)
         (products, copies), count = with_cold_weights((product, args), few_tokens._WEIGHTS, 10**9)
         assert count == len(jax.eval_shape(products, *copies)) == 12

@@ -249,7 +249,6 @@ def interpreted(x, a_format, operand, prologue=None, blocks=2) -> PackedTokens:
     )
     packed = jax.block_until_ready(jax.jit(run)(x))
     assert not races_found()
-    assert not packed.arrivals.any()
     return packed
 
 
