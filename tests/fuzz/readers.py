@@ -23,7 +23,7 @@ from bipolar_jax.models.loaders.huggingface.safetensors_files import Safetensors
 from bipolar_jax.models.tokenizer_json import encode, load_tokenizer
 from bipolar_jax.tuning.parse import parse_table
 from experiments.support.workdir import RESULT_NAME, read_result
-from tests.fuzz import experts, mutations
+from tests.fuzz import experts, mutations, quantized
 from tests.fuzz.reader import Reader
 from tests.models.loaders import tiny_quantized
 from tests.models.loaders.compressed_tensors.test_transforms import R1, R3, R4
@@ -52,6 +52,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "chat": _chat(folder, checkpoint),
         "tuning": _tuning(folder),
         "result": _result(folder),
+        **quantized.make_readers(folder),
         **experts.make_readers(folder),
     }
 

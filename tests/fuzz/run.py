@@ -28,6 +28,7 @@ from pathlib import Path
 NAMES = (
     *("packed", "gguf", "gguf_integers", "sentencepiece", "safetensors"),
     *("config", "quantization", "tokenizer", "index", "chat", "tuning", "result"),
+    *("gptq", "awq", "pack_quantized", "int_quantized", "bitnet", "bitsandbytes", "quantization_methods"),
     *("experts", "experts_together", "experts_config", "experts_gptq", "experts_gguf", "experts_gguf_integers"),
 )
 # A missing shard, or a name that is too long for the file system.

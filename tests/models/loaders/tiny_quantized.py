@@ -1,6 +1,6 @@
 """Tiny checkpoints in the low-bit formats of Hugging Face, packed by hand, with the weights that they stand for.
 
-Written from the formats' own descriptions and independent of the package: integers become texts of bits.
+Written from the formats' own descriptions and independent of the package: integers become rows of bits.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Quantized:
 
 def dense(rows: np.ndarray, bits: int) -> np.ndarray:
     """Rows of unsigned integers as int32 words without padding: integer i is at bit i * bits of the row."""
-    texts = ["".join(format(int(code), f"0{bits}b")[::-1] for code in row) for row in rows]
-    texts = [text + "0" * (-len(text) % 32) for text in texts]
-    words = [[int(text[i : i + 32][::-1], 2) for i in range(0, len(text), 32)] for text in texts]
-    return np.array(words, np.uint32).view(np.int32)
+    planes = (rows[..., None] >> np.arange(bits) & 1).reshape(len(rows), -1)
+    padded = np.pad(planes, ((0, 0), (0, -planes.shape[1] % 32))).astype(np.uint8)
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4")
 
 
 def aligned(rows: np.ndarray, bits: int) -> np.ndarray:
@@ -119,10 +118,20 @@ def bitnet(rng, n: int, k: int, *, divides: bool):
     return Quantized({"weight": packed, "weight_scale": scale}, (ternary * factor).astype(np.float32))
 
 
-def bitsandbytes(rng, n: int, k: int):
-    """A layer of LLM.int8()."""
-    codes, largest = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.uniform(0.5, 1.5, n).astype(np.float32) / 8
-    weight = codes * (largest / np.float32(127))[:, None]
+def bitsandbytes(rng, n: int, k: int, *, exact: bool = False):
+    """A layer of LLM.int8(): rows are rounded to 127ths of their largest magnitude SCB, which is stored.
+
+    The library's reader multiplies q by SCB, then by 1 / 127, and rounds both times. With `exact`, SCB are 127 times
+    numbers of 8 bits, and neither product is rounded.
+    """
+    floats = rng.standard_normal((n, k)).astype(np.float32) * np.float32(k**-0.5)
+    if exact:
+        largest = 127 * rng.integers(128, 256, n).astype(np.float32) / 2**18
+        floats *= (largest / np.abs(floats).max(axis=1))[:, None]
+        floats[np.arange(n), np.abs(floats).argmax(axis=1)] = largest
+    largest = np.abs(floats).max(axis=1)
+    codes = np.rint(floats * (np.float32(127) / largest)[:, None]).astype(np.int8)
+    weight = codes * largest[:, None] * np.float32(1 / 127)
     return Quantized({"weight": codes, "SCB": largest, "weight_format": np.array(0, np.uint8)}, weight)
 
 
