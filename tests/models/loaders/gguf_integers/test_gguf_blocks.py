@@ -121,6 +121,12 @@ def loaded(path):
     return load_pretrained(path, activations=8)
 
 
+@pytest.fixture(scope="module")
+def floats(path):
+    """The model of the dequantized weights."""
+    return load_gguf(path).model
+
+
 def host_numbers(array: BlockScaledArray) -> np.ndarray:
     """The numbers [n, k] by NumPy, without a program."""
     planes, steps = np.asarray(array.planes), np.asarray(array.block_scale).astype(np.float32)
@@ -144,18 +150,19 @@ def host_numbers(array: BlockScaledArray) -> np.ndarray:
     return steps * (form.factor * stored - form.zero).astype(np.float32) + minimums
 
 
-def test_every_matrix_of_a_file_has_its_own_integers(path, loaded):
+def test_every_matrix_of_a_file_has_its_own_integers(loaded, floats):
     """Every type in one file, in the order of our rows, beside the file dequantized."""
-    floats, ours = load_gguf(path).model, loaded.model
+    ours = loaded.model
     for layer, types in enumerate((FIRST, SECOND)):
         for name, type_name in types.items():
             where = f"attention/{name[5:]}_proj" if "attn" in name else f"ffn/{name[4:]}_proj"
             where = where.replace("output", "o")
-            kernel, expected = (layer_at(each.block(layer), where).kernel for each in (ours, floats))
-            array = kernel.get_value()
+            stack = layer_at(ours.layers[str(layer)], where).kernel.get_value()  # of one layer
+            array = jax.tree.map(lambda leaf: np.asarray(leaf)[0], stack)
+            expected = np.asarray(layer_at(floats.layers, where).kernel)[layer]
             assert array.form == BLOCK_TYPES[type_name].form
-            np.testing.assert_array_equal(host_numbers(array), expected[...].T, err_msg=type_name)
-    assert ours.block(1).ffn.up_proj.precision.a_bits == 8
+            np.testing.assert_array_equal(host_numbers(array), expected.T, err_msg=type_name)
+    assert ours.layers["1"].ffn.up_proj.precision.a_bits == 8
     assert ours.lm_head.precision.a_bits is ours.embed.precision.a_bits is None
     np.testing.assert_array_equal(host_numbers(ours.lm_head.kernel.get_value()), floats.lm_head.kernel[...].T)
     np.testing.assert_array_equal(host_numbers(ours.embed.embedding.get_value()), floats.embed.embedding[...])
@@ -183,19 +190,23 @@ def expected(some):
     return logits_of(load_gguf(some).model)
 
 
-def test_logits_are_those_of_the_dequantized_weights(some, expected):
+def test_tied_tables_stay_one(some):
     ours = load_gguf(some, activations=16).model
     assert ours.config.tie_embeddings
     assert not hasattr(ours, "lm_head")
-    assert error_of(ours, expected) < 1e-5
     assert "float dot of integer values" in str(explain_model(ours, 1, 4))
 
 
-@pytest.mark.covered("test_logits_are_those_of_the_dequantized_weights; and the products of float groups")
-@pytest.mark.parametrize("prepared", [False, True])
-def test_logits_of_all_types(path, prepared):
-    ours = load_gguf(path, activations=16).model
-    assert error_of(prepare_for_inference(ours) if prepared else ours, logits_of(load_gguf(path).model)) < 1e-5
+def test_logits_of_all_types(path, floats):
+    """With float activations, those of the dequantized weights."""
+    assert error_of(load_gguf(path, activations=16).model, logits_of(floats)) < 1e-5
+
+
+@pytest.mark.covered("test_logits_of_all_types; and the products of float groups")
+def test_prepared_logits_of_all_types(path, floats):
+    with pytest.warns(UserWarning, match="layers stay apart"):
+        prepared = prepare_for_inference(load_gguf(path, activations=16).model)
+    assert error_of(prepared, logits_of(floats)) < 1e-5
 
 
 def test_integer_activations_are_those_of_the_layers(some, expected):
