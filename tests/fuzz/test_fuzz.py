@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz import mutations, run
 from tests.support.imports import ROOT
 
-INPUTS = 40  # for each reader
+INPUTS = 30  # for each reader
 
 
 def test_damaged_files():

@@ -118,21 +118,31 @@ def bitnet(rng, n: int, k: int, *, divides: bool):
     return Quantized({"weight": packed, "weight_scale": scale}, (ternary * factor).astype(np.float32))
 
 
-def bitsandbytes(rng, n: int, k: int, *, exact: bool = False):
-    """A layer of LLM.int8(): rows are rounded to 127ths of their largest magnitude SCB, which is stored.
-
-    The library's reader multiplies q by SCB, then by 1 / 127, and rounds both times. With `exact`, SCB are 127 times
-    numbers of 8 bits, and neither product is rounded.
-    """
-    floats = rng.standard_normal((n, k)).astype(np.float32) * np.float32(k**-0.5)
+def rows(rng, n: int, k: int, *, exact: bool = False) -> np.ndarray:
+    """Random weights, float16 [n, k]; with `exact` the largest magnitudes of rows are 127 times numbers of 4 bits."""
+    floats = rng.standard_normal((n, k)) * k**-0.5
     if exact:
-        largest = 127 * rng.integers(128, 256, n).astype(np.float32) / 2**18
+        largest = 127 * rng.integers(8, 16, n) / 2**14
         floats *= (largest / np.abs(floats).max(axis=1))[:, None]
         floats[np.arange(n), np.abs(floats).argmax(axis=1)] = largest
+    return floats.astype(np.float16)
+
+
+def bitsandbytes_of(floats: np.ndarray) -> Quantized:
+    """A layer of LLM.int8(): rows are rounded to 127ths of their largest magnitude SCB, which is stored.
+
+    The library's reader multiplies q by SCB, then by 1 / 127, and rounds both products, unless `rows` are exact.
+    """
+    floats = floats.astype(np.float32)
     largest = np.abs(floats).max(axis=1)
-    codes = np.rint(floats * (np.float32(127) / largest)[:, None]).astype(np.int8)
+    codes = np.rint(floats * (np.float32(127) * (1 / largest))[:, None]).astype(np.int8)
     weight = codes * largest[:, None] * np.float32(1 / 127)
     return Quantized({"weight": codes, "SCB": largest, "weight_format": np.array(0, np.uint8)}, weight)
+
+
+def bitsandbytes(rng, n: int, k: int, *, exact: bool = False) -> Quantized:
+    """A layer that bitsandbytes quantized to 8 bits."""
+    return bitsandbytes_of(rows(rng, n, k, exact=exact))
 
 
 def with_experts(model: tiny.Tiny, count: int, per_token: int, ffn: int) -> tiny.Tiny:

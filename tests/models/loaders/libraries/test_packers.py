@@ -1,7 +1,7 @@
 """The packers of these tests write what the formats' own libraries write, byte for byte.
 
 Skipped where a library is not installed, as in the project's own environment: all need torch. Seen with AutoGPTQ 0.7.1,
-AutoAWQ 0.2.9, compressed-tensors 0.20.1 and transformers 5.24.0.
+AutoAWQ 0.2.9, compressed-tensors 0.20.1, transformers 5.24.0 and bitsandbytes 0.50.2 (on a CPU).
 """
 
 from __future__ import annotations
@@ -99,3 +99,19 @@ def test_bitnet_of_transformers():
     layer = formats.bitnet(np.random.default_rng(0), 64, 96, divides=True)
     found = pack_weights(torch.tensor(np.sign(layer.weight)))
     np.testing.assert_array_equal(found.numpy(), layer.tensors["weight"])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_bitsandbytes(exact):
+    """The tensors of a layer that it quantizes, saved, and the weights that it reads from them."""
+    library = pytest.importorskip("bitsandbytes")
+    weight = formats.rows(np.random.default_rng(0), N, K, exact=exact)
+    layer = formats.bitsandbytes_of(weight)
+    packed = library.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False)
+    packed.load_state_dict({"weight": torch.tensor(weight)})
+    found = packed.to("cpu").state_dict()
+    assert set(found) == set(layer.tensors)
+    for name, tensor in layer.tensors.items():
+        np.testing.assert_array_equal(found[name].numpy(), tensor, err_msg=name)
+    read = library.functional.int8_vectorwise_dequant(found["weight"], found["SCB"])
+    np.testing.assert_array_equal(read.numpy(), layer.weight)
