@@ -34,6 +34,7 @@ from rich.table import Table
 import bipolar_jax as bj
 from bipolar_jax.compress.allocation import Assignment, frontier, rules_of, site_bits, site_losses
 from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import layer_at, run_name
 
@@ -228,6 +229,7 @@ def _print_table(model: Transformer, best: Assignment, result: dict[str, Any], b
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="compression/allocate")
 
 

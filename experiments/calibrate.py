@@ -31,6 +31,7 @@ from bipolar_jax.compress.rotations.plan import Kind
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.blocks.feed_forward import gate_activation
 from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.models.transformer import Transformer
@@ -213,6 +214,7 @@ def _store(workdir: Path, precision: bj.Precision | str) -> Path:
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="calibrate")
 
 

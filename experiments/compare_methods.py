@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.extras import require
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 
 from . import calibrate
 from .support import app
@@ -215,6 +216,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="compression/compare_methods")
 
 

@@ -39,6 +39,7 @@ from bipolar_jax.format import as_format
 from bipolar_jax.kernels.device import default_device
 from bipolar_jax.models.inference.perplexity import Perplexity
 from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.loaders import load_pretrained
 from bipolar_jax.models.transformer import Transformer
 
@@ -336,6 +337,7 @@ def _windows(config: ConfigDict, workdir: Path, teacher: Transformer) -> Int[np.
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="distill")
 
 

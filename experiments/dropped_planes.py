@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bipolar_jax.format import as_format
 from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn.layers.linear import Linear
@@ -130,6 +131,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="compression/dropped_planes")
 
 

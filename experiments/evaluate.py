@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bipolar_jax.extras import require
 from bipolar_jax.models.inference.perplexity import Perplexity, paired_difference
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn import layer_summaries
 
@@ -208,6 +209,7 @@ def _json_number(x: float) -> float | None:
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="evaluate", several_processes=True)
 
 

@@ -17,10 +17,10 @@ import jax
 from ml_collections import ConfigDict
 
 import bipolar_jax as bj
-from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import stream
 from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.inference.text_stream import TextStream
+from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from bipolar_jax.models.pretrained import PretrainedModel
 
 from .distributed.mesh import cuts_of, mesh_of, on_mesh

@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import bipolar_jax as bj
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 
 from .support import app
 from .support.precision_sweep import BY_RULES, EMBEDDING, Sweep, read_rules, rules_of_row
@@ -52,6 +53,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="smollm2")
 
 

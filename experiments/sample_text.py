@@ -17,10 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
-from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from bipolar_jax.models.tokenizer_json import encode
 
 from .support import app

@@ -16,7 +16,7 @@ _MODULES = {
     "Sampling": "inference.sampling",
     "Transformer": "transformer",
     "TransformerConfig": "config",
-    "enable_command_buffers": "inference.command_buffers",
+    "enable_command_buffers": "inference.xla_flags",
     "explain_model": "inference.explain",
     "export_compressed_tensors": "exporters",
     "export_gguf": "exporters",
@@ -28,6 +28,7 @@ _MODULES = {
     "load_pretrained": "loaders",
     "load_sharded": "sharding.load",
     "perplexity": "inference.perplexity",
+    "pin_float_products": "inference.xla_flags",
     "prepare_for_inference": "inference.prepare",
     "preset": "presets",
     "random_float": "random_weights",
@@ -58,6 +59,7 @@ __all__ = [
     "load_pretrained",
     "load_sharded",
     "perplexity",
+    "pin_float_products",
     "prepare_for_inference",
     "preset",
     "random_float",
@@ -74,7 +76,6 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.checkpoint import load_model, save_model
     from bipolar_jax.models.config import TransformerConfig
     from bipolar_jax.models.exporters import export_compressed_tensors, export_gguf
-    from bipolar_jax.models.inference.command_buffers import enable_command_buffers
     from bipolar_jax.models.inference.continuations import score_continuations
     from bipolar_jax.models.inference.explain import explain_model
     from bipolar_jax.models.inference.generation import Completion, generate, stream
@@ -83,6 +84,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from bipolar_jax.models.inference.prepare import prepare_for_inference
     from bipolar_jax.models.inference.sampling import Sampling
     from bipolar_jax.models.inference.written_text import write_windows
+    from bipolar_jax.models.inference.xla_flags import enable_command_buffers, pin_float_products
     from bipolar_jax.models.loaders import load_gguf, load_huggingface, load_pretrained
     from bipolar_jax.models.presets import preset
     from bipolar_jax.models.pretrained import PretrainedModel

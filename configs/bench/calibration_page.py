@@ -10,7 +10,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     # Files below --workdir, comma separated: of experiments.quantize, experiments.calibrate and experiments.distill.
     config.models = (
-        "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,cpu_2_cores/calibrate_demo.json"
+        "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,cpu_2_cores/calibrate_demo.json,"
+        "nvidia_h200/distill.json"
     )
     # Of experiments.compare_methods; "" for none.
     config.comparisons = (

@@ -31,8 +31,8 @@ import bipolar_jax as bj
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.inference.command_buffers import enable_command_buffers
 from bipolar_jax.models.inference.prepare import prepare_for_inference
+from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float, random_packed

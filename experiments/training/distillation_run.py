@@ -26,12 +26,15 @@ _TIMED_STEPS = 5
 
 
 def schedule_of(config: ConfigDict, precision: bj.Precision) -> Schedule:
-    """The rates of a precision: the config's, or where these are 0 its own (`Schedule.of`). Raises ValueError as it."""
+    """The rates of a precision: the config's, or where these are 0 its own (`Schedule.of`); a tenth of steps warm up.
+
+    Raises:
+      ValueError: as `Schedule`.
+    """
     asked = {"steps": config.steps, "learning_rate": config.learning_rate}
     changes = {name: value for name, value in asked.items() if value}
-    return Schedule.of(
-        precision, **changes, warmup=config.warmup_steps, scale_rate=config.scale_rate, clip_norm=config.clip_norm
-    )
+    schedule = Schedule.of(precision, **changes, warmup=0, scale_rate=config.scale_rate, clip_norm=config.clip_norm)
+    return dataclasses.replace(schedule, warmup=min(config.warmup_steps, schedule.steps // 10))
 
 
 def check(config: ConfigDict) -> None:

@@ -161,7 +161,7 @@ def test_a_config_has_the_schedule_of_each_precision_unless_it_names_one():
     config, precision = distill_config.get_config(), bj.Precision.parse("W3A8g64")
     assert schedule_of(config, precision) == Schedule(steps=1200, learning_rate=1e-4)
     config.steps, config.scale_rate = 80, 0.2
-    assert schedule_of(config, precision) == Schedule(steps=80, learning_rate=1e-4, scale_rate=0.2)
+    assert schedule_of(config, precision) == Schedule(steps=80, learning_rate=1e-4, warmup=8, scale_rate=0.2)
 
 
 @pytest.mark.covered("Ctrl-C, by test_train_resume.py")
@@ -193,7 +193,7 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
     [
         ({"packed": ""}, "config.packed is missing"),
         ({"seconds": -1.0}, "seconds must be at least 0"),
-        ({"warmup_steps": 6}, "warmup=6 must be at least 0 and below steps=6"),
+        ({"warmup_steps": -1}, "warmup=-1 must be at least 0 and below steps=6"),
         ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
         ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),
         ({"parts": 3}, "parts=3 must divide batch_size=4"),

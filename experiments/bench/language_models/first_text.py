@@ -123,7 +123,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     import bipolar_jax as bj
-    from bipolar_jax.models.inference.command_buffers import enable_command_buffers
+    from bipolar_jax.models.inference.xla_flags import enable_command_buffers
     from bipolar_jax.models.presets import preset
     from bipolar_jax.models.random_weights import random_packed
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import bipolar_jax as bj
 from bipolar_jax.kernels.sm90.core.execution import interpreted
 from bipolar_jax.models.config import TransformerConfig
-from bipolar_jax.models.inference import command_buffers
+from bipolar_jax.models.inference import xla_flags
 from bipolar_jax.models.inference.generation import generate
 from bipolar_jax.models.inference.prepare import belongs_on_tensor_cores, prepare_for_inference
 from bipolar_jax.models.pretrained import PretrainedModel
@@ -258,11 +258,26 @@ def test_layers_of_another_backend_stay_packed():
 )
 def test_command_buffers_are_enabled_if_a_gpu_plugin_is_installed(monkeypatch, flags, plugin, expected):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setattr(command_buffers, "_has_cuda_plugin", lambda: plugin)
-    assert command_buffers.enable_command_buffers() == plugin
-    found = command_buffers.os.environ["XLA_FLAGS"]
+    monkeypatch.setattr(xla_flags, "_has_cuda_plugin", lambda: plugin)
+    assert xla_flags.enable_command_buffers() == plugin
+    found = xla_flags.os.environ["XLA_FLAGS"]
     assert found.startswith(expected)
     assert found.count("command_buffer") == expected.count("command_buffer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin", "expected"),
+    [
+        ("--a", True, "--a --xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
+        ("--xla_gpu_autotune_level=4", True, "--xla_gpu_autotune_level=4 --xla_gpu_enable_triton_gemm=false"),
+        ("--a", False, "--a"),
+    ],
+)
+def test_float_products_are_pinned_unless_the_user_chose(monkeypatch, flags, plugin, expected):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(xla_flags, "_has_cuda_plugin", lambda: plugin)
+    assert xla_flags.pin_float_products() == plugin
+    assert xla_flags.os.environ["XLA_FLAGS"] == expected
 
 
 def test_public_names_are_in_one_place():
