@@ -1,4 +1,4 @@
-"""The examples of README.md and of the training README run as they stand."""
+"""The examples of README.md and of the READMEs of loaders and training run as they stand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.models.loaders import tiny_quantized
+from tests.models.loaders.test_quantized_formats import CASES, maker
 from tests.support import tiny_checkpoints
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+LOADERS = ROOT / "bipolar_jax" / "models" / "loaders" / "README.md"
 TRAINING = ROOT / "bipolar_jax" / "nn" / "training" / "README.md"
 
 
@@ -38,6 +41,16 @@ def test_a_loaded_model_is_quantized_and_writes(tmp_path):
     names = names_after(code.replace("128, 512,", "2, 8,").replace("text, rules)", nearest))
     assert str(names["model"].model.layers.attention.qkv_proj.precision) == "W4A8g64"
     assert str(names["model"].model.embed.precision) == "W8A16"
+
+
+def test_a_low_bit_checkpoint_writes(tmp_path, capsys):
+    config, options, precision = CASES["awq"]
+    tiny_quantized.write(tmp_path, config, maker(**options))
+    code = example(LOADERS, "load_pretrained").replace('"DIRECTORY"', repr(str(tmp_path)))
+    assert "max_new_tokens=32" in code
+    names = names_after(code.replace("max_new_tokens=32", "max_new_tokens=2"))
+    assert str(names["model"].model.layers.ffn.down_proj.precision) == precision
+    assert capsys.readouterr().out.strip()
 
 
 def test_arrays_and_layers_are_quantized_and_saved(tmp_path, monkeypatch):
