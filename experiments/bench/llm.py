@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from experiments.bench.language_models.report import add_speedups, line, plot_sp
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, peak_bytes
 from experiments.distributed.mesh import cuts_of, mesh_of
 from experiments.support import app
-from experiments.support.device_lock import device_lock
+from experiments.support.device_lock import device_lock, device_shared
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
 from experiments.support.sources import load_model_source
@@ -172,7 +173,10 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         if not todo and not needs_profile:
             continue
         try:
-            model = make_model(config, model_config, precision)
+            started = time.perf_counter()
+            with device_shared():
+                model = jax.block_until_ready(make_model(config, model_config, precision))
+            console.print(f"{name}: made in {time.perf_counter() - started:.1f} s")
         except Exception as error:
             rows |= {workload.name: {"error": one_line(error)} for workload in todo}
             console.print(f"{name}: {one_line(error)}")
@@ -241,9 +245,14 @@ def _measure_workload(
     """Sets result["models"][name]["workloads"][workload.name], and result["profiles"][name] if `with_profile`."""
     cache_bits, options = config.cache_bits or None, BASELINES.get(name, {})
     try:
-        compiled = CompiledWorkload(model, workload, cache_bits=cache_bits, options=options, seed=config.seed)
-        devices = 1 if name in BASELINES else num_devices(config)
-        measured = _figures(compiled, bandwidth * devices, config.iterations)
+        is_float, started = name in BASELINES, time.perf_counter()
+        compiled = CompiledWorkload(
+            model, workload, cache_bits=cache_bits, options=options, alone=is_float, seed=config.seed
+        )
+        seconds = {"compile": round(time.perf_counter() - started, 1)}
+        measured = _figures(compiled, bandwidth * (1 if is_float else num_devices(config)), config.iterations)
+        seconds["measure"] = round(time.perf_counter() - started - seconds["compile"], 1)
+        measured["seconds"] = seconds
     except Exception as error:
         measured = {"error": one_line(error)}
     result["models"][name]["workloads"][workload.name] = measured

@@ -8,7 +8,7 @@ faster, start one process per shape: each compiles while another one holds the l
     done; wait
 
 Where wall times are measured, tracing in other processes would slow the launches: they trace under the lock shared, so
-that nobody measures meanwhile.
+that nobody measures meanwhile. So do those that make models, or whose programs XLA times products of.
 
 Processes whose CUDA_VISIBLE_DEVICES lists disjoint device numbers run at the same time. A process without such a list
 excludes all others.
@@ -76,9 +76,29 @@ def device_unlocked() -> Iterator[None]:
         _acquire()
 
 
-def _acquire() -> None:
+@contextlib.contextmanager
+def device_shared() -> Iterator[None]:
+    """Shares the lock for the block, after this process's work on the device is complete: nobody measures meanwhile.
+
+    For what uses the device, but may do so beside others, inside `device_lock`; outside it this does nothing.
+    """
+    if not _held:
+        yield
+        return
+    jax.block_until_ready(jax.live_arrays())
+    _release()  # a lock that is converted while another process waits for it could wait for that one
+    _acquire(shared=True)
+    try:
+        yield
+        jax.block_until_ready(jax.live_arrays())
+    finally:
+        _release()
+        _acquire()
+
+
+def _acquire(*, shared: bool = False) -> None:
     for lock, mode in _held:
-        fcntl.flock(lock, mode)
+        fcntl.flock(lock, fcntl.LOCK_SH if shared else mode)
 
 
 def _release() -> None:

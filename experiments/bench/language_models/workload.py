@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -16,7 +17,7 @@ from flax import nnx
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer
 from bipolar_jax.models.transformer import Transformer
-from experiments.support.device_lock import device_unlocked
+from experiments.support.device_lock import device_shared, device_unlocked
 from experiments.support.timing import Timing
 
 _LENGTH_STEP = 64  # cache capacity is a multiple of attention's step over positions
@@ -81,6 +82,7 @@ class CompiledWorkload:
         *,
         cache_bits: int | None = None,
         options: dict[str, Any] | None = None,
+        alone: bool = False,
         seed: int = 0,
     ):
         """Compiles both functions.
@@ -90,6 +92,7 @@ class CompiledWorkload:
           workload: batch, prompt length and decode steps.
           cache_bits: see `Transformer.prefill`.
           options: XLA compiler options.
+          alone: whether nobody else may compile meanwhile: XLA times the float products of a model on the device.
           seed: seed of the random prompts.
         """
         self.model, self.workload = model, workload
@@ -113,14 +116,16 @@ class CompiledWorkload:
         with device_unlocked():
             lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
             _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
-        # With the device locked: XLA autotunes float products on it.
-        self._prefill = lowered_prefill.compile(options)
+        sharing = contextlib.nullcontext if alone else device_shared
+        with sharing():
+            self._prefill = lowered_prefill.compile(options)
         if isinstance(model, ShardedTransformer):  # the decode loop takes the cache as the prompts leave it
             cache = jax.tree.map(_placed, cache, self._prefill.output_shardings[1])
         with device_unlocked():
             lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
         self.cache_bytes = cache.nbytes
-        self._decode = lowered_decode.compile(options)
+        with sharing():
+            self._decode = lowered_decode.compile(options)
 
     def check(self) -> float:
         """Compares the logits after the last prompt token from prefill with those from a decode step.

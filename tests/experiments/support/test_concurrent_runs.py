@@ -84,10 +84,14 @@ def test_shared_locks_exclude_only_those_that_measure(tmp_path, monkeypatch, dev
         assert others_wait(fcntl.LOCK_EX)
     with device_lock.device_lock():
         assert others_wait(fcntl.LOCK_SH)
+        with device_lock.device_shared():
+            assert not others_wait(fcntl.LOCK_SH)
+            assert others_wait(fcntl.LOCK_EX)
+        assert others_wait(fcntl.LOCK_SH)
 
 
 def test_unlocking_without_the_lock_does_nothing():
-    with device_lock.device_unlocked():
+    with device_lock.device_unlocked(), device_lock.device_shared():
         pass
 
 
