@@ -6,6 +6,7 @@ The suite itself is no pytest suite: `make gpu-test` runs it on a Hopper GPU.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.decode_attention import reduce, tiles
 from tests.gpu import sanitizer
 from tests.gpu.cases import heads
 from tests.gpu.group import GROUPS, cases_of, part_of
@@ -324,6 +326,28 @@ def test_single_hazards_are_known_whatever_their_values():
     verdict = sanitizer.judge("racecheck", "decode step", ended, error)
     assert verdict.status == "failed"
     assert "in block (0,0,0) :\nRead Thread (35,0,0)" in verdict.message
+
+
+def test_hazards_across_the_barrier_of_a_block_are_known_of_two_functions():
+    of_write, of_read = (
+        inspect.getsourcelines(function)[1] + 2 for function in (tiles.store_tile_sums, reduce.store_totals)
+    )
+    hazard = f"""========= Error: Potential RAW hazard detected at __shared__ 0x1a57f in block (7,1,0) :
+=========     Write Thread (67,0,0) at decode_attention_mosaic_gpu_kernel+0x3a20 in tiles.py:{of_write}
+=========     Read Thread (223,0,0) at decode_attention_mosaic_gpu_kernel+0x3af0 in reduce.py:{of_read}
+=========     Current Value : 63
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 errors, 0 warnings)
+"""
+
+    def status(kernel, log):
+        return sanitizer.judge("racecheck", kernel, Ended(0, 3.0, f"checked: {kernel}\n"), log).status
+
+    assert status("attention, tiles", hazard) == "passed"
+    assert status("attention, 4 bits", hazard) == "failed"
+    others = ("RAW", "WAR"), (f"tiles.py:{of_write}", "tiles.py:1"), (f"reduce.py:{of_read}", f"reduce.py:{of_read}0")
+    for found, other in others:
+        assert status("attention, tiles", hazard.replace(found, other)) == "failed"
 
 
 def test_a_planted_defect_has_to_be_reported():
