@@ -32,8 +32,11 @@ def get_config() -> ConfigDict:
     # and more) to 3000 at 3e-4 (2 bits).
     config.steps = 0
     config.learning_rate = 0.0
-    # Seconds that the whole program may take, from its start: steps are fitted to them, in the proportion that the
-    # precisions would have; 0 is no limit.
+    # Times the steps of each precision: with 4 and --config.seconds=600 ten minutes are used up where they have room
+    # for more steps than those. The learning rate decays over all of them; what it gains is not measured.
+    config.steps_factor = 1.0
+    # Seconds that the whole program may take, from its start: fewer steps where they do not suffice for all, in the
+    # proportion that the precisions would have; 0 is no limit.
     config.seconds = 0.0
     # Updates of warm-up, at most a tenth of the steps; times the learning rate is that of scales, offsets
     # and norms.

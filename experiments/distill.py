@@ -5,10 +5,11 @@
 
 Each packed model's token probabilities learn from the float model's, on text that the float model writes. All share
 this text, the float model and its score; their programs compile while the text is written. Steps and learning rates are
-those of each precision (`compress.distillation.Schedule.of`), unless the config has others; with --config.seconds steps
-are fitted to what is left of that time. Writes to --workdir result.json and perplexity.png as experiments/calibrate
-does, with losses and seconds, and the packed models, which experiments/generate.py reads. A stopped run resumes with
-the same losses, on GPUs up to rounding; Ctrl-C ends one after the step that it is in.
+those of each precision (`compress.distillation.Schedule.of`), unless the config has others; --config.seconds makes them
+fewer where time is short, --config.steps_factor=4 four times as many. Writes to --workdir result.json and
+perplexity.png as experiments/calibrate does, with losses and seconds, and the packed models, which
+experiments/generate.py reads. A stopped run resumes with the same losses, on GPUs up to rounding; Ctrl-C ends one after
+the step that it is in.
 """
 
 from __future__ import annotations

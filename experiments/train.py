@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 import bipolar_jax as bj
 from bipolar_jax.models.checkpoint import save_model
 from bipolar_jax.models.inference.generation import generate
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.models.transformer import Transformer
@@ -161,6 +162,7 @@ def _finish(run: TrainingRun, config: ConfigDict, workdir: Path, data: TrainingD
 
 def command() -> None:
     """The command line."""
+    pin_float_products()
     app.run(main, example="tiny_w2a2", several_processes=True)
 
 

@@ -29,6 +29,7 @@ from bipolar_jax.compress.packed_sites import float_matrix
 from bipolar_jax.compress.rounding import round_rows
 from bipolar_jax.compress.rounding.gptq import feedback, with_damping
 from bipolar_jax.compress.site_inputs import site_inputs
+from bipolar_jax.models.inference.xla_flags import pin_float_products
 from bipolar_jax.models.presets import preset
 from bipolar_jax.models.random_weights import random_float
 from bipolar_jax.models.transformer import Transformer
@@ -182,4 +183,5 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    pin_float_products()
     app.run(main)

@@ -28,13 +28,16 @@ _TIMED_STEPS = 5
 def schedule_of(config: ConfigDict, precision: bj.Precision) -> Schedule:
     """The rates of a precision: the config's, or where these are 0 its own (`Schedule.of`); a tenth of steps warm up.
 
+    Its own steps are multiplied by `steps_factor`, over which the learning rate then decays.
+
     Raises:
       ValueError: as `Schedule`.
     """
     asked = {"steps": config.steps, "learning_rate": config.learning_rate}
     changes = {name: value for name, value in asked.items() if value}
     schedule = Schedule.of(precision, **changes, warmup=0, scale_rate=config.scale_rate, clip_norm=config.clip_norm)
-    return dataclasses.replace(schedule, warmup=min(config.warmup_steps, schedule.steps // 10))
+    steps = config.steps or max(1, round(config.steps_factor * schedule.steps))
+    return dataclasses.replace(schedule, steps=steps, warmup=min(config.warmup_steps, steps // 10))
 
 
 def check(config: ConfigDict) -> None:
@@ -47,6 +50,13 @@ def check(config: ConfigDict) -> None:
     if config.distillation_windows < config.batch_size:
         raise ValueError(
             f"a batch takes {config.batch_size} windows, there are {config.distillation_windows}: write more"
+        )
+    if not 0 < config.steps_factor < math.inf:
+        raise ValueError(f"steps_factor must be positive and finite, got {config.steps_factor}")
+    if config.steps and config.steps_factor != 1:
+        raise ValueError(
+            f"steps_factor={config.steps_factor} multiplies the steps of each precision, steps={config.steps} replaces "
+            "them: give one of the two"
         )
     if config.seconds < 0:
         raise ValueError(f"seconds must be at least 0, which is no limit, got {config.seconds}")

@@ -164,6 +164,15 @@ def test_a_config_has_the_schedule_of_each_precision_unless_it_names_one():
     assert schedule_of(config, precision) == Schedule(steps=80, learning_rate=1e-4, warmup=8, scale_rate=0.2)
 
 
+def test_more_steps_than_those_of_a_precision_are_used_where_time_allows():
+    config, precision = distill_config.get_config(), bj.Precision.parse("W4A8g64")
+    config.steps_factor = 4.0
+    schedule = schedule_of(config, precision)
+    assert schedule == Schedule(steps=2400, learning_rate=2e-5)
+    assert schedule.rate(1200) == pytest.approx(1e-5)  # cosine decay, half-way through all steps
+    assert fitted(schedule, 0.06, 60).steps == 1000
+
+
 @pytest.mark.covered("Ctrl-C, by test_train_resume.py")
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(config, tmp_path, monkeypatch):
     class Pressed:
@@ -193,6 +202,8 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
     [
         ({"packed": ""}, "config.packed is missing"),
         ({"seconds": -1.0}, "seconds must be at least 0"),
+        ({"steps_factor": 0.0}, "steps_factor must be positive and finite, got 0.0"),
+        ({"steps_factor": 4.0}, r"steps_factor=4.0 multiplies .*, steps=6 replaces them: give one"),
         ({"warmup_steps": -1}, "warmup=-1 must be at least 0 and below steps=6"),
         ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
         ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),

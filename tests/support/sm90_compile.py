@@ -116,13 +116,16 @@ def missing() -> str | None:
     return "compiling for sm_90a needs JAX's CUDA plugin and ptxas: run make compiler"
 
 
-def compile_for_h200(fn, *avals, ptx: bool = False) -> tuple[Program, PtxasReport]:
+def compile_for_h200(
+    fn, *avals, ptx: bool = False, options: dict[str, int] | None = None
+) -> tuple[Program, PtxasReport]:
     """Compiles fn for one H200, with optimizations, or takes the result from the cache.
 
     Args:
       fn: a function of arrays, jitted here.
       *avals: pytrees of jax.ShapeDtypeStruct.
       ptx: also put the kernels' PTX in the report's text.
+      options: XLA's flags for this program.
 
     Raises:
       Whatever the lowering or the compiler raises.
@@ -135,13 +138,13 @@ def compile_for_h200(fn, *avals, ptx: bool = False) -> tuple[Program, PtxasRepor
     with optimizations(True):
         # A new function each time: JAX's own cache would leave nothing to report.
         lowered = jax.jit(lambda *args: fn(*args)).lower(*avals)
-        entry = CACHE_FOLDER / f"{_fingerprint(lowered, ptx)}.json.gz"
+        entry = CACHE_FOLDER / f"{_fingerprint(lowered, ptx, options or {})}.json.gz"
         if entry.exists():
             stored = json.loads(gzip.decompress(entry.read_bytes()))
             return Program(stored["hlo"], MemoryAnalysis(**stored["memory"])), PtxasReport(stored["ptxas"])
         with tempfile.TemporaryFile() as output:
             with _ptxas_output_to(output, ptx):
-                compiled = lowered.compile(compiler_options=_compiler_options())
+                compiled = lowered.compile(compiler_options=_compiler_options() | (options or {}))
             output.seek(0)
             report = PtxasReport(output.read().decode(errors="replace"))
     memory = compiled.memory_analysis()
@@ -159,10 +162,11 @@ def _store(entry: Path, contents: dict) -> None:
     os.replace(file.name, entry)
 
 
-def _fingerprint(lowered, ptx: bool) -> str:
+def _fingerprint(lowered, ptx: bool, options: dict[str, int]) -> str:
     """A hash of all that decides the result."""
     key = hashlib.sha256(lowered.as_text().encode())
     key.update(f"{_H200} {ptx} {jaxlib.__version__} {_ptxas_version()}".encode())
+    key.update("".join(f" {name}={value}" for name, value in sorted(options.items())).encode())
     return key.hexdigest()
 
 

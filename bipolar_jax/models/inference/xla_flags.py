@@ -10,7 +10,7 @@ _COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
 # the graph, the kernels of every layer are launched one by one.
 _COMMANDS = "+FUSION,+CUSTOM_CALL,+CUBLAS,+CUBLASLT,+DYNAMIC_SLICE_FUSION,+WHILE"
 # Without Triton's products there is nothing worth timing: cuBLAS chooses by the shape.
-_PINNED = {"xla_gpu_enable_triton_gemm": "false", "xla_gpu_autotune_level": "0"}
+PINNED = {"xla_gpu_enable_triton_gemm": "false", "xla_gpu_autotune_level": "0"}
 
 
 def enable_command_buffers() -> bool:
@@ -28,15 +28,15 @@ def enable_command_buffers() -> bool:
 def pin_float_products() -> bool:
     """Makes XLA leave float products to cuBLAS without timing any, by two flags in XLA_FLAGS.
 
-    Every process then runs the same kernels, so that a calibration that is stopped and resumed gives the same bytes,
-    and programs compile in half of the time. A flag that is set stays; nothing changes where no CUDA plugin is
-    installed. Call it before JAX runs anything. Programs of this project that calibrate, distil and score call it
-    themselves.
+    Every process then runs the same kernels, as a calibration needs that is stopped and is to resume with the same
+    bytes, and programs compile in half of the time. A flag that is set stays; nothing changes where no CUDA plugin is
+    installed. Call it before JAX runs anything. Programs of this project that calibrate, distil, train and score call
+    it themselves.
 
     Returns:
       Whether both flags are in XLA_FLAGS now.
     """
-    return _add(_PINNED)
+    return _add(PINNED)
 
 
 def _add(flags: dict[str, str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from bipolar_jax.models.inference.prepare import belongs_on_tensor_cores, prepar
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.packing import PreparedArray, UnpackedArray
+from tests.support import sm90_compile
 
 CONFIG = TransformerConfig(
     vocab_size=50,
@@ -278,6 +280,16 @@ def test_float_products_are_pinned_unless_the_user_chose(monkeypatch, flags, plu
     monkeypatch.setattr(xla_flags, "_has_cuda_plugin", lambda: plugin)
     assert xla_flags.pin_float_products() == plugin
     assert xla_flags.os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.skipif(sm90_compile.missing() is not None, reason=str(sm90_compile.missing()))
+def test_pinned_float_products_are_those_of_cublas_on_an_h200():
+    lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8192, 576), (576, 1536)))
+    untimed, _ = sm90_compile.compile_for_h200(jnp.matmul, lhs, rhs, options={"xla_gpu_autotune_level": 0})
+    options = {name: json.loads(value) for name, value in xla_flags.PINNED.items()}
+    pinned, _ = sm90_compile.compile_for_h200(jnp.matmul, lhs, rhs, options=options)
+    assert [name in untimed.hlo for name in ("__triton", "__cublas")] == [True, False]
+    assert [name in pinned.hlo for name in ("__triton", "__cublas")] == [False, True]
 
 
 def test_public_names_are_in_one_place():
