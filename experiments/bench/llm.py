@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 import re
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from experiments.bench.language_models.report import add_speedups, line, plot_sp
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, peak_bytes
 from experiments.distributed.mesh import cuts_of, mesh_of
 from experiments.support import app
-from experiments.support.device_lock import device_lock, device_shared
+from experiments.support.device_lock import device_alone, device_lock, phase
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.progress import console
 from experiments.support.sources import load_model_source
@@ -84,7 +84,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(device_lock())
+        stack.enter_context(device_lock(shared=True))
         if config.overlapped_launches:
             stack.enter_context(overlapped_launches())
         _measure(config, workdir)
@@ -163,7 +163,8 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
 
     def save() -> None:
         own = {"models": models, "peers": peers, "profiles": profiled}
-        save_result(workdir, result, lambda merged: add_speedups(merged, list(BASELINES)), **own)
+        with device_alone():  # processes merge their results
+            save_result(workdir, result, lambda merged: add_speedups(merged, list(BASELINES)), **own)
 
     for name, precision in models.items():
         _adopt_concurrent_rows(name, result, read_result(workdir, settings))
@@ -173,10 +174,11 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         if not todo and not needs_profile:
             continue
         try:
-            started = time.perf_counter()
-            with device_shared():
+            making: dict[str, float] = {}
+            with phase(making, "make"):
                 model = jax.block_until_ready(make_model(config, model_config, precision))
-            console.print(f"{name}: made in {time.perf_counter() - started:.1f} s")
+            result["models"][name]["make_seconds"] = round(making["make"], 2)
+            console.print(f"{name}: made in {making['make']:.1f} s")
         except Exception as error:
             rows |= {workload.name: {"error": one_line(error)} for workload in todo}
             console.print(f"{name}: {one_line(error)}")
@@ -185,11 +187,11 @@ def _measure(config: ConfigDict, workdir: Path) -> None:
         for workload in workloads:
             with_profile = needs_profile and workload is workloads[0]
             if workload in todo or with_profile:
-                _measure_workload(model, name, workload, with_profile, result, bandwidth, config)
-                save()
+                _measure_workload(model, name, workload, with_profile, result, bandwidth, config, save)
         del model  # frees its memory before the next is made
-    measure_peers(peers, model_config, workloads, result["peers"], config.iterations)
-    save()
+    with device_alone():
+        measure_peers(peers, model_config, workloads, result["peers"], config.iterations)
+        save()
     plot_speedup(result, workdir / "speedup.png")
     print_tables(result)
     console.print(f"results and plot: {workdir}")
@@ -241,28 +243,45 @@ def _measure_workload(
     result: dict[str, Any],
     bandwidth: float,
     config: ConfigDict,
+    save: Callable[[], None],
 ) -> None:
-    """Sets result["models"][name]["workloads"][workload.name], and result["profiles"][name] if `with_profile`."""
+    """Sets result["models"][name]["workloads"][workload.name], and result["profiles"][name] if `with_profile`; saves.
+
+    Compiles beside other processes. The check already has the device alone, and so it warms up for the times: kernels
+    whose blocks wait for one another bound these waits, which other processes would lengthen.
+    """
     cache_bits, options = config.cache_bits or None, BASELINES.get(name, {})
-    try:
-        is_float, started = name in BASELINES, time.perf_counter()
-        compiled = CompiledWorkload(
-            model, workload, cache_bits=cache_bits, options=options, alone=is_float, seed=config.seed
-        )
-        seconds = {"compile": round(time.perf_counter() - started, 1)}
-        measured = _figures(compiled, bandwidth * (1 if is_float else num_devices(config)), config.iterations)
-        seconds["measure"] = round(time.perf_counter() - started - seconds["compile"], 1)
-        measured["seconds"] = seconds
-    except Exception as error:
-        measured = {"error": one_line(error)}
-    result["models"][name]["workloads"][workload.name] = measured
-    console.print(f"{name} {workload.name}: {line(measured)}")
-    if not with_profile or "error" in measured:
-        return
+    is_float, seconds = name in BASELINES, {}
+    with contextlib.ExitStack() as locked:
+        try:
+            with phase(seconds, "compile"):
+                compiled = CompiledWorkload(
+                    model, workload, cache_bits=cache_bits, options=options, alone=is_float, seed=config.seed
+                )
+            with phase(seconds, "check"):
+                locked.enter_context(device_alone())
+                check_error = compiled.check()
+            with phase(seconds, "time"):
+                measured = _figures(compiled, bandwidth * (1 if is_float else num_devices(config)), config.iterations)
+            rounded = {phase_name: round(value, 2) for phase_name, value in seconds.items()}
+            measured |= {"check_error": float(f"{check_error:.3g}"), "seconds": rounded}
+        except Exception as error:
+            measured = {"error": one_line(error)}
+        result["models"][name]["workloads"][workload.name] = measured
+        save()  # before the profile: a run that is killed keeps its times
+        spent = ", ".join(f"{phase_name} {value:.1f}" for phase_name, value in seconds.items())
+        console.print(f"{name} {workload.name}: {line(measured)}; seconds: {spent}")
+        if with_profile and "error" not in measured:
+            _profile(compiled, name, result, config.profile_most)
+            save()
+
+
+def _profile(compiled: CompiledWorkload, name: str, result: dict[str, Any], most: int) -> None:
+    """Sets result["profiles"][name]."""
+    workload = compiled.workload
     try:
         profiles = {
-            phase: profile_kernels(run, steps, config.profile_most)
-            for phase, (run, steps) in compiled.profiled_calls().items()
+            phase: profile_kernels(run, steps, most) for phase, (run, steps) in compiled.profiled_calls().items()
         }
         result["profiles"][name] = {"workload": workload.name} | profiles
     except Exception as error:
@@ -270,14 +289,12 @@ def _measure_workload(
 
 
 def _figures(compiled: CompiledWorkload, bandwidth: float, iterations: int) -> dict[str, Any]:
-    """The figures of one model and workload in result.json, without the speed-ups."""
+    """The figures of one model and workload in result.json, without the check and the speed-ups."""
     workload, memory = compiled.workload, compiled.memory()
-    error = compiled.check()
     prefill, decode = compiled.time_prefill(iterations), compiled.time_decode(iterations)
     prompt_tokens = workload.batch * workload.prompt
     share = 1e6 * (memory["read_bytes"] + memory["cache_bytes"]) / decode.median / bandwidth
     return {
-        "check_error": float(f"{error:.3g}"),
         "prefill": prefill.to_json() | {"tokens_per_second": round(1e6 * prompt_tokens / prefill.median, 1)},
         "decode": decode.to_json()
         | {

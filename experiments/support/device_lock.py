@@ -21,14 +21,17 @@ import fcntl
 import getpass
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 import jax
 
-# Open lock files and their flock modes, in the order in which every process acquires them (so no deadlock).
+# Open lock files and the flock modes of measuring, in the order in which every process acquires them (so no deadlock).
 _held: list[tuple[TextIO, int]] = []
+_state = "unlocked"  # or "alone", "shared": how this process has the lock now
+_waited = 0.0  # seconds that this process has waited for the lock
 
 
 def _locks() -> list[tuple[Path, int]]:
@@ -49,58 +52,80 @@ def device_lock(*, shared: bool = False) -> Iterator[None]:
     """Waits for the lock and holds it for the block; a shared one excludes only those that measure."""
     global _held
     with contextlib.ExitStack() as stack:
-        modes = [(path, fcntl.LOCK_SH if shared else mode) for path, mode in _locks()]
-        _held = [(stack.enter_context(path.open("w")), mode) for path, mode in modes]
-        _acquire()
+        _held = [(stack.enter_context(path.open("w")), mode) for path, mode in _locks()]
         try:
+            _change("shared" if shared else "alone")
             yield
         finally:
-            _release()
+            _change("unlocked")
             _held = []
 
 
-@contextlib.contextmanager
-def device_unlocked() -> Iterator[None]:
+def device_unlocked() -> contextlib.AbstractContextManager[None]:
     """Releases the lock for the block, after this process's work on the device is complete.
 
-    For compilation inside `device_lock`; outside it this does nothing.
+    For tracing and compilation inside `device_lock`; outside it this does nothing.
     """
-    if not _held:
-        yield
-        return
-    jax.block_until_ready(jax.live_arrays())
-    _release()
-    try:
-        yield
-    finally:
-        _acquire()
+    return _changed("unlocked")
 
 
-@contextlib.contextmanager
-def device_shared() -> Iterator[None]:
+def device_shared() -> contextlib.AbstractContextManager[None]:
     """Shares the lock for the block, after this process's work on the device is complete: nobody measures meanwhile.
 
     For what uses the device, but may do so beside others, inside `device_lock`; outside it this does nothing.
     """
+    return _changed("shared")
+
+
+def device_alone() -> contextlib.AbstractContextManager[None]:
+    """Takes the lock alone for the block, to measure; inside `device_lock`, outside it this does nothing."""
+    return _changed("alone")
+
+
+@contextlib.contextmanager
+def phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the block's seconds to `seconds[name]`; those in which it waited for the lock to `seconds["wait"]`."""
+    started, waited_before = time.perf_counter(), _waited
+    try:
+        yield
+    finally:
+        waited = _waited - waited_before
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started - waited
+        seconds["wait"] = seconds.get("wait", 0.0) + waited
+
+
+@contextlib.contextmanager
+def _changed(state: str) -> Iterator[None]:
     if not _held:
         yield
         return
-    jax.block_until_ready(jax.live_arrays())
-    _release()  # a lock that is converted while another process waits for it could wait for that one
-    _acquire(shared=True)
+    before = _state
+    _finish_work(before)
+    _change(state)
     try:
         yield
-        jax.block_until_ready(jax.live_arrays())
+        _finish_work(state)
     finally:
-        _release()
-        _acquire()
+        _change(before)
 
 
-def _acquire(*, shared: bool = False) -> None:
-    for lock, mode in _held:
-        fcntl.flock(lock, fcntl.LOCK_SH if shared else mode)
+def _finish_work(state: str) -> None:
+    if state != "unlocked":
+        jax.block_until_ready(jax.live_arrays())
 
 
-def _release() -> None:
+def _change(state: str) -> None:
+    """Releases before it acquires: a lock converted while another process waits for it could wait for that one."""
+    global _state, _waited
+    if state == _state:
+        return
     for lock, _ in _held:
         fcntl.flock(lock, fcntl.LOCK_UN)
+    _state = "unlocked"
+    if state == "unlocked":
+        return
+    started = time.perf_counter()
+    for lock, mode in _held:
+        fcntl.flock(lock, fcntl.LOCK_SH if state == "shared" else mode)
+    _state = state
+    _waited += time.perf_counter() - started

@@ -35,7 +35,7 @@ from bipolar_jax.models.random_weights import random_packed
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.ops import Activation
 from experiments.support import app
-from experiments.support.device_lock import device_lock
+from experiments.support.device_lock import device_alone, device_lock
 from experiments.support.progress import console
 from experiments.support.workdir import RESULT_NAME, environment, write_json
 
@@ -59,7 +59,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     precisions = [bj.Precision.parse(name) for name in app.split_names(config.precisions)]
     workdir.mkdir(parents=True, exist_ok=True)
     tables = {}
-    with device_lock():
+    with device_lock(shared=True):
         for precision in precisions:
             model = random_packed(preset(config.model), precision, key=jax.random.key(config.seed), embed_bits=None)
             operands, static = operands_of(prepare_for_inference(model), config.length, config.seed, config.texts)
@@ -67,7 +67,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
             shape = plan_decode_layers(**operands, **static).tiling
             for variant in app.parse_names("variants", config.variants, VARIANTS):
                 name = f"{precision} {variant}"
-                milliseconds, timeline = run(operands, static | VARIANTS[variant], config.iterations)
+                with device_alone():
+                    milliseconds, timeline = run(operands, static | VARIANTS[variant], config.iterations)
                 clocks, ends = split_timeline(timeline, shape.num_layers, len(PHASES))
                 active = active_blocks(dataclasses.replace(shape, **VARIANTS[variant]))
                 tables[name] = milliseconds | summary(clocks, ends, active)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
@@ -17,7 +16,7 @@ from flax import nnx
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer
 from bipolar_jax.models.transformer import Transformer
-from experiments.support.device_lock import device_shared, device_unlocked
+from experiments.support.device_lock import device_alone, device_shared, device_unlocked
 from experiments.support.timing import Timing
 
 _LENGTH_STEP = 64  # cache capacity is a multiple of attention's step over positions
@@ -116,15 +115,15 @@ class CompiledWorkload:
         with device_unlocked():
             lowered_prefill = jax.jit(prefill).lower(model, self.ids, self.lengths)
             _, cache = jax.eval_shape(prefill, model, self.ids, self.lengths)
-        sharing = contextlib.nullcontext if alone else device_shared
-        with sharing():
+        locked = device_alone if alone else device_shared
+        with locked():
             self._prefill = lowered_prefill.compile(options)
         if isinstance(model, ShardedTransformer):  # the decode loop takes the cache as the prompts leave it
             cache = jax.tree.map(_placed, cache, self._prefill.output_shardings[1])
         with device_unlocked():
             lowered_decode = jax.jit(decode, donate_argnums=2).lower(model, self.lengths, cache)
         self.cache_bytes = cache.nbytes
-        with sharing():
+        with locked():
             self._decode = lowered_decode.compile(options)
 
     def check(self) -> float:

@@ -20,7 +20,7 @@ from experiments.bench import llm
 from experiments.bench.language_models import peers, report
 from experiments.bench.language_models.report import add_speedups, print_tables
 from experiments.bench.language_models.workload import CompiledWorkload, Workload, parse_workloads, read_bytes
-from experiments.support import kernel_times
+from experiments.support import device_lock, kernel_times
 from experiments.support.workdir import RESULT_NAME
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -58,16 +58,44 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(compiled_programs, tmp_path_factory):
-    """A run with a quantized cache, a profile, and a peer that is not installed."""
+def run(compiled_programs, tmp_path_factory):
+    """A run with an 8-bit cache, a profile, and a peer that is not installed: its folder, how it had the lock."""
     folder = tmp_path_factory.mktemp("bench_llm")
+    states = []
+
+    def noting(name, function):
+        def noted(*args, **options):
+            states.append((name, device_lock._state))
+            return function(*args, **options)
+
+        return noted
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(llm, "preset", lambda name: CONFIG)
-        monkeypatch.setattr(llm, "make_model", make_model)
+        monkeypatch.setattr(llm, "make_model", noting("make", make_model))
+        monkeypatch.setattr(jax.stages.Lowered, "compile", noting("compile", jax.stages.Lowered.compile))
+        for name in ("check", "time_prefill", "time_decode"):
+            monkeypatch.setattr(CompiledWorkload, name, noting(name, getattr(CompiledWorkload, name)))
+        monkeypatch.setattr(llm, "save_result", noting("save", llm.save_result))
         monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
         config = bench(precisions="W2A8", cache_bits=8, profile="W2A8", peers="transformers")
         llm.main(config, folder)
-    return folder
+    return folder, states
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    return run[0]
+
+
+def test_models_are_made_and_compiled_beside_others_and_timed_alone(run):
+    folder, states = run
+    alone = {(name, "alone") for name in ("check", "time_prefill", "time_decode", "save")}
+    compiled = {("compile", "shared"), ("compile", "alone")}  # of the packed model, and of bf16, which XLA autotunes
+    assert set(states) == alone | compiled | {("make", "shared")}
+    for rows in read(folder)["models"].values():
+        assert rows["make_seconds"] > 0
+        assert set(rows["workloads"]["2x5+3"]["seconds"]) == {"compile", "check", "time", "wait"}
 
 
 def test_prefill_and_decoding_are_timed_against_bf16(folder):

@@ -88,6 +88,20 @@ def test_shared_locks_exclude_only_those_that_measure(tmp_path, monkeypatch, dev
             assert not others_wait(fcntl.LOCK_SH)
             assert others_wait(fcntl.LOCK_EX)
         assert others_wait(fcntl.LOCK_SH)
+        with device_lock.device_unlocked():
+            with device_lock.device_alone():
+                assert others_wait(fcntl.LOCK_SH)
+            assert not others_wait(fcntl.LOCK_EX)
+        assert others_wait(fcntl.LOCK_SH)
+
+
+def test_seconds_of_a_phase_exclude_those_in_which_it_waits(monkeypatch):
+    seconds = {"compile": 1.0}
+    clock = iter([10.0, 17.0])
+    monkeypatch.setattr(device_lock.time, "perf_counter", lambda: next(clock))
+    with device_lock.phase(seconds, "compile"):
+        monkeypatch.setattr(device_lock, "_waited", device_lock._waited + 4.0)
+    assert seconds == {"compile": 4.0, "wait": 4.0}
 
 
 def test_unlocking_without_the_lock_does_nothing():
