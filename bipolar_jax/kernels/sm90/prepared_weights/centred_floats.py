@@ -15,10 +15,8 @@ import dataclasses
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, RowTerms
-from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.kernels.sm90.prepared_weights.floats import SELECTORS, FloatExpansion
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
-
-_SELECTORS = (0x4140, 0x4342)  # as in `floats`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class CentredExpansion(FloatExpansion):
 
     def values(self, codes: Value, terms: None) -> list[Value]:
         del terms
-        return [self._numbers(codes, selector, self._signed, self.centre) for selector in _SELECTORS]
+        return [self._numbers(codes, selector, self._signed, self.centre) for selector in SELECTORS]
 
     def token_sums(self, tokens: list[Value], sums: list[Value]) -> list[Value]:
         """sums + C of the lane's two columns, twice."""

@@ -25,7 +25,7 @@ _EVERY_BYTE, _EVERY_HALF = 0x01010101, 0x00010001
 _SIGN = 128  # of a byte
 PAIRS = 2  # of a register: its bytes 0 and 1, and its bytes 2 and 3
 # Bytes 0 and 1, or 2 and 3, of the first operand, each below the first byte of the second.
-_SELECTORS = (0x4140, 0x4342)
+SELECTORS = (0x4140, 0x4342)
 
 # (s, o), each twice in a word, of one row.
 RowTerms = tuple[Value, Value]
@@ -84,7 +84,7 @@ class FloatExpansion:
         scale, offset = terms
         return [
             ptx.fma_pairs(self.float_type.name, self._numbers(codes, selector, self._signed), scale, offset)
-            for selector in _SELECTORS
+            for selector in SELECTORS
         ]
 
     def fragments(self, words: StepWords, terms: list[list[RowTerms]], step: int) -> list[list[Value]]:

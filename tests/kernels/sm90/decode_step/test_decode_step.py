@@ -160,7 +160,7 @@ def recording(function, reached: list[str]):
         (lambda: join_projections(small_model()), 2, None, "one sequence, not for 2"),
         (lambda: join_projections(small_model()), 1, 8, "zeros of 40 positions are no multiple of 16 bytes"),
         (lambda: join_projections(small_model("W4A8g64f")), 1, None, "one scale a column"),
-        (lambda: join_projections(small_model("W2A16")), 1, None, "prepared weights of integer groups"),
+        (lambda: join_projections(small_model("W2A16")), 1, None, "prepared weights that have groups, or no offsets"),
         (small_model, 1, None, "qkv projections must be one packed layer"),
         (lambda: join_projections(small_model(head_dim=32)), 1, None, "64 or 128 numbers, not 32"),
         (lambda: random_float(small_model().config, jnp.bfloat16, jax.random.key(0)), 1, None, "one packed layer"),
