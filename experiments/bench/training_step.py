@@ -37,7 +37,7 @@ from bipolar_jax.ops.dispatch import BACKENDS, check_implementation
 from bipolar_jax.packing.words import unpack_codes
 from experiments.bench.products.operands import check_integers
 from experiments.support import app
-from experiments.support.device_lock import device_lock
+from experiments.support.device_lock import device_alone, device_lock, device_shared
 from experiments.support.kernel_times import profile_kernels
 from experiments.support.plotting import bars, legend, save
 from experiments.support.progress import console
@@ -142,7 +142,8 @@ def _measure_one(
     calls = {"forward": (forward, (params, x)), "step": (step, (params, optimizer.init(params), x))}
     runs = {}
     for label, (function, args) in calls.items():
-        compiled = jax.jit(function).lower(*args).compile()
+        with device_alone() if precision is None else device_shared():  # XLA chooses bf16 products by their times
+            compiled = jax.jit(function).lower(*args).compile()
         timing = measure(compiled, *args, iterations=config.iterations)
         measured[label] = timing.to_json() | {"wall": queued(compiled, args, config.iterations).to_json()}
         runs[label] = functools.partial(_run, compiled, args)
