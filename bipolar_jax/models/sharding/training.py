@@ -72,9 +72,9 @@ class TrainingPlan:
 def plan_training(stages: Sequence[Transformer], sizes: Mapping[str, int]) -> TrainingPlan:
     """The plan of a model with float parameters for a mesh of these sizes.
 
-    Attention is cut if the query heads divide, keys and values if their heads divide too; feed-forward blocks if their
-    width does; the output layer if it has weights of its own and the vocabulary divides. Rows of layers that
-    train at low precision are cut at ends of words and groups.
+    Attention is cut if the heads of queries and those of keys divide; feed-forward blocks if their width does; the
+    output layer if it has weights of its own and the vocabulary divides. Rows of layers that train at low precision are
+    cut at ends of words and groups.
 
     Args:
       stages: the model as `quantization_aware` gives it, or float, at each precision that it will have in training;
@@ -88,7 +88,11 @@ def plan_training(stages: Sequence[Transformer], sizes: Mapping[str, int]) -> Tr
     if parts == 1:
         return TrainingPlan(data, 1, (), (), ())
     config = stages[0].config
-    attention = _does_not_divide(config.num_heads, parts, "heads") or _rows_problem(stages, "o_proj", parts)
+    # XLA would give devices that share a head a part of an axis of the mesh, which `custom_partitioning` cannot name.
+    attention = _does_not_divide(config.num_kv_heads, parts, "heads of keys and values")
+    attention = (
+        _does_not_divide(config.num_heads, parts, "heads") or attention or _rows_problem(stages, "o_proj", parts)
+    )
     ffn = _does_not_divide(config.ffn_size, parts, "columns") or _rows_problem(stages, "down_proj", parts)
     ffn = ffn if config.experts is None else "its experts are not cut"
     output = "it is the embedding" if config.tie_embeddings else _does_not_divide(config.vocab_size, parts, "tokens")
@@ -96,14 +100,7 @@ def plan_training(stages: Sequence[Transformer], sizes: Mapping[str, int]) -> Tr
     whole = [f"{name} whole on every device: {problem}" for name, problem in named if problem]
     if attention and ffn:
         raise ValueError(f"the model cannot be cut over {parts} devices: {'; '.join(whole[:2])}")
-    columns: list[str] = []
-    if not attention:
-        columns.append("q_proj")
-        kv_heads = _does_not_divide(config.num_kv_heads, parts, "key/value heads")
-        if kv_heads:
-            whole.append(f"k_proj, v_proj whole on every device: {kv_heads}")
-        else:
-            columns += ["k_proj", "v_proj"]
+    columns = [] if attention else ["q_proj", "k_proj", "v_proj"]
     columns += [] if ffn else ["gate_proj", "up_proj"]
     columns += [] if output else ["lm_head"]
     rows = [*([] if attention else ["o_proj"]), *([] if ffn else ["down_proj"])]

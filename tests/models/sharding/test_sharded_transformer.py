@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,77 +26,33 @@ from bipolar_jax.models.sharding.sharded_transformer import place_model, two_axe
 from bipolar_jax.models.sharding.shares import shares_of_heads
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
+from tests.models.sharding.on_meshes import MESHES, check, found_on_meshes
 from tests.models.sharding.tiny_config import CONFIG
 from tests.ops.sharding.collectives import collectives
 
 MESH = jax.make_mesh((2,), ("model",))
-ROOT = Path(__file__).resolve().parents[3]
-MESHES, PRECISIONS = ("1x8", "2x4", "4x2", "8x1"), ("W4A8", "W4A8g32", "W2A2")
-PAIRS = [*itertools.product(MESHES, PRECISIONS), ("2x4", "W1A1"), ("2x4", "W8A8")]
+PAIRS = [f"{mesh}:{precision}" for mesh in MESHES for precision in ("W1A1", "W2A2", "W4A8", "W4A8g32", "W8A8")]
 
 
-def on_eight_devices(*arguments: str) -> list[dict]:
-    """What `eight_devices` prints, in a process of its own."""
-    command = [sys.executable, "-m", "tests.models.sharding.eight_devices", *arguments]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-4000:]
-    return [json.loads(line) for line in found.stdout.splitlines()]
+def test_a_mesh_of_eight_in_two_processes():
+    """About 25 s of CPU: JAX starts anew in each process, for four devices."""
+    (found,) = found_on_meshes("2x4:W4A8g32", processes=2)
+    check(found)
+    assert found["processes"] == 2
 
 
-def check(found: dict, batch: int = 8, length: int = 8) -> None:
-    """Equal results; two reductions of sums a layer, and of two numbers a token before each, if weights are cut."""
-    data, parts = map(int, found["mesh"].split("x"))
-    # Attention in float32 rounds as XLA vectorizes its shapes, and a number between two steps may then take the other:
-    # so it does where half of a batch runs alone on one device. At 2 bits one text in eight was seen to.
-    assert found["texts that differ"] <= 1
-    for name, tokens in (("prefill", batch // data * length), ("decode", batch // data)):
-        per_token = f"s32[{tokens}] " if found["precision"] in ("W4A8", "W8A8") else ""  # these have offsets
-        per_column = "" if found["precision"] == "W1A1" else " s32[64]"  # tokens of one bit have no zero
-        sums = ["all-reduce", f"{per_token}s32[{tokens},64]{per_column}"]
-        expected = [["all-reduce", f"f32[{tokens},2]"]] * 2 + [sums] * 2 if parts > 1 else []
-        assert found[name] == expected
-    whole, local = found["cache"]
-    assert whole == [2, batch, max(2, parts), 16, 32]
-    assert local == [2, batch // data, max(2, parts) // parts, 16, 32]
-    for name in ("tokens", "quantized cache"):
-        one, sharded = found.get(name, (None, None))
-        assert one == sharded
-
-
-def test_a_mesh_of_eight():
-    """About 10 s of CPU: JAX starts anew, for eight devices."""
-    for found in on_eight_devices("2x4:W4A8g32"):
-        check(found)
-
-
-@pytest.mark.covered("test_a_mesh_of_eight, one of these")
-@pytest.mark.parametrize(("mesh", "precision"), PAIRS)
-def test_meshes_of_eight(mesh, precision):
-    (found,) = on_eight_devices("--tokens", f"{mesh}:{precision}")
+@pytest.mark.covered("test_a_mesh_of_eight_in_two_processes, one of these")
+@pytest.mark.parametrize("pair", PAIRS)
+def test_meshes_of_eight(pair):
+    (found,) = found_on_meshes(pair, options=("--generates", "--trains"))
     check(found)
 
 
-@pytest.mark.covered("test_a_mesh_of_eight; the parts are the same, only how numbers travel is not")
-def test_two_processes():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.models.sharding.two_processes", port]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, str(index)], **options) for index in range(2)]
-    try:
-        outputs = [process.communicate(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (out, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error[-4000:]
-        results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        assert [found["mesh"] for found in results] == [[1, 4], [2, 2]]
-        for found in results:
-            assert found["processes"] == 2
-            assert found["largest difference"] < 5e-6
-            assert found["tokens"][0] == found["tokens"][1]
+@pytest.mark.covered("test_a_mesh_of_eight_in_two_processes; generating and training, by those of one process")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_generate_and_train(processes):
+    (found,) = found_on_meshes("2x4:W4A8g32", processes=processes, options=("--generates", "--trains"))
+    check(found)
 
 
 def model_of(precision="W2A2", place=None, **fields):
@@ -267,7 +217,9 @@ def test_impossible_meshes_are_refused_with_the_numbers(model):
     assert dict(two_axes(MESH).shape) == {"data": 1, "model": 2}
 
 
-@pytest.mark.covered("products of gathered codes, by ops/sharding; a cut model, by test_a_mesh_of_eight")
+@pytest.mark.covered(
+    "products of gathered codes, by ops/sharding; a cut model, by test_a_mesh_of_eight_in_two_processes"
+)
 def test_long_prompts_are_cut_between_products(model):
     """Two texts of 72 tokens on two devices: sums are scattered over positions, codes of 2 bits are gathered."""
     model = model_of(context_length=128)
@@ -315,7 +267,9 @@ def test_texts_that_do_not_divide_are_refused(model):
 
 
 @pytest.mark.parametrize("axis", ["model", "data"])
-@pytest.mark.covered("test_a_mesh_of_eight, by the same parts; scores, by inference/test_perplexity.py")
+@pytest.mark.covered(
+    "test_a_mesh_of_eight_in_two_processes, by the same parts; scores, by inference/test_perplexity.py"
+)
 def test_a_cut_model_is_scored_as_the_whole_one(model, axis):
     ids = np.arange(24) % CONFIG.vocab_size
     options = {"windows": 3, "window_length": 8, "windows_per_step": 3}

@@ -116,9 +116,9 @@ def test_what_does_not_divide_is_whole_and_said():
     assert plan(2).moment_spec("embed/embedding", (48, 32)) == P("data", None)
     assert plan(2).moment_spec("final_norm/scale", (31,)) == P(None)
     assert str(plan(4, vocab_size=49)).splitlines() == [
-        "2 x 4 devices (data, model); cut over model: q_proj, gate_proj, up_proj, o_proj, down_proj",
+        "2 x 4 devices (data, model); cut over model: gate_proj, up_proj, down_proj",
+        "  attention whole on every device: 2 heads of keys and values do not divide over 4 devices",
         "  output layer whole on every device: 49 tokens do not divide over 4 devices",
-        "  k_proj, v_proj whole on every device: 2 key/value heads do not divide over 4 devices",
     ]
     # A later stage with longer groups decides for the whole run.
     assert "k=128 of down_proj cannot be cut into 4 parts of a multiple of 64" in str(

@@ -47,7 +47,7 @@ def test_the_mesh_of_the_config_cuts_packed_models():
     assert not isinstance(llm.make_model(config_of(1), CONFIG, precision), ShardedTransformer)
 
 
-@pytest.mark.covered("test_a_mesh_of_eight, and the bench of models on one device")
+@pytest.mark.covered("test_a_mesh_of_eight_in_two_processes, and the bench of models on one device")
 def test_a_cut_model_is_timed(tmp_path):
     llm.main(config_of(2), tmp_path)
     result = json.loads((tmp_path / RESULT_NAME).read_text())
