@@ -294,7 +294,8 @@ def _figures(compiled: CompiledWorkload, bandwidth: float, iterations: int) -> d
     prefill, decode = compiled.time_prefill(iterations), compiled.time_decode(iterations)
     prompt_tokens = workload.batch * workload.prompt
     share = 1e6 * (memory["read_bytes"] + memory["cache_bytes"]) / decode.median / bandwidth
-    return {
+    exchanged = {"collectives": compiled.collectives()} if isinstance(compiled.model, ShardedTransformer) else {}
+    return exchanged | {
         "prefill": prefill.to_json() | {"tokens_per_second": round(1e6 * prompt_tokens / prefill.median, 1)},
         "decode": decode.to_json()
         | {
