@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bipolar_jax.models.inference.command_buffers import enable_command_buffers
+from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from configs.bench import llm as llm_config
 
 from ..bench import llm

@@ -65,6 +65,8 @@ def found_on_meshes(*pairs: str, processes: int = 1, options: tuple[str, ...] = 
 def _ended(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def check(found: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ PAIRS = [f"{mesh}:{precision}" for mesh in MESHES for precision in ("W1A1", "W2A
 
 
 def test_a_mesh_of_eight_in_two_processes():
-    """About 25 s of CPU: JAX starts anew in each process, for four devices."""
+    """About 29 s of CPU: JAX starts anew in each process, for four devices."""
     (found,) = found_on_meshes("2x4:W4A8g32", processes=2)
     check(found)
     assert found["processes"] == 2

@@ -122,7 +122,7 @@ def test_what_does_not_divide_is_whole_and_said():
     ]
     # A later stage with longer groups decides for the whole run.
     assert "k=128 of down_proj cannot be cut into 4 parts of a multiple of 64" in str(
-        plan(4, "W4A8", "W4A8g64", num_heads=8)
+        plan(4, "W4A8", "W4A8g64", num_heads=8, num_kv_heads=8)
     )
 
 
