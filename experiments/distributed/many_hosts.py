@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
     for name, fields in config.models.items():
         model = packed_shapes(TransformerConfig(**fields.to_dict()), precision)
         lines += [f"## {name} at {config.precision}, decoding {config.texts} texts a row of the mesh\n"]
-        lines += [*_table(_DECODING, (decoding(model, layout, config) for layout in layouts))]
+        steps = [decoding(model, layout, config) for layout in layouts]
+        lines += [*_table(_DECODING, (row.cells for row in steps)), *_where_it_stops("A step", steps)]
         lines += [f"## {name} at {config.precision}, prompts of {config.cached_tokens:,} tokens\n"]
-        lines += [*_table(_PROMPTS, (prompt(model, layout, config) for layout in layouts))]
+        prompts = [prompt(model, layout, config) for layout in layouts]
+        lines += [*_table(_PROMPTS, (row.cells for row in prompts)), *_where_it_stops("A prompt", prompts)]
         lines += [f"## {name}, a training step of {config.step_tokens:,} tokens\n"]
         lines += [*_table(_TRAINING, (training(model, layout, config) for layout in layouts))]
     with atomic_write(workdir / PAGE) as partial:
@@ -135,11 +137,25 @@ _DECODING = (
 )
 
 
-def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+      cells: its texts.
+      parts: devices that weights are divided over.
+      milliseconds: at least, all that the row names one after the other; None where the mesh is refused.
+    """
+
+    cells: list[str]
+    parts: int
+    milliseconds: float | None
+
+
+def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> Row:
     """A row of the table: what a step, one token of each text, reads and exchanges."""
     shapes, texts = model.config, config.texts
     if isinstance(plan := _plan_of(model, layout), str):
-        return [*_names(layout), plan, *[""] * (len(_DECODING) - 3)]
+        return Row([*_names(layout), plan, *[""] * (len(_DECODING) - 3)], layout.model, None)
     weights = sum(plan.device_bytes(path, value, shapes) for path, value in _parameters(model))
     of_device = plan.config_of_device(shapes)
     lengths = jax.ShapeDtypeStruct((texts,), jnp.int32)
@@ -152,15 +168,17 @@ def decoding(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
     # The embedding is a table of which a step reads a few rows.
     read = weights - 2 * shapes.vocab_size * shapes.hidden_size + cache
     amounts_of = {"memory": (read, 0), "NVLink": (nvlink, 2 * reductions), "network": (network, 2 * reductions)}
-    return [
+    times = [1e3 * _time(config, link, *amounts) for link, amounts in amounts_of.items()]
+    cells = [
         *_names(layout),
         f"{weights / 1e9:.1f}",
         f"{cache / 1e9:.1f}",
         "yes" if weights + cache < config.memory_bytes else "no",
         f"{nvlink / texts / 1e3:,.0f}",
         f"{network / texts / 1e3:,.0f}",
-        *(_seconds(config, link, *amounts, per=1e3) for link, amounts in amounts_of.items()),
+        *map(_shown, times),
     ]
+    return Row(cells, layout.model, sum(times))
 
 
 _PROMPTS = (
@@ -170,29 +188,48 @@ _PROMPTS = (
     "network",
     "scattered and gathered, NVLink",
     "network",
-    "prompt, ms at least: all-reduced, NVLink",
+    "prompt, ms at least: products",
+    "all-reduced, NVLink",
     "network",
     "scattered and gathered, NVLink",
     "network",
 )
 
 
-def prompt(model: Transformer, layout: Layout, config: ConfigDict) -> list[str]:
+def prompt(model: Transformer, layout: Layout, config: ConfigDict) -> Row:
     """A row of the table: what reading one prompt exchanges, with both ways of reducing its sums."""
     shapes, tokens = model.config, config.cached_tokens
     if isinstance(plan := _plan_of(model, layout), str):
-        return [*_names(layout), plan, *[""] * (len(_PROMPTS) - 3)]
+        return Row([*_names(layout), plan, *[""] * (len(_PROMPTS) - 3)], layout.model, None)
     a_bits = bj.Precision.parse(config.precision).a_bits or 16
     reductions = (plan.attention + plan.ffn) * shapes.num_layers
-    sizes, times = [], []
+    operations = 2 * _linear_parameters(shapes) * tokens
+    sizes, times = [], [1e3 * operations / layout.model / config.products.operations_per_second]
     for scatters, exchanges in ((False, 2), (True, 3)):
         # Extremes of tokens before the product, and what follows it.
         size = 8 * tokens + reduction_size(tokens, shapes.hidden_size, a_bits, scatters=scatters)
         sent = [reductions * each for each in layout.over_model(size)]
         sizes += [f"{each / tokens / 1e3:,.0f}" for each in sent]
         pairs = zip(("NVLink", "network"), sent, strict=True)
-        times += [_seconds(config, link, each, exchanges * reductions, per=1e3) for link, each in pairs]
-    return [*_names(layout), *sizes, *times]
+        times += [1e3 * _time(config, link, each, exchanges * reductions) for link, each in pairs]
+    products, *_, nvlink, network = times
+    return Row([*_names(layout), *sizes, *map(_shown, times)], layout.model, products + nvlink + network)
+
+
+def _where_it_stops(what: str, rows: list[Row]) -> Iterator[str]:
+    """How the time goes with the devices that weights are divided over."""
+    by_parts = {row.parts: row.milliseconds for row in rows if row.milliseconds is not None}
+    if len(by_parts) < 2:
+        return
+    best = min(by_parts, key=by_parts.get)
+    ordered = [f"{by_parts[parts]:,.1f} ms over {parts} GPUs" for parts in sorted(by_parts)]
+    line = f"{what} takes at least {', '.join(ordered)}, one thing after the other; the fewer exchanged bytes count."
+    if best < max(by_parts):
+        yield f"{line} It stops getting faster at {best} GPUs: more of them serve other texts.\n"
+        return
+    least = min(by_parts)
+    gain, more = by_parts[least] / by_parts[best], best / least
+    yield f"{line} {more:g} times the GPUs of {least} make it {gain:.2f} times as fast.\n"
 
 
 _TRAINING = (
@@ -227,8 +264,8 @@ def training(model: Transformer, layout: Layout, config: ConfigDict) -> list[str
         "yes, activations apart" if state < config.memory_bytes else "no",
         *(f"{size / tokens / 1e3:,.0f}" for size in sums),
         *(f"{size / 1e9:,.1f}" for size in gradients),
-        _seconds(config, "NVLink", nvlink, reductions),
-        _seconds(config, "network", network, reductions),
+        _shown(_time(config, "NVLink", nvlink, reductions)),
+        _shown(_time(config, "network", network, reductions)),
     ]
 
 
@@ -242,10 +279,14 @@ def _parameters(model: Transformer) -> Iterator[tuple[tuple[Any, ...], Any]]:
         yield path, variable.get_value()
 
 
-def _seconds(config: ConfigDict, link: str, size: float, exchanges: int, per: float = 1) -> str:
-    """Bytes by the link's rate, and the time of so many exchanges, in seconds / `per`; "-" if it carries nothing."""
+def _time(config: ConfigDict, link: str, size: float, exchanges: int) -> float:
+    """Bytes by the link's rate, and the time of so many exchanges, in seconds; 0 if it carries nothing."""
     rate = config.links[link]
-    return f"{per * (size / rate.bytes_per_second + exchanges * rate.seconds):,.2f}" if size else "-"
+    return size / rate.bytes_per_second + exchanges * rate.seconds if size else 0.0
+
+
+def _shown(time: float) -> str:
+    return f"{time:,.2f}" if time else "-"
 
 
 def _layout(text: str, per_host: int) -> Layout:
@@ -263,6 +304,8 @@ def _rates(config: ConfigDict) -> Iterator[str]:
     for link, rate in config.links.items():
         source = rate.source or "**assumed**, not measured"
         yield f"| {link} | {rate.bytes_per_second / 1e9:,.0f} | {1e6 * rate.seconds:.0f} | {source} |"
+    operations = f"{config.products.operations_per_second / 1e12:,.0f}e12 operations a second"
+    yield f"\nProducts of prompts: {operations}; {config.products.source}."
     yield (
         f"\nHosts of {config.gpus_per_host} GPUs of {config.memory_bytes / 1e9:.0f} GB; {config.cached_tokens:,} "
         f"cached tokens a text at {config.cache_bits} bits. Times are bytes by rate plus exchanges, without overlap.\n"

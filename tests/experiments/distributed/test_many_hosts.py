@@ -34,6 +34,9 @@ def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     config = many_hosts_config.get_config()
     config.models, config.meshes, config.texts = ConfigDict({"tiny": TINY, "without cuts": ONE}), "1x2,1x3", 4
     config.precision, config.gpus_per_host, config.cached_tokens = "W4A8g32", 6, 8
+    config.products.operations_per_second = (
+        8 * 2 * 262144.0
+    )  # of the linear layers, for 8 tokens of one device a second
     many_hosts.main(config, tmp_path)
     page = (tmp_path / many_hosts.PAGE).read_text()
     assert "| network | 50 | 30 | **assumed**, not measured |" in page
@@ -46,6 +49,7 @@ def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     row = [line for line in page.splitlines() if line.startswith("| 2 | 1x2 |")][1].split(" | ")
     sent = [4 * (first + 4 * 8 * 128) / 8 / 1e3, 4 * (first + 2 * 8 * 128 + (8 * 128 + 8 * 12) / 2) / 8 / 1e3]
     assert [row[2], row[4]] == [f"{each:,.0f}" for each in sent]
+    assert row[6] == "500.00"  # ms of products, divided over two devices
     assert (
         "| 3 | 1x3 | refused: the model cannot be cut over 3 devices: attention whole on every device: 1 heads" in page
     )
@@ -56,3 +60,13 @@ def test_meshes_that_straddle_hosts_are_refused():
         many_hosts._layout("1x12", 8)
     with pytest.raises(ValueError, match="config.meshes has '8': write data x model"):
         many_hosts._layout("8", 8)
+
+
+def test_the_page_says_where_more_devices_stop_helping():
+    rows = [many_hosts.Row([], parts, time) for parts, time in ((8, 9.0), (16, 12.5), (64, 12.0), (3, None))]
+    (line,) = many_hosts._where_it_stops("A step", rows)
+    assert line.startswith("A step takes at least 9.0 ms over 8 GPUs, 12.5 ms over 16 GPUs, 12.0 ms over 64 GPUs")
+    assert "It stops getting faster at 8 GPUs" in line
+    (line,) = many_hosts._where_it_stops("A prompt", [many_hosts.Row([], 8, 9.0), many_hosts.Row([], 16, 6.0)])
+    assert line.endswith("2 times the GPUs of 8 make it 1.50 times as fast.\n")
+    assert not [*many_hosts._where_it_stops("A step", rows[:1])]
