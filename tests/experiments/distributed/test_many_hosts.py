@@ -34,9 +34,8 @@ def test_the_page_says_what_is_assumed_and_what_is_refused(tmp_path):
     config = many_hosts_config.get_config()
     config.models, config.meshes, config.texts = ConfigDict({"tiny": TINY, "without cuts": ONE}), "1x2,1x3", 4
     config.precision, config.gpus_per_host, config.cached_tokens = "W4A8g32", 6, 8
-    config.products.operations_per_second = (
-        8 * 2 * 262144.0
-    )  # of the linear layers, for 8 tokens of one device a second
+    # Of one device, 8 tokens through two layers of 128 x (128 + 128 + 64 + 64 + 3 x 256) in a second.
+    config.products.operations_per_second = 8 * 2 * 2 * 128 * 1152.0
     many_hosts.main(config, tmp_path)
     page = (tmp_path / many_hosts.PAGE).read_text()
     assert "| network | 50 | 30 | **assumed**, not measured |" in page
