@@ -16,12 +16,11 @@ from flax import nnx
 from bipolar_jax.models.kv_cache.cache import KVCache
 from bipolar_jax.models.sharding.sharded_transformer import ShardedTransformer
 from bipolar_jax.models.transformer import Transformer
+from experiments.distributed.collectives import collectives
 from experiments.support.device_lock import device_alone, device_shared, device_unlocked
 from experiments.support.timing import Timing
 
 _LENGTH_STEP = 64  # cache capacity is a multiple of attention's step over positions
-_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(-start)?\(")
 _WORKLOAD = re.compile(r"(\d+)x(\d+)\+(\d+)")
 
 
@@ -182,7 +181,8 @@ class CompiledWorkload:
 
     def collectives(self) -> dict[str, list[str]]:
         """What devices exchange in "prefill" and "decode": kind and shapes of each operation, in a loop once."""
-        return {"prefill": _collectives(self._prefill), "decode": _collectives(self._decode)}
+        programs = {"prefill": self._prefill, "decode": self._decode}
+        return {name: [" ".join(each) for each in collectives(program)] for name, program in programs.items()}
 
     def memory(self) -> dict[str, int]:
         """Bytes of all weights, of the weights that a decode step reads, of the cache, and of XLA's temporaries."""
@@ -209,15 +209,6 @@ def read_bytes(model: Transformer | ShardedTransformer) -> int:
 def peak_bytes() -> int | None:
     """Peak device memory of this process, or None if JAX does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _collectives(program: Any) -> list[str]:
-    found = []
-    for line in program.as_text().splitlines():
-        if match := _COLLECTIVE.search(line):
-            shapes = re.findall(r"\w+\[[\d,]*\]", match["result"])
-            found.append(f"{match['kind']} {' '.join(shapes)}")
-    return sorted(found)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

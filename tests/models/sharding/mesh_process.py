@@ -26,8 +26,8 @@ from bipolar_jax.models import (
 )
 from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.sharding.training import plan_training
+from experiments.distributed.collectives import collectives
 from tests.models.sharding.on_meshes import BATCH, HIDDEN, LAYERS, LENGTH
-from tests.ops.sharding.collectives import collectives
 
 CAPACITY = 16
 # Two key/value heads: 8 and 4 devices repeat them, 2 divide them.

@@ -26,9 +26,9 @@ from bipolar_jax.models.sharding.sharded_transformer import place_model, two_axe
 from bipolar_jax.models.sharding.shares import shares_of_heads
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
+from experiments.distributed.collectives import collectives
 from tests.models.sharding.on_meshes import MESHES, check, found_on_meshes
 from tests.models.sharding.tiny_config import CONFIG
-from tests.ops.sharding.collectives import collectives
 
 MESH = jax.make_mesh((2,), ("model",))
 PAIRS = [f"{mesh}:{precision}" for mesh in MESHES for precision in ("W1A1", "W2A2", "W4A8", "W4A8g32", "W8A8")]

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 import bipolar_jax as bj
 from bipolar_jax.models import Transformer
 from bipolar_jax.models.sharding.training import plan_training
+from experiments.distributed.collectives import collectives
 from tests.models.sharding.tiny_config import CONFIG
-from tests.ops.sharding.collectives import collectives
 from tests.support.integer_products import normal
 
 PRECISIONS = ("W2A2", "W1A1", "W4A8", "W4A8g32", "W4A8g32f", "W8A8", "W1.58A8")

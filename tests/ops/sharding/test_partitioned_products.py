@@ -15,7 +15,7 @@ import bipolar_jax as bj
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops import Activation, RMSNorm
 from bipolar_jax.packing.cuts import partition_specs, shard
-from tests.ops.sharding.collectives import collectives
+from experiments.distributed.collectives import collectives
 from tests.support.integer_products import normal
 
 M, K, N = 4, 128, 12
