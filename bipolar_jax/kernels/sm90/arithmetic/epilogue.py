@@ -104,22 +104,22 @@ def finish(
 
 
 def finish_floats(
-    total: Float[Array, "tile_m width"],
+    total: Float[Array, "width tile_m"],
     recovery: FloatRecovery,
     tokens: TokenTerms,
     columns: ColumnTerms,
     dtype: jnp.dtype = jnp.float32,
-    *,
-    token_axis: int = 0,
 ) -> Array:
-    """`finish` for sums of float activations times integer values of weights: scales and bias."""
-    load = functools.partial(_load_term, layout=(_ALONG_COLUMNS, _ALONG_ROWS)[token_axis])
-    y = total * lax.broadcast_in_dim(load(columns.scale), total.shape, (1 - token_axis,))
+    """`finish_transposed` for sums of float activations times numbers of weights: scales and bias."""
+
+    def along_columns(term):
+        return lax.broadcast_in_dim(_load_term(term, _ALONG_ROWS), total.shape, (0,))
+
+    y = total * along_columns(columns.scale)
     if tokens.scale is not None:
-        token_scale = _load_term(tokens.scale, (_ALONG_ROWS, _ALONG_COLUMNS)[token_axis])
-        y = y * lax.broadcast_in_dim(token_scale, total.shape, (token_axis,))
+        y = y * lax.broadcast_in_dim(_load_term(tokens.scale, _ALONG_COLUMNS), total.shape, (1,))
     if columns.bias is not None:
-        y = y + lax.broadcast_in_dim(load(columns.bias), total.shape, (1 - token_axis,))
+        y = y + along_columns(columns.bias)
     return y.astype(dtype)
 
 

@@ -5,8 +5,6 @@ As in `gemm.consumer`, but the rows of an accumulator are columns of the output,
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -206,7 +204,7 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
 
     finish = finish_scaled_transposed if problem.scales_sums else finish_transposed
     if problem.is_float:
-        finish = functools.partial(finish_floats, token_axis=problem.token_axis)
+        finish = finish_floats
 
     def scaled(row, column):
         row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])

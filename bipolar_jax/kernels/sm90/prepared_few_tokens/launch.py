@@ -299,7 +299,7 @@ def _finish(problem: FewTokensProblem, totals, terms, out, added, unit, chunk: i
         product = plgpu.load(totals.at[block, rows], layout=ACCUMULATOR, optimized=False)
         finish = finish_transposed if problem.float_terms is None else finish_scaled_transposed
         if problem.float_tokens:
-            finish = functools.partial(finish_floats, token_axis=1)
+            finish = finish_floats
         return finish(
             plgpu.layout_cast(product, plgpu.Layout.WGMMA),
             problem.recovery,
