@@ -66,6 +66,7 @@ _SETTINGS = (
     "rotated",
     "rotation_block",
     "fused_sequences",
+    "unrolled",
     "overlapped_launches",
     "mesh",
     "iterations",
@@ -104,19 +105,27 @@ def make_model(
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(shape, jnp.bfloat16, key)
-    prepared = {"layout": config.layout or None, "fused_sequences": config.fused_sequences}
     if isinstance(precision, int):
         model = _loaded(config.model, precision)
         _loaded.cache_clear()
-        return prepare_for_inference(model, **prepared)
+        return _prepared(model, config)
     if config.rotated:
         ffn = bj.ops.hadamard(shape.ffn_size, block=config.rotation_block or None)
         shape = dataclasses.replace(shape, rotation=Rotation(ffn=ffn, keys=bj.ops.hadamard(shape.head_dim)))
     options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
     options |= {"key": key, "implementation": config.implementation}
     if (mesh := mesh_of(config)) is not None:
+        if config.unrolled:
+            raise ValueError("config.unrolled is of models on one device: leave out config.mesh")
         return random_sharded(shape, precision, mesh, layout=config.layout or None, **cuts_of(config), **options)
-    return prepare_for_inference(random_packed(shape, precision, **options), **prepared)
+    return _prepared(random_packed(shape, precision, **options), config)
+
+
+def _prepared(model: Transformer, config: ConfigDict) -> Transformer:
+    """The model as it is timed."""
+    prepared = prepare_for_inference(model, layout=config.layout or None, fused_sequences=config.fused_sequences)
+    prepared.unrolled = config.unrolled
+    return prepared
 
 
 def _is_file(name: str) -> bool:

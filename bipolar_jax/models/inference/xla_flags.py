@@ -6,8 +6,8 @@ import os
 import pkgutil
 
 _COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
-# XLA's defaults plus DYNAMIC_SLICE_FUSION and WHILE: without slices of the stacked weights and the loop over layers in
-# the graph, the kernels of every layer are launched one by one.
+# XLA's defaults plus DYNAMIC_SLICE_FUSION and WHILE: without slices of the stacked weights in graphs, most kernels of a
+# layer are launched one by one. A layer is one graph; `kernels/sm90/backend/README.md` says when loops are.
 _COMMANDS = "+FUSION,+CUSTOM_CALL,+CUBLAS,+CUBLASLT,+DYNAMIC_SLICE_FUSION,+WHILE"
 # Without Triton's products there is nothing worth timing: cuBLAS chooses by the shape.
 PINNED = {"xla_gpu_enable_triton_gemm": "false", "xla_gpu_autotune_level": "0"}
