@@ -4,21 +4,14 @@ import gc
 import os
 from pathlib import Path
 
+from tests.quick_compilation import quick_compilation
+
 # Read by XLA when its first backend starts, so these must be set before jax is used.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-# XLA's newer emitters set up MLIR for every fusion, which is half of what compiling takes; `make test-exhaustive` uses
-# them. Programs that tests start inherit this too.
-if os.environ.get("TEST_NEWER_EMITTERS") != "1" and "xla_backend_extra_options" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
-# XLA cuts the code of a program into up to 32 modules that it compiles in parallel, which costs a third more CPU time
-# than one module does; the cores are busy with other tests.
-os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+os.environ.update(quick_compilation(os.environ))
 # Threads of XLA on CPUs: an interpreted warpgroup that waits at a barrier holds one, and with as few as there
 # are cores the others may never get to run.
 os.environ.setdefault("NPROC", "16")
-# Most of a test's time is compilation of programs that run once, which takes half as long unoptimized. Programs that
-# tests start inherit this. See `optimizations` for tests that compare last bits of optimized code.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Everything works under JAX's strict settings. Programs that tests start inherit these too.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

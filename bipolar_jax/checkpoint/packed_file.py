@@ -33,6 +33,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.checkpoint.checksums import ChecksumError, block_checksums, checksum
@@ -54,6 +55,7 @@ from bipolar_jax.checkpoint.shards import in_shards
 from bipolar_jax.extras import require
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray, UnpackedArray
+from bipolar_jax.packing.host_memory import is_shared, on_host
 
 # dtypes of safetensors that JAX loads unchanged; by default JAX narrows 64-bit numbers to 32 bits.
 _DTYPES = ("float32", "bfloat16", "float16", "int32", "int16", "int8", "uint32", "uint16", "uint8", "bool")
@@ -64,6 +66,9 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
 
     The file is written in a temporary folder, synced and moved, so that an interrupted save
     leaves an existing file unchanged.
+
+    If processes share an array, all of them call this with the same arguments, and return or raise together: arrays are
+    gathered one by one, and the first process, which needs host memory for all of them, writes the file.
 
     Args:
       path: file to write; replaced if it exists. Missing directories are made.
@@ -79,33 +84,60 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
       OSError: the file cannot be written, for example because the disk is full.
       ModuleNotFoundError: safetensors is not installed.
     """
-    safetensors_numpy = require("safetensors.numpy", "models")
+    require("safetensors.numpy", "models")
+    named = dict(_named_leaves(tree))
+    user = _checked_user(user)
+    are_shared = any(map(is_shared, jax.tree.leaves(named)))
+    writes = not are_shared or jax.process_index() == 0
     tensors, packed, checksums, reserved = {}, {}, {}, set()
-    for name, leaf in _named_leaves(tree):
+    for name, shared_leaf in named.items():
+        if isinstance(shared_leaf, BipolarArray):
+            shared_leaf.check()
+        # Every process gathers and checks every array, so that what is wrong with one raises in all of them.
+        leaf = jax.tree.map(on_host, shared_leaf)
         arrays = {name: leaf}
         if isinstance(leaf, BipolarArray):
-            leaf.check()
             check_finite(name, leaf.scale, leaf.offset)
             packed[name] = _describe(leaf)
-            arrays = {f"{name}.{field}": array for field, array in stored_fields(leaf).items()}
             reserved.update(f"{name}.{field}" for field in FIELDS)
-        for tensor_name, device_array in arrays.items():
-            array = np.asarray(device_array, order="C")
+            arrays = {f"{name}.{field}": array for field, array in stored_fields(leaf).items()} if writes else {}
+        for tensor_name, array in arrays.items() if writes else ():
+            array = np.asarray(array, order="C")
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
             is_planes = name in packed and tensor_name == f"{name}.{PLANES}"
             tensors[tensor_name] = array
             checksums[tensor_name] = block_checksums(array) if is_planes else checksum(array)
-    clashes = sorted(reserved & {name for name, leaf in _named_leaves(tree) if not isinstance(leaf, BipolarArray)})
-    if clashes:
+    if clashes := sorted(reserved & (set(named) - set(packed))):
         raise ValueError(f"{clashes} are tensor names of fields of packed arrays: rename these keys")
-    body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": _checked_user(user)}
+    body = {"format_version": FORMAT_VERSION, "packed": packed, "checksums": checksums, "user": user}
     text = json.dumps(body)
+    metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
+    with _together(path, writes) if are_shared else contextlib.nullcontext():
+        if writes:
+            _write(path, tensors, metadata)
+
+
+def _write(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Raises OSError if the file cannot be written."""
+    safetensors_numpy = require("safetensors.numpy", "models")
     with atomic_write(path) as temporary:
-        metadata = {"bipolar_jax": f"{zlib.crc32(text.encode()):08x}{text}"}
         try:
             safetensors_numpy.save_file(tensors, temporary, metadata=metadata)
         except require("safetensors", "models").SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _together(path: str | os.PathLike[str], writes: bool) -> Iterator[None]:
+    """Ends in all processes after the block of the one that writes; raises OSError in the others if that fails."""
+    is_written = False
+    try:
+        yield
+        is_written = writes
+    finally:
+        is_written = bool(multihost_utils.broadcast_one_to_all(np.bool_(is_written), is_source=writes))
+    if not is_written:
+        raise OSError(f"the first process cannot write {path}: its error says why")
 
 
 def load(path: str | os.PathLike[str], bits: int | None = None, shardings: Mapping[str, Any] | None = None) -> Any:

@@ -35,6 +35,8 @@ from bipolar_jax.quantize import Precision
 def save_model(path: str | os.PathLike[str], pretrained: PretrainedModel, source: str = "") -> None:
     """Writes a model, quantized or not, with everything needed to run it.
 
+    A model that is cut over devices of several processes is saved by all of them together, see `checkpoint.save`.
+
     Args:
       path: file to write, by convention ending in .safetensors; it is written atomically.
       pretrained: the model and its tokenizer.

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from bipolar_jax.checkpoint.checksums import checksum
-from bipolar_jax.models.inference.on_host import on_host
+from bipolar_jax.packing.host_memory import on_host
 
 from ..distributed.processes import array_from_first, from_first, is_first
 from ..support.workdir import differences

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.sharding.plan import DATA
 from bipolar_jax.models.sharding.training import TrainingPlan, plan_training
 from bipolar_jax.models.transformer import Transformer
+from bipolar_jax.packing.host_memory import on_host
 
 from .model import Params, Stage
 from .step import TrainState, initial_state

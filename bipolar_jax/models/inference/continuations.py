@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
+from bipolar_jax.packing.host_memory import on_host
 
 
 @dataclasses.dataclass(frozen=True)

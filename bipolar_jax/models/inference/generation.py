@@ -23,13 +23,13 @@ from bipolar_jax.models.inference.decode_loop import (
     first_token,
     next_tokens,
 )
-from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.inference.prompts import EncodedPrompts, Prompt, encode_prompts, pad_prompts
 from bipolar_jax.models.inference.sampling import Sampling, one_key
 from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
+from bipolar_jax.packing.host_memory import on_host
 
 # Sizes of the array of end ids are rounded up to a multiple of this: other end ids share a compilation.
 _END_IDS_STEP = 8

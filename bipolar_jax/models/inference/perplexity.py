@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
-from bipolar_jax.models.inference.on_host import on_host
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 from bipolar_jax.nn.compressible import with_signs, without_signs
+from bipolar_jax.packing.host_memory import on_host
 
 
 @dataclasses.dataclass(frozen=True)

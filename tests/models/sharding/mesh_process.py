@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bipolar_jax import Precision, quantization_aware, quantize_model
+from bipolar_jax import Precision, load, quantization_aware, quantize_model, save
 from bipolar_jax.models import (
     Transformer,
     TransformerConfig,
@@ -24,9 +26,11 @@ from bipolar_jax.models import (
     random_packed,
     shard_model,
 )
-from bipolar_jax.models.inference.on_host import on_host
+from bipolar_jax.models.sharding.sharded_transformer import place_model
 from bipolar_jax.models.sharding.training import plan_training
+from bipolar_jax.packing.host_memory import on_host
 from experiments.distributed.collectives import collectives
+from experiments.distributed.processes import from_first
 from tests.models.sharding.on_meshes import BATCH, HIDDEN, LAYERS, LENGTH
 
 CAPACITY = 16
@@ -106,6 +110,8 @@ def compare(mesh: str, precision: str, generates: bool, trains: bool) -> dict[st
         "decode": collectives(decode),
         "cache": [list(cache.keys.shape), list(cache.keys.addressable_shards[0].data.shape)],
     }
+    if jax.process_count() > 1:
+        check_saving(model, devices)
     if generates:
         texts = [generate(sharded, PROMPTS, 6, end_ids=(), cache_bits=bits) for bits in (None, 8)]
         pairs = zip(texts_of_one_device(precision), texts, strict=True)
@@ -113,6 +119,32 @@ def compare(mesh: str, precision: str, generates: bool, trains: bool) -> dict[st
     if trains:
         result["training"] = training_step((data, parts), precision)
     return result
+
+
+def check_saving(model: Transformer, devices: Mesh) -> None:
+    """Processes write weights from their shards as one of them does, read their own back, and learn of failures."""
+
+    def weights(model):
+        kernels = (model.layers.attention.o_proj.kernel, model.layers.ffn.up_proj.kernel)
+        return {"rows": kernels[0].get_value(), "columns": kernels[1].get_value()}
+
+    whole, placed = weights(model), weights(place_model(model, devices))
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(from_first(lambda: own))
+        save(folder / "shards", placed)
+        save(f"{own}/whole", whole)
+        assert (folder / "shards").read_bytes() == Path(own, "whole").read_bytes()
+        read = load(folder / "shards", shardings=jax.tree.map(lambda leaf: leaf.sharding, placed))
+        for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(placed), strict=True):
+            for shard, expected in zip(one.addressable_shards, other.addressable_shards, strict=True):
+                np.testing.assert_array_equal(shard.data, expected.data)
+        problem = "none"
+        try:
+            save(Path(own, "whole", "below a file"), placed)
+        except OSError as error:  # in all of them, so that the first has not deleted what others read
+            problem = str(error)
+        says = "File exists" if jax.process_index() == 0 else "the first process cannot write"
+        assert says in problem, problem
 
 
 @functools.cache
