@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,6 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
         raise ValueError("config.precisions is empty: name at least one, such as W4A8g64, or give config.rules")
     precisions = precisions or [BY_RULES]
     method = bj.compress.Rounding(**config.rounding)
-    reconstruction = bj.compress.Reconstruction(**config.reconstruction) if config.reconstruction.epochs else None
     if config.rotation not in get_args(Kind):
         raise ValueError(f"config.rotation is {config.rotation!r}: choose from {', '.join(get_args(Kind))}")
     if min(config.calibration_windows, config.calibration_length) < 1:
@@ -89,6 +88,11 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
     sweep = Sweep.begin(config, workdir, (*_SETTINGS, *_CALIBRATION), sections, loaded, rules=own_rules)
     for precision in [*precisions, *rounded]:  # reject impossible precisions before measuring
         sweep.check(rules_of_row(first_rules, precision))
+    experts = sweep.pretrained.model.config.experts is not None
+    reconstructions = {
+        str(precision): reconstruction_of(config, _precisions_of(precision, own_rules), experts=experts)
+        for precision in precisions
+    }
     block = rotation_block(config, sweep.pretrained)
     bj.ops.hadamard(sweep.pretrained.model.config.ffn_size, block=block)  # rejects impossible blocks
     sweep.measure_baseline()
@@ -107,7 +111,7 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
                 tokens,
                 rules_of_row(first_rules, _as_rounded(precision, config)),
                 method=method,
-                reconstruction=reconstruction,
+                reconstruction=reconstructions[str(precision)],
                 learn_spans=config.learn_spans,
                 cache_bits=config.cache_bits or None,
                 windows_per_step=config.windows_per_step,
@@ -119,7 +123,11 @@ def main(config: ConfigDict, workdir: Path, loaded: Loaded | None = None) -> Non
     for precision in precisions:
         sweep.add(precision, calibrate)
         shutil.rmtree(_store(workdir, precision), ignore_errors=True)
-    sweep.show(f"rotation {config.rotation}, {method.algorithm}, {len(tokens)} windows of {config.calibration_text}")
+    learned = [name for name, each in reconstructions.items() if each is not None]
+    sweep.show(
+        f"rotation {config.rotation}, {method.algorithm}, {len(tokens)} windows of {config.calibration_text}"
+        + (f"; layers of a block learned together: {', '.join(learned)}" if learned else "")
+    )
     if config.sample_tokens:
         console.print(f"{precisions[-1]} continues: {config.prompt}", end="", highlight=False, markup=False)
         console.print(sweep.result[MADE][str(precisions[-1])]["sample"], highlight=False, markup=False)
@@ -136,6 +144,28 @@ def _as_rounded(precision: bj.Precision | str, config: ConfigDict) -> bj.Precisi
     if isinstance(precision.w_bits, bj.BipolarFormat) or precision.w_bits > config.rounded_bits:
         raise ValueError(f"{precision} does not have the high planes of config.rounded_bits={config.rounded_bits}")
     return dataclasses.replace(precision, w_bits=config.rounded_bits)
+
+
+def reconstruction_of(
+    config: ConfigDict, precisions: Sequence[bj.Precision], *, experts: bool
+) -> bj.compress.Reconstruction | None:
+    """How blocks learn whose layers have these precisions, as `config.reconstruction` says; None if they do not.
+
+    With -1 epochs they do if that suits one of the precisions and nothing forbids it.
+    """
+    asked = dict(config.reconstruction)
+    if asked["epochs"] == -1:
+        forbidden = experts or config.cache_bits or config.rounded_bits or config.rounding.nested
+        suited = [] if forbidden else [each for each in map(bj.compress.Reconstruction.of, precisions) if each]
+        asked["epochs"] = max((each.epochs for each in suited), default=0)
+    return bj.compress.Reconstruction(**asked) if asked["epochs"] else None
+
+
+def _precisions_of(row: bj.Precision | str, rules: Sequence[Any]) -> list[bj.Precision]:
+    """Of the layers of a row: its own, or those that the rules name."""
+    if row != BY_RULES:
+        return [row]
+    return [bj.Precision.parse(name) for _, name in rules if isinstance(name, str)]
 
 
 def with_high_planes(model: Transformer, bits: int) -> Transformer:

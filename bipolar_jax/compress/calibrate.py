@@ -82,7 +82,8 @@ def calibrate[Model: nnx.Module](
       rules: as those of `quantize_model`.
       method: how weights are rounded.
       reconstruction: how the layers of a block then learn together what the float model's block puts out: for 2 and 3
-        bits, and activations of 4. A block that does not come nearer stays as it was rounded. None learns nothing.
+        bits, and activations of 4 (`Reconstruction.of`). A block that does not come nearer stays as it was rounded.
+        None learns nothing.
       learn_spans: activations of at most so many bits get the part of a token's range that their grid should span
         (`Precision.a_span`), one for each input of a block; 0 learns none. The first windows are enough for it.
       cache_bits: of the cache of keys and values that the model will decode with, 8 or 4: layers are then rounded for

@@ -11,12 +11,12 @@ def get_config() -> ConfigDict:
     # Files below --workdir, comma separated: of experiments.quantize, experiments.calibrate and experiments.distill.
     config.models = (
         "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,cpu_2_cores/calibrate_demo.json,"
-        "nvidia_h200/distill.json"
+        "nvidia_h200/distill.json,nvidia_h200/distill_long.json"
     )
     # Of experiments.compare_methods; "" for none.
     config.comparisons = (
         "nvidia_h200/compare_precisions_absmax_embedding.json,nvidia_h200/compare_precisions_one_process.json,"
-        "nvidia_h200/compare_precisions.json"
+        "nvidia_h200/compare_precisions.json,nvidia_h200/compare_reconstruction.json"
     )
     # Of experiments.bench.calibration; "" for none.
     config.parts = "nvidia_h200/bench_calibration_smollm2.json,nvidia_h200/bench_calibration_llama-3-8b.json"

@@ -25,6 +25,7 @@ from . import calibrate
 def get_config() -> ConfigDict:
     """Fields of configs/calibrate.py, which every method starts from, and what the methods change."""
     config = calibrate.get_config()
+    config.reconstruction.epochs = 0  # methods say which blocks learn
     # Seeds of the draws: each has its own calibration text, and its own signs of the rotation.
     config.seeds = "0,1,2"
     # Methods that are compared, comma separated names of `methods`; "rounding" is to the nearest and has no draws.

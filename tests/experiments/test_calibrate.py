@@ -41,7 +41,7 @@ def tiny_config(model, text, precisions="W3A8"):
     config.windows, config.window_length = WINDOWS, LENGTH
     config.calibration_windows, config.calibration_length, config.windows_per_step = 6, LENGTH, 3
     config.rotation_block = 4
-    config.rounding.algorithm = "nearest"  # fewer programs to compile
+    config.rounding.algorithm, config.reconstruction.epochs = "nearest", 0  # fewer programs to compile
     return config
 
 
@@ -175,3 +175,29 @@ def test_sizes_of_blocks_are_compared(model, text, tmp_path):
     config.blocks = "none,all"
     with pytest.raises(ValueError, match="config.blocks has 'all': write numbers"):
         rotation_blocks.main(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "changes", "epochs"),
+    [
+        (["W2A8g64"], {}, 8),
+        (["W3A16"], {}, 8),
+        (["W4A4g64"], {}, 8),
+        (["W4A8g64"], {}, None),
+        (["W8A8", "W2A8"], {}, 8),
+        (["W2A8"], {"cache_bits": 8}, None),
+        (["W2A8"], {"rounded_bits": 8}, None),
+        (["W2A8"], {"rounding.nested": (2,)}, None),
+        (["W4A8"], {"reconstruction.epochs": 2}, 2),
+        (["W2A8"], {"reconstruction.epochs": 0}, None),
+    ],
+)
+def test_blocks_learn_where_that_suits_the_precision_unless_told_otherwise(precisions, changes, epochs):
+    config = calibrate_config.get_config()
+    config.reconstruction.code_rate = 0.5
+    config.update_from_flattened_dict(changes)
+    precisions = [bj.Precision.parse(text) for text in precisions]
+    chosen = calibrate.reconstruction_of(config, precisions, experts=False)
+    assert chosen == (bj.compress.Reconstruction(epochs, code_rate=0.5) if epochs else None)
+    if config.reconstruction.epochs == -1:
+        assert calibrate.reconstruction_of(config, precisions, experts=True) is None

@@ -26,11 +26,11 @@ from bipolar_jax.quantize.straight_through import straight_through
 
 # Steps and learning rates that were found on SmolLM2-135M, by bits of weights and by those of activations: a model
 # takes the larger ones of its two rows. A step has 16 windows of 512 tokens.
-_OF_WEIGHTS = {1: (2400, 4e-4), 2: (3000, 3e-4), 3: (1200, 1e-4), 4: (600, 2e-5)}
+_OF_WEIGHTS = {1: (2400, 4e-4), 2: (3000, 3e-4), 3: (1200, 1e-4), 4: (900, 2e-5)}
 _OF_ACTIVATIONS = {1: (3000, 3e-4), 2: (3000, 3e-4), 3: (1500, 1e-4), 4: (1500, 1e-4)}
 _OTHERWISE = (300, 1e-5)
 # Of 4 bits with one scale a channel: more was lost, and steps are larger.
-_PER_CHANNEL = (800, 3e-5)
+_PER_CHANNEL = (1300, 3e-5)
 
 
 @dataclasses.dataclass(frozen=True)

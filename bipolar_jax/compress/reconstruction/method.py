@@ -8,6 +8,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from bipolar_jax.format import as_format
+from bipolar_jax.quantize import Precision
+
 Target = Literal["float_model", "float_block"]
 
 
@@ -47,6 +50,16 @@ class Reconstruction:
             raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {self.target!r}")
         if not isinstance(self.learn_groups, bool):
             raise ValueError(f"learn_groups must be True or False, got {self.learn_groups!r}")
+
+    @classmethod
+    def of(cls, precision: Precision) -> Reconstruction | None:
+        """What suits a precision: these defaults for weights of up to 3 or activations of up to 4 bits, else None.
+
+        SmolLM2-135M gains 38% of its perplexity at W2A8g64, 4% at W3A8g64 and 10% at W4A4g64; more bits have not been
+        measured.
+        """
+        few = as_format(precision.w_bits).bits <= 3 or (precision.a_bits is not None and precision.a_bits <= 4)
+        return cls() if few else None
 
     def updates(self, batches: int) -> list[tuple[int, float]]:
         """The batch of every update, and what its rates are multiplied by.

@@ -46,8 +46,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         memory; tables that make no logits or have float scales of groups, layers that name another backend, layers with
         float activations unless they have groups and compute in 16 bits, and what has no such layout
         (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
-        with groups, of float activations with integer groups, or with 4 or 8 bits, one scale a column and activations
-        of 3 bits or more.
+        with groups, or with 4 or 8 bits, one scale a column and activations of 3 bits or more.
       fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
         up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
         layer by layer.
@@ -126,7 +125,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         if not isinstance(weights, BipolarArray | BlockScaledArray) or (is_table and has_float_groups(weights)):
             continue
         a_bits, has_groups = layer.precision.a_bits, weights.has_integer_groups or has_float_groups(weights)
-        if a_bits is None and not (dtype.itemsize == 2 and (weights.has_integer_groups or (everything and has_groups))):
+        if a_bits is None and not (dtype.itemsize == 2 and has_groups):
             continue
         if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, has_groups=has_groups)):
             continue

@@ -307,9 +307,9 @@ def test_scales_learn_more_slowly(distilled):
 @pytest.mark.parametrize(
     ("precision", "steps", "rate"),
     [
-        ("W4A8g64", 600, 2e-5),
-        ("W4A16g64", 600, 2e-5),
-        ("W4A8", 800, 3e-5),
+        ("W4A8g64", 900, 2e-5),
+        ("W4A16g64", 900, 2e-5),
+        ("W4A8", 1300, 3e-5),
         ("W3A8g64", 1200, 1e-4),
         ("W2A8g64", 3000, 3e-4),
         ("W1.58A8", 3000, 3e-4),

@@ -171,16 +171,17 @@ def test_weights_that_planes_would_expand_in_every_call_belong_on_tensor_cores()
     [
         ("W4A16g16", jnp.bfloat16, PreparedArray),
         ("W4A16g16", jnp.float32, bj.BipolarArray),  # tensor cores multiply 16-bit floats
-        ("W4A16g16f", jnp.bfloat16, bj.BipolarArray),
+        ("W4A16g16f", jnp.bfloat16, PreparedArray),
         ("W4A16", jnp.bfloat16, bj.BipolarArray),
     ],
 )
-def test_hopper_gets_integer_groups_for_float_activations_of_16_bits(precision, dtype, kind):
+def test_hopper_gets_groups_for_float_activations_of_16_bits(precision, dtype, kind):
     with interpreted(plgpu.InterpretGPUParams()):
         prepared = prepare_for_inference(quantized([("^layers/", bj.Precision.parse(precision))]), dtype)
         text = str(bj.explain_model(prepared, batch=2, length=64))
     assert set(kernels(prepared).values()) == {kind}
-    assert ("bfloat16 tensor cores, weights of 4 bits in integer groups of 16" in text) == (kind is PreparedArray)
+    groups = "float groups" if precision.endswith("f") else "integer groups"
+    assert (f"bfloat16 tensor cores, weights of 4 bits in {groups} of 16" in text) == (kind is PreparedArray)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("W4A8", PreparedArray), ("W4A2", bj.BipolarArray)])
