@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.precisions = "W4A8g128i,W2A8g64i,W1A8g128i"
     # How attention is divided: "shared chunks" for four heads of the same keys, "own chunks" for each warpgroup.
     config.variants = "shared chunks,own chunks"
+    # Of the weights: "planes", "tensor_cores", or "" for what `prepare_for_inference` chooses.
+    config.layout = ""
     # Texts that are decoded at once; several with integer scales of groups, or without.
     config.texts = 1
     # Tokens in the cache, of each text.

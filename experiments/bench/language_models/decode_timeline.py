@@ -62,8 +62,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     with device_lock(shared=True):
         for precision in precisions:
             model = random_packed(preset(config.model), precision, key=jax.random.key(config.seed), embed_bits=None)
-            operands, static = operands_of(prepare_for_inference(model), config.length, config.seed, config.texts)
-            del model
+            prepared = prepare_for_inference(model, layout=config.layout or None)
+            operands, static = operands_of(prepared, config.length, config.seed, config.texts)
+            del model, prepared
             shape = plan_decode_layers(**operands, **static).tiling
             for variant in app.parse_names("variants", config.variants, VARIANTS):
                 name = f"{precision} {variant}"

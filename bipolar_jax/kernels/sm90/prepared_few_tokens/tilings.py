@@ -18,6 +18,9 @@ from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 _MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
 _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
+# Of weights. Slots of 32 KB of 4-bit weights are read at 4 TB/s. Of 8 bits twelve warps had three slots of 48 KB, of
+# which the last of a K of 4096 was a third empty: an H200 took some 285 us for 525 MB.
+_MOST_SLOT_BYTES = 45 * 1024
 # Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
 _FROM_MEMORY, _ARRIVING = 18, 26
 _EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
@@ -52,6 +55,7 @@ def few_tokens_tiling(
     """
     total, stages, part = num_parts(n, gated), -(-k // STAGE), part_bytes(w_bits, term_words(float_terms, chunks))
     most_warpgroups = 4 if m <= 2 * CHUNK else 3  # more accumulators need more registers
+    fields = part_bytes(w_bits, 0)
 
     def cycles(tiling: FewTokensTiling) -> float:
         return reading_cycles(tiling, m * rows_of_stage, total, stages, part, blocks)
@@ -69,8 +73,9 @@ def few_tokens_tiling(
     for least_slots in (3, 2):
         for share in sorted(shares, key=cycles):
             by_warpgroups = [dataclasses.replace(share, warpgroups=w) for w in range(1, most_warpgroups + 1)]
+            small = [tiling for tiling in by_warpgroups if tiling.workers * fields <= _MOST_SLOT_BYTES]
             # The most warps that have work.
-            for tiling in sorted(by_warpgroups, key=lambda tiling: -tiling.workers):
+            for tiling in sorted(small, key=lambda tiling: -tiling.workers):
                 for depth in range(depth_of(tiling) if tiling.workers else 0, 0, -1):
                     tiling_of_depth = dataclasses.replace(tiling, depth=depth)
                     fitted = with_slots(tiling_of_depth, m, w_bits, chunks, float_terms, rows_of_stage)

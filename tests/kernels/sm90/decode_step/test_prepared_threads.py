@@ -43,7 +43,7 @@ def test_signed_codes_are_stored_by_position(a_format, natural_order, monkeypatc
 
 @pytest.mark.parametrize(
     ("bits", "chunks", "stages"),
-    [(1, 1, 8), (1, 1, 4), (2, 2, 8), (3, 8, 4), (4, 1, 4), (5, 4, 2), (6, 1, 2), (8, 0, 2)],
+    [(1, 1, 8), (1, 1, 4), (2, 2, 8), (3, 8, 4), (4, 1, 4), (5, 4, 2), (6, 1, 2), (8, 0, 1)],
 )
 def test_stages_are_multiplied(bits, chunks, stages, monkeypatch):
     """All loads of a slice, and the sums of two parts behind each other."""

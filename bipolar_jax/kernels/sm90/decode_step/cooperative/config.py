@@ -35,6 +35,7 @@ _MOST_SLICES = 8  # of a token, that a warpgroup holds in registers
 WAIT_LIMIT_MS = 2000  # a whole step takes some milliseconds
 # Of shared memory. Barriers and alignment take 1.5 KB of the 4 KB that SHARED_MEMORY_BYTES leaves for them.
 _AVAILABLE_BYTES = SHARED_MEMORY_BYTES + 2048
+_MOST_BITS_OF_PAIRS = 6  # of prepared weights of which two warps of a warpgroup have a stage each in a load
 _MAX_SPLITS = 16  # partial attentions that one thread combines
 
 
@@ -353,16 +354,19 @@ class LayersShape:
 
     @property
     def stages_per_load(self) -> int:
-        """Stages of a part that a warpgroup gets with a load: two or one for each warp, or one for two warps in turn.
+        """Stages of a part that a warpgroup gets with a load: two or one for each warp, or one for two or four in turn.
 
         Two of few bits, where four such slots have room: a whole K slice, those of all warpgroups in one copy. Half
         where four stages would leave room for two slots: beside many bits, float scales of short groups, or the tokens
-        of several texts.
+        of several texts. Fields of 7 and 8 bits take few instructions: loads of 16 KB, as of planes, are multiplied
+        while the next ones arrive, and their slots are free again sooner.
         """
         plain = self.texts == 1 and not self.has_float_sums
         slice_bytes = STAGES_PER_SLICE * self._stage_bytes
         if plain and self.w_format.bits <= 2 and _AVAILABLE_BYTES - self._other_bytes >= 4 * slice_bytes:
             return STAGES_PER_SLICE
+        if plain and self.w_format.bits > _MOST_BITS_OF_PAIRS:
+            return 1
         wide = self.w_format.bits > 4 or (self.scaled and self.prepared.chunks > 1)
         if self.texts > 1:
             wide = _AVAILABLE_BYTES - self._other_bytes < 3 * WARPS * self._stage_bytes
