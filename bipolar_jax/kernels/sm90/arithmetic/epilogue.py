@@ -115,7 +115,7 @@ def finish_floats(
     def along_columns(term):
         return lax.broadcast_in_dim(_load_term(term, _ALONG_ROWS), total.shape, (0,))
 
-    y = total * along_columns(columns.scale)
+    y = total * (1 / recovery.unit) * along_columns(columns.scale)
     if tokens.scale is not None:
         y = y * lax.broadcast_in_dim(_load_term(tokens.scale, _ALONG_COLUMNS), total.shape, (1,))
     if columns.bias is not None:

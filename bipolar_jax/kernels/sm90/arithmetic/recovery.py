@@ -144,10 +144,12 @@ class FloatRecovery:
     Attributes:
       kind: of the floats, "bf16" or "f16".
       k: the true contracted size.
+      unit: what a product of 1 adds to sums, a power of two.
     """
 
     kind: OperandKind
     k: int
+    unit: float = dataclasses.field(default=1.0, kw_only=True)
     num_pairs: ClassVar[int] = 1
 
     def pair_groups(self) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -37,7 +37,7 @@ def add_splits(
     """
     total = jnp.sum(sums, axis=0, dtype=sums.dtype)
     if isinstance(recovery, FloatRecovery):
-        y = total * columns.scale[None]
+        y = total * (1 / recovery.unit) * columns.scale[None]
         if tokens.scale is not None:
             y = y * tokens.scale[: total.shape[0], None]
     else:

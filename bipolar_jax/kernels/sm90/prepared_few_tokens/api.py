@@ -125,7 +125,7 @@ def few_tokens_floats(
       ValueError: as `few_tokens_product`.
     """
     columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
-    recovery = FloatTokens(PTX_TYPES[x.dtype.name], w.contracted_size, w.format)
+    recovery = FloatTokens.of(PTX_TYPES[x.dtype.name], w.contracted_size, w.format)
     words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
     return _product(words, w, TokenTerms(None, None, None), columns, recovery, dtype or x.dtype, **options)
 

@@ -14,10 +14,10 @@ from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
 from bipolar_jax.kernels.sm90.core.gpcs import clusters_at_once
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
-from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, OperandKind
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.centred_floats import CentredExpansion
-from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion, unit_of_values
 from bipolar_jax.packing.fields import CHUNK_WORDS, PART_ROWS, PARTS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import BLOCK_TERMS, FloatTerms, terms_shape
 
@@ -101,6 +101,11 @@ class FloatTokens(FloatRecovery):
     """
 
     w_format: BipolarFormat
+
+    @classmethod
+    def of(cls, kind: OperandKind, k: int, w_format: BipolarFormat) -> FloatTokens:
+        """Of sums in units of `FloatExpansion.unit`."""
+        return cls(kind, k, w_format, unit=unit_of_values(FLOATS[kind]))
 
     def expansion(self, chunks: int, float_terms: FloatTerms | None) -> FloatExpansion:
         """How fields become floats, with so many chunks of a stage that have terms of their own, in this form."""

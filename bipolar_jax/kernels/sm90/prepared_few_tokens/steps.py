@@ -40,7 +40,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
 )
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import scaled_products
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import TOKEN_WORDS, positions_by_pair
-from bipolar_jax.packing.fields import OFFSET_BIAS, PART_ROWS, STAGE, STEPS, expand_part
+from bipolar_jax.packing.fields import PART_ROWS, STAGE, STEPS, expand_part
 
 _ACCUMULATOR_ROWS = 2 * FINISH_ROWS
 Sums = Num[Array, "128 width"]
@@ -53,7 +53,7 @@ def zero_sums(problem: FewTokensProblem) -> Sums:
 
 def _float_products(problem: FewTokensProblem, words, terms, tokens):
     """Products of a slot's stages with float tokens, [parts, stages, PART_ROWS, m]; for twins."""
-    fmt, stages = problem.recovery.w_format, problem.tiling.stages
+    stages = problem.tiling.stages
     dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[problem.recovery.kind]
     rows = tokens.reshape(*tokens.shape[:1], -1)[: problem.m, : stages * TOKEN_WORDS]
     steps = lax.bitcast_convert_type(rows, dtype).reshape(problem.m, stages, STEPS, -1)
@@ -61,10 +61,10 @@ def _float_products(problem: FewTokensProblem, words, terms, tokens):
     if problem.float_terms is not None:
         codes = expand_part(words, None).astype(jnp.float32)
         by_chunk = positions.reshape(problem.m, stages, problem.chunks, -1)
-        return scaled_products(codes, by_chunk, terms, fmt, problem.float_terms)
-    expanded = expand_part(words, terms)
-    values = 2 * expanded - fmt.max_value if terms is None else expanded - OFFSET_BIAS
-    return jnp.einsum("psrk,msk->psrm", values.astype(jnp.float32), positions, precision=lax.Precision.HIGHEST)
+        products = scaled_products(codes, by_chunk, terms, problem.recovery.w_format, problem.float_terms)
+        return problem.recovery.unit * products
+    values = problem.recovery.expansion(problem.chunks, None).in_units(expand_part(words, terms), terms is not None)
+    return jnp.einsum("psrk,msk->psrm", values, positions, precision=lax.Precision.HIGHEST)
 
 
 def _multiply_slot_twin(problem: FewTokensProblem, sums, words, terms, tokens, warpgroup):

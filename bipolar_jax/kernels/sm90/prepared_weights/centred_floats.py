@@ -5,7 +5,8 @@ With d = u - H, H = 2^(bits - 1), of codes u, and float tokens x, a chunk of K i
     S * (P + (Z + H) * C) + o * C,     P = sum_k x d,   C = sum_k x
 
 to a row's float32 sum; S, Z and o are the chunk's terms (`packing.float_terms`). d is exact in either 16-bit float, and
-around 0, so that P and C are no larger than what they make. C comes from a tile whose weights are ones.
+around 0, so that P and C are no larger than what they make. C comes from a tile whose weights are ones. Both are in
+units of `FloatExpansion.unit`, and so is the sum.
 """
 
 from __future__ import annotations
@@ -57,11 +58,15 @@ class CentredExpansion(FloatExpansion):
 
     def values(self, codes: Value, terms: None) -> list[Value]:
         del terms
-        return [self._numbers(codes, selector, self._signed, self.centre) for selector in SELECTORS]
+        lift, centre = self._constant(self.float_type.lift), self._constant(-self.centre * self.unit)
+        return [
+            ptx.fma_pairs(self.float_type.name, ptx.pick_bytes(codes, ptx.int32(0), selector), lift, centre)
+            for selector in SELECTORS
+        ]
 
     def token_sums(self, tokens: list[Value], sums: list[Value]) -> list[Value]:
         """sums + C of the lane's two columns, twice."""
-        ones = [self._constant(1)] * 2
+        ones = [self._constant(self.unit)] * 2
         return self.multiply_step([ones] * len(tokens), tokens, sums)
 
 

@@ -1,8 +1,10 @@
 """What threads do with prepared weights under float activations: fields become pairs of 16-bit floats.
 
-A code of up to 7 bits is the low end of a mantissa: B + u, where B is the power of two whose last place is 1. B is
-subtracted, and one fused multiply-add makes s * u + o. All of it is exact: values of integer groups are from -128 to
-127, and those of the format at most 255. B * s could not be subtracted from o beforehand: it has too many digits.
+A code is the low end of a mantissa whose exponent is 0: a subnormal number, u times the lowest place, at no cost. One
+fused multiply-add by s * lift makes (s * u + o) * unit, unit = lowest * lift. All of it is exact: values of integer
+groups are from -128 to 127, and those of the format at most 255. The epilogue divides sums by the unit, a power of two.
+(A code between the bits of a power of two B is B + u: B would have to be subtracted first, since B * s has too many
+digits to be subtracted from o.)
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
@@ -22,13 +24,20 @@ from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, Expa
 from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, REGISTERS, expand_tile
 
 _EVERY_BYTE, _EVERY_HALF = 0x01010101, 0x00010001
-_SIGN = 128  # of a byte
 PAIRS = 2  # of a register: its bytes 0 and 1, and its bytes 2 and 3
 # Bytes 0 and 1, or 2 and 3, of the first operand, each below the first byte of the second.
 SELECTORS = (0x4140, 0x4342)
 
-# (s, o), each twice in a word, of one row.
+# (s * lift, o * unit), each twice in a word, of one row.
 RowTerms = tuple[Value, Value]
+
+_LARGEST_SCALE = 255  # of 1 bit; others are at most half of it
+_SHARED = 2.0**6  # moves from one factor of a scale of 1 bit to the other, or the first would be infinite
+
+
+def unit_of_values(float_type: FloatType) -> float:
+    """The power of two that `FloatExpansion` multiplies values by."""
+    return float_type.lowest * float_type.lift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +89,17 @@ class FloatExpansion:
         return of_step
 
     def values(self, codes: Value, terms: RowTerms) -> list[Value]:
-        """The PAIRS pairs of values of a register of codes."""
+        """The PAIRS pairs of values of a register of codes, times `unit`."""
         scale, offset = terms
         return [
-            ptx.fma_pairs(self.float_type.name, self._numbers(codes, selector, self._signed), scale, offset)
+            ptx.fma_pairs(self.float_type.name, ptx.pick_bytes(codes, ptx.int32(0), selector), scale, offset)
             for selector in SELECTORS
         ]
+
+    @property
+    def unit(self) -> float:
+        """What a product of 1 adds to sums."""
+        return unit_of_values(self.float_type)
 
     def fragments(self, words: StepWords, terms: list[list[RowTerms]], step: int) -> list[list[Value]]:
         """The PAIRS pairs of values of each of the REGISTERS registers of a step.
@@ -108,9 +122,13 @@ class FloatExpansion:
         return self.chunks * CHUNK_WORDS
 
     def of_tile(self, words: Array, terms: Array | None) -> Float[Array, "rows positions"]:
-        """The values of a tile and stage, in jnp; `packing.fields.expand_tile` has the arguments."""
-        numbers = expand_tile(words, terms)
-        return (2 * numbers - self.format.max_value if terms is None else numbers - OFFSET_BIAS).astype(jnp.float32)
+        """The values of a tile and stage times `unit`, in jnp; `packing.fields.expand_tile` has the arguments."""
+        return self.in_units(expand_tile(words, terms), terms is not None)
+
+    def in_units(self, expanded: Int[Array, "*rows positions"], grouped: bool) -> Float[Array, "*rows positions"]:
+        """Values times `unit`, of codes, or of s * u + o + 128."""
+        values = expanded - OFFSET_BIAS if grouped else 2 * expanded - self.format.max_value
+        return values.astype(jnp.float32) * self.unit
 
     def multiply_step(self, registers: list[list[Value]], tokens: list[Value], sums: list[Value]) -> list[Value]:
         """sums + weights . tokens over a step, or half of one: an instruction for each half.
@@ -128,14 +146,9 @@ class FloatExpansion:
         return sums
 
     @property
-    def _signed(self) -> bool:
-        return self.format.bits == 8
-
-    @property
     def _of_format(self) -> list[RowTerms]:
-        """2 u - W; codes that have the sign bit of a byte come as u - 128, and 255 = 2 * 128 - 1."""
-        shift = 1 if self._signed else -self.format.max_value
-        return [(self._constant(2), self._constant(shift))] * 4
+        """Of 2 u - W."""
+        return [(self._constant(2 * self.float_type.lift), self._constant(-self.format.max_value * self.unit))] * 4
 
     def _of_words(self, words: list[Value]) -> list[RowTerms]:
         """The terms of a chunk's rows, of a word for either block."""
@@ -143,26 +156,20 @@ class FloatExpansion:
 
     def _rows_of(self, word: Value) -> list[RowTerms]:
         """The terms of the two rows of a word: bytes s and o + 128 of one, then of the other."""
-        scales = self._numbers(word, 0x4240, signed=self.format.bits == 1)
-        if self.format.bits == 1:  # up to 255
-            scales = self._plus(scales, _SIGN)
-        offsets = self._numbers(word, 0x4341, signed=True)
-        assert OFFSET_BIAS == _SIGN
+        name, lift = self.float_type.name, self.float_type.lift
+        if self.format.bits == 1 and self.float_type.base <= _LARGEST_SCALE:
+            # A subnormal number, times 1 / lowest and lift.
+            scales = ptx.pick_bytes(word, ptx.int32(0), 0x4240)
+            for factor in (1 / self.float_type.lowest / _SHARED, lift * _SHARED):
+                scales = ptx.fma_pairs(name, scales, self._constant(factor), ptx.int32(0))
+        else:  # B * lift + s * lift
+            base = self.float_type.bits_of(self.float_type.base * lift) >> 8
+            scales = self._plus(
+                ptx.pick_bytes(word, ptx.int32(base * _EVERY_BYTE), 0x4240), -self.float_type.base * lift
+            )
+        offsets = ptx.pick_bytes(word, ptx.int32(0), 0x4341)
+        offsets = ptx.fma_pairs(name, offsets, self._constant(lift), self._constant(-OFFSET_BIAS * self.unit))
         return [(ptx.pick_bytes(scales, scales, s), ptx.pick_bytes(offsets, offsets, s)) for s in (0x1010, 0x3232)]
-
-    def _numbers(self, word: Value, selector: int, signed: bool, less: int = 0) -> Value:
-        """Two bytes of a word as floats: b - less, b below 128 in bfloat16; or b - 128 if `signed`."""
-        base, base_bits = self.float_type.base, self.float_type.base_bits
-        high = ptx.int32((base_bits >> 8) * _EVERY_BYTE)
-        if not signed or base > 2 * _SIGN:
-            # B + b, less B and 128.
-            return self._plus(ptx.pick_bytes(word, high, selector), -base - (_SIGN if signed else less))
-        # Of b - 128 in two's complement: B + the low bits, less B or, with the sign, 2 B.
-        pair = ptx.pick_bytes(ptx.flip_bits(word, _SIGN * _EVERY_BYTE), high, selector)
-        negative = 0x8000 | base_bits
-        low = ptx.masked_or(pair, (_SIGN - 1) * _EVERY_HALF, base_bits * _EVERY_HALF)
-        less = ptx.masked_or(pair, _SIGN * _EVERY_HALF, negative * _EVERY_HALF)
-        return ptx.fma_pairs(self.float_type.name, low, self._constant(1), less)
 
     def _plus(self, numbers: Value, term: float) -> Value:
         return ptx.fma_pairs(self.float_type.name, numbers, self._constant(1), self._constant(term))

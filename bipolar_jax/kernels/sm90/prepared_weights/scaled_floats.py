@@ -30,6 +30,10 @@ class ScaledFloatExpansion(FloatExpansion):
     """`FloatExpansion` by terms of the form "offsets", whose numbers must fit the 16-bit float."""
 
     @property
+    def unit(self) -> float:
+        return 1.0
+
+    @property
     def term_words(self) -> int:
         return term_words("offsets", self.chunks)
 

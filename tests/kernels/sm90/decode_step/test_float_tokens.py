@@ -123,7 +123,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
     row_sums.store_sums_of_warp(ptx.pointer(sums[0], ptx.SHARED), total, ptx.int32(2), 64, 130)
     found = row_sums.take_of_thread(ptx.pointer(sums, ptx.SHARED), thread, ptx.int32(2), 80, 130)
     rows = np.concatenate([16 * part + np.arange(16), 64 + 16 * part + np.arange(16)])
-    np.testing.assert_array_equal(found[[*range(16), *range(64, 80)]], values[rows] @ x)
+    np.testing.assert_array_equal(found[[*range(16), *range(64, 80)]] / expansion.unit, values[rows] @ x)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_sums_of_chunks_are_scaled(kind, bits, group_size, stages, dtype, monkey
     found = row_sums.take_of_thread(ptx.pointer(sums, ptx.SHARED), ptx.thread_in_warpgroup(), ptx.int32(2), 80, 130)
     numbers = numbers_of(w)[np.concatenate([16 * part + np.arange(16), 64 + 16 * part + np.arange(16)])]
     bound = 80 * 2.0**-24 * (np.abs(numbers) @ np.abs(x))
-    assert np.all(np.abs(found[[*range(16), *range(64, 80)]] - numbers @ x) <= bound)
+    assert np.all(np.abs(found[[*range(16), *range(64, 80)]] / expansion.unit - numbers @ x) <= bound)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
         w = float_groups(fmt, n, k, group_size, kind)
         values = numbers_of(w)
     prepared = w.prepare()
-    recovery = FloatTokens(PTX_TYPES[np.dtype(dtype).name], k, fmt)
+    recovery = FloatTokens.of(PTX_TYPES[np.dtype(dtype).name], k, fmt)
     problem = FewTokensProblem(m, n, recovery, 4, prepared.chunks, False, None, jnp.dtype(jnp.float32), tiling, kind)
     x = np.random.default_rng(0).integers(-8, 9, (m, k))
     words = np.array(token_words(jnp.asarray(x.astype(dtype)), prepared.natural_order)).view(np.uint8)
@@ -151,7 +151,7 @@ def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
     for part in range(tiling.parts):
         for block in range(2):
             columns = problem.term_column(block, part) + np.arange(16)
-            found = totals[part, block, :, :m].T
+            found = totals[part, block, :, :m].T / recovery.unit
             if kind is None:
                 np.testing.assert_array_equal(found, expected[:, columns])
             else:

@@ -35,7 +35,7 @@ from bipolar_jax.kernels.sm90.decode_step.float_sums.row_sums import ROW_SUMS, R
 from bipolar_jax.kernels.sm90.decode_step.part_sums import inline_stages, multiply_own_stage
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
-from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, STEPS, expand_part
+from bipolar_jax.packing.fields import CHUNK_WORDS, STEPS, expand_part
 
 
 class FloatKind(FloatSumsKind):
@@ -48,6 +48,9 @@ class FloatKind(FloatSumsKind):
     @property
     def _expansion(self) -> FloatExpansion:
         return FloatExpansion(self.shape.w_format, self.shape.prepared.chunks, FLOATS[self.shape.float_token])
+
+    def take_sums(self, sums, start, count, text=0) -> Float[Array, "128"]:
+        return super().take_sums(sums, start, count, text) * (1 / self._expansion.unit)
 
     def store_float_token(
         self,
@@ -88,11 +91,10 @@ def add_products_of_warps(total, sums: Float[Array, "stages rows"], part_of_slic
 
 def _add_float_stages_twin(total, words, terms, token, part_of_slice, valid, expansion):
     stages = words.shape[0]
-    expanded = expand_part(words[...], None if terms is None else terms[...])
-    values = 2 * expanded - expansion.format.max_value if terms is None else expanded - OFFSET_BIAS
+    values = expansion.in_units(expand_part(words[...], None if terms is None else terms[...]), terms is not None)
     numbers = numbers_of_stages(token, valid, expansion.float_type.name)
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
-    sums = jnp.sum(values.astype(jnp.float32) * own[:, None], axis=-1)
+    sums = jnp.sum(values * own[:, None], axis=-1)
     return add_products_of_warps(total, sums, part_of_slice, valid)
 
 

@@ -56,7 +56,7 @@ def _add_scaled_float_stages_twin(total, words, terms, token, part_of_slice, val
     own = lax.dynamic_slice_in_dim(numbers, part_of_slice * stages, stages)
     by_chunk = own.reshape(1, stages, expansion.chunks, -1)
     (sums,) = scaled_products(codes[None], by_chunk, terms[None], expansion.format, expansion.kind)
-    return add_products_of_warps(total, sums[..., 0], part_of_slice, valid)
+    return add_products_of_warps(total, expansion.unit * sums[..., 0], part_of_slice, valid)
 
 
 @with_twin(_add_scaled_float_stages_twin)

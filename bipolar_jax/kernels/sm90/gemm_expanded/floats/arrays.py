@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, UInt32
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics import epilogue
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
+from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import by_pair, positions_of_elements, token_words
+from bipolar_jax.kernels.sm90.prepared_weights.floats import unit_of_values
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import STAGE
@@ -34,9 +36,12 @@ def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, 
       w: [k, n], without offsets of columns.
       bias: added to every row.
     """
-    w = w if w.float_terms is None else below_powers_of_two(w)
+    is_rounded = w.float_terms is not None
+    w = below_powers_of_two(w) if is_rounded else w
     words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
-    recovery = ExpandedFloatRecovery(PTX_TYPES[x.dtype.name], w.contracted_size, w.format, w.terms is not None, True)
+    kind = PTX_TYPES[x.dtype.name]
+    unit = 1.0 if is_rounded else unit_of_values(FLOATS[kind])
+    recovery = ExpandedFloatRecovery(kind, w.contracted_size, w.format, w.terms is not None, True, unit=unit)
     return ExpandedOperands(words, w, TokenTerms(None, None, None), _columns(w, bias), recovery)
 
 
