@@ -85,36 +85,41 @@ def plan_expanded(m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = 
     """
     if m > FEW_TOKENS_LIMIT:
         return plan_many_tokens(m, w, dtype, gated=gated, may_split=True)
-    tiled = _plan_tiles_of_few_tokens(m, w, dtype, gated)
-    if tiled is not None:
-        return tiled
     check_layout(w, gated)
+    tiling = tiling_of_few_tokens(m, w, dtype, gated=gated)
+    if tiling is not None:
+        return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
     gated = w.gated if isinstance(w, PreparedArray) else gated
     sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w))
     tiling = few_tokens_tiling(*sizes, gated, float_terms=float_terms_of(w))
     return Choice("int8", tiling, with_layout(f"{m} tokens: bound by reading the weights", w))
 
 
-def _plan_tiles_of_few_tokens(m: int, w: BipolarNumbers, dtype: jnp.dtype, gated: bool) -> Choice | None:
-    """The plan of up to 64 tokens by `gemm_expanded`, or None where `prepared_few_tokens` is as quick."""
-    check_layout(w, gated)
+def tiling_of_few_tokens(
+    m: int, w: BipolarNumbers, dtype: jnp.dtype, *, gated: bool = False, is_float: bool = False
+) -> Tiling | None:
+    """The tiling of up to 64 tokens by `gemm_expanded`, or None where `prepared_few_tokens` is as quick.
+
+    Args:
+      m, w, dtype, gated: as of `plan_many_tokens`.
+      is_float: whether tokens are 16-bit floats.
+    """
     if m <= _FEWEST_TILED or has_float_terms(w):
         return None
     gated = w.gated if isinstance(w, PreparedArray) else gated
-    tilings = expanded_times(m, w, dtype, may_split=not gated)
-    times = {tiling: few_tiles_microseconds(tiling, m, w) for tiling in tilings}
+    tilings = expanded_times(m, w, dtype, may_split=not gated, is_float=is_float)
+    times = {tiling: few_tiles_microseconds(tiling, m, w, is_float=is_float) for tiling in tilings}
     tiling = cost.cheapest(times)
-    sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
-    few_tokens = few_tokens_microseconds(few_tokens_tiling(*sizes), *sizes)
-    if times[tiling] >= (1 - _LEAST_SAVING) * few_tokens:
-        return None
-    return Choice("int8", tiling, with_layout(cost.reason(tiling), w))
+    sizes, rows = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated), 2 if is_float else 1
+    few_tokens = few_tokens_tiling(*sizes, rows_of_stage=rows)
+    few_tokens_time = few_tokens_microseconds(few_tokens, *sizes, rows_of_stage=rows)
+    return tiling if times[tiling] < (1 - _LEAST_SAVING) * few_tokens_time else None
 
 
-def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers) -> float:
+def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers, *, is_float: bool = False) -> float:
     """The modelled time of up to 64 tokens by `gemm_expanded`, whose weights come from memory."""
     m_n_k = m, w.shape[-1], w.contracted_size
-    counts = cost.expanded_counts(tiling, *m_n_k, w.bits, chunks_of(w))
+    counts = cost.expanded_counts(tiling, *m_n_k, w.bits, chunks_of(w), is_float=is_float)
     time = _COLD_START + cost.microseconds("expanded", counts | {"sums of splits": 0.0, "pass over splits": 0.0})
     if tiling.splits > 1:
         time += _PASS + _SUMS * tiling.splits * m * w.shape[-1]

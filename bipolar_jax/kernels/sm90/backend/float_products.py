@@ -20,6 +20,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import (
     chunks_of,
     expanded_times,
     float_terms_of,
+    tiling_of_few_tokens,
     with_layout,
 )
 from bipolar_jax.kernels.sm90.backend.expanded_products import laid_out
@@ -53,6 +54,8 @@ def weight_only_matmul(
     plan, w, interpret = plan_matmul(x.shape[0], x.dtype, w), laid_out(w, gated=gates), interpret_params()
     options = {"tiling": tiling or plan.tiling, "interpret": interpret}
     if isinstance(options["tiling"], FewTokensTiling):
+        if w.gated == gates:
+            return few_tokens_floats(x, w, bias, activation=activation, residual=residual, **options)
         product = few_tokens_floats(x, w, bias, **options)
     elif w.gated and gates and residual is None:
         return expanded_matmul(*float_operands(x, w, bias), x.dtype, activation=activation, **options)
@@ -81,13 +84,16 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers) -> Plan:
     kind = "float" if float_terms_of(w) is not None else "integer"
     groups = f" in {kind} groups of {w.group_size}" if kind == "float" or w.has_integer_groups else ""
     kernel = f"{name} tensor cores, weights of {w.bits} bits{groups} expanded"
-    if m <= FEW_TOKENS_LIMIT:
+    if m > FEW_TOKENS_LIMIT:
+        tiling = cost.cheapest(tiling_times(m, w))
+    else:
+        tiling = tiling_of_few_tokens(m, w, dtype, is_float=True)
+    if tiling is None:
         gated = isinstance(w, PreparedArray) and w.gated
         sizes = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated)
         tiling = few_tokens_tiling(*sizes, float_terms=float_terms_of(w), rows_of_stage=2)
         reason = f"{m} tokens: bound by reading the weights"
         return Plan(f"{kernel} in registers", with_layout(reason, w), tiling)
-    tiling = cost.cheapest(tiling_times(m, w))
     return Plan(f"{kernel} to {name} in registers", with_layout(cost.reason(tiling), w), tiling)
 
 

@@ -313,6 +313,9 @@ def _finish(problem: FewTokensProblem, totals, terms, out, added, unit, chunk: i
         residuals = dict(zip(problem.finished, zip(*[iter(added)] * WARPS, strict=True), strict=True))
     for group in range(problem.tiling.rows // FINISH_ROWS):
         finished = [scaled(block, group) for block in range(2)]
+        if activation is not None and problem.float_tokens:
+            # As of other kernels, an activation takes the product in the dtype that a layer without one hands on.
+            finished = [numbers.astype(problem.dtype).astype(jnp.float32) for numbers in finished]
         if activation is not None and activation.gated:
             finished = [activate(activation, finished, jnp.float32)]
         elif activation is not None:

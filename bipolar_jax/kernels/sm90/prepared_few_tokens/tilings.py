@@ -13,7 +13,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     other_bytes,
     slot_bytes,
 )
-from bipolar_jax.packing.fields import STAGE, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import PART_ROWS, STAGE, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 _MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
@@ -23,6 +23,8 @@ _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
 _MOST_SLOT_BYTES = 45 * 1024
 # Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
 _FROM_MEMORY, _ARRIVING = 18, 26
+# Products of bytes that the tensor cores of a multiprocessor make in a cycle of `mma.sync`, half of what wgmma makes.
+_PRODUCTS_OF_BYTES = 2048
 _EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
 # Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
 # model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
@@ -85,15 +87,25 @@ def few_tokens_tiling(
 
 
 def few_tokens_microseconds(
-    tiling: FewTokensTiling, m: int, n: int, k: int, w_bits: int, chunks: int, gated: bool = False
+    tiling: FewTokensTiling,
+    m: int,
+    n: int,
+    k: int,
+    w_bits: int,
+    chunks: int,
+    gated: bool = False,
+    *,
+    rows_of_stage: int = 1,
 ) -> float:
-    """The modelled time of a product of bytes on all multiprocessors; arguments as of `few_tokens_tiling`."""
+    """The modelled time on all multiprocessors without float groups; arguments as of `few_tokens_tiling`."""
     total, stages = num_parts(n, gated), -(-k // STAGE)
     part = part_bytes(w_bits, term_words(None, chunks))
     rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
     finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
-    reading = reading_cycles(tiling, m, total, stages, part, MULTIPROCESSORS) / _CYCLES_PER_MICROSECOND
-    return _LAUNCH + reading + _CHUNK * finished
+    reading = reading_cycles(tiling, m * rows_of_stage, total, stages, part, MULTIPROCESSORS)
+    products = rounds * stages * tiling.parts * PART_ROWS * STAGE * (-(-m // CHUNK) * CHUNK) / tiling.cluster
+    busiest = max(reading, products * rows_of_stage / _PRODUCTS_OF_BYTES)
+    return _LAUNCH + busiest / _CYCLES_PER_MICROSECOND + _CHUNK * finished
 
 
 def reading_cycles(

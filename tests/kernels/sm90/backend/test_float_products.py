@@ -10,7 +10,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bipolar_jax as bj
 from bipolar_jax import BipolarFormat
+from bipolar_jax.kernels.semantics import epilogue
+from bipolar_jax.kernels.semantics.prologue import Activation
+from bipolar_jax.kernels.sm90.backend.float_products import weight_only_matmul
 from bipolar_jax.kernels.sm90.core.execution import interpreted
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.unsupported import Unsupported
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support.integer_products import normal, random_codes
@@ -56,6 +61,19 @@ def test_the_whole_product_is_that_of_dequantized_weights(m, make_w, dtype):
     assert np.all(error <= float(jnp.finfo(dtype).eps) / 2 * np.abs(expected) + k * 2.0**-23 * sizes)
 
 
+def test_few_tokens_are_activated_and_added_within_the_product(monkeypatch):
+    """The numbers are those of a product in bfloat16 and two steps behind it."""
+    activation, m, n, k = Activation("silu", gated=True), 2, 72, 128
+    w = groups(n, k).prepare(gated=True)
+    x, residual = jnp.asarray(normal(m, k), jnp.bfloat16), jnp.asarray(normal(m, n // 2), jnp.bfloat16)
+    wide = jnp.asarray(np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64), jnp.bfloat16)
+    expected = np.asarray(activation(wide).astype(jnp.bfloat16) + residual, np.float32)
+    monkeypatch.setattr(epilogue, "activate_and_add", None)  # is not called
+    with interpreted(plgpu.InterpretGPUParams()):
+        found = weight_only_matmul(x, w, None, residual, activation)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-7, atol=2**-9)
+
+
 def test_plans_are_explained():
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2048, 4096), (4096, 14336)))
     w = jax.eval_shape(lambda kernel: bj.quantize(kernel, 4, 0, 128, scales="integer"), kernel)
@@ -68,7 +86,10 @@ def test_plans_are_explained():
     assert packed.reason.endswith("; lays the weights out in every call, prepare_for_inference once")
     with interpreted(plgpu.InterpretGPUParams()):
         few = bj.explain(jax.ShapeDtypeStruct((1, 4096), jnp.float16), w, None)
+        tilings = [bj.explain(jax.ShapeDtypeStruct((m, 4096), jnp.bfloat16), w, None).tiling for m in (16, 64)]
     assert few.kernel == "float16 tensor cores, weights of 4 bits in integer groups of 128 expanded in registers"
+    # `mma.sync` of 64 tokens would take longer than reading the weights.
+    assert [type(tiling) for tiling in tilings] == [FewTokensTiling, Tiling]
 
 
 def test_what_is_not_served_is_said():

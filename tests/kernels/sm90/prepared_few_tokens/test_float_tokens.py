@@ -12,7 +12,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax import TERNARY, BipolarFormat
-from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.prepared_few_tokens import float_threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_floats
@@ -73,17 +72,6 @@ def test_products_are_those_of_the_values(fmt, group_size, m, n, k, dtype, tilin
     expected, sizes = wide @ w_hat.T + np.asarray(bias), np.abs(wide) @ np.abs(w_hat).T + np.abs(np.asarray(bias))
     assert found.dtype == jnp.float32
     assert np.all(np.abs(np.asarray(found, np.float64) - expected) <= k * 2.0**-24 * sizes)
-
-
-def test_a_gated_activation_makes_one_column_of_two():
-    w, values = weights(BipolarFormat(4), 32, 72, 128)
-    x = jnp.asarray(normal(2, 128) / 256, jnp.bfloat16)
-    options = {"tiling": FewTokensTiling(1, parts=2, slots=2), "blocks": 2, "interpret": plgpu.InterpretGPUParams()}
-    activation = Activation("silu", gated=True)
-    found = few_tokens_floats(x, w.prepare(gated=True), None, activation=activation, **options)
-    gate, value = np.split(np.asarray(x, np.float64) @ (values * np.asarray(w.scale, np.float64)).T, 2, axis=1)
-    expected = gate / (1 + np.exp(-gate)) * value
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize(
