@@ -95,7 +95,7 @@ def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTilin
         with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), shape.m, bits, chunks)
         for cluster, all_parts in ((1, (1, 2, 4, 7)), (2, (1, 2, 3)), (4, (1, 4)))
         for parts in all_parts
-        for warpgroups in (2, 3, 4)
+        for warpgroups in (1, 2, 3, 4)
         for depth in (1, 2)
     ]
     tilings = [chosen, *(tiling for tiling in others if tiling.slots >= 2 and tiling != chosen)]

@@ -50,6 +50,8 @@ def cases() -> list[Case]:
         *by_tokens,
         _case(4, 128, 8, 64, 256, 65_664, None),
         _case(2, 64, 8, 8, 4098, 640, None, gated=True),
+        # Units that begin at each of the slots of K, several a block.
+        _case(8, None, 8, 1, 8200, 4096, None),
     ]
 
 

@@ -187,12 +187,12 @@ def _kernel(shape, phases, tree, *refs, w_slots, w_arrived, w_emptied, **shared)
     layers = Layers(0, shape.num_layers) if layer is None else Layers(layer[0], 1)
     warpgroup, block = lax.axis_index("warpgroup"), _block_index(shape)
     computed = [name for name in PRODUCTS if name in phases]
-    ring = WeightRing(shape, weight_kind(shape), computed, w_slots, w_arrived, w_emptied)
+    ring = WeightRing(shape, weight_kind(shape), computed, block, w_slots, w_arrived, w_emptied)
 
     @when(warpgroup == WARPGROUPS)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        ring.fill(weights.products, layers, block)
+        ring.fill(weights.products, layers)
 
     @when(warpgroup < WARPGROUPS)
     def _():

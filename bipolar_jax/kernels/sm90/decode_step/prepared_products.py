@@ -89,6 +89,15 @@ class PreparedKind:
     def loads_per_tile(self, product: Product) -> int:
         return product.k_slices * self._loads_per_slice
 
+    def _slice_and_part(self, index, block) -> tuple[Any, Any]:
+        """Which K slice of a warpgroup the index-th load of a tile is out of, and which of its loads.
+
+        Blocks begin a slice of 8-bit weights at different loads: what they read at the same time would else lie whole
+        multiples of 128 KB apart, of which memory may serve fewer at once.
+        """
+        first = block if self.shape.stages_per_load == 1 else 0
+        return lax.div(index, self._loads_per_slice), (index + first) & (self._loads_per_slice - 1)
+
     def load_tile(self, load: Callable, slots, weights: ProductWeights, product: Product, layer, tile, block, carry):
         part, stages = block * product.tiles + tile, self.shape.stages_per_load
         pairs = [
@@ -98,7 +107,7 @@ class PreparedKind:
         ]
 
         def load_stages(index, carry):
-            k_slice, part_of_slice = lax.div(index, self._loads_per_slice), lax.rem(index, self._loads_per_slice)
+            k_slice, part_of_slice = self._slice_and_part(index, block)
             first = k_slice * (WARPGROUPS * STAGES_PER_SLICE) + part_of_slice * stages
 
             def copy(slot, arrived):
@@ -146,7 +155,7 @@ class PreparedKind:
         )
 
         def add_load(index, first_load, total):
-            k_slice, part_of_slice = lax.div(index, self._loads_per_slice), lax.rem(index, self._loads_per_slice)
+            k_slice, part_of_slice = self._slice_and_part(index, ring.block)
             index_of_slice = warpgroup + k_slice * WARPGROUPS
             words, terms = ring.wait(first_load + index, warpgroup)
             total = self.add_stages(

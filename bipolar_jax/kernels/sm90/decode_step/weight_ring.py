@@ -128,6 +128,7 @@ class WeightRing:
       shape: of the layers.
       kind: of the weights.
       names: of the products that are computed, in order.
+      block: which block of the grid has this ring.
       slots: shared memory, as `kind` says.
       arrived: barriers [w_slots], one arrival for each copy of a load.
       emptied: barriers [w_slots], one arrival for each warpgroup.
@@ -137,6 +138,7 @@ class WeightRing:
     shape: LayersShape
     kind: WeightKind
     names: Sequence[str]
+    block: Any
     slots: Any
     arrived: Any
     emptied: Any
@@ -160,7 +162,7 @@ class WeightRing:
         """The warpgroup no longer reads what it waited for."""
         plgpu.barrier_arrive(self.emptied.at[lax.rem(load, self.shape.w_slots)])
 
-    def fill(self, weights: dict[str, ProductWeights], layers: Layers, block) -> None:
+    def fill(self, weights: dict[str, ProductWeights], layers: Layers) -> None:
         """Loads all weights as slots become free, and waits until the last slots are free.
 
         This bounds every wait of the kernel. The consumers may wait for other blocks without a limit, or for a load:
@@ -174,7 +176,7 @@ class WeightRing:
             def load_tile(tile, carry):
                 model_layer = layers.first + layer
                 return self.kind.load_tile(
-                    self._load, self.slots, weights[name], product, model_layer, tile, block, carry
+                    self._load, self.slots, weights[name], product, model_layer, tile, self.block, carry
                 )
 
             return lax.fori_loop(0, pinned(product.tiles), load_tile, carry)

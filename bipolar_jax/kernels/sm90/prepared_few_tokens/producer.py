@@ -54,9 +54,14 @@ class Work(NamedTuple):
         """The index-th unit."""
         return lax.axis_index("cluster") + index * lax.axis_size("cluster")
 
-    def first_stage(self, turn, tiling: FewTokensTiling):
-        """The first stage of a turn's slot."""
-        return (turn * tiling.cluster + self.rank) * tiling.stages
+    def first_stage(self, index, turn, tiling: FewTokensTiling):
+        """The first stage of the slot of a turn of the index-th unit.
+
+        Units begin at different slots: those that blocks read at the same time would else lie whole multiples of a
+        part's size apart, 128 KB of 8 bits and K = 4096, of which memory may serve fewer at once.
+        """
+        slot = lax.rem(turn + self.unit(index), self.turns)
+        return (slot * tiling.cluster + self.rank) * tiling.stages
 
 
 def work_of(problem: FewTokensProblem) -> Work:
@@ -82,7 +87,7 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
 
     def load_weights(index, turn, slot):
         # Parts and stages beyond the arrays come as zeros.
-        parts, first = pl.ds(work.unit(index) * tiling.parts, tiling.parts), work.first_stage(turn, tiling)
+        parts, first = pl.ds(work.unit(index) * tiling.parts, tiling.parts), work.first_stage(index, turn, tiling)
         copies = [(sources.words.at[parts, pl.ds(first, tiling.stages)], words_ring.at[slot])]
         if terms_ring is not None:
             copies.append((sources.group_terms.at[parts, pl.ds(first, problem.term_stages)], terms_ring.at[slot]))
@@ -104,7 +109,7 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
 
             load = functools.partial(load_weights, index, turn, slot)
             when(step >= early)(load) if early else load()
-            rows = pl.ds(work.first_stage(turn, tiling) * problem.rows_of_stage, problem.token_rows)
+            rows = pl.ds(work.first_stage(index, turn, tiling) * problem.rows_of_stage, problem.token_rows)
             plgpu.copy_gmem_to_smem(sources.x.at[:, rows], x_ring.at[slot, pl.ds(0, problem.m)], full.at[slot])
             return step + 1, next_slot(problem, slot)
 
