@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.models.blocks.attention import Heads, attend_to_cache
-from bipolar_jax.models.blocks.compiled_method import compiled_method
+from bipolar_jax.models.blocks.compiled_method import check_axes_are_auto, compiled_method, on_auto_axes
 from bipolar_jax.models.blocks.experts import MixtureOfExperts, with_experts, without_experts
 from bipolar_jax.models.blocks.feed_forward import MLP, GatedMLP
 from bipolar_jax.models.blocks.fused_decode import MOST_SEQUENCES, fused_layers
@@ -178,11 +178,13 @@ class Transformer(CompressibleBlocks):
             )
 
     @compiled_method
+    @on_auto_axes
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
         """Logits of every position, which attends to itself and to all before it; float32; empty of no ids."""
         return self.logits(self.hidden_states(ids))
 
     @compiled_method
+    @on_auto_axes
     def hidden_states(
         self, ids: Int[Array, "batch length"], cache_bits: int | None = None
     ) -> Float[Array, "batch length hidden"]:
@@ -232,10 +234,12 @@ class Transformer(CompressibleBlocks):
           Logits after the last token of each prompt, float32; and the cache to decode from.
 
         Raises:
-          ValueError: other cache_bits, prompts longer than `capacity` or the model's context, or no token.
+          ValueError: other cache_bits, prompts longer than `capacity` or the model's context, or no token; ids on a
+            mesh of Explicit axes.
         """
         if not ids.size:
             raise ValueError(f"prompts need at least one token to predict from, got ids of shape {ids.shape}")
+        check_axes_are_auto(ids)
         lengths = lengths.astype(jnp.int32)
         hidden, tables = self.enter_prompts(ids, capacity)
         cache = self.empty_cache(hidden.dtype, lengths, capacity, cache_bits)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Array, Shaped
 
 from bipolar_jax.packing.cuts import MeshAxes
@@ -16,6 +18,22 @@ def mesh_axes(array: Shaped[Array, "*shape"]) -> tuple[MeshAxes, ...]:
     """What each axis of an array is sharded over, by its type; None for axes that are not, or on Auto meshes."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return spec + (None,) * (array.ndim - len(spec))
+
+
+def explicit_mesh(operands: Any) -> AbstractMesh | None:
+    """The mesh with Explicit axes that a leaf of these operands lies on, or that is set around them; None without."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+@contextlib.contextmanager
+def set_axes_are_auto() -> Iterator[None]:
+    """Within, all axes of the mesh that `jax.set_mesh` has set are Auto: for programs that place their results."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes:
+        mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def merged_to_matrix(
@@ -46,8 +64,7 @@ def with_out_sharding[Result](
       wanted: mesh axes of every axis of the result. A mesh axis that is named again is dropped.
       operands: pytrees of arrays.
     """
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
-    explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    explicit = explicit_mesh(operands)
     if explicit is None:
         return function(*operands)
     spec, used = [], set()

@@ -181,5 +181,7 @@ def _axes_of_weights(w: BipolarArray | UnpackedArray) -> tuple[tuple[str, ...], 
 
 def _axes(array: Any) -> list[tuple[str, ...]]:
     """Mesh axes of each axis of an array."""
-    axes: list[MeshAxes] = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
+    # A mesh that is set, on which no operand of the program lies, has no names here; then all devices have all of it.
+    spec = () if array.sharding.is_fully_replicated else array.sharding.spec
+    axes: list[MeshAxes] = [*spec, *[None] * (array.ndim - len(spec))]
     return [(names,) if isinstance(names, str) else tuple(names or ()) for names in axes]

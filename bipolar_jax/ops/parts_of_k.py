@@ -60,12 +60,15 @@ class _Part(NamedTuple):
     Attributes:
       w: the part, as its products take it.
       k: elements of k on all devices.
+      is_exact: whether int32 sums are added, all devices having the same scales of columns; else each device scales its
+        groups, of which it may have one alone.
       value_sums: sums of the values of whole columns, of weights with one scale a column; None if only those of the
         part are at hand.
     """
 
     w: BipolarNumbers
     k: int
+    is_exact: bool
     value_sums: Int[Array, " n"] | None
 
 
@@ -83,15 +86,17 @@ def part_of(w: BipolarNumbers, k_of_part: int, axes: tuple[str, ...]) -> _Part:
     """
     parts = jax.lax.axis_size(axes)
     if w.contracted_size == k_of_part:
-        return _Part(w, parts * k_of_part, None)
+        is_exact = w.has_integer_groups or w.group_size is None or (parts == 1 and w.num_groups == 1)
+        return _Part(w, parts * k_of_part, is_exact, None)
     if w.contracted_size != parts * k_of_part:
         raise ValueError(
             f"{w} is cut over {parts} devices ({', '.join(axes)}), and a token of {k_of_part} numbers fits neither "
             f"k={w.contracted_size} nor a part of it"
         )
     check_contracted_cut(w, parts)
-    sums = w.value_sums()[:, 0] if w.scale_group_size is None or w.num_groups == 1 else None
-    return _Part(part_for_sum(w, parts, jax.lax.axis_index(axes) == 0), w.contracted_size, sums)
+    is_exact = w.has_integer_groups or w.num_groups == 1
+    sums = w.value_sums()[:, 0] if is_exact else None
+    return _Part(part_for_sum(w, parts, jax.lax.axis_index(axes) == 0), w.contracted_size, is_exact, sums)
 
 
 def sum_of_parts(
@@ -127,7 +132,7 @@ def sum_of_parts(
         own_scale, own_zero, row_factor = _own_rows(static.axes, tokens.scale, tokens.zero_value, row_factor)
     else:
         own_scale, own_zero = tokens.scale, tokens.zero_value
-    if part.w.has_integer_groups or part.w.num_groups == 1:
+    if part.is_exact:
         total, exponents = _exact_sums(static, tokens, own_zero, part)
     else:
         total, exponents, own_scale = _reduced(static, _scaled_sums(static, tokens, part.w)), None, None
@@ -171,7 +176,7 @@ def product_of_gathered(
         _check_float_groups(static)
         operands = (tokens, w, static.a_format, bias, dtype, residual, static.activation, row_factor)
         return xla.tokens_matmul(*operands)
-    part = _Part(w, w.contracted_size, w.value_sums()[:, 0])
+    part = _Part(w, w.contracted_size, True, w.value_sums()[:, 0])
     total, exponents = _exact_sums(static, tokens, zero_value, part)
     return epilogue.finish(total, scale, bias, dtype, residual, static.activation, exponents, row_factor)
 

@@ -1,4 +1,4 @@
-"""Methods of models that eager calls compile once for each shape."""
+"""Methods of models that eager calls compile once for each shape, and that take ids on meshes of Explicit axes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flax import nnx
 
 from bipolar_jax.nn.layers.packed import Packed
 from bipolar_jax.ops.compiled import compiled
+from bipolar_jax.ops.explicit_sharding import explicit_mesh, mesh_axes, with_out_sharding
 
 
 def compiled_method[Result](method: Callable[..., Result]) -> Callable[..., Result]:
@@ -44,3 +45,30 @@ def compiled_method[Result](method: Callable[..., Result]) -> Callable[..., Resu
         return program((graph, constants), state, arrays)
 
     return call
+
+
+def on_auto_axes[Result](method: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorates method(self, ids, *static), whose array has an axis more than the ids, and is sharded as they are.
+
+    Embeddings, loops over layers and residuals have no shardings of their own on meshes of Explicit axes, so within the
+    method these are Auto.
+    """
+
+    @functools.wraps(method)
+    def call(self, ids: Any, *static: Any, **named: Any) -> Result:
+        graph, state = nnx.split(self)
+        if explicit_mesh((state, ids)) is None:
+            return method(self, ids, *static, **named)
+        run = lambda state, ids: method(nnx.merge(graph, state), ids, *static, **named)  # noqa: E731
+        return with_out_sharding(run, (*mesh_axes(ids), None), (state, ids))
+
+    return call
+
+
+def check_axes_are_auto(ids: Any) -> None:
+    """Raises ValueError for ids on a mesh of Explicit axes, which a cache has no sharding for."""
+    if (mesh := explicit_mesh(ids)) is not None:
+        raise ValueError(
+            f"caches have no sharding on the Explicit axes {dict(mesh.shape)}: give shard_model the mesh and run what "
+            "it returns, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+        )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bipolar_jax.models.inference.prompts import round_up_length
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
+from bipolar_jax.ops.explicit_sharding import set_axes_are_auto
 from bipolar_jax.packing.host_memory import on_host
 
 
@@ -78,7 +79,8 @@ def score_continuations(
             context, continuation = pairs[index]
             ids[row, : lengths[index]] = [*context, *continuation]
             asked[row, len(context) - 1 : lengths[index] - 1] = True
-        found = zip(*map(on_host, _likelihoods(model, ids, asked)), strict=True)
+        with set_axes_are_auto():
+            found = zip(*map(on_host, _likelihoods(model, ids, asked)), strict=True)
         for index, (logprob, greedy) in zip(chosen, found, strict=False):
             if np.isnan(logprob):
                 raise ValueError(f"the likelihood of text {index} is NaN: the weights are damaged")

@@ -29,6 +29,7 @@ from bipolar_jax.models.inference.text_stream import TextStream
 from bipolar_jax.models.kv_cache.quantized_heads import check_cache_bits
 from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
+from bipolar_jax.ops.explicit_sharding import set_axes_are_auto
 from bipolar_jax.packing.host_memory import on_host
 
 # Sizes of the array of end ids are rounded up to a multiple of this: other end ids share a compilation.
@@ -232,9 +233,10 @@ def _steps(
     """
     ends = np.asarray(sorted(run.end_ids), np.int32)
     prompts = run.model, run.ids, run.lengths, run.capacity, run.cache_bits, run.choice, run.settings
-    if run.max_new_tokens > 1:
-        compile_both(*prompts)
-    state = first_token(*prompts)
+    with set_axes_are_auto():
+        if run.max_new_tokens > 1:
+            compile_both(*prompts)
+        state = first_token(*prompts)
     # Read before the state is donated.
     chunks = deque([(on_host(state.tokens)[None], on_host(state.logprobs)[None], 1)])
     # While the host reads a chunk, a GPU computes the next; a CPU's are slow enough that Ctrl-C would wait for two.
@@ -253,7 +255,8 @@ def _steps(
             yield row_tokens, row_logprobs
         while len(chunks) < ahead and asked < run.max_new_tokens and running.any():
             limit = min(chunk, run.max_new_tokens - asked)
-            found, state = next_tokens(run.model, state, run.choice, run.settings, running.copy(), np.int32(limit))
+            with set_axes_are_auto():
+                found, state = next_tokens(run.model, state, run.choice, run.settings, running.copy(), np.int32(limit))
             chunks.append((found.tokens, found.logprobs, limit))
             asked += limit
 

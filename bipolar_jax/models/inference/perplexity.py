@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from bipolar_jax.models.transformer import Transformer, check_ids, check_transformer
 from bipolar_jax.nn.compressible import with_signs, without_signs
+from bipolar_jax.ops.explicit_sharding import set_axes_are_auto
 from bipolar_jax.packing.host_memory import on_host
 
 
@@ -138,7 +139,8 @@ def _losses_of(
     """`_window_losses` on the host; the texts of a mesh are filled up until they divide over it."""
     parts = model.plan.data if hasattr(model, "plan") else 1
     filled = np.concatenate([batch, np.repeat(batch[:1], -len(batch) % parts, axis=0)])
-    return on_host(_window_losses(model, signs, filled, cache_bits))[: len(batch)].astype(np.float64)
+    with set_axes_are_auto():
+        return on_host(_window_losses(model, signs, filled, cache_bits))[: len(batch)].astype(np.float64)
 
 
 def _standard_error(samples: Float[np.ndarray, " windows"]) -> float:

@@ -250,7 +250,7 @@ def plan_shards(
     if cut_positions and (not attention or sharing < 2 or parts % config.num_kv_heads):
         raise ValueError(
             f"positions are cut where attention is, and equally many of {parts} devices, two or more, share each of "
-            f"{config.num_kv_heads} heads of keys: leave out cut_positions{''.join(f'; {each}' for each in whole[:1])}"
+            f"{config.num_kv_heads} heads of keys: leave out cut_positions" + ("" if attention else f"; {whole[0]}")
         )
     return ShardingPlan(
         sizes.get(DATA, 1),

@@ -114,7 +114,8 @@ class ShardedTransformer:
         specs = (PartitionSpec(MODEL), *in_specs)
         # Replicated results are: they are made of reduced sums. JAX's check of that does not know Pallas kernels.
         program = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-        return program(self.state, *operands)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # whatever mesh the caller has set
+            return program(self.state, *operands)
 
     def cut_tokens(self, part: Transformer, ids: Int[Array, "batch length"]) -> Transformer:
         """A device's model, made to cut these prompts over "model" between products if the plan does so."""
@@ -254,7 +255,8 @@ def shard_model(
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     prepare = jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(MODEL), check_vma=False)
-    state = jax.jit(prepare)(_placed(arrays, mesh, specs))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = jax.jit(prepare)(_placed(arrays, mesh, specs))
     return ShardedTransformer(state, graphs[-1], mesh, plan, model.config)
 
 

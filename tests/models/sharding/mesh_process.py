@@ -34,7 +34,7 @@ from experiments.distributed.processes import from_first
 from tests.models.sharding.on_meshes import BATCH, HIDDEN, LAYERS, LENGTH
 
 CAPACITY = 16
-# Two key/value heads: 8 and 4 devices repeat them, 2 divide them.
+# Two key/value heads: 8 and 4 devices repeat them, 2 divide them. A device of 8 has one group of 64 of the width.
 CONFIG = TransformerConfig(
     vocab_size=64,
     hidden_size=HIDDEN,
@@ -42,7 +42,7 @@ CONFIG = TransformerConfig(
     num_heads=8,
     num_kv_heads=2,
     head_dim=32,
-    ffn_size=256,
+    ffn_size=512,
     context_length=128,
     qkv_bias=True,
 )

@@ -107,8 +107,9 @@ def test_unpacked_weights_are_cut_likewise():
     assert exchanged == [EXTREMES, SUMS]
 
 
-def test_groups_with_float_scales_add_up_within_their_rounding():
-    w = bj.quantize(KERNEL, 4, axis=0, group_size=32, scales="float")
+@pytest.mark.parametrize("group_size", [32, K // 2], ids=["groups", "one group a device"])
+def test_groups_with_float_scales_add_up_within_their_rounding(group_size):
+    w = bj.quantize(KERNEL, 4, axis=0, group_size=group_size, scales="float")
     found, exchanged = compiled(lambda x, w: bj.matmul(x, w, 8), X, shard(w, MESH, P("model")))
     magnitudes = np.abs(X) @ np.abs(w.dequantize())
     assert (np.abs(found - bj.matmul(X, w, 8)) <= 4 * 2.0**-24 * 1.1 * magnitudes).all()
