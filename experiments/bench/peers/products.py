@@ -5,13 +5,15 @@
   compared with the exact one, and so is this project's of the same weights (`shared_weights.py`), timed beside it;
 - gemlite: weights of 4, 2 and 1 bits with fp16 activations, 8-bit weights with int8 activations.
 
-The clock is CUDA events around queued CUDA graphs of many calls after a warm-up. Products of few tokens rotate through
-copies of the weights, so that these come from memory. Unlike the sums of kernel times of this project's figures, these
-include gaps between kernels.
+The clock is CUDA events around queued CUDA graphs of twelve calls or more after a warm-up; for this project's product
+beside them it is the wall around queued programs of twelve calls. Calls rotate through copies of activations and
+weights, so that these come from memory. Unlike the sums of kernel times of this project's figures, these include gaps
+between kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 
 from bipolar_jax import Precision
 from experiments.bench.peers.shared_weights import SharedProduct, check_shareable
-from experiments.bench.products.cold_weights import copies_of, few_tokens
+from experiments.bench.products.cold_weights import copies_of
 from experiments.bench.products.shapes import Shape
 from experiments.support.progress import console
 from experiments.support.timing import Timing, one_line
@@ -130,19 +132,26 @@ def _cuda_microseconds(calls: list[Callable[[], Any]], iterations: int) -> Timin
     return Timing.of(microseconds, f"cuda events around {iterations} graphs of {count} calls")
 
 
-def _copies(shape: Shape, nbytes: int) -> int:
-    """Number of copies of the weights that calls rotate through."""
-    return copies_of(np.empty(nbytes, np.uint8)) if few_tokens(shape) else 1
+def _copies(nbytes: int) -> int:
+    """Number of copies of the operands that calls rotate through, whose weights have so many bytes."""
+    return copies_of(np.empty(nbytes, np.uint8))
+
+
+def _with_copies(layers: list[Callable[[Any], Any]], x: Any) -> list[Callable[[], Any]]:
+    """Calls of the layers, each with a copy of x."""
+    return [functools.partial(layer, x.clone()) for layer in layers]
 
 
 def _torch(shape: Shape, precisions: list[Precision], config: ConfigDict) -> Products:
     import torch
 
     def product(dtype: torch.dtype) -> PeerProduct:
-        x = torch.randn(shape.m, shape.k, device="cuda", dtype=dtype)
-        count = _copies(shape, 2 * shape.k * shape.n)
-        weights = [torch.randn(shape.k, shape.n, device="cuda", dtype=dtype) for _ in range(count)]
-        return PeerProduct([lambda w=w: torch.matmul(x, w) for w in weights], {})
+        def drawn(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, device="cuda", dtype=dtype)
+
+        count = _copies(2 * shape.k * shape.n)
+        x, weights = drawn(shape.m, shape.k), [drawn(shape.k, shape.n) for _ in range(count)]
+        return PeerProduct(_with_copies([lambda x, w=w: torch.matmul(x, w) for w in weights], x), {})
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         yield name, lambda dtype=dtype: product(dtype)
@@ -171,13 +180,13 @@ def _humming(shape: Shape, precisions: list[Precision], config: ConfigDict) -> P
     def product(precision: Precision) -> PeerProduct:
         shared = SharedProduct.random(shape, precision, config.seed)
         x = torch.from_numpy(np.array(shared.x, np.float32)).to("cuda", torch.bfloat16)
-        layers = [layer_of(shared) for _ in range(_copies(shape, shape.n * shape.k * precision.w_bits // 8))]
+        layers = [layer_of(shared) for _ in range(_copies(shape.n * shape.k * precision.w_bits // 8))]
         error = shared.check(layers[0](x).float().cpu().numpy())
         try:
             ours = shared.measure_ours(config.iterations)
         except Exception as failure:  # which must not hide the peer's time
             ours = {"error": one_line(failure)}
-        return PeerProduct([lambda layer=layer: layer(x) for layer in layers], {"error_norm": error, "ours": ours})
+        return PeerProduct(_with_copies(layers, x), {"error_norm": error, "ours": ours})
 
     for precision in precisions:
         yield str(precision), lambda precision=precision: product(precision)
@@ -189,15 +198,17 @@ def _gemlite(shape: Shape, precisions: list[Precision], config: ConfigDict) -> P
 
     x = torch.randn(shape.m, shape.k, device="cuda", dtype=torch.float16)
 
-    def product(bits: int) -> PeerProduct:
+    def layer_of(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if bits == 8:
             weight = torch.randn(shape.n, shape.k, device="cuda", dtype=torch.float16)
-            layer = A8W8_int8_dynamic(device="cuda:0").from_weights(weight)
-        else:
-            codes = torch.randint(0, 1 << bits, (shape.n, shape.k), device="cuda", dtype=torch.uint8)
-            ones = torch.ones(shape.n, 1, device="cuda", dtype=torch.float16)
-            layer = A16Wn(device="cuda:0").from_weights(codes, ones, ones, bits, shape.k)
-        return PeerProduct([lambda: layer(x)], {})
+            return A8W8_int8_dynamic(device="cuda:0").from_weights(weight)
+        codes = torch.randint(0, 1 << bits, (shape.n, shape.k), device="cuda", dtype=torch.uint8)
+        ones = torch.ones(shape.n, 1, device="cuda", dtype=torch.float16)
+        return A16Wn(device="cuda:0").from_weights(codes, ones, ones, bits, shape.k)
+
+    def product(bits: int) -> PeerProduct:
+        layers = [layer_of(bits) for _ in range(_copies(shape.n * shape.k * bits // 8))]
+        return PeerProduct(_with_copies(layers, x), {})
 
     for name, bits in (("W8A8", 8), ("W4A16", 4), ("W2A16", 2), ("W1A16", 1)):
         yield name, lambda bits=bits: product(bits)

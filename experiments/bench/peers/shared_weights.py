@@ -23,11 +23,10 @@ from bipolar_jax.packing import BipolarArray, PreparedArray
 from bipolar_jax.quantize.groups import group_lengths, num_groups
 from bipolar_jax.quantize.integer_groups import IntegerGroups
 from experiments.bench.planning.queued import Queued, result_shapes, several_calls, take_turns
-from experiments.bench.products.cold_weights import copies_of, few_tokens
 from experiments.bench.products.shapes import Shape
 
 _SAMPLED = 64  # rows and columns of a product that are compared
-_CALLS = 12  # in a program of many tokens
+_CALLS = 12  # in a program: launching one from Python takes up to 100 us, several times a product of one token
 # |product - exact| / |exact|. 8 bits of normal numbers, rounded by each library in its own way, are about 0.01; one
 # rounding of the output to bfloat16 is 0.002.
 _LARGEST_ERROR = {8: 0.02, None: 0.005}
@@ -121,7 +120,8 @@ class SharedProduct:
     def measure_ours(self, iterations: int) -> dict[str, Any]:
         """Checks and times `bj.matmul` from bf16 to bf16: wall time of queued programs, with gaps between kernels.
 
-        Programs have several calls on operands of their own, so that weights come from memory where they fit L2.
+        A program has twelve calls as a peer's graph has, so that it is not the host that is timed. Each has operands of
+        its own, which come from memory; `products` has copies for peers.
         """
         a_format, x, w = self.precision.a_format, jnp.asarray(self.x), self.ours()
         explanation = explain(x, w, a_format)
@@ -129,13 +129,12 @@ class SharedProduct:
         def product(x: Array, w: BipolarArray | PreparedArray) -> Array:
             return bj.matmul(x, w, a_bits=a_format)
 
-        count = copies_of(w) if few_tokens(self.shape) else _CALLS
-        operands = tuple(jax.tree.map(jnp.copy, (x, w)) for _ in range(count))
+        operands = tuple(jax.tree.map(jnp.copy, (x, w)) for _ in range(_CALLS))
         like = result_shapes(product, operands)
         queued = Queued.start(several_calls(product).lower(like, *operands).compile(), operands, like)
         error = self.check(np.asarray(queued.results[0], np.float32))
         (timing,) = take_turns({"ours": queued}, iterations).values()
-        clock = f"wall around programs of {count} calls"
+        clock = f"wall around programs of {_CALLS} calls"
         return dataclasses.replace(timing, clock=clock).to_json() | {
             "error_norm": error,
             "implementation": explanation.implementation,
