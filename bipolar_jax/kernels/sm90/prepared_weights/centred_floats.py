@@ -16,7 +16,7 @@ import dataclasses
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling, RowTerms
-from bipolar_jax.kernels.sm90.prepared_weights.floats import SELECTORS, FloatExpansion
+from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 
@@ -56,13 +56,11 @@ class CentredExpansion(FloatExpansion):
         """The pairs of d of each register of a step; arguments as of `fragments`."""
         return self.fragments(words, [[None] * 4], step)
 
-    def values(self, codes: Value, terms: None) -> list[Value]:
+    def values(self, words: StepWords, register: int, terms: None) -> list[Value]:
         del terms
-        lift, centre = self._constant(self.float_type.lift), self._constant(-self.centre * self.unit)
-        return [
-            ptx.fma_pairs(self.float_type.name, ptx.pick_bytes(codes, ptx.int32(0), selector), lift, centre)
-            for selector in SELECTORS
-        ]
+        pairs, place = self.code_pairs(words, register)
+        lift, centre = self._constant(self.float_type.lift / 2**place), self._constant(-self.centre * self.unit)
+        return [ptx.fma_pairs(self.float_type.name, pair, lift, centre) for pair in pairs]
 
     def token_sums(self, tokens: list[Value], sums: list[Value]) -> list[Value]:
         """sums + C of the lane's two columns, twice."""

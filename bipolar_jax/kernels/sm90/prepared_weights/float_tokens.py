@@ -3,7 +3,7 @@
 A register of four codes becomes two pairs of floats (`floats.FloatExpansion`), and an instruction m16n8k16 takes the
 registers of one half h of a step: its first k, 2 t and 2 t + 1, are the first pair of lane t, its last ones the second.
 So a step of a token, 32 numbers, lies in memory as [half, pair, lane, 2], which `ldmatrix` hands to the lanes, or as
-[lane, half, pair, 2], from which a lane loads its eight numbers at once. The position 16 h + 4 t + 2 p + e of number e
+[lane, half, pair, 2], from which a lane loads its eight numbers at once. The position 16 h + 4 t + 2 e + p of number e
 of pair p is that of the weight's byte (`packing.fields`).
 """
 
@@ -42,10 +42,10 @@ def positions_of_elements(steps: Shaped[Array, "*rows 32"], natural_order: bool)
 def by_pair(positions: Shaped[Array, "*rows 32"]) -> Shaped[Array, "*rows 32"]:
     """Positions of steps in the order [half, pair, lane, 2]."""
     rows = positions.shape[:-1]
-    return positions.reshape(*rows, 2, 4, 2, 2).swapaxes(-2, -3).reshape(positions.shape)
+    return jnp.moveaxis(positions.reshape(*rows, 2, 4, 2, 2), -1, -3).reshape(positions.shape)
 
 
 def positions_by_pair(ordered: Shaped[Array, "*rows 32"]) -> Shaped[Array, "*rows 32"]:
     """The inverse of `by_pair`."""
     rows = ordered.shape[:-1]
-    return ordered.reshape(*rows, 2, 2, 4, 2).swapaxes(-2, -3).reshape(ordered.shape)
+    return jnp.moveaxis(ordered.reshape(*rows, 2, 2, 4, 2), -3, -1).reshape(ordered.shape)

@@ -1,10 +1,11 @@
 """What threads do with prepared weights under float activations: fields become pairs of 16-bit floats.
 
-A code is the low end of a mantissa whose exponent is 0: a subnormal number, u times the lowest place, at no cost. One
-fused multiply-add by s * lift makes (s * u + o) * unit, unit = lowest * lift. All of it is exact: values of integer
-groups are from -128 to 127, and those of the format at most 255. The epilogue divides sums by the unit, a power of two.
-(A code between the bits of a power of two B is B + u: B would have to be subtracted first, since B * s has too many
-digits to be subtracted from o.)
+A code is the low end of a mantissa whose exponent is 0: a subnormal number, u times the lowest place, at no cost. At
+bit 4 it is 16 times as much, which the scale takes back. Bytes 0 and 2 of a word are a pair by one mask, bytes 1 and 3
+of the word shifted by 8. One fused multiply-add by s * lift makes (s * u + o) * unit, unit = lowest * lift. All of it
+is exact: values of integer groups are from -128 to 127, and those of the format at most 255. The epilogue divides sums
+by the unit, a power of two. (A code between the bits of a power of two B is B + u: B would have to be subtracted first,
+since B * s has too many digits to be subtracted from o.)
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from bipolar_jax.kernels.sm90.arithmetic.float_types import FloatType
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, Expansion, StepWords
-from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, REGISTERS, expand_tile
+from bipolar_jax.packing.fields import CHUNK_WORDS, OFFSET_BIAS, REGISTERS, expand_tile, fields_of
 
 _EVERY_BYTE, _EVERY_HALF = 0x01010101, 0x00010001
-PAIRS = 2  # of a register: its bytes 0 and 1, and its bytes 2 and 3
-# Bytes 0 and 1, or 2 and 3, of the first operand, each below the first byte of the second.
-SELECTORS = (0x4140, 0x4342)
+PAIRS = 2  # of a register: its bytes 0 and 2, and its bytes 1 and 3
+# Bytes 0 and 2, or 1 and 3, of the first operand, each below the first byte of the second.
+SELECTORS = (0x4240, 0x4341)
+PLACES = (0, 4)  # of the lowest bit of codes in 16-bit numbers
 
-# (s * lift, o * unit), each twice in a word, of one row.
-RowTerms = tuple[Value, Value]
+# s * lift / 2^place for PLACES, and o * unit, each twice in a word, of one row.
+RowTerms = tuple[tuple[Value, Value], Value]
 
 _LARGEST_SCALE = 255  # of 1 bit; others are at most half of it
 _SHARED = 2.0**6  # moves from one factor of a scale of 1 bit to the other, or the first would be infinite
@@ -88,13 +90,22 @@ class FloatExpansion:
 
         return of_step
 
-    def values(self, codes: Value, terms: RowTerms) -> list[Value]:
-        """The PAIRS pairs of values of a register of codes, times `unit`."""
-        scale, offset = terms
-        return [
-            ptx.fma_pairs(self.float_type.name, ptx.pick_bytes(codes, ptx.int32(0), selector), scale, offset)
-            for selector in SELECTORS
-        ]
+    def values(self, words: StepWords, register: int, terms: RowTerms) -> list[Value]:
+        """The PAIRS pairs of values of a register, times `unit`; `fragments` has the words."""
+        (pairs, place), (scales, offset) = self.code_pairs(words, register), terms
+        return [ptx.fma_pairs(self.float_type.name, pair, scales[PLACES.index(place)], offset) for pair in pairs]
+
+    def code_pairs(self, words: StepWords, register: int) -> tuple[list[Value], int]:
+        """The PAIRS pairs of codes of a register as 16-bit integers, times 2^place; and the place, one of PLACES."""
+        field, *others = fields_of(self.format.bits, words.step)[register]
+        if others or field.width == 8:
+            codes = self.fields.codes(words, register)
+            return [ptx.pick_bytes(codes, ptx.int32(0), selector) for selector in SELECTORS], 0
+        place = max(place for place in PLACES if place <= field.position)
+        codes, mask = words.words[field.word], ((1 << field.width) - 1 << place) * _EVERY_HALF
+        if field.position > place:
+            codes = ptx.shift_right(codes, field.position - place)
+        return [ptx.bits_of(codes, mask), ptx.bits_of(ptx.shift_right(codes, 8), mask)], place
 
     @property
     def unit(self) -> float:
@@ -113,7 +124,7 @@ class FloatExpansion:
         for register in range(REGISTERS):
             block, half, row = register // 4, register // 2 % 2, register % 2
             own = terms[(2 * step + half) * len(terms) // (2 * HALF_STEPS)][2 * block + row]
-            registers.append(self.values(self.fields.codes(words, register), own))
+            registers.append(self.values(words, register, own))
         return registers
 
     @property
@@ -148,7 +159,8 @@ class FloatExpansion:
     @property
     def _of_format(self) -> list[RowTerms]:
         """Of 2 u - W."""
-        return [(self._constant(2 * self.float_type.lift), self._constant(-self.format.max_value * self.unit))] * 4
+        scales = tuple(self._constant(2 * self.float_type.lift / 2**place) for place in PLACES)
+        return [(scales, self._constant(-self.format.max_value * self.unit))] * 4
 
     def _of_words(self, words: list[Value]) -> list[RowTerms]:
         """The terms of a chunk's rows, of a word for either block."""
@@ -169,7 +181,11 @@ class FloatExpansion:
             )
         offsets = ptx.pick_bytes(word, ptx.int32(0), 0x4341)
         offsets = ptx.fma_pairs(name, offsets, self._constant(lift), self._constant(-OFFSET_BIAS * self.unit))
-        return [(ptx.pick_bytes(scales, scales, s), ptx.pick_bytes(offsets, offsets, s)) for s in (0x1010, 0x3232)]
+        placed = [scales, ptx.fma_pairs(name, scales, self._constant(2.0 ** -PLACES[1]), ptx.int32(0))]
+        return [
+            (tuple(ptx.pick_bytes(each, each, s) for each in placed), ptx.pick_bytes(offsets, offsets, s))
+            for s in (0x1010, 0x3232)
+        ]
 
     def _plus(self, numbers: Value, term: float) -> Value:
         return ptx.fma_pairs(self.float_type.name, numbers, self._constant(1), self._constant(term))

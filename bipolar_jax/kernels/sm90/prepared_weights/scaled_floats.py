@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
-from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES
+from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS, HALVES, StepWords
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import FloatScaling
 from bipolar_jax.kernels.sm90.prepared_weights.floats import FloatExpansion
 from bipolar_jax.packing.fields import PARTS, STAGE, TILE_ROWS, expand_tile
@@ -54,14 +54,14 @@ class ScaledFloatExpansion(FloatExpansion):
 
         return of_step
 
-    def values(self, codes: Value, terms: tuple[Value, Value]) -> list[Value]:
-        scale, offset = terms
+    def values(self, words: StepWords, register: int, terms: tuple[Value, Value]) -> list[Value]:
+        codes, (scale, offset) = self.fields.codes(words, register), terms
         zero = ptx.float32(-_BASE - self.format.max_value / 2)
         numbers = []
         for byte in range(4):
             code = ptx.as_float(ptx.pick_bytes(codes, ptx.int32(_BASE_WORD), _BYTE_OF_BASE | byte << 4))
             numbers.append(ptx.fma(scale, ptx.add(code, zero), offset))
-        return [ptx.rounded_pair(self.float_type.name, *numbers[first : first + 2]) for first in (0, 2)]
+        return [ptx.rounded_pair(self.float_type.name, *numbers[first::2]) for first in range(2)]
 
     def of_tile(self, words: Array, terms: Array) -> Float[Array, "rows positions"]:
         scale, zero, offset = (

@@ -147,7 +147,7 @@ def test_words_of_tokens_are_their_steps():
         found = words(x, zero, w)
         steps = x - zero[:, None] if bits > 1 else 2 * x.astype(int) - 1
         halves = np.asarray(found).view(np.float16)[0].reshape(m, -1, 2, 2, 4, 2)  # step, half, pair, lane, number
-        positions = halves.swapaxes(3, 4).reshape(m, -1, 32)
+        positions = np.moveaxis(halves, 3, 5).reshape(m, -1, 32)
         if group_size == 32:
             positions = positions.reshape(m, -1, 8, 4).swapaxes(-1, -2)
         np.testing.assert_array_equal(positions.reshape(m, -1), np.pad(steps, ((0, 0), (0, 128 - k))))
@@ -209,7 +209,8 @@ def test_threads_make_the_fragments(bits, group_size, kind, name, monkeypatch):
 
     words, terms, expected = of_tile(weights_of(bits, 128, 128, group_size, kind))
     # Of every instruction: pair, lane, number.
-    expected = np.asarray(expected).reshape(128, -1, 2, 4, 2, 2).swapaxes(3, 4).reshape(128, 8, 16)
+    expected = np.asarray(expected).reshape(128, -1, 4, 2, 2)
+    expected = np.moveaxis(expected, 4, 2).reshape(128, 8, 16)
     words, terms = (None if a is None else np.array(a).reshape(-1, 4) for a in (words, terms))
     warpgroup_simulator.install(monkeypatch)
     before = warpgroup_simulator.bank_conflicts[0]

@@ -32,14 +32,16 @@ DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
 def float_words_of(numbers: Float[Array, "1024"], natural_order: bool) -> UInt32[Array, "512"]:
     """The words of a slice of 16-bit floats, in jnp."""
     positions = positions_of_elements(numbers.reshape(-1, 2 * STEP_WORDS), natural_order)
-    # [half, lane, pair, 2] to [lane, half, pair, 2].
-    return lax.bitcast_convert_type(positions.reshape(-1, 2, 4, 4).swapaxes(1, 2).reshape(-1, 2), jnp.uint32)
+    # [half, lane, 2, pair] to [lane, half, pair, 2].
+    ordered = positions.reshape(-1, 2, 4, 2, 2).transpose(0, 2, 1, 4, 3)
+    return lax.bitcast_convert_type(ordered.reshape(-1, 2), jnp.uint32)
 
 
 def float_positions_of(words: UInt32[Array, "512"], float_type: str) -> Float[Array, "stages positions"]:
     """The numbers of a slice by stage and position, in jnp."""
     numbers = lax.bitcast_convert_type(words, DTYPES[float_type])
-    return numbers.reshape(-1, 4, 2, 4).swapaxes(1, 2).reshape(STAGES_PER_SLICE, STEPS * 2 * STEP_WORDS)
+    positions = numbers.reshape(-1, 4, 2, 2, 2).transpose(0, 2, 1, 4, 3)
+    return positions.reshape(STAGES_PER_SLICE, STEPS * 2 * STEP_WORDS)
 
 
 def _store_floats_twin(operand, k_slices, indices, starts, k, factor, float_type, natural_order):
@@ -116,14 +118,19 @@ def store_natural(target: Pointer, thread: Value, words: Sequence[Value], stored
     at = ptx.plus(ptx.times(step, 4 * STEP_WORDS), ptx.plus(ptx.times(pair_of_lanes, 32), ptx.times(half, 8)))
     with ptx.when(stored):
         for lane in range(2):
-            ptx.store(ptx.advance(target, ptx.plus(at, 4 * LANE_WORDS * lane)), words[2 * lane : 2 * lane + 2])
+            ptx.store(ptx.advance(target, ptx.plus(at, 4 * LANE_WORDS * lane)), paired(*words[2 * lane : 2 * lane + 2]))
 
 
 def store_interleaved(target: Pointer, thread: Value, words: Sequence[Value], stored: Value) -> None:
     """`store_natural` where position 4 j + i is element 8 i + j: four threads exchange what is each other's."""
-    own = [word for half in range(2) for word in transposed(words[2 * half : 2 * half + 2], thread)]
+    own = [word for half in range(2) for word in paired(*transposed(words[2 * half : 2 * half + 2], thread))]
     with ptx.when(stored):
         ptx.store(ptx.advance(target, ptx.times(thread, 4 * LANE_WORDS)), own)
+
+
+def paired(low: Value, high: Value) -> list[Value]:
+    """Four numbers, two a word, as the pairs of `floats.PAIRS`: numbers 0 and 2, and 1 and 3."""
+    return [ptx.pick_bytes(low, high, selector) for selector in (0x5410, 0x7632)]
 
 
 def transposed(words: Sequence[Value], thread: Value) -> list[Value]:
