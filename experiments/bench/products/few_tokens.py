@@ -124,13 +124,16 @@ def timed(call: Call, position: int, iterations: int) -> dict[str, Any]:
 def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of bf16, and of every precision and tiling; an error's text where one failed."""
     operands = Operands(shape, seed=0)
+
+    def is_wanted(name: str) -> bool:
+        return options.tune is not None and options.tune in name
+
     row: dict[str, Any] = {"bf16": timed((jnp.dot, (operands.x, operands.dense_w)), 1, options.iterations)}
     console.print(f"{shape.name}: bf16 {row['bf16']['microseconds']:.1f} us")
     for text in options.precisions.split(","):
         args, tilings, exact = product_of(operands, Weights.parse(text))
-        if not options.tune:
-            first, *others = tilings.items()
-            tilings = dict([first, *(pair for pair in others if isinstance(pair[1], Tiling))])
+        first, *others = tilings.items()
+        tilings = dict([first, *(pair for pair in others if isinstance(pair[1], Tiling) or is_wanted(pair[0]))])
         compiled = compile_all({name: call(args, tiling) for name, tiling in tilings.items()}, options.threads)
         figures: dict[str, Any] = {}
         for name, tiling in tilings.items():
@@ -153,7 +156,12 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__, SHAPES, PRECISIONS, iterations=10)
-    parser.add_argument("--tune", action="store_true", help="time other tilings, too; the first line is the chosen one")
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const="",
+        help='time other tilings, too, or those named by, say, "1 parts, depth 1"; the first is the chosen one',
+    )
     options = parser.parse_args()
     run_shapes(options, lambda shape: measure_shape(shape, options))
 
