@@ -267,6 +267,7 @@ def test_command_buffers_are_enabled_if_a_gpu_plugin_is_installed(monkeypatch, f
     assert xla_flags.enable_command_buffers() == plugin
     found = xla_flags.os.environ["XLA_FLAGS"]
     assert found.startswith(expected)
+    assert found.endswith(" --xla_gpu_experimental_enable_fusion_autotuner=false") == plugin
     assert found.count("command_buffer") == expected.count("command_buffer")
 
 
