@@ -9,6 +9,7 @@ import numpy as np
 
 from bipolar_jax import TERNARY, BipolarFormat
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
+from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing.float_terms import BLOCK_TERMS, FloatTerms
 from tests.gpu.cases.operands import assert_within, generator, rounding
@@ -44,8 +45,15 @@ def cases() -> list[Case]:
             ((1025, 4099, 4096, "prepared"), (1500, 8192, 1000, "gated"), (200, 512, 14336, "prepared")),
         )
     ]
+    # A decode step of several texts: clusters of blocks and tiles; gates or a residual in the epilogue.
+    texts = [
+        _case(BipolarFormat(4), 128, m, n, k, _DTYPES[0], layout, is_decoding=True)
+        for m in (16, 64)
+        for n, k, layout in ((6144, 4096, "prepared"), (4096, 14336, "prepared"), (8192, 1024, "gated"))
+    ]
     return (
         many
+        + texts
         + [
             _case(
                 fmt,
@@ -91,6 +99,8 @@ def _case(
     dtype,
     layout: str,
     kind: FloatTerms | None = None,
+    *,
+    is_decoding: bool = False,
 ) -> Case:
     n += n % 2 if layout == "gated" else 0
 
@@ -117,16 +127,30 @@ def _case(
             unit = 2.0 ** -(8 if dtype == ml_dtypes.bfloat16 else 11)
             tolerance = tolerance + unit * np.abs(wide).sum(1)[:, None] * np.abs(w_hat).max(1)
 
-        def product(x, w, bias):
+        activation = Activation("silu", gated=True) if is_decoding and layout == "gated" else None
+        if activation is not None:
+            # The activation takes a gate and a value of `dtype`; its derivative is below 1.1.
+            (gate, up), (gate_error, up_error) = (np.split(each, 2, axis=1) for each in (expected, tolerance))
+            activated = gate / (1 + np.exp(-gate))
+            tolerance = 1.1 * gate_error * (np.abs(up) + up_error) + np.abs(activated) * up_error
+            expected = activated * up
+            tolerance = tolerance + rounding(dtype, np.abs(expected) + tolerance)
+        residual = rng.normal(size=expected.shape).astype(dtype) if is_decoding and activation is None else None
+        if residual is not None:
+            expected = expected + residual.astype(np.float64)
+            tolerance = tolerance + rounding(dtype, np.abs(expected) + tolerance)
+
+        def product(x, w, bias, residual):
             w = w if layout == "packed" else w.prepare(gated=layout == "gated", float_terms=kind)
-            return SM90.weight_only_matmul(x, w, bias)
+            return SM90.weight_only_matmul(x, w, bias, residual, activation)
 
         def check(y):
             if y.dtype != dtype:
                 raise AssertionError(f"dtype {y.dtype}, expected {np.dtype(dtype)}")
             assert_within(y, expected, tolerance)
 
-        return one_program(product, (x, w, bias), check)
+        return one_program(product, (x, w, bias, residual), check)
 
     group = "" if group_size is None else f"g{group_size}{kind or ''}"
-    return Case(f"W{fmt.name}A16{group} {m}x{n}x{k} {np.dtype(dtype).name} {layout}", make)
+    decoding = ", a decode step" if is_decoding else ""
+    return Case(f"W{fmt.name}A16{group} {m}x{n}x{k} {np.dtype(dtype).name} {layout}{decoding}", make)
