@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,8 +39,15 @@ def is_distributed(operands: Any, w: BipolarNumbers) -> bool:
 
 def lies_on_mesh(operands: Any) -> bool:
     """Whether XLA distributes what is computed of an operand: it lies on several devices, outside of shard_map."""
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands))
-    return any(mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} for mesh in meshes if not mesh.empty)
+    return any(True for _ in _meshes(operands))
+
+
+def _meshes(operands: Any) -> Iterator[AbstractMesh]:
+    """The meshes of several devices, all of Auto axes, that operands lie on."""
+    for leaf in jax.tree.leaves(operands):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty and mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto}:
+            yield mesh
 
 
 def partitioned(product: Product, static: Any, *operands: Any) -> Float[Array, "m out"]:
@@ -51,7 +59,7 @@ def partitioned(product: Product, static: Any, *operands: Any) -> Float[Array, "
       *operands: x, residual, w, bias, prologue.
     """
 
-    call = _Call(static, _factors(static, operands))
+    call = _Call(static, _factors(static, operands), next(_meshes(operands)))
 
     @custom_vmap
     def whole(*operands):
@@ -74,10 +82,12 @@ class _Call:
     Attributes:
       static: of the product.
       factors: the names of all operands' axes and of the result's, as an einsum: axes of one name are cut alike.
+      mesh: that the operands lie on.
     """
 
     static: Any
     factors: str
+    mesh: AbstractMesh
 
 
 @functools.cache
@@ -117,9 +127,15 @@ def _partition(product: Product, call: _Call, mesh: Mesh, operands: Any, result:
     del result
     static = call.static
     x, residual, w, _, prologue = operands
-    n, k = _axes_of_weights(w)
+    # A mesh that is set, but that nothing which enters the program lies on, is lost on the way; devices are known if
+    # XLA has a sharding for an operand, and else nothing is cut.
+    known = [leaf for leaf in jax.tree.leaves(operands) if leaf.sharding is not None]
+    if mesh.empty and known:
+        devices = [*known[0].sharding.devices_indices_map(known[0].shape)]
+        mesh = Mesh(np.reshape(devices, call.mesh.axis_sizes), call.mesh.axis_names)
+    n, k = _axes_of_weights(w, mesh)
     k = tuple(name for name in k if name not in n)
-    m = tuple(name for name in _axes(x)[0] if name not in (*n, *k))
+    m = tuple(name for name in _axes(x, mesh)[0] if name not in (*n, *k))
     if x.shape[0] % math.prod(mesh.shape[name] for name in m):
         m = ()
     spec = PartitionSpec(k or None, n or None) if w.axis == -2 else PartitionSpec(n or None, k or None)
@@ -171,17 +187,29 @@ def _own_columns(rows: Float[Array, "m k"], axes: tuple[str, ...]) -> Float[Arra
     return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axes) * size, size, axis=1)
 
 
-def _axes_of_weights(w: BipolarArray | UnpackedArray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _axes_of_weights(w: BipolarArray | UnpackedArray, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mesh axes that n and k are cut over, as far as the codes are."""
     if isinstance(w, BipolarArray):
-        return tuple(_axes(w.planes)[-2:])
-    groups, n, size = _axes(w.signed_codes)
+        return tuple(_axes(w.planes, mesh)[-2:])
+    groups, n, size = _axes(w.signed_codes, mesh)
     return n, groups if w.signed_codes.shape[0] > 1 else size
 
 
-def _axes(array: Any) -> list[tuple[str, ...]]:
+def _axes(array: Any, mesh: Mesh) -> list[tuple[str, ...]]:
     """Mesh axes of each axis of an array."""
-    # A mesh that is set, on which no operand of the program lies, has no names here; then all devices have all of it.
-    spec = () if array.sharding.is_fully_replicated else array.sharding.spec
-    axes: list[MeshAxes] = [*spec, *[None] * (array.ndim - len(spec))]
-    return [(names,) if isinstance(names, str) else tuple(names or ()) for names in axes]
+    sharding = array.sharding
+    if sharding is None:  # of a constant
+        return [()] * array.ndim
+    if isinstance(sharding, NamedSharding):
+        axes: list[MeshAxes] = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+        return [(names,) if isinstance(names, str) else tuple(names or ()) for names in axes]
+    parts = sharding.devices_indices_map(array.shape)
+    first, found = parts[mesh.devices.flat[0]], [()] * array.ndim
+    for place, name in enumerate(mesh.axis_names):
+        if mesh.devices.shape[place] > 1:
+            following = parts[mesh.devices.take([1], axis=place).flat[0]]
+            found = [
+                (*names, name) if one != other else names
+                for names, one, other in zip(found, first, following, strict=True)
+            ]
+    return found

@@ -258,7 +258,7 @@ def test_layers_take_an_out_sharding_on_explicit_meshes():
         embed=nnx.Embed(10, 8, rngs=rngs),
     )
     packed = quantize_model(model, [(".*", "W8A8")])
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((4, 8)), jax.NamedSharding(mesh, spec))
         ids = jax.device_put(jnp.arange(4), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
@@ -266,6 +266,10 @@ def test_layers_take_an_out_sharding_on_explicit_meshes():
             y = packed[name](ids if name == "embed" else x, out_sharding=spec)
             assert jax.typeof(y).sharding.spec == spec, name
         assert jax.typeof(packed["embed"].attend(x, out_sharding=spec)).sharding.spec == spec
+        # Nothing that enters this program lies on the mesh.
+        y = jax.jit(lambda x: packed["linear"](x, out_sharding=spec))(np.ones((4, 8), np.float32))
+        assert y.sharding.spec == spec
+        np.testing.assert_array_equal(y, packed["linear"](x))
 
 
 def test_repr_counts_parameters():

@@ -18,7 +18,7 @@ from bipolar_jax.models.sharding.shares import Share, shares_of_heads
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear, fuses
 from bipolar_jax.nn.layers.linear import is_plain
-from bipolar_jax.packing import BipolarArray, BipolarNumbers
+from bipolar_jax.packing import BipolarArray, BipolarNumbers, BlockScaledArray
 from bipolar_jax.packing.cuts import cut_unit, partition_specs
 from bipolar_jax.packing.words import WORD_BITS
 
@@ -202,6 +202,8 @@ class ShardingPlan:
 
 def _spec(value: Any, axis: int | None) -> Any:
     """The spec of an array, one of its axes cut over `MODEL`; of a packed one, the specs of its leaves."""
+    if axis is None and isinstance(value, BlockScaledArray):  # a table
+        return jax.tree.map(lambda _: PartitionSpec(), value)
     axes: list[str | None] = [None] * value.ndim
     if axis is not None:
         axes[axis] = MODEL

@@ -22,7 +22,7 @@ from bipolar_jax.models.sharding.plan import BLOCKS, DATA, MODEL, ShardingPlan, 
 from bipolar_jax.models.sharding.shares import Share
 from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn import Linear, Packed, without_training
-from bipolar_jax.packing import BipolarArray
+from bipolar_jax.packing import BipolarArray, BlockScaledArray
 from bipolar_jax.packing.cuts import own_part, taken, taken_columns, taken_rows
 
 _HEADS_AXIS = 2  # of a cache [layers, batch, kv_heads, capacity, ...]
@@ -228,8 +228,8 @@ def shard_model(
     (`place_model`) stay where they are.
 
     Args:
-      model: packed, not joined, not prepared. Of several processes each gives the same arrays of the host (NumPy's), or
-        arrays that are cut already.
+      model: packed, not joined, not prepared; scales of a GGUF file become float32 ones. Of several processes each
+        gives the same arrays of the host (NumPy's), or arrays that are cut already.
       mesh: of any axis types.
       dtype, layout: as for `prepare_for_inference`, which prepares each device's part.
       cut_positions: whether devices that share a head of keys each cache a part of the positions, not all of them. A
@@ -243,7 +243,7 @@ def shard_model(
         options = {"layout": layout, "cut_positions": cut_positions, "cut_tokens": cut_tokens}
         return model.with_model(shard_model(model.model, mesh, dtype, **options))
     mesh = two_axes(mesh)
-    model = without_training(model)
+    model = _with_own_scales(without_training(model))
     plan = plan_shards(model, mesh.shape, cut_positions=cut_positions, cut_tokens=cut_tokens)
     graph, paths, arrays, specs = _cut(model, plan)
     graphs = []
@@ -266,7 +266,7 @@ def place_model(model: Transformer, mesh: Mesh) -> Transformer:
     Raises:
       ValueError: as `shard_model`.
     """
-    mesh = two_axes(mesh)
+    mesh, model = two_axes(mesh), _with_own_scales(model)
     graph, paths, arrays, specs = _cut(model, plan_shards(model, mesh.shape))
     return _merged(graph, paths, _placed(arrays, mesh, specs))
 
@@ -284,6 +284,15 @@ def two_axes(mesh: Mesh) -> Mesh:
     devices = mesh.devices if mesh.axis_names != (MODEL, DATA) else mesh.devices.T
     sizes = [dict(mesh.shape).get(name, 1) for name in (DATA, MODEL)]
     return Mesh(devices.reshape(sizes), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _with_own_scales(model: Transformer) -> Transformer:
+    """A copy whose layers have float scales on the host instead of those of a GGUF file, whose blocks are not cut."""
+    model = nnx.clone(model)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear) and isinstance(layer.kernel.get_value(), BlockScaledArray):
+            layer.kernel = Packed(jax.tree.map(np.asarray, layer.kernel.get_value().with_scales()))
+    return model
 
 
 def _cut(model: Transformer, plan: ShardingPlan) -> tuple[nnx.GraphDef, list, list[Any], list[Any]]:

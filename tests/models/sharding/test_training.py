@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bipolar_jax as bj
-from bipolar_jax.models import Transformer
+from bipolar_jax.models import Transformer, random_packed
+from bipolar_jax.models.sharding.sharded_transformer import place_model
 from bipolar_jax.models.sharding.training import plan_training
 from experiments.distributed.collectives import collectives
 from tests.models.sharding.tiny_config import CONFIG
@@ -103,6 +104,25 @@ def test_loss_and_gradients_are_those_of_one_device(shape, precision, layers):
     assert not [shapes for kind, shapes in exchanged if kind == "all-gather" and "f32" in shapes]
     if shape[1] > 1 and layers == "^layers/":  # o and down forward, q, k, v, gate and up backward, of 16 tokens
         assert sum(shapes.count("[16,32]") for _, shapes in exchanged) == 7
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+@pytest.mark.covered("test_products_have_the_bits_of_one_device; and gradients, by ops/test_sharded_gradients.py")
+def test_float_parameters_learn_beside_packed_weights(shape):
+    """As adapters do: weights are packed and cut, and are not gathered for gradients either."""
+    model = random_packed(CONFIG, bj.Precision.parse("W4A8g32"), key=jax.random.key(0), dtype=jnp.float32)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=AUTO)
+    graph, *parts = nnx.split(model, nnx.Param, ...)
+    _, *cut = nnx.split(place_model(model, mesh), nnx.Param, ...)
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 8)).astype(np.int32)
+    step = jax.jit(jax.value_and_grad(lambda params, packed, ids: loss(nnx.merge(graph, params, packed), ids)))
+    expected, gradients = step(*parts, ids)
+    program = step.lower(*cut, jax.device_put(ids, NamedSharding(mesh, P("data")))).compile()
+    found, ours = program(*cut, jax.device_put(ids, NamedSharding(mesh, P("data"))))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (ours, gradients)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+    assert {kind for kind, _ in collectives(program)} == {"all-reduce"}
 
 
 def test_what_does_not_divide_is_whole_and_said():

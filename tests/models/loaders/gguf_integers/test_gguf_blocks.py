@@ -16,6 +16,7 @@ from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.loaders import load_gguf, load_pretrained
 from bipolar_jax.models.loaders.gguf.blocks import BLOCK_TYPES
 from bipolar_jax.models.packed_kernels import PackedBuffer, PackedTensor
+from bipolar_jax.models.sharding.sharded_transformer import shard_model
 from bipolar_jax.nn import with_integer_groups
 from bipolar_jax.nn.compressible import layer_at
 from bipolar_jax.packing import BipolarArray, BlockScaledArray
@@ -231,6 +232,16 @@ def test_precisions_say_whether_there_are_offsets(cases):
     """As packed files read them."""
     for name, case in cases.items():
         assert (case.floats.offset is not None) == (BLOCK_TYPES[name].kind(8).precision.calibration == "minmax"), name
+
+
+@pytest.mark.covered("test_saved_models_have_float_scales, by the same scales; and the products of float groups")
+@pytest.mark.parametrize("activations", [8, 16])
+def test_models_are_cut_over_devices(some, activations):
+    model = load_gguf(some, activations=activations).model
+    sharded = shard_model(model, jax.make_mesh((2,), ("model",)))
+    assert sharded.plan.attention
+    assert sharded.plan.ffn
+    assert error_of(sharded, logits_of(prepare_for_inference(model))) < 1e-5
 
 
 @pytest.mark.covered("tests/nn/test_with_integer_groups.py, on arrays with float scales")
