@@ -73,11 +73,14 @@ def product_of(
     return (tokens, w), tilings_of(shape, w.bits, w.chunks) | expanded_tilings(shape, w), exact
 
 
-def expanded_tilings(shape: Shape, w: PreparedArray) -> dict[str, Tiling]:
-    """By name, the tilings of `gemm_expanded` that its cost model likes best, with K whole and split."""
+def expanded_tilings(shape: Shape, w: PreparedArray, *, is_float: bool = False) -> dict[str, Tiling]:
+    """By name, the tilings of `gemm_expanded` that its cost model likes best, with K whole and split.
+
+    With `is_float` they are those of 16-bit floats.
+    """
     if shape.m <= _FEWEST_EXPANDED:
         return {}
-    times = expanded_times(shape.m, w, jnp.dtype(jnp.bfloat16))
+    times = expanded_times(shape.m, w, jnp.dtype(jnp.bfloat16), is_float=is_float)
     best = {}
     for tiling in sorted(times, key=times.get):
         best.setdefault((tiling.schedule, tiling.splits > 1), tiling)
@@ -88,11 +91,12 @@ def expanded_tilings(shape: Shape, w: PreparedArray) -> dict[str, Tiling]:
     }
 
 
-def tilings_of(shape: Shape, bits: int, chunks: int) -> dict[str, FewTokensTiling]:
-    """The tiling that is chosen, and others that fit."""
-    chosen = few_tokens_tiling(shape.m, shape.n, shape.k, bits, chunks)
+def tilings_of(shape: Shape, bits: int, chunks: int, rows_of_stage: int = 1) -> dict[str, FewTokensTiling]:
+    """The tiling that is chosen, and others that fit; arguments as of `few_tokens_tiling`."""
+    rows = {"rows_of_stage": rows_of_stage}
+    chosen = few_tokens_tiling(shape.m, shape.n, shape.k, bits, chunks, **rows)
     others = [
-        with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), shape.m, bits, chunks)
+        with_slots(FewTokensTiling(warpgroups, parts, depth, cluster=cluster), shape.m, bits, chunks, **rows)
         for cluster, all_parts in ((1, (1, 2, 4, 7)), (2, (1, 2, 3)), (4, (1, 4)))
         for parts in all_parts
         for warpgroups in (1, 2, 3, 4)

@@ -5,13 +5,13 @@
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
 Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "tokens" is the pass that brings
 tokens into the order of the weights' fields. "XLA" is the same operation, of packed weights, by the backend that
-serves every device. With --tilings every tiling is timed.
+serves every device. With --tilings every tiling is timed; of up to 64 tokens those of few tokens with the most
+warps that multiply, and from 17 on the best of `gemm_expanded`.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import Any
 
 import jax
@@ -21,10 +21,14 @@ import numpy as np
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import float_products
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
+from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.ops.dispatch import BACKENDS
+from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes
 from bipolar_jax.quantize.integer_groups import IntegerGroups
+from experiments.bench.products import few_tokens
 from experiments.bench.products.cold_weights import with_cold_weights
 from experiments.bench.products.expanded import Weights, arguments, run_shapes
 from experiments.bench.products.operands import Operands
@@ -40,6 +44,7 @@ PRECISIONS = "4g128,4g64,2g64"
 PARTS = ("tokens",)  # of the operation
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
+_ENOUGH_SLOTS = 3  # of a ring buffer
 _TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
 
 
@@ -68,16 +73,36 @@ def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict
     todo: dict[str, Call] = {"prepared": (product, (operands.x, prepared))}
     m = operands.shape.m
     if m <= FEW_TOKENS_LIMIT:
-        return todo
+        named = tilings_of_few_tokens(operands.shape, prepared) if tilings else {}
+        return todo | {name: _by_tiling(tiling, operands.x, prepared) for name, tiling in named.items()}
 
     todo["tokens"] = (lambda x: token_words(x, prepared.natural_order), (operands.x,))
     todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
     times = float_products.tiling_times(m, prepared) if tilings else {}
     for tiling in sorted(times, key=times.get):
         name = f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.splits} splits"
-        multiply = functools.partial(float_products.weight_only_matmul, bias=None, tiling=tiling)
-        todo[name] = (lambda x, w, multiply=multiply: multiply(x, w), (operands.x, prepared))
+        todo[name] = _by_tiling(tiling, operands.x, prepared)
     return todo
+
+
+def tilings_of_few_tokens(shape: Shape, w: PreparedArray) -> dict[str, FewTokensTiling | Tiling]:
+    """By name, tilings of up to 64 tokens: of parts and clusters the one with the most workers, and `gemm_expanded`'s.
+
+    The first one is that which `few_tokens_tiling` chooses.
+    """
+    few = few_tokens.tilings_of(shape, w.bits, w.chunks, rows_of_stage=2)
+    chosen, *others = few.items()
+    best = {(chosen[1].parts, chosen[1].cluster): chosen}
+    for name, tiling in sorted(others, key=lambda other: (other[1].slots < _ENOUGH_SLOTS, -other[1].workers)):
+        best.setdefault((tiling.parts, tiling.cluster), (name, tiling))
+    return dict(best.values()) | few_tokens.expanded_tilings(shape, w, is_float=True)
+
+
+def _by_tiling(tiling: FewTokensTiling | Tiling, x: jax.Array, w: PreparedArray) -> Call:
+    def product(x, w):
+        return float_products.weight_only_matmul(x, w, None, tiling=tiling)
+
+    return product, (x, w)
 
 
 def check(product: jax.Array, exact: np.ndarray, sizes: np.ndarray, operands: Operands) -> None:
