@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
+from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
@@ -128,10 +129,15 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
         for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
             for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
                 for segment, start, offset, size in term_ranges:
+                    # A bulk copy of bytes, without a TMA descriptor: these take long to compile (`core/README.md`). It
+                    # ends with the array, and reads 16 bytes of it even if the tile begins behind. Terms of tokens and
+                    # columns beyond the output's are undefined: no output stores their numbers.
+                    start = lax.min(start, jnp.int32(source.shape[1] - ALIGNED_WORDS))
                     plgpu.copy_gmem_to_smem(
                         source.at[segment, pl.ds(start, size)],
                         target.at[buffer, pl.ds(offset, size)],
                         scratch.terms_full.at[buffer],
+                        oob_mode=plgpu.OOBFillMode.UNDEFINED,
                     )
         return carry
 
