@@ -62,14 +62,23 @@ def product_step(name: str, layer: nnx.Module, x: Any, not_fused: str | None = N
         k_axes, token_axes = (getattr(layer, name, None) for name in ("k_axes", "token_axes"))
         tokens = math.prod(x.shape[:-1]) * (1 if token_axes is None else jax.lax.axis_size(token_axes))
         rows = jax.ShapeDtypeStruct((tokens, w.shape[-2]), x.dtype)
+        # A device may have one group of several.
+        has_groups = w.num_groups > 1 or (k_axes is not None and w.group_size is not None)
+        has_scaled_sums = has_groups and not w.has_integer_groups and layer.precision.a_bits is not None
         if k_axes is not None:
             added = "added" if token_axes is None else "added and divided by tokens"
-            not_fused = f"devices of {k_axes} find each token's extremes first, and its sums are {added} before scales"
+            scaled = "after" if has_scaled_sums else "before"
+            not_fused = (
+                f"devices of {k_axes} find each token's extremes first, and its sums are {added} {scaled} scales"
+            )
         elif token_axes is not None:
             not_fused = f"tokens are quantized where they are, and devices of {token_axes} gather their codes"
         if getattr(layer, "order", None) is not None:
             not_fused = "its inputs are gathered first, in the order of their groups"
-        runs = explain(rows, w, layer.precision.a_format, implementation=layer.implementation)
+        if has_scaled_sums and (k_axes is not None or token_axes is not None):
+            runs = by_xla("int8 dots of groups", "no kernel gives sums of float groups where k or tokens are cut")
+        else:
+            runs = explain(rows, w, layer.precision.a_format, implementation=layer.implementation)
         return Step(name, runs, not_fused)
     dtype = jnp.dtype(layer.dtype or x.dtype).name
     return Step(name, by_xla(f"{dtype} dot", "the layer is not packed"), not_fused)

@@ -255,6 +255,10 @@ def test_a_mesh_is_explained_by_what_a_device_runs():
     assert decode["gate/up"] is None
     assert prefill["down"].endswith("its sums are added and divided by tokens before scales")
     assert prefill["gate/up"] == "tokens are quantized where they are, and devices of model gather their codes"
+    scaled = jax.eval_shape(lambda: shard_model(model_of("W4A8g64f", hidden_size=64), MESH))
+    (down,) = (step for step in explain_model(scaled, 1, 8).decode if step.name == "down")
+    assert "no kernel gives sums of float groups where k or tokens are cut" in str(down.runs)
+    assert down.not_fused.endswith("its sums are added after scales")
     cut = jax.eval_shape(lambda: shard_model(model_of(num_kv_heads=1), MESH, cut_positions=True))
     (attention,) = (step for step in explain_model(cut, 1, 8).decode if "attention" in step.name)
     assert attention.not_fused == "2 devices share the positions, and the kernel gives no partial results"
