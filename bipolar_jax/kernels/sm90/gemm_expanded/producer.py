@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
-from bipolar_jax.kernels.sm90.core.hardware import ALIGNED_WORDS
 from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
@@ -125,22 +124,14 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 
-        # Bulk copies of bytes need no TMA descriptors, which compile slowly (see `core/README.md`). Each ends with its
-        # array, and reads 16 bytes even if its tile begins behind: terms of tokens and columns beyond the output's are
-        # undefined, and no output stores their numbers. ptxas spills consumers' registers beside them where sums are
-        # scaled, and with heads of 128 numbers by weights of 8 bits.
-        in_bulk = not problem.scales_sums and problem.w_bits < 8
         ranges = ([Range(sequence, origin.token, 0, tiling.block_m)], column_ranges(problem, origin.column))
         for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
             for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
                 for segment, start, offset, size in term_ranges:
-                    if in_bulk:
-                        start = lax.min(start, jnp.int32(source.shape[1] - ALIGNED_WORDS))
                     plgpu.copy_gmem_to_smem(
                         source.at[segment, pl.ds(start, size)],
                         target.at[buffer, pl.ds(offset, size)],
                         scratch.terms_full.at[buffer],
-                        oob_mode=plgpu.OOBFillMode.UNDEFINED if in_bulk else plgpu.OOBFillMode.ZEROS,
                     )
         return carry
 
