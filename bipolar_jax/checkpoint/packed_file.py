@@ -68,7 +68,8 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
     leaves an existing file unchanged.
 
     If processes share an array, all of them call this with the same arguments, and return or raise together: arrays are
-    gathered one by one, and the first process, which needs host memory for all of them, writes the file.
+    gathered one by one, and the first process, which needs host memory for all of them, writes the file. Arrays that
+    every process has whole, as data-parallel models are, each process writes that calls this.
 
     Args:
       path: file to write; replaced if it exists. Missing directories are made.

@@ -61,10 +61,10 @@ def found_on_meshes(*pairs: str, processes: int = 1, options: tuple[str, ...] = 
         for line in started[0].stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-        for index, process in enumerate(started):
-            status = process.wait(timeout=_MOST_SECONDS)
-            said[index].seek(0)
-            assert status == 0, f"process {index} of {processes}: {said[index].read()[-4000:]}"
+        statuses = [process.wait(timeout=_MOST_SECONDS) for process in started]
+        for error in said:
+            error.seek(0)
+        assert not any(statuses), [(status, error.read()[-4000:]) for status, error in zip(statuses, said, strict=True)]
 
 
 def _ended(process: subprocess.Popen) -> None:
