@@ -140,8 +140,6 @@ class Transformer(CompressibleBlocks):
     def __init__(self, config: TransformerConfig, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.fused_sequences = MOST_SEQUENCES  # that one kernel may decode, see `prepare_for_inference`
-        # Whether decode steps layer by layer run without a loop over layers; `experiments.bench.llm` times both.
-        self.unrolled = False
         # Set by `models.sharding`: how devices share positions of caches, and the mesh axis that cuts those of prompts.
         self.cut_positions: CutPositions | None = None
         self.token_axis: str | None = None
@@ -336,14 +334,7 @@ class Transformer(CompressibleBlocks):
         for run, stack in stacks:
             stack, experts = (stack, None) if cache is None else without_experts(stack)
             step_of_run = functools.partial(step, experts, run.start)
-            carry = hidden, cache, jnp.int32(run.start)
-            if self.unrolled and cache is not None and hidden.shape[1] == 1:
-                step_of_run = jax.jit(step_of_run)  # traced and lowered once
-                for i in range(len(run)):
-                    carry, _ = step_of_run(carry, jax.tree.map(lambda leaf, i=i: leaf[i], stack))
-            else:
-                carry, _ = jax.lax.scan(step_of_run, carry, stack)
-            hidden, cache, _ = carry
+            (hidden, cache, _), _ = jax.lax.scan(step_of_run, (hidden, cache, jnp.int32(run.start)), stack)
         return hidden, cache
 
     def enter_prompts(

@@ -31,13 +31,6 @@ def get_config() -> ConfigDict:
     config.layout = ""
     # Sequences that packed models decode in one kernel, where a backend has it: up to 4.
     config.fused_sequences = 4
-    # Whether packed models decode layer by layer without a loop over layers. XLA then makes a CUDA graph of a token, if
-    # it may make none of the loop over tokens (`kernels/sm90/backend/README.md`):
-    # XLA_FLAGS=--xla_gpu_enable_command_buffer=+FUSION,+CUSTOM_CALL,+CUBLAS,+CUBLASLT,+DYNAMIC_SLICE_FUSION
-    config.unrolled = False
-    # Whether kernels are launched while the one before still runs; without CUDA graphs, which rule it out:
-    # XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment.
-    config.overlapped_launches = False
     # Devices that texts (data) and weights (model) of packed models are divided over; the baselines run on one.
     # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
     # divide the tokens of long prompts between products.

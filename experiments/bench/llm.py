@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 
 import bipolar_jax as bj
 from bipolar_jax.format import as_format
-from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.xla_flags import enable_command_buffers
@@ -66,8 +65,6 @@ _SETTINGS = (
     "rotated",
     "rotation_block",
     "fused_sequences",
-    "unrolled",
-    "overlapped_launches",
     "mesh",
     "iterations",
     "seed",
@@ -86,8 +83,6 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(device_lock(shared=True))
-        if config.overlapped_launches:
-            stack.enter_context(overlapped_launches())
         _measure(config, workdir)
 
 
@@ -105,27 +100,19 @@ def make_model(
     key = jax.random.key(config.seed)
     if precision is None:
         return random_float(shape, jnp.bfloat16, key)
+    prepared = {"layout": config.layout or None, "fused_sequences": config.fused_sequences}
     if isinstance(precision, int):
         model = _loaded(config.model, precision)
         _loaded.cache_clear()
-        return _prepared(model, config)
+        return prepare_for_inference(model, **prepared)
     if config.rotated:
         ffn = bj.ops.hadamard(shape.ffn_size, block=config.rotation_block or None)
         shape = dataclasses.replace(shape, rotation=Rotation(ffn=ffn, keys=bj.ops.hadamard(shape.head_dim)))
     options = {"embed_bits": config.embed_bits or None, "embed_group_size": config.embed_group_size or None}
     options |= {"key": key, "implementation": config.implementation}
     if (mesh := mesh_of(config)) is not None:
-        if config.unrolled:
-            raise ValueError("config.unrolled is of models on one device: leave out config.mesh")
         return random_sharded(shape, precision, mesh, layout=config.layout or None, **cuts_of(config), **options)
-    return _prepared(random_packed(shape, precision, **options), config)
-
-
-def _prepared(model: Transformer, config: ConfigDict) -> Transformer:
-    """The model as it is timed."""
-    prepared = prepare_for_inference(model, layout=config.layout or None, fused_sequences=config.fused_sequences)
-    prepared.unrolled = config.unrolled
-    return prepared
+    return prepare_for_inference(random_packed(shape, precision, **options), **prepared)
 
 
 def _is_file(name: str) -> bool:

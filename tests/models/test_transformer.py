@@ -151,18 +151,6 @@ def test_padding_has_no_influence(grouped):
         np.testing.assert_array_equal(first, second)
 
 
-def test_decoding_without_a_loop_over_layers_gives_the_same_logits(grouped):
-    unrolled = nnx.clone(grouped)
-    unrolled.unrolled = True
-    lengths = np.array([2, 5], np.int32)
-    _, cache = prefill(grouped, random_ids(2, 8), lengths, 10)
-    tokens = random_ids(1, 2)[0]
-    (expected, looped), (found, written) = (decode(model, tokens, cache) for model in (grouped, unrolled))
-    assert_same_logits(found, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), written, looped)
-    assert "while" not in decode.lower(unrolled, tokens, cache).as_text()
-
-
 def test_a_ragged_batch_equals_its_prompts_alone(grouped):
     ids, lengths = random_ids(3, 7), np.array([1, 4, 7], np.int32)
     together, _ = prefill(grouped, ids, lengths, 7)

@@ -46,8 +46,7 @@ def prepare_for_inference[Model: (Transformer, PretrainedModel)](
         memory; tables that make no logits or have float scales of groups, layers that name another backend, layers with
         float activations unless they have groups and compute in 16 bits, and what has no such layout
         (`BipolarArray.prepare`) stay planes. None takes "bytes" on CPUs, and on Hopper GPUs "tensor_cores" for layers
-        with groups, or with 4 or 8 bits, one scale a column and activations of 3 bits or more; output layers of 8 bits
-        stay planes.
+        with groups, or with 4 or 8 bits, one scale a column and activations of 3 bits or more.
       fused_sequences: decode steps of up to so many sequences ask for one kernel of all layers. Hopper's takes several,
         up to 4, of layers laid out for tensor cores whose sums are integers; others, and more sequences, are decoded
         layer by layer.
@@ -101,17 +100,13 @@ def _set_weights(layer: Embed | Linear, weights: BipolarNumbers) -> None:
     setattr(layer, "embedding" if isinstance(layer, Embed) else "kernel", Packed(weights))
 
 
-def belongs_on_tensor_cores(w_bits: int, a_bits: int | None, *, has_groups: bool, makes_logits: bool = False) -> bool:
+def belongs_on_tensor_cores(w_bits: int, a_bits: int | None, *, has_groups: bool) -> bool:
     """Whether weights that int8 tensor cores can multiply are faster so than as planes.
 
     Products of fewer pairs of planes belong on the binary tensor cores; other widths with one scale a column have not
-    been timed. Texts ask an output layer for one token at a time, also of a prompt, so that only its reading counts:
-    8-bit weights of 128256 x 4096 took an H200 some 285 us in this layout and 150 as planes, a token of Llama-3-8B
-    W1A8g128 1.118 ms instead of 0.969 (`experiments.bench.llm`, embed_bits=8).
+    been timed.
     """
-    if has_groups:
-        return True
-    return w_bits in ((4,) if makes_logits else (4, 8)) and a_bits is not None and a_bits >= 3
+    return has_groups or (w_bits in (4, 8) and a_bits is not None and a_bits >= 3)
 
 
 def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everything: bool) -> None:
@@ -132,8 +127,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         a_bits, has_groups = layer.precision.a_bits, weights.has_integer_groups or has_float_groups(weights)
         if a_bits is None and not (dtype.itemsize == 2 and has_groups):
             continue
-        of_layer = {"has_groups": has_groups, "makes_logits": layer is model.output_layer}
-        if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, **of_layer)):
+        if not (everything or belongs_on_tensor_cores(weights.bits, a_bits, has_groups=has_groups)):
             continue
         if isinstance(weights, BlockScaledArray) and weights.prepared_terms is None:
             weights = weights.with_scales()

@@ -15,29 +15,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
-OVERLAPPED: contextvars.ContextVar[bool] = contextvars.ContextVar("overlapped", default=False)  # see `execution`
 
 
-def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None, awaits=False, **options) -> Callable:
+def launch_kernel(body: Callable, *, interpret: plgpu.InterpretGPUParams | None, **options) -> Callable:
     """`plgpu.kernel(body, ...)`; if `interpret` is given, the body calls the twins of device functions.
 
     Args:
       body: the kernel's body.
       interpret: parameters of interpret mode, or None on a GPU.
-      awaits: whether the body calls `sync.await_earlier_kernels`, before it touches what they write.
       **options: passed to `plgpu.kernel`.
     """
-    overlapped = OVERLAPPED.get()
 
     def traced(*refs, **scratch):
         token = _interpreted.set(interpret is not None)
         try:
             if interpret is None:
                 _name_module(options.get("kernel_name") or body.__name__)
-                if overlapped:
-                    plgpu.griddepcontrol_launch_dependents()
-                    if not awaits:
-                        plgpu.griddepcontrol_wait()
             return body(*refs, **scratch)
         finally:
             _interpreted.reset(token)

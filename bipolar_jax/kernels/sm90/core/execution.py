@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import jax
 
 from bipolar_jax.kernels.device import default_device
-from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
 from bipolar_jax.kernels.unsupported import Unsupported
 
 if TYPE_CHECKING:
@@ -32,21 +31,6 @@ def interpreted(params: InterpretGPUParams) -> Iterator[None]:
         yield
     finally:
         _interpret_params.reset(token)
-
-
-@contextlib.contextmanager
-def overlapped_launches() -> Iterator[None]:
-    """Kernels that are traced within are launched while the kernel before them on the stream still runs.
-
-    Their blocks start where it leaves room, set up their barriers, load the first weights of a product, and wait until
-    it has ended and its memory is visible (programmatic dependent launch). So weights must not be what the kernel
-    before has just written. A CUDA graph of XLA has no overlap: it captures each kernel by itself.
-    """
-    token = OVERLAPPED.set(True)
-    try:
-        yield
-    finally:
-        OVERLAPPED.reset(token)
 
 
 def interpret_params() -> InterpretGPUParams | None:

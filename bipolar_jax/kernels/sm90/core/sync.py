@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core import ptx
-from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED, with_twin
+from bipolar_jax.kernels.sm90.core.emulation import with_twin
 
 
 @with_twin(lambda lanes_apart=False: plgpu.commit_smem())
@@ -77,10 +77,3 @@ def fence_gpu() -> None:
         ptx.fence_gpu()
 
     inline()
-
-
-@with_twin(lambda: None)
-def await_earlier_kernels() -> None:
-    """Waits until the kernels before this one have ended, which may still run if launches overlap (`execution`)."""
-    if OVERLAPPED.get():
-        plgpu.griddepcontrol_wait()

@@ -28,7 +28,6 @@ from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import accumulator_dtype
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
@@ -194,7 +193,6 @@ def launch(
                 *output.name_endings,
             ]
         ),
-        awaits=True,
         interpret=interpret,
     )(*arrays)
 
@@ -214,5 +212,4 @@ def _kernel(problem: ExpandedProblem, tree: Any, *refs: Any, **scratch: Any) -> 
     @when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(consumer_registers, action="increase")
-        await_earlier_kernels()
         consume(problem, output, targets, shared, scratch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.branches import when
-from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
-from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
@@ -41,8 +38,6 @@ class Sources(NamedTuple):
 def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     """Fills the ring buffer: a stage for every tile and step over K; then the tile's terms.
 
-    Where launches overlap, weights of the first stages come before the kernels before this one have ended.
-
     Args:
       problem: sizes and order.
       sources: refs in memory.
@@ -52,10 +47,6 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
     # Blocks of a cluster load what they share once, and multicast it.
     token_axes = "cluster_n" if tiling.cluster_n > 1 else None
     weight_axes = "cluster_m" if tiling.cluster_m > 1 else None
-
-    # XLA divides float scales by powers of two just before.
-    terms_come_late = problem.is_float and problem.float_terms is not None
-    early = min(tiling.slots, problem.steps_over_k) if OVERLAPPED.get() and not terms_come_late else 0
 
     def load_weights(origin, k_step, slot, barrier):
         first_tile = lax.div(origin.column, problem.out_tile_n)
@@ -71,13 +62,6 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                 barrier,
                 collective_axes=weight_axes,
             )
-
-    if early:
-        origin = problem.block_origin(0)
-        for slot in range(early):
-            barrier = scratch.full.at[problem.full_barrier(0, slot)]
-            load_weights(origin, problem.first_step(origin) + slot, slot, barrier)
-    await_earlier_kernels()
 
     def load_tile(index, carry):
         origin = problem.block_origin(index)
@@ -102,8 +86,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
                     barrier,
                     collective_axes=token_axes,
                 )
-            load = functools.partial(load_weights, origin, k_step, slot, barrier)
-            when(step >= early)(load) if early else load()
+            load_weights(origin, k_step, slot, barrier)
             if scratch.token_sums is not None:
                 plgpu.copy_gmem_to_smem(
                     sources.token_sums.at[

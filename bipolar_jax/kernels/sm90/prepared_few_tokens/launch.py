@@ -34,7 +34,7 @@ from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
 from bipolar_jax.kernels.sm90.core.fragments import WARPS, pinned
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
-from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels, fence_gpu, synchronize
+from bipolar_jax.kernels.sm90.core.sync import fence_gpu, synchronize
 from bipolar_jax.kernels.sm90.core.wgmma import ACCUMULATOR, TILE_TRANSFORMS, WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     CHUNK,
@@ -121,7 +121,6 @@ def launch(
             approx_math=problem.activation is not None,
         ),
         kernel_name="few_tokens_matmul",
-        awaits=True,
         interpret=interpret,
     )(*arrays)
     if problem.padded_half == problem.half:
@@ -168,7 +167,6 @@ def _kernel(problem: FewTokensProblem, tree, *refs, x_ring, words_ring, terms_ri
     @when(warpgroup < tiling.warpgroups)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS[tiling.warpgroups], action="increase")
-        await_earlier_kernels()
         _consume(problem, sources, work, rings, barriers, (out, by_block), warpgroup, **shared)
 
 

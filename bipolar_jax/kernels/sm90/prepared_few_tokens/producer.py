@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,8 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.branches import when
-from bipolar_jax.kernels.sm90.core.emulation import OVERLAPPED
-from bipolar_jax.kernels.sm90.core.sync import await_earlier_kernels
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling
 
 
@@ -81,9 +78,8 @@ def next_slot(problem: FewTokensProblem, slot):
 
 
 def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barriers) -> None:
-    """Fills the ring: a slot for every unit and turn. Where launches overlap, the first slots' weights come early."""
+    """Fills the ring: a slot for every unit and turn."""
     tiling, (x_ring, words_ring, terms_ring), (full, empty) = problem.tiling, rings, barriers
-    early = tiling.slots if OVERLAPPED.get() else 0
 
     def load_weights(index, turn, slot):
         # Parts and stages beyond the arrays come as zeros.
@@ -94,11 +90,6 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
-    if early:
-        steps = jnp.minimum(work.units * work.turns, early)
-        pl.loop(0, steps)(lambda step: load_weights(lax.div(step, work.turns), lax.rem(step, work.turns), step))
-    await_earlier_kernels()
-
     def load_unit(index, carry):
         def load_slot(turn, carry):
             step, slot = carry
@@ -107,8 +98,7 @@ def produce(problem: FewTokensProblem, sources: Sources, work: Work, rings, barr
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            load = functools.partial(load_weights, index, turn, slot)
-            when(step >= early)(load) if early else load()
+            load_weights(index, turn, slot)
             rows = pl.ds(work.first_stage(index, turn, tiling) * problem.rows_of_stage, problem.token_rows)
             plgpu.copy_gmem_to_smem(sources.x.at[:, rows], x_ring.at[slot, pl.ds(0, problem.m)], full.at[slot])
             return step + 1, next_slot(problem, slot)

@@ -19,13 +19,15 @@ from bipolar_jax.packing.float_terms import FloatTerms, term_words
 _MOST_PARTS, _MOST_DEPTH, _MOST_SLOTS = 8, 4, 8
 _SLOT_BYTES = 16 * 1024  # of weights: fewer are not worth the barriers
 # Of weights. Slots of 32 KB of 4-bit weights are read at 4 TB/s. Of 8 bits twelve warps had three slots of 48 KB, of
-# which the last of a K of 4096 was a third empty: an H200 took some 285 us for 525 MB.
+# which the last of a K of 4096 was a third empty: an H200 took twice as long as memory does.
 _MOST_SLOT_BYTES = 45 * 1024
 # Bytes a cycle that one of 132 multiprocessors gets from memory, and in all.
 _FROM_MEMORY, _ARRIVING = 18, 26
 # Products of bytes that the tensor cores of a multiprocessor make in a cycle of `mma.sync`, half of what wgmma makes.
 _PRODUCTS_OF_BYTES = 2048
-_EXCHANGE = 5000  # cycles, about, until the blocks of a cluster have each other's sums
+# Cycles, about, until the blocks of a cluster have each other's sums. Of floats a pair takes as long in every round,
+# four blocks twice as long: 16 x 4096 x 14336 at W4A16g128 took 18.6 us with four, 15.4 with two, 15.1 with one.
+_EXCHANGE = 5000
 # Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
 # model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
 # 28 for 64 tokens of the largest two, which took 29.3 and 30.0 (W4A8g128, `few_tokens.py`).
@@ -60,7 +62,7 @@ def few_tokens_tiling(
     fields = part_bytes(w_bits, 0)
 
     def cycles(tiling: FewTokensTiling) -> float:
-        return reading_cycles(tiling, m * rows_of_stage, total, stages, part, blocks)
+        return reading_cycles(tiling, m, rows_of_stage, total, stages, part, blocks)
 
     def depth_of(tiling: FewTokensTiling) -> int:
         wanted = -(-_SLOT_BYTES // (tiling.workers * part))
@@ -102,20 +104,30 @@ def few_tokens_microseconds(
     part = part_bytes(w_bits, term_words(None, chunks))
     rounds = -(-total // (tiling.parts * tiling.clusters(MULTIPROCESSORS)))
     finished = rounds * max(0, -(-m // CHUNK) - tiling.buffers)
-    reading = reading_cycles(tiling, m * rows_of_stage, total, stages, part, MULTIPROCESSORS)
+    reading = reading_cycles(tiling, m, rows_of_stage, total, stages, part, MULTIPROCESSORS)
     products = rounds * stages * tiling.parts * PART_ROWS * STAGE * (-(-m // CHUNK) * CHUNK) / tiling.cluster
     busiest = max(reading, products * rows_of_stage / _PRODUCTS_OF_BYTES)
     return _LAUNCH + busiest / _CYCLES_PER_MICROSECOND + _CHUNK * finished
 
 
 def reading_cycles(
-    tiling: FewTokensTiling, token_rows: int, parts: int, stages: int, part_bytes: int, blocks: int
+    tiling: FewTokensTiling, m: int, rows_of_stage: int, parts: int, stages: int, part_bytes: int, blocks: int
 ) -> float:
-    """Cycles that the busiest block reads: `token_rows` of 128 bytes and some of the parts in each of the stages."""
+    """Cycles that the busiest block takes to read tokens and some of the parts in each of the stages, and to exchange.
+
+    Args:
+      tiling: of the product.
+      m: tokens.
+      rows_of_stage: rows of 128 bytes of a token in a stage: two of floats, one of codes.
+      parts, stages: of the weights.
+      part_bytes: of a part in a stage.
+      blocks: thread blocks.
+    """
     rounds = -(-parts // (tiling.parts * tiling.clusters(blocks)))
-    arriving = tiling.parts * part_bytes + token_rows * BYTES_PER_ROW
+    arriving = tiling.parts * part_bytes + m * rows_of_stage * BYTES_PER_ROW
     stage = max(tiling.parts * part_bytes / _FROM_MEMORY, arriving / _ARRIVING)
-    return rounds * stages * stage / tiling.cluster + (_EXCHANGE if tiling.cluster > 1 else 0)
+    exchanges = 0.0 if tiling.cluster == 1 else 1.0 if rows_of_stage == 1 else rounds * tiling.cluster / 2
+    return rounds * stages * stage / tiling.cluster + exchanges * _EXCHANGE
 
 
 def with_slots(

@@ -44,14 +44,7 @@ def test_the_mesh_of_the_config_cuts_packed_models():
     assert isinstance(model, ShardedTransformer)
     assert (model.plan.data, model.plan.model) == (1, 2)
     assert llm.num_devices(config) == 2
-    single, one_after_the_other = config_of(1), config_of(1)
-    one_after_the_other.unrolled = config.unrolled = True
-    with pytest.raises(ValueError, match="config.unrolled is of models on one device"):
-        llm.make_model(config, CONFIG, precision)
-    for config in (single, one_after_the_other):
-        model = llm.make_model(config, CONFIG, precision)
-        assert not isinstance(model, ShardedTransformer)
-        assert model.unrolled == config.unrolled
+    assert not isinstance(llm.make_model(config_of(1), CONFIG, precision), ShardedTransformer)
 
 
 @pytest.mark.covered("test_a_mesh_of_eight_in_two_processes, and the bench of models on one device")

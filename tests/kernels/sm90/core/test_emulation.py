@@ -8,7 +8,6 @@ import types
 import jax
 import pytest
 
-from bipolar_jax.kernels.sm90.core.execution import overlapped_launches
 from tests.gpu.sanitized import KERNELS
 from tests.support.optimizations import optimizations
 
@@ -30,19 +29,6 @@ def test_a_kernel_has_the_same_hash_whenever_it_is_lowered():
     assert other != alone
     assert hashes(first, first_avals) == alone
     assert hashes(second, second_avals) == other
-
-
-def test_overlapped_launches_wait_for_the_kernel_before_them():
-    """A kernel lets the next one start; producer and consumers wait. By default they do neither."""
-    program = KERNELS["expanded, codes"].make().programs["program"]
-
-    def steps():
-        jaxpr = jax.make_jaxpr(lambda *arrays: program.function(*arrays))(*program.operands)
-        return sorted(re.findall(r"griddepcontrol_\w+", str(jaxpr)))
-
-    assert not steps()
-    with overlapped_launches():
-        assert steps() == ["griddepcontrol_launch_dependents", "griddepcontrol_wait", "griddepcontrol_wait"]
 
 
 # Of kernels and their programs: of the decode step the zero codes of a cache of 8 bits, of the product the branch of
