@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.peers.products import PEERS, measure_peers, parse_peer_precisions
 from experiments.bench.products.cold_weights import few_tokens, with_cold_weights
@@ -226,4 +227,5 @@ def _measure_product(product, timed_calls, compiled_calls, operands, ceilings, r
 
 
 if __name__ == "__main__":
+    enable_command_buffers()  # the twelve calls beside a peer's are one CUDA graph, as the peer's are
     app.run(main)

@@ -120,7 +120,8 @@ class SharedProduct:
     def measure_ours(self, iterations: int) -> dict[str, Any]:
         """Checks and times `bj.matmul` from bf16 to bf16: wall time of queued programs, with gaps between kernels.
 
-        A program has twelve calls as a peer's graph has, so that it is not the host that is timed. Each has operands of
+        A program has twelve calls as a peer's graph has, so that it is not the host that is timed; CUDA graphs are the
+        program's to ask for (`enable_command_buffers`). Each has operands of
         its own, which come from memory; `products` has copies for peers.
         """
         a_format, x, w = self.precision.a_format, jnp.asarray(self.x), self.ours()
