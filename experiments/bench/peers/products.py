@@ -6,9 +6,9 @@
 - gemlite: weights of 4, 2 and 1 bits with fp16 activations, 8-bit weights with int8 activations.
 
 The clock is CUDA events around queued CUDA graphs of twelve calls or more after a warm-up; for this project's product
-beside them it is the wall around queued programs of twelve calls, which XLA makes CUDA graphs of. Calls rotate through copies of activations and
-weights, so that these come from memory. Unlike the sums of kernel times of this project's figures, these include gaps
-between kernels.
+beside them it is the wall around queued programs of twelve calls, which XLA makes CUDA graphs of. Calls rotate through
+copies of activations and weights, so that these come from memory. Unlike the sums of kernel times of this project's
+figures, these include gaps between kernels.
 """
 
 from __future__ import annotations
