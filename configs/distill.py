@@ -65,6 +65,9 @@ def get_config() -> ConfigDict:
     # Prompt of a greedy sample from every model, and its length; 0 tokens for none.
     config.prompt = "The capital of France is"
     config.sample_tokens = 12
+    # Devices that divide the windows of an update, data x model of them; each has all weights. Distilled models are
+    # scored with texts divided over `data` and weights over `model`, as experiments/calibrate does it.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     # Whether to write the packed checkpoint.
     config.checkpoints = True
     return config

@@ -8,8 +8,8 @@ this text, the float model and its score; their programs compile while the text 
 those of each precision (`compress.distillation.Schedule.of`), unless the config has others; --config.seconds makes them
 fewer where time is short, --config.steps_factor=4 four times as many. Writes to --workdir result.json and
 perplexity.png as experiments/calibrate does, with losses and seconds, and the packed models, which
-experiments/generate.py reads. A stopped run resumes with the same losses, on GPUs up to rounding; Ctrl-C ends one after
-the step that it is in.
+experiments/generate.py reads. With --config.mesh.data=2 two devices divide the windows of an update. A stopped run
+resumes with the same losses, on GPUs up to rounding; Ctrl-C ends one after the step that it is in.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Distillation:
         return learning_model(pupil.model, floats, learn_groups=learn_groups, dtype=dtype_of(self.config))
 
     def _step(self, learning: Transformer) -> Step:
-        return Step(Student(learning), self.teacher, parts=self.config.parts)
+        return Step(Student(learning), self.teacher, parts=self.config.parts, mesh=self.sweep.mesh)
 
     def _distil(self, waiting: Sequence[Pupil], windows: Int[np.ndarray, "windows length"]) -> None:
         """The first of those that wait."""

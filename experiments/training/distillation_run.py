@@ -45,8 +45,14 @@ def check(config: ConfigDict) -> None:
     for name in ("batch_size", "parts", "log_every", "checkpoint_every"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
-    if config.batch_size % config.parts:
-        raise ValueError(f"parts={config.parts} must divide batch_size={config.batch_size}")
+    if jax.process_count() > 1:
+        raise ValueError(f"one process distils, on its devices, and there are {jax.process_count()}: start one")
+    devices = config.mesh.data * config.mesh.model
+    if config.batch_size % (config.parts * devices):
+        raise ValueError(
+            f"parts={config.parts} times the {devices} devices of config.mesh must divide "
+            f"batch_size={config.batch_size}"
+        )
     if config.distillation_windows < config.batch_size:
         raise ValueError(
             f"a batch takes {config.batch_size} windows, there are {config.distillation_windows}: write more"
@@ -182,7 +188,7 @@ class DistillationRun:
 
     def model(self) -> nnx.Module:
         """The learning model with the current numbers."""
-        return self._step.student.model(self.state.params)
+        return self._step.student.model(jax.device_get(self.state.params))
 
     def _flush(self, pending: list[dict[str, jax.Array]], started: float, advance: Callable[..., None]) -> None:
         """Fetches and checks the metrics of the steps since the last call, and adds their means to the log."""

@@ -125,6 +125,15 @@ def test_a_stopped_run_resumes_to_the_same_model(run, both, tmp_path, monkeypatc
     distill.main(both, tmp_path)  # finished: nothing is trained again
 
 
+@pytest.mark.covered("a step on a mesh, by tests/compress/distillation")
+def test_two_devices_distil_as_one_does(run, config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.mesh.data = 2
+    distill.main(config, tmp_path)
+    one, other = ([row["loss"] for row in read(folder)["distillation"][NAMES[0]]["log"]] for folder in (run, tmp_path))
+    np.testing.assert_allclose(one, other, rtol=1e-3)
+
+
 @pytest.mark.covered("fitted schedules, below")
 def test_steps_are_fitted_to_the_time_and_their_programs_compile_once(config, tmp_path, monkeypatch):
     config = config.copy_and_resolve_references()
@@ -168,8 +177,8 @@ def test_more_steps_than_those_of_a_precision_are_used_where_time_allows():
     config, precision = distill_config.get_config(), bj.Precision.parse("W4A8g64")
     config.steps_factor = 4.0
     schedule = schedule_of(config, precision)
-    assert schedule == Schedule(steps=2400, learning_rate=2e-5)
-    assert schedule.rate(1200) == pytest.approx(1e-5)  # cosine decay, half-way through all steps
+    assert schedule == Schedule(steps=3600, learning_rate=2e-5)
+    assert schedule.rate(1800) == pytest.approx(1e-5)  # cosine decay, half-way through all steps
     assert fitted(schedule, 0.06, 60).steps == 1000
 
 
@@ -207,7 +216,8 @@ def test_batches_pass_over_all_windows_in_another_order_each_time():
         ({"warmup_steps": -1}, "warmup=-1 must be at least 0 and below steps=6"),
         ({"rotation_seed": 4}, "rotated otherwise than by rotation_seed=4"),
         ({"batch_size": 11}, "a batch takes 11 windows, there are 10"),
-        ({"parts": 3}, "parts=3 must divide batch_size=4"),
+        ({"parts": 3}, "parts=3 times the 1 devices of config.mesh must divide batch_size=4"),
+        ({"mesh": {"data": 2}, "parts": 4}, "parts=4 times the 2 devices of config.mesh must divide batch_size=4"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"packed": "twice"}, "give one checkpoint of each precision"),
     ],

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.compress.distillation.learning_model import Learned, Student, StudentLayout, is_latent
@@ -130,10 +132,26 @@ class Step:
       teacher: the float model.
       parts: the windows of a step are run in so many parts, one after the other, where all activations of all layers
         would take too much memory; it divides their number.
+      mesh: devices that divide the windows between them; each has the whole of what learns, and of the teacher. None
+        for one device.
     """
 
-    def __init__(self, student: Student, teacher: nnx.Module, *, parts: int = 1):
-        self.student, self.teacher, self.parts = student, teacher, parts
+    def __init__(self, student: Student, teacher: nnx.Module, *, parts: int = 1, mesh: Mesh | None = None):
+        self.student, self.teacher, self.parts, self.mesh = student, teacher, parts, mesh
+        self._constants = self._whole((student.rest, teacher))
+
+    def _whole(self, arrays: Any) -> Any:
+        """The arrays, or their shapes, on every device."""
+        if self.mesh is None:
+            return arrays
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+
+        def place(leaf):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            return jax.device_put(leaf, sharding)
+
+        return jax.tree.map(place, arrays)
 
     def __call__(
         self, state: DistillationState, ids: Int[Array, "windows length"], schedule: Schedule, done: int
@@ -142,27 +160,40 @@ class Step:
         rate = schedule.rate(done)
         rates = np.float32([rate, rate * schedule.scale_rate, schedule.clip_norm])
         ids = jnp.asarray(ids, jnp.int32)
-        return _update(self.student.layout, self.parts, state, self.student.rest, self.teacher, ids, rates)
+        return _update(self.student.layout, self.parts, self.mesh, self._whole(state), *self._constants, ids, rates)
 
     def compile(self, windows: int, length: int) -> None:
         """Compiles the program for batches of this shape; calls find it, whichever thread has compiled it."""
-        state = jax.eval_shape(DistillationState.of, self.student.params)
+        state = self._whole(jax.eval_shape(DistillationState.of, self.student.params))
         ids, rates = jax.ShapeDtypeStruct((windows, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.float32)
-        _update.lower(self.student.layout, self.parts, state, self.student.rest, self.teacher, ids, rates).compile()
+        _update.lower(self.student.layout, self.parts, self.mesh, state, *self._constants, ids, rates).compile()
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "parts"), donate_argnames="state")
-def _update(layout: StudentLayout, parts: int, state: DistillationState, rest, teacher, ids, rates):
+def _loss_and_gradient(layout: StudentLayout, parts: int, params: Learned, rest, teacher, ids):
     def loss(params, ids):
         return window_loss(layout.model(params, rest), teacher, ids)
 
     def add_part(sums, ids):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(state.params, ids)), None
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, ids)), None
 
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     # XLA makes no loop of one part.
     sums, _ = jax.lax.scan(add_part, zeros, ids.reshape(parts, -1, ids.shape[-1]))
-    loss_of_all, gradient = jax.tree.map(lambda array: array / parts, sums)
+    return jax.tree.map(lambda array: array / parts, sums)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "parts", "mesh"), donate_argnames="state")
+def _update(layout: StudentLayout, parts: int, mesh: Mesh | None, state: DistillationState, rest, teacher, ids, rates):
+    function = functools.partial(_loss_and_gradient, layout, parts)
+    if mesh is not None:
+        of_device, axes, whole = function, mesh.axis_names, PartitionSpec()
+
+        def function(*arguments):
+            return jax.lax.pmean(of_device(*arguments), axes)
+
+        specs = {"in_specs": (whole, whole, whole, PartitionSpec(axes)), "out_specs": whole}
+        function = jax.shard_map(function, mesh=mesh, **specs, check_vma=False)
+    loss_of_all, gradient = function(state.params, rest, teacher, ids)
     norm = optax.tree.norm(gradient)
     rate, scale_rate, clip_norm = rates
     shrink = clip_norm / jnp.maximum(norm, clip_norm)

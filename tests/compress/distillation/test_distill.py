@@ -134,6 +134,18 @@ def test_the_loss_falls_from_that_of_the_packed_model(distilled):
     assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
 
 
+def test_devices_divide_the_windows_of_a_step(distilled):
+    model, _packed, student, _state, losses = distilled
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step, state = Step(student, model, mesh=mesh), DistillationState.of(student.params)
+    step.compile(*IDS.shape)
+    for done in range(2):
+        state, metrics = step(state, IDS, SCHEDULE, done)
+        for name, value in metrics.items():
+            assert float(value) == pytest.approx(losses[done][name], rel=1e-4), (done, name)
+    assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(state))
+
+
 def test_the_packed_result_has_the_learned_models_logits(distilled):
     model, packed, student, state, _losses = distilled
     learned = student.model(state.params)
