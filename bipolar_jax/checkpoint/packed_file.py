@@ -96,13 +96,15 @@ def save(path: str | os.PathLike[str], tree: Any, user: dict[str, Any] | None = 
             shared_leaf.check()
         # Every process gathers and checks every array, so that what is wrong with one raises in all of them.
         leaf = jax.tree.map(on_host, shared_leaf)
-        arrays = {name: leaf}
         if isinstance(leaf, BipolarArray):
             check_finite(name, leaf.scale, leaf.offset)
             packed[name] = _describe(leaf)
             reserved.update(f"{name}.{field}" for field in FIELDS)
-            arrays = {f"{name}.{field}": array for field, array in stored_fields(leaf).items()} if writes else {}
-        for tensor_name, array in arrays.items() if writes else ():
+        if not writes:
+            continue
+        fields = stored_fields(leaf) if name in packed else {}
+        arrays = {f"{name}.{field}": array for field, array in fields.items()} or {name: leaf}
+        for tensor_name, array in arrays.items():
             array = np.asarray(array, order="C")
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
             is_planes = name in packed and tensor_name == f"{name}.{PLANES}"
