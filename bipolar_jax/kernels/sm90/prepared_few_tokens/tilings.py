@@ -126,8 +126,11 @@ def reading_cycles(
     rounds = -(-parts // (tiling.parts * tiling.clusters(blocks)))
     arriving = tiling.parts * part_bytes + m * rows_of_stage * BYTES_PER_ROW
     stage = max(tiling.parts * part_bytes / _FROM_MEMORY, arriving / _ARRIVING)
-    exchanges = 0.0 if tiling.cluster == 1 else 1.0 if rows_of_stage == 1 else rounds * tiling.cluster / 2
-    return rounds * stages * stage / tiling.cluster + exchanges * _EXCHANGE
+    reading = rounds * stages * stage / tiling.cluster
+    if tiling.cluster == 1:
+        return reading
+    exchanges = rounds * tiling.cluster / 2 if rows_of_stage > 1 else 1
+    return reading + exchanges * _EXCHANGE
 
 
 def with_slots(
