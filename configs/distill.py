@@ -4,6 +4,9 @@ Claim, on an H200, on 20 windows of wikitext2's validation text (float 20.2), on
 W4A8g64 22.0 becomes 21.0 in 938 steps, W4A8 22.7 becomes 21.1 in 1318 (`experiments/results/nvidia_h200/
 distill_long.json`, the steps of `compress.distillation.Schedule.of`), W3A8g64 28.1 becomes 23.9 in 888 of 1200, W2A8g64
 80 becomes 34 in 2267 of 3000 (`distill.json`).
+From blocks that learned together (`--config.reconstruction.epochs=8`) W3A8g64 26.1 becomes 23.0 in 1371 steps, W4A4g64
+28.4 24.2 in 1565, W4A16g64 21.3 20.95 in 1070, W2A8g64 54.1 34.5 in 2167, W1A8g64 510 77 in 1718
+(`distill_reconstructed.json`, `distill_reconstructed_few_bits.json`).
 
     python -m experiments.calibrate --config=configs/calibrate.py --workdir=runs/calibrated \\
         --config.precisions=W4A8g64,W3A8g64

@@ -11,7 +11,8 @@ def get_config() -> ConfigDict:
     # Files below --workdir, comma separated: of experiments.quantize, experiments.calibrate and experiments.distill.
     config.models = (
         "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,cpu_2_cores/calibrate_demo.json,"
-        "nvidia_h200/distill.json,nvidia_h200/distill_long.json"
+        "nvidia_h200/distill.json,nvidia_h200/distill_long.json,nvidia_h200/calibrate_reconstruction.json,"
+        "nvidia_h200/distill_reconstructed.json,nvidia_h200/distill_reconstructed_few_bits.json"
     )
     # Of experiments.compare_methods; "" for none.
     config.comparisons = (

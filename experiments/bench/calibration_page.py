@@ -108,7 +108,8 @@ def _method(result: dict[str, Any], section: str, precision: str) -> str:
     if section == "rounded" or "calibration_windows" not in settings:
         return "rounding"
     windows = f"{settings['calibration_windows']} windows"
-    return f"{settings['rounding']['algorithm'].upper()}, rotation {settings['rotation']}, {windows}"
+    learned = ", blocks learn" if settings.get("reconstruction", {}).get("epochs", 0) > 0 else ""
+    return f"{settings['rounding']['algorithm'].upper()}{learned}, rotation {settings['rotation']}, {windows}"
 
 
 def _comparisons(results: dict[str, dict[str, Any]]) -> Iterator[str]:
