@@ -82,15 +82,13 @@ def run_chains(
     rows = {program: {} for name, commands in chains.items() for program in _folders(name, len(commands))}
 
     def run_chain(name: str) -> None:
-        folders = _folders(name, len(chains[name]))
-        for command, folder in zip(chains[name], folders, strict=True):
-            before = rows[folders[folders.index(folder) - 1]] if folder != folders[0] else None
-            started = time.monotonic()
-            if stopped.is_set() or (before is not None and before["ended"] != _ENDED):
-                ended = _LEFT_OUT
-            else:
+        goes_on = True
+        for command, folder in zip(chains[name], _folders(name, len(chains[name])), strict=True):
+            started, ended = time.monotonic(), _LEFT_OUT
+            if goes_on and not stopped.is_set():
                 places = {"{workdir}": str(workdir), "{folder}": str(workdir / folder)}
                 ended = _run([_replace(each, places) for each in command], workdir / folder, last, stopped)
+            goes_on = ended == _ENDED
             result = workdir / folder / RESULT_NAME
             rows[folder] |= {
                 "command": shlex.join(command[1:]),

@@ -1,4 +1,4 @@
-"""Llama-3-8B of few bits with scales of groups, one text, beside bf16 on one NVIDIA H200: 4 minutes.
+"""Llama-3-8B of few bits with scales of groups, one text, beside bf16 on one NVIDIA H200: 2 minutes.
 
 Claim: see experiments/results/README.md, Integer groups.
 

@@ -1,4 +1,4 @@
-"""Llama-3-8B decoding 4, 16 and 64 texts at several precisions, beside bf16 on one NVIDIA H200: 5 minutes.
+"""Llama-3-8B decoding 4, 16 and 64 texts at several precisions, beside bf16 on one NVIDIA H200: 4 minutes.
 
 Claim: see experiments/results/README.md, Integer groups.
 

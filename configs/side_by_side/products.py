@@ -1,4 +1,4 @@
-"""Single products on one NVIDIA H200: whole operations beside Humming's, groups beside one scale a column: 4 minutes.
+"""Single products on one NVIDIA H200: whole operations beside Humming's, groups beside one scale a column: 3 minutes.
 
 Claim: see experiments/results/README.md. Humming needs its wheel, humming-kernels 0.1.20, and torch.
 

@@ -1,6 +1,8 @@
 import json
+import shlex
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,13 +62,18 @@ def test_at_the_time_limit_a_program_ends_with_what_it_started(tmp_path):
 
 
 def test_at_most_so_many_run_at_a_time(tmp_path):
-    """Each program takes a file and gives it back: a second one at that time finds it taken."""
-    code = "import os, sys, time; os.mkdir(sys.argv[1]); time.sleep(0.1); os.rmdir(sys.argv[1])"
+    """Alone each finds a folder free that it holds; two at a time meet: each waits for what the other writes."""
+    holds = "import os, sys, time; os.mkdir(sys.argv[1]); time.sleep(0.1); os.rmdir(sys.argv[1])"
     taken = str(tmp_path / "taken")
-    rows = run_chains({str(index): [python(code, taken)] for index in range(3)}, tmp_path, at_once=1, seconds=None)
+    rows = run_chains({str(index): [python(holds, taken)] for index in range(3)}, tmp_path, at_once=1, seconds=None)
     assert {row["ended"] for row in rows.values()} == {"ended"}
-    rows = run_chains({str(index): [python(code, taken)] for index in range(2)}, tmp_path, at_once=2, seconds=None)
-    assert "File exists" in "".join(row["ended"] for row in rows.values())
+    meets = (
+        "import os, sys, time; open(sys.argv[1], 'w').close()\nwhile not os.path.exists(sys.argv[2]): time.sleep(0.01)"
+    )
+    places = [str(tmp_path / name) for name in ("one", "other")]
+    chains = {"one": [python(meets, *places)], "other": [python(meets, *places[::-1])]}
+    rows = run_chains(chains, tmp_path / "met", at_once=2, seconds=60)
+    assert {row["ended"] for row in rows.values()} == {"ended"}
 
 
 def test_the_program_runs_commands_of_experiments(tmp_path):
@@ -98,10 +105,10 @@ def test_wrong_fields_are_refused(tmp_path, field, value, error):
 def test_commands_of_shipped_configs_have_fields_of_their_configs():
     """A misspelt field would be found on the GPU, after minutes."""
     checked = 0
-    for name in ("llama3_groups", "llama3_texts", "products"):
-        for chain in load_config(f"configs/side_by_side/{name}.py").config.chains.values():
+    for path in Path(llama3_groups.__file__).parent.glob("*.py"):
+        for chain in load_config(str(path)).config.chains.values():
             for command in [chain] if isinstance(chain, str) else chain:
-                words = side_by_side.shlex.split(command)
+                words = shlex.split(command)
                 configs = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
                 for word in (word for word in words if configs and word.startswith("--config.")):
                     load_config(configs[0]).check_field(word.removeprefix("--config.").partition("=")[0])
