@@ -4,10 +4,10 @@
 
 Draws shapes and measures every precision from bf16 to bf16, as users call it, with other plans beside the chosen one.
 Times are wall times on an idle host: nobody traces or compiles meanwhile, and nothing was profiled before in the
-process. Runs of bf16, of the chosen plan and of the others take turns, each of launches in a row until the last result
-is ready; the median is taken, of more turns where they differ. A program holds several calls on operands of their own,
-so that weights of few tokens come from memory, and writes its products in place (`planning/queued.py`). Walls of small
-products still hold some 10 us of the host for a kernel. A case fails where its product is wrong; where it has at least
+process. Runs of bf16, of the chosen plan and of the others take turns, each until the last result is ready; the median
+is taken, of more turns where they differ. A program holds several calls on operands of their own, so that weights of
+few tokens come from memory, repeats them for some milliseconds with the host ahead, as a model's kernels are queued,
+and writes its products in place (`planning/queued.py`). A case fails where its product is wrong; where it has at least
 `config.counted` multiplications and is below `config.least` of bf16's speed (float activations: `config.least_float`);
 or where the chosen plan takes more than 1.1 times as long as the best one tried. Failures whose turns still differ say
 so. Kernels of cases that are too slow are profiled in the end.
@@ -39,6 +39,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bipolar_jax import Precision
+from bipolar_jax.format import as_format
 from bipolar_jax.kernels.unsupported import Unsupported
 from bipolar_jax.ops.dispatch import check_implementation
 from experiments.bench.planning.cases import Case, Layout, Operation, OtherPlan, Sample, layout_of
@@ -61,9 +62,12 @@ _ROW = ("m", "n", "k", "precision")
 _MEASURED_SHARE = 0.85  # of the seconds; the others are for profiles
 _TRACED_SHARE = 0.5  # of what is left of these, for a batch
 _SAVED_SECONDS = 5.0
-_PROGRAM_MICROSECONDS = 200  # of one launch, which takes the host some 20
+_CALLS_MICROSECONDS = 200  # of calls on operands of their own
 _MOST_CALLS = 8  # in a program of many tokens
+# Of a launch, so that what the host takes before the first kernel and after the last, some 50, is 1%.
+_PROGRAM_MICROSECONDS = 6000
 _BF16_RATE, _BYTES_RATE = 6e8, 3e6  # operations and bytes a microsecond, for the number of calls
+_LEAST_MICROSECONDS = 5.0  # of a call
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -136,17 +140,19 @@ class _Compiled:
         for the sampled numbers of a product; an exception in place of those that did not compile.
       others: the other plans.
       calls: in a program.
+      repeats: of these calls.
       like: shapes of their products.
     """
 
     programs: dict[str, Any]
     others: dict[str, OtherPlan]
     calls: int
+    repeats: int
     like: list[Any]
 
     def start(self, name: str, operands: tuple[tuple[Any, ...], ...]) -> Queued:
         """A program that has run. Raises what its compilation raised."""
-        return Queued.start(raise_if_error(self.programs[name]), operands, self.like)
+        return Queued.start(raise_if_error(self.programs[name]), operands, self.like, self.repeats)
 
 
 def _measure_all(cases: list[Case], config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
@@ -216,17 +222,18 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
 
 def _compile(case: Case, config: ConfigDict) -> _Compiled:
     calls, key = _calls(case.shape, case.weights), jax.random.key(case.seed)
+    repeats = _repeats(case.shape, case.weights, calls, _speedup(case.precision))
     others = case.others(config.plans)
     operations: dict[str, Operation] = {"chosen": case.operation}
     operations |= {name: plan.operation for name, plan in others.items()}
     operands = jax.eval_shape(case.make, key)[0]
     like = result_shapes(case.operation, (operands,) * calls)
     todo: dict[str, Any] = {
-        name: (several_calls(each), (like, *(operands,) * calls)) for name, each in operations.items()
+        name: (several_calls(each, repeats), (like, *(operands,) * calls)) for name, each in operations.items()
     }
     todo["make"] = case.make, (key,)
     todo["pick"] = case.pick, (jax.ShapeDtypeStruct((case.shape.m, case.shape.n), jnp.bfloat16),)
-    return _Compiled(compile_all(todo, config.compile_threads), others, calls, like)
+    return _Compiled(compile_all(todo, config.compile_threads), others, calls, repeats, like)
 
 
 def _measure(case: Case, own: _Compiled, row: dict[str, Any], config: ConfigDict) -> None:
@@ -268,7 +275,7 @@ def _operands(case: Case, own: _Compiled) -> tuple[tuple[Any, ...], Sample]:
 def _kernels(case: Case, own: _Compiled) -> list[dict[str, Any]]:
     copies, _ = _operands(case, own)
     queued = own.start("chosen", copies)
-    return profile_kernels(lambda: jax.block_until_ready(queued.launch()), own.calls, most=6)["kernels"]
+    return profile_kernels(lambda: jax.block_until_ready(queued.launch()), queued.calls, most=6)["kernels"]
 
 
 def _calls(shape: Shape, weights: Any) -> int:
@@ -277,7 +284,21 @@ def _calls(shape: Shape, weights: Any) -> int:
         return copies_of(weights)
     nbytes = 2 * (shape.m * shape.k + shape.n * shape.k + shape.m * shape.n)
     estimate = max(shape.operations / _BF16_RATE, nbytes / _BYTES_RATE)
-    return max(1, min(_MOST_CALLS, math.ceil(_PROGRAM_MICROSECONDS / estimate)))
+    return max(1, min(_MOST_CALLS, math.ceil(_CALLS_MICROSECONDS / estimate)))
+
+
+def _repeats(shape: Shape, weights: Any, calls: int, speedup: float) -> int:
+    """Of the calls, at `speedup` times bf16's rate: enough to fill a launch."""
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    estimate = max(shape.operations / (speedup * _BF16_RATE), nbytes / _BYTES_RATE, _LEAST_MICROSECONDS)
+    return max(1, math.ceil(_PROGRAM_MICROSECONDS / (calls * estimate)))
+
+
+def _speedup(precision: Precision) -> float:
+    """Times as fast as bf16's at most that products run on the tensor cores: int8 ones twice, binary ones 16 times."""
+    if precision.a_bits is None:
+        return 1
+    return max(2, 16 / (as_format(precision.w_bits).bits * precision.a_bits))
 
 
 def _plan(case: Case) -> dict[str, Any]:
@@ -300,12 +321,15 @@ def _dense(shape: Shape, seed: int) -> Queued:
 
     key = jax.random.key(seed)
     operands = (jax.eval_shape(make, key),)
-    operands *= _calls(shape, operands[0][1])
+    weights = operands[0][1]
+    operands *= _calls(shape, weights)
+    repeats = _repeats(shape, weights, len(operands), 1)
     options = _CUBLAS if jax.devices()[0].platform == "gpu" else {}
     like = result_shapes(jnp.dot, operands)
-    compiled = several_calls(jnp.dot).lower(like, *operands).compile(options)
+    compiled = several_calls(jnp.dot, repeats).lower(like, *operands).compile(options)
     compiled_make = jax.jit(make)
-    return Queued.start(compiled, tuple(compiled_make(each) for each in jax.random.split(key, len(operands))), like)
+    copies = tuple(compiled_make(each) for each in jax.random.split(key, len(operands)))
+    return Queued.start(compiled, copies, like, repeats)
 
 
 def _line(row: dict[str, Any]) -> str:
