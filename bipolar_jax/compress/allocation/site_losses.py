@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bipolar_jax.compress.block_programs import enter_blocks, run_block
@@ -29,6 +30,7 @@ def site_losses(
     windows_per_step: int = 4,
     known: Mapping[int, BlockLosses] | None = None,
     on_block: Callable[[int, BlockLosses], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "blocks sites options"]:
     """Mean Kullback-Leibler divergence of the next token's distribution, for each block, site and option.
 
@@ -43,12 +45,21 @@ def site_losses(
       windows_per_step: windows that run at once.
       known: losses of blocks of an earlier call, which are not measured again.
       on_block: called with the index of a block and its losses, as soon as they are measured.
+      mesh: devices that divide the windows of each step between them, whatever their axes; each has all weights. Losses
+        are those of one device but for the rounding of float sums. None is one device.
+
+    Raises:
+      ValueError: windows of a step that do not divide over the mesh.
     """
+    batches = [tokens[start : start + windows_per_step] for start in range(0, len(tokens), windows_per_step)]
+    if mesh is None:
+        batches = list(map(jnp.asarray, batches))
+    else:
+        model, options, batches = _placed(model, options, batches, mesh)
     blocks = [model.block(index) for index in range(model.num_blocks)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    starts = range(0, len(tokens), windows_per_step)
-    carries = [enter_blocks(model, jnp.asarray(tokens[start : start + windows_per_step]), None) for start in starts]
-    counts = np.array([len(tokens[start : start + windows_per_step]) for start in starts], np.float64)
+    carries = [enter_blocks(model, batch, None) for batch in batches]
+    counts = np.array(list(map(len, batches)), np.float64)
     losses = []
     for index, block in enumerate(blocks):
         found = None if known is None else known.get(index)
@@ -67,6 +78,22 @@ def site_losses(
         if index + 1 < len(blocks):
             carries = [run_block(model, block, carry) for carry in carries]
     return np.stack(losses)
+
+
+def _placed(
+    model: Predictive, options: Sequence[Predictive], batches: list[Int[np.ndarray, "_ length"]], mesh: Mesh
+) -> tuple[Predictive, Sequence[Predictive], list[Int[Array, "_ length"]]]:
+    """The models, whole on every device of a mesh, and the windows of each step, divided over its devices."""
+    for batch in batches:
+        if len(batch) % mesh.size:
+            raise ValueError(
+                f"a step of {len(batch)} windows does not divide over {mesh.size} devices: make windows_per_step, and "
+                f"the {sum(map(len, batches))} windows, multiples of {mesh.size}"
+            )
+    axes = mesh.axis_names
+    mesh = Mesh(mesh.devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+    model, options = jax.device_put((model, list(options)), NamedSharding(mesh, PartitionSpec()))
+    return model, options, jax.device_put(batches, NamedSharding(mesh, PartitionSpec(axes)))
 
 
 def _variants(
