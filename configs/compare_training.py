@@ -12,4 +12,6 @@ def get_config() -> ConfigDict:
     config.runs = "runs/tiny_bf16,runs/tiny_ternary_a8,runs/tiny_w2a2,runs/tiny_w1a1"
     # `name` in the config of the baseline run.
     config.baseline = "tiny_bf16"
+    # Devices, as all programs have them; results are read on the host, so that more of them change nothing.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     return config

@@ -24,4 +24,9 @@ def get_config() -> ConfigDict:
     config.top_k = 0
     config.top_p = 0.95
     config.seed = 0
+    # Devices that texts (data) and weights (model) of a packed model are divided over; a float model is whole on every
+    # device, and all of them, data x model, divide the texts of a batch.
+    # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
+    # divide the tokens of long prompts between products.
+    config.mesh = ConfigDict({"data": 1, "model": 1, "cut_positions": False, "cut_tokens": True})
     return config

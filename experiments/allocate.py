@@ -12,7 +12,8 @@ DIR/rules_BUDGET.json, for experiments/calibrate.py:
     python -m experiments.calibrate --config=configs/calibrate.py --workdir=DIR2 --config.precisions= \\
         --config.rules=DIR/rules_4.0.json
 
-What was measured is in DIR/result.json, the least loss of every budget in DIR/pareto.png. A stopped run resumes.
+What was measured is in DIR/result.json, the least loss of every budget in DIR/pareto.png. A stopped run resumes. With
+--config.mesh.data=2 two devices divide the windows that losses are measured with; one device calibrates.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -39,6 +41,7 @@ from bipolar_jax.models.transformer import Transformer
 from bipolar_jax.nn.compressible import layer_at, run_name
 
 from .calibrate import calibration_tokens, rotation_block
+from .distributed.mesh import mesh_of
 from .support import app
 from .support.plotting import save
 from .support.precision_sweep import LAYERS, plain
@@ -69,6 +72,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     options = [str(bj.Precision.parse(text)) for text in app.split_names(config.precisions)]
     method = bj.compress.Rounding(**config.rounding)
     _check(config, options)
+    mesh = mesh_of(config)
+    _check_mesh(config, mesh)
     for option in options:
         method.check(bj.Precision.parse(option))
     settings = {name: plain(config[name]) for name in _SETTINGS}
@@ -85,7 +90,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         _calibrated(model, tokens, config.only, method, config, workdir)
         return
     packed = [_calibrated(model, tokens, option, method, config, workdir) for option in options]
-    losses = _losses(model, packed, options, tokens[: config.sensitivity_windows], config, workdir, result)
+    losses = _losses(model, packed, options, tokens[: config.sensitivity_windows], config, workdir, result, mesh)
     costs, unit_of_one = _costs(packed, options, config, result)
     found = frontier(*_by_site(losses, costs, config.alike), costs.max(-1).sum(), config.runs)
     uniform = {
@@ -128,6 +133,24 @@ def _check(config: ConfigDict, options: list[str]) -> None:
             )
 
 
+def _check_mesh(config: ConfigDict, mesh: Mesh | None) -> None:
+    """Raises ValueError for what several devices do not measure."""
+    if mesh is None:
+        return
+    asked = f"config.mesh.data={config.mesh.data} times config.mesh.model={config.mesh.model}"
+    if config.unit == "milliseconds":
+        raise ValueError(
+            f"config.unit is 'milliseconds', which are those of one device, and {asked} is {mesh.size}: measure losses "
+            "on the mesh with another unit, then run again without config.mesh, which keeps them"
+        )
+    windows, at_once = config.sensitivity_windows, config.windows_per_step
+    if windows % mesh.size or (at_once < windows and at_once % mesh.size):
+        raise ValueError(
+            f"config.sensitivity_windows={windows}, config.windows_per_step={at_once} at once, do not divide over the "
+            f"{mesh.size} devices of {asked}: make both multiples of {mesh.size}"
+        )
+
+
 def _calibrated(model, tokens, option: str, method, config: ConfigDict, workdir: Path) -> Transformer:
     """The model at one precision; finished blocks are kept in the workdir."""
     with progress_bar(f"{option}: calibrating", model.num_blocks) as advance:
@@ -143,7 +166,14 @@ def _calibrated(model, tokens, option: str, method, config: ConfigDict, workdir:
 
 
 def _losses(
-    model, packed, options: list[str], tokens, config: ConfigDict, workdir: Path, result: dict[str, Any]
+    model,
+    packed,
+    options: list[str],
+    tokens,
+    config: ConfigDict,
+    workdir: Path,
+    result: dict[str, Any],
+    mesh: Mesh | None,
 ) -> Float[np.ndarray, "blocks sites options"]:
     """The loss of each site and option, block by block; blocks of an earlier run come from the result."""
     known = {int(block): np.array(list(row.values())).T for block, row in result["losses"].items()}
@@ -154,7 +184,8 @@ def _losses(
         advance(block + 1, "blocks")
 
     with progress_bar("what each site loses at each precision", model.num_blocks) as advance:
-        return site_losses(model, packed, tokens, windows_per_step=config.windows_per_step, known=known, on_block=keep)
+        at_once = config.windows_per_step
+        return site_losses(model, packed, tokens, windows_per_step=at_once, known=known, on_block=keep, mesh=mesh)
 
 
 def _costs(

@@ -3,7 +3,8 @@
     python -m experiments.compare_training --config=configs/compare_training.py --workdir=DIR
 
 Over many epochs of a small text the float baseline overfits sooner than a low-bit model. Losses are therefore compared
-with both the baseline's final loss and its least. Writes result.json and losses.png to --workdir.
+with both the baseline's final loss and its least. Writes result.json and losses.png to --workdir. No model runs here:
+the runs may have trained on any mesh, and config.mesh, which all programs take, changes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import matplotlib.figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from .distributed.mesh import mesh_of
 from .support import app
 from .support.plotting import colour, save
 from .support.progress import console
@@ -26,6 +28,8 @@ _SHARED = ("data_sha256", "steps", "batch_size", "window_length", "evaluate_wind
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the experiment; see the module docstring."""
+    if mesh_of(config) is not None:
+        console.print("no model runs here: results are read on the host, whatever config.mesh is", style="dim")
     results = [_read(Path(folder.strip())) for folder in config.runs.split(",")]
     runs = {result["settings"]["name"]: summary(result) for result in results}
     if config.baseline not in runs:

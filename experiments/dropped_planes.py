@@ -5,7 +5,8 @@
 
 A checkpoint of 8 bits holds those of fewer: their bit planes. Whether these serve well depends on how the codes were
 rounded (`Rounding(nested=(6, 4))`). Growth of the perplexity over the float model is paired, window by window. Writes
-result.json, dropped_planes.png and a table; a figure that is there already is not measured again.
+result.json, dropped_planes.png and a table; a figure that is there already is not measured again. With
+--config.mesh.model=2 packed models are cut over two devices, which changes float sums by their rounding.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bipolar_jax.models.pretrained import PretrainedModel
 from bipolar_jax.models.tokenizer_json import encode
 from bipolar_jax.nn.layers.linear import Linear
 
+from .distributed.mesh import cuts_of, mesh_of, packed_on_mesh
 from .support import app
 from .support.plotting import save
 from .support.precision_sweep import scored_windows
@@ -44,6 +46,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     bits = [int(each) for each in app.split_names(config.bits)]
     if not models or not bits:
         raise ValueError("nothing to read: config.models and config.bits need an entry each")
+    mesh = mesh_of(config)
     text = load_text_source(config.text)
     settings = {name: config[name] for name in _SETTINGS}
     settings |= {"fingerprints": [model_fingerprint(name) for name in (config.against, *models)]}
@@ -58,6 +61,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         pretrained = load_model_source(model, most_bits)
         if most_bits is not None and largest_bits(pretrained) < most_bits:
             continue  # the file has fewer
+        pretrained = packed_on_mesh(pretrained, mesh, cuts_of(config))
         result["rows"][name] = _score(name, pretrained, text, config)
         write_json(workdir / RESULT_NAME, result)
     _add_growth(result, row_name(config.against, None))

@@ -4,7 +4,8 @@
 
 Data-free distillation (LLM-QAT, arXiv 2305.17888) trains a quantized model on text that its float original generates.
 Each text starts from a random token, so that texts differ. Writes result.json and text.txt to --workdir; name text.txt
-in `text` of a training config.
+in `text` of a training config. With --config.mesh.data=2 two devices divide the texts of a batch; with
+--config.mesh.model=2 they share the weights of a packed model, and divide the texts of a float one, which is not cut.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from ml_collections import ConfigDict
 
 from bipolar_jax.checkpoint.atomic_write import atomic_write
 from bipolar_jax.models.inference.generation import generate
-from bipolar_jax.models.inference.prepare import prepare_for_inference
 from bipolar_jax.models.inference.sampling import Sampling
 from bipolar_jax.models.inference.xla_flags import enable_command_buffers
 from bipolar_jax.models.tokenizer_json import encode
 
+from .distributed.mesh import cuts_of, mesh_of, writer_on_mesh
 from .support import app
 from .support.progress import console, progress_bar
 from .support.sources import load_model_source, model_fingerprint
@@ -36,7 +37,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if config.texts < 1 or config.batch_size < 1:
         raise ValueError(f"texts={config.texts} and batch_size={config.batch_size} must be at least 1")
     enable_command_buffers()
-    pretrained = prepare_for_inference(load_model_source(config.model))
+    mesh = mesh_of(config)
+    pretrained = writer_on_mesh(load_model_source(config.model), mesh, cuts_of(config), config.batch_size)
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p)
     prefix = encode(pretrained.tokenizer, config.prefix, add_special_tokens=False) if config.prefix else []
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)

@@ -42,4 +42,7 @@ def get_config() -> ConfigDict:
     config.seed = whole.seed
     # One of the precisions: only calibrate it, so that several processes share the work; "" for the whole program.
     config.only = ""
+    # Devices that divide the windows that losses are measured with, data x model of them; each has all weights. One
+    # device calibrates, writes the calibration text and times products: the unit "milliseconds" takes no mesh.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
     return config

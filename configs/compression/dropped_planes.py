@@ -23,4 +23,8 @@ def get_config() -> ConfigDict:
     config.windows = 20
     config.window_length = 512
     config.windows_per_step = 4
+    # Devices that texts (data) and weights (model) of packed models are divided over; the float model runs on one.
+    # With `cut_positions` those that share a head of keys cache a part of the positions each; with `cut_tokens` they
+    # divide the tokens of long prompts between products.
+    config.mesh = ConfigDict({"data": 1, "model": 1, "cut_positions": False, "cut_tokens": True})
     return config

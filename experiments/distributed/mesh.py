@@ -79,5 +79,30 @@ def on_mesh(
 
 def packed_on_mesh(pretrained: PretrainedModel, mesh: Mesh | None, cuts: dict[str, bool]) -> PretrainedModel:
     """A model to be scored: cut over the mesh if it is packed. Raises ValueError as `shard_model`."""
-    packed = any(isinstance(layer, Linear) for _, layer in nnx.iter_modules(pretrained.model))
-    return on_mesh(pretrained, mesh, cuts) if mesh is not None and packed else pretrained
+    return on_mesh(pretrained, mesh, cuts) if mesh is not None and _is_packed(pretrained) else pretrained
+
+
+def writer_on_mesh(
+    pretrained: PretrainedModel, mesh: Mesh | None, cuts: dict[str, bool], texts: int
+) -> PretrainedModel:
+    """A model that is to write so many texts at once, prepared for inference.
+
+    A packed one is cut over the mesh as by `on_mesh`. A float one is not cut: every device has the whole of it, and all
+    devices, whatever their axis, divide the texts.
+
+    Raises:
+      ValueError: as `on_mesh`; texts that do not divide over the devices that share them.
+    """
+    if mesh is not None and not _is_packed(pretrained):
+        mesh, cuts = Mesh(mesh.devices.reshape(-1, 1), mesh.axis_names, axis_types=mesh.axis_types), {}
+    data = 1 if mesh is None else mesh.shape[DATA]
+    if texts % data:
+        raise ValueError(
+            f"config.batch_size={texts} texts do not divide over {data} devices of config.mesh: use a multiple of "
+            f"{data}, such as {-(-texts // data) * data}"
+        )
+    return on_mesh(pretrained, mesh, cuts)
+
+
+def _is_packed(pretrained: PretrainedModel) -> bool:
+    return any(isinstance(layer, Linear) for _, layer in nnx.iter_modules(pretrained.model))

@@ -111,6 +111,43 @@ def test_milliseconds_are_those_of_this_device_and_sites_may_be_alike(run, model
     assert all(len(set(chosen)) == 1 for chosen in result["assignments"]["W5A8"]["choices"])
 
 
+@pytest.mark.covered("a mesh of eight, by distributed/test_programs_on_meshes.py")
+def test_devices_divide_the_windows_that_losses_are_measured_with(run, model, tokens, tmp_path):
+    folder, bits = run
+    config = tiny_config(model, tokens)
+    config.budget, config.mesh.model = str(bits), 2
+    allocate.main(config, tmp_path)
+    one, other = (json.loads((each / workdir.RESULT_NAME).read_text()) for each in (folder, tmp_path))
+    for block, losses in one["losses"].items():
+        for option, row in losses.items():
+            np.testing.assert_allclose(other["losses"][block][option], row, rtol=1e-3)
+    assert other["assignments"][str(bits)]["choices"] == one["assignments"][str(bits)]["choices"]
+    assert (tmp_path / f"rules_{bits}.json").read_bytes() == (folder / f"rules_{bits}.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"unit": "milliseconds"},
+            "those of one device, and config.mesh.data=1 times config.mesh.model=2 is 2: measure",
+        ),
+        (
+            {"sensitivity_windows": 3},
+            "sensitivity_windows=3, config.windows_per_step=4 at once, do not divide over the 2",
+        ),
+        ({"windows_per_step": 3}, "windows_per_step=3 at once, do not divide .*: make both multiples of 2"),
+        ({"mesh": {"data": 3}}, "config.mesh.data=3 times config.mesh.model=2 is 6 devices, and there are 2"),
+    ],
+)
+def test_meshes_that_do_not_measure_are_refused_before_anything_is_loaded(tmp_path, fields, message):
+    config = tiny_config("no model", "no tokens")
+    config.mesh.model = 2
+    config.update(fields)
+    with pytest.raises(ValueError, match=message):
+        allocate.main(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

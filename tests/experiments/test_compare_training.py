@@ -32,13 +32,17 @@ def config_of(folder, *names):
 def test_losses_are_compared_with_the_final_and_the_least_loss(tmp_path):
     write_run(tmp_path, "bf16", [9.0, 1.5, 1.75])
     write_run(tmp_path, "w2a2", [9.0, 2.0, 1.625])
-    compare_training.main(config_of(tmp_path, "bf16", "w2a2"), tmp_path / "out")
+    config = config_of(tmp_path, "bf16", "w2a2")
+    compare_training.main(config, tmp_path / "out")
     runs = json.loads((tmp_path / "out" / RESULT_NAME).read_text())["runs"]
     assert runs["bf16"]["least"] == 1.5
     assert runs["bf16"]["least_at_step"] == 10
     assert runs["w2a2"]["above_final"] == -0.125
     assert runs["w2a2"]["above_least"] == 0.125
     assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    config.mesh.model = 2
+    compare_training.main(config, tmp_path / "mesh")
+    assert (tmp_path / "mesh" / RESULT_NAME).read_bytes() == (tmp_path / "out" / RESULT_NAME).read_bytes()
 
 
 def test_incomparable_runs_are_rejected(tmp_path):
@@ -52,6 +56,10 @@ def test_incomparable_runs_are_rejected(tmp_path):
         compare_training.main(config_of(tmp_path, "bf16", "stopped"), out)
     with pytest.raises(FileNotFoundError, match="name workdirs of experiments/train.py"):
         compare_training.main(config_of(tmp_path, "bf16", "none"), out)
+    config = config_of(tmp_path, "bf16")
+    config.mesh.data = 3
+    with pytest.raises(ValueError, match="is 3 devices, and there are 2"):
+        compare_training.main(config, out)
     config = config_of(tmp_path, "bf16")
     config.baseline = "w1a1"
     with pytest.raises(ValueError, match="baseline w1a1 is not among the runs: choose one of bf16"):

@@ -12,23 +12,29 @@ from unittest.mock import Mock
 import pytest
 from ml_collections import ConfigDict
 
-from configs import calibrate, evaluate, generate, smollm2, tiny_w2a2
-from configs.bench import llm
+from configs import generate
 from experiments.distributed import launcher, mesh
 from experiments.distributed.mesh import cuts_of, mesh_of, on_mesh
 from experiments.distributed.processes import Processes, has_lost_peers
+from experiments.support.config_files import load_config
 from experiments.training.placement import Placement
 
 ROOT = Path(__file__).resolve().parents[3]
+# A config of each program that has a mesh.
+PROGRAMS = ("calibrate", "compare_training", "distill", "evaluate", "generate", "sample_text", "smollm2", "tiny_w2a2")
+PROGRAMS += ("bench/llm", "compression/allocate", "compression/compare_methods", "compression/dropped_planes")
 
 
 def mesh_config(data: int, model: int) -> ConfigDict:
     return ConfigDict({"mesh": {"data": data, "model": model}})
 
 
-@pytest.mark.parametrize("module", [calibrate, evaluate, generate, smollm2, tiny_w2a2, llm], ids=lambda m: m.__name__)
-def test_programs_run_on_one_device_unless_a_mesh_is_asked_for(module):
-    assert mesh_of(module.get_config()) is None
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_run_on_one_device_unless_a_mesh_is_asked_for(name):
+    config = load_config(name).config
+    assert mesh_of(config) is None
+    config.mesh.data, config.mesh.model = 1, 2
+    assert mesh_of(config).size == 2
 
 
 def test_a_mesh_takes_as_many_devices_as_it_asks_for():
