@@ -26,6 +26,7 @@ from bipolar_jax.kernels.sm90.backend.expanded_planning import chunks_of, expand
 from bipolar_jax.kernels.sm90.backend.operations import choose_kernel, tokens_matmul
 from bipolar_jax.kernels.sm90.backend.planning import Choice
 from bipolar_jax.kernels.sm90.core.execution import interpret_params
+from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm_expanded.arrays import tokens_product
 from bipolar_jax.kernels.sm90.gemm_few_tokens.config import DecodeTiling, decode_tilings
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
@@ -45,6 +46,14 @@ Layout = Literal["models", "planes", "tensor_cores"]
 Operation = Callable[[Array, Any], Array]  # of activations and weights
 
 _MOST_OTHER_PAIRS = 16  # planes up to which the other kind of operands is tried
+# Of packed weights, tried beside the planner's candidates: consumers that share a tile load less where tokens are few,
+# and clusters load tokens once for two blocks.
+_FURTHER_TILINGS = (
+    Tiling(128, 128, "split_n", slots=4),
+    Tiling(64, 128, "split_n", slots=5),
+    Tiling(128, 128, "alternate", slots=5, cluster_n=2),
+    Tiling(64, 128, "alternate", slots=6, cluster_n=2),
+)
 
 
 class OtherPlan(NamedTuple):
@@ -219,7 +228,8 @@ class Case:
         choices = []
         for number, kind in enumerate(kinds):
             if w.num_groups == 1:
-                times = planning.tiling_times(m, n, k, kind, pairs)
+                candidates = planning.CANDIDATES + _FURTHER_TILINGS
+                times = planning.tiling_times(m, n, k, kind, pairs, candidates=candidates)
             else:
                 steps = planning.mainloop_steps(k, kind, pairs)
                 candidates = planning.GROUPED_CANDIDATES
@@ -302,4 +312,5 @@ def _shown(tiling: Any) -> str:
             f"clusters of {tiling.cluster}"
         )
     splits = f", {tiling.splits} splits" if tiling.splits > 1 else ""
-    return f"{tiling.tile_m}x{tiling.tile_n} {tiling.schedule}, {tiling.slots} slots{splits}"
+    cluster = f", clusters of {tiling.cluster_m}x{tiling.cluster_n}" if tiling.cluster_size > 1 else ""
+    return f"{tiling.tile_m}x{tiling.tile_n} {tiling.schedule}, {tiling.slots} slots{splits}{cluster}"

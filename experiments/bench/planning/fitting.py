@@ -1,9 +1,10 @@
 """Coefficients of the planner's cost model from measured times: sources of measurements, and the fit.
 
-Three kinds of results are read: tilings of `bench.tune` and those of `products.expanded`, both device times of kernels;
-and of `bench.coverage` those of profiled kernels, and wall times of whole operations, which also contain the quantizer,
-launches, and what is expanded in memory. These have counts of their own, so that one fit takes all. Wall times whose
-quartiles lie apart are left out: neighbours slowed the launches.
+Four kinds of results are read: tilings of `bench.tune` and those of `products.expanded`, device times of kernels; those
+of `products.float_products`, device times with the order of tokens; and of `bench.coverage` those of profiled kernels,
+and wall times of whole operations, which also contain the quantizer, gaps, and what is expanded in memory. These have
+counts of their own, so that one fit takes all. Wall times whose quartiles lie apart are left out: neighbours slowed the
+launches.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from scipy.optimize import nnls
 from bipolar_jax import Precision
 from bipolar_jax.format import as_format
 from bipolar_jax.kernels.sm90.backend.cost import Kernel, expanded_counts, tile_counts
-from bipolar_jax.kernels.sm90.backend.planning import mainloop_steps
+from bipolar_jax.kernels.sm90.backend.planning import mainloop_steps, row_bytes
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.packing.fields import STAGE
 
 _EXPANDED_NAME = re.compile(r"(?P<tile_m>\d+) (?P<schedule>\w+), (?P<slots>\d+) slots(, clusters of 1x1.*lag 0)?")
+_FLOAT_NAME = re.compile(r"(?P<tile_m>\d+) (?P<schedule>\w+), (?P<slots>\d+) slots, (?P<splits>\d+) splits")
 _PRODUCTS = ("packed_matmul", "expanded_matmul")  # what names of their kernels begin with
 _STEADY = 1.05  # times the lower quartile, up to which the upper one may be
 # Weight of the coefficients that were, beside that of all measurements: it decides what these leave open.
@@ -71,7 +73,7 @@ class Fit:
 
 
 def read(path: Path) -> list[Measurement]:
-    """The measurements of a result. Raises ValueError for a file that is none of the three kinds."""
+    """The measurements of a result. Raises ValueError for a file that is none of these kinds."""
     result = json.loads(path.read_text())
     if "problems" in result:
         return list(_of_tune(result["problems"]))
@@ -79,7 +81,7 @@ def read(path: Path) -> list[Measurement]:
         return list(_of_coverage(result["cases"]))
     if "shapes" in result and "settings" not in result:
         return list(_of_expanded(result["shapes"]))
-    raise ValueError(f"{path} is no result of bench.tune, bench.coverage or bench.products.expanded")
+    raise ValueError(f"{path} is no result of bench.tune, bench.coverage or bench.products")
 
 
 def _of_tune(problems: dict[str, Any]) -> Iterable[Measurement]:
@@ -94,8 +96,14 @@ def _of_tune(problems: dict[str, Any]) -> Iterable[Measurement]:
             fields = dict(figures["tiling"])
             if "microseconds" not in figures or fields.pop("consumers", 2) != 2:  # an older kernel had one, too
                 continue
-            counts = tile_counts(Tiling(**fields), row["m"], row["n"], row["steps"], passes)
+            sizes = row["m"], row["n"], row["steps"], passes, row_bytes(_k_of(row["shape"]), row["kind"])
+            counts = tile_counts(Tiling(**fields), *sizes)
             yield Measurement("tiles", name, counts, figures["microseconds"])
+
+
+def _k_of(label: str) -> int:
+    """K of a shape's label, such as "llama2-7b/o@2048 (2048x4096x4096) W2A2"."""
+    return int(re.search(r"\d+x\d+x(\d+)", label)[1])
 
 
 def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
@@ -105,12 +113,17 @@ def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
             if "microseconds" in tilings:  # of bf16 and of bytes
                 continue
             bits, _, group_size = weights.partition("g")
+            # Of float activations "tokens" is the pass that brings them into the order of fields.
+            is_float = "tokens" in tilings
+            rest = {"numbers in order": m * k / 1000} if is_float else {}
+            problem = f"{shape} {weights}" + (", floats" if is_float else "")
             for name, figures in tilings.items():
-                match = _EXPANDED_NAME.fullmatch(name)
+                match = (_FLOAT_NAME if is_float else _EXPANDED_NAME).fullmatch(name)
                 if match and "microseconds" in figures:
-                    tiling = Tiling(int(match["tile_m"]), 128, match["schedule"], int(match["slots"]))
-                    counts = expanded_counts(tiling, m, n, k, int(bits), _chunks(group_size))
-                    yield Measurement("expanded", f"{shape} {weights}", counts, figures["microseconds"])
+                    splits = int(match["splits"]) if is_float else 1
+                    tiling = Tiling(int(match["tile_m"]), 128, match["schedule"], int(match["slots"]), splits=splits)
+                    counts = expanded_counts(tiling, m, n, k, int(bits), _chunks(group_size), is_float=is_float)
+                    yield Measurement("expanded", problem, counts | rest, figures["microseconds"])
 
 
 def _of_coverage(cases: dict[str, Any]) -> Iterable[Measurement]:
@@ -135,18 +148,17 @@ def _counts_of_operation(
     (m, n, k), precision = (row["m"], row["n"], row["k"]), Precision.parse(row["precision"])
     tiling, w_bits = Tiling(**figures["tiling"]), as_format(precision.w_bits).bits
     rest = {"operation": 1.0}
-    if precision.a_bits is None:
-        rest["floats of weights"] = n * k / 1000
-        return "tiles", tile_counts(tiling, m, n, mainloop_steps(k, "bf16", 1)), rest
-    rest["quantized numbers"] = m * k / 1000
-    if figures.get("layout") == "tensor_cores":
-        group_size = "" if precision.group_size is None else str(precision.group_size)
-        return "expanded", expanded_counts(tiling, m, n, k, w_bits, _chunks(group_size)), rest
+    is_float = precision.a_bits is None
+    rest["numbers in order" if is_float else "quantized numbers"] = m * k / 1000
+    if is_float or figures.get("layout") == "tensor_cores":
+        chunks = _chunks("" if precision.group_size is None else str(precision.group_size))
+        return "expanded", expanded_counts(tiling, m, n, k, w_bits, chunks, is_float=is_float), rest
     pairs = w_bits * precision.a_bits
     if figures["kind"] == "int8":
         rest["bytes of weights"] = n * k / 1000
     passes = pairs if figures["kind"] == "planes" else 1
-    return "tiles", tile_counts(tiling, m, n, mainloop_steps(k, figures["kind"], pairs), passes), rest
+    sizes = m, n, mainloop_steps(k, figures["kind"], pairs), passes, row_bytes(k, figures["kind"])
+    return "tiles", tile_counts(tiling, *sizes), rest
 
 
 def _chunks(group_size: str) -> int:

@@ -64,8 +64,27 @@ def test_times_of_operations_have_counts_of_their_own(tmp_path):
     assert chosen.counts["quantized numbers"] == 819.2
     assert chosen.counts["further groups of stages"] > 0
     assert chosen.counts["pass over splits"] == chosen.counts["operation"] == 1
-    assert (of_bytes.kernel, of_floats.kernel) == ("tiles", "tiles")
-    assert of_bytes.counts["bytes of weights"] == of_floats.counts["floats of weights"] > 0
+    assert (of_bytes.kernel, of_floats.kernel) == ("tiles", "expanded")
+    assert of_bytes.counts["bytes of weights"] > of_floats.counts["numbers in order"] == 819.2
+    (tmp_path / "floats.json").write_text(
+        json.dumps(
+            {
+                "shapes": {
+                    "100x4096x8192": {
+                        "bf16": {"microseconds": 9.0},
+                        "4g128": {
+                            "tokens": {"microseconds": 2.0},
+                            "128 split_n, 3 slots, 2 splits": {"microseconds": 20.0},
+                            "64 alternate, 8 slots, 1 splits": {"error": "e"},
+                        },
+                    }
+                }
+            }
+        )
+    )
+    (of_tiling,) = read(tmp_path / "floats.json")
+    assert of_tiling.counts["numbers in order"] == 819.2
+    assert of_tiling.counts["pass over splits"] == 1
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="is no result of"):
         read(tmp_path / "other.json")

@@ -20,6 +20,7 @@ from bipolar_jax.tuning.costs import coefficients_of
 
 Kernel = Literal["tiles", "expanded"]
 
+_LINE_BYTES = 128  # of the L2 cache
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LEAST_STEPS = 8  # of a split: fewer do not fill the ring buffer
 _MOST_TURNS = 2  # of products whose K is split: with more, the last turn is a small part
@@ -30,7 +31,9 @@ _FLOAT_STAGES, _FLOAT_TOKENS = 1.9, 2.25
 _LEAST_SAVING = 0.1
 
 
-def tile_counts(tiling: Tiling, m: int, n: int, steps: int, passes: int = 1) -> dict[str, float]:
+def tile_counts(
+    tiling: Tiling, m: int, n: int, steps: int, passes: int = 1, row_bytes: int = BYTES_PER_ROW
+) -> dict[str, float]:
     """Counts of `packed_matmul`, in thousands but for single events.
 
     Args:
@@ -38,20 +41,30 @@ def tile_counts(tiling: Tiling, m: int, n: int, steps: int, passes: int = 1) -> 
       m, n: rows and columns of the output.
       steps: of the mainloop, in 128-byte rows over all passes; see `planning.mainloop_steps`.
       passes: over K, one for each pair of planes.
+      row_bytes: from a row of an operand to the next one. Where it is no multiple of a line of the L2 cache, a row of a
+        step begins within a line and ends in the next: tiles of 64 x 128 took 0.32 us a step where K is 11008, 0.22
+        where it is 4096 (W2A4, 2048 x 4096).
     """
     turns, steps = _turns(tiling, m, n), math.ceil(steps / passes / tiling.splits) * passes
     alternate = tiling.schedule == "alternate"
     # In the alternating schedule one consumer multiplies at a time, a tile of its own; else both, parts of one tile.
     consumers = 1 if alternate else CONSUMERS
     each = turns * consumers * steps / 1000
+    loaded = each * (tiling.block_m + tiling.block_n) * BYTES_PER_ROW / consumers
     accumulator = tiling.tile_m * tiling.tile_n / 1000
     return {
         "steps": each,
         "multiply cycles": each * (tiling.tile_m // ROWS_PER_INSTRUCTION) * 2 * tiling.tile_n,
-        "loaded bytes": each * (tiling.block_m + tiling.block_n) * BYTES_PER_ROW / consumers,
+        "loaded bytes": loaded,
+        "loaded bytes across lines": loaded * _share_across_lines(row_bytes),
         "epilogues in the way": 0.0 if alternate else turns * accumulator,
         "last epilogue": accumulator,
     } | _common_counts(tiling, m, n)
+
+
+def _share_across_lines(row_bytes: int) -> float:
+    """Of an operand's rows, those that begin within a line of the L2 cache."""
+    return 1 - math.gcd(row_bytes, _LINE_BYTES) / _LINE_BYTES
 
 
 def expanded_counts(
@@ -101,9 +114,11 @@ def microseconds(kernel: Kernel, counts: dict[str, float]) -> float:
     return sum(coefficients[name] * count for name, count in counts.items())
 
 
-def tiles_microseconds(tiling: Tiling, m: int, n: int, steps: int, passes: int = 1) -> float:
-    """The modelled time of `packed_matmul`, with the pass over splits."""
-    return microseconds("tiles", tile_counts(tiling, m, n, steps, passes))
+def tiles_microseconds(
+    tiling: Tiling, m: int, n: int, steps: int, passes: int = 1, row_bytes: int = BYTES_PER_ROW
+) -> float:
+    """The modelled time of `packed_matmul`, with the pass over splits; arguments as of `tile_counts`."""
+    return microseconds("tiles", tile_counts(tiling, m, n, steps, passes, row_bytes))
 
 
 def with_splits(tilings: Iterable[Tiling], m: int, n: int, steps: int, passes: int = 1) -> list[Tiling]:

@@ -43,11 +43,12 @@ _ERROR = 0.1
 # Columns of a tile whose heads are rotated: wider accumulators would spill.
 MOST_HEAD_COLUMNS = 128
 
+# Of 36 problems in tiles of 128 x 128, 5 slots took at most 1.06 times as long as the best of 4, 5 and 6; 4 slots took
+# 1.15 times as long where weights exceed the L2 cache, and 6, which leave less room for outputs, 1.13 where K is short
+# (`tune_matmul.json` of an H200).
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
-    Tiling(128, 128, "alternate", slots=4, band=8, band_axis="n"),
     Tiling(128, 128, "alternate", slots=5, band=8, band_axis="n"),
-    Tiling(128, 128, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(64, 192, "alternate", slots=5, band=8, band_axis="n"),
     Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(128, 64, "alternate", slots=6, band=8, band_axis="n"),
@@ -136,18 +137,27 @@ def _plan_many(m: int, n: int, k: int, a_format: BipolarFormat, w_format: Bipola
         entry = nearest_entry(default_device().device_kind, kind, m, n, steps)
         if entry is not None:
             measured = Tiling(**entry["tiling"])
-            if times[best] >= (1 - _ERROR) * cost.tiles_microseconds(measured, m, n, steps):
+            passes = pairs if kind == "planes" else 1
+            time = cost.tiles_microseconds(measured, m, n, steps, passes, row_bytes(k, kind))
+            if times[best] >= (1 - _ERROR) * time:
                 return Choice(kind, measured, f"measured at {entry['shape']}")
     return Choice(kind, best, cost.reason(best))
 
 
 def tiling_times(
-    m: int, n: int, k: int, kind: OperandKind, pairs: int, *, may_split: bool = True
+    m: int,
+    n: int,
+    k: int,
+    kind: OperandKind,
+    pairs: int,
+    *,
+    may_split: bool = True,
+    candidates: tuple[Tiling, ...] = CANDIDATES,
 ) -> dict[Tiling, float]:
     """Modelled microseconds of `packed_matmul`, by tiling; with splits of K if the output may be made of them."""
-    steps, passes = mainloop_steps(k, kind, pairs), pairs if kind == "planes" else 1
-    tilings = cost.with_splits(CANDIDATES, m, n, steps, passes) if may_split else CANDIDATES
-    return {tiling: cost.tiles_microseconds(tiling, m, n, steps, passes) for tiling in tilings}
+    steps, passes, stride = mainloop_steps(k, kind, pairs), pairs if kind == "planes" else 1, row_bytes(k, kind)
+    tilings = cost.with_splits(candidates, m, n, steps, passes) if may_split else candidates
+    return {tiling: cost.tiles_microseconds(tiling, m, n, steps, passes, stride) for tiling in tilings}
 
 
 def few_tokens_cycles(
@@ -225,6 +235,11 @@ def with_staging(tiling: Tiling) -> Tiling:
 def mainloop_steps(k: int, kind: OperandKind, pairs: int) -> int:
     """Length of the mainloop in 128-byte rows of K, over all pairs of planes; tables are keyed by it."""
     return -(-k // ELEMENTS_PER_ROW[kind]) * (pairs if kind == "planes" else 1)
+
+
+def row_bytes(k: int, kind: OperandKind) -> int:
+    """From a row of an operand, of one plane or of bytes, to the next one: a multiple of 16."""
+    return 16 * math.ceil(k * BYTES_PER_ROW / ELEMENTS_PER_ROW[kind] / 16)
 
 
 def estimated_cycles(tiling: Tiling, m: int, n: int, steps: int) -> float:
