@@ -1,13 +1,13 @@
 """Tiny Transformers on meshes of eight devices, in one process or several, beside the same model on one device.
 
     python -m tests.models.sharding.on_meshes 2x4:W4A8g32 8x1:W2A2
-    python -m tests.models.sharding.on_meshes --processes=4 --generates --trains all
+    python -m tests.models.sharding.on_meshes --processes=4 --generates --trains tested
 
-Pairs are data x model and a precision; "all" is every mesh of eight devices at W1A1 to W8A8 and with groups: 20 minutes
-on two cores, twice as long with JAX_DISABLE_MOST_OPTIMIZATIONS=0. Processes exchange numbers by gloo over loopback;
-they also write weights from their shards, and read them back. For each pair it prints a line of JSON: how far logits
-and a training step are from those of one device, the tokens of both, and what devices exchange. It raises
-AssertionError unless `check` holds.
+Pairs are data x model and a precision; "tested" is every mesh of eight devices at five precisions from W1A1 to W8A8,
+"all" at W1A1 to W8A8 and with more groups: twice as long with JAX_DISABLE_MOST_OPTIMIZATIONS=0. Processes exchange
+numbers by gloo over loopback; they also write weights from their shards, and read them back. For each pair it prints a
+line of JSON: how far logits and a training step are from those of one device, the tokens of both, and what devices
+exchange. It raises AssertionError unless `check` holds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[3]
 DEVICES = 8
 MESHES = ("1x8", "2x4", "4x2", "8x1")
 PRECISIONS = (*(f"W{bits}A{bits}" for bits in range(1, 9)), "W4A8", "W4A8g32", "W2A8g64", "W4A8g32f")
+# What tests run on virtual devices and `make processes` in real processes: one precision after the other, whose
+# programs of one device are shared.
+TESTED = tuple(f"{mesh}:{name}" for name in ("W1A1", "W2A2", "W4A8", "W4A8g32", "W8A8") for mesh in MESHES)
 BATCH, LENGTH, LAYERS, HIDDEN = 8, 8, 2, 64
 _MOST_SECONDS = 300  # for the others to end after the first
 
@@ -103,12 +106,12 @@ def check(found: dict[str, Any]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", nargs="+", help='such as 2x4:W4A8g32, or "all"')
+    parser.add_argument("pairs", nargs="+", help='such as 2x4:W4A8g32, or "tested", or "all"')
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2, 4, 8))
     parser.add_argument("--generates", action="store_true", help="texts, too, with a float and an 8-bit cache")
     parser.add_argument("--trains", action="store_true", help="a training step, too")
     arguments = parser.parse_args()
-    pairs = arguments.pairs
+    pairs = list(TESTED) if arguments.pairs == ["tested"] else arguments.pairs
     if pairs == ["all"]:  # one precision after the other, whose programs of one device are shared
         pairs = [f"{mesh}:{precision}" for precision, mesh in itertools.product(PRECISIONS, MESHES)]
     options = tuple(f"--{name}" for name in ("generates", "trains") if getattr(arguments, name))

@@ -27,11 +27,10 @@ from bipolar_jax.models.sharding.shares import shares_of_heads
 from bipolar_jax.nn.compressible import Rotation
 from bipolar_jax.ops import Hadamard
 from experiments.distributed.collectives import collectives
-from tests.models.sharding.on_meshes import MESHES, check, found_on_meshes
+from tests.models.sharding.on_meshes import TESTED, check, found_on_meshes
 from tests.models.sharding.tiny_config import CONFIG
 
 MESH = jax.make_mesh((2,), ("model",))
-PAIRS = [f"{mesh}:{precision}" for mesh in MESHES for precision in ("W1A1", "W2A2", "W4A8", "W4A8g32", "W8A8")]
 
 
 def test_a_mesh_of_eight_in_two_processes():
@@ -42,7 +41,7 @@ def test_a_mesh_of_eight_in_two_processes():
 
 
 @pytest.mark.covered("test_a_mesh_of_eight_in_two_processes, one of these")
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", TESTED)
 def test_meshes_of_eight(pair):
     (found,) = found_on_meshes(pair, options=("--generates", "--trains"))
     check(found)
