@@ -22,7 +22,7 @@ test-exhaustive: lint
 	TEST_NEWER_EMITTERS=1 $(PYTEST) --exhaustive
 
 # Runs a model and a training step on a mesh in two and in four real processes, then trains, kills a worker and then
-# process 0, and compares the losses: minutes.
+# process 0, and compares the losses: half an hour on two cores.
 processes: $(VENV)/test.stamp
 	for count in 2 4; do \
 	$(VENV)/bin/python -m tests.models.sharding.on_meshes --processes=$$count --generates --trains tested || exit 1; \
