@@ -34,11 +34,12 @@ class Codes(NamedTuple):
     tried: int | Int[Array, ""]
 
     @classmethod
-    def of(cls, number_format: BipolarFormat) -> Codes:
-        """Those of a format."""
-        tried = _STEPS[number_format.bits] + 1
+    def of(cls, number_format: BipolarFormat, dropped: int = 0) -> Codes:
+        """Those of a format, of which so many planes may be dropped: the fewest bits tell how small ranges become."""
+        bits = number_format.bits - dropped
+        tried = _STEPS[bits] + 1
         factors = np.ones(max(_STEPS.values()) + 1, np.float32)
-        factors[:tried] = np.linspace(1.0, _LEAST[number_format.bits], tried, dtype=np.float32)
+        factors[:tried] = np.linspace(1.0, _LEAST[bits], tried, dtype=np.float32)
         return cls(number_format.max_value, factors, tried)
 
 
@@ -48,6 +49,7 @@ def search_grid(
     codes: Codes,
     kind: Grid,
     weights: Float[Array, "groups size"] | None = None,
+    dropped: tuple[int, ...] = (0,),
 ) -> tuple[Float[Array, "n groups"], Float[Array, "n groups"], Float[Array, "n groups"] | None]:
     """The grid step * u + base of every group.
 
@@ -62,6 +64,8 @@ def search_grid(
       codes: of the format.
       kind: see `Rounding`; of one bit, which has no zero, not "zero_point".
       weights: of the squared errors, above 0; None for equal ones.
+      dropped: planes that are dropped by the precisions that the grid serves, 0 for all planes. The squared errors are
+        summed over them; one that drops d planes weighs 2^(-d/2).
 
     Returns:
       Steps; bases; the codes of zero, base = -step * zero code, or None for "free".
@@ -91,27 +95,34 @@ def search_grid(
         return middle - step * (largest / 2) if zero is None else -step * zero
 
     def encode(step, base):
-        codes = jnp.floor((x - base[..., None]) * (2 * half_steps_per_unit(step))[..., None] + 0.5)
-        return jnp.clip(codes, 0, largest)
+        """Of each precision its weight, and the code nearest to every number: the mean of 2^d codes."""
+        exact = (x - base[..., None]) * (2 * half_steps_per_unit(step))[..., None] + 0.5
+        for d in dropped:
+            high = jnp.clip(jnp.floor(exact / 2**d), 0, (largest + 1) // 2**d - 1)
+            yield 2 ** (-d / 2), 2**d * high + (2**d - 1) / 2
 
     def try_factor(index, best):
         step = widest * factors[index]
         base = base_of(step)
-        error = jnp.sum(weight * (step[..., None] * encode(step, base) + base[..., None] - x) ** 2, axis=-1)
+        error = sum(
+            share * jnp.sum(weight * (step[..., None] * codes + base[..., None] - x) ** 2, axis=-1)
+            for share, codes in encode(step, base)
+        )
         smaller = error < best[0]
         return jnp.where(smaller, error, best[0]), jnp.where(smaller, step, best[1])
 
     def fit(_, grid):
         step, base = grid
-        codes = encode(step, base)
+        encoded = list(encode(step, base))
         if zero is None:
             total = jnp.sum(weight, axis=-1)
-            mean_code, mean = (jnp.sum(weight * a, axis=-1) / total for a in (codes, x))
-            beside = codes - mean_code[..., None]
-        else:
-            beside = codes - zero[..., None]
-        squares = jnp.sum(weight * beside**2, axis=-1)
-        fitted = jnp.sum(weight * beside * x, axis=-1) / jnp.where(squares > 0, squares, 1.0)
+            shares = sum(share for share, _ in encoded)
+            mean_code = sum(share / shares * jnp.sum(weight * codes, axis=-1) / total for share, codes in encoded)
+            mean = jnp.sum(weight * x, axis=-1) / total
+        around = (mean_code if zero is None else zero)[..., None]
+        squares = sum(share * jnp.sum(weight * (codes - around) ** 2, axis=-1) for share, codes in encoded)
+        products = sum(share * jnp.sum(weight * (codes - around) * x, axis=-1) for share, codes in encoded)
+        fitted = products / jnp.where(squares > 0, squares, 1.0)
         step = jnp.where((squares > 0) & (fitted > 0), fitted, step)
         return step, mean - step * mean_code if zero is None else -step * zero
 

@@ -108,21 +108,23 @@ def round_in_stages(
     number_format, kind = as_format(precision.w_bits), method.grid
     if number_format.bits == 1 and kind == "zero_point":  # one bit has no zero
         kind = "free" if precision.scales == "integer" else "symmetric"
+    dropped = (0, *(number_format.bits - bits for bits in method.nested))
     found = run(
         _grid,
         targets,
         diagonal if method.weighted_grid else None,
-        Codes.of(number_format),
+        Codes.of(number_format, dropped[-1]),
         size=size,
         kind=kind,
         scales=precision.scales,
         ternary=number_format.ternary,
+        dropped=dropped,
     )
     grid = _grid_of(found, number_format.max_value, precision.scales, kind)
     if method.algorithm == "nearest":
         return run(_result, grid, run(_nearest, targets, of_inputs(grid)), unit)
     if method.nested:
-        targets, nested = run(_nested, targets, grid, size=size, number_format=number_format, nested=method.nested)
+        targets, nested = run(_nested, targets, grid, size=size, largest=grid.largest, dropped=dropped)
         codes = run(_gptq, targets, hessian, nested, **turns)
         for _ in range(method.descent_passes):
             codes = run(_descend, targets, codes, hessian, nested, block=method.block)
@@ -163,7 +165,7 @@ def _targets(
     return rows, damped, jnp.diagonal(hessian), unit
 
 
-@functools.partial(jax.jit, static_argnames=("size", "kind", "scales", "ternary"))
+@functools.partial(jax.jit, static_argnames=("size", "kind", "scales", "ternary", "dropped"))
 def _grid(
     rows: Float[Array, "k n"],
     weights: Float[Array, "k"] | None,
@@ -172,6 +174,7 @@ def _grid(
     kind: Grid,
     scales: Scales,
     ternary: bool,
+    dropped: tuple[int, ...],
 ) -> list[Float[Array, "..."]]:
     """The grid of least squared error, before codes are known: the arrays of `_grid_of`."""
     inside = valid_mask(len(rows), size)
@@ -181,7 +184,7 @@ def _grid(
 
     def find(block: Float[Array, "rows k"]) -> tuple[Array, ...]:
         x = split_groups(block, size)
-        step, base, zero = search_grid(x, inside, codes, kind, weights)
+        step, base, zero = search_grid(x, inside, codes, kind, weights, dropped)
         if scales == "float":
             return (step, base) if zero is None else (step, zero)
         offset = base + codes.largest * step / 2
@@ -218,15 +221,15 @@ def _of_inputs(grid: FittedGrid, size: int, k: int) -> AffineGrid:
     return grid.affine().of(jnp.arange(k) // size)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "number_format", "nested"))
+@functools.partial(jax.jit, static_argnames=("size", "largest", "dropped"))
 def _nested(
-    rows: Float[Array, "k n"], grid: FittedGrid, size: int, number_format: BipolarFormat, nested: tuple[int, ...]
+    rows: Float[Array, "k n"], grid: FittedGrid, size: int, largest: int, dropped: tuple[int, ...]
 ) -> tuple[Float[Array, "k precisions n"], NestedGrid]:
     """Targets of all precisions, that of all planes first, and the grids of every input."""
-    affine, dropped = grid.affine(), (0, *(number_format.bits - bits for bits in nested))
+    affine = grid.affine()
     targets = jnp.broadcast_to(rows[:, None], (len(rows), len(dropped), rows.shape[1]))
     middle = jnp.stack([grid.middle(d) for d in dropped], axis=-2)
-    grids = NestedGrid(affine.step, affine.base, middle, number_format.max_value, dropped)
+    grids = NestedGrid(affine.step, affine.base, middle, largest, dropped)
     return targets, grids.of(jnp.arange(len(rows)) // size)
 
 

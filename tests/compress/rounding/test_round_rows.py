@@ -145,7 +145,7 @@ def test_high_planes_of_integer_groups_serve_fewer_bits():
     assert nested[2] < 0.7 * three
     integers = (a.T.astype(jnp.float32) for a in (rounded.groups.scale, rounded.groups.offset))
     grid = IntegerGrid(rounded.scale[:, 0], *integers, 63, False)
-    _, of_planes = _nested(jnp.asarray(W.T), grid, 24, BipolarFormat(6), (4, 3))
+    _, of_planes = _nested(jnp.asarray(W.T), grid, 24, 63, (0, 2, 3))
     numbers = of_planes.numbers(rounded.codes.T)
     for index, bits in enumerate((6, 4, 3)):
         np.testing.assert_allclose(numbers[:, index].T[np.array(OTHERS)], truncated[bits], atol=1e-5)
