@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bipolar_jax import BipolarFormat, Precision, from_codes
+from bipolar_jax import Precision, from_codes
 from bipolar_jax.compress.rounding import Rounding, round_rows
 from bipolar_jax.compress.rounding.grids import IntegerGrid
 from bipolar_jax.compress.rounding.round_rows import _nested
