@@ -1,8 +1,10 @@
-"""Methods of compression on the same draws of text, SmolLM2-135M, on one H200: ten minutes.
+"""Methods of compression on the same draws of text, SmolLM2-135M, on one H200.
 
 Five draws each: integer against float scales of groups, and against qwix; one file of 8 bits read at fewer, against a
 calibration of each; caches of 8 and 4 bits. Three draws: blocks that learn, and another style of text, CPython's help
-topics. qwix's GPTQ is left out: its loop over columns, outside of jit, takes more than 7 minutes a draw.
+topics. Of the first six, at once, four took 4 to 6 minutes. Blocks that learn slow each other, and all others: eight
+chains at once, six of them such, did not end in six minutes. qwix's GPTQ is left out: its loop over columns, outside
+of jit, takes more than 7 minutes a draw.
 
 Claim: see experiments/results/CALIBRATION.md, Methods on the same draws of text.
 
@@ -40,5 +42,4 @@ def get_config() -> ConfigDict:
     for precision in _LEARNED.split(","):
         command = _COMMAND.format(text=_WIKITEXT, seeds=_THREE, precisions=precision, compared="reconstruction")
         config.chains[f"learned_{precision}"] = f"{command} --config.against=reconstruction"
-    config.at_once = 8
     return config

@@ -98,3 +98,21 @@ def test_what_holds_for_every_format(fmt):
         for s, b, _ in (free, symmetric)
     ]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("kind", ["free", "zero_point", "symmetric"])
+def test_a_grid_of_several_precisions_clips_for_the_fewest_bits(kind):
+    """Of normal numbers; each precision takes its nearest number, the mean of 2^d codes."""
+    x = np.random.default_rng(0).normal(size=(32, 576)).astype(np.float32)
+    fmt, errors = BipolarFormat(8), []
+    for dropped in (0,), (0, 2, 4):
+        codes = Codes.of(fmt, dropped[-1])
+        step, base, _ = search_grid(x[:, None], valid_mask(576, 576), codes, kind, None, dropped)
+        step, base = np.asarray(step, np.float64), np.asarray(base, np.float64)
+        errors.append([])
+        for d in (0, 2, 4):
+            high = np.clip(np.floor(((x - base) / step + 0.5) / 2**d), 0, fmt.max_value >> d)
+            errors[-1].append(np.mean((step * (2**d * high + (2**d - 1) / 2) + base - x) ** 2))
+    of_all_planes, of_all_precisions = np.array(errors)
+    assert of_all_precisions[2] < 0.95 * of_all_planes[2]
+    assert of_all_precisions[0] < 0.02 * of_all_precisions[2]

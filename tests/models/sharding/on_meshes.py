@@ -6,9 +6,8 @@
 Pairs are data x model and a precision; "tested" is every mesh of eight devices at five precisions from W1A1 to W8A8, on
 two cores 11 minutes in two processes and 15 in four; "all" at W1A1 to W8A8 and with more groups. All takes twice as
 long with JAX_DISABLE_MOST_OPTIMIZATIONS=0. Processes exchange numbers by gloo over loopback; they also write weights
-from their shards, and read them back. For each pair it prints a
-line of JSON: how far logits and a training step are from those of one device, the tokens of both, and what devices
-exchange. It raises AssertionError unless `check` holds.
+from their shards, and read them back. For each pair it prints a line of JSON: how far logits and a training step are
+from those of one device, the tokens of both, and what devices exchange. It raises AssertionError unless `check` holds.
 """
 
 from __future__ import annotations

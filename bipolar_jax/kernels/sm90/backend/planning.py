@@ -44,7 +44,7 @@ _ERROR = 0.1
 MOST_HEAD_COLUMNS = 128
 
 # Of 36 problems in tiles of 128 x 128, 5 slots took at most 1.06 times as long as the best of 4, 5 and 6; 4 slots took
-# 1.15 times as long where weights exceed the L2 cache, and 6, which leave less room for outputs, 1.13 where K is short
+# 1.15 times as long where weights exceed the L2 cache, and 6, which leave less room for outputs, 1.16 where K is short
 # (`tune_matmul.json` of an H200).
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
