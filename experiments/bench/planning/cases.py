@@ -46,13 +46,10 @@ Layout = Literal["models", "planes", "tensor_cores"]
 Operation = Callable[[Array, Any], Array]  # of activations and weights
 
 _MOST_OTHER_PAIRS = 16  # planes up to which the other kind of operands is tried
-# Of packed weights, tried beside the planner's candidates: consumers that share a tile load less where tokens are few,
-# and clusters load tokens once for two blocks.
+# Of packed weights, tried beside the planner's candidates: consumers that share a tile load less where tokens are few.
 _FURTHER_TILINGS = (
     Tiling(128, 128, "split_n", slots=4),
     Tiling(64, 128, "split_n", slots=5),
-    Tiling(128, 128, "alternate", slots=5, cluster_n=2),
-    Tiling(64, 128, "alternate", slots=6, cluster_n=2),
 )
 
 

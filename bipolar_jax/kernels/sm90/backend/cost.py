@@ -21,6 +21,10 @@ from bipolar_jax.tuning.costs import coefficients_of
 Kernel = Literal["tiles", "expanded"]
 
 _LINE_BYTES = 128  # of the L2 cache
+_LOADED_BYTES_PER_CYCLE = 64  # of a multiprocessor
+# Loads of w take 1 + _UNSHARED / blocks above each other times as long, up to _MANY_BLOCKS of them. Of 1, 2 and 3, and of
+# 4, 8 and 16, these fit best.
+_UNSHARED, _MANY_BLOCKS = 2, 8
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LEAST_STEPS = 8  # of a split: fewer do not fill the ring buffer
 _MOST_TURNS = 2  # of products whose K is split: with more, the last turn is a small part
@@ -44,19 +48,24 @@ def tile_counts(
       row_bytes: from a row of an operand to the next one. Where it is no multiple of a line of the L2 cache, a row of a
         step begins within a line and ends in the next: tiles of 64 x 128 took 0.32 us a step where K is 11008, 0.22
         where it is 4096 (W2A4, 2048 x 4096).
+
+    A step takes as long as its products or its loads, whichever take longer. Blocks above each other load the same rows
+    of w at the same time; where they are few, the L2 cache gives each less: tiles of 64 x 128 took some 0.4 us a step of
+    134 x 5120 x 28672.
     """
     turns, steps = _turns(tiling, m, n), math.ceil(steps / passes / tiling.splits) * passes
     alternate = tiling.schedule == "alternate"
     # In the alternating schedule one consumer multiplies at a time, a tile of its own; else both, parts of one tile.
-    consumers = 1 if alternate else CONSUMERS
-    each = turns * consumers * steps / 1000
-    loaded = each * (tiling.block_m + tiling.block_n) * BYTES_PER_ROW / consumers
+    consumers, each = 1 if alternate else CONSUMERS, turns * steps / 1000
+    multiplied = (tiling.tile_m // ROWS_PER_INSTRUCTION) * 2 * tiling.tile_n * consumers
+    # Of the operands of a tile, what a block does not get from the other one of its cluster.
+    above = min(math.ceil(m / tiling.block_m), _MANY_BLOCKS)
+    of_x, of_w = tiling.block_m / tiling.cluster_n, tiling.block_n / tiling.cluster_m * (1 + _UNSHARED / above)
+    loaded = (of_x + of_w) * BYTES_PER_ROW
     accumulator = tiling.tile_m * tiling.tile_n / 1000
     return {
-        "steps": each,
-        "multiply cycles": each * (tiling.tile_m // ROWS_PER_INSTRUCTION) * 2 * tiling.tile_n,
-        "loaded bytes": loaded,
-        "loaded bytes across lines": loaded * _share_across_lines(row_bytes),
+        "cycles of steps": each * max(multiplied, loaded / _LOADED_BYTES_PER_CYCLE),
+        "loaded bytes across lines": each * loaded * _share_across_lines(row_bytes),
         "epilogues in the way": 0.0 if alternate else turns * accumulator,
         "last epilogue": accumulator,
     } | _common_counts(tiling, m, n)

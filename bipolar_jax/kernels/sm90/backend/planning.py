@@ -45,7 +45,8 @@ MOST_HEAD_COLUMNS = 128
 
 # Of 36 problems in tiles of 128 x 128, 5 slots took at most 1.06 times as long as the best of 4, 5 and 6; 4 slots took
 # 1.15 times as long where weights exceed the L2 cache, and 6, which leave less room for outputs, 1.16 where K is short
-# (`tune_matmul.json` of an H200).
+# (`tune_matmul.json` of an H200). Of 23 problems clusters of two blocks save up to 18% where few tokens, or a short K,
+# make loads bind (`bench_coverage_plans.json`).
 CANDIDATES = (
     Tiling(128, 192, "alternate", slots=4, band=16, band_axis="m"),
     Tiling(128, 128, "alternate", slots=5, band=8, band_axis="n"),
@@ -53,6 +54,8 @@ CANDIDATES = (
     Tiling(64, 128, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(128, 64, "alternate", slots=6, band=8, band_axis="n"),
     Tiling(64, 64, "alternate", slots=8, band=8, band_axis="n"),
+    Tiling(128, 128, "alternate", slots=5, cluster_n=2, band=8, band_axis="n"),
+    Tiling(64, 128, "alternate", slots=6, cluster_n=2, band=8, band_axis="n"),
 )
 
 # With groups a consumer holds two accumulators and a float sum, so tiles are smaller.
@@ -101,7 +104,7 @@ def plan_product(
         return Choice("int8", tiling, "estimated from tile sizes")
     choice = _plan_many(m, n, k, a_format, w_format, may_split)
     if m <= FEW_TOKENS_LIMIT:
-        tiling = parted_tiling(m, k, a_format.bits)
+        tiling = parted_tiling(m, k, a_format.bits, w_format.bits)
         sizes = (m, n, k, a_format, w_format)
         if few_tokens_cycles(tiling, *sizes) < many_tokens_cycles(choice, *sizes):
             return Choice("planes", tiling, f"{m} tokens in {tiling.parts} parts: estimated from bytes and planes")

@@ -60,6 +60,10 @@ def decode_tilings(
 ) -> tuple[DecodeTiling, ...]:
     """All tilings that fit, with ring buffers as deep as fit; those with more warpgroups first.
 
+    Last come those whose warpgroups have a single step, one plane of one slice: adding up their sums takes longer than
+    it saves. Of 16 x 4096 x 4096 at W1A1 two warpgroups were 11% faster than four
+    (`bench_coverage_plans.json` of an H200).
+
     Args:
       m, k: tokens, and contracted size.
       a_bits: bits of the activations.
@@ -84,13 +88,15 @@ def decode_tilings(
         w_slots = min(_MOST_SLOTS, (left - x_slots * columns) // ROWS_PER_INSTRUCTION)
         if w_slots >= least_slots:
             tilings.append(DecodeTiling(warpgroups, w_slots, x_slots))
+    steps = -(-k // K_SLICE) * w_bits
+    tilings.sort(key=lambda tiling: tiling.warpgroups > max(1, steps // 2))
     return tuple(tilings)  # not empty: one warpgroup with one slot of tokens always fits
 
 
-def parted_tiling(m: int, k: int, a_bits: int) -> DecodeTiling:
+def parted_tiling(m: int, k: int, a_bits: int, w_bits: int) -> DecodeTiling:
     """`decode_tiling` with the fewest parts of the tokens whose columns fit an instruction."""
     parts = next(n for n in range(1, m + 1) if accumulator_columns(-(-m // n), a_bits) <= MOST_COLUMNS)
-    return dataclasses.replace(decode_tiling(-(-m // parts), k, a_bits), parts=parts)
+    return dataclasses.replace(decode_tiling(-(-m // parts), k, a_bits, w_bits), parts=parts)
 
 
 def accumulator_columns(m: int, a_bits: int, group_size: int | None = None) -> int:

@@ -122,7 +122,7 @@ def test_parts_of_the_tokens_are_exact(m, n, k, a_bits, w_format, blocks):
     """More planes than an instruction has columns; blocks that have both parts of a tile, or one, or of several."""
     a_format = BipolarFormat(a_bits)
     x, w = random_codes(a_format, m, k, 0), random_codes(w_format, n, k, 1)
-    tiling = parted_tiling(m, k, a_bits)
+    tiling = parted_tiling(m, k, a_bits, w_format.bits)
     assert tiling.parts == 2
     product = integers(x, w, a_format, w_format, tiling=tiling, blocks=blocks)
     np.testing.assert_array_equal(product, expected_product(x, a_format, w, w_format, None)[..., 0])
@@ -206,14 +206,14 @@ def test_every_width_has_a_tiling_that_fits():
     for a_bits in range(1, 9):
         for m in range(1, FEW_TOKENS_LIMIT + 1):
             if x_planes(m, a_bits) * token_columns(m) <= 256:
-                tiling = decode_tiling(m, 4096, a_bits)
+                tiling = decode_tiling(m, 4096, a_bits, 4)
                 assert tiling.warpgroups >= 1
                 assert tiling.w_slots >= 3
                 assert plan_product(m, 4096, 4096, BipolarFormat(a_bits), BipolarFormat(4)).tiling == tiling
             else:
                 with pytest.raises(NotImplementedError, match="columns, more than 256"):
                     decode_tiling(m, 4096, a_bits)
-                parted = parted_tiling(m, 4096, a_bits)
+                parted = parted_tiling(m, 4096, a_bits, 2)
                 assert parted.parts == 2
                 assert parted.w_slots >= 3
                 # The last part is not empty: nothing is stored beyond the tokens alone.
@@ -232,7 +232,7 @@ def test_groups_take_tokens_in_one_part():
             Recovery("planes", BipolarFormat(8), BipolarFormat(1), 96, with_zero=False),
             jnp.float32,
             groups=WeightGroups(terms, terms.astype(jnp.int32), None, 128),
-            tiling=parted_tiling(40, 96, 8),
+            tiling=parted_tiling(40, 96, 8, 4),
         )
 
 
@@ -276,7 +276,9 @@ def test_rows_that_tma_cannot_address_are_refused():
 )
 @pytest.mark.sample(2)
 def test_kernels_compile_without_spills(m, n, k, a_bits, w_bits, group_size):
-    compile_product(m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits) if group_size is None else None)
+    compile_product(
+        m, n, k, a_bits, w_bits, group_size, parted_tiling(m, k, a_bits, w_bits) if group_size is None else None
+    )
 
 
 @needs_compiler
