@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
         "cpu_2_cores/quantize_wikitext2.json,cpu_2_cores/calibrate_wikitext2.json,"
         "cpu_2_cores/calibrate_128_windows.json,cpu_2_cores/calibrate_demo.json,"
         "nvidia_h200/distill.json,nvidia_h200/distill_long.json,nvidia_h200/calibrate_reconstruction.json,"
-        "nvidia_h200/distill_reconstructed.json,nvidia_h200/distill_reconstructed_few_bits.json"
+        "nvidia_h200/distill_reconstructed.json,nvidia_h200/distill_reconstructed_few_bits.json,"
+        "nvidia_h200/distill_two_bits_5000_steps.json"
     )
     # Of experiments.compare_methods; "" for none.
     config.comparisons = (
