@@ -22,7 +22,7 @@ Kernel = Literal["tiles", "expanded"]
 
 _LINE_BYTES = 128  # of the L2 cache
 _LOADED_BYTES_PER_CYCLE = 64  # of a multiprocessor
-# Loads of w take 1 + _UNSHARED / blocks above each other times as long, up to _MANY_BLOCKS of them. Of 1, 2 and 3, and of
+# Loads of w take 1 + _UNSHARED / blocks above each other times as long, up to _MANY_BLOCKS. Of 1, 2 and 3, and of
 # 4, 8 and 16, these fit best.
 _UNSHARED, _MANY_BLOCKS = 2, 8
 _SPLITS = (1, 2, 3, 4, 6, 8)
@@ -50,8 +50,8 @@ def tile_counts(
         where it is 4096 (W2A4, 2048 x 4096).
 
     A step takes as long as its products or its loads, whichever take longer. Blocks above each other load the same rows
-    of w at the same time; where they are few, the L2 cache gives each less: tiles of 64 x 128 took some 0.4 us a step of
-    134 x 5120 x 28672.
+    of w at the same time; where they are few, the L2 cache gives each less: tiles of 64 x 128 took some 0.4 us a step
+    of 134 x 5120 x 28672.
     """
     turns, steps = _turns(tiling, m, n), math.ceil(steps / passes / tiling.splits) * passes
     alternate = tiling.schedule == "alternate"
