@@ -73,13 +73,17 @@ class BipolarArray(BipolarNumbers):
         """The same numbers with one byte for each code, which CPUs multiply faster than bit planes."""
         return _unpack(self)
 
-    def prepare(self, *, gated: bool = False, float_terms: FloatTerms | None = None) -> PreparedArray:
-        """The same numbers, laid out as int8 tensor cores multiply them.
+    def prepare(
+        self, *, gated: bool = False, float_terms: FloatTerms | None = None, for_floats: bool = False
+    ) -> PreparedArray:
+        """The same numbers, laid out as tensor cores multiply them.
 
         Args:
           gated: whether the columns are gates followed by as many values, which a gated activation will take.
           float_terms: the form of float scales of groups, one that is exact (`packing.float_terms`); None takes the
             smallest that is.
+          for_floats: whether activations are 16-bit floats, which are then multiplied as they lie in memory; quantized
+            ones may be multiplied, too, after a pass that reorders them. Without it floats take that pass.
 
         Raises:
           ValueError: groups that are no multiple of 16 elements; gates of an odd number.
@@ -89,7 +93,7 @@ class BipolarArray(BipolarNumbers):
             float_terms = None
         elif float_terms is None:
             float_terms = narrowest_terms(self.scale, self.offset, self.format)
-        return _prepare(self, gated, float_terms)
+        return _prepare(self, gated, float_terms, for_floats)
 
     def to_integer_groups(self) -> tuple[BipolarArray, Float[Array, "*batch"]]:
         """The same codes with integer groups in place of the float ones, so that products sum over all of K in int32.
@@ -187,9 +191,9 @@ def _to_integer_groups(array: BipolarArray) -> tuple[BipolarArray, Float[Array, 
     return dataclasses.replace(array, scale=scale, offset=None, row_sums=sums, groups=groups), error
 
 
-@functools.partial(jax.jit, static_argnames=("gated", "float_terms"), inline=True)
-def _prepare(array: BipolarArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
-    return prepared(array, gated, float_terms)
+@functools.partial(jax.jit, static_argnames=("gated", "float_terms", "for_floats"), inline=True)
+def _prepare(array: BipolarArray, gated: bool, float_terms: FloatTerms | None, for_floats: bool) -> PreparedArray:
+    return prepared(array, gated, float_terms, for_floats)
 
 
 def _check_float_groups(array: BipolarArray) -> None:

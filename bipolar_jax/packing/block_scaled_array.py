@@ -173,13 +173,15 @@ class BlockScaledArray(BipolarNumbers):
         """See `BipolarArray.unpack`."""
         return self.with_scales().unpack()
 
-    def prepare(self, *, gated: bool = False, float_terms: FloatTerms | None = None) -> PreparedArray:
+    def prepare(
+        self, *, gated: bool = False, float_terms: FloatTerms | None = None, for_floats: bool = False
+    ) -> PreparedArray:
         """See `BipolarArray.prepare`; None takes the integers of groups if kernels read them."""
         terms = self.prepared_terms
         if terms is None or float_terms not in (None, terms):
-            return self.with_scales().prepare(gated=gated, float_terms=float_terms)
+            return self.with_scales().prepare(gated=gated, float_terms=float_terms, for_floats=for_floats)
         check_preparable(self, gated)
-        return _prepare(self, gated, terms)
+        return _prepare(self, gated, terms, for_floats)
 
     def truncate(self, bits: int) -> BipolarArray:
         """See `BipolarArray.truncate`; the result has float32 scales."""
@@ -226,9 +228,9 @@ class BlockScaledArray(BipolarNumbers):
 
 
 # Programs, so that an eager call makes one pass over the codes; within a trace they are inlined.
-@functools.partial(jax.jit, static_argnames=("gated", "terms"), inline=True)
-def _prepare(array: BlockScaledArray, gated: bool, terms: BlockTerms) -> PreparedArray:
-    return prepared(array, gated, terms)
+@functools.partial(jax.jit, static_argnames=("gated", "terms", "for_floats"), inline=True)
+def _prepare(array: BlockScaledArray, gated: bool, terms: BlockTerms, for_floats: bool) -> PreparedArray:
+    return prepared(array, gated, terms, for_floats)
 
 
 @functools.partial(jax.jit, inline=True)

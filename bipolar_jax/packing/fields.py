@@ -15,9 +15,11 @@ words are also fragments of A of mma m16n8k128, whose operands are bits. A threa
 of four, each next to those of its neighbours: loads of 16 bytes without bank conflicts. A part's stages follow each
 other in memory.
 
-A byte's position in the stage follows the tokens' bytes. Those of `quantize_rows` interleave each 32 elements: position
-4 j + i is element 8 i + j. Groups that are no multiple of 32 need them in their natural order, or a register would have
-bytes of two groups.
+A byte's position in its step follows the tokens (`TokenOrder`). In the order of "bytes" position 4 j + i is element
+8 i + j, as `quantize_rows` interleaves bytes. In that of "floats" position 16 h + 4 t + 2 e + p is element
+16 h + 8 p + 2 t + e: bytes 0 and 2 of a register become the neighbours 2 t and 2 t + 1 of one operand of 16-bit floats,
+bytes 1 and 3 those 8 later, so that float tokens lie in memory as they are. Groups that are no multiple of 32 need it,
+too: a register has elements of one half of a step.
 
 A group's scale s and offset o (`quantize.integer_groups`) are the bytes s and o + 128, for every chunk of K in which no
 group ends: gcd(group_size, STAGE) elements. The pairs of rows r and r + 8 share a word, and a thread's words of both
@@ -28,20 +30,23 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int8, UInt8, UInt32
+from jaxtyping import Array, Int, Int8, Shaped, UInt8, UInt32
 
 from bipolar_jax.quantize.integer_groups import SMALLEST_VALUE
+
+TokenOrder = Literal["bytes", "floats"]
 
 TILE_ROWS = STAGE = 128
 PARTS = 4  # of a tile: its warps
 PART_ROWS = TILE_ROWS // PARTS
 LANES = 32
 STEPS = 4  # of a stage
+_STEP = STAGE // STEPS
 VECTOR = 4  # words that a thread loads at once
 WORDS_PER_VECTOR = LANES * VECTOR  # of a part
 REGISTERS = 8  # of A, in one step
@@ -99,18 +104,36 @@ def fields_of(bits: int, step: int) -> tuple[tuple[Field, ...], ...]:
     return tuple(map(tuple, fields))
 
 
-def in_natural_order(group_size: int | None) -> bool:
-    """Whether positions are elements, and not interleaved."""
-    return group_size is not None and group_size % 32 != 0
+def order_of_groups(group_size: int | None) -> TokenOrder:
+    """The order of positions that groups, or the lack of them, allow; "floats" is always allowed."""
+    return "bytes" if group_size is None or group_size % _STEP == 0 else "floats"
+
+
+def positions_of(elements: Shaped[Array, "*batch k"], order: TokenOrder) -> Shaped[Array, "*batch k"]:
+    """Elements of whole steps, in the order of their positions."""
+    axes, permutation = ((4, 8), (1, 0)) if order == "bytes" else ((2, 2, 4, 2), (0, 2, 3, 1))
+    return _permuted(elements, axes, permutation)
+
+
+def elements_of(positions: Shaped[Array, "*batch k"], order: TokenOrder) -> Shaped[Array, "*batch k"]:
+    """The inverse of `positions_of`."""
+    axes, permutation = ((8, 4), (1, 0)) if order == "bytes" else ((2, 4, 2, 2), (0, 3, 1, 2))
+    return _permuted(positions, axes, permutation)
+
+
+def _permuted(steps: Array, axes: tuple[int, ...], permutation: tuple[int, ...]) -> Array:
+    batch = steps.shape[:-1]
+    by_axis = steps.reshape(*batch, steps.shape[-1] // _STEP, *axes)
+    leading = range(len(batch) + 1)
+    return by_axis.transpose(*leading, *(len(leading) + axis for axis in permutation)).reshape(steps.shape)
 
 
 def pack_fields(
-    codes: UInt8[Array, "rows k"], bits: int, natural_order: bool
+    codes: UInt8[Array, "rows k"], bits: int, order: TokenOrder
 ) -> UInt32[Array, "tiles parts stages bits vector_words"]:
     """Words of codes that are filled up to whole tiles and stages."""
     tiles, stages = codes.shape[0] // TILE_ROWS, codes.shape[1] // STAGE
-    if not natural_order:
-        codes = codes.reshape(codes.shape[0], -1, 4, 8).swapaxes(-1, -2)
+    codes = positions_of(codes, order)
     # Rows: tile, block, part, half of the part's rows, lane / 4; positions: stage, step, half, lane % 4, byte.
     codes = codes.reshape(tiles, 2, PARTS, 2, 8, stages, STEPS, 2, 4, 4)
     codes = codes.transpose(0, 2, 5, 4, 8, 6, 1, 7, 3, 9)  # tile, part, stage, lane, step, register, byte
@@ -138,17 +161,17 @@ def unpack_part(words: UInt32[Array, "*batch bits vector_words"]) -> UInt8[Array
 
 
 def unpack_fields(
-    words: UInt32[Array, "tiles parts stages bits vector_words"], natural_order: bool
+    words: UInt32[Array, "tiles parts stages bits vector_words"], order: TokenOrder
 ) -> UInt8[Array, "rows k"]:
     """Codes of whole tiles and stages: the inverse of `pack_fields`."""
     tiles, _, stages = words.shape[:3]
-    codes = _in_order_of_elements(unpack_part(words), natural_order)
+    codes = elements_of(unpack_part(words), order)
     codes = codes.reshape(tiles, PARTS, stages, 2, PART_ROWS // 2, STAGE).transpose(0, 3, 1, 4, 2, 5)
     return codes.reshape(tiles * TILE_ROWS, stages * STAGE)
 
 
 def row_codes(
-    words: UInt32[Array, "tiles parts stages bits vector_words"], rows: Int[Array, " ids"], natural_order: bool
+    words: UInt32[Array, "tiles parts stages bits vector_words"], rows: Int[Array, " ids"], order: TokenOrder
 ) -> UInt8[Array, "ids k"]:
     """Codes of some rows of whole tiles; reads the words of four lanes for each, which hold four rows."""
     tiles, _, stages, bits, _ = words.shape
@@ -157,7 +180,7 @@ def row_codes(
     codes = _registers_of(lanes).reshape(-1, stages, LANES // 8, STEPS, 2, 2, 2, 4)  # lane % 4, step, b, h, p, byte
     codes = _chosen(_chosen(codes, block, 4), half, 5)
     codes = codes.transpose(0, 1, 3, 4, 2, 5).reshape(-1, stages, STAGE)
-    return _in_order_of_elements(codes, natural_order).reshape(-1, stages * STAGE)
+    return elements_of(codes, order).reshape(-1, stages * STAGE)
 
 
 def pack_terms(
@@ -272,13 +295,6 @@ def _registers_of(words: UInt32[Array, "*batch bits lane_words"]) -> UInt8[Array
             parts.append(((words[..., word] >> position) & mask) << shift)
         registers.append(functools.reduce(jnp.bitwise_or, parts))
     return jax.lax.bitcast_convert_type(jnp.stack(registers, axis=-1), jnp.uint8)
-
-
-def _in_order_of_elements(codes: UInt8[Array, "*batch positions"], natural_order: bool) -> UInt8[Array, "*batch k"]:
-    """Codes of stages in order of position, reordered."""
-    if natural_order:
-        return codes
-    return codes.reshape(*codes.shape[:-1], codes.shape[-1] // 32, 8, 4).swapaxes(-1, -2).reshape(codes.shape)
 
 
 def _places(rows: Int[Array, " ids"]) -> tuple[Int[Array, " ids"], ...]:

@@ -19,7 +19,8 @@ from bipolar_jax.packing.fields import (
     STAGE,
     TILE_ROWS,
     WORDS_PER_VECTOR,
-    in_natural_order,
+    TokenOrder,
+    order_of_groups,
     pack_fields,
     pack_terms,
     row_codes,
@@ -46,7 +47,7 @@ _HALF_TILE = TILE_ROWS // 2
 @register_numbers
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class PreparedArray(BipolarNumbers):
-    """A `BipolarArray` laid out for int8 tensor cores, made by its `prepare`; files do not take it.
+    """A `BipolarArray` laid out for tensor cores, made by its `prepare`; files do not take it.
 
     Always:
 
@@ -66,6 +67,8 @@ class PreparedArray(BipolarNumbers):
         gates and their values.
       float_terms: the form of float scales of groups; None if there are none.
       number_sums: of float scales of groups: what a token's zero is multiplied by.
+      for_floats: whether 16-bit float tokens are multiplied as they lie in memory; else bytes are, and others are
+        brought into order first.
     """
 
     words: UInt32[Array, "*batch tiles parts stages bits vector_words"]
@@ -80,6 +83,7 @@ class PreparedArray(BipolarNumbers):
     offset: Float[Array, "*batch n scales"] | None = None
     number_sums: Float[Array, "*batch n 1"] | None = None
     float_terms: FloatTerms | None = static_field(default=None)  # noqa: RUF009 - a field
+    for_floats: bool = static_field(default=False)
 
     @property
     def groups(self) -> IntegerGroups | None:
@@ -104,9 +108,9 @@ class PreparedArray(BipolarNumbers):
         return 0 if self.terms is None else STAGE // math.gcd(self.group_size, STAGE)
 
     @property
-    def natural_order(self) -> bool:
-        """Whether the tokens' bytes must be in their natural order."""
-        return in_natural_order(self.group_size if self.terms is not None else None)
+    def order(self) -> TokenOrder:
+        """The order of tokens that positions follow."""
+        return "floats" if self.for_floats else order_of_groups(self.group_size if self.terms is not None else None)
 
     def codes(self) -> UInt8[Array, "*batch n k"]:
         """Unsigned codes; the contracted axis is last for either `axis`."""
@@ -164,7 +168,7 @@ class PreparedArray(BipolarNumbers):
         if self.float_terms is not None or self.gated or self.axis != -1:
             raise ValueError(f"{self} has no rows to look up: look them up in the array that it is made of")
         k, scale = self.contracted_size, jnp.take(self.scale, ids, axis=0)
-        codes = row_codes(self.words, ids, self.natural_order)[:, :k]
+        codes = row_codes(self.words, ids, self.order)[:, :k]
         if self.terms is None:
             offset = None if self.offset is None else jnp.take(self.offset, ids, axis=0)
             return from_grid(codes, self.format, scale, offset, self.group_size)
@@ -216,7 +220,7 @@ class PreparedArray(BipolarNumbers):
         return None
 
     def _unpacked_codes(self, words: Array) -> Array:
-        codes = unpack_fields(words, self.natural_order)
+        codes = unpack_fields(words, self.order)
         return _out_of_tiles(codes, self.row_sums.shape[-2], self.gated)[:, : self.contracted_size]
 
     def _unpacked_terms(self, terms: Array) -> tuple[Array, Array]:
@@ -248,32 +252,35 @@ def has_terms(w: Any) -> bool:
     return w.groups is not None or has_float_groups(w)
 
 
-def prepared(w: Any, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
+def prepared(w: Any, gated: bool, float_terms: FloatTerms | None, for_floats: bool) -> PreparedArray:
     """A `BipolarArray` laid out; `float_terms` is the form of float scales of groups, if it has such.
 
     It is one of BLOCK_TERMS if w is a `BlockScaledArray`.
     """
     static = (w.format, w.contracted_size, w.axis, w.group_size, gated)
     codes = w.stored() if float_terms in BLOCK_TERMS else w.codes()
-    words, terms = _prepared_leaves(w, codes, gated, float_terms)
+    order = "floats" if for_floats else order_of_groups(w.group_size if has_terms(w) else None)
+    words, terms = _prepared_leaves(w, codes, gated, float_terms, order)
     if float_terms is None:
-        return PreparedArray(words, terms, w.scale, w.row_sums, *static, w.offset)
+        return PreparedArray(words, terms, w.scale, w.row_sums, *static, w.offset, for_floats=for_floats)
     lengths = along_last(group_lengths(w.contracted_size, w.group_size), w.row_sums.ndim)
     sums = w.scale * w.value_sums().astype(jnp.float32)
     sums = sums if w.offset is None else sums + w.offset * lengths.astype(jnp.float32)
     number_sums = jnp.sum(sums, axis=-1, keepdims=True)
     code_sums = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
     scale = jnp.ones_like(number_sums)
-    return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms)
+    return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms, for_floats)
 
 
-def _prepared_leaves(w: Any, codes: Array, gated: bool, float_terms: FloatTerms | None) -> tuple[Array, Array | None]:
+def _prepared_leaves(
+    w: Any, codes: Array, gated: bool, float_terms: FloatTerms | None, order: TokenOrder
+) -> tuple[Array, Array | None]:
     """`words` of codes, and `terms` of a `BipolarArray` or a `BlockScaledArray`."""
-    natural, bits = in_natural_order(w.group_size if has_terms(w) else None), w.bits
+    bits = w.bits
 
     def words_of(codes: Array) -> Array:
         codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % STAGE)))
-        return pack_fields(_in_tiles(codes, gated), bits, natural)
+        return pack_fields(_in_tiles(codes, gated), bits, order)
 
     words = _over_batch(words_of, 2)(codes)
     if not has_terms(w):

@@ -95,18 +95,23 @@ def test_rows_are_those_of_the_array(bits, group_size):
     np.testing.assert_array_equal(w.T.prepare().rows_at(ids), w.T.dequantize()[ids])
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(1, 32), (2, 16), (3, 16), (6, 32)])
-def test_every_code_is_where_its_thread_looks(bits, group_size):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "for_floats"),
+    [(1, 32, False), (2, 16, False), (3, 16, False), (6, 32, False), (4, 64, True)],
+)
+def test_every_code_is_where_its_thread_looks(bits, group_size, for_floats):
     groups, w = groups_of(BipolarFormat(bits), group_size)
-    prepared = w.prepare()
+    prepared = w.prepare(for_floats=for_floats)
     found = codes_by_definition(np.asarray(prepared.words)[1, :, 1], bits)
     element = np.arange(128)
-    if not prepared.natural_order:
-        element = element // 32 * 32 + 8 * (element % 4) + element % 32 // 4
+    step, half, t, e, p = np.unravel_index(element, (4, 2, 4, 2, 2))  # of positions
+    by_float = 32 * step + 16 * half + 8 * p + 2 * t + e
+    by_byte = element // 32 * 32 + 8 * (element % 4) + element % 32 // 4
+    element = by_float if prepared.order == "floats" else by_byte
     filled = np.zeros((256, 256), int)
     filled[:N, :K] = groups.codes
     np.testing.assert_array_equal(found, filled[128:, 128 + element])
-    assert prepared.natural_order == (group_size == 16)
+    assert prepared.order == ("floats" if group_size == 16 or for_floats else "bytes")
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 64, 128, 192])
@@ -142,14 +147,14 @@ def test_expanded_bytes_are_the_weights():
     groups, w = groups_of(BipolarFormat(5), 16, n=128, k=128)
     prepared = w.prepare()
     expanded = jax.jit(fields.expand_tile)(np.asarray(prepared.words)[0, :, 0], np.asarray(prepared.terms)[0, :, 0])
-    np.testing.assert_array_equal(expanded, groups.values + 128)
+    np.testing.assert_array_equal(expanded, fields.positions_of(groups.values + 128, "floats"))
 
 
 def test_a_tile_has_gates_and_their_values():
     fmt, half = BipolarFormat(3), 70
     w = codes_of(fmt, 2 * half, 40)
     prepared, codes = w.prepare(gated=True), np.asarray(w.codes())
-    tiles = np.asarray(jax.jit(fields.unpack_fields, static_argnums=1)(prepared.words, False)).reshape(2, 128, 128)
+    tiles = np.asarray(jax.jit(fields.unpack_fields, static_argnums=1)(prepared.words, "bytes")).reshape(2, 128, 128)
     np.testing.assert_array_equal(tiles[0, :64, :40], codes[:64])
     np.testing.assert_array_equal(tiles[0, 64:, :40], codes[half : half + 64])
     np.testing.assert_array_equal(tiles[1, :6, :40], codes[64:half])

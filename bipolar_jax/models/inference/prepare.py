@@ -147,7 +147,7 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         float_terms = None
         if has_float_groups(weights):
             float_terms = weights.prepared_terms if isinstance(weights, BlockScaledArray) else terms[weights.format]
-        return weights, is_gated, float_terms
+        return weights, is_gated, float_terms, layer.precision.a_bits is None
 
     programs = {}
     for layer, is_gated in layers:
@@ -161,12 +161,15 @@ def _lay_out_for_tensor_cores(model: Transformer, dtype: jnp.dtype, *, everythin
         _set_weights(layer, _prepared(*operands(layer, is_gated)))
 
 
-@functools.partial(jax.jit, static_argnames=("gated", "float_terms"))
-def _prepared(weights: BipolarArray | BlockScaledArray, gated: bool, float_terms: FloatTerms | None) -> PreparedArray:
+@functools.partial(jax.jit, static_argnames=("gated", "float_terms", "for_floats"))
+def _prepared(
+    weights: BipolarArray | BlockScaledArray, gated: bool, float_terms: FloatTerms | None, for_floats: bool
+) -> PreparedArray:
     """`weights.prepare`, one layer of a stack after the other, so that what it makes on the way is one layer's."""
+    options = {"gated": gated, "float_terms": float_terms, "for_floats": for_floats}
     if weights.ndim == 2:
-        return weights.prepare(gated=gated, float_terms=float_terms)
-    return jax.lax.map(functools.partial(_prepared, gated=gated, float_terms=float_terms), weights)
+        return weights.prepare(**options)
+    return jax.lax.map(functools.partial(_prepared, **options), weights)
 
 
 def _in_dtype(model: Transformer, dtype: jnp.dtype) -> Transformer:

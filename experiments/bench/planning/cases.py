@@ -136,7 +136,7 @@ class Case:
             packed.scale[columns],
             None if groups is None else jax.tree.map(lambda term: term[columns], groups),
         )
-        return (operands.x, packed.prepare() if self._is_prepared else packed), sample
+        return (operands.x, packed.prepare(for_floats=a_format is None) if self._is_prepared else packed), sample
 
     @property
     def _is_prepared(self) -> bool:

@@ -1,10 +1,9 @@
 """Coefficients of the planner's cost model from measured times: sources of measurements, and the fit.
 
 Four kinds of results are read: tilings of `bench.tune` and those of `products.expanded`, device times of kernels; those
-of `products.float_products`, device times with the order of tokens; and of `bench.coverage` those of profiled kernels,
-and wall times of whole operations, which also contain the quantizer, gaps, and what is expanded in memory. These have
-counts of their own, so that one fit takes all. Wall times whose quartiles lie apart are left out: neighbours slowed the
-launches.
+of `products.float_products`; and of `bench.coverage` those of profiled kernels, and wall times of whole operations,
+which also contain the quantizer, gaps, and what is expanded in memory. These have counts of their own, so that one fit
+takes all. Wall times whose quartiles lie apart are left out: neighbours slowed the launches.
 """
 
 from __future__ import annotations
@@ -113,9 +112,9 @@ def _of_expanded(shapes: dict[str, Any]) -> Iterable[Measurement]:
             if "microseconds" in tilings:  # of bf16 and of bytes
                 continue
             bits, _, group_size = weights.partition("g")
-            # Of float activations "tokens" is the pass that brings them into the order of fields.
-            is_float = "tokens" in tilings
-            rest = {"numbers in order": m * k / 1000} if is_float else {}
+            is_float = any(map(_FLOAT_NAME.fullmatch, tilings))
+            # The pass that brought floats into the order of bytes, before weights took that of floats.
+            rest = {"numbers in order": m * k / 1000} if "tokens" in tilings else {}
             problem = f"{shape} {weights}" + (", floats" if is_float else "")
             for name, figures in tilings.items():
                 match = (_FLOAT_NAME if is_float else _EXPANDED_NAME).fullmatch(name)
@@ -149,7 +148,8 @@ def _counts_of_operation(
     tiling, w_bits = Tiling(**figures["tiling"]), as_format(precision.w_bits).bits
     rest = {"operation": 1.0}
     is_float = precision.a_bits is None
-    rest["numbers in order" if is_float else "quantized numbers"] = m * k / 1000
+    if not is_float:
+        rest["quantized numbers"] = m * k / 1000
     if is_float or figures.get("layout") == "tensor_cores":
         chunks = _chunks("" if precision.group_size is None else str(precision.group_size))
         return "expanded", expanded_counts(tiling, m, n, k, w_bits, chunks, is_float=is_float), rest

@@ -3,15 +3,15 @@
     python -m experiments.bench.products.float_products --out=DIR/float_products.json
 
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
-Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "tokens" is the pass that brings
-tokens into the order of the weights' fields. "XLA" is the same operation, of packed weights, by the backend that
-serves every device. With --tilings every tiling is timed; of up to 64 tokens those of few tokens with the most
-warps that multiply, and from 17 on the best of `gemm_expanded`.
+Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "XLA" is the same operation, of
+packed weights, by the backend that serves every device. With --tilings every tiling is timed; of up to 64 tokens those
+of few tokens with the most warps that multiply, and from 17 on the best of `gemm_expanded`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import float_products
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
 from bipolar_jax.ops.dispatch import BACKENDS
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.words import unpack_codes
@@ -65,7 +64,7 @@ def weights_of(operands: Operands, weights: Weights) -> tuple[BipolarArray, np.n
 
 def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict[str, Call]:
     """The product of prepared weights, what it contains, other ways, and XLA's."""
-    prepared = jax.jit(BipolarArray.prepare)(w)
+    prepared = jax.jit(functools.partial(BipolarArray.prepare, for_floats=True))(w)
 
     def product(x, w):
         return float_products.weight_only_matmul(x, w, None)
@@ -76,7 +75,6 @@ def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict
         named = tilings_of_few_tokens(operands.shape, prepared) if tilings else {}
         return todo | {name: _by_tiling(tiling, operands.x, prepared) for name, tiling in named.items()}
 
-    todo["tokens"] = (lambda x: token_words(x, prepared.natural_order), (operands.x,))
     todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
     times = float_products.tiling_times(m, prepared) if tilings else {}
     for tiling in sorted(times, key=times.get):

@@ -103,6 +103,7 @@ def _case(
     is_decoding: bool = False,
 ) -> Case:
     n += n % 2 if layout == "gated" else 0
+    for_floats = m % 2 == 0  # either order of tokens
 
     def make() -> Trial:
         rng = generator(m, n, k)
@@ -141,7 +142,8 @@ def _case(
             tolerance = tolerance + rounding(dtype, np.abs(expected) + tolerance)
 
         def product(x, w, bias, residual):
-            w = w if layout == "packed" else w.prepare(gated=layout == "gated", float_terms=kind)
+            if layout != "packed":
+                w = w.prepare(gated=layout == "gated", float_terms=kind, for_floats=for_floats)
             return SM90.weight_only_matmul(x, w, bias, residual, activation)
 
         def check(y):
@@ -152,5 +154,6 @@ def _case(
         return one_program(product, (x, w, bias, residual), check)
 
     group = "" if group_size is None else f"g{group_size}{kind or ''}"
+    shown = layout + " for floats" * (layout != "packed" and for_floats)
     decoding = ", a decode step" if is_decoding else ""
-    return Case(f"W{fmt.name}A16{group} {m}x{n}x{k} {np.dtype(dtype).name} {layout}{decoding}", make)
+    return Case(f"W{fmt.name}A16{group} {m}x{n}x{k} {np.dtype(dtype).name} {shown}{decoding}", make)

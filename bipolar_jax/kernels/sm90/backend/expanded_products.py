@@ -115,11 +115,11 @@ def plan_matmul(m: int, dtype: jnp.dtype, w: BipolarNumbers, a_format: BipolarFo
     return Plan(describe_expanded(m, w), choice.reason, choice.tiling)
 
 
-def laid_out(w: BipolarNumbers, *, gated: bool = False) -> PreparedArray:
-    """The weights as the kernel takes them; gated only if they have to be laid out here.
+def laid_out(w: BipolarNumbers, *, gated: bool = False, for_floats: bool = False) -> PreparedArray:
+    """The weights as the kernel takes them; gated and for floats only if they have to be laid out here.
 
     Raises:
       Unsupported: groups that are no multiple of 16 elements.
     """
     check_layout(w, gated)
-    return w if isinstance(w, PreparedArray) else w.prepare(gated=gated)
+    return w if isinstance(w, PreparedArray) else w.prepare(gated=gated, for_floats=for_floats)

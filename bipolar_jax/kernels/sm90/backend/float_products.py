@@ -51,7 +51,8 @@ def weight_only_matmul(
       Unsupported: as `plan_matmul`.
     """
     gates = activation is not None and activation.gated
-    plan, w, interpret = plan_matmul(x.shape[0], x.dtype, w), laid_out(w, gated=gates), interpret_params()
+    plan, interpret = plan_matmul(x.shape[0], x.dtype, w), interpret_params()
+    w = laid_out(w, gated=gates, for_floats=True)
     options = {"tiling": tiling or plan.tiling, "interpret": interpret}
     if isinstance(options["tiling"], FewTokensTiling):
         if w.gated == gates:

@@ -37,7 +37,7 @@ def multiply_fragments(acc: Fragment, fragments: list[Value], tile: Value, step:
     Args:
       acc: [m, n] of `wgmma.accumulator_dtype` in the layout `wgmma.ACCUMULATOR`.
       fragments: A's registers, four for every 64 rows of the accumulator: unsigned bytes, or floats of the kind.
-      tile: uint32 [n, WORDS_PER_ROW] in shared memory, with TILE_TRANSFORMS.
+      tile: uint32 [n, WORDS_PER_ROW] or 64 floats a row in shared memory, with TILE_TRANSFORMS.
       step: which 32 bytes of a row of the tile.
       kind: of the tile's numbers, signed bytes or floats.
     """

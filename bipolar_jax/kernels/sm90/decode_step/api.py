@@ -260,6 +260,8 @@ def _check_weights(
             raise Unsupported(f"either all weights are prepared or none, {name} is {kernel} beside {first}")
         if not prepared and kernel.has_integer_groups:
             raise Unsupported(f"{name} has integer groups in bit planes: prepare_for_inference lays them out")
+        if prepared and kernel.order != first.order:
+            raise Unsupported(f"{name} is laid out for {kernel.order}, the first product for {first.order}")
         same_groups = _groups(kernel) == _groups(first) if prepared else kernel.num_groups == 1
         if kernel.format != first.format or not same_groups:
             raise Unsupported(
@@ -285,7 +287,7 @@ def _groups(kernel: PreparedArray) -> tuple[int, str | None] | None:
 def _layout(kernel: BipolarArray | PreparedArray) -> PreparedLayout | None:
     if not isinstance(kernel, PreparedArray):
         return None
-    return PreparedLayout(kernel.chunks, kernel.natural_order, kernel.float_terms)
+    return PreparedLayout(kernel.chunks, kernel.order, kernel.float_terms)
 
 
 def _multiprocessors(array) -> int:

@@ -145,7 +145,7 @@ class PreparedKind:
 
     @property
     def _token_layout(self) -> TokenLayout:
-        return ByteLayout(self.shape.prepared.natural_order)
+        return ByteLayout(self.shape.prepared.order)
 
     def multiply(self, ring: WeightRing, layer, name: str, warpgroup, operand, sums) -> None:
         product = self.shape.products[name]

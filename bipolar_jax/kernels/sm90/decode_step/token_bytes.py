@@ -28,7 +28,8 @@ from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.bit_planes import code_encoder, codes_of, low_bytes, store_code_sums
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE, WARPGROUPS
-from bipolar_jax.packing.fields import STAGE, STEPS
+from bipolar_jax.packing import fields
+from bipolar_jax.packing.fields import STAGE, STEPS, TokenOrder
 
 _EVERY_BYTE = 0x01010101
 _SEGMENTS, SEGMENT_WORDS = 4, 8  # of a stage
@@ -49,10 +50,9 @@ def positions_of(words: UInt32[Array, "256"]) -> Int8[Array, "stages positions"]
     return numbers.transpose(0, 1, 3, 4, 2, 5).reshape(STAGES_PER_SLICE, -1)
 
 
-def words_of(numbers: Int8[Array, "1024"], natural_order: bool) -> UInt32[Array, "256"]:
+def words_of(numbers: Int8[Array, "1024"], order: TokenOrder) -> UInt32[Array, "256"]:
     """The inverse of `positions_of`, of elements."""
-    if not natural_order:
-        numbers = numbers.reshape(-1, 4, 8).swapaxes(1, 2)
+    numbers = fields.positions_of(numbers, order)
     numbers = numbers.reshape(STAGES_PER_SLICE // 2, 2, STEPS, 2, _SEGMENTS, 4).transpose(0, 1, 4, 2, 3, 5)
     numbers = jnp.stack([numbers[:, 0], _exchanged(numbers[:, 1])], axis=1)
     return lax.bitcast_convert_type(numbers.reshape(-1, 4), jnp.uint32)
@@ -87,21 +87,23 @@ class ByteLayout:
     """`TokenLayout` of signed codes u - o, a byte each.
 
     Attributes:
-      natural_order: whether positions are elements, see `packing.fields`.
+      order: that positions follow, see `packing.fields`.
     """
 
-    natural_order: bool
+    order: TokenOrder
 
     def words_of(self, codes, inside, a_format):
         signed = jnp.where(inside, codes - a_format.code_offset, 0)
-        return words_of(signed.astype(jnp.int8), self.natural_order)
+        return words_of(signed.astype(jnp.int8), self.order)
 
     def arrange(self, thread, words, inside, a_format):
         signed = [signed_bytes(word, a_format) for word in words]
-        return signed if inside is None else [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
+        if inside is not None:
+            signed = [ptx.choose(inside, word, ptx.int32(0)) for word in signed]
+        return signed if self.order == "bytes" else by_pair(thread, signed)
 
     def store(self, target, thread, words):
-        (store_natural if self.natural_order else store_interleaved)(target, thread, words)
+        (store_interleaved if self.order == "bytes" else store_by_pair)(target, thread, words)
 
 
 def _store_codes_twin(
@@ -227,8 +229,20 @@ def store_interleaved(target: Pointer, thread: Value, words: Sequence[Value]) ->
         ptx.store_byte(ptx.advance(target, ptx.plus(at, place)), ptx.shift_right(words[j // 4], 8 * (j % 4)))
 
 
-def store_natural(target: Pointer, thread: Value, words: Sequence[Value]) -> None:
-    """`store_interleaved` where positions are elements: the eight bytes are two words."""
+def by_pair(thread: Value, words: Sequence[Value]) -> list[Value]:
+    """What a thread stores where positions follow floats: the words of the lanes 2 p and 2 p + 1.
+
+    It has pair p of half h of a step, where it is 4 step + 2 h + p. Byte 2 e + p of the word of lane t is element
+    8 p + 2 t + e of the half, so that the threads of both pairs exchange a word.
+    """
+    is_second = ptx.equal(ptx.bits_of(thread, 1), 1)
+    received = ptx.exchange(ptx.choose(is_second, words[0], words[1]), 1)
+    first, second = ptx.choose(is_second, received, words[0]), ptx.choose(is_second, words[1], received)
+    return [ptx.pick_bytes(first, second, selector) for selector in (0x5140, 0x7362)]
+
+
+def store_by_pair(target: Pointer, thread: Value, words: Sequence[Value]) -> None:
+    """`store_interleaved` where positions follow floats, of the words of `by_pair`."""
     stage, step = ptx.shift_right(thread, 4), ptx.bits_of(ptx.shift_right(thread, 2), STEPS - 1)
     half, pair = ptx.bits_of(ptx.shift_right(thread, 1), 1), ptx.bits_of(thread, 1)
     at = ptx.plus(ptx.plus(ptx.times(stage, 128), ptx.times(step, 8)), ptx.times(half, 4))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt8
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
@@ -14,6 +13,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands, expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.gemm_expanded.scaled_arrays import scaled_operands
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import words_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 
@@ -31,7 +31,7 @@ def integer_product(
     """
     code_sums = jnp.sum(codes, axis=-1, dtype=jnp.int32)
     product = expanded_matmul(
-        _in_order(code_words(codes, a_format, "int8"), w),
+        words_in_order(code_words(codes, a_format, "int8"), w.order),
         w,
         TokenTerms(code_sums, jnp.zeros_like(code_sums), None),
         ColumnTerms(code_sums=w.row_sums[:, 0]),
@@ -76,7 +76,7 @@ def product_operands(
         bias=None if bias is None else bias.astype(jnp.float32),
     )
     return ExpandedOperands(
-        _in_order(tokens.words, w),
+        words_in_order(tokens.words, w.order),
         w,
         TokenTerms(tokens.code_sums, tokens.zero_code, tokens.scale),
         columns,
@@ -84,15 +84,5 @@ def product_operands(
     )
 
 
-def in_natural_order(x_words: UInt32[Array, "1 m words"]) -> UInt32[Array, "1 m words"]:
-    """Tokens of kind "int8" (`arithmetic.operands`) with their bytes in natural order."""
-    values = lax.bitcast_convert_type(x_words, jnp.uint8).reshape(*x_words.shape[:2], -1, 8, 4)
-    return lax.bitcast_convert_type(values.swapaxes(-1, -2).reshape(*x_words.shape, 4), jnp.uint32)
-
-
 def _recovery(w: PreparedArray, a_format: BipolarFormat, *, with_zero: bool) -> ExpandedRecovery:
     return ExpandedRecovery("int8", a_format, w.format, w.contracted_size, with_zero, w.terms is not None)
-
-
-def _in_order(words, w: PreparedArray):
-    return in_natural_order(words) if w.natural_order else words

@@ -27,7 +27,7 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.arithmetic.split_sums import add_splits
 from bipolar_jax.kernels.sm90.core.branches import when
 from bipolar_jax.kernels.sm90.core.emulation import launch_kernel
-from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS
+from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.sm90.core.wgmma import accumulator_dtype
 from bipolar_jax.kernels.sm90.gemm.config import CONSUMERS, Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
@@ -60,7 +60,7 @@ class SummedTokens(NamedTuple):
 class ExpandedOperands(NamedTuple):
     """The operands of `expanded_matmul`, in its order."""
 
-    x_words: UInt32[Array, "1 m words"] | SummedTokens
+    x: UInt32[Array, "1 m words"] | SummedTokens | Float[Array, "1 m padded_k"]
     weights: PreparedArray
     tokens: TokenTerms
     columns: ColumnTerms
@@ -68,7 +68,7 @@ class ExpandedOperands(NamedTuple):
 
 
 def expanded_matmul(
-    x_words: UInt32[Array, "1 m words"] | SummedTokens,
+    x: UInt32[Array, "1 m words"] | SummedTokens | Float[Array, "1 m padded_k"],
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
@@ -85,10 +85,9 @@ def expanded_matmul(
     """x . w^T of signed bytes, or of 16-bit floats, and prepared weights, finished by the epilogue.
 
     Args:
-      x_words: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8";
-        through `arrays.in_natural_order` if `weights.natural_order`. The number of words is a multiple of 4. Of weights
-        with float terms `SummedTokens`. Of an `ExpandedFloatRecovery` floats of its kind, as
-        `float_tokens.token_words` orders them.
+      x: signed codes of tokens as bytes, zero from the true K on, as `quantize_rows` gives them of kind "int8", through
+        `token_order.words_in_order`. Of weights with float terms `SummedTokens`. Of an `ExpandedFloatRecovery` floats
+        of its kind, as `token_order.tokens_in_order` has them. Rows are multiples of 16 bytes.
       weights: [k, n], gated if the activation is; scales and sums are those of `columns`.
       tokens: terms of the output's rows; scale None makes the output the int32 product.
       columns: terms of the output's columns. `code_sums` are the sums of s * u + o over the true K with groups, those
@@ -109,10 +108,11 @@ def expanded_matmul(
       ValueError: a tiling that does not fit, or splits K of gated weights; words that TMA cannot address, K whose sums
         exceed int32, operands that do not belong together, or an activation together with integers or a residual.
     """
-    scaled, is_float = isinstance(x_words, SummedTokens), isinstance(recovery, ExpandedFloatRecovery)
-    _, m, x_width = (x_words.words if scaled else x_words).shape
-    if x_width % 4:
-        raise ValueError(f"rows must be multiples of 4 words, got {x_width} words of x")
+    scaled, is_float = isinstance(x, SummedTokens), isinstance(recovery, ExpandedFloatRecovery)
+    rows = x.words if scaled else x
+    _, m, width = rows.shape
+    if width * rows.dtype.itemsize % TMA_ALIGNMENT:
+        raise ValueError(f"rows must be multiples of 16 bytes, got {width} numbers of {rows.dtype} in x")
     if (
         recovery.k != weights.contracted_size
         or recovery.grouped != (weights.terms is not None)
@@ -131,18 +131,18 @@ def expanded_matmul(
             raise ValueError(f"columns of gated weights are in the order of tiles: no splits of K, got {tiling}")
         problem = ExpandedProblem(m, n, recovery, tiling, blocks, **of_weights)
         output = TransposedOutput.of(accumulator_dtype(recovery.kind), None)
-        (sums,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
+        (sums,) = launch(problem, x, weights, tokens, columns, output, interpret=interpret)
         return add_splits(sums[..., :n], recovery, tokens, columns, jnp.dtype(dtype), residual, activation)
     n //= 1 if activation is None else activation.parts
     problem = ExpandedProblem(m, n, recovery, tiling, blocks, activation=activation, **of_weights)
     output = TransposedOutput.of(jnp.dtype(dtype), residual)
-    (out,) = launch(problem, x_words, weights, tokens, columns, output, interpret=interpret)
+    (out,) = launch(problem, x, weights, tokens, columns, output, interpret=interpret)
     return out[:, :n]
 
 
 def launch(
     problem: ExpandedProblem,
-    x_words: UInt32[Array, "1 tokens words"] | SummedTokens,
+    x: UInt32[Array, "1 tokens words"] | SummedTokens | Float[Array, "1 tokens padded_k"],
     weights: PreparedArray,
     tokens: TokenTerms,
     columns: ColumnTerms,
@@ -160,12 +160,12 @@ def launch(
             f"tokens are axis {problem.token_axis} of the accumulator, but {type(output).__name__} takes them "
             f"along axis {output.token_axis}"
         )
-    x_words, token_sums = x_words if isinstance(x_words, SummedTokens) else (x_words, None)
+    x, token_sums = x if isinstance(x, SummedTokens) else (x, None)
     if token_sums is not None:
         by_sequence = token_sums.reshape(problem.sequences, problem.m, -1).swapaxes(1, 2)
         token_sums = in_order_of_lanes(fill_up(by_sequence, SUMS_ORDER))
-    terms = arrange(problem, (x_words, weights.words), tokens, columns).terms
-    sources = Sources(x_words, weights.words, weights.terms, token_sums, terms)
+    terms = arrange(problem, (x, weights.words), tokens, columns).terms
+    sources = Sources(x, weights.words, weights.terms, token_sums, terms)
     arrays, tree = jax.tree.flatten((sources, output))
     return launch_kernel(
         functools.partial(_kernel, problem, tree),

@@ -107,7 +107,7 @@ def multiply_half(
 
     Args:
       acc: [TILE_ROWS, tokens] of `wgmma.accumulator_dtype` in the layout `wgmma.ACCUMULATOR`.
-      tokens: ref in shared memory, uint32 [tokens, 32] with `wgmma.TILE_TRANSFORMS`: the tile of this half.
+      tokens: ref in shared memory, [tokens, 32 words or 64 floats] with `wgmma.TILE_TRANSFORMS`: the tile of this half.
       words: likewise, uint32 [PARTS, bits, WORDS_PER_VECTOR], one tile and stage of prepared weights.
       terms: likewise, uint32 [PARTS, vectors, words], or None.
       multiplication: what fields become.

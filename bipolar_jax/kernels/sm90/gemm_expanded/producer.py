@@ -12,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.core.branches import when
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.producer import Range, column_ranges
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 
@@ -21,7 +20,7 @@ class Sources(NamedTuple):
     """What the producer loads: arrays, in the kernel refs in memory.
 
     Attributes:
-      tokens: uint32 [1, rows, words], signed bytes or 16-bit floats.
+      tokens: [1, rows, words or floats], signed bytes as uint32, or 16-bit floats.
       words: uint32 [tiles, PARTS, stages, bits, WORDS_PER_VECTOR], prepared weights.
       group_terms: uint32 [tiles, PARTS, stages, vectors, vector words], or None.
       token_sums: float32 [sequences, stages * chunks, m], sums of codes over chunks (`scaled_multiply`), or None.
@@ -79,9 +78,10 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
             barrier = scratch.full.at[problem.full_barrier(index, slot)]
             # Rows, words and tiles beyond the arrays come as zeros.
             for tile in range(problem.token_tiles):
-                first_word = (k_step * problem.token_tiles + tile) * WORDS_PER_ROW
+                width = scratch.tokens.shape[-1]
+                first = (k_step * problem.token_tiles + tile) * width
                 plgpu.copy_gmem_to_smem(
-                    sources.tokens.at[0, token_rows, pl.ds(first_word, WORDS_PER_ROW)],
+                    sources.tokens.at[0, token_rows, pl.ds(first, width)],
                     scratch.tokens.at[slot, tile],
                     barrier,
                     collective_axes=token_axes,

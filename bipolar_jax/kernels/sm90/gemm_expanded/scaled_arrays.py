@@ -11,6 +11,7 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands, SummedTokens
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ScaledRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import words_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import STAGE
@@ -26,17 +27,18 @@ def scaled_operands(
 
     Args:
       tokens: as `quantize_and_pack` gives them of kind "int8".
-      w: [k, n], with float terms; chunks of at least 32 elements, so that tokens are in the quantizer's order.
+      w: [k, n], with float terms; chunks of at least 32 elements, whose sums no order of tokens changes.
       a_format: of the tokens.
       bias: added to every row.
     """
+    words = words_in_order(tokens.words, w.order)
     columns = ColumnTerms(
         scale=w.scale[:, 0],
         scaled_value_sums=w.number_sums[:, 0],
         bias=None if bias is None else bias.astype(jnp.float32),
     )
     return ExpandedOperands(
-        SummedTokens(unsigned_words(tokens.words, a_format), _chunk_sums(tokens.words, w, a_format)),
+        SummedTokens(unsigned_words(words, a_format), _chunk_sums(words, w, a_format)),
         w,
         TokenTerms(None, tokens.zero_code, tokens.scale),
         columns,

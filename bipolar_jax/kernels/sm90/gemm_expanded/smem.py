@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bipolar_jax.kernels.sm90.core import wgmma
-from bipolar_jax.kernels.sm90.core.wgmma import WORDS_PER_ROW
+from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output
 from bipolar_jax.kernels.sm90.gemm.producer import column_ranges
 from bipolar_jax.kernels.sm90.gemm.smem import empty_barriers
@@ -22,7 +22,7 @@ class Scratch(NamedTuple):
     """What the warpgroups of a block share, beside the output's own scratch.
 
     Attributes:
-      tokens: ring buffer, uint32 [slots, token_tiles, block_m, WORDS_PER_ROW].
+      tokens: ring buffer, [slots, token_tiles, block_m, 32 words or 64 floats].
       words: ring buffer, uint32 [slots, weight_tiles, PARTS, bits, WORDS_PER_VECTOR].
       group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, words], or None.
       token_sums: ring buffer, float32 [slots, chunks, block_m], or None.
@@ -64,8 +64,8 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
 
     own = Scratch(
         tokens=plgpu.SMEM(
-            (tiling.slots, problem.token_tiles, tiling.block_m, WORDS_PER_ROW),
-            jnp.uint32,
+            (tiling.slots, problem.token_tiles, tiling.block_m, BYTES_PER_ROW // sources.tokens.dtype.itemsize),
+            sources.tokens.dtype,
             transforms=wgmma.TILE_TRANSFORMS,
         ),
         words=ring(sources.words),

@@ -13,12 +13,11 @@ from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, PTX_TYPES
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensProblem, FewTokensTiling, FloatTokens
 from bipolar_jax.kernels.sm90.prepared_few_tokens.launch import launch
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import token_words, words_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 
@@ -126,7 +125,7 @@ def few_tokens_floats(
     """
     columns = ColumnTerms(scale=w.scale[:, 0], bias=None if bias is None else bias.astype(jnp.float32))
     recovery = FloatTokens.of(PTX_TYPES[x.dtype.name], w.contracted_size, w.format)
-    words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
+    words = token_words(x, w.order).reshape(1, x.shape[0], -1)
     return _product(words, w, TokenTerms(None, None, None), columns, recovery, dtype or x.dtype, **options)
 
 
@@ -157,6 +156,6 @@ def _product(
         tiling = few_tokens_tiling(m, n, recovery.k, w.bits, w.chunks, w.gated, blocks, **kinds)
     static = (w.bits, w.chunks, w.gated, activation, jnp.dtype(dtype), tiling, w.float_terms)
     problem = FewTokensProblem(m, n, recovery, *static)
-    if w.natural_order and not problem.float_tokens:
-        x_words = in_natural_order(x_words)
+    if not problem.float_tokens:
+        x_words = words_in_order(x_words, w.order)
     return launch(problem, x_words[0], w, tokens, columns, residual, blocks=blocks, interpret=interpret)

@@ -1,7 +1,7 @@
 """What single threads do with float tokens: weights become 16-bit floats in registers, and sums are float32.
 
 As `threads.multiply_slot`, with instructions of 16-bit floats. A token's stage is two rows of 128 bytes, each half a
-stage, in the order of `prepared_weights.float_tokens`.
+stage, in the order of `prepared_weights.token_order`.
 """
 
 from __future__ import annotations

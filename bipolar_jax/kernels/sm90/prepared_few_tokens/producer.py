@@ -18,7 +18,7 @@ class Sources(NamedTuple):
     """Arrays, in the kernel refs in memory.
 
     Attributes:
-      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.float_tokens` has them.
+      x: uint32 [m, rows, 32], signed bytes of the tokens, or floats as `prepared_weights.token_order` has them.
       words: uint32 [parts, stages, bits, WORDS_PER_VECTOR], prepared weights.
       group_terms: uint32 [parts, stages, vectors, vector_words], or None.
       tokens: terms [m] or more.

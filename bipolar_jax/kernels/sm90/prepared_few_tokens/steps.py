@@ -39,8 +39,8 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     FewTokensProblem,
 )
 from bipolar_jax.kernels.sm90.prepared_weights.float_scaling import scaled_products
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import TOKEN_WORDS, positions_by_pair
-from bipolar_jax.packing.fields import PART_ROWS, STAGE, STEPS, expand_part
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import TOKEN_WORDS
+from bipolar_jax.packing.fields import PART_ROWS, STAGE, expand_part, positions_of
 
 _ACCUMULATOR_ROWS = 2 * FINISH_ROWS
 Sums = Num[Array, "128 width"]
@@ -56,8 +56,8 @@ def _float_products(problem: FewTokensProblem, words, terms, tokens):
     stages = problem.tiling.stages
     dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[problem.recovery.kind]
     rows = tokens.reshape(*tokens.shape[:1], -1)[: problem.m, : stages * TOKEN_WORDS]
-    steps = lax.bitcast_convert_type(rows, dtype).reshape(problem.m, stages, STEPS, -1)
-    positions = positions_by_pair(steps).reshape(problem.m, stages, STAGE).astype(jnp.float32)
+    numbers = lax.bitcast_convert_type(rows, dtype).reshape(problem.m, stages, STAGE)
+    positions = positions_of(numbers, "floats").astype(jnp.float32)
     if problem.float_terms is not None:
         codes = expand_part(words, None).astype(jnp.float32)
         by_chunk = positions.reshape(problem.m, stages, problem.chunks, -1)

@@ -147,7 +147,7 @@ class FloatExpansion:
         Args:
           registers: pairs of values of the rows r and r + 8 of one block, for the first half of the step, then the
             second.
-          tokens: two words for either half, see `float_tokens`.
+          tokens: two words for either half, see `token_order`.
           sums: float32, four.
         """
         for half in range(len(registers) // 2):

@@ -84,7 +84,7 @@ def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     codes = np.random.default_rng(bits).integers(0, 256, 1024)
     codes[:256] = 0
     warpgroup_simulator.install(monkeypatch)
-    token = stored_token(codes, A8, prepared.natural_order)
+    token = stored_token(codes, A8, prepared.order)
     expansion = scaled_products.ScaledExpansion(Expansion(bits, prepared.chunks), fmt, kind)
     warpgroup_simulator.bank_conflicts[0] = 0
     total = [np.zeros(128, np.float32)] * 4

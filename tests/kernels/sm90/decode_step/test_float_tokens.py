@@ -94,7 +94,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
     prepared = w.prepare()
     words, terms = (None if a is None else np.array(a)[0, part] for a in (prepared.words, prepared.terms))
     x = np.random.default_rng(bits).integers(-8, 9, 1024)
-    expected_words = float_token.float_words_of(jnp.asarray(x.astype(dtype)), prepared.natural_order)
+    expected_words = float_token.float_words_of(jnp.asarray(x.astype(dtype)), prepared.order)
     back = float_token.float_positions_of(expected_words, name)
     assert back.shape == (8, 128)
     assert back.dtype == dtype
@@ -102,7 +102,7 @@ def test_stages_are_multiplied(bits, group_size, stages, dtype, monkeypatch):
     warpgroup_simulator.install(monkeypatch)
     thread = ptx.thread_in_warpgroup()
     token = np.zeros(float_token.FLOAT_SLICE_WORDS, np.uint32)
-    store = float_token.store_natural if prepared.natural_order else float_token.store_interleaved
+    store = float_token.STORES[prepared.order]
     pairs = float_token.rounded_pairs(name, list(x.reshape(128, 8).T.astype(np.float32)))
     for stored in (0, 1):
         assert not token.any()
@@ -145,7 +145,7 @@ def test_sums_of_chunks_are_scaled(kind, bits, group_size, stages, dtype, monkey
     words, terms = (np.array(array)[0, part] for array in (prepared.words, prepared.terms))
     x = np.random.default_rng(bits).integers(-8, 9, 1024)
     x[:128] = 8
-    token = np.asarray(float_token.float_words_of(jnp.asarray(x.astype(dtype)), prepared.natural_order))
+    token = np.asarray(float_token.float_words_of(jnp.asarray(x.astype(dtype)), prepared.order))
     warpgroup_simulator.install(monkeypatch)
     expansion = CentredExpansion(fmt, prepared.chunks, FLOATS[name], kind)
     warpgroup_simulator.bank_conflicts[0] = 0

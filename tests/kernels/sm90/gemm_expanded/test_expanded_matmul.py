@@ -16,14 +16,15 @@ from bipolar_jax.kernels.sm90.arithmetic.epilogue import ColumnTerms, TokenTerms
 from bipolar_jax.kernels.sm90.arithmetic.operands import code_words
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.gemm.outputs.protocol import Output, Writer
-from bipolar_jax.kernels.sm90.gemm_expanded.arrays import in_natural_order, integer_product, tokens_product
+from bipolar_jax.kernels.sm90.gemm_expanded.arrays import integer_product, tokens_product
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import DEFAULT_TILING, expanded_matmul
 from bipolar_jax.kernels.sm90.gemm_expanded.output import TransposedOutput, TransposedWriter
 from bipolar_jax.kernels.sm90.gemm_expanded.problem import ExpandedProblem
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import words_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
-from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR
+from bipolar_jax.packing.fields import CHUNK_WORDS, PARTS, WORDS_PER_VECTOR, positions_of
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import sm90_compile
 from tests.support.integer_products import random_codes
@@ -112,10 +113,11 @@ def test_scaled_products(epilogue):
     assert not races_found()
 
 
-def test_tokens_in_natural_order():
+@pytest.mark.parametrize("order", ["bytes", "floats"])
+def test_bytes_lie_in_the_order_of_positions(order):
     codes = random_codes(A8, 3, 64, 0)
-    words = in_natural_order(code_words(jnp.asarray(codes), A8, "int8"))
-    np.testing.assert_array_equal(np.asarray(words).view(np.int8)[0], codes.astype(int) - 128)
+    words = words_in_order(code_words(jnp.asarray(codes), A8, "int8"), order)
+    np.testing.assert_array_equal(np.asarray(words).view(np.int8)[0], positions_of(codes.astype(int) - 128, order))
 
 
 def test_outputs_offer_what_the_protocol_says():
@@ -142,7 +144,7 @@ def test_what_does_not_belong_together_is_refused():
             dataclasses.replace(weights, contracted_size=70000),
         )
         expanded_matmul(words, rows, tokens, columns, longer, jnp.int32)
-    with pytest.raises(ValueError, match="multiples of 4 words, got 30"):
+    with pytest.raises(ValueError, match="multiples of 16 bytes, got 30 numbers of uint32"):
         expanded_matmul(words[..., :30], weights, tokens, columns, recovery, jnp.int32)
 
 

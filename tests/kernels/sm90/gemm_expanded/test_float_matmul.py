@@ -21,7 +21,7 @@ from bipolar_jax.kernels.sm90.gemm_expanded.floats.arrays import (
     below_powers_of_two,
     float_operands,
     step_operands,
-    step_words,
+    token_steps,
 )
 from bipolar_jax.kernels.sm90.gemm_expanded.floats.multiply import FloatMultiplication
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import expanded_matmul
@@ -66,7 +66,7 @@ def weights_of(bits: int, n: int, k: int, group_size: int | None, kind: str | No
         (8, None, None, jnp.bfloat16, dict(tile_m=128, slots=2, splits=2), False),
         (4, 128, "zeros", jnp.bfloat16, dict(), False),
     ],
-    ids=["residual, clusters", "gated, alternating, natural order", "splits of K", "float groups"],
+    ids=["residual, clusters", "gated, alternating, order of floats", "splits of K", "float groups"],
 )
 @pytest.mark.sample(1)
 def test_products_are_those_of_the_weights(bits, group_size, kind, dtype, changes, gated):
@@ -78,7 +78,7 @@ def test_products_are_those_of_the_weights(bits, group_size, kind, dtype, change
     @jax.jit
     def product(x, w, bias, residual):
         return expanded_matmul(
-            *float_operands(x, w.prepare(gated=gated, float_terms=kind), bias),
+            *float_operands(x, w.prepare(gated=gated, float_terms=kind, for_floats=bits == 8), bias),
             jnp.float32,
             tiling=dataclasses.replace(SMALL, **changes),
             residual=residual,
@@ -117,7 +117,7 @@ def test_products_of_quantized_tokens_round_weights_alone(bits, group_size, kind
     @jax.jit
     def product(x, scale, zero, w):
         tokens = PackedTokens(code_words(x, a_format, "int8"), scale, zero, None)
-        operands = step_operands(tokens, w.prepare(float_terms=kind), a_format, None)
+        operands = step_operands(tokens, w.prepare(float_terms=kind, for_floats=a_bits == 8), a_format, None)
         return expanded_matmul(*operands, jnp.float32, tiling=SMALL, blocks=2, interpret=RACES)
 
     found = product(x, scale, zero.astype(np.int32), w)
@@ -132,7 +132,7 @@ def test_products_of_quantized_tokens_round_weights_alone(bits, group_size, kind
     assert np.all(np.abs(found - steps @ numbers.T) <= bound)
 
 
-def test_words_of_tokens_are_their_steps():
+def test_quantized_tokens_become_their_steps():
     """In the order of pairs, with zeros beyond K; either order of positions."""
     for group_size, bits in ((32, 8), (16, 1)):
         a_format, (m, k) = BipolarFormat(bits), (3, 72)
@@ -140,17 +140,19 @@ def test_words_of_tokens_are_their_steps():
         zero = np.array([0, 7, 200], np.int32)
 
         @jax.jit
-        def words(x, zero, w, a_format=a_format):
+        def steps_of(x, zero, w, a_format=a_format):
             w = w.prepare(float_terms="scales")
-            return step_words(PackedTokens(code_words(x, a_format, "int8"), None, zero, None), a_format, w)
+            return token_steps(PackedTokens(code_words(x, a_format, "int8"), None, zero, None), a_format, w)
 
-        found = words(x, zero, w)
+        found = steps_of(x, zero, w)
         steps = x - zero[:, None] if bits > 1 else 2 * x.astype(int) - 1
-        halves = np.asarray(found).view(np.float16)[0].reshape(m, -1, 2, 2, 4, 2)  # step, half, pair, lane, number
-        positions = np.moveaxis(halves, 3, 5).reshape(m, -1, 32)
-        if group_size == 32:
-            positions = positions.reshape(m, -1, 8, 4).swapaxes(-1, -2)
-        np.testing.assert_array_equal(positions.reshape(m, -1), np.pad(steps, ((0, 0), (0, 128 - k))))
+        assert found.dtype == jnp.float16
+        numbers = np.asarray(found)[0]
+        if group_size == 32:  # in the order of bytes
+            halves = numbers.reshape(m, -1, 2, 2, 4, 2)  # step, half, pair, lane, number
+            positions = np.moveaxis(halves, 3, 5).reshape(m, -1, 32)
+            numbers = positions.reshape(m, -1, 8, 4).swapaxes(-1, -2).reshape(m, -1)
+        np.testing.assert_array_equal(numbers, np.pad(steps, ((0, 0), (0, 128 - k))))
 
 
 @pytest.mark.parametrize(("kind", "gated"), [("zeros", True), ("block_scales", False)])
@@ -247,7 +249,7 @@ def compiled(bits, group_size, name, tiling, *, kind=None, residual=False, gated
 
     return sm90_compile.compile_for_h200(
         multiply,
-        aval((1, m, k // 2), jnp.uint32),
+        aval((1, m, k), FLOATS[name].dtype),
         weights,
         TokenTerms(None, None, None if kind is None else aval((m,), jnp.float32)),
         ColumnTerms(scale=aval((n,), jnp.float32), bias=aval((n,), jnp.float32)),

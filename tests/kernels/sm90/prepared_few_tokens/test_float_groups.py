@@ -17,6 +17,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens import threads
 from bipolar_jax.kernels.sm90.prepared_few_tokens.api import few_tokens_product
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import CONSUMER_REGISTERS, PRODUCER_REGISTERS, FewTokensTiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import words_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing.fields import PARTS
 from bipolar_jax.packing.float_terms import BLOCK_TERMS
@@ -96,11 +97,9 @@ def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
     problem = dataclasses.replace(problem, float_terms=kind)
     x = random_codes(A8, m, k, 0)
     x[:3] = np.array([0, 255, 0])[:, None]
-    natural = np.array(code_words(jnp.asarray(x), A8, "int8")).view(np.uint8)
-    if prepared.natural_order:
-        natural = (x.astype(int) - 128).astype(np.int8).view(np.uint8)
+    tokens = np.array(words_in_order(code_words(jnp.asarray(x), A8, "int8"), prepared.order)).view(np.uint8)
     slot = np.zeros((problem.width, problem.token_rows, 128), np.uint8)
-    slot[:m, : tiling.stages] = natural.reshape(m, -1, 128)
+    slot[:m, : tiling.stages] = tokens.reshape(m, -1, 128)
     words, terms = (
         np.array(array).reshape(PARTS, *array.shape[2:])[: tiling.parts].copy()
         for array in (prepared.words, prepared.terms)

@@ -23,7 +23,7 @@ from bipolar_jax.kernels.sm90.prepared_few_tokens.config import (
     FloatTokens,
 )
 from bipolar_jax.kernels.sm90.prepared_few_tokens.tilings import few_tokens_tiling
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import token_words
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import token_words
 from bipolar_jax.packing.fields import PARTS
 from tests.packing.float_groups import float_groups, numbers_of
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
@@ -98,7 +98,7 @@ def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
     recovery = FloatTokens.of(PTX_TYPES[np.dtype(dtype).name], k, fmt)
     problem = FewTokensProblem(m, n, recovery, 4, prepared.chunks, False, None, jnp.dtype(jnp.float32), tiling, kind)
     x = np.random.default_rng(0).integers(-8, 9, (m, k))
-    words = np.array(token_words(jnp.asarray(x.astype(dtype)), prepared.natural_order)).view(np.uint8)
+    words = np.array(token_words(jnp.asarray(x.astype(dtype)), prepared.order)).view(np.uint8)
     slot = np.zeros((problem.width, problem.token_rows, 128), np.uint8)
     slot[:m, : 2 * tiling.stages] = words.reshape(m, -1, 128)
     rows = slot.reshape(-1, 8, 16)

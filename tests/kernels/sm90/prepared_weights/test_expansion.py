@@ -8,6 +8,7 @@ import pytest
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core import ptx
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALVES, Expansion
+from bipolar_jax.packing.fields import positions_of
 from tests.packing.integer_groups import array_of_codes, array_of_groups, random_groups
 from tests.support import warpgroup_simulator
 from tests.support.integer_products import random_codes
@@ -38,8 +39,7 @@ def test_threads_make_the_fragments(bits, group_size, monkeypatch):
     else:
         groups = random_groups(fmt, 128, 128, group_size)
         weights, expected = array_of_groups(groups, fmt, ones).prepare(), groups.values + 128
-    if not weights.natural_order:
-        expected = expected.reshape(128, 4, 4, 8).swapaxes(-1, -2).reshape(128, 128)
+    expected = positions_of(expected, weights.order)
     words, terms = (None if a is None else np.array(a[0, :, 0]).reshape(-1, 4) for a in (weights.words, weights.terms))
     expansion = Expansion(bits, weights.chunks)
     warpgroup_simulator.install(monkeypatch)

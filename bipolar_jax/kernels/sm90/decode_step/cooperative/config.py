@@ -246,8 +246,8 @@ class LayersShape:
     @property
     def multiplies_bits(self) -> bool:
         """Whether prepared weights are multiplied as bits, with the bit planes of one token's codes."""
-        prepared = self.prepared
-        has_fields = prepared is not None and self.w_format.bits <= MOST_BITS_BY_ROW and not prepared.natural_order
+        prepared, bits = self.prepared, self.w_format.bits
+        has_fields = prepared is not None and bits <= MOST_BITS_BY_ROW and prepared.order == "bytes"
         return has_fields and self.texts == 1 and not self.has_float_sums
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bipolar_jax.packing.fields import TokenOrder
 from bipolar_jax.packing.float_terms import FloatTerms, terms_shape
 
 
@@ -13,12 +14,12 @@ class PreparedLayout:
 
     Attributes:
       chunks: chunks of a stage with terms of their own; 0 without groups.
-      natural_order: whether positions of a stage are elements.
+      order: the order of tokens that positions of a stage follow.
       float_terms: the form of float scales of groups; None if there are none.
     """
 
     chunks: int
-    natural_order: bool
+    order: TokenOrder
     float_terms: FloatTerms | None = None
 
     @property

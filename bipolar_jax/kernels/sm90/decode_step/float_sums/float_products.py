@@ -63,8 +63,7 @@ class FloatKind(FloatSumsKind):
     ) -> None:
         """Rounds a warpgroup's K slices times the factor, and stores them for `multiply`."""
         shape, indices = self.shape, [warpgroup + i * WARPGROUPS for i in range(len(k_slices))]
-        natural = shape.prepared.natural_order
-        store_floats(operand, k_slices, indices, starts, k, factor, shape.float_token, natural)
+        store_floats(operand, k_slices, indices, starts, k, factor, shape.float_token, shape.prepared.order)
         # Numbers that are not normalized came here from a wait without a reduction over the warp.
         synchronize(lanes_apart=True)
 

@@ -1,7 +1,7 @@
 """Rounds a token's numbers to 16-bit floats, and stores them as `mma` reads them beside prepared weights.
 
 A step of the token is 16 words: four for each lane of four that share a row of the weights, in the order [lane, half,
-pair, 2] of `prepared_weights.float_tokens`. Loads of a lane's four words have no bank conflicts.
+pair, 2] of `prepared_weights.token_order`. Loads of a lane's four words have no bank conflicts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from bipolar_jax.kernels.sm90.core.fragments import K_SLICE_LAYOUT, SPLAT, numbe
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import K_SLICE
 from bipolar_jax.kernels.sm90.decode_step.cooperative.config import STAGES_PER_SLICE
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import positions_of_elements
-from bipolar_jax.packing.fields import STEPS
+from bipolar_jax.packing.fields import STEPS, TokenOrder, positions_of
 
 FLOAT_SLICE_WORDS = K_SLICE // 2
 STEP_WORDS, LANE_WORDS = 16, 4  # of a step; of a lane, in it
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
 
 
-def float_words_of(numbers: Float[Array, "1024"], natural_order: bool) -> UInt32[Array, "512"]:
+def float_words_of(numbers: Float[Array, "1024"], order: TokenOrder) -> UInt32[Array, "512"]:
     """The words of a slice of 16-bit floats, in jnp."""
-    positions = positions_of_elements(numbers.reshape(-1, 2 * STEP_WORDS), natural_order)
+    positions = positions_of(numbers, order)
     # [half, lane, 2, pair] to [lane, half, pair, 2].
     ordered = positions.reshape(-1, 2, 4, 2, 2).transpose(0, 2, 1, 4, 3)
     return lax.bitcast_convert_type(ordered.reshape(-1, 2), jnp.uint32)
@@ -44,13 +43,13 @@ def float_positions_of(words: UInt32[Array, "512"], float_type: str) -> Float[Ar
     return positions.reshape(STAGES_PER_SLICE, STEPS * 2 * STEP_WORDS)
 
 
-def _store_floats_twin(operand, k_slices, indices, starts, k, factor, float_type, natural_order):
+def _store_floats_twin(operand, k_slices, indices, starts, k, factor, float_type, order):
     for index, numbers, start in zip(indices, k_slices, starts, strict=True):
 
         @when(start < k)
         def _(index=index, numbers=numbers):
             scaled = numbers if factor is None else numbers * factor
-            operand[index] = float_words_of(scaled.astype(DTYPES[float_type]), natural_order)
+            operand[index] = float_words_of(scaled.astype(DTYPES[float_type]), order)
 
 
 @with_twin(_store_floats_twin)
@@ -62,7 +61,7 @@ def store_floats(
     k: int,
     factor: Float[Array, ""] | None,
     float_type: str,
-    natural_order: bool,
+    order: TokenOrder,
 ) -> None:
     """Rounds K slices times the factor, and stores those that begin before K.
 
@@ -74,7 +73,7 @@ def store_floats(
       k: the contracted size.
       factor: of all numbers, or None.
       float_type: "bf16" or "f16".
-      natural_order: whether positions are elements, see `packing.fields`.
+      order: that positions follow, see `packing.fields`.
     """
     count, factors = len(k_slices), [] if factor is None else [factor]
     types = [plgpu.RefType(), *[SPLAT] * len(factors), *[K_SLICE_LAYOUT] * count, *[SPLAT] * (2 * count)]
@@ -89,7 +88,7 @@ def store_floats(
             if factor:
                 numbers = [ptx.multiply(number, scalar_of(factor[0])) for number in numbers]
             target = ptx.advance(first_word, ptx.times(scalar_of(index), 4 * FLOAT_SLICE_WORDS))
-            store = store_natural if natural_order else store_interleaved
+            store = STORES[order]
             store(target, thread, rounded_pairs(float_type, numbers), ptx.less(scalar_of(start), k))
 
     inline(operand, *factors, *k_slices, *map(jnp.int32, indices), *map(jnp.int32, starts))
@@ -104,25 +103,30 @@ def rounded_pairs(float_type: str, numbers: Sequence[Value]) -> list[Value]:
     return [ptx.pick_bytes(low, high, 0x5410) for low, high in zip(halves[::2], halves[1::2], strict=True)]
 
 
-def store_natural(target: Pointer, thread: Value, words: Sequence[Value], stored: Value) -> None:
-    """Stores a thread's eight numbers of a slice, four words, where positions are elements: those of two lanes.
+def store_elements(target: Pointer, thread: Value, words: Sequence[Value], stored: Value) -> None:
+    """Stores a thread's eight numbers of a slice, four words, where positions follow floats: a word is a lane's pair.
 
     Args:
       target: of the slice.
-      thread: with elements 8 thread onwards.
+      thread: with elements 8 thread onwards: pair p of half h of a step, where thread is 4 step + 2 h + p.
       words: the numbers.
       stored: whether to.
     """
-    step, quarter = ptx.shift_right(thread, 2), ptx.bits_of(thread, 3)
-    half, pair_of_lanes = ptx.shift_right(quarter, 1), ptx.bits_of(quarter, 1)
-    at = ptx.plus(ptx.times(step, 4 * STEP_WORDS), ptx.plus(ptx.times(pair_of_lanes, 32), ptx.times(half, 8)))
+    own = list(words)
+    for bit in (2, 1):  # four threads exchange what is each other's: word t of thread q becomes word q of thread t
+        is_high = ptx.equal(ptx.bits_of(thread, bit), bit)
+        for low in (0, 1) if bit == 2 else (0, 2):
+            received = ptx.exchange(ptx.choose(is_high, own[low], own[low + bit]), bit)
+            own[low], own[low + bit] = (
+                ptx.choose(is_high, received, own[low]),
+                ptx.choose(is_high, own[low + bit], received),
+            )
     with ptx.when(stored):
-        for lane in range(2):
-            ptx.store(ptx.advance(target, ptx.plus(at, 4 * LANE_WORDS * lane)), paired(*words[2 * lane : 2 * lane + 2]))
+        ptx.store(ptx.advance(target, ptx.times(thread, 4 * LANE_WORDS)), own)
 
 
 def store_interleaved(target: Pointer, thread: Value, words: Sequence[Value], stored: Value) -> None:
-    """`store_natural` where position 4 j + i is element 8 i + j: four threads exchange what is each other's."""
+    """`store_elements` where position 4 j + i is element 8 i + j."""
     own = [word for half in range(2) for word in paired(*transposed(words[2 * half : 2 * half + 2], thread))]
     with ptx.when(stored):
         ptx.store(ptx.advance(target, ptx.times(thread, 4 * LANE_WORDS)), own)
@@ -146,3 +150,6 @@ def transposed(words: Sequence[Value], thread: Value) -> list[Value]:
 
 def _picked(is_odd: Value, a: Value, b: Value, odd: int, even: int) -> Value:
     return ptx.pick_bytes(a, b, ptx.choose(is_odd, ptx.int32(odd), ptx.int32(even)))
+
+
+STORES = {"bytes": store_interleaved, "floats": store_elements}

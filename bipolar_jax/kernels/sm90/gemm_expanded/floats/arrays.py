@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics import epilogue
@@ -16,14 +16,12 @@ from bipolar_jax.kernels.sm90.arithmetic.operands import fill_up
 from bipolar_jax.kernels.sm90.core.hardware import PTX_TYPES
 from bipolar_jax.kernels.sm90.gemm_expanded.launch import ExpandedOperands
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedFloatRecovery
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import by_pair, positions_of_elements, token_words
 from bipolar_jax.kernels.sm90.prepared_weights.floats import unit_of_values
+from bipolar_jax.kernels.sm90.prepared_weights.token_order import tokens_in_order
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
-from bipolar_jax.packing.fields import STAGE
+from bipolar_jax.packing.fields import STAGE, elements_of
 from bipolar_jax.packing.float_terms import pack_part_offsets, part_float_terms
-
-_STEP = 32  # elements that `float_tokens` orders
 
 
 def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, " n"] | None) -> ExpandedOperands:
@@ -38,11 +36,11 @@ def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, 
     """
     is_rounded = w.float_terms is not None
     w = below_powers_of_two(w) if is_rounded else w
-    words = token_words(x, w.natural_order).reshape(1, x.shape[0], -1)
     kind = PTX_TYPES[x.dtype.name]
     unit = 1.0 if is_rounded else unit_of_values(FLOATS[kind])
     recovery = ExpandedFloatRecovery(kind, w.contracted_size, w.format, w.terms is not None, True, unit=unit)
-    return ExpandedOperands(words, w, TokenTerms(None, None, None), _columns(w, bias), recovery)
+    x = tokens_in_order(x, w.order)[None]
+    return ExpandedOperands(x, w, TokenTerms(None, None, None), _columns(w, bias), recovery)
 
 
 def step_operands(
@@ -61,27 +59,21 @@ def step_operands(
     below_one = below_powers_of_two(w)
     scale = tokens.scale * (2.0 if a_format.bits > 1 else 1.0)
     recovery = ExpandedFloatRecovery("f16", w.contracted_size, w.format, True)
-    words = step_words(tokens, a_format, w)
-    return ExpandedOperands(words, below_one, TokenTerms(None, None, scale), _columns(below_one, bias), recovery)
+    steps = token_steps(tokens, a_format, w)
+    return ExpandedOperands(steps, below_one, TokenTerms(None, None, scale), _columns(below_one, bias), recovery)
 
 
-def step_words(tokens: PackedTokens, a_format: BipolarFormat, w: PreparedArray) -> UInt32[Array, "1 m words"]:
-    """Codes less their zero code, or values of one bit, as float16 in the order of `float_tokens`; 0 beyond K."""
+def token_steps(tokens: PackedTokens, a_format: BipolarFormat, w: PreparedArray) -> Float[Array, "1 m padded_k"]:
+    """Codes less their zero code, or values of one bit, as float16 in the order of `token_order`; 0 beyond K."""
     _, m, width = tokens.words.shape
     codes = lax.bitcast_convert_type(tokens.words[0], jnp.int8).reshape(m, 4 * width)
-    codes = fill_up(codes, STAGE).reshape(m, -1, _STEP).astype(jnp.int32)
-    if w.natural_order:  # the quantizer's bytes are not
-        codes = codes.reshape(*codes.shape[:-1], 8, 4).swapaxes(-1, -2).reshape(codes.shape)
+    codes = elements_of(fill_up(codes, STAGE), "bytes").astype(jnp.int32)
     if a_format.bits > 1:
-        steps = codes + (a_format.code_offset - tokens.zero_code[:m, None, None])
+        steps = codes + (a_format.code_offset - tokens.zero_code[:m, None])
     else:
         steps = 2 * codes + a_format.value_shift
-    if w.contracted_size < codes.shape[1] * _STEP:
-        elements = jnp.arange(codes.shape[1] * _STEP, dtype=jnp.int32).reshape(-1, _STEP)
-        inside = positions_of_elements(elements, w.natural_order) < w.contracted_size
-        steps = jnp.where(inside[None], steps, 0)
-    ordered = by_pair(steps.astype(jnp.float16))
-    return lax.bitcast_convert_type(ordered.reshape(1, m, -1, 2), jnp.uint32)
+    inside = jnp.arange(codes.shape[1], dtype=jnp.int32) < w.contracted_size
+    return tokens_in_order(jnp.where(inside, steps, 0).astype(jnp.float16), w.order)[None]
 
 
 def below_powers_of_two(w: PreparedArray) -> PreparedArray:

@@ -1,6 +1,6 @@
 """Products of 16-bit floats: weights expanded to bfloat16 or float16 in registers, tokens floats in shared memory.
 
-A stage of tokens is two tiles of 64 numbers a row, in the order in which `prepared_weights.float_tokens` pairs them:
+A stage of tokens is two tiles of 64 numbers a row, in the order in which `prepared_weights.token_order` pairs them:
 then the registers of codes that the int8 tensor cores would read, m64nNk32, become operands of two instructions
 m64nNk16, one for either half of a step.
 """
@@ -11,15 +11,14 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from bipolar_jax.kernels.sm90.core.ptx import Pointer, Value
 from bipolar_jax.kernels.sm90.core.wgmma import OperandKind
 from bipolar_jax.kernels.sm90.gemm_expanded.multiply import of_half
 from bipolar_jax.kernels.sm90.prepared_weights.expansion import HALF_STEPS
-from bipolar_jax.kernels.sm90.prepared_weights.float_tokens import positions_by_pair
 from bipolar_jax.kernels.sm90.prepared_weights.floats import PAIRS, FloatExpansion
+from bipolar_jax.packing.fields import positions_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,4 @@ class FloatMultiplication:
 
     def operands(self, words: Array, terms: Array | None, tokens: Array, half: int) -> tuple[Array, Array]:
         weights = of_half(self.expansion.of_tile(words, terms), half)
-        numbers = lax.bitcast_convert_type(tokens, self.expansion.float_type.dtype).reshape(
-            tokens.shape[0], HALF_STEPS, -1
-        )
-        x = positions_by_pair(numbers).reshape(tokens.shape[0], -1)
-        return weights.astype(jnp.float32), x.astype(jnp.float32)
+        return weights.astype(jnp.float32), positions_of(tokens, "floats").astype(jnp.float32)
