@@ -31,8 +31,8 @@ _MOST_TURNS = 2  # of products whose K is split: with more, the last turn is a s
 # Of products of 16-bit floats by `expanded_matmul`. An H200 took 0.95 and 1.35 us for a stage of both consumers and 64
 # or 128 tokens, 0.53 and 0.72 for one of alternating consumers (W4A16g128, `bench_float_products.json`).
 _FLOAT_STAGES, _FLOAT_TOKENS = 1.9, 2.25
-# Splits must save so much of the modelled time: the sums that they leave in memory are modelled least well. Beside whole
-# K an H200 took from 0.96 to 1.36 times as long with them as the model has, of six products (`bench_coverage.json`). So
+# Splits must save so much of the modelled time: the sums that they leave in memory are modelled least well. Of six
+# products an H200 took 0.96 to 1.36 times as long with them, beside whole K, as the model has (`bench_coverage.json`).
 # W4A8 of 134 x 5120 x 28672, where the model promises 8% and splits save 12%, stays whole.
 _LEAST_SAVING = 0.1
 
