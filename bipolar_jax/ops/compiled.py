@@ -8,16 +8,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bipolar_jax.kernels.device import default_device
-from bipolar_jax.kernels.sm90.core import execution
+from bipolar_jax.kernels.sm90.core import execution, kernel_programs
 from bipolar_jax.ops import dispatch
+
+# In which a program that is in JAX's persistent compilation cache has been read.
+_CACHED_SECONDS = 0.3
 
 
 def compiled[Result](function: Callable[..., Result]) -> Callable[..., Result]:
@@ -54,16 +58,42 @@ def as_array(x: Any) -> jax.Array:
 def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
     """Compiles each program on a thread of its own while the next one is lowered; no two of them may be the same.
 
-    Python traces and lowers on the caller's thread, XLA compiles without Python.
+    Python traces and lowers on the caller's thread, XLA compiles without Python. The Mosaic kernels of a program are
+    compiled on further threads, where XLA would compile one after the other.
 
     Raises:
       Whatever lowering or compiling raises, of the first program that fails.
+
+    Warns:
+      UserWarning: kernels could not be compiled apart, so that programs compile more slowly.
     """
+    kernels = []
     with ThreadPoolExecutor() as threads:
         with _no_garbage_collection():
-            compiled = [threads.submit(program.compile) for program in programs]
+            compiled = []
+            for program in programs:
+                compiled.append(threads.submit(program.compile))
+                for kernel_hash, kernel in kernel_programs.kernels_of(program).items():
+                    if kernel_hash not in _compiled_kernels:
+                        _compiled_kernels.add(kernel_hash)
+                        kernels.append(threads.submit(_compile_kernel, kernel, compiled[-1]))
         for each in compiled:
             each.result()
+    failures = [kernel.exception() for kernel in kernels if kernel.exception() is not None]
+    if failures:
+        apart = f"{len(failures)} of {len(kernels)} kernels could not be compiled apart"
+        warnings.warn(f"{apart}, so that programs compile more slowly: {failures[0]}", stacklevel=2)
+
+
+_compiled_kernels: set[bytes] = set()
+
+
+def _compile_kernel(kernel: Any, program: Future) -> None:
+    """Compiles a kernel of a program that is being compiled, unless this is found in JAX's persistent cache."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        wait([program], timeout=_CACHED_SECONDS)
+    if not program.done():
+        kernel_programs.compile_kernel(kernel, default_device())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -130,28 +131,41 @@ def compile_for_h200(
     Raises:
       Whatever the lowering or the compiler raises.
     """
-    topology = _topology()
-    replicated = jax.sharding.NamedSharding(
-        topologies.make_mesh(topology, (1,), ("device",)), jax.sharding.PartitionSpec()
-    )
-    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), avals)
     with optimizations(True):
-        # A new function each time: JAX's own cache would leave nothing to report.
-        lowered = jax.jit(lambda *args: fn(*args)).lower(*avals)
+        lowered = lower_for_h200(fn, *avals)
         entry = CACHE_FOLDER / f"{_fingerprint(lowered, ptx, options or {})}.json.gz"
         if entry.exists():
             stored = json.loads(gzip.decompress(entry.read_bytes()))
             return Program(stored["hlo"], MemoryAnalysis(**stored["memory"])), PtxasReport(stored["ptxas"])
-        with tempfile.TemporaryFile() as output:
-            with _ptxas_output_to(output, ptx):
-                compiled = lowered.compile(compiler_options=_compiler_options() | (options or {}))
-            output.seek(0)
-            report = PtxasReport(output.read().decode(errors="replace"))
+        compile_ = functools.partial(lowered.compile, compiler_options=_compiler_options() | (options or {}))
+        compiled, report = reported(compile_, ptx=ptx)
     memory = compiled.memory_analysis()
     sizes = {field.name: getattr(memory, field.name) for field in dataclasses.fields(MemoryAnalysis)}
     program = Program(compiled.as_text(), MemoryAnalysis(**sizes))
     _store(entry, {"hlo": program.hlo, "memory": sizes, "ptxas": report.text})
     return program, report
+
+
+def lower_for_h200(fn, *avals) -> jax.stages.Lowered:
+    """Lowers fn, as a new function each time: JAX's own cache would leave nothing to report; arguments as above."""
+    mesh = topologies.make_mesh(_topology(), (1,), ("device",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), avals)
+    return jax.jit(lambda *args: fn(*args)).lower(*avals)
+
+
+def h200() -> jax.Device:
+    """The device that programs are compiled for."""
+    return _topology().devices[0]
+
+
+def reported[Result](compile_: Callable[[], Result], *, ptx: bool = False) -> tuple[Result, PtxasReport]:
+    """What a compilation returns, and ptxas' reports on the kernels that are not compiled yet in this process."""
+    with tempfile.TemporaryFile() as output:
+        with _ptxas_output_to(output, ptx):
+            result = compile_()
+        output.seek(0)
+        return result, PtxasReport(output.read().decode(errors="replace"))
 
 
 def _store(entry: Path, contents: dict) -> None:

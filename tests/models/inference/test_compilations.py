@@ -6,16 +6,20 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import threading
+import types
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from bipolar_jax.kernels.sm90.core import kernel_programs
 from bipolar_jax.models.config import TransformerConfig
 from bipolar_jax.models.inference import decode_loop, generation
 from bipolar_jax.models.inference.generation import generate, stream
 from bipolar_jax.models.inference.sampling import Sampling
+from bipolar_jax.ops import compiled
 from bipolar_jax.ops.compiled import compile_together
 
 CONFIG = TransformerConfig(
@@ -97,3 +101,42 @@ def test_a_program_that_cannot_be_lowered_leaves_garbage_collection_on():
     with pytest.raises(ValueError, match="no such program"):
         compile_together(programs())
     assert gc.isenabled()
+
+
+def test_kernels_are_compiled_beside_their_program(monkeypatch):
+    """Each once in a process, unless the program is found in JAX's persistent cache; a failure is said."""
+    started_kernels = []
+
+    def compile_kernel(kernel, device):
+        started_kernels.append(kernel)
+        if kernel == "broken":
+            raise ValueError("no such instruction")
+
+    monkeypatch.setattr(compiled, "_compiled_kernels", set())
+    monkeypatch.setattr(kernel_programs, "kernels_of", lambda program: program.kernels)
+    monkeypatch.setattr(kernel_programs, "compile_kernel", compile_kernel)
+    program_ends = threading.Event()
+
+    def program(*kernels: str, cached: bool = False):
+        compile_ = (lambda: None) if cached else (lambda: program_ends.wait(60))
+        return types.SimpleNamespace(compile=compile_, kernels={name.encode(): name for name in kernels})
+
+    def compile_all(*programs, seconds=0.2):
+        program_ends.clear()
+        timer = threading.Timer(seconds, program_ends.set)
+        timer.start()
+        compile_together(programs)
+        found = sorted(started_kernels)
+        started_kernels.clear()
+        return found
+
+    assert compile_all(program("a", "b"), program("b", "c")) == ["a", "b", "c"]
+    assert compile_all(program("a", "d")) == ["d"]
+    with pytest.warns(UserWarning, match="1 of 2 kernels could not be compiled apart, .*: no such instruction"):
+        assert compile_all(program("broken", "e")) == ["broken", "e"]
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", "no folder")
+    try:
+        assert compile_all(program("f", cached=True), program("g"), seconds=0.6) == ["g"]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
