@@ -67,7 +67,7 @@ def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
     Warns:
       UserWarning: kernels could not be compiled apart, so that programs compile more slowly.
     """
-    kernels = []
+    kernels, device = [], default_device()
     with ThreadPoolExecutor() as threads:
         with _no_garbage_collection():
             compiled = []
@@ -76,7 +76,7 @@ def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
                 for kernel_hash, kernel in kernel_programs.kernels_of(program).items():
                     if kernel_hash not in _compiled_kernels:
                         _compiled_kernels.add(kernel_hash)
-                        kernels.append(threads.submit(_compile_kernel, kernel, compiled[-1]))
+                        kernels.append(threads.submit(_compile_kernel, kernel_hash, kernel, device, compiled[-1]))
         for each in compiled:
             each.result()
     failures = [kernel.exception() for kernel in kernels if kernel.exception() is not None]
@@ -88,12 +88,14 @@ def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
 _compiled_kernels: set[bytes] = set()
 
 
-def _compile_kernel(kernel: Any, program: Future) -> None:
+def _compile_kernel(kernel_hash: bytes, kernel: Any, device: jax.Device, program: Future) -> None:
     """Compiles a kernel of a program that is being compiled, unless this is found in JAX's persistent cache."""
     if jax.config.jax_compilation_cache_dir is not None:
         wait([program], timeout=_CACHED_SECONDS)
-    if not program.done():
-        kernel_programs.compile_kernel(kernel, default_device())
+    if program.done():
+        _compiled_kernels.discard(kernel_hash)  # another program may have to compile it
+    else:
+        kernel_programs.compile_kernel(kernel, device)
 
 
 @contextlib.contextmanager

@@ -105,14 +105,17 @@ def test_a_program_that_cannot_be_lowered_leaves_garbage_collection_on():
 
 def test_kernels_are_compiled_beside_their_program(monkeypatch):
     """Each once in a process, unless the program is found in JAX's persistent cache; a failure is said."""
-    started_kernels = []
+    started_kernels, caller = [], threading.get_ident()
 
     def compile_kernel(kernel, device):
+        assert device == caller  # whose thread has JAX's default device
         started_kernels.append(kernel)
         if kernel == "broken":
             raise ValueError("no such instruction")
 
     monkeypatch.setattr(compiled, "_compiled_kernels", set())
+    monkeypatch.setattr(compiled, "default_device", threading.get_ident)
+    monkeypatch.setattr(compiled, "_CACHED_SECONDS", 0.1)
     monkeypatch.setattr(kernel_programs, "kernels_of", lambda program: program.kernels)
     monkeypatch.setattr(kernel_programs, "compile_kernel", compile_kernel)
     program_ends = threading.Event()
@@ -137,6 +140,7 @@ def test_kernels_are_compiled_beside_their_program(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", "no folder")
     try:
-        assert compile_all(program("f", cached=True), program("g"), seconds=0.6) == ["g"]
+        assert compile_all(program("f", cached=True), program("g"), seconds=0.3) == ["g"]
+        assert compile_all(program("f", "g"), seconds=0.3) == ["f"]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

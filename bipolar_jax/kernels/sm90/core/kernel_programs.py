@@ -53,9 +53,9 @@ def _program_of(call: ir.Operation) -> ir.Module:
     operands, results = ([value.type for value in values] for values in (call.operands, call.results))
     with ir.InsertionPoint(program.body):
         block = func.FuncOp("main", (operands, results), visibility="public").add_entry_block()
+    # A clone would be a use of the call's operands for a moment: a thread that writes the program as bytecode crashes.
+    attributes = dict(call.attributes.items())
     with ir.InsertionPoint(block):
-        copy = call.clone()
-        for index, argument in enumerate(block.arguments):
-            copy.operands[index] = argument
+        copy = ir.Operation.create(call.name, results, list(block.arguments), attributes)
         func.ReturnOp(list(copy.results))
     return program

@@ -32,7 +32,7 @@ GATE = Activation("silu", gated=True)
         (66, 4, 128, "offsets", 8, False, 1e-5),
         (65, 8, 128, "scales", 5, True, 1e-5),  # an activation of its own
         (66, 4, 32, "offsets", 8, True, 1e-3),  # float16, the activation in the epilogue
-        (65, 2, 48, "zeros", 1, False, 1e-3),  # in natural order
+        (65, 2, 48, "zeros", 1, False, 1e-3),  # in the order of floats
         (66, 4, 32, "block_minimums", 8, False, 1e-3),  # steps of either sign, as of GGUF's Q4_K
         (66, 3, 16, "block_scales", 8, False, 1e-3),
     ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.mlir import ir
 
 from bipolar_jax import BipolarFormat
 from bipolar_jax.kernels.sm90.core.kernel_programs import compile_kernel, kernels_of
@@ -33,6 +35,35 @@ def test_kernels_become_programs():
         assert str(kernel).count("custom_call @mosaic_gpu_v2") == 1
     assert kernels.keys() == kernels_of(lowered(two_kernels)).keys()
     assert kernels_of(lowered(lambda x: x + 1)) == {}
+
+
+def test_the_program_is_left_alone_meanwhile():
+    """Another thread compiles it: while it is written as bytecode, foreign uses of its values crash the process."""
+    program = jax.jit(two_kernels).trace(X).lower(lowering_platforms=("cuda",))
+    operands = []
+
+    def visit(operation):
+        if operation.name == "stablehlo.custom_call":
+            operands.extend(operation.operands)
+        return ir.WalkResult.ADVANCE
+
+    program.compiler_ir("stablehlo").operation.walk(visit)
+
+    def uses() -> int:
+        return sum(1 for operand in operands for _ in operand.uses)
+
+    found, expected, before = set(), uses(), sys.gettrace()
+
+    def trace(frame, event, arg):
+        found.add(uses())
+        return trace
+
+    sys.settrace(trace)
+    try:
+        kernels_of(program)
+    finally:
+        sys.settrace(before)
+    assert found == {expected}
 
 
 @needs_compiler

@@ -40,7 +40,7 @@ FLOATS = dataclasses.replace(PREPARED, scales="float")
     [
         # Float32 offsets, a block of several parts, more loads than slots.
         (dataclasses.replace(FLOATS, hidden=256, ffn=256, heads=2, calibration="minmax", group_size=128), 3),
-        # Warps that take turns; natural order; no offsets.
+        # Warps that take turns; the order of floats; no offsets.
         (
             dataclasses.replace(
                 FLOATS, w_bits=6, a_bits=4, group_size=16, norm=LayerNorm, activation=Activation("gelu")

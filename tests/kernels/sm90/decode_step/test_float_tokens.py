@@ -48,7 +48,7 @@ ROTATED = Activation("silu", True, hadamard(320, block=16))
     [
         # Parts that are more than one block's, gates that end within a vector, biases.
         (dataclasses.replace(FLOAT, ffn=320, group_size=128, bias=True, activation=ROTATED), 3),
-        # Natural order, a norm that subtracts the mean, K slices of other warpgroups that end within a stage.
+        # The order of floats, a norm that subtracts the mean, K slices of other warpgroups that end within a stage.
         (
             dataclasses.replace(
                 FLOAT, w_bits=3, ffn=1152 + 64, group_size=16, norm=LayerNorm, activation=Activation("gelu")

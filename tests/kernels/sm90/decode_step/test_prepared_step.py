@@ -26,7 +26,7 @@ PREPARED = Case(1, 128, 128, 1, 1, 4, 8, 64, 32, prepared=True, group_size=64)
         (dataclasses.replace(PREPARED, hidden=256, ffn=384, heads=2, calibration="minmax", group_size=128), 5),
         # Warps that take turns, a K slice of other warpgroups, and no groups, but offsets.
         (Case(1, 128, 1152, 1, 1, 8, 8, 64, 40, "minmax", True, activation=Activation("gelu"), prepared=True), 3),
-        # The natural order, and a token of few bits.
+        # The order of floats, and a token of few bits.
         (dataclasses.replace(PREPARED, w_bits=3, a_bits=4, group_size=16, norm=LayerNorm), 2),
         (dataclasses.replace(PREPARED, w_bits=5, cache_bits=8, length=64), 1),
         (dataclasses.replace(PREPARED, w_bits=1, a_bits=1, gain=0.05), 2),

@@ -40,7 +40,7 @@ def packed(x: np.ndarray, scale: np.ndarray, zero_code: np.ndarray) -> PackedTok
 @pytest.mark.parametrize(
     ("kind", "bits", "group_size", "m", "n", "k", "tiling", "gated"),
     [
-        # Three units a block, a group that ends within a chunk of half a stage; natural order, with an activation.
+        # Three units a block, a group that ends within a chunk of half a stage; order of floats, with an activation.
         ("scales", 4, 128, 3, 150, 900, FewTokensTiling(1, parts=1, depth=1, slots=2), False),
         ("zeros", 3, 16, 11, 140, 300, FewTokensTiling(2, parts=3, depth=1, slots=3), True),
         # A cluster: totals are exchanged as floats.

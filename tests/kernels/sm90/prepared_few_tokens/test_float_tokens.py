@@ -52,7 +52,7 @@ def weights(fmt: BipolarFormat, group_size: int | None, n: int, k: int):
     [
         # Three units a block, more turns than slots, stages and tokens beyond the arrays.
         (BipolarFormat(4), 128, 3, 150, 1700, jnp.bfloat16, FewTokensTiling(1, parts=1, depth=1, slots=2), False),
-        # Idle warps, parts beyond the array, two chunks; positions in natural order.
+        # Idle warps, parts beyond the array, two chunks; positions in the order of floats.
         (BipolarFormat(3), 16, 11, 200, 300, jnp.float16, FewTokensTiling(2, parts=3, depth=1, slots=3), False),
         (BipolarFormat(8), None, 8, 140, 520, jnp.bfloat16, FewTokensTiling(1, parts=2, depth=2, slots=2), True),
         # A cluster, and a block without a turn.
@@ -84,7 +84,7 @@ def test_products_are_those_of_the_values(fmt, group_size, m, n, k, dtype, tilin
         (32, "offsets", FewTokensTiling(1, parts=2, depth=2), np.float16),
         (16, "scales", FewTokensTiling(1, parts=1, depth=1), ml_dtypes.bfloat16),
     ],
-    ids=["one part", "natural order", "three parts", "zeros", "offsets", "half a step a chunk"],
+    ids=["one part", "order of floats", "three parts", "zeros", "offsets", "half a step a chunk"],
 )
 def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
     """Lanes of all warpgroups, with tokens of small integers: sums of chunks are exact. No two lanes meet in a bank."""

@@ -59,7 +59,7 @@ def weights(bits: int, group_size: int | None, n: int, k: int):
     [
         # Three units a block, more turns than slots, stages and tokens beyond the arrays.
         (4, 128, 3, 150, 1700, FewTokensTiling(1, parts=1, depth=1, slots=2), False),
-        # Idle warps, parts beyond the array, two chunks; positions in natural order.
+        # Idle warps, parts beyond the array, two chunks; positions in the order of floats.
         (3, 16, 11, 200, 300, FewTokensTiling(2, parts=3, depth=1, slots=3), False),
         (2, None, 8, 140, 520, FewTokensTiling(1, parts=2, depth=2, slots=2), True),
         # A cluster: three units, more chunks than blocks, and a block without a turn.

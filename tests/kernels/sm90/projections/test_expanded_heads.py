@@ -127,7 +127,7 @@ def test_heads_are_those_of_bytes(case):
 
 @pytest.mark.covered("the kernel, by the tests beside it; the model, by `make gpu-test`")
 def test_prompts_of_integer_groups_are_served():
-    """Quantized, laid out, multiplied and cached; groups of 16, for which tokens are in natural order."""
+    """Quantized, laid out, multiplied and cached; groups of 16, for which tokens are in the order of floats."""
     prompts = Prompts(3, 8, 2, 67, 1, 1, 128, 70, rope=False, bias=True, group_size=16, k=70)
     (outcome,) = run_cases([Trial("heads", prompts.trial)], 1, around=lambda name: interpreted(RACES))
     assert outcome.error is None
