@@ -135,7 +135,7 @@ class BipolarNumbers(abc.ABC):
             return f"{name}({', '.join(map(str, leaves))})"
         offset = "" if self.offset is None else ", with offset"
         kind = ", integer groups" if self.has_integer_groups else ""
-        kind += ", gated" if getattr(self, "gated", False) else ""
+        kind += "".join(f", {name.replace('_', ' ')}" for name in ("gated", "for_floats") if getattr(self, name, False))
         return f"{name}(shape={self.shape}, bits={self.format.name}, group_size={self.group_size}{offset}{kind})"
 
     def values(self) -> Int[Array, "*shape"]:

@@ -92,7 +92,7 @@ def _serialize_static(kind: type[BipolarNumbers], values: tuple) -> bytes:
 
 
 def _deserialize_static(kind: type[BipolarNumbers], data: bytes) -> tuple:
-    fields = json.loads(data)
+    fields = {"for_floats": False, **json.loads(data)}  # which programs that were exported without it lack
     if "form" in fields:
         fields["form"] = BlockForm(**fields["form"])
     fields["format"] = BipolarFormat(fields.pop("bits"), ternary=fields.pop("ternary"))
