@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
             "reconstruction_long": {"reconstruction": {"epochs": 24}},
             "nested": {"rounding": {"nested": (6, 4)}},
             "planes_of_8": {"rounded_bits": 8, "rounding": {"nested": (6, 4)}},
+            "planes_of_8_even": {"rounded_bits": 8, "rounding": {"nested": (6, 4), "nested_decay": 0.25}},
             "cache_8": {"cache_bits": 8},
             "cache_4": {"cache_bits": 4},
             "whole_spans": {"learn_spans": 0},

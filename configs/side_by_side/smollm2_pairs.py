@@ -1,7 +1,7 @@
 """Methods of compression on the same draws of text, SmolLM2-135M, on one H200.
 
 Five draws each: integer against float scales of groups, and against qwix; one file of 8 bits read at fewer, against a
-calibration of each; caches of 8 and 4 bits. Three draws: blocks that learn, and another style of text, CPython's help
+calibration of each; caches of 8 and 4 bits. Three draws: such a file that serves 4 bits better, blocks that learn, and another style of text, CPython's help
 topics. Of the first six, at once, four took 4 to 6 minutes. Blocks that learn slow each other, and all others: eight
 chains at once, six of them such, did not end in six minutes. qwix's GPTQ is left out: its loop over columns, outside
 of jit, takes more than 7 minutes a draw.
@@ -30,6 +30,7 @@ _CHAINS = {
     "eight_bits": (_WIKITEXT, _FIVE, "W8A8", "descent,planes_of_8,qwix_ptq,qwix_awq"),
     "six_bits": (_WIKITEXT, _FIVE, "W6A8", "descent,planes_of_8,qwix_ptq,qwix_awq"),
     "cache": (_WIKITEXT, _FIVE, "W4A8", "descent,cache_8,cache_4,planes_of_8"),
+    "even_planes": (_WIKITEXT, _THREE, "W4A8,W6A8,W8A8", "descent,planes_of_8_even"),
     "three_bits": (_WIKITEXT, _FIVE, "W3A8g64", "descent,qwix_ptq,qwix_awq"),
     "help_topics": ("pydoc_topics", _THREE, "W4A8g64,W4A8,W3A8g64", "rounding,descent"),
 }

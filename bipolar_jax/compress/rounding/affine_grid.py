@@ -49,7 +49,8 @@ class NestedGrid:
 
     As an `AffineGrid`, but numbers and targets have an axis of precisions before the rows. The code is the one of least
     squared distance from the targets, summed over precisions (MatGPTQ, arXiv 2602.03537). A precision that drops d
-    planes weighs 2^-d, so that its errors, of about 4^d, matter more than those of all planes, but not as much more.
+    planes weighs 2^(-decay d), so that its errors, of about 4^d, matter more than those of all planes, but not as much
+    more.
 
     Attributes:
       step, base: of the codes with all planes.
@@ -57,6 +58,7 @@ class NestedGrid:
         mean; with integer groups the integer below.
       largest: the largest code.
       dropped: planes that each precision drops, 0 first.
+      decay: see `Rounding.nested_decay`.
     """
 
     step: Float[Array, "*groups n"]
@@ -64,6 +66,7 @@ class NestedGrid:
     middle: Float[Array, "*groups precisions n"]
     largest: int = dataclasses.field(metadata={"static": True})
     dropped: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    decay: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def of(self, groups: Int[Array, "*k"]) -> NestedGrid:
         """The grid of one group or several, given their indices."""
@@ -74,7 +77,7 @@ class NestedGrid:
 
         def distance(code):
             apart = self.numbers(jnp.full(self.step.shape, code)) - x
-            return sum(apart[i] ** 2 / 2**d for i, d in enumerate(self.dropped))
+            return sum(apart[i] ** 2 / 2 ** (self.decay * d) for i, d in enumerate(self.dropped))
 
         distances = jax.vmap(distance)(jnp.arange(self.largest + 1, dtype=jnp.float32))
         return jnp.argmin(distances, axis=0).astype(jnp.float32)

@@ -50,6 +50,7 @@ def search_grid(
     kind: Grid,
     weights: Float[Array, "groups size"] | None = None,
     dropped: tuple[int, ...] = (0,),
+    decay: float = 1.0,
 ) -> tuple[Float[Array, "n groups"], Float[Array, "n groups"], Float[Array, "n groups"] | None]:
     """The grid step * u + base of every group.
 
@@ -65,7 +66,8 @@ def search_grid(
       kind: see `Rounding`; of one bit, which has no zero, not "zero_point".
       weights: of the squared errors, above 0; None for equal ones.
       dropped: planes that are dropped by the precisions that the grid serves, 0 for all planes. The squared errors are
-        summed over them; one that drops d planes weighs 2^(-d/2).
+        summed over them; one that drops d planes weighs 2^(-decay d / 2).
+      decay: see `Rounding.nested_decay`.
 
     Returns:
       Steps; bases; the codes of zero, base = -step * zero code, or None for "free".
@@ -99,7 +101,7 @@ def search_grid(
         exact = (x - base[..., None]) * (2 * half_steps_per_unit(step))[..., None] + 0.5
         for d in dropped:
             high = jnp.clip(jnp.floor(exact / 2**d), 0, (largest + 1) // 2**d - 1)
-            yield 2 ** (-d / 2), 2**d * high + (2**d - 1) / 2
+            yield 2 ** (-decay * d / 2), 2**d * high + (2**d - 1) / 2
 
     def try_factor(index, best):
         step = widest * factors[index]

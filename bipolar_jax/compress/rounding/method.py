@@ -37,6 +37,8 @@ class Rounding:
         rounding makes up for, see `asymmetric_target`; it needs the product of both, `cross`.
       nested: fewer bits that the codes' high planes should serve too, such as (6, 4): `BipolarArray.truncate` then
         loses little, at some cost to all planes. For GPTQ; the grid is not refitted.
+      nested_decay: errors of a precision that drops d planes weigh 2^(-nested_decay * d) where codes are chosen, and
+        the root of that where the grid is searched: less than 1 serves fewer bits better, and all planes worse.
 
     Raises:
       ValueError: a value outside the above.
@@ -51,6 +53,7 @@ class Rounding:
     weighted_grid: bool = False
     asymmetry: float = 0.0
     nested: tuple[int, ...] = ()
+    nested_decay: float = 1.0
 
     def __post_init__(self):
         for name, allowed in {"algorithm": Algorithm, "grid": Grid}.items():
@@ -66,6 +69,8 @@ class Rounding:
             raise ValueError(f"damping must be finite and at least 0, got {self.damping!r}")
         if not (isinstance(self.asymmetry, int | float) and 0 <= self.asymmetry <= 1):
             raise ValueError(f"asymmetry must be from 0 to 1, got {self.asymmetry!r}")
+        if not (isinstance(self.nested_decay, int | float) and 0 <= self.nested_decay <= 2):
+            raise ValueError(f"nested_decay must be from 0 to 2, got {self.nested_decay!r}")
         if isinstance(self.nested, list):
             object.__setattr__(self, "nested", tuple(self.nested))
         are_bits = isinstance(self.nested, tuple) and all(type(bits) is int and bits >= 1 for bits in self.nested)

@@ -119,12 +119,14 @@ def round_in_stages(
         scales=precision.scales,
         ternary=number_format.ternary,
         dropped=dropped,
+        decay=method.nested_decay,
     )
     grid = _grid_of(found, number_format.max_value, precision.scales, kind)
     if method.algorithm == "nearest":
         return run(_result, grid, run(_nearest, targets, of_inputs(grid)), unit)
     if method.nested:
-        targets, nested = run(_nested, targets, grid, size=size, largest=grid.largest, dropped=dropped)
+        options = {"largest": grid.largest, "dropped": dropped, "decay": method.nested_decay}
+        targets, nested = run(_nested, targets, grid, size=size, **options)
         codes = run(_gptq, targets, hessian, nested, **turns)
         for _ in range(method.descent_passes):
             codes = run(_descend, targets, codes, hessian, nested, block=method.block)
@@ -165,7 +167,7 @@ def _targets(
     return rows, damped, jnp.diagonal(hessian), unit
 
 
-@functools.partial(jax.jit, static_argnames=("size", "kind", "scales", "ternary", "dropped"))
+@functools.partial(jax.jit, static_argnames=("size", "kind", "scales", "ternary", "dropped", "decay"))
 def _grid(
     rows: Float[Array, "k n"],
     weights: Float[Array, "k"] | None,
@@ -175,6 +177,7 @@ def _grid(
     scales: Scales,
     ternary: bool,
     dropped: tuple[int, ...],
+    decay: float,
 ) -> list[Float[Array, "..."]]:
     """The grid of least squared error, before codes are known: the arrays of `_grid_of`."""
     inside = valid_mask(len(rows), size)
@@ -184,7 +187,7 @@ def _grid(
 
     def find(block: Float[Array, "rows k"]) -> tuple[Array, ...]:
         x = split_groups(block, size)
-        step, base, zero = search_grid(x, inside, codes, kind, weights, dropped)
+        step, base, zero = search_grid(x, inside, codes, kind, weights, dropped, decay)
         if scales == "float":
             return (step, base) if zero is None else (step, zero)
         offset = base + codes.largest * step / 2
@@ -221,15 +224,15 @@ def _of_inputs(grid: FittedGrid, size: int, k: int) -> AffineGrid:
     return grid.affine().of(jnp.arange(k) // size)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "largest", "dropped"))
+@functools.partial(jax.jit, static_argnames=("size", "largest", "dropped", "decay"))
 def _nested(
-    rows: Float[Array, "k n"], grid: FittedGrid, size: int, largest: int, dropped: tuple[int, ...]
+    rows: Float[Array, "k n"], grid: FittedGrid, size: int, largest: int, dropped: tuple[int, ...], decay: float
 ) -> tuple[Float[Array, "k precisions n"], NestedGrid]:
     """Targets of all precisions, that of all planes first, and the grids of every input."""
     affine = grid.affine()
     targets = jnp.broadcast_to(rows[:, None], (len(rows), len(dropped), rows.shape[1]))
     middle = jnp.stack([grid.middle(d) for d in dropped], axis=-2)
-    grids = NestedGrid(affine.step, affine.base, middle, largest, dropped)
+    grids = NestedGrid(affine.step, affine.base, middle, largest, dropped, decay)
     return targets, grids.of(jnp.arange(len(rows)) // size)
 
 

@@ -128,6 +128,11 @@ def test_high_planes_of_nested_codes_serve_fewer_bits():
     assert descended[2] < 0.5 * nearest[2]
     assert descended[1] < nearest[1]
     assert descended[0] < 2 * nearest[0]
+    rounded = round_rows(W, hessian, "W8A8", Rounding(nested=(6, 4), nested_decay=0.0))
+    packed = from_codes(rounded.codes, 8, -1, rounded.scale, rounded.offset)
+    even = [losses_of(W[OTHERS], a.dequantize()[np.array(OTHERS)], HESSIAN).sum() for a in (packed, packed.truncate(4))]
+    assert even[1] < 0.95 * descended[2]
+    assert descended[0] < even[0] < 0.1 * even[1]
 
 
 def test_high_planes_of_integer_groups_serve_fewer_bits():
@@ -145,7 +150,7 @@ def test_high_planes_of_integer_groups_serve_fewer_bits():
     assert nested[2] < 0.7 * three
     integers = (a.T.astype(jnp.float32) for a in (rounded.groups.scale, rounded.groups.offset))
     grid = IntegerGrid(rounded.scale[:, 0], *integers, 63, False)
-    _, of_planes = _nested(jnp.asarray(W.T), grid, 24, 63, (0, 2, 3))
+    _, of_planes = _nested(jnp.asarray(W.T), grid, 24, 63, (0, 2, 3), 1.0)
     numbers = of_planes.numbers(rounded.codes.T)
     for index, bits in enumerate((6, 4, 3)):
         np.testing.assert_allclose(numbers[:, index].T[np.array(OTHERS)], truncated[bits], atol=1e-5)
@@ -188,6 +193,7 @@ def test_errors_of_round_rows(arguments, message):
         ({"damping": float("nan")}, "damping must be finite"),
         ({"nested": (4, 6)}, "falling numbers of bits"),
         ({"nested": 4}, "falling numbers of bits"),
+        ({"nested_decay": -1.0}, "nested_decay must be from 0 to 2, got -1.0"),
         ({"damping": "0.01"}, "damping must be finite"),
         ({"act_order": "no"}, "act_order must be True or False"),
         ({"nested": (4,), "algorithm": "nearest"}, "one target for a weight"),
