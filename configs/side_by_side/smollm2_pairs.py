@@ -1,10 +1,10 @@
 """Methods of compression on the same draws of text, SmolLM2-135M, on one H200.
 
 Five draws each: integer against float scales of groups, and against qwix; one file of 8 bits read at fewer, against a
-calibration of each; caches of 8 and 4 bits. Three draws: such a file that serves 4 bits better, blocks that learn, and another style of text, CPython's help
-topics. Of the first six, at once, four took 4 to 6 minutes. Blocks that learn slow each other, and all others: eight
-chains at once, six of them such, did not end in six minutes. qwix's GPTQ is left out: its loop over columns, outside
-of jit, takes more than 7 minutes a draw.
+calibration of each; caches of 8 and 4 bits. Three draws: such a file that serves 4 bits better, blocks that learn, and
+another style of text, CPython's help topics. Of the first four, and of the two before those that learn, at once, four
+took 4 to 6 minutes. Blocks that learn slow each other, and all others: eight chains at once, six of them such, did not
+end in six minutes. qwix's GPTQ is left out: its loop over columns, outside of jit, takes more than 7 minutes a draw.
 
 Claim: float groups at W4A8g64 are 0.15% (0.64) worse than integer ones, five draws. A file of 8 bits grows by 0.2% read
 at 8, 1.0% at 6 (five draws), and 20% at 4 (four draws), where a calibration for 4 bits grows by 12.8%. See
