@@ -72,8 +72,9 @@ def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
         with _no_garbage_collection():
             compiled = []
             for program in programs:
+                of_program = kernel_programs.kernels_of(program)  # before another thread reads the program
                 compiled.append(threads.submit(program.compile))
-                for kernel_hash, kernel in kernel_programs.kernels_of(program).items():
+                for kernel_hash, kernel in of_program.items():
                     if kernel_hash not in _compiled_kernels:
                         _compiled_kernels.add(kernel_hash)
                         kernels.append(threads.submit(_compile_kernel, kernel_hash, kernel, device, compiled[-1]))
