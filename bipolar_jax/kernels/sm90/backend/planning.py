@@ -213,8 +213,8 @@ def plan_heads(
 
 
 def _holds_heads(tiling: Tiling, head_dim: int) -> bool:
-    """Whether tiles are whole heads, and leave registers to rotate them."""
-    return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS
+    """Whether tiles are whole heads, and leave registers to rotate them; in clusters ptxas spills some."""
+    return tiling.tile_n % head_dim == 0 and tiling.tile_n <= MOST_HEAD_COLUMNS and tiling.cluster_size == 1
 
 
 def _with_staging_of_heads(choice: Choice) -> Choice:
