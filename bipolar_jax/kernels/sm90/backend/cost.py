@@ -23,7 +23,7 @@ Kernel = Literal["tiles", "expanded"]
 _LINE_BYTES = 128  # of the L2 cache
 _LOADED_BYTES_PER_CYCLE = 64  # of a multiprocessor
 # Loads of w take 1 + _UNSHARED / blocks above each other times as long, up to _MANY_BLOCKS. Of 1, 2 and 3, and of
-# 4, 8 and 16, these fit best.
+# 4, 8 and 16, with these the chosen tilings lose least (`experiments.bench.fit_costs`).
 _UNSHARED, _MANY_BLOCKS = 2, 8
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LEAST_STEPS = 8  # of a split: fewer do not fill the ring buffer

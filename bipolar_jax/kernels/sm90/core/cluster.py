@@ -2,7 +2,7 @@
 
 A mailbox is an mbarrier in shared memory, two words. Each of its phases ends when its block has said how many bytes it
 expects, and as many have come. Bulk copies bring them, so that no thread of either block moves them. Interpret mode has
-no clusters: nothing is sent there.
+no clusters: nothing is sent there. `clusters_at_once` says how many clusters of any size run.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ class Section(NamedTuple):
     start: Int[Array, ""]
     size: int
     sent: Bool[Array, ""] | bool
+
+
+# Multiprocessors of each GPC, within which a cluster's blocks run. How a chip's 132 are spread differs; an H200 was
+# seen to run fewer than 32 clusters of four blocks that have a multiprocessor each. This spread has room for 30.
+_OF_GPCS = (18, 18, 18, 18, 16, 16, 14, 14)
+
+
+def clusters_at_once(size: int, per_multiprocessor: int = 1) -> int:
+    """Clusters of `size` blocks that run at the same time, with so many blocks a multiprocessor."""
+    return sum(per_multiprocessor * multiprocessors // size for multiprocessors in _OF_GPCS)
 
 
 @with_twin(lambda mailbox: None)

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bipolar_jax.kernels.sm90.core.cluster import clusters_at_once
 from bipolar_jax.kernels.sm90.core.fragments import WARPS, canonical_layout
-from bipolar_jax.kernels.sm90.core.gpcs import clusters_at_once
 from bipolar_jax.kernels.sm90.core.hardware import MULTIPROCESSORS, TMA_ALIGNMENT
 from bipolar_jax.kernels.unsupported import Unsupported
 

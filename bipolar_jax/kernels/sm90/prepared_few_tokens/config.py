@@ -11,8 +11,8 @@ from bipolar_jax.format import BipolarFormat
 from bipolar_jax.kernels.semantics.prologue import Activation
 from bipolar_jax.kernels.sm90.arithmetic.float_types import FLOATS
 from bipolar_jax.kernels.sm90.arithmetic.recovery import FloatRecovery
+from bipolar_jax.kernels.sm90.core.cluster import clusters_at_once
 from bipolar_jax.kernels.sm90.core.fragments import WARPS
-from bipolar_jax.kernels.sm90.core.gpcs import clusters_at_once
 from bipolar_jax.kernels.sm90.core.hardware import SHARED_MEMORY_BYTES
 from bipolar_jax.kernels.sm90.core.wgmma import BYTES_PER_ROW, OperandKind
 from bipolar_jax.kernels.sm90.gemm_expanded.recovery import ExpandedRecovery
