@@ -58,10 +58,16 @@ def joined(layers: Sequence[Linear]) -> Linear:
         raise ValueError("layers to be joined read their inputs in different orders; join only layers that share one")
     result = nnx.clone(first)
     result.out_features = sum(math.prod(sizes(layer.out_features)) for layer in layers)
-    result.kernel = Packed(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=_COLUMNS_AXIS), *kernels))
+    result.kernel = Packed(_side_by_side(kernels))
     if first.bias is not None:
         result.bias = nnx.Param(jnp.concatenate([layer.bias[...] for layer in layers], axis=-1))
     return result
+
+
+@jax.jit
+def _side_by_side(kernels: list[BipolarNumbers]) -> BipolarNumbers:
+    """One program for all leaves: each by itself takes as long to compile."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=_COLUMNS_AXIS), *kernels)
 
 
 def _offset(kernel: BipolarNumbers) -> Array | None:

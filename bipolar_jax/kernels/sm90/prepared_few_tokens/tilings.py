@@ -26,8 +26,13 @@ _FROM_MEMORY, _ARRIVING = 18, 26
 # Products of bytes that the tensor cores of a multiprocessor make in a cycle of `mma.sync`, half of what wgmma makes.
 _PRODUCTS_OF_BYTES = 2048
 # Cycles, about, until the blocks of a cluster have each other's sums. Of floats a pair takes as long in every round,
-# four blocks twice as long: 16 x 4096 x 14336 at W4A16g128 took 18.6 us with four, 15.4 with two, 15.1 with one.
+# four blocks twice as long: 16 x 4096 x 14336 at W4A16g128 took 18.6 us with four, 15.4 with two, 15.1 with one. Of
+# codes a further round takes half as long: 4 x 18944 x 28672, of 9 rounds in pairs, took 87 and 80 us with and without
+# at W4A8, 66 and 59 at W2A8g64 (`bench_coverage_seed_1.json` of an H200).
 _EXCHANGE = 5000
+# Of the cycles, what clusters must save: all multiprocessors together get less from memory than the model gives them,
+# where they read for long (272 MB in 77 us, 59 MB in 15).
+_LEAST_SAVING = 0.03
 # Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
 # model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and
 # 28 for 64 tokens of the largest two, which took 29.3 and 30.0 (W4A8g128, `few_tokens.py`).
@@ -62,7 +67,8 @@ def few_tokens_tiling(
     fields = part_bytes(w_bits, 0)
 
     def cycles(tiling: FewTokensTiling) -> float:
-        return reading_cycles(tiling, m, rows_of_stage, total, stages, part, blocks)
+        margin = 1 if tiling.cluster == 1 else 1 + _LEAST_SAVING
+        return margin * reading_cycles(tiling, m, rows_of_stage, total, stages, part, blocks)
 
     def depth_of(tiling: FewTokensTiling) -> int:
         wanted = -(-_SLOT_BYTES // (tiling.workers * part))
@@ -129,7 +135,7 @@ def reading_cycles(
     reading = rounds * stages * stage / tiling.cluster
     if tiling.cluster == 1:
         return reading
-    exchanges = rounds * tiling.cluster / 2 if rows_of_stage > 1 else 1
+    exchanges = rounds * tiling.cluster / 2 if rows_of_stage > 1 else (1 + rounds) / 2
     return reading + exchanges * _EXCHANGE
 
 
