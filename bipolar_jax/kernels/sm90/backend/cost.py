@@ -31,9 +31,9 @@ _MOST_TURNS = 2  # of products whose K is split: with more, the last turn is a s
 # Of products of 16-bit floats by `expanded_matmul`. An H200 took 0.95 and 1.35 us for a stage of both consumers and 64
 # or 128 tokens, 0.53 and 0.72 for one of alternating consumers (W4A16g128, `bench_float_products.json`).
 _FLOAT_STAGES, _FLOAT_TOKENS = 1.9, 2.25
-# Splits must save so much of the modelled time: their sums take memory. Of 32 products that were timed with and without
-# them, the chosen tilings lose 0.8% on average and 8% at most, with a tenth 1.7% and 13% (each product left out of the
-# fit that chooses its tiling; `bench_coverage{,_seed_1,_plans}.json` and `bench_float_products.json` of an H200).
+# Splits must save so much of the modelled time: their sums take memory. With a tenth W4A8 of 134 x 5120 x 28672, and in
+# groups of 128 of 101 x 14336 x 28672, stayed whole, and took 1.14 and 1.13 times as long as with splits, which the
+# model has at 9 and 5% less (`bench_coverage{,_seed_1}.json` of an H200).
 _LEAST_SAVING = 0.02
 
 

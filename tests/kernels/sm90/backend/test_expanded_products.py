@@ -105,7 +105,7 @@ def test_plans_are_explained():
     ("m", "n", "k", "tile_m", "schedule", "splits"),
     [
         (1024, 4096, 14336, 128, "split_n", 1),  # 128 tiles
-        (777, 3584, 18944, 128, "split_n", 1),  # 98
+        (777, 3584, 18944, 128, "alternate", 2),  # 98 of both consumers, 392 halves of K of one
         (512, 4096, 4096, 128, "alternate", 1),  # 64 tiles of both consumers, or 128 of one
         (128, 4096, 14336, 128, "alternate", 4),  # 32 tiles
         (192, 11264, 4096, 64, "split_n", 1),
