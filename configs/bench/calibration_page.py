@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
         "nvidia_h200/compare_precisions_absmax_embedding.json,nvidia_h200/compare_precisions_one_process.json,"
         "nvidia_h200/compare_precisions.json,nvidia_h200/compare_reconstruction.json,"
         "nvidia_h200/compare_groups.json,nvidia_h200/compare_three_bits.json,nvidia_h200/compare_six_bits.json,"
-        "nvidia_h200/compare_eight_bits.json,nvidia_h200/compare_cache.json,nvidia_h200/compare_learned_w4a8.json,"
-        "nvidia_h200/compare_help_topics.json"
+        "nvidia_h200/compare_eight_bits.json,nvidia_h200/compare_cache.json,nvidia_h200/compare_even_planes.json,"
+        "nvidia_h200/compare_learned_w4a8.json,nvidia_h200/compare_help_topics.json"
     )
     # Of experiments.bench.calibration; "" for none.
     config.parts = "nvidia_h200/bench_calibration_smollm2.json,nvidia_h200/bench_calibration_llama-3-8b.json"

@@ -31,7 +31,8 @@ _PRODUCTS_OF_BYTES = 2048
 # at W4A8, 66 and 59 at W2A8g64 (`bench_coverage_seed_1.json` of an H200).
 _EXCHANGE = 5000
 # Of the cycles, what clusters must save: all multiprocessors together get less from memory than the model gives them,
-# where they read for long (272 MB in 77 us, 59 MB in 15).
+# where they read for long (272 MB in 77 us without the launch, `bench_coverage_seed_1.json`; 59 MB in 15,
+# `bench_prepared_few_tokens.json`).
 _LEAST_SAVING = 0.03
 # Microseconds of an H200 around the reading, and of each chunk that a warpgroup finishes after its first: with them the
 # model has 18, 14, 7.7, 6.2 us for 16 tokens of Llama-3-8B's products, which took 19.8, 11.4, 7.2 and 6.0, and 31 and

@@ -221,6 +221,8 @@ def test_tilings_read_each_weight_once_in_even_shares():
     assert few_tokens_tiling(1, 4096, 14336, 4, 1).parts == 1
     assert few_tokens_tiling(1, 28672, 4096, 4, 1).parts == 1
     assert few_tokens_tiling(64, 28672, 4096, 4, 1).parts == 7
+    # Clusters of two save a tenth of 5 rounds, and exchange sums in each of 9.
+    assert few_tokens_tiling(4, 18944, 28672, 4, 1).cluster == 1
     shared = few_tokens_tiling(64, 4096, 14336, 4, 1)
     assert (shared.cluster, shared.parts) == (4, 5)  # 26 units: 32 clusters of four do not run at once
 
