@@ -54,6 +54,8 @@ TILINGS = {
         (Tiling(128, 128, "split_n", slots=4, cluster_n=2), 0),
         (Tiling(128, 128, "alternate", slots=6), 0),
         *((Tiling(64, 128, "split_n", slots=6), lag) for lag in (0, 2)),
+        *((Tiling(tile_m, 128, "split_n", slots=5), 0) for tile_m in (80, 96, 112)),
+        *((Tiling(tile_m, 128, "alternate", slots=7), 0) for tile_m in (80, 96, 112)),
         (Tiling(64, 128, "alternate", slots=8), 0),
     )
 }

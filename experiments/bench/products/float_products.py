@@ -4,8 +4,9 @@
 
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
 Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "XLA" is the same operation, of
-packed weights, by the backend that serves every device. With --tilings every tiling is timed; of up to 64 tokens those
-of few tokens with the most warps that multiply, and from 17 on the best of `gemm_expanded`.
+packed weights, by the backend that serves every device. With --tilings every tiling with K whole is timed, and the best
+with K split by the planner's model; of up to 64 tokens those of few tokens with the most warps that multiply, and from
+17 on the best of `gemm_expanded`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ PARTS = ("tokens",)  # of the operation
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
 _ENOUGH_SLOTS = 3  # of a ring buffer
+_MOST_SPLIT = 10  # tilings with K split: those that the planner's model likes best
 _TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
 
 
@@ -77,7 +79,8 @@ def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict
 
     todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
     times = float_products.tiling_times(m, prepared) if tilings else {}
-    for tiling in sorted(times, key=times.get):
+    split = sorted((tiling for tiling in times if tiling.splits > 1), key=times.get)[:_MOST_SPLIT]
+    for tiling in sorted((tiling for tiling in times if tiling.splits == 1 or tiling in split), key=times.get):
         name = f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.splits} splits"
         todo[name] = _by_tiling(tiling, operands.x, prepared)
     return todo

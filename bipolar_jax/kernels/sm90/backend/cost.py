@@ -28,9 +28,6 @@ _UNSHARED, _MANY_BLOCKS = 2, 8
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LEAST_STEPS = 8  # of a split: fewer do not fill the ring buffer
 _MOST_TURNS = 2  # of products whose K is split: with more, the last turn is a small part
-# Of products of 16-bit floats by `expanded_matmul`. An H200 took 0.95 and 1.35 us for a stage of both consumers and 64
-# or 128 tokens, 0.53 and 0.72 for one of alternating consumers (W4A16g128, `bench_float_products.json`).
-_FLOAT_STAGES, _FLOAT_TOKENS = 1.9, 2.25
 # Splits must save so much of the modelled time: their sums take memory. With a tenth W4A8 of 134 x 5120 x 28672, and in
 # groups of 128 of 101 x 14336 x 28672, stayed whole, and took 1.14 and 1.13 times as long as with splits, which the
 # model has at 9 and 5% less (`bench_coverage{,_seed_1}.json` of an H200).
@@ -88,14 +85,14 @@ def expanded_counts(
       m, n, k: its sizes.
       w_bits: of the weights.
       chunks: of a stage with terms of their own; 0 without groups.
-      is_float: whether 16-bit floats are multiplied: then a stage counts for `_FLOAT_STAGES` of bytes, and its tokens
-        for `_FLOAT_TOKENS`.
+      is_float: whether 16-bit floats are multiplied, whose stages count apart from those of bytes.
     """
     stages = _turns(tiling, m, n) * math.ceil(math.ceil(k / STAGE) / tiling.splits) / 1000
     schedule = "alternate" if tiling.schedule == "alternate" else "shared"
+    name = f"stages of floats, {schedule}" if is_float else f"stages, {schedule}"
     return {
-        f"stages, {schedule}": stages * (_FLOAT_STAGES if is_float else 1),
-        f"tokens of stages, {schedule}": stages * tiling.tile_m * (_FLOAT_TOKENS if is_float else 1),
+        name: stages,
+        f"tokens of {name}": stages * tiling.tile_m,
         "stages with groups": stages if chunks else 0.0,
         "further groups of stages": stages * max(0, chunks - 1),
         "stages of fields across bytes": stages if 8 % w_bits else 0.0,

@@ -30,6 +30,13 @@ EXPANDED_CANDIDATES = (
     Tiling(64, 128, "alternate", slots=8, band=8, band_axis="n"),
 )
 
+# Tiles of other numbers of tokens than these, with as many slots as fit. Between 64 and 128 they fill the chip where
+# those would leave blocks without a last tile, or half of it empty: W4A16g128 took 60, 88, 74, 71, 34 and 57 us instead
+# of 68, 99, 84, 104, 42 and 75 at 1728x3072x4096, 704x18944x2560, 2388x2048x5120, 134x5120x28672, 480x6144x4096 and
+# 300x4096x14336, K whole (`bench_float_products_widths.json`). Below 64 they are as narrow as up to 64 tokens allow.
+_OF_ANY_WIDTH = EXPANDED_CANDIDATES[2:]
+_NARROW, _WIDE = EXPANDED_CANDIDATES[-1].tile_m, EXPANDED_CANDIDATES[0].tile_m
+
 # With float scales of groups: see `gemm_expanded.scaled_multiply`. Tiles of 128 tokens need stages of one chunk, and
 # ptxas spills fields of 6 and 7 bits.
 SCALED_CANDIDATES = tuple(tiling for tiling in EXPANDED_CANDIDATES if tiling.tile_m == 64)
@@ -53,6 +60,10 @@ _L2_BYTES_PER_MICROSECOND = 9e6
 # in 2 parts, for 14.4 and 11.3; 15.9 of n = 4096, K = 14336 in 4 for 16.1; 21.1 of n = 28672, K = 4096 for 21.2
 # (W4A8g128, cold weights, an H200, `experiments.bench.products.few_tokens`).
 _COLD_START, _PASS, _SUMS = 4.0, 0.2, 1.8e-6
+# Of 16-bit floats: no start is missing, and `prepared_few_tokens` takes longer than its model has by such a factor. 16,
+# 32 and 48 tokens of n = 28672, K = 4096 took 24.7, 31.8 and 39.9 us there, and 23.8, 27.7 and 27.9 in tiles of as many
+# tokens (W4A16g128, cold weights, calls in a row).
+_FEW_FLOATS = 1.25
 
 
 def is_expanded(w: BipolarNumbers) -> bool:
@@ -113,6 +124,7 @@ def tiling_of_few_tokens(
     sizes, rows = (m, w.shape[-1], w.contracted_size, w.bits, chunks_of(w), gated), 2 if is_float else 1
     few_tokens = few_tokens_tiling(*sizes, rows_of_stage=rows)
     few_tokens_time = few_tokens_microseconds(few_tokens, *sizes, rows_of_stage=rows)
+    few_tokens_time *= _FEW_FLOATS if is_float else 1
     return tiling if times[tiling] < (1 - _LEAST_SAVING) * few_tokens_time else None
 
 
@@ -120,7 +132,8 @@ def few_tiles_microseconds(tiling: Tiling, m: int, w: BipolarNumbers, *, is_floa
     """The modelled time of up to 64 tokens by `gemm_expanded`, whose weights come from memory."""
     m_n_k = m, w.shape[-1], w.contracted_size
     counts = cost.expanded_counts(tiling, *m_n_k, w.bits, chunks_of(w), is_float=is_float)
-    time = _COLD_START + cost.microseconds("expanded", counts | {"sums of splits": 0.0, "pass over splits": 0.0})
+    time = cost.microseconds("expanded", counts | {"sums of splits": 0.0, "pass over splits": 0.0})
+    time += 0 if is_float else _COLD_START
     if tiling.splits > 1:
         time += _PASS + _SUMS * tiling.splits * m * w.shape[-1]
     return max(time, _reading_microseconds(w))
@@ -165,9 +178,31 @@ def expanded_times(
             tiling: expanded_microseconds(tiling, m, n, k, w)
             for tiling in (fitted(tiling, w, itemsize) for tiling in scaled_candidates(w))
         }
-    tilings = cost.with_splits(EXPANDED_CANDIDATES, m, n, stages) if may_split else EXPANDED_CANDIDATES
+    candidates = whole_candidates(m, is_float=is_float)
+    # By the model parts of K would suit tiles below 64 tokens, too; they took twice what it has.
+    tilings = [
+        split
+        for tiling in candidates
+        for split in (cost.with_splits([tiling], m, n, stages) if may_split and tiling.tile_m >= _NARROW else [tiling])
+    ]
     able = [fitted(tiling, w, itemsize if tiling.splits == 1 else _SUM_BYTES, is_float) for tiling in tilings]
     return {tiling: expanded_microseconds(tiling, m, n, k, w, is_float) for tiling in able}
+
+
+def whole_candidates(m: int, *, is_float: bool) -> tuple[Tiling, ...]:
+    """Tilings of m tokens with K whole: `EXPANDED_CANDIDATES`, and tiles of other widths that m tokens fill.
+
+    Of up to 64 tokens those of 64, and such that are as narrow as they can be.
+    """
+    step = 8 if is_float else 16  # of the instructions' widths
+    needed = step * math.ceil(m / step)
+    if needed > _NARROW:
+        tilings, widths = EXPANDED_CANDIDATES, range(_NARROW + step, min(_WIDE, needed + step), step)
+    else:
+        tilings, widths = _OF_ANY_WIDTH, [needed] if needed < _NARROW else []
+    # Of equal times the first is taken.
+    further = [dataclasses.replace(tiling, tile_m=width) for width in widths for tiling in _OF_ANY_WIDTH]
+    return (*tilings, *further) if needed > _NARROW else (*further, *tilings)
 
 
 def scaled_candidates(w: BipolarNumbers) -> tuple[Tiling, ...]:

@@ -73,9 +73,9 @@ def accumulator_dtype(kind: OperandKind) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if kind in ("bf16", "f16") else jnp.int32)
 
 
-def is_legal_width(n: int) -> bool:
-    """Whether an integer wgmma has n columns: 8, 16, 24, 32, 48, 64, ... 256."""
-    return 8 <= n <= 256 and n % (8 if n <= 32 else 16) == 0
+def is_legal_width(n: int, *, is_float: bool = False) -> bool:
+    """Whether wgmma has n columns: 8, 16, 24, 32, 48, 64, ... 256 of integers, any multiple of 8 up to it of floats."""
+    return 8 <= n <= 256 and n % (8 if is_float or n <= 32 else 16) == 0
 
 
 def zeros(m: int, n: int, kind: OperandKind = "int8") -> Num[Array, "m n"]:

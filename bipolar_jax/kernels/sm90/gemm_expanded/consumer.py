@@ -198,16 +198,21 @@ def _finisher(problem: ExpandedProblem, output: Output, finish_shape, total, tok
       tokens, columns: terms, refs [tile_m] and [TILE_ROWS] in shared memory.
     """
 
+    def end(column):
+        """Of a chunk along the tokens; the tile's last may be narrower."""
+        return min(column + finish_shape[1], problem.tiling.tile_m)
+
     def sums(row, column):
-        end = row + finish_shape[0], column + finish_shape[1]
-        return plgpu.layout_cast(lax.slice(total, (row, column), end), plgpu.Layout.WGMMA)
+        return plgpu.layout_cast(
+            lax.slice(total, (row, column), (row + finish_shape[0], end(column))), plgpu.Layout.WGMMA
+        )
 
     finish = finish_scaled_transposed if problem.scales_sums else finish_transposed
     if problem.is_float:
         finish = finish_floats
 
     def scaled(row, column):
-        row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, finish_shape[1])
+        row_range, column_range = pl.ds(row, finish_shape[0]), pl.ds(column, end(column) - column)
         return finish(
             sums(row, column),
             problem.recovery,

@@ -64,6 +64,8 @@ class TransposedHeadOutput(HeadOutput):
         """A staging slot for every chunk, as `HeadOutput` has, and the buffer that heads of 64 are transposed in."""
         del staging_slots  # of float32 numbers; heads are staged in 16 bits
         layout, tiling, dtype = self.layout, problem.tiling, self.keys.dtype
+        if tiling.tile_m % CHUNK_TOKENS:
+            raise ValueError(f"heads take tiles of a multiple of {CHUNK_TOKENS} tokens, got {tiling}")
         if (needed := shared_memory_bytes(problem, layout)) > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"{tiling} takes {needed} bytes of shared memory of {SHARED_MEMORY_BYTES} with heads of {layout.size}: "

@@ -114,7 +114,7 @@ class TransposedWriter:
             slot = number % slots
             chunk = finished(column, token)
             # A slot has tokens as rows, the accumulator as columns.
-            transposed = self.staging.at[slot].transpose((1, 0))
+            transposed = self._staged(number).transpose((1, 0))
             if self.residual is not None:
                 plgpu.barrier_wait(self._arrived(slot))
                 residual = plgpu.layout_cast(
@@ -128,7 +128,7 @@ class TransposedWriter:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             transposed[...] = plgpu.layout_cast(chunk, self._staging_layout)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.staging.at[slot], self._in_memory(self.out, origin, number))
+            plgpu.copy_smem_to_gmem(self._staged(number), self._in_memory(self.out, origin, number))
             # Refills the slot of the chunk before this one, whose store has read it by now; with a single slot, this
             # one's.
             lag = min(1, slots - 1)
@@ -147,11 +147,20 @@ class TransposedWriter:
         columns = range(0, self.problem.out_tile_n, CHUNK_COLUMNS)
         return list(itertools.product(columns, range(0, self.problem.tiling.tile_m, CHUNK_TOKENS)))
 
+    def _width(self, token: int) -> int:
+        """Tokens of the chunk that begins there."""
+        return min(CHUNK_TOKENS, self.problem.tiling.tile_m - token)
+
+    def _staged(self, number: int):
+        """A chunk's rows of its slot."""
+        _, token = self._chunks()[number]
+        return self.staging.at[number % self.staging.shape[0], pl.ds(0, self._width(token))]
+
     def _load_residual(self, origin: TileOrigin, number: int) -> None:
         """Starts the load of a chunk's residual to its slot."""
         slot = number % self.staging.shape[0]
         source = self._in_memory(self.residual, origin, number)
-        plgpu.copy_gmem_to_smem(source, self.staging.at[slot], self._arrived(slot))
+        plgpu.copy_gmem_to_smem(source, self._staged(number), self._arrived(slot))
 
     def _arrived(self, slot: int) -> Any:
         return self.arrived.at[self.consumer * self.staging.shape[0] + slot]
@@ -160,4 +169,4 @@ class TransposedWriter:
         """A chunk's part of [m, n] in memory."""
         column, token = self._chunks()[number]
         array = array if self.problem.splits == 1 else array.at[origin.sequence]
-        return array.at[pl.ds(origin.token + token, CHUNK_TOKENS), pl.ds(origin.column + column, CHUNK_COLUMNS)]
+        return array.at[pl.ds(origin.token + token, self._width(token)), pl.ds(origin.column + column, CHUNK_COLUMNS)]

@@ -1,7 +1,8 @@
 """The static side of a product of expanded weights: `gemm.problem.Problem` with weights as the rows of accumulators.
 
-A `gemm.config.Tiling` is read so: tile_m tokens are the columns of a consumer's accumulator, and tile_n columns of the
-output its rows, always TILE_ROWS. "split_n" gives the consumers of a block the same tokens and weights of their own.
+A `gemm.config.Tiling` is read so: tile_m tokens, up to 128 in the steps of an instruction's width, are the columns of a
+consumer's accumulator, and tile_n columns of the output its rows, always TILE_ROWS. "split_n" gives the consumers of a
+block the same tokens and weights of their own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from bipolar_jax.kernels.sm90.gemm.problem import Problem
 from bipolar_jax.packing.fields import PARTS, STAGE, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
-CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once
+CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once; the last chunk of a tile may have fewer tokens
 _MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
 # With float scales of groups a thread has, of 64 tokens, 32 sums of a chunk, twice, and 64 of all. Of 128 it has 64 and
 # 128, with more registers, and where a stage is one chunk.
 _SCALED_TOKENS, _MOST_SCALED_TOKENS = 64, 128
 _MOST_TMA_ROWS = 256
+_TERMS_UNIT = 32  # terms of 4 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,18 @@ class ExpandedProblem(Problem):
         return self.tiling.block_m * (self.token_tiles * BYTES_PER_ROW + token_sums) + self.weight_tiles * weights
 
     @property
+    def token_terms(self) -> int:
+        """Numbers of a vector over a block's tokens in shared memory: TMA writes to multiples of 128 bytes."""
+        return -(-self.tiling.block_m // _TERMS_UNIT) * _TERMS_UNIT
+
+    @property
     def _shares_one_chunk(self) -> bool:
         """Whether consumers share tokens, and scale a stage once."""
         return self.tiling.schedule == "split_n" and self.chunks == 1
 
     def staging_slots(self, itemsize: int) -> int:
         """Chunks of output that each consumer can have on their way to memory: a tile's, or as many as fit."""
-        chunks = self.tiling.tile_m * self.out_tile_n // (CHUNK_TOKENS * CHUNK_COLUMNS)
+        chunks = -(-self.tiling.tile_m // CHUNK_TOKENS) * (self.out_tile_n // CHUNK_COLUMNS)
         fits = (self.shared_memory_bytes(itemsize, n) <= SHARED_MEMORY_BYTES for n in range(1, chunks + 1))
         return max(1, sum(fits))
 
@@ -104,7 +111,7 @@ class ExpandedProblem(Problem):
         tiling = self.tiling
         staging = CONSUMERS * staging_slots * CHUNK_TOKENS * CHUNK_COLUMNS * itemsize
         # At most three vectors over the tokens of a tile, and four over its columns.
-        terms = tiling.tiles_in_progress * (3 * tiling.block_m + 4 * tiling.block_n) * 4
+        terms = tiling.tiles_in_progress * (3 * self.token_terms + 4 * tiling.block_n) * 4
         return tiling.slots * self.stage_bytes + staging + terms
 
     def check(self, itemsize: int) -> None:
@@ -112,11 +119,14 @@ class ExpandedProblem(Problem):
         tiling = self.tiling
         if tiling.tile_n != TILE_ROWS:
             raise ValueError(f"tile_n must be {TILE_ROWS}, the rows of a tile of prepared weights, got {tiling}")
-        if tiling.tile_m % CHUNK_TOKENS or tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m):
-            raise ValueError(f"tile_m must be {CHUNK_TOKENS} or {_MOST_TOKENS}, got {tiling}")
+        if tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m, is_float=self.is_float):
+            raise ValueError(
+                f"tile_m must be at most {_MOST_TOKENS}, a multiple of {8 if self.is_float else 16}, got {tiling}"
+            )
         if self.scales_sums and (
             tiling.splits > 1
             or self.chunks not in (1, 2, 4)
+            or tiling.tile_m % CHUNK_TOKENS
             or tiling.block_m > (_MOST_SCALED_TOKENS if self._shares_one_chunk else _SCALED_TOKENS)
         ):
             raise ValueError(

@@ -107,7 +107,7 @@ def produce(problem: ExpandedProblem, sources: Sources, scratch) -> None:
         def _():
             plgpu.barrier_wait(scratch.terms_empty.at[buffer])
 
-        ranges = ([Range(sequence, origin.token, 0, tiling.block_m)], column_ranges(problem, origin.column))
+        ranges = ([Range(sequence, origin.token, 0, problem.token_terms)], column_ranges(problem, origin.column))
         for terms, buffers, term_ranges in zip(sources.terms, scratch.terms, ranges, strict=True):
             for source, target in zip(jax.tree.leaves(terms), jax.tree.leaves(buffers), strict=True):
                 for segment, start, offset, size in term_ranges:

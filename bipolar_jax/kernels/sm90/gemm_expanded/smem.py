@@ -26,7 +26,7 @@ class Scratch(NamedTuple):
       words: ring buffer, uint32 [slots, weight_tiles, PARTS, bits, WORDS_PER_VECTOR].
       group_terms: ring buffer, uint32 [slots, weight_tiles, PARTS, chunks, words], or None.
       token_sums: ring buffer, float32 [slots, chunks, block_m], or None.
-      terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, block_m or block_n].
+      terms: `TokenTerms` and `ColumnTerms` of [tiles_in_progress, problem.token_terms or block_n].
       full: barriers of loaded stages, see `Problem.full_barrier`.
       empty: barriers of stages that may be refilled, one a slot.
       terms_full: barriers of loaded terms, one a tile in progress.
@@ -75,7 +75,7 @@ def scratch_types(problem: ExpandedProblem, sources: Sources, output: Output) ->
         else plgpu.SMEM((tiling.slots, problem.chunks, tiling.block_m), jnp.float32),
         terms=tuple(
             jax.tree.map(lambda term, block=block: plgpu.SMEM((tiling.tiles_in_progress, block), term.dtype), terms)
-            for terms, block in zip(sources.terms, (tiling.block_m, tiling.block_n), strict=True)
+            for terms, block in zip(sources.terms, (problem.token_terms, tiling.block_n), strict=True)
         ),
         # Barriers of loads expect an arrival of every copy.
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.slots * tiling.tiles_in_progress),

@@ -105,7 +105,10 @@ def test_plans_are_explained():
     ("m", "n", "k", "tile_m", "schedule", "splits"),
     [
         (1024, 4096, 14336, 128, "split_n", 1),  # 128 tiles
-        (777, 3584, 18944, 128, "alternate", 2),  # 98 of both consumers, 392 halves of K of one
+        (777, 3584, 18944, 96, "split_n", 1),  # 126 of 96 tokens, 98 of 128
+        (1728, 3072, 4096, 80, "split_n", 1),  # 264, two for each block
+        (134, 5120, 28672, 80, "split_n", 3),  # 120 parts of K of 40
+        (300, 4096, 14336, 80, "alternate", 1),
         (512, 4096, 4096, 128, "alternate", 1),  # 64 tiles of both consumers, or 128 of one
         (128, 4096, 14336, 128, "alternate", 4),  # 32 tiles
         (192, 11264, 4096, 64, "split_n", 1),
@@ -128,6 +131,7 @@ def test_few_tiles_are_made_smaller_or_split_along_k(m, n, k, tile_m, schedule, 
         (64, 4096, 4096, Tiling, 4),
         (64, 6144, 4096, Tiling, 2),
         (32, 4096, 14336, Tiling, 8),
+        (48, 28672, 4096, Tiling, 1),
         (24, 28672, 4096, FewTokensTiling, None),
         (16, 4096, 14336, FewTokensTiling, None),
     ],
@@ -142,7 +146,7 @@ def test_tiles_serve_from_17_tokens_on_where_they_are_quicker(m, n, k, kind, spl
 def test_tilings_fit_shared_memory():
     """Bytes of 8 bits, and terms of every 16 elements, for outputs of 32 bits."""
     for w in (codes(128, 128, 8), groups(128, 128, 6, 16)):
-        for tiling in EXPANDED_CANDIDATES:
+        for tiling in expanded_planning.whole_candidates(1000, is_float=False):
             expanded_planning.ExpandedProblem(
                 1, 128, None, fitted(tiling, w, 4), w_bits=w.bits, chunks=w.prepare().chunks
             ).check(4)

@@ -61,12 +61,12 @@ def weights_of(bits: int, n: int, k: int, group_size: int | None, kind: str | No
 @pytest.mark.parametrize(
     ("bits", "group_size", "kind", "dtype", "changes", "gated"),
     [
-        (4, 32, None, jnp.bfloat16, dict(cluster_m=2), False),
+        (4, 32, None, jnp.bfloat16, dict(tile_m=40, cluster_m=2), False),
         (3, 16, None, jnp.float16, dict(schedule="alternate"), True),
         (8, None, None, jnp.bfloat16, dict(tile_m=128, slots=2, splits=2), False),
         (4, 128, "zeros", jnp.bfloat16, dict(), False),
     ],
-    ids=["residual, clusters", "gated, alternating, order of floats", "splits of K", "float groups"],
+    ids=["residual, 40 tokens, clusters", "gated, alternating, order of floats", "splits of K", "float groups"],
 )
 @pytest.mark.sample(1)
 def test_products_are_those_of_the_weights(bits, group_size, kind, dtype, changes, gated):
@@ -267,6 +267,7 @@ def compiled(bits, group_size, name, tiling, *, kind=None, residual=False, gated
         (4, 128, "bf16", dataclasses.replace(LARGE, slots=3), dict(kind="offsets", residual=True)),
         (8, 16, "f16", dataclasses.replace(LARGE, slots=2), dict(kind="offsets", residual=True)),
         (3, 16, "bf16", Tiling(128, 128, "alternate", slots=4), dict(gated=True)),
+        (1, 128, "f16", Tiling(88, 128, "split_n", slots=5), dict(residual=True)),
         (1, 128, "f16", Tiling(64, 128, "split_n", slots=6), dict(dtype=jnp.float32)),
         (8, None, "bf16", dataclasses.replace(LARGE, slots=2, splits=2), dict(dtype=jnp.float32)),
         (5, 64, "f16", Tiling(64, 128, "alternate", slots=6), {}),

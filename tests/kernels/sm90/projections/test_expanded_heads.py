@@ -248,13 +248,16 @@ def test_what_is_not_served_is_said(make, options, message):
         plan_prompt_heads(*avals(make(), **options))
 
 
-def test_more_slots_than_heads_leave_room_for_are_refused():
+def test_tilings_that_heads_have_no_room_for_are_refused():
     cache, layout = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), jnp.bfloat16), HeadLayout(6, 1, 64, 128)
     output = TransposedHeadOutput(keys=cache, layer=None, tables=None, values=cache, layout=layout)
     tiling = dataclasses.replace(EXPANDED_TILINGS[0], slots=4)
     problem = ExpandedProblem(128, layout.columns, None, tiling, w_bits=4, chunks=1)
     with pytest.raises(ValueError, match="takes 239104 bytes of shared memory of 228352 with heads of 64"):
         output.scratch(problem, staging_slots=1)
+    narrow = dataclasses.replace(problem, tiling=dataclasses.replace(tiling, tile_m=80))
+    with pytest.raises(ValueError, match="heads take tiles of a multiple of 64 tokens, got Tiling.tile_m=80"):
+        output.scratch(narrow, staging_slots=1)
 
 
 def test_the_outputs_offer_what_the_protocol_says():
