@@ -8,7 +8,8 @@ elements, in one of these forms:
 - "zeros": S and Z as float16. Where both are exact: S is a float16, every offset a multiple of half of S, as in GPTQ,
   AWQ, and GGUF's Q4_0 and Q8_0; o is 0.
 - "minimums": S and the number of code 0 as float16, o is that + S * W / 2. Where both are exact: GGUF's Q4_1 and Q5_1.
-- "offsets": S and o as float32, for all others; Z is -W / 2.
+- "offsets": S and o as float32, for all others; Z is -W / 2. A power of two is in the column's scale, so that S * W / 2
+  and o are below 1, and numbers fit a float16.
 
 A chunk of a part has one vector of 32 words, or two: words 4 r + 2 b + p belong to row 16 b + 8 p + r of the part, so
 that the lanes 4 r to 4 r + 3 load the terms of their four rows at once.

@@ -260,6 +260,11 @@ def prepared(w: Any, gated: bool, float_terms: FloatTerms | None, for_floats: bo
     static = (w.format, w.contracted_size, w.axis, w.group_size, gated)
     codes = w.stored() if float_terms in BLOCK_TERMS else w.codes()
     order = "floats" if for_floats else order_of_groups(w.group_size if has_terms(w) else None)
+    factor = jnp.float32(1)
+    if float_terms == "offsets":
+        factor = _power_of_two_above(w.scale * w.format.max_value, w.offset)
+        offset = None if w.offset is None else w.offset / factor
+        w = dataclasses.replace(w, scale=w.scale / factor, offset=offset)
     words, terms = _prepared_leaves(w, codes, gated, float_terms, order)
     if float_terms is None:
         return PreparedArray(words, terms, w.scale, w.row_sums, *static, w.offset, for_floats=for_floats)
@@ -268,8 +273,19 @@ def prepared(w: Any, gated: bool, float_terms: FloatTerms | None, for_floats: bo
     sums = sums if w.offset is None else sums + w.offset * lengths.astype(jnp.float32)
     number_sums = jnp.sum(sums, axis=-1, keepdims=True)
     code_sums = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
-    scale = jnp.ones_like(number_sums)
+    scale = jnp.broadcast_to(factor, number_sums.shape)
     return PreparedArray(words, terms, scale, code_sums, *static, None, number_sums, float_terms, for_floats)
+
+
+def _power_of_two_above(
+    scale: Float[Array, "*batch n groups"], offset: Float[Array, "*batch n groups"] | None
+) -> Float[Array, "*batch n 1"]:
+    """Of each column the power of two above its largest scale and offset: divided by it both are below 1."""
+    largest = jnp.max(jnp.abs(scale), axis=-1, keepdims=True)
+    if offset is not None:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(offset), axis=-1, keepdims=True))
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -126, 126))
 
 
 def _prepared_leaves(

@@ -104,7 +104,9 @@ def test_stages_are_multiplied(kind, bits, group_size, stages, monkeypatch):
     thread = ptx.thread_in_warpgroup()
     found = row_sums.take_of_thread(ptx.pointer(sums, ptx.SHARED), thread, ptx.int32(2), 80, 130)
     assert not found[80:].any()
-    numbers = numbers_of(w)[np.concatenate([16 * part + np.arange(16), 64 + 16 * part + np.arange(16)])]
+    numbers = (numbers_of(w) / np.asarray(prepared.scale))[
+        np.concatenate([16 * part + np.arange(16), 64 + 16 * part + np.arange(16)])
+    ]
     expected, bound = numbers @ (codes - 128.0), 80 * 2.0**-24 * (np.abs(numbers) @ np.abs(codes - 128.0))
     assert np.all(np.abs(found[[*range(16), *range(64, 80)]] - expected) <= bound)
 

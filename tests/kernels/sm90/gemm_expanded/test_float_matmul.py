@@ -155,8 +155,8 @@ def test_quantized_tokens_become_their_steps():
         np.testing.assert_array_equal(numbers, np.pad(steps, ((0, 0), (0, 128 - k))))
 
 
-@pytest.mark.parametrize(("kind", "gated"), [("zeros", True), ("block_scales", False)])
-@pytest.mark.sample(1)
+@pytest.mark.parametrize(("kind", "gated"), [("zeros", True), ("block_scales", False), ("offsets", True)])
+@pytest.mark.sample(2)
 def test_powers_of_two_leave_the_numbers(kind, gated):
     k = 256 if kind.startswith("block") else 200
 

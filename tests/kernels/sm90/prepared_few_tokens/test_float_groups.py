@@ -54,7 +54,8 @@ def test_products_are_those_of_the_numbers(kind, bits, group_size, m, n, k, tili
     rng, w = np.random.default_rng(0), float_groups(BipolarFormat(bits), n, k, group_size, kind)
     x, zero_code = random_codes(A8, m, k, 0), rng.integers(100, 156, m).astype(np.int32)
     scale, bias = rng.random(m, np.float32) / 64, rng.random(n, np.float32)
-    prepared = dataclasses.replace(w.prepare(gated=gated), scale=np.full((n, 1), 0.5, np.float32))
+    prepared = w.prepare(gated=gated)
+    prepared = dataclasses.replace(prepared, scale=0.5 * prepared.scale)
     args = (packed(x, scale, zero_code), prepared, A8, jnp.asarray(bias), jnp.float32)
     activation = Activation("silu", gated=True) if gated else None
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -112,8 +113,9 @@ def test_threads_multiply_and_add_up(kind, bits, group_size, monkeypatch):
     zero = warpgroup_simulator.int32(0)
     mine = threads.multiply_slot(problem, zeros, words, terms, swizzled(slot), zero)
     assert warpgroup_simulator.bank_conflicts[0] == before
-    expected = (x - 128.0) @ numbers_of(w).T
-    bound = 40 * 2.0**-24 * (np.abs(x - 128.0) @ np.abs(numbers_of(w)).T)
+    numbers = numbers_of(w) / np.asarray(prepared.scale)
+    expected = (x - 128.0) @ numbers.T
+    bound = 40 * 2.0**-24 * (np.abs(x - 128.0) @ np.abs(numbers).T)
     for chunk in range(problem.token_chunks):
         threads.hand_over(problem, mine, chunk, sums, zero)
         threads.add_up(problem, sums, totals, threads.SHARED)

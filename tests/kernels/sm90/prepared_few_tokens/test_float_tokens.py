@@ -95,6 +95,7 @@ def test_threads_multiply_a_slot(group_size, kind, tiling, dtype, monkeypatch):
         w = float_groups(fmt, n, k, group_size, kind)
         values = numbers_of(w)
     prepared = w.prepare()
+    values = values if kind is None else values / np.asarray(prepared.scale)
     recovery = FloatTokens.of(PTX_TYPES[np.dtype(dtype).name], k, fmt)
     problem = FewTokensProblem(m, n, recovery, 4, prepared.chunks, False, None, jnp.dtype(jnp.float32), tiling, kind)
     x = np.random.default_rng(0).integers(-8, 9, (m, k))

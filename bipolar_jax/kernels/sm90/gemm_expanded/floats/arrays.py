@@ -77,7 +77,12 @@ def token_steps(tokens: PackedTokens, a_format: BipolarFormat, w: PreparedArray)
 
 
 def below_powers_of_two(w: PreparedArray) -> PreparedArray:
-    """The same numbers with terms of the form "offsets": each below 2, and a power of two in the column's scale."""
+    """The same numbers with terms of the form "offsets": each below 2, and a power of two in the column's scale.
+
+    Arrays of that form are prepared so.
+    """
+    if w.float_terms == "offsets":
+        return w
     scale, zero, offset = part_float_terms(w.terms, w.format, w.float_terms)
     largest_value = w.format.max_value / 2  # times the scale of codes, which is twice that of values
     offset = scale * (zero + largest_value) if offset is None else offset
