@@ -56,6 +56,8 @@ TILINGS = {
         *((Tiling(64, 128, "split_n", slots=6), lag) for lag in (0, 2)),
         *((Tiling(tile_m, 128, "split_n", slots=5), 0) for tile_m in (80, 96, 112)),
         *((Tiling(tile_m, 128, "alternate", slots=7), 0) for tile_m in (80, 96, 112)),
+        *((Tiling(tile_m, 128, "split_n", slots=slots), 0) for tile_m in (144, 160) for slots in (4, 3)),
+        *((Tiling(tile_m, 128, "alternate", slots=slots), 0) for tile_m in (144, 160) for slots in (6, 5)),
         (Tiling(64, 128, "alternate", slots=8), 0),
     )
 }

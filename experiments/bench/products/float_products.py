@@ -4,14 +4,15 @@
 
 The whole operation is timed, from bfloat16 to bfloat16, checked against the exact product of sampled rows and columns.
 Of up to 64 tokens weights come from memory: calls rotate through copies. Of more, "XLA" is the same operation, of
-packed weights, by the backend that serves every device. With --tilings every tiling with K whole is timed, and the best
-with K split by the planner's model; of up to 64 tokens those of few tokens with the most warps that multiply, and from
-17 on the best of `gemm_expanded`.
+packed weights, by the backend that serves every device. With --tilings every tiling with K whole is timed, wider ones
+than the planner takes too, and the best with K split by the planner's model; of up to 64 tokens those of few tokens
+with the most warps that multiply, and from 17 on the best of `gemm_expanded`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from bipolar_jax import BipolarArray
 from bipolar_jax.kernels.backend import FEW_TOKENS_LIMIT
 from bipolar_jax.kernels.sm90.backend import float_products
+from bipolar_jax.kernels.sm90.backend.expanded_planning import EXPANDED_CANDIDATES, fitted
 from bipolar_jax.kernels.sm90.gemm.config import Tiling
 from bipolar_jax.kernels.sm90.prepared_few_tokens.config import FewTokensTiling
 from bipolar_jax.ops.dispatch import BACKENDS
@@ -45,6 +47,7 @@ PARTS = ("tokens",)  # of the operation
 _LEAST_BYTES = 200 * 10**6
 _WEIGHTS = 1  # which operand
 _ENOUGH_SLOTS = 3  # of a ring buffer
+_WIDTH_STEP, _MOST_TOKENS = 16, 160  # of tiles wider than the planner's
 _MOST_SPLIT = 10  # tilings with K split: those that the planner's model likes best
 _TOLERANCE = 2.0**-8 + 2.0**-20  # bf16's half step, and float32 roundings
 
@@ -80,10 +83,22 @@ def calls(operands: Operands, w: BipolarArray, *, tilings: bool = False) -> dict
     todo["XLA"] = (lambda x, w: BACKENDS["xla"].weight_only_matmul(x, w, None), (operands.x, w))
     times = float_products.tiling_times(m, prepared) if tilings else {}
     split = sorted((tiling for tiling in times if tiling.splits > 1), key=times.get)[:_MOST_SPLIT]
-    for tiling in sorted((tiling for tiling in times if tiling.splits == 1 or tiling in split), key=times.get):
+    whole = sorted((tiling for tiling in times if tiling.splits == 1 or tiling in split), key=times.get)
+    for tiling in [*whole, *(wider_tilings(prepared) if tilings else [])]:
         name = f"{tiling.tile_m} {tiling.schedule}, {tiling.slots} slots, {tiling.splits} splits"
         todo[name] = _by_tiling(tiling, operands.x, prepared)
     return todo
+
+
+def wider_tilings(w: PreparedArray) -> list[Tiling]:
+    """Tilings of more tokens than the planner takes, with as many slots as fit."""
+    most = EXPANDED_CANDIDATES[0].tile_m
+    return [
+        fitted(dataclasses.replace(tiling, tile_m=tile_m), w, itemsize=2, is_float=True)
+        for tiling in EXPANDED_CANDIDATES
+        if tiling.tile_m == most
+        for tile_m in range(most + _WIDTH_STEP, _MOST_TOKENS + 1, _WIDTH_STEP)
+    ]
 
 
 def tilings_of_few_tokens(shape: Shape, w: PreparedArray) -> dict[str, FewTokensTiling | Tiling]:

@@ -19,7 +19,7 @@ from bipolar_jax.packing.fields import PARTS, STAGE, TILE_ROWS, WORDS_PER_VECTOR
 from bipolar_jax.packing.float_terms import FloatTerms, term_words
 
 CHUNK_TOKENS = CHUNK_COLUMNS = 64  # of output that leaves at once; the last chunk of a tile may have fewer tokens
-_MOST_TOKENS = 128  # 128 accumulators a thread, beside fragments and epilogue
+_MOST_TOKENS = 160  # of a tile: a thread has as many accumulators, and of 176 ptxas serializes the products
 # With float scales of groups a thread has, of 64 tokens, 32 sums of a chunk, twice, and 64 of all. Of 128 it has 64 and
 # 128, with more registers, and where a stage is one chunk.
 _SCALED_TOKENS, _MOST_SCALED_TOKENS = 64, 128

@@ -44,8 +44,14 @@ SMALL = Tiling(64, 128, "split_n", slots=3, band=2)
         (4, 64, dict(cluster_m=2), 1),
         (3, 16, dict(tile_m=80, schedule="alternate", cluster_n=2, splits=2), 0),
         (8, None, dict(schedule="split_m", splits=4), 0),
+        (2, 128, dict(tile_m=160, slots=2), 0),
     ],
-    ids=["clusters along m, with a lag", "80 tokens, clusters along n, K split", "codes, a split behind K"],
+    ids=[
+        "clusters along m, with a lag",
+        "80 tokens, clusters along n, K split",
+        "codes, a split behind K",
+        "160 tokens",
+    ],
 )
 def test_integer_products_are_exact(bits, group_size, changes, lag):
     """Ragged in every direction, several tiles a block, more stages than slots."""
@@ -160,8 +166,8 @@ def test_a_lag_that_the_ring_cannot_hold_is_refused():
     ("tiling", "message"),
     [
         (Tiling(128, 64, "split_n"), "tile_n must be 128"),
-        (Tiling(192, 128, "split_n"), "tile_m must be at most 128, a multiple of 16, got"),
-        (Tiling(72, 128, "split_n"), "tile_m must be at most 128, a multiple of 16, got"),
+        (Tiling(192, 128, "split_n"), "tile_m must be at most 160, a multiple of 16, got"),
+        (Tiling(72, 128, "split_n"), "tile_m must be at most 160, a multiple of 16, got"),
         (Tiling(128, 128, "split_n", slots=8), "bytes of shared memory"),
         (Tiling(128, 128, "split_n", slots=1), "at least 2 slots"),
     ],
@@ -208,6 +214,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         (1, 128, dict(tiling=Tiling(64, 128, "split_n", slots=6))),
         (3, 128, dict(residual=True)),
         (4, 128, dict(tiling=Tiling(112, 128, "alternate", slots=6), residual=True)),
+        (4, 32, dict(tiling=Tiling(160, 128, "split_n", slots=4), gated=True)),
         (4, 32, dict(gated=True, lag=2)),
         (5, 16, dict(tiling=Tiling(128, 128, "alternate", slots=4))),
         (6, 64, dict(tiling=Tiling(128, 128, "split_n", slots=4), residual=True, dtype=jnp.float32)),
@@ -218,6 +225,7 @@ def compiled(bits, group_size, tiling=DEFAULT_TILING, *, residual=False, gated=F
         "W1",
         "W3, residual",
         "W4, 112 tokens",
+        "W4, 160 tokens, gated",
         "W4, gated, lag",
         "W5, alternating",
         "W6, float32",

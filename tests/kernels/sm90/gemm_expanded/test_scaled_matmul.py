@@ -148,7 +148,8 @@ def test_threads_scale_units(kind, bits, group_size, m, monkeypatch):
         row = 64 * block + 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
         found[row, 2 * (thread % 4) + 8 * (i // 4) + i % 2] = totals[block][i]
     bound = (4 * prepared.chunks + 2) * 2.0**-24 * largest_partial_sums(x, w)
-    assert np.all(np.abs(scaled_multiply.SUM_UNIT * found.T - x @ numbers_of(w).T) <= bound)
+    found = scaled_multiply.SUM_UNIT * np.asarray(prepared.scale) * found
+    assert np.all(np.abs(found.T - x @ numbers_of(w).T) <= bound)
 
 
 @pytest.mark.parametrize(
