@@ -164,7 +164,7 @@ def test_powers_of_two_leave_the_numbers(kind, gated):
     def numbers(w):
         w = w.prepare(gated=gated, float_terms=kind)
         below = below_powers_of_two(w)
-        sums = below.scale * below.number_sums, w.number_sums
+        sums = below.scale * below.number_sums, w.scale * w.number_sums
         return below.dequantize(), w.dequantize(), *sums, jnp.abs(below.values()).max(-2)
 
     found, expected, sums, expected_sums, largest = numbers(float_groups(BipolarFormat(3), 140, k, 16, kind))
