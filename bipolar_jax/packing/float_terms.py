@@ -242,16 +242,23 @@ def part_float_terms(
     terms: UInt32[Array, "*batch vectors words"], fmt: BipolarFormat, kind: FloatTerms
 ) -> tuple[Float[Array, "*batch part_rows chunks"], Float[Array, "*batch part_rows chunks"], Array | None]:
     """S, Z and o of parts of a stage, float32, o None where it is 0: row 16 b + 8 p + r."""
+    if kind not in BLOCK_TERMS:
+        return tuple(None if term is None else _rows_of_lanes(term) for term in lane_float_terms(terms, fmt, kind))
+    scale, number = _part_block_terms(terms, kind)
+    if number is None:
+        return scale, jnp.full_like(scale, -(fmt.max_value + 1) / 2), None
+    return scale, jnp.full_like(scale, -fmt.max_value / 2), number + scale * (fmt.max_value / 2)
+
+
+def lane_float_terms(
+    terms: UInt32[Array, "*batch vectors words"], fmt: BipolarFormat, kind: FloatTerms
+) -> tuple[Float[Array, "*batch chunks part_rows"], Float[Array, "*batch chunks part_rows"], Array | None]:
+    """S, Z and o as `part_float_terms` has them, in the order of the words: 4 r + 2 b + p."""
     if kind in BLOCK_TERMS:
-        scale, number = _part_block_terms(terms, kind)
-        if number is None:
-            return scale, jnp.full_like(scale, -(fmt.max_value + 1) / 2), None
-        return scale, jnp.full_like(scale, -fmt.max_value / 2), number + scale * (fmt.max_value / 2)
-    *batch, chunks, _ = terms.shape
-    words = terms.reshape(*batch, chunks, _vectors_of(kind), 8, 2, 2)  # lane / 4, block, half of the rows
-    axes = [len(batch) + axis for axis in (1, 3, 4, 2, 0)]
-    words = words.transpose(*range(len(batch)), *axes).reshape(*batch, _vectors_of(kind), PART_ROWS, chunks)
-    first = words[..., 0, :, :]
+        scale, zero, offset = part_float_terms(terms, fmt, kind)
+        return _lanes_of_rows(scale), _lanes_of_rows(zero), None if offset is None else _lanes_of_rows(offset)
+    words = terms.reshape(*terms.shape[:-1], _vectors_of(kind), PART_ROWS)
+    first = words[..., 0, :]
     if kind in ("zeros", "minimums"):
         pair = jax.lax.bitcast_convert_type(first, jnp.float16).astype(jnp.float32)
         scale, second = pair[..., 0], pair[..., 1]
@@ -260,17 +267,28 @@ def part_float_terms(
         return scale, jnp.full_like(scale, -fmt.max_value / 2), second + scale * (fmt.max_value / 2)
     scale = jax.lax.bitcast_convert_type(first, jnp.float32)
     zero = jnp.full(scale.shape, -fmt.max_value / 2, jnp.float32)
-    return scale, zero, jax.lax.bitcast_convert_type(words[..., 1, :, :], jnp.float32) if kind == "offsets" else None
+    return scale, zero, jax.lax.bitcast_convert_type(words[..., 1, :], jnp.float32) if kind == "offsets" else None
 
 
-def pack_part_offsets(
-    scale: Float[Array, "*batch part_rows chunks"], offset: Float[Array, "*batch part_rows chunks"]
+def pack_lane_offsets(
+    scale: Float[Array, "*batch chunks part_rows"], offset: Float[Array, "*batch chunks part_rows"]
 ) -> UInt32[Array, "*batch chunks words"]:
-    """Terms of the form "offsets" of parts of a stage, from S and o: the inverse of `part_float_terms`."""
-    *batch, _, chunks = scale.shape
-    terms = jnp.stack([scale, offset], axis=-3).reshape(*batch, 2, 2, 2, 8, chunks)  # vector, block, half, lane / 4
-    axes = [len(batch) + axis for axis in (4, 0, 3, 1, 2)]
-    return _as_words(terms.transpose(*range(len(batch)), *axes)).reshape(*batch, *terms_shape("offsets", chunks))
+    """Terms of the form "offsets", from S and o in the order of the words: the inverse of `lane_float_terms`."""
+    return _as_words(jnp.concatenate([scale, offset], axis=-1))
+
+
+def _rows_of_lanes(numbers: Float[Array, "*batch chunks part_rows"]) -> Float[Array, "*batch part_rows chunks"]:
+    *batch, chunks, _ = numbers.shape
+    axes = [len(batch) + axis for axis in (2, 3, 1, 0)]
+    numbers = numbers.reshape(*batch, chunks, 8, 2, 2)  # lane / 4, block, half of the rows
+    return numbers.transpose(*range(len(batch)), *axes).reshape(*batch, PART_ROWS, chunks)
+
+
+def _lanes_of_rows(numbers: Float[Array, "*batch part_rows chunks"]) -> Float[Array, "*batch chunks part_rows"]:
+    *batch, _, chunks = numbers.shape
+    axes = [len(batch) + axis for axis in (3, 2, 0, 1)]
+    numbers = numbers.reshape(*batch, 2, 2, 8, chunks)  # block, half of the rows, lane / 4
+    return numbers.transpose(*range(len(batch)), *axes).reshape(*batch, chunks, PART_ROWS)
 
 
 def unpack_float_terms(

@@ -21,7 +21,7 @@ from bipolar_jax.kernels.sm90.prepared_weights.token_order import tokens_in_orde
 from bipolar_jax.kernels.sm90.quantize_rows.launch import PackedTokens
 from bipolar_jax.packing import PreparedArray
 from bipolar_jax.packing.fields import STAGE, elements_of
-from bipolar_jax.packing.float_terms import pack_part_offsets, part_float_terms
+from bipolar_jax.packing.float_terms import lane_float_terms, pack_lane_offsets
 
 
 def float_operands(x: Float[Array, "m k"], w: PreparedArray, bias: Float[Array, " n"] | None) -> ExpandedOperands:
@@ -83,18 +83,19 @@ def below_powers_of_two(w: PreparedArray) -> PreparedArray:
     """
     if w.float_terms == "offsets":
         return w
-    scale, zero, offset = part_float_terms(w.terms, w.format, w.float_terms)
+    # In the order of the words: [tiles, parts, stages, chunks, rows of the part], so that nothing is transposed.
+    scale, zero, offset = lane_float_terms(w.terms, w.format, w.float_terms)
     largest_value = w.format.max_value / 2  # times the scale of codes, which is twice that of values
     offset = scale * (zero + largest_value) if offset is None else offset
-    # Of a row, over all of K: [tiles, parts, rows of the part].
-    terms = (jnp.moveaxis(term, 2, -1) for term in (scale * largest_value, offset))
-    exponents = epilogue.column_exponents(*(term.reshape(*term.shape[:3], -1) for term in terms)) + 1
-    scale, offset = (term * epilogue.power_of_two(-exponents)[:, :, None, :, None] for term in (scale, offset))
-    rows = exponents.reshape(*exponents.shape[:2], 2, -1).swapaxes(1, 2).reshape(-1)
+    largest = (jnp.max(jnp.abs(term), axis=(2, 3))[..., None] for term in (scale * largest_value, offset))
+    exponents = epilogue.column_exponents(*largest) + 1
+    scale, offset = (term * epilogue.power_of_two(-exponents)[:, :, None, None] for term in (scale, offset))
+    # Word 4 r + 2 b + p of a part is row 64 b + 16 part + 8 p + r of the tile.
+    rows = exponents.reshape(*exponents.shape[:2], 8, 2, 2).transpose(0, 3, 1, 4, 2).reshape(-1)
     factors = epilogue.power_of_two(w.columns_in_order(rows))[:, None]
     return dataclasses.replace(
         w,
-        terms=pack_part_offsets(scale, offset),
+        terms=pack_lane_offsets(scale, offset),
         float_terms="offsets",
         scale=w.scale * factors,
         number_sums=w.number_sums / factors,
