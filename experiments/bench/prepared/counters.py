@@ -14,6 +14,7 @@ import argparse
 import csv
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +71,14 @@ COUNTERS = {
 
 
 def parse_cases(text: str) -> list[Case]:
-    """Reads "64x14336x4096 W4A8g128; ..."."""
+    """Reads "64x14336x4096 W4A8g128; ...". Raises ValueError for another text."""
     cases = []
     for item in text.split(";"):
-        shape, precision = item.split()
-        (shape,) = parse_shapes(shape)
-        cases.append(Case(shape, Precision.parse(precision)))
+        match item.split():
+            case [shape, precision]:
+                cases += [Case(each, Precision.parse(precision)) for each in parse_shapes(shape)]
+            case _:
+                raise ValueError(f'a case is a shape and a precision, such as "64x14336x4096 W4A8", got {item!r}')
     return cases
 
 
@@ -94,8 +97,10 @@ def counters(case: Case, ncu: str) -> list[dict[str, float | str]]:
     """A row of COUNTERS for every kernel of an operation, in the order in which they ran, with its "name".
 
     Raises:
-      RuntimeError: ncu failed, or read no counters.
+      RuntimeError: there is no ncu, it failed, or it read no counters.
     """
+    if shutil.which(ncu) is None:
+        raise RuntimeError(f"{ncu!r} is no program here: give the path of Nsight Compute's ncu as --ncu")
     command = [ncu, "--clock-control=none", "--cache-control=none", "--profile-from-start=off", "--csv", "--page=raw"]
     command += ["--metrics", ",".join(COUNTERS), "--print-units=base"]
     command += [sys.executable, "-m", "experiments.bench.prepared.counters", f"--run={case.name}"]
@@ -150,11 +155,14 @@ def main() -> None:
         profiled_run(case)
         return
     figures = {}
-    for case in parse_cases(options.cases):
-        figures[case.name] = counters(case, options.ncu)
-        show(case, figures[case.name])
-        if options.out:
-            write_json(options.out, {"environment": environment(), "cases": figures})
+    try:
+        for case in parse_cases(options.cases):
+            figures[case.name] = counters(case, options.ncu)
+            show(case, figures[case.name])
+            if options.out:
+                write_json(options.out, {"environment": environment(), "cases": figures})
+    except (ValueError, RuntimeError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
