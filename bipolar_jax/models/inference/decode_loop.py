@@ -172,11 +172,12 @@ def _compile_both(structure: Any, operands: tuple[jax.ShapeDtypeStruct, ...], st
     sharding = next((operand.sharding for operand in operands if operand.sharding is not None), None)
 
     def programs() -> Iterator[jax.stages.Lowered]:
+        # The decode step is what compiles longest: it is under way while the prompt is still being lowered.
         first = first_token.trace(model, ids, lengths, *static, settings)
-        yield first.lower()
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), first.out_info)
         running, limit = jax.ShapeDtypeStruct(lengths.shape, bool), jax.ShapeDtypeStruct((), jnp.int32)
         yield next_tokens.lower(model, state, static[-1], settings, running, limit)
+        yield first.lower()
 
     compile_together(programs())
 
