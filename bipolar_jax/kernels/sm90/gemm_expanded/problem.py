@@ -1,6 +1,6 @@
 """The static side of a product of expanded weights: `gemm.problem.Problem` with weights as the rows of accumulators.
 
-A `gemm.config.Tiling` is read so: tile_m tokens, up to 128 in the steps of an instruction's width, are the columns of a
+A `gemm.config.Tiling` is read so: tile_m tokens, up to 160 in the steps of an instruction's width, are the columns of a
 consumer's accumulator, and tile_n columns of the output its rows, always TILE_ROWS. "split_n" gives the consumers of a
 block the same tokens and weights of their own.
 """

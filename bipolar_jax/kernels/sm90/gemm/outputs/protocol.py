@@ -41,8 +41,8 @@ import jax.numpy as jnp
 from bipolar_jax.kernels.sm90.gemm.problem import Problem, TileOrigin
 
 # finished(row, column) finishes the sums that begin at that row and column of the accumulator, both Python integers. It
-# returns an array of `Writer.finish_shape`, of the output's dtype, in the layout WGMMA. It computes at every call: call
-# it once for each chunk.
+# returns an array of `Writer.finish_shape`, of the output's dtype, in the layout WGMMA; of fewer columns where an
+# accumulator of `gemm_expanded` ends. It computes at every call: call it once for each chunk.
 Finish = Callable[[int, int], jax.Array]
 
 
