@@ -49,9 +49,10 @@ def test_gradients_are_the_same():
 
 def test_gradients_of_float_groups():
     """Their scale is one of the column, below which the groups' are."""
+    prepared = FLOATS.prepare()
 
     def loss(x, scale):
-        return (bj.matmul(x, dataclasses.replace(FLOATS.prepare(), scale=scale), 8) ** 2).sum()
+        return (bj.matmul(x, dataclasses.replace(prepared, scale=scale * prepared.scale), 8) ** 2).sum()
 
     def expected_loss(x, scale):
         w = dataclasses.replace(FLOATS, scale=scale * FLOATS.scale, offset=scale * FLOATS.offset)
