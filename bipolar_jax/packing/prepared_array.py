@@ -55,8 +55,8 @@ class PreparedArray(BipolarNumbers):
       and codes beyond `contracted_size`;
     - with integer groups, or without groups, all else is as in `BipolarArray`;
     - with float scales of groups (`float_terms`), `terms` hold the scales and offsets as `packing.float_terms` says,
-      number[..., n, k] is `scale[..., n, 0]`, which is 1, times theirs, `row_sums[..., n, 0]` is the sum of all codes
-      of row n, and `number_sums[..., n, 0]` that of its numbers, divided by `scale`;
+      number[..., n, k] is `scale[..., n, 0]`, a power of two, times theirs, `row_sums[..., n, 0]` is the sum of all
+      codes of row n, and `number_sums[..., n, 0]` that of its numbers, divided by `scale`;
     - scales of groups are negative only of a `BlockScaledArray` whose terms are kept as integers of blocks: codes are
       then the integers that the file stores.
 
@@ -280,7 +280,10 @@ def prepared(w: Any, gated: bool, float_terms: FloatTerms | None, for_floats: bo
 def _power_of_two_above(
     scale: Float[Array, "*batch n groups"], offset: Float[Array, "*batch n groups"] | None
 ) -> Float[Array, "*batch n 1"]:
-    """Of each column the power of two above its largest scale and offset: divided by it both are below 1."""
+    """Of each column the power of two above its largest scale and offset, at most 2^126: of both divided by it.
+
+    Scales 2^-126 times as large as their column's largest become 0.
+    """
     largest = jnp.max(jnp.abs(scale), axis=-1, keepdims=True)
     if offset is not None:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(offset), axis=-1, keepdims=True))

@@ -119,7 +119,9 @@ def parse_counters(text: str) -> list[dict[str, float | str]]:
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = []
-    for row in list(csv.DictReader(lines[start:]))[1:]:
+    for row in csv.DictReader(lines[start:]):
+        if not row["ID"].isdigit():  # units, and messages behind the table
+            continue
         figures: dict[str, float | str] = {"name": row["Kernel Name"]}
         for counter, name in COUNTERS.items():
             try:

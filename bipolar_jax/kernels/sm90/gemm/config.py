@@ -23,7 +23,7 @@ class Tiling:
     """How one block, a producer and two consumer warpgroups, cuts up the product.
 
     Attributes:
-      tile_m: rows of a consumer's accumulator, 64 or 128.
+      tile_m: rows of a consumer's accumulator, 64 or 128; tokens in `gemm_expanded`, whose `problem.py` says how many.
       tile_n: its columns, a multiple of 64 up to 256.
       schedule: "split_m" and "split_n" stack the accumulators of both consumers along that axis to one tile of the
         block; "alternate" gives each consumer a tile of its own, so that one multiplies while the other is in its

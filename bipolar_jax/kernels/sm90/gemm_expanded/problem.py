@@ -120,8 +120,9 @@ class ExpandedProblem(Problem):
         if tiling.tile_n != TILE_ROWS:
             raise ValueError(f"tile_n must be {TILE_ROWS}, the rows of a tile of prepared weights, got {tiling}")
         if tiling.tile_m > _MOST_TOKENS or not is_legal_width(tiling.tile_m, is_float=self.is_float):
+            step = 8 if self.is_float else 16
             raise ValueError(
-                f"tile_m must be at most {_MOST_TOKENS}, a multiple of {8 if self.is_float else 16}, got {tiling}"
+                f"tile_m must be at most {_MOST_TOKENS}, a multiple of {step} (of 8 up to 32), got {tiling}"
             )
         if self.scales_sums and (
             tiling.splits > 1

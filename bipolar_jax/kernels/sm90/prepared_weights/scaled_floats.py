@@ -2,7 +2,8 @@
 
 A byte between the bytes of a power of two B as a float32 is B plus the code u, exactly. So a number S * (u - W / 2) + o
 is one multiply-add, S * (B + u) + t with t = o - S * (B + W / 2), before it is rounded to a 16-bit float. Of t float32
-loses at most 2^-17 S, of codes of 8 bits 2^-9 S: less than the 16-bit float loses of the group's largest number.
+loses half a unit in its last place: 2^-24 |o|, and 2^-17 S, of codes of 8 bits 2^-9 S; less than the 16-bit float loses
+of the group's largest number.
 """
 
 from __future__ import annotations

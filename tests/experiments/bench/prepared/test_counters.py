@@ -14,6 +14,7 @@ a message of the program, "ID"
 "","","","ns","inst","register/thread"
 "0","1","quantize_rows","8,960","2,183,480","63"
 "1","1","expanded_matmul","154,208","n/a","168"
+==PROF== Disconnected from process 1
 """
 
 

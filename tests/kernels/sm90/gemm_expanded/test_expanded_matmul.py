@@ -166,8 +166,8 @@ def test_a_lag_that_the_ring_cannot_hold_is_refused():
     ("tiling", "message"),
     [
         (Tiling(128, 64, "split_n"), "tile_n must be 128"),
-        (Tiling(192, 128, "split_n"), "tile_m must be at most 160, a multiple of 16, got"),
-        (Tiling(72, 128, "split_n"), "tile_m must be at most 160, a multiple of 16, got"),
+        (Tiling(192, 128, "split_n"), "tile_m must be at most 160, a multiple of 16 .of 8 up to 32., got"),
+        (Tiling(72, 128, "split_n"), "tile_m must be at most 160, a multiple of 16 .of 8 up to 32., got"),
         (Tiling(128, 128, "split_n", slots=8), "bytes of shared memory"),
         (Tiling(128, 128, "split_n", slots=1), "at least 2 slots"),
     ],

@@ -83,7 +83,7 @@ def below_powers_of_two(w: PreparedArray) -> PreparedArray:
     """
     if w.float_terms == "offsets":
         return w
-    # In the order of the words: [tiles, parts, stages, chunks, rows of the part], so that nothing is transposed.
+    # In the order of the words: [tiles, parts, stages, chunks, rows of the part]. Only terms of blocks are transposed.
     scale, zero, offset = lane_float_terms(w.terms, w.format, w.float_terms)
     largest_value = w.format.max_value / 2  # times the scale of codes, which is twice that of values
     offset = scale * (zero + largest_value) if offset is None else offset
