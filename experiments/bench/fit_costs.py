@@ -1,8 +1,8 @@
 """Fits the cost model that chooses tilings to measured times, and writes it where the planner reads it.
 
     cd experiments/results/nvidia_h200
-    python -m experiments.bench.fit_costs tune_matmul.json bench_expanded{,_chosen}.json \\
-        bench_float_products.json bench_coverage{,_plans}.json
+    python -m experiments.bench.fit_costs tune_matmul.json bench_expanded{,_chosen,_widths}.json \\
+        bench_float_products{,_widths}.json bench_coverage{,_plans,_seed_1}.json
 
 Takes results of `bench.tune`, `bench.products.expanded`, `bench.products.float_products` with --tilings, and
 `bench.coverage`, prints the model as a table with its errors, and writes bipolar_jax/tuning/nvidia_h200_costs.json, or

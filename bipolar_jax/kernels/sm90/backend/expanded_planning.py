@@ -31,9 +31,9 @@ EXPANDED_CANDIDATES = (
 )
 
 # Tiles of other numbers of tokens than these, with as many slots as fit. Between 64 and 128 they fill the chip where
-# those would leave blocks without a last tile, or half of it empty: W4A16g128 took 60, 88, 74, 71, 34 and 57 us instead
-# of 68, 99, 84, 104, 42 and 75 at 1728x3072x4096, 704x18944x2560, 2388x2048x5120, 134x5120x28672, 480x6144x4096 and
-# 300x4096x14336, K whole (`bench_float_products_widths.json`). Below 64 they are as narrow as up to 64 tokens allow.
+# those would leave blocks without a last tile, or half of it empty: with K whole W4A16g128 took 60, 88, 74, 34 and 59
+# us instead of 68, 99, 84, 42 and 75 at 1728x3072x4096, 704x18944x2560, 2388x2048x5120, 480x6144x4096 and
+# 300x4096x14336 (`bench_float_products_widths.json` of an H200). Below 64 they are as narrow as up to 64 tokens allow.
 _OF_ANY_WIDTH = EXPANDED_CANDIDATES[2:]
 _NARROW, _WIDE = EXPANDED_CANDIDATES[-1].tile_m, EXPANDED_CANDIDATES[0].tile_m
 
@@ -55,9 +55,9 @@ _LAUNCH, _BYTES_PER_MICROSECOND = 2.0, 3.4e6
 # (`experiments.bench.coverage`).
 _L2_BYTES_PER_MICROSECOND = 9e6
 # Microseconds of up to 64 tokens that the model of many lacks, which is fitted to longer products: until the first
-# weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 14.9 and 10.1
-# us for 64 tokens of n = 4096, K = 4096, K whole and in 4 parts, which took 14.2 and 8.8; 14.9 and 12.0 of n = 6144,
-# in 2 parts, for 14.4 and 11.3; 15.9 of n = 4096, K = 14336 in 4 for 16.1; 21.1 of n = 28672, K = 4096 for 21.2
+# weights are there, and of the pass over splits of K, a launch and so much a sum. With them the model has 15.5 and 10.2
+# us for 64 tokens of n = 4096, K = 4096, K whole and in 4 parts, which took 14.2 and 8.8; 15.5 and 12.2 of n = 6144,
+# in 2 parts, for 14.4 and 11.3; 16.4 of n = 4096, K = 14336 in 4 for 16.1; 22.3 of n = 28672, K = 4096 for 21.2
 # (W4A8g128, cold weights, an H200, `experiments.bench.products.few_tokens`).
 _COLD_START, _PASS, _SUMS = 4.0, 0.2, 1.8e-6
 # Of 16-bit floats: no start is missing, and `prepared_few_tokens` takes longer than its model has by such a factor. 16,
